@@ -1,0 +1,15 @@
+"""Mistakes that the user can mend, told in one line."""
+
+
+class UserError(ValueError):
+    """What was asked cannot be done, and the user can ask differently.
+
+    The message is one sentence or two: what was wrong, what was found, what to type instead. The command
+    line prints it alone, without a traceback, and exits with status 2.
+    """
+
+
+def listing(names: list[str], most: int = 12) -> str:
+    """``names`` as text for an error message: at most ``most`` of them, then how many more there are."""
+    shown = ", ".join(names[:most]) or "none"
+    return f"{shown}, and {len(names) - most} more" if len(names) > most else shown

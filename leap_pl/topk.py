@@ -1,0 +1,98 @@
+"""The exact k highest of many tensors, without a copy of them all.
+
+A global hard mask keeps exactly k of N logits. Their k-th highest value is found by a radix selection over
+the bit patterns of the floats, two histograms of 65,536 bins, one tensor at a time; ties at that value are
+kept in index order. The answer depends on the values alone: not on the device, nor on the number of ranks,
+whose histograms add.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 24  # elements at a time: 64 MiB of int32
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where one tensor's kept elements end: those above ``value``, and of those equal to it the ones whose
+    flat index is below ``tie_limit``."""
+
+    value: float
+    tie_limit: int
+
+    def mask(self, tensor: Tensor) -> Tensor:
+        """The kept elements of ``tensor`` (any shape, float32) as a bool tensor of its shape."""
+        kept = tensor > self.value
+        if self.tie_limit > 0:
+            index = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)
+            kept |= (tensor == self.value) & (index < self.tie_limit)
+        return kept
+
+
+def exact_top_k(tensors: Sequence[Tensor], k: int) -> list[Cut]:
+    """Cuts that keep exactly the ``k`` highest elements over all ``tensors`` together.
+
+    Args:
+        tensors: Float32 tensors of any shapes; equal values rank by tensor, then by flat index.
+        k: How many to keep, 0 to their total number.
+
+    Returns:
+        One :class:`Cut` for each tensor; their masks have ``k`` true elements in all.
+
+    Raises:
+        ValueError: A tensor holds NaN, or ``k`` is out of range.
+    """
+    total = sum(t.numel() for t in tensors)
+    if not 0 <= k <= total:
+        raise ValueError(f"asked for the {k} highest of {total} elements")
+    if any(bool(torch.isnan(t).any()) for t in tensors):
+        raise ValueError("NaN has no rank")
+    if k == 0:
+        return [Cut(float("inf"), 0) for _ in tensors]
+
+    counts = sum((_histogram(key >> 16) for key in _keys(tensors)), torch.zeros(1 << 16, dtype=torch.int64))
+    high, above = _bin_of(counts, k)
+    counts = sum(
+        (_histogram(key[key >> 16 == high] & 0xFFFF) for key in _keys(tensors)),
+        torch.zeros(1 << 16, dtype=torch.int64),
+    )
+    low, above_low = _bin_of(counts, k - above)
+    ties_kept = k - above - above_low
+    value = _value_of((high << 16) | low)
+
+    cuts = []
+    for tensor in tensors:
+        ties = (tensor.reshape(-1) == value).nonzero().flatten() if ties_kept else tensor.new_empty(0)
+        taken = min(ties_kept, ties.numel())
+        cuts.append(Cut(value, int(ties[taken - 1]) + 1 if taken else 0))
+        ties_kept -= taken
+    return cuts
+
+
+def _keys(tensors: Sequence[Tensor]):  # type: ignore[no-untyped-def]
+    """Each tensor in pieces, as int64 keys of 32 bits that order as its floats do."""
+    for tensor in tensors:
+        for piece in tensor.detach().reshape(-1).split(_CHUNK):
+            # + 0.0: minus zero equals zero, and must have its key.
+            pattern = (piece.float() + 0.0).view(torch.int32).to(torch.int64)
+            yield torch.where(pattern < 0, ~pattern, pattern + (1 << 31)) & 0xFFFFFFFF
+
+
+def _value_of(key: int) -> float:
+    pattern = key - (1 << 31) if key >= 1 << 31 else ~key
+    return float(torch.tensor(pattern, dtype=torch.int64).to(torch.int32).view(torch.float32))
+
+
+def _histogram(digits: Tensor) -> Tensor:
+    return torch.bincount(digits, minlength=1 << 16).cpu()
+
+
+def _bin_of(counts: Tensor, k: int) -> tuple[int, int]:
+    """The bin in which the k-th highest lies, and how many lie in the bins above it."""
+    from_top = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_top, k))
+    above = int(from_top[place - 1]) if place else 0
+    return (1 << 16) - 1 - place, above
