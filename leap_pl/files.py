@@ -103,6 +103,4 @@ def _umask() -> int:
 
 def _write_failure(path: Path, error: OSError) -> str:
     reason = error.strerror or str(error)
-    return (
-        f"{path} could not be written ({reason}). Nothing was left behind; free space or name another place."
-    )
+    return f"{path} could not be written ({reason}). Nothing was left behind; free space or name another place."

@@ -228,9 +228,7 @@ class MaskSet:
 def split_name(name: str) -> tuple[int | None, str]:
     """A weight's decoder block and its projection: ``model.layers.3.mlp.up_proj.weight`` → 3, ``mlp.up_proj``."""
     match = re.match(r".*?\.(\d+)\.(.+)", name)
-    return (
-        (int(match[1]), match[2].removesuffix(".weight")) if match else (None, name.removesuffix(".weight"))
-    )
+    return (int(match[1]), match[2].removesuffix(".weight")) if match else (None, name.removesuffix(".weight"))
 
 
 def installed_versions() -> dict[str, str]:
@@ -244,9 +242,7 @@ def installed_versions() -> dict[str, str]:
 
 def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is a safetensors file but not a MaskSet. Give a mask.safetensors of leap_pl."
-        )
+        raise UserError(f"{path} is a safetensors file but not a MaskSet. Give a mask.safetensors of leap_pl.")
     version = metadata.get("format_version", "")
     if version != str(FORMAT_VERSION):
         raise UserError(
@@ -260,11 +256,7 @@ def _pack(mask: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
-    if (
-        packed.dtype != torch.uint8
-        or packed.ndim != 1
-        or not all(isinstance(n, int) and n > 0 for n in shape)
-    ):
+    if packed.dtype != torch.uint8 or packed.ndim != 1 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError("a mask is not packed bits")
     count = int(np.prod(shape, dtype=object))
     if packed.numel() != (count + 7) // 8:

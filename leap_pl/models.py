@@ -2,13 +2,14 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from leap_pl.errors import UserError, listing
 
@@ -67,18 +68,14 @@ def load_model(
     return model.eval()
 
 
-def load_config(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> "PreTrainedConfig":
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> "PreTrainedConfig":
     """Load the configuration of the base model ``name``; raises as :func:`load_model` does."""
     from transformers import AutoConfig
 
     folder, gguf_file = _locate(name)
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _reading("base model", name):
-        config = AutoConfig.from_pretrained(
-            folder, revision=revision, trust_remote_code=trust_remote_code, **extra
-        )
+        config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
     if gguf_file is not None and hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -93,9 +90,7 @@ def load_tokenizer(
     folder, gguf_file = _locate(name)
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _reading("tokenizer", name):
-        return AutoTokenizer.from_pretrained(
-            folder, revision=revision, trust_remote_code=trust_remote_code, **extra
-        )
+        return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
 
 
 def longest_sequence(config: "PreTrainedConfig") -> int | None:
@@ -108,9 +103,7 @@ def _locate(name: str) -> tuple[str, str | None]:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UserError(
-                f"base model {name}: there is no such GGUF file. Give the path of one that exists."
-            )
+            raise UserError(f"base model {name}: there is no such GGUF file. Give the path of one that exists.")
         return str(path.parent), path.name
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -138,9 +131,7 @@ class _reading:  # noqa: N801  (reads as a statement: with _reading("base model"
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError | ValueError | KeyError | RuntimeError) or isinstance(
-            error, UserError
-        ):
+        if not isinstance(error, OSError | ValueError | KeyError | RuntimeError) or isinstance(error, UserError):
             return
         if isinstance(error, torch.OutOfMemoryError):
             return
@@ -192,10 +183,9 @@ class Weight:
     @property
     def parameter(self) -> nn.Parameter:
         """The weight itself; under a gate, the frozen one."""
-        from torch.nn.utils import parametrize
-
         if parametrize.is_parametrized(self.module, self.tensor):
-            return self.module.parametrizations[self.tensor].original  # type: ignore[union-attr,index,return-value]
+            chains: Any = self.module.parametrizations
+            return chains[self.tensor].original
         return getattr(self.module, self.tensor)
 
 
@@ -205,8 +195,9 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         UserError: No list of ``num_hidden_layers`` modules is found.
     """
-    depth = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr,operator]
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    causal: Any = model
+    depth = causal.config.get_text_config().num_hidden_layers
+    decoder = causal.get_decoder() if hasattr(model, "get_decoder") else model
     for root in (decoder, model):
         lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
         if lists:
@@ -221,7 +212,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def find_weights(
     model: nn.Module, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()
 ) -> dict[str, Weight]:
-    """The weights to gate or prune, in the order of the model's own parameters.
+    r"""The weights to gate or prune, in the order of the model's own parameters.
 
     Args:
         model: A causal language model.
@@ -229,7 +220,7 @@ def find_weights(
             of experts, inside the decoder blocks (never embeddings, norms, routers or the head). Otherwise
             each entry is a class name (``Linear``), a module or parameter name, or ``re:`` and a regular
             expression that the module's or parameter's name matches from its start (as in
-            ``re:.*\\.mlp\\..*``).
+            ``re:.*\.mlp\..*``).
         ignore: Entries of the same form; what they match is left dense.
 
     Returns:
@@ -243,26 +234,22 @@ def find_weights(
     found: dict[str, Weight] = {}
     candidates: dict[str, Weight] = {}
     owners: dict[int, list[str]] = {}
-    for module_name, module in model.named_modules():
-        for tensor, parameter in _own_weights(module):
-            name = f"{module_name}.{tensor}"
-            owners.setdefault(id(parameter), []).append(name)
-            candidate = _describe(name, module, tensor, parameter, prefix, len(blocks))
-            if candidate is None:
-                continue
-            candidates[name] = candidate
-            wanted = (
-                candidate.layer is not None and _is_projection(candidate, parameter)
-                if targets is None
-                else _matches(targets, candidate)
-            )
-            if wanted and not _matches(ignore, candidate):
-                found[name] = candidate
+    for name, module, tensor, parameter in _weights_of(model):
+        owners.setdefault(id(parameter), []).append(name)
+        candidate = _describe(name, module, tensor, parameter, prefix, len(blocks))
+        if candidate is None:
+            continue
+        candidates[name] = candidate
+        wanted = (
+            candidate.layer is not None and _is_projection(candidate, parameter)
+            if targets is None
+            else _matches(targets, candidate)
+        )
+        if wanted and not _matches(ignore, candidate):
+            found[name] = candidate
     if not found:
         asked = "the default (linears of the decoder blocks)" if targets is None else ", ".join(targets)
-        projections = sorted(
-            {f"re:.*{re.escape(w.projection)}" for w in candidates.values() if w.layer is not None}
-        )
+        projections = sorted({f"re:.*{re.escape(w.projection)}" for w in candidates.values() if w.layer is not None})
         raise UserError(
             f"nothing to gate: {asked}{' without ' + ', '.join(ignore) if ignore else ''} matches no weight of "
             f"{type(model).__name__}. It has: {listing(projections, 20)}."
@@ -276,17 +263,21 @@ def find_weights(
     return found
 
 
-def _own_weights(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    from torch.nn.utils import parametrize
+def _weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Every tensor of two dimensions or more: its name, its module, its attribute there, and itself.
 
-    if isinstance(module, parametrize.ParametrizationList):
-        return
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim >= 2:
-            yield name, parameter
-    if parametrize.is_parametrized(module):
-        for name, chain in module.parametrizations.items():  # type: ignore[union-attr,operator]
-            yield name, chain.original
+    Seen through parametrizations: the original under the name it has in the plain model, no gate's logits.
+    """
+    for module_name, module in model.named_modules():
+        if ".parametrizations." in f".{module_name}.":
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        if parametrize.is_parametrized(module):
+            chains: Any = module.parametrizations
+            own |= {tensor: chain.original for tensor, chain in chains.items()}
+        for tensor, parameter in own.items():
+            if parameter.ndim >= 2:
+                yield f"{module_name}.{tensor}", module, tensor, parameter
 
 
 def _describe(
@@ -310,8 +301,6 @@ def _describe(
 
 def _kind(module: nn.Module) -> str:
     """The class of the module, seen through a parametrization."""
-    from torch.nn.utils import parametrize
-
     kind = type(module)
     return kind.__mro__[1].__name__ if parametrize.is_parametrized(module) else kind.__name__
 
@@ -372,8 +361,4 @@ def model_fingerprint(model: nn.Module) -> str:
     All of them, gated or not, and each under its own name: the choice of ``targets`` does not change it.
     """
     prefix, _ = decoder_blocks(model)
-    weights: dict[str, Tensor] = {}
-    for module_name, module in model.named_modules():
-        if module_name.startswith(prefix):
-            weights |= {f"{module_name}.{tensor}": p for tensor, p in _own_weights(module)}
-    return fingerprint(weights)
+    return fingerprint({name: weight for name, *_, weight in _weights_of(model) if name.startswith(f"{prefix}.")})

@@ -18,7 +18,8 @@ _CHUNK = 1 << 24  # elements at a time: 64 MiB of int32
 @dataclass(frozen=True)
 class Cut:
     """Where one tensor's kept elements end: those above ``value``, and of those equal to it the ones whose
-    flat index is below ``tie_limit``."""
+    flat index is below ``tie_limit``.
+    """
 
     value: float
     tie_limit: int

@@ -1,0 +1,149 @@
+"""LEAP's gate: one Bernoulli variable a weight, relaxed by a Gumbel-sigmoid.
+
+Paper: https://arxiv.org/abs/2605.17289. Legend of suffixes: N = elements of one weight, flattened.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leap_pl.gates.compiled import compiled
+from leap_pl.gates.gate import Gate, GateState
+from leap_pl.gates.noise import hash_bits, logistic, noise_keys
+from leap_pl.models import Weight
+from leap_pl.topk import Cut, exact_top_k
+
+
+class BernoulliGate(Gate):
+    """M = σ((α·θ + g)/τ), W̃ = M ⊙ W, with θ one logit a weight and g ~ Logistic(0, 1).
+
+    .. code-block:: yaml
+
+        gate:
+          class_path: BernoulliGate
+          init_args: {spread: 0.014, strength: 3.0}
+
+    The noise is the difference of two Gumbel variables, as in the authors' code; one Gumbel, as printed in
+    the paper, would start the density at .534 instead of one half. The mask is soft throughout; the hard
+    mask keeps the highest logits, exactly as many as the sparsity leaves.
+    """
+
+    def __init__(self, weight: Weight, state: GateState, spread: float = 0.014, strength: float = 3.0) -> None:
+        """Make a gate for ``weight``.
+
+        Args:
+            weight: The weight to gate.
+            state: The state that the gates of the model share.
+            spread: Standard deviation of the logits at the start.
+            strength: How far the prior moves a logit from 0 at the start, in units of ``spread``.
+        """
+        super().__init__(weight, state)
+        if spread <= 0 or strength < 0:
+            raise ValueError(f"spread {spread} must be above 0 and strength {strength} not below 0.")
+        self.spread, self.strength = spread, strength
+        self.logits = nn.Parameter(torch.zeros(self.shape, dtype=torch.float32, device=weight.parameter.device))
+        self.cut = Cut(0.0, 0)
+
+    def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`Gate.soften`."""
+        return MaskedWeight.apply(self.logits, weight, key_0, key_1, self.state.alpha, self.state.tau)
+
+    @torch.no_grad()
+    def start_from(self, prior: Tensor | None, seed: int) -> None:
+        """θ = N(0, spread²) ± strength·spread: plus where ``prior`` keeps the weight, minus elsewhere."""
+        # On the CPU, from a generator of its own: the same start on every device and in every order.
+        generator = torch.Generator().manual_seed(noise_keys(seed, -1, 0, self.name)[0])
+        start = torch.randn(self.shape, generator=generator, dtype=torch.float32).mul_(self.spread)
+        if prior is not None:
+            start += (prior.cpu().to(torch.float32) * 2 - 1) * (self.strength * self.spread)
+        self.logits.copy_(start)
+
+    def hard_mask(self) -> Tensor:
+        """See :meth:`Gate.hard_mask`."""
+        return self.cut.mask(self.logits.detach())
+
+    @classmethod
+    def choose(cls, gates: Mapping[str, Any], sparsity: float) -> None:
+        """Keep the round((1 − sparsity)·N) highest of the N logits of all ``gates``, ties by index."""
+        total = sum(gate.logits.numel() for gate in gates.values())
+        cuts = exact_top_k([gate.logits.detach() for gate in gates.values()], total - round(sparsity * total))
+        for gate, cut in zip(gates.values(), cuts, strict=True):
+            gate.cut = cut
+
+    def density(self) -> Tensor:
+        """The expected hard density P(αθ + g > 0), averaged over the weight: mean σ(αθ), a scalar."""
+        return torch.sigmoid(self.logits.detach() * self.state.alpha.to(self.logits.device)).mean()
+
+
+class MaskedWeight(torch.autograd.Function):
+    """(θ, W) → (W̃, ΣM, Σ(M·W)²), keeping neither mask nor noise for the backward pass.
+
+    With m = M, gradients G of W̃, a of ΣM and b of Σ(M·W)²:
+    dθ = (G·W + a + 2b·m·W²) · m(1 − m) · α/τ.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, weight: Tensor, key_0: Tensor, key_1: Tensor, alpha: Tensor, tau: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Masked weight of the weight's shape and dtype, and the two float32 sums."""
+        ctx.save_for_backward(logits, weight, key_0, key_1, alpha, tau)
+        masked_N, kept, energy = mask_forward(logits.view(-1), weight.reshape(-1), key_0, key_1, alpha, tau)
+        return masked_N.view(weight.shape), kept, energy
+
+    @staticmethod
+    def backward(ctx: Any, grad_masked: Tensor, grad_kept: Tensor, grad_energy: Tensor) -> Any:
+        """The gradient of the logits; the weight is frozen."""
+        logits, weight, key_0, key_1, alpha, tau = ctx.saved_tensors
+        grad_N = mask_backward(
+            logits.view(-1),
+            weight.reshape(-1),
+            grad_masked.reshape(-1),
+            grad_kept,
+            grad_energy,
+            key_0,
+            key_1,
+            alpha,
+            tau,
+        )
+        return grad_N.view(logits.shape), None, None, None, None, None
+
+
+def soft_mask(logits_N: Tensor, key_0: Tensor, key_1: Tensor, alpha: Tensor, tau: Tensor) -> Tensor:
+    """M = σ((αθ + g)/τ), float32, flat."""
+    index_N = torch.arange(logits_N.numel(), dtype=torch.int32, device=logits_N.device)
+    noise_N = logistic(hash_bits(index_N, key_0, key_1))
+    return torch.sigmoid((alpha * logits_N + noise_N) / tau)
+
+
+@compiled
+def mask_forward(
+    logits_N: Tensor, weight_N: Tensor, key_0: Tensor, key_1: Tensor, alpha: Tensor, tau: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W̃ in the weight's dtype, ΣM and Σ(M·W)² in float32."""
+    mask_N = soft_mask(logits_N, key_0, key_1, alpha, tau)
+    masked_N = mask_N * weight_N.to(torch.float32)
+    return masked_N.to(weight_N.dtype), mask_N.sum(), (masked_N * masked_N).sum()
+
+
+@compiled
+def mask_backward(
+    logits_N: Tensor,
+    weight_N: Tensor,
+    grad_masked_N: Tensor,
+    grad_kept: Tensor,
+    grad_energy: Tensor,
+    key_0: Tensor,
+    key_1: Tensor,
+    alpha: Tensor,
+    tau: Tensor,
+) -> Tensor:
+    """dθ in float32; noise and mask are made again."""
+    mask_N = soft_mask(logits_N, key_0, key_1, alpha, tau)
+    weight_N = weight_N.to(torch.float32)
+    grad_mask_N = (
+        grad_masked_N.to(torch.float32) * weight_N + grad_kept + 2 * grad_energy * mask_N * weight_N * weight_N
+    )
+    return grad_mask_N * mask_N * (1 - mask_N) * (alpha / tau)
