@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from leap_pl.errors import UserError
 
 
@@ -33,7 +35,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(_write_failure(path, error)) from error
     finally:
         if temporary is not None:
@@ -61,10 +63,12 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         for item in sorted(temporary.rglob("*")):
+            if item.is_file():
+                item.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
             _flush(item)
         _swap(temporary, path)
         _flush(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(_write_failure(path, error)) from error
     finally:
         if temporary is not None:
@@ -101,6 +105,6 @@ def _umask() -> int:
     return mask
 
 
-def _write_failure(path: Path, error: OSError) -> str:
-    reason = error.strerror or str(error)
+def _write_failure(path: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     return f"{path} could not be written ({reason}). Nothing was left behind; free space or name another place."

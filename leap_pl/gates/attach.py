@@ -1,10 +1,14 @@
 """Gates are put on a model's weights, and taken off again."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from leap_pl.errors import UserError, listing
 from leap_pl.gates.gate import Gate, GateFactory, GateState
 from leap_pl.models import Weight
 
@@ -35,6 +39,54 @@ def detach(weights: Mapping[str, Weight]) -> None:
     for weight in weights.values():
         if parametrize.is_parametrized(weight.module, weight.tensor):
             parametrize.remove_parametrizations(weight.module, weight.tensor, leave_parametrized=False)
+
+
+def restore(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, "Stored"]) -> dict[str, Gate]:
+    """Gates without a model, from stored logits: enough to choose their hard masks.
+
+    Args:
+        kind: Name of the gate's class.
+        settings: Its keyword arguments.
+        tensors: Weight name → what is stored of it.
+
+    Raises:
+        UserError: There is no such kind, or the logits have not the shape it gives a weight.
+    """
+    kinds = {c.__name__: c for c in _subclasses(Gate)}
+    if kind not in kinds:
+        raise UserError(f"gates of kind {kind!r} are not known here (known: {listing(sorted(kinds))}).")
+    gates: dict[str, Gate] = {}
+    for name, stored in tensors.items():
+        # A weight that has a shape and no storage.
+        module = nn.Module()
+        module.weight = nn.Parameter(torch.empty(stored.shape, device="meta"), requires_grad=False)
+        gate = kinds[kind](Weight(name, module, "weight", None, name, stored.input_dim), GateState(), **settings)
+        if gate.logits.shape != stored.logits.shape:
+            raise UserError(
+                f"{name}: its logits are {tuple(stored.logits.shape)}, and should be {tuple(gate.logits.shape)}."
+            )
+        gate.logits = nn.Parameter(stored.logits)
+        gates[name] = gate
+    return gates
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint holds of one gated weight.
+
+    Attributes:
+        logits: Float32, of the shape that the kind of gate gives them.
+        shape: Of the weight.
+        input_dim: Of the weight, as in :class:`leap_pl.models.Weight`.
+    """
+
+    logits: Tensor
+    shape: tuple[int, ...]
+    input_dim: int
+
+
+def _subclasses(kind: type[Gate]) -> list[type[Gate]]:
+    return [found for c in kind.__subclasses__() for found in (c, *_subclasses(c))]
 
 
 def _once_a_call(module: nn.Module, gate: Gate) -> None:

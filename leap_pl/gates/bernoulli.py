@@ -46,6 +46,10 @@ class BernoulliGate(Gate):
         self.logits = nn.Parameter(torch.zeros(self.shape, dtype=torch.float32, device=weight.parameter.device))
         self.cut = Cut(0.0, 0)
 
+    def settings(self) -> dict[str, Any]:
+        """See :meth:`Gate.settings`."""
+        return {"spread": self.spread, "strength": self.strength}
+
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Gate.soften`."""
         return MaskedWeight.apply(self.logits, weight, key_0, key_1, self.state.alpha, self.state.tau)
@@ -72,9 +76,13 @@ class BernoulliGate(Gate):
         for gate, cut in zip(gates.values(), cuts, strict=True):
             gate.cut = cut
 
-    def density(self) -> Tensor:
-        """The expected hard density P(αθ + g > 0), averaged over the weight: mean σ(αθ), a scalar."""
-        return torch.sigmoid(self.logits.detach() * self.state.alpha.to(self.logits.device)).mean()
+    @classmethod
+    def sample_hard_masks(cls, gates: Mapping[str, Any], sparsity: float, stride: int) -> dict[str, Tensor]:
+        """See :meth:`Gate.sample_hard_masks`; the cut is that of the sampled logits."""
+        samples = {name: gate.logits.detach().reshape(-1)[::stride] for name, gate in gates.items()}
+        total = sum(sample.numel() for sample in samples.values())
+        cuts = exact_top_k(list(samples.values()), total - round(sparsity * total))
+        return {name: cut.mask(sample) for (name, sample), cut in zip(samples.items(), cuts, strict=True)}
 
 
 class MaskedWeight(torch.autograd.Function):

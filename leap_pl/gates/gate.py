@@ -57,12 +57,12 @@ class Gate(nn.Module):
 
     Attributes:
         logits: The learnable parameter θ; float32 whatever precision the rest of the model is cast to.
-        kept: After a soft pass, ΣM over the weight, with its gradient.
+        kept: After a soft pass, ΣM over the weight, with its gradient; None before one.
         energy: After a soft pass, Σ(M·W)² over the weight, with its gradient.
     """
 
     logits: nn.Parameter
-    kept: Tensor
+    kept: Tensor | None
     energy: Tensor
 
     def __init__(self, weight: Weight, state: GateState) -> None:
@@ -71,6 +71,7 @@ class Gate(nn.Module):
         self.shape = weight.parameter.shape
         self.input_dim = weight.input_dim
         self.state = state
+        self.kept = None
         self._in_call = False
         self._made: list[Tensor] = []  # a list: as an attribute, the dense weight would register as a parameter
 
@@ -90,6 +91,14 @@ class Gate(nn.Module):
             return weight.masked_fill(~self.hard_mask(), 0)
         masked, self.kept, self.energy = self.soften(weight, *self.keys())
         return masked
+
+    def clear(self) -> None:
+        """Forget the sums of the pass before, whose graph is gone."""
+        self.kept = None
+
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments the gate was made with, plain values."""
+        raise NotImplementedError
 
     def begin_call(self) -> None:
         """From here to :meth:`end_call` the masked weight is made once and read many times."""
@@ -121,18 +130,27 @@ class Gate(nn.Module):
         """Choose every gate's hard mask so that together they have exactly the asked ``sparsity``."""
         raise NotImplementedError
 
+    @classmethod
+    def sample_hard_masks(cls, gates: Mapping[str, Any], sparsity: float, stride: int) -> dict[str, Tensor]:
+        """Every ``stride``-th element of each gate's hard mask, flattened: enough for curves.
+
+        A kind of gate that can do so without choosing the whole mask overrides this.
+        """
+        cls.choose(gates, sparsity)
+        return {name: gate.hard_mask().reshape(-1)[::stride] for name, gate in gates.items()}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
         """Follow the model to another device, but never to another dtype.
 
         At |θ| = 0.04 a bfloat16 step is 1.2e-4: smaller updates vanish, and learning ends unnoticed.
         """
-        before = self.logits.data
+        before, grad = self.logits.data, self.logits.grad
         super()._apply(fn, recurse)
         if self.logits.dtype != torch.float32:
-            moved = before.to(self.logits.device)
-            self.logits.data = moved
-            if self.logits.grad is not None:
-                self.logits.grad = self.logits.grad.float()
+            device = self.logits.device
+            with torch.no_grad():
+                self.logits.data = before.to(device)
+                self.logits.grad = None if grad is None else grad.to(device)
         return self
 
     def extra_repr(self) -> str:

@@ -54,7 +54,7 @@ def logistic(bits: Tensor) -> Tensor:
     Returns:
         float32 of the same shape: g = log u − log(1 − u), u uniform on (0, 1).
     """
-    p = (_shift_right(bits, 1).to(torch.float32) + 0.5) * 2.0**-32
+    p = ((bits & 0x7FFFFFFF).to(torch.float32) + 0.5) * 2.0**-32
     magnitude = torch.log((1 - p) / p)
     return torch.where(bits < 0, -magnitude, magnitude)
 

@@ -1,0 +1,189 @@
+"""What a run shows: densities, the movement of the mask, the terms of the loss."""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from leap_pl.gates import Gate
+from leap_pl.masks import split_name
+from leap_pl.module import LeapModule
+
+# One page that answers: does it learn, is it on budget, does the mask still move, where does it prune?
+_PAGE = {
+    "run": {
+        "perplexity: the exported mask against the dense model": ["Multiline", [r"perplexity/.*"]],
+        "loss a token, nats": ["Multiline", [r"loss/(lm|distillation)"]],
+        "density: the relaxed mask against the target": ["Multiline", [r"density/.*"]],
+        "share of mask bits that changed": ["Multiline", [r"mask/.*"]],
+    },
+    "where it prunes": {
+        "hard density by decoder layer": ["Multiline", [r"weights_by_layer/hard/.*"]],
+        "hard density by projection": ["Multiline", [r"weights_by_projection/hard/.*"]],
+        "soft density by decoder layer": ["Multiline", [r"weights_by_layer/soft/.*"]],
+        "soft density by projection": ["Multiline", [r"weights_by_projection/soft/.*"]],
+    },
+    "schedules": {
+        "logit scale": ["Multiline", [r"schedule/alpha"]],
+        "temperature": ["Multiline", [r"schedule/tau"]],
+        "learning rate": ["Multiline", [r"schedule/learning_rate"]],
+    },
+}
+
+
+class SparsityLogger(L.Callback):
+    """Log the state of the mask to every logger of the trainer, and more of it to TensorBoard.
+
+    ==========================  ==========================================================================
+    ``density/soft``            mean of the relaxed mask over all gated weights
+    ``density/target``          ρ
+    ``density/logits_above_0``  share of logits above 0: the density a cut at 0 would give
+    ``loss/…``                  each term of the objective, unweighted, and their weighted sum ``total``
+    ``mask/changed_from_…``     share of hard mask bits that differ from the prior, and from the last log
+    ``perplexity/…``            of the hard mask and of the dense model, at validation
+    ``schedule/…``              α, τ and the learning rate
+    ``weights_by_layer/…``      soft and hard density of each decoder block
+    ``weights_by_projection/…`` soft and hard density of each projection, over all blocks
+    ==========================  ==========================================================================
+
+    Hard quantities are of the mask at exactly the target sparsity, estimated on evenly spaced logits;
+    soft ones are of all weights, in the last micro-batch. TensorBoard also gets histograms of αθ/τ, a
+    custom-scalars page, and the hyper-parameters with the final perplexities.
+    """
+
+    def __init__(self, every_n_steps: int = 10, histogram_every_n_steps: int = 100, samples: int = 1 << 19) -> None:
+        """Take the intervals.
+
+        Args:
+            every_n_steps: Optimizer steps between logs.
+            histogram_every_n_steps: Optimizer steps between histograms.
+            samples: Logits that the hard quantities and the histograms are estimated on, over the whole model.
+        """
+        if min(every_n_steps, histogram_every_n_steps, samples) < 1:
+            raise ValueError("sparsity_log: every_n_steps, histogram_every_n_steps and samples are at least 1.")
+        self.every_n_steps, self.histogram_every_n_steps = every_n_steps, histogram_every_n_steps
+        self.samples = samples
+        self.prior_bits: dict[str, Tensor] = {}
+        self.last_bits: dict[str, Tensor] = {}
+        self.last_step = -1
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember the prior's sampled bits; lay out TensorBoard's page."""
+        assert isinstance(pl_module, LeapModule)
+        # Odd, so that it does not run down a column: the widths of weights are even.
+        self.stride = max(1, sum(pl_module.sizes.values()) // self.samples) | 1
+        if pl_module.prior is not None:
+            self.prior_bits = {n: m.reshape(-1)[:: self.stride].clone() for n, m in pl_module.prior.masks.items()}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(_PAGE)
+            else:
+                logger.log_hyperparams(_plain(dict(pl_module.hparams)))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log once every ``every_n_steps`` optimizer steps, after the first and after the last."""
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or step in (1, trainer.max_steps)
+        if step == self.last_step or step == 0 or not due:
+            return
+        assert isinstance(pl_module, LeapModule)
+        pl_module.check_finite()
+        self.last_step = step
+        metrics = self.measure(pl_module)
+        metrics["schedule/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+        if step % self.histogram_every_n_steps == 0 or step in (1, trainer.max_steps):
+            self._histograms(trainer, pl_module, step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hyper-parameters, with the metrics the run ended on."""
+        assert isinstance(pl_module, LeapModule)
+        final = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("perplexity/")}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and final:
+                logger.log_hyperparams(_plain(dict(pl_module.hparams)), {f"final_{k}": v for k, v in final.items()})
+
+    @torch.no_grad()
+    def measure(self, module: LeapModule) -> dict[str, float]:
+        """Every metric of the table above that does not come from validation."""
+        metrics = {f"loss/{'total' if name == 'loss' else name}": float(v) for name, v in module.terms.items()}
+        metrics["schedule/alpha"], metrics["schedule/tau"] = float(module.state.alpha), float(module.state.tau)
+        kept = {name: float(gate.kept) for name, gate in module.gates.items() if gate.kept is not None}
+        metrics |= _densities("soft", kept, {name: module.sizes[name] for name in kept})
+        metrics["density/soft"] = sum(kept.values()) / sum(module.sizes[name] for name in kept)
+        metrics["density/target"] = 1 - module.sparsity
+
+        samples = [gate.logits.detach().reshape(-1)[:: self.stride] for gate in module.gates.values()]
+        metrics["density/logits_above_0"] = float(
+            torch.stack([(s > 0).sum() for s in samples]).sum() / sum(s.numel() for s in samples)
+        )
+        kind: type[Gate] = type(next(iter(module.gates.values())))
+        bits = {n: b.cpu() for n, b in kind.sample_hard_masks(module.gates, module.sparsity, self.stride).items()}
+        metrics |= _densities(
+            "hard", {n: int(b.sum()) for n, b in bits.items()}, {n: b.numel() for n, b in bits.items()}
+        )
+        if self.prior_bits:
+            metrics["mask/changed_from_prior"] = _difference(bits, self.prior_bits)
+        if self.last_bits:
+            metrics["mask/changed_since_last_log"] = _difference(bits, self.last_bits)
+        self.last_bits = bits
+        return metrics
+
+    def _histograms(self, trainer: L.Trainer, module: LeapModule, step: int) -> None:
+        sharpness = float(module.state.alpha / module.state.tau)
+        by_projection: dict[str, list[Tensor]] = {}
+        for name, gate in module.gates.items():
+            sample = gate.logits.detach().reshape(-1)[:: self.stride * 4]
+            by_projection.setdefault(split_name(name)[1], []).append(sample * sharpness)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for projection, parts in by_projection.items():
+                    # Beyond ±20 a gate is open or shut to float32: one bin each, and the middle stays legible.
+                    values = torch.cat(parts).clamp(-20, 20)
+                    logger.experiment.add_histogram(f"alpha_theta_over_tau/{projection}", values, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bits of the last log, so that a resumed run's curve has no gap."""
+        return {"last_bits": dict(self.last_bits), "last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the bits of the last log."""
+        self.last_bits, self.last_step = dict(state_dict["last_bits"]), state_dict["last_step"]
+
+
+def _densities(kind: str, kept: dict[str, float] | dict[str, int], sizes: dict[str, int]) -> dict[str, float]:
+    groups: dict[str, list[float]] = {}
+    for name, count in kept.items():
+        layer, projection = split_name(name)
+        where = "other" if layer is None else f"{layer:03d}"
+        for key in (f"weights_by_layer/{kind}/{where}", f"weights_by_projection/{kind}/{projection}"):
+            group = groups.setdefault(key, [0.0, 0.0])
+            group[0] += count
+            group[1] += sizes[name]
+    return {key: count / size for key, (count, size) in groups.items()}
+
+
+def _difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    changed = sum(int((one[name] != other[name]).sum()) for name in one)
+    return changed / sum(bits.numel() for bits in one.values())
+
+
+def _plain(hparams: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings as ``a/b`` → plain values that a logger can show."""
+    flat: dict[str, Any] = {}
+    for key, value in hparams.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}/{inner}": shown for inner, shown in _plain(value).items()}
+        elif not key.startswith("_"):
+            flat[key] = value if isinstance(value, int | float | str) and not _nan(value) else str(value)
+    return flat
+
+
+def _nan(value: float | str) -> bool:
+    return isinstance(value, float) and math.isnan(value)

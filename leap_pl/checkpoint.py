@@ -1,0 +1,172 @@
+"""What a Lightning checkpoint of leap_pl holds, and how it is read without the model.
+
+Beside Lightning's own entries (optimizer, schedules, loops, data position):
+
+==================  ======================================================================================
+``state_dict``      ``logits.<weight name>`` → float32 logits; nothing of the frozen model
+``leap_pl``         the fields of :class:`Identity`, plain Python
+==================  ======================================================================================
+"""
+
+import pickle
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leap_pl.errors import UserError, listing
+from leap_pl.gates import Gate, Stored, restore
+from leap_pl.masks import MaskSet, Provenance, installed_versions
+
+KEY = "leap_pl"
+PREFIX = "logits."
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whose logits a checkpoint holds.
+
+    Attributes:
+        base_model: Name of the base model.
+        revision: Of the base model on the hub.
+        fingerprint: Of its weights.
+        gate: Class and settings of the gates.
+        sparsity: The target.
+        targets: As given to LeapModule.
+        ignore: As given to LeapModule.
+        max_steps: T of every schedule, in optimizer steps.
+        shapes: Weight name → shape of the weight.
+        input_dims: Weight name → the dimension its layer's inputs run along.
+        dense_perplexity: Of the dense model on the validation text, once measured.
+        settings: What else the mask's provenance should tell.
+        format_version: Of the checkpoint.
+    """
+
+    base_model: str
+    revision: str | None
+    fingerprint: str
+    gate: dict[str, Any]
+    sparsity: float
+    targets: list[str] | None
+    ignore: list[str]
+    max_steps: int | None
+    shapes: dict[str, list[int]]
+    input_dims: dict[str, int]
+    dense_perplexity: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def describe_gate(gate: Gate) -> dict[str, Any]:
+    """The class of a gate and the settings it was made with."""
+    return {"class_path": type(gate).__name__, "init_args": gate.settings()}
+
+
+def provenance(identity: Identity) -> Provenance:
+    """The provenance of the mask that a run with this ``identity`` exports."""
+    told = asdict(identity)
+    return Provenance(
+        base_model=identity.base_model,
+        revision=identity.revision,
+        fingerprint=identity.fingerprint,
+        method="leap",
+        sparsity=identity.sparsity,
+        config={key: told[key] for key in ("gate", "targets", "ignore", "max_steps")} | identity.settings,
+        versions=installed_versions(),
+    )
+
+
+def read_identity(checkpoint: dict[str, Any], path: str | Path = "the checkpoint") -> Identity:
+    """The identity in a loaded ``checkpoint``.
+
+    Raises:
+        UserError: It is not one of leap_pl, or of a newer format.
+    """
+    told = checkpoint.get(KEY)
+    if not isinstance(told, dict):
+        raise UserError(f"{path} is not a checkpoint of leap_pl fit. Give a .ckpt from a run's checkpoints folder.")
+    version = told.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} is a checkpoint of format version {version}, and this leap_pl reads version {FORMAT_VERSION}. "
+            "Update leap_pl: pip install --upgrade leap_pl"
+        )
+    known = {f.name for f in fields(Identity)}
+    return Identity(**{key: value for key, value in told.items() if key in known})
+
+
+def check_same(found: Identity, expected: Identity) -> None:
+    """Make sure that a checkpoint continues this run.
+
+    Raises:
+        UserError: It is of another base model, other gated weights, another kind of gate, or of a run with
+            another number of steps.
+    """
+    if found.fingerprint != expected.fingerprint:
+        raise UserError(
+            f"the checkpoint belongs to {found.base_model} with fingerprint {found.fingerprint}, and the base model "
+            f"here is {expected.base_model} with {expected.fingerprint}. Give the model the checkpoint was made for."
+        )
+    if found.gate["class_path"] != expected.gate["class_path"]:
+        raise UserError(
+            f"the checkpoint holds logits of {found.gate['class_path']}, and model.gate is "
+            f"{expected.gate['class_path']}. Use the same gate."
+        )
+    if found.shapes != expected.shapes:
+        names = {*found.shapes, *expected.shapes}
+        wrong = sorted(name for name in names if found.shapes.get(name) != expected.shapes.get(name))
+        raise UserError(
+            f"the checkpoint gates other weights than this run: they differ in {listing(wrong, 4)}. "
+            f"It was made with targets {found.targets} and ignore {found.ignore}; use the same."
+        )
+    if None not in (found.max_steps, expected.max_steps) and found.max_steps != expected.max_steps:
+        raise UserError(
+            f"the checkpoint is of a run of {found.max_steps} steps, and trainer.max_steps is {expected.max_steps}: "
+            f"every schedule would jump. Set --trainer.max_steps {found.max_steps}, or start a new run."
+        )
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read the file ``path`` without running anything in it.
+
+    Raises:
+        UserError: It is not there, truncated, damaged, or no checkpoint of leap_pl.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such checkpoint. Give a .ckpt from a run's checkpoints folder.")
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is damaged, or holds more than tensors and plain values, and leap_pl runs no code from a "
+            "checkpoint. Give a .ckpt that leap_pl fit wrote."
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is truncated or damaged. Take the checkpoint before it.") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is not a checkpoint of leap_pl fit. Give a .ckpt from a run's checkpoints folder.")
+    return checkpoint
+
+
+def masks_from_checkpoint(path: str | Path) -> MaskSet:
+    """The hard mask, at exactly the run's target sparsity, of the logits in the checkpoint ``path``.
+
+    Raises:
+        UserError: The checkpoint cannot be read, or lacks logits.
+    """
+    checkpoint = load_checkpoint(path)
+    identity = read_identity(checkpoint, path)
+    logits = checkpoint.get("state_dict", {})
+    missing = [name for name in identity.shapes if PREFIX + name not in logits]
+    if missing:
+        raise UserError(f"{path} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
+    stored = {
+        name: Stored(logits[PREFIX + name], tuple(shape), identity.input_dims[name])
+        for name, shape in identity.shapes.items()
+    }
+    gates = restore(identity.gate["class_path"], identity.gate["init_args"], stored)
+    type(next(iter(gates.values()))).choose(gates, identity.sparsity)
+    return MaskSet({name: gate.hard_mask() for name, gate in gates.items()}, provenance(identity))

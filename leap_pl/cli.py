@@ -1,0 +1,94 @@
+"""The command line: one table of verbs, each a function or a run of the Lightning trainer."""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+from leap_pl.errors import UserError
+from leap_pl.version import __version__
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import ArgsType
+
+# Verb → what it does, and the function behind it; the verbs without one are LightningCLI's.
+VERBS: dict[str, tuple[str, str | None]] = {
+    "fit": ("learn a mask for a model", None),
+    "validate": ("perplexity of a checkpoint's hard mask on the validation text", None),
+    "test": ("the same on the test text", None),
+    "prune": ("make a mask layer by layer: magnitude, wanda, sparsegpt, admm", "leap_pl.oneshot.command:prune_command"),
+    "export": ("write a sparse Hugging Face checkpoint from a mask", "leap_pl.export:export_command"),
+    "evaluate": ("perplexity and zero-shot tasks of a model or mask", "leap_pl.evaluate:evaluate_command"),
+    "compare": ("tables and pictures of several results", "leap_pl.compare:compare_command"),
+}
+
+USAGE = f"""usage: leap_pl <verb> [options]
+
+Learn which weights of a large language model to keep (LEAP, arXiv 2605.17289).
+
+verbs:
+{chr(10).join(f"  {verb:<10} {words}" for verb, (words, _) in VERBS.items())}
+
+  leap_pl <verb> --help     all options of a verb
+  leap_pl --version         {__version__}
+
+from a model to a sparse checkpoint:
+  leap_pl fit --config configs/quickstart.yaml
+  leap_pl export --ckpt_path runs/quickstart/checkpoints/last.ckpt --output_dir sparse-model
+  leap_pl evaluate --model sparse-model --perplexity wikitext2
+"""
+
+
+def main(args: "ArgsType" = None) -> Any:
+    """Run ``leap_pl`` with ``args``, or with the process's own.
+
+    A :class:`UserError` becomes one line on standard error and exit status 2.
+    """
+    words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return None
+    if words[0] == "--version":
+        print(f"leap_pl {__version__}")
+        return None
+    try:
+        if words[0] not in VERBS:
+            raise UserError(f"there is no verb {words[0]!r}. The verbs are {', '.join(VERBS)}; see leap_pl --help.")
+        function = VERBS[words[0]][1]
+        if function is None:
+            from leap_pl.trainer_cli import run
+
+            return run(words)
+        return _run_function(words[0], _find(function), words[1:])
+    except UserError as error:
+        print(f"leap_pl {words[0]}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _find(function: str) -> Callable[..., Any]:
+    module, name = function.split(":")
+    return getattr(import_module(module), name)
+
+
+def _run_function(verb: str, function: Callable[..., Any], words: list[str]) -> Any:
+    """Flags from the function's signature, their help from its docstring, their values also from ``--config``."""
+    from jsonargparse import ArgumentParser
+
+    description = (function.__doc__ or "").split("Args:")[0]
+    parser = ArgumentParser(prog=f"leap_pl {verb}", description=description)
+    parser.add_argument("-c", "--config", action="config", help="YAML file with values for these options.")
+    parser.add_function_arguments(function, as_group=False)
+    switches = {f"--{p.name}" for p in signature(function).parameters.values() if isinstance(p.default, bool)}
+    settings = parser.parse_args(_spell_out(words, switches)).as_dict()
+    settings.pop("config", None)
+    return function(**settings)
+
+
+def _spell_out(words: list[str], switches: set[str]) -> list[str]:
+    """``--force`` alone means ``--force true``."""
+    spelled: list[str] = []
+    for place, word in enumerate(words):
+        following = words[place + 1] if place + 1 < len(words) else "--"
+        spelled += [word, "true"] if word in switches and following.startswith("-") else [word]
+    return spelled

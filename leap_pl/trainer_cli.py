@@ -1,0 +1,136 @@
+"""The verbs that train and validate: LightningCLI with this project's defaults."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import lazy_instance
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from leap_pl.callbacks import Annealing, MaskExport, SparsityLogger, StepProgress
+from leap_pl.checkpoint import load_checkpoint
+from leap_pl.data import TextDataModule
+from leap_pl.errors import UserError
+from leap_pl.module import LeapModule
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_steps": 2000,
+    "gradient_clip_val": 1.0,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,  # its table counts parametrized weights twice
+    "check_val_every_n_epoch": None,  # a run is one epoch: validation goes by steps
+    "logger": lazy_instance(TensorBoardLogger, save_dir="runs", name="leap", default_hp_metric=False),
+}
+
+# LeapModule's own default, in the form that a saved config can hold.
+OPTIMIZER: dict[str, Any] = {
+    "class_path": "torch.optim.AdamW",
+    "init_args": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.0, "fused": True},
+}
+
+
+class LeapCLI(LightningCLI):
+    """LightningCLI with the callbacks every run has, and one tokenizer for model and data."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Callbacks that a config sets under names of their own."""
+        parser.add_lightning_class_args(Annealing, "annealing")
+        parser.add_lightning_class_args(SparsityLogger, "sparsity_log")
+        parser.add_lightning_class_args(MaskExport, "mask_export")
+        parser.add_lightning_class_args(StepProgress, "progress")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "{step}",
+                "checkpoint.save_last": "link",
+                "checkpoint.save_on_train_epoch_end": False,
+                "checkpoint.enable_version_counter": False,  # a second run in a folder replaces the first
+                "model.optimizer": OPTIMIZER,
+            }
+        )
+        parser.link_arguments("model.base_model", "data.tokenizer")
+        parser.link_arguments("model.revision", "data.tokenizer_revision")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """What a checkpoint was made with fills in what is not given; what is typed, or in a config, wins."""
+        words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
+        path = _option(words, "--ckpt_path")
+        if path is not None and Path(path).is_file():
+            stored = load_checkpoint(path).get("hyper_parameters", {})
+            known = {k: v for k, v in stored.items() if not k.startswith("_")}
+            subparser = self._subcommand_parsers[words[0]]
+            subparser.set_defaults({f"model.{name}": value for name, value in known.items()})
+        super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's own version lays the checkpoint's settings over what was typed."""
+
+
+def run(words: list[str]) -> LeapCLI:
+    """Run one of LightningCLI's verbs.
+
+    Raises:
+        UserError: The settings do not fit together, or something they name is not there.
+    """
+    # What a user can do nothing about, or is meant.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for pattern in (
+        ".*intended to run from within Python like if it were.*",  # main reads the verb before LightningCLI does
+        ".*does not have many workers.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)`.*",
+        ".*lr_scheduler.step.*",
+        ".*smaller than the logging interval.*",  # the sparsity log has its own
+        ".*Converting a tensor with requires_grad=True to a scalar.*",
+    ):
+        warnings.filterwarnings("ignore", message=pattern)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    torch.set_float32_matmul_precision("high")
+    try:
+        return LeapCLI(
+            LeapModule,
+            TextDataModule,
+            args=words,
+            seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "leap_pl"},
+        )
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory on the device: {str(error).splitlines()[0]} Lower data.batch_size or data.seq_length and "
+            "raise trainer.accumulate_grad_batches, or set model.activation_checkpointing."
+        ) from error
+    except ValueError as error:
+        if isinstance(error, UserError) or not _from_settings(error):
+            raise
+        raise UserError(str(error)) from error
+
+
+def _from_settings(error: ValueError) -> bool:
+    """Whether a constructor of this package refused its settings, so that the message is the user's."""
+    trace, last = error.__traceback__, None
+    while trace is not None:
+        last, trace = trace, trace.tb_next
+    if last is None:
+        return False
+    code = last.tb_frame.f_code
+    return "leap_pl" in Path(code.co_filename).parts and code.co_name in ("__init__", "__post_init__")
+
+
+def _option(words: list[str], name: str) -> str | None:
+    for place, word in enumerate(words):
+        if word == name and place + 1 < len(words):
+            return words[place + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
