@@ -1,0 +1,8 @@
+"""Text: found, streamed, packed into blocks of tokens, and resumed at the exact next block."""
+
+from leap_pl.data.calibration import calibration_blocks, held_out_tokens
+from leap_pl.data.datamodule import TextDataModule
+from leap_pl.data.packing import BlockStream
+from leap_pl.data.source import TextSource
+
+__all__ = ["BlockStream", "TextDataModule", "TextSource", "calibration_blocks", "held_out_tokens"]

@@ -1,0 +1,120 @@
+"""The blocks of a run, dealt to ranks and data workers without overlap, from any point on."""
+
+from collections.abc import Iterator
+from typing import Any, TypedDict
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from leap_pl.data.packing import BlockStream, Position
+from leap_pl.errors import UserError
+
+Batch = dict[str, Any]
+
+
+class Progress(TypedDict):
+    """How far a run has come, in plain Python, as it is stored in a checkpoint."""
+
+    consumed: int  # micro-batches of all ranks together that have been used
+    micro_batch: int  # number, among those of all ranks, of the one that begins at `position`
+    position: Position | None  # None: the beginning of the stream
+
+
+BEGINNING = Progress(consumed=0, micro_batch=0, position=None)
+
+
+class RankBatches(IterableDataset[Batch]):
+    """The micro-batches of one rank.
+
+    Micro-batch j of the run is made of the blocks j·B to (j+1)·B−1 of the stream; rank r of W takes those
+    with j ≡ r (mod W). So W ranks that accumulate A micro-batches see, in every optimizer step, the blocks
+    that one process sees that accumulates A·W. Data workers take turns in the same way, which the
+    round robin of the data loader undoes. Every reader walks the whole stream and keeps what is its own:
+    each pays for tokenizing all of it, which is little beside training, and no reader waits for another.
+
+    Yields ``{"input_ids": LongTensor[B, seq_length], "position": Progress}``, the state after the batch.
+
+    Args:
+        stream: The blocks.
+        batch_size: B, blocks in a micro-batch.
+        batches: Micro-batches of this rank in the whole run, those before ``start`` included.
+        rank: r.
+        world_size: W.
+        start: Where to begin.
+
+    Raises:
+        UserError: ``start`` comes from another number of ranks that leaves some of them a batch ahead.
+    """
+
+    def __init__(
+        self,
+        stream: BlockStream,
+        batch_size: int,
+        batches: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        start: Progress = BEGINNING,
+    ) -> None:
+        if start["consumed"] % world_size:
+            raise UserError(
+                f"The run has used {start['consumed']} micro-batches, which {world_size} ranks cannot have shared "
+                "evenly. Resume on a number of ranks that divides it."
+            )
+        self.stream = stream
+        self.batch_size = batch_size
+        self.batches = batches
+        self.rank = rank
+        self.world_size = world_size
+        self.start = start
+
+    def __len__(self) -> int:
+        """Micro-batches of this rank in the whole run: Lightning counts those before a resume as well."""
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        turn, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        try:
+            yield from self._own(turn, workers)
+        except UserError as error:
+            if worker is None:
+                raise
+            # Raised in a worker, it would reach the user wrapped in the worker's traceback.
+            yield {"error": str(error)}
+
+    def _own(self, turn: int, workers: int) -> Iterator[Batch]:
+        blocks = self.stream.blocks(self.start["position"])
+        at = self.start["micro_batch"]
+        for mine in range(self.start["consumed"] // self.world_size + turn, self.batches, workers):
+            micro_batch = mine * self.world_size + self.rank
+            for _ in range((micro_batch - at) * self.batch_size):
+                next(blocks)
+            taken = [next(blocks) for _ in range(self.batch_size)]
+            at = micro_batch + 1
+            yield {
+                "input_ids": torch.tensor([block.tokens for block in taken]),
+                "position": Progress(consumed=(mine + 1) * self.world_size, micro_batch=at, position=taken[-1].after),
+            }
+
+
+class BlockLoader(DataLoader[Batch]):
+    """A data loader over :class:`RankBatches`; what fails in a worker is raised here as one line."""
+
+    def __init__(self, dataset: RankBatches, num_workers: int = 0) -> None:
+        super().__init__(dataset, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """The batches.
+
+        Raises:
+            UserError: The text cannot be read on.
+        """
+        for batch in super().__iter__():
+            if "error" in batch:
+                raise UserError(batch["error"])
+            yield batch
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,126 @@
+"""Text for what is no training run: blocks to calibrate one-shot pruners on, and whole texts to evaluate on."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leap_pl.data.documents import Share
+from leap_pl.data.packing import BlockStream
+from leap_pl.data.source import TextSource
+from leap_pl.errors import UserError
+
+_EDGE = 64  # tokens at the end that may differ while text is missing behind them
+
+
+def calibration_blocks(
+    text: str | Sequence[str],
+    tokenizer: Any,
+    *,
+    seq_length: int,
+    sequences: int,
+    seed: int = 0,
+    config_name: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    share: Share = "train",
+) -> Tensor:
+    """The first blocks of the stream that a run on ``text`` trains on.
+
+    Args:
+        text: Local files, patterns, or a hub id, as in :class:`leap_pl.data.TextDataModule`.
+        tokenizer: Name of a base model, or a transformers tokenizer.
+        seq_length: Tokens in a block.
+        sequences: Number of blocks. A text that is too short for them repeats, with a warning.
+        seed: Of the order of files or shards.
+        config_name: Configuration of a hub dataset.
+        split: Split of a hub dataset.
+        text_column: Column or JSON key of the text.
+        share: Part of local files; ``train`` leaves out the twentieth that a run without ``validation_text``
+            validates on, ``all`` is what a run with it trains on.
+
+    Returns:
+        LongTensor[sequences, seq_length].
+
+    Raises:
+        UserError: The text cannot be found or read, or is too short for one block.
+    """
+    source = TextSource.open(
+        text, config_name=config_name, split=split, text_column=text_column, share=share, seed=seed
+    )
+    stream = BlockStream(source, loaded_tokenizer(tokenizer), seq_length)
+    return torch.tensor([block.tokens for block in islice(stream.blocks(), sequences)])
+
+
+def held_out_tokens(
+    text: str | Sequence[str],
+    tokenizer: Any,
+    *,
+    most: int | None = None,
+    config_name: str | None = None,
+    split: str = "test",
+    text_column: str = "text",
+    share: Share = "all",
+) -> Tensor:
+    """A text as one sequence of tokens, the way perplexity is measured in the pruning literature.
+
+    Documents, empty ones included, are joined by a blank line and tokenized at once, with the special
+    tokens that the tokenizer puts around any text (one at the beginning for Llama, none for GPT-2).
+
+    Args:
+        text: Local files, patterns, or a hub id.
+        tokenizer: Name of a base model, or a transformers tokenizer.
+        most: The first so many tokens; None is all of them. Text behind them is not read.
+        config_name: Configuration of a hub dataset.
+        split: Split of a hub dataset.
+        text_column: Column or JSON key of the text.
+        share: Part of local files; ``held_out`` is what a run without ``validation_text`` validates on.
+
+    Returns:
+        LongTensor[tokens].
+
+    Raises:
+        UserError: The text cannot be found or read, or is empty.
+    """
+    source = TextSource.open(text, config_name=config_name, split=split, text_column=text_column, share=share)
+    encode = loaded_tokenizer(tokenizer)
+    parts = _joined(source)
+    read = ""
+    enough = None if most is None else 8 * most  # characters; doubled until they make the tokens
+    while True:
+        fresh: list[str] = []
+        length = len(read)
+        for part in parts:
+            fresh.append(part)
+            length += len(part)
+            if enough is not None and length >= enough:
+                break
+        read += "".join(fresh)
+        tokens: list[int] = encode(read, verbose=False)["input_ids"]
+        if enough is None or length < enough or len(tokens) > most + _EDGE:  # type: ignore[operator]
+            break
+        enough *= 2
+    if not read.strip():
+        raise UserError(f"{source.name} holds no text.")
+    return torch.tensor(tokens[:most])
+
+
+def _joined(source: TextSource) -> Iterator[str]:
+    first, ends = True, True
+    for shard in range(len(source.shards)):
+        for document in source.shards.read(shard, None):
+            if ends and not first:
+                yield "\n\n"
+            yield document.text
+            first, ends = False, document.ends
+
+
+def loaded_tokenizer(tokenizer: Any, revision: str | None = None) -> Any:
+    """The tokenizer of the base model of that name; a tokenizer is returned as it is."""
+    if not isinstance(tokenizer, str):
+        return tokenizer
+    from leap_pl.models import load_tokenizer
+
+    return load_tokenizer(tokenizer, revision=revision)

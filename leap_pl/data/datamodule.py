@@ -1,0 +1,295 @@
+"""Text for a training run: a stream of packed blocks that goes on exactly where it stopped."""
+
+import os
+import warnings
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from leap_pl.data.batches import BEGINNING, Batch, BlockLoader, Progress, RankBatches
+from leap_pl.data.calibration import loaded_tokenizer
+from leap_pl.data.documents import Share, warn
+from leap_pl.data.packing import BlockStream
+from leap_pl.data.source import TextSource
+from leap_pl.errors import UserError
+
+FORMAT = 1
+
+
+class TextDataModule(LightningDataModule):
+    """Packed blocks of text to learn a mask on, and held-out blocks to validate it.
+
+    Documents are joined by the tokenizer's end token and cut in blocks of exactly ``seq_length`` tokens. The
+    sequence of blocks follows from text, tokenizer, ``seq_length`` and ``seed`` alone; ranks and data workers
+    share it without overlap, and a resumed run goes on with the block that comes next. A run is one epoch of
+    ``trainer.max_steps`` × ``trainer.accumulate_grad_batches`` batches on every rank; a text that is shorter
+    repeats, its files in another order.
+
+    Sample configuration::
+
+        data:
+          text: [text/a.jsonl.gz, "text/more/*.parquet"]
+          seq_length: 2048
+          batch_size: 4
+
+    Args:
+        tokenizer: Base model whose tokenizer is used: hub id, local folder, or local GGUF file.
+        text: What to train on. Local files (``.jsonl``, ``.jsonl.gz``, ``.parquet``: one document a line or row;
+            ``.txt``: one running text a file), patterns such as ``text/*.jsonl``, or a list of them; or the
+            hub id of a dataset, which is streamed and never downloaded whole.
+        config_name: Configuration of a hub dataset; None is its only one, and ``en`` for ``allenai/c4``.
+        split: Split of a hub dataset to train on.
+        text_column: Column or JSON key that holds the text.
+        validation_text: What to validate on, as ``text``. None is the ``validation_split`` of a hub dataset, and
+            of local files about one document in twenty (of a ``.txt`` file the last twentieth), which
+            training then never sees.
+        validation_config_name: Configuration of ``validation_text`` where that is a hub dataset.
+        validation_split: Split of a hub dataset to validate on. If it is the same as ``split``, one document in
+            twenty of it is held out.
+        seq_length: Tokens in a block. It is never taken from the model, whose longest may be far too long.
+        batch_size: Blocks in a micro-batch on each rank.
+        validation_sequences: Blocks to validate on, of all ranks together; 0 holds nothing out.
+        num_workers: Processes of each rank that read and tokenize ahead; 0 does it in the training process.
+        seed: Order of the files, or of the shards of a hub dataset; validation does not depend on it.
+        tokenizer_revision: Branch, tag or commit of a tokenizer from the hub.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        text: str | list[str] = "allenai/c4",
+        config_name: str | None = None,
+        split: str = "train",
+        text_column: str = "text",
+        validation_text: str | list[str] | None = None,
+        validation_config_name: str | None = None,
+        validation_split: str = "validation",
+        seq_length: PositiveInt = 4096,
+        batch_size: PositiveInt = 1,
+        validation_sequences: NonNegativeInt = 64,
+        num_workers: NonNegativeInt = 0,
+        seed: int = 0,
+        tokenizer_revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer_name: Any = tokenizer  # Python code may pass a tokenizer instead of a name
+        self.text = text
+        self.config_name = config_name
+        self.split = split
+        self.text_column = text_column
+        self.validation_text = validation_text
+        self.validation_config_name = validation_config_name
+        self.validation_split = validation_split
+        self.seq_length = seq_length
+        self.batch_size = batch_size
+        self.validation_sequences = validation_sequences
+        self.num_workers = num_workers
+        self.seed = seed
+        self.tokenizer_revision = tokenizer_revision
+        self._tokenizer: Any = None
+        self._stream: BlockStream | None = None
+        self._validation: Tensor | None = None
+        self._identity: dict[str, Any] | None = None
+        # How far the run is after the batch in training, and after the one before it.
+        self._progress = self._progress_before = BEGINNING
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded when it is first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = loaded_tokenizer(self.tokenizer_name, self.tokenizer_revision)
+        return self._tokenizer
+
+    @property
+    def stream(self) -> BlockStream:
+        """The blocks to train on.
+
+        Raises:
+            UserError: The text cannot be found, or the tokenizer has no end token.
+        """
+        if self._stream is None:
+            share: Share = "all" if self.validation_text or not self.validation_sequences else "train"
+            self._stream = BlockStream(self._open(share), self.tokenizer, self.seq_length)
+        return self._stream
+
+    def setup(self, stage: str) -> None:
+        """Read the first document, so that what is missing is said before anything is computed.
+
+        Raises:
+            UserError: The text cannot be found or read, or the tokenizer has no end token.
+        """
+        if stage == "fit":
+            self._progress = self._progress_before = BEGINNING  # what a checkpoint says comes after
+            next(self.stream.source.documents())
+
+    def train_dataloader(self) -> BlockLoader:
+        """The batches of this rank in the whole run, from where it was stopped.
+
+        Raises:
+            UserError: The trainer has no ``max_steps``.
+        """
+        if self.trainer is None:
+            raise UserError("No trainer is attached to the data. Call train_loader(batches) to read it without one.")
+        if self.trainer.max_steps < 0:
+            raise UserError(
+                "A run on streamed text has no natural end, and trainer.max_steps is not set. "
+                "Give the number of optimizer steps with --trainer.max_steps."
+            )
+        rank, world_size = self._rank()
+        batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        return self.train_loader(batches, rank=rank, world_size=world_size)
+
+    def train_loader(self, batches: int, *, rank: int = 0, world_size: int = 1) -> BlockLoader:
+        """``batches`` micro-batches for one rank, less those before the state that was loaded.
+
+        Each is ``{"input_ids": LongTensor[batch_size, seq_length], "position": ...}``; what is passed to
+        :meth:`on_before_batch_transfer` counts as used.
+        """
+        # Lightning doubts that an iterable dataset with a length deals its batches to the workers, and that it can
+        # resume. This one does both.
+        warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined")
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
+        if self.num_workers:
+            # The tokenizer's own threads do not survive a fork, of which it would warn in every worker.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        dataset = RankBatches(
+            self.stream, self.batch_size, batches, rank=rank, world_size=world_size, start=self._progress
+        )
+        return BlockLoader(dataset, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The held-out blocks of this rank, ``{"input_ids": LongTensor[batch_size, seq_length]}``.
+
+        All ranks have equally many, since sharded models need every rank in every forward pass; the few
+        blocks that do not divide are left out.
+
+        Raises:
+            UserError: The text to validate on cannot be read, or makes no block for some rank.
+        """
+        if not self.validation_sequences:
+            return []
+        if self._validation is None:
+            self._validation = self._held_out()
+        rank, world_size = self._rank()
+        even = len(self._validation) // world_size * world_size
+        if not even:
+            raise UserError(
+                f"The text to validate on makes {len(self._validation)} blocks, fewer than the {world_size} ranks. "
+                "Name more with --data.validation_text, or lower --data.seq_length."
+            )
+        blocks = [{"input_ids": block} for block in self._validation[:even]]
+        # Lightning puts a sampler of its own, which doubles blocks, only where there is none for ranks yet.
+        sampler = DistributedSampler[Any](blocks, world_size, rank, shuffle=False)  # type: ignore[arg-type]
+        return DataLoader(blocks, batch_size=self.batch_size, sampler=sampler)  # type: ignore[arg-type]
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Note how far the run has come with ``batch``, and leave the model only its tensors.
+
+        Lightning calls this when a batch leaves the loader to be trained on, whatever workers have read ahead.
+        """
+        if "position" not in batch:
+            return batch
+        self._progress_before, self._progress = self._progress, batch["position"]
+        return {name: value for name, value in batch.items() if name != "position"}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which text this is and how far it has been trained on, in plain Python."""
+        progress = self._progress
+        if self.trainer is not None:
+            counts = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            # Saved amid a step, which Lightning will do again.
+            if counts.ready > counts.processed:  # type: ignore[attr-defined]
+                progress = self._progress_before
+        return {"format": FORMAT, "data": self.identity(), **progress}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind the last batch that was trained on; validation alone has nothing to go on with.
+
+        Raises:
+            UserError: The run was on other data; with the setting, what it was and what it is.
+        """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        if state_dict.get("format") != FORMAT:
+            raise UserError(
+                f"The checkpoint's data position has format {state_dict.get('format')}, and this version of leap_pl "
+                f"reads {FORMAT}. Resume with the version that wrote it."
+            )
+        before, now = state_dict["data"], self.identity()
+        changed = [
+            f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if now[name] != before.get(name)
+        ]
+        if changed:
+            raise UserError(
+                f"The run cannot go on with other data: {'; '.join(changed)}. "
+                "Set it as it was, or start a new run without --ckpt_path."
+            )
+        self._progress = self._progress_before = Progress(
+            consumed=state_dict["consumed"], micro_batch=state_dict["micro_batch"], position=state_dict["position"]
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a position in the stream depends on, by name."""
+        if self._identity is None:
+            name = self.tokenizer_name if isinstance(self.tokenizer_name, str) else self.tokenizer.name_or_path
+            shards = self.stream.source.shards
+            self._identity = {
+                "text": shards.identity(),
+                "text_column": self.text_column,
+                "held_out (of validation_text and validation_sequences)": shards.share == "train",
+                "seq_length": self.seq_length,
+                "batch_size": self.batch_size,
+                "seed": self.seed,
+                "tokenizer": f"{Path(name).name} ({len(self.tokenizer)} tokens, end token {self.stream.end})",
+            }
+        return self._identity
+
+    def _open(self, share: Share) -> TextSource:
+        held_out = share == "held_out"
+        return TextSource.open(
+            self.text,
+            config_name=self.config_name,
+            split=self.validation_split if held_out else self.split,
+            text_column=self.text_column,
+            share=share,
+            divide_split=self.validation_split == self.split,
+            seed=None if held_out else self.seed,
+        )
+
+    def _held_out(self) -> Tensor:
+        """LongTensor[at most validation_sequences, seq_length]."""
+        if self.validation_text is None:
+            source = self._open("held_out")
+        else:
+            source = TextSource.open(
+                self.validation_text,
+                config_name=self.validation_config_name,
+                split=self.validation_split,
+                text_column=self.text_column,
+            )
+        stream = BlockStream(source, self.tokenizer, self.seq_length)
+        try:
+            blocks = [block.tokens for block in islice(stream.blocks(repeat=False), self.validation_sequences)]
+        except UserError as error:
+            raise UserError(
+                f"No text to validate on: {error} Or name another with --data.validation_text, or go without: "
+                "--data.validation_sequences 0."
+            ) from error
+        if len(blocks) < self.validation_sequences:
+            warn(
+                f"{source.name}: the text to validate on makes {len(blocks)} blocks of {self.seq_length} tokens, not "
+                f"the {self.validation_sequences} of data.validation_sequences; those are used."
+            )
+        return torch.tensor(blocks)
+
+    def _rank(self) -> tuple[int, int]:
+        """Rank and number of ranks that need data of their own (tensor-parallel ranks share theirs)."""
+        shared = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (shared["rank"], shared["num_replicas"]) if shared else (0, 1)

@@ -1,0 +1,172 @@
+"""Text from a dataset on the Hugging Face hub, streamed: nothing is downloaded whole."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from leap_pl.data.documents import Document, Share, State, in_share, mended, warn
+from leap_pl.errors import UserError, listing
+
+DEFAULT_CONFIGS = {"allenai/c4": "en"}
+TRIES = 5
+FIRST_PAUSE = 2.0  # seconds, doubled at every further try
+_ROWS = 64
+# Their errors do not all derive from OSError.
+_NETWORK_PACKAGES = {"aiohttp", "fsspec", "httpcore", "httpx", "httpx2", "huggingface_hub", "requests", "urllib3"}
+
+
+class HubDataset:
+    """One split of a hub dataset, in the shards it is stored in.
+
+    The shards are read in this project's own order and one at a time, without the shuffle buffer of
+    ``datasets``, whose rows a resumed run would lose.
+
+    Args:
+        dataset: Hub id.
+        config_name: Configuration; None is the only one, and ``en`` for ``allenai/c4``.
+        split: Split.
+        text_column: Column of the text.
+        share: Part of the split to read.
+        sleep: Called with the seconds to wait before another try.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        config_name: str | None = None,
+        split: str = "train",
+        text_column: str = "text",
+        share: Share = "all",
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self.dataset = dataset
+        self.config_name = config_name or DEFAULT_CONFIGS.get(dataset)
+        self.split = split
+        self.text_column = text_column
+        self.share = share
+        self.sleep = sleep
+        self.name = f"{dataset} ({', '.join(filter(None, (self.config_name, split)))})"
+        self._opened: tuple[int, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open dataset: every process opens its own."""
+        return {**self.__dict__, "_opened": None}
+
+    def __len__(self) -> int:
+        """The number of shards.
+
+        Raises:
+            UserError: The dataset cannot be reached, or has no such config, split or column.
+        """
+        return int(self._open().num_shards)
+
+    def identity(self) -> str:
+        """Dataset, config and split."""
+        return self.name
+
+    def read(self, shard: int, state: State | None) -> Iterator[Document]:
+        """The documents of ``shard``, from ``state`` on; network faults are retried from where they struck.
+
+        Raises:
+            UserError: The network stays away, or the data cannot be read; with the position.
+        """
+        here: State = dict(state) if state else {"reader": None, "skip": 0, "row": 0}
+        tries = 0
+        while True:
+            try:
+                for document, after in self._read_once(shard, here):
+                    here, tries = after, 0
+                    if document is not None:
+                        yield document
+                return
+            except Exception as error:
+                if isinstance(error, UserError):
+                    raise
+                place = f"{self.name}, shard {shard}, row {here['row']}"
+                if not _is_network_fault(error):
+                    raise UserError(f"{place}: the data cannot be read ({_told(error)}).") from error
+                tries += 1
+                if tries == TRIES:
+                    raise UserError(
+                        f"{place}: the network failed {TRIES} times in a row ({_told(error)}). Resume from the last "
+                        "checkpoint when it is back (--ckpt_path), or pass local files: --data.text FILE.jsonl."
+                    ) from error
+                pause = FIRST_PAUSE * 2 ** (tries - 1)
+                warn(f"{place}: {_told(error)}; next try in {pause:.0f} s.")
+                self.sleep(pause)
+
+    def _read_once(self, shard: int, state: State) -> Iterator[tuple[Document | None, State]]:
+        """Documents of the share (None for a row outside it), each with the state behind it."""
+        dataset = self._open()
+        part = dataset.shard(num_shards=dataset.num_shards, index=shard)
+        if state["reader"] is not None:
+            part.load_state_dict(state["reader"])
+        reader, skip, row = state["reader"], state["skip"], state["row"]
+        # `iter` in batches, because plain iteration would split the rows once more over the data workers.
+        for rows in part.iter(batch_size=_ROWS):
+            if self.text_column not in rows:
+                raise self._no_column(list(rows))
+            texts = rows[self.text_column]
+            behind = part.state_dict()
+            for index in range(skip, len(texts)):
+                ordinal, row = row, row + 1
+                last = index + 1 == len(texts)
+                after = {
+                    "reader": behind if last else reader,
+                    "skip": 0 if last else index + 1,
+                    "row": row,
+                }
+                if not in_share(self.share, shard, ordinal):
+                    yield None, after
+                    continue
+                if not isinstance(texts[index], str | None):
+                    found = type(texts[index]).__name__
+                    raise UserError(f"{self.name}: column {self.text_column!r} holds {found} and no text.")
+                yield Document(mended(texts[index] or "")[0], after), after
+            reader, skip = behind, 0
+
+    def _open(self) -> Any:
+        # A worker forked from this process must not share its connections.
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), self._load())
+        return self._opened[1]
+
+    def _load(self) -> Any:
+        import datasets
+
+        try:
+            dataset = datasets.load_dataset(self.dataset, self.config_name, split=self.split, streaming=True)
+        except Exception as error:
+            if _is_network_fault(error):
+                raise UserError(
+                    f"The dataset {self.dataset!r} could not be reached ({_told(error)}), and there is no local "
+                    "file of that name. Pass local files instead: --data.text FILE.jsonl."
+                ) from error
+            raise UserError(
+                f"The dataset {self.name} cannot be opened ({_told(error)}). "
+                "Choose with --data.config_name and --data.split, or pass local files: --data.text FILE.jsonl."
+            ) from error
+        if dataset.column_names is None:
+            return dataset
+        if self.text_column not in dataset.column_names:
+            raise self._no_column(dataset.column_names)
+        return dataset.select_columns([self.text_column])
+
+    def _no_column(self, columns: list[str]) -> UserError:
+        return UserError(
+            f"{self.name} has no column {self.text_column!r}; it has: {listing(columns)}. "
+            "Name the one with the text with --data.text_column."
+        )
+
+
+def _is_network_fault(error: BaseException) -> bool:
+    if isinstance(error, OSError | EOFError):
+        return True
+    return any(base.__module__.partition(".")[0] in _NETWORK_PACKAGES for base in type(error).__mro__)
+
+
+def _told(error: BaseException) -> str:
+    """The message of ``error`` in one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -1,0 +1,164 @@
+"""Documents to blocks: tokenized, joined by the end token, cut to one length, nothing padded, nothing lost."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypedDict
+
+from leap_pl.data.documents import Document, State, warn
+from leap_pl.data.source import Place, TextSource
+from leap_pl.errors import UserError
+
+PIECE_CHARACTERS = 1 << 18
+_BATCH_CHARACTERS = 1 << 17
+_BATCH_PIECES = 64
+
+
+class Position(TypedDict):
+    """The place of a token in the stream, in plain Python: everything before it has been used."""
+
+    number: int  # of the pass over the text
+    turn: int  # of the shard in the order of the pass
+    state: State | None  # of the reader, where the document begins
+    character: int  # of the document, where the tokenized piece begins
+    token: int  # tokens of the piece that have been used
+    shards: int  # of the text, since their order depends on it
+
+
+class Block(NamedTuple):
+    """One block of the stream."""
+
+    tokens: list[int]  # seq_length of them
+    after: Position
+
+
+class _Piece(NamedTuple):
+    text: str
+    place: Place
+    character: int
+    ends: bool
+
+
+class BlockStream:
+    """The one sequence of blocks that a text, a tokenizer, a block length and a seed make.
+
+    Documents are tokenized without special tokens, an end token follows each, and the stream of tokens is
+    cut every ``seq_length``. The rest of one pass over the text begins the next pass. A document of more
+    than 262,144 characters is tokenized in pieces, cut before white space, so that its length costs time
+    but no memory.
+
+    Args:
+        source: The text.
+        tokenizer: A transformers tokenizer with an end token.
+        seq_length: Tokens in a block.
+
+    Raises:
+        UserError: The tokenizer has no end token.
+    """
+
+    def __init__(self, source: TextSource, tokenizer: Any, seq_length: int) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"The tokenizer {tokenizer.name_or_path or 'given'} has no end token, and packed documents are "
+                'separated by it. Name one in its tokenizer_config.json, such as "eos_token": "</s>".'
+            )
+        self.source = source
+        self.tokenizer = tokenizer
+        self.seq_length = seq_length
+        self.end = int(tokenizer.eos_token_id)
+
+    def blocks(self, start: Position | None = None, *, repeat: bool = True) -> Iterator[Block]:
+        """The blocks from ``start`` on: without end, or those of one pass, whose last tokens may fill none.
+
+        Raises:
+            UserError: The text cannot be read, or a whole pass of it does not fill one block, or ``start``
+                belongs to a text in another number of shards.
+        """
+        shards = len(self.source.shards)
+        if start is not None and start["shards"] != shards:
+            raise UserError(
+                f"{self.source.name} is in {shards} shards now and was in {start['shards']} when the run was "
+                "stopped, so the run cannot go on where it was. Use the text as it was."
+            )
+        block: list[int] = []
+        number, of_pass, whole_pass = 0, 0, start is None
+        if start is not None:
+            number = start["number"]
+        skip = 0 if start is None else start["token"]
+        for piece, tokens in self._tokenized(self._pieces(start, repeat=repeat)):
+            if piece.place.number != number:
+                self._end_of_pass(of_pass, whole_pass)
+                if number == 0:
+                    warn(f"{self.source.name} has been read to its end, and the run goes on: the text repeats.")
+                number, of_pass, whole_pass = piece.place.number, 0, True
+            of_pass += len(tokens)
+            used, skip = skip, 0
+            while used < len(tokens):
+                taken = tokens[used : used + self.seq_length - len(block)]
+                used += len(taken)
+                block += taken
+                if len(block) == self.seq_length:
+                    yield Block(block, _position(piece, used, shards))
+                    block = []
+        self._end_of_pass(of_pass, whole_pass)
+
+    def _end_of_pass(self, tokens: int, whole: bool) -> None:
+        if whole and tokens < self.seq_length:
+            raise UserError(
+                f"{self.source.name} is too short: the part that is read makes {tokens} tokens, and one block takes "
+                f"{self.seq_length}. Give more text, or lower --data.seq_length."
+            )
+
+    def _pieces(self, start: Position | None, *, repeat: bool) -> Iterator[_Piece]:
+        place, character = None, 0
+        if start is not None:
+            place, character = Place(start["number"], start["turn"], start["state"]), start["character"]
+        for here, document in self.source.documents(place, repeat=repeat):
+            yield from _cut(here, document, character)
+            character = 0
+
+    def _tokenized(self, pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, list[int]]]:
+        """Tokenize a few pieces at a time, which is several times as fast as one by one."""
+        failure: UserError | None = None
+        exhausted = False
+        while not (exhausted or failure):
+            batch: list[_Piece] = []
+            characters = 0
+            try:
+                while characters < _BATCH_CHARACTERS and len(batch) < _BATCH_PIECES:
+                    batch.append(next(pieces))
+                    characters += len(batch[-1].text)
+            except StopIteration:
+                exhausted = True
+            except UserError as error:
+                failure = error  # first what was read before it
+            if not batch:
+                continue
+            encoded = self.tokenizer(
+                [piece.text for piece in batch],
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # no warning that a document is longer than the model's context
+            )["input_ids"]
+            for piece, tokens in zip(batch, encoded, strict=True):
+                yield piece, [*tokens, self.end] if piece.ends else tokens
+        if failure:
+            raise failure
+
+
+def _position(piece: _Piece, token: int, shards: int) -> Position:
+    number, turn, state = piece.place
+    return Position(number=number, turn=turn, state=state, character=piece.character, token=token, shards=shards)
+
+
+def _cut(place: Place, document: Document, character: int) -> Iterator[_Piece]:
+    """The pieces of ``document`` from ``character`` on, where an earlier piece of it ended."""
+    text = document.text
+    while len(text) - character > PIECE_CHARACTERS:
+        # From the middle on, so that every piece is long; before the white space, which belongs to the next word.
+        middle, most = character + PIECE_CHARACTERS // 2, character + PIECE_CHARACTERS
+        cut = text.rfind("\n", middle, most)
+        cut = cut if cut > 0 else text.rfind(" ", middle, most)
+        cut = cut if cut > 0 else most
+        yield _Piece(text[character:cut], place, character, ends=False)
+        character = cut
+    yield _Piece(text[character:], place, character, document.ends)

@@ -1,0 +1,326 @@
+"""Local files and hub datasets: what is read, what is held out, and one clear line for everything that fails."""
+
+import gzip
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import byte_tokenizer
+
+from leap_pl.data import BlockStream, TextSource, local
+from leap_pl.data.documents import Share, mended
+from leap_pl.data.hub import TRIES, HubDataset
+from leap_pl.data.local import LocalFiles
+from leap_pl.errors import UserError
+
+DOCUMENTS = [f"document {k}\nof these" + "\n" * (k % 3) for k in range(150)]
+
+
+def write(folder: Path, kind: str, documents: list[str] = DOCUMENTS) -> Path:
+    file = folder / f"text{kind}"
+    lines = "".join(json.dumps({"url": "u", "text": text}) + "\n" for text in documents)
+    if kind == ".parquet":
+        pq.write_table(pa.table({"url": ["u"] * len(documents), "text": documents}), file, row_group_size=40)
+    elif kind == ".txt":
+        file.write_text("".join(documents))
+    else:
+        file.write_bytes(gzip.compress(lines.encode()) if kind.endswith(".gz") else lines.encode())
+    return file
+
+
+def texts(*names: str | Path, **choices: Any) -> list[str]:
+    source = TextSource.open([str(name) for name in names], **choices)
+    return [document.text for _, document in source.documents(repeat=False)]
+
+
+KINDS = [".jsonl", ".jsonl.gz", ".json.gz", ".parquet"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_of_every_kind(kind: str, tmp_path: Path) -> None:
+    assert texts(write(tmp_path, kind)) == DOCUMENTS
+
+
+@pytest.mark.parametrize("kind", [*KINDS, ".txt"])
+def test_every_kind_goes_on_from_every_state(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "TEXT_PART_BYTES", 50)
+    files = LocalFiles([write(tmp_path, kind)])
+    documents = list(files.read(0, None))
+    for at in range(0, len(documents), 7):
+        state = json.loads(json.dumps(documents[at].after))
+        assert list(files.read(0, state)) == documents[at + 1 :]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, ".txt"])
+def test_shares_are_a_partition(kind: str, tmp_path: Path) -> None:
+    file = write(tmp_path, kind)
+    train, held_out, everything = (texts(file, share=share) for share in ("train", "held_out", "all"))
+    if kind == ".txt":
+        assert train[0] + held_out[0] == everything[0]
+        assert 0.03 < len(held_out[0]) / len(everything[0]) < 0.06
+        assert held_out[0].startswith("\n")
+    else:
+        assert sorted(train + held_out) == sorted(everything)
+        assert 3 <= len(held_out) <= 15
+        assert texts(file, share="held_out", seed=5) == held_out
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200) | st.text("é €\n🙂a", max_size=80).map(str.encode), st.integers(1, 30))
+def test_text_files_are_read_byte_for_byte(tmp_path: Path, raw: bytes, part: int) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(raw)
+    old, local.TEXT_PART_BYTES = local.TEXT_PART_BYTES, max(part, 5)
+    try:
+        shares: list[Share] = ["all", "train", "held_out"]
+        got = {share: "".join(d.text for d in LocalFiles([file], share=share).read(0, None)) for share in shares}
+    finally:
+        local.TEXT_PART_BYTES = old
+    try:
+        expected = raw.decode()
+    except UnicodeDecodeError:
+        assert set("".join(got.values())) >= {"\ufffd"}
+        return
+    expected = expected.removeprefix("\ufeff").replace("\0", "\ufffd")
+    assert got["all"] == expected
+    assert (got["train"] + got["held_out"]).removeprefix("\ufeff") == expected
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.binary(max_size=40) | st.just(b'{"text": "good"}') | st.just(b'{"text": "\xff\x00"}'), max_size=8))
+@pytest.mark.filterwarnings("ignore:.*it is|.*like this")
+def test_any_bytes_give_texts_or_one_line(tmp_path: Path, lines: list[bytes]) -> None:
+    for name in ("a.jsonl", "a.parquet", "a.jsonl.gz", "a.txt"):
+        file = tmp_path / name
+        file.write_bytes(b"\n".join(lines))
+        try:
+            for text in texts(file):
+                byte_tokenizer()(text)
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_bad_lines_are_skipped_and_counted(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    rows = [
+        b'{"text": "one"}',
+        b"{not json",
+        b"[1]",
+        b'{"text": 3}',
+        b"",
+        b'{"text": ""}',
+        b'{"text": null}',
+        b'{"a": 1}',
+    ]
+    file.write_bytes(b"\n".join([*rows, b"[" * 100_000, b"[2]", b'{"text": "two"}']))
+    with pytest.warns(UserWarning, match="line") as caught:
+        assert texts(file) == ["one", "two"]
+    said = [str(warning.message).removeprefix(f"{file}: ") for warning in caught]
+    assert said[0].startswith("line 2 is no JSON (")
+    assert "line 3 is no JSON object; it is skipped." in said
+    assert "line 4 has int and no text under 'text'; it is skipped." in said
+    assert "line 8 has no 'text'; it is skipped." in said
+    assert "2 lines like this: line is no JSON object." in said
+
+
+def test_bytes_that_no_tokenizer_takes_are_mended(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "a\x00b"}\n{"text": "\xff"}\n{"text": "\\ud800 \\u0000"}\n')
+    with pytest.warns(UserWarning, match="replaced by U\\+FFFD"):
+        assert texts(file) == ["a\ufffdb", "\ufffd", "\ufffd \ufffd"]
+    column = pa.array([b"\xffz"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.warns(UserWarning, match="row 1 holds NUL, invalid UTF-8"):
+        assert texts(tmp_path / "a.parquet") == ["\ufffdz"]
+    assert mended("a\U0001f642") == ("a\U0001f642", False)
+
+
+def _truncated_gzip(folder: Path) -> str:
+    raw = gzip.compress(json.dumps({"text": "words " * 1000}).encode())
+    (folder / "cut.jsonl.gz").write_bytes(raw[: len(raw) // 2])
+    return str(folder / "cut.jsonl.gz")
+
+
+def _written(name: str, content: bytes) -> Callable[[Path], str]:
+    def make(folder: Path) -> str:
+        (folder / name).write_bytes(content)
+        return str(folder / name)
+
+    return make
+
+
+def _damaged_parquet(folder: Path) -> str:
+    raw = bytearray(write(folder, ".parquet").read_bytes())
+    footer = int.from_bytes(raw[-8:-4], "little")
+    raw[4 : -8 - footer] = b"\xff" * (len(raw) - 12 - footer)
+    return _written("broken.parquet", bytes(raw))(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: f"{folder}/none.jsonl", "There is no file .*none.jsonl. Name one that is there, or a hub"),
+        (lambda folder: "none.jsonl", "There is no file none.jsonl"),
+        (lambda folder: f"{folder}/*.jsonl", r"No file matches .*\*.jsonl"),
+        (lambda folder: str(folder), r"is a folder. Name the files in it, such as .*/\*.jsonl"),
+        (_written("a.csv", b"x"), r"a.csv: files of this kind .* Give .jsonl, .jsonl.gz"),
+        (_written("a.jsonl", b'{"url": 1, "body": "b"}\n'), "has no column 'text'; it has: url, body. .*text_column"),
+        (_written("a.jsonl", b"{\n[]\n"), "none of the 2 lines read is a JSON object with a text; line 1 is no JSON"),
+        (_written("a.jsonl", b"\n\n"), "a.jsonl holds no text"),
+        (_written("a.txt", b""), "a.txt holds no text"),
+        (_written("a.jsonl.gz", b'{"text": "not compressed"}'), "a.jsonl.gz is no intact gzip file"),
+        (_truncated_gzip, "cut.jsonl.gz is no intact gzip file .*Fetch it again"),
+        (_written("a.parquet", b"nothing"), "a.parquet is no intact Parquet file"),
+        (_damaged_parquet, "broken.parquet is no intact Parquet file"),
+        (lambda folder: _written("a.jsonl", b'{"text": "short"}\n')(folder), "makes 6 tokens, and one block takes 512"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*it is skipped")
+def test_one_clear_line(make: Callable[[Path], str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        next(BlockStream(TextSource.open(make(tmp_path)), byte_tokenizer(), 512).blocks())
+    assert "\n" not in str(caught.value)
+
+
+def test_lists_are_files_or_one_hub_id(tmp_path: Path) -> None:
+    file = str(write(tmp_path, ".jsonl"))
+    with pytest.raises(UserError, match="There is no file 'allenai/c4', and hub ids cannot be listed"):
+        TextSource.open([file, "allenai/c4"])
+    with pytest.raises(UserError, match="No file of this list is there"):
+        TextSource.open(["a/b", "allenai/c4"])
+    with pytest.raises(UserError, match="is empty"):
+        TextSource.open([])
+    shards = TextSource.open("allenai/c4").shards
+    assert isinstance(shards, HubDataset)
+    assert (shards.config_name, shards.name) == ("en", "allenai/c4 (en, train)")
+
+
+def test_parquet_column_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no column 'body'; it has: url, text"):
+        texts(write(tmp_path, ".parquet"), text_column="body")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub with one dataset of three shards; the texts in it."""
+    real = datasets.load_dataset
+    files = []
+    for shard in range(3):
+        file = tmp_path / f"{shard}.jsonl"
+        file.write_text("".join(json.dumps({"text": f"{shard}.{k}" * (k != 5)}) + "\n" for k in range(100)))
+        files.append(str(file))
+
+    def load(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        assert streaming
+        if name == "no/where":
+            raise ConnectionError("Couldn't reach the Hub\nat all")
+        if split not in ("train", "validation"):
+            raise ValueError(f'Bad split: {split}. Available splits: ["train", "validation"]')
+        data_files = files if split == "train" else files[:1]
+        return real("json", data_files=data_files, split="train", streaming=True, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return [f"{shard}.{k}" for shard in range(3) for k in range(100) if k != 5]
+
+
+def test_hub_dataset_is_streamed_and_goes_on_from_every_state(hub: list[str]) -> None:
+    dataset = HubDataset("some/text")
+    assert len(dataset) == 3
+    documents = [list(dataset.read(shard, None)) for shard in range(3)]
+    assert [d.text for shard in documents for d in shard if d.text] == hub
+    again = pickle.loads(pickle.dumps(dataset))  # as a data worker gets it
+    for at in (0, 10, 63, 64, 65, 98, 99):
+        state = json.loads(json.dumps(documents[1][at].after))
+        assert [d.text for d in again.read(1, state)] == [d.text for d in documents[1][at + 1 :]]
+
+
+def test_one_split_of_a_hub_dataset_can_be_divided(hub: list[str]) -> None:
+    assert texts("some/text", share="train") == hub
+    train, held_out = (texts("some/text", share=share, divide_split=True) for share in ("train", "held_out"))
+    assert sorted(train + held_out) == sorted(hub)
+    assert 5 <= len(held_out) <= 30
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (
+            HubDataset("no/where"),
+            r"'no/where' could not be reached \(Couldn't reach the Hub at all\).*--data.text FILE",
+        ),
+        (HubDataset("some/text", split="dev"), r"cannot be opened \(Bad split: dev. Available splits: .*--data.split"),
+        (HubDataset("some/text", text_column="body"), "has no column 'body'; it has: text."),
+    ],
+)
+def test_hub_dataset_that_cannot_be_opened(dataset: HubDataset, message: str, hub: list[str]) -> None:
+    with pytest.raises(UserError, match=message):
+        len(dataset)
+
+
+class Flaky:
+    """A hub dataset whose connection breaks after every ``every`` batches of rows, ``times`` times."""
+
+    def __init__(self, real: Any, every: int, times: int) -> None:
+        self.real, self.every, self.times = real, every, times
+        self.num_shards, self.column_names = real.num_shards, real.column_names
+
+    def select_columns(self, columns: list[str]) -> "Flaky":
+        return self
+
+    def shard(self, **which: int) -> Any:
+        outer, part = self, self.real.shard(**which)
+
+        class Part:
+            state_dict, load_state_dict = part.state_dict, part.load_state_dict
+
+            def iter(self, batch_size: int) -> Any:
+                for at, rows in enumerate(part.iter(batch_size)):
+                    if at == outer.every and outer.times:
+                        outer.times -= 1
+                        raise ConnectionError("Server Disconnected")
+                    yield rows
+
+        return Part()
+
+
+def test_network_faults_are_retried_from_where_they_struck(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    load, pauses = datasets.load_dataset, []
+    flaky = Flaky(load("some/text", None, split="train", streaming=True), every=1, times=2)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: flaky)
+    dataset = HubDataset("some/text", sleep=pauses.append)
+    with pytest.warns(UserWarning, match="shard 0, row 64: Server Disconnected; next try in 2 s"):
+        got = [d.text for shard in range(3) for d in dataset.read(shard, None) if d.text]
+    assert got == hub
+    assert pauses == [2.0, 2.0]  # in shards 0 and 1, each mended by the first new try
+
+
+def test_a_network_that_stays_away_is_reported_with_the_position(
+    hub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, pauses = datasets.load_dataset, []
+    flaky = Flaky(load("some/text", None, split="train", streaming=True), every=0, times=99)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: flaky)
+    dataset = HubDataset("some/text", sleep=pauses.append)
+    message = rf"some/text \(train\), shard 2, row 0: the network failed {TRIES} times in a row .*--ckpt_path"
+    with pytest.warns(UserWarning, match="next try"), pytest.raises(UserError, match=message):
+        list(dataset.read(2, None))
+    assert pauses == [2.0, 4.0, 8.0, 16.0]
+
+
+def test_data_that_cannot_be_read_is_no_network_fault(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Flaky):
+        def shard(self, **which: int) -> Any:
+            raise ValueError("bad magic")
+
+    broken = Broken(datasets.load_dataset("some/text", None, split="train", streaming=True), 0, 0)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: broken)
+    with pytest.raises(UserError, match=r"shard 0, row 0: the data cannot be read \(bad magic\)"):
+        next(HubDataset("some/text").read(0, None))
