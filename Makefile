@@ -1,0 +1,56 @@
+# Two commands: `make quickstart` and `make test`. Both set up what they need, and both can be run again.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := true
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-fast lint assets assets-eval clean
+
+help: ## This list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+quickstart: $(VENV)/.installed ## Learn a mask for a real model, export it, evaluate it (about ten minutes on two cores)
+	@$(BIN)/python -m leap_pl.assets quickstart
+	@$(BIN)/python -m leap_pl.quickstart
+
+test: $(VENV)/.installed-dev ## All tests, those on the real model in a short form
+	@$(BIN)/python -m leap_pl.assets quickstart
+	@$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed-dev ## The tests that need no model
+	@$(BIN)/python -m pytest -m "not real"
+
+lint: $(VENV)/.installed-dev ## Style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+assets: $(VENV)/.installed ## The embedded model and text: assets/SmolLM2-135M-Instruct, assets/wikipedia
+	@$(BIN)/python -m leap_pl.assets quickstart
+
+assets-eval: $(VENV)/.installed ## The zero-shot tasks, for evaluation without a hub: assets/tasks
+	@$(BIN)/python -m leap_pl.assets eval
+
+clean: ## Remove what runs have written; models, text and the environment stay
+	rm -rf runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The stamp is newer than pyproject.toml exactly if the environment has what it asks for.
+define install
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not there. Install Python 3.11, or name one: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing leap_pl into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(1)' >$(VENV)/install.log 2>&1 \
+	  || { echo "make: the packages could not be installed: $$(grep -m1 -E 'ERROR' $(VENV)/install.log || tail -n 1 $(VENV)/install.log) (all of it: $(VENV)/install.log)"; exit 1; }
+	@touch $@
+endef
+
+$(VENV)/.installed: pyproject.toml
+	$(call install,)
+
+$(VENV)/.installed-dev: pyproject.toml
+	$(call install,[dev])
+	@touch $(VENV)/.installed
