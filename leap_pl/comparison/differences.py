@@ -1,0 +1,110 @@
+"""Differences between two results on the same windows and questions, with their standard errors.
+
+Two models find the same windows hard and the same questions easy, so the error of their difference is that
+of the paired differences, which is much smaller than the errors of the two figures would make it.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from leap_pl.comparison.entries import Entry
+
+SAME_SPARSITY = 0.01  # entries nearer than this are compared as of one sparsity
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure minus the best baseline's.
+
+    Attributes:
+        value: In the unit of the figure.
+        stderr: Standard error, paired; None where it cannot be told.
+        baseline: Label of that baseline.
+    """
+
+    value: float
+    stderr: float | None
+    baseline: str
+
+
+def perplexity_difference(
+    entry: Entry, entries: Sequence[Entry], text: str, baselines: Collection[str]
+) -> Difference | None:
+    """Perplexity of ``entry`` on ``text`` minus the lowest of a baseline of its sparsity; negative is better."""
+    rivals = [r for r in _rivals(entry, entries, baselines) if text in r.perplexity]
+    if text not in entry.perplexity or not rivals:
+        return None
+    best = min(rivals, key=lambda rival: float(rival.perplexity[text]["value"]))
+    a, b = entry.perplexity[text], best.perplexity[text]
+    windows_a, windows_b = a.get("window_nll", []), b.get("window_nll", [])
+    stderr = None
+    if len(windows_a) == len(windows_b):
+        # exp(mean) is linear in small changes of the windows: each weighs its perplexity times its deviation.
+        pairs = zip(windows_a, windows_b, strict=True)
+        stderr = _stderr([a["value"] * (x - a["nll"]) - b["value"] * (y - b["nll"]) for x, y in pairs])
+    return Difference(a["value"] - b["value"], stderr, best.label)
+
+
+def accuracy_difference(
+    entry: Entry, entries: Sequence[Entry], tasks: Sequence[str], baselines: Collection[str]
+) -> Difference | None:
+    """Mean accuracy of ``entry`` over ``tasks`` minus the highest of a baseline of its sparsity."""
+    if not tasks or not all(task in entry.tasks for task in tasks):
+        return None
+    rivals = [r for r in _rivals(entry, entries, baselines) if all(task in r.tasks for task in tasks)]
+    if not rivals:
+        return None
+    best = max(rivals, key=lambda rival: mean_accuracy(rival, tasks))
+    errors = [_task_stderr(entry.tasks[task], best.tasks[task]) for task in tasks]
+    known = [error for error in errors if error is not None]
+    return Difference(
+        mean_accuracy(entry, tasks) - mean_accuracy(best, tasks),
+        math.sqrt(sum(e * e for e in known)) / len(tasks) if len(known) == len(errors) else None,
+        best.label,
+    )
+
+
+def shared_tasks(entries: Sequence[Entry]) -> list[str]:
+    """The tasks with an accuracy in every entry that has tasks: a mean over others would compare unlike things."""
+    sets = [{task for task, found in entry.tasks.items() if "acc" in found} for entry in entries if entry.tasks]
+    return sorted(set.intersection(*sets)) if sets else []
+
+
+def mean_accuracy(entry: Entry, tasks: Sequence[str]) -> float:
+    """The mean of ``acc`` over ``tasks``, each with the same weight."""
+    return sum(float(entry.tasks[task]["acc"]) for task in tasks) / len(tasks)
+
+
+def mean_accuracy_stderr(entry: Entry, tasks: Sequence[str]) -> float | None:
+    """Its standard error; None where a task has none."""
+    errors = [entry.tasks[task].get("acc_stderr") for task in tasks]
+    known = [float(error) for error in errors if error is not None]
+    return math.sqrt(sum(e * e for e in known)) / len(tasks) if len(known) == len(errors) else None
+
+
+def _rivals(entry: Entry, entries: Sequence[Entry], baselines: Collection[str]) -> list[Entry]:
+    return [
+        other
+        for other in entries
+        if other is not entry
+        and other.method in baselines
+        and entry.method not in ("dense", *baselines)
+        and other.fingerprint == entry.fingerprint
+        and abs(other.sparsity - entry.sparsity) < SAME_SPARSITY
+    ]
+
+
+def _task_stderr(a: dict[str, Any], b: dict[str, Any]) -> float | None:
+    answers_a, answers_b = a.get("correct", ""), b.get("correct", "")
+    if not answers_a or len(answers_a) != len(answers_b):
+        return None
+    return _stderr([int(x) - int(y) for x, y in zip(answers_a, answers_b, strict=True)])
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))

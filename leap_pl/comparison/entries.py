@@ -1,0 +1,185 @@
+"""What is compared: result files, MaskSets and exported checkpoints, in one form and checked against each other."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from leap_pl.errors import UserError, listing
+from leap_pl.evaluation.record import read_result
+from leap_pl.masks import MaskSet, split_name
+
+MASK = "mask.safetensors"  # in an exported folder
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that is compared.
+
+    Attributes:
+        source: The file or folder that was named.
+        label: Its name in tables and pictures, unique among what is compared.
+        method: ``dense``, ``wanda``, ``leap`` …
+        base_model: Name of the base model.
+        fingerprint: Of the base model's weights.
+        sparsity: Realised, 0 to 1.
+        perplexity: Text → what ``leap_pl evaluate`` says of it.
+        tasks: Task → what it says of that.
+        densities: (decoder block, projection) → kept over all; empty for a dense model.
+        mask: The mask itself, where it is at hand.
+    """
+
+    source: str
+    label: str
+    method: str
+    base_model: str
+    fingerprint: str | None
+    sparsity: float
+    perplexity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    densities: dict[tuple[int, str], float] = field(default_factory=dict)
+    mask: MaskSet | None = None
+
+
+def read_entries(sources: Sequence[str]) -> list[Entry]:
+    """Read what is named, give each a label of its own, and make sure that their figures can share columns.
+
+    Raises:
+        UserError: Something cannot be read, or figures were measured by different protocols.
+    """
+    twice = [source for source, count in Counter(sources).items() if count > 1]
+    if twice:
+        raise UserError(f"{listing(twice)} is named twice. Name each once.")
+    entries = _labelled([_read(source) for source in sources])
+    entries.sort(key=lambda entry: (entry.base_model, entry.sparsity, entry.method, entry.source))
+    check_protocols(entries)
+    return entries
+
+
+def _read(source: str) -> Entry:
+    path = Path(source)
+    if path.is_dir():
+        if (path / MASK).is_file():
+            return _of_mask(source, MaskSet.load(path / MASK))
+        raise UserError(
+            f"{source} holds no {MASK}, so it is no folder of leap_pl export. Name result files (.json), MaskSet files "
+            "(.safetensors) or exported folders."
+        )
+    if path.suffix == ".safetensors":
+        return _of_mask(source, MaskSet.load(path))
+    if not path.is_file():
+        raise UserError(f"{source}: there is no such file. Name result files of leap_pl evaluate, masks or folders.")
+    result = read_result(path)
+    try:
+        return _of_result(source, result)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{source} is damaged: it lacks or garbles {error}. Evaluate again with --output.") from error
+
+
+def _of_mask(source: str, mask: MaskSet) -> Entry:
+    kept: dict[tuple[int, str], list[int]] = {}
+    for name, bits in mask.masks.items():
+        layer, projection = split_name(name)
+        if layer is not None:
+            count = kept.setdefault((layer, projection), [0, 0])
+            count[0], count[1] = count[0] + int(bits.sum()), count[1] + bits.numel()
+    told = mask.provenance
+    return Entry(
+        source=source,
+        label="",
+        method=told.method,
+        base_model=told.base_model,
+        fingerprint=told.fingerprint,
+        sparsity=mask.sparsity,
+        densities={cell: k / n for cell, (k, n) in kept.items()},
+        mask=mask,
+    )
+
+
+def _of_result(source: str, result: dict[str, Any]) -> Entry:
+    model = result["model"]
+    densities: dict[tuple[int, str], float] = {}
+    for name, sparsity in result["sparsity"]["weights"].items():
+        layer, projection = split_name(name)
+        if layer is not None and result["method"] != "dense":
+            densities[layer, projection] = 1 - float(sparsity)
+    return Entry(
+        source=source,
+        label="",
+        method=str(result["method"]),
+        base_model=str(model["base_model"]),
+        fingerprint=model["fingerprint"],
+        sparsity=float(result["sparsity"]["global"]),
+        perplexity=dict(result["perplexity"]),
+        tasks=dict(result["tasks"]),
+        densities=densities,
+        mask=_mask_at_hand(model),
+    )
+
+
+def _mask_at_hand(model: dict[str, Any]) -> MaskSet | None:
+    """The mask that a result was measured with, if it is still where it was and the same."""
+    for place in (model["mask"], str(Path(model["name"], MASK))):
+        if place is not None and Path(place).is_file():
+            mask = MaskSet.load(place)
+            return mask if mask.provenance.fingerprint == model["fingerprint"] else None
+    return None
+
+
+def _labelled(entries: list[Entry]) -> list[Entry]:
+    models = {entry.base_model for entry in entries}
+    labels = []
+    for entry in entries:
+        label = entry.method if entry.method == "dense" else f"{entry.method} {entry.sparsity:.0%}"
+        labels.append(label if len(models) == 1 else f"{label}, {Path(entry.base_model).name}")
+    counts = Counter(labels)
+    labels = [
+        label if counts[label] == 1 else f"{label} ({Path(entry.source).stem})"
+        for label, entry in zip(labels, entries, strict=True)
+    ]
+    counts = Counter(labels)
+    return [
+        replace(entry, label=label if counts[label] == 1 else f"{label} ({entry.source})")
+        for label, entry in zip(labels, entries, strict=True)
+    ]
+
+
+def check_protocols(entries: Sequence[Entry]) -> None:
+    """Make sure that what stands in one column was measured in one way.
+
+    Raises:
+        UserError: Two differ; the message says which, and in what.
+    """
+    for kind, read in (("perplexity", _perplexity_protocol), ("task", _task_protocol)):
+        seen: dict[str, tuple[Entry, dict[str, Any]]] = {}
+        for entry in entries:
+            figures = entry.perplexity if kind == "perplexity" else entry.tasks
+            for name, figure in figures.items():
+                protocol = read(figure)
+                other, expected = seen.setdefault(name, (entry, protocol))
+                differing = [key for key in protocol if protocol[key] != expected[key]]
+                if "tokenizer" in differing:
+                    differing = [key for key in differing if key != "text"]  # other tokens of, maybe, the same text
+                if differing:
+                    said = "; ".join(f"{key} {expected[key]} and {protocol[key]}" for key in differing)
+                    raise UserError(
+                        f"the {kind} of {name} in {other.source} and in {entry.source} cannot stand in one column: "
+                        f"they differ in {said}. Evaluate both in one way, or compare them apart."
+                    )
+
+
+def _perplexity_protocol(figure: dict[str, Any]) -> dict[str, Any]:
+    tokenizer = figure["tokenizer"]
+    return {
+        "seq_length": figure["seq_length"],
+        "stride": figure["stride"],
+        "tokenizer": f"{tokenizer['digest']} ({tokenizer['vocabulary']} entries)",
+        "text": f"{figure['text_digest']} ({figure['tokens']} tokens)",
+    }
+
+
+def _task_protocol(figure: dict[str, Any]) -> dict[str, Any]:
+    return {key: figure[key] for key in ("split", "limit", "num_fewshot", "version", "samples")}

@@ -1,0 +1,56 @@
+"""How far two masks of one base model agree."""
+
+from dataclasses import dataclass
+
+from leap_pl.comparison.entries import Entry
+from leap_pl.masks import split_name
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Agreement of the masks of two entries.
+
+    Attributes:
+        first: Label of one.
+        second: Label of the other.
+        iou: Weights that both keep over weights that either keeps.
+        chance: What independent masks of the same densities, weight by weight tensor, would have.
+        layers: Decoder block → IoU there.
+    """
+
+    first: str
+    second: str
+    iou: float
+    chance: float
+    layers: dict[int, float]
+
+
+def overlap(a: Entry, b: Entry) -> Overlap | None:
+    """The overlap of the masks of ``a`` and ``b`` on the weights that both cover; None if there are none."""
+    if a.mask is None or b.mask is None:
+        return None
+    both, either, expected_both, expected_either = 0, 0, 0.0, 0.0
+    layers: dict[int, list[int]] = {}
+    for name, mask_a in a.mask.masks.items():
+        mask_b = b.mask.masks.get(name)
+        if mask_b is None or mask_b.shape != mask_a.shape:
+            continue
+        kept_a, kept_b, total = int(mask_a.sum()), int(mask_b.sum()), mask_a.numel()
+        shared = int((mask_a & mask_b).sum())
+        joined = kept_a + kept_b - shared
+        both, either = both + shared, either + joined
+        expected = kept_a * kept_b / total
+        expected_both, expected_either = expected_both + expected, expected_either + kept_a + kept_b - expected
+        layer, _ = split_name(name)
+        if layer is not None:
+            counts = layers.setdefault(layer, [0, 0])
+            counts[0], counts[1] = counts[0] + shared, counts[1] + joined
+    if not either:
+        return None
+    return Overlap(
+        first=a.label,
+        second=b.label,
+        iou=both / either,
+        chance=expected_both / expected_either,
+        layers={layer: shared / joined for layer, (shared, joined) in layers.items() if joined},
+    )

@@ -1,0 +1,68 @@
+"""One HTML page with the whole comparison in it: it opens from disk and fetches nothing."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from leap_pl.comparison.entries import Entry
+from leap_pl.comparison.pictures import Picture
+from leap_pl.comparison.table import Table
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 70rem; margin: 2rem auto;
+       padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .35rem .75rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid #1a1a1a; white-space: normal; vertical-align: bottom; overflow-wrap: break-word; }
+th:first-child, td:first-child { text-align: left; }
+figure { margin: 1.5rem 0; break-inside: avoid; } img { max-width: 100%; height: auto; }
+figcaption, .notes { color: #444; font-size: .9rem; }
+code { overflow-wrap: anywhere; }
+"""
+
+
+def make_page(entries: Sequence[Entry], table: Table, pictures: Sequence[Picture], folder: Path) -> str:
+    """The page; the pictures are read from ``folder`` and put into it."""
+    models = sorted({entry.base_model for entry in entries})
+    title = f"Pruning {', '.join(Path(model).name for model in models)}: a comparison"
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{escape(title)}</h1>",
+        '<div class="wide">',
+        _table(table),
+        "</div>",
+        '<div class="notes">',
+        *(f"<p>{escape(note)}</p>" for note in table.notes),
+        "</div>",
+        "<h2>Pictures</h2>" if pictures else "",
+        *(_figure(picture, folder) for picture in pictures),
+        "<h2>Sources</h2>",
+        "<ul>",
+        *(f"<li>{escape(e.label)}: <code>{escape(e.source)}</code>, {_identity(e)}</li>" for e in entries),
+        "</ul></body></html>",
+    ]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in table.headings)
+    rows = ("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
+
+
+def _figure(picture: Picture, folder: Path) -> str:
+    data = base64.b64encode((folder / f"{picture.stem}.png").read_bytes()).decode()
+    caption = escape(picture.caption)
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def _identity(entry: Entry) -> str:
+    return f"base model <code>{escape(entry.base_model)}</code>, fingerprint {escape(str(entry.fingerprint))}"

@@ -1,0 +1,269 @@
+"""The pictures of a comparison, each as PNG and SVG: readable in grey, and by the colour-blind."""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leap_pl.comparison.differences import (
+    Difference,
+    accuracy_difference,
+    mean_accuracy,
+    mean_accuracy_stderr,
+    perplexity_difference,
+    shared_tasks,
+)
+from leap_pl.comparison.entries import Entry
+from leap_pl.comparison.overlap import Overlap, overlap
+from leap_pl.comparison.table import all_texts, short_names
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, without yellow, which paper swallows; the marker tells methods apart in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that was written: ``stem``.png and ``stem``.svg, and what it shows in a sentence."""
+
+    stem: str
+    caption: str
+
+
+def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path) -> list[Picture]:
+    """Draw what there is to draw of ``entries`` into ``folder``; returns the pictures in reading order."""
+    with _drawing():
+        pictures = []
+        texts, tasks = all_texts(entries), shared_tasks(entries)
+        names = short_names(texts)
+        for number, text in enumerate(texts):
+            points = [
+                (e, float(e.perplexity[text]["value"]), e.perplexity[text]["stderr"])
+                for e in entries
+                if text in e.perplexity
+            ]
+            figure = _against_sparsity(points, f"perplexity on {names[text]}", logarithmic=True)
+            caption = f"Perplexity on {text} against sparsity; logarithmic, lower is better. Bars: one standard error."
+            pictures.append(_save(figure, folder, f"perplexity-{number + 1}-{_slug(Path(text).stem)}", caption))
+        scored = [entry for entry in entries if tasks and all(task in entry.tasks for task in tasks)]
+        if scored:
+            errors = {entry.label: mean_accuracy_stderr(entry, tasks) for entry in scored}
+            points = [(e, 100 * mean_accuracy(e, tasks), _times(errors[e.label], 100)) for e in scored]
+            figure = _against_sparsity(points, f"mean accuracy of {len(tasks)} tasks, %", logarithmic=False)
+            caption = (
+                "Mean zero-shot accuracy against sparsity; higher is better. Bars: one standard error. "
+                "Methods at one sparsity are drawn a little apart."
+            )
+            pictures.append(_save(figure, folder, "accuracy", caption))
+        pictures += _differences(entries, baselines, texts, tasks, folder)
+        densities = [density for entry in entries for density in entry.densities.values()]
+        for number, entry in enumerate(entry for entry in entries if entry.densities):
+            caption = (
+                f"Density (kept over all) of {entry.label} by decoder layer and projection; one scale for all masks."
+            )
+            pictures.append(
+                _save(_density(entry, densities), folder, f"density-{number + 1}-{_slug(entry.label)}", caption)
+            )
+        masked = [entry for entry in entries if entry.mask is not None]
+        pairs = [(a, b) for a, b in combinations(masked, 2) if a.fingerprint == b.fingerprint]
+        overlaps = [found for a, b in pairs if (found := overlap(a, b)) is not None]
+        if overlaps:
+            caption = (
+                "Where two masks agree: weights that both keep, over weights that either keeps (IoU), by decoder "
+                "layer. Chance is the IoU of independent masks of the same densities."
+            )
+            pictures.append(_save(_overlaps(overlaps), folder, "overlap", caption))
+        return pictures
+
+
+def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: str, *, logarithmic: bool) -> "Figure":
+    """One line a method; the dense model is a level line, since everything is measured against it."""
+    figure, axes = _figure(6.4, 4.0)
+    several_models = len({entry.base_model for entry, _, _ in points}) > 1
+    series: dict[str, list[tuple[float, float, float]]] = {}
+    dense: dict[str, float] = {}
+    for entry, value, stderr in points:
+        name = f"{entry.method}, {Path(entry.base_model).name}" if several_models else entry.method
+        if entry.method == "dense":
+            dense[name] = value
+        else:
+            series.setdefault(name, []).append((100 * entry.sparsity, value, stderr or 0.0))
+    shown = sorted({round(x) for line in series.values() for x, _, _ in line})
+    reach = max(shown, default=0) - min(shown, default=0) or 10
+    for n, (name, line) in enumerate(sorted(series.items())):
+        xs, ys, errors = zip(*sorted(line), strict=True)
+        # Errors of accuracies are wide and would hide each other.
+        apart = 0.0 if logarithmic else 0.012 * reach * (n - (len(series) - 1) / 2)
+        axes.errorbar(
+            [x + apart for x in xs],
+            ys,
+            yerr=errors,
+            label=name,
+            color=COLOURS[n % len(COLOURS)],
+            marker=MARKERS[n % len(MARKERS)],
+            capsize=3,
+            linewidth=1.5,
+            elinewidth=1,
+            markersize=6,
+        )
+    for n, (name, value) in enumerate(sorted(dense.items())):
+        axes.axhline(
+            value, color="0.35", linestyle=("--", ":", "-.")[n % 3], linewidth=1.2, label=f"{name} ({value:.2f})"
+        )
+    if logarithmic:
+        _logarithmic(axes, [value for _, value, _ in points])
+    if series:
+        axes.margins(x=0.08)
+        if len(shown) <= 8:
+            axes.set_xticks(shown)
+    else:
+        axes.set_xlim(0, 100)
+    axes.set_xlabel("sparsity, %")
+    axes.set_ylabel(ylabel)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _logarithmic(axes: Any, values: list[float]) -> None:
+    """A logarithmic axis that shows ordinary numbers, with enough of them on any range."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    wide = max(values) / min(values) > 100
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if min(values) < max(values):
+        span = (max(values) / min(values)) ** 0.06
+        axes.set_ylim(min(values) / span, max(values) * span)
+
+
+def _differences(
+    entries: Sequence[Entry], baselines: Collection[str], texts: list[str], tasks: list[str], folder: Path
+) -> list[Picture]:
+    panels: list[tuple[str, list[tuple[str, Difference]], float]] = []
+    for text, name in short_names(texts).items():
+        found = [(e.label, d) for e in entries if (d := perplexity_difference(e, entries, text, baselines))]
+        panels.append((f"perplexity on {name}\n(left is better)", found, 1))
+    found = [(e.label, d) for e in entries if (d := accuracy_difference(e, entries, tasks, baselines))]
+    panels.append(("mean accuracy, percentage points\n(right is better)", found, 100))
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        return []
+    from matplotlib.figure import Figure
+
+    rows = max(len(found) for _, found, _ in panels)
+    figure = Figure(figsize=(3.6 * len(panels) + 1.2, 1.5 + 0.5 * rows), layout="constrained")
+    for axes, (title, found, scale) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.axvline(0, color="0.35", linestyle="--", linewidth=1.2)
+        for row, (_, difference) in enumerate(found):
+            axes.errorbar(
+                scale * difference.value,
+                row,
+                xerr=_times(difference.stderr, scale),
+                marker="o",
+                color=COLOURS[0],
+                capsize=3,
+            )
+        axes.set_yticks(range(len(found)), [f"{label}\n− {difference.baseline}" for label, difference in found])
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.set_xlabel(title)
+        axes.margins(x=0.15)
+        axes.grid(axis="x", color="0.9", linewidth=0.8)
+    caption = "Difference to the best baseline at the same sparsity. Bars: one standard error of the paired difference."
+    return [_save(figure, folder, "differences", caption)]
+
+
+def _density(entry: Entry, everywhere: list[float]) -> "Figure":
+    layers = sorted({layer for layer, _ in entry.densities})
+    projections = list(dict.fromkeys(projection for _, projection in entry.densities))
+    grid = [[entry.densities.get((layer, projection), float("nan")) for layer in layers] for projection in projections]
+    return _heat_map(
+        grid,
+        [str(layer) for layer in layers],
+        projections,
+        xlabel="decoder layer",
+        colour="density (kept over all)",
+        title=f"{entry.label}: density {1 - entry.sparsity:.3f}",
+        limits=(min(everywhere), max(everywhere)),
+    )
+
+
+def _overlaps(overlaps: list[Overlap]) -> "Figure":
+    layers = sorted({layer for found in overlaps for layer in found.layers})
+    grid = [[found.layers.get(layer, float("nan")) for layer in layers] for found in overlaps]
+    names = [
+        f"{found.first} ∩ {found.second}\n{found.iou:.3f} in all (chance {found.chance:.3f})" for found in overlaps
+    ]
+    return _heat_map(
+        grid, [str(layer) for layer in layers], names, xlabel="decoder layer", colour="IoU of kept weights"
+    )
+
+
+def _heat_map(
+    grid: list[list[float]],
+    columns: list[str],
+    rows: list[str],
+    *,
+    xlabel: str,
+    colour: str,
+    title: str | None = None,
+    limits: tuple[float, float] | None = None,
+) -> "Figure":
+    """Rows by columns; cividis runs from dark to light for every reader. Few cells carry their number."""
+    width = max(4.8, 2.6 + 0.26 * len(columns))
+    figure, axes = _figure(width, 1.5 + 0.38 * len(rows))
+    low, high = limits or (None, None)
+    image = axes.imshow(grid, cmap="cividis", aspect="auto", vmin=low, vmax=high)
+    axes.set_yticks(range(len(rows)), rows)
+    step = max(1, -(-len(columns) // 32))
+    axes.set_xticks(range(0, len(columns), step), columns[::step])
+    axes.set_xlabel(xlabel)
+    if title:
+        axes.set_title(title, fontsize="medium")
+    if len(columns) <= 12:
+        low, high = image.get_clim()
+        for row, line in enumerate(grid):
+            for column, value in enumerate(line):
+                shade = "black" if value > (low + high) / 2 else "white"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="small", color=shade)
+    figure.colorbar(image, ax=axes, label=colour)
+    return figure
+
+
+def _figure(width: float, height: float) -> "tuple[Figure, Any]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure: "Figure", folder: Path, stem: str, caption: str) -> Picture:
+    # Neither holds the time, so that the same results make the same files.
+    figure.savefig(folder / f"{stem}.png", dpi=160, metadata={"Software": None})
+    figure.savefig(folder / f"{stem}.svg", metadata={"Date": None})
+    return Picture(stem, caption)
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    import matplotlib as mpl
+
+    settings = {"svg.hashsalt": "leap_pl", "svg.fonttype": "none", "font.size": 10, "savefig.facecolor": "white"}
+    with mpl.rc_context(settings):
+        yield
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "text"
+
+
+def _times(value: float | None, scale: float) -> float | None:
+    return None if value is None else scale * value

@@ -1,0 +1,118 @@
+"""The result file: what was measured, on what, by which protocol, with what; the same inputs give the same file."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from leap_pl.errors import UserError
+from leap_pl.files import atomic_file
+
+FORMAT = "leap_pl.evaluation"
+FORMAT_VERSION = 1
+
+
+def write_result(path: str | Path, result: dict[str, Any]) -> None:
+    """Write ``result`` as JSON, whole or not at all.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    text = json.dumps(_plain(result), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """Read a result file.
+
+    Raises:
+        UserError: It is not there, not a result file, of a newer format, or damaged.
+    """
+    path = Path(path)
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path} cannot be read as a result file ({reason}). Evaluate again with --output.") from error
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        raise UserError(f"{path} is JSON but no result of leap_pl evaluate. Give a file written with --output.")
+    if result.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} is a result of format version {result.get('format_version')}, and this leap_pl reads "
+            f"{FORMAT_VERSION}. Update leap_pl, or evaluate again."
+        )
+    return result
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Package versions, the commit of a source checkout, and the hardware."""
+    from importlib.metadata import version
+
+    from leap_pl.masks import installed_versions
+
+    return {
+        "versions": installed_versions()
+        | {name: version(name) for name in ("lm_eval", "tokenizers")}
+        | {"python": platform.python_version()},
+        "commit": _commit(),
+        "hardware": _hardware(device),
+    }
+
+
+def _commit() -> str | None:
+    """The commit that leap_pl runs from, with ``+changes`` where files differ; None if it is installed."""
+    package = Path(__file__).resolve().parents[1]
+    try:
+        root = _git(package, "rev-parse", "--show-toplevel")
+        # A virtual environment can lie inside a checkout of something else.
+        if Path(root) != package.parent:
+            return None
+        changes = "+changes" if _git(package, "status", "--porcelain", "--untracked-files=no") else ""
+        return _git(package, "rev-parse", "HEAD") + changes
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _hardware(device: str) -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {
+        "device": device,
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _plain(value: Any) -> Any:
+    """``value`` in JSON's own types; a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return str(value)

