@@ -112,10 +112,12 @@ class LeapModule(L.LightningModule):
         self.objective = Objective(**objective) if isinstance(objective, dict) else objective
         self.prior_settings = Prior(**prior) if isinstance(prior, dict) else prior
         self.hparams.update(objective=asdict(self.objective), prior=asdict(self.prior_settings), ignore=list(ignore))
+        # Values of restricted types are no plain numbers, and a checkpoint is read with weights_only.
+        self.hparams.update(sparsity=float(sparsity), warmup_steps=int(warmup_steps))
         self.base_model, self.revision, self.sparsity = base_model, revision, float(sparsity)
         self.targets, self.ignore = targets, list(ignore)
         self.make_gate, self.make_optimizer, self.make_scheduler = gate, optimizer, lr_scheduler
-        self.warmup_steps, self.dtype_name = warmup_steps, dtype
+        self.warmup_steps, self.dtype_name = int(warmup_steps), dtype
         self.activation_checkpointing = activation_checkpointing
         self.trust_remote_code = trust_remote_code
         self.strict_loading = False  # checkpoints hold logits only; on_load_checkpoint compares names and shapes
@@ -160,7 +162,7 @@ class LeapModule(L.LightningModule):
         for name, gate in self.gates.items():
             gate.start_from(self.prior.masks[name] if self.prior else None, self.state.seed)
         if self.activation_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         # from_pretrained leaves it in eval mode, in which activation checkpointing is silently off. There is
         # no dropout in it: load_model removed that.
         self.model = model.train()
@@ -240,6 +242,10 @@ class LeapModule(L.LightningModule):
         if total < 1:
             raise UserError("trainer.max_steps is not set, and every schedule needs it. Add --trainer.max_steps N.")
         optimizer = self.make_optimizer([gate.logits for gate in self.gates.values()])
+        if self.trainer.precision != "16-mixed":
+            # A fused optimizer says that it unscales gradients itself, and Lightning then refuses to clip them;
+            # without float16 there is no scale.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if self.make_scheduler is not None:
             scheduler = self.make_scheduler(optimizer)
         else:

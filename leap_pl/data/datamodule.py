@@ -87,10 +87,11 @@ class TextDataModule(LightningDataModule):
         self.validation_text = validation_text
         self.validation_config_name = validation_config_name
         self.validation_split = validation_split
-        self.seq_length = seq_length
-        self.batch_size = batch_size
-        self.validation_sequences = validation_sequences
-        self.num_workers = num_workers
+        # Plain numbers: they go into checkpoints, which are read with weights_only.
+        self.seq_length = int(seq_length)
+        self.batch_size = int(batch_size)
+        self.validation_sequences = int(validation_sequences)
+        self.num_workers = int(num_workers)
         self.seed = seed
         self.tokenizer_revision = tokenizer_revision
         self._tokenizer: Any = None

@@ -1,0 +1,98 @@
+"""What several test files use: a tiny model and a little text on disk, and one finished run on them."""
+
+import json
+import random
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_folder
+
+WORDS = "the mask keeps a weight where text needs it and drops another that no word will miss again".split()
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+
+
+@pytest.fixture()
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the gates uncompiled: compiling takes longer than any tiny run."""
+    monkeypatch.setenv("LEAP_PL_COMPILE", "0")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with the byte tokenizer."""
+    return tiny_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty short documents of a few words each."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    draw = random.Random(0)
+    lines = [json.dumps({"text": " ".join(draw.choices(WORDS, k=40))}) for _ in range(60)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished ``leap_pl fit``."""
+
+    folder: Path
+    flags: list[str]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def mask(self) -> Path:
+        return self.folder / "checkpoints" / "mask.safetensors"
+
+
+def fit_flags(model: Path, text: Path, folder: Path, *more: str) -> list[str]:
+    """The words of a tiny ``leap_pl fit``."""
+    return [
+        "fit",
+        f"--model.base_model={model}",
+        "--model.dtype=float32",
+        "--model.prior.method=magnitude",
+        f"--model.prior.cache_dir={folder / 'priors'}",
+        f"--data.text={text}",
+        "--data.seq_length=32",
+        "--data.batch_size=2",
+        "--data.validation_sequences=4",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=6",
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.logger=TensorBoardLogger",
+        f"--trainer.logger.save_dir={folder}",
+        "--trainer.logger.name=",
+        "--trainer.logger.version=tensorboard",
+        f"--checkpoint.dirpath={folder / 'checkpoints'}",
+        "--checkpoint.every_n_train_steps=2",
+        "--checkpoint.save_top_k=-1",
+        "--sparsity_log.every_n_steps=1",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of six steps on the tiny model, at 50%."""
+    from leap_pl.cli import main
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("run")
+    flags = fit_flags(model_folder, text_file, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEAP_PL_COMPILE", "0")
+        main(flags)
+    return Run(folder, flags)

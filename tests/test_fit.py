@@ -1,0 +1,196 @@
+"""``leap_pl fit`` on a tiny model: what it learns, shows, writes, and how it goes on."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run, fit_flags
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from leap_pl.cli import main
+from leap_pl.masks import MaskSet
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def logits(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_checkpoint_holds_logits_and_nothing_of_the_model(finished: Run) -> None:
+    checkpoint = torch.load(finished.checkpoint, weights_only=True)
+    assert len(checkpoint["state_dict"]) == 14
+    assert all(re.fullmatch(r"logits\.model\.layers\.\d\..*_proj\.weight", key) for key in checkpoint["state_dict"])
+    assert {value.dtype for value in checkpoint["state_dict"].values()} == {torch.float32}
+    assert checkpoint["leap_pl"]["max_steps"] == 6
+
+
+def test_exported_mask_has_exactly_the_target_sparsity(finished: Run) -> None:
+    for name in ("mask", "prior"):
+        mask = MaskSet.load(finished.mask.with_name(f"{name}.safetensors"))
+        assert mask.total - mask.kept == mask.total // 2
+    assert mask.provenance.method == "magnitude"
+
+
+def test_learning_moves_the_mask_away_from_its_prior(finished: Run) -> None:
+    learned, prior = MaskSet.load(finished.mask), MaskSet.load(finished.mask.with_name("prior.safetensors"))
+    changed = sum(int((learned.masks[name] != prior.masks[name]).sum()) for name in prior.masks) / prior.total
+    assert 0 < changed < 0.5
+
+
+@pytest.fixture(scope="module")
+def curves(finished: Run) -> EventAccumulator:
+    events = EventAccumulator(str(finished.folder / "tensorboard"))
+    events.Reload()
+    return events
+
+
+def test_tensorboard_has_every_curve(curves: EventAccumulator) -> None:
+    tags = set(curves.Tags()["scalars"])
+    expected = {f"loss/{term}" for term in ("total", "lm", "distillation", "budget", "kept_norm")}
+    expected |= {"density/soft", "density/target", "density/logits_above_0", "perplexity/hard", "perplexity/dense"}
+    expected |= {"schedule/alpha", "schedule/tau", "schedule/learning_rate"}
+    expected |= {"mask/changed_from_prior", "mask/changed_since_last_log"}
+    expected |= {f"weights_by_layer/{kind}/00{layer}" for kind in ("soft", "hard") for layer in (0, 1)}
+    assert expected <= tags
+    assert any(tag.startswith("weights_by_projection/hard/mlp.up_proj") for tag in tags)
+    assert any(tag.startswith("alpha_theta_over_tau/") for tag in curves.Tags()["histograms"])
+
+
+def test_annealing_follows_the_optimizer_step(curves: EventAccumulator) -> None:
+    """Six steps of two micro-batches each: step s was taken at fraction (s − 1)/6."""
+    taken = {event.step: event.value for event in curves.Scalars("schedule/alpha")}
+    assert taken == pytest.approx({step: 25 + (350 - 25) * (step - 1) / 6 for step in range(1, 7)})
+    cold = {event.step: event.value for event in curves.Scalars("schedule/tau")}
+    assert cold == pytest.approx({step: 4 + (0.05 - 4) * (step - 1) / 6 for step in range(1, 7)})
+
+
+def test_logged_densities_are_those_of_the_mask(curves: EventAccumulator, finished: Run) -> None:
+    """The model is small enough for every logit to be sampled, and the last log is after the last step."""
+    by_layer = MaskSet.load(finished.mask).densities("layer")
+    for layer, density in by_layer.items():
+        assert curves.Scalars(f"weights_by_layer/hard/00{layer}")[-1].value == pytest.approx(density, abs=1e-6)
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_resumed_run_ends_bit_identical(finished: Run, model_folder, text_file, tmp_path: Path, stop: int) -> None:
+    earlier = finished.folder / "checkpoints" / f"step={stop}.ckpt"
+    main(fit_flags(model_folder, text_file, tmp_path, "--ckpt_path", str(earlier)))
+    one, other = logits(finished.checkpoint), logits(tmp_path / "checkpoints" / "last.ckpt")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert torch.equal(
+        *[
+            torch.cat([m.flatten() for m in MaskSet.load(p).masks.values()])
+            for p in (finished.mask, tmp_path / "checkpoints" / "mask.safetensors")
+        ]
+    )
+
+
+def test_typed_value_wins_over_the_checkpoints(finished: Run, model_folder, text_file, tmp_path: Path) -> None:
+    earlier = str(finished.folder / "checkpoints" / "step=4.ckpt")
+    cli = main(fit_flags(model_folder, text_file, tmp_path, "--ckpt_path", earlier, "--model.sparsity=0.6"))
+    assert cli.model.sparsity == 0.6
+    untyped = main([*fit_flags(model_folder, text_file, tmp_path / "b", "--ckpt_path", earlier)])
+    assert untyped.model.sparsity == 0.5
+
+
+def test_activation_checkpointing_changes_no_bit(finished: Run, model_folder, text_file, tmp_path: Path) -> None:
+    main(fit_flags(model_folder, text_file, tmp_path, "--model.activation_checkpointing=true"))
+    one, other = logits(finished.checkpoint), logits(tmp_path / "checkpoints" / "last.ckpt")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_activation_checkpointing_is_on(model_folder, text_file, tmp_path: Path, monkeypatch) -> None:
+    """The blocks run again in the backward pass: each twice for a micro-batch."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    calls = {"n": 0}
+    forward = LlamaMLP.forward
+
+    def counted(self, x):
+        calls["n"] += 1
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    counts = []
+    for flag in ("false", "true"):
+        calls["n"] = 0
+        folder = tmp_path / flag
+        more = [f"--model.activation_checkpointing={flag}", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+        main(fit_flags(model_folder, text_file, folder, *more, "--data.validation_sequences=0"))
+        counts.append(calls["n"])
+    set_up = counts[1] - 2 * (counts[1] - counts[0])
+    assert counts[1] - counts[0] == 2 * 2  # two blocks, two micro-batches
+    assert set_up >= 0
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+def test_logits_stay_float32(model_folder, text_file, tmp_path: Path, precision: str) -> None:
+    main(fit_flags(model_folder, text_file, tmp_path, f"--trainer.precision={precision}", "--trainer.max_steps=2"))
+    stored = logits(tmp_path / "checkpoints" / "last.ckpt")
+    assert all(value.dtype == torch.float32 for value in stored.values())
+    # Values that bfloat16 cannot hold: float32 all along, not cast back at the end.
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in stored.values())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model.objective.distillation=1", "--model.objective.lm=0", "--model.objective.temperature=2"],
+        ["--model.objective.distillation=0.5", "--model.objective.budget_scope=layer"],
+        ["--model.prior.method=wanda", "--model.prior.sequences=4"],
+        ["--model.prior.method=none"],
+    ],
+)
+def test_other_objectives_and_priors(model_folder, text_file, tmp_path: Path, flags: list[str]) -> None:
+    cli = main(fit_flags(model_folder, text_file, tmp_path, "--trainer.max_steps=2", *flags))
+    mask = MaskSet.load(tmp_path / "checkpoints" / "mask.safetensors")
+    assert mask.total - mask.kept == mask.total // 2
+    assert (float(cli.model.terms["distillation"]) > 0) == any("distillation" in flag for flag in flags)
+
+
+def test_other_optimizer_and_scheduler(model_folder, text_file, tmp_path: Path) -> None:
+    more = ["--model.optimizer=SGD", "--model.optimizer.lr=0.5", "--model.lr_scheduler=ExponentialLR"]
+    cli = main(
+        fit_flags(model_folder, text_file, tmp_path, "--trainer.max_steps=2", *more, "--model.lr_scheduler.gamma=0.5")
+    )
+    (optimizer,) = cli.trainer.optimizers
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.5**2)
+
+
+def test_mask_file_as_prior(finished: Run, model_folder, text_file, tmp_path: Path) -> None:
+    main(fit_flags(model_folder, text_file, tmp_path, "--trainer.max_steps=1", f"--model.prior.mask={finished.mask}"))
+    prior, given = MaskSet.load(tmp_path / "checkpoints" / "prior.safetensors"), MaskSet.load(finished.mask)
+    assert all(torch.equal(prior.masks[name], given.masks[name]) for name in given.masks)
+
+
+def test_validation_is_of_the_exported_mask(finished: Run, model_folder, capsys) -> None:
+    """The hard mask's perplexity, computed here from the MaskSet on a plain model."""
+    from transformers import AutoModelForCausalLM
+
+    cli = main([*_validate(finished), "--ckpt_path", str(finished.checkpoint)])
+    metrics = cli.trainer.callback_metrics
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    for name in ("dense", "hard"):
+        if name == "hard":
+            MaskSet.load(finished.mask).apply_(model)
+        losses = []
+        with torch.no_grad():
+            for batch in cli.datamodule.val_dataloader():
+                ids = batch["input_ids"] if isinstance(batch, dict) else batch
+                losses.append(model(input_ids=ids, labels=ids).loss)
+        assert float(metrics[f"perplexity/{name}"]) == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
+
+
+def _validate(finished: Run) -> list[str]:
+    kept = [flag for flag in finished.flags[1:] if flag.startswith(("--data", "--trainer.accelerator"))]
+    return ["validate", *kept, "--trainer.logger=false"]
+
+
+def test_validate_takes_the_model_from_the_checkpoint(finished: Run) -> None:
+    """No --model flag is given above: base model, dtype and sparsity come from the checkpoint."""
+    cli = main([*_validate(finished), "--ckpt_path", str(finished.checkpoint)])
+    assert cli.model.base_model == finished.flags[1].partition("=")[2]
+    assert cli.model.dtype_name == "float32"
