@@ -73,14 +73,21 @@ def _find(function: str) -> Callable[..., Any]:
 
 def _run_function(verb: str, function: Callable[..., Any], words: list[str]) -> Any:
     """Flags from the function's signature, their help from its docstring, their values also from ``--config``."""
+    from argparse import ArgumentError
+
     from jsonargparse import ArgumentParser
 
+    from leap_pl.arguments import one_line
+
     description = (function.__doc__ or "").split("Args:")[0]
-    parser = ArgumentParser(prog=f"leap_pl {verb}", description=description)
+    parser = ArgumentParser(prog=f"leap_pl {verb}", description=description, exit_on_error=False)
     parser.add_argument("-c", "--config", action="config", help="YAML file with values for these options.")
     parser.add_function_arguments(function, as_group=False)
     switches = {f"--{p.name}" for p in signature(function).parameters.values() if isinstance(p.default, bool)}
-    settings = parser.parse_args(_spell_out(words, switches)).as_dict()
+    try:
+        settings = parser.parse_args(_spell_out(words, switches)).as_dict()
+    except ArgumentError as error:
+        raise UserError(one_line(error)) from error
     settings.pop("config", None)
     return function(**settings)
 

@@ -1,5 +1,6 @@
 """LeapModule: a frozen language model whose mask is learned."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -34,14 +35,13 @@ if TYPE_CHECKING:
     from leap_pl.masks import MaskSet
 
 
-class NonFiniteLossError(UserError):
-    """A term of the loss is infinite or NaN: says at which step, and which terms."""
+class NonFiniteError(UserError):
+    """A term of the loss, or a logit, is infinite or NaN: says at which step, and where."""
 
-    def __init__(self, step: int, terms: dict[str, float]) -> None:
-        values = ", ".join(f"{name} = {value:g}" for name, value in terms.items())
+    def __init__(self, step: int, where: str) -> None:
         super().__init__(
-            f"the loss is no number at step {step} ({values}). The step was not taken, and the checkpoints "
-            "before it stand. Lower the learning rate, or start nearer the prior (annealing.alpha.start)."
+            f"learning broke at step {step}: {where}. The run stops, and the checkpoints before that step stand. "
+            "Lower the learning rate (model.optimizer.init_args.lr), or set trainer.gradient_clip_val."
         )
 
 
@@ -127,6 +127,7 @@ class LeapModule(L.LightningModule):
         self.dense_perplexity: float | None = None
         self.hard_metric, self.dense_metric = Perplexity(), Perplexity()
         self.terms: dict[str, Tensor] = {}
+        self.told: dict[str, Any] = {}  # settings of callbacks that a mask's provenance should tell
 
     # -- the gated model ----------------------------------------------------------------------------------
 
@@ -229,12 +230,20 @@ class LeapModule(L.LightningModule):
         hidden = self.states(input_ids)[:, :-1].flatten(0, 1)
         return language_losses(hidden, targets, self.head, self.objective, teacher)
 
-    def check_finite(self) -> None:
-        """Raise :class:`NonFiniteLossError` if a term of the last micro-batch's loss is infinite or NaN."""
+    def check_finite(self, *, logits: bool = False) -> None:
+        """Make sure that the last micro-batch's loss, and the logits if asked for, are numbers.
+
+        Raises:
+            NonFiniteError: A term of the loss or a logit is infinite or NaN.
+        """
         values = {name: float(value) for name, value in self.terms.items()}
-        broken = {name: value for name, value in values.items() if not torch.tensor(value).isfinite()}
+        broken = [f"{name} = {value:g}" for name, value in values.items() if not math.isfinite(value)]
         if broken:
-            raise NonFiniteLossError(self.state.step, broken)
+            raise NonFiniteError(self.state.step, ", ".join(broken))
+        if logits:
+            for name, gate in self.gates.items():
+                if not bool(torch.isfinite(gate.logits).all()):
+                    raise NonFiniteError(self.state.step, f"the logits of {name} are infinite or NaN")
 
     def configure_optimizers(self) -> Any:
         """One optimizer over all logits, and its schedule, stepped once an optimizer step."""
@@ -261,6 +270,7 @@ class LeapModule(L.LightningModule):
 
     def choose_hard_masks(self) -> None:
         """Give every gate its hard mask at exactly the target sparsity."""
+        self.check_finite(logits=True)
         type(next(iter(self.gates.values()))).choose(self.gates, self.sparsity)
 
     def validation_step(self, batch: dict[str, Any] | Tensor, batch_idx: int) -> None:
@@ -316,13 +326,32 @@ class LeapModule(L.LightningModule):
             shapes={name: list(gate.shape) for name, gate in self.gates.items()},
             input_dims={name: gate.input_dim for name, gate in self.gates.items()},
             dense_perplexity=self.dense_perplexity,
-            settings={"objective": asdict(self.objective), "prior": asdict(self.prior_settings)},
+            settings=self.settings(),
         )
+
+    def settings(self) -> dict[str, Any]:
+        """What a mask's provenance tells of how it was learned: plain values."""
+        told = {"objective": asdict(self.objective), "prior": asdict(self.prior_settings), "seed": self.state.seed}
+        told |= self.told
+        if self._trainer is None:
+            return told
+        told["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            keys = ("text", "validation_text", "seq_length", "batch_size", "seed")
+            told["data"] = {key: getattr(data, key) for key in keys if hasattr(data, key)}
+        for optimizer in self.trainer.optimizers[:1]:
+            plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, bool | int | float)}
+            told["optimizer"] = {"class": type(optimizer).__name__, **plain}
+        if "perplexity/hard" in self.trainer.callback_metrics:
+            told["perplexity"] = float(self.trainer.callback_metrics["perplexity/hard"])
+        if self.dense_perplexity is not None:
+            told["dense_perplexity"] = self.dense_perplexity
+        return told
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen model out: logits by weight name, and whose they are."""
-        if self.terms:
-            self.check_finite()
+        self.check_finite(logits=True)
         checkpoint["state_dict"] = {
             checkpoints.PREFIX + name: gate.logits.detach() for name, gate in self.gates.items()
         }

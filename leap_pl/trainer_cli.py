@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from leap_pl.arguments import one_line
 from leap_pl.callbacks import Annealing, MaskExport, SparsityLogger, StepProgress
 from leap_pl.checkpoint import load_checkpoint
 from leap_pl.data import TextDataModule
@@ -103,8 +105,11 @@ def run(words: list[str]) -> LeapCLI:
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "leap_pl"},
+            parser_kwargs={"prog": "leap_pl", "exit_on_error": False}
+            | {verb: {"exit_on_error": False} for verb in LeapCLI.subcommands()},
         )
+    except ArgumentError as error:
+        raise UserError(one_line(error)) from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory on the device: {str(error).splitlines()[0]} Lower data.batch_size or data.seq_length and "

@@ -1,5 +1,6 @@
 """Annealing: the relaxed mask hardens as the run goes on."""
 
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -36,6 +37,11 @@ class Annealing(L.Callback):
         if min(tau.start, tau.end) <= 0:
             raise UserError(f"annealing.tau goes from {tau.start} to {tau.end}; a temperature is above 0.")
         self.alpha, self.tau = alpha, tau
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tell the schedules to the mask's provenance."""
+        assert isinstance(pl_module, LeapModule)
+        pl_module.told["annealing"] = {"alpha": asdict(self.alpha), "tau": asdict(self.tau)}
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Before each micro-batch; α and τ move only with the optimizer step."""

@@ -20,7 +20,7 @@ class StepProgress(ProgressBar):
         """
         super().__init__()
         self.refresh_seconds = refresh_seconds
-        self.bar: tqdm | None = None  # type: ignore[type-arg]
+        self.bar: tqdm | None = None
         self.enabled = True
 
     def disable(self) -> None:

@@ -92,7 +92,7 @@ class SparsityLogger(L.Callback):
         if step == self.last_step or step == 0 or not due:
             return
         assert isinstance(pl_module, LeapModule)
-        pl_module.check_finite()
+        pl_module.check_finite(logits=True)
         self.last_step = step
         metrics = self.measure(pl_module)
         metrics["schedule/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]

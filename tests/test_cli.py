@@ -1,0 +1,207 @@
+"""The command line: help, verbs, and one clear line for every mistake."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run, fit_flags
+from tiny import byte_tokenizer, tiny_folder
+
+from leap_pl.checkpoint import masks_from_checkpoint
+from leap_pl.cli import VERBS, main
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def failing(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    """The message of a command that must end in status 2: its last line, with no traceback above it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text.strip().splitlines()[-1]
+
+
+def test_help_answers_at_once() -> None:
+    """No torch, no transformers: the fastest of three, for a machine with other work."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "leap_pl", "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 3
+    assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from leap_pl.cli import main; main(['--help']); print(sorted({'torch', 'lightning'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb(verb: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"leap_pl {verb}" in text.replace("\n", " ") or f"leap_pl [options] {verb}" in text.replace("\n", " ")
+    assert len(text.splitlines()) > 15
+
+
+def test_unknown_verb(capsys) -> None:
+    assert "there is no verb 'prun'" in failing(capsys, ["prun"])
+
+
+def test_verbs_read_a_config(finished: Run, tmp_path: Path) -> None:
+    config = tmp_path / "export.yaml"
+    config.write_text(f"mask: {finished.mask}\noutput_dir: {tmp_path / 'out'}\n")
+    main(["export", "--config", str(config)])
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("value", ["0", "1", "1.5", "-0.2", "half"])
+def test_sparsity_outside_its_range(model_folder, text_file, tmp_path: Path, capsys, value: str) -> None:
+    message = failing(capsys, fit_flags(model_folder, text_file, tmp_path, f"--model.sparsity={value}"))
+    assert "sparsity" in message
+
+
+def test_unknown_key(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    assert "spars" in failing(capsys, fit_flags(model_folder, text_file, tmp_path, "--model.sparsness=0.5"))
+    config = tmp_path / "config.yaml"
+    config.write_text("model:\n  base_model: x\n  sparsness: 0.5\n")
+    assert "sparsness" in failing(capsys, ["fit", "--config", str(config)])
+
+
+def test_missing_base_model(text_file, tmp_path: Path, capsys) -> None:
+    message = failing(capsys, fit_flags("./no-such-model", text_file, tmp_path))
+    assert "./no-such-model" in message
+    assert "hub id" in message
+
+
+def test_missing_text(model_folder, tmp_path: Path, capsys) -> None:
+    assert "no-such.jsonl" in failing(capsys, fit_flags(model_folder, "./no-such.jsonl", tmp_path))
+
+
+def test_text_too_short_for_a_block(model_folder, tmp_path: Path, capsys) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    message = failing(capsys, fit_flags(model_folder, short, tmp_path, "--data.validation_sequences=0"))
+    assert "32" in message
+
+
+def test_sequence_longer_than_the_model(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    message = failing(capsys, fit_flags(model_folder, text_file, tmp_path, "--data.seq_length=129"))
+    assert "129" in message
+    assert "--data.seq_length 128" in message
+
+
+def test_nothing_to_gate(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    message = failing(capsys, fit_flags(model_folder, text_file, tmp_path, "--model.targets=[re:.*q_prj]"))
+    assert "re:.*q_prj" in message
+    assert "q_proj" in message
+
+
+def test_steps_not_set(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    assert "max_steps" in failing(capsys, fit_flags(model_folder, text_file, tmp_path, "--trainer.max_steps=-1"))
+
+
+def test_resume_with_another_total(finished: Run, capsys) -> None:
+    words = [*finished.flags, "--trainer.max_steps=12", f"--ckpt_path={finished.checkpoint}"]
+    message = failing(capsys, words)
+    assert "6 steps" in message
+    assert "12" in message
+
+
+def test_resume_on_another_model(finished: Run, text_file, tmp_path: Path, capsys) -> None:
+    other = tiny_folder(tmp_path / "other", seed=1)
+    words = fit_flags(other, text_file, tmp_path, f"--ckpt_path={finished.checkpoint}")
+    assert "fingerprint" in failing(capsys, words)
+
+
+def test_resume_with_other_targets(finished: Run, model_folder, text_file, tmp_path: Path, capsys) -> None:
+    more = ["--model.targets=[re:.*mlp]", f"--ckpt_path={finished.checkpoint}"]
+    assert "targets" in failing(capsys, fit_flags(model_folder, text_file, tmp_path, *more))
+
+
+@pytest.mark.parametrize("kept", [0, 100, 5000, 0.5, 0.99])
+def test_truncated_checkpoint(finished: Run, tmp_path: Path, capsys, kept: float) -> None:
+    whole = finished.checkpoint.read_bytes()
+    torn = tmp_path / "torn.ckpt"
+    torn.write_bytes(whole[: int(kept if kept > 1 else kept * len(whole))])
+    message = failing(capsys, ["export", f"--ckpt_path={torn}", f"--output_dir={tmp_path / 'out'}"])
+    assert "torn.ckpt" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickle_is_not_run(finished: Run, tmp_path: Path, capsys) -> None:
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"state_dict": Trap()}, tmp_path / "trap.ckpt")
+    message = failing(capsys, ["export", f"--ckpt_path={tmp_path / 'trap.ckpt'}", f"--output_dir={tmp_path / 'o'}"])
+    assert "runs no code" in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_future_checkpoint(finished: Run, tmp_path: Path, capsys) -> None:
+    checkpoint = torch.load(finished.checkpoint, weights_only=True)
+    checkpoint["leap_pl"]["format_version"] = 99
+    torch.save(checkpoint, tmp_path / "future.ckpt")
+    message = failing(capsys, ["export", f"--ckpt_path={tmp_path / 'future.ckpt'}", f"--output_dir={tmp_path / 'o'}"])
+    assert "99" in message
+    assert "pip install --upgrade" in message
+
+
+def test_not_a_number_stops_the_run(model_folder, text_file, tmp_path: Path, capsys, monkeypatch) -> None:
+    """The loss breaks in the third step: the message says so, and the checkpoint before it is whole."""
+    import leap_pl.module
+
+    norms = []
+
+    def breaking(*arguments):
+        norms.append(real(*arguments))
+        return norms[-1] * (float("nan") if len(norms) > 4 else 1)
+
+    real = leap_pl.module.kept_norm
+    monkeypatch.setattr(leap_pl.module, "kept_norm", breaking)
+    message = failing(capsys, fit_flags(model_folder, text_file, tmp_path))
+    assert "step 2:" in message
+    assert "kept_norm = nan" in message
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.ckpt"))
+    assert kept == ["last.ckpt", "step=2.ckpt"]
+    assert masks_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt").total
+
+
+def test_broken_logits_are_not_saved(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    more = ["--model.optimizer=SGD", "--model.optimizer.lr=1e39", "--trainer.gradient_clip_val=null"]
+    message = failing(capsys, fit_flags(model_folder, text_file, tmp_path, *more))
+    assert "infinite or NaN" in message
+    assert not list((tmp_path / "checkpoints").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--annealing.tau.end=0"], "temperature is above 0"),
+        (["--model.objective.lm=0"], "nothing to learn from"),
+        (["--model.objective.budget=-1"], "budget"),
+        (["--annealing.alpha.curve=exponential", "--annealing.alpha.start=0"], "above 0"),
+        (["--model.prior.method=magic"], "magic"),
+        (["--data.seq_length=0"], "seq_length"),
+    ],
+)
+def test_settings_that_make_no_sense(model_folder, text_file, tmp_path: Path, capsys, flags, words: str) -> None:
+    assert words in failing(capsys, fit_flags(model_folder, text_file, tmp_path, *flags))
+
+
+def test_tokenizer_without_end_token(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    byte_tokenizer(end_token=False).save_pretrained(folder)
+    assert "end token" in failing(capsys, fit_flags(folder, text_file, tmp_path / "run"))
