@@ -80,15 +80,18 @@ def _swap(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / "was"
-    path.rename(old)
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    old = holder / "was"
     try:
+        path.rename(old)
         new.rename(path)
-    except OSError:
-        old.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
         raise
     finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+        if path.exists():  # else the old folder could not be put back either, and must not be lost
+            shutil.rmtree(holder, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -131,7 +132,8 @@ class _reading:  # noqa: N801  (reads as a statement: with _reading("base model"
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError | ValueError | KeyError | RuntimeError) or isinstance(error, UserError):
+        readers = OSError | ValueError | KeyError | RuntimeError | SafetensorError
+        if not isinstance(error, readers) or isinstance(error, UserError):
             return
         if isinstance(error, torch.OutOfMemoryError):
             return

@@ -296,10 +296,6 @@ class LeapModule(L.LightningModule):
             self.dense_perplexity = float(self.dense_metric.compute())
         self.log("perplexity/dense", self.dense_perplexity)
 
-    test_step = validation_step
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_epoch_end = on_validation_epoch_end
-
     # -- the mask -----------------------------------------------------------------------------------------
 
     def mask_set(self) -> "MaskSet":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from leap_pl.cli import main
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_file
 
@@ -26,7 +27,9 @@ def run() -> dict[str, object]:
         UserError: The assets or the config are not there.
     """
     if not (BASE_MODEL.is_dir() and TEXT.is_file() and CONFIG.is_file()):
-        raise UserError(f"{BASE_MODEL}, {TEXT} or {CONFIG} is not there. Run `make quickstart` in the project's folder.")
+        raise UserError(
+            f"{BASE_MODEL}, {TEXT} or {CONFIG} is not there. Run `make quickstart` in the project's folder."
+        )
     checkpoints, sparse = RUN / "checkpoints", RUN / "model"
     mask, prior = checkpoints / "mask.safetensors", checkpoints / "prior.safetensors"
     stamp = RUN / "config.yaml"  # of the run that is there
@@ -67,9 +70,12 @@ def run() -> dict[str, object]:
 
 def _say(words: list[str]) -> None:
     print(f"\n$ leap_pl {' '.join(words)}", flush=True)
-    # A process each: what the user would type, and its memory is gone afterwards.
-    if subprocess.run([sys.executable, "-m", "leap_pl", *words], check=False).returncode:
-        raise UserError(f"leap_pl {words[0]} failed; its message is above.")
+    if words[0] == "fit":
+        # A process of its own, so that its memory is gone afterwards.
+        if subprocess.run([sys.executable, "-m", "leap_pl", *words], check=False).returncode:
+            raise UserError("leap_pl fit failed; its message is above.")
+    else:
+        main(words)  # in this one: imports take as long as the work
 
 
 def report(summary: dict[str, object]) -> str:

@@ -41,6 +41,11 @@ OPTIMIZER: dict[str, Any] = {
 class LeapCLI(LightningCLI):
     """LightningCLI with the callbacks every run has, and one tokenizer for model and data."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Fit and validate; what else Lightning offers, ``leap_pl evaluate`` does on any model and text."""
+        return {verb: skipped for verb, skipped in LightningCLI.subcommands().items() if verb in ("fit", "validate")}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Callbacks that a config sets under names of their own."""
         parser.add_lightning_class_args(Annealing, "annealing")

@@ -186,7 +186,7 @@ def test_validation_is_of_the_exported_mask(finished: Run, model_folder, capsys)
 
 def _validate(finished: Run) -> list[str]:
     kept = [flag for flag in finished.flags[1:] if flag.startswith(("--data", "--trainer.accelerator"))]
-    return ["validate", *kept, "--trainer.logger=false"]
+    return ["validate", *kept, "--trainer.logger=false", f"--trainer.default_root_dir={finished.folder}"]
 
 
 def test_validate_takes_the_model_from_the_checkpoint(finished: Run) -> None:

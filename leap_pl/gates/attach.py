@@ -38,7 +38,12 @@ def detach(weights: Mapping[str, Weight]) -> None:
     """Take the gates off; every weight is again the plain frozen parameter it was, bit by bit."""
     for weight in weights.values():
         if parametrize.is_parametrized(weight.module, weight.tensor):
+            chains: Any = weight.module.parametrizations
+            gate = chains[weight.tensor][0]
             parametrize.remove_parametrizations(weight.module, weight.tensor, leave_parametrized=False)
+            for hook in gate.hooks:
+                hook.remove()
+            gate.hooks.clear()
 
 
 def restore(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, "Stored"]) -> dict[str, Gate]:
@@ -91,5 +96,5 @@ def _subclasses(kind: type[Gate]) -> list[type[Gate]]:
 
 def _once_a_call(module: nn.Module, gate: Gate) -> None:
     """Keep the gate's masked weight from the start to the end of each call of ``module``."""
-    module.register_forward_pre_hook(lambda *_: gate.begin_call())
-    module.register_forward_hook(lambda *_: gate.end_call(), always_call=True)
+    gate.hooks.append(module.register_forward_pre_hook(lambda *_: gate.begin_call()))
+    gate.hooks.append(module.register_forward_hook(lambda *_: gate.end_call(), always_call=True))

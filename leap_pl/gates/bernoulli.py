@@ -98,7 +98,7 @@ class MaskedWeight(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Masked weight of the weight's shape and dtype, and the two float32 sums."""
         ctx.save_for_backward(logits, weight, key_0, key_1, alpha, tau)
-        masked_N, kept, energy = mask_forward(logits.view(-1), weight.reshape(-1), key_0, key_1, alpha, tau)
+        masked_N, kept, energy = mask_forward(_flat(logits), _flat(weight), key_0, key_1, alpha, tau)
         return masked_N.view(weight.shape), kept, energy
 
     @staticmethod
@@ -106,9 +106,9 @@ class MaskedWeight(torch.autograd.Function):
         """The gradient of the logits; the weight is frozen."""
         logits, weight, key_0, key_1, alpha, tau = ctx.saved_tensors
         grad_N = mask_backward(
-            logits.view(-1),
-            weight.reshape(-1),
-            grad_masked.reshape(-1),
+            _flat(logits),
+            _flat(weight),
+            _flat(grad_masked),
             grad_kept,
             grad_energy,
             key_0,
@@ -117,6 +117,11 @@ class MaskedWeight(torch.autograd.Function):
             tau,
         )
         return grad_N.view(logits.shape), None, None, None, None, None
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """``tensor`` in one dimension, and no view: of a view, its base's shape would be compiled in."""
+    return tensor.reshape(-1).data
 
 
 def soft_mask(logits_N: Tensor, key_0: Tensor, key_1: Tensor, alpha: Tensor, tau: Tensor) -> Tensor:

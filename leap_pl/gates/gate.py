@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from leap_pl.gates.noise import noise_keys
 from leap_pl.models import Weight
@@ -72,6 +73,7 @@ class Gate(nn.Module):
         self.input_dim = weight.input_dim
         self.state = state
         self.kept = None
+        self.hooks: list[RemovableHandle] = []  # on the module of the weight; they go with the gate
         self._in_call = False
         self._made: list[Tensor] = []  # a list: as an attribute, the dense weight would register as a parameter
 
@@ -145,12 +147,13 @@ class Gate(nn.Module):
         At |θ| = 0.04 a bfloat16 step is 1.2e-4: smaller updates vanish, and learning ends unnoticed.
         """
         before, grad = self.logits.data, self.logits.grad
+        self.logits.grad = None  # it would be cast in place, and with it what is to be put back
         super()._apply(fn, recurse)
-        if self.logits.dtype != torch.float32:
-            device = self.logits.device
-            with torch.no_grad():
+        device = self.logits.device
+        with torch.no_grad():
+            if self.logits.dtype != torch.float32:
                 self.logits.data = before.to(device)
-                self.logits.grad = None if grad is None else grad.to(device)
+            self.logits.grad = None if grad is None else grad.to(device)
         return self
 
     def extra_repr(self) -> str:

@@ -1,0 +1,137 @@
+"""ADMM pruning and the update of kept weights for a given mask. Shapes: O outputs, I inputs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leap_pl.oneshot.damping import Solution, with_damping
+from leap_pl.oneshot.patterns import Pattern, Unstructured, choose
+
+
+@dataclass(frozen=True)
+class AdmmOptions:
+    """Settings of ADMM.
+
+    Attributes:
+        ridge: Pull towards the dense weights, as a part of the (unit) diagonal of the scaled Hessian.
+        rho: Weight of the constraint.
+        iterations: Iterations in all.
+        mask_iterations: The first so many choose the mask anew.
+    """
+
+    ridge: float = 0.1
+    rho: float = 1.0
+    iterations: int = 20
+    mask_iterations: int = 15
+
+
+def admm_prune(weight_OI: Tensor, hessian_II: Tensor, pattern: Pattern, options: AdmmOptions | None = None) -> Solution:
+    """Prune one matrix and update what is kept (https://arxiv.org/abs/2401.02938).
+
+    Minimises ‖XW'ᵀ − XWᵀ‖² over W' with the pattern's zeros. With XX = Σ x xᵀ scaled to unit diagonal by
+    n_j = sqrt(XX_jj), W ← W·n, and the ridge λ on the diagonal (towards the dense weights), each iteration
+    does Z = (W + U) ⊙ mask; U += W − Z; W = (XY + ρ(Z − U))·(XX + ρI)⁻¹, XY being the dense W times XX.
+    Iteration k of the first K = ``mask_iterations`` chooses the mask by the highest |W + U|, unstructured
+    over the whole matrix at the sparsity s − s(1 − k/K)³, which grows to s. The result is Z/n.
+
+    Args:
+        weight_OI: The matrix, any floating type.
+        hessian_II: Sum (or mean) over the calibration tokens of x xᵀ.
+        pattern: Which shape the mask has; N:M is kept from the first iteration on.
+        options: Settings; None is the paper's.
+
+    Returns:
+        The new fp32 weights, the mask, and the ridge used. Weights of inputs that are always zero go
+        first; those that stay are left dense.
+
+    Raises:
+        NotSolvableError: The Hessian gives no finite answer at any ridge.
+    """
+    options = options or AdmmOptions()
+
+    def solve(ridge: float) -> tuple[Tensor, Tensor]:
+        problem = _Problem(weight_OI, hessian_II, None, ridge, options.rho)
+        return problem.iterate(options.iterations, pattern, options.mask_iterations, None)
+
+    return with_damping(solve, options.ridge)
+
+
+def admm_update(
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    mask_OI: Tensor,
+    options: AdmmOptions | None = None,
+    cross_II: Tensor | None = None,
+) -> Solution:
+    """Solve the kept weights of one matrix anew for a given mask: :func:`admm_prune` with the mask held.
+
+    Args:
+        weight_OI: The dense matrix, any floating type.
+        hessian_II: Sum (or mean) over the calibration tokens of x xᵀ, x the layer's inputs in the pruned
+            model.
+        mask_OI: Bool, True where kept.
+        options: Settings; None is the paper's.
+        cross_II: Sum (or mean, as ``hessian_II``) of d xᵀ, d the same inputs in the dense model: then the
+            target is the dense model's own output W d. None: it is W x.
+
+    Returns:
+        The new fp32 weights, the mask that was given, and the ridge used. Kept weights of inputs that are
+        always zero are left dense.
+
+    Raises:
+        NotSolvableError: The Hessian gives no finite answer at any ridge.
+    """
+    options = options or AdmmOptions()
+
+    def solve(ridge: float) -> tuple[Tensor, Tensor]:
+        problem = _Problem(weight_OI, hessian_II, cross_II, ridge, options.rho)
+        return problem.iterate(options.iterations, None, 0, mask_OI)
+
+    return with_damping(solve, options.ridge)
+
+
+class _Problem:
+    """One matrix's scaled least squares, its inverse at hand."""
+
+    def __init__(
+        self, weight_OI: Tensor, hessian_II: Tensor, cross_II: Tensor | None, ridge: float, rho: float
+    ) -> None:
+        self.dense_OI, self.rho = weight_OI.float(), rho
+        scale_I = hessian_II.diagonal().float().clamp(min=0).sqrt()
+        self.dead_I = scale_I == 0
+        self.scale_I = scale_I.masked_fill(self.dead_I, 1.0)
+        scaled_II = hessian_II.float() / self.scale_I / self.scale_I[:, None]
+        scaled_II.diagonal().masked_fill_(self.dead_I, 1.0)
+        self.start_OI = (self.dense_OI * self.scale_I).masked_fill_(self.dead_I, 0)
+        self.target_OI = self.start_OI @ scaled_II
+        if cross_II is not None:
+            self.target_OI = (self.dense_OI @ cross_II.float() / self.scale_I).masked_fill_(self.dead_I, 0)
+        self.target_OI += ridge * self.start_OI
+        scaled_II.diagonal().add_(ridge + rho)
+        self.inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(scaled_II))
+
+    def iterate(
+        self, iterations: int, pattern: Pattern | None, mask_iterations: int, mask_OI: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Iterate; give the weights, unscaled again, and the mask."""
+        current_OI, dual_OI = self.start_OI, torch.zeros_like(self.start_OI)
+        for k in range(1, iterations + 1):
+            sum_OI = current_OI + dual_OI
+            if pattern is not None and (mask_OI is None or k <= mask_iterations):
+                mask_OI = choose(sum_OI.abs(), _at(pattern, k, mask_iterations), "matrix")
+            assert mask_OI is not None
+            projected_OI = sum_OI.masked_fill(~mask_OI, 0)
+            dual_OI = sum_OI - projected_OI
+            current_OI = (self.target_OI + self.rho * (projected_OI - dual_OI)) @ self.inverse_II
+        assert mask_OI is not None
+        result_OI = (current_OI + dual_OI) / self.scale_I
+        result_OI = torch.where(self.dead_I, self.dense_OI, result_OI)
+        return result_OI.masked_fill_(~mask_OI, 0), mask_OI
+
+
+def _at(pattern: Pattern, k: int, mask_iterations: int) -> Pattern:
+    """The pattern of iteration ``k`` (from 1)."""
+    if not isinstance(pattern, Unstructured) or k >= mask_iterations:
+        return pattern
+    return Unstructured(pattern.sparsity * (1 - (1 - k / mask_iterations) ** 3))

@@ -1,0 +1,111 @@
+"""How sparse each decoder block is to be: given in a list or a file, or allocated by OWL."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from leap_pl.errors import UserError
+from leap_pl.oneshot.inputs import Matrix
+from leap_pl.oneshot.walk import Walk
+from leap_pl.oneshot.wanda import wanda_scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OwlOptions:
+    """Settings of OWL, outlier-weighed layer-wise sparsity (https://arxiv.org/abs/2310.05175).
+
+    Attributes:
+        threshold: M: a weight is an outlier if its Wanda score is above M times its block's mean score.
+        spread: λ: the sparsities lie within 2λ of each other.
+    """
+
+    threshold: float = 5.0
+    spread: float = 0.08
+
+
+def read_layer_sparsities(source: str | Path | Sequence[float]) -> list[float]:
+    """One sparsity a decoder block, from a list, a JSON file with a list, or a text file with a number a line.
+
+    Raises:
+        UserError: The file is not there or holds something else, or a number is not from 0 to below 1.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source)
+        try:
+            text = path.read_text(encoding="utf-8").strip()
+            numbers = json.loads(text) if text.startswith("[") else text.split()
+            sparsities = [float(number) for number in numbers]
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{path} gives no sparsities ({error}). Give a JSON list or a text of numbers, one a decoder block."
+            ) from error
+    else:
+        sparsities = [float(number) for number in source]
+    wrong = [s for s in sparsities if not 0 <= s < 1]
+    if wrong or not sparsities:
+        raise UserError(
+            f"layer sparsities take numbers from 0 to below 1, and {wrong[0] if wrong else 'none'} was given."
+        )
+    return sparsities
+
+
+def owl_sparsities(
+    walk: Walk, matrices: Sequence[Sequence[Matrix]], sparsity: float, options: OwlOptions | None = None
+) -> list[float]:
+    """Allocate ``sparsity`` over the decoder blocks by their shares of outliers.
+
+    With D_l the share of outliers among all Wanda scores of block l, the density of a block is 2λ·(D_l −
+    min D)/(max D − min D), shifted so that the mean over all weights is 1 − ``sparsity``.
+
+    Args:
+        walk: A walk of the dense model of its own, over the calibration tokens.
+        matrices: Of every block, those that will be pruned.
+        sparsity: Of all of them together.
+        options: Settings; None is the paper's.
+
+    Returns:
+        One sparsity a block.
+
+    Raises:
+        UserError: A block's sparsity would be below 0 or not below 1.
+    """
+    options = options or OwlOptions()
+    shares = []
+    sizes = [sum(matrix.view(matrix.weight.parameter).numel() for matrix in block) for block in matrices]
+    for index in walk:
+        shares.append(_outlier_share(walk, index, matrices[index], options.threshold))
+        walk.advance(index)
+    lowest, highest = min(shares), max(shares)
+    width = highest - lowest
+    densities = [2 * options.spread * (share - lowest) / width if width else 0.0 for share in shares]
+    total = sum(sizes)
+    mean = sum(d * size for d, size in zip(densities, sizes, strict=True)) / total
+    allocated = [sparsity + mean - density for density in densities]
+    if min(allocated) < 0 or max(allocated) >= 1:
+        raise UserError(
+            f"OWL spreads sparsity {sparsity:g} from {min(allocated):.3f} to {max(allocated):.3f}, "
+            "and it must stay from 0 to below 1. Lower --owl_spread."
+        )
+    return allocated
+
+
+def _outlier_share(walk: Walk, index: int, matrices: Sequence[Matrix], threshold: float) -> float:
+    if not matrices:
+        return 0.0
+    found = walk.observe(index, matrices, gram=False)
+    scores: list[Tensor] = [
+        wanda_scores(matrix.dense(), found[matrix.name].mean_square).flatten()
+        for matrix in matrices
+        if matrix.name in found
+    ]
+    if not scores:
+        return 0.0
+    every = torch.cat(scores)
+    return float((every > threshold * every.mean()).float().mean())

@@ -1,0 +1,197 @@
+"""The inputs of a block's matrices: watched while the block runs, and summed up.
+
+A matrix is what a pruner works on: the weight of an ``nn.Linear``, a ``Conv1D``'s seen transposed, or one
+expert of a stacked tensor. Its inputs are found by watching matrix products for an operand that is, or lies
+within, the weight tensor. That is the same for all three kinds, and sees the tokens routed to each expert.
+
+Shapes: N tokens, O outputs, I inputs.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from leap_pl.models import Weight
+
+ERROR_TOKENS = 2048  # tokens on which a layer's error is measured where there is no Hessian
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One (outputs, inputs) matrix of a weight tensor.
+
+    Attributes:
+        weight: The tensor.
+        expert: Index in a stacked tensor, or None where the tensor is a matrix itself.
+    """
+
+    weight: Weight
+    expert: int | None = None
+
+    @classmethod
+    def of(cls, weight: Weight) -> "list[Matrix]":
+        """All matrices of one weight tensor."""
+        parameter = weight.parameter
+        if parameter.ndim == 2:
+            return [cls(weight)]
+        return [cls(weight, expert) for expert in range(parameter.shape[0])]
+
+    @property
+    def name(self) -> str:
+        """The weight's name, and the expert's number in brackets."""
+        return self.weight.name if self.expert is None else f"{self.weight.name}[{self.expert}]"
+
+    @property
+    def size(self) -> int:
+        """Number of inputs."""
+        return self.weight.parameter.shape[self.weight.input_dim]
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """This matrix's part (O, I) of a tensor of the weight's shape; a view."""
+        if self.expert is not None:
+            tensor = tensor[self.expert]
+        inputs_last = self.weight.input_dim == self.weight.parameter.ndim - 1
+        return tensor if inputs_last else tensor.mT
+
+    def dense(self) -> Tensor:
+        """A copy of the matrix in fp32, (O, I)."""
+        return self.view(self.weight.parameter.detach()).to(torch.float32, copy=True).contiguous()
+
+
+@dataclass
+class InputStatistics:
+    """Sums over the calibration tokens of one input.
+
+    Attributes:
+        wants_gram: Whether the Hessian is wanted.
+        count: Tokens so far.
+        square: Σ x_j², fp32 (I,).
+        gram: Σ x xᵀ, fp32 (I, I), or None.
+        cross: Σ d xᵀ (I, I) with d the same input in the dense model, or None.
+        sample: Some tokens (N, I) of each batch, where there is no Hessian to measure the layer's error with.
+    """
+
+    wants_gram: bool
+    count: int = 0
+    square: Tensor | None = None
+    gram: Tensor | None = None
+    cross: Tensor | None = None
+    sample: list[Tensor] = field(default_factory=list)
+
+    def add(self, inputs_NI: Tensor, *, sample: int, dense_NI: Tensor | None = None) -> None:
+        """Add tokens; keep ``sample`` of them, evenly spaced, where there is no Hessian."""
+        inputs_NI = inputs_NI.float()
+        square_I = inputs_NI.square().sum(0)
+        self.count += inputs_NI.shape[0]
+        self.square = square_I if self.square is None else self.square + square_I
+        if not self.wants_gram:
+            stride = max(inputs_NI.shape[0] // max(sample, 1), 1)
+            self.sample.append(inputs_NI[::stride][:sample].clone())
+            return
+        self.gram = _add_product(self.gram, inputs_NI, inputs_NI)
+        if dense_NI is not None:
+            self.cross = _add_product(self.cross, dense_NI.float(), inputs_NI)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """Mean over tokens of x_j²."""
+        assert self.square is not None, "no token was added"
+        return self.square / self.count
+
+    def finite(self) -> bool:
+        """Whether nothing overflowed; the squares are the diagonal, and bound all the rest."""
+        return self.square is None or bool(torch.isfinite(self.square).all())
+
+    def error(self, dense_OI: Tensor, pruned_OI: Tensor) -> float:
+        """``‖XW'ᵀ − XWᵀ‖² / ‖XWᵀ‖²``; exact with a Hessian, else over the sampled tokens."""
+        lost, whole = self._energy(pruned_OI - dense_OI), self._energy(dense_OI)
+        return lost / whole if whole > 0 else 0.0
+
+    def _energy(self, matrix_OI: Tensor) -> float:
+        if self.gram is not None:
+            return max(float(((matrix_OI @ self.gram) * matrix_OI).sum()), 0.0)
+        return sum(float((part_NI @ matrix_OI.T).square().sum()) for part_NI in self.sample)
+
+
+def _add_product(total_II: Tensor | None, left_NI: Tensor, right_NI: Tensor) -> Tensor:
+    if total_II is None:
+        return left_NI.T @ right_NI
+    return total_II.addmm_(left_NI.T, right_NI)
+
+
+Sink = Callable[[Matrix, Tensor], None]
+
+
+class InputWatch(TorchFunctionMode):
+    """While active, calls ``sink(matrix, inputs_NI)`` for every product of inputs with a watched matrix."""
+
+    def __init__(self, matrices: Iterable[Matrix], sink: Sink) -> None:
+        """Watch ``matrices``, whose parameters must stay where they are in memory."""
+        super().__init__()
+        self.sink = sink
+        self.stacks: dict[str, list[Matrix]] = {}
+        for matrix in matrices:
+            self.stacks.setdefault(matrix.weight.name, []).append(matrix)
+        self.ranges = []
+        for stack in self.stacks.values():
+            parameter = stack[0].weight.parameter
+            first = parameter.data_ptr()
+            self.ranges.append((first, first + parameter.numel() * parameter.element_size(), parameter, stack))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """See the operands of a product, then let it happen."""
+        kwargs = kwargs or {}
+        operands = _operands(func, args, kwargs)
+        if operands is not None:
+            self._match(*operands)
+        return func(*args, **kwargs)
+
+    def _match(self, inputs: Any, weight: Any) -> None:
+        if not isinstance(weight, Tensor) or weight.ndim < 2 or not isinstance(inputs, Tensor):
+            return
+        address = weight.data_ptr()
+        for first, end, parameter, stack in self.ranges:
+            if not first <= address < end or weight.dtype != parameter.dtype:
+                continue
+            if inputs.shape[-1] != stack[0].size:
+                return
+            if weight.ndim == 3 and weight.shape[0] == len(stack) == inputs.shape[0]:
+                for matrix, part in zip(stack, inputs, strict=True):
+                    self.sink(matrix, part)
+            elif weight.ndim == 2:
+                bytes_each = parameter.numel() * parameter.element_size() // len(stack)
+                self.sink(stack[(address - first) // bytes_each], inputs)
+            return
+
+
+def _operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """Inputs and weight of a product, or None for any other function."""
+    if func is F.linear:
+        names, skip = ("input", "weight"), 0
+    elif func in (torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm):
+        names, skip = ("mat1", "mat2"), 1
+    elif func in _PRODUCTS:
+        names, skip = ("input", "other"), 0
+    else:
+        return None
+    both = args[skip : skip + 2]
+    inputs, weight = (both[i] if i < len(both) else kwargs.get(names[i]) for i in range(2))
+    return inputs, weight
+
+
+_PRODUCTS = (
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.mm,
+    Tensor.mm,
+    torch.bmm,
+    Tensor.bmm,
+)

@@ -1,0 +1,144 @@
+"""Masks to start the gates from, made once for a model and a text and kept."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from leap_pl.errors import UserError
+from leap_pl.masks import MaskSet
+from leap_pl.models import Weight, longest_sequence, model_fingerprint
+from leap_pl.oneshot.admm import AdmmOptions
+from leap_pl.oneshot.patterns import Pattern, Unstructured
+from leap_pl.oneshot.prune import Method, prune
+from leap_pl.oneshot.sparsegpt import SparseGPTOptions
+from leap_pl.oneshot.walk import WalkOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ALGORITHM = 1  # counted up when a method's masks change, so that older cached ones are not taken for new
+
+logger = logging.getLogger(__name__)
+
+
+class _Stream(Protocol):
+    seq_length: int
+
+    def blocks(self) -> Iterator[Any]: ...
+
+
+class CalibrationData(Protocol):
+    """What is asked of a data module: a stream of token blocks, and settings that tell it from others."""
+
+    @property
+    def stream(self) -> _Stream:
+        """Blocks with ``tokens``, each of ``seq_length``."""
+
+    def identity(self) -> dict[str, Any]:
+        """Plain JSON values that the stream depends on."""
+
+
+def one_shot_prior(
+    model: "PreTrainedModel",
+    weights: Mapping[str, Weight],
+    method: Method,
+    sparsity: float | Pattern,
+    *,
+    base_model: str,
+    data: CalibrationData | None,
+    sequences: int = 128,
+    cache_dir: str | Path | None = "~/.cache/leap_pl/priors",
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> MaskSet:
+    """The one-shot mask of ``weights``; ``model`` is bit-identical afterwards.
+
+    Masks are kept in ``cache_dir``, by a hash of the model's fingerprint, the weights' names, the data's
+    identity, the number of sequences, the method with its settings, the sparsity and this code's version. A
+    damaged file is made anew, with a warning.
+
+    Args:
+        model: The dense base model without gates.
+        weights: Which weights.
+        method: ``magnitude``, ``wanda``, ``sparsegpt`` or ``admm``.
+        sparsity: To prune to, or a pattern.
+        base_model: The model's name, for the MaskSet.
+        data: Calibration text; magnitude needs none.
+        sequences: How many of the stream's blocks to calibrate on.
+        cache_dir: Where masks are kept; None: nowhere.
+        device: Where the method computes; None: where the model is.
+        revision: Of the base model on the hub, for the MaskSet.
+
+    Raises:
+        UserError: The text cannot be read, or pruning fails (see :func:`leap_pl.oneshot.prune.prune`).
+    """
+    pattern = Unstructured(sparsity) if isinstance(sparsity, float | int) else sparsity
+    uses_text = method != "magnitude"
+    settings = {"sparsegpt": asdict(SparseGPTOptions()), "admm": asdict(AdmmOptions())}.get(method, {})
+    key = {
+        "algorithm": ALGORITHM,
+        "fingerprint": model_fingerprint(model),
+        "weights": sorted(weights),
+        "data": {**data.identity(), "sequences": sequences} if uses_text and data is not None else None,
+        "method": method,
+        "settings": settings,
+        "pattern": [type(pattern).__name__, *asdict(pattern).values()],
+    }
+    path = None
+    if cache_dir is not None:
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        path = Path(cache_dir).expanduser() / f"{method}-{digest[:24]}.safetensors"
+        cached = _cached(path, model, weights)
+        if cached is not None:
+            logger.info("The %s prior was read from %s.", method, path)
+            return cached.with_provenance(base_model=base_model, revision=revision)
+
+    blocks_NT = None
+    if uses_text and data is not None:
+        longest = longest_sequence(model.config)
+        if longest is not None and data.stream.seq_length > longest:
+            raise UserError(
+                f"seq_length is {data.stream.seq_length}, and {base_model} reaches {longest} tokens. Lower it."
+            )
+        blocks_NT = _tokens(data, sequences)
+    pruned = prune(
+        model,
+        blocks_NT,
+        method=method,
+        pattern=pattern,
+        weights=weights,
+        walk=WalkOptions(device=device),
+        update=False,
+        base_model=base_model,
+        revision=revision,
+    )
+    if path is not None:
+        try:
+            pruned.masks.save(path)
+        except UserError as error:  # a prior that cannot be kept is still a prior
+            logger.warning("The prior was not kept for the next run: %s", error)
+    return pruned.masks
+
+
+def _cached(path: Path, model: "PreTrainedModel", weights: Mapping[str, Weight]) -> MaskSet | None:
+    if not path.exists():
+        return None
+    try:
+        mask = MaskSet.load(path)
+        mask.check(model, weights)
+    except UserError as error:
+        logger.warning("The cached prior is made anew: %s", error)
+        return None
+    return mask
+
+
+def _tokens(data: CalibrationData, sequences: int) -> Tensor:
+    return torch.tensor([list(block.tokens) for block in islice(data.stream.blocks(), sequences)])

@@ -1,0 +1,306 @@
+"""Prune a model in one shot, block by block."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from leap_pl.errors import UserError, listing
+from leap_pl.masks import MaskSet, Provenance, installed_versions
+from leap_pl.models import Weight, decoder_blocks, find_weights, model_fingerprint
+from leap_pl.oneshot.admm import AdmmOptions, admm_prune, admm_update
+from leap_pl.oneshot.allocation import OwlOptions, owl_sparsities
+from leap_pl.oneshot.damping import NotSolvableError, Solution
+from leap_pl.oneshot.inputs import InputStatistics, Matrix
+from leap_pl.oneshot.magnitude import magnitude_mask
+from leap_pl.oneshot.patterns import NM, Pattern, Unstructured
+from leap_pl.oneshot.sparsegpt import SparseGPTOptions, sparsegpt
+from leap_pl.oneshot.walk import Walk, WalkOptions
+from leap_pl.oneshot.wanda import wanda_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Method = Literal["magnitude", "wanda", "sparsegpt", "admm"]
+MethodOptions = SparseGPTOptions | AdmmOptions
+UPDATING = ("sparsegpt", "admm")  # methods that change kept weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Pruned:
+    """What :func:`prune` answers.
+
+    Attributes:
+        masks: The masks of all weights.
+        errors: Matrix name → ‖XW'ᵀ − XWᵀ‖² / ‖XWᵀ‖² on the calibration inputs of the pruned path, W' as it
+            was written back. Empty where there was no calibration text.
+        dampings: Matrix name → the damping that was used where the one asked for failed.
+        unseen: Matrices that no calibration token reached, and that were pruned by magnitude.
+        seconds: Wall-clock time.
+    """
+
+    masks: MaskSet
+    errors: dict[str, float] = field(default_factory=dict)
+    dampings: dict[str, float] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def prune(
+    model: "PreTrainedModel",
+    blocks_NT: Tensor | None,
+    *,
+    method: Method = "wanda",
+    pattern: Pattern | float = 0.5,
+    layer_sparsity: Sequence[float] | None = None,
+    owl: OwlOptions | None = None,
+    mask: MaskSet | None = None,
+    mask_target: Literal["layer", "dense"] = "layer",
+    weights: Mapping[str, Weight] | None = None,
+    options: MethodOptions | None = None,
+    walk: WalkOptions | None = None,
+    update: bool = True,
+    base_model: str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> Pruned:
+    """Prune ``model`` in one shot.
+
+    The decoder blocks are visited in order. A block's matrices are pruned on the inputs they get when the
+    block, still dense, is given the outputs of the pruned blocks before it.
+
+    Args:
+        model: The dense base model, on one device, without gates.
+        blocks_NT: Calibration tokens, LongTensor[sequences, seq_length]; None (magnitude alone): no walk,
+            and no layer errors.
+        method: ``magnitude``, ``wanda``, ``sparsegpt`` or ``admm``.
+        pattern: ``Unstructured(sparsity)``, ``NM(n, m)``, or the sparsity alone.
+        layer_sparsity: A sparsity for each decoder block instead.
+        owl: Allocate the sparsity over the blocks by OWL, with these settings.
+        mask: (admm) Keep this mask, and solve the kept weights anew. ``pattern`` is not used.
+        mask_target: (with ``mask``) What the kept weights are fitted to: ``layer``, the dense layer's outputs
+            on the pruned path's inputs; ``dense``, the layer's outputs in the dense model. Experts of stacked
+            tensors are always fitted to ``layer``, since they see other tokens in the dense model.
+        weights: Which weights, as :func:`leap_pl.models.find_weights` gives them; None: its default.
+        options: Settings of SparseGPT or ADMM.
+        walk: Batch size and device.
+        update: Write masked or updated weights into ``model``. False: ``model`` is bit-identical afterwards.
+        base_model: Name of the model for the MaskSet; None: what its config says.
+        revision: Of the base model on the hub, for the MaskSet.
+        progress: Show a progress bar.
+
+    Returns:
+        The masks, the layer errors, and what else there is to know.
+
+    Raises:
+        UserError: Settings contradict each other, the model cannot be walked, or a weight or an input is
+            not finite; the message names it.
+    """
+    started = time.monotonic()
+    pattern = Unstructured(pattern) if isinstance(pattern, float) else pattern
+    weights = dict(weights) if weights is not None else find_weights(model)
+    _check(method, blocks_NT, pattern, layer_sparsity, owl, mask, options)
+    matrices = _by_block(model, weights)
+    if mask is not None:
+        mask.check(model, weights)
+    provenance = Provenance(
+        base_model=base_model or getattr(model.config, "name_or_path", "") or type(model).__name__,
+        fingerprint=model_fingerprint(model),
+        method=method,
+        sparsity=pattern.sparsity,
+        revision=revision,
+        versions=installed_versions(),
+    )
+    config: dict[str, Any] = {"pattern": str(pattern)}
+    if blocks_NT is not None:
+        config |= {"sequences": blocks_NT.shape[0], "seq_length": blocks_NT.shape[1]}
+    if method in UPDATING:
+        options = options or (SparseGPTOptions() if method == "sparsegpt" else AdmmOptions())
+        config |= asdict(options)
+
+    if owl is not None:
+        assert blocks_NT is not None
+        with Walk(model, blocks_NT, walk) as dense_walk:
+            layer_sparsity = owl_sparsities(dense_walk, matrices, pattern.sparsity, owl)
+        config["owl"] = asdict(owl)
+        logger.info("OWL sparsities: %s", ", ".join(f"{s:.4f}" for s in layer_sparsity))
+    if layer_sparsity is not None:
+        if len(layer_sparsity) != len(matrices):
+            raise UserError(
+                f"{len(layer_sparsity)} layer sparsities were given, and the model has {len(matrices)} decoder blocks."
+            )
+        config["layer_sparsity"] = list(layer_sparsity)
+
+    run = _Run(method, pattern, layer_sparsity, options, mask, update, weights)
+    if blocks_NT is None:
+        with torch.no_grad():
+            for index, block in enumerate(_bar(range(len(matrices)), progress)):
+                run.block(index, matrices[block], {})
+    else:
+        with Walk(model, blocks_NT, walk, dense=mask is not None and mask_target == "dense") as pruned_walk:
+            bar = _bar(pruned_walk, progress)
+            for index in bar:
+                statistics = pruned_walk.observe(index, matrices[index], gram=method in UPDATING)
+                touched = {} if update else {m.weight.name: m.weight.parameter for m in matrices[index]}
+                saved = [(parameter, parameter.clone()) for parameter in touched.values()]
+                try:
+                    run.block(index, matrices[index], statistics, bar)
+                    if index < len(matrices) - 1:
+                        pruned_walk.advance(index)
+                finally:
+                    for parameter, dense in saved:
+                        parameter.copy_(dense)
+    if run.unseen:
+        logger.warning(
+            "No calibration token reached %s: pruned by magnitude. More sequences may reach them.",
+            listing(run.unseen, 6),
+        )
+    if layer_sparsity is not None:
+        total = sum(m.numel() for m in run.masks.values())
+        kept = sum(int(m.sum()) for m in run.masks.values())
+        provenance = replace(provenance, sparsity=round(1 - kept / total, 6))
+    if mask is not None:
+        update_config = {"method": method, "target": mask_target, **config}
+        update_config.pop("pattern")
+        masks = mask.with_provenance(config={**mask.provenance.config, "weight_update": update_config})
+    else:
+        ordered = {name: run.masks[name] for name in weights}
+        masks = MaskSet(ordered, replace(provenance, config=config))
+    return Pruned(masks, run.errors, run.dampings, run.unseen, time.monotonic() - started)
+
+
+class _Run:
+    """Prunes the matrices of one block after another, and keeps what comes of it."""
+
+    def __init__(
+        self,
+        method: Method,
+        pattern: Pattern,
+        layer_sparsity: Sequence[float] | None,
+        options: MethodOptions | None,
+        mask: MaskSet | None,
+        update: bool,
+        weights: Mapping[str, Weight],
+    ) -> None:
+        self.method, self.pattern, self.layer_sparsity = method, pattern, layer_sparsity
+        self.options, self.mask, self.update = options, mask, update
+        self.masks = {n: torch.ones(w.parameter.shape, dtype=torch.bool) for n, w in weights.items()}
+        self.errors: dict[str, float] = {}
+        self.dampings: dict[str, float] = {}
+        self.unseen: list[str] = []
+
+    def block(
+        self, index: int, matrices: Sequence[Matrix], statistics: Mapping[str, InputStatistics], bar: Any = None
+    ) -> None:
+        """Prune the matrices of block ``index`` and write the results into the model."""
+        pattern = self.pattern
+        if self.layer_sparsity is not None:
+            pattern = Unstructured(self.layer_sparsity[index])
+        for matrix in matrices:
+            dense_OI = matrix.dense()
+            if not bool(torch.isfinite(dense_OI).all()):
+                raise UserError(
+                    f"{matrix.name} holds NaN or infinity. Check the model's file, or load another --dtype."
+                )
+            found = statistics.get(matrix.name)
+            solution = self._solve(matrix, dense_OI, found, pattern)
+            matrix.view(self.masks[matrix.weight.name]).copy_(solution.mask)
+            if found is None and not self.update:
+                continue
+            place_OI = matrix.view(matrix.weight.parameter)
+            if self.method in UPDATING and found is not None:
+                place_OI.copy_(solution.weight)
+            # Zeros by assignment: kept weights of a method that changes none keep every bit.
+            place_OI.masked_fill_(~solution.mask, 0)
+            if found is not None:
+                error = self.errors[matrix.name] = found.error(dense_OI, place_OI.float())
+                logger.debug("%s: layer error %.5f", matrix.name, error)
+                if bar is not None:
+                    bar.set_postfix_str(f"{matrix.weight.projection} error {error:.4f}")
+
+    def _solve(self, matrix: Matrix, dense_OI: Tensor, found: InputStatistics | None, pattern: Pattern) -> Solution:
+        given_OI = None if self.mask is None else matrix.view(self.mask.masks[matrix.weight.name]).to(dense_OI.device)
+        if found is None and self.method != "magnitude":
+            self.unseen.append(matrix.name)
+        if given_OI is not None and found is None:
+            return Solution(dense_OI, given_OI, 0.0)
+        if self.method == "magnitude" or found is None:
+            return Solution(dense_OI, magnitude_mask(dense_OI, pattern), 0.0)
+        if self.method == "wanda":
+            return Solution(dense_OI, wanda_mask(dense_OI, found.mean_square, pattern), 0.0)
+        assert found.gram is not None
+        try:
+            if isinstance(self.options, SparseGPTOptions):
+                solution, asked = sparsegpt(dense_OI, found.gram, pattern, self.options), self.options.damping
+            else:
+                assert isinstance(self.options, AdmmOptions)
+                asked = self.options.ridge
+                if given_OI is not None:
+                    solution = admm_update(dense_OI, found.gram, given_OI, self.options, found.cross)
+                else:
+                    solution = admm_prune(dense_OI, found.gram, pattern, self.options)
+        except NotSolvableError as error:
+            raise UserError(
+                f"{matrix.name}: {error}. Its calibration inputs are too extreme; prune it with --method wanda."
+            ) from error
+        if solution.damping != asked:
+            self.dampings[matrix.name] = solution.damping
+            logger.warning("%s: damping %g failed, %g was used.", matrix.name, asked, solution.damping)
+        return solution
+
+
+def _check(
+    method: Method,
+    blocks_NT: Tensor | None,
+    pattern: Pattern,
+    layer_sparsity: Sequence[float] | None,
+    owl: OwlOptions | None,
+    mask: MaskSet | None,
+    options: MethodOptions | None,
+) -> None:
+    if blocks_NT is None and (method != "magnitude" or owl is not None):
+        raise UserError(f"{'OWL' if owl else method} needs calibration text. Give --text.")
+    if blocks_NT is not None and (blocks_NT.ndim != 2 or not blocks_NT.numel()):
+        raise UserError(f"calibration tokens are {list(blocks_NT.shape)}, not [sequences, seq_length].")
+    if layer_sparsity is not None and owl is not None:
+        raise UserError("Can't provide both --layer_sparsity and --owl. Choose one.")
+    if isinstance(pattern, NM) and (layer_sparsity is not None or owl is not None):
+        raise UserError(
+            f"pattern {pattern} has one sparsity everywhere: leave out --pattern, or --layer_sparsity and --owl."
+        )
+    if mask is not None and method != "admm":
+        raise UserError(f"--mask keeps a mask and solves its weights anew, by --method admm and not {method}.")
+    if mask is not None and (layer_sparsity is not None or owl is not None):
+        raise UserError("Can't provide both --mask and --layer_sparsity or --owl. Choose one.")
+    wanted = {"sparsegpt": SparseGPTOptions, "admm": AdmmOptions}.get(method)
+    if options is not None and (wanted is None or not isinstance(options, wanted)):
+        raise ValueError(f"method {method} does not take {type(options).__name__}")
+
+
+def _by_block(model: "PreTrainedModel", weights: Mapping[str, Weight]) -> list[list[Matrix]]:
+    from torch.nn.utils import parametrize
+
+    outside = [name for name, weight in weights.items() if weight.layer is None]
+    if outside:
+        raise UserError(
+            f"one-shot pruning walks the decoder blocks, and {listing(outside, 3)} lies outside. Add it to --ignore."
+        )
+    gated = [name for name, w in weights.items() if parametrize.is_parametrized(w.module, w.tensor)]
+    if gated:
+        raise ValueError(f"{listing(gated, 3)} has a gate on it; take the gates off before pruning in one shot")
+    matrices: list[list[Matrix]] = [[] for _ in decoder_blocks(model)[1]]
+    for weight in weights.values():
+        assert weight.layer is not None
+        matrices[weight.layer] += Matrix.of(weight)
+    return matrices
+
+
+def _bar(over: Any, show: bool) -> Any:
+    return tqdm(over, desc="pruning", unit="block", disable=not show, dynamic_ncols=True)

@@ -1,0 +1,336 @@
+"""One walk over the decoder blocks: each block's inputs are the outputs of the already pruned ones.
+
+Nothing here knows a family. A forward of the model itself is listened to: what the first block is given for
+every batch, and with which other arguments each block is called (attention masks differ from block to block
+in models with sliding windows). The blocks are then called alone, one after another, with those arguments
+and the walk's own hidden states.
+
+Shapes: N sequences, B sequences of a batch, T tokens, D hidden features.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from leap_pl.errors import UserError
+from leap_pl.models import decoder_blocks
+from leap_pl.oneshot.inputs import ERROR_TOKENS, InputStatistics, InputWatch, Matrix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class WalkOptions:
+    """How the walk computes.
+
+    Attributes:
+        batch_size: Sequences in one forward of a block.
+        device: Where a block, its Hessians and the solvers are while it is its turn; None: where the model is.
+        offload: Keep the activations between blocks in CPU memory.
+    """
+
+    batch_size: int = 4
+    device: torch.device | str | None = None
+    offload: bool = True
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one block's call; ``place`` says which of them are the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    place: int | str
+
+    @classmethod
+    def of(cls, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call":
+        if args and isinstance(args[0], Tensor):
+            return cls(args, kwargs, 0)
+        if isinstance(kwargs.get("hidden_states"), Tensor):
+            return cls(args, kwargs, "hidden_states")
+        raise UserError(
+            f"{block} is called with no hidden states first, so leap_pl cannot walk this model block by block."
+        )
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.args[self.place] if isinstance(self.place, int) else self.kwargs[self.place]
+
+    def with_hidden(self, hidden_BTD: Tensor | None) -> "_Call":
+        if isinstance(self.place, int):
+            return replace(self, args=(hidden_BTD, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, self.place: hidden_BTD})
+
+    def to(self, device: torch.device) -> "_Call":
+        def move(x: Any) -> Any:
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        return replace(self, args=tree_map(move, self.args), kwargs=tree_map(move, self.kwargs))
+
+
+class _Stop(Exception):  # noqa: N818  (no error: the forward has gone as far as it is needed)
+    pass
+
+
+class Walk:
+    """The state of a walk: hidden states of every batch, before the block whose turn it is.
+
+    Use it as ``with Walk(model, tokens) as walk: for index in walk: ...``; within the loop the block is on
+    the compute device; :meth:`observe` sums up the inputs of its matrices, and :meth:`advance` turns the
+    hidden states into the block's outputs, once its weights are what its successors shall see.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", tokens_NT: Tensor, options: WalkOptions | None = None, *, dense: bool = False
+    ) -> None:
+        """Walk ``model`` over ``tokens_NT``.
+
+        Args:
+            model: A causal language model, on one device.
+            tokens_NT: Calibration tokens, LongTensor.
+            options: Settings.
+            dense: Also walk the dense model alongside, for :meth:`observe`'s cross products.
+        """
+        self.model, self.options = model, options or WalkOptions()
+        self.prefix, self.blocks = decoder_blocks(model)
+        self.home = next(model.parameters()).device
+        self.device = self.home if self.options.device is None else torch.device(self.options.device)
+        self.storage = torch.device("cpu") if self.options.offload else self.device
+        self.batches = list(tokens_NT.split(self.options.batch_size))
+        self.states: list[Tensor] = []
+        self.dense_states: list[Tensor] | None = [] if dense else None
+        self._calls: list[dict[int, _Call]] = [{} for _ in self.blocks]
+        self._exit = ExitStack()
+
+    def __enter__(self) -> "Walk":
+        """Listen to the model: the first block's inputs, every block's arguments."""
+        self._exit.enter_context(torch.no_grad())
+        self._exit.enter_context(_evaluating(self.model))
+        self._exit.enter_context(_eager_experts(self.model))
+        try:
+            self._listen()
+        except BaseException:
+            self._exit.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave the model in the mode it was in, and let the activations go."""
+        self.states.clear()
+        self._exit.close()
+
+    def __iter__(self) -> Iterator[int]:
+        """The blocks' indices, each while its block is on the compute device."""
+        for index, block in enumerate(self.blocks):
+            with self._visiting(block):
+                yield index
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    # -- what a pruner asks ---------------------------------------------------------------------------------
+
+    def observe(self, index: int, matrices: Sequence[Matrix], *, gram: bool) -> dict[str, InputStatistics]:
+        """Run block ``index`` as it is now and sum up the inputs of ``matrices``.
+
+        With a dense walk alongside, its hidden states advance, through the block as it is now: call this
+        before the block's weights change, and once.
+
+        Args:
+            index: Which block.
+            matrices: Its matrices.
+            gram: Whether Hessians are wanted, or mean squares alone.
+
+        Returns:
+            Matrix name → its statistics. Matrices that are given one and the same tensor share one object;
+            an expert that no token was routed to is missing.
+
+        Raises:
+            UserError: Inputs are not finite, or no product with a matrix was seen that should be.
+        """
+        collector = _Collector(gram, -(-ERROR_TOKENS // len(self.batches)))
+        watch = InputWatch(matrices, collector)
+        for number in range(len(self.batches)):
+            if self.dense_states is not None:
+                with InputWatch(matrices, collector.see_dense):
+                    dense_BTD = self._call(index, number, self.dense_states[number])
+                self.dense_states[number] = dense_BTD.to(self.storage)
+            with watch:
+                self._call(index, number, self.states[number])
+            collector.end_batch()
+        seen = {matrix.weight.name for matrix in matrices if matrix.name in collector.found}
+        for matrix in matrices:
+            statistics = collector.found.get(matrix.name)
+            if matrix.weight.name not in seen:
+                raise UserError(
+                    f"{matrix.weight.name}: no product of inputs with it was seen while its block ran, so it cannot be "
+                    "calibrated. Leave it out with --ignore, or prune it with --method magnitude."
+                )
+            if statistics is not None and not statistics.finite():
+                raise UserError(
+                    f"{matrix.name}: its inputs are not finite (NaN, infinity or beyond 1e19). "
+                    "Load the model in another --dtype, and check the model and the blocks before this one."
+                )
+        return collector.found
+
+    def advance(self, index: int) -> None:
+        """Replace the hidden states by what block ``index``, as it is now, makes of them.
+
+        Raises:
+            UserError: They are not finite.
+        """
+        for number, state_BTD in enumerate(self.states):
+            output_BTD = self._call(index, number, state_BTD)
+            if not bool(torch.isfinite(output_BTD).all()):
+                raise UserError(
+                    f"{self.prefix}.{index}: its outputs are not finite. Load the model in another --dtype "
+                    "(float16 overflows beyond 65504), and check the model."
+                )
+            self.states[number] = output_BTD.to(self.storage)
+
+    # -- how it is done -------------------------------------------------------------------------------------
+
+    def _call(self, index: int, number: int, state_BTD: Tensor) -> Tensor:
+        call = self._calls[index][state_BTD.shape[0]].with_hidden(state_BTD).to(self.device)
+        output = self.blocks[index](*call.args, **call.kwargs)
+        return output if isinstance(output, Tensor) else output[0]
+
+    def _listen(self) -> None:
+        """Of the first and the last batch a forward through all blocks; of the others the first block's input."""
+        full = {0, len(self.batches) - 1}
+        heard: list[list[_Call]] = []
+        for number, tokens_BT in enumerate(self.batches):
+            calls = self._hear(tokens_BT, len(self.blocks) if number in full else 1)
+            self.states.append(calls[0].hidden.to(self.storage))
+            if number in full:
+                heard.append(calls)
+        if self.dense_states is not None:
+            self.dense_states.extend(self.states)
+        for index in range(len(self.blocks)):
+            first, last = heard[0][index], heard[-1][index]
+            _check_same(f"{self.prefix}.{index}", first, last)
+            for call in (first, last):
+                self._calls[index][call.hidden.shape[0]] = call.with_hidden(None)
+
+    def _hear(self, tokens_BT: Tensor, depth: int) -> list[_Call]:
+        """Run the model as far as the inputs of block ``depth − 1``; give the arguments of the blocks so far."""
+        calls: list[_Call] = []
+        with ExitStack() as stack:
+            for index, block in enumerate(self.blocks[:depth]):
+
+                def before(module: nn.Module, args: Any, kwargs: Any, index: int = index) -> Any:
+                    calls.append(_Call.of(f"{self.prefix}.{index}", args, kwargs))
+                    if index == depth - 1:
+                        raise _Stop
+                    module.to(self.device)
+                    moved = calls[-1].to(self.device)
+                    return moved.args, moved.kwargs
+
+                def after(module: nn.Module, args: Any, output: Any) -> Any:
+                    module.to(self.home)
+                    return tree_map(lambda x: x.to(self.home) if isinstance(x, Tensor) else x, output)
+
+                stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(after).remove)
+            try:
+                self.model(input_ids=tokens_BT.to(self.home), use_cache=False)
+            except _Stop:
+                return calls
+        raise UserError(f"{self.prefix}: the model's forward does not run through its blocks in order.")
+
+    @contextmanager
+    def _visiting(self, block: nn.Module) -> Iterator[None]:
+        block.to(self.device)
+        try:
+            yield
+        finally:
+            block.to(self.home)
+
+
+class _Collector:
+    """Sums up inputs as they are seen; matrices that are given one tensor share one sum."""
+
+    def __init__(self, gram: bool, sample: int) -> None:
+        self.gram, self.sample = gram, sample
+        self.found: dict[str, InputStatistics] = {}
+        self.seen: list[tuple[Tensor, InputStatistics]] = []
+        self.dense: dict[str, Tensor] = {}
+
+    def __call__(self, matrix: Matrix, inputs: Tensor) -> None:
+        if inputs.numel() == 0:
+            return
+        shared = next((s for tensor, s in self.seen if tensor is inputs), None)
+        own = self.found.get(matrix.name)
+        if shared is not None and own in (None, shared):
+            self.found[matrix.name] = shared
+            return
+        statistics = own or InputStatistics(self.gram)
+        self.found[matrix.name] = statistics
+        self.seen.append((inputs, statistics))
+        dense_NI = self.dense.get(matrix.name) if matrix.expert is None else None
+        statistics.add(inputs.reshape(-1, inputs.shape[-1]), sample=self.sample, dense_NI=dense_NI)
+
+    def see_dense(self, matrix: Matrix, inputs: Tensor) -> None:
+        # The tokens of an expert differ between the dense and the pruned model: there is no pairing them.
+        if matrix.expert is None:
+            self.dense[matrix.name] = inputs.reshape(-1, inputs.shape[-1])
+
+    def end_batch(self) -> None:
+        """Let go of the tensors by whose identity sharing is found."""
+        self.seen.clear()
+        self.dense.clear()
+
+
+def _check_same(block: str, first: _Call, last: _Call) -> None:
+    """Make sure that the arguments besides the hidden states do not depend on the tokens."""
+    sides = []
+    for call in (first, last):
+        leaves, _ = tree_flatten((call.with_hidden(None).args, call.with_hidden(None).kwargs))
+        sides.append([(x, call.hidden.shape[0]) for x in leaves if isinstance(x, Tensor)])
+    same = len(sides[0]) == len(sides[1]) and all(
+        torch.equal(a, b) if a.shape == b.shape else torch.equal(_first(a, size_a), _first(b, size_b))
+        for (a, size_a), (b, size_b) in zip(*sides, strict=True)
+    )
+    if not same:
+        raise UserError(
+            f"{block} is given arguments that depend on the tokens, besides its hidden states. leap_pl cannot "
+            "walk such a model block by block; magnitude pruning needs no walk."
+        )
+
+
+def _first(tensor: Tensor, size: int) -> Tensor:
+    """The part of an argument that belongs to the first of ``size`` sequences; biases may be (size·heads, …)."""
+    if tensor.ndim == 0 or tensor.shape[0] % size:
+        return tensor
+    return tensor[: tensor.shape[0] // size]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _eager_experts(model: "PreTrainedModel") -> Iterator[None]:
+    """Stacked experts one product each: the fused implementations hide which token an expert is given."""
+    before = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
+    if before is None or all(kind in (None, "eager") for kind in before.values()):
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation({key: kind for key, kind in before.items() if kind is not None})
