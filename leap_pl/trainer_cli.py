@@ -80,6 +80,22 @@ class LeapCLI(LightningCLI):
         """Lightning's own version lays the checkpoint's settings over what was typed."""
 
 
+def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
+    """Parse ``words`` and make trainer, module and data module; with ``run``, the first word is the verb to run."""
+    verbs: dict[str, Any] = {verb: {"exit_on_error": False} for verb in LeapCLI.subcommands()} if run else {}
+    return LeapCLI(
+        LeapModule,
+        TextDataModule,
+        args=words,
+        run=run,
+        seed_everything_default=0,
+        trainer_defaults=TRAINER_DEFAULTS,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "leap_pl", "exit_on_error": False, **verbs},
+    )
+
+
 def run(words: list[str]) -> LeapCLI:
     """Run one of LightningCLI's verbs.
 
@@ -102,17 +118,7 @@ def run(words: list[str]) -> LeapCLI:
     )
     torch.set_float32_matmul_precision("high")
     try:
-        return LeapCLI(
-            LeapModule,
-            TextDataModule,
-            args=words,
-            seed_everything_default=0,
-            trainer_defaults=TRAINER_DEFAULTS,
-            auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "leap_pl", "exit_on_error": False}
-            | {verb: {"exit_on_error": False} for verb in LeapCLI.subcommands()},
-        )
+        return make_cli(words)
     except ArgumentError as error:
         raise UserError(one_line(error)) from error
     except torch.OutOfMemoryError as error:

@@ -105,7 +105,7 @@ def test_any_bytes_give_texts_or_one_line(tmp_path: Path, lines: list[bytes]) ->
             for text in texts(file):
                 byte_tokenizer()(text)
         except UserError as error:
-            assert "\n" not in str(error)  # noqa: PT017
+            assert "\n" not in str(error)
 
 
 def test_bad_lines_are_skipped_and_counted(tmp_path: Path) -> None:

@@ -62,7 +62,14 @@ def test_card_says_where_it_comes_from(finished: Run, model_folder: Path, tmp_pa
     export_command(str(tmp_path / "out"), ckpt_path=str(finished.checkpoint))
     card = (tmp_path / "out" / "README.md").read_text()
     identity = masks_from_checkpoint(finished.checkpoint).provenance
-    for fact in (str(model_folder), identity.fingerprint, "`leap`", "## Sparsity by decoder layer", '"alpha"', "text.jsonl"):
+    for fact in (
+        str(model_folder),
+        identity.fingerprint,
+        "`leap`",
+        "## Sparsity by decoder layer",
+        '"alpha"',
+        "text.jsonl",
+    ):
         assert fact in card
 
 

@@ -139,7 +139,7 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.mkdir()
     (path / ".hidden").write_text("old")
-    with pytest.raises(UserError, match="is not empty.*--force"):
+    with pytest.raises(UserError, match=r"is not empty.*--force"):
         write_folder(path)
     assert contents(tmp_path) == {"out": None, "out/.hidden": "old"}
 

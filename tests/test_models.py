@@ -121,7 +121,11 @@ def test_a_model_without_blocks_is_refused() -> None:
         (["model.layers.1.mlp.up_proj"], [], ["1.mlp.up_proj"]),
         (["model.layers.1.mlp.up_proj.weight"], [], ["1.mlp.up_proj"]),
         (["model.layers.1.mlp.up_proj", "re:.*0.*o_proj"], [], ["0.self_attn.o_proj", "1.mlp.up_proj"]),
-        (None, ["re:.*self_attn", "model.layers.0.mlp.up_proj"], ["0.mlp.gate_proj", "0.mlp.down_proj"] + [f"1.{p}" for p in LLAMA[4:]]),
+        (
+            None,
+            ["re:.*self_attn", "model.layers.0.mlp.up_proj"],
+            ["0.mlp.gate_proj", "0.mlp.down_proj"] + [f"1.{p}" for p in LLAMA[4:]],
+        ),
         (None, ["re:model\\.layers\\.0\\."], [f"1.{p}" for p in LLAMA]),
     ],
 )  # fmt: skip

@@ -1,0 +1,90 @@
+"""Time, layer error and perplexity of the one-shot methods on one model and one text.
+
+python benchmarks/oneshot.py --model M --text FILE [--sparsities 0.5 0.6] [--methods wanda admm]
+
+Calibrates on the first blocks of the text, and takes the perplexity on its last windows, which are none of
+the calibration's. Prints one row of a Markdown table for each method and sparsity. Besides the four methods
+there are ``update-layer`` and ``update-dense``: Wanda's mask with its weights solved anew.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leap_pl.data import calibration_blocks
+from leap_pl.models import load_model, load_tokenizer
+from leap_pl.oneshot.patterns import parse_pattern
+from leap_pl.oneshot.prune import prune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--seq_length", type=int, default=512)
+    parser.add_argument("--sequences", type=int, default=24)
+    parser.add_argument("--windows", type=int, default=32, help="windows of seq_length for the perplexity")
+    parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt", "admm"])
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.6])
+    parser.add_argument("--patterns", nargs="*", default=[], help="n:m patterns besides")
+    args = parser.parse_args()
+
+    tokenizer = load_tokenizer(args.model)
+    blocks_NT = calibration_blocks(args.text, tokenizer, seq_length=args.seq_length, sequences=args.sequences)
+    tokens = torch.tensor(tokenizer(Path(args.text).read_text(encoding="utf-8"))["input_ids"])
+    held_out_NT = tokens[-args.windows * args.seq_length :].view(args.windows, args.seq_length)
+
+    model = load_model(args.model)
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    print("| method | pattern | sparsity | seconds | CPU seconds | mean layer error | perplexity |")
+    print("|---|---|---|---|---|---|---|")
+    print(f"| dense | | 0 | | | | {perplexity(model, held_out_NT):.2f} |", flush=True)
+    asked = [(None, sparsity) for sparsity in args.sparsities] + [(pattern, 0.5) for pattern in args.patterns]
+    for pattern, sparsity in asked:
+        for method in args.methods:
+            model.load_state_dict(dense)
+            shape = parse_pattern(pattern, sparsity)
+            mask = None
+            if method.startswith("update"):
+                mask = prune(model, blocks_NT, method="wanda", pattern=shape, update=False, progress=False).masks
+            wall, cpu = time.monotonic(), time.process_time()
+            pruned = prune(
+                model,
+                None if method == "magnitude" else blocks_NT,
+                method="admm" if mask else method,
+                pattern=shape,
+                mask=mask,
+                mask_target="dense" if method == "update-dense" else "layer",
+                progress=False,
+            )
+            wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+            error = sum(pruned.errors.values()) / max(len(pruned.errors), 1)
+            print(
+                f"| {method} | {pattern or 'unstructured'} | {pruned.masks.sparsity:.4f} | {wall:.0f} | {cpu:.0f} "
+                f"| {f'{error:.4f}' if pruned.errors else ''} | {perplexity(model, held_out_NT):.2f} |",
+                flush=True,
+            )
+
+
+@torch.no_grad()
+def perplexity(model: "PreTrainedModel", windows_NT: Tensor, batch_size: int = 4) -> float:
+    """Exponential of the mean loss over all predicted tokens, the windows apart from each other."""
+    total, count = 0.0, 0
+    for batch_BT in windows_NT.split(batch_size):
+        logits_BTV = model(input_ids=batch_BT, use_cache=False).logits[:, :-1]
+        total += float(F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch_BT[:, 1:].flatten(), reduction="sum"))
+        count += batch_BT[:, 1:].numel()
+    return float(torch.tensor(total / count).exp())
+
+
+if __name__ == "__main__":
+    main()
