@@ -295,6 +295,11 @@ class LeapModule(L.LightningModule):
         if self.dense_perplexity is None:
             self.dense_perplexity = float(self.dense_metric.compute())
         self.log("perplexity/dense", self.dense_perplexity)
+        if self.trainer.sanity_checking:
+            # Lightning keeps what is measured before the first step to itself; it is where the curves begin.
+            start = {"perplexity/hard": float(self.hard_metric.compute()), "perplexity/dense": self.dense_perplexity}
+            for logger in self.loggers:
+                logger.log_metrics(start, step=0)
 
     # -- the mask -----------------------------------------------------------------------------------------
 

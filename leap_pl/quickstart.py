@@ -17,7 +17,7 @@ RUN = Path("runs/quickstart")
 BASE_MODEL = Path("assets/SmolLM2-135M-Instruct")
 TEXT = Path("assets/wikipedia/test.jsonl")
 WINDOW = 512  # tokens: the sequence length the mask is learned at
-TOKENS = 64 * WINDOW  # evaluated of the held-out text
+TOKENS = 48 * WINDOW  # evaluated of the held-out text
 
 
 def run() -> dict[str, object]:

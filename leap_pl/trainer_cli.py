@@ -24,7 +24,7 @@ from leap_pl.module import LeapModule
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 2000,
     "gradient_clip_val": 1.0,
-    "num_sanity_val_steps": 0,
+    "num_sanity_val_steps": -1,  # the whole validation text once: where the curves begin
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # its table counts parametrized weights twice
     "check_val_every_n_epoch": None,  # a run is one epoch: validation goes by steps
@@ -110,6 +110,9 @@ def run(words: list[str]) -> LeapCLI:
         ".*`isinstance\\(treespec, LeafSpec\\)`.*",
         ".*lr_scheduler.step.*",
         ".*smaller than the logging interval.*",  # the sparsity log has its own
+        ".*Checkpoint directory .* exists and is not empty.*",  # checkpoint.enable_version_counter says what happens
+        ".*Be aware that when using `ckpt_path`.*",
+        ".*The dirpath has changed.*",
         ".*Converting a tensor with requires_grad=True to a scalar.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)

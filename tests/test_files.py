@@ -75,9 +75,14 @@ def test_a_file_whose_writer_fails_is_as_it_was(tmp_path: Path, kind: type[BaseE
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("disk\nfull")])
 def test_a_writer_that_finds_the_disk_full_says_so(tmp_path: Path, error: Exception) -> None:
     path = tmp_path / "a"
-    with pytest.raises(UserError) as caught, atomic_file(path) as temporary:
-        temporary.write_text("hal")
-        raise error
+
+    def write() -> None:
+        with atomic_file(path) as temporary:
+            temporary.write_text("hal")
+            raise error
+
+    with pytest.raises(UserError) as caught:
+        write()
     one_line(caught, path, "No space left" if isinstance(error, OSError) else "disk full")
     assert contents(tmp_path) == {}
 

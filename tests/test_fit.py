@@ -55,7 +55,12 @@ def test_tensorboard_has_every_curve(curves: EventAccumulator) -> None:
     expected |= {f"weights_by_layer/{kind}/00{layer}" for kind in ("soft", "hard") for layer in (0, 1)}
     assert expected <= tags
     assert any(tag.startswith("weights_by_projection/hard/mlp.up_proj") for tag in tags)
-    assert any(tag.startswith("alpha_theta_over_tau/") for tag in curves.Tags()["histograms"])
+    assert any(tag.startswith("weights_alpha_theta_over_tau/") for tag in curves.Tags()["histograms"])
+
+
+def test_perplexity_curve_begins_with_the_prior(curves: EventAccumulator) -> None:
+    assert [event.step for event in curves.Scalars("perplexity/hard")][0] == 0
+    assert [event.step for event in curves.Scalars("perplexity/dense")][0] == 0
 
 
 def test_annealing_follows_the_optimizer_step(curves: EventAccumulator) -> None:

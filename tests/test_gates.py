@@ -517,7 +517,7 @@ def with_logits(values: dict[str, list[float]]) -> dict[str, BernoulliGate]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(few_values, min_size=1, max_size=4), st.floats(0, 1))
+@given(st.lists(few_values, min_size=1, max_size=4), st.sampled_from([0.5, 0.25]) | st.floats(0, 1))
 def test_hard_masks_have_exactly_the_asked_sparsity(values: list[list[float]], sparsity: float) -> None:
     """Ties included; they are broken by weight and index, and no removed logit is above a kept one."""
     gates = with_logits({str(i): v for i, v in enumerate(values)})

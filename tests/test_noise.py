@@ -1,6 +1,7 @@
 """The gates' noise: its distribution, its independence in every direction, and that it never changes silently."""
 
 import math
+from collections.abc import Iterator
 from itertools import combinations
 
 import numpy as np
@@ -30,8 +31,11 @@ def bits_of(place: tuple[int, int, int, str], start: int = 0, stop: int = SAMPLE
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ IDS = torch.randint(0, VOCABULARY, (2, 19), generator=torch.Generator().manual_s
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def predicted(hidden: Tensor) -> Tensor:

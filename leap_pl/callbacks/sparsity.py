@@ -146,7 +146,7 @@ class SparsityLogger(L.Callback):
                 for projection, parts in by_projection.items():
                     # Beyond ±20 a gate is open or shut to float32: one bin each, and the middle stays legible.
                     values = torch.cat(parts).clamp(-20, 20)
-                    logger.experiment.add_histogram(f"alpha_theta_over_tau/{projection}", values, step)
+                    logger.experiment.add_histogram(f"weights_alpha_theta_over_tau/{projection}", values, step)
 
     def state_dict(self) -> dict[str, Any]:
         """The bits of the last log, so that a resumed run's curve has no gap."""
