@@ -59,8 +59,8 @@ def test_tensorboard_has_every_curve(curves: EventAccumulator) -> None:
 
 
 def test_perplexity_curve_begins_with_the_prior(curves: EventAccumulator) -> None:
-    assert [event.step for event in curves.Scalars("perplexity/hard")][0] == 0
-    assert [event.step for event in curves.Scalars("perplexity/dense")][0] == 0
+    assert next(event.step for event in curves.Scalars("perplexity/hard")) == 0
+    assert next(event.step for event in curves.Scalars("perplexity/dense")) == 0
 
 
 def test_annealing_follows_the_optimizer_step(curves: EventAccumulator) -> None:
