@@ -5,7 +5,6 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
-export TOKENIZERS_PARALLELISM := true
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-fast lint assets assets-eval clean
@@ -44,7 +43,7 @@ define install
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing leap_pl into $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(1)' >$(VENV)/install.log 2>&1 \
-	  || { echo "make: the packages could not be installed: $$(grep -m1 -E 'ERROR' $(VENV)/install.log || tail -n 1 $(VENV)/install.log) (all of it: $(VENV)/install.log)"; exit 1; }
+	  || { echo "make: the packages could not be installed ($$(grep -m1 -o 'ERROR.*' $(VENV)/install.log || tail -n 1 $(VENV)/install.log)). Is a package registry reachable? All that pip said: $(VENV)/install.log"; exit 1; }
 	@touch $@
 endef
 

@@ -1,7 +1,6 @@
 """The verbs that train and validate: LightningCLI with this project's defaults."""
 
 import logging
-import os
 import sys
 import warnings
 from argparse import ArgumentError
@@ -103,7 +102,6 @@ def run(words: list[str]) -> LeapCLI:
         UserError: The settings do not fit together, or something they name is not there.
     """
     # What a user can do nothing about, or is meant.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for pattern in (
         ".*intended to run from within Python like if it were.*",  # main reads the verb before LightningCLI does
         ".*does not have many workers.*",

@@ -297,3 +297,17 @@ open({str(tmp_path)!r} + f"/rank{{module.global_rank}}.json", "w").write(json.du
     )
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [batch for pair in zip(*ranks, strict=True) for batch in pair] == whole
+
+
+def test_workers_do_not_wait_for_the_tokenizers_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads forced on, and used before the fork, leave the workers a pool without threads."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    path = tmp_path / "text.txt"
+    path.write_text("some words to cut in blocks " * 200)
+    data = TextDataModule(
+        tokenizer=byte_tokenizer(), text=str(path), seq_length=16, validation_sequences=0, num_workers=2
+    )  # type: ignore[arg-type]
+    data.tokenizer(["used once"] * 64)
+    loader = data.train_loader(4)
+    loader.timeout = 60
+    assert len(list(loader)) == 4

@@ -1,5 +1,6 @@
 """The blocks of a run, dealt to ranks and data workers without overlap, from any point on."""
 
+import os
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
@@ -102,7 +103,13 @@ class BlockLoader(DataLoader[Batch]):
     """A data loader over :class:`RankBatches`; what fails in a worker is raised here as one line."""
 
     def __init__(self, dataset: RankBatches, num_workers: int = 0) -> None:
-        super().__init__(dataset, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)  # type: ignore[arg-type]
+        super().__init__(
+            dataset,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_without_tokenizer_threads,
+        )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """The batches.
@@ -114,6 +121,11 @@ class BlockLoader(DataLoader[Batch]):
             if "error" in batch:
                 raise UserError(batch["error"])
             yield batch
+
+
+def _without_tokenizer_threads(_: int) -> None:
+    """A forked worker has the tokenizer's thread pool but not its threads: to use it is to wait for ever."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _as_it_is(batch: Batch) -> Batch:
