@@ -104,10 +104,10 @@ class BlockLoader(DataLoader[Batch]):
 
     def __init__(self, dataset: RankBatches, num_workers: int = 0) -> None:
         super().__init__(
-            dataset,  # type: ignore[arg-type]
+            dataset,
             batch_size=None,
             num_workers=num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
             worker_init_fn=_without_tokenizer_threads,
         )
 
