@@ -67,7 +67,7 @@ def test_exported_checkpoint_is_an_ordinary_model(run: Path) -> None:
 
 def test_wanda_prunes_the_real_model_to_exact_rows(run: Path) -> None:
     text = TEXT / "train.jsonl"
-    later = r"--ignore=[re:model.layers.([4-9]|[12].)\..*]"
+    later = r"--ignore=['re:model.layers.([4-9]|[12].)\..*']"
     calibration = [f"--text={text}", "--seq_length=128", "--sequences=2"]
     output = f"--output_dir={run / 'wanda'}"
     main(["prune", f"--model={MODEL}", *calibration, "--method=wanda", "--sparsity=0.6", later, output])
