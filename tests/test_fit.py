@@ -199,3 +199,13 @@ def test_validate_takes_the_model_from_the_checkpoint(finished: Run) -> None:
     cli = main([*_validate(finished), "--ckpt_path", str(finished.checkpoint)])
     assert cli.model.base_model == finished.flags[1].partition("=")[2]
     assert cli.model.dtype_name == "float32"
+
+
+def test_other_loggers_get_every_scalar(model_folder, text_file, tmp_path: Path) -> None:
+    flags = [flag for flag in fit_flags(model_folder, text_file, tmp_path) if not flag.startswith("--trainer.logger")]
+    main([*flags, "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}", "--trainer.max_steps=2"])
+    (table,) = tmp_path.rglob("metrics.csv")
+    header = table.read_text().splitlines()[0].split(",")
+    assert {"loss/lm", "density/soft", "perplexity/hard", "mask/changed_from_prior", "weights_by_layer/hard/001"} <= {
+        *header
+    }
