@@ -18,7 +18,7 @@ from torch import Tensor
 
 from leap_pl.data import calibration_blocks
 from leap_pl.models import load_model, load_tokenizer
-from leap_pl.oneshot.patterns import parse_pattern
+from leap_pl.patterns import parse_pattern
 from leap_pl.oneshot.prune import prune
 
 if TYPE_CHECKING:

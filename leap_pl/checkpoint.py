@@ -3,12 +3,14 @@
 Beside Lightning's own entries (optimizer, schedules, loops, data position):
 
 ==================  ======================================================================================
-``state_dict``      ``logits.<weight name>`` → float32 logits; nothing of the frozen model
+``state_dict``      ``logits.<weight name>`` → float32 logits, and in the same form what else the kind of
+                    gate stores (:meth:`leap_pl.gates.Gate.stored`); nothing of the frozen model
 ``leap_pl``         the fields of :class:`Identity`, plain Python
 ==================  ======================================================================================
 """
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 
 from leap_pl.errors import UserError, listing
-from leap_pl.gates import Gate, Stored, restore
+from leap_pl.gates import Gate, Stored, gate_kind, restore
 from leap_pl.masks import MaskSet, Provenance, installed_versions
 
 KEY = "leap_pl"
@@ -71,7 +73,7 @@ def provenance(identity: Identity) -> Provenance:
         base_model=identity.base_model,
         revision=identity.revision,
         fingerprint=identity.fingerprint,
-        method="leap",
+        method=gate_kind(identity.gate["class_path"]).method,
         sparsity=identity.sparsity,
         config={key: told[key] for key in ("gate", "targets", "ignore", "max_steps")} | identity.settings,
         versions=installed_versions(),
@@ -114,6 +116,12 @@ def check_same(found: Identity, expected: Identity) -> None:
             f"the checkpoint holds logits of {found.gate['class_path']}, and model.gate is "
             f"{expected.gate['class_path']}. Use the same gate."
         )
+    starts = gate_kind(expected.gate["class_path"]).start_settings
+    sides = [
+        {key: value for key, value in side.gate["init_args"].items() if key not in starts} for side in (found, expected)
+    ]
+    if sides[0] != sides[1]:
+        raise UserError(f"the checkpoint's gates have {sides[0]}, and model.gate has {sides[1]}. Use the same settings.")
     if found.shapes != expected.shapes:
         names = {*found.shapes, *expected.shapes}
         wrong = sorted(name for name in names if found.shapes.get(name) != expected.shapes.get(name))
@@ -164,9 +172,16 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
     if missing:
         raise UserError(f"{path} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
     stored = {
-        name: Stored(logits[PREFIX + name], tuple(shape), identity.input_dims[name])
+        name: Stored(logits[PREFIX + name], tuple(shape), identity.input_dims[name], _beside(logits, name))
         for name, shape in identity.shapes.items()
     }
     gates = restore(identity.gate["class_path"], identity.gate["init_args"], stored)
     type(next(iter(gates.values()))).choose(gates, identity.sparsity)
     return MaskSet({name: gate.hard_mask() for name, gate in gates.items()}, provenance(identity))
+
+
+def _beside(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """What is stored of the weight ``name`` beside its logits."""
+    parts = {key.partition(".")[0]: tensor for key, tensor in tensors.items() if key.partition(".")[2] == name}
+    parts.pop("logits")
+    return parts

@@ -123,11 +123,16 @@ class LeapModule(L.LightningModule):
         self.strict_loading = False  # checkpoints hold logits only; on_load_checkpoint compares names and shapes
         self.state = GateState(seed=seed)
         self.model: PreTrainedModel | None = None
-        self.prior: MaskSet | None = None
+        self.priors: dict[str, MaskSet] = {}
         self.dense_perplexity: float | None = None
         self.hard_metric, self.dense_metric = Perplexity(), Perplexity()
         self.terms: dict[str, Tensor] = {}
         self.told: dict[str, Any] = {}  # settings of callbacks that a mask's provenance should tell
+
+    @property
+    def prior(self) -> "MaskSet | None":
+        """The mask that learning starts from, once the model is loaded for a fit."""
+        return self.priors.get("prior")
 
     # -- the gated model ----------------------------------------------------------------------------------
 
@@ -149,19 +154,23 @@ class LeapModule(L.LightningModule):
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
         self.groups = list(self._groups(model))
         self.states, self.head = split_model(model)
+        # Before the prior, which may take minutes: does this kind of mask fit what is asked of it?
+        first = self.make_gate(next(iter(self.weights.values())), self.state)
+        self.sparsity = first.exact_sparsity(self.sparsity)
         if self._fitting():
-            self.prior = self.prior_settings.make(
+            self.priors = self.prior_settings.make(
                 model,
                 self.weights,
                 base_model=self.base_model,
-                sparsity=self.sparsity,
+                forms=first.prior_forms(self.sparsity),
                 data=getattr(self.trainer, "datamodule", None),
                 device=self._device_of_run(),
             )
         model.requires_grad_(False)
         self.gates = attach(self.weights, self.make_gate, self.state)
         for name, gate in self.gates.items():
-            gate.start_from(self.prior.masks[name] if self.prior else None, self.state.seed)
+            masks = {form: prior.masks[name] for form, prior in self.priors.items()}
+            gate.start_from(masks.pop("prior", None), self.state.seed, **masks)
         if self.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         # from_pretrained leaves it in eval mode, in which activation checkpointing is silently off. There is
@@ -242,7 +251,7 @@ class LeapModule(L.LightningModule):
             raise NonFiniteError(self.state.step, ", ".join(broken))
         if logits:
             for name, gate in self.gates.items():
-                if not bool(torch.isfinite(gate.logits).all()):
+                if not all(bool(torch.isfinite(logits).all()) for logits in gate.parameters()):
                     raise NonFiniteError(self.state.step, f"the logits of {name} are infinite or NaN")
 
     def configure_optimizers(self) -> Any:
@@ -250,7 +259,7 @@ class LeapModule(L.LightningModule):
         total = self.trainer.max_steps
         if total < 1:
             raise UserError("trainer.max_steps is not set, and every schedule needs it. Add --trainer.max_steps N.")
-        optimizer = self.make_optimizer([gate.logits for gate in self.gates.values()])
+        optimizer = self.make_optimizer([logits for gate in self.gates.values() for logits in gate.parameters()])
         if self.trainer.precision != "16-mixed":
             # A fused optimizer says that it unscales gradients itself, and Lightning then refuses to clip them;
             # without float16 there is no scale.
@@ -354,7 +363,7 @@ class LeapModule(L.LightningModule):
         """Leave the frozen model out: logits by weight name, and whose they are."""
         self.check_finite(logits=True)
         checkpoint["state_dict"] = {
-            checkpoints.PREFIX + name: gate.logits.detach() for name, gate in self.gates.items()
+            f"{part}.{name}": tensor for name, gate in self.gates.items() for part, tensor in gate.stored().items()
         }
         checkpoint[checkpoints.KEY] = asdict(self.identity())
 
@@ -365,8 +374,9 @@ class LeapModule(L.LightningModule):
         self.dense_perplexity = found.dense_perplexity
         paths = {id(module): path for path, module in self.named_modules()}
         checkpoint["state_dict"] = {
-            f"{paths[id(gate)]}.logits": checkpoint["state_dict"][checkpoints.PREFIX + name]
+            f"{paths[id(gate)]}.{part}": checkpoint["state_dict"][f"{part}.{name}"]
             for name, gate in self.gates.items()
+            for part in gate.stored()
         }
 
 

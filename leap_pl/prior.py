@@ -1,5 +1,6 @@
 """The mask that learning starts from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from leap_pl.data import TextDataModule
     from leap_pl.models import Weight
+    from leap_pl.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -20,15 +22,18 @@ class Prior:
     """Which mask the logits lean towards at the start.
 
     Attributes:
-        method: ``wanda`` (the paper's), ``magnitude``, ``sparsegpt`` or ``admm``: made at the target sparsity
-            from the run's own calibration text. ``none``: no lean at all.
+        method: ``wanda`` (the paper's), ``magnitude``, ``sparsegpt`` or ``admm``: made at the target sparsity, and
+            in the form that the gates want (unstructured, n:m or both), from the run's own calibration text.
+            ``none``: no lean at all.
         mask: A MaskSet file instead of a method.
+        inner_mask: (TileGate) A MaskSet file of n:m form for the tiles that are not dense, instead of a method.
         sequences: Calibration sequences of the method.
         cache_dir: Where masks made from a method are kept for the next run on the same model and text.
     """
 
     method: Literal["wanda", "magnitude", "sparsegpt", "admm", "none"] = "wanda"
     mask: str | None = None
+    inner_mask: str | None = None
     sequences: int = 128
     cache_dir: str = "~/.cache/leap_pl/priors"
 
@@ -42,17 +47,18 @@ class Prior:
         weights: "dict[str, Weight]",
         *,
         base_model: str,
-        sparsity: float,
+        forms: "Mapping[str, Pattern]",
         data: "TextDataModule | None",
         device: torch.device,
-    ) -> MaskSet | None:
-        """The prior mask of ``weights`` at ``sparsity``, or None where the method is ``none``.
+    ) -> dict[str, MaskSet]:
+        """The prior masks of ``weights``, one for each of ``forms``; none where the method is ``none``.
 
         Args:
             model: The dense base model; its weights are unchanged afterwards.
             weights: The weights that will be gated.
             base_model: The model's name, for the mask's provenance.
-            sparsity: The target sparsity.
+            forms: What the gates ask for (:meth:`leap_pl.gates.Gate.prior_forms`): ``prior``, at the target
+                sparsity or of the gates' own pattern, and, for some gates, ``inner``.
             data: Where calibration text comes from; magnitude needs none.
             device: Where the method computes.
 
@@ -60,12 +66,30 @@ class Prior:
             UserError: The mask file belongs to another model or other weights, or there is no text to
                 calibrate on.
         """
-        if self.mask is not None:
-            mask = MaskSet.load(self.mask)
-            mask.check(model, weights)
-            return mask
-        if self.method == "none":
-            return None
+        if self.inner_mask is not None and "inner" not in forms:
+            raise UserError("prior.inner_mask is for gates of tiles (model.gate TileGate). Leave it out.")
+        files = {"prior": self.mask, "inner": self.inner_mask}
+        masks: dict[str, MaskSet] = {}
+        for form, pattern in forms.items():
+            file = files[form]
+            if file is not None:
+                masks[form] = MaskSet.load(file)
+                masks[form].check(model, weights)
+            elif self.method != "none":
+                masks[form] = self._make(model, weights, pattern, base_model, data, device)
+        return masks
+
+    def _make(
+        self,
+        model: "PreTrainedModel",
+        weights: "dict[str, Weight]",
+        pattern: "Pattern",
+        base_model: str,
+        data: "TextDataModule | None",
+        device: torch.device,
+    ) -> MaskSet:
+        """The mask of one form, by the method."""
+        assert self.method != "none"
         if self.method != "magnitude" and data is None:
             raise UserError(
                 f"prior.method {self.method} needs calibration text and there is no data module. "
@@ -77,7 +101,7 @@ class Prior:
             model,
             weights,
             self.method,
-            sparsity,
+            pattern,
             base_model=base_model,
             sequences=self.sequences,
             data=data,

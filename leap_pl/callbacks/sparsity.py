@@ -40,7 +40,8 @@ class SparsityLogger(L.Callback):
     ==========================  ==========================================================================
     ``density/soft``            mean of the relaxed mask over all gated weights
     ``density/target``          ρ
-    ``density/logits_above_0``  share of logits above 0: the density a cut at 0 would give
+    ``density/logits_above_0``  share of logits above 0: the density a cut at 0 would give (BernoulliGate)
+    ``mask/confidence``         mean probability of the likeliest pattern (NMGate)
     ``loss/…``                  each term of the objective, unweighted, and their weighted sum ``total``
     ``mask/changed_from_…``     share of hard mask bits that differ from the prior, and from the last log
     ``perplexity/…``            of the hard mask and of the dense model, at validation
@@ -119,11 +120,8 @@ class SparsityLogger(L.Callback):
         metrics["density/soft"] = sum(kept.values()) / sum(module.sizes[name] for name in kept)
         metrics["density/target"] = 1 - module.sparsity
 
-        samples = [gate.logits.detach().reshape(-1)[:: self.stride] for gate in module.gates.values()]
-        metrics["density/logits_above_0"] = float(
-            torch.stack([(s > 0).sum() for s in samples]).sum() / sum(s.numel() for s in samples)
-        )
         kind: type[Gate] = type(next(iter(module.gates.values())))
+        metrics |= kind.curves(module.gates, self.stride)
         bits = {n: b.cpu() for n, b in kind.sample_hard_masks(module.gates, module.sparsity, self.stride).items()}
         metrics |= _densities(
             "hard", {n: int(b.sum()) for n, b in bits.items()}, {n: b.numel() for n, b in bits.items()}

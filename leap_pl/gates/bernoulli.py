@@ -84,6 +84,13 @@ class BernoulliGate(Gate):
         cuts = exact_top_k(list(samples.values()), total - round(sparsity * total))
         return {name: cut.mask(sample) for (name, sample), cut in zip(samples.items(), cuts, strict=True)}
 
+    @classmethod
+    def curves(cls, gates: Mapping[str, Any], stride: int) -> dict[str, float]:
+        """The share of logits above 0: the density a cut at 0 would give."""
+        samples = [gate.logits.detach().reshape(-1)[::stride] for gate in gates.values()]
+        above = torch.stack([(sample > 0).sum() for sample in samples]).sum()
+        return {"density/logits_above_0": float(above / sum(sample.numel() for sample in samples))}
+
 
 class MaskedWeight(torch.autograd.Function):
     """(θ, W) → (W̃, ΣM, Σ(M·W)²), keeping neither mask nor noise for the backward pass.

@@ -62,3 +62,19 @@ def logistic(bits: Tensor) -> Tensor:
 def _shift_right(x: Tensor, by: int) -> Tensor:
     """Logical shift: int32 is signed, and uint32 has no kernels on CPU."""
     return (x >> by) & ((1 << (32 - by)) - 1)
+
+
+def gumbel(bits: Tensor) -> Tensor:
+    """Standard Gumbel noise from 23 of 32 uniform bits.
+
+    u = (k + ½)·2⁻²³ is exact in float32 for every 23-bit k, so u is never 0 or 1 and the noise always finite:
+    from −log(log 2²⁴) = −2.8 to log 2²⁴ = 16.6, beyond which a Gumbel variable falls once in 2²⁴ draws.
+
+    Args:
+        bits: int32, any shape.
+
+    Returns:
+        float32 of the same shape: −log(−log u), u uniform on (0, 1).
+    """
+    u = ((bits & 0x7FFFFF).to(torch.float32) + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(u))
