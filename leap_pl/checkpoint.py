@@ -121,7 +121,9 @@ def check_same(found: Identity, expected: Identity) -> None:
         {key: value for key, value in side.gate["init_args"].items() if key not in starts} for side in (found, expected)
     ]
     if sides[0] != sides[1]:
-        raise UserError(f"the checkpoint's gates have {sides[0]}, and model.gate has {sides[1]}. Use the same settings.")
+        raise UserError(
+            f"the checkpoint's gates have {sides[0]}, and model.gate has {sides[1]}. Use the same settings."
+        )
     if found.shapes != expected.shapes:
         names = {*found.shapes, *expected.shapes}
         wrong = sorted(name for name in names if found.shapes.get(name) != expected.shapes.get(name))

@@ -29,7 +29,9 @@ class MaskExport(L.Callback):
         assert isinstance(pl_module, LeapModule)
         if trainer.is_global_zero:
             for form, prior in pl_module.priors.items():
-                prior.save(self.place(trainer) / ("prior.safetensors" if form == "prior" else f"prior-{form}.safetensors"))
+                prior.save(
+                    self.place(trainer) / ("prior.safetensors" if form == "prior" else f"prior-{form}.safetensors")
+                )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the learned mask."""

@@ -35,7 +35,12 @@ class Groups:
         pattern: n of m.
         shape: Of the weight.
         input_dim: The dimension its layer's inputs run along.
+        inputs: How many there are.
+        others: The sizes of the weight's other dimensions.
+        short: Inputs of the short last group of a row; 0: all groups are whole.
         patterns: The positions that each pattern keeps, in the order of :func:`itertools.combinations`.
+        table_PM: The same, bool.
+        allowed_P: Which patterns a short group may take, bool.
     """
 
     def __init__(self, n: int, m: int, shape: torch.Size, input_dim: int) -> None:
@@ -55,7 +60,8 @@ class Groups:
         self.inputs = shape[input_dim]
         self.others = tuple(size for dim, size in enumerate(shape) if dim != input_dim % len(shape))
         self.short = self.inputs % m
-        """Inputs of the last group of a row; 0: all groups are whole."""
+        self.table_PM = torch.tensor([[j in positions for j in range(m)] for positions in self.patterns])
+        self.allowed_P = torch.tensor([self._fits(positions) for positions in self.patterns])
 
     @property
     def logits_shape(self) -> tuple[int, ...]:
@@ -68,29 +74,15 @@ class Groups:
         whole, rest = divmod(self.inputs, self.pattern.m)
         return (whole * self.pattern.n + self.pattern.kept(rest)) * torch.Size(self.others).numel()
 
-    @cached_property
-    def table_PM(self) -> Tensor:
-        """Which positions each pattern keeps, bool."""
-        table_PM = torch.zeros(len(self.patterns), self.pattern.m, dtype=torch.bool)
-        for row, positions in zip(table_PM, self.patterns, strict=True):
-            row[list(positions)] = True
-        return table_PM
+    def _fits(self, positions: tuple[int, ...]) -> bool:
+        """Whether a short group of r inputs may take the pattern.
 
-    @cached_property
-    def allowed_P(self) -> Tensor:
-        """The patterns that the short last group of a row may take, bool.
-
-        Those that keep as many of its r inputs as :meth:`NM.kept` says; of several that differ only beyond
-        the r-th input, one.
+        It keeps as many of them as :meth:`NM.kept` says; of the patterns that differ only beyond the r-th input,
+        one stands for all.
         """
-        r, keep = self.short, self.pattern.kept(self.short)
-        beyond = tuple(range(r, r + self.pattern.n - keep))
-        return torch.tensor(
-            [
-                sum(position < r for position in positions) == keep and positions[keep:] == beyond
-                for positions in self.patterns
-            ]
-        )
+        keep = self.pattern.kept(self.short)
+        beyond = tuple(range(self.short, self.short + self.pattern.n - keep))
+        return sum(position < self.short for position in positions) == keep and positions[keep:] == beyond
 
     # -- layout -------------------------------------------------------------------------------------------
 
@@ -138,7 +130,8 @@ class Groups:
         """Every ``stride``-th element of :meth:`best`, flattened, without making the rest."""
         size = torch.Size(self.shape).numel()
         place = list(torch.unravel_index(torch.arange(0, size, stride, device=logits.device), self.shape))
-        group, position = (f(place.pop(self.input_dim), self.pattern.m) for f in (torch.floor_divide, torch.remainder))
+        along = place.pop(self.input_dim)
+        group, position = along // self.pattern.m, along % self.pattern.m
         chosen = first_highest(logits[(slice(None), *place, group)])
         return self.table_PM.to(logits.device)[chosen, position]
 

@@ -16,7 +16,7 @@ from leap_pl.errors import UserError
 from leap_pl.gates.compiled import compiled
 from leap_pl.gates.gate import Gate, GateState
 from leap_pl.gates.groups import Groups
-from leap_pl.gates.noise import gumbel, hash_bits, noise_keys
+from leap_pl.gates.noise import columns, element_bits, gumbel, noise_keys
 from leap_pl.models import Weight
 from leap_pl.patterns import NM, Pattern
 
@@ -91,8 +91,8 @@ class NMGate(Gate):
 
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Gate.soften`."""
-        state = self.state
-        masked, energy = MaskedGroups.apply(self.logits, weight, self.groups, key_0, key_1, state.alpha, state.tau)
+        alpha, tau = self.state.alpha, self.state.tau
+        masked, energy = MaskedGroups.apply(self.logits, weight, self.groups, key_0, key_1, alpha / tau, 1 / tau)
         return masked, energy.new_tensor(self.groups.kept), energy
 
     @torch.no_grad()
@@ -145,30 +145,26 @@ class MaskedGroups(torch.autograd.Function):
         groups: Groups,
         key_0: Tensor,
         key_1: Tensor,
-        alpha: Tensor,
-        tau: Tensor,
+        slope: Tensor,
+        sharpness: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Masked weight of the weight's shape and dtype, and the float32 sum."""
-        ctx.save_for_backward(logits, weight, key_0, key_1, alpha, tau)
+        ctx.save_for_backward(logits, weight, key_0, key_1, slope, sharpness)
         ctx.groups = groups
-        kernels = pattern_kernels(groups.patterns)
-        masked_QM, energy = kernels.forward(flat_patterns(logits), groups.split(weight), key_0, key_1, alpha, tau)
+        logits_PQ, weight_QM = flat_patterns(logits), groups.split(weight)
+        noise = columns(len(weight_QM), weight.device), key_0, key_1, slope, sharpness
+        masked_QM, energy = pattern_kernels(groups.patterns).forward(logits_PQ, weight_QM, *noise)
         return groups.join(masked_QM), energy
 
     @staticmethod
     def backward(ctx: Any, grad_masked: Tensor, grad_energy: Tensor) -> Any:
         """The gradient of the logits; the weight is frozen."""
-        logits, weight, key_0, key_1, alpha, tau = ctx.saved_tensors
+        logits, weight, *rest = ctx.saved_tensors
         groups: Groups = ctx.groups
+        logits_PQ, weight_QM = flat_patterns(logits), groups.split(weight)
+        noise = columns(len(weight_QM), weight.device), *rest
         grad_PQ = pattern_kernels(groups.patterns).backward(
-            flat_patterns(logits),
-            groups.split(weight),
-            groups.split(grad_masked),
-            grad_energy,
-            key_0,
-            key_1,
-            alpha,
-            tau,
+            logits_PQ, weight_QM, groups.split(grad_masked), grad_energy, *noise
         )
         return grad_PQ.view(logits.shape), None, None, None, None, None, None
 
@@ -181,9 +177,9 @@ def flat_patterns(logits: Tensor) -> Tensor:
 class PatternKernels(NamedTuple):
     """How a weight is masked by patterns, and how the gradient comes back.
 
-    ``forward(logits_PQ, weight_QM, key_0, key_1, alpha, tau)`` → W̃ (Q, M) in the weight's dtype, Σ(M·W)² in float32;
-    ``backward(logits_PQ, weight_QM, grad_masked_QM, grad_energy, key_0, key_1, alpha, tau)`` → dθ (P, Q) in float32,
-    with noise and probabilities made again.
+    ``forward(logits_PQ, weight_QM, *noise)`` → W̃ (Q, M) in the weight's dtype, Σ(M·W)² in float32;
+    ``backward(logits_PQ, weight_QM, grad_masked_QM, grad_energy, *noise)`` → dθ (P, Q) in float32, with noise and
+    probabilities made again. ``noise`` is the columns' numbers, the two keys, the slope α/τ and the sharpness 1/τ.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -201,9 +197,16 @@ def _few_patterns(patterns: tuple[Positions, ...]) -> PatternKernels:
     holders = holders_of(patterns)
 
     def forward(
-        logits_PQ: Tensor, weight_QM: Tensor, key_0: Tensor, key_1: Tensor, alpha: Tensor, tau: Tensor
+        logits_PQ: Tensor,
+        weight_QM: Tensor,
+        column_Q: Tensor,
+        key_0: Tensor,
+        key_1: Tensor,
+        slope: Tensor,
+        sharpness: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        masks = inclusion(relax(logits_PQ, key_0, key_1, alpha, tau, len(patterns)), holders)
+        probabilities = relax(logits_PQ, column_Q, key_0, key_1, slope, sharpness, len(patterns))
+        masks = inclusion(probabilities, holders)
         masked = [mask_Q * weight_QM[:, j].to(torch.float32) for j, mask_Q in enumerate(masks)]
         energy_Q = added([masked_Q * masked_Q for masked_Q in masked])
         return torch.stack([masked_Q.to(weight_QM.dtype) for masked_Q in masked], 1), energy_Q.sum()
@@ -213,19 +216,20 @@ def _few_patterns(patterns: tuple[Positions, ...]) -> PatternKernels:
         weight_QM: Tensor,
         grad_masked_QM: Tensor,
         grad_energy: Tensor,
+        column_Q: Tensor,
         key_0: Tensor,
         key_1: Tensor,
-        alpha: Tensor,
-        tau: Tensor,
+        slope: Tensor,
+        sharpness: Tensor,
     ) -> Tensor:
-        probabilities = relax(logits_PQ, key_0, key_1, alpha, tau, len(patterns))
+        probabilities = relax(logits_PQ, column_Q, key_0, key_1, slope, sharpness, len(patterns))
         masks = inclusion(probabilities, holders)
         grads = []
         for j, mask_Q in enumerate(masks):
             weight_Q = weight_QM[:, j].to(torch.float32)
             grad_Q = grad_masked_QM[:, j].to(torch.float32)
-            grads.append(grad_Q * weight_Q + 2 * grad_energy * mask_Q * weight_Q * weight_Q)
-        return through_softmax(probabilities, masks, grads, alpha / tau, patterns)
+            grads.append((grad_Q + 2 * grad_energy * mask_Q * weight_Q) * weight_Q)
+        return through_softmax(probabilities, masks, grads, slope, patterns)
 
     name = f"{len(patterns[0])}_of_{len(holders)}"
     return PatternKernels(
@@ -245,7 +249,7 @@ def _many_patterns(patterns: tuple[Positions, ...]) -> PatternKernels:
 
     def relaxed(logits_PQ: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         table = table_PM.to(logits_PQ.device)
-        P_PQ = torch.softmax(scores(logits_PQ, *noise), 0)
+        P_PQ = torch.softmax(pattern_scores(logits_PQ, *noise), 0)
         return P_PQ, (table.T @ P_PQ).T, table
 
     def forward(logits_PQ: Tensor, weight_QM: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,20 +262,20 @@ def _many_patterns(patterns: tuple[Positions, ...]) -> PatternKernels:
     ) -> Tensor:
         P_PQ, mask_QM, table = relaxed(logits_PQ, *noise)
         weight_QM = weight_QM.to(torch.float32)
-        grad_QM = grad_masked_QM.to(torch.float32) * weight_QM + 2 * grad_energy * mask_QM * weight_QM * weight_QM
-        _, _, alpha, tau = noise
+        grad_QM = (grad_masked_QM.to(torch.float32) + 2 * grad_energy * mask_QM * weight_QM) * weight_QM
         mean_Q = (grad_QM * mask_QM).sum(1)
-        return (table @ grad_QM.T).sub_(mean_Q).mul_(P_PQ).mul_(alpha / tau)
+        *_, slope, _ = noise
+        return (table @ grad_QM.T).sub_(mean_Q).mul_(P_PQ).mul_(slope)
 
     return PatternKernels(forward, backward)
 
 
 @compiled
-def scores(logits_PQ: Tensor, key_0: Tensor, key_1: Tensor, alpha: Tensor, tau: Tensor) -> Tensor:
+def pattern_scores(
+    logits_PQ: Tensor, column_Q: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
+) -> Tensor:
     """(P, Q): (αθ + g)/τ, float32; the noise is that of :func:`relax`."""
-    index_PQ = torch.arange(logits_PQ.numel(), dtype=torch.int32, device=logits_PQ.device)
-    scores_PQ = (alpha * logits_PQ.reshape(-1) + gumbel(hash_bits(index_PQ, key_0, key_1))) * (1 / tau)
-    return scores_PQ.view(logits_PQ.shape)
+    return slope * logits_PQ + sharpness * gumbel(element_bits(logits_PQ.shape[0], column_Q, key_0, key_1))
 
 
 def own_code(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -286,15 +290,12 @@ def own_code(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def relax(
-    logits_PQ: Tensor, key_0: Tensor, key_1: Tensor, alpha: Tensor, tau: Tensor, count: int
+    logits_PQ: Tensor, column_Q: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor, count: int
 ) -> list[Tensor]:
     """P_p = softmax_p((αθ_p + g_p)/τ), float32, one flat tensor for each of ``count`` patterns."""
-    size = logits_PQ.shape[1]
-    index_Q = torch.arange(size, dtype=torch.int32, device=logits_PQ.device)
-    coldness = 1 / tau
-    scores = [
-        (alpha * logits_PQ[p] + gumbel(hash_bits(index_Q + p * size, key_0, key_1))) * coldness for p in range(count)
-    ]
+    # Row p of element_bits(count, …): with p in the key, no rows are made that would have to be kept.
+    noise = [gumbel(element_bits(1, column_Q, key_0 ^ p, key_1)[0]) for p in range(count)]
+    scores = [slope * logits_PQ[p] + sharpness * noise[p] for p in range(count)]
     highest_Q = scores[0]
     for score_Q in scores[1:]:
         highest_Q = torch.maximum(highest_Q, score_Q)
@@ -318,14 +319,14 @@ def through_softmax(
     probabilities: Sequence[Tensor],
     masks: Sequence[Tensor],
     grads: Sequence[Tensor],
-    sharpness: Tensor,
+    slope: Tensor,
     patterns: Sequence[Positions],
 ) -> Tensor:
-    """(P, Q): dθ from the gradients of the M_j, with ``sharpness`` α/τ."""
+    """(P, Q): dθ from the gradients of the M_j."""
     mean_Q = added([mask_Q * grad_Q for mask_Q, grad_Q in zip(masks, grads, strict=True)])
     return torch.stack(
         [
-            P_Q * (added([grads[j] for j in positions]) - mean_Q) * sharpness
+            P_Q * (added([grads[j] for j in positions]) - mean_Q) * slope
             for P_Q, positions in zip(probabilities, patterns, strict=True)
         ]
     )

@@ -91,16 +91,16 @@ def _shift_right(x: Tensor, by: int) -> Tensor:
 
 
 def gumbel(bits: Tensor) -> Tensor:
-    """Standard Gumbel noise from 23 of 32 uniform bits.
+    """Standard Gumbel noise from 32 uniform bits: g = −log(−log u), u uniform on (0, 1).
 
-    u = (k + ½)·2⁻²³ is exact in float32 for every 23-bit k, so u is never 0 or 1 and the noise always finite:
-    from −log(log 2²⁴) = −2.8 to log 2²⁴ = 16.6, beyond which a Gumbel variable falls once in 2²⁴ draws.
+    u comes from the signed bits and is kept off 0 and 1 by the last place of a float32, so that g is always
+    finite: from −log(log 2²⁴) = −2.8 to log 2²⁴ = 16.6, beyond which a Gumbel variable falls once in 2²⁴ draws.
 
     Args:
         bits: int32, any shape.
 
     Returns:
-        float32 of the same shape: −log(−log u), u uniform on (0, 1).
+        float32 of the same shape.
     """
-    u = ((bits & 0x7FFFFF).to(torch.float32) + 0.5) * 2.0**-23
+    u = bits.to(torch.float32) * (_UNIT / 2) + 0.5
     return -torch.log(-torch.log(u))
