@@ -69,13 +69,16 @@ def describe_gate(gate: Gate) -> dict[str, Any]:
 def provenance(identity: Identity) -> Provenance:
     """The provenance of the mask that a run with this ``identity`` exports."""
     told = asdict(identity)
+    kind = gate_kind(identity.gate["class_path"])
+    config = {"pattern": kind.form(identity.gate["init_args"])}
+    config |= {key: told[key] for key in ("gate", "targets", "ignore", "max_steps")} | identity.settings
     return Provenance(
         base_model=identity.base_model,
         revision=identity.revision,
         fingerprint=identity.fingerprint,
-        method=gate_kind(identity.gate["class_path"]).method,
+        method=kind.method,
         sparsity=identity.sparsity,
-        config={key: told[key] for key in ("gate", "targets", "ignore", "max_steps")} | identity.settings,
+        config=config,
         versions=installed_versions(),
     )
 

@@ -166,6 +166,7 @@ class LeapModule(L.LightningModule):
                 data=getattr(self.trainer, "datamodule", None),
                 device=self._device_of_run(),
             )
+            first.check_priors(self.priors)
         model.requires_grad_(False)
         self.gates = attach(self.weights, self.make_gate, self.state)
         for name, gate in self.gates.items():

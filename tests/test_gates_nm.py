@@ -20,7 +20,7 @@ from leap_pl.cli import main
 from leap_pl.errors import UserError
 from leap_pl.gates import Gate, GateState, NMGate, Stored, attach, detach, restore
 from leap_pl.gates import compiled as compiling
-from leap_pl.gates import nm as kernels
+from leap_pl.gates import pattern_kernels as kernels
 from leap_pl.gates.groups import Groups, first_highest
 from leap_pl.gates.noise import columns, element_bits, gumbel
 from leap_pl.masks import MaskSet, Provenance
@@ -32,10 +32,13 @@ pytestmark = pytest.mark.usefixtures("eager")
 IDS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 ANNEALED = [(100.0, 4.0), (25.0, 1.0), (500.0, 0.05)]
 # (shape, input_dim): Linear, Conv1D, stacked experts, those stored transposed; inputs that 4 divides and not.
-PLACES = [((6, 16), 1), ((16, 6), 0), ((3, 5, 8), 2), ((3, 8, 5), 1), ((6, 15), 1), ((14, 5), 0), ((2, 3, 9), 2), ((5, 3), 1)]  # fmt: skip
+PLACES = [((6, 16), 1), ((16, 6), 0), ((3, 5, 8), 2), ((3, 8, 5), 1)]
+PLACES += [((6, 15), 1), ((14, 5), 0), ((2, 3, 9), 2), ((5, 3), 1)]
 
 
-def nm_gate(shape: tuple[int, ...], n: int = 2, m: int = 4, *, dim: int | None = None, name: str = "w", **kw: Any) -> NMGate:  # fmt: skip
+def nm_gate(
+    shape: tuple[int, ...], n: int = 2, m: int = 4, *, dim: int | None = None, name: str = "w", **kw: Any
+) -> NMGate:
     module = nn.Module()
     module.weight = nn.Parameter(torch.zeros(shape), requires_grad=False)
     state = kw.pop("state", None) or GateState()
@@ -79,7 +82,8 @@ def reference_mask(gate: NMGate, theta: Tensor) -> Tensor:
             # A short group chooses among the patterns of its own inputs; each stands where the first of the whole
             # group's patterns that begins with it stands.
             own = list(combinations(range(r), keep))
-            place = [next(i for i, p in enumerate(patterns) if p[:keep] == o and all(x >= r for x in p[keep:])) for o in own]  # fmt: skip
+            whole = {p[:keep]: i for i, p in reversed(list(enumerate(patterns))) if all(x >= r for x in p[keep:])}
+            place = [whole[positions] for positions in own]
             p = torch.softmax((alpha * flat[place, q] + noise[place, q]) / tau, 0)
             table = torch.tensor([[float(j in o) for j in range(r)] for o in own], dtype=torch.float64)
             row.append(p @ table)
@@ -134,10 +138,14 @@ def test_both_kinds_of_kernel_agree() -> None:
     keys = torch.tensor(3, dtype=torch.int32), torch.tensor(-5, dtype=torch.int32)
     noise = columns(24, logits.device), *keys, torch.tensor(20.0), torch.tensor(0.5)
     found = []
-    for make in (kernels._few_patterns, kernels._many_patterns):
-        few = make(groups.patterns)
-        found.append([*few.forward(logits, weight, *noise), few.backward(logits, weight, upstream, torch.tensor(0.3), *noise)])  # fmt: skip
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+    tile = torch.rand(24, generator=random)
+    for kind in (kernels._few_patterns(groups.patterns, False), kernels._many_patterns(groups.patterns)):
+        for over in (None, tile):
+            found.append([*kind.forward(logits, weight, over, *noise)])
+            found[-1] += kind.backward(logits, weight, over, upstream, torch.tensor(0.3), *noise)
+    torch.testing.assert_close(found[:2], found[2:], rtol=1e-5, atol=1e-6)
+    assert found[0][3] is None
+    assert not torch.equal(found[0][0], found[1][0])
 
 
 @pytest.mark.parametrize(("alpha", "tau"), ANNEALED)
@@ -370,7 +378,12 @@ def test_on_a_model_every_logit_learns_and_hard_is_the_applied_mask(family: str)
     found = attach(weights, NMGate, state)
     for gate in found.values():
         gate.start_from(None, seed=0)
-    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss - 0.05 * torch.stack([g.energy for g in found.values()]).sum()  # fmt: skip
+
+    def loss_now() -> Tensor:
+        lm = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        return lm - 0.05 * torch.stack([gate.energy for gate in found.values()]).sum()
+
+    loss = loss_now()
     loss.backward()
     norm = torch.tensor(0.0)
     for gate in found.values():
@@ -382,7 +395,7 @@ def test_on_a_model_every_logit_learns_and_hard_is_the_applied_mask(family: str)
         step = 0.003 / norm.sqrt()
         for gate in found.values():
             gate.logits -= step * gate.logits.grad
-        after = model(input_ids=IDS, labels=IDS, use_cache=False).loss - 0.05 * torch.stack([g.energy for g in found.values()]).sum()  # fmt: skip
+        after = loss_now()
     predicted = step * norm
     assert 0.5 * predicted < loss - after < 1.5 * predicted
     masks = {name: gate.hard_mask() for name, gate in found.items()}
@@ -480,11 +493,11 @@ def test_logged_curves_are_those_of_the_mask(nm_folder: Path) -> None:
     events = EventAccumulator(str(nm_folder / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"mask/confidence", "mask/changed_from_prior", "density/soft", "weights_by_layer/hard/000"} <= tags
+    assert {"patterns/confidence", "mask/changed_from_prior", "density/soft", "weights_by_layer/hard/000"} <= tags
     assert "density/logits_above_0" not in tags
     assert events.Scalars("density/soft")[-1].value == 0.5
     assert events.Scalars("weights_by_layer/hard/000")[-1].value == 0.5
-    assert 1 / 6 < events.Scalars("mask/confidence")[-1].value <= 1
+    assert 1 / 6 < events.Scalars("patterns/confidence")[-1].value <= 1
     assert events.Scalars("loss/budget")[-1].value == pytest.approx(0, abs=1e-6)
 
 
@@ -493,8 +506,8 @@ def test_widths_that_m_does_not_divide(text_file: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = tiny_folder(tmp_path / "m")
-    more = ["--model.gate=NMGate", "--model.gate.n=3", "--model.gate.m=5", "--model.sparsity=0.4", "--trainer.max_steps=2"]  # fmt: skip
-    main(fit_flags(folder, text_file, tmp_path, *more))
+    more = ["--model.gate=NMGate", "--model.gate.n=3", "--model.gate.m=5", "--model.sparsity=0.4"]
+    main(fit_flags(folder, text_file, tmp_path, *more, "--trainer.max_steps=2"))
     main(["export", f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}", f"--output_dir={tmp_path / 'model'}"])
     weights = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters())
     masks = MaskSet.load(tmp_path / "model" / "mask.safetensors").masks
@@ -536,7 +549,7 @@ def test_nonsense_is_refused_in_one_line(model_folder, text_file, tmp_path: Path
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_checkpoint_of_other_gates_is_refused(nm_folder: Path, finished, model_folder, text_file, tmp_path, capsys) -> None:  # fmt: skip
+def test_a_checkpoint_of_other_gates_is_refused(nm_folder: Path, model_folder, text_file, tmp_path, capsys) -> None:
     checkpoint = nm_folder / "checkpoints" / "last.ckpt"
     flags = fit_flags(model_folder, text_file, tmp_path, f"--ckpt_path={checkpoint}")
     three = ["--model.gate=NMGate", "--model.gate.n=3", "--model.gate.m=4", "--model.sparsity=0.25"]

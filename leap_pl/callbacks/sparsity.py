@@ -41,7 +41,8 @@ class SparsityLogger(L.Callback):
     ``density/soft``            mean of the relaxed mask over all gated weights
     ``density/target``          ρ
     ``density/logits_above_0``  share of logits above 0: the density a cut at 0 would give (BernoulliGate)
-    ``mask/confidence``         mean probability of the likeliest pattern (NMGate)
+    ``patterns/confidence``     mean probability of the likeliest pattern (NMGate, TileGate in joint mode)
+    ``tiles/logits_above_0``    share of tiles whose logit is above 0 (TileGate)
     ``loss/…``                  each term of the objective, unweighted, and their weighted sum ``total``
     ``mask/changed_from_…``     share of hard mask bits that differ from the prior, and from the last log
     ``perplexity/…``            of the hard mask and of the dense model, at validation

@@ -4,6 +4,7 @@ from leap_pl.gates.attach import Stored, attach, detach, gate_kind, restore
 from leap_pl.gates.bernoulli import BernoulliGate
 from leap_pl.gates.gate import Gate, GateFactory, GateState
 from leap_pl.gates.nm import NMGate
+from leap_pl.gates.tile import TileGate
 
 __all__ = [
     "BernoulliGate",
@@ -12,6 +13,7 @@ __all__ = [
     "GateState",
     "NMGate",
     "Stored",
+    "TileGate",
     "attach",
     "detach",
     "gate_kind",

@@ -125,6 +125,18 @@ class Gate(nn.Module):
         """The masks that :meth:`start_from` takes: its argument → the form of that mask."""
         return {"prior": Unstructured(sparsity)}
 
+    def check_priors(self, priors: Mapping[str, Any]) -> None:
+        """Make sure that learning can start from the masks there are, by the names of :meth:`prior_forms`.
+
+        Raises:
+            UserError: One is missing that this kind of gate cannot do without.
+        """
+
+    @classmethod
+    def form(cls, settings: Mapping[str, Any]) -> str:
+        """The form of the masks that gates with these :meth:`settings` make, as :mod:`leap_pl.patterns` writes it."""
+        return "unstructured"
+
     def stored(self) -> dict[str, Tensor]:
         """What a checkpoint holds of this gate, ``logits`` first: attribute → tensor."""
         return {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}

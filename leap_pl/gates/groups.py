@@ -14,6 +14,7 @@ element, which is what the vector units of a CPU and the warps of a GPU both wan
 from functools import cached_property
 from itertools import combinations
 from math import comb
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,16 +89,28 @@ class Groups:
 
     def split(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape as (Q, M), short groups filled up with zeros."""
-        rows = tensor.movedim(self.input_dim, -1)
+        return self.split_rows(tensor.movedim(self.input_dim, -1))
+
+    def split_rows(self, rows_OI: Tensor) -> Tensor:
+        """The same of a tensor that has the inputs last already."""
         if self.short:
-            rows = F.pad(rows, (0, self.pattern.m - self.short))
+            rows_OI = F.pad(rows_OI, (0, self.pattern.m - self.short))
         # No view: of a view, its base's shape would be compiled in.
-        return rows.reshape(-1, self.pattern.m).data
+        return rows_OI.reshape(-1, self.pattern.m).data
 
     def join(self, tensor_QM: Tensor) -> Tensor:
         """The inverse of :meth:`split`; contiguous."""
-        rows = tensor_QM.reshape(*self.others, -1)[..., : self.inputs]
-        return rows.movedim(-1, self.input_dim).contiguous()
+        return self.join_rows(tensor_QM).movedim(-1, self.input_dim).contiguous()
+
+    def join_rows(self, tensor_QM: Tensor) -> Tensor:
+        """The inverse of :meth:`split_rows`."""
+        return tensor_QM.reshape(*self.others, -1)[..., : self.inputs]
+
+    def coordinates(self, index: Tensor) -> list[Tensor]:
+        """The places, inputs last, of the elements that have the flat ``index`` in the weight."""
+        place = list(torch.unravel_index(index, self.shape))
+        place.append(place.pop(self.input_dim))
+        return place
 
     # -- logits -------------------------------------------------------------------------------------------
 
@@ -114,8 +127,12 @@ class Groups:
             lean = strength * spread
             for logits_Q, positions in zip(logits.view(len(self.patterns), -1), self.patterns, strict=True):
                 logits_Q += (kept_QM[:, list(positions)].sum(1) - mean_Q) * lean
+        return self.forbid_(logits)
+
+    def forbid_(self, logits: Tensor) -> Tensor:
+        """Set the logits of what short groups cannot take to FORBIDDEN, in place; returns them."""
         if self.short:
-            logits[~self.allowed_P, ..., -1] = FORBIDDEN
+            logits[~self.allowed_P.to(logits.device), ..., -1] = FORBIDDEN
         return logits
 
     def best(self, logits: Tensor) -> Tensor:
@@ -129,10 +146,10 @@ class Groups:
     def sample_best(self, logits: Tensor, stride: int) -> Tensor:
         """Every ``stride``-th element of :meth:`best`, flattened, without making the rest."""
         size = torch.Size(self.shape).numel()
-        place = list(torch.unravel_index(torch.arange(0, size, stride, device=logits.device), self.shape))
-        along = place.pop(self.input_dim)
+        *others, along = self.coordinates(torch.arange(0, size, stride, device=logits.device))
         group, position = along // self.pattern.m, along % self.pattern.m
-        chosen = first_highest(logits[(slice(None), *place, group)])
+        place: tuple[Any, ...] = (slice(None), *others, group)
+        chosen = first_highest(logits[place])
         return self.table_PM.to(logits.device)[chosen, position]
 
 
