@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from leap_pl.arguments import one_line
 from leap_pl.callbacks import Annealing, MaskExport, SparsityLogger, StepProgress
-from leap_pl.checkpoint import load_checkpoint
+from leap_pl.checkpoint import load_checkpoint, read_identity
 from leap_pl.data import TextDataModule
 from leap_pl.errors import UserError
 from leap_pl.module import LeapModule
@@ -69,8 +69,10 @@ class LeapCLI(LightningCLI):
         words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
         path = _option(words, "--ckpt_path")
         if path is not None and Path(path).is_file():
-            stored = load_checkpoint(path).get("hyper_parameters", {})
+            checkpoint = load_checkpoint(path)
+            stored = checkpoint.get("hyper_parameters", {})
             known = {k: v for k, v in stored.items() if not k.startswith("_")}
+            known["gate"] = read_identity(checkpoint, path).gate
             subparser = self._subcommand_parsers[words[0]]
             subparser.set_defaults({f"model.{name}": value for name, value in known.items()})
         super().parse_arguments(parser, args)
