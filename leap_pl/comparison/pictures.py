@@ -73,13 +73,19 @@ def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path)
         masked = [entry for entry in entries if entry.mask is not None]
         pairs = [(a, b) for a, b in combinations(masked, 2) if a.fingerprint == b.fingerprint]
         overlaps = [found for a, b in pairs if (found := overlap(a, b)) is not None]
-        if overlaps:
-            caption = (
-                "Where two masks agree: weights that both keep, over weights that either keeps (IoU), by decoder "
-                "layer. Chance is the IoU of independent masks of the same densities."
-            )
-            pictures.append(_save(_overlaps(overlaps), folder, "overlap", caption))
-        return pictures
+        return pictures + draw_overlaps(overlaps, folder)
+
+
+def draw_overlaps(overlaps: list[Overlap], folder: Path) -> list[Picture]:
+    """Draw by layer where masks agree; nothing where there are no pairs."""
+    if not overlaps:
+        return []
+    caption = (
+        "Where two masks agree: weights that both keep, over weights that either keeps (IoU), by decoder "
+        "layer. Chance is the IoU of independent masks of the same densities."
+    )
+    with _drawing():
+        return [_save(_overlaps(overlaps), folder, "overlap", caption)]
 
 
 def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: str, *, logarithmic: bool) -> "Figure":
@@ -106,7 +112,7 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
             yerr=errors,
             label=name,
             color=COLOURS[n % len(COLOURS)],
-            marker=MARKERS[n % len(MARKERS)],
+            marker=MARKERS[(n + n // len(COLOURS)) % len(MARKERS)],  # no pair of the two comes again
             capsize=3,
             linewidth=1.5,
             elinewidth=1,
