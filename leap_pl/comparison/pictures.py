@@ -128,6 +128,8 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
         axes.margins(x=0.08)
         if len(shown) <= 8:
             axes.set_xticks(shown)
+        if len(shown) == 1:  # else the axis would show how little the realised sparsities differ
+            axes.set_xlim(shown[0] - 5, shown[0] + 5)
     else:
         axes.set_xlim(0, 100)
     axes.set_xlabel("sparsity, %")

@@ -1,7 +1,7 @@
 """The definition of the experiment: a readable YAML file, and the cells that it spans."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -12,14 +12,23 @@ import yaml
 from leap_pl.errors import UserError, listing
 
 UNSTRUCTURED = "unstructured"
+ROLES = ("validation", "like", "unlike")
+NAME = r"[a-z0-9][a-z0-9._-]*"
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text that perplexity is measured on, and how far it is read (None: to its end)."""
+    """A text that perplexity is measured on.
+
+    Attributes:
+        text: As ``leap_pl evaluate --perplexity`` takes it.
+        max_tokens: Only the first so many tokens of it. None: all.
+        title: What tables call it. None: its role.
+    """
 
     text: str
     max_tokens: int | None = None
+    title: str | None = None
 
 
 @dataclass(frozen=True)
@@ -27,22 +36,23 @@ class Row:
     """One method of the table, at one sparsity or several.
 
     Attributes:
-        title: What the table calls it.
+        title: What the table calls it. None: its name.
         sparsity: The sparsities it is made at; none for the dense model.
         table: Rows stand in one table with those of their sparsity and the same word here: ``unstructured``, or
             the pattern (``2:4``).
-        prune: Options of ``leap_pl prune``; makes the cell a one-shot one.
-        fit: Settings of ``leap_pl fit`` that differ from the shared config, nested; makes it a learned one.
+        prune: Options of ``leap_pl prune``, over the experiment's; makes the cell a one-shot one.
+        fit: Settings of ``leap_pl fit``, over the shared config; makes it a learned one.
         prior: (with fit) The row whose mask of the same sparsity learning starts from. None: what the config says.
         tokens: (with fit) Training tokens. None: the experiment's.
         best_of: (with prune) Learned rows; the mask of the one with the lowest validation perplexity is kept,
             and its weights are solved anew.
         tasks: Whether the zero-shot tasks are measured. None: at the sparsities of ``tasks_at``.
-        baseline: Whether it is one of the baselines that the others are measured against.
+        baseline: Whether it is one of the baselines whose best the others are measured against.
+        reference: Whether its gap to the dense model is what the others of its table close.
         each: Sparsity → fields of the row that are different there (``fit`` and ``prune`` are laid over).
     """
 
-    title: str
+    title: str | None = None
     sparsity: tuple[float, ...] = ()
     table: str = UNSTRUCTURED
     prune: dict[str, Any] | None = None
@@ -52,12 +62,16 @@ class Row:
     best_of: tuple[str, ...] = ()
     tasks: bool | None = None
     baseline: bool = False
+    reference: bool = False
     each: dict[float, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A row at one sparsity: what is made and measured. Names of other cells are those of the same sparsity."""
+    """A row at one sparsity: what is made and measured.
+
+    Attributes are the row's, with what the experiment says laid under; ``prior`` and ``best_of`` name cells.
+    """
 
     name: str
     row: str
@@ -71,6 +85,7 @@ class Cell:
     best_of: tuple[str, ...]
     tasks: bool
     baseline: bool
+    reference: bool
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -94,7 +109,6 @@ class Experiment:
         learn: The shared config of ``leap_pl fit``, as it is written.
         tokens: Training tokens of a learned cell.
         checkpoint_tokens: A learned cell saves a checkpoint each so many tokens.
-        reference: Row whose gap to the dense model is the measure.
         cells: In the order of the file, by name.
     """
 
@@ -108,8 +122,7 @@ class Experiment:
     learn: dict[str, Any]
     tokens: int
     checkpoint_tokens: int
-    reference: str
-    cells: dict[str, Cell]
+    cells: dict[str, Cell] = field(default_factory=dict)
 
 
 def read_experiment(path: str | Path) -> Experiment:
@@ -120,51 +133,68 @@ def read_experiment(path: str | Path) -> Experiment:
     """
     path = Path(path)
     told = _yaml(path)
-    known = {f.name for f in fields(Experiment)} - {"cells", "learn", "tokens", "checkpoint_tokens"} | {"rows", "learn"}
-    _only(told, known, str(path))
-    _required(told, {"base_model", "texts", "rows", "learn"}, str(path))
-    learn = told["learn"]
-    _only(learn, {"config", "tokens", "checkpoint_tokens"}, f"learn in {path}")
-    _required(learn, {"config", "tokens"}, f"learn in {path}")
-    texts = {role: Text(**text) if isinstance(text, dict) else Text(text) for role, text in told["texts"].items()}
-    if set(texts) != {"validation", "like", "unlike"}:
-        raise UserError(f"texts in {path} are {listing(sorted(texts))}. Name validation, like and unlike.")
-    rows = {name: _row(name, row or {}, path) for name, row in told["rows"].items()}
+    known = {f.name for f in fields(Experiment)} - {"cells", "tokens", "checkpoint_tokens"} | {"rows"}
+    _check(told, str(path), known, {"base_model", "texts", "rows", "learn"})
+    for part in ("texts", "rows", "learn", "evaluate", "tasks", "prune"):
+        if not isinstance(told.get(part, {}), dict):
+            raise UserError(f"{part} in {path} is to be a mapping, and is {told[part]!r}.")
+    _check(told["learn"], f"learn in {path}", {"config", "tokens", "checkpoint_tokens"}, {"config", "tokens"})
+    _check(told["texts"], f"texts in {path}", set(ROLES), set(ROLES))
+    tokens = _positive(told["learn"]["tokens"], f"learn.tokens in {path}")
+    saved = _positive(told["learn"].get("checkpoint_tokens", tokens), f"learn.checkpoint_tokens in {path}")
     experiment = Experiment(
-        base_model=told["base_model"],
-        about=list(told.get("about", [])),
-        texts=texts,
+        base_model=str(told["base_model"]),
+        about=[str(sentence) for sentence in told.get("about", [])],
+        texts={role: _text(text, f"{role} in {path}") for role, text in told["texts"].items()},
         evaluate=dict(told.get("evaluate", {})),
         tasks=dict(told.get("tasks", {})),
         tasks_at=tuple(told.get("tasks_at", ())),
         prune=dict(told.get("prune", {})),
-        learn=_yaml(path.parent / learn["config"]),
-        tokens=int(learn["tokens"]),
-        checkpoint_tokens=int(learn.get("checkpoint_tokens", learn["tokens"])),
-        reference=told.get("reference", "admm"),
-        cells={},
+        learn=_yaml(path.parent / str(told["learn"]["config"])),
+        tokens=tokens,
+        checkpoint_tokens=saved,
     )
-    for name, row in rows.items():
+    for name, settings in told["rows"].items():
+        row = _row(str(name), settings or {}, f"row {name} in {path}")
         for sparsity in row.sparsity or (None,):
-            cell = _cell(experiment, name, row, sparsity)
+            cell = _cell(experiment, str(name), row, sparsity)
+            if cell.name in experiment.cells:
+                raise UserError(f"{path} makes {cell.name} twice. Give one of the rows another name.")
             experiment.cells[cell.name] = cell
     for cell in experiment.cells.values():
-        missing = [name for name in cell.needs if name not in experiment.cells]
-        if missing:
-            raise UserError(f"{cell.name} in {path} needs {listing(missing)}, which no row makes. Add it to a row.")
+        _check_needs(cell, experiment, str(path))
     return experiment
 
 
-def _row(name: str, told: dict[str, Any], path: Path) -> Row:
-    where = f"row {name} in {path}"
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
-        raise UserError(f"{where}: a row's name becomes a folder's. Use small letters, digits and hyphens.")
-    _only(told, {f.name for f in fields(Row)}, where)
+def _text(told: Any, where: str) -> Text:
+    if not isinstance(told, dict):
+        return Text(str(told))
+    _check(told, where, {f.name for f in fields(Text)}, {"text"})
+    if told.get("max_tokens") is not None:
+        _positive(told["max_tokens"], f"max_tokens of {where}")
+    return Text(**told)
+
+
+def _row(name: str, told: dict[str, Any], where: str) -> Row:
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"{where}: its name becomes a folder's. Use small letters, digits and hyphens.")
+    known = {f.name for f in fields(Row)}
+    _check(told, where, known)
     for share, changes in told.get("each", {}).items():
-        _only(changes, {f.name for f in fields(Row)} - {"each", "sparsity"}, f"each {share} of {where}")
-    lists = {key: tuple(told[key]) for key in ("sparsity", "best_of") if key in told}
-    settings: dict[str, Any] = {"title": name} | told | lists
-    row = Row(**settings)
+        _check(changes, f"each {share} of {where}", known - {"each", "sparsity"})
+    sparsity = told.get("sparsity", [])
+    if not isinstance(sparsity, list) or not all(isinstance(s, float) and 0 < s < 1 for s in sparsity):
+        raise UserError(
+            f"sparsity of {where} is {sparsity!r}. Give a list of numbers between 0 and 1, as in [0.5, 0.6]."
+        )
+    for settings in (told, *told.get("each", {}).values()):
+        if "tokens" in settings:
+            _positive(settings["tokens"], f"tokens of {where}")
+        if not isinstance((settings.get("prune") or {}).get("pattern", ""), str):
+            # YAML reads 2:4 as a time of day: 124 minutes.
+            raise UserError(f'pattern of {where} is {settings["prune"]["pattern"]!r}. Put it in quotes: "2:4".')
+    lists: dict[str, Any] = {key: tuple(told[key]) for key in ("sparsity", "best_of") if key in told}
+    row = Row(**(told | lists))
     if row.prune is not None and row.fit is not None:
         raise UserError(f"{where} has both prune and fit. A cell is made by one of them: choose.")
     if (row.prune is None and row.fit is None) != (not row.sparsity):
@@ -174,16 +204,16 @@ def _row(name: str, told: dict[str, Any], path: Path) -> Row:
 
 def _cell(experiment: Experiment, name: str, row: Row, sparsity: float | None) -> Cell:
     for share, changes in row.each.items():
-        if sparsity is not None and abs(share - sparsity) < 1e-9:
+        if sparsity is not None and _same(share, sparsity):
             laid = {key: laid_over(getattr(row, key) or {}, changes[key]) for key in ("fit", "prune") if key in changes}
             settings: dict[str, Any] = changes | laid
             row = replace(row, **settings)
     ending = "" if sparsity is None else f"-{100 * sparsity:g}"
-    at = any(abs(share - (sparsity or 0)) < 1e-9 for share in experiment.tasks_at)
+    at = any(_same(share, sparsity or 0.0) for share in experiment.tasks_at)
     return Cell(
         name=name + ending,
         row=name,
-        title=row.title,
+        title=row.title or name,
         sparsity=sparsity,
         table=row.table,
         prune=None if row.prune is None else laid_over(experiment.prune, row.prune),
@@ -193,7 +223,25 @@ def _cell(experiment: Experiment, name: str, row: Row, sparsity: float | None) -
         best_of=tuple(other + ending for other in row.best_of),
         tasks=at if row.tasks is None else row.tasks,
         baseline=row.baseline,
+        reference=row.reference,
     )
+
+
+def _same(a: float, b: float) -> bool:
+    return abs(a - b) < 1e-9
+
+
+def _check_needs(cell: Cell, experiment: Experiment, where: str) -> None:
+    cells = experiment.cells
+    missing = [name for name in cell.needs if name not in cells]
+    if missing:
+        raise UserError(f"{cell.name} in {where} needs {listing(missing)}, which no row makes. Add it to a row.")
+    if cell.prior and (cell.fit is None or cells[cell.prior].prune is None or cells[cell.prior].best_of):
+        raise UserError(
+            f"{cell.name} in {where}: a prior is a one-shot row's mask, for a learned row. Name another row."
+        )
+    if cell.best_of and (cell.prune is None or any(cells[name].fit is None for name in cell.best_of)):
+        raise UserError(f"{cell.name} in {where}: best_of names learned rows, for a row with prune. Name other rows.")
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,20 +261,25 @@ def _yaml(path: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(
-            f"{path} cannot be read ({reason}). Name a YAML file such as configs/results/headline.yaml."
+            f"{path} cannot be read ({reason}). Name a YAML file as configs/results/headline.yaml is."
         ) from error
     if not isinstance(told, dict):
         raise UserError(f"{path} holds no settings. Take configs/results/headline.yaml for an example.")
     return told
 
 
-def _only(told: Mapping[str, Any], known: set[str], where: str) -> None:
-    unknown = sorted(set(map(str, told)) - known)
+def _check(told: Any, where: str, known: Iterable[str], wanted: Iterable[str] = ()) -> None:
+    """Make sure that ``told`` is a mapping with ``known`` keys alone and all ``wanted`` ones."""
+    if not isinstance(told, dict):
+        raise UserError(f"{where} is to be a mapping, and is {told!r}.")
+    unknown, missing = sorted(set(map(str, told)) - set(known)), sorted(set(wanted) - set(told))
     if unknown:
         raise UserError(f"{where} says {listing(unknown)}, which is not known. Known are {listing(sorted(known), 20)}.")
-
-
-def _required(told: Mapping[str, Any], wanted: set[str], where: str) -> None:
-    missing = sorted(wanted - set(told))
     if missing:
         raise UserError(f"{where} lacks {listing(missing)}. Add it.")
+
+
+def _positive(value: Any, where: str) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{where} is {value!r}. Give a number of tokens, at least 1.")
+    return value

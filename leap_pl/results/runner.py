@@ -15,27 +15,37 @@ from typing import Any
 import yaml
 
 from leap_pl.errors import UserError, listing
-from leap_pl.evaluation.record import read_result, write_result
+from leap_pl.evaluation.record import read_result
 from leap_pl.files import atomic_file
 from leap_pl.results import running
+from leap_pl.results.cells import write_overlap
 from leap_pl.results.digests import digest
 from leap_pl.results.experiment import Cell, Experiment
 from leap_pl.results.steps import Step, Steps
 
-RECORD = "steps.json"  # in a cell's folder: step → what is there of it
+RECORD = "steps.json"  # in a cell's folder: step → what is known of it
+SUPERSEDED = "superseded"  # folder of learned cells that other settings have taken the place of
 
 
 class Runner:
-    """The cells of an experiment in ``folder``: what is done, what is left, and how to do it."""
+    """The cells of an experiment in a folder: what is done, what is left, and how to do it."""
 
     def __init__(self, experiment: Experiment, folder: Path) -> None:
-        """Take the experiment and the folder that holds one folder a cell."""
+        """Take the experiment and the folder that holds one folder a cell.
+
+        Raises:
+            UserError: A local text is not there.
+        """
         self.experiment, self.folder, self.steps = experiment, folder, Steps(experiment, folder)
+        self.lock: tuple[int, ...] = ()
+        for text in experiment.texts.values():
+            if Path(text.text).suffix and not Path(text.text).is_file():
+                raise UserError(f"{text.text} is not there. Lay texts and tasks out with make assets assets-eval.")
 
     # -- what there is ------------------------------------------------------------------------------------
 
     def chosen(self, patterns: Sequence[str]) -> list[Cell]:
-        """The cells whose name fits one of ``patterns``, each after those that it needs.
+        """The cells whose name fits one of ``patterns`` (none: all), each after those that it needs.
 
         Raises:
             UserError: A pattern fits none.
@@ -58,8 +68,7 @@ class Runner:
 
     def record(self, cell: Cell) -> dict[str, Any]:
         """What is written down of the steps of ``cell``."""
-        path = self.steps.place(cell) / RECORD
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        return _read_record(self.steps.place(cell))
 
     def is_done(self, cell: Cell, step: Step) -> bool:
         """Whether ``step`` was done with the settings and inputs of today."""
@@ -67,34 +76,35 @@ class Runner:
         return told.get("digest") == step.digest and "finished" in told and step.output.exists()
 
     def kept(self, cell: Cell) -> Cell | None:
-        """Of the cells that ``cell`` is the best of, the one with the lowest validation perplexity; None: not known."""
+        """The one with the lowest validation perplexity of those that ``cell`` is the best of; None: not known yet."""
         values = {name: self._validation(self.experiment.cells[name]) for name in cell.best_of}
-        if not values or None in values.values():
-            return None
-        return self.experiment.cells[min(values, key=lambda name: values[name] or 0.0)]
+        known = {name: value for name, value in values.items() if value is not None}
+        return self.experiment.cells[min(known, key=known.__getitem__)] if known and len(known) == len(values) else None
 
     def _validation(self, cell: Cell) -> float | None:
         text = self.experiment.texts["validation"].text
         for step in self.all_steps(cell) or ():
-            if self.is_done(cell, step) and text in step.settings.get("perplexity", []):
+            if text in step.settings.get("perplexity", []) and self.is_done(cell, step):
                 return float(read_result(step.output)["perplexity"][text]["value"])
         return None
 
     def all_steps(self, cell: Cell) -> list[Step] | None:
-        """The steps of ``cell``; None while it is not known what it is the best of."""
+        """The steps of ``cell``, in order; None while it is not known what it is the best of."""
         kept = self.kept(cell) if cell.best_of else None
         if cell.best_of and kept is None:
             return None
         make = self.steps.make(cell, kept)
-        steps = [] if make is None else [make]
-        if make is not None and cell.prior is not None:
+        if make is None:
+            return self.steps.measures(cell, None)
+        steps = [make]
+        if cell.prior is not None:
             prior = self.experiment.cells[cell.prior]
             of_prior = self.steps.make(prior)
             assert of_prior is not None
             output = self.steps.place(cell) / "measured" / "overlap.json"
-            work = partial(_write_overlap, self.steps.mask(cell), self.steps.mask(prior), output)
+            work = partial(write_overlap, self.steps.mask(cell), self.steps.mask(prior), output)
             steps.append(Step("overlap", digest(["overlap", make.digest, of_prior.digest]), output, work=work))
-        return steps + self.steps.measures(cell, None if make is None else make.digest)
+        return steps + self.steps.measures(cell, make.digest)
 
     def is_finished(self, cell: Cell) -> bool:
         """Whether all steps of ``cell`` are done."""
@@ -107,30 +117,28 @@ class Runner:
         """Do what is left of ``cells``; returns what failed, by cell. One that fails stops only those that need it.
 
         Raises:
-            UserError: Another process does the same.
+            UserError: Another process works in the same folder.
         """
-        with alone(self.folder) as lock:
-            self.lock = lock
-            return self._run(cells)
-
-    def _run(self, cells: Sequence[Cell]) -> dict[str, str]:
         failed: dict[str, str] = {}
-        for number, cell in enumerate(cells, 1):
-            caption = f"[{number}/{len(cells)}] {cell.name}"
-            without = [name for name in cell.needs if name in failed]
-            try:
-                if without:
-                    raise UserError(f"{caption}: needs {listing(without)}, which failed.")
-                self._run_cell(cell, caption)
-            except UserError as error:
-                failed[cell.name] = str(error)
-                _say(str(error))
+        with _alone(self.folder) as lock:
+            self.lock = (lock,)
+            for number, cell in enumerate(cells, 1):
+                caption = f"[{number}/{len(cells)}] {cell.name}"
+                without = [name for name in cell.needs if name in failed]
+                try:
+                    if without:
+                        raise UserError(f"{caption}: needs {listing(without)}, which failed.")
+                    self._run_cell(cell, caption)
+                except UserError as error:
+                    failed[cell.name] = str(error)
+                    _say(str(error))
         return failed
 
     def _run_cell(self, cell: Cell, caption: str) -> None:
         steps = self.all_steps(cell)
-        if steps is None:
-            raise UserError(f"{caption}: it is not known which of {listing(list(cell.best_of))} is better.")
+        assert steps is not None  # the cells that it needs come before it
+        if cell.fit is not None:
+            self._make_way(cell, steps[0], caption)
         for step in steps:
             if self.is_done(cell, step):
                 continue
@@ -142,35 +150,58 @@ class Runner:
                 self._write(cell, step, {"seconds": time.monotonic() - began})
             else:
                 log = self.steps.place(cell) / "evaluate.log"
-                ran = running.run_command(step.words, log, f"{caption} {step.name}", [self.lock])
+                ran = running.run_command(step.words, log, f"{caption} {step.name}", self.lock)
                 self._write(cell, step, {"seconds": ran.seconds, "peak_rss": ran.peak_rss})
             _say(f"{caption}: {step.name} done in {time.monotonic() - began:.0f} s")
 
+    def _make_way(self, cell: Cell, make: Step, caption: str) -> None:
+        """Put a finished learned cell of other settings away, and take one of today's settings back.
+
+        A mask that took hours is not thrown away because a setting was tried.
+        """
+        place, told = self.steps.place(cell), self.record(cell).get("make", {})
+        if told.get("digest") == make.digest:
+            return
+        if "finished" in told:
+            away = self._away(cell, told["digest"])
+            shutil.rmtree(away, ignore_errors=True)
+            away.parent.mkdir(parents=True, exist_ok=True)
+            place.rename(away)
+            _say(f"{caption}: its settings have changed; what was made with the old ones lies in {away}")
+        back = self._away(cell, make.digest)
+        if back.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+            back.rename(place)
+            _say(f"{caption}: was made with these settings before, and is taken from {back}")
+
+    def _away(self, cell: Cell, made: str) -> Path:
+        return self.folder / SUPERSEDED / f"{cell.name}-{made}"
+
     def _make(self, cell: Cell, step: Step, caption: str) -> None:
         place, record = self.steps.place(cell), self.record(cell)
-        if record.get("make", {}).get("digest") != step.digest:
-            if record:
+        told = record.get("make", {})
+        if told.get("digest") != step.digest:
+            if told:
                 _say(f"{caption}: its settings have changed, it begins anew")
             for name in ("made", "checkpoints", "measured", "log"):
                 shutil.rmtree(place / name, ignore_errors=True)
-            record = {}
-        told = record.get("make", {"seconds": 0.0, "peak_rss": 0})
-        words = list(step.words)
-        checkpoint = self.steps.checkpoint(cell)
+            told = {}
+        seconds, peak = told.get("seconds", 0.0), told.get("peak_rss", 0)
+        words, checkpoint = list(step.words), None
         if cell.fit is not None:
             with atomic_file(place / "fit.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(step.settings, sort_keys=False), encoding="utf-8")
-            if checkpoint.exists():
-                words += ["--ckpt_path", str(checkpoint)]
-        if "began" in told:
+            checkpoint = self.steps.checkpoint(cell)
+            words += [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
+        if "began" in told and checkpoint is not None:
             # The last session did not come to its end: what counts of it is what it saved.
-            saved = checkpoint.stat().st_mtime if checkpoint.exists() else told["began"]
-            told["seconds"] += max(saved - told["began"], 0)
-        self._write(cell, step, {**told, "began": time.time()}, finished=False)
-        ran = running.run_command(words, place / f"{words[0]}.log", caption, [self.lock])
-        told = {"seconds": told["seconds"] + ran.seconds, "peak_rss": max(told["peak_rss"], ran.peak_rss)}
-        self._write(cell, step, told)
-        # What a learned cell was resumed from is four gigabytes a billion weights, three times.
+            seconds += max(checkpoint.stat().st_mtime - told["began"], 0)
+        begun = {"settings": step.settings, "seconds": seconds, "peak_rss": peak, "began": time.time()}
+        self._write(cell, step, begun, finished=False)
+        ran = running.run_command(words, place / f"{words[0]}.log", caption, self.lock)
+        done = {"settings": step.settings, "seconds": seconds + ran.seconds, "peak_rss": max(peak, ran.peak_rss)}
+        self._write(cell, step, done)
+        # A checkpoint holds three float32 numbers a weight, the mask one bit.
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
 
     def _write(self, cell: Cell, step: Step, told: dict[str, Any], *, finished: bool = True) -> None:
@@ -187,9 +218,7 @@ class Runner:
         left = 0
         for cell in cells:
             steps = self.all_steps(cell)
-            budget = ""
-            if cell.fit is not None:
-                budget = f"{cell.tokens:>11,} tokens"
+            budget = "" if cell.fit is None else f"{cell.tokens:,} tokens"
             if steps is None:
                 state = f"waits for {listing(list(cell.best_of))}"
             else:
@@ -198,127 +227,30 @@ class Runner:
                 if "make" in undone and cell.fit is not None:
                     left += cell.tokens
                     state += self._begun(cell, steps[0])
-            yield f"{cell.name:<24} {budget:>18}  {state}"
-        yield f"{left:,} training tokens are left"
+            yield f"{cell.name:<24} {budget:>18}  {state}".rstrip()
+        yield f"{left:,} training tokens are left, those of interrupted cells counted whole"
 
     def _begun(self, cell: Cell, step: Step) -> str:
         told = self.record(cell).get("make")
+        if self._away(cell, step.digest).is_dir():
+            return " (was made with these settings before, will be taken back)"
         if told is None:
             return ""
         if told["digest"] != step.digest:
             return " (was made with other settings, begins anew)"
         checkpoint = self.steps.checkpoint(cell)
-        if not checkpoint.exists():
+        if checkpoint is None:
             return " (begun, nothing saved)"
         return f" (goes on from {checkpoint.resolve().stem} of {step.settings['trainer']['max_steps']})"
 
 
-def _write_overlap(mask: Path, prior: Path, output: Path) -> None:
-    """How far a learned mask agrees with its prior, by layer."""
-    from leap_pl.comparison.entries import read_entries
-    from leap_pl.comparison.overlap import overlap
-
-    first, second = read_entries([str(mask), str(prior)])
-    found = overlap(first, second)
-    assert found is not None
-    assert first.mask is not None
-    assert second.mask is not None
-    others = second.mask.masks
-    changed = sum(int((bits ^ others[name]).sum()) for name, bits in first.mask.masks.items())
-    told = {
-        "iou": found.iou,
-        "chance": found.chance,
-        "layers": {str(layer): value for layer, value in found.layers.items()},
-        "changed": changed / first.mask.total,
-    }
-    with atomic_file(output) as temporary:
-        temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-
-
-def collect(runner: Runner, folder: Path) -> int:
-    """Write one file a finished cell into ``folder``; returns how many are there.
-
-    A file of a cell that was not made here stays as long as it belongs to the experiment as it is today.
-    """
-    for path in folder.glob("*.json"):
-        cell = runner.experiment.cells.get(path.stem)
-        steps = runner.all_steps(cell) if cell is not None else []
-        told = read_result(path).get("cell", {})
-        if steps is not None and told.get("digests") != {step.name: step.digest for step in steps}:
-            path.unlink()
-    for cell in runner.experiment.cells.values():
-        if runner.is_finished(cell):
-            write_cell(runner, cell, folder / f"{cell.name}.json")
-    return len(list(folder.glob("*.json")))
-
-
-def write_cell(runner: Runner, cell: Cell, path: Path) -> None:
-    """Write all that is known of a finished ``cell`` to one file, a result file of ``leap_pl evaluate`` with more.
-
-    The evaluations of its steps are put together, and ``cell`` says what was done, with which settings.
-    """
-    from leap_pl.evaluation.tasks import mean_accuracy
-
-    steps, record = runner.all_steps(cell), runner.record(cell)
-    assert steps is not None
-    results = [read_result(step.output) for step in steps if step.words[:1] == ["evaluate"]]
-    merged = results[0]
-    for result in results[1:]:
-        merged["perplexity"] |= result["perplexity"]
-        merged["tasks"] |= result["tasks"]
-        for name, seconds in result["times"]["seconds"].items():
-            merged["times"]["seconds"][name] = merged["times"]["seconds"].get(name, 0) + seconds
-    merged["mean"] = mean_accuracy(merged["tasks"])
-    merged["cell"] = _told(runner, cell, steps, record)
-    write_result(path, merged)
-
-
-def _told(runner: Runner, cell: Cell, steps: list[Step], record: dict[str, Any]) -> dict[str, Any]:
-    experiment = runner.experiment
-    kept = runner.kept(cell) if cell.best_of else None
-    make = steps[0] if steps[0].name == "make" else None
-    learned = cell if cell.fit is not None else kept
-    tokens = 0
-    if learned is not None:
-        config = runner.steps.fit_config(learned)
-        tokens = config["trainer"]["max_steps"] * runner.steps.tokens_of_step(config)
-    overlap = next((json.loads(s.output.read_text(encoding="utf-8")) for s in steps if s.name == "overlap"), None)
-    return {
-        "name": cell.name,
-        "row": cell.row,
-        "title": cell.title,
-        "order": list(experiment.cells).index(cell.name),
-        "sparsity": cell.sparsity,
-        "table": cell.table,
-        "baseline": cell.baseline,
-        "reference": experiment.reference,
-        "about": experiment.about,
-        "texts": {role: text.text for role, text in experiment.texts.items()},
-        "settings": make.settings if make else {},
-        "evaluate": experiment.evaluate,
-        "prior": cell.prior,
-        "kept": kept and kept.name,
-        "tokens": tokens,
-        "calibration_tokens": _calibration(runner, cell),
-        "seconds": round(record["make"]["seconds"], 1) if make else None,
-        "peak_rss": record["make"]["peak_rss"] if make else None,
-        "digests": {step.name: step.digest for step in steps},
-        "commands": [step.words for step in steps if step.words],
-        "overlap": overlap,
-    }
-
-
-def _calibration(runner: Runner, cell: Cell) -> int:
-    """Tokens that the one-shot part of ``cell`` read: its own, or its prior's."""
-    if cell.prior is not None:
-        return _calibration(runner, runner.experiment.cells[cell.prior])
-    if cell.prune is None or cell.prune.get("method") == "magnitude":
-        return 0
-    return int(cell.prune.get("sequences", 128) * cell.prune.get("seq_length", 2048))
+def _read_record(place: Path) -> dict[str, Any]:
+    path = place / RECORD
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[int]:
+def _alone(folder: Path) -> Iterator[int]:
     """Make sure that no other process works in ``folder``, and yield the open file that says so.
 
     A child that is given it, and outlives its parent, still counts.

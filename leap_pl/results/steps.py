@@ -9,6 +9,7 @@ from leap_pl.errors import UserError
 from leap_pl.results.digests import digest, identity
 from leap_pl.results.experiment import Cell, Experiment, laid_over
 
+UPDATING = ("sparsegpt", "admm")  # methods of prune that write a model
 # Settings of a fit that leave its mask as it is.
 SILENT = ("checkpoint", "mask_export", "sparsity_log", "progress")
 SILENT_TRAINER = ("logger", "log_every_n_steps", "val_check_interval", "limit_val_batches", "num_sanity_val_steps")
@@ -17,6 +18,8 @@ SILENT_TRAINER = ("logger", "log_every_n_steps", "val_check_interval", "limit_va
 @dataclass(frozen=True)
 class Step:
     """One thing to do for a cell.
+
+    What goes into ``digest`` decides what is done again: a change there makes every finished cell new.
 
     Attributes:
         name: Unique within the cell.
@@ -50,9 +53,13 @@ class Steps:
         """The mask of ``cell``, once it is made."""
         return self.place(cell) / "made" / "mask.safetensors"
 
-    def checkpoint(self, cell: Cell) -> Path:
-        """The last checkpoint of a learned cell that is not finished."""
-        return self.place(cell) / "checkpoints" / "last.ckpt"
+    def checkpoint(self, cell: Cell) -> Path | None:
+        """The newest checkpoint of a learned cell that is not finished; None where nothing is saved.
+
+        Not simply ``last.ckpt``: for a moment, while the next one is saved, that link leads nowhere.
+        """
+        saved = [path for path in (self.place(cell) / "checkpoints").glob("*.ckpt") if path.exists()]
+        return max(saved, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
 
     # -- making -------------------------------------------------------------------------------------------
 
@@ -176,7 +183,7 @@ class Steps:
         """The flags that say what is evaluated: the model with new weights, a mask over the base model, or that."""
         if cell.prune is None and cell.fit is None:
             return ["--model", self.experiment.base_model]
-        if cell.prune is not None and cell.prune.get("method") in ("sparsegpt", "admm"):
+        if cell.prune is not None and cell.prune.get("method") in UPDATING:
             return ["--model", str(self.mask(cell).parent / "model")]
         return ["--model", self.experiment.base_model, "--mask", str(self.mask(cell))]
 
