@@ -1,7 +1,6 @@
-"""The headline experiment on a tiny model: every kind of cell, stopping and going on, what is done again, the report."""
+"""The headline experiment on a tiny model: every kind of cell, going on, what is done again, the report."""
 
 import json
-import os
 import re
 import shutil
 import time
@@ -190,7 +189,7 @@ def test_every_cell_is_made_and_measured(finished):
 
 
 def test_pattern_and_prior_are_what_the_row_says(finished):
-    folder, ran = finished
+    folder, _ = finished
     mask = MaskSet.load(folder / "runs" / "wanda-2of4-50" / "made" / "mask.safetensors")
     for bits in mask.masks.values():
         assert (bits.view(-1, 4).sum(1) == 2).all()
@@ -238,7 +237,7 @@ def test_a_second_run_runs_nothing_and_writes_the_same(again):
         ("learn.yaml", ("progress", "refresh_seconds"), 5, {}),
         ("learn.yaml", ("trainer", "val_check_interval"), 3, {}),
         # Only the measurements that read the text so far; they are of no other length.
-        ("tiny.yaml", ("texts", "unlike", "max_tokens"), 160, dict.fromkeys(CELLS, ["evaluate"])),
+        ("tiny.yaml", ("texts", "unlike", "max_tokens"), 160, {name: ["evaluate"] for name in CELLS}),
         ("tiny.yaml", ("tasks", "piqa"), 5, {name: ["evaluate"] for name in CELLS if not name.endswith("60")}),
         (
             "tiny.yaml",
@@ -309,7 +308,7 @@ def test_only_some_cells_and_what_they_need(again, capsys):
 
 
 def test_one_that_fails_stops_only_what_needs_it(again, capsys):
-    folder, ran = again
+    folder, _ = again
     change(folder / "tiny.yaml", "rows", "wanda", "each", to={0.5: {"prune": {"no_such_option": 1}}})
     assert results(folder) == 1
     said = capsys.readouterr().err

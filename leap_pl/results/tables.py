@@ -16,8 +16,8 @@ KEY = (
     "Perplexity: lower is better. Gap closed: the part of the reference's distance to the dense model that a row "
     "makes up for, (reference − row) / (reference − dense); the reference is marked *. Training tokens are those a "
     "mask was learned from; calibration tokens were read by the one-shot method, or by the one that made the prior. "
-    "Minutes are those of making the mask, without its prior's, on the machine below. ± is one standard error; that of a "
-    "difference is of paired windows or questions."
+    "Minutes are those of making the mask, without its prior's, on the machine below. ± is one standard error; that of "
+    "a difference is of paired windows or questions."
 )
 
 
@@ -76,7 +76,7 @@ def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _accuracy(measured: Measured, tasks: list[str]) -> str:
-    if not all(task in measured.entry.tasks for task in tasks):
+    if not tasks or not all(task in measured.entry.tasks for task in tasks):
         return ""
     return _figure(mean_accuracy(measured.entry, tasks), mean_accuracy_stderr(measured.entry, tasks), 100)
 
