@@ -18,16 +18,27 @@ def collect(runner: "Runner", folder: Path) -> int:
 
     A file of a cell that was not made here stays as long as it belongs to the experiment as it is today.
     """
+    cells = runner.chosen([])  # each after those that it needs
     for path in folder.glob("*.json"):
-        cell = runner.experiment.cells.get(path.stem)
-        steps = runner.all_steps(cell) if cell is not None else []
-        told = read_result(path).get("cell", {})
-        if steps is not None and told.get("digests") != {step.name: step.digest for step in steps}:
+        if path.stem not in runner.experiment.cells:
             path.unlink()
-    for cell in runner.experiment.cells.values():
+    for cell in cells:
+        path = folder / f"{cell.name}.json"
         if runner.is_finished(cell):
-            write_cell(runner, cell, folder / f"{cell.name}.json")
+            write_cell(runner, cell, path)
+        elif path.is_file() and not _is_current(runner, cell, folder):
+            path.unlink()
     return len(list(folder.glob("*.json")))
+
+
+def _is_current(runner: "Runner", cell: "Cell", folder: Path) -> bool:
+    """Whether the file of ``cell`` in ``folder`` says what would be said if it were made here and now."""
+    told = read_result(folder / f"{cell.name}.json").get("cell", {})
+    if not all((folder / f"{name}.json").is_file() for name in cell.best_of):
+        return False
+    kept = runner.experiment.cells.get(told.get("kept") or "")
+    steps = runner.all_steps(cell, kept if cell.best_of else None)
+    return steps is not None and told.get("digests") == {step.name: step.digest for step in steps}
 
 
 def write_cell(runner: "Runner", cell: "Cell", path: Path) -> None:

@@ -88,11 +88,17 @@ class Runner:
                 return float(read_result(step.output)["perplexity"][text]["value"])
         return None
 
-    def all_steps(self, cell: Cell) -> list[Step] | None:
-        """The steps of ``cell``, in order; None while it is not known what it is the best of."""
-        kept = self.kept(cell) if cell.best_of else None
+    def all_steps(self, cell: Cell, kept: Cell | None = None) -> list[Step] | None:
+        """The steps of ``cell``, in order; None while it is not known what it is the best of.
+
+        Args:
+            cell: What is made and measured.
+            kept: The cell whose mask it keeps, instead of the one that is the best here.
+        """
         if cell.best_of and kept is None:
-            return None
+            kept = self.kept(cell)
+            if kept is None:
+                return None
         make = self.steps.make(cell, kept)
         if make is None:
             return self.steps.measures(cell, None)
