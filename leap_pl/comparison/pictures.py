@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, without yellow, which paper swallows; the marker tells methods apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+CHARACTER = 0.08  # inches that a letter of a label takes, on average
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -90,7 +91,6 @@ def draw_overlaps(overlaps: list[Overlap], folder: Path) -> list[Picture]:
 
 def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: str, *, logarithmic: bool) -> "Figure":
     """One line a method; the dense model is a level line, since everything is measured against it."""
-    figure, axes = _figure(6.4, 4.0)
     several_models = len({entry.base_model for entry, _, _ in points}) > 1
     series: dict[str, list[tuple[float, float, float]]] = {}
     dense: dict[str, float] = {}
@@ -100,6 +100,8 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
             dense[name] = value
         else:
             series.setdefault(name, []).append((100 * entry.sparsity, value, stderr or 0.0))
+    # The legend stands beside the axes and is to leave them their width.
+    figure, axes = _figure(max(6.4, 5.0 + CHARACTER * max(map(len, [*series, *dense]))), 4.0)
     shown = sorted({round(x) for line in series.values() for x, _, _ in line})
     reach = max(shown, default=0) - min(shown, default=0) or 10
     for n, (name, line) in enumerate(sorted(series.items())):
@@ -168,7 +170,9 @@ def _differences(
     from matplotlib.figure import Figure
 
     rows = max(len(found) for _, found, _ in panels)
-    figure = Figure(figsize=(3.6 * len(panels) + 1.2, 1.5 + 0.5 * rows), layout="constrained")
+    longest = max(len(label) for _, found, _ in panels for label, _ in found)
+    width = max(3.6, 2.4 + CHARACTER * longest)
+    figure = Figure(figsize=(width * len(panels) + 1.2, 1.5 + 0.5 * rows), layout="constrained")
     for axes, (title, found, scale) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.axvline(0, color="0.35", linestyle="--", linewidth=1.2)
         for row, (_, difference) in enumerate(found):

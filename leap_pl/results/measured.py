@@ -62,9 +62,15 @@ def read_cells(folder: Path) -> list[Measured]:
 def _entry(path: Path, result: dict[str, Any]) -> Entry:
     """The cell as a comparison takes it: by its row's title, and with the texts by theirs."""
     cell, told = result["cell"], entry_of_result(str(path), result)
-    label = cell["title"] if cell["sparsity"] is None else f"{cell['title']}, {100 * cell['sparsity']:g}%"
+    label = (
+        cell["title"] if cell["sparsity"] is None else f"{cell['title']}, {_heading(cell['sparsity'], cell['table'])}"
+    )
     texts = {cell["texts"][role]["title"]: told.perplexity[cell["texts"][role]["text"]] for role in ROLES}
     return replace(told, label=label, method=cell["title"], perplexity=texts)
+
+
+def _heading(sparsity: float, table: str) -> str:
+    return f"{100 * sparsity:g}%" + ("" if table == UNSTRUCTURED else f", {table}")
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Group:
     @property
     def heading(self) -> str:
         """What the table is called."""
-        return f"{100 * self.sparsity:g}%" + ("" if self.table == UNSTRUCTURED else f", {self.table}")
+        return _heading(self.sparsity, self.table)
 
     @property
     def entries(self) -> list[Entry]:
@@ -104,10 +110,18 @@ class Group:
         learned = [measured for measured in self.rows if measured.is_learned]
         return min(learned, key=lambda m: float(m.perplexity("validation")["value"]), default=None)
 
+    @property
+    def reference(self) -> Measured | None:
+        """The row whose gap to the dense model is what the others close."""
+        return next((measured for measured in self.rows if measured.cell["reference"]), None)
+
     def gap_closed(self, row: Measured, role: str) -> float | None:
-        """(reference − row) / (reference − dense) in perplexity; None for those two, or where one is not there."""
-        reference = next((m for m in self.rows if m.cell["reference"]), None)
-        if reference is None or self.dense is None or row in (reference, self.dense):
+        """(reference − row) / (reference − dense) in perplexity.
+
+        None for the dense model and the baselines, or where the reference or the dense model is not there.
+        """
+        reference = self.reference
+        if reference is None or self.dense is None or row is self.dense or row.cell["baseline"]:
             return None
         far, near, dense = (float(m.perplexity(role)["value"]) for m in (reference, row, self.dense))
         return (far - near) / (far - dense)

@@ -12,6 +12,7 @@ from leap_pl.results.experiment import UNSTRUCTURED
 from leap_pl.results.measured import ROLES, Measured, groups, read_cells
 from leap_pl.results.tables import KEY, difference_table, main_table, task_table
 
+FAR_OFF = 10  # times the reference's perplexity
 NOTES = "notes.md"  # what is written by hand, and stays
 
 
@@ -72,7 +73,15 @@ def _pictures(found: Sequence[Measured], docs: Path) -> Iterator[str]:
     tables = groups(found)
     best = [group.best_learned for group in tables if group.table == UNSTRUCTURED]
     shown = [m for m in found if m.cell["table"] == UNSTRUCTURED]
-    entries = [m.entry if m in best else replace(m.entry, densities={}) for m in shown]
+    far = _far_off(found)
+    entries = [
+        replace(
+            m.entry,
+            densities=m.entry.densities if m in best else {},
+            perplexity={} if m.title in far else m.entry.perplexity,
+        )
+        for m in shown
+    ]
     pictures = draw_all(entries, {title for group in tables for title in group.baselines}, docs)
     labels = {m.cell["name"]: m.entry.label for m in found}
     agreeing = [m for m in found if m.cell["overlap"] is not None]
@@ -84,12 +93,29 @@ def _pictures(found: Sequence[Measured], docs: Path) -> Iterator[str]:
     pictures += draw_overlaps(overlaps, docs)
     yield "## Pictures"
     yield "Each is there as SVG too. Densities are those of the best learned mask of each sparsity, by validation text."
+    if far:
+        yield (
+            f"Perplexities of {', '.join(sorted(far))} are in the tables alone: they are more than {FAR_OFF} times the "
+            "reference's everywhere, and would press the others together."
+        )
     for picture in pictures:
         yield f"![{picture.caption}]({docs.name}/{picture.stem}.png)"
         yield picture.caption
     if agreeing:
         shares = [f"{m.entry.label}: {m.cell['overlap']['changed']:.2%}" for m in agreeing]
         yield f"Mask bits that differ from the prior: {'; '.join(shares)}."
+
+
+def _far_off(found: Sequence[Measured]) -> set[str]:
+    """Titles of the rows that are far above the reference at every sparsity and on every text."""
+    near, seen = set(), set()
+    for group in groups(found):
+        for m in group.rows if group.reference else ():
+            seen.add(m.title)
+            assert group.reference is not None
+            if any(m.perplexity(r)["value"] <= FAR_OFF * group.reference.perplexity(r)["value"] for r in ROLES):
+                near.add(m.title)
+    return seen - near
 
 
 # -- what the figures depend on -------------------------------------------------------------------------------

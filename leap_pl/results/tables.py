@@ -10,7 +10,7 @@ from leap_pl.comparison.differences import (
     perplexity_difference,
     shared_tasks,
 )
-from leap_pl.results.measured import ROLES, Group, Measured
+from leap_pl.results.measured import ROLES, Group, Measured, groups
 
 KEY = (
     "Perplexity: lower is better. Gap closed: the part of the reference's distance to the dense model that a row "
@@ -60,7 +60,8 @@ def difference_table(group: Group) -> str:
 
 def task_table(found: Sequence[Measured]) -> str:
     """Accuracy by task of every cell that has any; empty where none has."""
-    scored = [m for m in found if m.entry.tasks]
+    by_sparsity = [m for m in found if m.is_dense] + [m for group in groups(found) for m in group.rows]
+    scored = [m for m in by_sparsity if m.entry.tasks]
     tasks = sorted({task for m in scored for task, score in m.entry.tasks.items() if "acc" in score})
     rows = []
     for m in scored:
