@@ -72,7 +72,7 @@ def _read(source: str) -> Entry:
         raise UserError(f"{source}: there is no such file. Name result files of leap_pl evaluate, masks or folders.")
     result = read_result(path)
     try:
-        return _of_result(source, result)
+        return entry_of_result(source, result, _mask_at_hand(result["model"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -99,7 +99,8 @@ def _of_mask(source: str, mask: MaskSet) -> Entry:
     )
 
 
-def _of_result(source: str, result: dict[str, Any]) -> Entry:
+def entry_of_result(source: str, result: dict[str, Any], mask: MaskSet | None = None) -> Entry:
+    """What ``result``, read from ``source``, says; it has no label yet."""
     model = result["model"]
     densities: dict[tuple[int, str], float] = {}
     for name, sparsity in result["sparsity"]["weights"].items():
@@ -116,7 +117,7 @@ def _of_result(source: str, result: dict[str, Any]) -> Entry:
         perplexity=dict(result["perplexity"]),
         tasks=dict(result["tasks"]),
         densities=densities,
-        mask=_mask_at_hand(model),
+        mask=mask,
     )
 
 

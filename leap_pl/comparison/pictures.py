@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, without yellow, which paper swallows; the marker tells methods apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+CHARACTER = 0.08  # inches that a letter of a label takes, on average
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -73,18 +74,23 @@ def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path)
         masked = [entry for entry in entries if entry.mask is not None]
         pairs = [(a, b) for a, b in combinations(masked, 2) if a.fingerprint == b.fingerprint]
         overlaps = [found for a, b in pairs if (found := overlap(a, b)) is not None]
-        if overlaps:
-            caption = (
-                "Where two masks agree: weights that both keep, over weights that either keeps (IoU), by decoder "
-                "layer. Chance is the IoU of independent masks of the same densities."
-            )
-            pictures.append(_save(_overlaps(overlaps), folder, "overlap", caption))
-        return pictures
+        return pictures + draw_overlaps(overlaps, folder)
+
+
+def draw_overlaps(overlaps: list[Overlap], folder: Path) -> list[Picture]:
+    """Draw by layer where masks agree; nothing where there are no pairs."""
+    if not overlaps:
+        return []
+    caption = (
+        "Where two masks agree: weights that both keep, over weights that either keeps (IoU), by decoder "
+        "layer. Chance is the IoU of independent masks of the same densities."
+    )
+    with _drawing():
+        return [_save(_overlaps(overlaps), folder, "overlap", caption)]
 
 
 def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: str, *, logarithmic: bool) -> "Figure":
     """One line a method; the dense model is a level line, since everything is measured against it."""
-    figure, axes = _figure(6.4, 4.0)
     several_models = len({entry.base_model for entry, _, _ in points}) > 1
     series: dict[str, list[tuple[float, float, float]]] = {}
     dense: dict[str, float] = {}
@@ -94,6 +100,8 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
             dense[name] = value
         else:
             series.setdefault(name, []).append((100 * entry.sparsity, value, stderr or 0.0))
+    # The legend stands beside the axes and is to leave them their width.
+    figure, axes = _figure(max(6.4, 5.0 + CHARACTER * max(map(len, [*series, *dense]))), 4.0)
     shown = sorted({round(x) for line in series.values() for x, _, _ in line})
     reach = max(shown, default=0) - min(shown, default=0) or 10
     for n, (name, line) in enumerate(sorted(series.items())):
@@ -106,7 +114,7 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
             yerr=errors,
             label=name,
             color=COLOURS[n % len(COLOURS)],
-            marker=MARKERS[n % len(MARKERS)],
+            marker=MARKERS[(n + n // len(COLOURS)) % len(MARKERS)],  # no pair of the two comes again
             capsize=3,
             linewidth=1.5,
             elinewidth=1,
@@ -122,6 +130,8 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
         axes.margins(x=0.08)
         if len(shown) <= 8:
             axes.set_xticks(shown)
+        if len(shown) == 1:  # else the axis would show how little the realised sparsities differ
+            axes.set_xlim(shown[0] - 5, shown[0] + 5)
     else:
         axes.set_xlim(0, 100)
     axes.set_xlabel("sparsity, %")
@@ -160,7 +170,9 @@ def _differences(
     from matplotlib.figure import Figure
 
     rows = max(len(found) for _, found, _ in panels)
-    figure = Figure(figsize=(3.6 * len(panels) + 1.2, 1.5 + 0.5 * rows), layout="constrained")
+    longest = max(len(label) for _, found, _ in panels for label, _ in found)
+    width = max(3.6, 2.4 + CHARACTER * longest)
+    figure = Figure(figsize=(width * len(panels) + 1.2, 1.5 + 0.5 * rows), layout="constrained")
     for axes, (title, found, scale) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.axvline(0, color="0.35", linestyle="--", linewidth=1.2)
         for row, (_, difference) in enumerate(found):

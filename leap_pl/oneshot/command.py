@@ -200,6 +200,7 @@ def _write(
     trust_remote_code: bool,
 ) -> None:
     import json
+    from dataclasses import asdict
 
     from leap_pl.models import load_tokenizer
 
@@ -210,6 +211,9 @@ def _write(
         updated.save_pretrained(folder / "model")
         tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
         tokenizer.save_pretrained(folder / "model")
+        # Without it the folder would be taken for a base model of its own.
+        told = json.dumps({"provenance": asdict(pruned.masks.provenance)}, indent=2)
+        (folder / "model" / "leap_pl.json").write_text(told + "\n", encoding="utf-8")
 
 
 def _report(output_dir: str, pruned: "Pruned", updated: bool) -> None:
