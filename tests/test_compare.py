@@ -71,11 +71,13 @@ def mask_file(path, method, seed, density=0.5):
 @pytest.fixture
 def sources(write, tmp_path):
     wanda, leap = (mask_file(tmp_path / f"{m}.safetensors", m, n) for n, m in enumerate(("wanda", "leap")))
+    learned = result("leap", 0.501, 14.0, "1110", mask=leap)
+    learned["sparsity"]["weights"] |= {NAMES[0]: 0.4, NAMES[1]: 0.602}
     return [
         write("dense", result("dense", 0.0, 10.0, "1111")),
         write("magnitude", result("magnitude", 0.5, 60.0, "1000")),
         write("wanda", result("wanda", 0.5, 20.0, "1100", mask=wanda)),
-        write("leap", result("leap", 0.501, 14.0, "1110", mask=leap)),
+        write("leap", learned),
     ]
 
 
@@ -83,8 +85,9 @@ def test_writes_table_pictures_and_page(sources, tmp_path, capsys):
     out = tmp_path / "out"
     found = compare_command(sources, output_dir=str(out))
     names = {path.name for path in out.iterdir()}
-    for stem in ("perplexity-1-held-out", "accuracy", "differences", "density-3-leap-50", "overlap"):
+    for stem in ("perplexity-1-held-out", "accuracy", "differences", "density-1-leap-50", "overlap"):
         assert {f"{stem}.png", f"{stem}.svg"} <= names
+    assert len(names) == 5 * 2 + 3
     rows = list(csv.DictReader((out / "table.csv").open(encoding="utf-8")))
     assert [row["label"] for row in rows] == ["dense", "magnitude 50%", "wanda 50%", "leap 50%"]
     leap = rows[3]
@@ -99,6 +102,7 @@ def test_writes_table_pictures_and_page(sources, tmp_path, capsys):
     assert "-6.00" in markdown
     assert "(wanda 50%)" in markdown
     assert "windows of 512 tokens, stride 512, 4,096 tokens" in markdown
+    assert "not drawn: magnitude 50%, wanda 50%." in markdown
     assert "leap 50%" in capsys.readouterr().out
 
 
@@ -155,6 +159,7 @@ def test_other_texts_and_other_tasks_have_columns_of_their_own(write, tmp_path):
     compare_command([write("one", result("leap", 0.5, 14.0)), write("two", other)], output_dir=str(tmp_path / "out"))
     rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open(encoding="utf-8")))
     assert {row["perplexity.c4.value"] for row in rows} == {"", "20.0"}
+    assert "accuracy on piqa, %" in (tmp_path / "out" / "accuracy.svg").read_text(encoding="utf-8")
     assert {row["tasks.boolq.acc"] for row in rows} == {"", "0.5"}
     assert all(float(row["accuracy.value"]) == 0.5 for row in rows)  # over piqa, which both have
 
@@ -214,6 +219,22 @@ def test_masks_and_exported_folders_alone(tmp_path):
     stems = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert {"overlap", "density-1-wanda-50", "density-2-leap-59"} <= stems
     assert not any(stem.startswith("perplexity") for stem in stems)
+
+
+def test_overlaps_are_of_one_sparsity(tmp_path):
+    paths = []
+    for method in ("wanda", "leap"):
+        for kept in (50, 40):
+            masks = {NAMES[0]: (torch.randperm(100) < kept).view(10, 10)}
+            mask = MaskSet(masks, Provenance("org/base", "f00d", method, 1 - kept / 100))
+            paths.append(str(mask.save(tmp_path / f"{method}-{kept}.safetensors")))
+    compare_command(paths, output_dir=str(tmp_path / "out"))
+    names = {path.stem for path in (tmp_path / "out").glob("overlap*.svg")}
+    assert len(names) == 2
+    for name in names:
+        (pair,) = re.findall(r"(\w+ \d+%) ∩ (\w+ \d+%)", (tmp_path / "out" / f"{name}.svg").read_text(encoding="utf-8"))
+        assert {label.split()[0] for label in pair} == {"leap", "wanda"}
+        assert {label.split()[1] for label in pair} == {f"{name.split('-')[1]}%"}
 
 
 def test_labels_are_unique(write):

@@ -9,6 +9,8 @@ from leap_pl.comparison.entries import Entry
 from leap_pl.comparison.pictures import Picture
 from leap_pl.comparison.table import Table
 
+PIXELS = 105  # of the page, for an inch of a picture
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 70rem; margin: 2rem auto;
        padding: 0 1rem; }
@@ -59,9 +61,9 @@ def _table(table: Table) -> str:
 def _figure(picture: Picture, folder: Path) -> str:
     data = base64.b64encode((folder / f"{picture.stem}.png").read_bytes()).decode()
     caption = escape(picture.caption)
-    return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-    )
+    # In one size of letters: an inch of any picture is as wide on the page.
+    image = f'<img alt="{caption}" width="{round(picture.width * PIXELS)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _identity(entry: Entry) -> str:

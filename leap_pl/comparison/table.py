@@ -17,6 +17,8 @@ from leap_pl.comparison.differences import (
 )
 from leap_pl.comparison.entries import Entry
 
+LEVEL = 0.005  # densities nearer than this are one
+
 
 @dataclass(frozen=True)
 class Table:
@@ -53,7 +55,8 @@ class Table:
             ).rstrip()
             for line in lines
         ]
-        return "\n".join([aligned[0], "  ".join("-" * width for width in widths), *aligned[1:], "", *self.notes])
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([aligned[0], rule, *aligned[1:], *(["", *self.notes] if self.notes else [])])
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,10 @@ def make_table(entries: Sequence[Entry], baselines: Collection[str]) -> Table:
     if tasks:
         columns += _accuracy_columns(tasks, entries, baselines)
     columns += [_task_column(task) for task in sorted({task for entry in entries for task in entry.tasks})]
+    twice = [f"tasks.{task}.acc" for task in tasks] if len(tasks) == 1 else []
     read = [[column.read(entry) for column in columns] for entry in entries]
-    # A column that is empty in every row tells a reader nothing.
-    shown = [n for n in range(len(columns)) if any(row[n][0] for row in read)]
+    # A column that is empty in every row tells a reader nothing, nor does the only task beside the mean of one.
+    shown = [n for n in range(len(columns)) if any(row[n][0] for row in read) and columns[n].keys[0] not in twice]
     return Table(
         headings=[columns[n].heading for n in shown],
         rows=[[row[n][0] for n in shown] for row in read],
@@ -122,7 +126,11 @@ def _accuracy_columns(tasks: list[str], entries: Sequence[Entry], baselines: Col
         return _difference(found, 100), _pair(found)
 
     return [
-        _Column(f"mean accuracy of {len(tasks)}, %", ["accuracy.value", "accuracy.stderr"], figure),
+        _Column(
+            f"mean accuracy of {len(tasks)} tasks, %" if len(tasks) > 1 else f"{tasks[0]}, %",
+            ["accuracy.value", "accuracy.stderr"],
+            figure,
+        ),
         _Column("− best baseline", ["accuracy.minus_baseline", "accuracy.minus_baseline_stderr"], difference),
     ]
 
@@ -147,6 +155,11 @@ def all_texts(entries: Sequence[Entry]) -> list[str]:
     return list(dict.fromkeys(text for entry in entries for text in entry.perplexity))
 
 
+def is_level(entry: Entry) -> bool:
+    """Whether a mask keeps the same share everywhere, so that a picture of where it prunes shows nothing."""
+    return max(entry.densities.values()) - min(entry.densities.values()) < LEVEL
+
+
 def _notes(entries: Sequence[Entry], texts: list[str], tasks: list[str], baselines: Collection[str]) -> list[str]:
     """What must be known to read the figures."""
     notes = []
@@ -163,12 +176,16 @@ def _notes(entries: Sequence[Entry], texts: list[str], tasks: list[str], baselin
         )
     if tasks:
         splits = {task: next(e.tasks[task]["split"] for e in entries if task in e.tasks) for task in tasks}
-        notes.append("Mean accuracy over " + ", ".join(f"{task} ({split})" for task, split in splits.items()) + ".")
+        over = "Mean accuracy over " if len(tasks) > 1 else "Accuracy on "
+        notes.append(over + ", ".join(f"{task} ({split})" for task, split in splits.items()) + ".")
     if texts or tasks:
         notes.append(
             f"± is one standard error. Best baseline: the best of {', '.join(sorted(baselines))} at the same "
             "sparsity; the error of a difference is that of paired windows or questions."
         )
+    level = [entry.label for entry in entries if entry.densities and is_level(entry)]
+    if level:
+        notes.append(f"Of one density in every decoder layer and projection, and not drawn: {', '.join(level)}.")
     return notes
 
 
