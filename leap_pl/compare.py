@@ -40,6 +40,7 @@ def compare_command(
             "leap_pl compare dense.json sparse.json mask.safetensors exported-folder/"
         )
     from pathlib import Path
+    from shutil import get_terminal_size
 
     from leap_pl.comparison.entries import read_entries
     from leap_pl.comparison.page import make_page
@@ -55,7 +56,7 @@ def compare_command(
         (folder / "table.csv").write_text(table.csv(), encoding="utf-8")
         pictures = draw_all(entries, measured_against, folder)
         (folder / "index.html").write_text(make_page(entries, table, pictures, folder), encoding="utf-8")
-    print(table.text())
+    print(table.text(get_terminal_size(fallback=(0, 0)).columns or None))  # a file has no width
     print(f"\nwritten: {Path(output_dir, 'index.html')}, table.md, table.csv and {len(pictures)} pictures")
     return {
         "table": [dict(zip(table.keys, row, strict=True)) for row in table.values],

@@ -15,6 +15,7 @@ from leap_pl.compare import compare_command
 from leap_pl.comparison.differences import accuracy_difference, perplexity_difference
 from leap_pl.comparison.entries import read_entries
 from leap_pl.comparison.overlap import overlap
+from leap_pl.comparison.table import make_table
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet, Provenance
 
@@ -104,6 +105,26 @@ def test_writes_table_pictures_and_page(sources, tmp_path, capsys):
     assert "windows of 512 tokens, stride 512, 4,096 tokens" in markdown
     assert "not drawn: magnitude 50%, wanda 50%." in markdown
     assert "leap 50%" in capsys.readouterr().out
+
+
+def test_wide_tables_are_divided(write):
+    paths = []
+    for method in ("dense", "wanda", "leap"):
+        content = result(method, 0.0 if method == "dense" else 0.5, 20.0)
+        content["tasks"] = {} if method == "dense" else {f"task_{n}": content["tasks"]["piqa"] for n in range(6)}
+        paths.append(write(method, content))
+    table = make_table(read_entries(paths), BASELINES)
+    main, tasks = table.tables()
+    assert [row[0] for row in main] == ["model", "dense", "leap 50%", "wanda 50%"]
+    assert [row[0] for row in tasks] == ["model", "leap 50%", "wanda 50%"]  # the dense model has no figure there
+    assert tasks[0][1:] == [f"task_{n}, %" for n in range(6)]
+    cells = sorted(cell for row in (table.headings, *table.rows) for cell in row[1:] if cell)
+    for width in (20, 60, 100, None):
+        text = table.text(width)
+        lines = text.split("\n\nPerplexity on")[0].splitlines()
+        assert width is None or width == 20 or max(map(len, text.splitlines())) <= width
+        found = [re.split("  +", line.strip()) for line in lines if line and not line.startswith("-")]
+        assert sorted(cell for line in found for cell in line if cell not in [r[0] for r in main]) == cells
 
 
 def test_page_is_whole_in_itself(sources, tmp_path):

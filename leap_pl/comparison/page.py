@@ -15,7 +15,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 70rem; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin: 1.5rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .35rem .75rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #1a1a1a; white-space: normal; vertical-align: bottom; overflow-wrap: break-word; }
@@ -23,6 +23,12 @@ th:first-child, td:first-child { text-align: left; }
 figure { margin: 1.5rem 0; break-inside: avoid; } img { max-width: 100%; height: auto; }
 figcaption, .notes { color: #444; font-size: .9rem; }
 code { overflow-wrap: anywhere; }
+@media print {
+  @page { margin: 15mm; }
+  body { font-size: 12px; margin: 0; padding: 0; }
+  h2 { break-after: avoid; } tr { break-inside: avoid; }
+  .wide { overflow: visible; } table { font-size: 9px; } th, td { padding: .25rem .4rem; }
+}
 """
 
 
@@ -36,9 +42,7 @@ def make_page(entries: Sequence[Entry], table: Table, pictures: Sequence[Picture
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
-        '<div class="wide">',
-        _table(table),
-        "</div>",
+        *(_table(headings, rows) for headings, *rows in table.tables()),
         '<div class="notes">',
         *(f"<p>{escape(note)}</p>" for note in table.notes),
         "</div>",
@@ -52,10 +56,10 @@ def make_page(entries: Sequence[Entry], table: Table, pictures: Sequence[Picture
     return "\n".join(part for part in parts if part) + "\n"
 
 
-def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in table.headings)
-    rows = ("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def _figure(picture: Picture, folder: Path) -> str:

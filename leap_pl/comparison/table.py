@@ -2,6 +2,7 @@
 
 import csv
 import io
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -18,23 +19,46 @@ from leap_pl.comparison.differences import (
 from leap_pl.comparison.entries import Entry
 
 LEVEL = 0.005  # densities nearer than this are one
+PAGE = 8  # columns that a page is wide enough for
 
 
 @dataclass(frozen=True)
 class Table:
-    """Headings and rows for the eye, and the same with full precision for machines."""
+    """Headings and rows for the eye, and the same with full precision for machines.
+
+    Attributes:
+        headings: Of the columns that the eye sees; the first names the row.
+        rows: Their cells.
+        keys: Names of the CSV's columns.
+        values: Their values.
+        notes: What must be known to read the figures.
+        parts: The columns in the order of ``headings``, divided into tables that are narrow enough for a page.
+    """
 
     headings: list[str]
     rows: list[list[str]]
     keys: list[str]
     values: list[list[str | float | None]]
     notes: list[str]
+    parts: list[list[int]]
+
+    def tables(self, parts: list[list[int]] | None = None) -> list[list[list[str]]]:
+        """Headings and rows of each part; the column that names the row is in all, rows without a figure are not."""
+        found = []
+        for number, columns in enumerate(self.parts if parts is None else parts):
+            rows = [[row[n] for n in columns] for row in self.rows]
+            found.append([[self.headings[n] for n in columns], *(row for row in rows if number == 0 or any(row[1:]))])
+        return found
 
     def markdown(self) -> str:
-        """As a Markdown table with its notes below."""
-        lines = [self.headings, ["---", *["---:"] * (len(self.headings) - 1)], *self.rows]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        return table + "\n\n" + "\n\n".join(self.notes) + "\n"
+        """As Markdown tables with their notes below."""
+        written = []
+        for headings, *rows in self.tables():
+            lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+            written.append(
+                "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+            )
+        return "\n\n".join([*written, *self.notes]) + "\n"
 
     def csv(self) -> str:
         """As CSV, one column a figure, numbers in full precision."""
@@ -44,19 +68,31 @@ class Table:
         writer.writerows(["" if value is None else value for value in row] for row in self.values)
         return buffer.getvalue()
 
-    def text(self) -> str:
-        """For the terminal."""
-        lines = [self.headings, *self.rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.headings))]
-        aligned = [
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([aligned[0], rule, *aligned[1:], *(["", *self.notes] if self.notes else [])])
+    def text(self, width: int | None = None) -> str:
+        """For the terminal, in pieces of at most ``width`` characters a line; None does not divide lines."""
+        widths = [max(len(line[n]) for line in (self.headings, *self.rows)) for n in range(len(self.headings))]
+        parts = [list(range(len(widths)))] if width is None else _fitting(widths, width)
+        written = []
+        for columns, (headings, *rows) in zip(parts, self.tables(parts), strict=True):
+            rule = ["-" * widths[n] for n in columns]
+            lines = [
+                [cell.rjust(widths[n]) if n else cell.ljust(widths[n]) for n, cell in zip(columns, line, strict=True)]
+                for line in (headings, rule, *rows)
+            ]
+            written.append("\n".join("  ".join(line).rstrip() for line in lines))
+        notes = ["\n".join(textwrap.fill(note, width) if width else note for note in self.notes)] if self.notes else []
+        return "\n\n".join([*written, *notes])
+
+
+def _fitting(widths: list[int], width: int) -> list[list[int]]:
+    """Columns in as few parts as fit ``width``, each beginning with column 0."""
+    parts = [[0]]
+    for n in range(1, len(widths)):
+        taken = sum(widths[m] + 2 for m in parts[-1])
+        if len(parts[-1]) > 1 and taken + widths[n] > width:
+            parts.append([0])
+        parts[-1].append(n)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -84,12 +120,15 @@ def make_table(entries: Sequence[Entry], baselines: Collection[str]) -> Table:
     read = [[column.read(entry) for column in columns] for entry in entries]
     # A column that is empty in every row tells a reader nothing, nor does the only task beside the mean of one.
     shown = [n for n in range(len(columns)) if any(row[n][0] for row in read) and columns[n].keys[0] not in twice]
+    single = [place for place, n in enumerate(shown) if columns[n].keys[0].startswith("tasks.")]
+    rest = [place for place in range(len(shown)) if place not in single]
     return Table(
         headings=[columns[n].heading for n in shown],
         rows=[[row[n][0] for n in shown] for row in read],
         keys=[key for column in columns for key in column.keys],
         values=[[value for _, values in row for value in values] for row in read],
         notes=_notes(entries, texts, tasks, baselines),
+        parts=[rest, [0, *single]] if single and len(shown) > PAGE else [rest + single],
     )
 
 
