@@ -152,10 +152,10 @@ def _differences(
     panels: list[tuple[str, list[tuple[str, Difference]], float]] = []
     for text, name in short_names(texts).items():
         found = [(e.label, d) for e in entries if (d := perplexity_difference(e, entries, text, baselines))]
-        panels.append((f"perplexity on {name}\n(left is better)", found, 1))
+        panels.append((f"Δ perplexity on {name}\n(left is better)", found, 1))
     found = [(e.label, d) for e in entries if (d := accuracy_difference(e, entries, tasks, baselines))]
     mean = "mean accuracy" if len(tasks) > 1 else "accuracy"
-    panels.append((f"{mean}, percentage points\n(right is better)", found, 100))
+    panels.append((f"Δ {mean}, percentage points\n(right is better)", found, 100))
     panels = [panel for panel in panels if panel[1]]
     if not panels:
         return []

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -19,6 +20,7 @@ from leap_pl.comparison.differences import (
 from leap_pl.comparison.entries import Entry
 
 LEVEL = 0.005  # densities nearer than this are one
+DIFFERENCE = "− best baseline"  # heading of the column behind a figure
 PAGE = 8  # columns that a page is wide enough for
 
 
@@ -71,7 +73,11 @@ class Table:
     def text(self, width: int | None = None) -> str:
         """For the terminal, in pieces of at most ``width`` characters a line; None does not divide lines."""
         widths = [max(len(line[n]) for line in (self.headings, *self.rows)) for n in range(len(self.headings))]
-        parts = [list(range(len(widths)))] if width is None else _fitting(widths, width)
+        parts = (
+            [list(range(len(widths)))]
+            if width is None
+            else _fitting(widths, width, {n for n, h in enumerate(self.headings) if h == DIFFERENCE})
+        )
         written = []
         for columns, (headings, *rows) in zip(parts, self.tables(parts), strict=True):
             rule = ["-" * widths[n] for n in columns]
@@ -84,14 +90,19 @@ class Table:
         return "\n\n".join([*written, *notes])
 
 
-def _fitting(widths: list[int], width: int) -> list[list[int]]:
-    """Columns in as few parts as fit ``width``, each beginning with column 0."""
-    parts = [[0]]
+def _fitting(widths: list[int], width: int, tied: set[int]) -> list[list[int]]:
+    """Columns in parts that fit ``width``, each beginning with column 0; ``tied`` ones stay with the one before."""
+    groups: list[list[int]] = []
     for n in range(1, len(widths)):
-        taken = sum(widths[m] + 2 for m in parts[-1])
-        if len(parts[-1]) > 1 and taken + widths[n] > width:
+        if n in tied:
+            groups[-1].append(n)
+        else:
+            groups.append([n])
+    parts = [[0]]
+    for group in groups:
+        if len(parts[-1]) > 1 and sum(widths[n] + 2 for n in parts[-1] + group) - 2 > width:
             parts.append([0])
-        parts[-1].append(n)
+        parts[-1] += group
     return parts
 
 
@@ -149,7 +160,7 @@ def _perplexity_columns(text: str, name: str, entries: Sequence[Entry], baseline
     key = f"perplexity.{text}"
     return [
         _Column(f"perplexity, {name}", [f"{key}.value", f"{key}.stderr"], figure),
-        _Column("− best baseline", [f"{key}.minus_baseline", f"{key}.minus_baseline_stderr"], difference),
+        _Column(DIFFERENCE, [f"{key}.minus_baseline", f"{key}.minus_baseline_stderr"], difference),
     ]
 
 
@@ -170,7 +181,7 @@ def _accuracy_columns(tasks: list[str], entries: Sequence[Entry], baselines: Col
             ["accuracy.value", "accuracy.stderr"],
             figure,
         ),
-        _Column("− best baseline", ["accuracy.minus_baseline", "accuracy.minus_baseline_stderr"], difference),
+        _Column(DIFFERENCE, ["accuracy.minus_baseline", "accuracy.minus_baseline_stderr"], difference),
     ]
 
 
@@ -243,4 +254,5 @@ def _difference(difference: Difference | None, scale: float) -> str:
     if difference is None:
         return ""
     error = "" if difference.stderr is None else f" ± {scale * difference.stderr:.2f}"
-    return f"{scale * difference.value:+.2f}{error} ({difference.baseline})"
+    # Its sparsity is that of the row.
+    return f"{scale * difference.value:+.2f}{error} ({re.sub(r' [0-9]+%', '', difference.baseline, count=1)})"
