@@ -21,9 +21,10 @@ def compare_command(
     accuracies on different splits, limits or numbers of examples.
 
     Args:
-        results: Result files of leap_pl evaluate, MaskSet files, and folders of leap_pl export, in any order,
-            typed as they are: leap_pl compare dense.json sparse.json mask.safetensors exported-folder/. A mask
-            that a result was measured with is found by itself where it still is in its place.
+        results: Result files of leap_pl evaluate, MaskSet files, checkpoints of leap_pl fit, and folders that
+            leap_pl has written a mask to, in any order, typed as bare words: leap_pl compare dense.json
+            sparse.json mask.safetensors exported-folder/. A mask that a result was measured with is found by
+            itself where it still is in its place.
         output_dir: Folder to write.
         baselines: Methods, separated by commas, whose best at the same sparsity the others are measured against.
         force: Replace output_dir if there is something in it.

@@ -156,12 +156,12 @@ def test_an_earlier_comparison_is_replaced_only_when_asked(sources, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"seq_length": 4096}, "seq_length 512 and 4096"),
-        ({"stride": 256}, "stride 512 and 256"),
-        ({"text_digest": "xyz", "tokens": 99}, r"text abc \(4096 tokens\) and xyz \(99 tokens\)"),
+        ({"seq_length": 4096}, r"differ in seq_length \(512 and 4096\)\."),
+        ({"stride": 256}, r"differ in stride \(512 and 256\)\."),
+        ({"text_digest": "xyz", "tokens": 99}, r"text \(4,096 tokens with digest abc and 99 tokens with digest xyz\)"),
         (
             {"tokenizer": {"digest": "fed", "vocabulary": 9}, "text_digest": "x"},
-            r"tokenizer dad .* and fed \(9 entries\)\.",
+            r"differ in tokenizer \(257 entries with digest dad and 9 entries with digest fed\)\.",
         ),
     ],
 )
@@ -233,6 +233,12 @@ def test_overlap_of_masks(tmp_path):
     assert found.layers[0] == pytest.approx(float(((a & b).sum() + (c & d).sum()) / ((a | b).sum() + (c | d).sum())))
 
 
+def test_checkpoint_is_its_hard_mask(finished):
+    first, second = read_entries([str(finished.checkpoint), str(finished.mask)])
+    assert overlap(first, second).iou == 1
+    assert first.sparsity == second.sparsity
+
+
 def test_masks_and_exported_folders_alone(tmp_path):
     (tmp_path / "exported").mkdir()
     mask_file(tmp_path / "exported" / "mask.safetensors", "leap", 2, density=0.4)
@@ -267,15 +273,22 @@ def test_labels_are_unique(write):
 def test_refuses_in_one_line(write, tmp_path):
     (tmp_path / "folder").mkdir()
     good = write("good", result("leap", 0.5, 14.0))
-    damaged = result("leap", 0.5, 14.0)
-    del damaged["sparsity"]
+    lacking = {}
+    for path in (("sparsity",), ("perplexity", "held-out.jsonl", "value"), ("tasks", "piqa", "split")):
+        content = result("leap", 0.5, 14.0)
+        inner = content
+        for key in path[:-1]:
+            inner = inner[key]
+        del inner[path[-1]]
+        lacking[f"damaged: it lacks or garbles '{path[-1]}'"] = [write(path[-1], content)]
     cases = {
         "Nothing to compare": [],
         "named twice": [good, good],
         "no such file": [str(tmp_path / "gone.json")],
         r"holds no mask\.safetensors": [str(tmp_path / "folder")],
         "no result of leap_pl evaluate": [write("other", {"a": 1})],
-        "is damaged": [write("damaged", damaged)],
+        "there is no such checkpoint": [str(tmp_path / "gone.ckpt")],
+        **lacking,
     }
     for says, sources in cases.items():
         with pytest.raises(UserError, match=says):
