@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 ARGS ?=
-.PHONY: help quickstart results test test-fast lint assets assets-eval clean
+.PHONY: help quickstart results test test-fast lint notebooks assets assets-eval clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -33,6 +33,10 @@ lint: $(VENV)/.installed-dev ## Style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+notebooks: $(VENV)/.installed-dev ## Run the notebooks on the embedded model, and keep what they show
+	@$(BIN)/python -m leap_pl.assets quickstart
+	@$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
 
 assets: $(VENV)/.installed ## The embedded model and text: assets/SmolLM2-135M-Instruct, assets/wikipedia
 	@$(BIN)/python -m leap_pl.assets quickstart

@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
         calls["published"] = published(weight, upstream)
         for name, seconds in interleaved(calls, args.repeats, device, warm_up=2).items():
             nanoseconds = statistics.median(seconds) / weight.numel() * 1e9
-            rows.append({"variant": name, "shape": shape, "ns_a_weight": nanoseconds, "ms": statistics.median(seconds) * 1e3})
+            rows.append(
+                {"variant": name, "shape": shape, "ns_a_weight": nanoseconds, "ms": statistics.median(seconds) * 1e3}
+            )
     finish(rows, args.output, dtype=args.dtype, compile_seconds=compile_seconds())
 
 

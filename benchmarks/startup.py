@@ -93,7 +93,7 @@ def child(model: str, text: str) -> None:
             first.append(time.time())
         return learn(self, *args)
 
-    module.LeapModule.training_step = training_step  # type: ignore[method-assign]
+    module.LeapModule.training_step = training_step  # type: ignore[method-assign, assignment]
     ended: list[float] = []
     clear = module.LeapModule.on_train_batch_end
 
@@ -102,7 +102,7 @@ def child(model: str, text: str) -> None:
             ended.append(time.time())
         clear(self, *args)
 
-    module.LeapModule.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
+    module.LeapModule.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory() as folder:
         made = time.time()
         base = load_model(model, dtype="bfloat16")

@@ -82,7 +82,13 @@ def main(arguments: list[str] | None = None) -> None:
                     ratios.append({"ratio": f"{above}/{below}", "tokens": tokens, "gated_weights": gated, "of": value})
                     print(f"{above}/{below} at {tokens} tokens, {gated / 1e6:.0f}M weights: {value:.3f}", flush=True)
     finish(
-        rows, args.output, ratios=ratios, model=args.model, dtype=dtype, gate=args.gate, compile_seconds=compile_seconds()
+        rows,
+        args.output,
+        ratios=ratios,
+        model=args.model,
+        dtype=dtype,
+        gate=args.gate,
+        compile_seconds=compile_seconds(),
     )
 
 
@@ -97,7 +103,7 @@ def first_blocks(whole: Any, layers: int) -> Any:
     return model
 
 
-def _optimizer(parameters: list[nn.Parameter]) -> Callable[[], None]:
+def _optimizer(parameters: list[Any]) -> Callable[[], None]:
     """Clip, step and drop the gradients, as a run of leap_pl does."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 

@@ -12,7 +12,8 @@ with zeros. The header's metadata holds
 ``digest``           SHA-256 of the shapes, the provenance and the packed bits, in hexadecimal
 ===================  ====================================================================================
 
-A kept element is a one. That is one bit a weight: a sixteenth of a bfloat16 model.
+A kept element is a one. That is one bit a weight: a sixteenth of a bfloat16 model. The same MaskSet makes the
+same bytes.
 """
 
 import hashlib
@@ -161,7 +162,7 @@ class MaskSet:
     # -- on disk ------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write the file ``path`` whole or not at all.
+        """Write the file ``path`` whole or not at all; the same masks and provenance make the same bytes.
 
         Raises:
             UserError: It cannot be written.
@@ -178,7 +179,7 @@ class MaskSet:
             "provenance": provenance,
             "digest": _digest(shapes, provenance, packed),
         }
-        data = save(packed, metadata)
+        data = _sorted_header(save(packed, metadata))
         with atomic_file(path) as temporary:
             temporary.write_bytes(data)
         return Path(path)
@@ -249,6 +250,18 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
             f"{path} is a MaskSet of format version {version[:20]}, and this leap_pl reads version {FORMAT_VERSION}. "
             "Update leap_pl: pip install --upgrade leap_pl"
         )
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """A safetensors file with the keys of its JSON header sorted; safetensors writes metadata in any order.
+
+    The file is eight bytes for the header's length, the header, filled up with spaces to a multiple of eight,
+    and the tensors, whose offsets count from the header's end: they hold for a header of another length.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def _pack(mask: Tensor) -> Tensor:

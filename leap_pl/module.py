@@ -157,6 +157,7 @@ class LeapModule(L.LightningModule):
                 sparsity=self.sparsity,
                 data=getattr(self.trainer, "datamodule", None),
                 device=self._device_of_run(),
+                progress=self.trainer.progress_bar_callback is not None,
             )
         model.requires_grad_(False)
         self.gates = attach(self.weights, self.make_gate, self.state)

@@ -1,7 +1,7 @@
 """Gates: the formula and its gradients, on and off a model, hard masks, and logits that stay float32."""
 
-import math
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
