@@ -24,6 +24,7 @@ def prune_command(
     text_column: str = "text",
     seq_length: PositiveInt = 2048,
     sequences: PositiveInt = 128,
+    separator: Literal["end_token", "blank_line"] = "end_token",
     seed: int = 0,
     method: Literal["magnitude", "wanda", "sparsegpt", "admm"] = "wanda",
     sparsity: OpenUnitInterval = 0.5,
@@ -62,6 +63,7 @@ def prune_command(
         text_column: Column, or JSON key, of the text.
         seq_length: Tokens in a calibration sequence.
         sequences: Number of calibration sequences.
+        separator: What follows each document: the end token, or a blank line.
         seed: Of the order in which the text's files are read.
         method: magnitude (seconds; no text), wanda (fast; weights stay), sparsegpt or admm (weights are
             updated; the best layer errors).
@@ -133,6 +135,7 @@ def prune_command(
                 config_name=config_name,
                 split=split,
                 text_column=text_column,
+                separator=separator,
             )
         pruned = prune(
             base,
