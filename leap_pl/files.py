@@ -40,7 +40,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         with _temporary(path) as temporary:
             temporary.chmod(0o666 & ~_umask())
             yield temporary
-            _flush(temporary)
+            flush(temporary)
             temporary.replace(path)
             _confirm(path)
     except (OSError, SafetensorError) as error:
@@ -68,8 +68,8 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
             for item in sorted(temporary.rglob("*")):
                 if item.is_file():
                     item.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
-                _flush(item)
-            _flush(temporary)
+                flush(item)
+            flush(temporary)
             _swap(temporary, path)
             _confirm(path)
     except (OSError, SafetensorError) as error:
@@ -179,7 +179,8 @@ def _swap_in_two_steps(new: Path, path: Path) -> None:
             shutil.rmtree(holder, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have what ``path`` holds written to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -194,7 +195,7 @@ def _confirm(path: Path) -> None:
         UserError: The disk failed at that; ``path`` stands all the same.
     """
     try:
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         if error.errno in _NO_SUCH_CALL:  # a file system that flushes no folders
             return

@@ -27,6 +27,7 @@ from leap_pl.models import (
 )
 from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
 from leap_pl.prior import Prior
+from leap_pl.rewind import rewind
 from leap_pl.schedules import warmup_cosine
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class LeapModule(L.LightningModule):
         self.model: PreTrainedModel | None = None
         self.prior: MaskSet | None = None
         self.dense_perplexity: float | None = None
+        self.hard_perplexity: float | None = None  # of the last validation
         self.hard_metric, self.dense_metric = Perplexity(), Perplexity()
         self.terms: dict[str, Tensor] = {}
         self.told: dict[str, Any] = {}  # settings of callbacks that a mask's provenance should tell
@@ -291,13 +293,14 @@ class LeapModule(L.LightningModule):
             metric.update(self.head(hidden[part]).float()[None], targets[None, part])
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the dense model's perplexity: it does not change."""
+        """Keep the perplexities: the dense model's does not change."""
+        self.hard_perplexity = float(self.hard_metric.compute())
         if self.dense_perplexity is None:
             self.dense_perplexity = float(self.dense_metric.compute())
         self.log("perplexity/dense", self.dense_perplexity)
         if self.trainer.sanity_checking:
             # Lightning keeps what is measured before the first step to itself; it is where the curves begin.
-            start = {"perplexity/hard": float(self.hard_metric.compute()), "perplexity/dense": self.dense_perplexity}
+            start = {"perplexity/hard": self.hard_perplexity, "perplexity/dense": self.dense_perplexity}
             for logger in self.loggers:
                 logger.log_metrics(start, step=0)
 
@@ -344,8 +347,8 @@ class LeapModule(L.LightningModule):
         for optimizer in self.trainer.optimizers[:1]:
             plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, bool | int | float)}
             told["optimizer"] = {"class": type(optimizer).__name__, **plain}
-        if "perplexity/hard" in self.trainer.callback_metrics:
-            told["perplexity"] = float(self.trainer.callback_metrics["perplexity/hard"])
+        if self.hard_perplexity is not None:
+            told["perplexity"] = self.hard_perplexity
         if self.dense_perplexity is not None:
             told["dense_perplexity"] = self.dense_perplexity
         return told
@@ -357,12 +360,13 @@ class LeapModule(L.LightningModule):
             checkpoints.PREFIX + name: gate.logits.detach() for name, gate in self.gates.items()
         }
         checkpoint[checkpoints.KEY] = asdict(self.identity())
+        rewind(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or another run; map its logits to this module's names."""
         found = checkpoints.read_identity(checkpoint)
         checkpoints.check_same(found, self.identity())
-        self.dense_perplexity = found.dense_perplexity
+        self.dense_perplexity, self.hard_perplexity = found.dense_perplexity, found.settings.get("perplexity")
         paths = {id(module): path for path, module in self.named_modules()}
         checkpoint["state_dict"] = {
             f"{paths[id(gate)]}.logits": checkpoint["state_dict"][checkpoints.PREFIX + name]

@@ -1,6 +1,7 @@
 """The verbs that train and validate: LightningCLI with this project's defaults."""
 
 import logging
+import os
 import sys
 import warnings
 from argparse import ArgumentError
@@ -9,16 +10,20 @@ from typing import Any
 
 import torch
 from jsonargparse import lazy_instance
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning import Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from leap_pl.arguments import one_line
-from leap_pl.callbacks import Annealing, MaskExport, SparsityLogger, StepProgress
+from leap_pl.callbacks import Annealing, Checkpoints, MaskExport, SparsityLogger, StepProgress
 from leap_pl.checkpoint import load_checkpoint
+from leap_pl.checkpoint_io import WholeCheckpointIO
 from leap_pl.data import TextDataModule
 from leap_pl.errors import UserError
 from leap_pl.module import LeapModule
+from leap_pl.resume import newest_checkpoint
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 2000,
@@ -51,32 +56,49 @@ class LeapCLI(LightningCLI):
         parser.add_lightning_class_args(SparsityLogger, "sparsity_log")
         parser.add_lightning_class_args(MaskExport, "mask_export")
         parser.add_lightning_class_args(StepProgress, "progress")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.filename": "{step}",
-                "checkpoint.save_last": "link",
-                "checkpoint.save_on_train_epoch_end": False,
-                "checkpoint.enable_version_counter": False,  # a second run in a folder replaces the first
-                "model.optimizer": OPTIMIZER,
-            }
-        )
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.set_defaults({"model.optimizer": OPTIMIZER})
         parser.link_arguments("model.base_model", "data.tokenizer")
         parser.link_arguments("model.revision", "data.tokenizer_revision")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """What a checkpoint was made with fills in what is not given; what is typed, or in a config, wins."""
+        """What a checkpoint was made with fills in what is not given; what is typed, or in a config, wins.
+
+        ``--ckpt_path last`` becomes the newest whole checkpoint of ``checkpoint.dirpath``, or none where there is
+        none yet. A job that SLURM has put back into its queue goes on from there without being told to.
+        """
         words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
         path = _option(words, "--ckpt_path")
         if path is not None and Path(path).is_file():
-            stored = load_checkpoint(path).get("hyper_parameters", {})
-            known = {k: v for k, v in stored.items() if not k.startswith("_")}
-            subparser = self._subcommand_parsers[words[0]]
-            subparser.set_defaults({f"model.{name}": value for name, value in known.items()})
+            self._take_defaults(words[0], load_checkpoint(path))
         super().parse_arguments(parser, args)
+        verb = self.config.get("subcommand")
+        if verb is None:
+            return
+        settings = self.config[verb]
+        requeued = verb == "fit" and not settings.ckpt_path and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+        if settings.ckpt_path != "last" and not (requeued and settings.checkpoint.dirpath):
+            return
+        found = _find_last(verb, settings.checkpoint.dirpath)
+        if found is not None:
+            self._take_defaults(verb, found[1])
+            super().parse_arguments(parser, args)
+        self.config[verb].ckpt_path = None if found is None else str(found[0])
+
+    def _take_defaults(self, verb: str, checkpoint: dict[str, Any]) -> None:
+        stored = checkpoint.get("hyper_parameters", {})
+        known = {f"model.{name}": value for name, value in stored.items() if not name.startswith("_")}
+        self._subcommand_parsers[verb].set_defaults(known)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's own version lays the checkpoint's settings over what was typed."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with checkpoint files that are whole and checked unless another way to store them was chosen."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        return trainer
 
 
 def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
@@ -142,6 +164,26 @@ def _from_settings(error: ValueError) -> bool:
         return False
     code = last.tb_frame.f_code
     return "leap_pl" in Path(code.co_filename).parts and code.co_name in ("__init__", "__post_init__")
+
+
+def _find_last(verb: str, folder: str | None) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint in ``folder``; which one it is, or that there is none, is said."""
+    if folder is None:
+        raise UserError(
+            "--ckpt_path last needs a folder that is the same in every run. Name it with --checkpoint.dirpath."
+        )
+    found = newest_checkpoint(Path(folder).expanduser())
+    if found is None and verb != "fit":
+        raise UserError(f"there is no checkpoint in {folder}. Give another --checkpoint.dirpath, or a .ckpt file.")
+    if found is None:
+        words = f"no checkpoint in {folder} yet: the run starts afresh."
+    else:
+        file, checkpoint, damaged = found
+        words = f"going on from {file} (step {checkpoint.get('global_step')})."
+        if damaged:
+            words = f"{damaged[0]} So: {words}"
+    rank_zero_only(print)(f"leap_pl {verb}: {words}", file=sys.stderr, flush=True)
+    return None if found is None else found[:2]
 
 
 def _option(words: list[str], name: str) -> str | None:

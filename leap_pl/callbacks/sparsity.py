@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
 from leap_pl.gates import Gate
@@ -82,6 +83,15 @@ class SparsityLogger(L.Callback):
                 logger.experiment.add_custom_scalars(_PAGE)
             else:
                 logger.log_hyperparams(_plain(dict(pl_module.hparams)))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """TensorBoard forgets what a run that was stopped drew beyond the checkpoint: this run draws it again."""
+        if trainer.global_step == 0:
+            return
+        beyond = Event(step=trainer.global_step + 1, session_log=SessionLog(status=SessionLog.START))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.file_writer.add_event(beyond)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
