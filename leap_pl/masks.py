@@ -178,7 +178,7 @@ class MaskSet:
             "provenance": provenance,
             "digest": _digest(shapes, provenance, packed),
         }
-        data = save(packed, metadata)
+        data = _in_order(save(packed, metadata))
         with atomic_file(path) as temporary:
             temporary.write_bytes(data)
         return Path(path)
@@ -249,6 +249,16 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
             f"{path} is a MaskSet of format version {version[:20]}, and this leap_pl reads version {FORMAT_VERSION}. "
             "Update leap_pl: pip install --upgrade leap_pl"
         )
+
+
+def _in_order(data: bytes) -> bytes:
+    """The safetensors file ``data`` with its metadata in order, so that equal masks make equal files."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def _pack(mask: Tensor) -> Tensor:
