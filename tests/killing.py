@@ -258,8 +258,10 @@ def kill(faults: int, seed: int, base: Path) -> dict[str, Any]:
     begun = time.monotonic()
     draw = random.Random(seed)
     text = base / "text.jsonl"
-    documents = [" ".join(draw.choices(["mask", "keeps", "a", "weight", "where", "text", "needs", "it"], k=40))
-                 for _ in range(60)]
+    documents = [
+        " ".join(draw.choices(["mask", "keeps", "a", "weight", "where", "text", "needs", "it"], k=40))
+        for _ in range(60)
+    ]
     text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
     model = tiny_folder(base / "model")
     told: dict[str, Any] = {"faults": 0, "struck": 0, "lost": 0, "seed": seed}

@@ -104,17 +104,20 @@ class Checkpoints(ModelCheckpoint):
             self._last_global_step_saved = trainer.global_step if resumed_here else 0
             self._make_up_for_validation(trainer)
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """A micro-batch begins: signals wait for its end."""
         self.signals.at_once = False
         self.signals.word = "a checkpoint is written after this micro-batch. The same signal again ends at once."
+        if batch_idx + 1 == trainer.max_steps * trainer.accumulate_grad_batches:
+            self.signals.word = "this is the last step, and the run finishes. The same signal again ends at once."
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write one if it is due after an optimizer step; heed a signal after any micro-batch."""
-        if trainer.global_step >= trainer.max_steps:
-            self.signals.word = "the last step is done, and the run finishes."
+        if self._finishing(trainer):
             return
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
