@@ -89,6 +89,20 @@ def atomic_link(path: Path, target: Path) -> None:
     _confirm(path)
 
 
+def check_writable(folder: Path) -> None:
+    """Make ``folder`` if it is not there, and make sure that files can be written in it.
+
+    Raises:
+        UserError: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _temporary(folder / "writable"):
+            pass
+    except OSError as error:
+        raise UserError(_write_failure(folder, error)) from error
+
+
 def remove_abandoned(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes left half-written in ``folder``, of ``name`` alone if it is given."""
     for item in folder.glob(f".{'*' if name is None else glob.escape(name)}.*.part"):

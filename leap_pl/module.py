@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
 from leap_pl import checkpoint as checkpoints
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 from leap_pl.gates import BernoulliGate, Gate, GateState, attach
 from leap_pl.models import (
     Dtype,
     Weight,
+    check_numbers,
     decoder_blocks,
     find_weights,
     load_model,
@@ -39,11 +40,12 @@ if TYPE_CHECKING:
 class NonFiniteError(UserError):
     """A term of the loss, or a logit, is infinite or NaN: says at which step, and where."""
 
-    def __init__(self, step: int, where: str) -> None:
-        super().__init__(
-            f"learning broke at step {step}: {where}. The run stops, and the checkpoints before that step stand. "
-            "Lower the learning rate (model.optimizer.init_args.lr), or set trainer.gradient_clip_val."
-        )
+    def __init__(self, step: int, where: str, dtype: torch.dtype | None = None) -> None:
+        remedy = "Lower the learning rate (model.optimizer.init_args.lr), or set trainer.gradient_clip_val."
+        if dtype == torch.float16:
+            remedy = "float16 ends at 65504, which activations can pass: set --model.dtype bfloat16 or float32."
+        told = f"learning broke at step {step}: {where}. The run stops, and the checkpoints before that step stand."
+        super().__init__(f"{told} {remedy}")
 
 
 class LeapModule(L.LightningModule):
@@ -144,6 +146,7 @@ class LeapModule(L.LightningModule):
             dropout=False,
             trust_remote_code=self.trust_remote_code,
         )
+        check_numbers(model, self.base_model)
         self._check_length(model)
         self.weights = find_weights(model, self.targets, self.ignore)
         self.fingerprint = model_fingerprint(model)
@@ -241,11 +244,28 @@ class LeapModule(L.LightningModule):
         values = {name: float(value) for name, value in self.terms.items()}
         broken = [f"{name} = {value:g}" for name, value in values.items() if not math.isfinite(value)]
         if broken:
-            raise NonFiniteError(self.state.step, ", ".join(broken))
+            raise NonFiniteError(self.state.step, ", ".join(broken), self._dtype_of_model())
         if logits:
             for name, gate in self.gates.items():
                 if not bool(torch.isfinite(gate.logits).all()):
                     raise NonFiniteError(self.state.step, f"the logits of {name} are infinite or NaN")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make sure that the gradients are numbers: a step with one that is not would spoil every logit.
+
+        Raises:
+            NonFiniteError: One is infinite or NaN.
+        """
+        if self.trainer.precision == "16-mixed":  # its scaler meets such gradients, and leaves the step out
+            return
+        gradients = {name: gate.logits.grad for name, gate in self.gates.items() if gate.logits.grad is not None}
+        if not bool(torch.isfinite(nn.utils.get_total_norm(list(gradients.values())))):  # one look at the device
+            broken = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+            where = f"the gradients of {listing(broken, 2)} are infinite or NaN" if broken else "the gradients overflow"
+            raise NonFiniteError(self.state.step, where, self._dtype_of_model())
+
+    def _dtype_of_model(self) -> torch.dtype | None:
+        return None if self.model is None else self.model.dtype
 
     def configure_optimizers(self) -> Any:
         """One optimizer over all logits, and its schedule, stepped once an optimizer step."""

@@ -1,8 +1,10 @@
 """The verbs that train and validate: LightningCLI with this project's defaults."""
 
+import errno
 import logging
 import os
 import sys
+import threading
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
@@ -33,6 +35,18 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,  # its table counts parametrized weights twice
     "check_val_every_n_epoch": None,  # a run is one epoch: validation goes by steps
     "logger": lazy_instance(TensorBoardLogger, save_dir="runs", name="leap", default_hp_metric=False),
+}
+
+# What the logger and the saved config meet in a folder that cannot be written, or on a full disk.
+UNWRITABLE = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
 }
 
 # LeapModule's own default, in the form that a saved config can hold.
@@ -140,6 +154,7 @@ def run(words: list[str]) -> LeapCLI:
         lambda record: "Tip:" not in record.getMessage()
     )
     torch.set_float32_matmul_precision("high")
+    threading.excepthook = _say_nothing_twice
     try:
         return make_cli(words)
     except ArgumentError as error:
@@ -149,10 +164,24 @@ def run(words: list[str]) -> LeapCLI:
             f"out of memory on the device: {str(error).splitlines()[0]} Lower data.batch_size or data.seq_length and "
             "raise trainer.accumulate_grad_batches, or set model.activation_checkpointing."
         ) from error
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        place = f"{error.filename} cannot be written" if error.filename else "a file of the run cannot be written"
+        raise UserError(
+            f"{place} ({error.strerror}). Free space, or name other places with --checkpoint.dirpath and "
+            "--trainer.logger.save_dir."
+        ) from error
     except ValueError as error:
         if isinstance(error, UserError) or not _from_settings(error):
             raise
         raise UserError(str(error)) from error
+
+
+def _say_nothing_twice(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer on a full disk: the run meets the same error at its next log, and tells it."""
+    if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in UNWRITABLE):
+        threading.__excepthook__(failed)
 
 
 def _from_settings(error: ValueError) -> bool:

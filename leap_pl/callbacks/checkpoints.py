@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from leap_pl.files import atomic_file, atomic_link, flush, remove_abandoned
+from leap_pl.files import atomic_file, atomic_link, check_writable, flush, remove_abandoned
 from leap_pl.signals import Stopped, StopSignals
 
 
@@ -85,6 +85,7 @@ class Checkpoints(ModelCheckpoint):
         if stage != "fit":
             return
         if trainer.is_global_zero and self.dirpath is not None and "://" not in str(self.dirpath):
+            check_writable(Path(self.dirpath))  # a bad folder fails at once, and not after hours
             remove_abandoned(Path(self.dirpath))
         self.signals = StopSignals()
         self.signals.install()
