@@ -24,6 +24,7 @@ from leap_pl.masks import MaskSet, Provenance, installed_versions
 KEY = "leap_pl"
 PREFIX = "logits."
 FORMAT_VERSION = 1
+_FOLDER = 0x10  # of the attributes of a file in a zip archive
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,9 @@ def _damaged_record(path: Path) -> str | None:
     """
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
-            if record.compress_type != zipfile.ZIP_STORED:
-                return f"{record.filename} is packed, which torch.save never does"
+            if record.compress_type != zipfile.ZIP_STORED or record.external_attr & _FOLDER:
+                # Of what is marked as a folder torch.load reads nothing, and takes whatever is in the memory.
+                return f"{record.filename} is packed or marked as a folder, which torch.save never does"
         name = archive.testzip()
     return None if name is None else f"{name} does not match its checksum"
 
