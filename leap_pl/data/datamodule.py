@@ -105,6 +105,9 @@ class TextDataModule(LightningDataModule):
         self._identity: dict[str, Any] | None = None
         # How far the run is after the batch in training, and after the one before it.
         self._progress = self._progress_before = BEGINNING
+        # The optimizer step that is being worked on, and how far the run was before its first micro-batch.
+        self._step: int | None = None
+        self._progress_at_step = BEGINNING
 
     @property
     def tokenizer(self) -> Any:
@@ -133,6 +136,7 @@ class TextDataModule(LightningDataModule):
         """
         if stage == "fit":
             self._progress = self._progress_before = BEGINNING  # what a checkpoint says comes after
+            self._step = None
             next(self.stream.source.documents())
 
     def train_dataloader(self) -> BlockLoader:
@@ -202,6 +206,8 @@ class TextDataModule(LightningDataModule):
         """
         if "position" not in batch:
             return batch
+        if self.trainer is not None and self.trainer.global_step != self._step:
+            self._step, self._progress_at_step = self.trainer.global_step, self._progress
         self._progress_before, self._progress = self._progress, batch["position"]
         return {name: value for name, value in batch.items() if name != "position"}
 
@@ -214,6 +220,15 @@ class TextDataModule(LightningDataModule):
             if counts.ready > counts.processed:  # type: ignore[attr-defined]
                 progress = self._progress_before
         return {"format": FORMAT, "data": self.identity(), **progress}
+
+    def state_before_step(self) -> dict[str, Any] | None:
+        """As :meth:`state_dict`, before the first micro-batch of the optimizer step that is being worked on.
+
+        None where there is no such step: the last one is done, and no micro-batch has been used since.
+        """
+        if self.trainer is None or self.trainer.global_step != self._step:
+            return None
+        return {"format": FORMAT, "data": self.identity(), **self._progress_at_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on behind the last batch that was trained on; validation alone has nothing to go on with.
@@ -240,6 +255,7 @@ class TextDataModule(LightningDataModule):
         self._progress = self._progress_before = Progress(
             consumed=state_dict["consumed"], micro_batch=state_dict["micro_batch"], position=state_dict["position"]
         )
+        self._step = None
 
     def identity(self) -> dict[str, Any]:
         """The settings that a position in the stream depends on, by name."""

@@ -100,7 +100,7 @@ def prune_command(
     """
     from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet
-    from leap_pl.models import find_weights, load_model, load_tokenizer
+    from leap_pl.models import check_numbers, find_weights, load_model, load_tokenizer
     from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
     from leap_pl.oneshot.patterns import NM, parse_pattern
     from leap_pl.oneshot.prune import UPDATING, prune
@@ -119,6 +119,7 @@ def prune_command(
 
     with atomic_folder(output_dir, force=force) as folder:
         base = load_model(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+        check_numbers(base, model)
         weights = find_weights(base, targets, ignore or ())
         if kept_mask is not None:
             kept_mask.check(base, weights)
