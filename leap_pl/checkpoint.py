@@ -39,6 +39,8 @@ class Identity:
         max_steps: T of every schedule, in optimizer steps.
         shapes: Weight name → shape of the weight.
         input_dims: Weight name → the dimension its layer's inputs run along.
+        ranks: How many processes learned together.
+        accumulation: Micro-batches of each of them in an optimizer step.
         dense_perplexity: Of the dense model on the validation text, once measured.
         settings: What else the mask's provenance should tell.
         format_version: Of the checkpoint.
@@ -54,6 +56,8 @@ class Identity:
     max_steps: int | None
     shapes: dict[str, list[int]]
     input_dims: dict[str, int]
+    ranks: int | None = None
+    accumulation: int | None = None
     dense_perplexity: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -126,6 +130,41 @@ def check_same(found: Identity, expected: Identity) -> None:
             f"the checkpoint is of a run of {found.max_steps} steps, and trainer.max_steps is {expected.max_steps}: "
             f"every schedule would jump. Set --trainer.max_steps {found.max_steps}, or start a new run."
         )
+    if None in (found.ranks, found.accumulation, expected.ranks, expected.accumulation):
+        return
+    before, now = found.ranks * found.accumulation, expected.ranks * expected.accumulation
+    if before != now:
+        fits = before % expected.ranks == 0
+        remedy = f"Set --trainer.accumulate_grad_batches {before // expected.ranks}."
+        raise UserError(
+            f"the checkpoint is of a run of {before} micro-batches an optimizer step ({found.ranks} ranks × "
+            f"{found.accumulation}), and here it is {now} ({expected.ranks} × {expected.accumulation}): it would be "
+            f"another run. {remedy if fits else f'Resume on a number of ranks that divides {before}.'}"
+        )
+
+
+def count_for_ranks(checkpoint: dict[str, Any], found: Identity, expected: Identity) -> None:
+    """Count the batches done as this run's ranks count them: each of fewer ranks has done more.
+
+    Lightning counts those of one rank, and the position in the text is kept for all ranks together.
+
+    Raises:
+        UserError: The number of ranks is another, and the run was stopped amid an optimizer step.
+    """
+    if found.ranks in (None, expected.ranks) or expected.ranks is None or found.accumulation is None:
+        return
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        done = counts["processed"]
+        if done % found.accumulation or counts["ready"] != done:
+            raise UserError(
+                f"the checkpoint was written amid an optimizer step of {found.ranks} ranks, and the sum of gradients "
+                f"so far is not in it. Resume on {found.ranks} ranks, or from a checkpoint between two steps."
+            )
+        # 0 or 1: the batch whose end the checkpoint was written at is not yet completed.
+        open_batches = done - counts["completed"]
+        done = done * found.ranks // expected.ranks
+        counts.update(ready=done, started=done, processed=done, completed=done - open_batches)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

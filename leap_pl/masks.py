@@ -170,7 +170,7 @@ class MaskSet:
 
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.masks.items()})
         provenance = json.dumps(asdict(self.provenance))
-        packed = {name: _pack(mask) for name, mask in self.masks.items()}
+        packed = {name: pack(mask) for name, mask in self.masks.items()}
         metadata = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
@@ -207,7 +207,7 @@ class MaskSet:
                 raise ValueError("its digest does not match its content")
             known = {f.name for f in fields(Provenance)}
             provenance = Provenance(**{k: v for k, v in told.items() if k in known})
-            return cls({name: _unpack(packed[name], shapes[name]) for name in shapes}, provenance)
+            return cls({name: unpack(packed[name], shapes[name]) for name in shapes}, provenance)
         except UserError:
             raise
         except (
@@ -251,11 +251,17 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
         )
 
 
-def _pack(mask: Tensor) -> Tensor:
+def pack(mask: Tensor) -> Tensor:
+    """A bool mask as bits: uint8, flat, the first element in the lowest bit of the first byte."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
 
 
-def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
+def unpack(packed: Tensor, shape: list[int]) -> Tensor:
+    """The bool mask of ``shape`` that :func:`pack` made these bits of.
+
+    Raises:
+        ValueError: They are no such bits.
+    """
     if packed.dtype != torch.uint8 or packed.ndim != 1 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError("a mask is not packed bits")
     count = int(np.prod(shape, dtype=object))

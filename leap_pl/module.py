@@ -26,7 +26,8 @@ from leap_pl.models import (
     model_fingerprint,
 )
 from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
-from leap_pl.prior import Prior
+from leap_pl.parallel import RankZero, data_rank, mean_over_ranks, reduce_only
+from leap_pl.prior import Prior, SharedPrior
 from leap_pl.schedules import warmup_cosine
 
 if TYPE_CHECKING:
@@ -149,24 +150,35 @@ class LeapModule(L.LightningModule):
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
         self.groups = list(self._groups(model))
         self.states, self.head = split_model(model)
-        if self._fitting():
-            self.prior = self.prior_settings.make(
-                model,
-                self.weights,
-                base_model=self.base_model,
-                sparsity=self.sparsity,
-                data=getattr(self.trainer, "datamodule", None),
-                device=self._device_of_run(),
-            )
+        prior = self._make_prior(model)
         model.requires_grad_(False)
         self.gates = attach(self.weights, self.make_gate, self.state)
         for name, gate in self.gates.items():
-            gate.start_from(self.prior.masks[name] if self.prior else None, self.state.seed)
+            gate.start_from(prior.mask(name, gate.shape), self.state.seed)
+        prior.close()
         if self.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         # from_pretrained leaves it in eval mode, in which activation checkpointing is silently off. There is
         # no dropout in it: load_model removed that.
         self.model = model.train()
+        logits = {id(gate.logits) for gate in self.gates.values()}
+        reduce_only(self, {name for name, parameter in self.named_parameters() if id(parameter) in logits})
+
+    def _make_prior(self, model: "PreTrainedModel") -> SharedPrior:
+        """The prior, made on rank zero, whose ``self.prior`` it is."""
+        rank_zero = RankZero()
+        if self._fitting():
+            self.prior = rank_zero.make(
+                lambda: self.prior_settings.make(
+                    model,
+                    self.weights,
+                    base_model=self.base_model,
+                    sparsity=self.sparsity,
+                    data=getattr(self.trainer, "datamodule", None),
+                    device=self._device_of_run(),
+                )
+            )
+        return SharedPrior(self.prior, rank_zero)
 
     def _groups(self, model: nn.Module) -> Iterator[list[str]]:
         """The names of the weights that share a mean in the sparsity budget."""
@@ -200,7 +212,8 @@ class LeapModule(L.LightningModule):
         """The loss of one micro-batch; ``batch["input_ids"]`` is (B, L) tokens."""
         windows = self.trainer.accumulate_grad_batches
         self.state.step = self.global_step
-        self.state.micro_batch = (batch_idx % windows) * self.trainer.world_size + self.trainer.global_rank
+        rank, ranks = data_rank(self.trainer)
+        self.state.micro_batch = (batch_idx % windows) * ranks + rank
         for gate in self.gates.values():
             gate.clear()
         loss, lm, kl = self._language_losses(batch["input_ids"])
@@ -229,6 +242,10 @@ class LeapModule(L.LightningModule):
                 teacher = self.states(input_ids)[:, :-1].flatten(0, 1)
         hidden = self.states(input_ids)[:, :-1].flatten(0, 1)
         return language_losses(hidden, targets, self.head, self.objective, teacher)
+
+    def mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean of each value over the ranks of the run, every one of which makes this call."""
+        return values if self._trainer is None else mean_over_ranks(values, self.trainer)
 
     def check_finite(self, *, logits: bool = False) -> None:
         """Make sure that the last micro-batch's loss, and the logits if asked for, are numbers.
@@ -294,7 +311,7 @@ class LeapModule(L.LightningModule):
         """Keep the dense model's perplexity: it does not change."""
         if self.dense_perplexity is None:
             self.dense_perplexity = float(self.dense_metric.compute())
-        self.log("perplexity/dense", self.dense_perplexity)
+        self.log("perplexity/dense", self.dense_perplexity, sync_dist=True)  # equal already: Lightning would warn
         if self.trainer.sanity_checking:
             # Lightning keeps what is measured before the first step to itself; it is where the curves begin.
             start = {"perplexity/hard": float(self.hard_metric.compute()), "perplexity/dense": self.dense_perplexity}
@@ -324,6 +341,8 @@ class LeapModule(L.LightningModule):
             targets=self.targets,
             ignore=self.ignore,
             max_steps=self.trainer.max_steps if self._fitting() else None,
+            ranks=data_rank(self.trainer)[1] if self._fitting() else None,
+            accumulation=self.trainer.accumulate_grad_batches if self._fitting() else None,
             shapes={name: list(gate.shape) for name, gate in self.gates.items()},
             input_dims={name: gate.input_dim for name, gate in self.gates.items()},
             dense_perplexity=self.dense_perplexity,
@@ -363,6 +382,8 @@ class LeapModule(L.LightningModule):
         found = checkpoints.read_identity(checkpoint)
         checkpoints.check_same(found, self.identity())
         self.dense_perplexity = found.dense_perplexity
+        if self._fitting():
+            checkpoints.count_for_ranks(checkpoint, found, self.identity())
         paths = {id(module): path for path, module in self.named_modules()}
         checkpoint["state_dict"] = {
             f"{paths[id(gate)]}.logits": checkpoint["state_dict"][checkpoints.PREFIX + name]

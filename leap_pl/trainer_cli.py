@@ -12,6 +12,7 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from leap_pl.arguments import one_line
 from leap_pl.callbacks import Annealing, MaskExport, SparsityLogger, StepProgress
@@ -117,6 +118,8 @@ def run(words: list[str]) -> LeapCLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
+    if rank_zero_only.rank:
+        _quieten()
     torch.set_float32_matmul_precision("high")
     try:
         return make_cli(words)
@@ -131,6 +134,16 @@ def run(words: list[str]) -> LeapCLI:
         if isinstance(error, UserError) or not _from_settings(error):
             raise
         raise UserError(str(error)) from error
+
+
+def _quieten() -> None:
+    """Leave it to rank zero to show progress and to warn of what holds for all ranks; errors are still told."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    for name in ("leap_pl", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _from_settings(error: ValueError) -> bool:

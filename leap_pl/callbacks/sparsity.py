@@ -11,6 +11,7 @@ from torch import Tensor
 from leap_pl.gates import Gate
 from leap_pl.masks import split_name
 from leap_pl.module import LeapModule
+from leap_pl.parallel import strided_sample
 
 # One page that answers: does it learn, is it on budget, does the mask still move, where does it prune?
 _PAGE = {
@@ -112,14 +113,16 @@ class SparsityLogger(L.Callback):
     @torch.no_grad()
     def measure(self, module: LeapModule) -> dict[str, float]:
         """Every metric of the table above that does not come from validation."""
-        metrics = {f"loss/{'total' if name == 'loss' else name}": float(v) for name, v in module.terms.items()}
+        terms = {f"loss/{'total' if name == 'loss' else name}": float(v) for name, v in module.terms.items()}
+        metrics = module.mean_over_ranks(terms)
         metrics["schedule/alpha"], metrics["schedule/tau"] = float(module.state.alpha), float(module.state.tau)
         kept = {name: float(gate.kept) for name, gate in module.gates.items() if gate.kept is not None}
+        kept = module.mean_over_ranks(kept)
         metrics |= _densities("soft", kept, {name: module.sizes[name] for name in kept})
         metrics["density/soft"] = sum(kept.values()) / sum(module.sizes[name] for name in kept)
         metrics["density/target"] = 1 - module.sparsity
 
-        samples = [gate.logits.detach().reshape(-1)[:: self.stride] for gate in module.gates.values()]
+        samples = [strided_sample(gate.logits.detach(), self.stride) for gate in module.gates.values()]
         metrics["density/logits_above_0"] = float(
             torch.stack([(s > 0).sum() for s in samples]).sum() / sum(s.numel() for s in samples)
         )
@@ -139,7 +142,7 @@ class SparsityLogger(L.Callback):
         sharpness = float(module.state.alpha / module.state.tau)
         by_projection: dict[str, list[Tensor]] = {}
         for name, gate in module.gates.items():
-            sample = gate.logits.detach().reshape(-1)[:: self.stride * 4]
+            sample = strided_sample(gate.logits.detach(), self.stride * 4)
             by_projection.setdefault(split_name(name)[1], []).append(sample * sharpness)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
