@@ -6,9 +6,14 @@ Beside Lightning's own entries (optimizer, schedules, loops, data position):
 ``state_dict``      ``logits.<weight name>`` → float32 logits; nothing of the frozen model
 ``leap_pl``         the fields of :class:`Identity`, plain Python
 ==================  ======================================================================================
+
+The optimizer's state goes by the names of parameters, not by their numbers, so that one process and many, with
+the model sharded or not, read one another's files. Under ``ModelParallelStrategy`` with
+``save_distributed_checkpoint`` a checkpoint is a folder instead: see :mod:`leap_pl.consolidate`.
 """
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,7 @@ from leap_pl.masks import MaskSet, Provenance, installed_versions
 KEY = "leap_pl"
 PREFIX = "logits."
 FORMAT_VERSION = 1
+META = "meta.pt"  # of a folder: everything but tensors
 
 
 @dataclass(frozen=True)
@@ -130,10 +136,9 @@ def check_same(found: Identity, expected: Identity) -> None:
             f"the checkpoint is of a run of {found.max_steps} steps, and trainer.max_steps is {expected.max_steps}: "
             f"every schedule would jump. Set --trainer.max_steps {found.max_steps}, or start a new run."
         )
-    if None in (found.ranks, found.accumulation, expected.ranks, expected.accumulation):
-        return
-    before, now = found.ranks * found.accumulation, expected.ranks * expected.accumulation
-    if before != now:
+    before, now = _micro_batches(found), _micro_batches(expected)
+    if None not in (before, now) and before != now:
+        assert before is not None and expected.ranks is not None
         fits = before % expected.ranks == 0
         remedy = f"Set --trainer.accumulate_grad_batches {before // expected.ranks}."
         raise UserError(
@@ -141,6 +146,13 @@ def check_same(found: Identity, expected: Identity) -> None:
             f"{found.accumulation}), and here it is {now} ({expected.ranks} × {expected.accumulation}): it would be "
             f"another run. {remedy if fits else f'Resume on a number of ranks that divides {before}.'}"
         )
+
+
+def _micro_batches(identity: Identity) -> int | None:
+    """Of an optimizer step, over all ranks."""
+    if identity.ranks is None or identity.accumulation is None:
+        return None
+    return identity.ranks * identity.accumulation
 
 
 def count_for_ranks(checkpoint: dict[str, Any], found: Identity, expected: Identity) -> None:
@@ -167,13 +179,33 @@ def count_for_ranks(checkpoint: dict[str, Any], found: Identity, expected: Ident
         counts.update(ready=done, started=done, processed=done, completed=done - open_batches)
 
 
+def path_of(name: str) -> str:
+    """The name of the logits of the weight ``name`` among the parameters of a LeapModule."""
+    module, _, tensor = name.rpartition(".")
+    return f"model.{module}.parametrizations.{tensor}.0.logits"
+
+
+def name_parameters(state: dict[str, Any], names: Sequence[str]) -> None:
+    """Let an optimizer's state dict speak of parameters by name where it numbers them as ``names`` are ordered."""
+
+    def name(key: int | str) -> str:
+        return names[key] if isinstance(key, int) else key
+
+    if state:
+        state["state"] = {name(key): value for key, value in state["state"].items()}
+        groups = state["param_groups"]
+        state["param_groups"] = [{**group, "params": [name(key) for key in group["params"]]} for group in groups]
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read the file ``path`` without running anything in it.
+    """Read the file ``path``, or of a folder all but the tensors, without running anything in it.
 
     Raises:
         UserError: It is not there, truncated, damaged, or no checkpoint of leap_pl.
     """
     path = Path(path)
+    if (path / META).is_file():
+        path = path / META
     if not path.is_file():
         raise UserError(f"{path}: there is no such checkpoint. Give a .ckpt from a run's checkpoints folder.")
     try:
@@ -198,6 +230,10 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
     """
     checkpoint = load_checkpoint(path)
     identity = read_identity(checkpoint, path)
+    if Path(path).is_dir():
+        from leap_pl.consolidate import consolidated
+
+        checkpoint = consolidated(path, optimizer=False)
     logits = checkpoint.get("state_dict", {})
     missing = [name for name in identity.shapes if PREFIX + name not in logits]
     if missing:

@@ -72,7 +72,7 @@ def _rank() -> int:
         return 0
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    return rank_zero_only.rank or 0
+    return getattr(rank_zero_only, "rank", None) or 0
 
 
 def _find(function: str) -> Callable[..., Any]:

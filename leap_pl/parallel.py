@@ -1,21 +1,22 @@
-"""Many ranks: what is shared among them, what each holds of a sharded tensor, and what they add up.
+"""Many ranks: what a trainer's strategy means for a model with gates, and what rank zero does for all.
 
 Two of Lightning's strategies are used as they are. Under ``DDPStrategy`` every rank holds the whole model and
 only logits are reduced. Under ``ModelParallelStrategy`` every decoder block is sharded by
-``torch.distributed.fsdp.fully_shard``: of each weight, its logit, the logit's gradient and the optimizer's state
-a rank holds one slice along the first dimension, a ``DTensor``; before a block runs, its weights and logits are
-gathered whole, so that a gate sees the elements it would see in one process, with the same noise.
+``torch.distributed.fsdp.fully_shard`` (FSDP2): of each weight, its logit, the logit's gradient and the optimizer's
+state a rank holds one slice (see :mod:`leap_pl.shards`). Before a block runs, its weights and logits are gathered
+whole, so that a gate sees the elements it would see in one process, with the same noise.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from leap_pl.errors import UserError
 
@@ -25,104 +26,65 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of ``tensor``: a slice along the first dimension, or all of a plain tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def sharding_mesh(trainer: "L.Trainer | None") -> DeviceMesh | None:
+    """The ranks that decoder blocks are sharded over, or None where each holds the whole model.
 
-
-def offset_of(tensor: Tensor) -> int:
-    """The flat index, in the whole tensor, of the first element of this rank's part."""
-    if not isinstance(tensor, DTensor):
-        return 0
-    assert tuple(tensor.placements) == (Shard(0),), tensor.placements
-    # As torch.chunk cuts: equal slices, rounded up, the last ones shorter or empty.
-    rows = -(-tensor.shape[0] // tensor.device_mesh.size())
-    first = min(rows * tensor.device_mesh.get_local_rank(), tensor.shape[0])
-    return first * (tensor.numel() // max(1, tensor.shape[0]))
-
-
-def as_whole(part: Tensor, like: Tensor) -> Tensor:
-    """``part``, computed from this rank's part of ``like``, as a tensor sharded in the same way."""
-    if not isinstance(like, DTensor):
-        return part
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    Raises:
+        UserError: The trainer's strategy is one that gates do not work under, or splits single products of
+            matrices over ranks.
+    """
+    if trainer is None:
+        return None
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        mesh = strategy.device_mesh
+        if mesh["tensor_parallel"].size() > 1:
+            raise UserError(
+                f"ModelParallelStrategy has tensor_parallel_size {mesh['tensor_parallel'].size()}, and leap_pl shards "
+                f"by decoder block only. Set trainer.strategy.init_args: data_parallel_size: {mesh.size()}, "
+                "tensor_parallel_size: 1."
+            )
+        return mesh["data_parallel"]
+    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        return None
+    raise UserError(
+        f"{type(strategy).__name__} does not work with gates. Use --trainer.strategy ddp, or ModelParallelStrategy "
+        "(FSDP2) for a model that does not fit one device: configs/cluster has an example of each."
     )
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole of ``tensor``, on every rank; each of them makes this call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def saves_shards(trainer: "L.Trainer | None") -> bool:
+    """Whether checkpoints are folders in which each rank writes its own part."""
+    strategy = trainer.strategy if trainer is not None else None
+    return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
 
 
-def strided_sample(tensor: Tensor, stride: int) -> Tensor:
-    """Every ``stride``-th element of the flattened ``tensor``, whole on every rank."""
-    if not isinstance(tensor, DTensor):
-        return tensor.reshape(-1)[::stride]
-    part = own_part(tensor).reshape(-1)[-offset_of(tensor) % stride :: stride]
-    counts = Ranks.of([tensor]).gather([part.numel()])
-    padded = torch.cat([part, part.new_zeros(max(counts) - part.numel())])  # to one length, for the collective
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=tensor.device_mesh.get_group())
-    return torch.cat([held[:count] for held, count in zip(parts, counts, strict=True)])
+def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, prepare: Callable[[int], None]) -> nn.Module:
+    """Shard the decoder ``blocks`` of ``model`` over ``mesh``, one after another.
 
+    What lies outside the blocks (embeddings, last norm, head) stays whole on every rank: it is frozen, needs no
+    gradient and no optimizer, and the head is called chunk by chunk outside the forward pass.
 
-@dataclass(frozen=True)
-class Ranks:
-    """The ranks that share some tensors; one alone for plain tensors.
+    Args:
+        model: A causal language model, on the CPU.
+        blocks: Its decoder blocks.
+        mesh: One-dimensional.
+        prepare: Called with the index of each block before that is sharded: its chance to register parameters
+            while the block, and no other one, is whole in memory of its own.
 
-    Attributes:
-        rank: This one, from 0.
-        size: How many.
-        group: Their process group.
-        device: Where the group's backend communicates.
+    Raises:
+        UserError: A block is stored in a form that cannot be sharded.
     """
-
-    rank: int = 0
-    size: int = 1
-    group: dist.ProcessGroup | None = None
-    device: torch.device = torch.device("cpu")
-
-    @classmethod
-    def of(cls, tensors: Iterable[Tensor]) -> "Ranks":
-        """Those that ``tensors`` are sharded over."""
-        for tensor in tensors:
-            if isinstance(tensor, DTensor):
-                mesh = tensor.device_mesh
-                return cls(mesh.get_local_rank(), mesh.size(), mesh.get_group(), own_part(tensor).device)
-        return cls()
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Element by element, over all ranks, on the CPU."""
-        return self._reduced(tensor, dist.ReduceOp.SUM)
-
-    def any(self, value: bool) -> bool:
-        """Whether it holds on any rank."""
-        return bool(self._reduced(torch.tensor(int(value)), dist.ReduceOp.MAX))
-
-    def highest(self, numbers: Sequence[int]) -> list[int]:
-        """The highest of each number over all ranks."""
-        return [int(n) for n in self._reduced(torch.tensor(numbers, dtype=torch.int64), dist.ReduceOp.MAX)]
-
-    def gather(self, numbers: Sequence[int]) -> list[int]:
-        """The numbers of all ranks, rank after rank."""
-        own = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-        if self.size == 1:
-            return list(numbers)
-        found = own.new_empty(self.size * len(own))
-        dist.all_gather_into_tensor(found, own, group=self.group)
-        return [int(n) for n in found]
-
-    def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
-        if self.size == 1:
-            return tensor
-        moved = tensor.to(self.device, copy=True)
-        dist.all_reduce(moved, how, group=self.group)
-        return moved.cpu()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What a trainer's strategy means here
+    blocks = list(blocks)
+    for index, block in enumerate(blocks):
+        prepare(index)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    outside = {parameter for parameter in model.parameters() if id(parameter) not in inside}
+    # Without parameters of its own, the root only orders the blocks: each is gathered while the one before it runs.
+    root = getattr(model, "base_model", model)
+    fully_shard(root, mesh=mesh, ignored_params=outside)
+    return model
 
 
 def data_rank(trainer: "L.Trainer") -> tuple[int, int]:

@@ -12,11 +12,13 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 
 from leap_pl.arguments import one_line
 from leap_pl.callbacks import Annealing, MaskExport, SparsityLogger, StepProgress
 from leap_pl.checkpoint import load_checkpoint
+from leap_pl.consolidate import check_folder
 from leap_pl.data import TextDataModule
 from leap_pl.errors import UserError
 from leap_pl.module import LeapModule
@@ -69,12 +71,28 @@ class LeapCLI(LightningCLI):
         """What a checkpoint was made with fills in what is not given; what is typed, or in a config, wins."""
         words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
         path = _option(words, "--ckpt_path")
-        if path is not None and Path(path).is_file():
+        if path is not None and Path(path).exists():
             stored = load_checkpoint(path).get("hyper_parameters", {})
             known = {k: v for k, v in stored.items() if not k.startswith("_")}
             subparser = self._subcommand_parsers[words[0]]
             subparser.set_defaults({f"model.{name}": value for name, value in known.items()})
         super().parse_arguments(parser, args)
+
+    def before_fit(self) -> None:
+        """Tell the model what it goes on from, and refuse a form that the strategy cannot read."""
+        path = self._get(self.config_init, "ckpt_path")
+        if path is None or not Path(path).exists():
+            return
+        self.model.resumes_from = path
+        if Path(path).is_dir():
+            if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+                raise UserError(
+                    f"{path} is a distributed checkpoint, which ModelParallelStrategy reads on any number of ranks. "
+                    f"For another strategy make it one file: python -m leap_pl.consolidate {path} one.ckpt"
+                )
+            check_folder(path)
+
+    before_validate = before_fit
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's own version lays the checkpoint's settings over what was typed."""
@@ -118,7 +136,7 @@ def run(words: list[str]) -> LeapCLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
-    if rank_zero_only.rank:
+    if getattr(rank_zero_only, "rank", 0):
         _quieten()
     torch.set_float32_matmul_precision("high")
     try:

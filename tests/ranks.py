@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
-PRELOAD = ["conftest", "ranks", "leap_pl.trainer_cli", "transformers.models.llama.modeling_llama", "safetensors.torch"]
+PRELOAD = ["conftest", "ranks", "leap_pl.trainer_cli", "transformers.models.llama.modeling_llama"]
 
 
-def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, folder: Path, seconds: float = 240) -> list[Any]:
+def run_ranks(
+    size: int, function: Callable[..., Any], *arguments: Any, folder: Path, seconds: float = 240
+) -> list[Any]:
     """What ``function(rank, *arguments)`` returned on each of ``size`` ranks (plain values and tensors).
 
     What a rank prints goes to ``folder/rank-N.txt``.
@@ -49,11 +51,15 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, folder: 
         process.join()
     if any(process.exitcode for process in processes):
         words = [(folder / f"rank-{rank}.txt").read_text()[-4000:] for rank in range(size)]
-        raise AssertionError("\n".join(f"--- rank {r} ({p.exitcode})\n{w}" for r, (p, w) in enumerate(zip(processes, words))))
+        raise AssertionError(
+            "\n".join(f"--- rank {r} ({p.exitcode})\n{w}" for r, (p, w) in enumerate(zip(processes, words)))
+        )
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(size)]
 
 
-def _rank(rank: int, size: int, port: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, size: int, port: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     words = os.open(folder / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(words, 1)
     os.dup2(words, 2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from leap_pl.gates import Gate
 from leap_pl.masks import split_name
 from leap_pl.module import LeapModule
-from leap_pl.parallel import strided_sample
+from leap_pl.shards import strided_sample
 
 # One page that answers: does it learn, is it on budget, does the mask still move, where does it prune?
 _PAGE = {

@@ -13,7 +13,7 @@ from leap_pl.gates.compiled import compiled
 from leap_pl.gates.gate import Gate, GateState
 from leap_pl.gates.noise import hash_bits, logistic, noise_keys
 from leap_pl.models import Weight
-from leap_pl.parallel import strided_sample
+from leap_pl.shards import strided_sample
 from leap_pl.topk import Cut, exact_top_k
 
 
