@@ -137,8 +137,8 @@ def check_same(found: Identity, expected: Identity) -> None:
             f"every schedule would jump. Set --trainer.max_steps {found.max_steps}, or start a new run."
         )
     before, now = _micro_batches(found), _micro_batches(expected)
-    if None not in (before, now) and before != now:
-        assert before is not None and expected.ranks is not None
+    if before is not None and now is not None and before != now:
+        assert expected.ranks is not None
         fits = before % expected.ranks == 0
         remedy = f"Set --trainer.accumulate_grad_batches {before // expected.ranks}."
         raise UserError(

@@ -11,16 +11,17 @@ the plain records that such an index is made of are let in.
 
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from leap_pl.checkpoint import PREFIX, load_checkpoint, path_of, read_identity
 from leap_pl.errors import UserError, listing
@@ -72,8 +73,11 @@ def _read(folder: str | Path, wanted: Callable[[Sequence[Any]], bool], *, tensor
                 flat[name] = None
             elif tensors:
                 flat[name] = torch.empty(what.size, dtype=what.properties.dtype)
+    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        load(flat, storage_reader=reader, planner=_Planner(flatten_state_dict=False), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*the intent is to load in a single process.*")
+            load(flat, storage_reader=reader, planner=planner, no_dist=True)
     except Exception as error:  # of a damaged zip or pickle, whatever it may be
         raise UserError(
             f"{folder} is incomplete or damaged, or holds more than tensors and plain values "
@@ -86,7 +90,15 @@ def _read(folder: str | Path, wanted: Callable[[Sequence[Any]], bool], *, tensor
         for key in outer:
             place = place.setdefault(key, {})
         place[last] = value
-    return nested
+    return {name: _lists(part) for name, part in nested.items()}
+
+
+def _lists(value: Any) -> Any:
+    """Lists again where a path has numbers."""
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _lists(part) for key, part in value.items()}
+    return [inner[key] for key in sorted(inner)] if inner and all(isinstance(key, int) for key in inner) else inner
 
 
 class _Reader(FileSystemReader):

@@ -191,11 +191,14 @@ class LeapModule(L.LightningModule):
                 "Leave it out with --model.ignore, or use --trainer.strategy ddp."
             )
 
-        def gates_of_block(index: int) -> None:
+        def prepare(index: int, block: nn.Module) -> None:
             self._put_gates({name: weight for name, weight in self.weights.items() if weight.layer == index}, prior)
+            # Lightning does so later, when FSDP2 would not notice another dtype; then nothing is left to do.
+            convert(block)
 
-        shard(model, decoder_blocks(model)[1], mesh, gates_of_block)
-        model.to(self._device_of_run())
+        convert = self.trainer.precision_plugin.convert_module
+        shard(model, decoder_blocks(model)[1], mesh, prepare)
+        convert(model).to(self._device_of_run())
 
     def _make_prior(self, model: "PreTrainedModel") -> SharedPrior:
         """The prior, made on rank zero, whose ``self.prior`` it is."""

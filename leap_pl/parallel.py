@@ -59,7 +59,9 @@ def saves_shards(trainer: "L.Trainer | None") -> bool:
     return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, prepare: Callable[[int], None]) -> nn.Module:
+def shard(
+    model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, prepare: Callable[[int, nn.Module], None]
+) -> nn.Module:
     """Shard the decoder ``blocks`` of ``model`` over ``mesh``, one after another.
 
     What lies outside the blocks (embeddings, last norm, head) stays whole on every rank: it is frozen, needs no
@@ -69,15 +71,15 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, prepa
         model: A causal language model, on the CPU.
         blocks: Its decoder blocks.
         mesh: One-dimensional.
-        prepare: Called with the index of each block before that is sharded: its chance to register parameters
-            while the block, and no other one, is whole in memory of its own.
+        prepare: Called with the index of each block and the block before it is sharded: its chance to register
+            parameters while the block, and no other one, is whole in memory of its own.
 
     Raises:
         UserError: A block is stored in a form that cannot be sharded.
     """
     blocks = list(blocks)
     for index, block in enumerate(blocks):
-        prepare(index)
+        prepare(index, block)
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     outside = {parameter for parameter in model.parameters() if id(parameter) not in inside}

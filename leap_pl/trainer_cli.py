@@ -14,6 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from leap_pl.arguments import one_line
 from leap_pl.callbacks import Annealing, MaskExport, SparsityLogger, StepProgress
@@ -148,10 +149,10 @@ def run(words: list[str]) -> LeapCLI:
             f"out of memory on the device: {str(error).splitlines()[0]} Lower data.batch_size or data.seq_length and "
             "raise trainer.accumulate_grad_batches, or set model.activation_checkpointing."
         ) from error
-    except ValueError as error:
+    except (ValueError, MisconfigurationException) as error:
         if isinstance(error, UserError) or not _from_settings(error):
             raise
-        raise UserError(str(error)) from error
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def _quieten() -> None:
@@ -164,15 +165,17 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _from_settings(error: ValueError) -> bool:
-    """Whether a constructor of this package refused its settings, so that the message is the user's."""
+def _from_settings(error: Exception) -> bool:
+    """Whether a constructor of this package, or the trainer's choice of devices and strategy, refused its settings."""
     trace, last = error.__traceback__, None
     while trace is not None:
         last, trace = trace, trace.tb_next
     if last is None:
         return False
     code = last.tb_frame.f_code
-    return "leap_pl" in Path(code.co_filename).parts and code.co_name in ("__init__", "__post_init__")
+    place = Path(code.co_filename)
+    ours = "leap_pl" in place.parts and code.co_name in ("__init__", "__post_init__")
+    return ours or place.stem == "accelerator_connector"
 
 
 def _option(words: list[str], name: str) -> str | None:

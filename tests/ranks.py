@@ -21,7 +21,7 @@ PRELOAD = ["conftest", "ranks", "leap_pl.trainer_cli", "transformers.models.llam
 
 
 def run_ranks(
-    size: int, function: Callable[..., Any], *arguments: Any, folder: Path, seconds: float = 240
+    size: int, function: Callable[..., Any], *arguments: Any, folder: Path, seconds: float = 600
 ) -> list[Any]:
     """What ``function(rank, *arguments)`` returned on each of ``size`` ranks (plain values and tensors).
 
@@ -50,10 +50,9 @@ def run_ranks(
         process.kill()
         process.join()
     if any(process.exitcode for process in processes):
+        ends = [f"--- rank {rank} ({process.exitcode})" for rank, process in enumerate(processes)]
         words = [(folder / f"rank-{rank}.txt").read_text()[-4000:] for rank in range(size)]
-        raise AssertionError(
-            "\n".join(f"--- rank {r} ({p.exitcode})\n{w}" for r, (p, w) in enumerate(zip(processes, words)))
-        )
+        raise AssertionError("\n".join(line for rank in zip(ends, words, strict=True) for line in rank))
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(size)]
 
 
