@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -78,7 +79,7 @@ def _read(folder: str | Path, wanted: Callable[[Sequence[Any]], bool], *, tensor
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*the intent is to load in a single process.*")
             load(flat, storage_reader=reader, planner=planner, no_dist=True)
-    except Exception as error:  # of a damaged zip or pickle, whatever it may be
+    except (Exception, CheckpointException) as error:  # of a damaged zip or pickle, whatever it may be
         raise UserError(
             f"{folder} is incomplete or damaged, or holds more than tensors and plain values "
             f"({' '.join(str(error).split())[:160]}). Take the checkpoint before it."

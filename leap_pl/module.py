@@ -153,6 +153,8 @@ class LeapModule(L.LightningModule):
         )
         self._check_length(model)
         self.weights = find_weights(model, self.targets, self.ignore)
+        if self.mesh is not None:
+            self._check_inside()
         self.fingerprint = model_fingerprint(model)
         self.sizes = {name: weight.parameter.numel() for name, weight in self.weights.items()}
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
@@ -184,13 +186,6 @@ class LeapModule(L.LightningModule):
         self.gates |= gates
 
     def _shard(self, model: "PreTrainedModel", mesh: "DeviceMesh", prior: SharedPrior) -> None:
-        outside = [name for name, weight in self.weights.items() if weight.layer is None]
-        if outside:
-            raise UserError(
-                f"{listing(outside, 3)} is outside the decoder blocks, and a sharded run gates weights within them. "
-                "Leave it out with --model.ignore, or use --trainer.strategy ddp."
-            )
-
         def prepare(index: int, block: nn.Module) -> None:
             self._put_gates({name: weight for name, weight in self.weights.items() if weight.layer == index}, prior)
             # Lightning does so later, when FSDP2 would not notice another dtype; then nothing is left to do.
@@ -215,6 +210,14 @@ class LeapModule(L.LightningModule):
                 )
             )
         return SharedPrior(self.prior, rank_zero)
+
+    def _check_inside(self) -> None:
+        outside = [name for name, weight in self.weights.items() if weight.layer is None]
+        if outside:
+            raise UserError(
+                f"{listing(outside, 3)} is outside the decoder blocks, and a sharded run gates weights within them. "
+                "Leave it out with --model.ignore, or use --trainer.strategy ddp."
+            )
 
     def _groups(self, model: nn.Module) -> Iterator[list[str]]:
         """The names of the weights that share a mean in the sparsity budget."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 PRELOAD = ["conftest", "ranks", "leap_pl.trainer_cli", "transformers.models.llama.modeling_llama"]
 
@@ -76,6 +77,7 @@ def _rank(
         "LEAP_PL_COMPILE": "0",
         "GLOO_SOCKET_IFNAME": "lo",
     }
+    rank_zero_only.rank = rank  # set from the environment, but when it was imported
     torch.set_num_threads(1)
     try:
         torch.save(function(rank, *arguments), folder / f"rank-{rank}.pt")

@@ -64,7 +64,7 @@ class Place:
     text: Path
 
     def flags(self, name: str, *more: str, model: Path | None = None) -> list[str]:
-        return fit_flags(model or self.llama, self.text, self.root / name, *more)
+        return fit_flags(model or self.llama, self.text, self.root / name, "--trainer.max_steps=4", *more)
 
     def checkpoint(self, name: str, file: str = "last.ckpt") -> Path:
         return self.root / name / "checkpoints" / file
@@ -166,9 +166,9 @@ def two_ranks(rank: int, place: Place) -> dict[str, Any]:
     fit("sharded-mixtral", *sharded(2), *SGD, *CLIP, *BRIEF, model=place.mixtral)
     fit("sharded-bf16", *sharded(2), *BRIEF, "--trainer.precision=bf16-true")
     fit("sharded-mixed", *sharded(2), *BRIEF, "--trainer.precision=bf16-mixed")
-    fit("of-folder", *sharded(2, folder=True), f"--ckpt_path={place.checkpoint('folder', 'step=4.ckpt')}")
-    fit("of-one", *sharded(2), f"--ckpt_path={place.checkpoint('one', 'step=4.ckpt')}")
-    fit("ddp-of-sharded", *ddp(2), f"--ckpt_path={place.checkpoint('sharded', 'step=4.ckpt')}")
+    fit("of-folder", *sharded(2, folder=True), f"--ckpt_path={place.checkpoint('folder', 'step=2.ckpt')}")
+    fit("of-one", *sharded(2), f"--ckpt_path={place.checkpoint('one', 'step=2.ckpt')}")
+    fit("ddp-of-sharded", *ddp(2), f"--ckpt_path={place.checkpoint('sharded', 'step=2.ckpt')}")
     found["top-k"] = highest(rank)
     found["refused"] = {
         "tensor-parallel": failure(
@@ -197,7 +197,7 @@ def four_ranks(rank: int, place: Place) -> dict[str, Any]:
 
     fit("four")
     fit("four-mixtral", *SGD, *CLIP, *BRIEF, model=place.mixtral)
-    fit("four-of-folder", f"--ckpt_path={place.checkpoint('folder', 'step=4.ckpt')}")
+    fit("four-of-folder", f"--ckpt_path={place.checkpoint('folder', 'step=2.ckpt')}")
     found["top-k"] = highest(rank)
     return found
 
@@ -311,7 +311,7 @@ def test_one_file_format(two, one, place: Place) -> None:
 
 @pytest.mark.parametrize("name", ["of-folder", "of-one", "ddp-of-sharded"])
 def test_two_ranks_go_on(two, one, name: str) -> None:
-    """From step 4: of a folder, of one process's file, and without shards of a sharded run's."""
+    """From step 2: of a folder, of one process's file, and without shards of a sharded run's."""
     assert_same(two[1][name]["logits"], one)
 
 
@@ -325,12 +325,12 @@ def test_four_ranks_go_on_where_two_stopped(four, one) -> None:
 
 
 def test_one_process_goes_on_where_two_stopped(two, one, place: Place, tmp_path: Path) -> None:
-    found = place.one("one-of-sharded", f"--ckpt_path={place.checkpoint('sharded', 'step=4.ckpt')}")
+    found = place.one("one-of-sharded", f"--ckpt_path={place.checkpoint('sharded', 'step=2.ckpt')}")
     assert_same(found, one)
     from leap_pl.consolidate import main as consolidate
 
     file = tmp_path / "one.ckpt"
-    consolidate([str(place.checkpoint("folder", "step=4.ckpt")), str(file)])
+    consolidate([str(place.checkpoint("folder", "step=2.ckpt")), str(file)])
     assert_same(place.one("one-of-folder", f"--ckpt_path={file}"), one)
 
 
@@ -348,7 +348,7 @@ def test_no_code_runs_from_a_folder(two, place: Place, tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return Path.touch, (tmp_path / "ran",)
 
-    folder = shutil.copytree(place.checkpoint("folder", "step=4.ckpt"), tmp_path / "step.ckpt")
+    folder = shutil.copytree(place.checkpoint("folder", "step=2.ckpt"), tmp_path / "step.ckpt")
     check_folder(folder)
     index = (folder / ".metadata").read_bytes()
     (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
@@ -374,7 +374,7 @@ def test_no_code_runs_from_a_folder(two, place: Place, tmp_path: Path) -> None:
 
 
 def test_an_incomplete_folder_is_told(two, place: Place, tmp_path: Path) -> None:
-    folder = shutil.copytree(place.checkpoint("folder", "step=4.ckpt"), tmp_path / "step.ckpt")
+    folder = shutil.copytree(place.checkpoint("folder", "step=2.ckpt"), tmp_path / "step.ckpt")
     part = next(folder.glob("__1_*.distcp"))
     part.write_bytes(part.read_bytes()[:-100])
     with pytest.raises(UserError, match="Take the checkpoint before it"):
