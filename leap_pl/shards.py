@@ -4,7 +4,7 @@ Under FSDP2 a rank holds of each weight and its logits one slice along the first
 placement ``Shard(0)``. Everything here takes plain tensors as well, of which a rank holds all.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,16 +51,25 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def strided_sample(tensor: Tensor, stride: int) -> Tensor:
-    """Every ``stride``-th element of the flattened ``tensor``, whole on every rank."""
-    if not isinstance(tensor, DTensor):
-        return tensor.reshape(-1)[::stride]
-    part = own_part(tensor).reshape(-1)[-offset_of(tensor) % stride :: stride]
-    counts = Ranks.of([tensor]).gather([part.numel()])
-    padded = torch.cat([part, part.new_zeros(max(counts) - part.numel())])  # to one length, for the collective
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=tensor.device_mesh.get_group())
-    return torch.cat([held[:count] for held, count in zip(parts, counts, strict=True)])
+def strided_samples(tensors: Mapping[str, Tensor], stride: int) -> dict[str, Tensor]:
+    """Every ``stride``-th element of each of ``tensors``, flattened: whole on every rank.
+
+    Args:
+        tensors: All of them whole, or all sharded over the same ranks, each of which makes this call.
+        stride: Elements from one to the next, in the whole tensor.
+    """
+    ranks = Ranks.of(tensors.values())
+    own = [own_part(tensor).reshape(-1)[-offset_of(tensor) % stride :: stride] for tensor in tensors.values()]
+    if ranks.size == 1:
+        return dict(zip(tensors, own, strict=True))
+    counts = torch.tensor(ranks.gather([part.numel() for part in own])).view(ranks.size, -1).tolist()
+    together = torch.cat(own)
+    # To one length, for the collective.
+    padded = torch.cat([together, together.new_zeros(max(map(sum, counts)) - len(together))])
+    found = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(found, padded, group=ranks.group)
+    split = [held[: sum(count)].split(count) for held, count in zip(found, counts, strict=True)]
+    return {name: torch.cat([parts[place] for parts in split]) for place, name in enumerate(tensors)}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import fit_flags
 from ranks import run_ranks
-from tiny import tiny_folder
+from tiny import byte_tokenizer, tiny_folder, tiny_model
 from torch import Tensor
 
 from leap_pl.cli import main
@@ -125,7 +125,7 @@ def highest(rank: int) -> list[bool]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from leap_pl.shards import strided_sample
+    from leap_pl.shards import strided_samples
     from leap_pl.topk import exact_top_k
 
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
@@ -144,11 +144,9 @@ def highest(rank: int) -> list[bool]:
                 mask = cut_of_parts.mask(part)
                 agree.append(cut_of_parts == cut and torch.equal(mask.full_tensor(), cut.mask(t)))
                 agree.append(torch.equal(cut_of_parts.mask(t), cut.mask(t)))  # as a gate does inside a block
-        agree += [
-            torch.equal(strided_sample(part, stride), t.reshape(-1)[::stride])
-            for t, part in zip(tensors, parts, strict=True)
-            for stride in (1, 2, 3, 7, 100)
-        ]
+        for stride in (1, 2, 3, 7, 100):
+            samples = strided_samples(dict(enumerate(parts)), stride)
+            agree += [torch.equal(samples[place], t.reshape(-1)[::stride]) for place, t in enumerate(tensors)]
     return agree
 
 
@@ -422,3 +420,48 @@ def test_progress_and_logs_are_rank_zeros(two, place: Place) -> None:
     assert "pruning" in first
     assert "%|" not in second
     assert len(list((place.root / "ddp" / "tensorboard").glob("events.*"))) == 1
+
+
+# -- memory -----------------------------------------------------------------------------------------------
+
+LIMIT = 500 << 20  # bytes, beyond what a process has that has imported everything
+
+
+def within(rank: int, flags: list[str]) -> int:
+    """Learn with no more than LIMIT bytes of memory, which the kernel sees to; the weights removed."""
+    import ctypes
+    import resource
+
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
+    pages = int(Path("/proc/self/statm").read_text().split()[5])  # data and stack, which RLIMIT_DATA is about
+    limit = pages * resource.getpagesize() + LIMIT
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    cli = main(flags)
+    return cli.model.save_mask(Path(cli.trainer.default_root_dir) / f"{rank}.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """25 million gated weights in 24 blocks: 20 bytes each make 480 MiB, and in two halves 240."""
+    folder = tmp_path_factory.mktemp("large")
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_key_value_heads": 4, "num_hidden_layers": 24}
+    model = tiny_model("llama", **shape)
+    model.save_pretrained(folder, max_shard_size="8MB")  # as large models are stored
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_model_too_large_for_one_rank_learns_on_two(large: Path, place: Place) -> None:
+    more = ["--trainer.max_steps=1", "--trainer.accumulate_grad_batches=1", "--data.validation_sequences=0"]
+    more += ["--checkpoint.save_top_k=0", "--checkpoint.save_last=false", "--model.activation_checkpointing=true"]
+
+    def flags(name: str, *strategy: str) -> list[str]:
+        folder = place.root / name
+        return place.flags(name, *more, f"--trainer.default_root_dir={folder}", *strategy, model=large)
+
+    with pytest.raises(AssertionError, match=r"can't allocate memory|MemoryError"):
+        run_ranks(1, within, flags("large-one"), folder=place.root / "large-one-rank")
+    kept = run_ranks(2, within, flags("large-two", *sharded(2, folder=True)), folder=place.root / "large-two-ranks")
+    mask = place.mask("large-two")
+    assert kept == [mask.kept, mask.kept]
+    assert mask.kept == mask.total // 2 > 12_000_000

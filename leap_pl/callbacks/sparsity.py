@@ -11,7 +11,7 @@ from torch import Tensor
 from leap_pl.gates import Gate
 from leap_pl.masks import split_name
 from leap_pl.module import LeapModule
-from leap_pl.shards import strided_sample
+from leap_pl.shards import strided_samples
 
 # One page that answers: does it learn, is it on budget, does the mask still move, where does it prune?
 _PAGE = {
@@ -122,10 +122,8 @@ class SparsityLogger(L.Callback):
         metrics["density/soft"] = sum(kept.values()) / sum(module.sizes[name] for name in kept)
         metrics["density/target"] = 1 - module.sparsity
 
-        samples = [strided_sample(gate.logits.detach(), self.stride) for gate in module.gates.values()]
-        metrics["density/logits_above_0"] = float(
-            torch.stack([(s > 0).sum() for s in samples]).sum() / sum(s.numel() for s in samples)
-        )
+        samples = torch.cat(list(_samples(module, self.stride).values()))
+        metrics["density/logits_above_0"] = float((samples > 0).sum() / samples.numel())
         kind: type[Gate] = type(next(iter(module.gates.values())))
         bits = {n: b.cpu() for n, b in kind.sample_hard_masks(module.gates, module.sparsity, self.stride).items()}
         metrics |= _densities(
@@ -141,8 +139,7 @@ class SparsityLogger(L.Callback):
     def _histograms(self, trainer: L.Trainer, module: LeapModule, step: int) -> None:
         sharpness = float(module.state.alpha / module.state.tau)
         by_projection: dict[str, list[Tensor]] = {}
-        for name, gate in module.gates.items():
-            sample = strided_sample(gate.logits.detach(), self.stride * 4)
+        for name, sample in _samples(module, self.stride * 4).items():
             by_projection.setdefault(split_name(name)[1], []).append(sample * sharpness)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -158,6 +155,11 @@ class SparsityLogger(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the bits of the last log."""
         self.last_bits, self.last_step = dict(state_dict["last_bits"]), state_dict["last_step"]
+
+
+def _samples(module: LeapModule, stride: int) -> dict[str, Tensor]:
+    """Every ``stride``-th logit of each weight, whatever rank holds it."""
+    return strided_samples({name: gate.logits.detach() for name, gate in module.gates.items()}, stride)
 
 
 def _densities(kind: str, kept: dict[str, float] | dict[str, int], sizes: dict[str, int]) -> dict[str, float]:
