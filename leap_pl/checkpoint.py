@@ -6,10 +6,15 @@ Beside Lightning's own entries (optimizer, schedules, loops, data position):
 ``state_dict``      ``logits.<weight name>`` → float32 logits; nothing of the frozen model
 ``leap_pl``         the fields of :class:`Identity`, plain Python
 ==================  ======================================================================================
+
+The optimizer's state goes by the names of parameters, not by their numbers, so that one process and many, with
+the model sharded or not, read one another's files. Under ``ModelParallelStrategy`` with
+``save_distributed_checkpoint`` a checkpoint is a folder instead: see :mod:`leap_pl.consolidate`.
 """
 
 import pickle
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,7 @@ KEY = "leap_pl"
 PREFIX = "logits."
 FORMAT_VERSION = 1
 _FOLDER = 0x10  # of the attributes of a file in a zip archive
+META = "meta.pt"  # of a folder: everything but tensors
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Identity:
         max_steps: T of every schedule, in optimizer steps.
         shapes: Weight name → shape of the weight.
         input_dims: Weight name → the dimension its layer's inputs run along.
+        ranks: How many processes learned together.
+        accumulation: Micro-batches of each of them in an optimizer step.
         dense_perplexity: Of the dense model on the validation text, once measured.
         settings: What else the mask's provenance should tell.
         format_version: Of the checkpoint.
@@ -57,6 +65,8 @@ class Identity:
     max_steps: int | None
     shapes: dict[str, list[int]]
     input_dims: dict[str, int]
+    ranks: int | None = None
+    accumulation: int | None = None
     dense_perplexity: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -134,10 +144,73 @@ def check_same(found: Identity, expected: Identity) -> None:
             f"the checkpoint is of a run of {found.max_steps} steps, and trainer.max_steps is {expected.max_steps}: "
             f"every schedule would jump. Set --trainer.max_steps {found.max_steps}, or start a new run."
         )
+    before, now = _micro_batches(found), _micro_batches(expected)
+    if before is not None and now is not None and before != now:
+        assert expected.ranks is not None
+        fits = before % expected.ranks == 0
+        remedy = f"Set --trainer.accumulate_grad_batches {before // expected.ranks}."
+        raise UserError(
+            f"the checkpoint is of a run of {before} micro-batches an optimizer step ({found.ranks} ranks × "
+            f"{found.accumulation}), and here it is {now} ({expected.ranks} × {expected.accumulation}): it would be "
+            f"another run. {remedy if fits else f'Resume on a number of ranks that divides {before}.'}"
+        )
+
+
+def _micro_batches(identity: Identity) -> int | None:
+    """Of an optimizer step, over all ranks."""
+    if identity.ranks is None or identity.accumulation is None:
+        return None
+    return identity.ranks * identity.accumulation
+
+
+def count_for_ranks(checkpoint: dict[str, Any], found: Identity, expected: Identity) -> None:
+    """Count the batches done as this run's ranks count them: each of fewer ranks has done more.
+
+    Lightning counts those of one rank, and the position in the text is kept for all ranks together.
+
+    Raises:
+        UserError: The number of ranks is another, and the run was stopped amid an optimizer step.
+    """
+    if found.ranks in (None, expected.ranks) or expected.ranks is None or found.accumulation is None:
+        return
+    if "loops" not in checkpoint:  # of a run that had not taken a step
+        return
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        done = counts["processed"]
+        if done % found.accumulation or counts["ready"] != done:
+            raise UserError(
+                f"the checkpoint was written amid an optimizer step of {found.ranks} ranks, and the sum of gradients "
+                f"so far is not in it. Resume on {found.ranks} ranks, or from a checkpoint between two steps."
+            )
+        # 0 or 1: the batch whose end the checkpoint was written at is not yet completed.
+        open_batches = done - counts["completed"]
+        done = done * found.ranks // expected.ranks
+        counts.update(ready=done, started=done, processed=done, completed=done - open_batches)
+
+
+def path_of(name: str) -> str:
+    """The name of the logits of the weight ``name`` among the parameters of a LeapModule."""
+    module, _, tensor = name.rpartition(".")
+    return f"model.{module}.parametrizations.{tensor}.0.logits"
+
+
+def name_parameters(state: dict[str, Any], names: Sequence[str]) -> None:
+    """Let an optimizer's state dict speak of parameters by name where it numbers them as ``names`` are ordered."""
+
+    def name(key: int | str) -> str:
+        return names[key] if isinstance(key, int) else key
+
+    if state:
+        state["state"] = {name(key): value for key, value in state["state"].items()}
+        groups = state["param_groups"]
+        state["param_groups"] = [{**group, "params": [name(key) for key in group["params"]]} for group in groups]
 
 
 def load_checkpoint(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
-    """Read the file ``path`` into CPU memory, every bit of it checked, without running anything in it.
+    """Read the file ``path``, or of a folder all but the tensors, into CPU memory, without running anything in it.
+
+    Every bit of a file is checked.
 
     Args:
         path: The file.
@@ -147,6 +220,8 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
         UserError: It is not there, truncated, damaged, or no checkpoint of leap_pl.
     """
     path = Path(path)
+    if (path / META).is_file():
+        path = path / META
     if not path.is_file():
         raise UserError(f"{path}: there is no such checkpoint. Give a .ckpt from a run's checkpoints folder.")
     try:
@@ -191,6 +266,10 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
     """
     checkpoint = load_checkpoint(path)
     identity = read_identity(checkpoint, path)
+    if Path(path).is_dir():
+        from leap_pl.consolidate import consolidated
+
+        checkpoint = consolidated(path, optimizer=False)
     try:
         return MaskSet(_hard_masks(checkpoint["state_dict"], identity, path), provenance(identity))
     except UserError:

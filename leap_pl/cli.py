@@ -65,8 +65,18 @@ def main(args: "ArgsType" = None) -> Any:
             return run(words)
         return _run_function(words[0], _find(function), words[1:])
     except UserError as error:
-        print(f"leap_pl {words[0]}: {error}", file=sys.stderr)
+        rank = _rank()
+        print(f"leap_pl {words[0]}{f' [rank {rank}]' if rank else ''}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _rank() -> int:
+    """Of this process in a run of several; it may fail before, or without, a trainer that knows it."""
+    if "lightning" not in sys.modules:
+        return 0
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", None) or 0
 
 
 def _find(function: str) -> Callable[..., Any]:

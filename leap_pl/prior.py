@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from leap_pl.errors import UserError
-from leap_pl.masks import MaskSet
+from leap_pl.masks import MaskSet, pack, unpack
+from leap_pl.parallel import RankZero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,3 +88,26 @@ class Prior:
             device=device,
             progress=progress,
         )
+
+
+class SharedPrior:
+    """The masks of a prior that rank zero holds, given to every rank one weight at a time, a bit an element."""
+
+    def __init__(self, prior: MaskSet | None, rank_zero: RankZero) -> None:
+        """Take the ``prior`` of rank zero; on the other ranks it is None."""
+        self.prior, self.rank_zero = prior, rank_zero
+        self.there = bool(rank_zero.tell(prior is not None))
+
+    def mask(self, name: str, shape: torch.Size) -> torch.Tensor | None:
+        """The mask of the weight ``name``, None where there is no prior; every rank asks in the same order."""
+        if not self.there:
+            return None
+        if self.rank_zero.alone:
+            assert self.prior is not None
+            return self.prior.masks[name]
+        bits = pack(self.prior.masks[name]) if self.prior is not None else None
+        return unpack(self.rank_zero.share(bits, (shape.numel() + 7) // 8), list(shape))
+
+    def close(self) -> None:
+        """No more masks are asked for."""
+        self.rank_zero.close()

@@ -14,14 +14,17 @@ import torch
 from jsonargparse import lazy_instance
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from leap_pl.arguments import one_line
 from leap_pl.callbacks import Annealing, Checkpoints, MaskExport, SparsityLogger, StepProgress
 from leap_pl.checkpoint import load_checkpoint
 from leap_pl.checkpoint_io import WholeCheckpointIO
+from leap_pl.consolidate import check_folder
 from leap_pl.data import TextDataModule
 from leap_pl.errors import UserError
 from leap_pl.module import LeapModule
@@ -83,7 +86,7 @@ class LeapCLI(LightningCLI):
         """
         words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
         path = _option(words, "--ckpt_path")
-        if path is not None and Path(path).is_file():
+        if path is not None and Path(path).exists():
             self._take_defaults(words[0], load_checkpoint(path))
         super().parse_arguments(parser, args)
         verb = self.config.get("subcommand")
@@ -103,6 +106,22 @@ class LeapCLI(LightningCLI):
         stored = checkpoint.get("hyper_parameters", {})
         known = {f"model.{name}": value for name, value in stored.items() if not name.startswith("_")}
         self._subcommand_parsers[verb].set_defaults(known)
+
+    def before_fit(self) -> None:
+        """Tell the model what it goes on from, and refuse a form that the strategy cannot read."""
+        path = self._get(self.config_init, "ckpt_path")
+        if path is None or not Path(path).exists():
+            return
+        self.model.resumes_from = path
+        if Path(path).is_dir():
+            if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+                raise UserError(
+                    f"{path} is a distributed checkpoint, which ModelParallelStrategy reads on any number of ranks. "
+                    f"For another strategy make it one file: python -m leap_pl.consolidate {path} one.ckpt"
+                )
+            check_folder(path)
+
+    before_validate = before_fit
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's own version lays the checkpoint's settings over what was typed."""
@@ -153,6 +172,8 @@ def run(words: list[str]) -> LeapCLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
+    if getattr(rank_zero_only, "rank", 0):
+        _quieten()
     torch.set_float32_matmul_precision("high")
     threading.excepthook = _say_nothing_twice
     try:
@@ -172,10 +193,10 @@ def run(words: list[str]) -> LeapCLI:
             f"{place} ({error.strerror}). Free space, or name other places with --checkpoint.dirpath and "
             "--trainer.logger.save_dir."
         ) from error
-    except ValueError as error:
+    except (ValueError, MisconfigurationException) as error:
         if isinstance(error, UserError) or not _from_settings(error):
             raise
-        raise UserError(str(error)) from error
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def _say_nothing_twice(failed: threading.ExceptHookArgs) -> None:
@@ -184,15 +205,27 @@ def _say_nothing_twice(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
 
 
-def _from_settings(error: ValueError) -> bool:
-    """Whether a constructor of this package refused its settings, so that the message is the user's."""
+def _quieten() -> None:
+    """Leave it to rank zero to show progress and to warn of what holds for all ranks; errors are still told."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    for name in ("leap_pl", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _from_settings(error: Exception) -> bool:
+    """Whether a constructor of this package, or the trainer's choice of devices and strategy, refused its settings."""
     trace, last = error.__traceback__, None
     while trace is not None:
         last, trace = trace, trace.tb_next
     if last is None:
         return False
     code = last.tb_frame.f_code
-    return "leap_pl" in Path(code.co_filename).parts and code.co_name in ("__init__", "__post_init__")
+    place = Path(code.co_filename)
+    ours = "leap_pl" in place.parts and code.co_name in ("__init__", "__post_init__")
+    return ours or place.stem == "accelerator_connector"
 
 
 def _find_last(verb: str, folder: str | None) -> tuple[Path, dict[str, Any]] | None:

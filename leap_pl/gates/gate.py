@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from leap_pl.gates.noise import noise_keys
@@ -146,6 +147,14 @@ class Gate(nn.Module):
 
         At |θ| = 0.04 a bfloat16 step is 1.2e-4: smaller updates vanish, and learning ends unnoticed.
         """
+        if isinstance(self.logits, DTensor):
+            # A shard is on its device already, and FSDP2 holds on to this very parameter.
+            logits = self._parameters.pop("logits")
+            try:
+                super()._apply(fn, recurse)
+            finally:
+                self._parameters["logits"] = logits
+            return self
         before, grad = self.logits.data, self.logits.grad
         self.logits.grad = None  # it would be cast in place, and with it what is to be put back
         super()._apply(fn, recurse)
