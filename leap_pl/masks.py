@@ -12,13 +12,15 @@ with zeros. The header's metadata holds
 ``digest``           SHA-256 of the shapes, the provenance and the packed bits, in hexadecimal
 ===================  ====================================================================================
 
-A kept element is a one. That is one bit a weight: a sixteenth of a bfloat16 model.
+A kept element is a one. That is one bit a weight: a sixteenth of a bfloat16 model. The same MaskSet makes the
+same bytes.
 """
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -113,7 +115,8 @@ class MaskSet:
         """Make sure that this mask belongs to ``model``, and, if given, to exactly these ``weights``.
 
         Raises:
-            UserError: The model's weights have another fingerprint, or names or shapes differ.
+            UserError: The model's weights have another fingerprint, or it has no such weights, or, of ``weights``,
+                names or shapes differ.
         """
         from leap_pl.models import model_fingerprint
 
@@ -125,6 +128,13 @@ class MaskSet:
                 "Give the base model it was made for (unpruned, the same revision)."
             )
         if weights is None:
+            there = {name: parameter.shape for name, parameter in model.named_parameters()}
+            strange = [name for name, mask in self.masks.items() if there.get(name) != mask.shape]
+            if strange:
+                raise UserError(
+                    f"the model has no weight {listing([repr(name) for name in strange], 3)} of the shape that this "
+                    "mask is for. Give the base model it was made for."
+                )
             return
         shapes = {name: tuple(weight.parameter.shape) for name, weight in weights.items()}
         wrong = [n for n in shapes if n not in self.masks or tuple(self.masks[n].shape) != shapes[n]]
@@ -161,26 +171,13 @@ class MaskSet:
     # -- on disk ------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write the file ``path`` whole or not at all.
+        """Write the file ``path`` whole or not at all; the same masks and provenance make the same bytes.
 
         Raises:
             UserError: It cannot be written.
         """
-        from safetensors.torch import save
-
-        shapes = json.dumps({name: list(mask.shape) for name, mask in self.masks.items()})
-        provenance = json.dumps(asdict(self.provenance))
-        packed = {name: _pack(mask) for name, mask in self.masks.items()}
-        metadata = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "shapes": shapes,
-            "provenance": provenance,
-            "digest": _digest(shapes, provenance, packed),
-        }
-        data = save(packed, metadata)
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(data)
+        shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
+        write_masks(path, shapes, self.masks.__getitem__, self.provenance)
         return Path(path)
 
     @classmethod
@@ -207,7 +204,7 @@ class MaskSet:
                 raise ValueError("its digest does not match its content")
             known = {f.name for f in fields(Provenance)}
             provenance = Provenance(**{k: v for k, v in told.items() if k in known})
-            return cls({name: _unpack(packed[name], shapes[name]) for name in shapes}, provenance)
+            return cls({name: unpack(packed[name], shapes[name]) for name in shapes}, provenance)
         except UserError:
             raise
         except (
@@ -223,6 +220,48 @@ class MaskSet:
                 f"{path} is truncated or damaged ({' '.join(str(error).split())[:120]}). "
                 "Make the mask again, or take another copy of the file."
             ) from error
+
+
+def write_masks(
+    path: str | Path, shapes: Mapping[str, list[int]], mask: Callable[[str], Tensor], provenance: Provenance
+) -> tuple[int, int]:
+    """Write a MaskSet file of masks that are made one at a time.
+
+    Args:
+        path: Written whole or not at all.
+        shapes: Weight name → shape.
+        mask: Weight name → its bool mask; called once for each, in the order of sorted names.
+        provenance: Where the masks come from.
+
+    Returns:
+        How many weights are kept, and of how many.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    told_shapes, told = json.dumps(shapes), json.dumps(asdict(provenance))
+    digest = hashlib.sha256(f"{told_shapes}\n{told}\n".encode())
+    blank = "0" * 2 * digest.digest_size  # until the bits are known
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "shapes": told_shapes, "provenance": told}
+    header: dict[str, Any] = {"__metadata__": {"digest": blank, **metadata}}
+    end = 0
+    for name in sorted(shapes):
+        start, end = end, end + (math.prod(shapes[name]) + 7) // 8
+        header[name] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    kept = 0
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(shapes):
+            bits = mask(name)
+            kept += int(bits.sum())
+            packed = pack(bits).numpy().tobytes()
+            digest.update(name.encode() + b"\n" + packed)
+            file.write(packed)
+        file.seek(8 + text.index(blank.encode()))  # the first key: no other text is before it
+        file.write(digest.hexdigest().encode())
+    return kept, sum(math.prod(shape) for shape in shapes.values())
 
 
 def split_name(name: str) -> tuple[int | None, str]:
@@ -251,11 +290,17 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
         )
 
 
-def _pack(mask: Tensor) -> Tensor:
+def pack(mask: Tensor) -> Tensor:
+    """A bool mask as bits: uint8, flat, the first element in the lowest bit of the first byte."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
 
 
-def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
+def unpack(packed: Tensor, shape: list[int]) -> Tensor:
+    """The bool mask of ``shape`` that :func:`pack` made these bits of.
+
+    Raises:
+        ValueError: They are no such bits.
+    """
     if packed.dtype != torch.uint8 or packed.ndim != 1 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError("a mask is not packed bits")
     count = int(np.prod(shape, dtype=object))

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from leap_pl.errors import UserError
-from leap_pl.masks import MaskSet
+from leap_pl.masks import MaskSet, pack, unpack
+from leap_pl.parallel import RankZero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +51,7 @@ class Prior:
         forms: "Mapping[str, Pattern]",
         data: "TextDataModule | None",
         device: torch.device,
+        progress: bool = True,
     ) -> dict[str, MaskSet]:
         """The prior masks of ``weights``, one for each of ``forms``; none where the method is ``none``.
 
@@ -61,6 +63,7 @@ class Prior:
                 sparsity or of the gates' own pattern, and, for some gates, ``inner``.
             data: Where calibration text comes from; magnitude needs none.
             device: Where the method computes.
+            progress: Show a progress bar.
 
         Raises:
             UserError: The mask file belongs to another model or other weights, or there is no text to
@@ -76,7 +79,7 @@ class Prior:
                 masks[form] = MaskSet.load(file)
                 masks[form].check(model, weights)
             elif self.method != "none":
-                masks[form] = self._make(model, weights, pattern, base_model, data, device)
+                masks[form] = self._make(model, weights, pattern, base_model, data, device, progress)
         return masks
 
     def _make(
@@ -87,6 +90,7 @@ class Prior:
         base_model: str,
         data: "TextDataModule | None",
         device: torch.device,
+        progress: bool,
     ) -> MaskSet:
         """The mask of one form, by the method."""
         assert self.method != "none"
@@ -107,4 +111,29 @@ class Prior:
             data=data,
             cache_dir=self.cache_dir,
             device=device,
+            progress=progress,
         )
+
+
+class SharedPrior:
+    """The masks of priors that rank zero holds, given to every rank one weight at a time, a bit an element."""
+
+    def __init__(self, priors: Mapping[str, MaskSet], rank_zero: RankZero) -> None:
+        """Take the ``priors`` of rank zero by their forms; on the other ranks there are none."""
+        self.priors, self.rank_zero = priors, rank_zero
+        self.forms: list[str] = rank_zero.tell(list(priors))
+
+    def masks(self, name: str, shape: torch.Size) -> dict[str, torch.Tensor]:
+        """The mask of the weight ``name`` in each form there is; every rank asks in the same order."""
+        return {form: self._mask(self.priors.get(form), name, shape) for form in self.forms}
+
+    def _mask(self, prior: MaskSet | None, name: str, shape: torch.Size) -> torch.Tensor:
+        if self.rank_zero.alone:
+            assert prior is not None
+            return prior.masks[name]
+        bits = pack(prior.masks[name]) if prior is not None else None
+        return unpack(self.rank_zero.share(bits, (shape.numel() + 7) // 8), list(shape))
+
+    def close(self) -> None:
+        """No more masks are asked for."""
+        self.rank_zero.close()

@@ -12,7 +12,7 @@ from leap_pl.schedules import Schedule
 from leap_pl.trainer_cli import LeapCLI, make_cli
 
 ROOT = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "shared")
+CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "shared" and path.stem != "headline")
 
 
 def instantiate(path: Path, tmp_path: Path) -> LeapCLI:

@@ -36,10 +36,9 @@ class MaskExport(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the learned mask."""
         assert isinstance(pl_module, LeapModule)
-        mask = pl_module.mask_set()
-        if trainer.is_global_zero:
-            path = mask.save(self.place(trainer) / "mask.safetensors")
-            rank_zero_info(f"mask: {path} (sparsity {mask.sparsity:.6f}, {mask.total - mask.kept:,} weights removed)")
+        path = self.place(trainer) / "mask.safetensors"
+        kept, total = pl_module.save_mask(path)
+        rank_zero_info(f"mask: {path} (sparsity {1 - kept / total:.6f}, {total - kept:,} weights removed)")
 
     def place(self, trainer: L.Trainer) -> Path:
         """The folder the files go to."""

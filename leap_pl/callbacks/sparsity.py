@@ -6,11 +6,16 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
 from leap_pl.gates import Gate
 from leap_pl.masks import split_name
 from leap_pl.module import LeapModule
+from leap_pl.shards import strided_samples
+
+FEWEST_BITS = 256  # sampled of a weight, to say that its density is extreme
 
 # One page that answers: does it learn, is it on budget, does the mask still move, where does it prune?
 _PAGE = {
@@ -54,6 +59,8 @@ class SparsityLogger(L.Callback):
     Hard quantities are of the mask at exactly the target sparsity, estimated on evenly spaced logits;
     soft ones are of all weights, in the last micro-batch. TensorBoard also gets histograms of αθ/τ, a
     custom-scalars page, and the hyper-parameters with the final perplexities.
+
+    A weight of which the hard mask keeps next to nothing, or removes next to nothing, is warned of, once.
     """
 
     def __init__(self, every_n_steps: int = 10, histogram_every_n_steps: int = 100, samples: int = 1 << 19) -> None:
@@ -71,6 +78,7 @@ class SparsityLogger(L.Callback):
         self.prior_bits: dict[str, Tensor] = {}
         self.last_bits: dict[str, Tensor] = {}
         self.last_step = -1
+        self.warned: set[str] = set()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the prior's sampled bits; lay out TensorBoard's page."""
@@ -84,6 +92,15 @@ class SparsityLogger(L.Callback):
                 logger.experiment.add_custom_scalars(_PAGE)
             else:
                 logger.log_hyperparams(_plain(dict(pl_module.hparams)))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """TensorBoard forgets what a run that was stopped drew beyond the checkpoint: this run draws it again."""
+        if trainer.global_step == 0:
+            return
+        beyond = Event(step=trainer.global_step + 1, session_log=SessionLog(status=SessionLog.START))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.file_writer.add_event(beyond)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -114,9 +131,11 @@ class SparsityLogger(L.Callback):
     @torch.no_grad()
     def measure(self, module: LeapModule) -> dict[str, float]:
         """Every metric of the table above that does not come from validation."""
-        metrics = {f"loss/{'total' if name == 'loss' else name}": float(v) for name, v in module.terms.items()}
+        terms = {f"loss/{'total' if name == 'loss' else name}": float(v) for name, v in module.terms.items()}
+        metrics = module.mean_over_ranks(terms)
         metrics["schedule/alpha"], metrics["schedule/tau"] = float(module.state.alpha), float(module.state.tau)
         kept = {name: float(gate.kept) for name, gate in module.gates.items() if gate.kept is not None}
+        kept = module.mean_over_ranks(kept)
         metrics |= _densities("soft", kept, {name: module.sizes[name] for name in kept})
         metrics["density/soft"] = sum(kept.values()) / sum(module.sizes[name] for name in kept)
         metrics["density/target"] = 1 - module.sparsity
@@ -127,6 +146,7 @@ class SparsityLogger(L.Callback):
         metrics |= _densities(
             "hard", {n: int(b.sum()) for n, b in bits.items()}, {n: b.numel() for n, b in bits.items()}
         )
+        self._warn_of_extremes(bits, 1 - module.sparsity)
         if self.prior_bits:
             metrics["mask/changed_from_prior"] = _difference(bits, self.prior_bits)
         if self.last_bits:
@@ -134,11 +154,34 @@ class SparsityLogger(L.Callback):
         self.last_bits = bits
         return metrics
 
+    def _warn_of_extremes(self, bits: dict[str, Tensor], target: float) -> None:
+        """Say of a weight, once, that its density has run to 0 or 1, and what to do about it.
+
+        Args:
+            bits: Sampled hard masks by weight name.
+            target: ρ; a weight is extreme where it keeps, or removes, a hundredth of what the model does on average.
+        """
+        for name, mask in bits.items():
+            density = float(mask.float().mean())
+            if name in self.warned or mask.numel() < FEWEST_BITS:
+                continue
+            if density <= target / 100:
+                what = "next to nothing is kept, and the layer may pass nothing on"
+            elif 1 - density <= (1 - target) / 100:
+                what = "next to nothing is removed, and the other weights make up for it"
+            else:
+                continue
+            self.warned.add(name)
+            rank_zero_warn(
+                f"{name}: its density has run to {density:.4f}, where the model's is {target:.4f}: {what}. If that is "
+                "not meant, hold every layer to the target with --model.objective.budget_scope layer, leave this "
+                f"weight dense with --model.ignore '[{name}]', or lower the learning rate."
+            )
+
     def _histograms(self, trainer: L.Trainer, module: LeapModule, step: int) -> None:
         sharpness = float(module.state.alpha / module.state.tau)
         by_projection: dict[str, list[Tensor]] = {}
-        for name, gate in module.gates.items():
-            sample = gate.logits.detach().reshape(-1)[:: self.stride * 4]
+        for name, sample in _samples(module, self.stride * 4).items():
             by_projection.setdefault(split_name(name)[1], []).append(sample * sharpness)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -154,6 +197,11 @@ class SparsityLogger(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the bits of the last log."""
         self.last_bits, self.last_step = dict(state_dict["last_bits"]), state_dict["last_step"]
+
+
+def _samples(module: LeapModule, stride: int) -> dict[str, Tensor]:
+    """Every ``stride``-th logit of each weight, whatever rank holds it."""
+    return strided_samples({name: gate.logits.detach() for name, gate in module.gates.items()}, stride)
 
 
 def _densities(kind: str, kept: dict[str, float] | dict[str, int], sizes: dict[str, int]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from leap_pl.gates.compiled import compiled
 from leap_pl.gates.gate import Gate, GateState
 from leap_pl.gates.noise import columns, element_bits, logistic, noise_keys
 from leap_pl.models import Weight
+from leap_pl.shards import strided_samples
 from leap_pl.topk import Cut, exact_top_k
 
 
@@ -81,7 +82,7 @@ class BernoulliGate(Gate):
     @classmethod
     def sample_hard_masks(cls, gates: Mapping[str, Any], sparsity: float, stride: int) -> dict[str, Tensor]:
         """See :meth:`Gate.sample_hard_masks`; the cut is that of the sampled logits."""
-        samples = {name: gate.logits.detach().reshape(-1)[::stride] for name, gate in gates.items()}
+        samples = strided_samples({name: gate.logits.detach() for name, gate in gates.items()}, stride)
         total = sum(sample.numel() for sample in samples.values())
         cuts = exact_top_k(list(samples.values()), total - round(sparsity * total))
         return {name: cut.mask(sample) for (name, sample), cut in zip(samples.items(), cuts, strict=True)}
@@ -89,9 +90,9 @@ class BernoulliGate(Gate):
     @classmethod
     def curves(cls, gates: Mapping[str, Any], stride: int) -> dict[str, float]:
         """The share of logits above 0: the density a cut at 0 would give."""
-        samples = [gate.logits.detach().reshape(-1)[::stride] for gate in gates.values()]
-        above = torch.stack([(sample > 0).sum() for sample in samples]).sum()
-        return {"density/logits_above_0": float(above / sum(sample.numel() for sample in samples))}
+        samples = strided_samples({name: gate.logits.detach() for name, gate in gates.items()}, stride)
+        above = torch.cat(list(samples.values())) > 0
+        return {"density/logits_above_0": float(above.sum() / above.numel())}
 
 
 class MaskedWeight(torch.autograd.Function):

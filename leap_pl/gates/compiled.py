@@ -36,7 +36,7 @@ def compiled(kernel: Kernel) -> Kernel:
             return fused(first, *rest)
         start = time.perf_counter()
         # Sizes that are equal in this call need not be in the next.
-        with symbols.patch(use_duck_shape=False):
+        with symbols.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             result = fused(first, *rest)
         _seconds[key] = time.perf_counter() - start
         return result

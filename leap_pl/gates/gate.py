@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from leap_pl.gates.noise import noise_keys
@@ -193,6 +194,15 @@ class Gate(nn.Module):
 
         At |θ| = 0.04 a bfloat16 step is 1.2e-4: smaller updates vanish, and learning ends unnoticed.
         """
+        if isinstance(self.logits, DTensor):
+            # A shard is on its device already, and FSDP2 holds on to this very parameter.
+            shards = dict(self._parameters)
+            self._parameters.clear()
+            try:
+                super()._apply(fn, recurse)
+            finally:
+                self._parameters |= shards
+            return self
         before = {name: (parameter.data, parameter.grad) for name, parameter in self.named_parameters()}
         for parameter in self.parameters():
             parameter.grad = None  # it would be cast in place, and with it what is to be put back

@@ -17,6 +17,7 @@ from leap_pl.gates.noise import columns, noise_keys
 from leap_pl.gates.pattern_kernels import pattern_kernels
 from leap_pl.models import Weight
 from leap_pl.patterns import NM, Pattern
+from leap_pl.shards import gathered
 
 
 class NMGate(Gate):
@@ -103,7 +104,7 @@ class NMGate(Gate):
 
     def hard_mask(self) -> Tensor:
         """See :meth:`Gate.hard_mask`; the logits alone decide."""
-        return self.groups.best(self.logits.detach())
+        return self.groups.best(gathered(self.logits.detach()))
 
     @classmethod
     def choose(cls, gates: Mapping[str, Any], sparsity: float) -> None:
@@ -112,13 +113,13 @@ class NMGate(Gate):
     @classmethod
     def sample_hard_masks(cls, gates: Mapping[str, Any], sparsity: float, stride: int) -> dict[str, Tensor]:
         """See :meth:`Gate.sample_hard_masks`; exact, and only the sampled groups are looked at."""
-        return {name: gate.groups.sample_best(gate.logits.detach(), stride) for name, gate in gates.items()}
+        return {name: gate.groups.sample_best(gathered(gate.logits.detach()), stride) for name, gate in gates.items()}
 
     @classmethod
     def curves(cls, gates: Mapping[str, Any], stride: int) -> dict[str, float]:
         """How decided the groups are: the mean of the highest softmax(αθ/τ), without noise; 1 is hard."""
         state = next(iter(gates.values())).state
-        samples = [gate.logits.detach().flatten(1)[:, ::stride] for gate in gates.values()]
+        samples = [gathered(gate.logits.detach()).flatten(1)[:, ::stride] for gate in gates.values()]
         return {"patterns/confidence": confidence(samples, state.alpha / state.tau)}
 
     def extra_repr(self) -> str:

@@ -18,6 +18,7 @@ from leap_pl.gates.noise import noise_keys
 from leap_pl.gates.tile_grid import FixedTiles, JointTiles, SoftTiles, TileGrid
 from leap_pl.models import Weight
 from leap_pl.patterns import NM, Pattern, Tiled, Unstructured, follows
+from leap_pl.shards import gathered
 from leap_pl.topk import Cut, exact_top_k
 
 PATTERNS = " patterns"  # what a weight's name has behind it where the noise of its patterns is meant
@@ -178,24 +179,24 @@ class TileGate(Gate):
 
     def hard_mask(self) -> Tensor:
         """See :meth:`Gate.hard_mask`."""
-        dense_OI = self.grid.over_elements(self.cut.mask(self.logits.detach()))
+        dense_OI = self.grid.over_elements(self.cut.mask(gathered(self.logits.detach())))
         return self.inner_mask() | dense_OI.movedim(-1, self.input_dim)
 
     def inner_mask(self) -> Tensor:
         """The n:m mask of the tiles that are not dense."""
-        return self.inner if self.mode == "tile" else self.groups.best(self.pattern_logits.detach())
+        return self.inner if self.mode == "tile" else self.groups.best(gathered(self.pattern_logits.detach()))
 
     @classmethod
     def choose(cls, gates: Mapping[str, Any], sparsity: float) -> None:
         """Make dense the tiles of the highest logits, ties by index, until the sparsity is closest to the asked one."""
-        logits = torch.cat([gate.logits.detach().flatten() for gate in gates.values()])
+        logits = [gathered(gate.logits.detach()) for gate in gates.values()]
         removable = torch.cat([gate.removable.flatten() for gate in gates.values()]).to(torch.int64)
-        order = logits.argsort(descending=True, stable=True)
+        order = torch.cat([tiles_AB.flatten() for tiles_AB in logits]).argsort(descending=True, stable=True)
         left = removable.sum() - torch.cat([removable.new_zeros(1), removable[order].cumsum(0)])
         asked = round(sparsity * sum(gate.shape.numel() for gate in gates.values()))
         nearest = (left - asked).abs()
         dense = int((nearest == nearest.min()).nonzero()[0])
-        cuts = exact_top_k([gate.logits.detach() for gate in gates.values()], dense)
+        cuts = exact_top_k(logits, dense)
         for gate, cut in zip(gates.values(), cuts, strict=True):
             gate.cut = cut
 
@@ -208,23 +209,23 @@ class TileGate(Gate):
     def sample_hard_mask(self, stride: int) -> Tensor:
         """Every ``stride``-th element of :meth:`hard_mask`, flattened."""
         if self.mode == "joint":
-            inner = self.groups.sample_best(self.pattern_logits.detach(), stride)
+            inner = self.groups.sample_best(gathered(self.pattern_logits.detach()), stride)
         else:
             inner = self.inner.reshape(-1)[::stride]
         *stacked, row, column = self.groups.coordinates(
             torch.arange(0, self.shape.numel(), stride, device=inner.device)
         )
-        dense_AB = self.cut.mask(self.logits.detach())
+        dense_AB = self.cut.mask(gathered(self.logits.detach()))
         return inner | dense_AB[*stacked, row // self.tiled.size, column // self.tiled.size]
 
     @classmethod
     def curves(cls, gates: Mapping[str, Any], stride: int) -> dict[str, float]:
         """The share of tiles whose logit is above 0; and how decided the patterns are, where they are learned."""
-        above = torch.cat([gate.logits.detach().flatten() for gate in gates.values()]) > 0
+        above = torch.cat([gathered(gate.logits.detach()).flatten() for gate in gates.values()]) > 0
         found = {"tiles/logits_above_0": float(above.float().mean())}
         first = next(iter(gates.values()))
         if first.mode == "joint":
-            samples = [gate.pattern_logits.detach().flatten(1)[:, ::stride] for gate in gates.values()]
+            samples = [gathered(gate.pattern_logits.detach()).flatten(1)[:, ::stride] for gate in gates.values()]
             found["patterns/confidence"] = confidence(samples, first.state.pattern_alpha / first.state.tau)
             found["schedule/pattern_alpha"] = float(first.state.pattern_alpha)
         return found
