@@ -214,7 +214,7 @@ class LeapModule(L.LightningModule):
         rank_zero = RankZero()
         if self._fitting():
 
-            def make() -> dict[str, MaskSet]:
+            def make() -> "dict[str, MaskSet]":
                 priors = self.prior_settings.make(
                     model,
                     self.weights,

@@ -15,6 +15,7 @@ from scipy import stats
 from tiny import FAMILIES, VOCABULARY, tiny_folder, tiny_model
 from torch import Tensor, nn
 
+from benchmarks.published_nm import PublishedNM
 from leap_pl.checkpoint import masks_from_checkpoint
 from leap_pl.cli import main
 from leap_pl.errors import UserError
@@ -179,6 +180,27 @@ def test_the_mean_mask_at_the_start_is_the_density() -> None:
     mask = gate(torch.ones(400, 400)).detach().view(-1, 4)
     torch.testing.assert_close(mask.sum(1), torch.full((40_000,), 2.0), rtol=1e-5, atol=0)
     assert (mask.mean(0) - 0.5).abs().max() < 4 * 0.3 / 40_000**0.5
+
+
+def test_the_published_formulation_is_the_same_mask() -> None:
+    """The one that benchmarks compare with, over many draws: the same mean and spread of every weight's mask."""
+    state = state_at(100.0, 1.0)
+    ours = nm_gate((2, 8), state=state)
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(2, 8), requires_grad=False)
+    theirs = PublishedNM(Weight("w", module, "weight", None, "w", 1), state)
+    ours.start_from(None, seed=0)
+    theirs.logits.data.copy_(ours.logits.detach().reshape(6, -1).T)
+    torch.manual_seed(0)
+    draws: dict[str, list[Tensor]] = {"ours": [], "theirs": []}
+    with torch.no_grad():
+        for step in range(3000):
+            state.step = step
+            for name, gate in (("ours", ours), ("theirs", theirs)):
+                draws[name].append(gate(torch.ones(2, 8)))
+    one, other = (torch.stack(masks) for masks in draws.values())
+    assert (one.mean(0) - other.mean(0)).abs().max() < 5 * (2 / 3000) ** 0.5 * 0.5
+    assert (one.std(0) - other.std(0)).abs().max() < 0.03
 
 
 def test_fresh_noise_for_every_seed_step_micro_batch_and_tensor() -> None:
@@ -470,9 +492,19 @@ def test_fit_checkpoint_export_and_reading_back(nm_folder: Path, model_folder: P
     assert all(torch.equal(again.masks[name], mask) for name, mask in learned.masks.items())
     facts = main(["export", f"--ckpt_path={checkpoint}", f"--output_dir={tmp_path / 'model'}"])
     assert facts["removed"] * 2 == facts["gated"]
-    assert "2:4" in (tmp_path / "model" / "README.md").read_text()
+    assert "a 2:4 sparsity of 0.500000: of every 4 cons" in (tmp_path / "model" / "README.md").read_text()
     weights = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters())
     assert all_exact({name: weights[name] != 0 for name in learned.masks}, 2, 4)
+
+
+def test_a_mask_that_is_not_what_it_says_is_not_exported(nm_folder: Path, tmp_path: Path, capsys) -> None:
+    mask = MaskSet.load(nm_folder / "checkpoints" / "mask.safetensors")
+    name = next(iter(mask.masks))
+    mask.masks[name][0, :4] = True
+    mask.save(tmp_path / "wrong.safetensors")
+    flags = ["export", f"--mask={tmp_path / 'wrong.safetensors'}", f"--output_dir={tmp_path / 'model'}"]
+    assert f"the mask says that it is 2:4, and {name} is not" in one_line(capsys, flags)
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("stop", [2, 4])

@@ -93,8 +93,7 @@ class NMGate(Gate):
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Gate.soften`."""
         alpha, tau = self.state.alpha, self.state.tau
-        masked, energy = MaskedGroups.apply(self.logits, weight, self.groups, key_0, key_1, alpha / tau, 1 / tau)
-        return masked, energy.new_tensor(self.groups.kept), energy
+        return MaskedGroups.apply(self.logits, weight, self.groups, key_0, key_1, alpha / tau, 1 / tau)
 
     @torch.no_grad()
     def start_from(self, prior: Tensor | None, seed: int) -> None:
@@ -128,10 +127,10 @@ class NMGate(Gate):
 
 
 class MaskedGroups(torch.autograd.Function):
-    """(θ, W) → (W̃, Σ(M·W)²), keeping neither mask, softmax nor noise for the backward pass.
+    """(θ, W) → (W̃, ΣM, Σ(M·W)²), keeping neither mask, softmax nor noise for the backward pass.
 
-    With gradients G of W̃ and b of Σ(M·W)², and d = G·W + 2b·M·W² the gradient of M:
-    dθ_p = P_p·(Σ_{j∈p} d_j − Σ_j M_j·d_j)·α/τ.
+    ΣM is constant, and its gradient nothing. With gradients G of W̃ and b of Σ(M·W)², and d = G·W + 2b·M·W² that
+    of M: dθ_p = P_p·(Σ_{j∈p} d_j − Σ_j M_j·d_j)·α/τ.
     """
 
     @staticmethod
@@ -144,17 +143,17 @@ class MaskedGroups(torch.autograd.Function):
         key_1: Tensor,
         slope: Tensor,
         sharpness: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Masked weight of the weight's shape and dtype, and the float32 sum."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Masked weight of the weight's shape and dtype, and the two float32 sums."""
         ctx.save_for_backward(logits, weight, key_0, key_1, slope, sharpness)
         ctx.groups = groups
         logits_PQ, weight_QM = flat_patterns(logits), groups.split(weight)
         noise = columns(len(weight_QM), weight.device), key_0, key_1, slope, sharpness
         masked_QM, energy = pattern_kernels(groups.patterns).forward(logits_PQ, weight_QM, None, *noise)
-        return groups.join(masked_QM), energy
+        return groups.join(masked_QM), energy.new_tensor(groups.kept), energy
 
     @staticmethod
-    def backward(ctx: Any, grad_masked: Tensor, grad_energy: Tensor) -> Any:
+    def backward(ctx: Any, grad_masked: Tensor, grad_kept: Tensor, grad_energy: Tensor) -> Any:
         """The gradient of the logits; the weight is frozen."""
         logits, weight, *rest = ctx.saved_tensors
         groups: Groups = ctx.groups
