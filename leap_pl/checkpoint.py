@@ -13,12 +13,14 @@ the model sharded or not, read one another's files. Under ``ModelParallelStrateg
 """
 
 import pickle
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import Gate, Stored, restore
@@ -27,6 +29,7 @@ from leap_pl.masks import MaskSet, Provenance, installed_versions
 KEY = "leap_pl"
 PREFIX = "logits."
 FORMAT_VERSION = 1
+_FOLDER = 0x10  # of the attributes of a file in a zip archive
 META = "meta.pt"  # of a folder: everything but tensors
 
 
@@ -104,7 +107,12 @@ def read_identity(checkpoint: dict[str, Any], path: str | Path = "the checkpoint
             "Update leap_pl: pip install --upgrade leap_pl"
         )
     known = {f.name for f in fields(Identity)}
-    return Identity(**{key: value for key, value in told.items() if key in known})
+    try:
+        return Identity(**{key: value for key, value in told.items() if key in known})
+    except TypeError as error:
+        raise UserError(
+            f"{path} does not say whose logits it holds ({error}). Take the checkpoint before it."
+        ) from error
 
 
 def check_same(found: Identity, expected: Identity) -> None:
@@ -165,6 +173,8 @@ def count_for_ranks(checkpoint: dict[str, Any], found: Identity, expected: Ident
     """
     if found.ranks in (None, expected.ranks) or expected.ranks is None or found.accumulation is None:
         return
+    if "loops" not in checkpoint:  # of a run that had not taken a step
+        return
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
         done = counts["processed"]
@@ -197,8 +207,14 @@ def name_parameters(state: dict[str, Any], names: Sequence[str]) -> None:
         state["param_groups"] = [{**group, "params": [name(key) for key in group["params"]]} for group in groups]
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read the file ``path``, or of a folder all but the tensors, without running anything in it.
+def load_checkpoint(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
+    """Read the file ``path``, or of a folder all but the tensors, into CPU memory, without running anything in it.
+
+    Every bit of a file is checked.
+
+    Args:
+        path: The file.
+        mmap: Leave the tensors on the disk until they are used. The file must then stay where it is.
 
     Raises:
         UserError: It is not there, truncated, damaged, or no checkpoint of leap_pl.
@@ -209,17 +225,37 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: there is no such checkpoint. Give a .ckpt from a run's checkpoints folder.")
     try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        damaged = _damaged_record(path)
+        if damaged is not None:
+            raise UserError(f"{path} is damaged ({damaged}). Take the checkpoint before it.")
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is damaged, or holds more than tensors and plain values, and leap_pl runs no code from a "
             "checkpoint. Give a .ckpt that leap_pl fit wrote."
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is truncated or damaged. Take the checkpoint before it.") from error
+    except Exception as error:  # what damage makes the readers raise is no closed list
+        raise UserError(f"{path} is truncated, damaged or no checkpoint. Take the checkpoint before it.") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is not a checkpoint of leap_pl fit. Give a .ckpt from a run's checkpoints folder.")
     return checkpoint
+
+
+def _damaged_record(path: Path) -> str | None:
+    """What is wrong with the first part of a checkpoint that does not match its checksum, if there is one.
+
+    A checkpoint is a zip archive that stores its parts as they are, each with a CRC-32. torch.load does not
+    look at them: it would take a flipped bit for another logit.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED or record.external_attr & _FOLDER:
+                # Of what is marked as a folder torch.load reads nothing, and takes whatever is in the memory.
+                return f"{record.filename} is packed or marked as a folder, which torch.save never does"
+        name = archive.testzip()
+    return None if name is None else f"{name} does not match its checksum"
 
 
 def masks_from_checkpoint(path: str | Path) -> MaskSet:
@@ -234,7 +270,18 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
         from leap_pl.consolidate import consolidated
 
         checkpoint = consolidated(path, optimizer=False)
-    logits = checkpoint.get("state_dict", {})
+    try:
+        return MaskSet(_hard_masks(checkpoint["state_dict"], identity, path), provenance(identity))
+    except UserError:
+        raise
+    except Exception as error:  # a description that does not describe the logits can be wrong in any way
+        raise UserError(
+            f"{path} holds logits that do not fit its own description ({' '.join(str(error).split())[:120]}). "
+            "Take the checkpoint before it."
+        ) from error
+
+
+def _hard_masks(logits: dict[str, Tensor], identity: Identity, path: str | Path) -> dict[str, Tensor]:
     missing = [name for name in identity.shapes if PREFIX + name not in logits]
     if missing:
         raise UserError(f"{path} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
@@ -244,4 +291,4 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
     }
     gates = restore(identity.gate["class_path"], identity.gate["init_args"], stored)
     type(next(iter(gates.values()))).choose(gates, identity.sparsity)
-    return MaskSet({name: gate.hard_mask() for name, gate in gates.items()}, provenance(identity))
+    return {name: gate.hard_mask() for name, gate in gates.items()}

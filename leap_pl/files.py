@@ -2,8 +2,15 @@
 
 Everything leap_pl writes for the user goes through here: written beside its destination under a name of
 its own, flushed to the disk, then renamed. A process killed at any moment leaves the old state or the new.
+
+What such a process leaves beside it, ``.NAME.….part``, is removed by the next one that writes NAME: a living
+writer holds a lock on its own, which ends with it, however it ends.
 """
 
+import ctypes
+import errno
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -15,6 +22,10 @@ from safetensors import SafetensorError
 
 from leap_pl.errors import UserError
 
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_NO_SUCH_CALL = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # of the kernel, or of this file system
+
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
@@ -24,23 +35,16 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         UserError: The folder cannot be written, or the disk is full.
     """
     path = Path(path)
-    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        temporary.chmod(0o666 & ~_umask())
-        yield temporary
-        _flush(temporary)
-        temporary.replace(path)
-        _flush(path.parent)
+        with _temporary(path) as temporary:
+            temporary.chmod(0o666 & ~_umask())
+            yield temporary
+            flush(temporary)
+            temporary.replace(path)
+            _confirm(path)
     except (OSError, SafetensorError) as error:
         raise UserError(_write_failure(path, error)) from error
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
 
 
 @contextmanager
@@ -56,30 +60,125 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         raise UserError(f"{path} is a file, and a folder is to be written there. Name another folder.")
     if not force and path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is not empty. Name another folder, or add --force to replace it.")
-    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-        temporary.chmod(0o777 & ~_umask())
-        yield temporary
-        for item in sorted(temporary.rglob("*")):
-            if item.is_file():
-                item.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
-            _flush(item)
-        _swap(temporary, path)
-        _flush(path.parent)
+        with _temporary(path, folder=True) as temporary:
+            temporary.chmod(0o777 & ~_umask())
+            yield temporary
+            for item in sorted(temporary.rglob("*")):
+                if item.is_file():
+                    item.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
+                flush(item)
+            flush(temporary)
+            _swap(temporary, path)
+            _confirm(path)
     except (OSError, SafetensorError) as error:
         raise UserError(_write_failure(path, error)) from error
+
+
+def atomic_link(path: Path, target: Path) -> None:
+    """Make ``path`` a symbolic link to ``target`` in the same folder; there is always the old one or the new.
+
+    Raises:
+        OSError: The folder cannot be written, or its file system has no such links.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    temporary.replace(path)
+    _confirm(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Make ``folder`` if it is not there, and make sure that files can be written in it.
+
+    Raises:
+        UserError: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _temporary(folder / "writable"):
+            pass
+    except OSError as error:
+        raise UserError(_write_failure(folder, error)) from error
+
+
+def remove_abandoned(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left half-written in ``folder``, of ``name`` alone if it is given."""
+    for item in folder.glob(f".{'*' if name is None else glob.escape(name)}.*.part"):
+        with suppress(OSError):  # it is another process's to remove, or locks do not work here
+            if item.is_symlink():
+                item.unlink()
+                continue
+            descriptor = os.open(item, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(item)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def _temporary(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A new file or folder beside ``path``, locked while it is written, and gone afterwards if it is still there."""
+    remove_abandoned(path.parent, path.name)
+    prefix, suffix = f".{path.name}.", ".part"
+    while True:
+        if folder:
+            name = tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=path.parent)
+            descriptor = os.open(name, os.O_RDONLY)
+        else:
+            descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=path.parent)
+        with suppress(OSError):  # without locks nothing is ever taken for abandoned
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if Path(name).exists():  # else another process took it for abandoned before it was locked
+            break
+        os.close(descriptor)
+    try:
+        yield Path(name)
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        _remove(Path(name))
+        os.close(descriptor)
+
+
+def _remove(item: Path) -> None:
+    if item.is_dir() and not item.is_symlink():
+        shutil.rmtree(item, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            item.unlink()
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Put the folder ``new`` in the place of ``path``; what was there goes only after the new one stands."""
+    """Put the folder ``new`` in the place of ``path``; afterwards ``new`` may be what was there.
+
+    Both names change in one step where the system can do that (Linux, on most file systems). Elsewhere there
+    is a moment between two renames at which the old folder lies beside, in ``.NAME.….old``.
+    """
     if not path.exists():
         new.rename(path)
-        return
+    elif not _exchange(new, path):
+        _swap_in_two_steps(new, path)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system cannot.
+
+    Raises:
+        OSError: It can, and failed.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_SUCH_CALL:
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _swap_in_two_steps(new: Path, path: Path) -> None:
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
     old = holder / "was"
     try:
@@ -94,12 +193,30 @@ def _swap(new: Path, path: Path) -> None:
             shutil.rmtree(holder, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have what ``path`` holds written to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _confirm(path: Path) -> None:
+    """Flush the folder in which ``path`` has just got its name.
+
+    Raises:
+        UserError: The disk failed at that; ``path`` stands all the same.
+    """
+    try:
+        flush(path.parent)
+    except OSError as error:
+        if error.errno in _NO_SUCH_CALL:  # a file system that flushes no folders
+            return
+        raise UserError(
+            f"{path} was written, but the disk does not confirm that it would outlast a power cut "
+            f"({error.strerror}). Check the disk, and write it again or copy it elsewhere."
+        ) from error
 
 
 def _umask() -> int:

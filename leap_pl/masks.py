@@ -12,7 +12,8 @@ with zeros. The header's metadata holds
 ``digest``           SHA-256 of the shapes, the provenance and the packed bits, in hexadecimal
 ===================  ====================================================================================
 
-A kept element is a one. That is one bit a weight: a sixteenth of a bfloat16 model.
+A kept element is a one. That is one bit a weight: a sixteenth of a bfloat16 model. The same MaskSet makes the
+same bytes.
 """
 
 import hashlib
@@ -114,7 +115,8 @@ class MaskSet:
         """Make sure that this mask belongs to ``model``, and, if given, to exactly these ``weights``.
 
         Raises:
-            UserError: The model's weights have another fingerprint, or names or shapes differ.
+            UserError: The model's weights have another fingerprint, or it has no such weights, or, of ``weights``,
+                names or shapes differ.
         """
         from leap_pl.models import model_fingerprint
 
@@ -126,6 +128,13 @@ class MaskSet:
                 "Give the base model it was made for (unpruned, the same revision)."
             )
         if weights is None:
+            there = {name: parameter.shape for name, parameter in model.named_parameters()}
+            strange = [name for name, mask in self.masks.items() if there.get(name) != mask.shape]
+            if strange:
+                raise UserError(
+                    f"the model has no weight {listing([repr(name) for name in strange], 3)} of the shape that this "
+                    "mask is for. Give the base model it was made for."
+                )
             return
         shapes = {name: tuple(weight.parameter.shape) for name, weight in weights.items()}
         wrong = [n for n in shapes if n not in self.masks or tuple(self.masks[n].shape) != shapes[n]]
@@ -162,7 +171,7 @@ class MaskSet:
     # -- on disk ------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write the file ``path`` whole or not at all.
+        """Write the file ``path`` whole or not at all; the same masks and provenance make the same bytes.
 
         Raises:
             UserError: It cannot be written.

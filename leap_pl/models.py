@@ -1,6 +1,7 @@
 """Base models: found by name, loaded, told apart, and their prunable weights listed."""
 
 import hashlib
+import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,9 +52,19 @@ def load_model(
         _disable_dropout(config)
     with _reading("base model", name):
         if gguf_file is None:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, revision=revision, config=config, dtype=dtype, trust_remote_code=trust_remote_code
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                revision=revision,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
+            if found["missing_keys"]:  # transformers warns, and makes up random ones
+                raise UserError(
+                    f"base model {name} lacks the weights {listing(sorted(found['missing_keys']), 3)}. Check that the "
+                    "files are complete, and that config.json belongs to them."
+                )
         else:
             resolved = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
             quantised = AutoModelForCausalLM.from_pretrained(
@@ -132,11 +143,16 @@ class _reading:  # noqa: N801  (reads as a statement: with _reading("base model"
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        readers = OSError | ValueError | KeyError | RuntimeError | SafetensorError
+        readers = OSError | ValueError | KeyError | RuntimeError | SafetensorError | pickle.UnpicklingError
         if not isinstance(error, readers) or isinstance(error, UserError):
             return
         if isinstance(error, torch.OutOfMemoryError):
             return
+        if isinstance(error, pickle.UnpicklingError):
+            raise UserError(
+                f"{self.what} {self.name} is pickled, and damaged or more than tensors; leap_pl runs no code from a "
+                "model's files. Give the model as safetensors."
+            ) from error
         reason = " ".join(str(error).split())[:300]
         local = Path(self.name).expanduser().exists()
         remedy = (
@@ -280,6 +296,24 @@ def _weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
         for tensor, parameter in own.items():
             if parameter.ndim >= 2:
                 yield f"{module_name}.{tensor}", module, tensor, parameter
+
+
+def check_numbers(model: nn.Module, name: str) -> None:
+    """Make sure that every weight of ``model`` is a number.
+
+    Raises:
+        UserError: One holds Inf or NaN; with its name and how many.
+    """
+    for parameter, weight in model.named_parameters():
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            continue
+        # The extremes propagate NaN, and take no memory of the weight's size.
+        if not all(bool(torch.isfinite(extreme)) for extreme in weight.detach().aminmax()):
+            broken = int(weight.numel() - torch.isfinite(weight).sum())
+            raise UserError(
+                f"base model {name}: {parameter} holds {broken:,} values that are infinite or NaN, and nothing can be "
+                "learned or measured through it. Fetch the model again, or give another copy."
+            )
 
 
 def _describe(

@@ -20,6 +20,7 @@ from leap_pl.gates import BernoulliGate, Gate, GateState, attach
 from leap_pl.models import (
     Dtype,
     Weight,
+    check_numbers,
     decoder_blocks,
     find_weights,
     load_model,
@@ -29,6 +30,7 @@ from leap_pl.models import (
 from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
 from leap_pl.parallel import RankZero, data_rank, mean_over_ranks, reduce_only, saves_shards, shard, sharding_mesh
 from leap_pl.prior import Prior, SharedPrior
+from leap_pl.rewind import rewind
 from leap_pl.schedules import warmup_cosine
 from leap_pl.shards import Ranks, copy_part_, gathered, own_part
 
@@ -42,11 +44,12 @@ if TYPE_CHECKING:
 class NonFiniteError(UserError):
     """A term of the loss, or a logit, is infinite or NaN: says at which step, and where."""
 
-    def __init__(self, step: int, where: str) -> None:
-        super().__init__(
-            f"learning broke at step {step}: {where}. The run stops, and the checkpoints before that step stand. "
-            "Lower the learning rate (model.optimizer.init_args.lr), or set trainer.gradient_clip_val."
-        )
+    def __init__(self, step: int, where: str, dtype: torch.dtype | None = None) -> None:
+        remedy = "Lower the learning rate (model.optimizer.init_args.lr), or set trainer.gradient_clip_val."
+        if dtype == torch.float16:
+            remedy = "float16 ends at 65504, which activations can pass: set --model.dtype bfloat16 or float32."
+        told = f"learning broke at step {step}: {where}. The run stops, and the checkpoints before that step stand."
+        super().__init__(f"{told} {remedy}")
 
 
 class LeapModule(L.LightningModule):
@@ -133,6 +136,7 @@ class LeapModule(L.LightningModule):
         self.resumes_from: str | None = None
         self.register_state_dict_post_hook(_logits_only)
         self.dense_perplexity: float | None = None
+        self.hard_perplexity: float | None = None  # of the last validation
         self.hard_metric, self.dense_metric = Perplexity(), Perplexity()
         self.terms: dict[str, Tensor] = {}
         self.told: dict[str, Any] = {}  # settings of callbacks that a mask's provenance should tell
@@ -151,6 +155,7 @@ class LeapModule(L.LightningModule):
             dropout=False,
             trust_remote_code=self.trust_remote_code,
         )
+        check_numbers(model, self.base_model)
         self._check_length(model)
         self.weights = find_weights(model, self.targets, self.ignore)
         if self.mesh is not None:
@@ -300,13 +305,30 @@ class LeapModule(L.LightningModule):
         values = {name: float(value) for name, value in self.terms.items()}
         broken = [f"{name} = {value:g}" for name, value in values.items() if not math.isfinite(value)]
         if broken:
-            raise NonFiniteError(self.state.step, ", ".join(broken))
+            raise NonFiniteError(self.state.step, ", ".join(broken), self._dtype_of_model())
         if logits:
             tensors = [gate.logits.detach() for gate in self.gates.values()]
             flags = [int(not torch.isfinite(own_part(tensor)).all()) for tensor in tensors]
             for name, flag in zip(self.gates, Ranks.of(tensors).highest(flags), strict=True):
                 if flag:
                     raise NonFiniteError(self.state.step, f"the logits of {name} are infinite or NaN")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make sure that the gradients are numbers: a step with one that is not would spoil every logit.
+
+        Raises:
+            NonFiniteError: One is infinite or NaN.
+        """
+        if self.trainer.precision == "16-mixed":  # its scaler meets such gradients, and leaves the step out
+            return
+        gradients = {name: gate.logits.grad for name, gate in self.gates.items() if gate.logits.grad is not None}
+        if not bool(torch.isfinite(nn.utils.get_total_norm(list(gradients.values())))):  # one look at the device
+            broken = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+            where = f"the gradients of {listing(broken, 2)} are infinite or NaN" if broken else "the gradients overflow"
+            raise NonFiniteError(self.state.step, where, self._dtype_of_model())
+
+    def _dtype_of_model(self) -> torch.dtype | None:
+        return None if self.model is None else self.model.dtype
 
     def configure_optimizers(self) -> Any:
         """One optimizer over all logits, and its schedule, stepped once an optimizer step."""
@@ -354,13 +376,14 @@ class LeapModule(L.LightningModule):
             metric.update(self.head(hidden[part]).float()[None], targets[None, part])
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the dense model's perplexity: it does not change."""
+        """Keep the perplexities: the dense model's does not change."""
+        self.hard_perplexity = float(self.hard_metric.compute())
         if self.dense_perplexity is None:
             self.dense_perplexity = float(self.dense_metric.compute())
         self.log("perplexity/dense", self.dense_perplexity, sync_dist=True)  # equal already: Lightning would warn
         if self.trainer.sanity_checking:
             # Lightning keeps what is measured before the first step to itself; it is where the curves begin.
-            start = {"perplexity/hard": float(self.hard_metric.compute()), "perplexity/dense": self.dense_perplexity}
+            start = {"perplexity/hard": self.hard_perplexity, "perplexity/dense": self.dense_perplexity}
             for logger in self.loggers:
                 logger.log_metrics(start, step=0)
 
@@ -431,8 +454,8 @@ class LeapModule(L.LightningModule):
         for optimizer in self.trainer.optimizers[:1]:
             plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, bool | int | float)}
             told["optimizer"] = {"class": type(optimizer).__name__, **plain}
-        if "perplexity/hard" in self.trainer.callback_metrics:
-            told["perplexity"] = float(self.trainer.callback_metrics["perplexity/hard"])
+        if self.hard_perplexity is not None:
+            told["perplexity"] = self.hard_perplexity
         if self.dense_perplexity is not None:
             told["dense_perplexity"] = self.dense_perplexity
         return told
@@ -441,6 +464,7 @@ class LeapModule(L.LightningModule):
         """Leave the frozen model out: logits by weight name, and whose they are."""
         self.check_finite(logits=True)
         checkpoint[checkpoints.KEY] = asdict(self.identity())
+        rewind(self.trainer, checkpoint)
         if saves_shards(self._trainer):
             return  # each rank its own, under this module's names: ModelParallelStrategy reads them back
         if self.mesh is None:
@@ -460,7 +484,7 @@ class LeapModule(L.LightningModule):
         """Refuse a checkpoint of another model or another run; map its logits to this module's names."""
         found = checkpoints.read_identity(checkpoint)
         checkpoints.check_same(found, self.identity())
-        self.dense_perplexity = found.dense_perplexity
+        self.dense_perplexity, self.hard_perplexity = found.dense_perplexity, found.settings.get("perplexity")
         if self._fitting():
             checkpoints.count_for_ranks(checkpoint, found, self.identity())
         if self.mesh is None:

@@ -46,6 +46,7 @@ class Prior:
         sparsity: float,
         data: "TextDataModule | None",
         device: torch.device,
+        progress: bool = True,
     ) -> MaskSet | None:
         """The prior mask of ``weights`` at ``sparsity``, or None where the method is ``none``.
 
@@ -56,6 +57,7 @@ class Prior:
             sparsity: The target sparsity.
             data: Where calibration text comes from; magnitude needs none.
             device: Where the method computes.
+            progress: Show a progress bar.
 
         Raises:
             UserError: The mask file belongs to another model or other weights, or there is no text to
@@ -84,6 +86,7 @@ class Prior:
             data=data,
             cache_dir=self.cache_dir,
             device=device,
+            progress=progress,
         )
 
 

@@ -1,7 +1,10 @@
 """The verbs that train and validate: LightningCLI with this project's defaults."""
 
+import errno
 import logging
+import os
 import sys
+import threading
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
@@ -9,21 +12,24 @@ from typing import Any
 
 import torch
 from jsonargparse import lazy_instance
+from lightning import Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from leap_pl.arguments import one_line
-from leap_pl.callbacks import Annealing, MaskExport, SparsityLogger, StepProgress
+from leap_pl.callbacks import Annealing, Checkpoints, MaskExport, SparsityLogger, StepProgress
 from leap_pl.checkpoint import load_checkpoint
+from leap_pl.checkpoint_io import WholeCheckpointIO
 from leap_pl.consolidate import check_folder
 from leap_pl.data import TextDataModule
 from leap_pl.errors import UserError
 from leap_pl.module import LeapModule
 from leap_pl.parallel import lost_a_rank
+from leap_pl.resume import newest_checkpoint
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 2000,
@@ -33,6 +39,18 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,  # its table counts parametrized weights twice
     "check_val_every_n_epoch": None,  # a run is one epoch: validation goes by steps
     "logger": lazy_instance(TensorBoardLogger, save_dir="runs", name="leap", default_hp_metric=False),
+}
+
+# What the logger and the saved config meet in a folder that cannot be written, or on a full disk.
+UNWRITABLE = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
 }
 
 # LeapModule's own default, in the form that a saved config can hold.
@@ -56,29 +74,39 @@ class LeapCLI(LightningCLI):
         parser.add_lightning_class_args(SparsityLogger, "sparsity_log")
         parser.add_lightning_class_args(MaskExport, "mask_export")
         parser.add_lightning_class_args(StepProgress, "progress")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.filename": "{step}",
-                "checkpoint.save_last": "link",
-                "checkpoint.save_on_train_epoch_end": False,
-                "checkpoint.enable_version_counter": False,  # a second run in a folder replaces the first
-                "model.optimizer": OPTIMIZER,
-            }
-        )
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.set_defaults({"model.optimizer": OPTIMIZER})
         parser.link_arguments("model.base_model", "data.tokenizer")
         parser.link_arguments("model.revision", "data.tokenizer_revision")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """What a checkpoint was made with fills in what is not given; what is typed, or in a config, wins."""
+        """What a checkpoint was made with fills in what is not given; what is typed, or in a config, wins.
+
+        ``--ckpt_path last`` becomes the newest whole checkpoint of ``checkpoint.dirpath``, or none where there is
+        none yet. A job that SLURM has put back into its queue goes on from there without being told to.
+        """
         words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
         path = _option(words, "--ckpt_path")
         if path is not None and Path(path).exists():
-            stored = load_checkpoint(path).get("hyper_parameters", {})
-            known = {k: v for k, v in stored.items() if not k.startswith("_")}
-            subparser = self._subcommand_parsers[words[0]]
-            subparser.set_defaults({f"model.{name}": value for name, value in known.items()})
+            self._take_defaults(words[0], load_checkpoint(path))
         super().parse_arguments(parser, args)
+        verb = self.config.get("subcommand")
+        if verb is None:
+            return
+        settings = self.config[verb]
+        requeued = verb == "fit" and not settings.ckpt_path and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+        if settings.ckpt_path != "last" and not (requeued and settings.checkpoint.dirpath):
+            return
+        found = _find_last(verb, settings.checkpoint.dirpath)
+        if found is not None:
+            self._take_defaults(verb, found[1])
+            super().parse_arguments(parser, args)
+        self.config[verb].ckpt_path = None if found is None else str(found[0])
+
+    def _take_defaults(self, verb: str, checkpoint: dict[str, Any]) -> None:
+        stored = checkpoint.get("hyper_parameters", {})
+        known = {f"model.{name}": value for name, value in stored.items() if not name.startswith("_")}
+        self._subcommand_parsers[verb].set_defaults(known)
 
     def before_fit(self) -> None:
         """Tell the model what it goes on from, and refuse a form that the strategy cannot read."""
@@ -98,6 +126,13 @@ class LeapCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's own version lays the checkpoint's settings over what was typed."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with checkpoint files that are whole and checked unless another way to store them was chosen."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        return trainer
 
 
 def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
@@ -141,6 +176,7 @@ def run(words: list[str]) -> LeapCLI:
     if getattr(rank_zero_only, "rank", 0):
         _quieten()
     torch.set_float32_matmul_precision("high")
+    threading.excepthook = _say_nothing_twice
     try:
         return make_cli(words)
     except ArgumentError as error:
@@ -157,10 +193,24 @@ def run(words: list[str]) -> LeapCLI:
             f"another rank has ended, and its own message says why ({str(error).splitlines()[0][-120:]}). "
             "Resume from the last checkpoint with --ckpt_path."
         ) from error
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        place = f"{error.filename} cannot be written" if error.filename else "a file of the run cannot be written"
+        raise UserError(
+            f"{place} ({error.strerror}). Free space, or name other places with --checkpoint.dirpath and "
+            "--trainer.logger.save_dir."
+        ) from error
     except (ValueError, MisconfigurationException) as error:
         if isinstance(error, UserError) or not _from_settings(error):
             raise
         raise UserError(" ".join(str(error).split())) from error
+
+
+def _say_nothing_twice(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer on a full disk: the run meets the same error at its next log, and tells it."""
+    if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in UNWRITABLE):
+        threading.__excepthook__(failed)
 
 
 def _quieten() -> None:
@@ -184,6 +234,26 @@ def _from_settings(error: Exception) -> bool:
     place = Path(code.co_filename)
     ours = "leap_pl" in place.parts and code.co_name in ("__init__", "__post_init__")
     return ours or place.stem == "accelerator_connector"
+
+
+def _find_last(verb: str, folder: str | None) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint in ``folder``; which one it is, or that there is none, is said."""
+    if folder is None:
+        raise UserError(
+            "--ckpt_path last needs a folder that is the same in every run. Name it with --checkpoint.dirpath."
+        )
+    found = newest_checkpoint(Path(folder).expanduser())
+    if found is None and verb != "fit":
+        raise UserError(f"there is no checkpoint in {folder}. Give another --checkpoint.dirpath, or a .ckpt file.")
+    if found is None:
+        words = f"no checkpoint in {folder} yet: the run starts afresh."
+    else:
+        file, checkpoint, damaged = found
+        words = f"going on from {file} (step {checkpoint.get('global_step')})."
+        if damaged:
+            words = f"{damaged[0]} So: {words}"
+    rank_zero_only(print)(f"leap_pl {verb}: {words}", file=sys.stderr, flush=True)
+    return None if found is None else found[:2]
 
 
 def _option(words: list[str], name: str) -> str | None:

@@ -15,7 +15,8 @@ from leap_pl.schedules import Schedule
 from leap_pl.trainer_cli import LeapCLI, make_cli
 
 ROOT = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in ("shared", "cluster"))
+APART = ("shared", "cluster")  # parts of configs, and what is laid over one
+CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in APART and path.stem != "headline")
 
 
 def instantiate(path: Path, tmp_path: Path) -> LeapCLI:

@@ -1,7 +1,12 @@
 """Files and folders are there whole or not at all."""
 
+import ctypes
 import errno
 import os
+import signal
+import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +14,9 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
+from leap_pl import files
 from leap_pl.errors import UserError
-from leap_pl.files import atomic_file, atomic_folder
+from leap_pl.files import atomic_file, atomic_folder, atomic_link, remove_abandoned
 
 
 def contents(folder: Path) -> dict[str, str | None]:
@@ -20,6 +26,11 @@ def contents(folder: Path) -> dict[str, str | None]:
 
 def full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def in_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that cannot exchange two names."""
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
 
 
 def one_line(error: pytest.ExceptionInfo[UserError], path: Path, reason: str) -> None:
@@ -149,7 +160,12 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"out": None, "out/.hidden": "old"}
 
 
-def test_a_folder_with_something_in_it_is_replaced_by_force(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_folder_with_something_in_it_is_replaced_by_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    if steps == 2:
+        in_two_steps(monkeypatch)
     path = tmp_path / "out"
     path.mkdir()
     (path / "old").write_text("old")
@@ -184,18 +200,26 @@ def fail_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", full)
 
 
+def fail_swap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_exchange", full)
+    monkeypatch.setattr(Path, "rename", full)
+
+
 def fail_first_rename(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_two_steps(monkeypatch)
     monkeypatch.setattr(Path, "rename", full)
 
 
 def fail_second_rename(monkeypatch: pytest.MonkeyPatch) -> None:
     """The old folder is out of the way, and the new one cannot take its place."""
+    in_two_steps(monkeypatch)
     rename = Path.rename
     monkeypatch.setattr(Path, "rename", lambda a, b: full() if a.name.endswith(".part") else rename(a, b))
 
 
 def put_nothing_in_place(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """The old folder is moved away, and after that every rename fails."""
+    in_two_steps(monkeypatch)
     rename = Path.rename
 
     def first_only(source: Path, target: Path) -> Path:
@@ -206,7 +230,7 @@ def put_nothing_in_place(monkeypatch: pytest.MonkeyPatch, error: BaseException) 
     monkeypatch.setattr(Path, "rename", first_only)
 
 
-@pytest.mark.parametrize("fail", [fail_fsync, fail_first_rename, fail_second_rename])
+@pytest.mark.parametrize("fail", [fail_fsync, fail_swap, fail_first_rename, fail_second_rename])
 @pytest.mark.parametrize("old", [False, True])
 def test_a_full_disk_leaves_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Callable[[pytest.MonkeyPatch], None], old: bool
@@ -236,6 +260,7 @@ def test_an_old_folder_that_cannot_be_put_back_is_not_lost(tmp_path: Path, monke
 def test_an_interrupt_in_the_middle_of_the_swap_leaves_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    in_two_steps(monkeypatch)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     rename, calls = Path.rename, []
@@ -269,6 +294,136 @@ def test_a_folders_files_are_flushed_and_readable_as_the_umask_says(
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "out" / "a").stat().st_mode & 0o777 == 0o644
     assert (tmp_path / "out" / "a").stat().st_ino in flushed
+
+
+def test_two_folders_change_places_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At no moment is there no folder: no rename of Python's is used, and both are whole afterwards."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(name)
+    monkeypatch.setattr(Path, "rename", full)
+    if not files._exchange(tmp_path / "one", tmp_path / "other"):
+        pytest.skip("this system cannot exchange names")
+    assert contents(tmp_path) == {"one": None, "one/other": "other", "other": None, "other/one": "one"}
+    with pytest.raises(FileNotFoundError):
+        files._exchange(tmp_path / "one", tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL, errno.EIO])
+def test_a_system_that_cannot_exchange_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    class Library:
+        def renameat2(self, *_: Any) -> int:
+            ctypes.set_errno(number)
+            return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Library())
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            files._exchange(tmp_path / "one", tmp_path / "other")
+    else:
+        assert not files._exchange(tmp_path / "one", tmp_path / "other")
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+    assert not files._exchange(tmp_path / "one", tmp_path / "other")
+
+
+@pytest.mark.parametrize("writer", ["file", "folder"])
+def test_a_disk_that_fails_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
+    """The new one stands, so the message must not say that nothing was left behind."""
+    path, fsync = tmp_path / "out", os.fsync
+
+    def flush(descriptor: int) -> None:
+        if os.path.samestat(os.fstat(descriptor), tmp_path.stat()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    with pytest.raises(UserError) as caught:
+        if writer == "file":
+            with atomic_file(path) as temporary:
+                temporary.write_text("new")
+        else:
+            write_folder(path)
+    message = str(caught.value)
+    assert f"{path} was written, but the disk does not confirm" in message
+    assert "\n" not in message
+    assert contents(tmp_path) == ({"out": "new"} if writer == "file" else {"out": None} | under("out", NEW))
+
+
+def under(folder: str, entries: dict[str, str | None]) -> dict[str, str | None]:
+    return {f"{folder}/{name}": text for name, text in entries.items()}
+
+
+def test_a_file_system_that_flushes_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flush(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    with atomic_file(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+    assert contents(tmp_path) == {"a": "new"}
+
+
+# -- links, and what killed processes leave ----------------------------------------------------------------
+
+
+def test_a_link_changes_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).write_text(name)
+    link = tmp_path / "last"
+    atomic_link(link, tmp_path / "one")
+    assert link.read_text() == "one"
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        atomic_link(link, tmp_path / "other")
+    assert link.read_text() == "one"
+    monkeypatch.undo()
+    atomic_link(link, tmp_path / "other")
+    assert link.read_text() == "other"
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["last", "one", "other"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from leap_pl.files import atomic_file, atomic_folder
+with atomic_file(Path(sys.argv[1]) / "a") as file, atomic_folder(Path(sys.argv[1]) / "b") as folder:
+    file.write_text("half"); (folder / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    for _ in range(2):
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        names = [p.name for p in tmp_path.iterdir()]
+        assert len(names) == 2  # those of the first are gone
+        assert all(name.endswith(".part") for name in names)
+    with atomic_file(tmp_path / "a") as mine:
+        remove_abandoned(tmp_path)
+        assert mine.exists()  # its writer lives
+        assert [p.name for p in tmp_path.iterdir()] == [mine.name]
+        mine.write_text("whole")
+    assert contents(tmp_path) == {"a": "whole"}
+
+
+def test_nothing_else_is_taken_for_abandoned(tmp_path: Path) -> None:
+    for name in (".a.123.part", ".ab.123.part", "a.part", ".a.part.txt", ".a.1.old"):
+        (tmp_path / name).write_text("x")
+    remove_abandoned(tmp_path, "a")
+    assert set(contents(tmp_path)) == {".ab.123.part", "a.part", ".a.part.txt", ".a.1.old"}
+
+
+def test_without_locks_nothing_is_taken_for_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    (tmp_path / ".a.123.part").write_text("x")
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    with atomic_file(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+    assert contents(tmp_path) == {".a.123.part": "x", "a": "new"}
 
 
 # -- places that cannot be written ------------------------------------------------------------------------

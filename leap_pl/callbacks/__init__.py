@@ -1,8 +1,9 @@
-"""What happens around learning: annealing, logs, progress, and the mask at the end."""
+"""What happens around learning: annealing, logs, progress, checkpoints, and the mask at the end."""
 
 from leap_pl.callbacks.annealing import Annealing
+from leap_pl.callbacks.checkpoints import Checkpoints
 from leap_pl.callbacks.mask_export import MaskExport
 from leap_pl.callbacks.progress import StepProgress
 from leap_pl.callbacks.sparsity import SparsityLogger
 
-__all__ = ["Annealing", "MaskExport", "SparsityLogger", "StepProgress"]
+__all__ = ["Annealing", "Checkpoints", "MaskExport", "SparsityLogger", "StepProgress"]

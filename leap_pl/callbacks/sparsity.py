@@ -6,12 +6,16 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
 from leap_pl.gates import Gate
 from leap_pl.masks import split_name
 from leap_pl.module import LeapModule
 from leap_pl.shards import strided_samples
+
+FEWEST_BITS = 256  # sampled of a weight, to say that its density is extreme
 
 # One page that answers: does it learn, is it on budget, does the mask still move, where does it prune?
 _PAGE = {
@@ -53,6 +57,8 @@ class SparsityLogger(L.Callback):
     Hard quantities are of the mask at exactly the target sparsity, estimated on evenly spaced logits;
     soft ones are of all weights, in the last micro-batch. TensorBoard also gets histograms of αθ/τ, a
     custom-scalars page, and the hyper-parameters with the final perplexities.
+
+    A weight of which the hard mask keeps next to nothing, or removes next to nothing, is warned of, once.
     """
 
     def __init__(self, every_n_steps: int = 10, histogram_every_n_steps: int = 100, samples: int = 1 << 19) -> None:
@@ -70,6 +76,7 @@ class SparsityLogger(L.Callback):
         self.prior_bits: dict[str, Tensor] = {}
         self.last_bits: dict[str, Tensor] = {}
         self.last_step = -1
+        self.warned: set[str] = set()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the prior's sampled bits; lay out TensorBoard's page."""
@@ -83,6 +90,15 @@ class SparsityLogger(L.Callback):
                 logger.experiment.add_custom_scalars(_PAGE)
             else:
                 logger.log_hyperparams(_plain(dict(pl_module.hparams)))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """TensorBoard forgets what a run that was stopped drew beyond the checkpoint: this run draws it again."""
+        if trainer.global_step == 0:
+            return
+        beyond = Event(step=trainer.global_step + 1, session_log=SessionLog(status=SessionLog.START))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.file_writer.add_event(beyond)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -129,12 +145,37 @@ class SparsityLogger(L.Callback):
         metrics |= _densities(
             "hard", {n: int(b.sum()) for n, b in bits.items()}, {n: b.numel() for n, b in bits.items()}
         )
+        self._warn_of_extremes(bits, 1 - module.sparsity)
         if self.prior_bits:
             metrics["mask/changed_from_prior"] = _difference(bits, self.prior_bits)
         if self.last_bits:
             metrics["mask/changed_since_last_log"] = _difference(bits, self.last_bits)
         self.last_bits = bits
         return metrics
+
+    def _warn_of_extremes(self, bits: dict[str, Tensor], target: float) -> None:
+        """Say of a weight, once, that its density has run to 0 or 1, and what to do about it.
+
+        Args:
+            bits: Sampled hard masks by weight name.
+            target: ρ; a weight is extreme where it keeps, or removes, a hundredth of what the model does on average.
+        """
+        for name, mask in bits.items():
+            density = float(mask.float().mean())
+            if name in self.warned or mask.numel() < FEWEST_BITS:
+                continue
+            if density <= target / 100:
+                what = "next to nothing is kept, and the layer may pass nothing on"
+            elif 1 - density <= (1 - target) / 100:
+                what = "next to nothing is removed, and the other weights make up for it"
+            else:
+                continue
+            self.warned.add(name)
+            rank_zero_warn(
+                f"{name}: its density has run to {density:.4f}, where the model's is {target:.4f}: {what}. If that is "
+                "not meant, hold every layer to the target with --model.objective.budget_scope layer, leave this "
+                f"weight dense with --model.ignore '[{name}]', or lower the learning rate."
+            )
 
     def _histograms(self, trainer: L.Trainer, module: LeapModule, step: int) -> None:
         sharpness = float(module.state.alpha / module.state.tau)

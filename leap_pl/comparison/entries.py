@@ -63,16 +63,20 @@ def _read(source: str) -> Entry:
         if (path / MASK).is_file():
             return _of_mask(source, MaskSet.load(path / MASK))
         raise UserError(
-            f"{source} holds no {MASK}, so it is no folder of leap_pl export. Name result files (.json), MaskSet files "
-            "(.safetensors) or exported folders."
+            f"{source} holds no {MASK}, so leap_pl has not written it. Name result files (.json), MaskSet files "
+            "(.safetensors), checkpoints (.ckpt) or exported folders."
         )
     if path.suffix == ".safetensors":
         return _of_mask(source, MaskSet.load(path))
+    if path.suffix == ".ckpt":
+        from leap_pl.checkpoint import masks_from_checkpoint
+
+        return _of_mask(source, masks_from_checkpoint(path))
     if not path.is_file():
         raise UserError(f"{source}: there is no such file. Name result files of leap_pl evaluate, masks or folders.")
     result = read_result(path)
     try:
-        return _of_result(source, result)
+        return entry_of_result(source, result, _mask_at_hand(result["model"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -99,8 +103,14 @@ def _of_mask(source: str, mask: MaskSet) -> Entry:
     )
 
 
-def _of_result(source: str, result: dict[str, Any]) -> Entry:
+def entry_of_result(source: str, result: dict[str, Any], mask: MaskSet | None = None) -> Entry:
+    """What ``result``, read from ``source``, says; it has no label yet."""
     model = result["model"]
+    for figure in result["perplexity"].values():
+        _perplexity_protocol(figure)
+        float(figure["value"]), float(figure["nll"]), figure["stderr"]
+    for figure in result["tasks"].values():
+        _task_protocol(figure)
     densities: dict[tuple[int, str], float] = {}
     for name, sparsity in result["sparsity"]["weights"].items():
         layer, projection = split_name(name)
@@ -116,7 +126,7 @@ def _of_result(source: str, result: dict[str, Any]) -> Entry:
         perplexity=dict(result["perplexity"]),
         tasks=dict(result["tasks"]),
         densities=densities,
-        mask=_mask_at_hand(model),
+        mask=mask,
     )
 
 
@@ -153,7 +163,7 @@ def check_protocols(entries: Sequence[Entry]) -> None:
     Raises:
         UserError: Two differ; the message says which, and in what.
     """
-    for kind, read in (("perplexity", _perplexity_protocol), ("task", _task_protocol)):
+    for kind, read in (("perplexity", _perplexity_protocol), ("accuracy", _task_protocol)):
         seen: dict[str, tuple[Entry, dict[str, Any]]] = {}
         for entry in entries:
             figures = entry.perplexity if kind == "perplexity" else entry.tasks
@@ -164,10 +174,10 @@ def check_protocols(entries: Sequence[Entry]) -> None:
                 if "tokenizer" in differing:
                     differing = [key for key in differing if key != "text"]  # other tokens of, maybe, the same text
                 if differing:
-                    said = "; ".join(f"{key} {expected[key]} and {protocol[key]}" for key in differing)
+                    said = ", ".join(f"{key} ({expected[key]} and {protocol[key]})" for key in differing)
                     raise UserError(
-                        f"the {kind} of {name} in {other.source} and in {entry.source} cannot stand in one column: "
-                        f"they differ in {said}. Evaluate both in one way, or compare them apart."
+                        f"the {kind} on {name} in {other.source} and in {entry.source} cannot stand in one column: "
+                        f"they differ in {said}. Evaluate both with the same flags, or compare them apart."
                     )
 
 
@@ -176,10 +186,11 @@ def _perplexity_protocol(figure: dict[str, Any]) -> dict[str, Any]:
     return {
         "seq_length": figure["seq_length"],
         "stride": figure["stride"],
-        "tokenizer": f"{tokenizer['digest']} ({tokenizer['vocabulary']} entries)",
-        "text": f"{figure['text_digest']} ({figure['tokens']} tokens)",
+        "tokenizer": f"{tokenizer['vocabulary']:,} entries with digest {tokenizer['digest']}",
+        "text": f"{figure['tokens']:,} tokens with digest {figure['text_digest']}",
     }
 
 
 def _task_protocol(figure: dict[str, Any]) -> dict[str, Any]:
-    return {key: figure[key] for key in ("split", "limit", "num_fewshot", "version", "samples")}
+    protocol = {key: figure[key] for key in ("split", "limit", "num_fewshot", "version", "samples")}
+    return protocol | {"limit": figure["limit"] or "no limit"}

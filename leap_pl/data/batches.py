@@ -1,6 +1,7 @@
 """The blocks of a run, dealt to ranks and data workers without overlap, from any point on."""
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
@@ -108,7 +109,7 @@ class BlockLoader(DataLoader[Batch]):
             batch_size=None,
             num_workers=num_workers,
             collate_fn=_as_it_is,  # type: ignore[arg-type]
-            worker_init_fn=_without_tokenizer_threads,
+            worker_init_fn=_start_worker,
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -123,9 +124,13 @@ class BlockLoader(DataLoader[Batch]):
             yield batch
 
 
-def _without_tokenizer_threads(_: int) -> None:
-    """A forked worker has the tokenizer's thread pool but not its threads: to use it is to wait for ever."""
+def _start_worker(_: int) -> None:
+    # A forked worker has the tokenizer's thread pool but not its threads: to use it is to wait for ever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # A scheduler's signals reach every process of a job. The training process answers them, and still needs its
+    # workers until then; a second SIGTERM is its own, to a worker that does not end by itself.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from leap_pl.data.batches import BEGINNING, Batch, BlockLoader, Progress, RankBatches
 from leap_pl.data.calibration import loaded_tokenizer
 from leap_pl.data.documents import Share, warn
-from leap_pl.data.packing import BlockStream
+from leap_pl.data.packing import BlockStream, Separator
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
 
@@ -26,7 +26,7 @@ FORMAT = 1
 class TextDataModule(LightningDataModule):
     """Packed blocks of text to learn a mask on, and held-out blocks to validate it.
 
-    Documents are joined by the tokenizer's end token and cut in blocks of exactly ``seq_length`` tokens. The
+    Documents are joined by a ``separator`` and cut in blocks of exactly ``seq_length`` tokens. The
     sequence of blocks follows from text, tokenizer, ``seq_length`` and ``seed`` alone; ranks and data workers
     share it without overlap, and a resumed run goes on with the block that comes next. A run is one epoch of
     ``trainer.max_steps`` × ``trainer.accumulate_grad_batches`` batches on every rank; a text that is shorter
@@ -57,6 +57,9 @@ class TextDataModule(LightningDataModule):
         batch_size: Blocks in a micro-batch on each rank.
         validation_sequences: Blocks to validate on, of all ranks together; 0 holds nothing out.
         num_workers: Processes of each rank that read and tokenize ahead; 0 does it in the training process.
+        separator: What follows each document: the tokenizer's end token (``end_token``), as in pretraining, or a
+            blank line (``blank_line``), as in the texts that perplexity is measured on. A mask learns to go on after
+            what it has seen.
         seed: Order of the files, or of the shards of a hub dataset; validation does not depend on it.
         tokenizer_revision: Branch, tag or commit of a tokenizer from the hub.
     """
@@ -75,6 +78,7 @@ class TextDataModule(LightningDataModule):
         batch_size: PositiveInt = 1,
         validation_sequences: NonNegativeInt = 64,
         num_workers: NonNegativeInt = 0,
+        separator: Separator = "end_token",
         seed: int = 0,
         tokenizer_revision: str | None = None,
     ) -> None:
@@ -92,6 +96,7 @@ class TextDataModule(LightningDataModule):
         self.batch_size = int(batch_size)
         self.validation_sequences = int(validation_sequences)
         self.num_workers = int(num_workers)
+        self.separator: Separator = separator
         self.seed = seed
         self.tokenizer_revision = tokenizer_revision
         self._tokenizer: Any = None
@@ -100,6 +105,9 @@ class TextDataModule(LightningDataModule):
         self._identity: dict[str, Any] | None = None
         # How far the run is after the batch in training, and after the one before it.
         self._progress = self._progress_before = BEGINNING
+        # The optimizer step that is being worked on, and how far the run was before its first micro-batch.
+        self._step: int | None = None
+        self._progress_at_step = BEGINNING
 
     @property
     def tokenizer(self) -> Any:
@@ -117,7 +125,7 @@ class TextDataModule(LightningDataModule):
         """
         if self._stream is None:
             share: Share = "all" if self.validation_text or not self.validation_sequences else "train"
-            self._stream = BlockStream(self._open(share), self.tokenizer, self.seq_length)
+            self._stream = BlockStream(self._open(share), self.tokenizer, self.seq_length, self.separator)
         return self._stream
 
     def setup(self, stage: str) -> None:
@@ -128,6 +136,7 @@ class TextDataModule(LightningDataModule):
         """
         if stage == "fit":
             self._progress = self._progress_before = BEGINNING  # what a checkpoint says comes after
+            self._step = None
             next(self.stream.source.documents())
 
     def train_dataloader(self) -> BlockLoader:
@@ -197,6 +206,8 @@ class TextDataModule(LightningDataModule):
         """
         if "position" not in batch:
             return batch
+        if self.trainer is not None and self.trainer.global_step != self._step:
+            self._step, self._progress_at_step = self.trainer.global_step, self._progress
         self._progress_before, self._progress = self._progress, batch["position"]
         return {name: value for name, value in batch.items() if name != "position"}
 
@@ -209,6 +220,15 @@ class TextDataModule(LightningDataModule):
             if counts.ready > counts.processed:  # type: ignore[attr-defined]
                 progress = self._progress_before
         return {"format": FORMAT, "data": self.identity(), **progress}
+
+    def state_before_step(self) -> dict[str, Any] | None:
+        """As :meth:`state_dict`, before the first micro-batch of the optimizer step that is being worked on.
+
+        None where there is no such step: the last one is done, and no micro-batch has been used since.
+        """
+        if self.trainer is None or self.trainer.global_step != self._step:
+            return None
+        return {"format": FORMAT, "data": self.identity(), **self._progress_at_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on behind the last batch that was trained on; validation alone has nothing to go on with.
@@ -235,6 +255,7 @@ class TextDataModule(LightningDataModule):
         self._progress = self._progress_before = Progress(
             consumed=state_dict["consumed"], micro_batch=state_dict["micro_batch"], position=state_dict["position"]
         )
+        self._step = None
 
     def identity(self) -> dict[str, Any]:
         """The settings that a position in the stream depends on, by name."""
@@ -248,7 +269,7 @@ class TextDataModule(LightningDataModule):
                 "seq_length": self.seq_length,
                 "batch_size": self.batch_size,
                 "seed": self.seed,
-                "tokenizer": f"{Path(name).name} ({len(self.tokenizer)} tokens, end token {self.stream.end})",
+                "tokenizer": f"{Path(name).name} ({len(self.tokenizer)} tokens, separator {self.stream.end})",
             }
         return self._identity
 
@@ -275,7 +296,7 @@ class TextDataModule(LightningDataModule):
                 split=self.validation_split,
                 text_column=self.text_column,
             )
-        stream = BlockStream(source, self.tokenizer, self.seq_length)
+        stream = BlockStream(source, self.tokenizer, self.seq_length, self.separator)
         try:
             blocks = [block.tokens for block in islice(stream.blocks(repeat=False), self.validation_sequences)]
         except UserError as error:

@@ -23,6 +23,7 @@ from leap_pl.errors import UserError, listing
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".txt")
 TEXT_PART_BYTES = 1 << 18
+LONGEST_LINE = 1 << 28  # bytes: a line is held whole, and a file without line ends must not fill the memory
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -80,9 +81,14 @@ class LocalFiles:
         from_start, used = line == 0, 0
         with _opened(file) as handle:
             handle.seek(byte)
-            while raw := handle.readline():
+            while raw := handle.readline(LONGEST_LINE):
                 ordinal, line, byte = line, line + 1, byte + len(raw)
+                rest = _skip_rest(handle, raw)
+                byte += rest
                 if not in_share(self.share, shard, ordinal):
+                    continue
+                if rest:
+                    blemishes.note(ordinal, f"has more than {LONGEST_LINE:,} bytes", skipped=True)
                     continue
                 record = _parsed(raw.removeprefix(_BOM) if ordinal == 0 else raw, ordinal, blemishes)
                 if record is None:
@@ -181,6 +187,15 @@ class LocalFiles:
             f"{file} has no column {self.text_column!r}; it has: {listing(columns)}. "
             "Name the one with the text with --data.text_column."
         )
+
+
+def _skip_rest(handle: IO[bytes], raw: bytes) -> int:
+    """Read on to the end of a line that is too long; how many bytes that were."""
+    skipped = 0
+    while len(raw) == LONGEST_LINE and not raw.endswith(b"\n"):
+        raw = handle.readline(LONGEST_LINE)
+        skipped += len(raw)
+    return skipped
 
 
 def _parsed(raw: bytes, ordinal: int, blemishes: Blemishes) -> dict[str, Any] | None:

@@ -1,0 +1,274 @@
+"""When a run writes checkpoints: every so often, at its end, and when it is told to stop."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from leap_pl.files import atomic_file, atomic_link, check_writable, flush, remove_abandoned
+from leap_pl.signals import Stopped, StopSignals
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, so that a run that is stopped anywhere goes on as if it had not been.
+
+    - The newest two are kept, so that one is left if the disk ruins the other; ``last.ckpt`` is a link to the
+      newest and never dangles.
+    - One is written at least every ``every_minutes``, beside what Lightning's own arguments ask for, and one at
+      the end. The one of the last step comes when all else is done, the learned mask included: whoever finds
+      it finds a finished run.
+    - SIGTERM and SIGUSR1 (SLURM's warning) are answered after the micro-batch at hand: a checkpoint is written,
+      and the process ends with status 128 + the signal's number (143, 138). Under SLURM's auto-requeue the job is
+      then requeued. The same signal again, a second later or more, ends the process at once.
+    - If the text fails to come (a network that stays away), a checkpoint is written before the run ends.
+    - A validation that was due when the run was stopped is made up for when it goes on.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        filename: str = "{step}",
+        monitor: str = "step",
+        mode: str = "max",
+        save_top_k: int = 2,
+        save_last: bool | Literal["link"] | None = "link",
+        every_minutes: float = 30.0,
+        save_on_train_epoch_end: bool | None = False,
+        enable_version_counter: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Take the times and places; all but ``every_minutes`` are ModelCheckpoint's.
+
+        Args:
+            dirpath: Folder of the checkpoints. ``--ckpt_path last`` looks there.
+            filename: Of a checkpoint, from the names of metrics.
+            monitor: What is compared to keep the best; ``step`` keeps the newest.
+            mode: Whether more (``max``) or less (``min``) of it is better.
+            save_top_k: How many to keep; −1: all.
+            save_last: ``link``: ``last.ckpt`` is a symbolic link to the newest.
+            every_minutes: Write one at least so often; 0: only when the other arguments say so.
+            save_on_train_epoch_end: A run is one epoch.
+            enable_version_counter: False: a second run in the folder replaces the first one's files.
+            kwargs: The others of ModelCheckpoint; without any of them one is written at every validation.
+        """
+        super().__init__(
+            dirpath,
+            filename,
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            save_last=save_last,
+            save_on_train_epoch_end=save_on_train_epoch_end,
+            enable_version_counter=enable_version_counter,
+            **kwargs,
+        )
+        self.every_minutes = every_minutes
+        self.signals = StopSignals()
+        self._written = time.monotonic()
+        self._running = False
+        self._validated_step = -1
+
+    # -- when ---------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Clear away what killed runs left half-written; from here on a signal ends the run in order."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if trainer.is_global_zero and self.dirpath is not None and "://" not in str(self.dirpath):
+            check_writable(Path(self.dirpath))  # a bad folder fails at once, and not after hours
+            remove_abandoned(Path(self.dirpath))
+        self.signals = StopSignals()
+        self.signals.install()
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning has put its own handlers over these, which write no checkpoint."""
+        self.signals.install()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Validate, if the run was stopped before a validation that was due."""
+        super().on_train_start(trainer, pl_module)
+        slurm = _requeuing(trainer)
+        self.signals.install(*([slurm.requeue_signal] if slurm and slurm.requeue_signal else []))
+        self._written, self._running = time.monotonic(), True
+        if trainer.ckpt_path is not None and self.dirpath is not None:
+            resumed_here = Path(trainer.ckpt_path).resolve().parent == Path(self.dirpath).resolve()
+            self._last_global_step_saved = trainer.global_step if resumed_here else 0
+            self._make_up_for_validation(trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """A micro-batch begins: signals wait for its end."""
+        self.signals.at_once = False
+        self.signals.word = "a checkpoint is written after this micro-batch. The same signal again ends at once."
+        if batch_idx + 1 == trainer.max_steps * trainer.accumulate_grad_batches:
+            self.signals.word = "this is the last step, and the run finishes. The same signal again ends at once."
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write one if it is due after an optimizer step; heed a signal after any micro-batch."""
+        if self._finishing(trainer):
+            return
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            if self._time_is_up(trainer):
+                self.save(trainer)
+        self._heed(trainer)
+        # What follows until the next micro-batch, waiting for text, can be broken off. Several ranks stop together.
+        self.signals.at_once = trainer.world_size == 1
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Validation in the run can be broken off after each batch."""
+        if self._running and not self._finishing(trainer):
+            self.signals.at_once = False
+            self._heed(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write one if one is due at validations; heed a signal."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._validated_step = trainer.global_step
+        if not self._finishing(trainer):
+            super().on_validation_end(trainer, pl_module)
+            self._heed(trainer)
+            self.signals.at_once = trainer.world_size == 1
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the last one: all other callbacks are through."""
+        self.save(trainer)
+        self._running = False
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Write one if the run was told to stop, or its text has failed."""
+        told = isinstance(exception, Stopped)
+        waiting = self.signals.at_once and trainer.world_size == 1  # amid a micro-batch the optimizer may be half done
+        self.signals.at_once = False
+        if self._running and not self._finishing(trainer) and (told or waiting):
+            self._running = False
+            self.signals.word = "a checkpoint is being written. The same signal again ends at once."
+            self.save(trainer)
+        else:
+            super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, Stopped):
+            self._tell(trainer, exception)
+        self.signals.remove()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self.signals.remove()
+
+    # -- how ----------------------------------------------------------------------------------------------
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write a checkpoint of the last optimizer step, unless there is one."""
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor in candidates:
+            self._save_topk_checkpoint(trainer, candidates)
+        if self.save_last == "link" and self._last_global_step_saved != trainer.global_step:
+            # It was not among the best of the monitor, and the newest is wanted all the same.
+            self._save_checkpoint(trainer, self.format_checkpoint_name(candidates, self.CHECKPOINT_NAME_LAST))
+        else:
+            self._save_last_checkpoint(trainer, candidates)
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """The curves up to a checkpoint are on the disk before it: a run that goes on from it does not draw them."""
+        for logger in trainer.loggers:
+            logger.save()
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                for events in Path(logger.log_dir).glob("events.out.tfevents.*"):
+                    flush(events)
+        super()._save_checkpoint(trainer, filepath)
+        self._written = time.monotonic()
+
+    @staticmethod
+    def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
+        """Lightning's own removes the old link first."""
+        if trainer.is_global_zero and Path(filepath) != Path(linkpath):
+            try:
+                atomic_link(Path(linkpath), Path(filepath))
+            except OSError:  # a file system without links
+                with atomic_file(linkpath) as temporary:
+                    temporary.write_bytes(Path(filepath).read_bytes())
+        trainer.strategy.barrier()
+
+    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
+        """Also the one that the run was resumed from, once newer ones stand: else each resume leaves one for ever."""
+        return previous != current and self.dirpath is not None and Path(self.dirpath) in Path(previous).parents
+
+    def _time_is_up(self, trainer: L.Trainer) -> bool:
+        if not self.every_minutes:
+            return False
+        return bool(trainer.strategy.broadcast(time.monotonic() - self._written >= 60 * self.every_minutes))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, and the step of the last validation."""
+        return {**super().state_dict(), "validated_step": self._validated_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them up."""
+        super().load_state_dict(state_dict)
+        self._validated_step = state_dict["validated_step"]
+
+    # -- stopping -----------------------------------------------------------------------------------------
+
+    def _heed(self, trainer: L.Trainer) -> None:
+        """Stop, on all ranks after the same micro-batch, if any of them was told to."""
+        if trainer.world_size > 1:
+            asked = Tensor([self.signals.asked or 0]).to(trainer.strategy.root_device)
+            self.signals.asked = int(trainer.strategy.reduce(asked, reduce_op="max")) or None
+        self.signals.heed()
+
+    def _finishing(self, trainer: L.Trainer) -> bool:
+        return trainer.global_step >= trainer.max_steps
+
+    def _tell(self, trainer: L.Trainer, stopped: Stopped) -> None:
+        if not trainer.is_global_zero:
+            return
+        step = self._last_global_step_saved
+        if step:
+            what = f"stopped at step {trainer.global_step} of {trainer.max_steps}; the checkpoint of step {step} is in "
+            what += f"{self.dirpath}. Go on with --ckpt_path last."
+        else:
+            what = "stopped before the first step was done; there is nothing to write."
+        print(f"\nleap_pl fit: {stopped.signal.name}: {what}", file=sys.stderr, flush=True)
+        slurm = _requeuing(trainer)
+        if slurm and stopped.signal == slurm.requeue_signal:
+            requeue()
+
+    def _make_up_for_validation(self, trainer: L.Trainer) -> None:
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        if self._validated_step == trainer.global_step or fetcher is None or not loop._should_check_val_fx(fetcher):
+            return
+        trainer.validating = True
+        loop.val_loop.run()
+        trainer.training = True
+
+
+def _requeuing(trainer: L.Trainer) -> SLURMEnvironment | None:
+    environment = trainer._accelerator_connector.cluster_environment
+    return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+
+
+def requeue() -> None:
+    """Put this SLURM job back into the queue; it goes on from its newest checkpoint."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+        print(f"leap_pl fit: job {job} is in the queue again.", file=sys.stderr, flush=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"leap_pl fit: job {job} could not be requeued ({error}).", file=sys.stderr, flush=True)
