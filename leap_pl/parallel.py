@@ -103,6 +103,14 @@ def mean_over_ranks(values: dict[str, float], trainer: "L.Trainer") -> dict[str,
     return dict(zip(values, mean.tolist(), strict=True))
 
 
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether ``error`` says that a collective failed because another process is gone."""
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+        return True
+    # Gloo's own errors are plain.
+    return dist.is_initialized() and "gloo" in str(error) and "peer" in str(error)
+
+
 class RankZero:
     """What rank zero alone makes, and the others wait for as long as it takes.
 

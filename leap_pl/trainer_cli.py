@@ -28,6 +28,7 @@ from leap_pl.consolidate import check_folder
 from leap_pl.data import TextDataModule
 from leap_pl.errors import UserError
 from leap_pl.module import LeapModule
+from leap_pl.parallel import lost_a_rank
 from leap_pl.resume import newest_checkpoint
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -186,6 +187,13 @@ def run(words: list[str]) -> LeapCLI:
         raise UserError(
             f"out of memory on the device: {str(error).splitlines()[0]} Lower data.batch_size or data.seq_length and "
             "raise trainer.accumulate_grad_batches, or set model.activation_checkpointing."
+        ) from error
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        raise UserError(
+            f"another rank has ended, and its own message says why ({str(error).splitlines()[0][-120:]}). "
+            "Resume from the last checkpoint with --ckpt_path."
         ) from error
     except OSError as error:
         if error.errno not in UNWRITABLE:

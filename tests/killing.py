@@ -62,7 +62,7 @@ def at_file_operation(number: int, act: Callable[[], None]) -> list[int]:
 
 def run(words: list[str], log: Path, *, kill_after: float | None = None, kill_at: int = 0) -> tuple[int, int, float]:
     """Run ``leap_pl`` in a fork; its exit status (negative: the signal), file operations, and seconds."""
-    from tqdm import tqdm
+    from tqdm import auto, std
 
     from leap_pl.cli import main
 
@@ -75,9 +75,9 @@ def run(words: list[str], log: Path, *, kill_after: float | None = None, kill_at
             with log.open("a") as said:
                 os.dup2(said.fileno(), 1)
                 os.dup2(said.fileno(), 2)
-            tqdm.set_lock(
-                threading.RLock()
-            )  # its own is shared by all forks, and one killed with it would block the rest
+            # Theirs is shared by all forks: one that is killed while it has it would block the rest.
+            for bars in (std.tqdm, auto.tqdm):
+                bars.set_lock(threading.RLock())
             count = at_file_operation(kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
             main(words)
             os.write(writer, str(count[0]).encode())

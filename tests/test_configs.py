@@ -1,18 +1,22 @@
 """Every config that is shipped parses, and makes the objects it names."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from leap_pl.callbacks import Annealing
 from leap_pl.data import TextDataModule
 from leap_pl.module import LeapModule
+from leap_pl.parallel import saves_shards
 from leap_pl.schedules import Schedule
 from leap_pl.trainer_cli import LeapCLI, make_cli
 
 ROOT = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "shared" and path.stem != "headline")
+APART = ("shared", "cluster")  # parts of configs, and what is laid over one
+CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in APART and path.stem != "headline")
 
 
 def instantiate(path: Path, tmp_path: Path) -> LeapCLI:
@@ -54,3 +58,49 @@ def test_every_config_is_in_the_table() -> None:
         row = path.stem.replace("-50", "-{50,60}").replace("-60", "-{50,60}")
         assert f"{row}.yaml" in table
         assert yaml.safe_load(path.read_text())["model"]["base_model"].split("/")[-1] in table
+
+
+CLUSTER = ROOT / "cluster"
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_cluster_config_is_laid_over_another(name: str, tmp_path: Path) -> None:
+    path = ROOT / "paper" / "llama-3.1-8b-50.yaml"
+    flags = ["--config", str(CLUSTER / f"{name}.yaml"), "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    cli = make_cli(["--config", str(path), *flags, f"--trainer.default_root_dir={tmp_path}"], run=False)
+    trainer, strategy = cli.trainer, cli.trainer.strategy
+    assert trainer.world_size == trainer.num_devices == 8
+    assert trainer.world_size * trainer.accumulate_grad_batches * cli.datamodule.batch_size == 256
+    assert trainer.val_check_interval == 250 * trainer.accumulate_grad_batches
+    assert type(strategy) is {"ddp": DDPStrategy, "fsdp2": ModelParallelStrategy}[name]
+    if isinstance(strategy, DDPStrategy):
+        assert strategy._ddp_kwargs["gradient_as_bucket_view"] is True
+    else:
+        assert saves_shards(trainer)
+        assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (8, 1)
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch"])
+def test_cluster_script_types_what_exists(script: str, tmp_path: Path) -> None:
+    """The script runs with launchers that write down what they are told, and the command line takes it."""
+    for launcher in ("torchrun", "srun"):
+        (tmp_path / launcher).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / launcher).chmod(0o755)
+    variables = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NTASKS": "16", "NODES": "2"}
+    overlay = ["--config", "configs/paper/llama-3.1-8b-50.yaml", "--config", "configs/cluster/fsdp2.yaml"]
+    overlay += ["--trainer.strategy.data_parallel_size", "16"]
+    ran = subprocess.run(
+        ["bash", str(CLUSTER / script), *(overlay if script == "torchrun.sh" else [])],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", **variables},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    words = ran.stdout.split()
+    words = words[words.index("fit") + 1 :]
+    paths = [str(ROOT.parent / word) if word.startswith("configs/") else word for word in words]
+    flags = ["--trainer.accelerator=cpu", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
+    cli = make_cli([*paths, *flags], run=False)
+    assert (cli.trainer.num_nodes, cli.trainer.num_devices, cli.trainer.world_size) == (2, 8, 16)
+    assert cli.trainer.strategy._data_parallel_size == 16
