@@ -307,11 +307,15 @@ class LeapModule(L.LightningModule):
         if broken:
             raise NonFiniteError(self.state.step, ", ".join(broken), self._dtype_of_model())
         if logits:
-            tensors = [gate.logits.detach() for gate in self.gates.values()]
-            flags = [int(not torch.isfinite(own_part(tensor)).all()) for tensor in tensors]
-            for name, flag in zip(self.gates, Ranks.of(tensors).highest(flags), strict=True):
-                if flag:
-                    raise NonFiniteError(self.state.step, f"the logits of {name} are infinite or NaN")
+            for name in self._not_finite({name: gate.logits.detach() for name, gate in self.gates.items()}):
+                raise NonFiniteError(self.state.step, f"the logits of {name} are infinite or NaN")
+
+    @staticmethod
+    def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
+        """The names of those with an element, on whatever rank, that is infinite or NaN."""
+        flags = [int(not torch.isfinite(own_part(tensor)).all()) for tensor in tensors.values()]
+        found = Ranks.of(tensors.values()).highest(flags)
+        return [name for name, flag in zip(tensors, found, strict=True) if flag]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make sure that the gradients are numbers: a step with one that is not would spoil every logit.
@@ -322,8 +326,9 @@ class LeapModule(L.LightningModule):
         if self.trainer.precision == "16-mixed":  # its scaler meets such gradients, and leaves the step out
             return
         gradients = {name: gate.logits.grad for name, gate in self.gates.items() if gate.logits.grad is not None}
-        if not bool(torch.isfinite(nn.utils.get_total_norm(list(gradients.values())))):  # one look at the device
-            broken = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+        norm = gathered(nn.utils.get_total_norm(list(gradients.values())))
+        if not bool(torch.isfinite(norm)):  # one look at the device
+            broken = self._not_finite(gradients)
             where = f"the gradients of {listing(broken, 2)} are infinite or NaN" if broken else "the gradients overflow"
             raise NonFiniteError(self.state.step, where, self._dtype_of_model())
 
