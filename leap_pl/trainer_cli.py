@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from leap_pl.arguments import one_line
 from leap_pl.callbacks import Annealing, Checkpoints, MaskExport, SparsityLogger, StepProgress
-from leap_pl.checkpoint import load_checkpoint
+from leap_pl.checkpoint import KEY, load_checkpoint, read_identity
 from leap_pl.checkpoint_io import WholeCheckpointIO
 from leap_pl.consolidate import check_folder
 from leap_pl.data import TextDataModule
@@ -106,6 +106,8 @@ class LeapCLI(LightningCLI):
     def _take_defaults(self, verb: str, checkpoint: dict[str, Any]) -> None:
         stored = checkpoint.get("hyper_parameters", {})
         known = {f"model.{name}": value for name, value in stored.items() if not name.startswith("_")}
+        if KEY in checkpoint:
+            known["model.gate"] = read_identity(checkpoint).gate
         self._subcommand_parsers[verb].set_defaults(known)
 
     def before_fit(self) -> None:
