@@ -186,6 +186,8 @@ def count_for_ranks(checkpoint: dict[str, Any], found: Identity, expected: Ident
     """
     if found.ranks in (None, expected.ranks) or expected.ranks is None or found.accumulation is None:
         return
+    if "loops" not in checkpoint:  # nothing is done yet
+        return
     if "loops" not in checkpoint:  # of a run that had not taken a step
         return
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

@@ -321,11 +321,15 @@ class LeapModule(L.LightningModule):
         if broken:
             raise NonFiniteError(self.state.step, ", ".join(broken), self._dtype_of_model())
         if logits:
-            learned = {place: parameter.detach() for place, parameter in self._learned().items()}
-            flags = [int(not torch.isfinite(own_part(tensor)).all()) for tensor in learned.values()]
-            for (name, _), flag in zip(learned, Ranks.of(learned.values()).highest(flags), strict=True):
-                if flag:
-                    raise NonFiniteError(self.state.step, f"the logits of {name} are infinite or NaN")
+            for name, _ in self._not_finite({place: logits.detach() for place, logits in self._learned().items()}):
+                raise NonFiniteError(self.state.step, f"the logits of {name} are infinite or NaN")
+
+    @staticmethod
+    def _not_finite(tensors: dict[tuple[str, str], Tensor]) -> list[tuple[str, str]]:
+        """The places of those with an element, on whatever rank, that is infinite or NaN."""
+        flags = [int(not torch.isfinite(own_part(tensor)).all()) for tensor in tensors.values()]
+        found = Ranks.of(tensors.values()).highest(flags)
+        return [place for place, flag in zip(tensors, found, strict=True) if flag]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make sure that the gradients are numbers: a step with one that is not would spoil every logit.
@@ -337,8 +341,9 @@ class LeapModule(L.LightningModule):
             return
         learned = self._learned()
         gradients = {place: logits.grad for place, logits in learned.items() if logits.grad is not None}
-        if not bool(torch.isfinite(nn.utils.get_total_norm(list(gradients.values())))):  # one look at the device
-            broken = [name for (name, _), gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+        norm = gathered(nn.utils.get_total_norm(list(gradients.values())))
+        if not bool(torch.isfinite(norm)):  # one look at the device
+            broken = [name for name, _ in self._not_finite(gradients)]
             where = f"the gradients of {listing(broken, 2)} are infinite or NaN" if broken else "the gradients overflow"
             raise NonFiniteError(self.state.step, where, self._dtype_of_model())
 

@@ -170,6 +170,7 @@ def run(words: list[str]) -> LeapCLI:
         ".*Be aware that when using `ckpt_path`.*",
         ".*The dirpath has changed.*",
         ".*Converting a tensor with requires_grad=True to a scalar.*",
+        ".*Total length of `list` across ranks is zero.*",  # data.validation_sequences 0
     ):
         warnings.filterwarnings("ignore", message=pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -23,6 +23,7 @@ from leap_pl.consolidate import check_folder, consolidated
 from leap_pl.errors import UserError
 from leap_pl.export import export_command
 from leap_pl.masks import MaskSet
+from leap_pl.resume import newest_checkpoint
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -387,6 +388,19 @@ def test_an_incomplete_folder_is_told(two, place: Place, tmp_path: Path) -> None
     (folder / "meta.pt").unlink()
     with pytest.raises(UserError, match="no such checkpoint"):
         consolidated(folder)
+
+
+def test_the_newest_whole_folder_is_found(two, place: Place, tmp_path: Path) -> None:
+    folder = shutil.copytree(place.checkpoint("folder").parent, tmp_path / "checkpoints", symlinks=True)
+    assert not list(folder.glob(".*"))  # what was written aside has its name
+    found, checkpoint, damaged = newest_checkpoint(folder)
+    assert (found.name, checkpoint["global_step"], damaged) == ("step=4.ckpt", 4, [])
+    index = (found / ".metadata").read_bytes()
+    (found / ".metadata").write_bytes(index[:-10])
+    found, checkpoint, damaged = newest_checkpoint(folder)
+    assert (found.name, checkpoint["global_step"], len(damaged)) == ("step=2.ckpt", 2, 1)
+    (folder / "step=4.ckpt" / "meta.pt").unlink()  # a kill before it was written, on a file system without renames
+    assert newest_checkpoint(folder)[0].name == "step=2.ckpt"
 
 
 # -- words ------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class SparsityLogger(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """TensorBoard forgets what a run that was stopped drew beyond the checkpoint: this run draws it again."""
-        if trainer.global_step == 0:
+        if trainer.global_step == 0 or not trainer.is_global_zero:
             return
         beyond = Event(step=trainer.global_step + 1, session_log=SessionLog(status=SessionLog.START))
         for logger in trainer.loggers:
