@@ -12,7 +12,7 @@ import torch
 
 from leap_pl.cli import main
 from leap_pl.compare import compare_command
-from leap_pl.comparison.differences import accuracy_difference, perplexity_difference
+from leap_pl.comparison.differences import _rivals, accuracy_difference, perplexity_difference
 from leap_pl.comparison.entries import read_entries
 from leap_pl.comparison.overlap import overlap
 from leap_pl.comparison.table import make_table
@@ -61,6 +61,20 @@ def write(tmp_path):
         return str(path)
 
     return write
+
+
+def test_patterns_are_told_apart_and_compared_with_their_own(write, tmp_path):
+    """2:4 masks have a name and a line of their own, and an n:m mask's rival is one of its pattern."""
+    sources = []
+    for method, pattern, value in (("wanda", None, 20.0), ("wanda", "2:4", 40.0), ("maskllm", "2:4", 30.0)):
+        content = result(method, 0.5, value)
+        if pattern is not None:
+            content["config"] = {"pattern": pattern}
+        sources.append(write(f"{method}-{pattern}".replace(":", ""), content))
+    entries = {entry.label: entry for entry in read_entries(sources)}
+    assert set(entries) == {"wanda 50%", "wanda 2:4 50%", "maskllm 2:4 50%"}
+    learned = entries["maskllm 2:4 50%"]
+    assert [rival.label for rival in _rivals(learned, list(entries.values()), BASELINES)] == ["wanda 2:4 50%"]
 
 
 def mask_file(path, method, seed, density=0.5):

@@ -389,6 +389,36 @@ def test_restored_gates_choose_as_the_gates_did() -> None:
         restore("NMGate", {"n": 1, "m": 4}, stored)
 
 
+def hard_2_4(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """A weight under the hard mask of a gate, half precision, and the mask."""
+    gate = nm_gate((outputs, inputs))
+    gate.start_from(None, seed=0)
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)).half()
+    with gate.state.passing("hard"):
+        return gate(weight), gate.hard_mask()
+
+
+def test_two_of_four_is_what_sparse_tensor_cores_take() -> None:
+    """Two values and two 2-bit positions for each four weights hold all of it."""
+    weight, mask = hard_2_4(64, 128)
+    positions = mask.view(-1, 4).nonzero()[:, 1].view(-1, 2)  # fails to view where a group does not keep two
+    packed = weight.view(-1, 4).gather(1, positions)
+    again = torch.zeros_like(weight).view(-1, 4).scatter_(1, positions, packed).view_as(weight)
+    assert torch.equal(again, weight)
+    assert (positions[:, 0] < positions[:, 1]).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="semi-structured kernels need a GPU of Ampere or later")
+def test_two_of_four_runs_semi_structured() -> None:
+    weight, _ = hard_2_4(128, 256)
+    weight = weight.cuda()
+    sparse = torch.sparse.to_sparse_semi_structured(weight)
+    assert torch.equal(sparse.to_dense(), weight)
+    inputs = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)).half().cuda()
+    product = torch.nn.functional.linear(inputs, sparse)
+    torch.testing.assert_close(product, torch.nn.functional.linear(inputs, weight), rtol=2e-3, atol=2e-2)
+
+
 # -- on a model -------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """What is compared: result files, MaskSets and exported checkpoints, in one form and checked against each other."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ class Entry:
         base_model: Name of the base model.
         fingerprint: Of the base model's weights.
         sparsity: Realised, 0 to 1.
+        pattern: The form of the mask, as :mod:`leap_pl.patterns` writes it: ``unstructured``, ``2:4`` …
         perplexity: Text → what ``leap_pl evaluate`` says of it.
         tasks: Task → what it says of that.
         densities: (decoder block, projection) → kept over all; empty for a dense model.
@@ -36,10 +38,17 @@ class Entry:
     base_model: str
     fingerprint: str | None
     sparsity: float
+    pattern: str = "unstructured"
     perplexity: dict[str, dict[str, Any]] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     densities: dict[tuple[int, str], float] = field(default_factory=dict)
     mask: MaskSet | None = None
+
+    @property
+    def kind(self) -> str:
+        """The method, and the pattern where that is n:m: ``wanda``, ``wanda 2:4``."""
+        told = self.pattern in self.method or not re.fullmatch(r"\d+:\d+", self.pattern)
+        return self.method if told else f"{self.method} {self.pattern}"
 
 
 def read_entries(sources: Sequence[str]) -> list[Entry]:
@@ -98,6 +107,7 @@ def _of_mask(source: str, mask: MaskSet) -> Entry:
         base_model=told.base_model,
         fingerprint=told.fingerprint,
         sparsity=mask.sparsity,
+        pattern=str(told.config.get("pattern", "unstructured")),
         densities={cell: k / n for cell, (k, n) in kept.items()},
         mask=mask,
     )
@@ -123,6 +133,7 @@ def entry_of_result(source: str, result: dict[str, Any], mask: MaskSet | None = 
         base_model=str(model["base_model"]),
         fingerprint=model["fingerprint"],
         sparsity=float(result["sparsity"]["global"]),
+        pattern=str(result.get("config", {}).get("pattern", "unstructured")),
         perplexity=dict(result["perplexity"]),
         tasks=dict(result["tasks"]),
         densities=densities,
@@ -143,7 +154,7 @@ def _labelled(entries: list[Entry]) -> list[Entry]:
     models = {entry.base_model for entry in entries}
     labels = []
     for entry in entries:
-        label = entry.method if entry.method == "dense" else f"{entry.method} {entry.sparsity:.0%}"
+        label = entry.method if entry.method == "dense" else f"{entry.kind} {entry.sparsity:.0%}"
         labels.append(label if len(models) == 1 else f"{label}, {Path(entry.base_model).name}")
     counts = Counter(labels)
     labels = [

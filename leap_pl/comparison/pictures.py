@@ -98,7 +98,7 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
     series: dict[str, list[tuple[float, float, float]]] = {}
     dense: dict[str, float] = {}
     for entry, value, stderr in points:
-        name = f"{entry.method}, {Path(entry.base_model).name}" if several_models else entry.method
+        name = f"{entry.kind}, {Path(entry.base_model).name}" if several_models else entry.kind
         if entry.method == "dense":
             dense[name] = value
         else:
