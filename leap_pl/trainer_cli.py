@@ -90,14 +90,15 @@ class LeapCLI(LightningCLI):
         if verb is None:
             return
         settings = self.config[verb]
-        requeued = verb == "fit" and not settings.ckpt_path and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-        if settings.ckpt_path != "last" and not (requeued and settings.checkpoint.dirpath):
+        given = None if settings.ckpt_path == "last" else settings.ckpt_path
+        requeued = verb == "fit" and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+        if settings.ckpt_path != "last" and not requeued:
             return
         found = _find_last(verb, settings.checkpoint.dirpath)
         if found is not None:
             self._take_defaults(verb, found[1])
             super().parse_arguments(parser, args)
-        self.config[verb].ckpt_path = None if found is None else str(found[0])
+        self.config[verb].ckpt_path = given if found is None else str(found[0])
 
     def _take_defaults(self, verb: str, checkpoint: dict[str, Any]) -> None:
         stored = checkpoint.get("hyper_parameters", {})
@@ -199,7 +200,8 @@ def _find_last(verb: str, folder: str | None) -> tuple[Path, dict[str, Any]] | N
     """The newest whole checkpoint in ``folder``; which one it is, or that there is none, is said."""
     if folder is None:
         raise UserError(
-            "--ckpt_path last needs a folder that is the same in every run. Name it with --checkpoint.dirpath."
+            "to go on from the last checkpoint (--ckpt_path last, or a requeued job) its folder must be the same in "
+            "every run. Name it with --checkpoint.dirpath."
         )
     found = newest_checkpoint(Path(folder).expanduser())
     if found is None and verb != "fit":

@@ -449,6 +449,17 @@ def test_the_last_checkpoint_comes_behind_the_mask(model_folder, text_file, tmp_
     assert (tmp_path / "checkpoints" / "mask.safetensors").exists()
 
 
+def test_the_link_is_to_the_one_that_is_gone_on_from(run_of_three: Path, model_folder, text_file, tmp_path: Path):
+    """A run that was killed between its last checkpoint and the link to it has nothing to do but to link it."""
+    folder = tmp_path / "run"
+    shutil.copytree(run_of_three, folder, symlinks=True)
+    link = folder / "checkpoints" / "last.ckpt"
+    link.unlink()
+    link.symlink_to("step=3.ckpt")
+    main(flags(model_folder, text_file, folder, "--ckpt_path=last"))
+    assert link.readlink() == Path("step=4.ckpt")
+
+
 def test_leftovers_of_a_killed_run_are_cleared_away(model_folder, text_file, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".step=77.ckpt.abc.part").write_bytes(b"half")
