@@ -222,6 +222,7 @@ class LeapModule(L.LightningModule):
                     forms=first.prior_forms(self.sparsity),
                     data=getattr(self.trainer, "datamodule", None),
                     device=self._device_of_run(),
+                    progress=self.trainer.progress_bar_callback is not None,
                 )
                 first.check_priors(priors)
                 return priors
