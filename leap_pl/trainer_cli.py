@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from jsonargparse import lazy_instance
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -141,6 +141,15 @@ class LeapCLI(LightningCLI):
         return trainer
 
 
+class ConfigOfFit(SaveConfigCallback):
+    """Keep the config beside the logs of a run that learns; validation leaves no file where it was called."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, if this is such a run."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
 def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
     """Parse ``words`` and make trainer, module and data module; with ``run``, the first word is the verb to run."""
     verbs: dict[str, Any] = {verb: {"exit_on_error": False} for verb in LeapCLI.subcommands()} if run else {}
@@ -152,6 +161,7 @@ def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
         seed_everything_default=0,
         trainer_defaults=TRAINER_DEFAULTS,
         auto_configure_optimizers=False,
+        save_config_callback=ConfigOfFit,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "leap_pl", "exit_on_error": False, **verbs},
     )
