@@ -270,6 +270,36 @@ def test_labels_are_unique(write):
     assert [entry.label for entry in read_entries(paths)] == ["leap 50% (one)", "leap 50% (two)"]
 
 
+@pytest.mark.parametrize(
+    ("models", "named"),
+    [
+        ([("org/base", "f00d"), ("../assets/org/base", "f00d")], ["base", "base"]),
+        ([("org/base", "f00d"), ("org/other", "beef")], ["base", "other"]),
+        (
+            [("org/base", "f00d"), ("fork/base", "beef"), ("/x/fork/base", "beef")],
+            ["org/base", "fork/base", "fork/base"],
+        ),
+        ([("org/base", "f00d"), ("org/base", "beef")], ["base f00d", "base beef"]),
+        ([("org/base", None), ("org/other", None)], ["base", "other"]),
+    ],
+)
+def test_a_model_is_its_fingerprint(write, tmp_path, models, named):
+    """It has one name, one line in a picture, and a name in labels only where there are several."""
+    paths = []
+    for number, (base_model, fingerprint) in enumerate(models):
+        content = result("wanda", 0.5 + number / 10, 20.0)
+        content["model"] |= {"base_model": base_model, "fingerprint": fingerprint}
+        paths.append(write(f"r{number}", content))
+    entries = sorted(read_entries(paths), key=lambda entry: entry.sparsity)
+    assert [entry.model for entry in entries] == named
+    assert all((", " in entry.label) == (len(set(named)) > 1) for entry in entries)
+    compare_command(paths, output_dir=str(tmp_path / "out"))
+    drawn = (tmp_path / "out" / "perplexity-1-held-out.svg").read_text(encoding="utf-8")
+    assert sum(drawn.count(f">wanda, {name}<") for name in set(named)) == (
+        len(set(named)) if len(set(named)) > 1 else 0
+    )
+
+
 def test_refuses_in_one_line(write, tmp_path):
     (tmp_path / "folder").mkdir()
     good = write("good", result("leap", 0.5, 14.0))

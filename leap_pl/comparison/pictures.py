@@ -86,11 +86,11 @@ def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path)
 def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: str, *, logarithmic: bool) -> "Figure":
     """One line a method; the dense model is a level line, since everything is measured against it."""
     figure, axes = _figure(6.4, 4.0)
-    several_models = len({entry.base_model for entry, _, _ in points}) > 1
+    several_models = len({entry.model for entry, _, _ in points}) > 1
     series: dict[str, list[tuple[float, float, float]]] = {}
     dense: dict[str, float] = {}
     for entry, value, stderr in points:
-        name = f"{entry.method}, {Path(entry.base_model).name}" if several_models else entry.method
+        name = f"{entry.method}, {entry.model}" if several_models else entry.method
         if entry.method == "dense":
             dense[name] = value
         else:
@@ -210,7 +210,7 @@ def _overlaps_by_sparsity(entries: Sequence[Entry]) -> dict[str, list[Overlap]]:
     Masks of different sparsities cannot agree more than so far, and are compared only where there are no others.
     """
     masked = [entry for entry in entries if entry.mask is not None]
-    pairs = [(a, b) for a, b in combinations(masked, 2) if a.fingerprint == b.fingerprint]
+    pairs = [(a, b) for a, b in combinations(masked, 2) if a.model == b.model]
     alike = [(a, b) for a, b in pairs if abs(a.sparsity - b.sparsity) < SAME_SPARSITY]
     several = len({f"{a.sparsity:.0%}" for a, _ in alike}) > 1
     pictures: dict[str, list[Overlap]] = {}
