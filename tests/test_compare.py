@@ -15,7 +15,7 @@ from leap_pl.compare import compare_command
 from leap_pl.comparison.differences import accuracy_difference, perplexity_difference
 from leap_pl.comparison.entries import read_entries
 from leap_pl.comparison.overlap import overlap
-from leap_pl.comparison.table import make_table
+from leap_pl.comparison.table import is_level, make_table
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet, Provenance
 
@@ -247,6 +247,22 @@ def test_masks_and_exported_folders_alone(tmp_path):
     stems = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert {"overlap", "density-1-wanda-50", "density-2-leap-59"} <= stems
     assert not any(stem.startswith("perplexity") for stem in stems)
+
+
+@pytest.mark.parametrize(
+    ("weights", "level"),
+    [
+        ([0.5] * 6, True),
+        ([0.3993, 0.3997] * 3, True),  # rows of two widths, in every layer
+        ([0.5, 0.5, 0.5004, 0.5, 0.5, 0.5], False),  # learned, however little
+        ([0.5, 0.6] * 3, False),
+    ],
+)
+def test_only_what_is_level_but_for_rounding_is_not_drawn(write, weights, level):
+    content = result("wanda", 0.5, 20.0)
+    content["sparsity"]["weights"] = dict(zip(NAMES, weights, strict=True))
+    (entry,) = read_entries([write("r", content)])
+    assert is_level(entry) == level
 
 
 def test_overlaps_are_of_one_sparsity(tmp_path):

@@ -1,5 +1,6 @@
 """The pictures of a comparison, each as PNG and SVG: readable in grey, and by the colour-blind."""
 
+import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -247,6 +248,8 @@ def _heat_map(
 
     Few cells carry their number.
     """
+    from matplotlib.ticker import ScalarFormatter
+
     width = max(4.8, 2.6 + 0.26 * len(columns))
     figure, axes = _figure(width, max(1.5 + row * len(rows), 2.6))
     low, high = limits or (None, None)
@@ -259,11 +262,12 @@ def _heat_map(
         axes.set_title(title, fontsize="medium")
     if len(columns) <= 12:
         low, high = image.get_clim()
+        digits = min(4, max(2, 1 - math.floor(math.log10(high - low)))) if high > low else 2
         for place, line in enumerate(grid):
             for column, value in enumerate(line):
                 shade = "black" if value > (low + high) / 2 else "white"
-                axes.text(column, place, f"{value:.2f}", ha="center", va="center", fontsize="small", color=shade)
-    figure.colorbar(image, ax=axes, label=colour)
+                axes.text(column, place, f"{value:.{digits}f}", ha="center", va="center", fontsize="small", color=shade)
+    figure.colorbar(image, ax=axes, label=colour, format=ScalarFormatter(useOffset=False))
     return figure
 
 
