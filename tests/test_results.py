@@ -470,8 +470,7 @@ def test_report_is_written_again_from_the_cells_alone(finished, tmp_path):
     assert notes == (docs / "notes.md").read_text() == "By hand: nothing helped.\n"
     pictures = set(re.findall(r"\(results/([a-z0-9-]+\.png)\)", page))
     assert {"perplexity-1-alike.png", "perplexity-2-unlike.png", "accuracy.png", "overlap.png"} < pictures
-    # The best at each sparsity; at 50% this little run has not moved a bit, and a level density is not drawn.
-    assert {name for name in pictures if name.startswith("density")} == {"density-1-leap-lm-60.png"}
+    assert len([name for name in pictures if name.startswith("density")]) == 2  # the best at each sparsity
     for name in pictures:
         assert (docs / name).read_bytes() == (folder / "docs" / "results" / name).read_bytes()
 
