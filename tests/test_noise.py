@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from leap_pl.gates.noise import columns, element_bits, logistic, noise_keys
+from leap_pl.gates.noise import columns, element_bits, gumbel, logistic, noise_keys
 
 ROWS, COLUMNS = 250, 800
 SAMPLES = ROWS * COLUMNS
@@ -213,3 +213,24 @@ def test_golden_values(
     assert found.dtype == torch.int32
     assert found.tolist() == bits
     torch.testing.assert_close(logistic(found), torch.tensor(values), rtol=1e-6, atol=1e-6)
+
+
+# -- Gumbel -----------------------------------------------------------------------------------------------
+
+
+def test_gumbel_noise_has_the_gumbel_distribution(bits: dict[str, Tensor]) -> None:
+    drawn = gumbel(torch.cat(list(bits.values()))).double().numpy()
+    assert stats.kstest(drawn, stats.gumbel_r.cdf).pvalue > 1e-3
+    for quantile in (1e-4, 1e-3, 0.5, 0.999, 0.9999):
+        share = (drawn < stats.gumbel_r.ppf(quantile)).mean()
+        assert abs(share - quantile) < 5 * (quantile * (1 - quantile) / len(drawn)) ** 0.5
+
+
+def test_gumbel_noise_is_finite_at_every_end() -> None:
+    """At the bits that give the extremes, and next to them; it grows with the bits."""
+    ends = torch.tensor([-(2**31), -(2**31) + 1, -(2**31) + 255, -1, 0, 1, 2**31 - 256, 2**31 - 1], dtype=torch.int32)
+    noise = gumbel(ends)
+    assert noise.isfinite().all()
+    assert (noise.diff() >= 0).all()
+    expected = torch.tensor([2.0**-24, 1 - 2.0**-24], dtype=torch.float64).log().neg().log().neg()
+    torch.testing.assert_close(noise[[0, -1]].double(), expected, rtol=1e-5, atol=1e-5)
