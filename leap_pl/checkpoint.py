@@ -26,7 +26,7 @@ from torch import Tensor
 
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import Gate, Stored, gate_kind, restore
-from leap_pl.masks import MaskSet, Provenance, installed_versions
+from leap_pl.masks import MaskSet, PackedMasks, Provenance, installed_versions
 
 KEY = "leap_pl"
 PREFIX = "logits."
@@ -302,7 +302,7 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
         ) from error
 
 
-def _hard_masks(logits: dict[str, Tensor], identity: Identity, path: str | Path) -> dict[str, Tensor]:
+def _hard_masks(logits: dict[str, Tensor], identity: Identity, path: str | Path) -> PackedMasks:
     missing = [name for name in identity.shapes if PREFIX + name not in logits]
     if missing:
         raise UserError(f"{path} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
@@ -312,7 +312,7 @@ def _hard_masks(logits: dict[str, Tensor], identity: Identity, path: str | Path)
     }
     gates = restore(identity.gate["class_path"], identity.gate["init_args"], stored)
     type(next(iter(gates.values()))).choose(gates, identity.sparsity)
-    return {name: gate.hard_mask() for name, gate in gates.items()}
+    return PackedMasks.of((name, gate.hard_mask()) for name, gate in gates.items())
 
 
 def _beside(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -55,14 +55,17 @@ def export_command(
 
     from leap_pl.files import atomic_folder
     from leap_pl.models import load_model, load_tokenizer
+    from leap_pl.zeros import zero_removed
 
     with atomic_folder(output_dir, force=force) as folder:  # before the model is loaded: a bad folder fails at once
         base = load_model(name, revision=revision, trust_remote_code=trust_remote_code)
         masks.check(base)
         _check_form(masks, base)
         kept_digests, base_zeros = _kept_digests(masks, dict(base.named_parameters()))
-        masks.apply_(base, check=False)
         base.save_pretrained(folder)
+        if not zero_removed(folder, masks):  # the family's files are cut otherwise than its model
+            masks.apply_(base, check=False)
+            base.save_pretrained(folder)
         load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code).save_pretrained(folder)
         masks.save(folder / MASK)
         facts = _facts(masks, base_zeros) | ({"perplexity": results} if results else {})

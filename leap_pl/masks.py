@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -62,6 +62,40 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict)
 
 
+class PackedMasks(Mapping[str, Tensor]):
+    """Masks kept as bits, an eighth of the memory of bool tensors: each look at one unpacks it anew."""
+
+    def __init__(self, packed: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
+        """Take bits as :func:`pack` makes them.
+
+        Raises:
+            ValueError: They are no such bits, or of other shapes.
+        """
+        for name, bits in packed.items():
+            _check_packed(bits, shapes[name])
+        self.packed, self.shapes = dict(packed), {name: tuple(shapes[name]) for name in packed}
+
+    @classmethod
+    def of(cls, masks: Iterable[tuple[str, Tensor]]) -> "PackedMasks":
+        """Pack masks one after another, as they come."""
+        packed, shapes = {}, {}
+        for name, mask in masks:
+            packed[name], shapes[name] = pack(mask), tuple(mask.shape)
+        return cls(packed, shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The bool mask of the weight ``name``, a new tensor."""
+        return unpack(self.packed[name], self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """The weights' names."""
+        return iter(self.packed)
+
+    def __len__(self) -> int:
+        """How many weights."""
+        return len(self.packed)
+
+
 class MaskSet:
     """Boolean masks by weight name (True: kept), with where they come from.
 
@@ -77,18 +111,27 @@ class MaskSet:
         """
         if not masks:
             raise ValueError("a MaskSet needs at least one mask")
-        for name, mask in masks.items():
-            if mask.dtype != torch.bool:
-                raise ValueError(f"the mask of {name} is {mask.dtype}, not bool")
-        self.masks = dict(masks)
+        self.masks: Mapping[str, Tensor] = masks
+        if not isinstance(masks, PackedMasks):
+            for name, mask in masks.items():
+                if mask.dtype != torch.bool:
+                    raise ValueError(f"the mask of {name} is {mask.dtype}, not bool")
+            self.masks = dict(masks)
         self.provenance = provenance
 
     # -- what it says -------------------------------------------------------------------------------------
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each mask, and of its weight."""
+        if isinstance(self.masks, PackedMasks):
+            return dict(self.masks.shapes)
+        return {name: tuple(mask.shape) for name, mask in self.masks.items()}
+
+    @property
     def total(self) -> int:
         """How many weights it speaks of."""
-        return sum(mask.numel() for mask in self.masks.values())
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def kept(self) -> int:
@@ -136,9 +179,8 @@ class MaskSet:
                     "mask is for. Give the base model it was made for."
                 )
             return
-        shapes = {name: tuple(weight.parameter.shape) for name, weight in weights.items()}
-        wrong = [n for n in shapes if n not in self.masks or tuple(self.masks[n].shape) != shapes[n]]
-        wrong += [n for n in self.masks if n not in shapes]
+        shapes, own = {name: tuple(weight.parameter.shape) for name, weight in weights.items()}, self.shapes
+        wrong = [n for n in {**shapes, **own} if shapes.get(n) != own.get(n)]
         if wrong:
             raise UserError(
                 f"this mask covers {len(self.masks)} weights, and {len(shapes)} are gated; they differ in "
@@ -176,7 +218,7 @@ class MaskSet:
         Raises:
             UserError: It cannot be written.
         """
-        shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
         write_masks(path, shapes, self.masks.__getitem__, self.provenance)
         return Path(path)
 
@@ -204,7 +246,7 @@ class MaskSet:
                 raise ValueError("its digest does not match its content")
             known = {f.name for f in fields(Provenance)}
             provenance = Provenance(**{k: v for k, v in told.items() if k in known})
-            return cls({name: unpack(packed[name], shapes[name]) for name in shapes}, provenance)
+            return cls(PackedMasks({name: packed[name] for name in shapes}, shapes), provenance)
         except UserError:
             raise
         except (
@@ -295,19 +337,25 @@ def pack(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
 
 
-def unpack(packed: Tensor, shape: list[int]) -> Tensor:
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The bool mask of ``shape`` that :func:`pack` made these bits of.
 
     Raises:
         ValueError: They are no such bits.
     """
+    count = _check_packed(packed, shape)
+    bits = np.unpackbits(packed.numpy(), count=count, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).view(tuple(shape))
+
+
+def _check_packed(packed: Tensor, shape: Sequence[int]) -> int:
+    """How many elements the bits are of."""
     if packed.dtype != torch.uint8 or packed.ndim != 1 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError("a mask is not packed bits")
-    count = int(np.prod(shape, dtype=object))
+    count = math.prod(shape)
     if packed.numel() != (count + 7) // 8:
         raise ValueError("a mask has another length than its shape")
-    bits = np.unpackbits(packed.numpy(), count=count, bitorder="little")
-    return torch.from_numpy(bits.view(np.bool_)).view(shape)
+    return count
 
 
 def _digest(shapes: str, provenance: str, packed: Mapping[str, Tensor]) -> str:

@@ -529,9 +529,10 @@ def test_fit_checkpoint_export_and_reading_back(nm_folder: Path, model_folder: P
 
 def test_a_mask_that_is_not_what_it_says_is_not_exported(nm_folder: Path, tmp_path: Path, capsys) -> None:
     mask = MaskSet.load(nm_folder / "checkpoints" / "mask.safetensors")
-    name = next(iter(mask.masks))
-    mask.masks[name][0, :4] = True
-    mask.save(tmp_path / "wrong.safetensors")
+    masks = dict(mask.masks)
+    name = next(iter(masks))
+    masks[name][0, :4] = True
+    MaskSet(masks, mask.provenance).save(tmp_path / "wrong.safetensors")
     flags = ["export", f"--mask={tmp_path / 'wrong.safetensors'}", f"--output_dir={tmp_path / 'model'}"]
     assert f"the mask says that it is 2:4, and {name} is not" in one_line(capsys, flags)
     assert not (tmp_path / "model").exists()
