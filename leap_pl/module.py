@@ -259,7 +259,8 @@ class LeapModule(L.LightningModule):
         if self.trainer.precision == "16-mixed":  # its scaler meets such gradients, and leaves the step out
             return
         gradients = {name: gate.logits.grad for name, gate in self.gates.items() if gate.logits.grad is not None}
-        if not bool(torch.isfinite(nn.utils.get_total_norm(list(gradients.values())))):  # one look at the device
+        norm = nn.utils.get_total_norm(list(gradients.values()))
+        if not math.isfinite(float(norm)):  # one look at the device
             broken = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
             where = f"the gradients of {listing(broken, 2)} are infinite or NaN" if broken else "the gradients overflow"
             raise NonFiniteError(self.state.step, where, self._dtype_of_model())
