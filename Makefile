@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast lint assets assets-eval clean
+ARGS ?=
+.PHONY: help quickstart results test test-fast lint notebooks assets assets-eval clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -15,6 +16,11 @@ help: ## This list
 quickstart: $(VENV)/.installed ## Learn a mask for a real model, export it, evaluate it (about ten minutes on two cores)
 	@$(BIN)/python -m leap_pl.assets quickstart
 	@$(BIN)/python -m leap_pl.quickstart
+
+results: $(VENV)/.installed ## The headline experiment: hours; stop it at any moment, run it again to go on (ARGS=--list)
+	@$(BIN)/python -m leap_pl.assets quickstart
+	@$(BIN)/python -m leap_pl.assets eval
+	@$(BIN)/python -m leap_pl.results $(ARGS)
 
 test: $(VENV)/.installed-dev ## All tests, those on the real model in a short form
 	@$(BIN)/python -m leap_pl.assets quickstart
@@ -28,10 +34,14 @@ lint: $(VENV)/.installed-dev ## Style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+notebooks: $(VENV)/.installed-dev ## Run the notebooks on the embedded model, and keep what they show
+	@$(BIN)/python -m leap_pl.assets quickstart
+	@$(BIN)/python notebooks/execute.py notebooks/*.ipynb
+
 assets: $(VENV)/.installed ## The embedded model and text: assets/SmolLM2-135M-Instruct, assets/wikipedia
 	@$(BIN)/python -m leap_pl.assets quickstart
 
-assets-eval: $(VENV)/.installed ## The zero-shot tasks, for evaluation without a hub: assets/tasks
+assets-eval: $(VENV)/.installed ## The zero-shot tasks, for evaluation without a hub: assets/tasks, assets/howto
 	@$(BIN)/python -m leap_pl.assets eval
 
 clean: ## Remove what runs have written; models, text and the environment stay

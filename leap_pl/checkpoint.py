@@ -3,13 +3,20 @@
 Beside Lightning's own entries (optimizer, schedules, loops, data position):
 
 ==================  ======================================================================================
-``state_dict``      ``logits.<weight name>`` → float32 logits; nothing of the frozen model
+``state_dict``      ``logits.<weight name>`` → float32 logits, and in the same form what else the kind of
+                    gate stores (:meth:`leap_pl.gates.Gate.stored`); nothing of the frozen model
 ``leap_pl``         the fields of :class:`Identity`, plain Python
 ==================  ======================================================================================
+
+The optimizer's state goes by the names of parameters, not by their numbers, so that one process and many, with
+the model sharded or not, read one another's files. Under ``ModelParallelStrategy`` with
+``save_distributed_checkpoint`` a checkpoint is a folder instead: see :mod:`leap_pl.consolidate`.
 """
 
 import pickle
+import re
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,13 +25,14 @@ import torch
 from torch import Tensor
 
 from leap_pl.errors import UserError, listing
-from leap_pl.gates import Gate, Stored, restore
-from leap_pl.masks import MaskSet, Provenance, installed_versions
+from leap_pl.gates import Gate, Stored, gate_kind, restore
+from leap_pl.masks import MaskSet, PackedMasks, Provenance, installed_versions
 
 KEY = "leap_pl"
 PREFIX = "logits."
 FORMAT_VERSION = 1
 _FOLDER = 0x10  # of the attributes of a file in a zip archive
+META = "meta.pt"  # of a folder: everything but tensors
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,8 @@ class Identity:
         max_steps: T of every schedule, in optimizer steps.
         shapes: Weight name → shape of the weight.
         input_dims: Weight name → the dimension its layer's inputs run along.
+        ranks: How many processes learned together.
+        accumulation: Micro-batches of each of them in an optimizer step.
         dense_perplexity: Of the dense model on the validation text, once measured.
         settings: What else the mask's provenance should tell.
         format_version: Of the checkpoint.
@@ -57,6 +67,8 @@ class Identity:
     max_steps: int | None
     shapes: dict[str, list[int]]
     input_dims: dict[str, int]
+    ranks: int | None = None
+    accumulation: int | None = None
     dense_perplexity: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -70,13 +82,16 @@ def describe_gate(gate: Gate) -> dict[str, Any]:
 def provenance(identity: Identity) -> Provenance:
     """The provenance of the mask that a run with this ``identity`` exports."""
     told = asdict(identity)
+    kind = gate_kind(identity.gate["class_path"])
+    config = {"pattern": kind.form(identity.gate["init_args"])}
+    config |= {key: told[key] for key in ("gate", "targets", "ignore", "max_steps")} | identity.settings
     return Provenance(
         base_model=identity.base_model,
         revision=identity.revision,
         fingerprint=identity.fingerprint,
-        method="leap",
+        method=kind.method,
         sparsity=identity.sparsity,
-        config={key: told[key] for key in ("gate", "targets", "ignore", "max_steps")} | identity.settings,
+        config=config,
         versions=installed_versions(),
     )
 
@@ -122,6 +137,14 @@ def check_same(found: Identity, expected: Identity) -> None:
             f"the checkpoint holds logits of {found.gate['class_path']}, and model.gate is "
             f"{expected.gate['class_path']}. Use the same gate."
         )
+    starts = gate_kind(expected.gate["class_path"]).start_settings
+    sides = [
+        {key: value for key, value in side.gate["init_args"].items() if key not in starts} for side in (found, expected)
+    ]
+    if sides[0] != sides[1]:
+        raise UserError(
+            f"the checkpoint's gates have {sides[0]}, and model.gate has {sides[1]}. Use the same settings."
+        )
     if found.shapes != expected.shapes:
         names = {*found.shapes, *expected.shapes}
         wrong = sorted(name for name in names if found.shapes.get(name) != expected.shapes.get(name))
@@ -134,10 +157,81 @@ def check_same(found: Identity, expected: Identity) -> None:
             f"the checkpoint is of a run of {found.max_steps} steps, and trainer.max_steps is {expected.max_steps}: "
             f"every schedule would jump. Set --trainer.max_steps {found.max_steps}, or start a new run."
         )
+    before, now = _micro_batches(found), _micro_batches(expected)
+    if before is not None and now is not None and before != now:
+        assert expected.ranks is not None
+        fits = before % expected.ranks == 0
+        remedy = f"Set --trainer.accumulate_grad_batches {before // expected.ranks}."
+        raise UserError(
+            f"the checkpoint is of a run of {before} micro-batches an optimizer step ({found.ranks} ranks × "
+            f"{found.accumulation}), and here it is {now} ({expected.ranks} × {expected.accumulation}): it would be "
+            f"another run. {remedy if fits else f'Resume on a number of ranks that divides {before}.'}"
+        )
+
+
+def _micro_batches(identity: Identity) -> int | None:
+    """Of an optimizer step, over all ranks."""
+    if identity.ranks is None or identity.accumulation is None:
+        return None
+    return identity.ranks * identity.accumulation
+
+
+def count_for_ranks(checkpoint: dict[str, Any], found: Identity, expected: Identity) -> None:
+    """Count the batches done as this run's ranks count them: each of fewer ranks has done more.
+
+    Lightning counts those of one rank, and the position in the text is kept for all ranks together.
+
+    Raises:
+        UserError: The number of ranks is another, and the run was stopped amid an optimizer step.
+    """
+    if found.ranks in (None, expected.ranks) or expected.ranks is None or found.accumulation is None:
+        return
+    if "loops" not in checkpoint:  # nothing is done yet
+        return
+    if "loops" not in checkpoint:  # of a run that had not taken a step
+        return
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        done = counts["processed"]
+        if done % found.accumulation or counts["ready"] != done:
+            raise UserError(
+                f"the checkpoint was written amid an optimizer step of {found.ranks} ranks, and the sum of gradients "
+                f"so far is not in it. Resume on {found.ranks} ranks, or from a checkpoint between two steps."
+            )
+        # 0 or 1: the batch whose end the checkpoint was written at is not yet completed.
+        open_batches = done - counts["completed"]
+        done = done * found.ranks // expected.ranks
+        counts.update(ready=done, started=done, processed=done, completed=done - open_batches)
+
+
+def path_of(name: str, part: str = "logits") -> str:
+    """The name of the logits, or another stored ``part``, of the weight ``name`` in a LeapModule's state dict."""
+    module, _, tensor = name.rpartition(".")
+    return f"model.{module}.parametrizations.{tensor}.0.{part}"
+
+
+def by_weight(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a LeapModule's state dict holds of gates under the names of a checkpoint: ``<part>.<weight name>``."""
+    matches = ((re.fullmatch(r"model\.(.+)\.parametrizations\.(\w+)\.0\.(\w+)", path), x) for path, x in state.items())
+    return {f"{match[3]}.{match[1]}.{match[2]}": tensor for match, tensor in matches if match}
+
+
+def name_parameters(state: dict[str, Any], names: Sequence[str]) -> None:
+    """Let an optimizer's state dict speak of parameters by name where it numbers them as ``names`` are ordered."""
+
+    def name(key: int | str) -> str:
+        return names[key] if isinstance(key, int) else key
+
+    if state:
+        state["state"] = {name(key): value for key, value in state["state"].items()}
+        groups = state["param_groups"]
+        state["param_groups"] = [{**group, "params": [name(key) for key in group["params"]]} for group in groups]
 
 
 def load_checkpoint(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
-    """Read the file ``path`` into CPU memory, every bit of it checked, without running anything in it.
+    """Read the file ``path``, or of a folder all but the tensors, into CPU memory, without running anything in it.
+
+    Every bit of a file is checked.
 
     Args:
         path: The file.
@@ -147,6 +241,8 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
         UserError: It is not there, truncated, damaged, or no checkpoint of leap_pl.
     """
     path = Path(path)
+    if (path / META).is_file():
+        path = path / META
     if not path.is_file():
         raise UserError(f"{path}: there is no such checkpoint. Give a .ckpt from a run's checkpoints folder.")
     try:
@@ -191,6 +287,10 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
     """
     checkpoint = load_checkpoint(path)
     identity = read_identity(checkpoint, path)
+    if Path(path).is_dir():
+        from leap_pl.consolidate import consolidated
+
+        checkpoint = consolidated(path, optimizer=False)
     try:
         return MaskSet(_hard_masks(checkpoint["state_dict"], identity, path), provenance(identity))
     except UserError:
@@ -202,14 +302,21 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
         ) from error
 
 
-def _hard_masks(logits: dict[str, Tensor], identity: Identity, path: str | Path) -> dict[str, Tensor]:
+def _hard_masks(logits: dict[str, Tensor], identity: Identity, path: str | Path) -> PackedMasks:
     missing = [name for name in identity.shapes if PREFIX + name not in logits]
     if missing:
         raise UserError(f"{path} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
     stored = {
-        name: Stored(logits[PREFIX + name], tuple(shape), identity.input_dims[name])
+        name: Stored(logits[PREFIX + name], tuple(shape), identity.input_dims[name], _beside(logits, name))
         for name, shape in identity.shapes.items()
     }
     gates = restore(identity.gate["class_path"], identity.gate["init_args"], stored)
     type(next(iter(gates.values()))).choose(gates, identity.sparsity)
-    return {name: gate.hard_mask() for name, gate in gates.items()}
+    return PackedMasks.of((name, gate.hard_mask()) for name, gate in gates.items())
+
+
+def _beside(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What is stored of the weight ``name`` beside its logits."""
+    parts = {key.partition(".")[0]: tensor for key, tensor in tensors.items() if key.partition(".")[2] == name}
+    parts.pop("logits")
+    return parts

@@ -22,6 +22,9 @@ VERBS: dict[str, tuple[str, str | None]] = {
     "compare": ("tables and pictures of several results", "leap_pl.compare:compare_command"),
 }
 
+# Verb → its option that takes any number of values, which are also taken as bare words: leap_pl compare a.json b.json
+BARE = {"compare": "results"}
+
 USAGE = f"""usage: leap_pl <verb> [options]
 
 Learn which weights of a large language model to keep (LEAP, arXiv 2605.17289).
@@ -35,7 +38,8 @@ verbs:
 from a model to a sparse checkpoint:
   leap_pl fit --config configs/quickstart.yaml
   leap_pl export --ckpt_path runs/quickstart/checkpoints/last.ckpt --output_dir sparse-model
-  leap_pl evaluate --model sparse-model --perplexity wikitext2
+  leap_pl evaluate --model sparse-model --perplexity wikitext2 --output sparse.json
+  leap_pl compare dense.json sparse.json
 """
 
 
@@ -61,8 +65,18 @@ def main(args: "ArgsType" = None) -> Any:
             return run(words)
         return _run_function(words[0], _find(function), words[1:])
     except UserError as error:
-        print(f"leap_pl {words[0]}: {error}", file=sys.stderr)
+        rank = _rank()
+        print(f"leap_pl {words[0]}{f' [rank {rank}]' if rank else ''}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _rank() -> int:
+    """Of this process in a run of several; it may fail before, or without, a trainer that knows it."""
+    if "lightning" not in sys.modules:
+        return 0
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", None) or 0
 
 
 def _find(function: str) -> Callable[..., Any]:
@@ -78,17 +92,46 @@ def _run_function(verb: str, function: Callable[..., Any], words: list[str]) -> 
 
     from leap_pl.arguments import one_line
 
-    description = (function.__doc__ or "").split("Args:")[0]
-    parser = ArgumentParser(prog=f"leap_pl {verb}", description=description, exit_on_error=False)
+    several = BARE.get(verb)
+    parser = ArgumentParser(
+        prog=f"leap_pl {verb}",
+        usage=f"leap_pl {verb} {several} ... [options]" if several else None,
+        description=(function.__doc__ or "").split("Args:")[0],
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("-c", "--config", action="config", help="YAML file with values for these options.")
     parser.add_function_arguments(function, as_group=False)
     switches = {f"--{p.name}" for p in signature(function).parameters.values() if isinstance(p.default, bool)}
+    if several:
+        words = _gather(words, f"--{several}", switches)
     try:
         settings = parser.parse_args(_spell_out(words, switches)).as_dict()
     except ArgumentError as error:
         raise UserError(one_line(error)) from error
     settings.pop("config", None)
     return function(**settings)
+
+
+def _gather(words: list[str], option: str, switches: set[str]) -> list[str]:
+    """Bare words, wherever they stand, as values of ``option``, added to what its flag or a config says."""
+    flags: list[str] = []
+    bare: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("-"):
+            bare.append(word)
+        elif word == option and left and not left[0].startswith(("-", "[")):
+            continue  # --results a b: bare words as well
+        elif word.startswith(f"{option}=") and not word.startswith(f"{option}=["):
+            bare.append(word.partition("=")[2])
+        else:
+            flags.append(word)
+            alone = "=" in word or word in ("-h", "--help", "--print_config")
+            if left and not alone and (word not in switches or left[0] in ("true", "false")):
+                flags.append(left.pop(0))
+    return flags + [spelling for value in bare for spelling in (f"{option}+", value)]
 
 
 def _spell_out(words: list[str], switches: set[str]) -> list[str]:

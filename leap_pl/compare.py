@@ -1,5 +1,6 @@
 """``leap_pl compare``: results and masks side by side, as a table, pictures and one page."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from leap_pl.errors import UserError
@@ -8,7 +9,7 @@ BASELINES = "magnitude,wanda,sparsegpt,admm"
 
 
 def compare_command(
-    results: list[str], output_dir: str = "comparison", baselines: str = BASELINES, force: bool = False
+    results: Sequence[str] = (), output_dir: str = "comparison", baselines: str = BASELINES, force: bool = False
 ) -> dict[str, Any]:
     """Put results and masks side by side.
 
@@ -20,8 +21,10 @@ def compare_command(
     accuracies on different splits, limits or numbers of examples.
 
     Args:
-        results: Result files of leap_pl evaluate, MaskSet files, and folders of leap_pl export, in any order. A
-            mask that a result was measured with is found by itself where it still is in its place.
+        results: Result files of leap_pl evaluate, MaskSet files, checkpoints of leap_pl fit, and folders that
+            leap_pl has written a mask to, in any order, typed as bare words: leap_pl compare dense.json
+            sparse.json mask.safetensors exported-folder/. A mask that a result was measured with is found by
+            itself where it still is in its place.
         output_dir: Folder to write.
         baselines: Methods, separated by commas, whose best at the same sparsity the others are measured against.
         force: Replace output_dir if there is something in it.
@@ -33,8 +36,12 @@ def compare_command(
         UserError: Something cannot be read, figures do not compare, or the folder cannot be written.
     """
     if not results:
-        raise UserError("Nothing to compare. Name result files, masks or exported folders.")
+        raise UserError(
+            "Nothing to compare. Name result files of leap_pl evaluate, masks or exported folders: "
+            "leap_pl compare dense.json sparse.json mask.safetensors exported-folder/"
+        )
     from pathlib import Path
+    from shutil import get_terminal_size
 
     from leap_pl.comparison.entries import read_entries
     from leap_pl.comparison.page import make_page
@@ -50,7 +57,7 @@ def compare_command(
         (folder / "table.csv").write_text(table.csv(), encoding="utf-8")
         pictures = draw_all(entries, measured_against, folder)
         (folder / "index.html").write_text(make_page(entries, table, pictures, folder), encoding="utf-8")
-    print(table.text())
+    print(table.text(get_terminal_size(fallback=(0, 0)).columns or None))  # a file has no width
     print(f"\nwritten: {Path(output_dir, 'index.html')}, table.md, table.csv and {len(pictures)} pictures")
     return {
         "table": [dict(zip(table.keys, row, strict=True)) for row in table.values],

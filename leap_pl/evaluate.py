@@ -80,9 +80,15 @@ def evaluate_command(
         raise UserError(f"--limit {limit}: give a number of questions, at least 1.")
     if max_tokens is not None and max_tokens < 2:
         raise UserError(f"--max_tokens {max_tokens}: a perplexity needs at least 2 tokens.")
-    from leap_pl.evaluation.record import FORMAT, FORMAT_VERSION, environment, write_result
+    # What needs no model is refused before one is loaded.
+    from leap_pl.evaluation.perplexity import check_windows
+    from leap_pl.evaluation.record import FORMAT, FORMAT_VERSION, check_place, environment, write_result
     from leap_pl.evaluation.subject import load_subject, realised_sparsity
 
+    check_windows(seq_length, stride or seq_length, batch_size)
+    local_tasks = _tasks_folder(tasks_folder) if names else None
+    if output is not None:
+        check_place(output)
     started, begin = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.monotonic()
     seconds: dict[str, float] = {}
     subject = load_subject(
@@ -123,7 +129,7 @@ def evaluate_command(
             subject.model,
             subject.tokenizer,
             names,
-            tasks_folder=_tasks_folder(tasks_folder),
+            tasks_folder=local_tasks,
             limit=limit,
             num_fewshot=num_fewshot,
             batch_size=batch_size,
@@ -205,7 +211,7 @@ def _place(subject: "Subject", device: str) -> str:
         raise
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"--device {device} cannot be used ({str(error).splitlines()[0]}). Give cpu or cuda:0."
+            f"--device {device} cannot be used ({str(error).splitlines()[0]}). Give --device cpu, or another."
         ) from error
     return where
 
@@ -243,8 +249,3 @@ def _tell(result: dict[str, Any], output: str | None) -> None:
         print(f"  mean accuracy of {len(mean['tasks'])} tasks: {mean['value']:.2%}")
     if output is not None:
         print(f"written: {output}", file=sys.stderr)
-
-
-def _figure(found: dict[str, Any], metric: str) -> str:
-    error = found.get(f"{metric}_stderr")
-    return f"{metric} {found[metric]:.2%}" + (f" ± {error:.2%}" if error else "")

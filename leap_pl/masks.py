@@ -12,13 +12,15 @@ with zeros. The header's metadata holds
 ``digest``           SHA-256 of the shapes, the provenance and the packed bits, in hexadecimal
 ===================  ====================================================================================
 
-A kept element is a one. That is one bit a weight: a sixteenth of a bfloat16 model.
+A kept element is a one. That is one bit a weight: a sixteenth of a bfloat16 model. The same MaskSet makes the
+same bytes.
 """
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -60,6 +62,40 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict)
 
 
+class PackedMasks(Mapping[str, Tensor]):
+    """Masks kept as bits, an eighth of the memory of bool tensors: each look at one unpacks it anew."""
+
+    def __init__(self, packed: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
+        """Take bits as :func:`pack` makes them.
+
+        Raises:
+            ValueError: They are no such bits, or of other shapes.
+        """
+        for name, bits in packed.items():
+            _check_packed(bits, shapes[name])
+        self.packed, self.shapes = dict(packed), {name: tuple(shapes[name]) for name in packed}
+
+    @classmethod
+    def of(cls, masks: Iterable[tuple[str, Tensor]]) -> "PackedMasks":
+        """Pack masks one after another, as they come."""
+        packed, shapes = {}, {}
+        for name, mask in masks:
+            packed[name], shapes[name] = pack(mask), tuple(mask.shape)
+        return cls(packed, shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The bool mask of the weight ``name``, a new tensor."""
+        return unpack(self.packed[name], self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """The weights' names."""
+        return iter(self.packed)
+
+    def __len__(self) -> int:
+        """How many weights."""
+        return len(self.packed)
+
+
 class MaskSet:
     """Boolean masks by weight name (True: kept), with where they come from.
 
@@ -75,18 +111,27 @@ class MaskSet:
         """
         if not masks:
             raise ValueError("a MaskSet needs at least one mask")
-        for name, mask in masks.items():
-            if mask.dtype != torch.bool:
-                raise ValueError(f"the mask of {name} is {mask.dtype}, not bool")
-        self.masks = dict(masks)
+        self.masks: Mapping[str, Tensor] = masks
+        if not isinstance(masks, PackedMasks):
+            for name, mask in masks.items():
+                if mask.dtype != torch.bool:
+                    raise ValueError(f"the mask of {name} is {mask.dtype}, not bool")
+            self.masks = dict(masks)
         self.provenance = provenance
 
     # -- what it says -------------------------------------------------------------------------------------
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each mask, and of its weight."""
+        if isinstance(self.masks, PackedMasks):
+            return dict(self.masks.shapes)
+        return {name: tuple(mask.shape) for name, mask in self.masks.items()}
+
+    @property
     def total(self) -> int:
         """How many weights it speaks of."""
-        return sum(mask.numel() for mask in self.masks.values())
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def kept(self) -> int:
@@ -134,9 +179,8 @@ class MaskSet:
                     "mask is for. Give the base model it was made for."
                 )
             return
-        shapes = {name: tuple(weight.parameter.shape) for name, weight in weights.items()}
-        wrong = [n for n in shapes if n not in self.masks or tuple(self.masks[n].shape) != shapes[n]]
-        wrong += [n for n in self.masks if n not in shapes]
+        shapes, own = {name: tuple(weight.parameter.shape) for name, weight in weights.items()}, self.shapes
+        wrong = [n for n in {**shapes, **own} if shapes.get(n) != own.get(n)]
         if wrong:
             raise UserError(
                 f"this mask covers {len(self.masks)} weights, and {len(shapes)} are gated; they differ in "
@@ -169,26 +213,13 @@ class MaskSet:
     # -- on disk ------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write the file ``path`` whole or not at all.
+        """Write the file ``path`` whole or not at all; the same masks and provenance make the same bytes.
 
         Raises:
             UserError: It cannot be written.
         """
-        from safetensors.torch import save
-
-        shapes = json.dumps({name: list(mask.shape) for name, mask in self.masks.items()})
-        provenance = json.dumps(asdict(self.provenance))
-        packed = {name: _pack(mask) for name, mask in self.masks.items()}
-        metadata = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "shapes": shapes,
-            "provenance": provenance,
-            "digest": _digest(shapes, provenance, packed),
-        }
-        data = _in_order(save(packed, metadata))
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(data)
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        write_masks(path, shapes, self.masks.__getitem__, self.provenance)
         return Path(path)
 
     @classmethod
@@ -215,7 +246,7 @@ class MaskSet:
                 raise ValueError("its digest does not match its content")
             known = {f.name for f in fields(Provenance)}
             provenance = Provenance(**{k: v for k, v in told.items() if k in known})
-            return cls({name: _unpack(packed[name], shapes[name]) for name in shapes}, provenance)
+            return cls(PackedMasks({name: packed[name] for name in shapes}, shapes), provenance)
         except UserError:
             raise
         except (
@@ -231,6 +262,48 @@ class MaskSet:
                 f"{path} is truncated or damaged ({' '.join(str(error).split())[:120]}). "
                 "Make the mask again, or take another copy of the file."
             ) from error
+
+
+def write_masks(
+    path: str | Path, shapes: Mapping[str, list[int]], mask: Callable[[str], Tensor], provenance: Provenance
+) -> tuple[int, int]:
+    """Write a MaskSet file of masks that are made one at a time.
+
+    Args:
+        path: Written whole or not at all.
+        shapes: Weight name → shape.
+        mask: Weight name → its bool mask; called once for each, in the order of sorted names.
+        provenance: Where the masks come from.
+
+    Returns:
+        How many weights are kept, and of how many.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    told_shapes, told = json.dumps(shapes), json.dumps(asdict(provenance))
+    digest = hashlib.sha256(f"{told_shapes}\n{told}\n".encode())
+    blank = "0" * 2 * digest.digest_size  # until the bits are known
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "shapes": told_shapes, "provenance": told}
+    header: dict[str, Any] = {"__metadata__": {"digest": blank, **metadata}}
+    end = 0
+    for name in sorted(shapes):
+        start, end = end, end + (math.prod(shapes[name]) + 7) // 8
+        header[name] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    kept = 0
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(shapes):
+            bits = mask(name)
+            kept += int(bits.sum())
+            packed = pack(bits).numpy().tobytes()
+            digest.update(name.encode() + b"\n" + packed)
+            file.write(packed)
+        file.seek(8 + text.index(blank.encode()))  # the first key: no other text is before it
+        file.write(digest.hexdigest().encode())
+    return kept, sum(math.prod(shape) for shape in shapes.values())
 
 
 def split_name(name: str) -> tuple[int | None, str]:
@@ -259,28 +332,30 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
         )
 
 
-def _in_order(data: bytes) -> bytes:
-    """The safetensors file ``data`` with its metadata in order, so that equal masks make equal files."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
-
-
-def _pack(mask: Tensor) -> Tensor:
+def pack(mask: Tensor) -> Tensor:
+    """A bool mask as bits: uint8, flat, the first element in the lowest bit of the first byte."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
 
 
-def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool mask of ``shape`` that :func:`pack` made these bits of.
+
+    Raises:
+        ValueError: They are no such bits.
+    """
+    count = _check_packed(packed, shape)
+    bits = np.unpackbits(packed.numpy(), count=count, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).view(tuple(shape))
+
+
+def _check_packed(packed: Tensor, shape: Sequence[int]) -> int:
+    """How many elements the bits are of."""
     if packed.dtype != torch.uint8 or packed.ndim != 1 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError("a mask is not packed bits")
-    count = int(np.prod(shape, dtype=object))
+    count = math.prod(shape)
     if packed.numel() != (count + 7) // 8:
         raise ValueError("a mask has another length than its shape")
-    bits = np.unpackbits(packed.numpy(), count=count, bitorder="little")
-    return torch.from_numpy(bits.view(np.bool_)).view(shape)
+    return count
 
 
 def _digest(shapes: str, provenance: str, packed: Mapping[str, Tensor]) -> str:

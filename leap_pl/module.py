@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -27,11 +28,14 @@ from leap_pl.models import (
     model_fingerprint,
 )
 from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
-from leap_pl.prior import Prior
+from leap_pl.parallel import RankZero, data_rank, mean_over_ranks, reduce_only, saves_shards, shard, sharding_mesh
+from leap_pl.prior import Prior, SharedPrior
 from leap_pl.rewind import rewind
 from leap_pl.schedules import warmup_cosine
+from leap_pl.shards import Ranks, copy_part_, gathered, own_part
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
     from leap_pl.masks import MaskSet
@@ -126,12 +130,21 @@ class LeapModule(L.LightningModule):
         self.strict_loading = False  # checkpoints hold logits only; on_load_checkpoint compares names and shapes
         self.state = GateState(seed=seed)
         self.model: PreTrainedModel | None = None
-        self.prior: MaskSet | None = None
+        self.mesh: DeviceMesh | None = None  # of the ranks that decoder blocks are sharded over
+        self.gates: dict[str, Gate] = {}
+        self.priors: dict[str, MaskSet] = {}  # on rank zero
+        self.resumes_from: str | None = None
+        self.register_state_dict_post_hook(_gates_only)
         self.dense_perplexity: float | None = None
         self.hard_perplexity: float | None = None  # of the last validation
         self.hard_metric, self.dense_metric = Perplexity(), Perplexity()
         self.terms: dict[str, Tensor] = {}
         self.told: dict[str, Any] = {}  # settings of callbacks that a mask's provenance should tell
+
+    @property
+    def prior(self) -> "MaskSet | None":
+        """The mask that learning starts from, once the model is loaded for a fit; on rank zero."""
+        return self.priors.get("prior")
 
     # -- the gated model ----------------------------------------------------------------------------------
 
@@ -139,6 +152,7 @@ class LeapModule(L.LightningModule):
         """Load the base model, make the prior, put the gates on. Does nothing the second time."""
         if self.model is not None:
             return
+        self.mesh = sharding_mesh(self._trainer)
         model = load_model(
             self.base_model,
             revision=self.revision,
@@ -149,29 +163,80 @@ class LeapModule(L.LightningModule):
         check_numbers(model, self.base_model)
         self._check_length(model)
         self.weights = find_weights(model, self.targets, self.ignore)
+        if self.mesh is not None:
+            self._check_inside()
         self.fingerprint = model_fingerprint(model)
         self.sizes = {name: weight.parameter.numel() for name, weight in self.weights.items()}
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
         self.groups = list(self._groups(model))
-        self.states, self.head = split_model(model)
-        if self._fitting():
-            self.prior = self.prior_settings.make(
-                model,
-                self.weights,
-                base_model=self.base_model,
-                sparsity=self.sparsity,
-                data=getattr(self.trainer, "datamodule", None),
-                device=self._device_of_run(),
-            )
+        prior = self._make_prior(model)
         model.requires_grad_(False)
-        self.gates = attach(self.weights, self.make_gate, self.state)
-        for name, gate in self.gates.items():
-            gate.start_from(self.prior.masks[name] if self.prior else None, self.state.seed)
+        if self.mesh is None:
+            self._put_gates(self.weights, prior)
+        else:
+            self._shard(model, self.mesh, prior)
+        prior.close()
+        with self.state.passing("dense"):
+            self.states, self.head = split_model(model)
         if self.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         # from_pretrained leaves it in eval mode, in which activation checkpointing is silently off. There is
         # no dropout in it: load_model removed that.
         self.model = model.train()
+        reduce_only(self, {checkpoints.path_of(*place) for place in self._learned()})
+        if self.mesh is not None and self.resumes_from is not None:
+            # Lightning loads a sharded run's optimizer before it asks on_load_checkpoint.
+            checkpoint = checkpoints.load_checkpoint(self.resumes_from)
+            checkpoints.check_same(checkpoints.read_identity(checkpoint, self.resumes_from), self.identity())
+
+    def _put_gates(self, weights: dict[str, Weight], prior: SharedPrior) -> None:
+        gates = attach(weights, self.make_gate, self.state)
+        for name, gate in gates.items():
+            masks = prior.masks(name, gate.shape)
+            gate.start_from(masks.pop("prior", None), self.state.seed, **masks)
+        self.gates |= gates
+
+    def _shard(self, model: "PreTrainedModel", mesh: "DeviceMesh", prior: SharedPrior) -> None:
+        def prepare(index: int, block: nn.Module) -> None:
+            self._put_gates({name: weight for name, weight in self.weights.items() if weight.layer == index}, prior)
+            # Lightning does so later, when FSDP2 would not notice another dtype; then nothing is left to do.
+            convert(block)
+
+        convert = self.trainer.precision_plugin.convert_module
+        shard(model, decoder_blocks(model)[1], mesh, prepare)
+        convert(model).to(self._device_of_run())
+
+    def _make_prior(self, model: "PreTrainedModel") -> SharedPrior:
+        """The prior, or priors, made on rank zero, whose ``self.priors`` they are."""
+        # First, for a prior may take minutes: can this kind of mask be what is asked of it?
+        first = self.make_gate(next(iter(self.weights.values())), self.state)
+        self.sparsity = first.exact_sparsity(self.sparsity)
+        rank_zero = RankZero()
+        if self._fitting():
+
+            def make() -> "dict[str, MaskSet]":
+                priors = self.prior_settings.make(
+                    model,
+                    self.weights,
+                    base_model=self.base_model,
+                    forms=first.prior_forms(self.sparsity),
+                    data=getattr(self.trainer, "datamodule", None),
+                    device=self._device_of_run(),
+                    progress=self.trainer.progress_bar_callback is not None,
+                )
+                first.check_priors(priors)
+                return priors
+
+            self.priors = rank_zero.make(make) or {}
+        return SharedPrior(self.priors, rank_zero)
+
+    def _check_inside(self) -> None:
+        outside = [name for name, weight in self.weights.items() if weight.layer is None]
+        if outside:
+            raise UserError(
+                f"{listing(outside, 3)} is outside the decoder blocks, and a sharded run gates weights within them. "
+                "Leave it out with --model.ignore, or use --trainer.strategy ddp."
+            )
 
     def _groups(self, model: nn.Module) -> Iterator[list[str]]:
         """The names of the weights that share a mean in the sparsity budget."""
@@ -205,13 +270,19 @@ class LeapModule(L.LightningModule):
         """The loss of one micro-batch; ``batch["input_ids"]`` is (B, L) tokens."""
         windows = self.trainer.accumulate_grad_batches
         self.state.step = self.global_step
-        self.state.micro_batch = (batch_idx % windows) * self.trainer.world_size + self.trainer.global_rank
+        rank, ranks = data_rank(self.trainer)
+        self.state.micro_batch = (batch_idx % windows) * ranks + rank
         for gate in self.gates.values():
             gate.clear()
         loss, lm, kl = self._language_losses(batch["input_ids"])
         kept: dict[str, Tensor] = {}
         for name, gate in self.gates.items():
             if gate.kept is None:  # experts that no token was routed to
+                if self.mesh is not None:
+                    raise UserError(
+                        f"{name} was not used by a micro-batch, and in a sharded run each is used by every one. "
+                        "Leave it out with --model.ignore, or use --trainer.strategy ddp."
+                    )
                 gate(self.weights[name].parameter)
             assert gate.kept is not None
             kept[name] = gate.kept
@@ -235,6 +306,10 @@ class LeapModule(L.LightningModule):
         hidden = self.states(input_ids)[:, :-1].flatten(0, 1)
         return language_losses(hidden, targets, self.head, self.objective, teacher)
 
+    def mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean of each value over the ranks of the run, every one of which makes this call."""
+        return values if self._trainer is None else mean_over_ranks(values, self.trainer)
+
     def check_finite(self, *, logits: bool = False) -> None:
         """Make sure that the last micro-batch's loss, and the logits if asked for, are numbers.
 
@@ -246,9 +321,15 @@ class LeapModule(L.LightningModule):
         if broken:
             raise NonFiniteError(self.state.step, ", ".join(broken), self._dtype_of_model())
         if logits:
-            for name, gate in self.gates.items():
-                if not bool(torch.isfinite(gate.logits).all()):
-                    raise NonFiniteError(self.state.step, f"the logits of {name} are infinite or NaN")
+            for name, _ in self._not_finite({place: logits.detach() for place, logits in self._learned().items()}):
+                raise NonFiniteError(self.state.step, f"the logits of {name} are infinite or NaN")
+
+    @staticmethod
+    def _not_finite(tensors: dict[tuple[str, str], Tensor]) -> list[tuple[str, str]]:
+        """The places of those with an element, on whatever rank, that is infinite or NaN."""
+        flags = [int(not torch.isfinite(own_part(tensor)).all()) for tensor in tensors.values()]
+        found = Ranks.of(tensors.values()).highest(flags)
+        return [place for place, flag in zip(tensors, found, strict=True) if flag]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make sure that the gradients are numbers: a step with one that is not would spoil every logit.
@@ -258,12 +339,18 @@ class LeapModule(L.LightningModule):
         """
         if self.trainer.precision == "16-mixed":  # its scaler meets such gradients, and leaves the step out
             return
-        gradients = {name: gate.logits.grad for name, gate in self.gates.items() if gate.logits.grad is not None}
-        norm = nn.utils.get_total_norm(list(gradients.values()))
-        if not math.isfinite(float(norm)):  # one look at the device
-            broken = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+        learned = self._learned()
+        gradients = {place: logits.grad for place, logits in learned.items() if logits.grad is not None}
+        norm = gathered(nn.utils.get_total_norm(list(gradients.values())))
+        if not bool(torch.isfinite(norm)):  # one look at the device
+            broken = [name for name, _ in self._not_finite(gradients)]
             where = f"the gradients of {listing(broken, 2)} are infinite or NaN" if broken else "the gradients overflow"
             raise NonFiniteError(self.state.step, where, self._dtype_of_model())
+
+    def _learned(self) -> dict[tuple[str, str], nn.Parameter]:
+        """What is learned: (weight name, attribute of its gate) → parameter."""
+        gates = self.gates.items()
+        return {(name, part): parameter for name, gate in gates for part, parameter in gate.named_parameters()}
 
     def _dtype_of_model(self) -> torch.dtype | None:
         return None if self.model is None else self.model.dtype
@@ -273,7 +360,7 @@ class LeapModule(L.LightningModule):
         total = self.trainer.max_steps
         if total < 1:
             raise UserError("trainer.max_steps is not set, and every schedule needs it. Add --trainer.max_steps N.")
-        optimizer = self.make_optimizer([gate.logits for gate in self.gates.values()])
+        optimizer = self.make_optimizer(list(self._learned().values()))
         if self.trainer.precision != "16-mixed":
             # A fused optimizer says that it unscales gradients itself, and Lightning then refuses to clip them;
             # without float16 there is no scale.
@@ -318,7 +405,7 @@ class LeapModule(L.LightningModule):
         self.hard_perplexity = float(self.hard_metric.compute())
         if self.dense_perplexity is None:
             self.dense_perplexity = float(self.dense_metric.compute())
-        self.log("perplexity/dense", self.dense_perplexity)
+        self.log("perplexity/dense", self.dense_perplexity, sync_dist=True)  # equal already: Lightning would warn
         if self.trainer.sanity_checking:
             # Lightning keeps what is measured before the first step to itself; it is where the curves begin.
             start = {"perplexity/hard": self.hard_perplexity, "perplexity/dense": self.dense_perplexity}
@@ -328,12 +415,34 @@ class LeapModule(L.LightningModule):
     # -- the mask -----------------------------------------------------------------------------------------
 
     def mask_set(self) -> "MaskSet":
-        """The hard mask at exactly the target sparsity, as it is exported."""
+        """The hard mask at exactly the target sparsity, as it is exported: whole, on every rank."""
         from leap_pl.masks import MaskSet
 
         self.choose_hard_masks()
-        masks = {name: gate.hard_mask().cpu() for name, gate in self.gates.items()}
+        masks = {name: gathered(gate.hard_mask()).cpu() for name, gate in self.gates.items()}
         return MaskSet(masks, checkpoints.provenance(self.identity()))
+
+    def save_mask(self, path: str | Path) -> tuple[int, int]:
+        """Write :meth:`mask_set` to the MaskSet file ``path``, of which no more than one weight's mask is in memory.
+
+        Of several ranks, each of which makes this call, the first one writes.
+
+        Returns:
+            How many gated weights are kept, and of how many.
+        """
+        from leap_pl.masks import write_masks
+
+        self.choose_hard_masks()
+        shapes = {name: list(gate.shape) for name, gate in self.gates.items()}
+        identity = self.identity()
+
+        def mask(name: str) -> Tensor:
+            return gathered(self.gates[name].hard_mask()).cpu()
+
+        if self._trainer is None or self.trainer.is_global_zero:
+            return write_masks(path, shapes, mask, checkpoints.provenance(identity))
+        counts = [(int(part.sum()), part.numel()) for part in map(mask, sorted(shapes))]
+        return sum(kept for kept, _ in counts), sum(total for _, total in counts)
 
     # -- checkpoints --------------------------------------------------------------------------------------
 
@@ -348,6 +457,8 @@ class LeapModule(L.LightningModule):
             targets=self.targets,
             ignore=self.ignore,
             max_steps=self.trainer.max_steps if self._fitting() else None,
+            ranks=data_rank(self.trainer)[1] if self._fitting() else None,
+            accumulation=self.trainer.accumulate_grad_batches if self._fitting() else None,
             shapes={name: list(gate.shape) for name, gate in self.gates.items()},
             input_dims={name: gate.input_dim for name, gate in self.gates.items()},
             dense_perplexity=self.dense_perplexity,
@@ -377,22 +488,46 @@ class LeapModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen model out: logits by weight name, and whose they are."""
         self.check_finite(logits=True)
-        checkpoint["state_dict"] = {
-            checkpoints.PREFIX + name: gate.logits.detach() for name, gate in self.gates.items()
-        }
         checkpoint[checkpoints.KEY] = asdict(self.identity())
         rewind(self.trainer, checkpoint)
+        if saves_shards(self._trainer):
+            return  # each rank its own, under this module's names: ModelParallelStrategy reads them back
+        if self.mesh is None:
+            gates = self.gates.items()
+            state = {f"{part}.{name}": tensor for name, gate in gates for part, tensor in gate.stored().items()}
+            names = {id(parameter): name for name, parameter in self.named_parameters()}
+            groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+            numbered = [names[id(parameter)] for group in groups for parameter in group["params"]]
+        else:  # gathered on rank zero; nothing on the others
+            state = checkpoints.by_weight(checkpoint["state_dict"])
+            numbered = [name for name, _ in self.named_parameters()]
+        checkpoint["state_dict"] = state
+        for optimizer_state in checkpoint.get("optimizer_states", []):
+            checkpoints.name_parameters(optimizer_state, numbered)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or another run; map its logits to this module's names."""
         found = checkpoints.read_identity(checkpoint)
         checkpoints.check_same(found, self.identity())
         self.dense_perplexity, self.hard_perplexity = found.dense_perplexity, found.settings.get("perplexity")
-        paths = {id(module): path for path, module in self.named_modules()}
-        checkpoint["state_dict"] = {
-            f"{paths[id(gate)]}.logits": checkpoint["state_dict"][checkpoints.PREFIX + name]
-            for name, gate in self.gates.items()
-        }
+        if self._fitting():
+            checkpoints.count_for_ranks(checkpoint, found, self.identity())
+        places = [(name, part) for name, gate in self.gates.items() for part in gate.stored()]
+        if self.mesh is None:
+            stored = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {checkpoints.path_of(*place): stored[".".join(place[::-1])] for place in places}
+        elif Path(path := self.trainer.ckpt_path or "").is_file():
+            # Of a folder Lightning has loaded each rank's part; of a file each rank takes its own.
+            stored = checkpoints.load_checkpoint(path)["state_dict"]
+            for name, part in places:
+                copy_part_(getattr(self.gates[name], part), stored[f"{part}.{name}"])
+
+
+def _gates_only(module: LeapModule, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Keep the frozen model out of the state dict, before a strategy gathers it from all ranks."""
+    kept = {prefix + checkpoints.path_of(name, part) for name, gate in module.gates.items() for part in gate.stored()}
+    for name in [name for name in state if name not in kept]:
+        del state[name]
 
 
 def fast_dtype(device: torch.device) -> Dtype:

@@ -11,6 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from leap_pl.gates.compiled import compiled
+from leap_pl.gates.noise import columns
+
 States = Callable[[Tensor], Tensor]
 Head = Callable[[Tensor], Tensor]
 
@@ -30,7 +33,8 @@ class Objective:
         budget_scope: ``global``: one mean over all gated weights. ``layer``: one for each decoder block, the
             distances added.
         weight: Of the term that favours masks that keep large weights (λ_w); it fades to 0 over the run.
-        chunk: Tokens whose logits exist at the same time. Memory is about 12·chunk·V bytes.
+        chunk: Tokens whose logits exist at the same time. Memory is about 4·chunk·V bytes, twice that with
+            distillation.
     """
 
     lm: float = 1.0
@@ -78,22 +82,30 @@ class _LanguageLosses(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TD: Tensor, targets_T: Tensor, head: Head, objective: Objective, teacher_TD: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wants_grad = ctx.needs_input_grad[0]
+        wants_grad, device = ctx.needs_input_grad[0], hidden_TD.device
         grad_TD = torch.empty_like(hidden_TD) if wants_grad else None
-        lm = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        lm = torch.zeros((), dtype=torch.float32, device=device)
         kl = torch.zeros_like(lm)
         scale = 1 / len(targets_T)
+        # As tensors: of Python numbers each would be compiled in.
+        weights = torch.tensor([objective.lm * scale, objective.distillation * scale, objective.temperature])
+        lm_weight, kl_weight, temperature = weights.to(device, torch.float32).unbind()
         for start in range(0, len(targets_T), objective.chunk):
             part = slice(start, start + objective.chunk)
             hidden_CD = hidden_TD[part].detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
                 logits_CV = head(hidden_CD)
-            teacher_CV = head(teacher_TD[part]) if teacher_TD is not None else None
-            lm_sum, kl_sum, grad_CV = _losses_and_grad(logits_CV.detach(), targets_T[part], teacher_CV, objective)
+            target_C, token_V = targets_T[part].int(), columns(logits_CV.shape[-1], device)
+            if teacher_TD is None:
+                lm_sum, grad_CV = lm_loss(logits_CV.detach(), target_C, token_V, lm_weight)
+            else:
+                lm_sum, kl_sum, grad_CV = distillation_loss(
+                    logits_CV.detach(), head(teacher_TD[part]), target_C, token_V, lm_weight, kl_weight, temperature
+                )
+                kl += kl_sum * scale
             lm += lm_sum * scale
-            kl += kl_sum * scale
             if grad_TD is not None:
-                (grad_TD[part],) = torch.autograd.grad(logits_CV, hidden_CD, (grad_CV * scale).to(logits_CV.dtype))
+                (grad_TD[part],) = torch.autograd.grad(logits_CV, hidden_CD, grad_CV)
         ctx.save_for_backward(*[] if grad_TD is None else [grad_TD])
         ctx.mark_non_differentiable(lm, kl)
         return objective.lm * lm + objective.distillation * kl, lm, kl
@@ -104,32 +116,42 @@ class _LanguageLosses(torch.autograd.Function):
         return grad_TD * grad_loss.to(grad_TD.dtype), None, None, None, None
 
 
-def _losses_and_grad(
-    logits_CV: Tensor, targets_C: Tensor, teacher_CV: Tensor | None, objective: Objective
+@compiled
+def lm_loss(logits_CV: Tensor, target_C: Tensor, token_V: Tensor, lm: Tensor) -> tuple[Tensor, Tensor]:
+    """ΣCE, float32, and the gradient of ``lm``·ΣCE in the dtype of the logits: ∂CE/∂z = softmax(z) − onehot.
+
+    Fused, the logits are read three times and written once, and nothing else is as large as they are.
+    """
+    z_CV = logits_CV.float()
+    log_p_CV = z_CV - z_CV.logsumexp(-1, keepdim=True)
+    grad_CV = lm * (log_p_CV.exp() - (token_V == target_C[:, None]).float())
+    return -log_p_CV.gather(1, target_C[:, None].long()).sum(), grad_CV.to(logits_CV.dtype)
+
+
+@compiled
+def distillation_loss(
+    logits_CV: Tensor,
+    teacher_CV: Tensor,
+    target_C: Tensor,
+    token_V: Tensor,
+    lm: Tensor,
+    distillation: Tensor,
+    temperature: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the chunk of CE and of KL·temperature², and the gradient of their weighted sum, float32.
+    """ΣCE, Σ KL·temperature², and the gradient of their weighted sum.
 
     ∂CE/∂z = softmax(z) − onehot; ∂(t²·KL)/∂z = t·(softmax(z/t) − softmax(z_teacher/t)).
     """
-    logits_CV = logits_CV.float()
-    log_p_CV = logits_CV.log_softmax(-1)
-    lm = -log_p_CV.gather(1, targets_C[:, None]).sum()
-    if teacher_CV is None:
-        grad_CV = log_p_CV.exp_().mul_(objective.lm)
-        kl = torch.zeros_like(lm)
-    else:
-        t = objective.temperature
-        log_q_CV = (teacher_CV.float() / t).log_softmax(-1)
-        log_s_CV = log_p_CV if t == 1 else (logits_CV / t).log_softmax(-1)
-        q_CV = log_q_CV.exp()
-        kl = (q_CV * (log_q_CV - log_s_CV)).sum() * t**2
-        grad_CV = (log_s_CV.exp() - q_CV).mul_(objective.distillation * t)
-        if objective.lm:
-            grad_CV += log_p_CV.exp_().mul_(objective.lm)
-    if objective.lm:
-        ones_C1 = torch.full((len(targets_C), 1), -objective.lm, device=grad_CV.device, dtype=grad_CV.dtype)
-        grad_CV.scatter_add_(1, targets_C[:, None], ones_C1)
-    return lm, kl, grad_CV
+    z_CV = logits_CV.float()
+    log_p_CV = z_CV - z_CV.logsumexp(-1, keepdim=True)
+    s_CV, q_CV = z_CV / temperature, teacher_CV.float() / temperature
+    log_s_CV = s_CV - s_CV.logsumexp(-1, keepdim=True)
+    log_q_CV = q_CV - q_CV.logsumexp(-1, keepdim=True)
+    kl_C = (log_q_CV.exp() * (log_q_CV - log_s_CV)).sum(-1)
+    grad_CV = lm * (log_p_CV.exp() - (token_V == target_C[:, None]).float())
+    grad_CV = grad_CV + distillation * temperature * (log_s_CV.exp() - log_q_CV.exp())
+    ce = -log_p_CV.gather(1, target_C[:, None].long()).sum()
+    return ce, kl_C.sum() * temperature**2, grad_CV.to(logits_CV.dtype)
 
 
 def sparsity_budget(

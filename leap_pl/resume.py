@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from leap_pl.checkpoint import load_checkpoint
+from leap_pl.checkpoint import META, load_checkpoint
+from leap_pl.consolidate import check_folder
 from leap_pl.errors import UserError, listing
 
 
@@ -15,11 +16,15 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | 
     Raises:
         UserError: There are checkpoints, and all are damaged. To start afresh over them might not be meant.
     """
-    files = {link.resolve() for link in folder.glob("*.ckpt")} if folder.is_dir() else set()
-    times = {file: file.stat().st_mtime_ns for file in files if file.is_file()}
+    found = {link.resolve() for link in folder.glob("*.ckpt")} if folder.is_dir() else set()
+    # Of a sharded run's folder the file that is written last.
+    marks = {place: place / META if place.is_dir() else place for place in found}
+    times = {place: mark.stat().st_mtime_ns for place, mark in marks.items() if mark.is_file()}
     damaged: list[str] = []
     for file in sorted(times, key=lambda file: (times[file], len(file.name), file.name), reverse=True):
         try:
+            if file.is_dir():
+                check_folder(file)
             return file, load_checkpoint(file), damaged
         except UserError as error:
             damaged.append(str(error))

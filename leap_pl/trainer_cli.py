@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
@@ -12,19 +13,23 @@ from typing import Any
 
 import torch
 from jsonargparse import lazy_instance
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from leap_pl.arguments import one_line
 from leap_pl.callbacks import Annealing, Checkpoints, MaskExport, SparsityLogger, StepProgress
-from leap_pl.checkpoint import load_checkpoint
+from leap_pl.checkpoint import KEY, load_checkpoint, read_identity
 from leap_pl.checkpoint_io import WholeCheckpointIO
+from leap_pl.consolidate import check_folder
 from leap_pl.data import TextDataModule
 from leap_pl.errors import UserError
 from leap_pl.module import LeapModule
+from leap_pl.parallel import lost_a_rank
 from leap_pl.resume import newest_checkpoint
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -48,6 +53,8 @@ UNWRITABLE = {
     errno.EPERM,
     errno.EROFS,
 }
+
+SECONDS_BEHIND = 2.0  # that a rank which has lost another ends after it; launchers look several times a second
 
 # LeapModule's own default, in the form that a saved config can hold.
 OPTIMIZER: dict[str, Any] = {
@@ -83,7 +90,7 @@ class LeapCLI(LightningCLI):
         """
         words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
         path = _option(words, "--ckpt_path")
-        if path is not None and Path(path).is_file():
+        if path is not None and Path(path).exists():
             self._take_defaults(words[0], load_checkpoint(path))
         super().parse_arguments(parser, args)
         verb = self.config.get("subcommand")
@@ -103,7 +110,25 @@ class LeapCLI(LightningCLI):
     def _take_defaults(self, verb: str, checkpoint: dict[str, Any]) -> None:
         stored = checkpoint.get("hyper_parameters", {})
         known = {f"model.{name}": value for name, value in stored.items() if not name.startswith("_")}
+        if KEY in checkpoint:
+            known["model.gate"] = read_identity(checkpoint).gate
         self._subcommand_parsers[verb].set_defaults(known)
+
+    def before_fit(self) -> None:
+        """Tell the model what it goes on from, and refuse a form that the strategy cannot read."""
+        path = self._get(self.config_init, "ckpt_path")
+        if path is None or not Path(path).exists():
+            return
+        self.model.resumes_from = path
+        if Path(path).is_dir():
+            if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+                raise UserError(
+                    f"{path} is a distributed checkpoint, which ModelParallelStrategy reads on any number of ranks. "
+                    f"For another strategy make it one file: python -m leap_pl.consolidate {path} one.ckpt"
+                )
+            check_folder(path)
+
+    before_validate = before_fit
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's own version lays the checkpoint's settings over what was typed."""
@@ -114,6 +139,15 @@ class LeapCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
+
+
+class ConfigOfFit(SaveConfigCallback):
+    """Keep the config beside the logs of a run that learns; validation leaves no file where it was called."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, if this is such a run."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
@@ -127,6 +161,7 @@ def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
         seed_everything_default=0,
         trainer_defaults=TRAINER_DEFAULTS,
         auto_configure_optimizers=False,
+        save_config_callback=ConfigOfFit,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "leap_pl", "exit_on_error": False, **verbs},
     )
@@ -149,11 +184,14 @@ def run(words: list[str]) -> LeapCLI:
         ".*Be aware that when using `ckpt_path`.*",
         ".*The dirpath has changed.*",
         ".*Converting a tensor with requires_grad=True to a scalar.*",
+        ".*Total length of `list` across ranks is zero.*",  # data.validation_sequences 0
     ):
         warnings.filterwarnings("ignore", message=pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
+    if getattr(rank_zero_only, "rank", 0):
+        _quieten()
     torch.set_float32_matmul_precision("high")
     threading.excepthook = _say_nothing_twice
     try:
@@ -165,6 +203,15 @@ def run(words: list[str]) -> LeapCLI:
             f"out of memory on the device: {str(error).splitlines()[0]} Lower data.batch_size or data.seq_length and "
             "raise trainer.accumulate_grad_batches, or set model.activation_checkpointing."
         ) from error
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        # Whatever started the ranks takes the first to end for the one that failed: let that be the other.
+        time.sleep(SECONDS_BEHIND)
+        raise UserError(
+            f"another rank has ended, and its own message says why ({str(error).splitlines()[0][-120:]}). "
+            "Resume from the last checkpoint with --ckpt_path."
+        ) from error
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
@@ -173,10 +220,10 @@ def run(words: list[str]) -> LeapCLI:
             f"{place} ({error.strerror}). Free space, or name other places with --checkpoint.dirpath and "
             "--trainer.logger.save_dir."
         ) from error
-    except ValueError as error:
+    except (ValueError, MisconfigurationException) as error:
         if isinstance(error, UserError) or not _from_settings(error):
             raise
-        raise UserError(str(error)) from error
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def _say_nothing_twice(failed: threading.ExceptHookArgs) -> None:
@@ -185,15 +232,27 @@ def _say_nothing_twice(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
 
 
-def _from_settings(error: ValueError) -> bool:
-    """Whether a constructor of this package refused its settings, so that the message is the user's."""
+def _quieten() -> None:
+    """Leave it to rank zero to show progress and to warn of what holds for all ranks; errors are still told."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    for name in ("leap_pl", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _from_settings(error: Exception) -> bool:
+    """Whether a constructor of this package, or the trainer's choice of devices and strategy, refused its settings."""
     trace, last = error.__traceback__, None
     while trace is not None:
         last, trace = trace, trace.tb_next
     if last is None:
         return False
     code = last.tb_frame.f_code
-    return "leap_pl" in Path(code.co_filename).parts and code.co_name in ("__init__", "__post_init__")
+    place = Path(code.co_filename)
+    ours = "leap_pl" in place.parts and code.co_name in ("__init__", "__post_init__")
+    return ours or place.stem == "accelerator_connector"
 
 
 def _find_last(verb: str, folder: str | None) -> tuple[Path, dict[str, Any]] | None:

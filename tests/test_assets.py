@@ -147,3 +147,37 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path, capsys):
     assert assets.main(["eval", "--folder", str(tmp_path)]) == 1
     assert "not made by this command" in capsys.readouterr().err
     assert (tmp_path / "tasks" / "mine.txt").read_text() == "mine"
+
+
+def hellaswag(number, source, context, ending, label=1):
+    endings = ["wrong"] * 4
+    endings[label] = ending
+    return {"ind": number, "source_id": source, "ctx": context, "endings": endings, "label": str(label)}
+
+
+def test_howto_passages_are_plain_prose_in_a_fixed_order(monkeypatch, tmp_path):
+    items = [
+        hellaswag(
+            7,
+            "wikihow~1",
+            "[header] How to bake [title] Heat the oven. [step] Wait  a while.",
+            "[substeps] Use gloves. [title] Eat.",
+        ),
+        hellaswag(5, "activitynet~2", "A man bakes.", "He eats."),
+        *(hellaswag(n, f"wikihow~{n}", f"[header] How to {n} [title] Go.", "Stop.", n % 4) for n in range(10, 30)),
+        hellaswag(40, "wikihow~40", "[header] How to 12 [title] Go.", "Stop."),
+    ]
+    name = f"{assets.TASKS_ROOT}hellaswag/none/validation/data-00000-of-00001.arrow"
+    calls = registry(monkeypatch, ("TASKS", {name: arrow(items)}))
+    texts = {}
+    for place in ("a", "b"):
+        folder = assets.make_howto(tmp_path / place)
+        texts[place] = [row["text"] for row in lines(folder / "test.jsonl")]
+    assert texts["a"] == texts["b"]
+    expected = {f"How to {n}\n\nGo. Stop." for n in range(10, 30)}
+    assert set(texts["a"]) == expected | {"How to bake\n\nHeat the oven. Wait a while. Use gloves.\n\nEat."}
+    assert len(texts["a"]) == 21
+    assert texts["a"] != sorted(texts["a"])
+    assert "HellaSwag" in (tmp_path / "a" / "howto" / "SOURCES.md").read_text()
+    assets.make_howto(tmp_path / "a")
+    assert len(calls) == 2  # what is finished is not made again

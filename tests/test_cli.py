@@ -65,6 +65,22 @@ def test_verbs_read_a_config(finished: Run, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("evaluate --limit many --tasks piqa", "leap_pl evaluate: limit: expected int. Got value: many"),
+        ("evaluate --seq_length long", "leap_pl evaluate: seq_length: expected int. Got value: long"),
+        (
+            "evaluate --dtype int8",
+            "leap_pl evaluate: dtype: expected Literal['auto', 'float32', 'bfloat16', 'float16']. Got value: int8",
+        ),
+        ("prune --method wanda", "leap_pl prune: the following arguments are required: model, output_dir"),
+    ],
+)
+def test_value_of_another_type(capsys, words: str, says: str) -> None:
+    assert failing(capsys, words.split()) == says
+
+
 @pytest.mark.parametrize("value", ["0", "1", "1.5", "-0.2", "half"])
 def test_sparsity_outside_its_range(model_folder, text_file, tmp_path: Path, capsys, value: str) -> None:
     message = failing(capsys, fit_flags(model_folder, text_file, tmp_path, f"--model.sparsity={value}"))

@@ -61,10 +61,17 @@ def test_result_says_what_was_measured_and_how(base, text, mask, tmp_path):
     assert result["hardware"]["cores"]
 
 
-def test_same_inputs_same_file_but_for_times(text, mask):
-    first, second = (evaluate_command(mask=mask, perplexity=text, **SMALL) for _ in range(2))
-    del first["times"], second["times"]
-    assert first == second
+def test_same_inputs_same_file_but_for_times(text, mask, tmp_path):
+    """Byte for byte, with times and what they say taken out of the file's text."""
+    files = []
+    for name in ("first.json", "second.json"):
+        output = tmp_path / name
+        result = evaluate_command(mask=mask, perplexity=text, output=str(output), **SMALL)
+        times = json.dumps(result["times"], indent=1, sort_keys=True).replace("\n", "\n ")
+        written = output.read_text(encoding="utf-8")
+        assert times in written
+        files.append(written.replace(times, ""))
+    assert files[0] == files[1]
 
 
 def test_mask_over_base_model_is_the_exported_checkpoint(text, mask, tmp_path):
@@ -116,6 +123,15 @@ def test_two_files_of_one_name_and_a_cap(base, text, tmp_path):
         ({"perplexity": "a.txt", "mask": "m", "ckpt_path": "c"}, "Choose one"),
         ({"perplexity": "a.txt", "mask": "gone.safetensors"}, "no such MaskSet"),
         ({"perplexity": "a.txt", "model": "./gone"}, "no such folder"),
+        # Told before a model is loaded, or hours are spent.
+        ({"perplexity": "a.txt", "model": "./gone", "stride": 4096}, "stride 4096"),
+        ({"perplexity": "a.txt", "model": "./gone", "batch_size": 0}, "batch_size 0"),
+        ({"tasks": "piqa", "model": "./gone", "tasks_folder": "./nowhere"}, "make assets-eval"),
+        (
+            {"perplexity": "a.txt", "model": "./gone", "output": "/"},
+            r"a folder\. Name a file in it: --output /result.json",
+        ),
+        ({"perplexity": "a.txt", "model": "./gone", "output": f"{__file__}/r.json"}, "is a file. Name another"),
     ],
 )
 def test_refuses_in_one_line(arguments, says):
@@ -130,6 +146,9 @@ def test_refuses_the_mask_of_another_model_and_a_missing_text(base, mask, tmp_pa
         evaluate_command(model=str(other), mask=mask, perplexity="a.txt")
     with pytest.raises(UserError, match=r"gone\.txt"):
         evaluate_command(model=base, perplexity="gone.txt", **SMALL)
+    (tmp_path / "words.jsonl").write_text('{"words": "one"}\n')
+    with pytest.raises(UserError, match=r"it has: words\. The text is read from the column 'text'\.$"):
+        evaluate_command(model=base, perplexity=str(tmp_path / "words.jsonl"), **SMALL)
     with pytest.raises(UserError, match="--device"):
         evaluate_command(model=base, perplexity="a.txt", device="nowhere")
 

@@ -1,8 +1,10 @@
 """``leap_pl export``: exact zeros, every kept bit, whole or not at all."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Run
@@ -10,12 +12,14 @@ from safetensors.torch import load_file
 from tiny import FAMILIES, byte_tokenizer, tiny_folder, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from leap_pl import zeros
 from leap_pl.checkpoint import masks_from_checkpoint
 from leap_pl.cli import main
 from leap_pl.errors import UserError
 from leap_pl.export import export_command
 from leap_pl.masks import MaskSet, Provenance
 from leap_pl.models import find_weights, model_fingerprint
+from leap_pl.zeros import places_in, zero_removed
 
 
 def random_mask(folder: Path, path: Path, sparsity: float = 0.5) -> MaskSet:
@@ -118,19 +122,43 @@ def test_full_disk_leaves_nothing(finished: Run, tmp_path: Path, monkeypatch) ->
 
 def test_a_file_that_does_not_read_back_is_not_exported(finished: Run, tmp_path: Path, monkeypatch) -> None:
     """One removed weight comes back alive: the export is refused and leaves nothing."""
-    original = MaskSet.apply_
 
-    def careless(self, model, *, check=True):
-        original(self, model, check=check)
-        name, mask = next(iter(self.masks.items()))
-        with torch.no_grad():
-            dict(model.named_parameters())[name].view(-1)[int((~mask).flatten().nonzero()[0])] = 1.0
-        return model
+    def careless(folder: Path, masks: MaskSet) -> bool:
+        assert zero_removed(folder, masks)
+        name, mask = next(iter(masks.masks.items()))
+        place = places_in(folder)[name]
+        values = np.memmap(place.file, np.float32, "r+", place.start, mask.numel())
+        values[int((~mask).flatten().nonzero()[0])] = 1.0
+        return True
 
-    monkeypatch.setattr(MaskSet, "apply_", careless)
+    monkeypatch.setattr(zeros, "zero_removed", careless)
     with pytest.raises(UserError, match="does not read back"):
         export_command(str(tmp_path / "out"), mask=str(finished.mask))
     assert not list(tmp_path.iterdir())
+
+
+def test_zeros_are_written_in_place(finished: Run, tmp_path: Path, monkeypatch) -> None:
+    """The model in memory stays as it is, mapped from its files, unless the family's files are cut otherwise."""
+    applied = []
+    monkeypatch.setattr(MaskSet, "apply_", lambda self, model, check: applied.append(type(model).__name__))
+    export_command(str(tmp_path / "out"), mask=str(finished.mask))
+    assert not applied
+    mixtral = tiny_folder(tmp_path / "mixtral", "mixtral")
+    random_mask(mixtral, tmp_path / "mask.safetensors")
+    with pytest.raises(UserError, match="does not read back"):  # nobody has set its zeros
+        export_command(str(tmp_path / "experts"), mask=str(tmp_path / "mask.safetensors"))
+    assert applied == ["MixtralForCausalLM"]
+
+
+def test_nothing_is_zeroed_where_a_weight_is_missing(model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
+    before = (folder / "model.safetensors").read_bytes()
+    mask = random_mask(model_folder, tmp_path / "mask.safetensors")
+    for wrong in ({"elsewhere": torch.zeros(2, 2, dtype=torch.bool)}, {n: m.T for n, m in mask.masks.items()}):
+        assert not zero_removed(folder, MaskSet({**mask.masks, **wrong}, mask.provenance))
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert zero_removed(folder, mask)
+    assert (folder / "model.safetensors").read_bytes() != before
 
 
 def test_mask_of_another_model(finished: Run, tmp_path: Path) -> None:

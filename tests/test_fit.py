@@ -209,3 +209,19 @@ def test_other_loggers_get_every_scalar(model_folder, text_file, tmp_path: Path)
     assert {"loss/lm", "density/soft", "perplexity/hard", "mask/changed_from_prior", "weights_by_layer/hard/001"} <= {
         *header
     }
+
+
+def test_trainer_without_progress_bar_shows_none_for_the_prior(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    import lightning as L
+
+    from leap_pl import LeapModule, TextDataModule
+    from leap_pl.prior import Prior
+
+    data = TextDataModule(str(model_folder), text=str(text_file), seq_length=32, validation_sequences=0)
+    for shown in (True, False):
+        prior = Prior(method="wanda", sequences=2, cache_dir=str(tmp_path / str(shown)))
+        trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False,
+                            enable_model_summary=False, enable_progress_bar=shown)  # fmt: skip
+        trainer.fit(LeapModule(str(model_folder), prior=prior), datamodule=data)
+        captured = capsys.readouterr()
+        assert ("pruning" in captured.err) == shown

@@ -1,6 +1,7 @@
 """Gates: the formula and its gradients, on and off a model, hard masks, and logits that stay float32."""
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, Gate, GateState, Stored, attach, detach, restore
 from leap_pl.gates import bernoulli as kernels
 from leap_pl.gates import compiled as compiling
-from leap_pl.gates.noise import hash_bits, logistic, noise_keys
+from leap_pl.gates.noise import columns, element_bits, logistic, noise_keys
 from leap_pl.masks import MaskSet, Provenance
 from leap_pl.models import Weight, find_weights
 from leap_pl.module import LeapModule
@@ -56,8 +57,9 @@ def state_at(alpha: float, tau: float, **kw: Any) -> GateState:
 
 def noise_of(gate: Gate) -> Tensor:
     """The gate's noise at this step, its float32 values as float64."""
-    index = torch.arange(gate.logits.numel(), dtype=torch.int32)
-    return logistic(hash_bits(index, *gate.keys())).double().view(gate.logits.shape)
+    *rows, length = gate.logits.shape
+    bits = element_bits(math.prod(rows), columns(length, torch.device("cpu")), *gate.keys())
+    return logistic(bits).double().view(gate.logits.shape)
 
 
 def gated(family: str = "llama", **changes: Any) -> tuple[nn.Module, dict[str, Weight], dict[str, Gate], GateState]:
@@ -225,9 +227,10 @@ def test_compiled_kernels_are_the_eager_ones_and_compile_once(monkeypatch: pytes
         assert gate.logits.grad is not None
         return [masked.detach(), gate.kept.detach(), gate.energy.detach(), gate.logits.grad]
 
-    # Square, not square, stacked, odd. Below about 4096 elements the kernels are other ones, compiled apart.
-    shapes = [(80, 80), (129, 257), (3, 41, 67), (1, 10_007), (300, 1000), (576, 576), (80, 80)]
-    small = [(8, 8), (3, 3), (7, 31), (2, 5, 13), (1, 1023)]
+    # Square, not square, stacked, odd. Small ones, those of one row, and those of more than 4096 columns have kernels
+    # of their own, compiled apart.
+    shapes = [(80, 80), (129, 257), (3, 41, 67), (20, 1007), (300, 1000), (576, 576), (80, 80)]
+    small = [(8, 8), (3, 3), (7, 31), (2, 5, 13), (1, 1023), (2, 10_007)]
     cases = [(s, i, *ANNEALED[i % len(ANNEALED)]) for i, s in enumerate(shapes)]
     found = [run(*cases[0])]
     assert {"mask_forward[cpu]", "mask_backward[cpu]"} <= set(compiling.compile_seconds())
@@ -585,7 +588,8 @@ def test_sampled_hard_masks_agree_with_the_exact_ones() -> None:
 def test_the_kernels_know_no_state() -> None:
     """The mask is a function of logits, keys, α and τ, so a part of a weight's mask is made from its part."""
     keys = [torch.tensor(key, dtype=torch.int32) for key in noise_keys(0, 0, 0, "w")]
-    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    whole = kernels.soft_mask(logits, *keys, torch.tensor(25.0), torch.tensor(4.0))
-    again = kernels.soft_mask(logits[:137], *keys, torch.tensor(25.0), torch.tensor(4.0))
-    torch.testing.assert_close(whole[:137], again, rtol=1e-6, atol=0)
+    logits = torch.randn(40, 25, generator=torch.Generator().manual_seed(0))
+    place = (columns(25, logits.device), *keys, torch.tensor(6.25), torch.tensor(0.25))
+    whole = kernels.soft_mask(logits, *place)
+    again = kernels.soft_mask(logits[:13], *place)
+    torch.testing.assert_close(whole[:13], again, rtol=1e-6, atol=0)

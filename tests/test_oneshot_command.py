@@ -12,6 +12,7 @@ from tiny import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leap_pl.errors import UserError
+from leap_pl.evaluation.subject import load_subject
 from leap_pl.masks import MaskSet
 from leap_pl.oneshot.command import prune_command
 from leap_pl.oneshot.prune import Method
@@ -58,6 +59,15 @@ def test_mask_and_model_are_written(method: Method, folder: Path, text: Path, tm
         untouched = [name for name in dense if name not in mask.masks]
         assert all(torch.equal(parameters[name], dense[name]) for name in untouched)
         assert AutoTokenizer.from_pretrained(tmp_path / "out" / "model")("ab")["input_ids"]
+        # It is known as what it is, and not taken for a base model.
+        subject = load_subject(model=str(tmp_path / "out" / "model"))
+        told = mask.provenance
+        assert (subject.method, subject.base_model, subject.fingerprint, subject.asked) == (
+            method,
+            str(folder),
+            told.fingerprint,
+            0.6,
+        )
 
 
 def test_pattern_layers_mask_and_targets(folder: Path, text: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from leap_pl.files import atomic_file, atomic_link, check_writable, flush, remove_abandoned
+from leap_pl.files import atomic_file, atomic_folder, atomic_link, check_writable, flush, remove_abandoned
+from leap_pl.parallel import saves_shards
 from leap_pl.signals import Stopped, StopSignals
 
 
@@ -198,8 +200,19 @@ class Checkpoints(ModelCheckpoint):
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 for events in Path(logger.log_dir).glob("events.out.tfevents.*"):
                     flush(events)
-        super()._save_checkpoint(trainer, filepath)
+        if saves_shards(trainer):
+            self._save_folder(trainer, filepath)
+        else:
+            super()._save_checkpoint(trainer, filepath)
         self._written = time.monotonic()
+
+    def _save_folder(self, trainer: L.Trainer, filepath: str) -> None:
+        """Every rank writes its part into one folder aside, which gets its name when all of them are through."""
+        with ExitStack() as stack:
+            aside = stack.enter_context(atomic_folder(filepath, force=True)) if trainer.is_global_zero else None
+            super()._save_checkpoint(trainer, str(trainer.strategy.broadcast(aside)))
+        trainer.strategy.barrier()
+        self._last_checkpoint_saved = filepath
 
     @staticmethod
     def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:

@@ -33,6 +33,8 @@ class StepProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the bar, at the step a resumed run begins with."""
+        if not self.enabled:
+            return
         self.bar = tqdm(
             total=trainer.max_steps,
             initial=trainer.global_step,
@@ -40,7 +42,6 @@ class StepProgress(ProgressBar):
             unit="step",
             mininterval=self.refresh_seconds,
             dynamic_ncols=True,
-            disable=not self.enabled,
         )
 
     def on_train_batch_end(

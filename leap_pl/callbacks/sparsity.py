@@ -13,6 +13,7 @@ from torch import Tensor
 from leap_pl.gates import Gate
 from leap_pl.masks import split_name
 from leap_pl.module import LeapModule
+from leap_pl.shards import strided_samples
 
 FEWEST_BITS = 256  # sampled of a weight, to say that its density is extreme
 
@@ -44,7 +45,9 @@ class SparsityLogger(L.Callback):
     ==========================  ==========================================================================
     ``density/soft``            mean of the relaxed mask over all gated weights
     ``density/target``          ρ
-    ``density/logits_above_0``  share of logits above 0: the density a cut at 0 would give
+    ``density/logits_above_0``  share of logits above 0: the density a cut at 0 would give (BernoulliGate)
+    ``patterns/confidence``     mean probability of the likeliest pattern (NMGate, TileGate in joint mode)
+    ``tiles/logits_above_0``    share of tiles whose logit is above 0 (TileGate)
     ``loss/…``                  each term of the objective, unweighted, and their weighted sum ``total``
     ``mask/changed_from_…``     share of hard mask bits that differ from the prior, and from the last log
     ``perplexity/…``            of the hard mask and of the dense model, at validation
@@ -92,7 +95,7 @@ class SparsityLogger(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """TensorBoard forgets what a run that was stopped drew beyond the checkpoint: this run draws it again."""
-        if trainer.global_step == 0:
+        if trainer.global_step == 0 or not trainer.is_global_zero:
             return
         beyond = Event(step=trainer.global_step + 1, session_log=SessionLog(status=SessionLog.START))
         for logger in trainer.loggers:
@@ -128,18 +131,17 @@ class SparsityLogger(L.Callback):
     @torch.no_grad()
     def measure(self, module: LeapModule) -> dict[str, float]:
         """Every metric of the table above that does not come from validation."""
-        metrics = {f"loss/{'total' if name == 'loss' else name}": float(v) for name, v in module.terms.items()}
+        terms = {f"loss/{'total' if name == 'loss' else name}": float(v) for name, v in module.terms.items()}
+        metrics = module.mean_over_ranks(terms)
         metrics["schedule/alpha"], metrics["schedule/tau"] = float(module.state.alpha), float(module.state.tau)
         kept = {name: float(gate.kept) for name, gate in module.gates.items() if gate.kept is not None}
+        kept = module.mean_over_ranks(kept)
         metrics |= _densities("soft", kept, {name: module.sizes[name] for name in kept})
         metrics["density/soft"] = sum(kept.values()) / sum(module.sizes[name] for name in kept)
         metrics["density/target"] = 1 - module.sparsity
 
-        samples = [gate.logits.detach().reshape(-1)[:: self.stride] for gate in module.gates.values()]
-        metrics["density/logits_above_0"] = float(
-            torch.stack([(s > 0).sum() for s in samples]).sum() / sum(s.numel() for s in samples)
-        )
         kind: type[Gate] = type(next(iter(module.gates.values())))
+        metrics |= kind.curves(module.gates, self.stride)
         bits = {n: b.cpu() for n, b in kind.sample_hard_masks(module.gates, module.sparsity, self.stride).items()}
         metrics |= _densities(
             "hard", {n: int(b.sum()) for n, b in bits.items()}, {n: b.numel() for n, b in bits.items()}
@@ -179,8 +181,7 @@ class SparsityLogger(L.Callback):
     def _histograms(self, trainer: L.Trainer, module: LeapModule, step: int) -> None:
         sharpness = float(module.state.alpha / module.state.tau)
         by_projection: dict[str, list[Tensor]] = {}
-        for name, gate in module.gates.items():
-            sample = gate.logits.detach().reshape(-1)[:: self.stride * 4]
+        for name, sample in _samples(module, self.stride * 4).items():
             by_projection.setdefault(split_name(name)[1], []).append(sample * sharpness)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -196,6 +197,11 @@ class SparsityLogger(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the bits of the last log."""
         self.last_bits, self.last_step = dict(state_dict["last_bits"]), state_dict["last_step"]
+
+
+def _samples(module: LeapModule, stride: int) -> dict[str, Tensor]:
+    """Every ``stride``-th logit of each weight, whatever rank holds it."""
+    return strided_samples({name: gate.logits.detach() for name, gate in module.gates.items()}, stride)
 
 
 def _densities(kind: str, kept: dict[str, float] | dict[str, int], sizes: dict[str, int]) -> dict[str, float]:

@@ -21,13 +21,14 @@ class Entry:
         source: The file or folder that was named.
         label: Its name in tables and pictures, unique among what is compared.
         method: ``dense``, ``wanda``, ``leap`` …
-        base_model: Name of the base model.
+        base_model: Name of the base model, as it was given.
         fingerprint: Of the base model's weights.
         sparsity: Realised, 0 to 1.
         perplexity: Text → what ``leap_pl evaluate`` says of it.
         tasks: Task → what it says of that.
         densities: (decoder block, projection) → kept over all; empty for a dense model.
         mask: The mask itself, where it is at hand.
+        model: A short name of the base model, the same for all that have its fingerprint, and for no others.
     """
 
     source: str
@@ -40,6 +41,7 @@ class Entry:
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     densities: dict[tuple[int, str], float] = field(default_factory=dict)
     mask: MaskSet | None = None
+    model: str = ""
 
 
 def read_entries(sources: Sequence[str]) -> list[Entry]:
@@ -51,8 +53,8 @@ def read_entries(sources: Sequence[str]) -> list[Entry]:
     twice = [source for source, count in Counter(sources).items() if count > 1]
     if twice:
         raise UserError(f"{listing(twice)} is named twice. Name each once.")
-    entries = _labelled([_read(source) for source in sources])
-    entries.sort(key=lambda entry: (entry.base_model, entry.sparsity, entry.method, entry.source))
+    entries = _labelled(_named([_read(source) for source in sources]))
+    entries.sort(key=lambda entry: (entry.model, entry.sparsity, entry.method, entry.source))
     check_protocols(entries)
     return entries
 
@@ -63,16 +65,20 @@ def _read(source: str) -> Entry:
         if (path / MASK).is_file():
             return _of_mask(source, MaskSet.load(path / MASK))
         raise UserError(
-            f"{source} holds no {MASK}, so it is no folder of leap_pl export. Name result files (.json), MaskSet files "
-            "(.safetensors) or exported folders."
+            f"{source} holds no {MASK}, so leap_pl has not written it. Name result files (.json), MaskSet files "
+            "(.safetensors), checkpoints (.ckpt) or exported folders."
         )
     if path.suffix == ".safetensors":
         return _of_mask(source, MaskSet.load(path))
+    if path.suffix == ".ckpt":
+        from leap_pl.checkpoint import masks_from_checkpoint
+
+        return _of_mask(source, masks_from_checkpoint(path))
     if not path.is_file():
         raise UserError(f"{source}: there is no such file. Name result files of leap_pl evaluate, masks or folders.")
     result = read_result(path)
     try:
-        return _of_result(source, result)
+        return entry_of_result(source, result, _mask_at_hand(result["model"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -99,8 +105,14 @@ def _of_mask(source: str, mask: MaskSet) -> Entry:
     )
 
 
-def _of_result(source: str, result: dict[str, Any]) -> Entry:
+def entry_of_result(source: str, result: dict[str, Any], mask: MaskSet | None = None) -> Entry:
+    """What ``result``, read from ``source``, says; it has no label yet."""
     model = result["model"]
+    for figure in result["perplexity"].values():
+        _perplexity_protocol(figure)
+        float(figure["value"]), float(figure["nll"]), figure["stderr"]
+    for figure in result["tasks"].values():
+        _task_protocol(figure)
     densities: dict[tuple[int, str], float] = {}
     for name, sparsity in result["sparsity"]["weights"].items():
         layer, projection = split_name(name)
@@ -116,7 +128,7 @@ def _of_result(source: str, result: dict[str, Any]) -> Entry:
         perplexity=dict(result["perplexity"]),
         tasks=dict(result["tasks"]),
         densities=densities,
-        mask=_mask_at_hand(model),
+        mask=mask,
     )
 
 
@@ -129,12 +141,28 @@ def _mask_at_hand(model: dict[str, Any]) -> MaskSet | None:
     return None
 
 
+def _named(entries: list[Entry]) -> list[Entry]:
+    """Give each entry the name of its model: one model is often reached by several paths, and is one all the same."""
+    names: dict[str, str] = {}  # fingerprint, or the name where there is none → the shortest name it goes by
+    for entry in entries:
+        known = names.setdefault(entry.fingerprint or entry.base_model, entry.base_model)
+        names[entry.fingerprint or entry.base_model] = min(known, entry.base_model, key=lambda name: (len(name), name))
+    for shorter in (
+        {key: Path(name).name for key, name in names.items()},
+        names,
+        {key: f"{Path(name).name} {key}" for key, name in names.items()},
+    ):
+        if len(set(shorter.values())) == len(names):
+            return [replace(entry, model=shorter[entry.fingerprint or entry.base_model]) for entry in entries]
+    raise AssertionError("fingerprints are unique")
+
+
 def _labelled(entries: list[Entry]) -> list[Entry]:
-    models = {entry.base_model for entry in entries}
+    models = {entry.model for entry in entries}
     labels = []
     for entry in entries:
         label = entry.method if entry.method == "dense" else f"{entry.method} {entry.sparsity:.0%}"
-        labels.append(label if len(models) == 1 else f"{label}, {Path(entry.base_model).name}")
+        labels.append(label if len(models) == 1 else f"{label}, {entry.model}")
     counts = Counter(labels)
     labels = [
         label if counts[label] == 1 else f"{label} ({Path(entry.source).stem})"
@@ -153,7 +181,7 @@ def check_protocols(entries: Sequence[Entry]) -> None:
     Raises:
         UserError: Two differ; the message says which, and in what.
     """
-    for kind, read in (("perplexity", _perplexity_protocol), ("task", _task_protocol)):
+    for kind, read in (("perplexity", _perplexity_protocol), ("accuracy", _task_protocol)):
         seen: dict[str, tuple[Entry, dict[str, Any]]] = {}
         for entry in entries:
             figures = entry.perplexity if kind == "perplexity" else entry.tasks
@@ -164,10 +192,10 @@ def check_protocols(entries: Sequence[Entry]) -> None:
                 if "tokenizer" in differing:
                     differing = [key for key in differing if key != "text"]  # other tokens of, maybe, the same text
                 if differing:
-                    said = "; ".join(f"{key} {expected[key]} and {protocol[key]}" for key in differing)
+                    said = ", ".join(f"{key} ({expected[key]} and {protocol[key]})" for key in differing)
                     raise UserError(
-                        f"the {kind} of {name} in {other.source} and in {entry.source} cannot stand in one column: "
-                        f"they differ in {said}. Evaluate both in one way, or compare them apart."
+                        f"the {kind} on {name} in {other.source} and in {entry.source} cannot stand in one column: "
+                        f"they differ in {said}. Evaluate both with the same flags, or compare them apart."
                     )
 
 
@@ -176,10 +204,11 @@ def _perplexity_protocol(figure: dict[str, Any]) -> dict[str, Any]:
     return {
         "seq_length": figure["seq_length"],
         "stride": figure["stride"],
-        "tokenizer": f"{tokenizer['digest']} ({tokenizer['vocabulary']} entries)",
-        "text": f"{figure['text_digest']} ({figure['tokens']} tokens)",
+        "tokenizer": f"{tokenizer['vocabulary']:,} entries with digest {tokenizer['digest']}",
+        "text": f"{figure['tokens']:,} tokens with digest {figure['text_digest']}",
     }
 
 
 def _task_protocol(figure: dict[str, Any]) -> dict[str, Any]:
-    return {key: figure[key] for key in ("split", "limit", "num_fewshot", "version", "samples")}
+    protocol = {key: figure[key] for key in ("split", "limit", "num_fewshot", "version", "samples")}
+    return protocol | {"limit": figure["limit"] or "no limit"}

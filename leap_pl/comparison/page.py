@@ -9,34 +9,40 @@ from leap_pl.comparison.entries import Entry
 from leap_pl.comparison.pictures import Picture
 from leap_pl.comparison.table import Table
 
+PIXELS = 105  # of the page, for an inch of a picture
+
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 70rem; margin: 2rem auto;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 76rem; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin: 1.5rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .35rem .75rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #1a1a1a; white-space: normal; vertical-align: bottom; overflow-wrap: break-word; }
 th:first-child, td:first-child { text-align: left; }
 figure { margin: 1.5rem 0; break-inside: avoid; } img { max-width: 100%; height: auto; }
 figcaption, .notes { color: #444; font-size: .9rem; }
 code { overflow-wrap: anywhere; }
+@media print {
+  @page { margin: 15mm; }
+  body { font-size: 12px; margin: 0; padding: 0; }
+  h2 { break-after: avoid; } tr { break-inside: avoid; }
+  .wide { overflow: visible; } table { font-size: 9px; } th, td { padding: .25rem .4rem; }
+}
 """
 
 
 def make_page(entries: Sequence[Entry], table: Table, pictures: Sequence[Picture], folder: Path) -> str:
     """The page; the pictures are read from ``folder`` and put into it."""
-    models = sorted({entry.base_model for entry in entries})
-    title = f"Pruning {', '.join(Path(model).name for model in models)}: a comparison"
+    models = sorted({entry.model for entry in entries})
+    title = f"Pruning {', '.join(models)}: a comparison"
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
-        '<div class="wide">',
-        _table(table),
-        "</div>",
+        *(_table(headings, rows) for headings, *rows in table.tables()),
         '<div class="notes">',
         *(f"<p>{escape(note)}</p>" for note in table.notes),
         "</div>",
@@ -50,18 +56,18 @@ def make_page(entries: Sequence[Entry], table: Table, pictures: Sequence[Picture
     return "\n".join(part for part in parts if part) + "\n"
 
 
-def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in table.headings)
-    rows = ("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def _figure(picture: Picture, folder: Path) -> str:
     data = base64.b64encode((folder / f"{picture.stem}.png").read_bytes()).decode()
     caption = escape(picture.caption)
-    return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-    )
+    # In one size of letters: an inch of any picture is as wide on the page.
+    image = f'<img alt="{caption}" width="{round(picture.width * PIXELS)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _identity(entry: Entry) -> str:

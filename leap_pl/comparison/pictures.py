@@ -1,5 +1,6 @@
 """The pictures of a comparison, each as PNG and SVG: readable in grey, and by the colour-blind."""
 
+import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_pl.comparison.differences import (
+    SAME_SPARSITY,
     Difference,
     accuracy_difference,
     mean_accuracy,
@@ -18,22 +20,24 @@ from leap_pl.comparison.differences import (
 )
 from leap_pl.comparison.entries import Entry
 from leap_pl.comparison.overlap import Overlap, overlap
-from leap_pl.comparison.table import all_texts, short_names
+from leap_pl.comparison.table import all_texts, is_level, short_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, without yellow, which paper swallows; the marker tells methods apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+CHARACTER = 0.08  # inches that a letter of a label takes, on average
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that was written: ``stem``.png and ``stem``.svg, and what it shows in a sentence."""
+    """A picture that was written, ``stem``.png and ``stem``.svg: what it shows in a sentence, its width in inches."""
 
     stem: str
     caption: str
+    width: float
 
 
 def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path) -> list[Picture]:
@@ -55,45 +59,53 @@ def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path)
         if scored:
             errors = {entry.label: mean_accuracy_stderr(entry, tasks) for entry in scored}
             points = [(e, 100 * mean_accuracy(e, tasks), _times(errors[e.label], 100)) for e in scored]
-            figure = _against_sparsity(points, f"mean accuracy of {len(tasks)} tasks, %", logarithmic=False)
+            ylabel = f"mean accuracy of {len(tasks)} tasks, %" if len(tasks) > 1 else f"accuracy on {tasks[0]}, %"
+            figure = _against_sparsity(points, ylabel, logarithmic=False)
             caption = (
-                "Mean zero-shot accuracy against sparsity; higher is better. Bars: one standard error. "
+                f"Accuracy ({', '.join(tasks)}) against sparsity; higher is better. Bars: one standard error. "
                 "Methods at one sparsity are drawn a little apart."
             )
             pictures.append(_save(figure, folder, "accuracy", caption))
         pictures += _differences(entries, baselines, texts, tasks, folder)
-        densities = [density for entry in entries for density in entry.densities.values()]
-        for number, entry in enumerate(entry for entry in entries if entry.densities):
+        uneven = [entry for entry in entries if entry.densities and not is_level(entry)]
+        reach = max((_reach(entry) for entry in uneven), default=0.0)
+        for number, entry in enumerate(uneven):
             caption = (
-                f"Density (kept over all) of {entry.label} by decoder layer and projection; one scale for all masks."
+                f"Density (kept over all) of {entry.label} by decoder layer and projection. Every mask's scale is "
+                "centred on its own density and equally wide."
             )
-            pictures.append(
-                _save(_density(entry, densities), folder, f"density-{number + 1}-{_slug(entry.label)}", caption)
-            )
-        masked = [entry for entry in entries if entry.mask is not None]
-        pairs = [(a, b) for a, b in combinations(masked, 2) if a.fingerprint == b.fingerprint]
-        overlaps = [found for a, b in pairs if (found := overlap(a, b)) is not None]
-        if overlaps:
-            caption = (
-                "Where two masks agree: weights that both keep, over weights that either keeps (IoU), by decoder "
-                "layer. Chance is the IoU of independent masks of the same densities."
-            )
-            pictures.append(_save(_overlaps(overlaps), folder, "overlap", caption))
+            figure = _density(entry, reach)
+            pictures.append(_save(figure, folder, f"density-{number + 1}-{_slug(entry.label)}", caption))
+        for stem, overlaps in _overlaps_by_sparsity(entries).items():
+            pictures += draw_overlaps(overlaps, folder, stem)
         return pictures
+
+
+def draw_overlaps(overlaps: list[Overlap], folder: Path, stem: str = "overlap") -> list[Picture]:
+    """Draw by layer where masks agree; nothing where there are no pairs."""
+    if not overlaps:
+        return []
+    caption = (
+        "Where two masks agree: weights that both keep, over weights that either keeps (IoU), by decoder "
+        "layer. Chance is the IoU of independent masks of the same densities."
+    )
+    with _drawing():
+        return [_save(_overlaps(overlaps), folder, stem, caption)]
 
 
 def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: str, *, logarithmic: bool) -> "Figure":
     """One line a method; the dense model is a level line, since everything is measured against it."""
-    figure, axes = _figure(6.4, 4.0)
-    several_models = len({entry.base_model for entry, _, _ in points}) > 1
+    several_models = len({entry.model for entry, _, _ in points}) > 1
     series: dict[str, list[tuple[float, float, float]]] = {}
     dense: dict[str, float] = {}
     for entry, value, stderr in points:
-        name = f"{entry.method}, {Path(entry.base_model).name}" if several_models else entry.method
+        name = f"{entry.method}, {entry.model}" if several_models else entry.method
         if entry.method == "dense":
             dense[name] = value
         else:
             series.setdefault(name, []).append((100 * entry.sparsity, value, stderr or 0.0))
+    # The legend stands beside the axes and is to leave them their width.
+    figure, axes = _figure(max(6.4, 5.0 + CHARACTER * max(map(len, [*series, *dense]))), 4.0)
     shown = sorted({round(x) for line in series.values() for x, _, _ in line})
     reach = max(shown, default=0) - min(shown, default=0) or 10
     for n, (name, line) in enumerate(sorted(series.items())):
@@ -106,7 +118,7 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
             yerr=errors,
             label=name,
             color=COLOURS[n % len(COLOURS)],
-            marker=MARKERS[n % len(MARKERS)],
+            marker=MARKERS[(n + n // len(COLOURS)) % len(MARKERS)],  # no pair of the two comes again
             capsize=3,
             linewidth=1.5,
             elinewidth=1,
@@ -122,6 +134,8 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
         axes.margins(x=0.08)
         if len(shown) <= 8:
             axes.set_xticks(shown)
+        if len(shown) == 1:  # else the axis would show how little the realised sparsities differ
+            axes.set_xlim(shown[0] - 5, shown[0] + 5)
     else:
         axes.set_xlim(0, 100)
     axes.set_xlabel("sparsity, %")
@@ -151,16 +165,19 @@ def _differences(
     panels: list[tuple[str, list[tuple[str, Difference]], float]] = []
     for text, name in short_names(texts).items():
         found = [(e.label, d) for e in entries if (d := perplexity_difference(e, entries, text, baselines))]
-        panels.append((f"perplexity on {name}\n(left is better)", found, 1))
+        panels.append((f"Δ perplexity on {name}\n(left is better)", found, 1))
     found = [(e.label, d) for e in entries if (d := accuracy_difference(e, entries, tasks, baselines))]
-    panels.append(("mean accuracy, percentage points\n(right is better)", found, 100))
+    mean = "mean accuracy" if len(tasks) > 1 else "accuracy"
+    panels.append((f"Δ {mean}, percentage points\n(right is better)", found, 100))
     panels = [panel for panel in panels if panel[1]]
     if not panels:
         return []
     from matplotlib.figure import Figure
 
     rows = max(len(found) for _, found, _ in panels)
-    figure = Figure(figsize=(3.6 * len(panels) + 1.2, 1.5 + 0.5 * rows), layout="constrained")
+    longest = max(len(label) for _, found, _ in panels for label, _ in found)
+    width = max(3.6, 2.4 + CHARACTER * longest)
+    figure = Figure(figsize=(width * len(panels) + 1.2, 1.5 + 0.5 * rows), layout="constrained")
     for axes, (title, found, scale) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.axvline(0, color="0.35", linestyle="--", linewidth=1.2)
         for row, (_, difference) in enumerate(found):
@@ -181,19 +198,42 @@ def _differences(
     return [_save(figure, folder, "differences", caption)]
 
 
-def _density(entry: Entry, everywhere: list[float]) -> "Figure":
+def _reach(entry: Entry) -> float:
+    """How far a cell of the heat map is from the mask's own density, at most."""
+    return max(abs(density - (1 - entry.sparsity)) for density in entry.densities.values())
+
+
+def _density(entry: Entry, reach: float) -> "Figure":
     layers = sorted({layer for layer, _ in entry.densities})
     projections = list(dict.fromkeys(projection for _, projection in entry.densities))
     grid = [[entry.densities.get((layer, projection), float("nan")) for layer in layers] for projection in projections]
+    whole = 1 - entry.sparsity
     return _heat_map(
         grid,
         [str(layer) for layer in layers],
         projections,
         xlabel="decoder layer",
         colour="density (kept over all)",
-        title=f"{entry.label}: density {1 - entry.sparsity:.3f}",
-        limits=(min(everywhere), max(everywhere)),
+        title=f"{entry.label}: density {whole:.3f}",
+        limits=(whole - reach, whole + reach),
     )
+
+
+def _overlaps_by_sparsity(entries: Sequence[Entry]) -> dict[str, list[Overlap]]:
+    """Stem of a picture → the pairs of masks in it: one picture for each sparsity that several masks have.
+
+    Masks of different sparsities cannot agree more than so far, and are compared only where there are no others.
+    """
+    masked = [entry for entry in entries if entry.mask is not None]
+    pairs = [(a, b) for a, b in combinations(masked, 2) if a.model == b.model]
+    alike = [(a, b) for a, b in pairs if abs(a.sparsity - b.sparsity) < SAME_SPARSITY]
+    several = len({f"{a.sparsity:.0%}" for a, _ in alike}) > 1
+    pictures: dict[str, list[Overlap]] = {}
+    for a, b in alike or pairs:
+        found = overlap(a, b)
+        if found is not None:
+            pictures.setdefault(f"overlap-{100 * a.sparsity:.0f}" if several else "overlap", []).append(found)
+    return pictures
 
 
 def _overlaps(overlaps: list[Overlap]) -> "Figure":
@@ -203,7 +243,7 @@ def _overlaps(overlaps: list[Overlap]) -> "Figure":
         f"{found.first} ∩ {found.second}\n{found.iou:.3f} in all (chance {found.chance:.3f})" for found in overlaps
     ]
     return _heat_map(
-        grid, [str(layer) for layer in layers], names, xlabel="decoder layer", colour="IoU of kept weights"
+        grid, [str(layer) for layer in layers], names, xlabel="decoder layer", colour="IoU of kept weights", row=0.46
     )
 
 
@@ -216,10 +256,16 @@ def _heat_map(
     colour: str,
     title: str | None = None,
     limits: tuple[float, float] | None = None,
+    row: float = 0.38,
 ) -> "Figure":
-    """Rows by columns; cividis runs from dark to light for every reader. Few cells carry their number."""
+    """Rows, ``row`` inches high, by columns; cividis runs from dark to light for every reader.
+
+    Few cells carry their number.
+    """
+    from matplotlib.ticker import ScalarFormatter
+
     width = max(4.8, 2.6 + 0.26 * len(columns))
-    figure, axes = _figure(width, 1.5 + 0.38 * len(rows))
+    figure, axes = _figure(width, max(1.5 + row * len(rows), 2.6))
     low, high = limits or (None, None)
     image = axes.imshow(grid, cmap="cividis", aspect="auto", vmin=low, vmax=high)
     axes.set_yticks(range(len(rows)), rows)
@@ -230,11 +276,12 @@ def _heat_map(
         axes.set_title(title, fontsize="medium")
     if len(columns) <= 12:
         low, high = image.get_clim()
-        for row, line in enumerate(grid):
+        digits = min(4, max(2, 1 - math.floor(math.log10(high - low)))) if high > low else 2
+        for place, line in enumerate(grid):
             for column, value in enumerate(line):
                 shade = "black" if value > (low + high) / 2 else "white"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="small", color=shade)
-    figure.colorbar(image, ax=axes, label=colour)
+                axes.text(column, place, f"{value:.{digits}f}", ha="center", va="center", fontsize="small", color=shade)
+    figure.colorbar(image, ax=axes, label=colour, format=ScalarFormatter(useOffset=False))
     return figure
 
 
@@ -249,7 +296,7 @@ def _save(figure: "Figure", folder: Path, stem: str, caption: str) -> Picture:
     # Neither holds the time, so that the same results make the same files.
     figure.savefig(folder / f"{stem}.png", dpi=160, metadata={"Software": None})
     figure.savefig(folder / f"{stem}.svg", metadata={"Date": None})
-    return Picture(stem, caption)
+    return Picture(stem, caption, float(figure.get_figwidth()))
 
 
 @contextmanager

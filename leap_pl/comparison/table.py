@@ -2,6 +2,8 @@
 
 import csv
 import io
+import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -17,22 +19,48 @@ from leap_pl.comparison.differences import (
 )
 from leap_pl.comparison.entries import Entry
 
+ROUNDING = 0.005  # between densities that were asked to be one
+DIFFERENCE = "− best baseline"  # heading of the column behind a figure
+PAGE = 8  # columns that a page is wide enough for
+
 
 @dataclass(frozen=True)
 class Table:
-    """Headings and rows for the eye, and the same with full precision for machines."""
+    """Headings and rows for the eye, and the same with full precision for machines.
+
+    Attributes:
+        headings: Of the columns that the eye sees; the first names the row.
+        rows: Their cells.
+        keys: Names of the CSV's columns.
+        values: Their values.
+        notes: What must be known to read the figures.
+        parts: The columns in the order of ``headings``, divided into tables that are narrow enough for a page.
+    """
 
     headings: list[str]
     rows: list[list[str]]
     keys: list[str]
     values: list[list[str | float | None]]
     notes: list[str]
+    parts: list[list[int]]
+
+    def tables(self, parts: list[list[int]] | None = None) -> list[list[list[str]]]:
+        """Headings and rows of each part; the column that names the row is in all, rows without a figure are not."""
+        found = []
+        for number, columns in enumerate(self.parts if parts is None else parts):
+            rows = [[row[n] for n in columns] for row in self.rows]
+            found.append([[self.headings[n] for n in columns], *(row for row in rows if number == 0 or any(row[1:]))])
+        return found
 
     def markdown(self) -> str:
-        """As a Markdown table with its notes below."""
-        lines = [self.headings, ["---", *["---:"] * (len(self.headings) - 1)], *self.rows]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        return table + "\n\n" + "\n\n".join(self.notes) + "\n"
+        """As Markdown tables with their notes below."""
+        written = []
+        for headings, *rows in self.tables():
+            lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+            written.append(
+                "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+            )
+        return "\n\n".join([*written, *self.notes]) + "\n"
 
     def csv(self) -> str:
         """As CSV, one column a figure, numbers in full precision."""
@@ -42,18 +70,40 @@ class Table:
         writer.writerows(["" if value is None else value for value in row] for row in self.values)
         return buffer.getvalue()
 
-    def text(self) -> str:
-        """For the terminal."""
-        lines = [self.headings, *self.rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.headings))]
-        aligned = [
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        return "\n".join([aligned[0], "  ".join("-" * width for width in widths), *aligned[1:], "", *self.notes])
+    def text(self, width: int | None = None) -> str:
+        """For the terminal, in pieces of at most ``width`` characters a line; None does not divide lines."""
+        widths = [max(len(line[n]) for line in (self.headings, *self.rows)) for n in range(len(self.headings))]
+        parts = (
+            [list(range(len(widths)))]
+            if width is None
+            else _fitting(widths, width, {n for n, h in enumerate(self.headings) if h == DIFFERENCE})
+        )
+        written = []
+        for columns, (headings, *rows) in zip(parts, self.tables(parts), strict=True):
+            rule = ["-" * widths[n] for n in columns]
+            lines = [
+                [cell.rjust(widths[n]) if n else cell.ljust(widths[n]) for n, cell in zip(columns, line, strict=True)]
+                for line in (headings, rule, *rows)
+            ]
+            written.append("\n".join("  ".join(line).rstrip() for line in lines))
+        notes = ["\n".join(textwrap.fill(note, width) if width else note for note in self.notes)] if self.notes else []
+        return "\n\n".join([*written, *notes])
+
+
+def _fitting(widths: list[int], width: int, tied: set[int]) -> list[list[int]]:
+    """Columns in parts that fit ``width``, each beginning with column 0; ``tied`` ones stay with the one before."""
+    groups: list[list[int]] = []
+    for n in range(1, len(widths)):
+        if n in tied:
+            groups[-1].append(n)
+        else:
+            groups.append([n])
+    parts = [[0]]
+    for group in groups:
+        if len(parts[-1]) > 1 and sum(widths[n] + 2 for n in parts[-1] + group) - 2 > width:
+            parts.append([0])
+        parts[-1] += group
+    return parts
 
 
 @dataclass(frozen=True)
@@ -77,15 +127,19 @@ def make_table(entries: Sequence[Entry], baselines: Collection[str]) -> Table:
     if tasks:
         columns += _accuracy_columns(tasks, entries, baselines)
     columns += [_task_column(task) for task in sorted({task for entry in entries for task in entry.tasks})]
+    twice = [f"tasks.{task}.acc" for task in tasks] if len(tasks) == 1 else []
     read = [[column.read(entry) for column in columns] for entry in entries]
-    # A column that is empty in every row tells a reader nothing.
-    shown = [n for n in range(len(columns)) if any(row[n][0] for row in read)]
+    # A column that is empty in every row tells a reader nothing, nor does the only task beside the mean of one.
+    shown = [n for n in range(len(columns)) if any(row[n][0] for row in read) and columns[n].keys[0] not in twice]
+    single = [place for place, n in enumerate(shown) if columns[n].keys[0].startswith("tasks.")]
+    rest = [place for place in range(len(shown)) if place not in single]
     return Table(
         headings=[columns[n].heading for n in shown],
         rows=[[row[n][0] for n in shown] for row in read],
         keys=[key for column in columns for key in column.keys],
         values=[[value for _, values in row for value in values] for row in read],
         notes=_notes(entries, texts, tasks, baselines),
+        parts=[rest, [0, *single]] if single and len(shown) > PAGE else [rest + single],
     )
 
 
@@ -106,7 +160,7 @@ def _perplexity_columns(text: str, name: str, entries: Sequence[Entry], baseline
     key = f"perplexity.{text}"
     return [
         _Column(f"perplexity, {name}", [f"{key}.value", f"{key}.stderr"], figure),
-        _Column("− best baseline", [f"{key}.minus_baseline", f"{key}.minus_baseline_stderr"], difference),
+        _Column(DIFFERENCE, [f"{key}.minus_baseline", f"{key}.minus_baseline_stderr"], difference),
     ]
 
 
@@ -122,8 +176,12 @@ def _accuracy_columns(tasks: list[str], entries: Sequence[Entry], baselines: Col
         return _difference(found, 100), _pair(found)
 
     return [
-        _Column(f"mean accuracy of {len(tasks)}, %", ["accuracy.value", "accuracy.stderr"], figure),
-        _Column("− best baseline", ["accuracy.minus_baseline", "accuracy.minus_baseline_stderr"], difference),
+        _Column(
+            f"mean accuracy of {len(tasks)} tasks, %" if len(tasks) > 1 else f"{tasks[0]}, %",
+            ["accuracy.value", "accuracy.stderr"],
+            figure,
+        ),
+        _Column(DIFFERENCE, ["accuracy.minus_baseline", "accuracy.minus_baseline_stderr"], difference),
     ]
 
 
@@ -147,6 +205,19 @@ def all_texts(entries: Sequence[Entry]) -> list[str]:
     return list(dict.fromkeys(text for entry in entries for text in entry.perplexity))
 
 
+def is_level(entry: Entry) -> bool:
+    """Whether a mask keeps the same share everywhere but for rounding, so that a map of where it prunes is empty.
+
+    Rounding to whole weights a row depends on a projection's width, and is the same in every layer.
+    """
+    by_projection: dict[str, list[float]] = {}
+    for (_, projection), density in entry.densities.items():
+        by_projection.setdefault(projection, []).append(density)
+    spreads = [max(densities) - min(densities) for densities in by_projection.values()]
+    whole = max(entry.densities.values()) - min(entry.densities.values())
+    return max(spreads) < 1e-6 and whole < ROUNDING
+
+
 def _notes(entries: Sequence[Entry], texts: list[str], tasks: list[str], baselines: Collection[str]) -> list[str]:
     """What must be known to read the figures."""
     notes = []
@@ -163,12 +234,16 @@ def _notes(entries: Sequence[Entry], texts: list[str], tasks: list[str], baselin
         )
     if tasks:
         splits = {task: next(e.tasks[task]["split"] for e in entries if task in e.tasks) for task in tasks}
-        notes.append("Mean accuracy over " + ", ".join(f"{task} ({split})" for task, split in splits.items()) + ".")
+        over = "Mean accuracy over " if len(tasks) > 1 else "Accuracy on "
+        notes.append(over + ", ".join(f"{task} ({split})" for task, split in splits.items()) + ".")
     if texts or tasks:
         notes.append(
             f"± is one standard error. Best baseline: the best of {', '.join(sorted(baselines))} at the same "
             "sparsity; the error of a difference is that of paired windows or questions."
         )
+    level = [entry.label for entry in entries if entry.densities and is_level(entry)]
+    if level:
+        notes.append(f"Of one density in every decoder layer and projection, and not drawn: {', '.join(level)}.")
     return notes
 
 
@@ -187,4 +262,5 @@ def _difference(difference: Difference | None, scale: float) -> str:
     if difference is None:
         return ""
     error = "" if difference.stderr is None else f" ± {scale * difference.stderr:.2f}"
-    return f"{scale * difference.value:+.2f}{error} ({difference.baseline})"
+    # Its sparsity is that of the row.
+    return f"{scale * difference.value:+.2f}{error} ({re.sub(r' [0-9]+%', '', difference.baseline, count=1)})"

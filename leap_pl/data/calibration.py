@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from leap_pl.data.documents import Share
-from leap_pl.data.packing import BlockStream
+from leap_pl.data.packing import BlockStream, Separator
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
 
@@ -26,6 +26,7 @@ def calibration_blocks(
     split: str = "train",
     text_column: str = "text",
     share: Share = "train",
+    separator: Separator = "end_token",
 ) -> Tensor:
     """The first blocks of the stream that a run on ``text`` trains on.
 
@@ -40,6 +41,7 @@ def calibration_blocks(
         text_column: Column or JSON key of the text.
         share: Part of local files; ``train`` leaves out the twentieth that a run without ``validation_text``
             validates on, ``all`` is what a run with it trains on.
+        separator: What follows each document, as in :class:`leap_pl.data.TextDataModule`.
 
     Returns:
         LongTensor[sequences, seq_length].
@@ -50,7 +52,7 @@ def calibration_blocks(
     source = TextSource.open(
         text, config_name=config_name, split=split, text_column=text_column, share=share, seed=seed
     )
-    stream = BlockStream(source, loaded_tokenizer(tokenizer), seq_length)
+    stream = BlockStream(source, loaded_tokenizer(tokenizer), seq_length, separator)
     return torch.tensor([block.tokens for block in islice(stream.blocks(), sequences)])
 
 

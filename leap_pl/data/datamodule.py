@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from leap_pl.data.batches import BEGINNING, Batch, BlockLoader, Progress, RankBatches
 from leap_pl.data.calibration import loaded_tokenizer
 from leap_pl.data.documents import Share, warn
-from leap_pl.data.packing import BlockStream
+from leap_pl.data.packing import BlockStream, Separator
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
 
@@ -26,7 +26,7 @@ FORMAT = 1
 class TextDataModule(LightningDataModule):
     """Packed blocks of text to learn a mask on, and held-out blocks to validate it.
 
-    Documents are joined by the tokenizer's end token and cut in blocks of exactly ``seq_length`` tokens. The
+    Documents are joined by a ``separator`` and cut in blocks of exactly ``seq_length`` tokens. The
     sequence of blocks follows from text, tokenizer, ``seq_length`` and ``seed`` alone; ranks and data workers
     share it without overlap, and a resumed run goes on with the block that comes next. A run is one epoch of
     ``trainer.max_steps`` × ``trainer.accumulate_grad_batches`` batches on every rank; a text that is shorter
@@ -57,6 +57,9 @@ class TextDataModule(LightningDataModule):
         batch_size: Blocks in a micro-batch on each rank.
         validation_sequences: Blocks to validate on, of all ranks together; 0 holds nothing out.
         num_workers: Processes of each rank that read and tokenize ahead; 0 does it in the training process.
+        separator: What follows each document: the tokenizer's end token (``end_token``), as in pretraining, or a
+            blank line (``blank_line``), as in the texts that perplexity is measured on. A mask learns to go on after
+            what it has seen.
         seed: Order of the files, or of the shards of a hub dataset; validation does not depend on it.
         tokenizer_revision: Branch, tag or commit of a tokenizer from the hub.
     """
@@ -75,6 +78,7 @@ class TextDataModule(LightningDataModule):
         batch_size: PositiveInt = 1,
         validation_sequences: NonNegativeInt = 64,
         num_workers: NonNegativeInt = 0,
+        separator: Separator = "end_token",
         seed: int = 0,
         tokenizer_revision: str | None = None,
     ) -> None:
@@ -92,6 +96,7 @@ class TextDataModule(LightningDataModule):
         self.batch_size = int(batch_size)
         self.validation_sequences = int(validation_sequences)
         self.num_workers = int(num_workers)
+        self.separator: Separator = separator
         self.seed = seed
         self.tokenizer_revision = tokenizer_revision
         self._tokenizer: Any = None
@@ -120,7 +125,7 @@ class TextDataModule(LightningDataModule):
         """
         if self._stream is None:
             share: Share = "all" if self.validation_text or not self.validation_sequences else "train"
-            self._stream = BlockStream(self._open(share), self.tokenizer, self.seq_length)
+            self._stream = BlockStream(self._open(share), self.tokenizer, self.seq_length, self.separator)
         return self._stream
 
     def setup(self, stage: str) -> None:
@@ -264,7 +269,7 @@ class TextDataModule(LightningDataModule):
                 "seq_length": self.seq_length,
                 "batch_size": self.batch_size,
                 "seed": self.seed,
-                "tokenizer": f"{Path(name).name} ({len(self.tokenizer)} tokens, end token {self.stream.end})",
+                "tokenizer": f"{Path(name).name} ({len(self.tokenizer)} tokens, separator {self.stream.end})",
             }
         return self._identity
 
@@ -291,7 +296,7 @@ class TextDataModule(LightningDataModule):
                 split=self.validation_split,
                 text_column=self.text_column,
             )
-        stream = BlockStream(source, self.tokenizer, self.seq_length)
+        stream = BlockStream(source, self.tokenizer, self.seq_length, self.separator)
         try:
             blocks = [block.tokens for block in islice(stream.blocks(repeat=False), self.validation_sequences)]
         except UserError as error:

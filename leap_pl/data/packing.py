@@ -1,11 +1,13 @@
-"""Documents to blocks: tokenized, joined by the end token, cut to one length, nothing padded, nothing lost."""
+"""Documents to blocks: tokenized, joined by a separator, cut to one length, nothing padded, nothing lost."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from leap_pl.data.documents import Document, State, warn
 from leap_pl.data.source import Place, TextSource
 from leap_pl.errors import UserError
+
+Separator = Literal["end_token", "blank_line"]
 
 PIECE_CHARACTERS = 1 << 18
 _BATCH_CHARACTERS = 1 << 17
@@ -40,30 +42,36 @@ class _Piece(NamedTuple):
 class BlockStream:
     """The one sequence of blocks that a text, a tokenizer, a block length and a seed make.
 
-    Documents are tokenized without special tokens, an end token follows each, and the stream of tokens is
+    Documents are tokenized without special tokens, the separator follows each, and the stream of tokens is
     cut every ``seq_length``. The rest of one pass over the text begins the next pass. A document of more
     than 262,144 characters is tokenized in pieces, cut before white space, so that its length costs time
     but no memory.
 
     Args:
         source: The text.
-        tokenizer: A transformers tokenizer with an end token.
+        tokenizer: A transformers tokenizer.
         seq_length: Tokens in a block.
+        separator: ``end_token``: the tokenizer's, as in pretraining. ``blank_line``: as perplexity is measured.
 
     Raises:
-        UserError: The tokenizer has no end token.
+        UserError: The tokenizer has no end token, and that was to be the separator.
     """
 
-    def __init__(self, source: TextSource, tokenizer: Any, seq_length: int) -> None:
-        if tokenizer.eos_token_id is None:
+    def __init__(self, source: TextSource, tokenizer: Any, seq_length: int, separator: Separator = "end_token") -> None:
+        if separator == "end_token" and tokenizer.eos_token_id is None:
             raise UserError(
                 f"The tokenizer {tokenizer.name_or_path or 'given'} has no end token, and packed documents are "
-                'separated by it. Name one in its tokenizer_config.json, such as "eos_token": "</s>".'
+                'separated by it. Name one in its tokenizer_config.json, such as "eos_token": "</s>", or set '
+                "--data.separator blank_line."
             )
         self.source = source
         self.tokenizer = tokenizer
         self.seq_length = seq_length
-        self.end = int(tokenizer.eos_token_id)
+        self.end: list[int] = (
+            [int(tokenizer.eos_token_id)]
+            if separator == "end_token"
+            else tokenizer("\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+        )
 
     def blocks(self, start: Position | None = None, *, repeat: bool = True) -> Iterator[Block]:
         """The blocks from ``start`` on: without end, or those of one pass, whose last tokens may fill none.
@@ -140,7 +148,7 @@ class BlockStream:
                 verbose=False,  # no warning that a document is longer than the model's context
             )["input_ids"]
             for piece, tokens in zip(batch, encoded, strict=True):
-                yield piece, [*tokens, self.end] if piece.ends else tokens
+                yield piece, [*tokens, *self.end] if piece.ends else tokens
         if failure:
             raise failure
 

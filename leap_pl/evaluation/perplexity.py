@@ -81,7 +81,8 @@ def perplexity(
             the text has fewer than two tokens, or the model's logits are not finite.
     """
     stride = seq_length if stride is None else stride
-    _check(model, tokens, seq_length, stride, batch_size)
+    check_windows(seq_length, stride, batch_size)
+    _check(model, tokens, seq_length)
     length = min(seq_length, tokens.numel())
     windows = tokens.unfold(0, length, stride)  # (window, length), a view
     was_training = model.training
@@ -111,12 +112,20 @@ def perplexity(
     )
 
 
-def _check(model: "PreTrainedModel", tokens: Tensor, seq_length: int, stride: int, batch_size: int) -> None:
+def check_windows(seq_length: int, stride: int, batch_size: int) -> None:
+    """Make sure that there are such windows and batches.
+
+    Raises:
+        UserError: There are none.
+    """
     if seq_length < 2 or batch_size < 1 or not 1 <= stride <= seq_length:
         raise UserError(
             f"seq_length {seq_length}, stride {stride}, batch_size {batch_size}: a window has at least 2 tokens, a "
             "stride 1 to seq_length tokens, and a batch at least 1 window."
         )
+
+
+def _check(model: "PreTrainedModel", tokens: Tensor, seq_length: int) -> None:
     reach = longest_sequence(model.config)
     if reach is not None and seq_length > reach:
         raise UserError(

@@ -15,6 +15,21 @@ FORMAT = "leap_pl.evaluation"
 FORMAT_VERSION = 1
 
 
+def check_place(path: str | Path) -> None:
+    """Make sure that a result can be written to ``path``, before hours are spent on it.
+
+    Raises:
+        UserError: It is a folder, or its own folder cannot be made.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder. Name a file in it: --output {path / 'result.json'}")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "may not be written to" if folder.is_dir() else "is a file"
+        raise UserError(f"--output {path} cannot be written: {folder} {reason}. Name another place.")
+
+
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
     """Write ``result`` as JSON, whole or not at all.
 

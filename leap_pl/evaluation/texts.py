@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,10 @@ def read_text(
 
     known = TEXTS.get(name)
     if known is None:
-        return held_out_tokens(name, tokenizer, most=max_tokens, share=share)  # type: ignore[arg-type]
+        try:
+            return held_out_tokens(name, tokenizer, most=max_tokens, share=share)  # type: ignore[arg-type]
+        except UserError as error:
+            raise UserError(f"--perplexity {name}: {_in_flags_of_evaluate(str(error))}") from error
     limits = [n for n in (max_tokens, known.windows and known.windows * seq_length) if n is not None]
     try:
         return held_out_tokens(
@@ -62,9 +66,16 @@ def read_text(
         )
     except UserError as error:
         raise UserError(
-            f"--perplexity {name} is read from the hub, and that failed: {str(error).split(' Pass local')[0]} "
+            f"--perplexity {name} is read from the hub, and that failed: {_in_flags_of_evaluate(str(error))} "
             "Where the hub is out of reach, give a local file: --perplexity FILE.jsonl (or .txt, .parquet)."
         ) from error
+
+
+def _in_flags_of_evaluate(message: str) -> str:
+    """What the data says of a text, without the flags of fit that it ends with."""
+    sentences = re.split(r"(?<=\.) ", message)
+    told = " ".join(sentence for sentence in sentences if "--data." not in sentence)
+    return told + (" The text is read from the column 'text'." if "--data.text_column" in message else "")
 
 
 def tokens_digest(tokens: Tensor) -> str:

@@ -1,6 +1,7 @@
 """LEAP's gate: one Bernoulli variable a weight, relaxed by a Gumbel-sigmoid.
 
-Paper: https://arxiv.org/abs/2605.17289. Legend of suffixes: N = elements of one weight, flattened.
+Paper: https://arxiv.org/abs/2605.17289. Legend of suffixes: R, C = rows and columns of one weight: all
+dimensions but the last, and the last.
 """
 
 from collections.abc import Mapping
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from leap_pl.gates.compiled import compiled
 from leap_pl.gates.gate import Gate, GateState
-from leap_pl.gates.noise import hash_bits, logistic, noise_keys
+from leap_pl.gates.noise import columns, element_bits, logistic, noise_keys
 from leap_pl.models import Weight
+from leap_pl.shards import strided_samples
 from leap_pl.topk import Cut, exact_top_k
 
 
@@ -52,7 +54,8 @@ class BernoulliGate(Gate):
 
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Gate.soften`."""
-        return MaskedWeight.apply(self.logits, weight, key_0, key_1, self.state.alpha, self.state.tau)
+        alpha, tau = self.state.alpha, self.state.tau
+        return MaskedWeight.apply(self.logits, weight, key_0, key_1, alpha / tau, 1 / tau)
 
     @torch.no_grad()
     def start_from(self, prior: Tensor | None, seed: int) -> None:
@@ -79,10 +82,17 @@ class BernoulliGate(Gate):
     @classmethod
     def sample_hard_masks(cls, gates: Mapping[str, Any], sparsity: float, stride: int) -> dict[str, Tensor]:
         """See :meth:`Gate.sample_hard_masks`; the cut is that of the sampled logits."""
-        samples = {name: gate.logits.detach().reshape(-1)[::stride] for name, gate in gates.items()}
+        samples = strided_samples({name: gate.logits.detach() for name, gate in gates.items()}, stride)
         total = sum(sample.numel() for sample in samples.values())
         cuts = exact_top_k(list(samples.values()), total - round(sparsity * total))
         return {name: cut.mask(sample) for (name, sample), cut in zip(samples.items(), cuts, strict=True)}
+
+    @classmethod
+    def curves(cls, gates: Mapping[str, Any], stride: int) -> dict[str, float]:
+        """The share of logits above 0: the density a cut at 0 would give."""
+        samples = strided_samples({name: gate.logits.detach() for name, gate in gates.items()}, stride)
+        above = torch.cat(list(samples.values())) > 0
+        return {"density/logits_above_0": float(above.sum() / above.numel())}
 
 
 class MaskedWeight(torch.autograd.Function):
@@ -94,69 +104,70 @@ class MaskedWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, weight: Tensor, key_0: Tensor, key_1: Tensor, alpha: Tensor, tau: Tensor
+        ctx: Any, logits: Tensor, weight: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Masked weight of the weight's shape and dtype, and the two float32 sums."""
-        ctx.save_for_backward(logits, weight, key_0, key_1, alpha, tau)
-        masked_N, kept, energy = mask_forward(_flat(logits), _flat(weight), key_0, key_1, alpha, tau)
-        return masked_N.view(weight.shape), kept, energy
+        ctx.save_for_backward(logits, weight, key_0, key_1, slope, sharpness)
+        column_C = columns(weight.shape[-1], weight.device)
+        masked_RC, kept, energy = mask_forward(_rows(logits), _rows(weight), column_C, key_0, key_1, slope, sharpness)
+        return masked_RC.view(weight.shape), kept, energy
 
     @staticmethod
     def backward(ctx: Any, grad_masked: Tensor, grad_kept: Tensor, grad_energy: Tensor) -> Any:
         """The gradient of the logits; the weight is frozen."""
-        logits, weight, key_0, key_1, alpha, tau = ctx.saved_tensors
-        grad_N = mask_backward(
-            _flat(logits),
-            _flat(weight),
-            _flat(grad_masked),
-            grad_kept,
-            grad_energy,
-            key_0,
-            key_1,
-            alpha,
-            tau,
+        logits, weight, *rest = ctx.saved_tensors
+        column_C = columns(weight.shape[-1], weight.device)
+        grad_RC = mask_backward(
+            _rows(logits), _rows(weight), _rows(grad_masked), grad_kept, grad_energy, column_C, *rest
         )
-        return grad_N.view(logits.shape), None, None, None, None, None
+        return grad_RC.view(logits.shape), None, None, None, None, None
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """``tensor`` in one dimension, and no view: of a view, its base's shape would be compiled in."""
-    return tensor.reshape(-1).data
+def _rows(tensor: Tensor) -> Tensor:
+    """``tensor`` in two dimensions, and no view: of a view, its base's shape would be compiled in."""
+    return tensor.reshape(-1, tensor.shape[-1]).data
 
 
-def soft_mask(logits_N: Tensor, key_0: Tensor, key_1: Tensor, alpha: Tensor, tau: Tensor) -> Tensor:
-    """M = σ((αθ + g)/τ), float32, flat."""
-    index_N = torch.arange(logits_N.numel(), dtype=torch.int32, device=logits_N.device)
-    noise_N = logistic(hash_bits(index_N, key_0, key_1))
-    return torch.sigmoid((alpha * logits_N + noise_N) / tau)
+def soft_mask(
+    logits_RC: Tensor, column_C: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
+) -> Tensor:
+    """M = σ((αθ + g)/τ), float32, from the ``slope`` α/τ and the ``sharpness`` 1/τ."""
+    noise_RC = logistic(element_bits(logits_RC.shape[0], column_C, key_0, key_1))
+    return 1 / (1 + torch.exp(-(slope * logits_RC + sharpness * noise_RC)))
 
 
 @compiled
 def mask_forward(
-    logits_N: Tensor, weight_N: Tensor, key_0: Tensor, key_1: Tensor, alpha: Tensor, tau: Tensor
+    logits_RC: Tensor,
+    weight_RC: Tensor,
+    column_C: Tensor,
+    key_0: Tensor,
+    key_1: Tensor,
+    slope: Tensor,
+    sharpness: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W̃ in the weight's dtype, ΣM and Σ(M·W)² in float32."""
-    mask_N = soft_mask(logits_N, key_0, key_1, alpha, tau)
-    masked_N = mask_N * weight_N.to(torch.float32)
-    return masked_N.to(weight_N.dtype), mask_N.sum(), (masked_N * masked_N).sum()
+    mask_RC = soft_mask(logits_RC, column_C, key_0, key_1, slope, sharpness)
+    masked_RC = mask_RC * weight_RC.to(torch.float32)
+    # First along each row: a sum over everything at once compiles to one that is slower and no better.
+    return masked_RC.to(weight_RC.dtype), mask_RC.sum(-1).sum(), (masked_RC * masked_RC).sum(-1).sum()
 
 
 @compiled
 def mask_backward(
-    logits_N: Tensor,
-    weight_N: Tensor,
-    grad_masked_N: Tensor,
+    logits_RC: Tensor,
+    weight_RC: Tensor,
+    grad_masked_RC: Tensor,
     grad_kept: Tensor,
     grad_energy: Tensor,
+    column_C: Tensor,
     key_0: Tensor,
     key_1: Tensor,
-    alpha: Tensor,
-    tau: Tensor,
+    slope: Tensor,
+    sharpness: Tensor,
 ) -> Tensor:
     """dθ in float32; noise and mask are made again."""
-    mask_N = soft_mask(logits_N, key_0, key_1, alpha, tau)
-    weight_N = weight_N.to(torch.float32)
-    grad_mask_N = (
-        grad_masked_N.to(torch.float32) * weight_N + grad_kept + 2 * grad_energy * mask_N * weight_N * weight_N
-    )
-    return grad_mask_N * mask_N * (1 - mask_N) * (alpha / tau)
+    mask_RC = soft_mask(logits_RC, column_C, key_0, key_1, slope, sharpness)
+    weight_RC = weight_RC.to(torch.float32)
+    grad_masked_RC = grad_masked_RC.to(torch.float32) + 2 * grad_energy * mask_RC * weight_RC
+    return (grad_masked_RC * weight_RC + grad_kept) * (mask_RC - mask_RC * mask_RC) * slope

@@ -24,6 +24,7 @@ def prune_command(
     text_column: str = "text",
     seq_length: PositiveInt = 2048,
     sequences: PositiveInt = 128,
+    separator: Literal["end_token", "blank_line"] = "end_token",
     seed: int = 0,
     method: Literal["magnitude", "wanda", "sparsegpt", "admm"] = "wanda",
     sparsity: OpenUnitInterval = 0.5,
@@ -62,6 +63,7 @@ def prune_command(
         text_column: Column, or JSON key, of the text.
         seq_length: Tokens in a calibration sequence.
         sequences: Number of calibration sequences.
+        separator: What follows each document: the end token, or a blank line.
         seed: Of the order in which the text's files are read.
         method: magnitude (seconds; no text), wanda (fast; weights stay), sparsegpt or admm (weights are
             updated; the best layer errors).
@@ -100,9 +102,9 @@ def prune_command(
     from leap_pl.masks import MaskSet
     from leap_pl.models import check_numbers, find_weights, load_model, load_tokenizer
     from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
-    from leap_pl.oneshot.patterns import NM, parse_pattern
     from leap_pl.oneshot.prune import UPDATING, prune
     from leap_pl.oneshot.walk import WalkOptions
+    from leap_pl.patterns import NM, parse_pattern
 
     shape = parse_pattern(pattern, sparsity)
     if isinstance(shape, NM) and sparsity not in (0.5, shape.sparsity):
@@ -134,6 +136,7 @@ def prune_command(
                 config_name=config_name,
                 split=split,
                 text_column=text_column,
+                separator=separator,
             )
         pruned = prune(
             base,
@@ -201,6 +204,7 @@ def _write(
     trust_remote_code: bool,
 ) -> None:
     import json
+    from dataclasses import asdict
 
     from leap_pl.models import load_tokenizer
 
@@ -211,6 +215,9 @@ def _write(
         updated.save_pretrained(folder / "model")
         tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
         tokenizer.save_pretrained(folder / "model")
+        # Without it the folder would be taken for a base model of its own.
+        told = json.dumps({"provenance": asdict(pruned.masks.provenance)}, indent=2)
+        (folder / "model" / "leap_pl.json").write_text(told + "\n", encoding="utf-8")
 
 
 def _report(output_dir: str, pruned: "Pruned", updated: bool) -> None:

@@ -16,10 +16,10 @@ from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
 from leap_pl.models import Weight, longest_sequence, model_fingerprint
 from leap_pl.oneshot.admm import AdmmOptions
-from leap_pl.oneshot.patterns import Pattern, Unstructured
 from leap_pl.oneshot.prune import Method, prune
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions
 from leap_pl.oneshot.walk import WalkOptions
+from leap_pl.patterns import Pattern, Unstructured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +58,7 @@ def one_shot_prior(
     cache_dir: str | Path | None = "~/.cache/leap_pl/priors",
     device: torch.device | str | None = None,
     revision: str | None = None,
+    progress: bool = True,
 ) -> MaskSet:
     """The one-shot mask of ``weights``; ``model`` is bit-identical afterwards.
 
@@ -76,6 +77,7 @@ def one_shot_prior(
         cache_dir: Where masks are kept; None: nowhere.
         device: Where the method computes; None: where the model is.
         revision: Of the base model on the hub, for the MaskSet.
+        progress: Show a progress bar.
 
     Raises:
         UserError: The text cannot be read, or pruning fails (see :func:`leap_pl.oneshot.prune.prune`).
@@ -119,6 +121,7 @@ def one_shot_prior(
         update=False,
         base_model=base_model,
         revision=revision,
+        progress=progress,
     )
     if path is not None:
         try:

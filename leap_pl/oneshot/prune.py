@@ -18,10 +18,10 @@ from leap_pl.oneshot.allocation import OwlOptions, owl_sparsities
 from leap_pl.oneshot.damping import NotSolvableError, Solution
 from leap_pl.oneshot.inputs import InputStatistics, Matrix
 from leap_pl.oneshot.magnitude import magnitude_mask
-from leap_pl.oneshot.patterns import NM, Pattern, Unstructured
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions, sparsegpt
 from leap_pl.oneshot.walk import Walk, WalkOptions
 from leap_pl.oneshot.wanda import wanda_mask
+from leap_pl.patterns import NM, Pattern, Unstructured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,19 +144,22 @@ def prune(
             for index, block in enumerate(_bar(range(len(matrices)), progress)):
                 run.block(index, matrices[block], {})
     else:
+        walk = replace(walk or WalkOptions(), keep=not update)
         with Walk(model, blocks_NT, walk, dense=mask is not None and mask_target == "dense") as pruned_walk:
             bar = _bar(pruned_walk, progress)
             for index in bar:
                 statistics = pruned_walk.observe(index, matrices[index], gram=method in UPDATING)
                 touched = {} if update else {m.weight.name: m.weight.parameter for m in matrices[index]}
-                saved = [(parameter, parameter.clone()) for parameter in touched.values()]
+                saved = [(parameter, parameter.data) for parameter in touched.values()]
+                for parameter, dense in saved:
+                    parameter.data = dense.clone()
                 try:
                     run.block(index, matrices[index], statistics, bar)
                     if index < len(matrices) - 1:
                         pruned_walk.advance(index)
                 finally:
                     for parameter, dense in saved:
-                        parameter.copy_(dense)
+                        parameter.data = dense
     if run.unseen:
         logger.warning(
             "No calibration token reached %s: pruned by magnitude. More sequences may reach them.",

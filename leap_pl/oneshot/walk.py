@@ -33,11 +33,14 @@ class WalkOptions:
         batch_size: Sequences in one forward of a block.
         device: Where a block, its Hessians and the solvers are while it is its turn; None: where the model is.
         offload: Keep the activations between blocks in CPU memory.
+        keep: After its turn a block has the very tensors that it had before, whatever was written into those on
+            the compute device: nothing is copied back, and weights that are mapped from files stay so.
     """
 
     batch_size: int = 4
     device: torch.device | str | None = None
     offload: bool = True
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,7 @@ class Walk:
     def _hear(self, tokens_BT: Tensor, depth: int) -> list[_Call]:
         """Run the model as far as the inputs of block ``depth − 1``; give the arguments of the blocks so far."""
         calls: list[_Call] = []
+        homes: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks[:depth]):
 
@@ -228,11 +232,13 @@ class Walk:
                     calls.append(_Call.of(f"{self.prefix}.{index}", args, kwargs))
                     if index == depth - 1:
                         raise _Stop
+                    homes[module] = _tensors(module)
                     module.to(self.device)
                     moved = calls[-1].to(self.device)
                     return moved.args, moved.kwargs
 
                 def after(module: nn.Module, args: Any, output: Any) -> Any:
+                    _put_back(homes.pop(module))
                     module.to(self.home)
                     return tree_map(lambda x: x.to(self.home) if isinstance(x, Tensor) else x, output)
 
@@ -246,10 +252,12 @@ class Walk:
 
     @contextmanager
     def _visiting(self, block: nn.Module) -> Iterator[None]:
+        home = _tensors(block) if self.options.keep else []
         block.to(self.device)
         try:
             yield
         finally:
+            _put_back(home)
             block.to(self.home)
 
 
@@ -285,6 +293,15 @@ class _Collector:
         """Let go of the tensors by whose identity sharing is found."""
         self.seen.clear()
         self.dense.clear()
+
+
+def _tensors(module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    return [(parameter, parameter.data) for parameter in module.parameters()]
+
+
+def _put_back(tensors: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, tensor in tensors:
+        parameter.data = tensor
 
 
 def _check_same(block: str, first: _Call, last: _Call) -> None:

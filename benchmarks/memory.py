@@ -1,0 +1,90 @@
+"""Peak memory of a training step: dense fine-tuning, leap_pl, and the published formulation.
+
+python -m benchmarks.memory --model M [--tokens 2048] [--output F.json]
+
+Each variant takes three steps in a process of its own; what is told is the largest resident memory of that
+process (on a GPU, the largest allocated), and, beside it, what parameters, gradients and optimizer states
+account for by their sizes. ``--paper`` adds the sum for a large model on one GPU, from the same bytes.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from benchmarks.report import Row, finish
+from benchmarks.step import dense_step, leap_step, published_step
+from leap_pl.models import find_weights, load_model
+
+# Bytes that each variant holds of every gated weight: what it trains, its gradient, the two moments of AdamW, and
+# the masked weight that the backward pass needs; the base model's own two bytes are counted apart.
+BYTES = {
+    "dense": {"gradient": 2, "optimizer": 4},
+    "leap_pl": {"logits": 4, "gradient": 4, "optimizer": 8, "masked weight": 2},
+    "published": {"logits": 2, "gradient": 2, "optimizer": 4, "masked weight": 2, "mask and softmax": 2 + 4 + 4},
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
+    parser.add_argument("--seq_length", type=int, default=512)
+    parser.add_argument("--variants", nargs="+", default=["dense", "leap_pl", "published"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.child:
+        print(json.dumps(measure(args.child, args)))
+        return
+    rows: list[Row] = []
+    for tokens in args.tokens:
+        for variant in ["load", *args.variants]:
+            words = ["--model", args.model, "--tokens", str(tokens), "--seq_length", str(args.seq_length)]
+            words += ["--dtype", args.dtype, "--device", args.device, "--child", variant]
+            told = subprocess.run(
+                [sys.executable, "-m", "benchmarks.memory", *words], check=True, capture_output=True, text=True
+            ).stdout
+            rows.append({"variant": variant, "tokens": tokens, **json.loads(told.splitlines()[-1])})
+        beyond = {row["variant"]: row["peak_mib"] for row in rows if row["tokens"] == tokens}
+        for row in rows:
+            if row["tokens"] == tokens and row["variant"] in BYTES and "dense" in beyond:
+                row["beyond_dense_mib"] = row["peak_mib"] - beyond["dense"]
+                row["accounted_beyond_dense_mib"] = row["accounted_mib"] - accounted("dense", row["gated_weights"])
+    finish(rows, args.output, model=args.model, dtype=args.dtype, bytes_a_gated_weight=BYTES)
+
+
+def accounted(variant: str, gated: int) -> float:
+    """MiB of what :data:`BYTES` lists."""
+    return sum(BYTES[variant].values()) * gated / 2**20
+
+
+def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Peak of three steps, in this process."""
+    device = torch.device(args.device)
+    model = load_model(args.model, dtype=args.dtype, dropout=False).to(device)
+    gated = sum(weight.parameter.numel() for weight in find_weights(model).values())
+    facts: dict[str, Any] = {"gated_weights": gated}
+    if variant in BYTES:
+        step = {"dense": dense_step, "leap_pl": leap_step, "published": published_step}[variant](model)
+        length = min(args.tokens[0], args.seq_length)
+        ids_BL = torch.randint(0, 1000, (args.tokens[0] // length, length), device=device)
+        for _ in range(3):
+            step(ids_BL)
+        facts["accounted_mib"] = accounted(variant, gated)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return {**facts, "peak_mib": round(peak)}
+
+
+if __name__ == "__main__":
+    main()

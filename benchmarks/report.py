@@ -1,0 +1,86 @@
+"""What every benchmark shares: the machine's name, a Markdown table, a JSON file, interleaved timing."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leap_pl.files import atomic_file
+from leap_pl.masks import installed_versions
+
+Row = dict[str, Any]
+
+
+def machine() -> dict[str, Any]:
+    """Processor, accelerator, threads and versions that a figure belongs to."""
+    found: dict[str, Any] = {"cpu": _cpu(), "threads": torch.get_num_threads(), "versions": installed_versions()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    named = {key.strip(): value.strip() for key, value in facts.items()}
+    matrix = ", ".join(flag for flag in ("avx512_bf16", "amx_bf16") if flag in named.get("flags", "").split())
+    return f"{named.get('model name', platform.machine())}{f' ({matrix})' if matrix else ''}"
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each call, the variants taking turns, so that a busy spell of the machine meets all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(warm_up + repeats):
+        for name, call in variants.items():
+            wait_for(device)
+            start = time.perf_counter()
+            call()
+            wait_for(device)
+            if turn >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], above: str, below: str) -> float:
+    """Median over the turns of the ratio within one turn: what the two share, a slow machine, cancels."""
+    return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table; floats with four significant digits."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    lines += ["| " + " | ".join(_cell(row.get(key)) for key in keys) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def finish(rows: Sequence[Row], output: str | None, **facts: Any) -> None:
+    """Print the table, and write rows and facts to the JSON file ``output`` if there is one."""
+    about = {"machine": machine(), **facts}
+    print(table(rows))
+    print(json.dumps(about, indent=2))
+    if output:
+        with atomic_file(output) as temporary:
+            temporary.write_text(json.dumps({"rows": list(rows), **about}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# One run on several machines with torchrun: start this on every one of them, with the same HEAD.
+#
+#   HEAD=node-0:29400 NODES=2 configs/cluster/torchrun.sh --config configs/paper/llama-3.1-8b-50.yaml \
+#     --config configs/cluster/fsdp2.yaml --trainer.strategy.data_parallel_size 16
+#
+# On one machine HEAD and NODES may be left out. If a rank dies, torchrun ends all others and says which one it was;
+# what each rank wrote lies in LOGS. A run that died is started again with --ckpt_path added.
+set -euo pipefail
+
+NODES=${NODES:-1}
+DEVICES=${DEVICES:-8} # of each machine
+HEAD=${HEAD:-localhost:29400}
+LOGS=${LOGS:-runs/logs}
+
+exec torchrun \
+  --nnodes "$NODES" --nproc-per-node "$DEVICES" \
+  --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "${RUN:-leap}" \
+  --max-restarts 0 --log-dir "$LOGS" --redirects 3 --tee 0:3 \
+  -m leap_pl fit "$@" --trainer.num_nodes "$NODES" --trainer.devices "$DEVICES"

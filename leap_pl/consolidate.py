@@ -1,0 +1,176 @@
+"""Distributed checkpoints: a folder in which each rank of a sharded run wrote its own part, made one file again.
+
+``python -m leap_pl.consolidate FOLDER FILE`` makes of it the file that one process would have written, which
+``fit --ckpt_path`` takes on any number of ranks, sharded or not. Reading a folder needs memory for what is read,
+logits (4 bytes a weight) and the optimizer's state (8 bytes with AdamW), on one machine; a sharded run goes on
+from the folder itself, on any number of ranks, without it.
+
+The folder is one of ``torch.distributed.checkpoint``. Its index is a pickle, of which nothing is run here: only
+the plain records that such an index is made of are let in.
+"""
+
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from leap_pl.checkpoint import by_weight, load_checkpoint, path_of, read_identity
+from leap_pl.errors import UserError, listing
+from leap_pl.files import atomic_file
+
+INDEX = ".metadata"
+
+
+def consolidated(folder: str | Path, *, optimizer: bool = True) -> dict[str, Any]:
+    """The checkpoint in ``folder`` as one process would have written it.
+
+    Args:
+        folder: As ``leap_pl fit`` wrote it under ``ModelParallelStrategy``.
+        optimizer: Read the optimizer's state too.
+
+    Raises:
+        UserError: It is no such folder, or damaged, or lacks a part.
+    """
+    checkpoint = load_checkpoint(folder)
+    identity = read_identity(checkpoint, folder)
+    parts = _read(folder, lambda path: optimizer or path[0] == "state_dict")
+    logits = parts.get("state_dict", {})
+    missing = [name for name in identity.shapes if path_of(name) not in logits]
+    if missing:
+        raise UserError(f"{folder} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
+    checkpoint["state_dict"] = by_weight(logits)
+    if optimizer:
+        checkpoint["optimizer_states"] = [parts[key] for key in sorted(parts) if key != "state_dict"]
+    return checkpoint
+
+
+def check_folder(folder: str | Path) -> None:
+    """Make sure that what is not a tensor in ``folder`` is a plain value, before other code unpickles it.
+
+    Raises:
+        UserError: It is not, or the folder is incomplete.
+    """
+    _read(folder, lambda _: True, tensors=False)
+
+
+def _read(folder: str | Path, wanted: Callable[[Sequence[Any]], bool], *, tensors: bool = True) -> dict[str, Any]:
+    """What lies in ``folder`` under the paths that are ``wanted``, nested as they say."""
+    reader = _Reader(folder)
+    index = reader.read_metadata()
+    flat: dict[str, Any] = {}
+    for name, what in index.state_dict_metadata.items():
+        if wanted(index.planner_data[name]):
+            if not isinstance(what, TensorStorageMetadata):
+                flat[name] = None
+            elif tensors:
+                flat[name] = torch.empty(what.size, dtype=what.properties.dtype)
+    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*the intent is to load in a single process.*")
+            load(flat, storage_reader=reader, planner=planner, no_dist=True)
+    except (Exception, CheckpointException) as error:  # of a damaged zip or pickle, whatever it may be
+        raise UserError(
+            f"{folder} is incomplete or damaged, or holds more than tensors and plain values "
+            f"({' '.join(str(error).split())[:160]}). Take the checkpoint before it."
+        ) from error
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        place = nested
+        *outer, last = index.planner_data[name]
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[last] = value
+    return {name: _lists(part) for name, part in nested.items()}
+
+
+def _lists(value: Any) -> Any:
+    """Lists again where a path has numbers."""
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _lists(part) for key, part in value.items()}
+    return [inner[key] for key in sorted(inner)] if inner and all(isinstance(key, int) for key in inner) else inner
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        index = Path(self.path) / INDEX
+        try:
+            with index.open("rb") as file:
+                metadata = _Records(file).load()
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.path} is no complete checkpoint: it has no {INDEX}. Take the one before it."
+            ) from error
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{index} holds more than an index does ({error}), and leap_pl runs no code from it."
+            ) from error
+        except Exception as error:  # a damaged pickle can raise anything
+            raise UserError(f"{index} is damaged. Take the checkpoint before it.") from error
+        if not isinstance(metadata, Metadata):
+            raise UserError(f"{index} is no index of a checkpoint. Give a folder that leap_pl fit wrote.")
+        metadata.storage_meta = None
+        return metadata
+
+
+RECORDS = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
+    "pathlib": {"PosixPath", "Path"},
+    "collections": {"OrderedDict"},
+}
+
+
+class _Records(pickle.Unpickler):
+    """Reads what an index is made of: some data classes, sizes, types."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in RECORDS.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+class _Planner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: Any, value: BytesIO) -> None:
+        """A plain value, as the numbers of a parameter group are."""
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def main(words: Sequence[str]) -> None:
+    """``python -m leap_pl.consolidate FOLDER FILE``."""
+    try:
+        if len(words) != 2:
+            raise UserError("two names are needed: the folder of a distributed checkpoint, and the file to write.")
+        checkpoint = consolidated(words[0])
+        with atomic_file(words[1]) as temporary:
+            torch.save(checkpoint, temporary)
+    except UserError as error:
+        print(f"leap_pl.consolidate: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"{words[1]}: step {checkpoint['global_step']} of {words[0]}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

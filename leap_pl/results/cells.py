@@ -1,0 +1,143 @@
+"""What is known of a finished cell, in one file: a result file of ``leap_pl evaluate`` with more."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leap_pl.evaluation.record import read_result, write_result
+from leap_pl.files import atomic_file
+
+if TYPE_CHECKING:
+    from leap_pl.results.experiment import Cell
+    from leap_pl.results.runner import Runner
+    from leap_pl.results.steps import Step
+
+
+def collect(runner: "Runner", folder: Path) -> int:
+    """Write one file a finished cell into ``folder``; returns how many are there.
+
+    A file of a cell that was not made here stays as long as it belongs to the experiment as it is today.
+    """
+    cells = runner.chosen([])  # each after those that it needs
+    for path in folder.glob("*.json"):
+        if path.stem not in runner.experiment.cells:
+            path.unlink()
+    for cell in cells:
+        path = folder / f"{cell.name}.json"
+        if runner.is_finished(cell):
+            write_cell(runner, cell, path)
+        elif path.is_file() and not _is_current(runner, cell, folder):
+            path.unlink()
+    return len(list(folder.glob("*.json")))
+
+
+def _is_current(runner: "Runner", cell: "Cell", folder: Path) -> bool:
+    """Whether the file of ``cell`` in ``folder`` says what would be said if it were made here and now."""
+    told = read_result(folder / f"{cell.name}.json").get("cell", {})
+    if not all((folder / f"{name}.json").is_file() for name in cell.best_of):
+        return False
+    kept = runner.experiment.cells.get(told.get("kept") or "")
+    steps = runner.all_steps(cell, kept if cell.best_of else None)
+    return steps is not None and told.get("digests") == {step.name: step.digest for step in steps}
+
+
+def write_cell(runner: "Runner", cell: "Cell", path: Path) -> None:
+    """Write all that is known of the finished ``cell``.
+
+    The evaluations of its steps are put together, and ``cell`` says what was done, with which settings.
+    """
+    from leap_pl.evaluation.tasks import mean_accuracy
+
+    steps = runner.all_steps(cell)
+    assert steps is not None
+    results = [read_result(step.output) for step in steps if step.words[:1] == ["evaluate"]]
+    merged = results[0]
+    for result in results[1:]:
+        merged["perplexity"] |= result["perplexity"]
+        merged["tasks"] |= result["tasks"]
+        for name, seconds in result["times"]["seconds"].items():
+            merged["times"]["seconds"][name] = round(merged["times"]["seconds"].get(name, 0) + seconds, 2)
+    merged["mean"] = mean_accuracy(merged["tasks"])
+    merged["cell"] = _told(runner, cell, steps)
+    write_result(path, merged)
+
+
+def _told(runner: "Runner", cell: "Cell", steps: "list[Step]") -> dict[str, Any]:
+    experiment, record = runner.experiment, runner.record(cell)
+    kept = runner.kept(cell) if cell.best_of else None
+    made = record.get("make", {})
+    overlap = next((json.loads(s.output.read_text(encoding="utf-8")) for s in steps if s.name == "overlap"), None)
+    return {
+        "name": cell.name,
+        "row": cell.row,
+        "title": cell.title,
+        "order": list(experiment.cells).index(cell.name),
+        "sparsity": cell.sparsity,
+        "table": cell.table,
+        "baseline": cell.baseline,
+        "reference": cell.reference,
+        "about": experiment.about,
+        "texts": {role: {"text": text.text, "title": text.title or role} for role, text in experiment.texts.items()},
+        "settings": _settings(runner, cell),
+        "prior": cell.prior,
+        "kept": kept and kept.name,
+        "tokens": _tokens(runner, kept or cell),
+        "calibration_tokens": _calibration(runner, cell),
+        "seconds": round(made["seconds"], 1) if made else None,
+        "peak_rss": made.get("peak_rss"),
+        "digests": {step.name: step.digest for step in steps},
+        "commands": [record[step.name]["words"] for step in steps if step.words],
+        "overlap": overlap,
+    }
+
+
+def _settings(runner: "Runner", cell: "Cell") -> dict[str, Any]:
+    """What ``cell`` was made with: options of prune, or the config of fit, as it was when it was made."""
+    made = runner.record(cell).get("make", {})
+    if "settings" in made:
+        return dict(made["settings"])
+    return runner.steps.fit_config(cell) if cell.fit is not None else dict(cell.prune or {})
+
+
+def _tokens(runner: "Runner", cell: "Cell") -> int:
+    """Tokens that a mask was learned from."""
+    if cell.fit is None:
+        return 0
+    config = _settings(runner, cell)
+    return int(config["trainer"]["max_steps"] * runner.steps.tokens_of_step(config))
+
+
+def _calibration(runner: "Runner", cell: "Cell") -> int:
+    """Tokens that the one-shot part of ``cell`` read: its own, or its prior's."""
+    if cell.prior is not None:
+        return _calibration(runner, runner.experiment.cells[cell.prior])
+    if cell.fit is not None:
+        config = _settings(runner, cell)
+        prior = {"method": "wanda", "sequences": 128, **config["model"].get("prior", {})}
+        reads = prior.get("mask") is None and prior["method"] not in ("magnitude", "none")
+        return int(prior["sequences"] * config["data"]["seq_length"]) if reads else 0
+    if cell.prune is None or cell.prune.get("method") == "magnitude":
+        return 0
+    return int(cell.prune.get("sequences", 128) * cell.prune.get("seq_length", 2048))
+
+
+def write_overlap(mask: Path, prior: Path, output: Path) -> None:
+    """Write to ``output`` how far a learned mask agrees with its prior: IoU, by layer too, and bits that differ."""
+    from leap_pl.comparison.entries import read_entries
+    from leap_pl.comparison.overlap import overlap
+
+    first, second = read_entries([str(mask), str(prior)])
+    found = overlap(first, second)
+    assert found is not None
+    assert first.mask is not None
+    assert second.mask is not None
+    others = second.mask.masks
+    changed = sum(int((bits ^ others[name]).sum()) for name, bits in first.mask.masks.items())
+    told = {
+        "iou": found.iou,
+        "chance": found.chance,
+        "layers": {str(layer): value for layer, value in found.layers.items()},
+        "changed": changed / first.mask.total,
+    }
+    with atomic_file(output) as temporary:
+        temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

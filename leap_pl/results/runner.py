@@ -1,0 +1,277 @@
+"""Runs what is left of an experiment: a finished step is not run again, an interrupted one goes on."""
+
+import fcntl
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from leap_pl.errors import UserError, listing
+from leap_pl.evaluation.record import read_result
+from leap_pl.files import atomic_file
+from leap_pl.results import running
+from leap_pl.results.cells import write_overlap
+from leap_pl.results.digests import digest
+from leap_pl.results.experiment import Cell, Experiment
+from leap_pl.results.steps import Step, Steps
+
+RECORD = "steps.json"  # in a cell's folder: step → what is known of it
+SUPERSEDED = "superseded"  # folder of learned cells that other settings have taken the place of
+
+
+class Runner:
+    """The cells of an experiment in a folder: what is done, what is left, and how to do it."""
+
+    def __init__(self, experiment: Experiment, folder: Path) -> None:
+        """Take the experiment and the folder that holds one folder a cell.
+
+        Raises:
+            UserError: A local text is not there.
+        """
+        self.experiment, self.folder, self.steps = experiment, folder, Steps(experiment, folder)
+        self.lock: tuple[int, ...] = ()
+        for text in experiment.texts.values():
+            if Path(text.text).suffix and not Path(text.text).is_file():
+                raise UserError(f"{text.text} is not there. Lay texts and tasks out with make assets assets-eval.")
+
+    # -- what there is ------------------------------------------------------------------------------------
+
+    def chosen(self, patterns: Sequence[str]) -> list[Cell]:
+        """The cells whose name fits one of ``patterns`` (none: all), each after those that it needs.
+
+        Raises:
+            UserError: A pattern fits none.
+        """
+        cells = self.experiment.cells
+        for pattern in patterns:
+            if not any(fnmatch(name, pattern) for name in cells):
+                raise UserError(f"--only {pattern} fits no cell. The cells are {listing(list(cells), 40)}.")
+        found: dict[str, Cell] = {}
+        for name in cells:
+            if not patterns or any(fnmatch(name, pattern) for pattern in patterns):
+                self._add(name, found)
+        return list(found.values())
+
+    def _add(self, name: str, found: dict[str, Cell]) -> None:
+        if name not in found:
+            for other in self.experiment.cells[name].needs:
+                self._add(other, found)
+            found[name] = self.experiment.cells[name]
+
+    def record(self, cell: Cell) -> dict[str, Any]:
+        """What is written down of the steps of ``cell``."""
+        return _read_record(self.steps.place(cell))
+
+    def is_done(self, cell: Cell, step: Step) -> bool:
+        """Whether ``step`` was done with the settings and inputs of today."""
+        told = self.record(cell).get(step.name, {})
+        return told.get("digest") == step.digest and "finished" in told and step.output.exists()
+
+    def kept(self, cell: Cell) -> Cell | None:
+        """The one with the lowest validation perplexity of those that ``cell`` is the best of; None: not known yet."""
+        values = {name: self._validation(self.experiment.cells[name]) for name in cell.best_of}
+        known = {name: value for name, value in values.items() if value is not None}
+        return self.experiment.cells[min(known, key=known.__getitem__)] if known and len(known) == len(values) else None
+
+    def _validation(self, cell: Cell) -> float | None:
+        text = self.experiment.texts["validation"].text
+        for step in self.all_steps(cell) or ():
+            if text in step.settings.get("perplexity", []) and self.is_done(cell, step):
+                return float(read_result(step.output)["perplexity"][text]["value"])
+        return None
+
+    def all_steps(self, cell: Cell, kept: Cell | None = None) -> list[Step] | None:
+        """The steps of ``cell``, in order; None while it is not known what it is the best of.
+
+        Args:
+            cell: What is made and measured.
+            kept: The cell whose mask it keeps, instead of the one that is the best here.
+        """
+        if cell.best_of and kept is None:
+            kept = self.kept(cell)
+            if kept is None:
+                return None
+        make = self.steps.make(cell, kept)
+        if make is None:
+            return self.steps.measures(cell, None)
+        steps = [make]
+        if cell.prior is not None:
+            prior = self.experiment.cells[cell.prior]
+            of_prior = self.steps.make(prior)
+            assert of_prior is not None
+            output = self.steps.place(cell) / "measured" / "overlap.json"
+            work = partial(write_overlap, self.steps.mask(cell), self.steps.mask(prior), output)
+            steps.append(Step("overlap", digest(["overlap", make.digest, of_prior.digest]), output, work=work))
+        return steps + self.steps.measures(cell, make.digest)
+
+    def is_finished(self, cell: Cell) -> bool:
+        """Whether all steps of ``cell`` are done."""
+        steps = self.all_steps(cell)
+        return steps is not None and all(self.is_done(cell, step) for step in steps)
+
+    # -- doing --------------------------------------------------------------------------------------------
+
+    def run(self, cells: Sequence[Cell]) -> dict[str, str]:
+        """Do what is left of ``cells``; returns what failed, by cell. One that fails stops only those that need it.
+
+        Raises:
+            UserError: Another process works in the same folder.
+        """
+        failed: dict[str, str] = {}
+        with _alone(self.folder) as lock:
+            self.lock = (lock,)
+            for number, cell in enumerate(cells, 1):
+                caption = f"[{number}/{len(cells)}] {cell.name}"
+                without = [name for name in cell.needs if name in failed]
+                try:
+                    if without:
+                        raise UserError(f"{caption}: needs {listing(without)}, which failed.")
+                    self._run_cell(cell, caption)
+                except UserError as error:
+                    failed[cell.name] = str(error)
+                    _say(str(error))
+        return failed
+
+    def _run_cell(self, cell: Cell, caption: str) -> None:
+        steps = self.all_steps(cell)
+        assert steps is not None  # the cells that it needs come before it
+        if cell.fit is not None:
+            self._make_way(cell, steps[0], caption)
+        for step in steps:
+            if self.is_done(cell, step):
+                continue
+            began = time.monotonic()
+            if step.name == "make":
+                self._make(cell, step, f"{caption} {step.words[0]}")
+            elif step.work is not None:
+                step.work()
+                self._write(cell, step, {"seconds": time.monotonic() - began})
+            else:
+                log = self.steps.place(cell) / "evaluate.log"
+                ran = running.run_command(step.words, log, f"{caption} {step.name}", self.lock)
+                self._write(cell, step, {"seconds": ran.seconds, "peak_rss": ran.peak_rss})
+            _say(f"{caption}: {step.name} done in {time.monotonic() - began:.0f} s")
+
+    def _make_way(self, cell: Cell, make: Step, caption: str) -> None:
+        """Put a finished learned cell of other settings away, and take one of today's settings back.
+
+        A mask that took hours is not thrown away because a setting was tried.
+        """
+        place, told = self.steps.place(cell), self.record(cell).get("make", {})
+        if told.get("digest") == make.digest:
+            return
+        if "finished" in told:
+            away = self._away(cell, told["digest"])
+            shutil.rmtree(away, ignore_errors=True)
+            away.parent.mkdir(parents=True, exist_ok=True)
+            place.rename(away)
+            _say(f"{caption}: its settings have changed; what was made with the old ones lies in {away}")
+        back = self._away(cell, make.digest)
+        if back.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+            back.rename(place)
+            _say(f"{caption}: was made with these settings before, and is taken from {back}")
+
+    def _away(self, cell: Cell, made: str) -> Path:
+        return self.folder / SUPERSEDED / f"{cell.name}-{made}"
+
+    def _make(self, cell: Cell, step: Step, caption: str) -> None:
+        place, record = self.steps.place(cell), self.record(cell)
+        told = record.get("make", {})
+        if told.get("digest") != step.digest:
+            if told:
+                _say(f"{caption}: its settings have changed, it begins anew")
+            for name in ("made", "checkpoints", "measured", "log"):
+                shutil.rmtree(place / name, ignore_errors=True)
+            told = {}
+        seconds, peak = told.get("seconds", 0.0), told.get("peak_rss", 0)
+        words, checkpoint = list(step.words), None
+        if cell.fit is not None:
+            with atomic_file(place / "fit.yaml") as temporary:
+                temporary.write_text(yaml.safe_dump(step.settings, sort_keys=False), encoding="utf-8")
+            checkpoint = self.steps.checkpoint(cell)
+            words += [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
+        if "began" in told and checkpoint is not None:
+            # The last session did not come to its end: what counts of it is what it saved.
+            seconds += max(checkpoint.stat().st_mtime - told["began"], 0)
+        begun = {"settings": step.settings, "seconds": seconds, "peak_rss": peak, "began": time.time()}
+        self._write(cell, step, begun, finished=False)
+        ran = running.run_command(words, place / f"{words[0]}.log", caption, self.lock)
+        done = {"settings": step.settings, "seconds": seconds + ran.seconds, "peak_rss": max(peak, ran.peak_rss)}
+        self._write(cell, step, done)
+        # A checkpoint holds three float32 numbers a weight, the mask one bit.
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)
+
+    def _write(self, cell: Cell, step: Step, told: dict[str, Any], *, finished: bool = True) -> None:
+        entry = {"digest": step.digest, "words": step.words, **told}
+        if finished:
+            entry["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        with atomic_file(self.steps.place(cell) / RECORD) as temporary:
+            temporary.write_text(json.dumps(self.record(cell) | {step.name: entry}, indent=1) + "\n", encoding="utf-8")
+
+    # -- telling ------------------------------------------------------------------------------------------
+
+    def lines(self, cells: Sequence[Cell]) -> Iterator[str]:
+        """A line a cell: what is done, what is left, with the token budget."""
+        left = 0
+        for cell in cells:
+            steps = self.all_steps(cell)
+            budget = "" if cell.fit is None else f"{cell.tokens:,} tokens"
+            if steps is None:
+                state = f"waits for {listing(list(cell.best_of))}"
+            else:
+                undone = [step.name for step in steps if not self.is_done(cell, step)]
+                state = f"left: {', '.join(undone)}" if undone else "done"
+                if "make" in undone and cell.fit is not None:
+                    left += cell.tokens
+                    state += self._begun(cell, steps[0])
+            yield f"{cell.name:<24} {budget:>18}  {state}".rstrip()
+        yield f"{left:,} training tokens are left, those of interrupted cells counted whole"
+
+    def _begun(self, cell: Cell, step: Step) -> str:
+        told = self.record(cell).get("make")
+        if self._away(cell, step.digest).is_dir():
+            return " (was made with these settings before, will be taken back)"
+        if told is None:
+            return ""
+        if told["digest"] != step.digest:
+            return " (was made with other settings, begins anew)"
+        checkpoint = self.steps.checkpoint(cell)
+        if checkpoint is None:
+            return " (begun, nothing saved)"
+        return f" (goes on from {checkpoint.resolve().stem} of {step.settings['trainer']['max_steps']})"
+
+
+def _read_record(place: Path) -> dict[str, Any]:
+    path = place / RECORD
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """Make sure that no other process works in ``folder``, and yield the open file that says so.
+
+    A child that is given it, and outlives its parent, still counts.
+
+    Raises:
+        UserError: One does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process works in {folder}. Wait for its end, or end it.") from error
+        yield lock.fileno()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
