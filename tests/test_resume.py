@@ -455,7 +455,7 @@ def test_curves_are_on_the_disk_before_the_checkpoint(model_folder, text_file, t
     seen: dict[int, int] = {}
 
     def saving(self: WholeCheckpointIO, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        seen[checkpoint["global_step"]] = max(curves(tmp_path / "tensorboard")["loss/lm"])
+        seen[checkpoint["global_step"]] = max(curves(tmp_path / "tensorboard")["schedule/learning_rate"])  # logged last
         real(self, checkpoint, path, storage_options)
 
     real = WholeCheckpointIO.save_checkpoint
@@ -467,7 +467,7 @@ def test_curves_are_on_the_disk_before_the_checkpoint(model_folder, text_file, t
 
 def slowly(self: Any, data: bytes, write: Callable[..., None] = RecordWriter.write) -> None:
     """A disk on which TensorBoard's own thread falls behind."""
-    time.sleep(0.001)
+    time.sleep(0.02)
     write(self, data)
 
 
