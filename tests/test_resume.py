@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import fit_flags
+from ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from leap_pl.callbacks.checkpoints import requeue
+from leap_pl.checkpoint_io import WholeCheckpointIO
 from leap_pl.cli import main
 from leap_pl.data.batches import BlockLoader
 from leap_pl.errors import UserError
@@ -270,6 +274,33 @@ def test_text_that_dies_midway_loses_nothing(
     same(outcome(tmp_path), never_stopped)
 
 
+def stopped_rank(rank: int, words: list[str]) -> list[int]:
+    """Rank 1 alone is told to stop, amid the second step; the exit status and the steps that were done."""
+    done, real = [0], LeapModule.training_step
+
+    def training_step(self: LeapModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        done[0] = self.global_step
+        if rank == 1 and batch_idx == WINDOW:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batch, batch_idx)
+
+    LeapModule.training_step = training_step  # type: ignore[method-assign]
+    try:
+        main(words)
+    except SystemExit as end:
+        return [int(end.code or 0), done[0]]
+    return [0, done[0]]
+
+
+def test_ranks_stop_together(model_folder, text_file, tmp_path: Path) -> None:
+    words = flags(model_folder, text_file, tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp")
+    assert run_ranks(2, stopped_rank, words, folder=tmp_path / "said", seconds=200) == [[143, 1], [143, 1]]
+    assert kept(tmp_path) == ["last.ckpt", "step=1.ckpt"]
+    stored = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert stored["TextDataModule"]["consumed"] == 2 * WINDOW  # of both ranks, in the step that was done
+    assert "stopped at step 1" in (tmp_path / "said" / "rank-0.txt").read_text()
+
+
 # -- workers, streams ---------------------------------------------------------------------------------------
 
 
@@ -417,6 +448,27 @@ def test_one_at_least_so_often(model_folder, text_file, tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "last.ckpt").readlink() == Path("step=4.ckpt")
     main([*words[:-1], "--checkpoint.every_minutes=0", f"--checkpoint.dirpath={tmp_path / 'b' / 'checkpoints'}"])
     assert kept(tmp_path / "b") == ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]  # at validations
+
+
+def test_curves_are_on_the_disk_before_the_checkpoint(model_folder, text_file, tmp_path: Path, monkeypatch) -> None:
+    """A run that is killed right behind a checkpoint does not draw again what lies before it."""
+    seen: dict[int, int] = {}
+
+    def saving(self: WholeCheckpointIO, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        seen[checkpoint["global_step"]] = max(curves(tmp_path / "tensorboard")["schedule/learning_rate"])  # logged last
+        real(self, checkpoint, path, storage_options)
+
+    real = WholeCheckpointIO.save_checkpoint
+    monkeypatch.setattr(WholeCheckpointIO, "save_checkpoint", saving)
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer.RecordWriter.write", slowly)
+    main(flags(model_folder, text_file, tmp_path, "--checkpoint.every_n_train_steps=1"))
+    assert seen == {1: 1, 2: 2, 3: 3, 4: 4}
+
+
+def slowly(self: Any, data: bytes, write: Callable[..., None] = RecordWriter.write) -> None:
+    """A disk on which TensorBoard's own thread falls behind."""
+    time.sleep(0.02)
+    write(self, data)
 
 
 def test_the_best_by_another_measure_and_the_newest(model_folder, text_file, tmp_path: Path) -> None:
