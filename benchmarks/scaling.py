@@ -14,10 +14,9 @@ from benchmarks.report import Row, table
 
 # Bytes a gated weight. Weights in bfloat16; AdamW.
 WEIGHT, LOGIT, GRADIENT, OPTIMIZER = 2, 4, 4, 8
-MASKED = 2  # W̃, which a linear keeps for its backward pass, and as much again for its gradient
 GATHERED = WEIGHT + LOGIT  # what a rank is sent of a sharded weight before its block runs
-# Bytes a weight of one block, at the peak of a sharded backward pass; benchmarks/sharded_memory.py measures it.
-TRANSIENT = 24.0
+# Bytes a weight of one block at the peak of a backward pass, sharded and not, beside what is held.
+TRANSIENT, TRANSIENT_WHOLE = 25, 8
 # Bytes a token that one block keeps for its backward pass, times hidden size and intermediate size; likewise.
 KEPT_HIDDEN, KEPT_INTERMEDIATE = 20, 8
 CHUNK_VOCABULARY = 12  # bytes of the loss for each token of a chunk and each entry of the vocabulary
@@ -120,7 +119,7 @@ def need(shape: Shape, ranks: int, *, sharded: bool, tokens: int, distillation: 
         )
     return Need(
         states=persistent * shape.gated + WEIGHT * shape.others,
-        transient=2 * MASKED * shape.block,
+        transient=TRANSIENT_WHOLE * shape.block,
         activations=activations,
         sent=0.0,
         sent_step=2 * share * GRADIENT * shape.gated,  # a ring: reduce and gather
