@@ -36,7 +36,7 @@ lint: $(VENV)/.installed-dev ## Style and types
 
 notebooks: $(VENV)/.installed-dev ## Run the notebooks on the embedded model, and keep what they show
 	@$(BIN)/python -m leap_pl.assets quickstart
-	@$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
+	@$(BIN)/python notebooks/execute.py notebooks/*.ipynb
 
 assets: $(VENV)/.installed ## The embedded model and text: assets/SmolLM2-135M-Instruct, assets/wikipedia
 	@$(BIN)/python -m leap_pl.assets quickstart

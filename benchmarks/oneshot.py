@@ -18,8 +18,8 @@ from torch import Tensor
 
 from leap_pl.data import calibration_blocks
 from leap_pl.models import load_model, load_tokenizer
-from leap_pl.oneshot.patterns import parse_pattern
 from leap_pl.oneshot.prune import prune
+from leap_pl.patterns import parse_pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,7 +3,8 @@
 Beside Lightning's own entries (optimizer, schedules, loops, data position):
 
 ==================  ======================================================================================
-``state_dict``      ``logits.<weight name>`` → float32 logits; nothing of the frozen model
+``state_dict``      ``logits.<weight name>`` → float32 logits, and in the same form what else the kind of
+                    gate stores (:meth:`leap_pl.gates.Gate.stored`); nothing of the frozen model
 ``leap_pl``         the fields of :class:`Identity`, plain Python
 ==================  ======================================================================================
 
@@ -13,8 +14,9 @@ the model sharded or not, read one another's files. Under ``ModelParallelStrateg
 """
 
 import pickle
+import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from leap_pl.errors import UserError, listing
-from leap_pl.gates import Gate, Stored, restore
+from leap_pl.gates import Gate, Stored, gate_kind, restore
 from leap_pl.masks import MaskSet, PackedMasks, Provenance, installed_versions
 
 KEY = "leap_pl"
@@ -80,13 +82,16 @@ def describe_gate(gate: Gate) -> dict[str, Any]:
 def provenance(identity: Identity) -> Provenance:
     """The provenance of the mask that a run with this ``identity`` exports."""
     told = asdict(identity)
+    kind = gate_kind(identity.gate["class_path"])
+    config = {"pattern": kind.form(identity.gate["init_args"])}
+    config |= {key: told[key] for key in ("gate", "targets", "ignore", "max_steps")} | identity.settings
     return Provenance(
         base_model=identity.base_model,
         revision=identity.revision,
         fingerprint=identity.fingerprint,
-        method="leap",
+        method=kind.method,
         sparsity=identity.sparsity,
-        config={key: told[key] for key in ("gate", "targets", "ignore", "max_steps")} | identity.settings,
+        config=config,
         versions=installed_versions(),
     )
 
@@ -131,6 +136,14 @@ def check_same(found: Identity, expected: Identity) -> None:
         raise UserError(
             f"the checkpoint holds logits of {found.gate['class_path']}, and model.gate is "
             f"{expected.gate['class_path']}. Use the same gate."
+        )
+    starts = gate_kind(expected.gate["class_path"]).start_settings
+    sides = [
+        {key: value for key, value in side.gate["init_args"].items() if key not in starts} for side in (found, expected)
+    ]
+    if sides[0] != sides[1]:
+        raise UserError(
+            f"the checkpoint's gates have {sides[0]}, and model.gate has {sides[1]}. Use the same settings."
         )
     if found.shapes != expected.shapes:
         names = {*found.shapes, *expected.shapes}
@@ -191,10 +204,16 @@ def count_for_ranks(checkpoint: dict[str, Any], found: Identity, expected: Ident
         counts.update(ready=done, started=done, processed=done, completed=done - open_batches)
 
 
-def path_of(name: str) -> str:
-    """The name of the logits of the weight ``name`` among the parameters of a LeapModule."""
+def path_of(name: str, part: str = "logits") -> str:
+    """The name of the logits, or another stored ``part``, of the weight ``name`` in a LeapModule's state dict."""
     module, _, tensor = name.rpartition(".")
-    return f"model.{module}.parametrizations.{tensor}.0.logits"
+    return f"model.{module}.parametrizations.{tensor}.0.{part}"
+
+
+def by_weight(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a LeapModule's state dict holds of gates under the names of a checkpoint: ``<part>.<weight name>``."""
+    matches = ((re.fullmatch(r"model\.(.+)\.parametrizations\.(\w+)\.0\.(\w+)", path), x) for path, x in state.items())
+    return {f"{match[3]}.{match[1]}.{match[2]}": tensor for match, tensor in matches if match}
 
 
 def name_parameters(state: dict[str, Any], names: Sequence[str]) -> None:
@@ -288,9 +307,16 @@ def _hard_masks(logits: dict[str, Tensor], identity: Identity, path: str | Path)
     if missing:
         raise UserError(f"{path} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
     stored = {
-        name: Stored(logits[PREFIX + name], tuple(shape), identity.input_dims[name])
+        name: Stored(logits[PREFIX + name], tuple(shape), identity.input_dims[name], _beside(logits, name))
         for name, shape in identity.shapes.items()
     }
     gates = restore(identity.gate["class_path"], identity.gate["init_args"], stored)
     type(next(iter(gates.values()))).choose(gates, identity.sparsity)
     return PackedMasks.of((name, gate.hard_mask()) for name, gate in gates.items())
+
+
+def _beside(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What is stored of the weight ``name`` beside its logits."""
+    parts = {key.partition(".")[0]: tensor for key, tensor in tensors.items() if key.partition(".")[2] == name}
+    parts.pop("logits")
+    return parts

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from leap_pl.checkpoint import PREFIX, load_checkpoint, path_of, read_identity
+from leap_pl.checkpoint import by_weight, load_checkpoint, path_of, read_identity
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file
 
@@ -48,7 +48,7 @@ def consolidated(folder: str | Path, *, optimizer: bool = True) -> dict[str, Any
     missing = [name for name in identity.shapes if path_of(name) not in logits]
     if missing:
         raise UserError(f"{folder} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
-    checkpoint["state_dict"] = {PREFIX + name: logits[path_of(name)] for name in identity.shapes}
+    checkpoint["state_dict"] = by_weight(logits)
     if optimizer:
         checkpoint["optimizer_states"] = [parts[key] for key in sorted(parts) if key != "state_dict"]
     return checkpoint

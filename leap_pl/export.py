@@ -6,12 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from leap_pl.masks import MaskSet
+    from leap_pl.patterns import Pattern, Tiled
 
 RECORD = "leap_pl.json"
 MASK = "mask.safetensors"
@@ -31,9 +33,10 @@ def export_command(
 
     The folder holds the base model with exact zeros where the mask removes a weight (safetensors, in the type
     the base model is stored in), its tokenizer and generation config, the mask itself (mask.safetensors), a
-    model card (README.md) and the same facts for machines (leap_pl.json). Exactly round(sparsity·N) of the N
-    gated weights are removed, the kept ones are bit-identical to the base model's, and both are verified by
-    reading the folder back before it gets its name. AutoModelForCausalLM.from_pretrained loads it alone.
+    model card (README.md) and the same facts for machines (leap_pl.json). What the mask removes is zero, n:m
+    masks keep exactly n of every m, the kept weights are bit-identical to the base model's, and all of it is
+    verified by reading the folder back before it gets its name. AutoModelForCausalLM.from_pretrained loads it
+    alone.
 
     Args:
         output_dir: Folder to write. It appears whole or not at all, and never over another one without force.
@@ -57,6 +60,7 @@ def export_command(
     with atomic_folder(output_dir, force=force) as folder:  # before the model is loaded: a bad folder fails at once
         base = load_model(name, revision=revision, trust_remote_code=trust_remote_code)
         masks.check(base)
+        _check_form(masks, base)
         kept_digests, base_zeros = _kept_digests(masks, dict(base.named_parameters()))
         base.save_pretrained(folder)
         if not zero_removed(folder, masks):  # the family's files are cut otherwise than its model
@@ -88,6 +92,27 @@ def _read_masks(ckpt_path: str | None, mask: str | None) -> "MaskSet":
     from leap_pl.checkpoint import masks_from_checkpoint
 
     return masks_from_checkpoint(str(ckpt_path))
+
+
+def _form(masks: "MaskSet") -> "Pattern | Tiled":
+    from leap_pl.patterns import Unstructured, read_form
+
+    return read_form(str(masks.provenance.config.get("pattern", "unstructured"))) or Unstructured(0.0)
+
+
+def _check_form(masks: "MaskSet", base: "PreTrainedModel") -> None:
+    """Make sure that every mask has exactly the form it says it has: what runs 2:4 fast gives nonsense for the rest."""
+    from leap_pl.models import find_weights
+    from leap_pl.patterns import follows
+
+    form = _form(masks)
+    weights = find_weights(base, list(masks.masks))
+    wrong = [name for name, mask in masks.masks.items() if not follows(mask, weights[name].input_dim, form)]
+    if wrong:
+        raise UserError(
+            f"the mask says that it is {form}, and {listing(wrong, 3)} is not. Make the mask again, or take another "
+            "copy of the file."
+        )
 
 
 def _read_results(path: str | None) -> dict[str, Any]:
@@ -159,7 +184,7 @@ def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
         "",
         f"`{told.base_model}`{revision} (weights fingerprint `{told.fingerprint}`) with "
         f"{facts['removed']:,} of {facts['gated']:,} weights of its decoder blocks set to zero: "
-        f"an unstructured sparsity of {facts['sparsity']:.6f}. Kept weights are the base model's, bit for bit; "
+        f"{_words(_form(masks), facts['sparsity'])}. Kept weights are the base model's, bit for bit; "
         f"{facts['zeros_of_base_model_among_kept']:,} of them were zero already. "
         f"The mask was made by `{told.method}` with leap_pl {told.versions.get('leap_pl', '')}; "
         f"`{MASK}` holds it alone.",
@@ -188,6 +213,18 @@ def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
     settings = {"sparsity": told.sparsity, **told.config, "versions": told.versions}
     lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=2), "```", ""]
     return "\n".join(lines)
+
+
+def _words(form: "Pattern | Tiled", sparsity: float) -> str:
+    from leap_pl.patterns import NM, Tiled
+
+    if isinstance(form, NM):
+        return (
+            f"a {form} sparsity of {sparsity:.6f}: of every {form.m} consecutive inputs of an output, {form.n} are kept"
+        )
+    if isinstance(form, Tiled):
+        return f"a sparsity of {sparsity:.6f} in {form}"
+    return f"an unstructured sparsity of {sparsity:.6f}"
 
 
 def _text(text: Any) -> str:

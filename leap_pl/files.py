@@ -90,15 +90,18 @@ def atomic_link(path: Path, target: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make ``folder`` if it is not there, and make sure that files can be written in it.
+    """Make sure that files can be written in ``folder``; one that is not there is made, and taken away again.
 
     Raises:
         UserError: They cannot.
     """
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _temporary(folder / "writable"):
             pass
+        if made:  # what refuses to run should leave nothing behind
+            folder.rmdir()
     except OSError as error:
         raise UserError(_write_failure(folder, error)) from error
 

@@ -329,10 +329,15 @@ def _describe(
     if _kind(module) == "Conv1D":
         input_dim = 0
     elif parameter.ndim == 3:
-        input_dim = 1 if getattr(module, "is_transposed", False) else 2
+        transposed = getattr(module, "is_transposed", False) or _kind(module) in _TRANSPOSED
+        input_dim = 1 if transposed else 2
     else:
         input_dim = parameter.ndim - 1
     return Weight(name, module, tensor, layer, projection, input_dim)
+
+
+# Experts stored (expert, in, out) that do not say so, as those with a choice of implementations do.
+_TRANSPOSED = ("Llama4TextExperts",)
 
 
 def _kind(module: nn.Module) -> str:

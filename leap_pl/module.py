@@ -132,14 +132,19 @@ class LeapModule(L.LightningModule):
         self.model: PreTrainedModel | None = None
         self.mesh: DeviceMesh | None = None  # of the ranks that decoder blocks are sharded over
         self.gates: dict[str, Gate] = {}
-        self.prior: MaskSet | None = None  # on rank zero
+        self.priors: dict[str, MaskSet] = {}  # on rank zero
         self.resumes_from: str | None = None
-        self.register_state_dict_post_hook(_logits_only)
+        self.register_state_dict_post_hook(_gates_only)
         self.dense_perplexity: float | None = None
         self.hard_perplexity: float | None = None  # of the last validation
         self.hard_metric, self.dense_metric = Perplexity(), Perplexity()
         self.terms: dict[str, Tensor] = {}
         self.told: dict[str, Any] = {}  # settings of callbacks that a mask's provenance should tell
+
+    @property
+    def prior(self) -> "MaskSet | None":
+        """The mask that learning starts from, once the model is loaded for a fit; on rank zero."""
+        return self.priors.get("prior")
 
     # -- the gated model ----------------------------------------------------------------------------------
 
@@ -178,7 +183,7 @@ class LeapModule(L.LightningModule):
         # from_pretrained leaves it in eval mode, in which activation checkpointing is silently off. There is
         # no dropout in it: load_model removed that.
         self.model = model.train()
-        reduce_only(self, set(map(checkpoints.path_of, self.gates)))
+        reduce_only(self, {checkpoints.path_of(*place) for place in self._learned()})
         if self.mesh is not None and self.resumes_from is not None:
             # Lightning loads a sharded run's optimizer before it asks on_load_checkpoint.
             checkpoint = checkpoints.load_checkpoint(self.resumes_from)
@@ -187,7 +192,8 @@ class LeapModule(L.LightningModule):
     def _put_gates(self, weights: dict[str, Weight], prior: SharedPrior) -> None:
         gates = attach(weights, self.make_gate, self.state)
         for name, gate in gates.items():
-            gate.start_from(prior.mask(name, gate.shape), self.state.seed)
+            masks = prior.masks(name, gate.shape)
+            gate.start_from(masks.pop("prior", None), self.state.seed, **masks)
         self.gates |= gates
 
     def _shard(self, model: "PreTrainedModel", mesh: "DeviceMesh", prior: SharedPrior) -> None:
@@ -201,20 +207,28 @@ class LeapModule(L.LightningModule):
         convert(model).to(self._device_of_run())
 
     def _make_prior(self, model: "PreTrainedModel") -> SharedPrior:
-        """The prior, made on rank zero, whose ``self.prior`` it is."""
+        """The prior, or priors, made on rank zero, whose ``self.priors`` they are."""
+        # First, for a prior may take minutes: can this kind of mask be what is asked of it?
+        first = self.make_gate(next(iter(self.weights.values())), self.state)
+        self.sparsity = first.exact_sparsity(self.sparsity)
         rank_zero = RankZero()
         if self._fitting():
-            self.prior = rank_zero.make(
-                lambda: self.prior_settings.make(
+
+            def make() -> "dict[str, MaskSet]":
+                priors = self.prior_settings.make(
                     model,
                     self.weights,
                     base_model=self.base_model,
-                    sparsity=self.sparsity,
+                    forms=first.prior_forms(self.sparsity),
                     data=getattr(self.trainer, "datamodule", None),
                     device=self._device_of_run(),
+                    progress=self.trainer.progress_bar_callback is not None,
                 )
-            )
-        return SharedPrior(self.prior, rank_zero)
+                first.check_priors(priors)
+                return priors
+
+            self.priors = rank_zero.make(make) or {}
+        return SharedPrior(self.priors, rank_zero)
 
     def _check_inside(self) -> None:
         outside = [name for name, weight in self.weights.items() if weight.layer is None]
@@ -307,15 +321,15 @@ class LeapModule(L.LightningModule):
         if broken:
             raise NonFiniteError(self.state.step, ", ".join(broken), self._dtype_of_model())
         if logits:
-            for name in self._not_finite({name: gate.logits.detach() for name, gate in self.gates.items()}):
+            for name, _ in self._not_finite({place: logits.detach() for place, logits in self._learned().items()}):
                 raise NonFiniteError(self.state.step, f"the logits of {name} are infinite or NaN")
 
     @staticmethod
-    def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
-        """The names of those with an element, on whatever rank, that is infinite or NaN."""
+    def _not_finite(tensors: dict[tuple[str, str], Tensor]) -> list[tuple[str, str]]:
+        """The places of those with an element, on whatever rank, that is infinite or NaN."""
         flags = [int(not torch.isfinite(own_part(tensor)).all()) for tensor in tensors.values()]
         found = Ranks.of(tensors.values()).highest(flags)
-        return [name for name, flag in zip(tensors, found, strict=True) if flag]
+        return [place for place, flag in zip(tensors, found, strict=True) if flag]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make sure that the gradients are numbers: a step with one that is not would spoil every logit.
@@ -325,12 +339,18 @@ class LeapModule(L.LightningModule):
         """
         if self.trainer.precision == "16-mixed":  # its scaler meets such gradients, and leaves the step out
             return
-        gradients = {name: gate.logits.grad for name, gate in self.gates.items() if gate.logits.grad is not None}
+        learned = self._learned()
+        gradients = {place: logits.grad for place, logits in learned.items() if logits.grad is not None}
         norm = gathered(nn.utils.get_total_norm(list(gradients.values())))
         if not bool(torch.isfinite(norm)):  # one look at the device
-            broken = self._not_finite(gradients)
+            broken = [name for name, _ in self._not_finite(gradients)]
             where = f"the gradients of {listing(broken, 2)} are infinite or NaN" if broken else "the gradients overflow"
             raise NonFiniteError(self.state.step, where, self._dtype_of_model())
+
+    def _learned(self) -> dict[tuple[str, str], nn.Parameter]:
+        """What is learned: (weight name, attribute of its gate) → parameter."""
+        gates = self.gates.items()
+        return {(name, part): parameter for name, gate in gates for part, parameter in gate.named_parameters()}
 
     def _dtype_of_model(self) -> torch.dtype | None:
         return None if self.model is None else self.model.dtype
@@ -340,7 +360,7 @@ class LeapModule(L.LightningModule):
         total = self.trainer.max_steps
         if total < 1:
             raise UserError("trainer.max_steps is not set, and every schedule needs it. Add --trainer.max_steps N.")
-        optimizer = self.make_optimizer([gate.logits for gate in self.gates.values()])
+        optimizer = self.make_optimizer(list(self._learned().values()))
         if self.trainer.precision != "16-mixed":
             # A fused optimizer says that it unscales gradients itself, and Lightning then refuses to clip them;
             # without float16 there is no scale.
@@ -473,15 +493,15 @@ class LeapModule(L.LightningModule):
         if saves_shards(self._trainer):
             return  # each rank its own, under this module's names: ModelParallelStrategy reads them back
         if self.mesh is None:
-            state = {name: gate.logits.detach() for name, gate in self.gates.items()}
+            gates = self.gates.items()
+            state = {f"{part}.{name}": tensor for name, gate in gates for part, tensor in gate.stored().items()}
             names = {id(parameter): name for name, parameter in self.named_parameters()}
             groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
             numbered = [names[id(parameter)] for group in groups for parameter in group["params"]]
         else:  # gathered on rank zero; nothing on the others
-            found = checkpoint["state_dict"]
-            state = {name: found[checkpoints.path_of(name)] for name in self.gates if found}
+            state = checkpoints.by_weight(checkpoint["state_dict"])
             numbered = [name for name, _ in self.named_parameters()]
-        checkpoint["state_dict"] = {checkpoints.PREFIX + name: logits for name, logits in state.items()}
+        checkpoint["state_dict"] = state
         for optimizer_state in checkpoint.get("optimizer_states", []):
             checkpoints.name_parameters(optimizer_state, numbered)
 
@@ -492,21 +512,20 @@ class LeapModule(L.LightningModule):
         self.dense_perplexity, self.hard_perplexity = found.dense_perplexity, found.settings.get("perplexity")
         if self._fitting():
             checkpoints.count_for_ranks(checkpoint, found, self.identity())
+        places = [(name, part) for name, gate in self.gates.items() for part in gate.stored()]
         if self.mesh is None:
             stored = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {
-                checkpoints.path_of(name): stored[checkpoints.PREFIX + name] for name in self.gates
-            }
+            checkpoint["state_dict"] = {checkpoints.path_of(*place): stored[".".join(place[::-1])] for place in places}
         elif Path(path := self.trainer.ckpt_path or "").is_file():
             # Of a folder Lightning has loaded each rank's part; of a file each rank takes its own.
             stored = checkpoints.load_checkpoint(path)["state_dict"]
-            for name, gate in self.gates.items():
-                copy_part_(gate.logits, stored[checkpoints.PREFIX + name])
+            for name, part in places:
+                copy_part_(getattr(self.gates[name], part), stored[f"{part}.{name}"])
 
 
-def _logits_only(module: LeapModule, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _gates_only(module: LeapModule, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Keep the frozen model out of the state dict, before a strategy gathers it from all ranks."""
-    kept = {prefix + checkpoints.path_of(name) for name in module.gates}
+    kept = {prefix + checkpoints.path_of(name, part) for name, gate in module.gates.items() for part in gate.stored()}
     for name in [name for name in state if name not in kept]:
         del state[name]
 

@@ -1,5 +1,6 @@
 """The mask that learning starts from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from leap_pl.data import TextDataModule
     from leap_pl.models import Weight
+    from leap_pl.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -21,15 +23,18 @@ class Prior:
     """Which mask the logits lean towards at the start.
 
     Attributes:
-        method: ``wanda`` (the paper's), ``magnitude``, ``sparsegpt`` or ``admm``: made at the target sparsity
-            from the run's own calibration text. ``none``: no lean at all.
+        method: ``wanda`` (the paper's), ``magnitude``, ``sparsegpt`` or ``admm``: made at the target sparsity, and
+            in the form that the gates want (unstructured, n:m or both), from the run's own calibration text.
+            ``none``: no lean at all.
         mask: A MaskSet file instead of a method.
+        inner_mask: (TileGate) A MaskSet file of n:m form for the tiles that are not dense, instead of a method.
         sequences: Calibration sequences of the method.
         cache_dir: Where masks made from a method are kept for the next run on the same model and text.
     """
 
     method: Literal["wanda", "magnitude", "sparsegpt", "admm", "none"] = "wanda"
     mask: str | None = None
+    inner_mask: str | None = None
     sequences: int = 128
     cache_dir: str = "~/.cache/leap_pl/priors"
 
@@ -43,18 +48,19 @@ class Prior:
         weights: "dict[str, Weight]",
         *,
         base_model: str,
-        sparsity: float,
+        forms: "Mapping[str, Pattern]",
         data: "TextDataModule | None",
         device: torch.device,
         progress: bool = True,
-    ) -> MaskSet | None:
-        """The prior mask of ``weights`` at ``sparsity``, or None where the method is ``none``.
+    ) -> dict[str, MaskSet]:
+        """The prior masks of ``weights``, one for each of ``forms``; none where the method is ``none``.
 
         Args:
             model: The dense base model; its weights are unchanged afterwards.
             weights: The weights that will be gated.
             base_model: The model's name, for the mask's provenance.
-            sparsity: The target sparsity.
+            forms: What the gates ask for (:meth:`leap_pl.gates.Gate.prior_forms`): ``prior``, at the target
+                sparsity or of the gates' own pattern, and, for some gates, ``inner``.
             data: Where calibration text comes from; magnitude needs none.
             device: Where the method computes.
             progress: Show a progress bar.
@@ -63,12 +69,31 @@ class Prior:
             UserError: The mask file belongs to another model or other weights, or there is no text to
                 calibrate on.
         """
-        if self.mask is not None:
-            mask = MaskSet.load(self.mask)
-            mask.check(model, weights)
-            return mask
-        if self.method == "none":
-            return None
+        if self.inner_mask is not None and "inner" not in forms:
+            raise UserError("prior.inner_mask is for gates of tiles (model.gate TileGate). Leave it out.")
+        files = {"prior": self.mask, "inner": self.inner_mask}
+        masks: dict[str, MaskSet] = {}
+        for form, pattern in forms.items():
+            file = files[form]
+            if file is not None:
+                masks[form] = MaskSet.load(file)
+                masks[form].check(model, weights)
+            elif self.method != "none":
+                masks[form] = self._make(model, weights, pattern, base_model, data, device, progress)
+        return masks
+
+    def _make(
+        self,
+        model: "PreTrainedModel",
+        weights: "dict[str, Weight]",
+        pattern: "Pattern",
+        base_model: str,
+        data: "TextDataModule | None",
+        device: torch.device,
+        progress: bool,
+    ) -> MaskSet:
+        """The mask of one form, by the method."""
+        assert self.method != "none"
         if self.method != "magnitude" and data is None:
             raise UserError(
                 f"prior.method {self.method} needs calibration text and there is no data module. "
@@ -80,7 +105,7 @@ class Prior:
             model,
             weights,
             self.method,
-            sparsity,
+            pattern,
             base_model=base_model,
             sequences=self.sequences,
             data=data,
@@ -91,21 +116,22 @@ class Prior:
 
 
 class SharedPrior:
-    """The masks of a prior that rank zero holds, given to every rank one weight at a time, a bit an element."""
+    """The masks of priors that rank zero holds, given to every rank one weight at a time, a bit an element."""
 
-    def __init__(self, prior: MaskSet | None, rank_zero: RankZero) -> None:
-        """Take the ``prior`` of rank zero; on the other ranks it is None."""
-        self.prior, self.rank_zero = prior, rank_zero
-        self.there = bool(rank_zero.tell(prior is not None))
+    def __init__(self, priors: Mapping[str, MaskSet], rank_zero: RankZero) -> None:
+        """Take the ``priors`` of rank zero by their forms; on the other ranks there are none."""
+        self.priors, self.rank_zero = priors, rank_zero
+        self.forms: list[str] = rank_zero.tell(list(priors))
 
-    def mask(self, name: str, shape: torch.Size) -> torch.Tensor | None:
-        """The mask of the weight ``name``, None where there is no prior; every rank asks in the same order."""
-        if not self.there:
-            return None
+    def masks(self, name: str, shape: torch.Size) -> dict[str, torch.Tensor]:
+        """The mask of the weight ``name`` in each form there is; every rank asks in the same order."""
+        return {form: self._mask(self.priors.get(form), name, shape) for form in self.forms}
+
+    def _mask(self, prior: MaskSet | None, name: str, shape: torch.Size) -> torch.Tensor:
         if self.rank_zero.alone:
-            assert self.prior is not None
-            return self.prior.masks[name]
-        bits = pack(self.prior.masks[name]) if self.prior is not None else None
+            assert prior is not None
+            return prior.masks[name]
+        bits = pack(prior.masks[name]) if prior is not None else None
         return unpack(self.rank_zero.share(bits, (shape.numel() + 7) // 8), list(shape))
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
@@ -12,17 +13,17 @@ from typing import Any
 
 import torch
 from jsonargparse import lazy_instance
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from leap_pl.arguments import one_line
 from leap_pl.callbacks import Annealing, Checkpoints, MaskExport, SparsityLogger, StepProgress
-from leap_pl.checkpoint import load_checkpoint
+from leap_pl.checkpoint import KEY, load_checkpoint, read_identity
 from leap_pl.checkpoint_io import WholeCheckpointIO
 from leap_pl.consolidate import check_folder
 from leap_pl.data import TextDataModule
@@ -52,6 +53,8 @@ UNWRITABLE = {
     errno.EPERM,
     errno.EROFS,
 }
+
+SECONDS_BEHIND = 2.0  # that a rank which has lost another ends after it; launchers look several times a second
 
 # LeapModule's own default, in the form that a saved config can hold.
 OPTIMIZER: dict[str, Any] = {
@@ -94,18 +97,21 @@ class LeapCLI(LightningCLI):
         if verb is None:
             return
         settings = self.config[verb]
-        requeued = verb == "fit" and not settings.ckpt_path and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-        if settings.ckpt_path != "last" and not (requeued and settings.checkpoint.dirpath):
+        given = None if settings.ckpt_path == "last" else settings.ckpt_path
+        requeued = verb == "fit" and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+        if settings.ckpt_path != "last" and not requeued:
             return
         found = _find_last(verb, settings.checkpoint.dirpath)
         if found is not None:
             self._take_defaults(verb, found[1])
             super().parse_arguments(parser, args)
-        self.config[verb].ckpt_path = None if found is None else str(found[0])
+        self.config[verb].ckpt_path = given if found is None else str(found[0])
 
     def _take_defaults(self, verb: str, checkpoint: dict[str, Any]) -> None:
         stored = checkpoint.get("hyper_parameters", {})
         known = {f"model.{name}": value for name, value in stored.items() if not name.startswith("_")}
+        if KEY in checkpoint:
+            known["model.gate"] = read_identity(checkpoint).gate
         self._subcommand_parsers[verb].set_defaults(known)
 
     def before_fit(self) -> None:
@@ -135,6 +141,15 @@ class LeapCLI(LightningCLI):
         return trainer
 
 
+class ConfigOfFit(SaveConfigCallback):
+    """Keep the config beside the logs of a run that learns; validation leaves no file where it was called."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, if this is such a run."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
 def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
     """Parse ``words`` and make trainer, module and data module; with ``run``, the first word is the verb to run."""
     verbs: dict[str, Any] = {verb: {"exit_on_error": False} for verb in LeapCLI.subcommands()} if run else {}
@@ -146,6 +161,7 @@ def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
         seed_everything_default=0,
         trainer_defaults=TRAINER_DEFAULTS,
         auto_configure_optimizers=False,
+        save_config_callback=ConfigOfFit,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "leap_pl", "exit_on_error": False, **verbs},
     )
@@ -190,6 +206,8 @@ def run(words: list[str]) -> LeapCLI:
     except RuntimeError as error:
         if not lost_a_rank(error):
             raise
+        # Whatever started the ranks takes the first to end for the one that failed: let that be the other.
+        time.sleep(SECONDS_BEHIND)
         raise UserError(
             f"another rank has ended, and its own message says why ({str(error).splitlines()[0][-120:]}). "
             "Resume from the last checkpoint with --ckpt_path."
@@ -241,7 +259,8 @@ def _find_last(verb: str, folder: str | None) -> tuple[Path, dict[str, Any]] | N
     """The newest whole checkpoint in ``folder``; which one it is, or that there is none, is said."""
     if folder is None:
         raise UserError(
-            "--ckpt_path last needs a folder that is the same in every run. Name it with --checkpoint.dirpath."
+            "to go on from the last checkpoint (--ckpt_path last, or a requeued job) its folder must be the same in "
+            "every run. Name it with --checkpoint.dirpath."
         )
     found = newest_checkpoint(Path(folder).expanduser())
     if found is None and verb != "fit":

@@ -2,10 +2,10 @@
 
     python tests/killing.py --faults 200        prints one line of JSON: faults, runs lost, seconds
 
-A process that has imported everything is forked for every run, which takes a second instead of ten. Half of the
-faults are SIGKILL from outside after a random time; the other half strike from inside, just before a random one
-of the file operations (open for writing, flush, rename, remove …) that the run goes through, since the moments
-that matter most are the shortest. After each:
+A process that has imported everything is forked for every run, which takes a second instead of ten. A third of the
+faults are SIGKILL from outside after a random time; the others strike from inside, just before a random one of the
+file operations (open for writing, flush, rename, remove …) that the run goes through, or when a random write is
+half done, since the moments that matter most are the shortest. After each:
 
 * fit: every checkpoint there is can be read and holds, bit for bit, what the run that was never killed held at
   that step; ``last.ckpt`` is one of them; a mask, if there is one, is the final mask. Then ``--ckpt_path last``
@@ -15,8 +15,10 @@ that matter most are the shortest. After each:
 """
 
 import argparse
+import builtins
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -37,13 +39,13 @@ STEPS, WINDOW = 4, 2
 TOUCHING = ("os.rename", "os.remove", "os.symlink", "os.mkdir", "os.rmdir", "os.chmod", "ctypes.dlsym", "shutil.rmtree")
 
 
-def at_file_operation(number: int, act: Callable[[], None]) -> list[int]:
-    """Act just before the ``number``-th file operation of this process, from 1; the list counts them."""
-    count, fsync = [0], os.fsync
+def at_file_operation(kind: str, number: int, act: Callable[[], None]) -> dict[str, int]:
+    """Act just before, or amid, the ``number``-th (from 1) file operation or write of this process; counts both."""
+    count, fsync = {"operation": 0, "write": 0}, os.fsync
 
-    def operation() -> None:
-        count[0] += 1
-        if count[0] == number:
+    def operation(what: str = "operation") -> None:
+        count[what] += 1
+        if (what, count[what]) == (kind, number):
             act()
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -55,14 +57,33 @@ def at_file_operation(number: int, act: Callable[[], None]) -> list[int]:
         operation()
         fsync(descriptor)
 
+    def opened(file: Any, mode: str = "r", *more: Any, **settings: Any) -> Any:
+        """A file whose writes reach the disk in two halves, with a moment between them."""
+        handle = real_open(file, mode, *more, **settings)
+        if set(mode) & set("wxa+") and not isinstance(file, int) and not str(file).startswith("/dev/"):
+            write = handle.write
+
+            def in_halves(data: Any) -> int:
+                half = write(data[: len(data) // 2])
+                handle.flush()
+                operation("write")
+                return int(half + write(data[len(data) // 2 :]))
+
+            handle.write = in_halves
+        return handle
+
+    real_open = io.open
     sys.addaudithook(hook)
     os.fsync = flush
+    io.open = builtins.open = opened  # type: ignore[assignment]
     return count
 
 
-def run(words: list[str], log: Path, *, kill_after: float | None = None, kill_at: int = 0) -> tuple[int, int, float]:
+def run(
+    words: list[str], log: Path, *, kill_after: float | None = None, kill_at: tuple[str, int] = ("", 0)
+) -> tuple[int, dict[str, int], float]:
     """Run ``leap_pl`` in a fork; its exit status (negative: the signal), file operations, and seconds."""
-    from tqdm import tqdm
+    from tqdm import auto, std
 
     from leap_pl.cli import main
 
@@ -75,12 +96,12 @@ def run(words: list[str], log: Path, *, kill_after: float | None = None, kill_at
             with log.open("a") as said:
                 os.dup2(said.fileno(), 1)
                 os.dup2(said.fileno(), 2)
-            tqdm.set_lock(
-                threading.RLock()
-            )  # its own is shared by all forks, and one killed with it would block the rest
-            count = at_file_operation(kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            # Theirs is shared by all forks: one that is killed while it has it would block the rest.
+            for bars in (std.tqdm, auto.tqdm):
+                bars.set_lock(threading.RLock())
+            count = at_file_operation(*kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
             main(words)
-            os.write(writer, str(count[0]).encode())
+            os.write(writer, json.dumps(count).encode())
             status = 0
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -93,7 +114,7 @@ def run(words: list[str], log: Path, *, kill_after: float | None = None, kill_at
             os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with os.fdopen(reader) as pipe:
-        count = int(pipe.read() or 0)
+        count = json.loads(pipe.read() or "{}")
     return status, count, time.monotonic() - begun
 
 
@@ -116,7 +137,7 @@ class Victim:
     finished: Callable[[Path], Any]
     """What must be the same in the end."""
     expected: Any = None
-    operations: int = 0
+    operations: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     faults: int = 0
     struck: int = 0
@@ -133,10 +154,11 @@ class Victim:
         """One fault, what it leaves, and how it goes on."""
         self.prepare(folder)
         log = folder.with_suffix(".log")
-        if draw.random() < 0.5:
+        kind = draw.choice(["time", "operation", "write"])
+        if kind == "time":
             moment: dict[str, Any] = {"kill_after": draw.uniform(0, self.seconds)}
         else:
-            moment = {"kill_at": draw.randint(1, self.operations)}
+            moment = {"kill_at": (kind, draw.randint(1, self.operations[kind]))}
         self.faults += 1
         try:
             status, _, _ = run(self.words(folder), log, **moment)
@@ -277,7 +299,7 @@ def kill(faults: int, seed: int, base: Path) -> dict[str, Any]:
             folder = base / f"{victim.name}-{number}"
             victim.strike(folder, draw)
             shutil.rmtree(folder, ignore_errors=True)
-        told[victim.name] = {"faults": victim.faults, "struck": victim.struck, "file operations": victim.operations}
+        told[victim.name] = {"faults": victim.faults, "struck": victim.struck, **victim.operations}
         told["faults"] += victim.faults
         told["struck"] += victim.struck
         told["lost"] += len(victim.lost)

@@ -15,7 +15,7 @@ from leap_pl.compare import compare_command
 from leap_pl.comparison.differences import accuracy_difference, perplexity_difference
 from leap_pl.comparison.entries import read_entries
 from leap_pl.comparison.overlap import overlap
-from leap_pl.comparison.table import make_table
+from leap_pl.comparison.table import is_level, make_table
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet, Provenance
 
@@ -249,6 +249,22 @@ def test_masks_and_exported_folders_alone(tmp_path):
     assert not any(stem.startswith("perplexity") for stem in stems)
 
 
+@pytest.mark.parametrize(
+    ("weights", "level"),
+    [
+        ([0.5] * 6, True),
+        ([0.3993, 0.3997] * 3, True),  # rows of two widths, in every layer
+        ([0.5, 0.5, 0.5004, 0.5, 0.5, 0.5], False),  # learned, however little
+        ([0.5, 0.6] * 3, False),
+    ],
+)
+def test_only_what_is_level_but_for_rounding_is_not_drawn(write, weights, level):
+    content = result("wanda", 0.5, 20.0)
+    content["sparsity"]["weights"] = dict(zip(NAMES, weights, strict=True))
+    (entry,) = read_entries([write("r", content)])
+    assert is_level(entry) == level
+
+
 def test_overlaps_are_of_one_sparsity(tmp_path):
     paths = []
     for method in ("wanda", "leap"):
@@ -268,6 +284,36 @@ def test_overlaps_are_of_one_sparsity(tmp_path):
 def test_labels_are_unique(write):
     paths = [write(name, result("leap", 0.5, 14.0)) for name in ("one", "two")]
     assert [entry.label for entry in read_entries(paths)] == ["leap 50% (one)", "leap 50% (two)"]
+
+
+@pytest.mark.parametrize(
+    ("models", "named"),
+    [
+        ([("org/base", "f00d"), ("../assets/org/base", "f00d")], ["base", "base"]),
+        ([("org/base", "f00d"), ("org/other", "beef")], ["base", "other"]),
+        (
+            [("org/base", "f00d"), ("fork/base", "beef"), ("/x/fork/base", "beef")],
+            ["org/base", "fork/base", "fork/base"],
+        ),
+        ([("org/base", "f00d"), ("org/base", "beef")], ["base f00d", "base beef"]),
+        ([("org/base", None), ("org/other", None)], ["base", "other"]),
+    ],
+)
+def test_a_model_is_its_fingerprint(write, tmp_path, models, named):
+    """It has one name, one line in a picture, and a name in labels only where there are several."""
+    paths = []
+    for number, (base_model, fingerprint) in enumerate(models):
+        content = result("wanda", 0.5 + number / 10, 20.0)
+        content["model"] |= {"base_model": base_model, "fingerprint": fingerprint}
+        paths.append(write(f"r{number}", content))
+    entries = sorted(read_entries(paths), key=lambda entry: entry.sparsity)
+    assert [entry.model for entry in entries] == named
+    assert all((", " in entry.label) == (len(set(named)) > 1) for entry in entries)
+    compare_command(paths, output_dir=str(tmp_path / "out"))
+    drawn = (tmp_path / "out" / "perplexity-1-held-out.svg").read_text(encoding="utf-8")
+    assert sum(drawn.count(f">wanda, {name}<") for name in set(named)) == (
+        len(set(named)) if len(set(named)) > 1 else 0
+    )
 
 
 def test_refuses_in_one_line(write, tmp_path):

@@ -1,16 +1,22 @@
 """Every config that is shipped parses, and makes the objects it names."""
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
 
 from leap_pl.callbacks import Annealing
 from leap_pl.data import TextDataModule
+from leap_pl.gates import Gate, GateState, NMGate, TileGate
+from leap_pl.models import Weight
 from leap_pl.module import LeapModule
 from leap_pl.parallel import saves_shards
+from leap_pl.patterns import NM, Tiled
 from leap_pl.schedules import Schedule
 from leap_pl.trainer_cli import LeapCLI, make_cli
 
@@ -34,20 +40,75 @@ def test_config_makes_its_objects(path: Path, tmp_path: Path) -> None:
     assert any(isinstance(callback, Annealing) for callback in cli.trainer.callbacks)
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path.parent.name == "paper"], ids=lambda path: path.stem)
-def test_rows_of_the_paper_have_its_settings(path: Path, tmp_path: Path) -> None:
+ROWS = [path for path in CONFIGS if path.parent.name == "paper"]
+
+
+def rows(method: str) -> list[Path]:
+    """The rows of one method's table; those of LEAP are named by their models alone."""
+    return [path for path in ROWS if {"maskllm", "patch"} & {path.stem.split("-")[0]} == {method} - {"leap"}]
+
+
+def row(path: Path, tmp_path: Path, sparsity: float) -> tuple[LeapCLI, Annealing]:
+    """A row's command line, with what all of them share looked at."""
     cli = instantiate(path, tmp_path)
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
-    assert model.sparsity == int(path.stem[-2:]) / 100
+    assert model.sparsity == sparsity
     assert trainer.max_steps * trainer.accumulate_grad_batches * data.batch_size * data.seq_length == 2000 * 256 * 4096
     assert data.text == "allenai/c4"
+    assert trainer.gradient_clip_val == 1
+    annealing = next(callback for callback in trainer.callbacks if isinstance(callback, Annealing))
+    assert annealing.tau == Schedule(4, 0.05, "linear")
+    return cli, annealing
+
+
+def a_gate(cli: LeapCLI) -> Gate:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(256, 256))
+    return cli.model.make_gate(Weight("w", module, "weight", 0, "w", 1), GateState())
+
+
+def test_every_row_is_of_one_method() -> None:
+    counts = {method: len(rows(method)) for method in ("leap", "maskllm", "patch")}
+    assert counts == {"leap": 10, "maskllm": 3, "patch": 9}
+
+
+@pytest.mark.parametrize("path", rows("maskllm"), ids=lambda path: path.stem)
+def test_rows_of_maskllm_have_its_settings(path: Path, tmp_path: Path) -> None:
+    cli, annealing = row(path, tmp_path, 0.5)
+    assert annealing.alpha == Schedule(100, 500, "linear")
+    gate = a_gate(cli)
+    assert isinstance(gate, NMGate)
+    assert gate.settings() == {"n": 2, "m": 4, "spread": 0.01, "strength": 3.0}
+    assert cli.model.prior_settings.method == "sparsegpt"
+    assert cli.model.objective.budget == 0
+    optimizer = cli.model.make_optimizer([gate.logits])
+    settings = optimizer.defaults
+    assert (settings["lr"], settings["betas"], settings["weight_decay"]) == (5e-4, (0.9, 0.95), 0.1)
+    scheduler = cli.model.make_scheduler(optimizer)
+    assert (scheduler.T_max, scheduler.eta_min) == (cli.trainer.max_steps, 5e-5)
+
+
+@pytest.mark.parametrize("path", rows("patch"), ids=lambda path: path.stem)
+def test_rows_of_patch_have_its_settings(path: Path, tmp_path: Path) -> None:
+    cli, annealing = row(path, tmp_path, int(path.stem[-2:]) / 100)
+    assert annealing.alpha == Schedule(25, 350, "linear")
+    assert annealing.pattern_alpha == Schedule(100, 500, "linear")
+    gate = a_gate(cli)
+    assert isinstance(gate, TileGate)
+    assert (gate.mode, gate.tiled, gate.strength) == ("joint", Tiled(NM(2, 4), 128), 3)
+    objective = cli.model.objective
+    assert (objective.budget, objective.weight) == (7, 10)
+    assert cli.config.model.optimizer.init_args.lr == 1e-3
+
+
+@pytest.mark.parametrize("path", rows("leap"), ids=lambda path: path.stem)
+def test_rows_of_the_paper_have_its_settings(path: Path, tmp_path: Path) -> None:
+    cli, annealing = row(path, tmp_path, int(path.stem[-2:]) / 100)
+    model = cli.model
     objective = model.objective
     assert (objective.lm, objective.distillation, objective.budget, objective.weight) == (1, 0, 7, 10)
     assert (model.prior_settings.method, model.prior_settings.sequences, model.warmup_steps) == ("wanda", 128, 5)
-    annealing = next(callback for callback in trainer.callbacks if isinstance(callback, Annealing))
     assert annealing.alpha == Schedule(25, 350, "linear")
-    assert annealing.tau == Schedule(4, 0.05, "linear")
-    assert trainer.gradient_clip_val == 1
     settings = cli.config.model.optimizer.init_args
     assert (settings.lr, tuple(settings.betas), settings.weight_decay) == (1e-3, (0.9, 0.95), 0)
 
@@ -55,8 +116,11 @@ def test_rows_of_the_paper_have_its_settings(path: Path, tmp_path: Path) -> None
 def test_every_config_is_in_the_table() -> None:
     table = (ROOT / "README.md").read_text()
     for path in CONFIGS:
-        row = path.stem.replace("-50", "-{50,60}").replace("-60", "-{50,60}")
-        assert f"{row}.yaml" in table
+        name = re.sub("-(50|60)$", "-{50,60}", path.stem)
+        name = re.sub("-(25|35|45)$", "-{25,35,45}", name)
+        models = "(qwen2.5-0.5b|gemma-3-1b|llama-3.2-1b)"
+        name = re.sub(f"^(maskllm|patch)-{models}", r"\1-{qwen2.5-0.5b,gemma-3-1b,llama-3.2-1b}", name)
+        assert f"{name}.yaml" in table
         assert yaml.safe_load(path.read_text())["model"]["base_model"].split("/")[-1] in table
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from tiny import FAMILIES, tiny_folder, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,6 +18,9 @@ from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, GateState, attach, detach
 from leap_pl.models import (
     FINGERPRINT_SAMPLES,
+    Weight,
+    _describe,
+    _weights_of,
     decoder_blocks,
     find_weights,
     fingerprint,
@@ -93,6 +97,46 @@ def test_input_dim_is_the_one_that_inputs_run_along(family: str) -> None:
             inputs = {"mlp.experts.gate_up_proj": 32, "mlp.experts.down_proj": 48}[weight.projection]
             assert weight.parameter.ndim == 3
             assert weight.parameter.shape[weight.input_dim] == inputs
+
+
+@pytest.mark.parametrize("family", ["Llama4Text", "GptOss", "Mixtral"])
+def test_input_dim_of_stacked_experts_by_what_they_compute(family: str) -> None:
+    """Without one of its inputs, an expert gives what it gives when that input's weights are zero."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    kinds = {"Llama4Text": Llama4TextExperts, "GptOss": GptOssExperts, "Mixtral": MixtralExperts}
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=6, intermediate_size=10, num_local_experts=2, num_experts_per_tok=2, num_hidden_layers=1
+    )
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    experts = kinds[family](config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    model = nn.ModuleDict({"experts": experts})
+    inputs = torch.randn(4, 6)
+
+    def output(x: torch.Tensor) -> torch.Tensor:
+        if family == "Llama4Text":
+            return experts(x)
+        every = torch.arange(2).expand(4, 2)
+        return experts(x, every, torch.full((4, 2), 0.5))
+
+    weight = next(w for w in _described(model) if w.tensor == "gate_up_proj")
+    lacking = inputs.clone()
+    lacking[:, 2] = 0
+    with torch.no_grad():
+        expected = output(lacking)
+        assert not torch.allclose(output(inputs), expected)
+        weight.parameter.select(weight.input_dim, 2).zero_()
+        torch.testing.assert_close(output(inputs), expected)
+
+
+def _described(model: nn.Module) -> list[Weight]:
+    found = (_describe(*place, "nowhere", 0) for place in _weights_of(model))
+    return [weight for weight in found if weight is not None]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,10 +17,10 @@ from leap_pl.models import decoder_blocks, find_weights, model_fingerprint
 from leap_pl.oneshot.admm import AdmmOptions
 from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
 from leap_pl.oneshot.inputs import Matrix
-from leap_pl.oneshot.patterns import NM, Pattern, Unstructured
 from leap_pl.oneshot.prune import Method, prune
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions
 from leap_pl.oneshot.walk import Walk, WalkOptions
+from leap_pl.patterns import NM, Pattern, Unstructured
 
 torch.set_num_threads(1)
 

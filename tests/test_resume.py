@@ -431,22 +431,33 @@ def test_the_best_by_another_measure_and_the_newest(model_folder, text_file, tmp
 
 def test_the_last_checkpoint_comes_behind_the_mask(model_folder, text_file, tmp_path: Path, monkeypatch) -> None:
     """Killed while the mask is written, the run goes on to write it: no checkpoint says that it was finished."""
-    from leap_pl.masks import MaskSet
+    from leap_pl import masks
 
-    def die(self: MaskSet, path: Path) -> None:
+    def die(path: Path, *rest: Any) -> Any:
         if Path(path).name == "mask.safetensors":
             raise KeyError("killed")
-        real(self, path)
+        return real(path, *rest)
 
-    real = MaskSet.save
+    real = masks.write_masks
     words = flags(model_folder, text_file, tmp_path, "--ckpt_path=last")
     with monkeypatch.context() as patch:
-        patch.setattr(MaskSet, "save", die)
+        patch.setattr(masks, "write_masks", die)
         with pytest.raises(KeyError):
             main(words)
     assert kept(tmp_path) == ["last.ckpt", "step=2.ckpt"]
     main(words)
     assert (tmp_path / "checkpoints" / "mask.safetensors").exists()
+
+
+def test_the_link_is_to_the_one_that_is_gone_on_from(run_of_three: Path, model_folder, text_file, tmp_path: Path):
+    """A run that was killed between its last checkpoint and the link to it has nothing to do but to link it."""
+    folder = tmp_path / "run"
+    shutil.copytree(run_of_three, folder, symlinks=True)
+    link = folder / "checkpoints" / "last.ckpt"
+    link.unlink()
+    link.symlink_to("step=3.ckpt")
+    main(flags(model_folder, text_file, folder, "--ckpt_path=last"))
+    assert link.readlink() == Path("step=4.ckpt")
 
 
 def test_leftovers_of_a_killed_run_are_cleared_away(model_folder, text_file, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def test_the_same_signal_again_ends_at_once(number: int) -> None:
 
 def test_signals_are_given_back_and_taken_back() -> None:
     got: list[int] = []
+    hangup = signal.getsignal(signal.SIGHUP)
     signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
     mine = signal.getsignal(signal.SIGTERM)
     signals = StopSignals()
@@ -97,7 +98,7 @@ def test_signals_are_given_back_and_taken_back() -> None:
     assert signals.asked == signal.SIGHUP
     signals.remove()
     assert signal.getsignal(signal.SIGTERM) == mine
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGHUP) == hangup
     # Somebody had saved the handler and restores it: it passes on what comes.
     signal.signal(signal.SIGTERM, theirs)
     send(signal.SIGTERM)

@@ -92,6 +92,14 @@ class Checkpoints(ModelCheckpoint):
         self.signals = StopSignals()
         self.signals.install()
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """``last.ckpt`` is the one that is gone on from: its run may have been killed before it linked it."""
+        if self.save_last != "link" or trainer.ckpt_path is None or not trainer.is_global_zero:
+            return
+        file, link = Path(trainer.ckpt_path).resolve(), Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}.ckpt"
+        if file.parent == link.parent.resolve() and (link.is_symlink() or not link.exists()) and link.resolve() != file:
+            atomic_link(link, file)
+
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lightning has put its own handlers over these, which write no checkpoint."""
         self.signals.install()

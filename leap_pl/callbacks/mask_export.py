@@ -13,7 +13,7 @@ class MaskExport(L.Callback):
     """Write the prior at the start of fit and the learned mask at its end, beside the checkpoints.
 
     ``prior.safetensors`` and ``mask.safetensors`` are :class:`leap_pl.masks.MaskSet` files; the second has
-    exactly the target sparsity.
+    exactly the target sparsity. Gates of tiles have a second prior, ``prior-inner.safetensors``.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -25,10 +25,13 @@ class MaskExport(L.Callback):
         self.folder = folder
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the prior, if there is one."""
+        """Write the prior, or the priors, if there is one."""
         assert isinstance(pl_module, LeapModule)
-        if pl_module.prior is not None and trainer.is_global_zero:
-            pl_module.prior.save(self.place(trainer) / "prior.safetensors")
+        if trainer.is_global_zero:
+            for form, prior in pl_module.priors.items():
+                prior.save(
+                    self.place(trainer) / ("prior.safetensors" if form == "prior" else f"prior-{form}.safetensors")
+                )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the learned mask."""

@@ -45,7 +45,9 @@ class SparsityLogger(L.Callback):
     ==========================  ==========================================================================
     ``density/soft``            mean of the relaxed mask over all gated weights
     ``density/target``          ρ
-    ``density/logits_above_0``  share of logits above 0: the density a cut at 0 would give
+    ``density/logits_above_0``  share of logits above 0: the density a cut at 0 would give (BernoulliGate)
+    ``patterns/confidence``     mean probability of the likeliest pattern (NMGate, TileGate in joint mode)
+    ``tiles/logits_above_0``    share of tiles whose logit is above 0 (TileGate)
     ``loss/…``                  each term of the objective, unweighted, and their weighted sum ``total``
     ``mask/changed_from_…``     share of hard mask bits that differ from the prior, and from the last log
     ``perplexity/…``            of the hard mask and of the dense model, at validation
@@ -138,9 +140,8 @@ class SparsityLogger(L.Callback):
         metrics["density/soft"] = sum(kept.values()) / sum(module.sizes[name] for name in kept)
         metrics["density/target"] = 1 - module.sparsity
 
-        samples = torch.cat(list(_samples(module, self.stride).values()))
-        metrics["density/logits_above_0"] = float((samples > 0).sum() / samples.numel())
         kind: type[Gate] = type(next(iter(module.gates.values())))
+        metrics |= kind.curves(module.gates, self.stride)
         bits = {n: b.cpu() for n, b in kind.sample_hard_masks(module.gates, module.sparsity, self.stride).items()}
         metrics |= _densities(
             "hard", {n: int(b.sum()) for n, b in bits.items()}, {n: b.numel() for n, b in bits.items()}

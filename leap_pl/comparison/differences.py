@@ -91,7 +91,7 @@ def _rivals(entry: Entry, entries: Sequence[Entry], baselines: Collection[str]) 
         if other is not entry
         and other.method in baselines
         and entry.method not in ("dense", *baselines)
-        and other.fingerprint == entry.fingerprint
+        and other.model == entry.model
         and abs(other.sparsity - entry.sparsity) < SAME_SPARSITY
     ]
 

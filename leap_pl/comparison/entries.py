@@ -21,13 +21,14 @@ class Entry:
         source: The file or folder that was named.
         label: Its name in tables and pictures, unique among what is compared.
         method: ``dense``, ``wanda``, ``leap`` …
-        base_model: Name of the base model.
+        base_model: Name of the base model, as it was given.
         fingerprint: Of the base model's weights.
         sparsity: Realised, 0 to 1.
         perplexity: Text → what ``leap_pl evaluate`` says of it.
         tasks: Task → what it says of that.
         densities: (decoder block, projection) → kept over all; empty for a dense model.
         mask: The mask itself, where it is at hand.
+        model: A short name of the base model, the same for all that have its fingerprint, and for no others.
     """
 
     source: str
@@ -40,6 +41,7 @@ class Entry:
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     densities: dict[tuple[int, str], float] = field(default_factory=dict)
     mask: MaskSet | None = None
+    model: str = ""
 
 
 def read_entries(sources: Sequence[str]) -> list[Entry]:
@@ -51,8 +53,8 @@ def read_entries(sources: Sequence[str]) -> list[Entry]:
     twice = [source for source, count in Counter(sources).items() if count > 1]
     if twice:
         raise UserError(f"{listing(twice)} is named twice. Name each once.")
-    entries = _labelled([_read(source) for source in sources])
-    entries.sort(key=lambda entry: (entry.base_model, entry.sparsity, entry.method, entry.source))
+    entries = _labelled(_named([_read(source) for source in sources]))
+    entries.sort(key=lambda entry: (entry.model, entry.sparsity, entry.method, entry.source))
     check_protocols(entries)
     return entries
 
@@ -139,12 +141,28 @@ def _mask_at_hand(model: dict[str, Any]) -> MaskSet | None:
     return None
 
 
+def _named(entries: list[Entry]) -> list[Entry]:
+    """Give each entry the name of its model: one model is often reached by several paths, and is one all the same."""
+    names: dict[str, str] = {}  # fingerprint, or the name where there is none → the shortest name it goes by
+    for entry in entries:
+        known = names.setdefault(entry.fingerprint or entry.base_model, entry.base_model)
+        names[entry.fingerprint or entry.base_model] = min(known, entry.base_model, key=lambda name: (len(name), name))
+    for shorter in (
+        {key: Path(name).name for key, name in names.items()},
+        names,
+        {key: f"{Path(name).name} {key}" for key, name in names.items()},
+    ):
+        if len(set(shorter.values())) == len(names):
+            return [replace(entry, model=shorter[entry.fingerprint or entry.base_model]) for entry in entries]
+    raise AssertionError("fingerprints are unique")
+
+
 def _labelled(entries: list[Entry]) -> list[Entry]:
-    models = {entry.base_model for entry in entries}
+    models = {entry.model for entry in entries}
     labels = []
     for entry in entries:
         label = entry.method if entry.method == "dense" else f"{entry.method} {entry.sparsity:.0%}"
-        labels.append(label if len(models) == 1 else f"{label}, {Path(entry.base_model).name}")
+        labels.append(label if len(models) == 1 else f"{label}, {entry.model}")
     counts = Counter(labels)
     labels = [
         label if counts[label] == 1 else f"{label} ({Path(entry.source).stem})"

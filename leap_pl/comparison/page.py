@@ -34,8 +34,8 @@ code { overflow-wrap: anywhere; }
 
 def make_page(entries: Sequence[Entry], table: Table, pictures: Sequence[Picture], folder: Path) -> str:
     """The page; the pictures are read from ``folder`` and put into it."""
-    models = sorted({entry.base_model for entry in entries})
-    title = f"Pruning {', '.join(Path(model).name for model in models)}: a comparison"
+    models = sorted({entry.model for entry in entries})
+    title = f"Pruning {', '.join(models)}: a comparison"
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',

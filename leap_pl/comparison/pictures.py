@@ -1,5 +1,6 @@
 """The pictures of a comparison, each as PNG and SVG: readable in grey, and by the colour-blind."""
 
+import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,11 +95,11 @@ def draw_overlaps(overlaps: list[Overlap], folder: Path, stem: str = "overlap") 
 
 def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: str, *, logarithmic: bool) -> "Figure":
     """One line a method; the dense model is a level line, since everything is measured against it."""
-    several_models = len({entry.base_model for entry, _, _ in points}) > 1
+    several_models = len({entry.model for entry, _, _ in points}) > 1
     series: dict[str, list[tuple[float, float, float]]] = {}
     dense: dict[str, float] = {}
     for entry, value, stderr in points:
-        name = f"{entry.method}, {Path(entry.base_model).name}" if several_models else entry.method
+        name = f"{entry.method}, {entry.model}" if several_models else entry.method
         if entry.method == "dense":
             dense[name] = value
         else:
@@ -224,7 +225,7 @@ def _overlaps_by_sparsity(entries: Sequence[Entry]) -> dict[str, list[Overlap]]:
     Masks of different sparsities cannot agree more than so far, and are compared only where there are no others.
     """
     masked = [entry for entry in entries if entry.mask is not None]
-    pairs = [(a, b) for a, b in combinations(masked, 2) if a.fingerprint == b.fingerprint]
+    pairs = [(a, b) for a, b in combinations(masked, 2) if a.model == b.model]
     alike = [(a, b) for a, b in pairs if abs(a.sparsity - b.sparsity) < SAME_SPARSITY]
     several = len({f"{a.sparsity:.0%}" for a, _ in alike}) > 1
     pictures: dict[str, list[Overlap]] = {}
@@ -261,6 +262,8 @@ def _heat_map(
 
     Few cells carry their number.
     """
+    from matplotlib.ticker import ScalarFormatter
+
     width = max(4.8, 2.6 + 0.26 * len(columns))
     figure, axes = _figure(width, max(1.5 + row * len(rows), 2.6))
     low, high = limits or (None, None)
@@ -273,11 +276,12 @@ def _heat_map(
         axes.set_title(title, fontsize="medium")
     if len(columns) <= 12:
         low, high = image.get_clim()
+        digits = min(4, max(2, 1 - math.floor(math.log10(high - low)))) if high > low else 2
         for place, line in enumerate(grid):
             for column, value in enumerate(line):
                 shade = "black" if value > (low + high) / 2 else "white"
-                axes.text(column, place, f"{value:.2f}", ha="center", va="center", fontsize="small", color=shade)
-    figure.colorbar(image, ax=axes, label=colour)
+                axes.text(column, place, f"{value:.{digits}f}", ha="center", va="center", fontsize="small", color=shade)
+    figure.colorbar(image, ax=axes, label=colour, format=ScalarFormatter(useOffset=False))
     return figure
 
 

@@ -19,7 +19,7 @@ from leap_pl.comparison.differences import (
 )
 from leap_pl.comparison.entries import Entry
 
-LEVEL = 0.005  # densities nearer than this are one
+ROUNDING = 0.005  # between densities that were asked to be one
 DIFFERENCE = "− best baseline"  # heading of the column behind a figure
 PAGE = 8  # columns that a page is wide enough for
 
@@ -206,8 +206,16 @@ def all_texts(entries: Sequence[Entry]) -> list[str]:
 
 
 def is_level(entry: Entry) -> bool:
-    """Whether a mask keeps the same share everywhere, so that a picture of where it prunes shows nothing."""
-    return max(entry.densities.values()) - min(entry.densities.values()) < LEVEL
+    """Whether a mask keeps the same share everywhere but for rounding, so that a map of where it prunes is empty.
+
+    Rounding to whole weights a row depends on a projection's width, and is the same in every layer.
+    """
+    by_projection: dict[str, list[float]] = {}
+    for (_, projection), density in entry.densities.items():
+        by_projection.setdefault(projection, []).append(density)
+    spreads = [max(densities) - min(densities) for densities in by_projection.values()]
+    whole = max(entry.densities.values()) - min(entry.densities.values())
+    return max(spreads) < 1e-6 and whole < ROUNDING
 
 
 def _notes(entries: Sequence[Entry], texts: list[str], tasks: list[str], baselines: Collection[str]) -> list[str]:

@@ -1,7 +1,21 @@
 """What a learnable mask is: gates on the weights of a frozen model."""
 
-from leap_pl.gates.attach import Stored, attach, detach, restore
+from leap_pl.gates.attach import Stored, attach, detach, gate_kind, restore
 from leap_pl.gates.bernoulli import BernoulliGate
 from leap_pl.gates.gate import Gate, GateFactory, GateState
+from leap_pl.gates.nm import NMGate
+from leap_pl.gates.tile import TileGate
 
-__all__ = ["BernoulliGate", "Gate", "GateFactory", "GateState", "Stored", "attach", "detach", "restore"]
+__all__ = [
+    "BernoulliGate",
+    "Gate",
+    "GateFactory",
+    "GateState",
+    "NMGate",
+    "Stored",
+    "TileGate",
+    "attach",
+    "detach",
+    "gate_kind",
+    "restore",
+]

@@ -1,7 +1,7 @@
 """Gates are put on a model's weights, and taken off again."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,20 +57,21 @@ def restore(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, "Store
     Raises:
         UserError: There is no such kind, or the logits have not the shape it gives a weight.
     """
-    kinds = {c.__name__: c for c in _subclasses(Gate)}
-    if kind not in kinds:
-        raise UserError(f"gates of kind {kind!r} are not known here (known: {listing(sorted(kinds))}).")
+    make = gate_kind(kind)
     gates: dict[str, Gate] = {}
     for name, stored in tensors.items():
         # A weight that has a shape and no storage.
         module = nn.Module()
         module.weight = nn.Parameter(torch.empty(stored.shape, device="meta"), requires_grad=False)
-        gate = kinds[kind](Weight(name, module, "weight", None, name, stored.input_dim), GateState(), **settings)
-        if gate.logits.shape != stored.logits.shape:
-            raise UserError(
-                f"{name}: its logits are {tuple(stored.logits.shape)}, and should be {tuple(gate.logits.shape)}."
-            )
-        gate.logits = nn.Parameter(stored.logits)
+        gate = make(Weight(name, module, "weight", None, name, stored.input_dim), GateState(), **settings)
+        tensors_found = {"logits": stored.logits, **stored.beside}
+        for part, expected in gate.stored().items():
+            found = tensors_found.get(part)
+            if found is None or found.shape != expected.shape:
+                shape = "not there" if found is None else tuple(found.shape)
+                raise UserError(f"{name}: its {part} are {shape}, and should be {tuple(expected.shape)}.")
+            learned = isinstance(getattr(gate, part), nn.Parameter)
+            setattr(gate, part, nn.Parameter(found) if learned else found)
         gates[name] = gate
     return gates
 
@@ -83,11 +84,25 @@ class Stored:
         logits: Float32, of the shape that the kind of gate gives them.
         shape: Of the weight.
         input_dim: Of the weight, as in :class:`leap_pl.models.Weight`.
+        beside: What else the kind of gate stores (:meth:`Gate.stored`).
     """
 
     logits: Tensor
     shape: tuple[int, ...]
     input_dim: int
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def gate_kind(name: str) -> type[Gate]:
+    """The class of gates called ``name``.
+
+    Raises:
+        UserError: There is no such kind.
+    """
+    kinds = {c.__name__: c for c in _subclasses(Gate)}
+    if name not in kinds:
+        raise UserError(f"gates of kind {name!r} are not known here (known: {listing(sorted(kinds))}).")
+    return kinds[name]
 
 
 def _subclasses(kind: type[Gate]) -> list[type[Gate]]:

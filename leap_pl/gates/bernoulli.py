@@ -87,6 +87,13 @@ class BernoulliGate(Gate):
         cuts = exact_top_k(list(samples.values()), total - round(sparsity * total))
         return {name: cut.mask(sample) for (name, sample), cut in zip(samples.items(), cuts, strict=True)}
 
+    @classmethod
+    def curves(cls, gates: Mapping[str, Any], stride: int) -> dict[str, float]:
+        """The share of logits above 0: the density a cut at 0 would give."""
+        samples = strided_samples({name: gate.logits.detach() for name, gate in gates.items()}, stride)
+        above = torch.cat(list(samples.values())) > 0
+        return {"density/logits_above_0": float(above.sum() / above.numel())}
+
 
 class MaskedWeight(torch.autograd.Function):
     """(θ, W) → (W̃, ΣM, Σ(M·W)²), keeping neither mask nor noise for the backward pass.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from leap_pl.gates.noise import noise_keys
 from leap_pl.models import Weight
+from leap_pl.patterns import Pattern, Unstructured
 
 Mode = Literal["soft", "hard", "dense"]
 
@@ -24,6 +25,7 @@ class GateState:
         mode: ``soft``: the relaxed mask, with noise. ``hard``: the mask last chosen. ``dense``: no mask.
         alpha: Logit scale α, a float32 scalar tensor (a Python float would compile anew for each value).
         tau: Temperature τ, likewise.
+        pattern_alpha: Logit scale of the patterns, where a gate has them beside other logits.
         seed: Of the run's noise.
         step: Optimizer step.
         micro_batch: Index of the micro-batch within the step, counted over all ranks.
@@ -32,14 +34,17 @@ class GateState:
     mode: Mode = "soft"
     alpha: Tensor = field(default_factory=lambda: torch.tensor(25.0))
     tau: Tensor = field(default_factory=lambda: torch.tensor(4.0))
+    pattern_alpha: Tensor = field(default_factory=lambda: torch.tensor(100.0))
     seed: int = 0
     step: int = 0
     micro_batch: int = 0
 
-    def anneal(self, alpha: float, tau: float) -> None:
+    def anneal(self, alpha: float, tau: float, pattern_alpha: float | None = None) -> None:
         """Set α and τ. New tensors: what a pending backward pass saved must not change."""
         self.alpha = torch.tensor(alpha, dtype=torch.float32)
         self.tau = torch.tensor(tau, dtype=torch.float32)
+        if pattern_alpha is not None:
+            self.pattern_alpha = torch.tensor(pattern_alpha, dtype=torch.float32)
 
     @contextmanager
     def passing(self, mode: Mode) -> Iterator[None]:
@@ -54,14 +59,20 @@ class GateState:
 class Gate(nn.Module):
     """A learnable mask of one weight, to be registered as its parametrization.
 
-    A subclass sets ``logits`` (float32) in its constructor and defines :meth:`soften`,
-    :meth:`start_from`, :meth:`hard_mask` and the class method :meth:`choose`.
+    A subclass sets ``logits`` (float32) in its constructor and defines :meth:`settings`, :meth:`soften`,
+    :meth:`start_from`, :meth:`hard_mask` and the class method :meth:`choose`. Its parameters are what is
+    learned; they and its buffers are what a checkpoint holds of it.
 
     Attributes:
+        method: What the provenance of a mask learned with it says.
+        start_settings: Which of its settings matter at the start alone, so that a resumed run may change them.
         logits: The learnable parameter θ; float32 whatever precision the rest of the model is cast to.
         kept: After a soft pass, ΣM over the weight, with its gradient; None before one.
         energy: After a soft pass, Σ(M·W)² over the weight, with its gradient.
     """
+
+    method: ClassVar[str] = "leap"
+    start_settings: ClassVar[tuple[str, ...]] = ("spread", "strength")
 
     logits: nn.Parameter
     kept: Tensor | None
@@ -103,6 +114,34 @@ class Gate(nn.Module):
         """The keyword arguments the gate was made with, plain values."""
         raise NotImplementedError
 
+    def exact_sparsity(self, sparsity: float) -> float:
+        """The sparsity that the hard masks will have where ``sparsity`` is asked for.
+
+        Raises:
+            UserError: This kind of mask cannot have it.
+        """
+        return sparsity
+
+    def prior_forms(self, sparsity: float) -> dict[str, Pattern]:
+        """The masks that :meth:`start_from` takes: its argument → the form of that mask."""
+        return {"prior": Unstructured(sparsity)}
+
+    def check_priors(self, priors: Mapping[str, Any]) -> None:
+        """Make sure that learning can start from the masks there are, by the names of :meth:`prior_forms`.
+
+        Raises:
+            UserError: One is missing that this kind of gate cannot do without.
+        """
+
+    @classmethod
+    def form(cls, settings: Mapping[str, Any]) -> str:
+        """The form of the masks that gates with these :meth:`settings` make, as :mod:`leap_pl.patterns` writes it."""
+        return "unstructured"
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of this gate, ``logits`` first: attribute → tensor."""
+        return {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+
     def begin_call(self) -> None:
         """From here to :meth:`end_call` the masked weight is made once and read many times."""
         self._in_call, self._made = True, []
@@ -111,9 +150,9 @@ class Gate(nn.Module):
         """Let go of the masked weight."""
         self._in_call, self._made = False, []
 
-    def keys(self) -> tuple[Tensor, Tensor]:
-        """The noise keys of this weight at this step and micro-batch, int32 scalars."""
-        keys = noise_keys(self.state.seed, self.state.step, self.state.micro_batch, self.name)
+    def keys(self, part: str = "") -> tuple[Tensor, Tensor]:
+        """The noise keys of this weight, or a ``part`` of its gate, at this step and micro-batch: int32 scalars."""
+        keys = noise_keys(self.state.seed, self.state.step, self.state.micro_batch, self.name + part)
         return torch.tensor(keys[0], dtype=torch.int32), torch.tensor(keys[1], dtype=torch.int32)
 
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +160,10 @@ class Gate(nn.Module):
         raise NotImplementedError
 
     def start_from(self, prior: Tensor | None, seed: int) -> None:
-        """Set the logits to their start, leaning towards the bool mask ``prior`` if there is one."""
+        """Set the logits to their start, leaning towards the bool mask ``prior`` if there is one.
+
+        A kind of gate that takes more masks than one (:meth:`prior_forms`) has more arguments.
+        """
         raise NotImplementedError
 
     def hard_mask(self) -> Tensor:
@@ -142,6 +184,11 @@ class Gate(nn.Module):
         cls.choose(gates, sparsity)
         return {name: gate.hard_mask().reshape(-1)[::stride] for name, gate in gates.items()}
 
+    @classmethod
+    def curves(cls, gates: Mapping[str, Any], stride: int) -> dict[str, float]:
+        """What this kind of gate shows of itself in the logs, from every ``stride``-th of its logits."""
+        return {}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
         """Follow the model to another device, but never to another dtype.
 
@@ -149,20 +196,23 @@ class Gate(nn.Module):
         """
         if isinstance(self.logits, DTensor):
             # A shard is on its device already, and FSDP2 holds on to this very parameter.
-            logits = self._parameters.pop("logits")
+            shards = dict(self._parameters)
+            self._parameters.clear()
             try:
                 super()._apply(fn, recurse)
             finally:
-                self._parameters["logits"] = logits
+                self._parameters |= shards
             return self
-        before, grad = self.logits.data, self.logits.grad
-        self.logits.grad = None  # it would be cast in place, and with it what is to be put back
+        before = {name: (parameter.data, parameter.grad) for name, parameter in self.named_parameters()}
+        for parameter in self.parameters():
+            parameter.grad = None  # it would be cast in place, and with it what is to be put back
         super()._apply(fn, recurse)
-        device = self.logits.device
         with torch.no_grad():
-            if self.logits.dtype != torch.float32:
-                self.logits.data = before.to(device)
-            self.logits.grad = None if grad is None else grad.to(device)
+            for name, parameter in self.named_parameters():
+                data, grad = before[name]
+                if parameter.dtype != torch.float32:
+                    parameter.data = data.to(parameter.device)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
         return self
 
     def extra_repr(self) -> str:

@@ -88,3 +88,19 @@ _UNIT = 2.0**-31 * (1 - 2.0**-23)
 def _shift_right(x: Tensor, by: int) -> Tensor:
     """Logical shift: int32 is signed, and uint32 has no kernels on CPU."""
     return (x >> by) & ((1 << (32 - by)) - 1)
+
+
+def gumbel(bits: Tensor) -> Tensor:
+    """Standard Gumbel noise from 32 uniform bits: g = −log(−log u), u uniform on (0, 1).
+
+    u comes from the signed bits and is kept off 0 and 1 by the last place of a float32, so that g is always
+    finite: from −log(log 2²⁴) = −2.8 to log 2²⁴ = 16.6, beyond which a Gumbel variable falls once in 2²⁴ draws.
+
+    Args:
+        bits: int32, any shape.
+
+    Returns:
+        float32 of the same shape.
+    """
+    u = bits.to(torch.float32) * (_UNIT / 2) + 0.5
+    return -torch.log(-torch.log(u))

@@ -16,10 +16,10 @@ from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
 from leap_pl.models import Weight, longest_sequence, model_fingerprint
 from leap_pl.oneshot.admm import AdmmOptions
-from leap_pl.oneshot.patterns import Pattern, Unstructured
 from leap_pl.oneshot.prune import Method, prune
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions
 from leap_pl.oneshot.walk import WalkOptions
+from leap_pl.patterns import Pattern, Unstructured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,10 +18,10 @@ from leap_pl.oneshot.allocation import OwlOptions, owl_sparsities
 from leap_pl.oneshot.damping import NotSolvableError, Solution
 from leap_pl.oneshot.inputs import InputStatistics, Matrix
 from leap_pl.oneshot.magnitude import magnitude_mask
-from leap_pl.oneshot.patterns import NM, Pattern, Unstructured
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions, sparsegpt
 from leap_pl.oneshot.walk import Walk, WalkOptions
 from leap_pl.oneshot.wanda import wanda_mask
+from leap_pl.patterns import NM, Pattern, Unstructured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

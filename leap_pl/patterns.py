@@ -72,6 +72,71 @@ class NM:
 Pattern = Unstructured | NM
 
 
+@dataclass(frozen=True)
+class Tiled:
+    """Square tiles of a matrix, each of them dense or n:m (PATCH).
+
+    Attributes:
+        nm: Of the tiles that are not dense; its groups do not begin anew with a tile.
+        size: Rows and columns of a tile. Those at the edges may be smaller.
+    """
+
+    nm: NM
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UserError(f"tile {self.size} makes no sense: a tile has 1 row and column or more, as 128.")
+
+    def __str__(self) -> str:
+        return f"{self.size}x{self.size} tiles, dense or {self.nm}"
+
+
+def read_form(text: str) -> Pattern | Tiled | None:
+    """The form of a mask from its own words (``str(form)``); None where they are none of this project's."""
+    if text == "unstructured":
+        return Unstructured(0.0)
+    match = re.fullmatch(r"(?:(\d+)x\1 tiles, dense or )?(\d+):(\d+)", text)
+    if match is None:
+        return None
+    nm = NM(int(match[2]), int(match[3]))
+    return nm if match[1] is None else Tiled(nm, int(match[1]))
+
+
+def follows(mask: Tensor, input_dim: int, form: Pattern | Tiled) -> bool:
+    """Whether a weight's mask has the ``form`` it is said to have, exactly.
+
+    Args:
+        mask: Bool, of the weight's shape.
+        input_dim: The dimension its layer's inputs run along.
+        form: Unstructured masks may be anything; of an n:m mask every group of m keeps n (a short one what
+            :meth:`NM.kept` says); a tiled one is n:m wherever a group lies in no dense tile.
+    """
+    if isinstance(form, Unstructured):
+        return True
+    nm = form.nm if isinstance(form, Tiled) else form
+    mask_OI = mask.movedim(input_dim, -1)
+    free_OI = torch.zeros_like(mask_OI) if isinstance(form, NM) else _in_full_tiles(mask_OI, form.size)
+    whole = mask_OI.shape[-1] // nm.m * nm.m
+    for part, size in ((slice(0, whole), nm.m), (slice(whole, None), mask_OI.shape[-1] - whole)):
+        if size and mask_OI[..., part].numel():
+            kept_G = mask_OI[..., part].reshape(-1, size).sum(1)
+            free_G = free_OI[..., part].reshape(-1, size).any(1)
+            if not bool(((kept_G == nm.kept(size)) | free_G).all()):
+                return False
+    return True
+
+
+def _in_full_tiles(mask_OI: Tensor, size: int) -> Tensor:
+    """Bool: the elements of the tiles that are kept whole."""
+    full = torch.zeros_like(mask_OI)
+    for rows in range(0, mask_OI.shape[-2], size):
+        for columns in range(0, mask_OI.shape[-1], size):
+            place = (..., slice(rows, rows + size), slice(columns, columns + size))
+            full[place] = mask_OI[place].flatten(-2).all(-1)[..., None, None]
+    return full
+
+
 def parse_pattern(text: str | None, sparsity: float) -> Pattern:
     """``2:4`` → ``NM(2, 4)``; None → ``Unstructured(sparsity)``.
 

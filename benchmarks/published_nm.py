@@ -1,0 +1,45 @@
+"""MaskLLM's mask as its formulas say it, materialised, to be compared with :class:`leap_pl.gates.NMGate`.
+
+The logits of a weight are (groups, patterns). All of the weight's softmaxes are formed at once and kept by autograd
+until the backward pass, as are the mask and the noise:
+
+    P = softmax((κ·logits + g) / τ),   g = −log(−log u),   M = P · patterns,   W̃ = M ⊙ W
+
+This is the plain way to write it in PyTorch, by one tensor operation after another.
+"""
+
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from leap_pl.gates import Gate, GateState
+from leap_pl.models import Weight
+
+
+class PublishedNM(Gate):
+    """A parametrization that passes a weight as a gate does; its noise is torch's own."""
+
+    def __init__(self, weight: Weight, state: GateState, n: int = 2, m: int = 4, spread: float = 0.01) -> None:
+        """Make it for a ``weight`` whose inputs come last and are whole groups of ``m``."""
+        super().__init__(weight, state)
+        patterns = [[float(j in kept) for j in range(m)] for kept in combinations(range(m), n)]
+        device = weight.parameter.device
+        self.patterns_PM = torch.tensor(patterns, device=device)
+        self.spread = spread
+        groups = weight.parameter.numel() // m
+        self.logits = nn.Parameter(torch.randn(groups, len(patterns), device=device) * spread)
+
+    def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`Gate.soften`."""
+        uniform_QP = torch.rand_like(self.logits).clamp_(1e-7, 1 - 1e-7)
+        gumbel_QP = -torch.log(-torch.log(uniform_QP))
+        P_QP = torch.softmax((self.logits * self.state.alpha + gumbel_QP) / self.state.tau, dim=-1)
+        mask = (P_QP @ self.patterns_PM).view(weight.shape)
+        masked = mask * weight
+        return masked.to(weight.dtype), mask.sum(), masked.float().square().sum()
+
+    @torch.no_grad()
+    def start_from(self, prior: Tensor | None, seed: int) -> None:
+        """N(0, spread²), without a prior."""
+        self.logits.normal_(std=self.spread, generator=torch.Generator(self.logits.device).manual_seed(seed))

@@ -1,0 +1,188 @@
+"""The kernels of n:m groups: a softmax over patterns, alone (MaskLLM) or under the tiles of PATCH.
+
+Legend of suffixes: P = patterns, Q = groups, M = elements of a group; ``noise`` is the columns' numbers, the two
+keys, the slope α/τ and the sharpness 1/τ. With m_j the chance that position j is kept, Σ of the softmax over the
+patterns that keep it, and T the chance that the group's tile is dense (0 where there are no tiles), the mask is
+M_j = T + (1 − T)·m_j.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from leap_pl.gates.compiled import compiled
+from leap_pl.gates.noise import element_bits, gumbel
+
+Positions = tuple[int, ...]
+
+FEW = 8  # patterns up to which they are written out in one kernel: all of m ≤ 4
+
+
+class PatternKernels(NamedTuple):
+    """How a weight is masked by patterns, and how the gradients come back.
+
+    ``forward(logits_PQ, weight_QM, tile_Q, *noise)`` → W̃ (Q, M) in the weight's dtype, Σ(M·W)² in float32;
+    ``backward(logits_PQ, weight_QM, tile_Q, grad_masked_QM, grad_energy, *noise)`` → the gradients of θ (P, Q) and of
+    T (Q), float32, with noise and softmax made again.
+
+    Without tiles ``tile_Q`` and its gradient are None. ΣM is no business of theirs: Σ_j m_j is n.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@cache
+def pattern_kernels(patterns: tuple[Positions, ...], tiled: bool = False) -> PatternKernels:
+    """The kernels for groups with these ``patterns``, of :func:`itertools.combinations`."""
+    return _few_patterns(patterns, tiled) if len(patterns) <= FEW else _many_patterns(patterns)
+
+
+def _few_patterns(patterns: tuple[Positions, ...], tiled: bool) -> PatternKernels:
+    """Everything in one pass over memory, the patterns written out one by one."""
+    holders = _holders(patterns)
+
+    def forward(logits_PQ: Tensor, weight_QM: Tensor, tile_Q: Tensor | None, *noise: Tensor) -> tuple[Tensor, Tensor]:
+        masks = _under(tile_Q, _inclusion(_relax(logits_PQ, len(patterns), *noise), holders))
+        masked = [mask_Q * weight_QM[:, j].to(torch.float32) for j, mask_Q in enumerate(masks)]
+        energy_Q = _added([masked_Q * masked_Q for masked_Q in masked])
+        return torch.stack([masked_Q.to(weight_QM.dtype) for masked_Q in masked], 1), energy_Q.sum()
+
+    def backward(
+        logits_PQ: Tensor,
+        weight_QM: Tensor,
+        tile_Q: Tensor | None,
+        grad_masked_QM: Tensor,
+        grad_energy: Tensor,
+        *noise: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        probabilities = _relax(logits_PQ, len(patterns), *noise)
+        inner = _inclusion(probabilities, holders)
+        grads = []
+        for j, mask_Q in enumerate(_under(tile_Q, inner)):
+            weight_Q = weight_QM[:, j].to(torch.float32)
+            grad_Q = grad_masked_QM[:, j].to(torch.float32)
+            grads.append((grad_Q + 2 * grad_energy * mask_Q * weight_Q) * weight_Q)
+        # Through the softmax: dθ_p = P_p·(Σ_{j∈p} d_j − Σ_j m_j·d_j)·(1 − T)·α/τ.
+        mean_Q = _added([inner[j] * grad_Q for j, grad_Q in enumerate(grads)])
+        slope = noise[3]
+        grad_tile_Q = None
+        if tile_Q is not None:
+            grad_tile_Q = _added(grads) - mean_Q
+            slope = slope * (1 - tile_Q)
+        grads_P = [
+            P_Q * (_added([grads[j] for j in positions]) - mean_Q) * slope
+            for P_Q, positions in zip(probabilities, patterns, strict=True)
+        ]
+        return torch.stack(grads_P), grad_tile_Q
+
+    name = f"{'tile_' if tiled else ''}nm_%s_{len(patterns[0])}_of_{len(holders)}"
+    return PatternKernels(
+        compiled(_own_code(forward, name % "forward")), compiled(_own_code(backward, name % "backward"))
+    )
+
+
+def _many_patterns(patterns: tuple[Positions, ...]) -> PatternKernels:
+    """In several passes, with the softmax of this one weight in memory.
+
+    Written out one by one, 70 patterns take minutes to compile, and the backward pass is no faster.
+    """
+    holders = _holders(patterns)
+    table_PM = torch.zeros(len(patterns), len(holders))
+    for j, keeping in enumerate(holders):
+        table_PM[list(keeping), j] = 1
+
+    def relaxed(logits_PQ: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        table = table_PM.to(logits_PQ.device)
+        P_PQ = torch.softmax(_scores(logits_PQ, *noise), 0)
+        return P_PQ, (table.T @ P_PQ).T, table
+
+    def forward(logits_PQ: Tensor, weight_QM: Tensor, tile_Q: Tensor | None, *noise: Tensor) -> tuple[Tensor, Tensor]:
+        _, inner_QM, _ = relaxed(logits_PQ, *noise)
+        masked_QM = under(tile_Q, inner_QM) * weight_QM.to(torch.float32)
+        return masked_QM.to(weight_QM.dtype), masked_QM.square().sum()
+
+    def backward(
+        logits_PQ: Tensor,
+        weight_QM: Tensor,
+        tile_Q: Tensor | None,
+        grad_masked_QM: Tensor,
+        grad_energy: Tensor,
+        *noise: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        P_PQ, inner_QM, table = relaxed(logits_PQ, *noise)
+        weight_QM = weight_QM.to(torch.float32)
+        mask_QM = under(tile_Q, inner_QM)
+        grad_QM = (grad_masked_QM.to(torch.float32) + 2 * grad_energy * mask_QM * weight_QM) * weight_QM
+        mean_Q = (grad_QM * inner_QM).sum(1)
+        grad_PQ = (table @ grad_QM.T).sub_(mean_Q).mul_(P_PQ).mul_(noise[3])
+        if tile_Q is None:
+            return grad_PQ, None
+        return grad_PQ.mul_(1 - tile_Q), grad_QM.sum(1) - mean_Q
+
+    def under(tile_Q: Tensor | None, inner_QM: Tensor) -> Tensor:
+        return torch.stack(_under(tile_Q, inner_QM.unbind(1)), 1)
+
+    return PatternKernels(forward, backward)
+
+
+@compiled
+def _scores(
+    logits_PQ: Tensor, column_Q: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
+) -> Tensor:
+    """(P, Q): (αθ + g)/τ, float32; the noise is that of :func:`_relax`."""
+    return slope * logits_PQ + sharpness * gumbel(element_bits(logits_PQ.shape[0], column_Q, key_0, key_1))
+
+
+def _relax(
+    logits_PQ: Tensor, count: int, column_Q: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
+) -> list[Tensor]:
+    """P_p = softmax_p((αθ_p + g_p)/τ), float32, one flat tensor for each of ``count`` patterns."""
+    # Row p of element_bits(count, …): with p in the key, no rows are made that would have to be kept.
+    noise = [gumbel(element_bits(1, column_Q, key_0 ^ p, key_1)[0]) for p in range(count)]
+    scores = [slope * logits_PQ[p] + sharpness * noise[p] for p in range(count)]
+    highest_Q = scores[0]
+    for score_Q in scores[1:]:
+        highest_Q = torch.maximum(highest_Q, score_Q)
+    powers = [torch.exp(score_Q - highest_Q) for score_Q in scores]
+    share_Q = 1 / _added(powers)
+    return [power_Q * share_Q for power_Q in powers]
+
+
+def _inclusion(probabilities: Sequence[Tensor], holders: Sequence[Positions]) -> list[Tensor]:
+    """m_j = Σ over the patterns that keep position j, one flat tensor for each position."""
+    return [_added([probabilities[p] for p in keeping]) for keeping in holders]
+
+
+def _under(tile_Q: Tensor | None, inner: Sequence[Tensor]) -> list[Tensor]:
+    """M_j = T + (1 − T)·m_j."""
+    return list(inner) if tile_Q is None else [tile_Q + (1 - tile_Q) * mask_Q for mask_Q in inner]
+
+
+def _holders(patterns: Sequence[Positions]) -> tuple[Positions, ...]:
+    """For each position of a group, the numbers of the ``patterns`` that keep it."""
+    size = 1 + patterns[-1][-1]  # the last of the combinations keeps the last position
+    return tuple(tuple(p for p, kept in enumerate(patterns) if j in kept) for j in range(size))
+
+
+def _added(terms: Sequence[Tensor]) -> Tensor:
+    """Their sum, without the zero that sum() begins with."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _own_code(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """``kernel`` under another name, with a code object of its own.
+
+    torch.compile counts recompilations by code object, and would take the kernels of several patterns, which
+    are closures over one code, for one kernel compiled too often.
+    """
+    assert isinstance(kernel, FunctionType)
+    code = kernel.__code__.replace(co_name=name)
+    return FunctionType(code, kernel.__globals__, name, kernel.__defaults__, kernel.__closure__)
