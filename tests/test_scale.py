@@ -471,7 +471,7 @@ def test_progress_and_logs_are_rank_zeros(two, place: Place) -> None:
 
 # -- memory -----------------------------------------------------------------------------------------------
 
-LIMIT = 500 << 20  # bytes, beyond what a process has that has imported everything
+LIMIT = 350 << 20  # bytes, beyond what a process has that has imported everything
 
 
 def within(rank: int, flags: list[str]) -> int:
@@ -489,9 +489,9 @@ def within(rank: int, flags: list[str]) -> int:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """25 million gated weights in 24 blocks: 20 bytes each make 480 MiB, and in two halves 240."""
+    """17 million gated weights in 16 blocks: 20 bytes each make 320 MiB, and in two halves 160."""
     folder = tmp_path_factory.mktemp("large")
-    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_key_value_heads": 4, "num_hidden_layers": 24}
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_key_value_heads": 4, "num_hidden_layers": 16}
     model = tiny_model("llama", **shape)
     model.save_pretrained(folder, max_shard_size="8MB")  # as large models are stored
     byte_tokenizer().save_pretrained(folder)
@@ -511,4 +511,4 @@ def test_a_model_too_large_for_one_rank_learns_on_two(large: Path, place: Place)
     kept = run_ranks(2, within, flags("large-two", *sharded(2, folder=True)), folder=place.root / "large-two-ranks")
     mask = place.mask("large-two")
     assert kept == [mask.kept, mask.kept]
-    assert mask.kept == mask.total // 2 > 12_000_000
+    assert mask.kept == mask.total // 2 > 8_000_000
