@@ -17,6 +17,8 @@ WEIGHT, LOGIT, GRADIENT, OPTIMIZER = 2, 4, 4, 8
 GATHERED = WEIGHT + LOGIT  # what a rank is sent of a sharded weight before its block runs
 # Bytes a weight of one block at the peak of a backward pass, sharded and not, beside what is held.
 TRANSIENT, TRANSIENT_WHOLE = 25, 8
+# On a GPU the next block is gathered while one computes; between processes on a CPU it is not.
+PREFETCHED = GATHERED
 # Bytes a token that one block keeps for its backward pass, times hidden size and intermediate size; likewise.
 KEPT_HIDDEN, KEPT_INTERMEDIATE = 20, 8
 CHUNK_VOCABULARY = 12  # bytes of the loss for each token of a chunk and each entry of the vocabulary
@@ -112,7 +114,7 @@ def need(shape: Shape, ranks: int, *, sharded: bool, tokens: int, distillation: 
         passes = 3 if distillation else 2  # forward, backward; the teacher's forward
         return Need(
             states=persistent * shape.gated / ranks + WEIGHT * shape.others,
-            transient=TRANSIENT * shape.block,
+            transient=(TRANSIENT + PREFETCHED) * shape.block,
             activations=activations,
             sent=share * shape.gated * (passes * GATHERED + GRADIENT),
             sent_step=0.0,
