@@ -14,10 +14,11 @@ from benchmarks.report import Row, table
 
 # Bytes a gated weight. Weights in bfloat16; AdamW.
 WEIGHT, LOGIT, GRADIENT, OPTIMIZER = 2, 4, 4, 8
-MASKED = 2  # W̃, which a linear keeps for its backward pass, and as much again for its gradient
 GATHERED = WEIGHT + LOGIT  # what a rank is sent of a sharded weight before its block runs
-# Bytes a weight of one block, at the peak of a sharded backward pass; benchmarks/sharded_memory.py measures it.
-TRANSIENT = 24.0
+# Bytes a weight of one block at the peak of a backward pass, sharded and not, beside what is held.
+TRANSIENT, TRANSIENT_WHOLE = 25, 8
+# On a GPU the next block is gathered while one computes; between processes on a CPU it is not.
+PREFETCHED = GATHERED
 # Bytes a token that one block keeps for its backward pass, times hidden size and intermediate size; likewise.
 KEPT_HIDDEN, KEPT_INTERMEDIATE = 20, 8
 CHUNK_VOCABULARY = 12  # bytes of the loss for each token of a chunk and each entry of the vocabulary
@@ -113,14 +114,14 @@ def need(shape: Shape, ranks: int, *, sharded: bool, tokens: int, distillation: 
         passes = 3 if distillation else 2  # forward, backward; the teacher's forward
         return Need(
             states=persistent * shape.gated / ranks + WEIGHT * shape.others,
-            transient=TRANSIENT * shape.block,
+            transient=(TRANSIENT + PREFETCHED) * shape.block,
             activations=activations,
             sent=share * shape.gated * (passes * GATHERED + GRADIENT),
             sent_step=0.0,
         )
     return Need(
         states=persistent * shape.gated + WEIGHT * shape.others,
-        transient=2 * MASKED * shape.block,
+        transient=TRANSIENT_WHOLE * shape.block,
         activations=activations,
         sent=0.0,
         sent_step=2 * share * GRADIENT * shape.gated,  # a ring: reduce and gather

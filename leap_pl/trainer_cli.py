@@ -142,11 +142,11 @@ class LeapCLI(LightningCLI):
 
 
 class ConfigOfFit(SaveConfigCallback):
-    """Keep the config beside the logs of a run that learns; validation leaves no file where it was called."""
+    """Keep the config beside the logs of a run that learns; no run leaves one in the folder it was called from."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it, if this is such a run."""
-        if stage == "fit":
+        """Write it, if this is such a run and has logs."""
+        if stage == "fit" and trainer.loggers:
             super().setup(trainer, pl_module, stage)
 
 

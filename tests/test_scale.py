@@ -9,20 +9,25 @@ import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import fit_flags
+from lightning.pytorch.strategies import FSDPStrategy
 from ranks import run_ranks
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 from torch import Tensor
 
+from leap_pl.checkpoint import path_of
 from leap_pl.cli import main
 from leap_pl.consolidate import check_folder, consolidated
 from leap_pl.errors import UserError
 from leap_pl.export import export_command
 from leap_pl.masks import MaskSet
+from leap_pl.oneshot.prune import prune
+from leap_pl.parallel import sharding_mesh
 from leap_pl.resume import newest_checkpoint
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -91,8 +96,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_fil
 def learn(flags: list[str]) -> dict[str, Any]:
     cli = main(flags)
     logits = {name: whole(gate.logits.detach()).clone() for name, gate in cli.model.gates.items()}
+    names = [name for name, _ in cli.model.named_parameters()]
+    (optimizer,) = cli.trainer.optimizers
     return {
         "logits": logits,
+        "reduced": [name for name in names if name not in cli.model._ddp_params_and_buffers_to_ignore],
+        "optimized": sum(held(x) for state in optimizer.state.values() for x in state.values() if x.ndim),
         "metrics": {name: float(value) for name, value in cli.trainer.callback_metrics.items()},
         "held": sum(held(parameter) for parameter in cli.model.parameters()),
         "prior": cli.model.prior is not None,
@@ -262,6 +271,29 @@ def test_a_rank_holds_its_share(two, four) -> None:
     in_blocks = 2 * gated + 4 * 32  # the norms
     assert [rank["sharded"]["held"] for rank in two] == [everything - in_blocks // 2] * 2
     assert [rank["four"]["held"] for rank in four] == [everything - 3 * in_blocks // 4] * 4
+    assert [rank["ddp"]["optimized"] for rank in two] == [2 * gated] * 2
+    assert [rank["sharded"]["optimized"] for rank in two] == [gated] * 2
+    assert [rank["four"]["optimized"] for rank in four] == [gated // 2] * 4
+
+
+def test_ddp_reduces_logits_alone(two) -> None:
+    assert two[0]["ddp"]["reduced"] == [path_of(name) for name in two[0]["ddp"]["logits"]]
+
+
+def test_other_strategies_are_refused() -> None:
+    assert sharding_mesh(None) is None
+    with pytest.raises(UserError, match=r"FSDPStrategy does not work with gates\. Use --trainer\.strategy ddp"):
+        sharding_mesh(SimpleNamespace(strategy=FSDPStrategy()))
+
+
+def test_a_walk_that_changes_nothing_puts_the_tensors_back() -> None:
+    """The very ones: weights that are mapped from files are not copied."""
+    model = tiny_model()
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    tokens_NT = torch.randint(0, 256, (2, 16))
+    pruned = prune(model, tokens_NT, method="wanda", pattern=0.5, update=False, progress=False)
+    assert pruned.masks.kept == pruned.masks.total // 2
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
 
 
 def test_validation_is_of_all_ranks(two, four, place: Place) -> None:
@@ -439,7 +471,7 @@ def test_progress_and_logs_are_rank_zeros(two, place: Place) -> None:
 
 # -- memory -----------------------------------------------------------------------------------------------
 
-LIMIT = 500 << 20  # bytes, beyond what a process has that has imported everything
+LIMIT = 360 << 20  # bytes, beyond what a process has that has imported everything
 
 
 def within(rank: int, flags: list[str]) -> int:
@@ -457,9 +489,9 @@ def within(rank: int, flags: list[str]) -> int:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """25 million gated weights in 24 blocks: 20 bytes each make 480 MiB, and in two halves 240."""
+    """17 million gated weights in 16 blocks: 20 bytes each make 320 MiB, and in two halves 160."""
     folder = tmp_path_factory.mktemp("large")
-    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_key_value_heads": 4, "num_hidden_layers": 24}
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_key_value_heads": 4, "num_hidden_layers": 16}
     model = tiny_model("llama", **shape)
     model.save_pretrained(folder, max_shard_size="8MB")  # as large models are stored
     byte_tokenizer().save_pretrained(folder)
@@ -479,4 +511,4 @@ def test_a_model_too_large_for_one_rank_learns_on_two(large: Path, place: Place)
     kept = run_ranks(2, within, flags("large-two", *sharded(2, folder=True)), folder=place.root / "large-two-ranks")
     mask = place.mask("large-two")
     assert kept == [mask.kept, mask.kept]
-    assert mask.kept == mask.total // 2 > 12_000_000
+    assert mask.kept == mask.total // 2 > 8_000_000
