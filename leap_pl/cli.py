@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 VERBS: dict[str, tuple[str, str | None]] = {
     "fit": ("learn a mask for a model", None),
     "validate": ("perplexity of a checkpoint's hard mask on the validation text", None),
-    "prune": ("make a mask layer by layer: magnitude, wanda, sparsegpt, admm", "leap_pl.oneshot.command:prune_command"),
+    "prune": (
+        "make a mask layer by layer: magnitude, wanda, sparseswaps, sparsegpt, admm",
+        "leap_pl.oneshot.command:prune_command",
+    ),
     "export": ("write a sparse Hugging Face checkpoint from a mask", "leap_pl.export:export_command"),
     "evaluate": ("perplexity and zero-shot tasks of a model or mask", "leap_pl.evaluate:evaluate_command"),
     "compare": ("tables and pictures of several results", "leap_pl.compare:compare_command"),

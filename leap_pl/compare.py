@@ -5,7 +5,7 @@ from typing import Any
 
 from leap_pl.errors import UserError
 
-BASELINES = "magnitude,wanda,sparsegpt,admm"
+BASELINES = "magnitude,wanda,sparseswaps,sparsegpt,admm"
 
 
 def compare_command(

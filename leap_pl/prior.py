@@ -23,7 +23,7 @@ class Prior:
     """Which mask the logits lean towards at the start.
 
     Attributes:
-        method: ``wanda`` (the paper's), ``magnitude``, ``sparsegpt`` or ``admm``: made at the target sparsity, and
+        method: ``wanda`` (the paper's), ``magnitude``, ``sparseswaps``, ``sparsegpt`` or ``admm``: made at the target sparsity, and
             in the form that the gates want (unstructured, n:m or both), from the run's own calibration text.
             ``none``: no lean at all.
         mask: A MaskSet file instead of a method.
@@ -32,7 +32,7 @@ class Prior:
         cache_dir: Where masks made from a method are kept for the next run on the same model and text.
     """
 
-    method: Literal["wanda", "magnitude", "sparsegpt", "admm", "none"] = "wanda"
+    method: Literal["wanda", "magnitude", "sparseswaps", "sparsegpt", "admm", "none"] = "wanda"
     mask: str | None = None
     inner_mask: str | None = None
     sequences: int = 128

@@ -37,7 +37,7 @@ def run(folder: Path, text: Path, output: Path, **changes: Any) -> Any:
     return prune_command(str(folder), str(output), str(text), **settings)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparseswaps", "sparsegpt", "admm"])
 def test_mask_and_model_are_written(method: Method, folder: Path, text: Path, tmp_path: Path) -> None:
     run(folder, text, tmp_path / "out", method=method, sparsity=0.6)
     mask = MaskSet.load(tmp_path / "out" / "mask.safetensors")

@@ -11,8 +11,9 @@ from leap_pl.oneshot.admm import AdmmOptions, admm_prune, admm_update
 from leap_pl.oneshot.damping import NotSolvableError, with_damping
 from leap_pl.oneshot.magnitude import magnitude_mask
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions, sparsegpt
+from leap_pl.oneshot.sparseswaps import sparseswaps_mask
 from leap_pl.oneshot.wanda import wanda_mask
-from leap_pl.patterns import NM, Pattern, Unstructured, choose, keep_highest, parse_pattern
+from leap_pl.patterns import NM, Pattern, Unstructured, choose, follows, keep_highest, parse_pattern
 
 torch.set_num_threads(1)
 
@@ -64,6 +65,63 @@ def test_wanda_is_its_float64_definition(pattern: Pattern) -> None:
     x, weight = correlated()
     scores = weight.double().abs() * x.double().square().mean(0).sqrt()
     assert torch.equal(wanda_mask(weight, x.square().mean(0), pattern), pattern_mask(scores, pattern, whole=False))
+
+
+def swapped(x: Tensor, weight: Tensor, mask: Tensor, pattern: Pattern, rounds: int) -> Tensor:
+    """SparseSwaps one row at a time: the error of every mask one swap away is taken from the outputs themselves."""
+    x, weight, mask = x.double(), weight.double(), mask.clone()
+    size = pattern.m if isinstance(pattern, NM) else weight.shape[1]
+
+    def lost(row: int, kept: Tensor) -> float:
+        return float((x @ (weight[row] * ~kept)).square().sum())
+
+    def after(row: int, *places: int) -> Tensor:
+        kept = mask[row].clone()
+        kept[list(places)] ^= True
+        return kept
+
+    for row in range(len(weight)):
+        for number in range(rounds):
+            now = lost(row, mask[row])
+            side = mask[row] if number % 2 else ~mask[row]
+            first = min(side.nonzero()[:, 0].tolist(), key=lambda i: lost(row, after(row, i)))
+            others = [j for j in (~side).nonzero()[:, 0].tolist() if j // size == first // size]
+            second = min(others, key=lambda j: lost(row, after(row, first, j)))
+            if lost(row, after(row, first, second)) < now:
+                mask[row] = after(row, first, second)
+    return mask
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4), NM(3, 8)], ids=repr)
+def test_sparseswaps_is_its_float64_definition(pattern: Pattern) -> None:
+    x, weight = correlated(tokens=100, inputs=16, outputs=12)
+    start = wanda_mask(weight, x.square().mean(0), pattern)
+    found = sparseswaps_mask(weight, x.T @ x, pattern, rounds=9)
+    assert torch.equal(found, swapped(x, weight, start, pattern, rounds=9))
+    assert not torch.equal(found, start)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([*(Unstructured(s) for s in (0.03, 0.3, 0.5, 0.9, 0.99)), NM(2, 4), NM(1, 5)]),
+)
+@settings(max_examples=40, deadline=None)
+def test_sparseswaps_keeps_as_many_and_never_loses_more(seed: int, pattern: Pattern) -> None:
+    x, weight = correlated(tokens=60, inputs=22, outputs=9, seed=seed)
+    x[:, 3] = 0  # an input that is never on
+    start, found = wanda_mask(weight, x.square().mean(0), pattern), sparseswaps_mask(weight, x.T @ x, pattern)
+    assert torch.equal(found.sum(1), start.sum(1))
+    if isinstance(pattern, NM):
+        assert follows(found, 1, pattern)
+    lost = [((weight * ~mask).double() @ x.double().T).square().sum(1) for mask in (found, start)]
+    assert bool((lost[0] <= lost[1] * (1 + 1e-5) + 1e-6).all())
+
+
+def test_sparseswaps_with_uncorrelated_inputs_is_wanda() -> None:
+    _, weight = correlated()
+    gram = torch.diag(torch.rand(48) + 0.1)
+    for pattern in PATTERNS:
+        assert torch.equal(sparseswaps_mask(weight, gram, pattern), wanda_mask(weight, gram.diagonal(), pattern))
 
 
 def brain_surgeon(x: Tensor, weight: Tensor, pattern: Pattern, block: int, damping: float) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def make(cache_dir: Path | None, *, model: Any = None, data: Data | None = None,
     )
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparseswaps", "sparsegpt", "admm"])
 def test_the_prior_leaves_the_model_bit_identical(method: Method, tmp_path: Path) -> None:
     model = tiny_model("mixtral").to(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

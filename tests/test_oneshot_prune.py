@@ -24,7 +24,7 @@ from leap_pl.patterns import NM, Pattern, Unstructured
 
 torch.set_num_threads(1)
 
-METHODS: list[Method] = ["magnitude", "wanda", "sparsegpt", "admm"]
+METHODS: list[Method] = ["magnitude", "wanda", "sparseswaps", "sparsegpt", "admm"]
 
 
 def tokens(sequences: int = 5, length: int = 40, seed: int = 0) -> Tensor:

@@ -328,6 +328,30 @@ def test_only_some_cells_and_what_they_need(again, capsys):
     assert "fits no cell" in capsys.readouterr().err
 
 
+def test_a_cell_made_elsewhere_is_not_made_again(again, capsys):
+    folder, ran = again
+    before = cells(folder)
+    shutil.rmtree(folder / "runs")  # another machine, to which only the cells' files came
+    assert results(folder) == 0
+    assert ran == []
+    assert cells(folder) == before
+    capsys.readouterr()
+    assert results(folder, "--list") == 0
+    *said, left = capsys.readouterr().out.splitlines()
+    assert all(line.endswith("  done") for line in said)
+    assert left.startswith("0 training tokens")
+    # One that is not told of is made, with what it needs, and nothing else.
+    (folder / "docs" / "results" / "cells" / "leap-60.json").unlink()
+    assert results(folder) == 0
+    assert {cell for _, cell in verbs(ran)} == {"wanda-60", "leap-60"}
+    assert sorted(cells(folder)) == sorted(before)
+    # Other settings make it new.
+    ran.clear()
+    change(folder / "tiny.yaml", "rows", "admm", "each", to={0.6: {"prune": {"sequences": 3}}})
+    assert results(folder) == 0
+    assert {cell for _, cell in verbs(ran)} == {"admm-60"}
+
+
 def test_one_that_fails_stops_only_what_needs_it(again, capsys):
     folder, _ = again
     change(folder / "tiny.yaml", "rows", "wanda", "each", to={0.5: {"prune": {"no_such_option": 1}}})
@@ -375,6 +399,7 @@ def test_a_stopped_learned_cell_goes_on_and_ends_the_same(again, monkeypatch):
     assert told["seconds"] > saved_seconds > 0  # what the stopped session saved counts too
 
     shutil.rmtree(folder / "runs" / "leap-60")
+    (folder / "docs" / "results" / "cells" / "leap-60.json").unlink()
     assert results(folder, "--only", "leap-60") == 0
     assert "--ckpt_path" not in ran[-3]
     whole = MaskSet.load(found.steps.mask(cell))

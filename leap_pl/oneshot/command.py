@@ -26,7 +26,7 @@ def prune_command(
     sequences: PositiveInt = 128,
     separator: Literal["end_token", "blank_line"] = "end_token",
     seed: int = 0,
-    method: Literal["magnitude", "wanda", "sparsegpt", "admm"] = "wanda",
+    method: Literal["magnitude", "wanda", "sparseswaps", "sparsegpt", "admm"] = "wanda",
     sparsity: OpenUnitInterval = 0.5,
     pattern: str | None = None,
     layer_sparsity: str | list[float] | None = None,
@@ -65,8 +65,8 @@ def prune_command(
         sequences: Number of calibration sequences.
         separator: What follows each document: the end token, or a blank line.
         seed: Of the order in which the text's files are read.
-        method: magnitude (seconds; no text), wanda (fast; weights stay), sparsegpt or admm (weights are
-            updated; the best layer errors).
+        method: magnitude (seconds; no text), wanda (fast; weights stay), sparseswaps (wanda's mask improved by
+            swaps; weights stay), sparsegpt or admm (weights are updated; the best layer errors).
         sparsity: Removed weights over all, above 0 and below 1. With a pattern it follows from that.
         pattern: n:m, as in 2:4, to keep n of every m consecutive inputs; unstructured without it.
         layer_sparsity: Instead of one sparsity, one for each decoder block: a list, or a file with a JSON

@@ -69,7 +69,7 @@ def one_shot_prior(
     Args:
         model: The dense base model without gates.
         weights: Which weights.
-        method: ``magnitude``, ``wanda``, ``sparsegpt`` or ``admm``.
+        method: ``magnitude``, ``wanda``, ``sparseswaps``, ``sparsegpt`` or ``admm``.
         sparsity: To prune to, or a pattern.
         base_model: The model's name, for the MaskSet.
         data: Calibration text; magnitude needs none.

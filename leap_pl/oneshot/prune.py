@@ -19,6 +19,7 @@ from leap_pl.oneshot.damping import NotSolvableError, Solution
 from leap_pl.oneshot.inputs import InputStatistics, Matrix
 from leap_pl.oneshot.magnitude import magnitude_mask
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions, sparsegpt
+from leap_pl.oneshot.sparseswaps import sparseswaps_mask
 from leap_pl.oneshot.walk import Walk, WalkOptions
 from leap_pl.oneshot.wanda import wanda_mask
 from leap_pl.patterns import NM, Pattern, Unstructured
@@ -26,9 +27,10 @@ from leap_pl.patterns import NM, Pattern, Unstructured
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Method = Literal["magnitude", "wanda", "sparsegpt", "admm"]
+Method = Literal["magnitude", "wanda", "sparseswaps", "sparsegpt", "admm"]
 MethodOptions = SparseGPTOptions | AdmmOptions
 UPDATING = ("sparsegpt", "admm")  # methods that change kept weights
+HESSIAN = ("sparseswaps", *UPDATING)  # methods that see how inputs are correlated
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,7 @@ def prune(
         model: The dense base model, on one device, without gates.
         blocks_NT: Calibration tokens, LongTensor[sequences, seq_length]; None (magnitude alone): no walk,
             and no layer errors.
-        method: ``magnitude``, ``wanda``, ``sparsegpt`` or ``admm``.
+        method: ``magnitude``, ``wanda``, ``sparseswaps``, ``sparsegpt`` or ``admm``.
         pattern: ``Unstructured(sparsity)``, ``NM(n, m)``, or the sparsity alone.
         layer_sparsity: A sparsity for each decoder block instead.
         owl: Allocate the sparsity over the blocks by OWL, with these settings.
@@ -148,7 +150,7 @@ def prune(
         with Walk(model, blocks_NT, walk, dense=mask is not None and mask_target == "dense") as pruned_walk:
             bar = _bar(pruned_walk, progress)
             for index in bar:
-                statistics = pruned_walk.observe(index, matrices[index], gram=method in UPDATING)
+                statistics = pruned_walk.observe(index, matrices[index], gram=method in HESSIAN)
                 touched = {} if update else {m.weight.name: m.weight.parameter for m in matrices[index]}
                 saved = [(parameter, parameter.data) for parameter in touched.values()]
                 for parameter, dense in saved:
@@ -239,6 +241,8 @@ class _Run:
         if self.method == "wanda":
             return Solution(dense_OI, wanda_mask(dense_OI, found.mean_square, pattern), 0.0)
         assert found.gram is not None
+        if self.method == "sparseswaps":
+            return Solution(dense_OI, sparseswaps_mask(dense_OI, found.gram, pattern), 0.0)
         try:
             if isinstance(self.options, SparseGPTOptions):
                 solution, asked = sparsegpt(dense_OI, found.gram, pattern, self.options), self.options.damping

@@ -54,12 +54,12 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.cells is not None:
         return _report(options.cells, options.docs)
-    runner = Runner(read_experiment(options.config), options.folder)
+    runner = Runner(read_experiment(options.config), options.folder, options.docs / "cells")
     cells = runner.chosen(options.only)
     if options.list:
         print("\n".join(runner.lines(cells)))
         return 0
-    failed = {} if options.report else runner.run(cells)
+    failed = {} if options.report else runner.run(runner.left(cells))
     from leap_pl.results.cells import collect
 
     finished = collect(runner, options.docs / "cells")

@@ -26,14 +26,17 @@ def collect(runner: "Runner", folder: Path) -> int:
         path = folder / f"{cell.name}.json"
         if runner.is_finished(cell):
             write_cell(runner, cell, path)
-        elif path.is_file() and not _is_current(runner, cell, folder):
+        elif path.is_file() and not is_current(runner, cell, folder):
             path.unlink()
     return len(list(folder.glob("*.json")))
 
 
-def _is_current(runner: "Runner", cell: "Cell", folder: Path) -> bool:
-    """Whether the file of ``cell`` in ``folder`` says what would be said if it were made here and now."""
-    told = read_result(folder / f"{cell.name}.json").get("cell", {})
+def is_current(runner: "Runner", cell: "Cell", folder: Path) -> bool:
+    """Whether there is a file of ``cell`` in ``folder`` that says what would be said if it were made here and now."""
+    path = folder / f"{cell.name}.json"
+    if not path.is_file():
+        return False
+    told = read_result(path).get("cell", {})
     if not all((folder / f"{name}.json").is_file() for name in cell.best_of):
         return False
     kept = runner.experiment.cells.get(told.get("kept") or "")

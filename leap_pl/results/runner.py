@@ -18,7 +18,7 @@ from leap_pl.errors import UserError, listing
 from leap_pl.evaluation.record import read_result
 from leap_pl.files import atomic_file
 from leap_pl.results import running
-from leap_pl.results.cells import write_overlap
+from leap_pl.results.cells import is_current, write_overlap
 from leap_pl.results.digests import digest
 from leap_pl.results.experiment import Cell, Experiment
 from leap_pl.results.steps import Step, Steps
@@ -30,13 +30,20 @@ SUPERSEDED = "superseded"  # folder of learned cells that other settings have ta
 class Runner:
     """The cells of an experiment in a folder: what is done, what is left, and how to do it."""
 
-    def __init__(self, experiment: Experiment, folder: Path) -> None:
-        """Take the experiment and the folder that holds one folder a cell.
+    def __init__(self, experiment: Experiment, folder: Path, told: Path | None = None) -> None:
+        """Take the experiment and its folders.
+
+        Args:
+            experiment: What is made.
+            folder: Holds one folder a cell: masks, models and checkpoints, which stay on this machine.
+            told: Holds one file a finished cell. What such a file tells with today's settings was done, on
+                whatever machine, and is not done again.
 
         Raises:
             UserError: A local text is not there.
         """
         self.experiment, self.folder, self.steps = experiment, folder, Steps(experiment, folder)
+        self.told = told
         self.lock: tuple[int, ...] = ()
         for text in experiment.texts.values():
             if Path(text.text).suffix and not Path(text.text).is_file():
@@ -116,6 +123,18 @@ class Runner:
         """Whether all steps of ``cell`` are done."""
         steps = self.all_steps(cell)
         return steps is not None and all(self.is_done(cell, step) for step in steps)
+
+    def is_told(self, cell: Cell) -> bool:
+        """Whether the file of ``cell``, made here or elsewhere, tells all of it with today's settings."""
+        return self.told is not None and is_current(self, cell, self.told)
+
+    def left(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Those of ``cells`` that are to be run: not told of yet, or needed, here, by one that is not."""
+        wanted: dict[str, Cell] = {}
+        for cell in cells:
+            if not self.is_told(cell):
+                self._add(cell.name, wanted)
+        return [cell for cell in cells if cell.name in wanted]
 
     # -- doing --------------------------------------------------------------------------------------------
 
@@ -225,7 +244,9 @@ class Runner:
         for cell in cells:
             steps = self.all_steps(cell)
             budget = "" if cell.fit is None else f"{cell.tokens:,} tokens"
-            if steps is None:
+            if self.is_told(cell):
+                state = "done"
+            elif steps is None:
                 state = f"waits for {listing(list(cell.best_of))}"
             else:
                 undone = [step.name for step in steps if not self.is_done(cell, step)]
