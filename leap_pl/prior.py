@@ -23,9 +23,9 @@ class Prior:
     """Which mask the logits lean towards at the start.
 
     Attributes:
-        method: ``wanda`` (the paper's), ``magnitude``, ``sparseswaps``, ``sparsegpt`` or ``admm``: made at the target sparsity, and
-            in the form that the gates want (unstructured, n:m or both), from the run's own calibration text.
-            ``none``: no lean at all.
+        method: ``wanda`` (the paper's), ``magnitude``, ``sparseswaps``, ``sparsegpt`` or ``admm``: made at the
+            target sparsity, and in the form that the gates want (unstructured, n:m or both), from the run's own
+            calibration text. ``none``: no lean at all.
         mask: A MaskSet file instead of a method.
         inner_mask: (TileGate) A MaskSet file of n:m form for the tiles that are not dense, instead of a method.
         sequences: Calibration sequences of the method.

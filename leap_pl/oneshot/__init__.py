@@ -1,7 +1,7 @@
-"""Pruning in one shot, block by block: magnitude, Wanda, SparseGPT, ADMM.
+"""Pruning in one shot, block by block: magnitude, Wanda, SparseSwaps, SparseGPT, ADMM.
 
 The algorithms are pure functions of a matrix and the statistics of its inputs (:mod:`.magnitude`,
-:mod:`.wanda`, :mod:`.sparseswaps`, :mod:`.sparsegpt`, :mod:`.admm`); :mod:`.walk` feeds them, :mod:`.prune` puts both together,
-:mod:`.prior` makes masks to start the gates from, and :mod:`.command` is ``leap_pl prune``. Importing this
-package loads none of them, so that the command line answers at once.
+:mod:`.wanda`, :mod:`.sparseswaps`, :mod:`.sparsegpt`, :mod:`.admm`); :mod:`.walk` feeds them, :mod:`.prune`
+puts both together, :mod:`.prior` makes masks to start the gates from, and :mod:`.command` is ``leap_pl prune``.
+Importing this package loads none of them, so that the command line answers at once.
 """
