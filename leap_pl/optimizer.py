@@ -48,8 +48,8 @@ class PackedAdamW(torch.optim.Optimizer):
             init_args: {lr: 1.0e-3, betas: [0.9, 0.95]}
 
     With bfloat16 parameters and gradients that is 6 bytes an element in all. Parameters may be float32 too (10
-    bytes); those are not rounded. The random rounding adds to v what a β₂ near 1 adds up: 0.06 of √v at 0.95, half
-    of it at 0.999, where AdamW with wider states is the better choice.
+    bytes); those are not rounded. Rounding v adds noise to it, and the nearer β₂ is to 1 the longer v keeps it: some
+    6% of √v at 0.95.
     """
 
     # What LeapModule asks of an optimizer of bfloat16 logits: that no update is lost, however small.
@@ -141,6 +141,11 @@ class PackedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state; torch's own would make bfloat16 numbers of the int16 codes."""
+        if any("moments" not in state for state in state_dict["state"].values()):
+            raise UserError(
+                "the checkpoint holds the state of another optimizer than PackedAdamW. Give fit the model.optimizer and "
+                "model.logits_dtype that the run began with."
+            )
         super().load_state_dict(state_dict)
         saved = [name for group in state_dict["param_groups"] for name in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -165,7 +170,7 @@ def check_rounding(optimizer: torch.optim.Optimizer, logits_dtype: torch.dtype) 
 
 
 def ratio_bound(beta_1: float, beta_2: float) -> float:
-    """b: the largest \|m\|/√v that any sequence of gradients leads to."""
+    """b: the largest |m|/√v that any sequence of gradients leads to."""
     return (1 - beta_1) / math.sqrt((1 - beta_2) * (1 - beta_1**2 / beta_2))
 
 
