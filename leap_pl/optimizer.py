@@ -84,8 +84,11 @@ class PackedAdamW(torch.optim.Optimizer):
                 "square of the first. Set model.optimizer.init_args.betas: [0.9, 0.95]."
             )
         if lr < 0 or eps <= 0 or weight_decay < 0:
-            raise UserError(f"PackedAdamW: lr {lr} and weight_decay {weight_decay} are at least 0, and eps {eps} above.")
+            raise UserError(
+                f"PackedAdamW: lr {lr} and weight_decay {weight_decay} are at least 0, and eps {eps} above."
+            )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
+        defaults["differentiable"] = False  # torch adds it when a state is loaded: a mask would tell of the resume
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -143,7 +146,7 @@ class PackedAdamW(torch.optim.Optimizer):
         """Take up a state; torch's own would make bfloat16 numbers of the int16 codes."""
         if any("moments" not in state for state in state_dict["state"].values()):
             raise UserError(
-                "the checkpoint holds the state of another optimizer than PackedAdamW. Give fit the model.optimizer and "
+                "the checkpoint holds the state of another optimizer than PackedAdamW. Give the model.optimizer and "
                 "model.logits_dtype that the run began with."
             )
         super().load_state_dict(state_dict)
@@ -175,7 +178,7 @@ def ratio_bound(beta_1: float, beta_2: float) -> float:
 
 
 def unpack(moments: Tensor, ratio_step: Tensor) -> tuple[Tensor, Tensor]:
-    """m and v, float32, from int16 ``moments``; ``ratio_step`` is the step of u's grid, b/63."""
+    """M and v, float32, from int16 ``moments``; ``ratio_step`` is the step of u's grid, b/63."""
     code = moments.to(torch.int32)
     v = _level(code >> RATIO_BITS)
     u = ((code & (2**RATIO_BITS - 1)) ^ 64) - 64  # seven bits with a sign
@@ -196,7 +199,7 @@ def pack(m: Tensor, v: Tensor, bits: Tensor, ratio_step: Tensor) -> Tensor:
 
 
 def _level(code: Tensor) -> Tensor:
-    """v from its nine bits; int16 has them at its top, where the first is the sign."""
+    """V from its nine bits; int16 has them at its top, where the first is the sign."""
     return torch.exp2((code & HIGHEST_CODE).to(torch.float32) * (1 / OCTAVE_STEPS) + LOWEST_OCTAVE)
 
 

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("eager")
 
 BETAS = (0.9, 0.95)
 RATIO_STEP = torch.tensor(ratio_bound(*BETAS) / RATIO_STEPS)
+DATA = ["--data.seq_length=32", "--data.validation_sequences=4", "--trainer.accelerator=cpu"]
 LOW = ["--model.logits_dtype=bfloat16", "--model.optimizer=PackedAdamW", "--model.optimizer.lr=2e-3"]
 
 
@@ -314,8 +315,8 @@ def test_a_run(model_folder: Path, text_file: Path, tmp_path: Path, gate: list[s
     prior = MaskSet.load(tmp_path / "checkpoints" / "prior.safetensors")
     if not gate:
         assert any(not torch.equal(mask.masks[name], prior.masks[name]) for name in mask.masks)
-    main(["validate", *fit_flags(model_folder, text_file, tmp_path)[1:3], f"--data.text={text_file}",
-          "--data.seq_length=32", f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}", "--trainer.logger=false"])  # fmt: skip
+    validate = [f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}", "--trainer.logger=false"]
+    main(["validate", *fit_flags(model_folder, text_file, tmp_path)[1:3], *DATA, f"--data.text={text_file}", *validate])
 
 
 @pytest.mark.parametrize("micro_batch", [3, 5])
@@ -364,7 +365,7 @@ def test_an_optimizer_that_rounds_to_the_nearest_is_refused(
 
 @pytest.mark.parametrize("betas", [(0.9, 0.8), (0.99, 0.98), (1.0, 0.95), (0.9, 1.0), (-0.1, 0.9)])
 def test_betas_that_it_cannot_hold_are_refused(betas: tuple[float, float]) -> None:
-    with pytest.raises(UserError, match="Set model.optimizer.init_args.betas"):
+    with pytest.raises(UserError, match=r"Set model\.optimizer\.init_args\.betas"):
         PackedAdamW([nn.Parameter(torch.zeros(1))], betas=betas)
 
 

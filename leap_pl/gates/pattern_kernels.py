@@ -135,7 +135,9 @@ def _scores(
     logits_PQ: Tensor, column_Q: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
 ) -> Tensor:
     """(P, Q): (αθ + g)/τ, float32; the noise is that of :func:`_relax`."""
-    return slope * logits_PQ.to(torch.float32) + sharpness * gumbel(element_bits(logits_PQ.shape[0], column_Q, key_0, key_1))
+    return slope * logits_PQ.to(torch.float32) + sharpness * gumbel(
+        element_bits(logits_PQ.shape[0], column_Q, key_0, key_1)
+    )
 
 
 def _relax(
