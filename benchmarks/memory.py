@@ -47,8 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.paper:
-        told = [{"variant": variant, **parts} for variant, parts in paper(args.paper, args.tokens[0]).items()]
-        finish(told, args.output, model=args.paper, tokens=args.tokens[0])
+        sums: list[Row] = [{"variant": what, **parts} for what, parts in paper(args.paper, args.tokens[0]).items()]
+        finish(sums, args.output, model=args.paper, tokens=args.tokens[0])
         return
     if args.model is None:
         parser.error("--model or --paper is needed")
@@ -78,7 +78,10 @@ def paper(name: str, tokens: int) -> dict[str, Row]:
     need = scaling.need(shape, 1, sharded=False, tokens=tokens)
     for variant, transient in (("leap_pl", scaling.TRANSIENT_WHOLE), ("low_memory", scaling.TRANSIENT_LOW_MEMORY)):
         learned = sum(size for what, size in BYTES[variant].items() if what != "masked weight")
-        parts = {"base model": scaling.WEIGHT * (shape.gated + shape.others), "learning": learned * shape.gated}
+        parts: dict[str, float] = {
+            "base model": scaling.WEIGHT * (shape.gated + shape.others),
+            "learning": learned * shape.gated,
+        }
         parts |= {"one block": transient * shape.block, "activations and loss": need.activations}
         parts["outside"] = scaling.OUTSIDE
         found[variant] = {what: round(size / 2**30, 1) for what, size in parts.items()}
