@@ -23,11 +23,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from leap_pl.errors import UserError
 from leap_pl.gates.compiled import compiled
 from leap_pl.gates.noise import columns, element_bits, noise_keys
-from leap_pl.shards import Ranks, as_whole, own_part
+from leap_pl.shards import Ranks, own_part
 
 RATIO_BITS = 7
 RATIO_STEPS = 63  # of u, on each side of 0
@@ -37,7 +38,7 @@ HIGHEST_CODE = 511
 
 
 class PackedAdamW(torch.optim.Optimizer):
-    """AdamW whose state is one int16 for each element of a parameter.
+    """AdamW whose state is two bytes for each element of a parameter.
 
     .. code-block:: yaml
 
@@ -112,9 +113,9 @@ class PackedAdamW(torch.optim.Optimizer):
         part, grad = own_part(parameter.detach()), own_part(parameter.grad)  # type: ignore[arg-type]
         if not state:
             state["step"] = torch.tensor(0.0)
-            state["moments"] = as_whole(torch.zeros_like(part, dtype=torch.int16), parameter)
+            state["moments"] = _no_moments(parameter, part)
         state["step"] += 1
-        moments, step = own_part(state["moments"]), int(state["step"])
+        moments, step = own_part(state["moments"]).view(torch.int16), int(state["step"])
         if not part.numel():  # a shard of none
             return
         rate, (beta_1, beta_2) = float(group["lr"]), group["betas"]
@@ -143,7 +144,7 @@ class PackedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a state; torch's own would make bfloat16 numbers of the int16 codes."""
+        """Take up a state; torch's own would make bfloat16 numbers of the codes."""
         if any("moments" not in state for state in state_dict["state"].values()):
             raise UserError(
                 "the checkpoint holds the state of another optimizer than PackedAdamW. Give the model.optimizer and "
@@ -263,6 +264,20 @@ def packed_step(
     if parameter_RC.dtype == torch.bfloat16:
         moved_RC = round_to_bfloat16(moved_RC, bits_RC)
     return moved_RC, pack(m_RC, v_RC, bits_RC, ratio_step)
+
+
+def _no_moments(parameter: Tensor, part: Tensor) -> Tensor:
+    """The state at the start for this rank's ``part`` of a parameter, (…, 2·C) bytes, sharded as the parameter is.
+
+    Bytes, for no process group sends 16-bit integers.
+    """
+    zeros = torch.zeros(*part.shape[:-1], 2 * part.shape[-1], dtype=torch.uint8, device=part.device)
+    if not isinstance(parameter, DTensor):
+        return zeros
+    whole = torch.empty(*parameter.shape[:-1], 2 * parameter.shape[-1], device="meta")
+    return DTensor.from_local(
+        zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def _rows(tensor: Tensor) -> Tensor:
