@@ -1,10 +1,11 @@
-"""Peak memory of a training step: dense fine-tuning, leap_pl, and the published formulation.
+"""Peak memory of a training step: dense fine-tuning, leap_pl, its low-memory path, and the published formulation.
 
 python -m benchmarks.memory --model M [--tokens 2048] [--output F.json]
 
 Each variant takes three steps in a process of its own; what is told is the largest resident memory of that
 process (on a GPU, the largest allocated), and, beside it, what parameters, gradients and optimizer states
-account for by their sizes. ``--paper`` adds the sum for a large model on one GPU, from the same bytes.
+account for by their sizes. ``--paper llama-3.1-8b`` prints the sum for a large model on one GPU instead, with
+activation checkpointing, from the bytes that benchmarks/sharded_memory.py measures.
 """
 
 import argparse
@@ -12,10 +13,12 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from benchmarks import scaling
 from benchmarks.report import Row, finish
 from benchmarks.step import dense_step, leap_step, published_step
 from leap_pl.models import find_weights, load_model
@@ -25,6 +28,7 @@ from leap_pl.models import find_weights, load_model
 BYTES = {
     "dense": {"gradient": 2, "optimizer": 4},
     "leap_pl": {"logits": 4, "gradient": 4, "optimizer": 8, "masked weight": 2},
+    "low_memory": {"logits": 2, "gradient": 2, "optimizer": 2, "masked weight": 2},
     "published": {"logits": 2, "gradient": 2, "optimizer": 4, "masked weight": 2, "mask and softmax": 2 + 4 + 4},
 }
 
@@ -32,15 +36,22 @@ BYTES = {
 def main(arguments: list[str] | None = None) -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--paper", choices=scaling.SHAPES, help="no measurement: the sum for this model")
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
     parser.add_argument("--seq_length", type=int, default=512)
-    parser.add_argument("--variants", nargs="+", default=["dense", "leap_pl", "published"])
+    parser.add_argument("--variants", nargs="+", default=["dense", "leap_pl", "low_memory", "published"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if args.paper:
+        sums: list[Row] = [{"variant": what, **parts} for what, parts in paper(args.paper, args.tokens[0]).items()]
+        finish(sums, args.output, model=args.paper, tokens=args.tokens[0])
+        return
+    if args.model is None:
+        parser.error("--model or --paper is needed")
     if args.child:
         print(json.dumps(measure(args.child, args)))
         return
@@ -61,6 +72,23 @@ def main(arguments: list[str] | None = None) -> None:
     finish(rows, args.output, model=args.model, dtype=args.dtype, bytes_a_gated_weight=BYTES)
 
 
+def paper(name: str, tokens: int) -> dict[str, Row]:
+    """GiB that one GPU needs for a step on ``tokens`` tokens, by part and in all: ``leap_pl`` and ``low_memory``."""
+    shape, found = scaling.SHAPES[name], dict[str, Row]()
+    need = scaling.need(shape, 1, sharded=False, tokens=tokens)
+    for variant, transient in (("leap_pl", scaling.TRANSIENT_WHOLE), ("low_memory", scaling.TRANSIENT_LOW_MEMORY)):
+        learned = sum(size for what, size in BYTES[variant].items() if what != "masked weight")
+        parts: dict[str, float] = {
+            "base model": scaling.WEIGHT * (shape.gated + shape.others),
+            "learning": learned * shape.gated,
+        }
+        parts |= {"one block": transient * shape.block, "activations and loss": need.activations}
+        parts["outside"] = scaling.OUTSIDE
+        found[variant] = {what: round(size / 2**30, 1) for what, size in parts.items()}
+        found[variant]["GiB"] = round(sum(parts.values()) / 2**30, 1)
+    return found
+
+
 def accounted(variant: str, gated: int) -> float:
     """MiB of what :data:`BYTES` lists."""
     return sum(BYTES[variant].values()) * gated / 2**20
@@ -73,7 +101,13 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:
     gated = sum(weight.parameter.numel() for weight in find_weights(model).values())
     facts: dict[str, Any] = {"gated_weights": gated}
     if variant in BYTES:
-        step = {"dense": dense_step, "leap_pl": leap_step, "published": published_step}[variant](model)
+        makers: dict[str, Callable[[Any], Callable[[torch.Tensor], None]]] = {
+            "dense": dense_step,
+            "leap_pl": leap_step,
+            "low_memory": lambda model: leap_step(model, low_memory=True),
+            "published": published_step,
+        }
+        step = makers[variant](model)
         length = min(args.tokens[0], args.seq_length)
         ids_BL = torch.randint(0, 1000, (args.tokens[0] // length, length), device=device)
         for _ in range(3):

@@ -29,6 +29,7 @@ from benchmarks.report import Row, finish
 from leap_pl.gates import BernoulliGate, Gate, GateState, attach
 from leap_pl.models import decoder_blocks, find_weights
 from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
+from leap_pl.optimizer import PackedAdamW
 from leap_pl.parallel import shard
 
 LAYERS = 8
@@ -41,14 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--output")
+    parser.add_argument("--low_memory", action="store_true", help="bfloat16 logits and PackedAdamW; one rank")
     parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
-        print(json.dumps(child(*args.child)))
+        print(json.dumps(child(*args.child, low_memory=args.low_memory)))
         return
     rows: list[Row] = []
     for ranks in args.ranks:
-        narrow, wide = (_launch(ranks, LAYERS, width) for width in (256, 512))
+        narrow, wide = (_launch(ranks, LAYERS, width, low_memory=args.low_memory) for width in (256, 512))
         weights = wide["gated"] - narrow["gated"]
         held, peak = ((wide[moment] - narrow[moment]) / weights for moment in ("held", "peak"))
         row: Row = {"ranks": ranks, "held, bytes a weight": held}
@@ -58,12 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finish(rows, args.output, bytes_kept_a_token=kept_bytes())
 
 
-def _launch(ranks: int, layers: int, width: int) -> dict[str, float]:
+def _launch(ranks: int, layers: int, width: int, *, low_memory: bool) -> dict[str, float]:
     """The largest of each figure over ``ranks`` processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "benchmarks.sharded_memory", "--child", str(layers), str(width)]
+    command += ["--low_memory"] if low_memory else []
     base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     processes = [
         subprocess.Popen(command, env={**base, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
@@ -87,13 +90,13 @@ def model_of(layers: int, width: int) -> Any:
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def child(layers: int, width: int) -> dict[str, float]:
+def child(layers: int, width: int, *, low_memory: bool = False) -> dict[str, float]:
     """Two steps of one rank, in bytes."""
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back to the system at once
     dist.init_process_group("gloo")
     before = _own_bytes("RssAnon")
-    step, gated = make_step(model_of(layers, width), sharded=dist.get_world_size() > 1)
+    step, gated = make_step(model_of(layers, width), sharded=dist.get_world_size() > 1, low_memory=low_memory)
     ids_BL = torch.randint(0, 64, (1, TOKENS))
     step(ids_BL)
     held = _own_bytes("RssAnon")
@@ -109,7 +112,7 @@ def _own_bytes(name: str) -> int:
     return int(found[1]) * 1024
 
 
-def make_step(model: Any, *, sharded: bool) -> tuple[Any, int]:
+def make_step(model: Any, *, sharded: bool, low_memory: bool = False) -> tuple[Any, int]:
     """A step as a run of leap_pl takes it, with activation checkpointing, and the number of gated weights."""
     weights = find_weights(model)
     sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
@@ -119,7 +122,7 @@ def make_step(model: Any, *, sharded: bool) -> tuple[Any, int]:
 
     def prepare(index: int, _: nn.Module) -> None:
         inside = {name: weight for name, weight in weights.items() if weight.layer == index}
-        for name, gate in attach(inside, BernoulliGate, state).items():
+        for name, gate in attach(inside, BernoulliGate, state, torch.bfloat16 if low_memory else torch.float32).items():
             gate.start_from(None, 0)
             gates[name] = gate
 
@@ -134,7 +137,7 @@ def make_step(model: Any, *, sharded: bool) -> tuple[Any, int]:
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     logits = [gate.logits for gate in gates.values()]
-    optimizer = torch.optim.AdamW(logits, fused=True)
+    optimizer = PackedAdamW(logits) if low_memory else torch.optim.AdamW(logits, fused=True)
 
     def step(ids_BL: Tensor) -> None:
         hidden = states(ids_BL)[:, :-1].flatten(0, 1)

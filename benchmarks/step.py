@@ -30,6 +30,7 @@ from leap_pl.gates.compiled import compile_seconds
 from leap_pl.models import decoder_blocks, find_weights, load_model
 from leap_pl.module import fast_dtype
 from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
+from leap_pl.optimizer import PackedAdamW
 
 OBJECTIVE = Objective()
 ALPHA, TAU = 200.0, 0.5
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     for layers in args.layers:
         model = first_blocks(whole, layers).to(device)
         makers = {"dense": dense_step, "leap_pl": lambda m: leap_step(m, args.gate), "published": published_step}
+        makers["low_memory"] = lambda m: leap_step(m, args.gate, low_memory=True)
         steps = {name: makers[name](copy.deepcopy(model)) for name in args.variants}
         gated = sum(weight.parameter.numel() for weight in find_weights(model).values())
         for tokens in args.tokens:
@@ -76,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
                         "tokens_per_second": tokens / statistics.median(found),
                     }
                 )
-            for above, below in (("leap_pl", "dense"), ("published", "leap_pl")):
+            for above, below in (("leap_pl", "dense"), ("published", "leap_pl"), ("low_memory", "leap_pl")):
                 if {above, below} <= set(seconds):
                     value = ratio(seconds, above, below)
                     ratios.append({"ratio": f"{above}/{below}", "tokens": tokens, "gated_weights": gated, "of": value})
@@ -103,9 +105,13 @@ def first_blocks(whole: Any, layers: int) -> Any:
     return model
 
 
-def _optimizer(parameters: list[Any]) -> Callable[[], None]:
+def _optimizer(parameters: list[Any], *, packed: bool = False) -> Callable[[], None]:
     """Clip, step and drop the gradients, as a run of leap_pl does."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer: torch.optim.Optimizer
+    if packed:
+        optimizer = PackedAdamW(parameters, lr=1e-5)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -140,8 +146,8 @@ def dense_step(model: Any) -> Callable[[Tensor], None]:
     return step
 
 
-def leap_step(model: Any, gate: str = "BernoulliGate") -> Callable[[Tensor], None]:
-    """A step of leap_pl, its objective whole, without Lightning."""
+def leap_step(model: Any, gate: str = "BernoulliGate", *, low_memory: bool = False) -> Callable[[Tensor], None]:
+    """A step of leap_pl, its objective whole, without Lightning; ``low_memory`` as configs/low_memory.yaml has it."""
     weights = find_weights(model)
     sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
     norm = sum(float(weight.parameter.float().norm()) for weight in weights.values())
@@ -149,10 +155,10 @@ def leap_step(model: Any, gate: str = "BernoulliGate") -> Callable[[Tensor], Non
     model.requires_grad_(False)
     state = GateState()
     state.anneal(ALPHA, TAU)
-    gates = attach(weights, getattr(kinds, gate), state)
+    gates = attach(weights, getattr(kinds, gate), state, torch.bfloat16 if low_memory else torch.float32)
     for each in gates.values():
         each.start_from(None, 0)
-    update = _optimizer([each.logits for each in gates.values()])
+    update = _optimizer([each.logits for each in gates.values()], packed=low_memory)
 
     def step(ids_BL: Tensor) -> None:
         language = loss(ids_BL)

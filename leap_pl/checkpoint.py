@@ -3,7 +3,7 @@
 Beside Lightning's own entries (optimizer, schedules, loops, data position):
 
 ==================  ======================================================================================
-``state_dict``      ``logits.<weight name>`` → float32 logits, and in the same form what else the kind of
+``state_dict``      ``logits.<weight name>`` → logits, and in the same form what else the kind of
                     gate stores (:meth:`leap_pl.gates.Gate.stored`); nothing of the frozen model
 ``leap_pl``         the fields of :class:`Identity`, plain Python
 ==================  ======================================================================================

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -28,6 +28,7 @@ from leap_pl.models import (
     model_fingerprint,
 )
 from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
+from leap_pl.optimizer import check_rounding
 from leap_pl.parallel import RankZero, data_rank, mean_over_ranks, reduce_only, saves_shards, shard, sharding_mesh
 from leap_pl.prior import Prior, SharedPrior
 from leap_pl.rewind import rewind
@@ -86,6 +87,7 @@ class LeapModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup_steps: NonNegativeInt = 5,
         dtype: Dtype = "auto",
+        logits_dtype: Literal["float32", "bfloat16"] = "float32",
         activation_checkpointing: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -106,7 +108,9 @@ class LeapModule(L.LightningModule):
             lr_scheduler: Stepped once an optimizer step. By default ``warmup_steps`` up, then a cosine to 0.
             warmup_steps: Of the default schedule.
             dtype: Of the frozen weights and the computation; ``auto`` is bfloat16 where the hardware multiplies
-                it fast, else float32. Logits are float32 always.
+                it fast, else float32.
+            logits_dtype: Of the logits and their gradients, whatever the precision of the rest. ``bfloat16`` takes
+                an optimizer that rounds at random (:class:`leap_pl.optimizer.PackedAdamW`): see docs/memory.md.
             activation_checkpointing: Recompute each decoder block in the backward pass: less memory, a third
                 more time.
             revision: Of the base model on the hub.
@@ -125,6 +129,7 @@ class LeapModule(L.LightningModule):
         self.targets, self.ignore = targets, list(ignore)
         self.make_gate, self.make_optimizer, self.make_scheduler = gate, optimizer, lr_scheduler
         self.warmup_steps, self.dtype_name = int(warmup_steps), dtype
+        self.logits_dtype: torch.dtype = getattr(torch, logits_dtype)
         self.activation_checkpointing = activation_checkpointing
         self.trust_remote_code = trust_remote_code
         self.strict_loading = False  # checkpoints hold logits only; on_load_checkpoint compares names and shapes
@@ -190,7 +195,7 @@ class LeapModule(L.LightningModule):
             checkpoints.check_same(checkpoints.read_identity(checkpoint, self.resumes_from), self.identity())
 
     def _put_gates(self, weights: dict[str, Weight], prior: SharedPrior) -> None:
-        gates = attach(weights, self.make_gate, self.state)
+        gates = attach(weights, self.make_gate, self.state, self.logits_dtype)
         for name, gate in gates.items():
             masks = prior.masks(name, gate.shape)
             gate.start_from(masks.pop("prior", None), self.state.seed, **masks)
@@ -211,6 +216,8 @@ class LeapModule(L.LightningModule):
         # First, for a prior may take minutes: can this kind of mask be what is asked of it?
         first = self.make_gate(next(iter(self.weights.values())), self.state)
         self.sparsity = first.exact_sparsity(self.sparsity)
+        if self._fitting():
+            check_rounding(self.make_optimizer([nn.Parameter(torch.zeros(1))]), self.logits_dtype)
         rank_zero = RankZero()
         if self._fitting():
 
@@ -468,6 +475,7 @@ class LeapModule(L.LightningModule):
     def settings(self) -> dict[str, Any]:
         """What a mask's provenance tells of how it was learned: plain values."""
         told = {"objective": asdict(self.objective), "prior": asdict(self.prior_settings), "seed": self.state.seed}
+        told["logits_dtype"] = str(self.logits_dtype).removeprefix("torch.")
         told |= self.told
         if self._trainer is None:
             return told

@@ -15,6 +15,7 @@ from leap_pl.data import TextDataModule
 from leap_pl.gates import Gate, GateState, NMGate, TileGate
 from leap_pl.models import Weight
 from leap_pl.module import LeapModule
+from leap_pl.optimizer import PackedAdamW
 from leap_pl.parallel import saves_shards
 from leap_pl.patterns import NM, Tiled
 from leap_pl.schedules import Schedule
@@ -22,7 +23,8 @@ from leap_pl.trainer_cli import LeapCLI, make_cli
 
 ROOT = Path(__file__).parents[1] / "configs"
 APART = ("shared", "cluster")  # parts of configs, and what is laid over one
-CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in APART and path.stem != "headline")
+ALONE = ("headline", "low_memory")  # no config of fit, and no whole one
+CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in APART and path.stem not in ALONE)
 
 
 def instantiate(path: Path, tmp_path: Path) -> LeapCLI:
@@ -142,6 +144,26 @@ def test_cluster_config_is_laid_over_another(name: str, tmp_path: Path) -> None:
     else:
         assert saves_shards(trainer)
         assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (8, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("quickstart", (2e-3, (0.9, 0.95), 0)),
+        ("paper/llama-3.1-8b-50", (1e-3, (0.9, 0.95), 0)),
+        ("paper/maskllm-llama-3.2-1b", (5e-4, (0.9, 0.95), 0.1)),
+    ],
+)
+def test_low_memory_is_laid_over_another(name: str, settings: tuple[float, ...], tmp_path: Path) -> None:
+    """Storage is another, and learning goes by the config beneath."""
+    flags = ["--config", str(ROOT / "low_memory.yaml"), "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    words = ["--config", str(ROOT / f"{name}.yaml"), *flags, f"--trainer.default_root_dir={tmp_path}"]
+    model = make_cli(words, run=False).model
+    assert (model.logits_dtype, model.activation_checkpointing) == (torch.bfloat16, True)
+    optimizer = model.make_optimizer([nn.Parameter(torch.zeros(1))])
+    assert isinstance(optimizer, PackedAdamW)
+    told = optimizer.defaults
+    assert (told["lr"], tuple(told["betas"]), told["weight_decay"]) == settings
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch"])

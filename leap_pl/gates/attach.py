@@ -13,11 +13,14 @@ from leap_pl.gates.gate import Gate, GateFactory, GateState
 from leap_pl.models import Weight
 
 
-def attach(weights: Mapping[str, Weight], make_gate: GateFactory, state: GateState) -> dict[str, Gate]:
+def attach(
+    weights: Mapping[str, Weight], make_gate: GateFactory, state: GateState, dtype: torch.dtype = torch.float32
+) -> dict[str, Gate]:
     """Freeze ``weights`` and register a gate on each as a parametrization.
 
     The model stays what it was: its class, its forward, the names of its modules. Stacked experts, whose
-    module reads its weight once for each expert, have the masked weight made once for each of its calls.
+    module reads its weight once for each expert, have the masked weight made once for each of its calls. Logits
+    are held in ``dtype``.
 
     Returns:
         Weight name → gate, in the order of ``weights``.
@@ -26,6 +29,7 @@ def attach(weights: Mapping[str, Weight], make_gate: GateFactory, state: GateSta
     for name, weight in weights.items():
         weight.parameter.requires_grad_(False)
         gate = make_gate(weight, state)
+        gate.store_as(dtype)
         # unsafe: no trial run of the gate. Shape and dtype are its contract, and a run costs a full pass.
         parametrize.register_parametrization(weight.module, weight.tensor, gate, unsafe=True)
         gates[name] = gate
@@ -81,7 +85,7 @@ class Stored:
     """What a checkpoint holds of one gated weight.
 
     Attributes:
-        logits: Float32, of the shape that the kind of gate gives them.
+        logits: Float32 or bfloat16, of the shape that the kind of gate gives them.
         shape: Of the weight.
         input_dim: Of the weight, as in :class:`leap_pl.models.Weight`.
         beside: What else the kind of gate stores (:meth:`Gate.stored`).

@@ -133,7 +133,7 @@ def soft_mask(
 ) -> Tensor:
     """M = σ((αθ + g)/τ), float32, from the ``slope`` α/τ and the ``sharpness`` 1/τ."""
     noise_RC = logistic(element_bits(logits_RC.shape[0], column_C, key_0, key_1))
-    return 1 / (1 + torch.exp(-(slope * logits_RC + sharpness * noise_RC)))
+    return 1 / (1 + torch.exp(-(slope * logits_RC.to(torch.float32) + sharpness * noise_RC)))
 
 
 @compiled
@@ -166,8 +166,9 @@ def mask_backward(
     slope: Tensor,
     sharpness: Tensor,
 ) -> Tensor:
-    """dθ in float32; noise and mask are made again."""
+    """dθ in the logits' dtype; noise and mask are made again."""
+    kind = logits_RC.dtype
     mask_RC = soft_mask(logits_RC, column_C, key_0, key_1, slope, sharpness)
     weight_RC = weight_RC.to(torch.float32)
     grad_masked_RC = grad_masked_RC.to(torch.float32) + 2 * grad_energy * mask_RC * weight_RC
-    return (grad_masked_RC * weight_RC + grad_kept) * (mask_RC - mask_RC * mask_RC) * slope
+    return ((grad_masked_RC * weight_RC + grad_kept) * (mask_RC - mask_RC * mask_RC) * slope).to(kind)

@@ -66,7 +66,8 @@ class Gate(nn.Module):
     Attributes:
         method: What the provenance of a mask learned with it says.
         start_settings: Which of its settings matter at the start alone, so that a resumed run may change them.
-        logits: The learnable parameter θ; float32 whatever precision the rest of the model is cast to.
+        logits: The learnable parameter θ; float32 unless :meth:`store_as` said otherwise, whatever precision the
+            rest of the model is cast to.
         kept: After a soft pass, ΣM over the weight, with its gradient; None before one.
         energy: After a soft pass, Σ(M·W)² over the weight, with its gradient.
     """
@@ -192,7 +193,8 @@ class Gate(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
         """Follow the model to another device, but never to another dtype.
 
-        At |θ| = 0.04 a bfloat16 step is 1.2e-4: smaller updates vanish, and learning ends unnoticed.
+        At |θ| = 0.04 a bfloat16 step is 2.4e-4: updates below half of it vanish unless they are rounded at random
+        (:mod:`leap_pl.optimizer`), and learning ends unnoticed.
         """
         if isinstance(self.logits, DTensor):
             # A shard is on its device already, and FSDP2 holds on to this very parameter.
@@ -210,10 +212,15 @@ class Gate(nn.Module):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 data, grad = before[name]
-                if parameter.dtype != torch.float32:
+                if parameter.dtype != data.dtype:
                     parameter.data = data.to(parameter.device)
                 parameter.grad = None if grad is None else grad.to(parameter.device)
         return self
+
+    def store_as(self, dtype: torch.dtype) -> None:
+        """Hold what is learned in ``dtype``, and so its gradients. The mask is computed in float32 from either."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""

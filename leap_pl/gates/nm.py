@@ -172,5 +172,5 @@ def flat_patterns(logits: Tensor) -> Tensor:
 
 def confidence(samples: Sequence[Tensor], slope: Tensor) -> float:
     """How decided groups with the logits ``samples`` (P, any number) are: see :meth:`NMGate.curves`."""
-    highest = [(logits_PS * slope.to(logits_PS.device)).softmax(0).amax(0) for logits_PS in samples]
+    highest = [(logits_PS.float() * slope.to(logits_PS.device)).softmax(0).amax(0) for logits_PS in samples]
     return float(torch.cat(highest).mean())

@@ -27,7 +27,7 @@ class PatternKernels(NamedTuple):
 
     ``forward(logits_PQ, weight_QM, tile_Q, *noise)`` → W̃ (Q, M) in the weight's dtype, Σ(M·W)² in float32;
     ``backward(logits_PQ, weight_QM, tile_Q, grad_masked_QM, grad_energy, *noise)`` → the gradients of θ (P, Q) and of
-    T (Q), float32, with noise and softmax made again.
+    T (Q), with noise and softmax made again.
 
     Without tiles ``tile_Q`` and its gradient are None. ΣM is no business of theirs: Σ_j m_j is n.
     """
@@ -78,7 +78,7 @@ def _few_patterns(patterns: tuple[Positions, ...], tiled: bool) -> PatternKernel
             P_Q * (_added([grads[j] for j in positions]) - mean_Q) * slope
             for P_Q, positions in zip(probabilities, patterns, strict=True)
         ]
-        return torch.stack(grads_P), grad_tile_Q
+        return torch.stack([grad_Q.to(logits_PQ.dtype) for grad_Q in grads_P]), grad_tile_Q
 
     name = f"{'tile_' if tiled else ''}nm_%s_{len(patterns[0])}_of_{len(holders)}"
     return PatternKernels(
@@ -135,7 +135,9 @@ def _scores(
     logits_PQ: Tensor, column_Q: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
 ) -> Tensor:
     """(P, Q): (αθ + g)/τ, float32; the noise is that of :func:`_relax`."""
-    return slope * logits_PQ + sharpness * gumbel(element_bits(logits_PQ.shape[0], column_Q, key_0, key_1))
+    return slope * logits_PQ.to(torch.float32) + sharpness * gumbel(
+        element_bits(logits_PQ.shape[0], column_Q, key_0, key_1)
+    )
 
 
 def _relax(
@@ -144,7 +146,7 @@ def _relax(
     """P_p = softmax_p((αθ_p + g_p)/τ), float32, one flat tensor for each of ``count`` patterns."""
     # Row p of element_bits(count, …): with p in the key, no rows are made that would have to be kept.
     noise = [gumbel(element_bits(1, column_Q, key_0 ^ p, key_1)[0]) for p in range(count)]
-    scores = [slope * logits_PQ[p] + sharpness * noise[p] for p in range(count)]
+    scores = [slope * logits_PQ[p].to(torch.float32) + sharpness * noise[p] for p in range(count)]
     highest_Q = scores[0]
     for score_Q in scores[1:]:
         highest_Q = torch.maximum(highest_Q, score_Q)
