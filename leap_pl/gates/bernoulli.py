@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from leap_pl.gates.compiled import compiled
 from leap_pl.gates.gate import Gate, GateState
-from leap_pl.gates.noise import columns, element_bits, logistic, noise_keys
+from leap_pl.gates.noise import columns, element_bits, logistic_in_bits, noise_keys
+from leap_pl.gates.powers import exp2
 from leap_pl.models import Weight
 from leap_pl.shards import strided_samples
 from leap_pl.topk import Cut, exact_top_k
@@ -132,8 +133,8 @@ def soft_mask(
     logits_RC: Tensor, column_C: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
 ) -> Tensor:
     """M = σ((αθ + g)/τ), float32, from the ``slope`` α/τ and the ``sharpness`` 1/τ."""
-    noise_RC = logistic(element_bits(logits_RC.shape[0], column_C, key_0, key_1))
-    return 1 / (1 + torch.exp(-(slope * logits_RC.to(torch.float32) + sharpness * noise_RC)))
+    noise_RC = logistic_in_bits(element_bits(logits_RC.shape[0], column_C, key_0, key_1))
+    return 1 / (1 + exp2(-(sharpness * noise_RC) - slope * 1.4426950408889634 * logits_RC.to(torch.float32)))  # log₂ e
 
 
 @compiled

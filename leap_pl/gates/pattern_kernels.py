@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from leap_pl.gates.compiled import compiled
-from leap_pl.gates.noise import element_bits, gumbel
+from leap_pl.gates.noise import element_bits, gumbel, gumbel_in_bits
+from leap_pl.gates.powers import exp2
 
 Positions = tuple[int, ...]
 
@@ -143,14 +144,15 @@ def _scores(
 def _relax(
     logits_PQ: Tensor, count: int, column_Q: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
 ) -> list[Tensor]:
-    """P_p = softmax_p((αθ_p + g_p)/τ), float32, one flat tensor for each of ``count`` patterns."""
+    """P_p = softmax_p((αθ_p + g_p)/τ), float32, one flat tensor for each of ``count`` patterns; by powers of 2."""
     # Row p of element_bits(count, …): with p in the key, no rows are made that would have to be kept.
-    noise = [gumbel(element_bits(1, column_Q, key_0 ^ p, key_1)[0]) for p in range(count)]
+    noise = [gumbel_in_bits(element_bits(1, column_Q, key_0 ^ p, key_1)[0]) for p in range(count)]
+    slope = slope * 1.4426950408889634  # log₂ e
     scores = [slope * logits_PQ[p].to(torch.float32) + sharpness * noise[p] for p in range(count)]
     highest_Q = scores[0]
     for score_Q in scores[1:]:
         highest_Q = torch.maximum(highest_Q, score_Q)
-    powers = [torch.exp(score_Q - highest_Q) for score_Q in scores]
+    powers = [exp2(score_Q - highest_Q) for score_Q in scores]
     share_Q = 1 / _added(powers)
     return [power_Q * share_Q for power_Q in powers]
 
