@@ -30,7 +30,7 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
     if union:
         reasons = [reason for reason in re.split(r"(?:^| )- ", union[1]) if reason and "NoneType" not in reason]
         complaint = f"{'; or '.join(dict.fromkeys(reasons))}. Got value: {union[2]}"
-    absent = re.search(r"expected dot import path string: (\S+?)\.?(?:$| )", complaint)
+    absent = re.search(r"[Ee]xpected (?:an? )?dot import path string: (\S+?)\.?(?:$| )", complaint)
     if absent and "either not accessible or invalid" in complaint:
         return f"{key}: there is no class {absent[1]} of this kind. leap_pl fit --help lists those that there are."
     complaint = re.sub(r"\.? Got value: Namespace\(.*$", "", complaint)
