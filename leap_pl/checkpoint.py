@@ -241,9 +241,9 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
     path = Path(path)
     if (path / META).is_file():
         path = path / META
-    if path.is_dir():
-        inside = listing(sorted(item.name for item in path.glob("*.ckpt")), 4)
-        raise UserError(f"{path} is a folder and no checkpoint. Give a .ckpt in it; there are: {inside}.")
+    inside = sorted(item.name for item in path.glob("*.ckpt"))
+    if inside:
+        raise UserError(f"{path} is a folder and no checkpoint. Give a .ckpt in it; there are: {listing(inside, 4)}.")
     if path.suffix == ".safetensors":
         raise UserError(f"{path} is no checkpoint. Give a mask with --mask, or a .ckpt of the run.")
     if not path.is_file():
