@@ -233,7 +233,7 @@ class MaskSet:
 
         path = Path(path)
         if path.is_dir():
-            raise UserError(f"{path} is a folder. Give the mask file in it, as {path / 'mask.safetensors'}.")
+            raise UserError(f"{path} is a folder, and no such MaskSet file. Name {path}/mask.safetensors.")
         if path.suffix == ".ckpt":
             raise UserError(f"{path} is a checkpoint and no MaskSet. Use --ckpt_path, or the run's mask.safetensors.")
         if not path.is_file():
