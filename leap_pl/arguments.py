@@ -1,11 +1,24 @@
-"""What the argument parser complains of, in one line."""
+"""What the argument parser complains of, in one line that says what to type instead."""
 
 import re
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from leap_pl.errors import UserError
 
 
-def one_line(error: Exception) -> str:
-    """The parser's message without its layout and its Python: which key, what was found, what would do."""
+def one_line(error: Exception, options: Collection[str] = ()) -> str:
+    """The parser's message without its layout and its Python: which key, what was found, what would do.
+
+    Args:
+        error: What the parser raised.
+        options: The options that there are, for what was mistyped.
+    """
     text = " ".join(str(error).split())
+    strange = re.match(r"[Uu]nrecognized arguments: (\S+)", text)
+    if strange:
+        return _unknown(strange[1], options)
     found = re.search(r'Parser key "([^"]+)":?\s*(.*)', text)
     if found is None:
         return text
@@ -17,5 +30,47 @@ def one_line(error: Exception) -> str:
     if union:
         reasons = [reason for reason in re.split(r"(?:^| )- ", union[1]) if reason and "NoneType" not in reason]
         complaint = f"{'; or '.join(dict.fromkeys(reasons))}. Got value: {union[2]}"
+    absent = re.search(r"[Ee]xpected (?:an? )?dot import path string: (\S+?)\.?(?:$| )", complaint)
+    if absent and "either not accessible or invalid" in complaint:
+        return f"{key}: there is no class {absent[1]} of this kind. leap_pl fit --help lists those that there are."
+    complaint = re.sub(r"\.? Got value: Namespace\(.*$", "", complaint)
+    complaint = re.sub(r"Not of type \w+: |Type typing\..* expects a function or a callable class: ", "", complaint)
     plain = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>|typing\.(?=Literal)", r"\1", complaint)
+    if re.fullmatch(r"Expected an? str\. Got value: None", plain):
+        return f"{key} is not given, and has no default. Add --{key} VALUE, or name a config with --config."
     return f"{key}: {re.sub('Expected an? ', 'expected ', plain)}"
+
+
+def _unknown(word: str, options: Collection[str]) -> str:
+    name = word.partition("=")[0]
+    if not name.startswith("-"):
+        return (
+            f"{name!r} belongs to no option. Name the option before it; an option takes one word, and a list is typed "
+            "as one: a,b or '[a, b]', as its --help says."
+        )
+    near = get_close_matches(name, options, 1)
+    return f"there is no option {name}.{f' Did you mean {near[0]}?' if near else ''} --help lists all."
+
+
+def check_configs(words: Sequence[str]) -> None:
+    """Make sure that the files named with ``--config`` hold settings, and name the one that does not.
+
+    Raises:
+        UserError: One cannot be read as YAML, or is no mapping.
+    """
+    import yaml
+
+    for place, word in enumerate(words):
+        name = word.partition("=")[2] if word.startswith("--config=") else ""
+        if word in ("-c", "--config"):
+            name = words[place + 1] if place + 1 < len(words) else ""
+        path = Path(name)
+        if not name or not path.is_file():  # of what is not there the parser tells
+            continue
+        try:
+            told = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"--config {name} is no YAML ({reason[:200]}). Mend it, or give another file.") from error
+        if told is not None and not isinstance(told, dict):
+            raise UserError(f'--config {name} holds no settings: lines such as "output_dir: sparse" are needed.')

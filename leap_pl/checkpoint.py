@@ -188,8 +188,6 @@ def count_for_ranks(checkpoint: dict[str, Any], found: Identity, expected: Ident
         return
     if "loops" not in checkpoint:  # nothing is done yet
         return
-    if "loops" not in checkpoint:  # of a run that had not taken a step
-        return
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
         done = counts["processed"]
@@ -243,6 +241,11 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
     path = Path(path)
     if (path / META).is_file():
         path = path / META
+    inside = sorted(item.name for item in path.glob("*.ckpt"))
+    if inside:
+        raise UserError(f"{path} is a folder and no checkpoint. Give a .ckpt in it; there are: {listing(inside, 4)}.")
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path} is no checkpoint. Give a mask with --mask, or a .ckpt of the run.")
     if not path.is_file():
         raise UserError(f"{path}: there is no such checkpoint. Give a .ckpt from a run's checkpoints folder.")
     try:

@@ -52,7 +52,7 @@ def main(args: "ArgsType" = None) -> Any:
     A :class:`UserError` becomes one line on standard error and exit status 2.
     """
     words = [str(word) for word in (sys.argv[1:] if args is None else args)]
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return None
     if words[0] == "--version":
@@ -66,7 +66,8 @@ def main(args: "ArgsType" = None) -> Any:
             from leap_pl.trainer_cli import run
 
             return run(words)
-        return _run_function(words[0], _find(function), words[1:])
+        called = _find(function)
+        return called(**settings_of(words[0], called, words[1:]))
     except UserError as error:
         rank = _rank()
         print(f"leap_pl {words[0]}{f' [rank {rank}]' if rank else ''}: {error}", file=sys.stderr)
@@ -87,13 +88,19 @@ def _find(function: str) -> Callable[..., Any]:
     return getattr(import_module(module), name)
 
 
-def _run_function(verb: str, function: Callable[..., Any], words: list[str]) -> Any:
-    """Flags from the function's signature, their help from its docstring, their values also from ``--config``."""
+def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> dict[str, Any]:
+    """What ``words`` say to a verb's ``function``.
+
+    Flags come from its signature, their help from its docstring, their values also from ``--config``.
+
+    Raises:
+        UserError: They say something that the function does not take.
+    """
     from argparse import ArgumentError
 
     from jsonargparse import ArgumentParser
 
-    from leap_pl.arguments import one_line
+    from leap_pl.arguments import check_configs, one_line
 
     several = BARE.get(verb)
     parser = ArgumentParser(
@@ -108,12 +115,16 @@ def _run_function(verb: str, function: Callable[..., Any], words: list[str]) -> 
     switches = {f"--{p.name}" for p in signature(function).parameters.values() if isinstance(p.default, bool)}
     if several:
         words = _gather(words, f"--{several}", switches)
+    check_configs(words)
     try:
         settings = parser.parse_args(_spell_out(words, switches)).as_dict()
     except ArgumentError as error:
-        raise UserError(one_line(error)) from error
+        raise UserError(one_line(error, list(parser._option_string_actions))) from error
     settings.pop("config", None)
-    return function(**settings)
+    empty = [name for name, value in settings.items() if value == ""]
+    if empty:
+        raise UserError(f"--{empty[0]} is empty. Give it a value, or leave it out.")
+    return settings
 
 
 def _gather(words: list[str], option: str, switches: set[str]) -> list[str]:

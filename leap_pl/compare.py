@@ -47,11 +47,12 @@ def compare_command(
     from leap_pl.comparison.page import make_page
     from leap_pl.comparison.pictures import draw_all
     from leap_pl.comparison.table import make_table
-    from leap_pl.files import atomic_folder
+    from leap_pl.files import atomic_folder, check_apart
 
     entries = read_entries(results)
     measured_against = {name.strip() for name in baselines.split(",") if name.strip()}
     table = make_table(entries, measured_against)
+    check_apart(output_dir, results if force else ())
     with atomic_folder(output_dir, force=force) as folder:
         (folder / "table.md").write_text(table.markdown(), encoding="utf-8")
         (folder / "table.csv").write_text(table.csv(), encoding="utf-8")

@@ -160,9 +160,16 @@ class _Planner(DefaultLoadPlanner):
 
 def main(words: Sequence[str]) -> None:
     """``python -m leap_pl.consolidate FOLDER FILE``."""
+    if any(word in ("-h", "--help") for word in words):
+        print("usage: python -m leap_pl.consolidate FOLDER FILE\n\nMake one FILE of a distributed checkpoint's FOLDER.")
+        return
     try:
         if len(words) != 2:
             raise UserError("two names are needed: the folder of a distributed checkpoint, and the file to write.")
+        if Path(words[1]).is_dir():
+            raise UserError(f"{words[1]} is a folder. Name the file to write, as {Path(words[1]) / 'one.ckpt'}.")
+        if not Path(words[0]).is_dir():
+            raise UserError(f"{words[0]} is no folder. Name that of a distributed checkpoint (step=N.ckpt).")
         checkpoint = consolidated(words[0])
         with atomic_file(words[1]) as temporary:
             torch.save(checkpoint, temporary)

@@ -85,7 +85,7 @@ def evaluate_command(
     from leap_pl.evaluation.record import FORMAT, FORMAT_VERSION, check_place, environment, write_result
     from leap_pl.evaluation.subject import load_subject, realised_sparsity
 
-    check_windows(seq_length, stride or seq_length, batch_size)
+    check_windows(seq_length, seq_length if stride is None else stride, batch_size)
     local_tasks = _tasks_folder(tasks_folder) if names else None
     if output is not None:
         check_place(output)

@@ -53,10 +53,11 @@ def export_command(
     revision = revision or (masks.provenance.revision if model is None else None)
     results = _read_results(perplexity)
 
-    from leap_pl.files import atomic_folder
+    from leap_pl.files import atomic_folder, check_apart
     from leap_pl.models import load_model, load_tokenizer
     from leap_pl.zeros import zero_removed
 
+    check_apart(output_dir, (ckpt_path, mask, name, perplexity) if force else ())
     with atomic_folder(output_dir, force=force) as folder:  # before the model is loaded: a bad folder fails at once
         base = load_model(name, revision=revision, trust_remote_code=trust_remote_code)
         masks.check(base)
@@ -119,9 +120,19 @@ def _read_results(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8"))["perplexity"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no result file of leap_pl evaluate with perplexities ({error}).") from error
+        results = dict(json.loads(Path(path).read_text(encoding="utf-8"))["perplexity"])
+        for result in results.values():
+            float(result["value"])
+            dict(result.get("protocol", result))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}). Give a file of leap_pl evaluate --output."
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no result file of leap_pl evaluate with perplexities. Give one written with --output."
+        ) from error
+    return results
 
 
 def _kept_digests(masks: "MaskSet", parameters: "dict[str, Tensor]") -> tuple[dict[str, str], int]:

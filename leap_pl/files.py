@@ -14,7 +14,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -74,6 +74,26 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
             _confirm(path)
     except (OSError, SafetensorError) as error:
         raise UserError(_write_failure(path, error)) from error
+
+
+def check_apart(folder: str | Path, inputs: Iterable[object]) -> None:
+    """Make sure that replacing ``folder`` would not take away what the command reads, nor where it was called.
+
+    Args:
+        folder: To be written, maybe by force.
+        inputs: Names of files and folders; what is no name, or of nothing that is there, is passed over.
+
+    Raises:
+        UserError: One of them lies in ``folder``, or is ``folder``.
+    """
+    place = Path(folder).resolve()
+    for name in (Path.cwd(), *inputs):
+        if not isinstance(name, str | Path) or not Path(name).expanduser().exists():
+            continue
+        path = Path(name).expanduser().resolve()
+        if place.is_dir() and (path == place or place in path.parents):
+            how = "is" if path == place else "lies in"
+            raise UserError(f"{folder} would be replaced, and {name} {how} it. Name another folder.")
 
 
 def atomic_link(path: Path, target: Path) -> None:
@@ -230,4 +250,7 @@ def _umask() -> int:
 
 def _write_failure(path: Path, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    in_the_way = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    if in_the_way is not None:
+        reason = f"{in_the_way} is a file: Not a directory"
     return f"{path} could not be written ({reason}). Nothing was left behind; free space or name another place."

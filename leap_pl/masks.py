@@ -232,6 +232,10 @@ class MaskSet:
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, and no such MaskSet file. Name {path}/mask.safetensors.")
+        if path.suffix == ".ckpt":
+            raise UserError(f"{path} is a checkpoint and no MaskSet. Use --ckpt_path, or the run's mask.safetensors.")
         if not path.is_file():
             raise UserError(f"{path}: there is no such MaskSet file. Give the path of a mask.safetensors.")
         try:

@@ -126,6 +126,12 @@ def _locate(name: str) -> tuple[str, str | None]:
             )
         return str(path), None
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if path.is_file():
+        flag = {".safetensors": " A mask is given with --mask.", ".ckpt": " A checkpoint is given with --ckpt_path."}
+        raise UserError(
+            f"base model {name} is a file. Give a Hugging Face model folder, a .gguf file or a hub id."
+            f"{flag.get(path.suffix, '')}"
+        )
     if looks_local or path.exists():
         raise UserError(
             f"base model {name}: there is no such folder. Give a Hugging Face model folder, a .gguf file or a hub id."
@@ -153,7 +159,9 @@ class _reading:  # noqa: N801  (reads as a statement: with _reading("base model"
                 f"{self.what} {self.name} is pickled, and damaged or more than tensors; leap_pl runs no code from a "
                 "model's files. Give the model as safetensors."
             ) from error
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())
+        reason = re.sub(r" for this kind of AutoModel.*", ", which is no causal language model.", reason)
+        reason = reason if len(reason) <= 300 else f"{reason[:300]} …"
         local = Path(self.name).expanduser().exists()
         remedy = (
             "Check that the files are complete."

@@ -366,8 +366,14 @@ class LeapModule(L.LightningModule):
         """One optimizer over all logits, and its schedule, stepped once an optimizer step."""
         total = self.trainer.max_steps
         if total < 1:
-            raise UserError("trainer.max_steps is not set, and every schedule needs it. Add --trainer.max_steps N.")
-        optimizer = self.make_optimizer(list(self._learned().values()))
+            raise UserError(
+                f"trainer.max_steps is {total}, and every schedule needs a number of steps. Add --trainer.max_steps N."
+            )
+        try:
+            optimizer = self.make_optimizer(list(self._learned().values()))
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"model.optimizer does not take its settings: {reason}.") from error
         if self.trainer.precision != "16-mixed":
             # A fused optimizer says that it unscales gradients itself, and Lightning then refuses to clip them;
             # without float16 there is no scale.

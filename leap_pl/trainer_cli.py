@@ -16,12 +16,13 @@ from jsonargparse import lazy_instance
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from leap_pl.arguments import one_line
+from leap_pl.arguments import check_configs, one_line
 from leap_pl.callbacks import Annealing, Checkpoints, MaskExport, SparsityLogger, StepProgress
 from leap_pl.checkpoint import KEY, load_checkpoint, read_identity
 from leap_pl.checkpoint_io import WholeCheckpointIO
@@ -53,6 +54,8 @@ UNWRITABLE = {
     errno.EPERM,
     errno.EROFS,
 }
+
+PROCESSES_A_CORE = 8  # more on one CPU can only be a slip, and takes the machine's memory
 
 SECONDS_BEHIND = 2.0  # that a rank which has lost another ends after it; launchers look several times a second
 
@@ -89,10 +92,15 @@ class LeapCLI(LightningCLI):
         none yet. A job that SLURM has put back into its queue goes on from there without being told to.
         """
         words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
+        check_configs(words)
         path = _option(words, "--ckpt_path")
         if path is not None and Path(path).exists():
             self._take_defaults(words[0], load_checkpoint(path))
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            known = self._subcommand_parsers[words[0]]._option_string_actions if self._subcommand_parsers else ()
+            raise UserError(one_line(error, list(known))) from error
         verb = self.config.get("subcommand")
         if verb is None:
             return
@@ -136,6 +144,7 @@ class LeapCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with checkpoint files that are whole and checked unless another way to store them was chosen."""
         trainer = super().instantiate_trainer(**kwargs)
+        _check_trainer(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
@@ -240,6 +249,18 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     for name in ("leap_pl", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    """Refuse settings that Lightning takes, and that would learn nothing or bring the machine down."""
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; give 1 or more.")
+    cores = os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > PROCESSES_A_CORE * cores:
+        raise UserError(
+            f"trainer.devices is {trainer.num_devices}: so many processes, each with the model, would be started on "
+            f"{cores} CPU cores. Give at most {PROCESSES_A_CORE * cores}."
+        )
 
 
 def _from_settings(error: Exception) -> bool:

@@ -221,3 +221,106 @@ def test_tokenizer_without_end_token(model_folder, text_file, tmp_path: Path, ca
     folder = tiny_folder(tmp_path / "model")
     byte_tokenizer(end_token=False).save_pretrained(folder)
     assert "end token" in failing(capsys, fit_flags(folder, text_file, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("export --output-dir x", "there is no option --output-dir. Did you mean --output_dir?"),
+        ("export x", "'x' belongs to no option"),
+        ("evaluate --tasks piqa arc_easy", "a list is typed as one: a,b"),
+        ("fit --base_model x", "Did you mean --model.base_model?"),
+        ("fit", "model.base_model is not given"),
+        ("fit --model.base_model x --model.gate NoGate", "model.gate: there is no class NoGate of this kind"),
+        (
+            "fit --model.base_model x --model.sparsity 50",
+            "model.sparsity: 50 does not conform to restriction v>0 and v<1",
+        ),
+    ],
+)
+def test_what_is_mistyped_is_told_with_what_is_meant(capsys, words: str, says: str) -> None:
+    assert says in failing(capsys, words.split())
+
+
+@pytest.mark.parametrize("verb", ["export", "fit"])
+def test_a_config_that_holds_no_settings(verb: str, tmp_path: Path, capsys) -> None:
+    config = tmp_path / "config.yaml"
+    for content, says in ((b"a: [", "is no YAML"), (b"\xd0\xff", "is no YAML"), (b"- a\n- b", "holds no settings")):
+        config.write_bytes(content)
+        for words in ([f"--config={config}"], ["--config", str(config)]):
+            message = failing(capsys, [verb, *words])
+            assert says in message
+            assert str(config) in message
+
+
+def test_one_kind_of_file_for_another(finished: Run, tmp_path: Path, capsys) -> None:
+    out, checkpoints = f"--output_dir={tmp_path / 'out'}", finished.checkpoint.parent
+    for words, says in (
+        ([f"--mask={checkpoints}"], "is a folder, and no such MaskSet file. Name "),
+        ([f"--mask={finished.checkpoint}"], "Use --ckpt_path"),
+        ([f"--ckpt_path={checkpoints}"], "last.ckpt"),
+        ([f"--ckpt_path={finished.mask}"], "Give a mask with --mask"),
+        ([f"--mask={finished.mask}", f"--model={finished.mask}"], "is a file"),
+        (["--mask="], "--mask is empty"),
+    ):
+        assert says in failing(capsys, ["export", out, *words])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--trainer.accumulate_grad_batches=0", "give 1 or more"),
+        ("--trainer.devices=1000", "processes"),  # no process of which is started
+        ("--data.seq_length=1", "a block of 2 tokens is the least"),
+        ("--model.optimizer.lr=-1", "model.optimizer does not take its settings"),
+        ("--trainer.max_steps=0", "trainer.max_steps is 0"),
+    ],
+)
+def test_settings_that_would_learn_nothing(model_folder, text_file, tmp_path: Path, capsys, flags: str, says: str):
+    assert says in failing(capsys, fit_flags(model_folder, text_file, tmp_path, flags))
+
+
+def test_force_spares_what_is_read(finished: Run, tmp_path: Path, capsys, monkeypatch) -> None:
+    """A slip in --output_dir does not cost the run, the base model or the results."""
+    import shutil
+
+    run, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(finished.checkpoint.parent, run / "checkpoints", symlinks=True)
+    tiny_folder(model)
+    (run / "text.jsonl").write_text('{"text": "a"}')
+    (run / "r.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    mask, checkpoint = run / "checkpoints" / "mask.safetensors", run / "checkpoints" / "last.ckpt"
+    monkeypatch.chdir(run)
+    for words, folder in (
+        (["export", f"--mask={mask}"], run),
+        (["export", f"--mask={mask}"], run / "checkpoints"),
+        (["export", f"--ckpt_path={checkpoint}"], run / "checkpoints"),
+        (["export", f"--mask={finished.mask}", f"--model={model}"], model),
+        (["export", f"--mask={finished.mask}", f"--model={model}"], "."),
+        (["prune", f"--model={model}", "--method=magnitude"], model),
+        (["prune", f"--model={model}", "--method=magnitude"], tmp_path),
+    ):
+        assert "would be replaced" in failing(capsys, [*words, f"--output_dir={folder}", "--force"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_result_replaces_results_alone(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    copy = tmp_path / "text.jsonl"
+    copy.write_bytes(text_file.read_bytes())
+    words = ["evaluate", f"--model={model_folder}", f"--perplexity={copy}", "--seq_length=32"]
+    assert "no result of leap_pl evaluate" in failing(capsys, [*words, f"--output={copy}"])
+    assert copy.read_bytes() == text_file.read_bytes()
+    assert "a stride 1 to seq_length" in failing(capsys, [*words, "--stride=0"])
+    for _ in range(2):
+        main([*words, "--max_tokens=64", f"--output={tmp_path / 'r.json'}"])
+
+
+def test_figures_that_are_none_are_not_put_into_a_card(finished: Run, tmp_path: Path, capsys) -> None:
+    result = tmp_path / "r.json"
+    for content in ('{"perplexity": {"a": 3}}', '{"perplexity": {"a": {"value": "x"}}}', "[1]", "not json"):
+        result.write_text(content)
+        words = ["export", f"--mask={finished.mask}", f"--output_dir={tmp_path / 'out'}", f"--perplexity={result}"]
+        assert "is no result file of leap_pl evaluate" in failing(capsys, words)
+    assert not (tmp_path / "out").exists()

@@ -1,9 +1,12 @@
 """The formula of docs/scaling.md, against models' own counts and what is measured elsewhere."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.report import table
 from benchmarks.scaling import SHAPES, Shape, need, rows, tokens_to_hide
 from benchmarks.sharded_memory import kept_bytes
 from leap_pl.models import find_weights
@@ -82,3 +85,17 @@ def test_the_wall_of_the_tables() -> None:
     assert memory("llama-3.1-70b", 16, sharded=True) > 80 > memory("llama-3.1-70b", 32, sharded=True)
     assert [row["GPUs"] for row in rows("llama-3.1-8b", [1, 64], 4096)] == [1, 64]
     assert tokens_to_hide(300e9, 400e12) == pytest.approx(2667, abs=1)
+
+
+def test_the_table_is_what_the_benchmark_prints() -> None:
+    """Every row of docs/scaling.md, and 8B and 70B over 1 to 64 GPUs among them."""
+    shown = Path(__file__).parents[1].joinpath("docs", "scaling.md").read_text(encoding="utf-8").lower()
+    counts = {
+        "llama-3.2-3b": [1, 8],
+        "llama-3.1-8b": [1, 2, 4, 8, 16, 32, 64],
+        "llama-3.1-70b": [1, 2, 4, 8, 16, 32, 64],
+    }
+    for name, ranks in counts.items():
+        for row in rows(name, ranks, 4096):
+            assert table([row]).splitlines()[-1] in shown
+        assert shown.count(f"| {name} |") == len(ranks)

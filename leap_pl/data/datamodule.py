@@ -83,6 +83,8 @@ class TextDataModule(LightningDataModule):
         tokenizer_revision: str | None = None,
     ) -> None:
         super().__init__()
+        if seq_length < 2:
+            raise UserError(f"data.seq_length is {seq_length}, and a block of 2 tokens is the least that predicts one.")
         self.tokenizer_name: Any = tokenizer  # Python code may pass a tokenizer instead of a name
         self.text = text
         self.config_name = config_name

@@ -24,6 +24,8 @@ def check_place(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"--output {path} is a folder. Name a file in it: --output {path / 'result.json'}")
+    if path.is_file() and path.stat().st_size and FORMAT not in path.read_bytes()[:1_000_000].decode(errors="replace"):
+        raise UserError(f"--output {path} is there, and no result of leap_pl evaluate. Name another file.")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         reason = "may not be written to" if folder.is_dir() else "is a file"

@@ -98,7 +98,7 @@ def prune_command(
     Raises:
         UserError: What was asked cannot be done; nothing was written.
     """
-    from leap_pl.files import atomic_folder
+    from leap_pl.files import atomic_folder, check_apart
     from leap_pl.masks import MaskSet
     from leap_pl.models import check_numbers, find_weights, load_model, load_tokenizer
     from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
@@ -117,6 +117,8 @@ def prune_command(
     per_layer = None if layer_sparsity is None else read_layer_sparsities(layer_sparsity)
     kept_mask = None if mask is None else MaskSet.load(mask)
 
+    names = [text] if isinstance(text, str) else text
+    check_apart(output_dir, (model, mask, layer_sparsity, *names) if force else ())
     with atomic_folder(output_dir, force=force) as folder:
         base = load_model(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
         check_numbers(base, model)

@@ -1,0 +1,135 @@
+"""What the documents say exists: every test that they name, and every command that they show."""
+
+import ast
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from leap_pl.cli import VERBS, _find, settings_of
+from leap_pl.trainer_cli import make_cli
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.md")])
+REFERENCE = re.compile(r"`(?:tests/)?(test_\w+\.py|killing\.py)?(?:::)?(test_\w+)?(\[[\w.-]+\])?`")
+
+
+@cache
+def functions(file: str) -> set[str]:
+    """The tests of a file of tests."""
+    tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def references(text: str) -> list[tuple[str, str, str]]:
+    """(file, test, parameter) of every test that is named; a test without a file is of the last one in its line."""
+    found = []
+    for line in text.splitlines():
+        file = ""
+        for named, test, parameter in REFERENCE.findall(line):
+            file = named or file
+            if named or test or parameter:
+                found.append((file, test, parameter.strip("[]")))
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_test_that_is_named_exists(document: Path) -> None:
+    for file, test, parameter in references(document.read_text(encoding="utf-8")):
+        assert file, f"{test} stands in a line that names no file"
+        path = ROOT / "tests" / file
+        assert path.is_file(), file
+        assert not test or test in functions(file), f"{file}::{test}"
+        assert not parameter or f'"{parameter}"' in path.read_text(encoding="utf-8"), parameter
+
+
+def test_every_promise_names_its_test() -> None:
+    """And a figure: no cell of the tables of docs/reliability.md is empty."""
+    rows = 0
+    for line in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|") or len(cells) != 3 or cells[0] == "promise" or set(line) <= set("|-"):
+            continue
+        rows += 1
+        assert all(cells), line
+        assert any(test for _, test, _ in references(cells[1])), line
+    assert rows > 40
+
+
+def test_a_reference_that_is_wrong_is_found() -> None:
+    """The parser itself: what it reads, and that it would not read past a mistake."""
+    line = "| a | `test_docs.py::test_x[ddp]`, `test_y`; in full `python tests/killing.py` | `[b]` |"
+    assert references(line) == [
+        ("test_docs.py", "test_x", "ddp"),
+        ("test_docs.py", "test_y", ""),
+        ("test_docs.py", "", "b"),
+    ]
+    assert "test_x" not in functions("test_docs.py")
+
+
+# -- commands ---------------------------------------------------------------------------------------------
+
+
+def commands(text: str) -> list[str]:
+    """The lines of the bash blocks, continued ones joined, without comments and variables set in front."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = re.sub(r"\s+#.*$", "", line).strip()
+            if words and not words.startswith("#"):
+                found.append(words)
+    return found
+
+
+SHOWN = [(path.name, line) for path in DOCUMENTS for line in commands(path.read_text(encoding="utf-8"))]
+SHOWN_VERBS = [(name, line) for name, line in SHOWN if re.match(r"(python -m )?leap_pl ", line)]
+
+
+def test_commands_are_found() -> None:
+    assert len(SHOWN_VERBS) > 15
+    assert {name for name, _ in SHOWN_VERBS} >= {"README.md", "scaling.md", "gates.md", "tuning.md"}
+
+
+@pytest.mark.parametrize(
+    ("document", "line"), SHOWN_VERBS, ids=[f"{name}-{at}" for at, (name, _) in enumerate(SHOWN_VERBS)]
+)
+def test_a_command_that_is_shown_parses(
+    document: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every option of it exists and takes its value; nothing is run."""
+    monkeypatch.chdir(ROOT)
+    _, verb, *words = [word for word in shlex.split(line.removeprefix("python -m ")) if word != "..."]
+    function = VERBS[verb][1]
+    if function is not None:
+        assert settings_of(verb, _find(function), words)
+        return
+    if "--ckpt_path" in words:  # of the run, which is not made here
+        del words[(place := words.index("--ckpt_path")) : place + 2]
+    for place, word in enumerate(words):
+        if word == "--config" and not Path(words[place + 1]).exists():
+            words[place + 1] = "configs/debug.yaml"  # a config of the reader's own
+    if not {"--config", "--model.base_model"} & set(words):
+        words = ["--config", "configs/debug.yaml", *words]
+    more = ["--trainer.accelerator=cpu", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
+    assert make_cli([*words, *more], run=False).model.base_model
+
+
+@pytest.mark.parametrize(
+    ("document", "line"), [(name, line) for name, line in SHOWN if line.startswith("make ")], ids=str
+)
+def test_a_target_that_is_shown_exists(document: str, line: str) -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for word in shlex.split(line)[1:]:
+        assert "=" in word or word in targets, line
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_modules_and_scripts_that_are_named_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for module in re.findall(r"python -m ((?:benchmarks|leap_pl)\.\w+)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+    for script in re.findall(r"python (\w+/[\w./]+\.py)", text):
+        assert (ROOT / script).is_file(), script
