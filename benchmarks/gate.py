@@ -10,6 +10,7 @@ published   LEAP's mask as in benchmarks/published.py, its softmax materialised
 import argparse
 import os
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="as in benchmarks.step")
     parser.add_argument("--output")
     args = parser.parse_args(arguments)
 
@@ -45,12 +47,13 @@ def main(arguments: list[str] | None = None) -> None:
             calls[f"{gate}, compiled"] = passes(gate, weight, upstream)
             calls[f"{gate}, eager"] = eagerly(calls[f"{gate}, compiled"])
         calls["published"] = published(weight, upstream)
-        for name, seconds in interleaved(calls, args.repeats, device, warm_up=2).items():
+        clock = time.process_time if args.clock == "cpu" else time.perf_counter
+        for name, seconds in interleaved(calls, args.repeats, device, warm_up=2, clock=clock).items():
             nanoseconds = statistics.median(seconds) / weight.numel() * 1e9
             rows.append(
                 {"variant": name, "shape": shape, "ns_a_weight": nanoseconds, "ms": statistics.median(seconds) * 1e3}
             )
-    finish(rows, args.output, dtype=args.dtype, compile_seconds=compile_seconds())
+    finish(rows, args.output, dtype=args.dtype, clock=args.clock, compile_seconds=compile_seconds())
 
 
 def passes(kind: str, weight: Tensor, upstream: Tensor) -> Callable[[], None]:

@@ -1,9 +1,9 @@
 """Time, layer error and perplexity of the one-shot methods on one model and one text.
 
-python benchmarks/oneshot.py --model M --text FILE [--sparsities 0.5 0.6] [--methods wanda admm]
+python -m benchmarks.oneshot --model M --text FILE [--sparsities 0.5 0.6] [--methods wanda admm] [--output F.json]
 
 Calibrates on the first blocks of the text, and takes the perplexity on its last windows, which are none of
-the calibration's. Prints one row of a Markdown table for each method and sparsity. Besides the four methods
+the calibration's. There is one row for each method and sparsity. Besides the four methods
 there are ``update-layer`` and ``update-dense``: Wanda's mask with its weights solved anew.
 """
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.report import Row, finish, table
 from leap_pl.data import calibration_blocks
 from leap_pl.models import load_model, load_tokenizer
 from leap_pl.oneshot.prune import prune
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt", "admm"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.6])
     parser.add_argument("--patterns", nargs="*", default=[], help="n:m patterns besides")
+    parser.add_argument("--output")
     args = parser.parse_args()
 
     tokenizer = load_tokenizer(args.model)
@@ -45,9 +47,7 @@ def main() -> None:
 
     model = load_model(args.model)
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    print("| method | pattern | sparsity | seconds | CPU seconds | mean layer error | perplexity |")
-    print("|---|---|---|---|---|---|---|")
-    print(f"| dense | | 0 | | | | {perplexity(model, held_out_NT):.2f} |", flush=True)
+    rows: list[Row] = [{"method": "dense", "sparsity": 0.0, "perplexity": perplexity(model, held_out_NT)}]
     asked = [(None, sparsity) for sparsity in args.sparsities] + [(pattern, 0.5) for pattern in args.patterns]
     for pattern, sparsity in asked:
         for method in args.methods:
@@ -68,11 +68,19 @@ def main() -> None:
             )
             wall, cpu = time.monotonic() - wall, time.process_time() - cpu
             error = sum(pruned.errors.values()) / max(len(pruned.errors), 1)
-            print(
-                f"| {method} | {pattern or 'unstructured'} | {pruned.masks.sparsity:.4f} | {wall:.0f} | {cpu:.0f} "
-                f"| {f'{error:.4f}' if pruned.errors else ''} | {perplexity(model, held_out_NT):.2f} |",
-                flush=True,
+            rows.append(
+                {
+                    "method": method,
+                    "pattern": pattern or "unstructured",
+                    "sparsity": pruned.masks.sparsity,
+                    "seconds": wall,
+                    "cpu_seconds": cpu,
+                    "mean_layer_error": error if pruned.errors else None,
+                    "perplexity": perplexity(model, held_out_NT),
+                }
             )
+            print(table(rows[-1:]), flush=True)
+    finish(rows, args.output, model=args.model, text=args.text, sequences=args.sequences, seq_length=args.seq_length)
 
 
 @torch.no_grad()

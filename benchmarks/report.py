@@ -36,18 +36,22 @@ def _cpu() -> str:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
+    variants: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each call, the variants taking turns, so that a busy spell of the machine meets all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warm_up + repeats):
         for name, call in variants.items():
             wait_for(device)
-            start = time.perf_counter()
+            start = clock()
             call()
             wait_for(device)
             if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -10,12 +10,15 @@ leap_pl     they are frozen, and the logits of their gates are trained
 published   likewise, the mask made as in benchmarks/published.py
 
 ``--layers`` gates and trains only so many decoder blocks of the model (the others are taken out), which shows
-how the cost grows with the number of weights. Ratios are medians of the ratios within one turn.
+how the cost grows with the number of weights. ``--clock cpu`` counts the seconds that the process computed instead
+of those that passed: with ``OMP_NUM_THREADS=1``, for a machine that others use too. Ratios are medians of the
+ratios within one turn.
 """
 
 import argparse
 import copy
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     parser.add_argument("--output")
     args = parser.parse_args(arguments)
 
@@ -66,7 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
             length = min(tokens, args.seq_length)
             ids_BL = torch.randint(0, model.config.vocab_size, (tokens // length, length), device=device)
             calls = {name: lambda step=step, ids=ids_BL: step(ids) for name, step in steps.items()}
-            seconds = interleaved(calls, args.repeats, device)
+            clock = time.process_time if args.clock == "cpu" else time.perf_counter
+            seconds = interleaved(calls, args.repeats, device, clock=clock)
             for name, found in seconds.items():
                 rows.append(
                     {
@@ -90,6 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         model=args.model,
         dtype=dtype,
         gate=args.gate,
+        clock=args.clock,
         compile_seconds=compile_seconds(),
     )
 

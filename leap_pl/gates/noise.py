@@ -8,10 +8,10 @@ Two multiply–xorshift hashes share the work. Each row of a weight gets a key o
 element is then two rounds away from its row's key and its column. The tensor's second key enters after the
 first round of both, so that neither two tensors nor two rows are permuted copies of each other.
 
-Per element: 2 multiplications, 2 shifts, 4 xors and additions and 2 masks for the bits; then a conversion, a
-multiplication, 2 additions, a division and a logarithm (:mod:`leap_pl.gates.powers`) for the logistic. That it
-is good enough is tested: its distribution and tails, every bit and pair of bits, and the independence of
-elements, rows, tensors, steps and seeds, in ``tests/test_noise.py``.
+Per element: 2 multiplications, 2 shifts, 4 xors and additions and 2 masks for the bits; then a conversion, 2
+multiplications, 2 additions, a division and a logarithm (:mod:`leap_pl.gates.powers`) for the logistic. That it is
+good enough is tested: its distribution and tails, every bit and pair of bits, and the independence of elements,
+rows, tensors, steps and seeds, in ``tests/test_noise.py``.
 """
 
 import hashlib
@@ -84,8 +84,15 @@ def logistic(bits: Tensor) -> Tensor:
 
 def logistic_in_bits(bits: Tensor) -> Tensor:
     """The same noise to base 2, g/log 2: what the kernels take, whose powers are of 2."""
-    v = bits.to(torch.float32) * (2.0**-31 * (1 - 2.0**-23))  # the largest |v| is 1 − 2⁻²³
+    v = _within(bits) * 2.0**-31  # the largest |v| is 1 − 2⁻²³
     return log2((1 + v) / (1 - v))
+
+
+def _within(bits: Tensor) -> Tensor:
+    """As float32, less one part in 2²³. The power of 2 that follows is exact, so that multiply-and-add in one
+    instruction rounds as the two do: the tails, where 1 − v is coarse, are the same compiled and not.
+    """
+    return bits.to(torch.float32) * (1 - 2.0**-23)
 
 
 def _shift_right(x: Tensor, by: int) -> Tensor:
@@ -110,5 +117,5 @@ def gumbel(bits: Tensor) -> Tensor:
 
 def gumbel_in_bits(bits: Tensor) -> Tensor:
     """The same noise to base 2 and moved, −log₂(−log₂ u): a softmax takes no notice of where its noise begins."""
-    u = bits.to(torch.float32) * (2.0**-32 * (1 - 2.0**-23)) + 0.5
+    u = _within(bits) * 2.0**-32 + 0.5
     return -log2(-log2(u))

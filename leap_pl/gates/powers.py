@@ -19,8 +19,7 @@ def log2(x: Tensor) -> Tensor:
     bits = x.view(torch.int32)
     exponent = (bits - 0x3F3504F3) >> 23  # of x/√½, so that the rest lies in [√½, √2)
     f = (bits - (exponent << 23)).view(torch.float32) - 1
-    p = 0.12614846606973598
-    p = p * f - 0.2074210351465376
+    p = 0.12614846606973598 * f - 0.2074210351465376
     p = p * f + 0.21566985907671674
     p = p * f - 0.23892033980807614
     p = p * f + 0.28791832446050525
@@ -35,8 +34,7 @@ def exp2(x: Tensor) -> Tensor:
     """2ˣ of float32 ``x``, any; 0 below 2⁻¹²⁶, infinite above 2¹²⁷, and of NaN NaN."""
     shifted = x + 12582912.0  # 1.5·2²³: its last bits are now those of x, rounded
     f = x - (shifted - 12582912.0)  # in [−½, ½]
-    p = 0.0013400432165823137
-    p = p * f + 0.00967603709788144
+    p = 0.0013400432165823137 * f + 0.00967603709788144
     p = p * f + 0.055503272142078036
     p = p * f + 0.24022107355830186
     p = p * f + 0.6931472067106205
