@@ -1,9 +1,12 @@
 """The command line: one table of verbs, each a function or a run of the Lightning trainer."""
 
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_pl.errors import UserError
@@ -49,7 +52,7 @@ from a model to a sparse checkpoint:
 def main(args: "ArgsType" = None) -> Any:
     """Run ``leap_pl`` with ``args``, or with the process's own.
 
-    A :class:`UserError` becomes one line on standard error and exit status 2.
+    A :class:`UserError` becomes one line on standard error and exit status 2; a warning of this package, one line.
     """
     words = [str(word) for word in (sys.argv[1:] if args is None else args)]
     if not words or words[0] in ("-h", "--help", "help"):
@@ -61,17 +64,45 @@ def main(args: "ArgsType" = None) -> Any:
     try:
         if words[0] not in VERBS:
             raise UserError(f"there is no verb {words[0]!r}. The verbs are {', '.join(VERBS)}; see leap_pl --help.")
-        function = VERBS[words[0]][1]
-        if function is None:
-            from leap_pl.trainer_cli import run
+        with _plain_warnings():
+            function = VERBS[words[0]][1]
+            if function is None:
+                from leap_pl.trainer_cli import run
 
-            return run(words)
-        called = _find(function)
-        return called(**settings_of(words[0], called, words[1:]))
+                return run(words)
+            called = _find(function)
+            return called(**settings_of(words[0], called, words[1:]))
     except UserError as error:
         rank = _rank()
         print(f"leap_pl {words[0]}{f' [rank {rank}]' if rank else ''}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show what this package warns of as ``warning: …``, without file and line; other warnings are shown as ever."""
+    shown, ours = warnings.showwarning, Path(__file__).parent
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+        # Lightning sets a format of its own when it is imported, which may be after this began.
+        form = warnings.formatwarning
+        if Path(filename).is_relative_to(ours):
+            warnings.formatwarning = _one_line
+        try:
+            shown(message, category, filename, *rest)
+        finally:
+            warnings.formatwarning = form
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        if warnings.showwarning is show:
+            warnings.showwarning = shown
+
+
+def _one_line(message: Warning | str, *_: Any) -> str:
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _rank() -> int:

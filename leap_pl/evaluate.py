@@ -80,13 +80,23 @@ def evaluate_command(
         raise UserError(f"--limit {limit}: give a number of questions, at least 1.")
     if max_tokens is not None and max_tokens < 2:
         raise UserError(f"--max_tokens {max_tokens}: a perplexity needs at least 2 tokens.")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"--num_fewshot {num_fewshot}: give a number of examples, 0 or more.")
     # What needs no model is refused before one is loaded.
     from leap_pl.evaluation.perplexity import check_windows
     from leap_pl.evaluation.record import FORMAT, FORMAT_VERSION, check_place, environment, write_result
     from leap_pl.evaluation.subject import load_subject, realised_sparsity
+    from leap_pl.evaluation.texts import check_text
 
     check_windows(seq_length, seq_length if stride is None else stride, batch_size)
-    local_tasks = _tasks_folder(tasks_folder) if names else None
+    for text in texts:
+        check_text(text)
+    local_tasks = None
+    if names:
+        from leap_pl.evaluation.tasks import check_tasks
+
+        local_tasks = _tasks_folder(tasks_folder)
+        check_tasks(names, local_tasks)
     if output is not None:
         check_place(output)
     started, begin = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.monotonic()

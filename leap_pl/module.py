@@ -217,7 +217,7 @@ class LeapModule(L.LightningModule):
         first = self.make_gate(next(iter(self.weights.values())), self.state)
         self.sparsity = first.exact_sparsity(self.sparsity)
         if self._fitting():
-            check_rounding(self.make_optimizer([nn.Parameter(torch.zeros(1))]), self.logits_dtype)
+            check_rounding(self._optimizer_of([nn.Parameter(torch.zeros(1))]), self.logits_dtype)
         rank_zero = RankZero()
         if self._fitting():
 
@@ -369,11 +369,7 @@ class LeapModule(L.LightningModule):
             raise UserError(
                 f"trainer.max_steps is {total}, and every schedule needs a number of steps. Add --trainer.max_steps N."
             )
-        try:
-            optimizer = self.make_optimizer(list(self._learned().values()))
-        except (ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"model.optimizer does not take its settings: {reason}.") from error
+        optimizer = self._optimizer_of(list(self._learned().values()))
         if self.trainer.precision != "16-mixed":
             # A fused optimizer says that it unscales gradients itself, and Lightning then refuses to clip them;
             # without float16 there is no scale.
@@ -384,6 +380,13 @@ class LeapModule(L.LightningModule):
             factor = partial(warmup_cosine, total=total, warmup=self.warmup_steps)
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _optimizer_of(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        try:
+            return self.make_optimizer(parameters)
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"model.optimizer does not take its settings: {reason}.") from error
 
     # -- validation ---------------------------------------------------------------------------------------
 

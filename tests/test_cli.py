@@ -277,8 +277,47 @@ def test_one_kind_of_file_for_another(finished: Run, tmp_path: Path, capsys) -> 
         ("--trainer.max_steps=0", "trainer.max_steps is 0"),
     ],
 )
-def test_settings_that_would_learn_nothing(model_folder, text_file, tmp_path: Path, capsys, flags: str, says: str):
+def test_settings_that_would_learn_nothing(
+    model_folder, text_file, tmp_path: Path, capsys, monkeypatch, flags: str, says: str
+) -> None:
+    def popen(*args: object, **options: object) -> None:
+        raise AssertionError("a process is started")  # a thousand of them would bring the machine down
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr("torch.multiprocessing.start_processes", popen)
     assert says in failing(capsys, fit_flags(model_folder, text_file, tmp_path, flags))
+
+
+WARNED = """
+import warnings
+from leap_pl import cli, compare
+
+def compare_command() -> None:
+    warnings.formatwarning = lambda message, *told: f"as ever: {message}\\n"  # Lightning does so when it is imported
+    exec(compile("warnings.warn('a weight\\\\n is gone')", compare.__file__, "exec"))
+    warnings.warn("beside", stacklevel=1)
+
+compare.compare_command = compare_command
+cli.BARE.clear()
+cli.main(["compare"])
+exec(compile("warnings.warn('later')", compare.__file__, "exec"))
+"""
+
+
+def test_a_warning_is_one_plain_line() -> None:
+    """This package's without a path, as long as the command lasts; others as Python, or Lightning, shows them."""
+    done = subprocess.run([sys.executable, "-c", WARNED], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["warning: a weight is gone", "as ever: beside", "as ever: later"]
+
+
+def test_a_warning_that_is_recorded_is_recorded(monkeypatch) -> None:
+    import leap_pl.compare
+
+    monkeypatch.setitem(sys.modules["leap_pl.cli"].BARE, "compare", None)
+    warn = compile("import warnings; warnings.warn('a weight is gone')", leap_pl.compare.__file__, "exec")
+    monkeypatch.setattr(leap_pl.compare, "compare_command", lambda: exec(warn, {}))
+    with pytest.warns(UserWarning, match="a weight is gone"):
+        main(["compare"])
 
 
 def test_force_spares_what_is_read(finished: Run, tmp_path: Path, capsys, monkeypatch) -> None:

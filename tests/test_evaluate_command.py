@@ -120,6 +120,7 @@ def test_two_files_of_one_name_and_a_cap(base, text, tmp_path):
         ({"perplexity": "a.txt"}, "Give --model"),
         ({"perplexity": "a.txt", "limit": 0}, "at least 1"),
         ({"perplexity": "a.txt", "max_tokens": 1}, "at least 2"),
+        ({"tasks": "piqa", "num_fewshot": -1}, "num_fewshot -1: give a number of examples, 0 or more"),
         ({"perplexity": "a.txt", "mask": "m", "ckpt_path": "c"}, "Choose one"),
         ({"perplexity": "a.txt", "mask": "gone.safetensors"}, "no such MaskSet"),
         ({"perplexity": "a.txt", "model": "./gone"}, "no such folder"),
@@ -127,6 +128,10 @@ def test_two_files_of_one_name_and_a_cap(base, text, tmp_path):
         ({"perplexity": "a.txt", "model": "./gone", "stride": 4096}, "stride 4096"),
         ({"perplexity": "a.txt", "model": "./gone", "batch_size": 0}, "batch_size 0"),
         ({"tasks": "piqa", "model": "./gone", "tasks_folder": "./nowhere"}, "make assets-eval"),
+        ({"perplexity": "a.txt,b.txt", "model": "./gone"}, "--perplexity b.txt: There is no file b.txt"),
+        ({"perplexity": "a.txt,wikitext2,c4,some/text", "model": "./gone"}, "no such folder"),
+        ({"perplexity": "*.jsonl", "model": "./gone"}, "No file matches"),
+        ({"tasks": "piqa,piqaa", "model": "./gone"}, "no task piqaa. Near it: piqa"),
         (
             {"perplexity": "a.txt", "model": "./gone", "output": "/"},
             r"a folder\. Name a file in it: --output /result.json",
@@ -134,13 +139,17 @@ def test_two_files_of_one_name_and_a_cap(base, text, tmp_path):
         ({"perplexity": "a.txt", "model": "./gone", "output": f"{__file__}/r.json"}, "is a file. Name another"),
     ],
 )
-def test_refuses_in_one_line(arguments, says):
+def test_refuses_in_one_line(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)  # texts are looked for before a model is
     with pytest.raises(UserError, match=says) as caught:
         evaluate_command(**arguments)
     assert "\n" not in str(caught.value)
 
 
-def test_refuses_the_mask_of_another_model_and_a_missing_text(base, mask, tmp_path):
+def test_refuses_the_mask_of_another_model_and_a_missing_text(base, mask, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)
     other = tiny_folder(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="fingerprint"):
         evaluate_command(model=str(other), mask=mask, perplexity="a.txt")

@@ -149,6 +149,25 @@ def test_unknown_task_is_told_with_near_names():
     assert "Near it: piqa." in said
 
 
+def test_tasks_are_looked_for_before_a_model_is(folder, tmp_path):
+    room.check_tasks(["piqa", "mmlu_anatomy", "hellaswag", "wikitext"], folder)
+    for task, says in (("piqaa", "no task piqaa"), ("boolq", "holds no split")):
+        (tmp_path / "boolq").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=says):
+            evaluate_command(model="./gone", tasks=f"arc_easy,{task}", tasks_folder=str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_answer_longer_than_the_model_reaches_is_one_line(family, folder, tmp_path):
+    positions = {"gpt2": "n_positions"}.get(family, "max_position_embeddings")
+    base = tiny_folder(tmp_path / "base", family, **{positions: 4})
+    with pytest.raises(UserError, match="has 4 positions, and a question of --tasks has an answer with more") as caught:
+        evaluate_command(model=str(base), tasks="piqa", tasks_folder=str(folder))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(AssertionError, match="another"), room._in_reach_of(4):
+        raise AssertionError("another")
+
+
 def test_hub_out_of_reach_is_one_line():
     def attempt(error, remote):
         with room._reaching(remote):

