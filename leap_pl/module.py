@@ -1,6 +1,5 @@
 """LeapModule: a frozen language model whose mask is learned."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
 from leap_pl import checkpoint as checkpoints
+from leap_pl import finite
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import BernoulliGate, Gate, GateState, attach
 from leap_pl.models import (
@@ -33,24 +33,13 @@ from leap_pl.parallel import RankZero, data_rank, mean_over_ranks, reduce_only, 
 from leap_pl.prior import Prior, SharedPrior
 from leap_pl.rewind import rewind
 from leap_pl.schedules import warmup_cosine
-from leap_pl.shards import Ranks, copy_part_, gathered, own_part
+from leap_pl.shards import copy_part_, gathered
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
     from leap_pl.masks import MaskSet
-
-
-class NonFiniteError(UserError):
-    """A term of the loss, or a logit, is infinite or NaN: says at which step, and where."""
-
-    def __init__(self, step: int, where: str, dtype: torch.dtype | None = None) -> None:
-        remedy = "Lower the learning rate (model.optimizer.init_args.lr), or set trainer.gradient_clip_val."
-        if dtype == torch.float16:
-            remedy = "float16 ends at 65504, which activations can pass: set --model.dtype bfloat16 or float32."
-        told = f"learning broke at step {step}: {where}. The run stops, and the checkpoints before that step stand."
-        super().__init__(f"{told} {remedy}")
 
 
 class LeapModule(L.LightningModule):
@@ -144,6 +133,7 @@ class LeapModule(L.LightningModule):
         self.hard_perplexity: float | None = None  # of the last validation
         self.hard_metric, self.dense_metric = Perplexity(), Perplexity()
         self.terms: dict[str, Tensor] = {}
+        self.gradient_norm: Tensor | None = None  # of the optimizer step at hand, before it is clipped
         self.told: dict[str, Any] = {}  # settings of callbacks that a mask's provenance should tell
 
     @property
@@ -323,20 +313,9 @@ class LeapModule(L.LightningModule):
         Raises:
             NonFiniteError: A term of the loss or a logit is infinite or NaN.
         """
-        values = {name: float(value) for name, value in self.terms.items()}
-        broken = [f"{name} = {value:g}" for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            raise NonFiniteError(self.state.step, ", ".join(broken), self._dtype_of_model())
+        finite.check_terms(self.terms, self.state.step, self._dtype_of_model())
         if logits:
-            for name, _ in self._not_finite({place: logits.detach() for place, logits in self._learned().items()}):
-                raise NonFiniteError(self.state.step, f"the logits of {name} are infinite or NaN")
-
-    @staticmethod
-    def _not_finite(tensors: dict[tuple[str, str], Tensor]) -> list[tuple[str, str]]:
-        """The places of those with an element, on whatever rank, that is infinite or NaN."""
-        flags = [int(not torch.isfinite(own_part(tensor)).all()) for tensor in tensors.values()]
-        found = Ranks.of(tensors.values()).highest(flags)
-        return [place for place, flag in zip(tensors, found, strict=True) if flag]
+            finite.check_logits(self._learned(), self.state.step)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make sure that the gradients are numbers: a step with one that is not would spoil every logit.
@@ -344,15 +323,21 @@ class LeapModule(L.LightningModule):
         Raises:
             NonFiniteError: One is infinite or NaN.
         """
-        if self.trainer.precision == "16-mixed":  # its scaler meets such gradients, and leaves the step out
-            return
-        learned = self._learned()
-        gradients = {place: logits.grad for place, logits in learned.items() if logits.grad is not None}
-        norm = gathered(nn.utils.get_total_norm(list(gradients.values())))
-        if not bool(torch.isfinite(norm)):  # one look at the device
-            broken = [name for name, _ in self._not_finite(gradients)]
-            where = f"the gradients of {listing(broken, 2)} are infinite or NaN" if broken else "the gradients overflow"
-            raise NonFiniteError(self.state.step, where, self._dtype_of_model())
+        self.gradient_norm = None
+        if self.trainer.precision != "16-mixed":  # its scaler meets such gradients, and leaves the step out
+            self.gradient_norm = finite.check_gradients(self._learned(), self.state.step, self._dtype_of_model())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, by the norm that is known already: to take it is a pass over all gradients."""
+        if gradient_clip_val and self.gradient_norm is not None and gradient_clip_algorithm in (None, "norm"):
+            nn.utils.clip_grads_with_norm_(list(self._learned().values()), gradient_clip_val, self.gradient_norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _learned(self) -> dict[tuple[str, str], nn.Parameter]:
         """What is learned: (weight name, attribute of its gate) → parameter."""

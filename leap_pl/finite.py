@@ -1,0 +1,72 @@
+"""Numbers that go wrong in learning: found before they spoil anything, and told with their place."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from leap_pl.errors import UserError, listing
+from leap_pl.shards import Ranks, gathered, own_part
+
+Place = tuple[str, str]  # a weight's name, and the attribute of its gate
+
+
+class NonFiniteError(UserError):
+    """A term of the loss, or a logit, is infinite or NaN: says at which step, and where."""
+
+    def __init__(self, step: int, where: str, dtype: torch.dtype | None = None) -> None:
+        remedy = "Lower the learning rate (model.optimizer.init_args.lr), or set trainer.gradient_clip_val."
+        if dtype == torch.float16:
+            remedy = "float16 ends at 65504, which activations can pass: set --model.dtype bfloat16 or float32."
+        told = f"learning broke at step {step}: {where}. The run stops, and the checkpoints before that step stand."
+        super().__init__(f"{told} {remedy}")
+
+
+def check_terms(terms: Mapping[str, Tensor], step: int, dtype: torch.dtype | None) -> None:
+    """Make sure that the terms of a loss are numbers.
+
+    Args:
+        terms: Name → scalar.
+        step: The optimizer step, for the message.
+        dtype: Of the model, for the remedy.
+
+    Raises:
+        NonFiniteError: One is infinite or NaN.
+    """
+    values = {name: float(value) for name, value in terms.items()}
+    broken = [f"{name} = {value:g}" for name, value in values.items() if not math.isfinite(value)]
+    if broken:
+        raise NonFiniteError(step, ", ".join(broken), dtype)
+
+
+def check_logits(learned: Mapping[Place, Tensor], step: int) -> None:
+    """Make sure that logits are numbers, on all ranks.
+
+    Raises:
+        NonFiniteError: One is infinite or NaN.
+    """
+    for name, _ in _broken({place: logits.detach() for place, logits in learned.items()}):
+        raise NonFiniteError(step, f"the logits of {name} are infinite or NaN")
+
+
+def check_gradients(learned: Mapping[Place, Tensor], step: int, dtype: torch.dtype | None) -> Tensor:
+    """The norm of all gradients, sharded as they are; one look at the device makes sure that it is a number.
+
+    Raises:
+        NonFiniteError: A gradient is infinite or NaN, or they overflow together.
+    """
+    gradients = {place: logits.grad for place, logits in learned.items() if logits.grad is not None}
+    norm = nn.utils.get_total_norm(list(gradients.values()))
+    if not bool(torch.isfinite(gathered(norm))):
+        broken = [name for name, _ in _broken(gradients)]
+        where = f"the gradients of {listing(broken, 2)} are infinite or NaN" if broken else "the gradients overflow"
+        raise NonFiniteError(step, where, dtype)
+    return norm
+
+
+def _broken(tensors: Mapping[Place, Tensor]) -> list[Place]:
+    """The places of those with an element, on whatever rank, that is infinite or NaN."""
+    flags = [int(not torch.isfinite(own_part(tensor)).all()) for tensor in tensors.values()]
+    found = Ranks.of(tensors.values()).highest(flags)
+    return [place for place, flag in zip(tensors, found, strict=True) if flag]
