@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from leap_pl.errors import UserError
 from leap_pl.version import __version__
@@ -83,13 +83,20 @@ def _plain_warnings() -> Iterator[None]:
     """Show what this package warns of as ``warning: …``, without file and line; other warnings are shown as ever."""
     shown, ours = warnings.showwarning, Path(__file__).parent
 
-    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         # Lightning sets a format of its own when it is imported, which may be after this began.
         form = warnings.formatwarning
         if Path(filename).is_relative_to(ours):
             warnings.formatwarning = _one_line
         try:
-            shown(message, category, filename, *rest)
+            shown(message, category, filename, lineno, file, line)
         finally:
             warnings.formatwarning = form
 
@@ -101,7 +108,9 @@ def _plain_warnings() -> Iterator[None]:
             warnings.showwarning = shown
 
 
-def _one_line(message: Warning | str, *_: Any) -> str:
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     return f"warning: {' '.join(str(message).split())}\n"
 
 

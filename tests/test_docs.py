@@ -46,7 +46,7 @@ def test_every_test_that_is_named_exists(document: Path) -> None:
 
 
 def test_every_promise_names_its_test() -> None:
-    """And a figure: no cell of the tables of docs/reliability.md is empty."""
+    """And what it asserts: no cell of the tables of docs/reliability.md is empty."""
     rows = 0
     for line in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]

@@ -16,6 +16,7 @@ import torch
 from conftest import fit_flags
 from ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from leap_pl.callbacks.checkpoints import requeue
@@ -29,6 +30,17 @@ from leap_pl.resume import newest_checkpoint
 pytestmark = pytest.mark.usefixtures("eager")
 
 STEPS, WINDOW = 4, 3  # optimizer steps, micro-batches in each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def event_files_in_order() -> Iterator[None]:
+    """Of two event files of one second and one process the later has the later name.
+
+    TensorBoard reads them by name, and a name ends in a count over the process: 10 comes before 9.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(10**6))
+        yield
 
 
 @dataclass(frozen=True)
