@@ -8,6 +8,7 @@ from conftest import Run, fit_flags
 
 from leap_pl.checkpoint import load_checkpoint
 from leap_pl.cli import main
+from leap_pl.gates.compiled import can_compile
 from leap_pl.masks import MaskSet
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -60,3 +61,29 @@ def test_what_does_not_change_the_mask(finished: Run, model_folder, text_file, t
 def test_what_changes_it(finished: Run, model_folder, text_file, tmp_path: Path, more: list[str]) -> None:
     logits, _ = learned(model_folder, text_file, finished, tmp_path, *more)
     assert not same(logits, ends(finished.checkpoint.parent)[0])
+
+
+def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_a_compiler_changes_it_to_rounding(
+    finished: Run, model_folder, text_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEAP_PL_COMPILE", "1")
+    if not can_compile(torch.device("cpu")):
+        pytest.skip("there is no compiler")
+    logits, _ = learned(model_folder, text_file, finished, tmp_path)
+    before, _ = ends(finished.checkpoint.parent)
+    assert not same(logits, before)
+    assert furthest(logits, before) < 1e-4  # a run moves logits by 1e-3 a step
+
+
+def test_threads_change_it_to_rounding(finished: Run, model_folder, text_file, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if threads == 1 else 1)
+    try:
+        logits, _ = learned(model_folder, text_file, finished, tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert furthest(logits, ends(finished.checkpoint.parent)[0]) < 1e-4
