@@ -361,7 +361,7 @@ def test_a_folder_that_is_not_there(load: object, name: str) -> None:
 def test_a_file_that_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m.bin").write_text("x")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"m\.bin is a file\. Give a Hugging Face model folder, a \.gguf file or a hub id"):
+    with pytest.raises(UserError, match=r"m\.bin is a file\. Give a Hugging Face model folder, a \.gguf file"):
         load_model("m.bin")
 
 
