@@ -30,7 +30,7 @@ from leap_pl.models import (
 from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
 from leap_pl.optimizer import check_rounding
 from leap_pl.parallel import RankZero, data_rank, mean_over_ranks, reduce_only, saves_shards, shard, sharding_mesh
-from leap_pl.prior import Prior, SharedPrior
+from leap_pl.prior import Calibration, Prior, SharedPrior
 from leap_pl.rewind import rewind
 from leap_pl.schedules import warmup_cosine
 from leap_pl.shards import copy_part_, gathered
@@ -187,7 +187,7 @@ class LeapModule(L.LightningModule):
     def _put_gates(self, weights: dict[str, Weight], prior: SharedPrior) -> None:
         gates = attach(weights, self.make_gate, self.state, self.logits_dtype)
         for name, gate in gates.items():
-            masks = prior.masks(name, gate.shape)
+            masks = prior.of(name, weights[name])
             gate.start_from(masks.pop("prior", None), self.state.seed, **masks)
         self.gates |= gates
 
@@ -206,26 +206,26 @@ class LeapModule(L.LightningModule):
         # First, for a prior may take minutes: can this kind of mask be what is asked of it?
         first = self.make_gate(next(iter(self.weights.values())), self.state)
         self.sparsity = first.exact_sparsity(self.sparsity)
-        if self._fitting():
-            check_rounding(self._optimizer_of([nn.Parameter(torch.zeros(1))]), self.logits_dtype)
         rank_zero = RankZero()
-        if self._fitting():
+        if not self._fitting():
+            return SharedPrior({}, rank_zero)
+        check_rounding(self._optimizer_of([nn.Parameter(torch.zeros(1))]), self.logits_dtype)
+        if self.prior_settings.graded and not first.takes_grades:
+            raise UserError(f"prior.graded is for BernoulliGate, and the gate is {type(first).__name__}. Leave it out.")
+        calibration = Calibration(
+            base_model=self.base_model,
+            data=getattr(self.trainer, "datamodule", None),
+            device=self._device_of_run(),
+            progress=self.trainer.progress_bar_callback is not None,
+        )
 
-            def make() -> "dict[str, MaskSet]":
-                priors = self.prior_settings.make(
-                    model,
-                    self.weights,
-                    base_model=self.base_model,
-                    forms=first.prior_forms(self.sparsity),
-                    data=getattr(self.trainer, "datamodule", None),
-                    device=self._device_of_run(),
-                    progress=self.trainer.progress_bar_callback is not None,
-                )
-                first.check_priors(priors)
-                return priors
+        def make() -> "tuple[dict[str, MaskSet], dict[str, Tensor] | None]":
+            priors = self.prior_settings.make(model, self.weights, first.prior_forms(self.sparsity), calibration)
+            first.check_priors(priors)
+            return priors, self.prior_settings.squares(model, self.weights, calibration)
 
-            self.priors = rank_zero.make(make) or {}
-        return SharedPrior(self.priors, rank_zero)
+        self.priors, squares = rank_zero.make(make) or ({}, None)
+        return SharedPrior(self.priors, rank_zero, squares)
 
     def _check_inside(self) -> None:
         outside = [name for name, weight in self.weights.items() if weight.layer is None]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -27,6 +27,9 @@ class Prior:
             target sparsity, and in the form that the gates want (unstructured, n:m or both), from the run's own
             calibration text. ``none``: no lean at all.
         mask: A MaskSet file instead of a method.
+        graded: (BernoulliGate) Let each logit lean the farther, the surer Wanda is of its weight, whatever the
+            method of the mask: by ±tanh|log(score/cut)| instead of ±1 (:mod:`leap_pl.oneshot.grading`). It takes
+            another walk over the model, which is kept like the mask, and a larger ``strength`` of the gate.
         inner_mask: (TileGate) A MaskSet file of n:m form for the tiles that are not dense, instead of a method.
         sequences: Calibration sequences of the method.
         cache_dir: Where masks made from a method are kept for the next run on the same model and text.
@@ -34,6 +37,7 @@ class Prior:
 
     method: Literal["wanda", "magnitude", "sparseswaps", "sparsegpt", "admm", "none"] = "wanda"
     mask: str | None = None
+    graded: bool = False
     inner_mask: str | None = None
     sequences: int = 128
     cache_dir: str = "~/.cache/leap_pl/priors"
@@ -41,34 +45,31 @@ class Prior:
     def __post_init__(self) -> None:
         if self.sequences < 1:
             raise ValueError(f"prior.sequences is {self.sequences}; it takes at least 1 to calibrate on.")
+        if self.graded and self.method == "none" and self.mask is None:
+            raise ValueError("prior.graded grades a mask, and prior.method is none. Leave one of them out.")
 
     def make(
         self,
         model: "PreTrainedModel",
-        weights: "dict[str, Weight]",
-        *,
-        base_model: str,
+        weights: "Mapping[str, Weight]",
         forms: "Mapping[str, Pattern]",
-        data: "TextDataModule | None",
-        device: torch.device,
-        progress: bool = True,
+        calibration: "Calibration",
     ) -> dict[str, MaskSet]:
         """The prior masks of ``weights``, one for each of ``forms``; none where the method is ``none``.
 
         Args:
             model: The dense base model; its weights are unchanged afterwards.
             weights: The weights that will be gated.
-            base_model: The model's name, for the mask's provenance.
             forms: What the gates ask for (:meth:`leap_pl.gates.Gate.prior_forms`): ``prior``, at the target
                 sparsity or of the gates' own pattern, and, for some gates, ``inner``.
-            data: Where calibration text comes from; magnitude needs none.
-            device: Where the method computes.
-            progress: Show a progress bar.
+            calibration: On what the method computes.
 
         Raises:
             UserError: The mask file belongs to another model or other weights, or there is no text to
                 calibrate on.
         """
+        from leap_pl.oneshot.prior import one_shot_prior
+
         if self.inner_mask is not None and "inner" not in forms:
             raise UserError("prior.inner_mask is for gates of tiles (model.gate TileGate). Leave it out.")
         files = {"prior": self.mask, "inner": self.inner_mask}
@@ -79,53 +80,99 @@ class Prior:
                 masks[form] = MaskSet.load(file)
                 masks[form].check(model, weights)
             elif self.method != "none":
-                masks[form] = self._make(model, weights, pattern, base_model, data, device, progress)
+                if self.method != "magnitude":
+                    calibration.check(f"prior.method {self.method}")
+                masks[form] = one_shot_prior(model, weights, self.method, pattern, **vars(calibration), **self._kept())
         return masks
 
-    def _make(
-        self,
-        model: "PreTrainedModel",
-        weights: "dict[str, Weight]",
-        pattern: "Pattern",
-        base_model: str,
-        data: "TextDataModule | None",
-        device: torch.device,
-        progress: bool,
-    ) -> MaskSet:
-        """The mask of one form, by the method."""
-        assert self.method != "none"
-        if self.method != "magnitude" and data is None:
-            raise UserError(
-                f"prior.method {self.method} needs calibration text and there is no data module. "
-                "Give fit a TextDataModule, or take the prior 'magnitude' or a MaskSet file."
-            )
-        from leap_pl.oneshot.prior import one_shot_prior
+    def squares(
+        self, model: "PreTrainedModel", weights: "Mapping[str, Weight]", calibration: "Calibration"
+    ) -> dict[str, torch.Tensor] | None:
+        """The mean squares of every weight's inputs that grade the prior; None where it is not graded.
 
-        return one_shot_prior(
-            model,
-            weights,
-            self.method,
-            pattern,
-            base_model=base_model,
-            sequences=self.sequences,
-            data=data,
-            cache_dir=self.cache_dir,
-            device=device,
-            progress=progress,
-        )
+        Raises:
+            UserError: There is no text to calibrate on, or the model cannot be walked.
+        """
+        from leap_pl.oneshot.prior import input_squares
+
+        if not self.graded:
+            return None
+        calibration.check("prior.graded")
+        return input_squares(model, weights, **vars(calibration), **self._kept())
+
+    def _kept(self) -> dict[str, Any]:
+        return {"sequences": self.sequences, "cache_dir": self.cache_dir}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """On what a prior is computed.
+
+    Attributes:
+        base_model: The model's name, for the mask's provenance.
+        data: Where calibration text comes from.
+        device: Where the method computes.
+        progress: Show a progress bar.
+    """
+
+    base_model: str
+    data: "TextDataModule | None"
+    device: torch.device
+    progress: bool = True
+
+    def check(self, what: str) -> None:
+        """Make sure that there is text.
+
+        Raises:
+            UserError: There is none, and ``what`` needs it.
+        """
+        if self.data is None:
+            raise UserError(
+                f"{what} needs calibration text and there is no data module. "
+                "Give fit a TextDataModule, or take the prior 'magnitude' or a MaskSet file, without grades."
+            )
 
 
 class SharedPrior:
-    """The masks of priors that rank zero holds, given to every rank one weight at a time, a bit an element."""
+    """The priors that rank zero holds, given to every rank one weight at a time, a bit an element."""
 
-    def __init__(self, priors: Mapping[str, MaskSet], rank_zero: RankZero) -> None:
-        """Take the ``priors`` of rank zero by their forms; on the other ranks there are none."""
-        self.priors, self.rank_zero = priors, rank_zero
+    def __init__(
+        self, priors: Mapping[str, MaskSet], rank_zero: RankZero, squares: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Take the priors of rank zero; on the other ranks there are none.
+
+        Args:
+            priors: By their forms.
+            rank_zero: Shares them.
+            squares: Mean squares of each weight's inputs, where the form ``prior`` is to be graded.
+        """
+        self.priors, self.rank_zero, self.squares = priors, rank_zero, squares
         self.forms: list[str] = rank_zero.tell(list(priors))
+        self.graded: bool = rank_zero.tell(squares is not None)
 
-    def masks(self, name: str, shape: torch.Size) -> dict[str, torch.Tensor]:
-        """The mask of the weight ``name`` in each form there is; every rank asks in the same order."""
-        return {form: self._mask(self.priors.get(form), name, shape) for form in self.forms}
+    def of(self, name: str, weight: "Weight") -> dict[str, torch.Tensor]:
+        """What the gate of ``weight`` starts from, in each form there is; every rank asks in the same order.
+
+        Returns:
+            Form → bool mask of the weight's shape, or of the form ``prior`` the float32 lean where it is graded.
+        """
+        shape = weight.parameter.shape
+        found = {form: self._mask(self.priors.get(form), name, shape) for form in self.forms}
+        if self.graded and "prior" in found:
+            from leap_pl.oneshot.grading import graded_lean
+
+            squares = self._squares(name, torch.Size([*shape[:-2], shape[weight.input_dim]]))
+            mask_OI, weight_OI = (x.movedim(weight.input_dim, -1).cpu() for x in (found["prior"], weight.parameter))
+            found["prior"] = graded_lean(mask_OI, weight_OI, squares).movedim(-1, weight.input_dim)
+        return found
+
+    def _squares(self, name: str, shape: torch.Size) -> torch.Tensor:
+        own = None if self.squares is None else self.squares[name]
+        if self.rank_zero.alone:
+            assert own is not None
+            return own
+        numbers = None if own is None else own.contiguous().view(torch.uint8).flatten()
+        return self.rank_zero.share(numbers, shape.numel() * 4).view(torch.float32).view(shape)
 
     def _mask(self, prior: MaskSet | None, name: str, shape: torch.Size) -> torch.Tensor:
         if self.rank_zero.alone:

@@ -33,6 +33,8 @@ class BernoulliGate(Gate):
     mask keeps the highest logits, exactly as many as the sparsity leaves.
     """
 
+    takes_grades = True
+
     def __init__(self, weight: Weight, state: GateState, spread: float = 0.014, strength: float = 3.0) -> None:
         """Make a gate for ``weight``.
 
@@ -40,7 +42,8 @@ class BernoulliGate(Gate):
             weight: The weight to gate.
             state: The state that the gates of the model share.
             spread: Standard deviation of the logits at the start.
-            strength: How far the prior moves a logit from 0 at the start, in units of ``spread``.
+            strength: How far the prior moves a logit from 0 at the start, in units of ``spread``; at most,
+                if it is graded.
         """
         super().__init__(weight, state)
         if spread <= 0 or strength < 0:
@@ -60,12 +63,18 @@ class BernoulliGate(Gate):
 
     @torch.no_grad()
     def start_from(self, prior: Tensor | None, seed: int) -> None:
-        """θ = N(0, spread²) ± strength·spread: plus where ``prior`` keeps the weight, minus elsewhere."""
+        """θ = N(0, spread²) ± strength·spread: plus where the mask ``prior`` keeps the weight, minus elsewhere.
+
+        Of a graded prior (float, −1 to 1) the logit leans by strength·spread·prior.
+        """
         # On the CPU, from a generator of its own: the same start on every device and in every order.
         generator = torch.Generator().manual_seed(noise_keys(seed, -1, 0, self.name)[0])
         start = torch.randn(self.shape, generator=generator, dtype=torch.float32).mul_(self.spread)
         if prior is not None:
-            start += (prior.cpu().to(torch.float32) * 2 - 1) * (self.strength * self.spread)
+            lean = prior.cpu().to(torch.float32)
+            if prior.dtype == torch.bool:
+                lean = lean * 2 - 1
+            start += lean * (self.strength * self.spread)
         self.logits.copy_(start)
 
     def hard_mask(self) -> Tensor:

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from leap_pl.errors import UserError
+from leap_pl.files import atomic_file
 from leap_pl.masks import MaskSet
 from leap_pl.models import Weight, longest_sequence, model_fingerprint
+from leap_pl.oneshot import grading
 from leap_pl.oneshot.admm import AdmmOptions
 from leap_pl.oneshot.prune import Method, prune
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions
@@ -83,37 +87,25 @@ def one_shot_prior(
         UserError: The text cannot be read, or pruning fails (see :func:`leap_pl.oneshot.prune.prune`).
     """
     pattern = Unstructured(sparsity) if isinstance(sparsity, float | int) else sparsity
-    uses_text = method != "magnitude"
+    calibration = data if method != "magnitude" else None
     settings = {"sparsegpt": asdict(SparseGPTOptions()), "admm": asdict(AdmmOptions())}.get(method, {})
     key = {
-        "algorithm": ALGORITHM,
-        "fingerprint": model_fingerprint(model),
-        "weights": sorted(weights),
-        "data": {**data.identity(), "sequences": sequences} if uses_text and data is not None else None,
+        **_key(model, weights, calibration, sequences),
         "method": method,
         "settings": settings,
         "pattern": [type(pattern).__name__, *asdict(pattern).values()],
     }
     path = None
     if cache_dir is not None:
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-        path = Path(cache_dir).expanduser() / f"{method}-{digest[:24]}.safetensors"
+        path = _place(cache_dir, method, key)
         cached = _cached(path, model, weights)
         if cached is not None:
             logger.info("The %s prior was read from %s.", method, path)
             return cached.with_provenance(base_model=base_model, revision=revision)
 
-    blocks_NT = None
-    if uses_text and data is not None:
-        longest = longest_sequence(model.config)
-        if longest is not None and data.stream.seq_length > longest:
-            raise UserError(
-                f"seq_length is {data.stream.seq_length}, and {base_model} reaches {longest} tokens. Lower it."
-            )
-        blocks_NT = _tokens(data, sequences)
     pruned = prune(
         model,
-        blocks_NT,
+        None if calibration is None else _tokens(model, base_model, calibration, sequences),
         method=method,
         pattern=pattern,
         weights=weights,
@@ -131,6 +123,60 @@ def one_shot_prior(
     return pruned.masks
 
 
+def input_squares(
+    model: "PreTrainedModel",
+    weights: Mapping[str, Weight],
+    *,
+    base_model: str,
+    data: CalibrationData | None,
+    sequences: int = 128,
+    cache_dir: str | Path | None = "~/.cache/leap_pl/priors",
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Mean square of every input of every weight of the dense model (:func:`leap_pl.oneshot.grading.input_squares`).
+
+    They are kept as the masks of :func:`one_shot_prior` are, of which it has the arguments; a number an input.
+
+    Raises:
+        UserError: The text cannot be read, or the model cannot be walked.
+    """
+    if data is None:
+        raise ValueError("squares of inputs are measured on text, and data is None")
+    path = None
+    if cache_dir is not None:
+        path = _place(cache_dir, "squares", {**_key(model, weights, data, sequences), "method": "squares"})
+        cached = _cached_squares(path, weights)
+        if cached is not None:
+            logger.info("The inputs' squares were read from %s.", path)
+            return cached
+    tokens_NT = _tokens(model, base_model, data, sequences)
+    squares = grading.input_squares(model, weights, tokens_NT, WalkOptions(device=device), progress)
+    if path is not None:
+        try:
+            with atomic_file(path) as temporary:
+                save_file(squares, temporary)
+        except UserError as error:
+            logger.warning("The inputs' squares were not kept for the next run: %s", error)
+    return squares
+
+
+def _key(
+    model: "PreTrainedModel", weights: Mapping[str, Weight], data: CalibrationData | None, sequences: int
+) -> dict[str, Any]:
+    return {
+        "algorithm": ALGORITHM,
+        "fingerprint": model_fingerprint(model),
+        "weights": sorted(weights),
+        "data": {**data.identity(), "sequences": sequences} if data is not None else None,
+    }
+
+
+def _place(cache_dir: str | Path, name: str, key: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    return Path(cache_dir).expanduser() / f"{name}-{digest[:24]}.safetensors"
+
+
 def _cached(path: Path, model: "PreTrainedModel", weights: Mapping[str, Weight]) -> MaskSet | None:
     if not path.exists():
         return None
@@ -143,5 +189,25 @@ def _cached(path: Path, model: "PreTrainedModel", weights: Mapping[str, Weight])
     return mask
 
 
-def _tokens(data: CalibrationData, sequences: int) -> Tensor:
+def _cached_squares(path: Path, weights: Mapping[str, Weight]) -> dict[str, Tensor] | None:
+    if not path.exists():
+        return None
+    try:
+        squares = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        logger.warning("The inputs' squares kept in %s are made anew: %s", path, error)
+        return None
+    for name, weight in weights.items():
+        found, shape = squares.get(name), weight.parameter.shape
+        expected = (*shape[:-2], shape[weight.input_dim])
+        if found is None or found.dtype != torch.float32 or found.shape != expected or not bool((found >= 0).all()):
+            logger.warning("The inputs' squares kept in %s are made anew: those of %s are damaged.", path, name)
+            return None
+    return {name: squares[name] for name in weights}
+
+
+def _tokens(model: "PreTrainedModel", base_model: str, data: CalibrationData, sequences: int) -> Tensor:
+    longest = longest_sequence(model.config)
+    if longest is not None and data.stream.seq_length > longest:
+        raise UserError(f"seq_length is {data.stream.seq_length}, and {base_model} reaches {longest} tokens. Lower it.")
     return torch.tensor([list(block.tokens) for block in islice(data.stream.blocks(), sequences)])

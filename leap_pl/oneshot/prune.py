@@ -109,7 +109,7 @@ def prune(
     pattern = Unstructured(pattern) if isinstance(pattern, float) else pattern
     weights = dict(weights) if weights is not None else find_weights(model)
     _check(method, blocks_NT, pattern, layer_sparsity, owl, mask, options)
-    matrices = _by_block(model, weights)
+    matrices = by_block(model, weights)
     if mask is not None:
         mask.check(model, weights)
     provenance = Provenance(
@@ -143,20 +143,20 @@ def prune(
     run = _Run(method, pattern, layer_sparsity, options, mask, update, weights)
     if blocks_NT is None:
         with torch.no_grad():
-            for index, block in enumerate(_bar(range(len(matrices)), progress)):
+            for index, block in enumerate(bar(range(len(matrices)), progress)):
                 run.block(index, matrices[block], {})
     else:
         walk = replace(walk or WalkOptions(), keep=not update)
         with Walk(model, blocks_NT, walk, dense=mask is not None and mask_target == "dense") as pruned_walk:
-            bar = _bar(pruned_walk, progress)
-            for index in bar:
+            shown = bar(pruned_walk, progress)
+            for index in shown:
                 statistics = pruned_walk.observe(index, matrices[index], gram=method in HESSIAN)
                 touched = {} if update else {m.weight.name: m.weight.parameter for m in matrices[index]}
                 saved = [(parameter, parameter.data) for parameter in touched.values()]
                 for parameter, dense in saved:
                     parameter.data = dense.clone()
                 try:
-                    run.block(index, matrices[index], statistics, bar)
+                    run.block(index, matrices[index], statistics, shown)
                     if index < len(matrices) - 1:
                         pruned_walk.advance(index)
                 finally:
@@ -202,7 +202,7 @@ class _Run:
         self.unseen: list[str] = []
 
     def block(
-        self, index: int, matrices: Sequence[Matrix], statistics: Mapping[str, InputStatistics], bar: Any = None
+        self, index: int, matrices: Sequence[Matrix], statistics: Mapping[str, InputStatistics], shown: Any = None
     ) -> None:
         """Prune the matrices of block ``index`` and write the results into the model."""
         pattern = self.pattern
@@ -227,8 +227,8 @@ class _Run:
             if found is not None:
                 error = self.errors[matrix.name] = found.error(dense_OI, place_OI.float())
                 logger.debug("%s: layer error %.5f", matrix.name, error)
-                if bar is not None:
-                    bar.set_postfix_str(f"{matrix.weight.projection} error {error:.4f}")
+                if shown is not None:
+                    shown.set_postfix_str(f"{matrix.weight.projection} error {error:.4f}")
 
     def _solve(self, matrix: Matrix, dense_OI: Tensor, found: InputStatistics | None, pattern: Pattern) -> Solution:
         given_OI = None if self.mask is None else matrix.view(self.mask.masks[matrix.weight.name]).to(dense_OI.device)
@@ -291,7 +291,12 @@ def _check(
         raise ValueError(f"method {method} does not take {type(options).__name__}")
 
 
-def _by_block(model: "PreTrainedModel", weights: Mapping[str, Weight]) -> list[list[Matrix]]:
+def by_block(model: "PreTrainedModel", weights: Mapping[str, Weight]) -> list[list[Matrix]]:
+    """The matrices of ``weights``, of each decoder block in turn.
+
+    Raises:
+        UserError: A weight lies outside the blocks.
+    """
     from torch.nn.utils import parametrize
 
     outside = [name for name, weight in weights.items() if weight.layer is None]
@@ -309,5 +314,6 @@ def _by_block(model: "PreTrainedModel", weights: Mapping[str, Weight]) -> list[l
     return matrices
 
 
-def _bar(over: Any, show: bool) -> Any:
-    return tqdm(over, desc="pruning", unit="block", disable=not show, dynamic_ncols=True)
+def bar(over: Any, show: bool, what: str = "pruning") -> Any:
+    """A progress bar over blocks."""
+    return tqdm(over, desc=what, unit="block", disable=not show, dynamic_ncols=True)
