@@ -16,7 +16,7 @@ the model sharded or not, read one another's files. Under ``ModelParallelStrateg
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -285,17 +285,21 @@ def _damaged_record(path: Path) -> str | None:
 def masks_from_checkpoint(path: str | Path) -> MaskSet:
     """The hard mask, at exactly the run's target sparsity, of the logits in the checkpoint ``path``.
 
+    Of a folder no more than one weight's logits are in memory; they are read several times.
+
     Raises:
         UserError: The checkpoint cannot be read, or lacks logits.
     """
     checkpoint = load_checkpoint(path)
     identity = read_identity(checkpoint, path)
+    tensors, read = checkpoint.get("state_dict", {}), None
     if Path(path).is_dir():
-        from leap_pl.consolidate import consolidated
+        from leap_pl.consolidate import StoredTensors
 
-        checkpoint = consolidated(path, optimizer=False)
+        folder = StoredTensors(path)
+        tensors, read = folder.shapes, folder.read
     try:
-        return MaskSet(_hard_masks(checkpoint["state_dict"], identity, path), provenance(identity))
+        return MaskSet(_hard_masks(tensors, identity, path, read), provenance(identity))
     except UserError:
         raise
     except Exception as error:  # a description that does not describe the logits can be wrong in any way
@@ -305,14 +309,19 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
         ) from error
 
 
-def _hard_masks(logits: dict[str, Tensor], identity: Identity, path: str | Path) -> PackedMasks:
+def _hard_masks(
+    logits: Mapping[str, Tensor], identity: Identity, path: str | Path, read: Callable[[str], Tensor] | None
+) -> PackedMasks:
     missing = [name for name in identity.shapes if PREFIX + name not in logits]
     if missing:
         raise UserError(f"{path} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
-    stored = {
-        name: Stored(logits[PREFIX + name], tuple(shape), identity.input_dims[name], _beside(logits, name))
-        for name, shape in identity.shapes.items()
-    }
+
+    def stored_of(name: str, shape: list[int]) -> Stored:
+        reader = None if read is None else lambda part: read(f"{part}.{name}")
+        beside = _beside(logits, name)
+        return Stored(logits[PREFIX + name], tuple(shape), identity.input_dims[name], beside, reader)
+
+    stored = {name: stored_of(name, shape) for name, shape in identity.shapes.items()}
     gates = restore(identity.gate["class_path"], identity.gate["init_args"], stored)
     type(next(iter(gates.values()))).choose(gates, identity.sparsity)
     return PackedMasks.of((name, gate.hard_mask()) for name, gate in gates.items())

@@ -12,12 +12,13 @@ the plain records that such an index is made of are let in.
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -31,27 +32,63 @@ from leap_pl.files import atomic_file
 INDEX = ".metadata"
 
 
-def consolidated(folder: str | Path, *, optimizer: bool = True) -> dict[str, Any]:
+def consolidated(folder: str | Path) -> dict[str, Any]:
     """The checkpoint in ``folder`` as one process would have written it.
 
     Args:
         folder: As ``leap_pl fit`` wrote it under ``ModelParallelStrategy``.
-        optimizer: Read the optimizer's state too.
 
     Raises:
         UserError: It is no such folder, or damaged, or lacks a part.
     """
     checkpoint = load_checkpoint(folder)
     identity = read_identity(checkpoint, folder)
-    parts = _read(folder, lambda path: optimizer or path[0] == "state_dict")
+    parts = _read(folder)
     logits = parts.get("state_dict", {})
     missing = [name for name in identity.shapes if path_of(name) not in logits]
     if missing:
         raise UserError(f"{folder} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
     checkpoint["state_dict"] = by_weight(logits)
-    if optimizer:
-        checkpoint["optimizer_states"] = [parts[key] for key in sorted(parts) if key != "state_dict"]
+    checkpoint["optimizer_states"] = [parts[key] for key in sorted(parts) if key != "state_dict"]
     return checkpoint
+
+
+class StoredTensors:
+    """What is learned in a folder, tensor by tensor: nothing but the one that is asked for is in memory.
+
+    Attributes:
+        shapes: ``<part>.<weight name>`` → a tensor on the meta device, of the shape and dtype of the one stored.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read the folder's index.
+
+        Raises:
+            UserError: It is no such folder, or its index is damaged.
+        """
+        self.folder, self.reader = folder, _Reader(folder)
+        self.index = self.reader.read_metadata()
+        places, found = self.index.planner_data, self.index.state_dict_metadata
+        learned = {places[name][1]: name for name in found if places[name][0] == "state_dict"}
+        self.shapes: dict[str, Tensor] = {}
+        self._names: dict[str, str] = {}
+        for path, name in learned.items():
+            what = found[name]
+            if isinstance(what, TensorStorageMetadata):
+                empty = torch.empty(what.size, dtype=what.properties.dtype, device="meta")
+                for key in by_weight({path: empty}):
+                    self.shapes[key], self._names[key] = empty, name
+
+    def read(self, key: str) -> Tensor:
+        """The tensor of one of :attr:`shapes`, whole, put together from the parts of all ranks.
+
+        Raises:
+            UserError: A part is missing or damaged.
+        """
+        name, empty = self._names[key], self.shapes[key]
+        flat = {name: torch.empty(empty.shape, dtype=empty.dtype)}
+        _load(flat, self.reader, self.folder)
+        return flat[name]
 
 
 def check_folder(folder: str | Path) -> None:
@@ -60,20 +97,32 @@ def check_folder(folder: str | Path) -> None:
     Raises:
         UserError: It is not, or the folder is incomplete.
     """
-    _read(folder, lambda _: True, tensors=False)
+    _read(folder, tensors=False)
 
 
-def _read(folder: str | Path, wanted: Callable[[Sequence[Any]], bool], *, tensors: bool = True) -> dict[str, Any]:
-    """What lies in ``folder`` under the paths that are ``wanted``, nested as they say."""
+def _read(folder: str | Path, *, tensors: bool = True) -> dict[str, Any]:
+    """What lies in ``folder``, nested as its paths say."""
     reader = _Reader(folder)
     index = reader.read_metadata()
     flat: dict[str, Any] = {}
     for name, what in index.state_dict_metadata.items():
-        if wanted(index.planner_data[name]):
-            if not isinstance(what, TensorStorageMetadata):
-                flat[name] = None
-            elif tensors:
-                flat[name] = torch.empty(what.size, dtype=what.properties.dtype)
+        if not isinstance(what, TensorStorageMetadata):
+            flat[name] = None
+        elif tensors:
+            flat[name] = torch.empty(what.size, dtype=what.properties.dtype)
+    _load(flat, reader, folder)
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        place = nested
+        *outer, last = index.planner_data[name]
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[last] = value
+    return {name: _lists(part) for name, part in nested.items()}
+
+
+def _load(flat: dict[str, Any], reader: "_Reader", folder: str | Path) -> None:
+    """Fill ``flat`` with what is stored under its names."""
     planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with warnings.catch_warnings():
@@ -84,14 +133,6 @@ def _read(folder: str | Path, wanted: Callable[[Sequence[Any]], bool], *, tensor
             f"{folder} is incomplete or damaged, or holds more than tensors and plain values "
             f"({' '.join(str(error).split())[:160]}). Take the checkpoint before it."
         ) from error
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        place = nested
-        *outer, last = index.planner_data[name]
-        for key in outer:
-            place = place.setdefault(key, {})
-        place[last] = value
-    return {name: _lists(part) for name, part in nested.items()}
 
 
 def _lists(value: Any) -> Any:
@@ -104,6 +145,13 @@ def _lists(value: Any) -> Any:
 
 class _Reader(FileSystemReader):
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        if self._index is None:
+            self._index = self._read_index()
+        return self._index
+
+    _index: Metadata | None = None
+
+    def _read_index(self) -> Metadata:
         index = Path(self.path) / INDEX
         try:
             with index.open("rb") as file:

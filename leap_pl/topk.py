@@ -43,7 +43,8 @@ def exact_top_k(tensors: Sequence[Tensor], k: int) -> list[Cut]:
 
     Args:
         tensors: Float32 tensors of any shapes; equal values rank by tensor, then by flat index. All of them
-            whole, or all of them sharded over the same ranks, each of which makes this call.
+            whole, or all of them sharded over the same ranks, each of which makes this call. They are gone through
+            four times, one after another, so that a sequence that reads each from a disk will do.
         k: How many to keep, 0 to their total number.
 
     Returns:
@@ -52,32 +53,40 @@ def exact_top_k(tensors: Sequence[Tensor], k: int) -> list[Cut]:
     Raises:
         ValueError: A tensor holds NaN, or ``k`` is out of range.
     """
-    total = sum(t.numel() for t in tensors)
+    total, broken, ranks = _survey(tensors)
     if not 0 <= k <= total:
         raise ValueError(f"asked for the {k} highest of {total} elements")
-    ranks = Ranks.of(tensors)
-    parts = [own_part(t) for t in tensors]
-    if ranks.any(any(bool(torch.isnan(part).any()) for part in parts)):
+    if ranks.any(broken):
         raise ValueError("NaN has no rank")
     if k == 0:
         return [Cut(float("inf"), 0) for _ in tensors]
 
     none = torch.zeros(1 << 16, dtype=torch.int64)
-    counts = ranks.sum(sum((_histogram(key >> 16) for key in _keys(parts)), none))
+    counts = ranks.sum(sum((_histogram(key >> 16) for key in _keys(tensors)), none))
     high, above = _bin_of(counts, k)
-    counts = ranks.sum(sum((_histogram(key[key >> 16 == high] & 0xFFFF) for key in _keys(parts)), none))
+    counts = ranks.sum(sum((_histogram(key[key >> 16 == high] & 0xFFFF) for key in _keys(tensors)), none))
     low, above_low = _bin_of(counts, k - above)
     ties_kept = k - above - above_low
     value = _value_of((high << 16) | low)
     if not ties_kept:
         return [Cut(value, 0) for _ in tensors]
 
-    ties = [(part.reshape(-1) == value).nonzero().flatten() for part in parts]
+    ties = [offset_of(tensor) + (own_part(tensor).reshape(-1) == value).nonzero().flatten() for tensor in tensors]
     limits = []
-    for tensor, own, before in zip(tensors, ties, _before(ranks, [t.numel() for t in ties]), strict=True):
-        taken = min(max(ties_kept - before, 0), own.numel())
-        limits.append(offset_of(tensor) + int(own[taken - 1]) + 1 if taken else 0)
+    for own, before in zip(ties, _before(ranks, [len(own) for own in ties]), strict=True):
+        taken = min(max(ties_kept - before, 0), len(own))
+        limits.append(int(own[taken - 1]) + 1 if taken else 0)
     return [Cut(value, limit) for limit in ranks.highest(limits)]
+
+
+def _survey(tensors: Sequence[Tensor]) -> tuple[int, bool, Ranks]:
+    """How many elements there are, whether any here is NaN, and whose they are."""
+    total, broken, ranks = 0, False, Ranks()
+    for tensor in tensors:
+        total += tensor.numel()
+        broken |= bool(torch.isnan(own_part(tensor)).any())
+        ranks = Ranks.of([tensor])
+    return total, broken, ranks
 
 
 def _before(ranks: Ranks, own: list[int]) -> list[int]:
@@ -91,7 +100,7 @@ def _before(ranks: Ranks, own: list[int]) -> list[int]:
 def _keys(tensors: Sequence[Tensor]):  # type: ignore[no-untyped-def]
     """Each tensor in pieces, as int64 keys of 32 bits that order as its floats do."""
     for tensor in tensors:
-        for piece in tensor.detach().reshape(-1).split(_CHUNK):
+        for piece in own_part(tensor).detach().reshape(-1).split(_CHUNK):
             # + 0.0: minus zero equals zero, and must have its key.
             pattern = (piece.float() + 0.0).view(torch.int32).to(torch.int64)
             yield torch.where(pattern < 0, ~pattern, pattern + (1 << 31)) & 0xFFFFFFFF

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from leap_pl.errors import UserError
-from leap_pl.gates import BernoulliGate, Gate, GateState, Stored, attach, detach, restore
+from leap_pl.gates import BernoulliGate, Gate, GateState, NMGate, Stored, TileGate, attach, detach, restore
 from leap_pl.gates import bernoulli as kernels
 from leap_pl.gates import compiled as compiling
 from leap_pl.gates.noise import columns, element_bits, logistic, noise_keys
@@ -27,6 +27,8 @@ from leap_pl.masks import MaskSet, Provenance
 from leap_pl.models import Weight, find_weights
 from leap_pl.module import LeapModule
 from leap_pl.objective import Objective
+from leap_pl.oneshot.wanda import wanda_mask
+from leap_pl.patterns import NM
 from leap_pl.prior import Prior
 
 IDS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -558,6 +560,36 @@ def test_restored_gates_choose_as_the_gates_did() -> None:
     for name, gate in gates.items():
         assert type(restored[name]) is BernoulliGate
         assert restored[name].input_dim == gate.input_dim
+        assert torch.equal(restored[name].hard_mask(), gate.hard_mask())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (BernoulliGate, {}),
+        (NMGate, {"n": 2, "m": 4}),
+        (TileGate, {"n": 2, "m": 4, "tile": 8, "mode": "joint"}),
+        (TileGate, {"n": 2, "m": 4, "tile": 8, "mode": "tile"}),
+    ],
+)
+def test_gates_restored_without_reading_choose_as_the_gates_did(kind: Any, settings: dict[str, Any]) -> None:
+    weights = find_weights(tiny_model())
+    gates = {name: kind(weight, GateState(), **settings) for name, weight in weights.items()}
+    for seed, gate in enumerate(gates.values()):
+        inner = wanda_mask(torch.rand(gate.shape), torch.ones(gate.shape[-1]), NM(2, 4))
+        gate.start_from(None, seed, **({"inner": inner} if kind is TileGate else {}))
+
+    def stored(name: str, gate: Any) -> Stored:
+        shapes = {part: torch.empty_like(tensor, device="meta") for part, tensor in gate.stored().items()}
+        logits, read = shapes.pop("logits"), lambda part: gate.stored()[part].clone()
+        return Stored(logits, tuple(gate.shape), weights[name].input_dim, shapes, read)
+
+    found = {name: stored(name, gate) for name, gate in gates.items()}
+    restored = restore(kind.__name__, next(iter(gates.values())).settings(), found)
+    for side in (gates, restored):
+        kind.choose(side, 0.4)
+    for name, gate in gates.items():
+        assert all(tensor.is_meta for tensor in restored[name].stored().values())
         assert torch.equal(restored[name].hard_mask(), gate.hard_mask())
 
 

@@ -7,6 +7,7 @@ what they left, and compare it with one process that accumulates as many micro-b
 import io
 import pickle
 import shutil
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +21,9 @@ from ranks import run_ranks
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 from torch import Tensor
 
-from leap_pl.checkpoint import path_of
+from leap_pl.checkpoint import masks_from_checkpoint, path_of
 from leap_pl.cli import main
-from leap_pl.consolidate import check_folder, consolidated
+from leap_pl.consolidate import StoredTensors, check_folder, consolidated
 from leap_pl.errors import UserError
 from leap_pl.export import export_command
 from leap_pl.masks import MaskSet
@@ -44,6 +45,7 @@ ALL_TERMS = [
     "--model.activation_checkpointing=true",
     "--model.prior.method=wanda",
     "--model.prior.sequences=4",
+    "--model.prior.graded=true",
 ]
 
 
@@ -371,6 +373,35 @@ def test_a_folder_is_exported(two, place: Place, tmp_path: Path) -> None:
     assert facts["sparsity"] == 0.5
     exported, learned = MaskSet.load(tmp_path / "sparse" / "mask.safetensors"), place.mask("folder")
     assert all(torch.equal(exported.masks[name], learned.masks[name]) for name in learned.masks)
+
+
+def test_a_folder_is_exported_weight_by_weight(two, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its tensors there are never more in memory than the one at hand and the one before it."""
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+    read = StoredTensors.read
+
+    def counted(self: StoredTensors, key: str) -> Tensor:
+        nonlocal most
+        tensor = read(self, key)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(reference() is not None for reference in alive))
+        return tensor
+
+    monkeypatch.setattr(StoredTensors, "read", counted)
+    masks = masks_from_checkpoint(place.checkpoint("folder"))
+    learned = place.mask("folder")
+    assert all(torch.equal(mask, learned.masks[name]) for name, mask in masks.masks.items())
+    assert len(alive) >= 4 * len(learned.masks)
+    assert most <= 2
+
+
+def test_a_damaged_part_is_told_where_it_is_read(two, place: Place, tmp_path: Path) -> None:
+    folder = shutil.copytree(place.checkpoint("folder"), tmp_path / "last.ckpt")
+    part = next(folder.glob("__1_*.distcp"))
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(UserError, match="incomplete or damaged"):
+        masks_from_checkpoint(folder)
 
 
 def test_no_code_runs_from_a_folder(two, place: Place, tmp_path: Path) -> None:

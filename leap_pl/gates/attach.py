@@ -1,6 +1,6 @@
 """Gates are put on a model's weights, and taken off again."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +74,11 @@ def restore(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, "Store
             if found is None or found.shape != expected.shape:
                 shape = "not there" if found is None else tuple(found.shape)
                 raise UserError(f"{name}: its {part} are {shape}, and should be {tuple(expected.shape)}.")
+            if stored.read is not None:
+                continue
             learned = isinstance(getattr(gate, part), nn.Parameter)
             setattr(gate, part, nn.Parameter(found) if learned else found)
+        gate.read = stored.read
         gates[name] = gate
     return gates
 
@@ -89,12 +92,14 @@ class Stored:
         shape: Of the weight.
         input_dim: Of the weight, as in :class:`leap_pl.models.Weight`.
         beside: What else the kind of gate stores (:meth:`Gate.stored`).
+        read: Reads one of them by its name, where the tensors here are on the meta device and only tell shapes.
     """
 
     logits: Tensor
     shape: tuple[int, ...]
     input_dim: int
     beside: Mapping[str, Tensor] = field(default_factory=dict)
+    read: Callable[[str], Tensor] | None = None
 
 
 def gate_kind(name: str) -> type[Gate]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leap_pl.gates.compiled import compiled
-from leap_pl.gates.gate import Gate, GateState
+from leap_pl.gates.gate import Gate, GateState, Held
 from leap_pl.gates.noise import columns, element_bits, logistic_in_bits, noise_keys
 from leap_pl.gates.powers import exp2
 from leap_pl.models import Weight
@@ -79,13 +79,13 @@ class BernoulliGate(Gate):
 
     def hard_mask(self) -> Tensor:
         """See :meth:`Gate.hard_mask`."""
-        return self.cut.mask(self.logits.detach())
+        return self.cut.mask(self.held())
 
     @classmethod
     def choose(cls, gates: Mapping[str, Any], sparsity: float) -> None:
         """Keep the round((1 − sparsity)·N) highest of the N logits of all ``gates``, ties by index."""
         total = sum(gate.logits.numel() for gate in gates.values())
-        cuts = exact_top_k([gate.logits.detach() for gate in gates.values()], total - round(sparsity * total))
+        cuts = exact_top_k(Held(gates.values()), total - round(sparsity * total))
         for gate, cut in zip(gates.values(), cuts, strict=True):
             gate.cut = cut
 

@@ -1,9 +1,9 @@
 """What every gate shares: its logits, its place in the run, and the three ways a weight passes through it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,8 @@ class Gate(nn.Module):
             rest of the model is cast to.
         kept: After a soft pass, ΣM over the weight, with its gradient; None before one.
         energy: After a soft pass, Σ(M·W)² over the weight, with its gradient.
+        read: Of a gate that was restored from a checkpoint without reading it, reads what is stored under a name;
+            the gate's own tensors are then on the meta device.
     """
 
     method: ClassVar[str] = "leap"
@@ -80,6 +82,7 @@ class Gate(nn.Module):
     logits: nn.Parameter
     kept: Tensor | None
     energy: Tensor
+    read: Callable[[str], Tensor] | None
 
     def __init__(self, weight: Weight, state: GateState) -> None:
         super().__init__()
@@ -88,6 +91,7 @@ class Gate(nn.Module):
         self.input_dim = weight.input_dim
         self.state = state
         self.kept = None
+        self.read = None
         self.hooks: list[RemovableHandle] = []  # on the module of the weight; they go with the gate
         self._in_call = False
         self._made: list[Tensor] = []  # a list: as an attribute, the dense weight would register as a parameter
@@ -144,6 +148,10 @@ class Gate(nn.Module):
     def stored(self) -> dict[str, Tensor]:
         """What a checkpoint holds of this gate, ``logits`` first: attribute → tensor."""
         return {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+
+    def held(self, part: str = "logits") -> Tensor:
+        """One of :meth:`stored`: what hard masks are chosen by. Read anew at each call where it is not in memory."""
+        return getattr(self, part).detach() if self.read is None else self.read(part)
 
     def begin_call(self) -> None:
         """From here to :meth:`end_call` the masked weight is made once and read many times."""
@@ -227,6 +235,27 @@ class Gate(nn.Module):
     def extra_repr(self) -> str:
         """Shown when the model is printed."""
         return f"{tuple(self.shape)}"
+
+
+class Held(Sequence[Tensor]):
+    """What each of some gates holds under one name, looked at, or read, one after another."""
+
+    def __init__(self, gates: Iterable[Gate], part: str = "logits") -> None:
+        """Take the ``gates`` and the name."""
+        self.gates, self.part = list(gates), part
+
+    @overload
+    def __getitem__(self, place: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Tensor]: ...
+    def __getitem__(self, place: int | slice) -> Tensor | list[Tensor]:
+        """That of one gate, or of some."""
+        if isinstance(place, slice):
+            return [gate.held(self.part) for gate in self.gates[place]]
+        return self.gates[place].held(self.part)
+
+    def __len__(self) -> int:
+        return len(self.gates)
 
 
 GateFactory = Callable[[Weight, GateState], Gate]

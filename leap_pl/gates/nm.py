@@ -103,7 +103,7 @@ class NMGate(Gate):
 
     def hard_mask(self) -> Tensor:
         """See :meth:`Gate.hard_mask`; the logits alone decide."""
-        return self.groups.best(gathered(self.logits.detach()))
+        return self.groups.best(gathered(self.held()))
 
     @classmethod
     def choose(cls, gates: Mapping[str, Any], sparsity: float) -> None:

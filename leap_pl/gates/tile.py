@@ -179,18 +179,18 @@ class TileGate(Gate):
 
     def hard_mask(self) -> Tensor:
         """See :meth:`Gate.hard_mask`."""
-        dense_OI = self.grid.over_elements(self.cut.mask(gathered(self.logits.detach())))
+        dense_OI = self.grid.over_elements(self.cut.mask(gathered(self.held())))
         return self.inner_mask() | dense_OI.movedim(-1, self.input_dim)
 
     def inner_mask(self) -> Tensor:
         """The n:m mask of the tiles that are not dense."""
-        return self.inner if self.mode == "tile" else self.groups.best(gathered(self.pattern_logits.detach()))
+        return self.held("inner") if self.mode == "tile" else self.groups.best(gathered(self.held("pattern_logits")))
 
     @classmethod
     def choose(cls, gates: Mapping[str, Any], sparsity: float) -> None:
         """Make dense the tiles of the highest logits, ties by index, until the sparsity is closest to the asked one."""
-        logits = [gathered(gate.logits.detach()) for gate in gates.values()]
-        removable = torch.cat([gate.removable.flatten() for gate in gates.values()]).to(torch.int64)
+        logits = [gathered(gate.held()) for gate in gates.values()]  # one a tile: few
+        removable = torch.cat([gate.held("removable").flatten() for gate in gates.values()]).to(torch.int64)
         order = torch.cat([tiles_AB.flatten() for tiles_AB in logits]).argsort(descending=True, stable=True)
         left = removable.sum() - torch.cat([removable.new_zeros(1), removable[order].cumsum(0)])
         asked = round(sparsity * sum(gate.shape.numel() for gate in gates.values()))
