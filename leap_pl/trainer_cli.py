@@ -232,7 +232,13 @@ def run(words: list[str]) -> LeapCLI:
     except (ValueError, MisconfigurationException) as error:
         if isinstance(error, UserError) or not _from_settings(error):
             raise
-        raise UserError(" ".join(str(error).split())) from error
+        told = " ".join(str(error).split())
+        if "enable_checkpointing" in told:
+            told = (
+                "trainer.enable_checkpointing false does not go with the checkpoints that fit writes. For none, set "
+                "--checkpoint.save_top_k 0 --checkpoint.save_last false."
+            )
+        raise UserError(told) from error
 
 
 def _say_nothing_twice(failed: threading.ExceptHookArgs) -> None:
@@ -264,7 +270,7 @@ def _check_trainer(trainer: Trainer) -> None:
 
 
 def _from_settings(error: Exception) -> bool:
-    """Whether a constructor of this package, or the trainer's choice of devices and strategy, refused its settings."""
+    """Whether a constructor of this package, or the trainer when it was set up, refused its settings."""
     trace, last = error.__traceback__, None
     while trace is not None:
         last, trace = trace, trace.tb_next
@@ -273,7 +279,7 @@ def _from_settings(error: Exception) -> bool:
     code = last.tb_frame.f_code
     place = Path(code.co_filename)
     ours = "leap_pl" in place.parts and code.co_name in ("__init__", "__post_init__")
-    return ours or place.stem == "accelerator_connector"
+    return ours or place.stem in ("accelerator_connector", "callback_connector", "setup")
 
 
 def _find_last(verb: str, folder: str | None) -> tuple[Path, dict[str, Any]] | None:

@@ -272,6 +272,7 @@ def test_one_kind_of_file_for_another(finished: Run, tmp_path: Path, capsys) -> 
     [
         ("--trainer.accumulate_grad_batches=0", "give 1 or more"),
         ("--trainer.devices=1000", "processes"),  # no process of which is started
+        ("--trainer.enable_checkpointing=false", "set --checkpoint.save_top_k 0 --checkpoint.save_last false"),
         ("--data.seq_length=1", "a block of 2 tokens is the least"),
         ("--model.optimizer.lr=-1", "model.optimizer does not take its settings"),
         ("--trainer.max_steps=0", "trainer.max_steps is 0"),

@@ -38,7 +38,7 @@ def definition(folder, model, text):
     for name, part in {"like": lines[:20], "unlike": lines[20:40], "validation": lines[40:]}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n")
     learn = {
-        "model": {"dtype": "float32"},
+        "model": {"dtype": "float32", "prior": {"graded": True, "sequences": 2, "cache_dir": str(folder / "kept")}},
         "data": {"text": str(text), "seq_length": 32, "batch_size": 2, "validation_sequences": 2},
         "annealing": {"alpha": {"start": 100, "end": 350}, "tau": {"start": 1, "end": 0.05}},
         "trainer": {"accelerator": "cpu", "val_check_interval": 100},
@@ -211,6 +211,8 @@ def test_pattern_and_prior_are_what_the_row_says(finished):
     prior = MaskSet.load(folder / "runs" / "leap-60" / "made" / "prior.safetensors")
     wanda = MaskSet.load(folder / "runs" / "wanda-60" / "made" / "mask.safetensors")
     assert all((bits == wanda.masks[name]).all() for name, bits in prior.masks.items())
+    assert learned.provenance.config["prior"]["graded"] is True  # of the shared config, beside the row's mask
+    assert any(file.name.startswith("squares-") for file in (folder / "kept").iterdir())
     told = cells(folder)["leap-60"]["cell"]
     differing = sum(int((bits != wanda.masks[name]).sum()) for name, bits in learned.masks.items())
     assert told["overlap"]["changed"] == pytest.approx(differing / learned.total)
@@ -541,7 +543,11 @@ def test_the_shipped_definition():
         assert rows[row] == [0.5, 0.6, 0.7]
     assert rows["leap-distill"] == rows["leap-update"] == [0.5, 0.6]
     tasks = {cell.name for cell in experiment.cells.values() if not cell.tasks}
-    assert tasks == {name for name in experiment.cells if name.endswith("-70")}
+    assert tasks == {name for name in experiment.cells if name.endswith(("-70", "-45"))}
+    for row in ("magnitude-2of4", "wanda-2of4", "sparsegpt-2of4", "admm-2of4", "maskllm"):
+        assert rows[row] == [0.5]
+        assert experiment.cells[f"{row}-50"].table == "2:4"
+    assert rows["patch"] == rows["leap-any"] == [0.45]
     assert set(experiment.tasks) == {"mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa"}
     assert {cell.tokens for cell in experiment.cells.values() if cell.fit is not None} == {500_000, 2_000_000}
     assert steps.UPDATING == UPDATING

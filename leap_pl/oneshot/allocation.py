@@ -81,7 +81,6 @@ def owl_sparsities(
     sizes = [sum(matrix.view(matrix.weight.parameter).numel() for matrix in block) for block in matrices]
     for index in walk:
         shares.append(_outlier_share(walk, index, matrices[index], options.threshold))
-        walk.advance(index)
     lowest, highest = min(shares), max(shares)
     width = highest - lowest
     densities = [2 * options.spread * (share - lowest) / width if width else 0.0 for share in shares]
@@ -97,9 +96,7 @@ def owl_sparsities(
 
 
 def _outlier_share(walk: Walk, index: int, matrices: Sequence[Matrix], threshold: float) -> float:
-    if not matrices:
-        return 0.0
-    found = walk.observe(index, matrices, gram=False)
+    found = walk.observe(index, matrices, gram=False, advance=True)
     scores: list[Tensor] = [
         wanda_scores(matrix.dense(), found[matrix.name].mean_square).flatten()
         for matrix in matrices

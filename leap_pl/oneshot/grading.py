@@ -78,7 +78,7 @@ def input_squares(
     squares: dict[str, Tensor] = {}
     with Walk(model, blocks_NT, walk) as dense_walk:
         for index in bar(dense_walk, progress, "grading"):
-            found = dense_walk.observe(index, matrices[index], gram=False)
+            found = dense_walk.observe(index, matrices[index], gram=False, advance=True)
             for matrix in matrices[index]:
                 statistics = found.get(matrix.name)
                 square_I = torch.ones(matrix.size) if statistics is None else statistics.mean_square.cpu()
@@ -87,6 +87,4 @@ def input_squares(
                 else:
                     shape = (matrix.weight.parameter.shape[0], matrix.size)
                     squares.setdefault(matrix.weight.name, torch.empty(shape))[matrix.expert] = square_I
-            if index < len(matrices) - 1:
-                dense_walk.advance(index)
     return {name: squares[name] for name in weights}

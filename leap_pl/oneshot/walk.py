@@ -139,7 +139,9 @@ class Walk:
 
     # -- what a pruner asks ---------------------------------------------------------------------------------
 
-    def observe(self, index: int, matrices: Sequence[Matrix], *, gram: bool) -> dict[str, InputStatistics]:
+    def observe(
+        self, index: int, matrices: Sequence[Matrix], *, gram: bool, advance: bool = False
+    ) -> dict[str, InputStatistics]:
         """Run block ``index`` as it is now and sum up the inputs of ``matrices``.
 
         With a dense walk alongside, its hidden states advance, through the block as it is now: call this
@@ -149,6 +151,7 @@ class Walk:
             index: Which block.
             matrices: Its matrices.
             gram: Whether Hessians are wanted, or mean squares alone.
+            advance: Whether the block stays as it is: its outputs then replace the hidden states at once.
 
         Returns:
             Matrix name → its statistics. Matrices that are given one and the same tensor share one object;
@@ -165,7 +168,9 @@ class Walk:
                     dense_BTD = self._call(index, number, self.dense_states[number])
                 self.dense_states[number] = dense_BTD.to(self.storage)
             with watch:
-                self._call(index, number, self.states[number])
+                output_BTD = self._call(index, number, self.states[number])
+            if advance:
+                self._keep(index, number, output_BTD)
             collector.end_batch()
         seen = {matrix.weight.name for matrix in matrices if matrix.name in collector.found}
         for matrix in matrices:
@@ -189,15 +194,17 @@ class Walk:
             UserError: They are not finite.
         """
         for number, state_BTD in enumerate(self.states):
-            output_BTD = self._call(index, number, state_BTD)
-            if not bool(torch.isfinite(output_BTD).all()):
-                raise UserError(
-                    f"{self.prefix}.{index}: its outputs are not finite. Load the model in another --dtype "
-                    "(float16 overflows beyond 65504), and check the model."
-                )
-            self.states[number] = output_BTD.to(self.storage)
+            self._keep(index, number, self._call(index, number, state_BTD))
 
     # -- how it is done -------------------------------------------------------------------------------------
+
+    def _keep(self, index: int, number: int, output_BTD: Tensor) -> None:
+        if not bool(torch.isfinite(output_BTD).all()):
+            raise UserError(
+                f"{self.prefix}.{index}: its outputs are not finite. Load the model in another --dtype "
+                "(float16 overflows beyond 65504), and check the model."
+            )
+        self.states[number] = output_BTD.to(self.storage)
 
     def _call(self, index: int, number: int, state_BTD: Tensor) -> Tensor:
         call = self._calls[index][state_BTD.shape[0]].with_hidden(state_BTD).to(self.device)

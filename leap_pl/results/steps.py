@@ -112,7 +112,7 @@ class Steps:
         model["base_model"] = experiment.base_model
         model.setdefault("sparsity", cell.sparsity)
         if cell.prior is not None:
-            model["prior"] = {"mask": str(self.mask(experiment.cells[cell.prior]))}
+            model["prior"] = {**model.get("prior", {}), "mask": str(self.mask(experiment.cells[cell.prior]))}
         if "seq_length" not in data:
             raise UserError(f"the config of {cell.name} lacks data.seq_length, and its steps follow from that. Add it.")
         trainer["max_steps"] = max(cell.tokens // self.tokens_of_step(config), 1)
