@@ -20,8 +20,7 @@ from benchmarks.report import Row, finish
 from leap_pl.data import calibration_blocks
 from leap_pl.gates import BernoulliGate, Gate, GateState, attach
 from leap_pl.masks import MaskSet
-from leap_pl.models import find_weights, load_model, load_tokenizer
-from leap_pl.module import fast_dtype
+from leap_pl.models import fast_dtype, find_weights, load_model, load_tokenizer
 from leap_pl.objective import Objective, language_losses, split_model
 
 

@@ -30,8 +30,7 @@ from benchmarks.report import Row, finish, interleaved, ratio
 from leap_pl import gates as kinds
 from leap_pl.gates import GateState, attach
 from leap_pl.gates.compiled import compile_seconds
-from leap_pl.models import decoder_blocks, find_weights, load_model
-from leap_pl.module import fast_dtype
+from leap_pl.models import decoder_blocks, fast_dtype, find_weights, load_model
 from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
 from leap_pl.optimizer import PackedAdamW
 

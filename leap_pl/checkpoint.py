@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from torch import Tensor
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import Gate, Stored, gate_kind, restore
 from leap_pl.masks import MaskSet, PackedMasks, Provenance, installed_versions
+
+if TYPE_CHECKING:
+    import lightning as L
 
 KEY = "leap_pl"
 PREFIX = "logits."
@@ -212,6 +215,26 @@ def by_weight(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a LeapModule's state dict holds of gates under the names of a checkpoint: ``<part>.<weight name>``."""
     matches = ((re.fullmatch(r"model\.(.+)\.parametrizations\.(\w+)\.0\.(\w+)", path), x) for path, x in state.items())
     return {f"{match[3]}.{match[1]}.{match[2]}": tensor for match, tensor in matches if match}
+
+
+def keep_gates_only(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Keep the frozen model out of a LeapModule's state dict, before a strategy gathers it from all ranks."""
+    kept = {prefix + path_of(name, part) for name, gate in module.gates.items() for part in gate.stored()}
+    for name in [name for name in state if name not in kept]:
+        del state[name]
+
+
+def settings_of_run(trainer: "L.Trainer") -> dict[str, Any]:
+    """What a mask's provenance tells of how it was learned that the trainer knows: plain values."""
+    told: dict[str, Any] = {"accumulate_grad_batches": trainer.accumulate_grad_batches}
+    data = getattr(trainer, "datamodule", None)
+    if data is not None:
+        keys = ("text", "validation_text", "seq_length", "batch_size", "seed")
+        told["data"] = {key: getattr(data, key) for key in keys if hasattr(data, key)}
+    for optimizer in trainer.optimizers[:1]:
+        plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, bool | int | float)}
+        told["optimizer"] = {"class": type(optimizer).__name__, **plain}
+    return told
 
 
 def name_parameters(state: dict[str, Any], names: Sequence[str]) -> None:

@@ -105,6 +105,17 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
 
 
+def fast_dtype(device: torch.device) -> Dtype:
+    """bfloat16 where ``device`` multiplies it fast, else float32."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type == "cpu":
+        # Without the instructions bfloat16 is emulated, and slower than float32.
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bfloat16" if fast else "float32"
+    return "float32"
+
+
 def longest_sequence(config: "PreTrainedConfig") -> int | None:
     """The number of tokens the model's positions reach, or None where the configuration sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -22,6 +22,7 @@ from leap_pl.models import (
     Weight,
     check_numbers,
     decoder_blocks,
+    fast_dtype,
     find_weights,
     load_model,
     longest_sequence,
@@ -128,7 +129,7 @@ class LeapModule(L.LightningModule):
         self.gates: dict[str, Gate] = {}
         self.priors: dict[str, MaskSet] = {}  # on rank zero
         self.resumes_from: str | None = None
-        self.register_state_dict_post_hook(_gates_only)
+        self.register_state_dict_post_hook(checkpoints.keep_gates_only)
         self.dense_perplexity: float | None = None
         self.hard_perplexity: float | None = None  # of the last validation
         self.hard_metric, self.dense_metric = Perplexity(), Perplexity()
@@ -473,14 +474,7 @@ class LeapModule(L.LightningModule):
         told |= self.told
         if self._trainer is None:
             return told
-        told["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
-        data = getattr(self.trainer, "datamodule", None)
-        if data is not None:
-            keys = ("text", "validation_text", "seq_length", "batch_size", "seed")
-            told["data"] = {key: getattr(data, key) for key in keys if hasattr(data, key)}
-        for optimizer in self.trainer.optimizers[:1]:
-            plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, bool | int | float)}
-            told["optimizer"] = {"class": type(optimizer).__name__, **plain}
+        told |= checkpoints.settings_of_run(self.trainer)
         if self.hard_perplexity is not None:
             told["perplexity"] = self.hard_perplexity
         if self.dense_perplexity is not None:
@@ -523,21 +517,3 @@ class LeapModule(L.LightningModule):
             stored = checkpoints.load_checkpoint(path)["state_dict"]
             for name, part in places:
                 copy_part_(getattr(self.gates[name], part), stored[f"{part}.{name}"])
-
-
-def _gates_only(module: LeapModule, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Keep the frozen model out of the state dict, before a strategy gathers it from all ranks."""
-    kept = {prefix + checkpoints.path_of(name, part) for name, gate in module.gates.items() for part in gate.stored()}
-    for name in [name for name in state if name not in kept]:
-        del state[name]
-
-
-def fast_dtype(device: torch.device) -> Dtype:
-    """bfloat16 where ``device`` multiplies it fast, else float32."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device.type == "cpu":
-        # Without the instructions bfloat16 is emulated, and slower than float32.
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return "bfloat16" if fast else "float32"
-    return "float32"
