@@ -173,7 +173,7 @@ def test_code_in_a_checkpoint_is_not_run(finished: Run, tmp_path: Path, capsys, 
     [
         (lambda c: c["leap_pl"].pop("shapes"), "does not say whose logits"),
         (lambda c: c.update(leap_pl=[1]), "not a checkpoint of leap_pl"),
-        (lambda c: c.pop("state_dict"), "do not fit"),
+        (lambda c: c.pop("state_dict"), "lacks the logits"),
         (lambda c: c["state_dict"].popitem(), "lacks the logits"),
         (lambda c: c["leap_pl"]["shapes"].update({next(iter(c["leap_pl"]["shapes"])): [1 << 40, 3]}), "should be"),
         (lambda c: c["leap_pl"]["gate"].update(class_path="os.system"), "os.system"),
