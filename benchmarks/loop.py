@@ -2,8 +2,8 @@
 
 python -m benchmarks.loop --model M --text FILE [--steps 101] [--tokens 512] [--workers 0] [--output F.json]
 
-One run with Lightning's profiler, the callbacks and their intervals as they are by default, the data module as the
-config of a user has it. The first steps, in which kernels are compiled, do not count.
+One run with Lightning's profiler; callbacks and their intervals are the defaults. The first steps, in which kernels are
+compiled, do not count.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument(
-        "--steps", type=int, default=101, help="101: as many logs as a run has steps for, histograms too"
+        "--steps", type=int, default=101, help="by default enough for the logger's histograms, one each 100 steps"
     )
     parser.add_argument("--tokens", type=int, default=512, help="of a step")
     parser.add_argument("--workers", type=int, default=0, help="processes that tokenize and pack")
@@ -53,12 +53,11 @@ def shares(durations: Mapping[str, Sequence[float]], warm_up: int) -> list[Row]:
     steps = len(durations[STEP])
     seconds = {"step": sum(durations[STEP][warm_up:]), "waiting for data": 0.0}
     for action, each in durations.items():
-        once_a_step = each[len(each) - steps :] if len(each) >= steps else each
         if action == WAIT:
             seconds["waiting for data"] = sum(each[:steps][warm_up:])
         elif action.startswith(CALLBACK) and ".on_train_batch" in action and len(each) >= steps:
             name = action.removeprefix(CALLBACK).partition("{")[0].partition(".")[0]
-            seconds[name] = seconds.get(name, 0.0) + sum(once_a_step[warm_up:])
+            seconds[name] = seconds.get(name, 0.0) + sum(each[len(each) - steps :][warm_up:])
     counted = steps - warm_up
     first, others = list(seconds.items())[:2], sorted(list(seconds.items())[2:], key=lambda item: -item[1])
     return [

@@ -59,7 +59,7 @@ def exact_top_k(tensors: Sequence[Tensor], k: int) -> list[Cut]:
     if ranks.any(broken):
         raise ValueError("NaN has no rank")
     if k == 0:
-        return [Cut(float("inf"), 0) for _ in tensors]
+        return [Cut(float("inf"), 0)] * len(tensors)
 
     none = torch.zeros(1 << 16, dtype=torch.int64)
     counts = ranks.sum(sum((_histogram(key >> 16) for key in _keys(tensors)), none))
@@ -69,7 +69,7 @@ def exact_top_k(tensors: Sequence[Tensor], k: int) -> list[Cut]:
     ties_kept = k - above - above_low
     value = _value_of((high << 16) | low)
     if not ties_kept:
-        return [Cut(value, 0) for _ in tensors]
+        return [Cut(value, 0)] * len(tensors)
 
     ties = [offset_of(tensor) + (own_part(tensor).reshape(-1) == value).nonzero().flatten() for tensor in tensors]
     limits = []

@@ -146,8 +146,8 @@ def test_squares_are_kept_and_made_anew_where_they_are_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = []
-    measure = grading.input_squares
-    monkeypatch.setattr(prior_module.grading, "input_squares", lambda *a: calls.append(a) or measure(*a))
+    measure = grading.measure_input_squares
+    monkeypatch.setattr(prior_module.grading, "measure_input_squares", lambda *a: calls.append(a) or measure(*a))
     model = tiny_model()
     weights = find_weights(model)
 

@@ -392,7 +392,7 @@ def test_a_folder_is_exported_weight_by_weight(two, place: Place, monkeypatch: p
     masks = masks_from_checkpoint(place.checkpoint("folder"))
     learned = place.mask("folder")
     assert all(torch.equal(mask, learned.masks[name]) for name, mask in masks.masks.items())
-    assert len(alive) >= 4 * len(learned.masks)
+    assert 4 * len(learned.masks) <= len(alive) <= 5 * len(learned.masks)  # read no oftener than is said
     assert most <= 2
 
 

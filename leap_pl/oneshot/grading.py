@@ -50,7 +50,7 @@ def graded_lean(mask_OI: Tensor, weight_OI: Tensor, mean_square_I: Tensor) -> Te
     return torch.where(mask_OI, lean_OI, -lean_OI)
 
 
-def input_squares(
+def measure_input_squares(
     model: "PreTrainedModel",
     weights: Mapping[str, Weight],
     blocks_NT: Tensor,

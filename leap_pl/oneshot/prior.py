@@ -134,7 +134,7 @@ def input_squares(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Mean square of every input of every weight of the dense model (:func:`leap_pl.oneshot.grading.input_squares`).
+    """What :func:`leap_pl.oneshot.grading.measure_input_squares` measures on the dense model, once for a model and a text.
 
     They are kept as the masks of :func:`one_shot_prior` are, of which it has the arguments; a number an input.
 
@@ -151,7 +151,7 @@ def input_squares(
             logger.info("The inputs' squares were read from %s.", path)
             return cached
     tokens_NT = _tokens(model, base_model, data, sequences)
-    squares = grading.input_squares(model, weights, tokens_NT, WalkOptions(device=device), progress)
+    squares = grading.measure_input_squares(model, weights, tokens_NT, WalkOptions(device=device), progress)
     if path is not None:
         try:
             with atomic_file(path) as temporary:
