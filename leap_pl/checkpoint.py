@@ -316,12 +316,12 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
     checkpoint = load_checkpoint(path)
     identity = read_identity(checkpoint, path)
     tensors, read = checkpoint.get("state_dict", {}), None
-    if Path(path).is_dir():
-        from leap_pl.consolidate import StoredTensors
-
-        folder = StoredTensors(path)
-        tensors, read = folder.shapes, folder.read
     try:
+        if Path(path).is_dir():
+            from leap_pl.consolidate import StoredTensors
+
+            folder = StoredTensors(path)
+            tensors, read = folder.shapes, folder.read
         return MaskSet(_hard_masks(tensors, identity, path, read), provenance(identity))
     except UserError:
         raise

@@ -402,6 +402,11 @@ def test_a_damaged_part_is_told_where_it_is_read(two, place: Place, tmp_path: Pa
     part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(UserError, match="incomplete or damaged"):
         masks_from_checkpoint(folder)
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    index.planner_data = None
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(UserError, match="Take the checkpoint before it"):
+        masks_from_checkpoint(folder)
 
 
 def test_no_code_runs_from_a_folder(two, place: Place, tmp_path: Path) -> None:

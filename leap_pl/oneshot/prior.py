@@ -134,7 +134,7 @@ def input_squares(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """What :func:`leap_pl.oneshot.grading.measure_input_squares` measures on the dense model, once for a model and a text.
+    """What :func:`.grading.measure_input_squares` measures on the dense model, once for a model and a text.
 
     They are kept as the masks of :func:`one_shot_prior` are, of which it has the arguments; a number an input.
 
