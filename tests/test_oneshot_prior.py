@@ -39,11 +39,12 @@ class Stream:
 class Data:
     """What the data module shows of itself to the prior."""
 
-    def __init__(self, seed: int = 0, seq_length: int = 40) -> None:
-        self.stream = Stream(seed, seq_length)
+    def __init__(self, seed: int = 0, seq_length: int = 40, batch_size: int = 1) -> None:
+        self.stream, self.batch_size = Stream(seed, seq_length), batch_size
 
     def identity(self) -> dict[str, Any]:
-        return {"text": "random", "seed": self.stream.seed, "seq_length": self.stream.seq_length}
+        of_stream = {"text": "random", "seed": self.stream.seed, "seq_length": self.stream.seq_length}
+        return {**of_stream, "batch_size": self.batch_size}
 
 
 def make(cache_dir: Path | None, *, model: Any = None, data: Data | None = None, **changes: Any) -> Any:
@@ -78,7 +79,7 @@ def test_the_cache_is_hit_and_tells_runs_apart(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(prior_module, "prune", counted)
     first = make(tmp_path)
-    data = Data()
+    data = Data(batch_size=4)  # of no consequence
     again = make(tmp_path, data=data)
     assert len(calls) == 1
     assert data.stream.read == 0

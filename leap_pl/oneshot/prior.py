@@ -164,11 +164,15 @@ def input_squares(
 def _key(
     model: "PreTrainedModel", weights: Mapping[str, Weight], data: CalibrationData | None, sequences: int
 ) -> dict[str, Any]:
+    told = None
+    if data is not None:
+        # How many sequences a run trains on at once changes where it is in the stream, not what the prior reads.
+        told = {key: value for key, value in data.identity().items() if key != "batch_size"} | {"sequences": sequences}
     return {
         "algorithm": ALGORITHM,
         "fingerprint": model_fingerprint(model),
         "weights": sorted(weights),
-        "data": {**data.identity(), "sequences": sequences} if data is not None else None,
+        "data": told,
     }
 
 
