@@ -28,8 +28,9 @@ class Prior:
             calibration text. ``none``: no lean at all.
         mask: A MaskSet file instead of a method.
         graded: (BernoulliGate) Let each logit lean the farther, the surer Wanda is of its weight, whatever the
-            method of the mask: by ±tanh|log(score/cut)| instead of ±1 (:mod:`leap_pl.oneshot.grading`). It takes
-            another walk over the model, which is kept like the mask, and a larger ``strength`` of the gate.
+            method of the mask: by its score's distance from the cut instead of ±1
+            (:mod:`leap_pl.oneshot.grading`). It takes another walk over the model, which is kept like the mask, and
+            a larger ``strength`` of the gate.
         inner_mask: (TileGate) A MaskSet file of n:m form for the tiles that are not dense, instead of a method.
         sequences: Calibration sequences of the method.
         cache_dir: Where masks made from a method are kept for the next run on the same model and text.

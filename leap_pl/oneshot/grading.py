@@ -18,6 +18,9 @@ from leap_pl.oneshot.wanda import wanda_scores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LEAST = 0.08
+"""Where a lean starts that has no score to speak of: far enough from 0 that noise alone turns few bits."""
+
 _TINY = torch.finfo(torch.float32).tiny  # the logarithm of a score of 0 is taken here
 
 
@@ -25,10 +28,10 @@ _TINY = torch.finfo(torch.float32).tiny  # the logarithm of a score of 0 is take
 def graded_lean(mask_OI: Tensor, weight_OI: Tensor, mean_square_I: Tensor) -> Tensor:
     """How far each weight's logit should lean, −1 to 1: the side is the mask's, the size Wanda's.
 
-    lean = ±tanh|log(score/cut)|, + where the mask keeps the weight. The score is Wanda's, |W_ij|·sqrt(mean x_j²);
-    the cut of a row that keeps k weights is the geometric mean of its k-th and its next highest score. So weights
-    that could as well be on the other side start near the decision, and those that are many times above or below
-    the cut far from it.
+    lean = ±(a + (1 − a)·tanh|log(score/cut)|), a = :data:`LEAST`, + where the mask keeps the weight. The score is
+    Wanda's, |W_ij|·sqrt(mean x_j²); the cut of a row that keeps k weights is the geometric mean of its k-th and its
+    next highest score. So weights that could as well be on the other side start near the decision, and those that
+    are many times above or below the cut far from it.
 
     Args:
         mask_OI: Bool (…, O, I), of any method.
@@ -46,7 +49,7 @@ def graded_lean(mask_OI: Tensor, weight_OI: Tensor, mean_square_I: Tensor) -> Te
     # Rows that keep all or nothing have one neighbour of the cut, not two.
     above_O1 = ordered_OI.gather(-1, removed_O1.clamp_max(I - 1))
     below_O1 = ordered_OI.gather(-1, (removed_O1 - 1).clamp_min(0))
-    lean_OI = (log_OI - (above_O1 + below_O1) / 2).abs_().tanh_()
+    lean_OI = (log_OI - (above_O1 + below_O1) / 2).abs_().tanh_().mul_(1 - LEAST).add_(LEAST)
     return torch.where(mask_OI, lean_OI, -lean_OI)
 
 
