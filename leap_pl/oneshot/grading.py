@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LEAST = 0.08
-"""Where a lean starts that has no score to speak of: far enough from 0 that noise alone turns few bits."""
+"""The least size of a lean, as a share of the most: noise alone then turns few bits. docs/tuning.md measures it."""
 
 _TINY = torch.finfo(torch.float32).tiny  # the logarithm of a score of 0 is taken here
 
