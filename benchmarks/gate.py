@@ -4,7 +4,8 @@ python -m benchmarks.gate [--shapes 576x576 1536x576] [--gates BernoulliGate] [-
 
 compiled    the gate as it runs
 eager       the same lines without a compiler
-published   LEAP's mask as in benchmarks/published.py, its softmax materialised
+published   the mask as its paper's formulas say it, materialised: for BernoulliGate that of benchmarks/published.py,
+            for NMGate that of benchmarks/published_nm.py
 """
 
 import argparse
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.published import gumbel_softmax_mask
+from benchmarks.published_nm import PublishedNM
 from benchmarks.report import Row, finish, interleaved
 from leap_pl import gates as kinds
-from leap_pl.gates import GateState
+from leap_pl.allocator import keep_freed_memory
+from leap_pl.gates import Gate, GateState
 from leap_pl.gates.compiled import compile_seconds
 from leap_pl.models import Weight
 
@@ -36,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output")
     args = parser.parse_args(arguments)
 
+    keep_freed_memory()  # as a run of leap_pl does
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     rows: list[Row] = []
     for shape in args.shapes:
@@ -44,9 +48,12 @@ def main(arguments: list[str] | None = None) -> None:
         upstream = torch.randn_like(weight)
         calls: dict[str, Callable[[], object]] = {}
         for gate in args.gates:
-            calls[f"{gate}, compiled"] = passes(gate, weight, upstream)
+            calls[f"{gate}, compiled"] = passes(getattr(kinds, gate), weight, upstream)
             calls[f"{gate}, eager"] = eagerly(calls[f"{gate}, compiled"])
-        calls["published"] = published(weight, upstream)
+            if gate == "BernoulliGate":
+                calls[f"{gate}, published"] = published(weight, upstream)
+            if gate == "NMGate":
+                calls[f"{gate}, published"] = passes(PublishedNM, weight, upstream)
         clock = time.process_time if args.clock == "cpu" else time.perf_counter
         for name, seconds in interleaved(calls, args.repeats, device, warm_up=2, clock=clock).items():
             nanoseconds = statistics.median(seconds) / weight.numel() * 1e9
@@ -56,13 +63,13 @@ def main(arguments: list[str] | None = None) -> None:
     finish(rows, args.output, dtype=args.dtype, clock=args.clock, compile_seconds=compile_seconds())
 
 
-def passes(kind: str, weight: Tensor, upstream: Tensor) -> Callable[[], None]:
+def passes(kind: type[Gate], weight: Tensor, upstream: Tensor) -> Callable[[], None]:
     """Forward and backward of one gate over ``weight``."""
     module = nn.Module()
     module.weight = nn.Parameter(weight, requires_grad=False)
     state = GateState()
     state.anneal(200.0, 0.5)
-    gate = getattr(kinds, kind)(Weight("w", module, "weight", None, "w", 1), state).to(weight.device)
+    gate = kind(Weight("w", module, "weight", None, "w", 1), state).to(weight.device)
     gate.start_from(None, 0)
 
     def call() -> None:

@@ -21,6 +21,7 @@ import torch
 from benchmarks import scaling
 from benchmarks.report import Row, finish
 from benchmarks.step import dense_step, leap_step, published_step
+from leap_pl.allocator import keep_freed_memory
 from leap_pl.models import find_weights, load_model
 
 # Bytes that each variant holds of every gated weight: what it trains, its gradient, the two moments of AdamW, and
@@ -96,6 +97,7 @@ def accounted(variant: str, gated: int) -> float:
 
 def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:
     """Peak of three steps, in this process."""
+    keep_freed_memory()  # as a run of leap_pl does
     device = torch.device(args.device)
     model = load_model(args.model, dtype=args.dtype, dropout=False).to(device)
     gated = sum(weight.parameter.numel() for weight in find_weights(model).values())

@@ -7,7 +7,7 @@ step over one micro-batch of ``--tokens`` tokens in sequences of at most ``--seq
 
 dense       the same weights are trained themselves
 leap_pl     they are frozen, and the logits of their gates are trained
-published   likewise, the mask made as in benchmarks/published.py
+published   likewise, the mask made as in benchmarks/published.py, or benchmarks/published_nm.py for NMGate
 
 ``--layers`` gates and trains only so many decoder blocks of the model (the others are taken out), which shows
 how the cost grows with the number of weights. ``--clock cpu`` counts the seconds that the process computed instead
@@ -26,9 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.published import PublishedMasks
+from benchmarks.published_nm import PublishedNM
 from benchmarks.report import Row, finish, interleaved, ratio
 from leap_pl import gates as kinds
-from leap_pl.gates import GateState, attach
+from leap_pl.allocator import keep_freed_memory
+from leap_pl.gates import Gate, GateState, attach
 from leap_pl.gates.compiled import compile_seconds
 from leap_pl.models import decoder_blocks, fast_dtype, find_weights, load_model
 from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
@@ -54,15 +56,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output")
     args = parser.parse_args(arguments)
 
+    keep_freed_memory()  # as a run of leap_pl does; all variants gain by it
     device = torch.device(args.device)
     dtype = fast_dtype(device) if args.dtype == "auto" else args.dtype
-    whole = load_model(args.model, dtype=dtype, dropout=False)
+    whole, kind = load_model(args.model, dtype=dtype, dropout=False), getattr(kinds, args.gate)
     rows: list[Row] = []
     ratios: list[Row] = []
     for layers in args.layers:
         model = first_blocks(whole, layers).to(device)
-        makers = {"dense": dense_step, "leap_pl": lambda m: leap_step(m, args.gate), "published": published_step}
-        makers["low_memory"] = lambda m: leap_step(m, args.gate, low_memory=True)
+        makers = {"dense": dense_step, "leap_pl": lambda m: leap_step(m, kind), "published": published_step}
+        makers["low_memory"] = lambda m: leap_step(m, kind, low_memory=True)
+        if args.gate == "NMGate":
+            makers["published"] = lambda m: leap_step(m, PublishedNM)
         steps = {name: makers[name](copy.deepcopy(model)) for name in args.variants}
         gated = sum(weight.parameter.numel() for weight in find_weights(model).values())
         for tokens in args.tokens:
@@ -151,7 +156,9 @@ def dense_step(model: Any) -> Callable[[Tensor], None]:
     return step
 
 
-def leap_step(model: Any, gate: str = "BernoulliGate", *, low_memory: bool = False) -> Callable[[Tensor], None]:
+def leap_step(
+    model: Any, kind: type[Gate] = kinds.BernoulliGate, *, low_memory: bool = False
+) -> Callable[[Tensor], None]:
     """A step of leap_pl, its objective whole, without Lightning; ``low_memory`` as configs/low_memory.yaml has it."""
     weights = find_weights(model)
     sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
@@ -160,7 +167,7 @@ def leap_step(model: Any, gate: str = "BernoulliGate", *, low_memory: bool = Fal
     model.requires_grad_(False)
     state = GateState()
     state.anneal(ALPHA, TAU)
-    gates = attach(weights, getattr(kinds, gate), state, torch.bfloat16 if low_memory else torch.float32)
+    gates = attach(weights, kind, state, torch.bfloat16 if low_memory else torch.float32)
     for each in gates.values():
         each.start_from(None, 0)
     update = _optimizer([each.logits for each in gates.values()], packed=low_memory)

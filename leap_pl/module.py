@@ -15,6 +15,7 @@ from torchmetrics.text import Perplexity
 
 from leap_pl import checkpoint as checkpoints
 from leap_pl import finite
+from leap_pl.allocator import keep_freed_memory
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import BernoulliGate, Gate, GateState, attach
 from leap_pl.models import (
@@ -148,6 +149,7 @@ class LeapModule(L.LightningModule):
         """Load the base model, make the prior, put the gates on. Does nothing the second time."""
         if self.model is not None:
             return
+        keep_freed_memory()
         self.mesh = sharding_mesh(self._trainer)
         model = load_model(
             self.base_model,
