@@ -1,7 +1,7 @@
 """Numbers that go wrong in learning: found before they spoil anything, and told with their place."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,19 +50,42 @@ def check_logits(learned: Mapping[Place, Tensor], step: int) -> None:
         raise NonFiniteError(step, f"the logits of {name} are infinite or NaN")
 
 
-def check_gradients(learned: Mapping[Place, Tensor], step: int, dtype: torch.dtype | None) -> Tensor:
-    """The norm of all gradients, sharded as they are; one look at the device makes sure that it is a number.
+def check_gradients(learned: Mapping[Place, Tensor], step: int, dtype: torch.dtype | None, norm: Tensor) -> None:
+    """Make sure that gradients are numbers, by one look at their ``norm``, of :func:`norm_of_gradients`.
 
     Raises:
         NonFiniteError: A gradient is infinite or NaN, or they overflow together.
     """
-    gradients = {place: logits.grad for place, logits in learned.items() if logits.grad is not None}
-    norm = nn.utils.get_total_norm(list(gradients.values()))
     if not bool(torch.isfinite(gathered(norm))):
-        broken = [name for name, _ in _broken(gradients)]
+        broken = [name for name, _ in _broken(_gradients(learned))]
         where = f"the gradients of {listing(broken, 2)} are infinite or NaN" if broken else "the gradients overflow"
         raise NonFiniteError(step, where, dtype)
-    return norm
+
+
+def check_norms(norms: Sequence[tuple[int, Tensor]], dtype: torch.dtype | None) -> None:
+    """Make sure that the gradients of steps gone by were numbers; one look at the device for all of them.
+
+    Args:
+        norms: (step, norm of its gradients).
+        dtype: Of the model, for the remedy.
+
+    Raises:
+        NonFiniteError: Those of a step, of which the first is told, were not.
+    """
+    if norms:
+        fine = torch.isfinite(torch.stack([gathered(norm) for _, norm in norms])).tolist()
+        for (step, _), good in zip(norms, fine, strict=True):
+            if not good:
+                raise NonFiniteError(step, "gradients are infinite or NaN, or overflow together", dtype)
+
+
+def norm_of_gradients(learned: Mapping[Place, Tensor]) -> Tensor:
+    """The norm of all gradients, sharded as they are; the host does not wait for it."""
+    return nn.utils.get_total_norm(list(_gradients(learned).values()))
+
+
+def _gradients(learned: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
+    return {place: logits.grad for place, logits in learned.items() if logits.grad is not None}
 
 
 def _broken(tensors: Mapping[Place, Tensor]) -> list[Place]:

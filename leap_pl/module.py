@@ -136,6 +136,7 @@ class LeapModule(L.LightningModule):
         self.hard_metric, self.dense_metric = Perplexity(), Perplexity()
         self.terms: dict[str, Tensor] = {}
         self.gradient_norm: Tensor | None = None  # of the optimizer step at hand, before it is clipped
+        self.norms: list[tuple[int, Tensor]] = []  # (step, gradient norm) that were not looked at yet
         self.told: dict[str, Any] = {}  # settings of callbacks that a mask's provenance should tell
 
     @property
@@ -293,7 +294,7 @@ class LeapModule(L.LightningModule):
         self.terms = {"loss": loss.detach(), "lm": lm, "distillation": kl, "budget": budget.detach()}
         self.terms["kept_norm"] = norm.detach()
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        if loss.device.type == "cpu":  # elsewhere a look at the number would make the host wait at every step
+        if not self.looks_later:
             self.check_finite()
         return loss
 
@@ -311,24 +312,38 @@ class LeapModule(L.LightningModule):
         return values if self._trainer is None else mean_over_ranks(values, self.trainer)
 
     def check_finite(self, *, logits: bool = False) -> None:
-        """Make sure that the last micro-batch's loss, and the logits if asked for, are numbers.
+        """Make sure that the last micro-batch's loss, the gradients since, and the logits if asked for, are numbers.
 
         Raises:
-            NonFiniteError: A term of the loss or a logit is infinite or NaN.
+            NonFiniteError: A term of the loss, a gradient or a logit is infinite or NaN.
         """
+        norms, self.norms = self.norms, []
+        finite.check_norms(norms, self._dtype_of_model())
         finite.check_terms(self.terms, self.state.step, self._dtype_of_model())
         if logits:
             finite.check_logits(self._learned(), self.state.step)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make sure that the gradients are numbers: a step with one that is not would spoil every logit.
+        """Take the norm of the gradients. On a CPU, make sure that it is a number, for else all logits are spoiled.
+
+        Elsewhere :meth:`check_finite` does so at the next log step, and before anything is saved.
 
         Raises:
             NonFiniteError: One is infinite or NaN.
         """
         self.gradient_norm = None
-        if self.trainer.precision != "16-mixed":  # its scaler meets such gradients, and leaves the step out
-            self.gradient_norm = finite.check_gradients(self._learned(), self.state.step, self._dtype_of_model())
+        if self.trainer.precision == "16-mixed":
+            return  # its scaler meets such gradients, and leaves the step out
+        self.gradient_norm = finite.norm_of_gradients(self._learned())
+        if self.looks_later:
+            self.norms.append((self.state.step, self.gradient_norm))
+        else:
+            finite.check_gradients(self._learned(), self.state.step, self._dtype_of_model(), self.gradient_norm)
+
+    @property
+    def looks_later(self) -> bool:
+        """Whether to look at a number makes the host wait for the device: it is then done at log steps only."""
+        return self.device.type != "cpu"
 
     def configure_gradient_clipping(
         self,

@@ -4,7 +4,8 @@ Legend of suffixes: T = predicted tokens, C = tokens of a chunk, V = vocabulary,
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -195,7 +196,8 @@ def split_model(model: nn.Module) -> tuple[States, Head]:
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
 
     def states(input_ids: Tensor) -> Tensor:
-        return causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        with _unpacked():
+            return causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def head(hidden_CD: Tensor) -> Tensor:
         logits_CV = projection(hidden_CD)
@@ -210,7 +212,31 @@ def split_model(model: nn.Module) -> tuple[States, Head]:
         "logits, which exist whole for each micro-batch (tokens × vocabulary × 4 bytes, several times over).",
         stacklevel=2,
     )
-    return (lambda input_ids: causal(input_ids=input_ids, use_cache=False).logits), (lambda logits_CV: logits_CV)
+
+    def logits(input_ids: Tensor) -> Tensor:
+        with _unpacked():
+            return causal(input_ids=input_ids, use_cache=False).logits
+
+    return logits, lambda logits_CV: logits_CV
+
+
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """Spare the look at whether positions begin anew within a sequence, for which a GPU is waited for.
+
+    transformers does so in every forward pass without an attention mask. Here positions are the model's own, from 0.
+    """
+    from transformers import masking_utils  # no sooner: it takes seconds, and the loss alone needs none of it
+
+    look = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if look is None:  # a version that does not look
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 @torch.no_grad()

@@ -1,15 +1,20 @@
 """``leap_pl fit`` on a tiny model: what it learns, shows, writes, and how it goes on."""
 
 import re
+import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Run, fit_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from leap_pl.callbacks import SparsityLogger
 from leap_pl.cli import main
 from leap_pl.masks import MaskSet
+from leap_pl.module import LeapModule
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -225,3 +230,43 @@ def test_trainer_without_progress_bar_shows_none_for_the_prior(model_folder, tex
         trainer.fit(LeapModule(str(model_folder), prior=prior), datamodule=data)
         captured = capsys.readouterr()
         assert ("pruning" in captured.err) == shown
+
+
+class Looks(TorchDispatchMode):
+    """Notes where a tensor's value is asked for, which on a GPU makes the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step: int | None = None
+        self.found: list[tuple[int, str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.step is not None and func is torch.ops.aten._local_scalar_dense.default:
+            self.found.append((self.step, "".join(traceback.format_stack(limit=8))))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_a_step_looks_at_no_number_on_a_device(model_folder, text_file, tmp_path: Path, monkeypatch, later) -> None:
+    """From the forward pass to the optimizer's step. On a CPU, where it costs nothing, losses and norm are checked."""
+    monkeypatch.setattr(LeapModule, "looks_later", property(lambda self: later))
+    step, log = LeapModule.training_step, SparsityLogger.on_train_batch_end
+
+    def starts(self: LeapModule, *args: Any) -> Any:
+        looks.step = self.global_step
+        return step(self, *args)
+
+    def ends(self: SparsityLogger, *args: Any) -> None:
+        looks.step = None
+        log(self, *args)
+
+    monkeypatch.setattr(LeapModule, "training_step", starts)
+    monkeypatch.setattr(SparsityLogger, "on_train_batch_end", ends)
+    optimizer = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.fused=true"]
+    more = ["--trainer.gradient_clip_val=1", "--model.objective.distillation=0.5", *optimizer]
+    with Looks() as looks:
+        main(fit_flags(model_folder, text_file, tmp_path, *more))
+    if later:
+        assert not looks.found, looks.found[0][1]
+    else:
+        assert {at for at, _ in looks.found} == set(range(6))

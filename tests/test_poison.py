@@ -305,6 +305,30 @@ def test_a_gradient_that_is_no_number(
     assert masks_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt").total
 
 
+def test_where_a_look_waits_for_the_device_gradients_are_looked_at_at_log_steps(
+    model_folder, text_file, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """The logits are spoiled by then; what was saved before is not."""
+    from leap_pl.module import LeapModule
+
+    def spoiled(self: LeapModule, optimizer: Any) -> None:
+        steps.append(self.global_step)
+        if self.global_step == 2:
+            list(self.gates.values())[2].logits.grad[0, 0] = float("nan")  # type: ignore[index]
+        real(self, optimizer)
+
+    steps: list[int] = []
+    real = LeapModule.on_before_optimizer_step
+    monkeypatch.setattr(LeapModule, "on_before_optimizer_step", spoiled)
+    monkeypatch.setattr(LeapModule, "looks_later", property(lambda self: True))
+    every = ["--sparsity_log.every_n_steps=4", "--checkpoint.every_n_train_steps=2", "--trainer.max_steps=8"]
+    flags = fit_flags(model_folder, text_file, tmp_path, *every, "--trainer.val_check_interval=100")
+    assert "step 2: gradients are infinite or NaN, or overflow together" in refused(flags, capsys)
+    assert steps == [0, 1, 2, 3]
+    logits = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    assert all(torch.isfinite(tensor).all() for tensor in logits.values())
+
+
 def test_gradients_that_overflow_together(model_folder, text_file, tmp_path: Path, capsys, monkeypatch) -> None:
     from leap_pl.module import LeapModule
 
