@@ -2,12 +2,14 @@
 
 python -m benchmarks.step --model M [--tokens 512 2048 8192] [--layers 30] [--output F.json]
 
-The three share model, tokens, dtype, loss function, optimizer and clipping, and take turns in one process, each
-step over one micro-batch of ``--tokens`` tokens in sequences of at most ``--seq_length``:
+The three share model, tokens, dtype, loss function, optimizer and clipping. Each lives in a process of its own, and
+they take turns, one working while the others wait, each step over one micro-batch of ``--tokens`` tokens in sequences
+of at most ``--seq_length``:
 
-dense       the same weights are trained themselves
-leap_pl     they are frozen, and the logits of their gates are trained
-published   likewise, the mask made as in benchmarks/published.py, or benchmarks/published_nm.py for NMGate
+dense            the same weights are trained themselves
+leap_pl          they are frozen, and the logits of their gates are trained
+published        likewise, the mask made as in benchmarks/published.py, or benchmarks/published_nm.py for NMGate
+published_kept   the same, freed memory kept as leap_pl keeps it (leap_pl/allocator.py), which dense has too
 
 ``--layers`` gates and trains only so many decoder blocks of the model (the others are taken out), which shows
 how the cost grows with the number of weights. ``--clock cpu`` counts the seconds that the process computed instead
@@ -16,10 +18,13 @@ ratios within one turn.
 """
 
 import argparse
-import copy
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -27,7 +32,7 @@ from torch import Tensor, nn
 
 from benchmarks.published import PublishedMasks
 from benchmarks.published_nm import PublishedNM
-from benchmarks.report import Row, finish, interleaved, ratio
+from benchmarks.report import Row, finish, ratio, wait_for
 from leap_pl import gates as kinds
 from leap_pl.allocator import keep_freed_memory
 from leap_pl.gates import Gate, GateState, attach
@@ -37,6 +42,12 @@ from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_bu
 from leap_pl.optimizer import PackedAdamW
 
 OBJECTIVE = Objective()
+RATIOS = (
+    ("leap_pl", "dense"),
+    ("published", "leap_pl"),
+    ("published_kept", "leap_pl"),
+    ("low_memory", "leap_pl"),
+)
 ALPHA, TAU = 200.0, 0.5
 
 
@@ -56,57 +67,129 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output")
     args = parser.parse_args(arguments)
 
-    keep_freed_memory()  # as a run of leap_pl does; all variants gain by it
     device = torch.device(args.device)
-    dtype = fast_dtype(device) if args.dtype == "auto" else args.dtype
-    whole, kind = load_model(args.model, dtype=dtype, dropout=False), getattr(kinds, args.gate)
     rows: list[Row] = []
     ratios: list[Row] = []
+    compile_seconds: dict[str, float] = {}
     for layers in args.layers:
-        model = first_blocks(whole, layers).to(device)
-        makers = {"dense": dense_step, "leap_pl": lambda m: leap_step(m, kind), "published": published_step}
-        makers["low_memory"] = lambda m: leap_step(m, kind, low_memory=True)
-        if args.gate == "NMGate":
-            makers["published"] = lambda m: leap_step(m, PublishedNM)
-        steps = {name: makers[name](copy.deepcopy(model)) for name in args.variants}
-        gated = sum(weight.parameter.numel() for weight in find_weights(model).values())
-        for tokens in args.tokens:
-            length = min(tokens, args.seq_length)
-            ids_BL = torch.randint(0, model.config.vocab_size, (tokens // length, length), device=device)
-            calls = {name: lambda step=step, ids=ids_BL: step(ids) for name, step in steps.items()}
-            clock = time.process_time if args.clock == "cpu" else time.perf_counter
-            seconds = interleaved(calls, args.repeats, device, clock=clock)
-            for name, found in seconds.items():
-                rows.append(
-                    {
-                        "variant": name,
-                        "tokens": tokens,
-                        "gated_weights": gated,
-                        "seconds_median": statistics.median(found),
-                        "seconds_min": min(found),
-                        "tokens_per_second": tokens / statistics.median(found),
-                    }
-                )
-            for above, below in (("leap_pl", "dense"), ("published", "leap_pl"), ("low_memory", "leap_pl")):
-                if {above, below} <= set(seconds):
-                    value = ratio(seconds, above, below)
-                    ratios.append({"ratio": f"{above}/{below}", "tokens": tokens, "gated_weights": gated, "of": value})
-                    print(f"{above}/{below} at {tokens} tokens, {gated / 1e6:.0f}M weights: {value:.3f}", flush=True)
+        with ExitStack() as stack:
+            workers = {name: stack.enter_context(Worker(name, layers, args)) for name in args.variants}
+            gated = {worker.wait() for worker in workers.values()}.pop()
+            for tokens in args.tokens:
+                seconds = turns(workers, tokens, args.repeats)
+                for name, found in seconds.items():
+                    rows.append(
+                        {
+                            "variant": name,
+                            "tokens": tokens,
+                            "gated_weights": gated,
+                            "seconds_median": statistics.median(found),
+                            "seconds_min": min(found),
+                            "tokens_per_second": tokens / statistics.median(found),
+                        }
+                    )
+                for above, below in RATIOS:
+                    if {above, below} <= set(seconds):
+                        value, what = ratio(seconds, above, below), f"{above}/{below}"
+                        ratios.append({"ratio": what, "tokens": tokens, "gated_weights": gated, "of": value})
+                        print(f"{what} at {tokens} tokens, {gated / 1e6:.0f}M weights: {value:.3f}", flush=True)
+            for name, worker in workers.items():
+                compile_seconds |= {
+                    f"{name} {kernel}": value for kernel, value in worker.ask("compile_seconds").items()
+                }
     finish(
         rows,
         args.output,
         ratios=ratios,
         model=args.model,
-        dtype=dtype,
+        dtype=fast_dtype(device) if args.dtype == "auto" else args.dtype,
         gate=args.gate,
         clock=args.clock,
-        compile_seconds=compile_seconds(),
+        compile_seconds=compile_seconds,
     )
 
 
-def first_blocks(whole: Any, layers: int) -> Any:
-    """A copy of the model with only its first decoder blocks; all of them for 0."""
-    model = copy.deepcopy(whole)
+class Worker:
+    """One variant in a process of its own, which steps when it is asked to."""
+
+    def __init__(self, variant: str, layers: int, args: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, variant, layers, args), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pipe.close()
+        self.process.join()
+
+    def ask(self, what: object) -> Any:
+        """Its answer."""
+        self.pipe.send(what)
+        return self.wait()
+
+    def wait(self) -> Any:
+        """What it says next."""
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise SystemExit("a variant's process ended; its message is above.") from None
+
+
+def turns(workers: Mapping[str, Worker], tokens: int, repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each step, the variants taking turns, so that a busy spell of the machine meets all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for turn in range(warm_up + repeats):
+        for name, worker in workers.items():
+            taken = worker.ask(tokens)
+            if turn >= warm_up:
+                seconds[name].append(taken)
+    return seconds
+
+
+def work(pipe: Connection, variant: str, layers: int, args: argparse.Namespace) -> None:
+    """What a :class:`Worker` does: tells its gated weights, then the seconds of a step of each number it is sent."""
+    if variant != "published":
+        keep_freed_memory()
+    device = torch.device(args.device)
+    dtype = fast_dtype(device) if args.dtype == "auto" else args.dtype
+    model = first_blocks(load_model(args.model, dtype=dtype, dropout=False), layers).to(device)
+    gated = sum(weight.parameter.numel() for weight in find_weights(model).values())
+    kind = getattr(kinds, args.gate)
+    published = partial(leap_step, kind=PublishedNM) if args.gate == "NMGate" else published_step
+    make: dict[str, Callable[[Any], Callable[[Tensor], None]]] = {
+        "dense": dense_step,
+        "leap_pl": partial(leap_step, kind=kind),
+        "low_memory": partial(leap_step, kind=kind, low_memory=True),
+        "published": published,
+        "published_kept": published,
+    }
+    step = make[variant](model)
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    pipe.send(gated)
+    while True:
+        try:
+            asked = pipe.recv()
+        except EOFError:
+            return
+        if asked == "compile_seconds":
+            pipe.send(compile_seconds())
+            continue
+        length = min(asked, args.seq_length)
+        same = torch.Generator().manual_seed(0)
+        ids_BL = torch.randint(0, model.config.vocab_size, (asked // length, length), generator=same).to(device)
+        wait_for(device)
+        start = clock()
+        step(ids_BL)
+        wait_for(device)
+        pipe.send(clock() - start)
+
+
+def first_blocks(model: Any, layers: int) -> Any:
+    """The model with only its first decoder blocks; all of them for 0."""
     _, blocks = decoder_blocks(model)
     assert isinstance(blocks, nn.ModuleList)
     if layers:
@@ -162,7 +245,7 @@ def leap_step(
     """A step of leap_pl, its objective whole, without Lightning; ``low_memory`` as configs/low_memory.yaml has it."""
     weights = find_weights(model)
     sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
-    norm = sum(float(weight.parameter.float().norm()) for weight in weights.values())
+    norm = sum(float(weight.parameter.detach().float().norm()) for weight in weights.values())
     loss = _language_loss(model.train())
     model.requires_grad_(False)
     state = GateState()
@@ -187,7 +270,7 @@ def leap_step(
 def published_step(model: Any) -> Callable[[Tensor], None]:
     """The same with the mask as published."""
     weights = find_weights(model)
-    norm = sum(float(weight.parameter.float().norm()) for weight in weights.values())
+    norm = sum(float(weight.parameter.detach().float().norm()) for weight in weights.values())
     loss = _language_loss(model.train())
     model.requires_grad_(False)
     masks = PublishedMasks(weights)

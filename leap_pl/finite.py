@@ -90,6 +90,11 @@ def _gradients(learned: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
 
 def _broken(tensors: Mapping[Place, Tensor]) -> list[Place]:
     """The places of those with an element, on whatever rank, that is infinite or NaN."""
-    flags = [int(not torch.isfinite(own_part(tensor)).all()) for tensor in tensors.values()]
+    flags = [int(not _all_finite(own_part(tensor))) for tensor in tensors.values()]
     found = Ranks.of(tensors.values()).highest(flags)
     return [place for place, flag in zip(tensors, found, strict=True) if flag]
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # A sum that is finite has no term that is not, and takes one look at each. One that is not may have overflowed.
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())

@@ -342,6 +342,28 @@ def test_gradients_that_overflow_together(model_folder, text_file, tmp_path: Pat
     assert "step 0: the gradients overflow" in refused(fit_flags(model_folder, text_file, tmp_path), capsys)
 
 
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        ([1.0, float("nan"), 2.0], False),
+        ([float("inf"), 1.0], False),
+        ([float("inf"), float("-inf")], False),
+        ([3e38, 3e38], True),  # whose sum is not
+        ([1.0, -1.0], True),
+        ([], True),
+    ],
+)
+def test_logits_are_looked_through(values: list[float], finite: bool) -> None:
+    from leap_pl.finite import NonFiniteError, check_logits
+
+    learned = {("a", "logits"): torch.zeros(3), ("b", "logits"): torch.tensor(values)}
+    if finite:
+        check_logits(learned, 7)
+    else:
+        with pytest.raises(NonFiniteError, match="step 7: the logits of b are infinite or NaN"):
+            check_logits(learned, 7)
+
+
 def test_a_float16_model_learns_and_says_when_it_overflows(text_file, tmp_path: Path, capsys) -> None:
     model = tiny_folder(tmp_path / "model")
     main(fit_flags(model, text_file, tmp_path / "run", "--model.dtype=float16", "--trainer.max_steps=2"))
