@@ -55,10 +55,11 @@ def test_tensorboard_has_every_curve(curves: EventAccumulator) -> None:
     tags = set(curves.Tags()["scalars"])
     expected = {f"loss/{term}" for term in ("total", "lm", "distillation", "budget", "kept_norm")}
     expected |= {"density/soft", "density/target", "density/logits_above_0", "perplexity/hard", "perplexity/dense"}
-    expected |= {"schedule/alpha", "schedule/tau", "schedule/learning_rate"}
+    expected |= {"gradient/norm", "schedule/alpha", "schedule/tau", "schedule/learning_rate"}
     expected |= {"mask/changed_from_prior", "mask/changed_since_last_log"}
     expected |= {f"weights_by_layer/{kind}/00{layer}" for kind in ("soft", "hard") for layer in (0, 1)}
     assert expected <= tags
+    assert [event.value > 0 for event in curves.Scalars("gradient/norm")] == [True] * 6
     assert any(tag.startswith("weights_by_projection/hard/mlp.up_proj") for tag in tags)
     assert any(tag.startswith("weights_alpha_theta_over_tau/") for tag in curves.Tags()["histograms"])
 

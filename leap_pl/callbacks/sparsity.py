@@ -13,7 +13,7 @@ from torch import Tensor
 from leap_pl.gates import Gate
 from leap_pl.masks import split_name
 from leap_pl.module import LeapModule
-from leap_pl.shards import strided_samples
+from leap_pl.shards import gathered, strided_samples
 
 FEWEST_BITS = 256  # sampled of a weight, to say that its density is extreme
 
@@ -24,6 +24,7 @@ _PAGE = {
         "loss a token, nats": ["Multiline", [r"loss/(lm|distillation)"]],
         "density: the relaxed mask against the target": ["Multiline", [r"density/.*"]],
         "share of mask bits that changed": ["Multiline", [r"mask/.*"]],
+        "gradient norm, before clipping": ["Multiline", [r"gradient/norm"]],
     },
     "where it prunes": {
         "hard density by decoder layer": ["Multiline", [r"weights_by_layer/hard/.*"]],
@@ -49,6 +50,7 @@ class SparsityLogger(L.Callback):
     ``patterns/confidence``     mean probability of the likeliest pattern (NMGate, TileGate in joint mode)
     ``tiles/logits_above_0``    share of tiles whose logit is above 0 (TileGate)
     ``loss/…``                  each term of the objective, unweighted, and their weighted sum ``total``
+    ``gradient/norm``           of the logits' gradient, before it is clipped (not with float16's scaler)
     ``mask/changed_from_…``     share of hard mask bits that differ from the prior, and from the last log
     ``perplexity/…``            of the hard mask and of the dense model, at validation
     ``schedule/…``              α, τ and the learning rate
@@ -133,6 +135,8 @@ class SparsityLogger(L.Callback):
         """Every metric of the table above that does not come from validation."""
         terms = {f"loss/{'total' if name == 'loss' else name}": float(v) for name, v in module.terms.items()}
         metrics = module.mean_over_ranks(terms)
+        if module.gradient_norm is not None:
+            metrics["gradient/norm"] = float(gathered(module.gradient_norm))
         metrics["schedule/alpha"], metrics["schedule/tau"] = float(module.state.alpha), float(module.state.tau)
         kept = {name: float(gate.kept) for name, gate in module.gates.items() if gate.kept is not None}
         kept = module.mean_over_ranks(kept)
