@@ -59,7 +59,8 @@ def evaluate_command(
         tasks_folder: Folder with data of tasks (default: assets/tasks where it exists, as made by make
             assets-eval). A task found there is read from there, any other from the hub.
         batch_size: Windows, or requests, in a forward pass.
-        dtype: Type of the weights in memory; auto is the one they are stored in.
+        dtype: Type of the weights in memory and of the computation; auto is the one they are stored in, but float32
+            for bfloat16 where the hardware only emulates that, many times slower.
         device: auto is the first GPU, or the CPU where there is none.
         revision: Branch, tag or commit of the base model on the hub.
         trust_remote_code: Run code that comes with the model.
@@ -105,6 +106,8 @@ def evaluate_command(
         model=model, mask=mask, ckpt_path=ckpt_path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
     )
     where = _place(subject, device)
+    if dtype == "auto":
+        _speed_up(subject)
     result: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -224,6 +227,22 @@ def _place(subject: "Subject", device: str) -> str:
             f"--device {device} cannot be used ({str(error).splitlines()[0]}). Give --device cpu, or another."
         ) from error
     return where
+
+
+def _speed_up(subject: "Subject") -> None:
+    """Turn bfloat16 weights into float32 where the device has no instructions for them, and say so."""
+    import torch
+
+    from leap_pl.models import fast_dtype
+
+    model = subject.model
+    if model.dtype == torch.bfloat16 and fast_dtype(model.device) == "float32":
+        print(
+            f"evaluated in float32, for bfloat16 is only emulated on this {model.device.type.upper()} "
+            "(--dtype bfloat16 keeps it)",
+            file=sys.stderr,
+        )
+        model.float()
 
 
 def _description(subject: "Subject") -> dict[str, Any]:

@@ -210,3 +210,23 @@ def test_import_is_light():
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("typed", "fast", "expected"),
+    [("auto", "float32", "float32"), ("auto", "bfloat16", "bfloat16"), ("bfloat16", "float32", "bfloat16")],
+)
+def test_emulated_bfloat16_is_not_computed_in_unless_asked(
+    text, tmp_path, monkeypatch, capsys, typed: str, fast: str, expected: str
+) -> None:
+    import leap_pl.models
+
+    stored = tmp_path / "bfloat16"
+    model = load_model(str(tiny_folder(tmp_path / "base"))).bfloat16()
+    model.save_pretrained(stored)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (stored / name).write_bytes((tmp_path / "base" / name).read_bytes())
+    monkeypatch.setattr(leap_pl.models, "fast_dtype", lambda device: fast)
+    result = evaluate_command(model=str(stored), perplexity=text, dtype=typed, **SMALL)
+    assert result["model"]["dtype"] == expected
+    assert ("--dtype bfloat16 keeps it" in capsys.readouterr().err) == (typed == "auto" and fast == "float32")
