@@ -39,6 +39,19 @@ class Unstructured:
         return round((1 - self.sparsity) * size)
 
 
+@dataclass(frozen=True, eq=False)
+class ByRow(Unstructured):
+    """Any weights, of some rows more than of others, by methods whose weights compete within a row.
+
+    Other methods see the sparsity alone.
+
+    Attributes:
+        kept_rows: How many weights of each row stay, LongTensor (O,).
+    """
+
+    kept_rows: Tensor
+
+
 @dataclass(frozen=True)
 class NM:
     """``n`` kept of every ``m`` consecutive inputs of an output (2:4, 4:8 …).
@@ -166,6 +179,8 @@ def choose(score_OI: Tensor, pattern: Pattern, grouping: Grouping) -> Tensor:
     if isinstance(pattern, Unstructured):
         if grouping == "matrix":
             return keep_highest(score_OI.reshape(1, -1), pattern.kept(O * I)).view(O, I)
+        if isinstance(pattern, ByRow):
+            return _keep_of_each(score_OI, pattern.kept_rows.to(score_OI.device))
         return keep_highest(score_OI, pattern.kept(I))
     whole = I // pattern.m * pattern.m
     parts = []
@@ -189,6 +204,13 @@ def keep_highest(score_GS: Tensor, k: int) -> Tensor:
     if bool((ties_GS.sum(1, keepdim=True) > missing_G1).any()):
         ties_GS &= ties_GS.cumsum(1) <= missing_G1
     return kept_GS | ties_GS
+
+
+def _keep_of_each(score_GS: Tensor, k_G: Tensor) -> Tensor:
+    """:func:`keep_highest` with a k for each row."""
+    order_GS = score_GS.sort(dim=1, descending=True, stable=True).indices
+    first_GS = torch.arange(score_GS.shape[1], device=score_GS.device) < k_G[:, None]
+    return torch.zeros_like(first_GS).scatter_(1, order_GS, first_GS)
 
 
 def _keep_of_few(score_GS: Tensor, k: int) -> Tensor:

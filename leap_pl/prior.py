@@ -31,6 +31,9 @@ class Prior:
             method of the mask: by its score's distance from the cut instead of ±1
             (:mod:`leap_pl.oneshot.grading`). It takes another walk over the model, which is kept like the mask, and
             a larger ``strength`` of the gate.
+        fisher: Let the method prune each weight tensor the more, the less the loss depends on it, this far: above 0,
+            and at most 1; .5 is a good start (:mod:`leap_pl.oneshot.fisher`). It runs the whole model forward and
+            backward on the run's device. Not for masks of n:m form, whose sparsity is the same everywhere.
         inner_mask: (TileGate) A MaskSet file of n:m form for the tiles that are not dense, instead of a method.
         sequences: Calibration sequences of the method.
         cache_dir: Where masks made from a method are kept for the next run on the same model and text.
@@ -39,6 +42,7 @@ class Prior:
     method: Literal["wanda", "magnitude", "sparseswaps", "sparsegpt", "admm", "none"] = "wanda"
     mask: str | None = None
     graded: bool = False
+    fisher: float | None = None
     inner_mask: str | None = None
     sequences: int = 128
     cache_dir: str = "~/.cache/leap_pl/priors"
@@ -48,6 +52,13 @@ class Prior:
             raise ValueError(f"prior.sequences is {self.sequences}; it takes at least 1 to calibrate on.")
         if self.graded and self.method == "none" and self.mask is None:
             raise ValueError("prior.graded grades a mask, and prior.method is none. Leave one of them out.")
+        if self.fisher is not None and not 0 < self.fisher <= 1:
+            raise ValueError(f"prior.fisher is {self.fisher:g}; give a number above 0 and at most 1, or leave it out.")
+        if self.fisher is not None and (self.method == "none" or self.mask is not None):
+            given = "prior.method is none" if self.mask is None else "prior.mask is given"
+            raise ValueError(
+                f"prior.fisher allocates the sparsity of prior.method, and {given}. Leave one of them out."
+            )
 
     def make(
         self,
@@ -69,8 +80,13 @@ class Prior:
             UserError: The mask file belongs to another model or other weights, or there is no text to
                 calibrate on.
         """
+        from leap_pl.oneshot.fisher import FisherOptions
         from leap_pl.oneshot.prior import one_shot_prior
+        from leap_pl.patterns import Unstructured
 
+        allocation = None if self.fisher is None else FisherOptions(self.fisher)
+        if allocation is not None and not isinstance(forms["prior"], Unstructured):
+            raise UserError(f"prior.fisher: a mask of {forms['prior']} is equally sparse everywhere. Leave it out.")
         if self.inner_mask is not None and "inner" not in forms:
             raise UserError("prior.inner_mask is for gates of tiles (model.gate TileGate). Leave it out.")
         files = {"prior": self.mask, "inner": self.inner_mask}
@@ -81,9 +97,12 @@ class Prior:
                 masks[form] = MaskSet.load(file)
                 masks[form].check(model, weights)
             elif self.method != "none":
-                if self.method != "magnitude":
-                    calibration.check(f"prior.method {self.method}")
-                masks[form] = one_shot_prior(model, weights, self.method, pattern, **vars(calibration), **self._kept())
+                fisher = allocation if form == "prior" else None
+                if self.method != "magnitude" or fisher is not None:
+                    calibration.check(f"prior.method {self.method}" if fisher is None else "prior.fisher")
+                masks[form] = one_shot_prior(
+                    model, weights, self.method, pattern, fisher=fisher, **vars(calibration), **self._kept()
+                )
         return masks
 
     def squares(

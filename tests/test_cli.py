@@ -210,6 +210,13 @@ def test_broken_logits_are_not_saved(model_folder, text_file, tmp_path: Path, ca
         (["--model.objective.budget=-1"], "budget"),
         (["--annealing.alpha.curve=exponential", "--annealing.alpha.start=0"], "above 0"),
         (["--model.prior.method=magic"], "magic"),
+        (["--model.prior.fisher=2"], "prior.fisher is 2; give a number above 0 and at most 1"),
+        (["--model.prior.fisher=0.5", "--model.prior.method=none"], "prior.method is none. Leave one of them out"),
+        (
+            ["--model.prior.fisher=0.5", "--model.prior.mask=m.safetensors"],
+            "prior.mask is given. Leave one of them out",
+        ),
+        (["--model.prior.fisher=0.5", "--model.gate=NMGate"], "a mask of 2:4 is equally sparse everywhere"),
         (["--data.seq_length=0"], "seq_length"),
     ],
 )

@@ -151,6 +151,7 @@ def test_logits_stay_float32(model_folder, text_file, tmp_path: Path, precision:
         ["--model.objective.distillation=1", "--model.objective.lm=0", "--model.objective.temperature=2"],
         ["--model.objective.distillation=0.5", "--model.objective.budget_scope=layer"],
         ["--model.prior.method=wanda", "--model.prior.sequences=4"],
+        ["--model.prior.method=wanda", "--model.prior.sequences=4", "--model.prior.fisher=0.5"],
         ["--model.prior.method=none"],
     ],
 )

@@ -111,3 +111,23 @@ def test_nothing_is_written_where_something_is_wrong(folder: Path, text: Path, t
 def test_the_commands_module_is_light() -> None:
     code = "import sys, leap_pl.oneshot.command; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fisher": 0.0}, "--fisher 0: give a number above 0 and at most 1"),
+        ({"fisher": 1.5}, "--fisher 1.5: give a number above 0 and at most 1"),
+        ({"fisher": 0.5, "fisher_rows": -1.0}, "--fisher_rows -1: give a number from 0 to 1"),
+    ],
+)
+def test_fisher_of_no_such_strength_is_refused(folder, text, tmp_path, settings, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(folder, text, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_fisher_allocation_by_command(folder, text, tmp_path) -> None:
+    pruned = run(folder, text, tmp_path / "out", fisher=0.5)
+    assert pruned.masks.provenance.config["fisher"]["strength"] == 0.5
+    assert abs(pruned.masks.sparsity - 0.5) < 0.02

@@ -13,7 +13,7 @@ from leap_pl.oneshot.magnitude import magnitude_mask
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions, sparsegpt
 from leap_pl.oneshot.sparseswaps import sparseswaps_mask
 from leap_pl.oneshot.wanda import wanda_mask
-from leap_pl.patterns import NM, Pattern, Unstructured, choose, follows, keep_highest, parse_pattern
+from leap_pl.patterns import NM, ByRow, Pattern, Unstructured, choose, follows, keep_highest, parse_pattern
 
 torch.set_num_threads(1)
 
@@ -379,3 +379,16 @@ def test_a_singular_hessian_without_damping_is_damped() -> None:
     solution = sparsegpt(weight, x.T @ x, Unstructured(0.5), SparseGPTOptions(damping=0.0))
     assert solution.damping > 0
     assert torch.isfinite(solution.weight).all()
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_rows_keep_as_many_as_they_are_told(rows: int, columns: int, seed: int) -> None:
+    """The highest of each, the lower index of ties; methods that weigh a whole matrix see its sparsity alone."""
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randint(0, 4, (rows, columns), generator=generator).float()  # many ties
+    kept = torch.randint(0, columns + 1, (rows,), generator=generator)
+    mask = choose(score, ByRow(0.5, kept), "row")
+    for row, each, k in zip(mask, score, kept.tolist(), strict=True):
+        assert row.nonzero().flatten().tolist() == sorted(sorted(range(columns), key=lambda i: (-each[i], i))[:k])
+    assert torch.equal(choose(score, ByRow(0.5, kept), "matrix"), choose(score, Unstructured(0.5), "matrix"))

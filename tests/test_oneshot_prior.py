@@ -13,6 +13,7 @@ from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
 from leap_pl.models import find_weights
 from leap_pl.oneshot import prior as prior_module
+from leap_pl.oneshot.fisher import FisherOptions
 from leap_pl.oneshot.prior import one_shot_prior
 from leap_pl.oneshot.prune import Method, prune
 from leap_pl.patterns import NM
@@ -128,3 +129,22 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: 
 def test_sequences_longer_than_the_model_are_refused() -> None:
     with pytest.raises(UserError, match="128 tokens"):
         make(None, data=Data(seq_length=200))
+
+
+def test_fisher_allocation_has_a_cache_entry_of_its_own(tmp_path: Path) -> None:
+    even, first = make(tmp_path), make(tmp_path, fisher=FisherOptions(0.5))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert first.provenance.config["fisher"]["strength"] == 0.5
+    data = Data()
+    again = make(tmp_path, data=data, fisher=FisherOptions(0.5))
+    assert data.stream.read == 0
+    assert all(torch.equal(again.masks[name], mask) for name, mask in first.masks.items())
+    assert any(not torch.equal(even.masks[name], mask) for name, mask in first.masks.items())
+    make(tmp_path, fisher=FisherOptions(1.0))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_magnitude_reads_text_for_fisher_allocation(tmp_path: Path) -> None:
+    data = Data()
+    make(tmp_path, method="magnitude", data=data, fisher=FisherOptions())
+    assert data.stream.read == 5

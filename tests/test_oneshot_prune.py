@@ -16,6 +16,7 @@ from leap_pl.masks import MaskSet
 from leap_pl.models import decoder_blocks, find_weights, model_fingerprint
 from leap_pl.oneshot.admm import AdmmOptions
 from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
+from leap_pl.oneshot.fisher import FisherOptions
 from leap_pl.oneshot.inputs import Matrix
 from leap_pl.oneshot.prune import UPDATING, Method, prune
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions
@@ -402,6 +403,10 @@ def test_contradictions_are_refused() -> None:
         ({"method": "wanda", "layer_sparsity": [0.5] * 3}, "3 layer sparsities"),
         ({"method": "wanda", "layer_sparsity": [0.5] * 2, "owl": OwlOptions()}, "Choose one"),
         ({"method": "admm", "mask": mask, "owl": OwlOptions()}, "Choose one"),
+        ({"method": "wanda", "fisher": FisherOptions(), "owl": OwlOptions()}, "both --owl and --fisher. Choose one"),
+        ({"method": "admm", "mask": mask, "fisher": FisherOptions()}, "Choose one"),
+        ({"method": "wanda", "pattern": NM(2, 4), "fisher": FisherOptions()}, "leave out --pattern, or --fisher"),
+        ({"method": "magnitude", "blocks_NT": None, "fisher": FisherOptions()}, "Fisher allocation needs calibration"),
         ({"method": "wanda", "pattern": 0.05, "owl": OwlOptions()}, "Lower --owl"),
         ({"method": "wanda", "pattern": 1.0}, "sparsity"),
     ]

@@ -33,6 +33,8 @@ def prune_command(
     owl: bool = False,
     owl_threshold: float = 5.0,
     owl_spread: float = 0.08,
+    fisher: float | None = None,
+    fisher_rows: float = 0.25,
     mask: str | None = None,
     mask_target: Literal["layer", "dense"] = "layer",
     damping: float | None = None,
@@ -74,6 +76,9 @@ def prune_command(
         owl: Allocate the sparsity over the decoder blocks by their shares of outliers (OWL).
         owl_threshold: (with owl) Wanda scores above so many times their block's mean are outliers.
         owl_spread: (with owl) The blocks' sparsities lie within twice this of each other.
+        fisher: Allocate the sparsity over the matrices by the Fisher information of their weights, this far: above 0,
+            and at most 1; .5 is a good start. It runs the whole model forward and backward on the device.
+        fisher_rows: (with fisher; wanda and sparseswaps) Over the rows of each matrix too, this far, from 0 to 1.
         mask: (with admm) A MaskSet file: keep this mask, and solve the kept weights anew.
         mask_target: (with mask) Fit to each dense layer's outputs on the pruned path's inputs (layer), or to
             the layer's outputs in the dense model (dense).
@@ -111,9 +116,10 @@ def prune_command(
         raise UserError(
             f"--pattern {shape} has sparsity {shape.sparsity:g}, and --sparsity {sparsity:g} was given. Leave one out."
         )
-    uses_text = method != "magnitude" or owl
+    uses_text = method != "magnitude" or owl or fisher is not None
     if uses_text:
         _check_length(model, revision, trust_remote_code, seq_length)
+    allocated = None if fisher is None else _fisher(fisher, fisher_rows)
     per_layer = None if layer_sparsity is None else read_layer_sparsities(layer_sparsity)
     kept_mask = None if mask is None else MaskSet.load(mask)
 
@@ -147,6 +153,7 @@ def prune_command(
             pattern=shape,
             layer_sparsity=per_layer,
             owl=OwlOptions(owl_threshold, owl_spread) if owl else None,
+            fisher=allocated,
             mask=kept_mask,
             mask_target=mask_target,
             weights=weights,
@@ -183,6 +190,16 @@ def _options(method: str, damping: float | None, block_size: int, iterations: in
     if method == "admm":
         return AdmmOptions(iterations=iterations, mask_iterations=max(3 * iterations // 4, 1), **given)
     return None
+
+
+def _fisher(strength: float, row_strength: float) -> Any:
+    from leap_pl.oneshot.fisher import FisherOptions
+
+    if not 0 < strength <= 1:
+        raise UserError(f"--fisher {strength:g}: give a number above 0 and at most 1.")
+    if not 0 <= row_strength <= 1:
+        raise UserError(f"--fisher_rows {row_strength:g}: give a number from 0 to 1.")
+    return FisherOptions(strength, row_strength)
 
 
 def _device(device: str) -> str | None:

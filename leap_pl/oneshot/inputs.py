@@ -124,11 +124,14 @@ def _add_product(total_II: Tensor | None, left_NI: Tensor, right_NI: Tensor) -> 
     return total_II.addmm_(left_NI.T, right_NI)
 
 
-Sink = Callable[[Matrix, Tensor], None]
+Sink = Callable[[Matrix, Tensor, Tensor, int | None], None]
 
 
-class InputWatch(TorchFunctionMode):
-    """While active, calls ``sink(matrix, inputs_NI)`` for every product of inputs with a watched matrix."""
+class ProductWatch(TorchFunctionMode):
+    """While active, calls ``sink(matrix, inputs, output, part)`` after every product of inputs with a watched matrix.
+
+    The output is that of the whole product, of which ``part`` is the matrix's where several experts' are one product.
+    """
 
     def __init__(self, matrices: Iterable[Matrix], sink: Sink) -> None:
         """Watch ``matrices``, whose parameters must stay where they are in memory."""
@@ -146,14 +149,15 @@ class InputWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """See the operands of a product, then let it happen."""
+        """Let it happen; if it was a product, see its operands."""
         kwargs = kwargs or {}
+        output = func(*args, **kwargs)
         operands = _operands(func, args, kwargs)
         if operands is not None:
-            self._match(*operands)
-        return func(*args, **kwargs)
+            self._match(*operands, output)
+        return output
 
-    def _match(self, inputs: Any, weight: Any) -> None:
+    def _match(self, inputs: Any, weight: Any, output: Tensor) -> None:
         if not isinstance(weight, Tensor) or weight.ndim < 2 or not isinstance(inputs, Tensor):
             return
         address = weight.data_ptr()
@@ -163,11 +167,11 @@ class InputWatch(TorchFunctionMode):
             if inputs.shape[-1] != stack[0].size:
                 return
             if weight.ndim == 3 and weight.shape[0] == len(stack) == inputs.shape[0]:
-                for matrix, part in zip(stack, inputs, strict=True):
-                    self.sink(matrix, part)
+                for expert, matrix in enumerate(stack):
+                    self.sink(matrix, inputs[expert], output, expert)
             elif weight.ndim == 2:
                 bytes_each = parameter.numel() * parameter.element_size() // len(stack)
-                self.sink(stack[(address - first) // bytes_each], inputs)
+                self.sink(stack[(address - first) // bytes_each], inputs, output, None)
             return
 
 

@@ -20,6 +20,7 @@ from leap_pl.masks import MaskSet
 from leap_pl.models import Weight, longest_sequence, model_fingerprint
 from leap_pl.oneshot import grading
 from leap_pl.oneshot.admm import AdmmOptions
+from leap_pl.oneshot.fisher import FisherOptions
 from leap_pl.oneshot.prune import Method, prune
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions
 from leap_pl.oneshot.walk import WalkOptions
@@ -59,6 +60,7 @@ def one_shot_prior(
     base_model: str,
     data: CalibrationData | None,
     sequences: int = 128,
+    fisher: FisherOptions | None = None,
     cache_dir: str | Path | None = "~/.cache/leap_pl/priors",
     device: torch.device | str | None = None,
     revision: str | None = None,
@@ -76,8 +78,9 @@ def one_shot_prior(
         method: ``magnitude``, ``wanda``, ``sparseswaps``, ``sparsegpt`` or ``admm``.
         sparsity: To prune to, or a pattern.
         base_model: The model's name, for the MaskSet.
-        data: Calibration text; magnitude needs none.
+        data: Calibration text; magnitude needs none, unless ``fisher`` is given.
         sequences: How many of the stream's blocks to calibrate on.
+        fisher: Allocate the sparsity over the matrices by Fisher information, with these settings.
         cache_dir: Where masks are kept; None: nowhere.
         device: Where the method computes; None: where the model is.
         revision: Of the base model on the hub, for the MaskSet.
@@ -87,7 +90,7 @@ def one_shot_prior(
         UserError: The text cannot be read, or pruning fails (see :func:`leap_pl.oneshot.prune.prune`).
     """
     pattern = Unstructured(sparsity) if isinstance(sparsity, float | int) else sparsity
-    calibration = data if method != "magnitude" else None
+    calibration = data if method != "magnitude" or fisher is not None else None
     settings = {"sparsegpt": asdict(SparseGPTOptions()), "admm": asdict(AdmmOptions())}.get(method, {})
     key = {
         **_key(model, weights, calibration, sequences),
@@ -95,6 +98,8 @@ def one_shot_prior(
         "settings": settings,
         "pattern": [type(pattern).__name__, *asdict(pattern).values()],
     }
+    if fisher is not None:
+        key["fisher"] = asdict(fisher)
     path = None
     if cache_dir is not None:
         path = _place(cache_dir, method, key)
@@ -108,6 +113,7 @@ def one_shot_prior(
         None if calibration is None else _tokens(model, base_model, calibration, sequences),
         method=method,
         pattern=pattern,
+        fisher=fisher,
         weights=weights,
         walk=WalkOptions(device=device),
         update=False,

@@ -16,13 +16,14 @@ from leap_pl.models import Weight, decoder_blocks, find_weights, model_fingerpri
 from leap_pl.oneshot.admm import AdmmOptions, admm_prune, admm_update
 from leap_pl.oneshot.allocation import OwlOptions, owl_sparsities
 from leap_pl.oneshot.damping import NotSolvableError, Solution
+from leap_pl.oneshot.fisher import FisherOptions, fisher_allocation
 from leap_pl.oneshot.inputs import InputStatistics, Matrix
 from leap_pl.oneshot.magnitude import magnitude_mask
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions, sparsegpt
 from leap_pl.oneshot.sparseswaps import sparseswaps_mask
 from leap_pl.oneshot.walk import Walk, WalkOptions
 from leap_pl.oneshot.wanda import wanda_mask
-from leap_pl.patterns import NM, Pattern, Unstructured
+from leap_pl.patterns import NM, ByRow, Pattern, Unstructured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,6 +64,7 @@ def prune(
     pattern: Pattern | float = 0.5,
     layer_sparsity: Sequence[float] | None = None,
     owl: OwlOptions | None = None,
+    fisher: FisherOptions | None = None,
     mask: MaskSet | None = None,
     mask_target: Literal["layer", "dense"] = "layer",
     weights: Mapping[str, Weight] | None = None,
@@ -86,6 +88,8 @@ def prune(
         pattern: ``Unstructured(sparsity)``, ``NM(n, m)``, or the sparsity alone.
         layer_sparsity: A sparsity for each decoder block instead.
         owl: Allocate the sparsity over the blocks by OWL, with these settings.
+        fisher: Allocate the sparsity over the matrices, and by Wanda and SparseSwaps over their rows, by Fisher
+            information, with these settings.
         mask: (admm) Keep this mask, and solve the kept weights anew. ``pattern`` is not used.
         mask_target: (with ``mask``) What the kept weights are fitted to: ``layer``, the dense layer's outputs
             on the pruned path's inputs; ``dense``, the layer's outputs in the dense model. Experts of stacked
@@ -108,7 +112,8 @@ def prune(
     started = time.monotonic()
     pattern = Unstructured(pattern) if isinstance(pattern, float) else pattern
     weights = dict(weights) if weights is not None else find_weights(model)
-    _check(method, blocks_NT, pattern, layer_sparsity, owl, mask, options)
+    allocation = {"--layer_sparsity": layer_sparsity, "--owl": owl, "--fisher": fisher}
+    _check(method, blocks_NT, pattern, [flag for flag, value in allocation.items() if value is not None], mask, options)
     matrices = by_block(model, weights)
     if mask is not None:
         mask.check(model, weights)
@@ -139,8 +144,18 @@ def prune(
                 f"{len(layer_sparsity)} layer sparsities were given, and the model has {len(matrices)} decoder blocks."
             )
         config["layer_sparsity"] = list(layer_sparsity)
+    patterns: dict[str, Unstructured] | dict[str, ByRow] | None = None
+    if layer_sparsity is not None:
+        each = zip(layer_sparsity, matrices, strict=True)
+        patterns = {matrix.name: Unstructured(sparsity) for sparsity, block in each for matrix in block}
+    elif fisher is not None:
+        assert blocks_NT is not None
+        every = [matrix for block in matrices for matrix in block]
+        patterns = fisher_allocation(model, every, blocks_NT, pattern.sparsity, fisher, walk)
+        config["fisher"] = asdict(fisher)
+        logger.info("Fisher allocation: %s", ", ".join(f"{n} {p.sparsity:.4f}" for n, p in patterns.items()))
 
-    run = _Run(method, pattern, layer_sparsity, options, mask, update, weights)
+    run = _Run(method, pattern, patterns, options, mask, update, weights)
     if blocks_NT is None:
         with torch.no_grad():
             for index, block in enumerate(bar(range(len(matrices)), progress)):
@@ -167,7 +182,7 @@ def prune(
             "No calibration token reached %s: pruned by magnitude. More sequences may reach them.",
             listing(run.unseen, 6),
         )
-    if layer_sparsity is not None:
+    if patterns is not None:
         total = sum(m.numel() for m in run.masks.values())
         kept = sum(int(m.sum()) for m in run.masks.values())
         provenance = replace(provenance, sparsity=round(1 - kept / total, 6))
@@ -188,13 +203,13 @@ class _Run:
         self,
         method: Method,
         pattern: Pattern,
-        layer_sparsity: Sequence[float] | None,
+        patterns: Mapping[str, Pattern] | None,
         options: MethodOptions | None,
         mask: MaskSet | None,
         update: bool,
         weights: Mapping[str, Weight],
     ) -> None:
-        self.method, self.pattern, self.layer_sparsity = method, pattern, layer_sparsity
+        self.method, self.pattern, self.patterns = method, pattern, patterns
         self.options, self.mask, self.update = options, mask, update
         self.masks = {n: torch.ones(w.parameter.shape, dtype=torch.bool) for n, w in weights.items()}
         self.errors: dict[str, float] = {}
@@ -205,10 +220,8 @@ class _Run:
         self, index: int, matrices: Sequence[Matrix], statistics: Mapping[str, InputStatistics], shown: Any = None
     ) -> None:
         """Prune the matrices of block ``index`` and write the results into the model."""
-        pattern = self.pattern
-        if self.layer_sparsity is not None:
-            pattern = Unstructured(self.layer_sparsity[index])
         for matrix in matrices:
+            pattern = self.pattern if self.patterns is None else self.patterns[matrix.name]
             dense_OI = matrix.dense()
             if not bool(torch.isfinite(dense_OI).all()):
                 raise UserError(
@@ -267,25 +280,23 @@ def _check(
     method: Method,
     blocks_NT: Tensor | None,
     pattern: Pattern,
-    layer_sparsity: Sequence[float] | None,
-    owl: OwlOptions | None,
+    allocation: Sequence[str],
     mask: MaskSet | None,
     options: MethodOptions | None,
 ) -> None:
-    if blocks_NT is None and (method != "magnitude" or owl is not None):
-        raise UserError(f"{'OWL' if owl else method} needs calibration text. Give --text.")
+    reading = [name for flag, name in (("--owl", "OWL"), ("--fisher", "Fisher allocation")) if flag in allocation]
+    if blocks_NT is None and (method != "magnitude" or reading):
+        raise UserError(f"{reading[0] if reading else method} needs calibration text. Give --text.")
     if blocks_NT is not None and (blocks_NT.ndim != 2 or not blocks_NT.numel()):
         raise UserError(f"calibration tokens are {list(blocks_NT.shape)}, not [sequences, seq_length].")
-    if layer_sparsity is not None and owl is not None:
-        raise UserError("Can't provide both --layer_sparsity and --owl. Choose one.")
-    if isinstance(pattern, NM) and (layer_sparsity is not None or owl is not None):
-        raise UserError(
-            f"pattern {pattern} has one sparsity everywhere: leave out --pattern, or --layer_sparsity and --owl."
-        )
+    if len(allocation) > 1:
+        raise UserError(f"Can't provide both {allocation[0]} and {allocation[1]}. Choose one.")
+    if isinstance(pattern, NM) and allocation:
+        raise UserError(f"pattern {pattern} has one sparsity everywhere: leave out --pattern, or {allocation[0]}.")
     if mask is not None and method != "admm":
         raise UserError(f"--mask keeps a mask and solves its weights anew, by --method admm and not {method}.")
-    if mask is not None and (layer_sparsity is not None or owl is not None):
-        raise UserError("Can't provide both --mask and --layer_sparsity or --owl. Choose one.")
+    if mask is not None and allocation:
+        raise UserError(f"Can't provide both --mask and {allocation[0]}. Choose one.")
     wanted = {"sparsegpt": SparseGPTOptions, "admm": AdmmOptions}.get(method)
     if options is not None and (wanted is None or not isinstance(options, wanted)):
         raise ValueError(f"method {method} does not take {type(options).__name__}")

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from leap_pl.errors import UserError
 from leap_pl.models import decoder_blocks
-from leap_pl.oneshot.inputs import ERROR_TOKENS, InputStatistics, InputWatch, Matrix
+from leap_pl.oneshot.inputs import ERROR_TOKENS, InputStatistics, Matrix, ProductWatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,8 +114,8 @@ class Walk:
     def __enter__(self) -> "Walk":
         """Listen to the model: the first block's inputs, every block's arguments."""
         self._exit.enter_context(torch.no_grad())
-        self._exit.enter_context(_evaluating(self.model))
-        self._exit.enter_context(_eager_experts(self.model))
+        self._exit.enter_context(evaluating(self.model))
+        self._exit.enter_context(eager_experts(self.model))
         try:
             self._listen()
         except BaseException:
@@ -161,10 +161,10 @@ class Walk:
             UserError: Inputs are not finite, or no product with a matrix was seen that should be.
         """
         collector = _Collector(gram, -(-ERROR_TOKENS // len(self.batches)))
-        watch = InputWatch(matrices, collector)
+        watch = ProductWatch(matrices, collector)
         for number in range(len(self.batches)):
             if self.dense_states is not None:
-                with InputWatch(matrices, collector.see_dense):
+                with ProductWatch(matrices, collector.see_dense):
                     dense_BTD = self._call(index, number, self.dense_states[number])
                 self.dense_states[number] = dense_BTD.to(self.storage)
             with watch:
@@ -277,7 +277,7 @@ class _Collector:
         self.seen: list[tuple[Tensor, InputStatistics]] = []
         self.dense: dict[str, Tensor] = {}
 
-    def __call__(self, matrix: Matrix, inputs: Tensor) -> None:
+    def __call__(self, matrix: Matrix, inputs: Tensor, *output: Any) -> None:
         if inputs.numel() == 0:
             return
         shared = next((s for tensor, s in self.seen if tensor is inputs), None)
@@ -291,7 +291,7 @@ class _Collector:
         dense_NI = self.dense.get(matrix.name) if matrix.expert is None else None
         statistics.add(inputs.reshape(-1, inputs.shape[-1]), sample=self.sample, dense_NI=dense_NI)
 
-    def see_dense(self, matrix: Matrix, inputs: Tensor) -> None:
+    def see_dense(self, matrix: Matrix, inputs: Tensor, *output: Any) -> None:
         # The tokens of an expert differ between the dense and the pruned model: there is no pairing them.
         if matrix.expert is None:
             self.dense[matrix.name] = inputs.reshape(-1, inputs.shape[-1])
@@ -336,7 +336,8 @@ def _first(tensor: Tensor, size: int) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and afterwards in its own."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -347,7 +348,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _eager_experts(model: "PreTrainedModel") -> Iterator[None]:
+def eager_experts(model: "PreTrainedModel") -> Iterator[None]:
     """Stacked experts one product each: the fused implementations hide which token an expert is given."""
     before = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
     if before is None or all(kind in (None, "eager") for kind in before.values()):

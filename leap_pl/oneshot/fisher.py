@@ -1,0 +1,262 @@
+"""How sparse each matrix and each of its rows is to be, by what its weights do to the loss: Fisher allocation.
+
+Layer-wise methods make all equally sparse, though some can spare far more than others. What the removal of the weight
+from input j to output i costs is, to second order, W_ij²/2 times the weight's Fisher information. With x the inputs,
+and g the gradient of the loss with respect to the outputs, that is E[x_j²·g_i²], and E[x_j²]·E[g_i²] where the two are
+independent (the diagonal of K-FAC, https://arxiv.org/abs/1503.05671). Costs in nats can be compared over the whole
+model: one cut through all of them says how dense each matrix should be, and each row. An allocation goes only a part
+of that way, for a cost is that of one weight, removed from the dense model.
+
+Shapes: N sequences, T tokens, O outputs, I inputs.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from leap_pl.errors import UserError, listing
+from leap_pl.objective import Objective, language_losses, split_model
+from leap_pl.oneshot.inputs import Matrix, ProductWatch
+from leap_pl.oneshot.walk import WalkOptions, eager_experts, evaluating
+from leap_pl.patterns import ByRow
+from leap_pl.topk import exact_top_k
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TINY = torch.finfo(torch.float32).tiny  # the logarithm of a cost of 0 is taken here
+
+
+@dataclass(frozen=True)
+class FisherOptions:
+    """Settings of :func:`fisher_allocation`; docs/oneshot.md measures them.
+
+    Attributes:
+        strength: How far to go from the same sparsity of every matrix (0) to the cut's (1): the share of the log-odds
+            of its density. Above 0.
+        row_strength: The same for the rows of a matrix, by methods whose weights compete within a row.
+        sequences: Calibration sequences that are run forward and backward, at most.
+    """
+
+    strength: float = 0.5
+    row_strength: float = 0.25
+    sequences: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"Fisher allocation of strength {self.strength:g}: give a number above 0 and at most 1.")
+        if not 0 <= self.row_strength <= 1:
+            raise ValueError(f"Fisher allocation of row strength {self.row_strength:g}: give a number from 0 to 1.")
+        if self.sequences < 1:
+            raise ValueError(f"Fisher allocation from {self.sequences} sequences: give at least 1.")
+
+
+class Moments:
+    """Sums over the tokens of one matrix.
+
+    Attributes:
+        input_square_I: Σ x_j², float32.
+        gradient_square_O: Σ g_i², float32, g of the cross-entropy summed over tokens, in nats.
+        count: How many tokens.
+    """
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.input_square_I, self.gradient_square_O = torch.zeros(()), torch.zeros(())
+        self.count = 0
+
+    def add_inputs(self, x: Tensor) -> None:
+        """Add inputs (…, I)."""
+        self.input_square_I = self.input_square_I.to(x.device) + _square_sum(x)
+        self.count += x.numel() // x.shape[-1]
+
+    def add_gradients(self, g: Tensor) -> None:
+        """Add gradients (…, O)."""
+        self.gradient_square_O = self.gradient_square_O.to(g.device) + _square_sum(g)
+
+
+def fisher_allocation(
+    model: "PreTrainedModel",
+    matrices: Sequence[Matrix],
+    blocks_NT: Tensor,
+    sparsity: float,
+    options: FisherOptions | None = None,
+    walk: WalkOptions | None = None,
+) -> dict[str, ByRow]:
+    """Allocate ``sparsity`` over ``matrices``, and their rows, by the Fisher information of their weights.
+
+    Unlike a walk, this has the whole model on the compute device, with the activations of ``walk.batch_size``
+    sequences. Gradients of weights are not taken.
+
+    Args:
+        model: The dense base model, without gates; unchanged afterwards.
+        matrices: All that will be pruned.
+        blocks_NT: Calibration tokens, LongTensor.
+        sparsity: Of all matrices together, above 0 and below 1.
+        options: Settings; None is the defaults.
+        walk: Batch size and device.
+
+    Returns:
+        Matrix name → its sparsity, and how many weights each row keeps: those are within half a weight of the row's
+        share. A matrix that no token reached is taken to be as sparse as all together, in every row.
+
+    Raises:
+        UserError: No gradient of a matrix was seen, or one is not finite.
+    """
+    options = options or FisherOptions()
+    moments = measure_moments(model, matrices, blocks_NT[: options.sequences], walk)
+    costs = _LogCosts([matrix for matrix in matrices if matrix.name in moments], moments)
+    shapes = {matrix.name: matrix.view(matrix.weight.parameter).shape for matrix in matrices}
+    kept = round((1 - sparsity) * sum(shapes[matrix.name].numel() for matrix in costs.matrices))
+    # Log-odds of the densities that the cut leaves: of each matrix, and of each of its rows.
+    odds = {name: torch.zeros((), dtype=torch.float64) for name in shapes}
+    row_odds = {name: torch.zeros(shape[0], dtype=torch.float64) for name, shape in shapes.items()}
+    for matrix, cost_OI, cut in zip(costs.matrices, costs, exact_top_k(costs, kept), strict=True):
+        mask_OI = cut.mask(cost_OI)
+        odds[matrix.name] = _log_odds(mask_OI.sum().double().cpu(), mask_OI.numel())
+        row_odds[matrix.name] = _log_odds(mask_OI.sum(1).double().cpu(), mask_OI.shape[1])
+    sizes = torch.tensor([shape.numel() for shape in shapes.values()], dtype=torch.float64)
+    densities = balanced(options.strength * torch.stack(list(odds.values())), sizes, 1 - sparsity)
+    allocated = {}
+    for (name, shape), density in zip(shapes.items(), densities.tolist(), strict=True):
+        row_sizes = torch.full((shape[0],), shape[1], dtype=torch.float64)
+        of_rows = balanced(options.row_strength * row_odds[name], row_sizes, density)
+        allocated[name] = ByRow(1 - density, (of_rows * shape[1]).round().long())
+    return allocated
+
+
+def log_cost(weight_OI: Tensor, moments: Moments) -> Tensor:
+    """``log(W_ij²·E[x_j²]·E[g_i²])``, float32 (O, I): twice a weight's cost in nats a token, in logarithms."""
+    # In logarithms: of three factors as small as these the product would leave float32.
+    x_I, g_O = moments.input_square_I / moments.count, moments.gradient_square_O / moments.count
+    weight = 2 * weight_OI.float().abs().clamp_min(_TINY).log()
+    return weight + x_I.clamp_min(_TINY).log() + g_O.clamp_min(_TINY).log()[:, None]
+
+
+def balanced(log_odds: Tensor, sizes: Tensor, density: float) -> Tensor:
+    """Densities with these log-odds, all shifted alike so that together they are ``density``.
+
+    Args:
+        log_odds: (G,), float64.
+        sizes: How many elements each density is of, (G,), float64.
+        density: Of all elements, above 0 and below 1.
+    """
+    reach = float(log_odds.abs().max()) + abs(math.log(density / (1 - density))) + 1
+    low, high = -reach, reach
+    for _ in range(60):  # as often as a float64 can be halved
+        middle = (low + high) / 2
+        found = float((torch.sigmoid(log_odds + middle) * sizes).sum() / sizes.sum())
+        low, high = (middle, high) if found < density else (low, middle)
+    return torch.sigmoid(log_odds + middle)
+
+
+def _log_odds(kept: Tensor, size: int) -> Tensor:
+    """Of ``kept`` of ``size``, finite at none and all."""
+    return ((kept + 0.5) / (size - kept + 0.5)).log()
+
+
+def measure_moments(
+    model: "PreTrainedModel", matrices: Sequence[Matrix], blocks_NT: Tensor, walk: WalkOptions | None = None
+) -> dict[str, Moments]:
+    """Matrix name → moments of its inputs and of the gradients of its outputs; without those that no token reached.
+
+    Raises:
+        UserError: No gradient of a weight was seen, or moments are not finite.
+    """
+    walk = walk or WalkOptions()
+    moments: dict[str, Moments] = {}
+
+    def see(matrix: Matrix, inputs: Tensor, output: Tensor, part: int | None) -> None:
+        if not inputs.numel() or not output.requires_grad:
+            return
+        own = moments.setdefault(matrix.name, Moments())
+        own.add_inputs(inputs.detach())
+        output.register_hook(lambda g: own.add_gradients(g if part is None else g[part]))
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(eager_experts(model))
+        stack.enter_context(_frozen(model))
+        device = stack.enter_context(_on_device(model, walk.device))
+        states, head = split_model(model)
+        stack.enter_context(_with_gradients(model))
+        with torch.enable_grad():
+            for ids_BT in blocks_NT.to(device).split(walk.batch_size):
+                with ProductWatch(matrices, see):
+                    hidden_TD = states(ids_BT)[:, :-1].flatten(0, 1)
+                loss, _, _ = language_losses(hidden_TD, ids_BT[:, 1:].flatten(), head, Objective())
+                (loss * len(hidden_TD)).backward()
+    seen = {matrix.weight.name for matrix in matrices if matrix.name in moments}
+    unseen = [matrix.weight.name for matrix in matrices if matrix.weight.name not in seen]
+    if unseen:
+        raise UserError(
+            f"{listing(unseen, 3)}: no product with it was seen in the forward pass, so that its Fisher information "
+            "is not known. Leave out --fisher."
+        )
+    for name, own in moments.items():
+        if not (own.input_square_I.isfinite().all() and own.gradient_square_O.isfinite().all()):
+            raise UserError(f"{name}: its inputs or gradients are not finite. Load the model in another --dtype.")
+    return moments
+
+
+class _LogCosts(Sequence[Tensor]):
+    """Log costs of each matrix, made when asked for; no slices."""
+
+    def __init__(self, matrices: Sequence[Matrix], moments: Mapping[str, Moments]) -> None:
+        self.matrices, self.moments = matrices, moments
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        matrix = self.matrices[index]
+        moments = self.moments[matrix.name]
+        return log_cost(matrix.dense().to(moments.input_square_I.device), moments)
+
+
+def _square_sum(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).float().square().sum(0)
+
+
+@contextmanager
+def _frozen(model: torch.nn.Module) -> Iterator[None]:
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _on_device(model: "PreTrainedModel", device: torch.device | str | None) -> Iterator[torch.device]:
+    """The model on ``device``; afterwards it has the very tensors that it had before."""
+    home = next(model.parameters()).device
+    there = home if device is None else torch.device(device)
+    tensors = [(x, x.data) for x in (*model.parameters(), *model.buffers())]
+    if there != home:
+        model.to(there)
+    try:
+        yield there
+    finally:
+        for x, data in tensors:
+            x.data = data
+
+
+@contextmanager
+def _with_gradients(model: "PreTrainedModel") -> Iterator[None]:
+    """Gradients flow from the embeddings' outputs on, though nothing is trained."""
+    embeddings = model.get_input_embeddings()
+    assert embeddings is not None
+    handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
