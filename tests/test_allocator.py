@@ -39,7 +39,7 @@ def run(what: str) -> tuple[bool, int]:
 def test_freed_memory_is_kept_and_not_faulted_in_again() -> None:
     kept, faults = run("keep")
     assert kept
-    assert faults < 1000
+    assert faults < 3 * 1024  # of 32 blocks; one may have to be taken anew
     kept, faults = run("as it comes")
     assert not kept
     assert faults > 8000  # or glibc has changed, and this is no longer needed

@@ -5,6 +5,7 @@ what they left, and compare it with one process that accumulates as many micro-b
 """
 
 import io
+import os
 import pickle
 import shutil
 import weakref
@@ -515,7 +516,10 @@ def within(rank: int, flags: list[str]) -> int:
     import ctypes
     import resource
 
-    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
+    # M_MMAP_THRESHOLD: what is freed goes back to the system at once, for the limit is on what is needed; and by the
+    # variable fit leaves it at that (leap_pl.allocator).
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)
+    os.environ["MALLOC_TRIM_THRESHOLD_"] = "131072"
     pages = int(Path("/proc/self/statm").read_text().split()[5])  # data and stack, which RLIMIT_DATA is about
     limit = pages * resource.getpagesize() + LIMIT
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
