@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from leap_pl.errors import UserError, listing
 from leap_pl.objective import Objective, language_losses, split_model
 from leap_pl.oneshot.inputs import Matrix, ProductWatch
-from leap_pl.oneshot.walk import WalkOptions, eager_experts, evaluating
+from leap_pl.oneshot.walk import WalkOptions, eager_experts, evaluating, on_device
 from leap_pl.patterns import ByRow
 from leap_pl.topk import exact_top_k
 
@@ -87,6 +88,7 @@ def fisher_allocation(
     sparsity: float,
     options: FisherOptions | None = None,
     walk: WalkOptions | None = None,
+    progress: bool = False,
 ) -> dict[str, ByRow]:
     """Allocate ``sparsity`` over ``matrices``, and their rows, by the Fisher information of their weights.
 
@@ -100,6 +102,7 @@ def fisher_allocation(
         sparsity: Of all matrices together, above 0 and below 1.
         options: Settings; None is the defaults.
         walk: Batch size and device.
+        progress: Show a progress bar.
 
     Returns:
         Matrix name → its sparsity, and how many weights each row keeps: those are within half a weight of the row's
@@ -109,7 +112,7 @@ def fisher_allocation(
         UserError: No gradient of a matrix was seen, or one is not finite.
     """
     options = options or FisherOptions()
-    moments = measure_moments(model, matrices, blocks_NT[: options.sequences], walk)
+    moments = measure_moments(model, matrices, blocks_NT[: options.sequences], walk, progress)
     costs = _LogCosts([matrix for matrix in matrices if matrix.name in moments], moments)
     shapes = {matrix.name: matrix.view(matrix.weight.parameter).shape for matrix in matrices}
     kept = round((1 - sparsity) * sum(shapes[matrix.name].numel() for matrix in costs.matrices))
@@ -161,7 +164,11 @@ def _log_odds(kept: Tensor, size: int) -> Tensor:
 
 
 def measure_moments(
-    model: "PreTrainedModel", matrices: Sequence[Matrix], blocks_NT: Tensor, walk: WalkOptions | None = None
+    model: "PreTrainedModel",
+    matrices: Sequence[Matrix],
+    blocks_NT: Tensor,
+    walk: WalkOptions | None = None,
+    progress: bool = False,
 ) -> dict[str, Moments]:
     """Matrix name → moments of its inputs and of the gradients of its outputs; without those that no token reached.
 
@@ -182,11 +189,13 @@ def measure_moments(
         stack.enter_context(evaluating(model))
         stack.enter_context(eager_experts(model))
         stack.enter_context(_frozen(model))
-        device = stack.enter_context(_on_device(model, walk.device))
+        device = next(model.parameters()).device if walk.device is None else torch.device(walk.device)
+        stack.enter_context(on_device(model, device, keep=True))
         states, head = split_model(model)
         stack.enter_context(_with_gradients(model))
         with torch.enable_grad():
-            for ids_BT in blocks_NT.to(device).split(walk.batch_size):
+            batches = blocks_NT.to(device).split(walk.batch_size)
+            for ids_BT in tqdm(batches, "Fisher information", unit="batch", disable=not progress, dynamic_ncols=True):
                 with ProductWatch(matrices, see):
                     hidden_TD = states(ids_BT)[:, :-1].flatten(0, 1)
                 loss, _, _ = language_losses(hidden_TD, ids_BT[:, 1:].flatten(), head, Objective())
@@ -233,21 +242,6 @@ def _frozen(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _on_device(model: "PreTrainedModel", device: torch.device | str | None) -> Iterator[torch.device]:
-    """The model on ``device``; afterwards it has the very tensors that it had before."""
-    home = next(model.parameters()).device
-    there = home if device is None else torch.device(device)
-    tensors = [(x, x.data) for x in (*model.parameters(), *model.buffers())]
-    if there != home:
-        model.to(there)
-    try:
-        yield there
-    finally:
-        for x, data in tensors:
-            x.data = data
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from leap_pl.oneshot.sparsegpt import SparseGPTOptions, sparsegpt
 from leap_pl.oneshot.sparseswaps import sparseswaps_mask
 from leap_pl.oneshot.walk import Walk, WalkOptions
 from leap_pl.oneshot.wanda import wanda_mask
-from leap_pl.patterns import NM, ByRow, Pattern, Unstructured
+from leap_pl.patterns import NM, Pattern, Unstructured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,22 +144,22 @@ def prune(
                 f"{len(layer_sparsity)} layer sparsities were given, and the model has {len(matrices)} decoder blocks."
             )
         config["layer_sparsity"] = list(layer_sparsity)
-    patterns: dict[str, Unstructured] | dict[str, ByRow] | None = None
+    patterns: Mapping[str, Unstructured] | None = None
     if layer_sparsity is not None:
         each = zip(layer_sparsity, matrices, strict=True)
         patterns = {matrix.name: Unstructured(sparsity) for sparsity, block in each for matrix in block}
     elif fisher is not None:
         assert blocks_NT is not None
         every = [matrix for block in matrices for matrix in block]
-        patterns = fisher_allocation(model, every, blocks_NT, pattern.sparsity, fisher, walk)
+        patterns = fisher_allocation(model, every, blocks_NT, pattern.sparsity, fisher, walk, progress)
         config["fisher"] = asdict(fisher)
         logger.info("Fisher allocation: %s", ", ".join(f"{n} {p.sparsity:.4f}" for n, p in patterns.items()))
 
     run = _Run(method, pattern, patterns, options, mask, update, weights)
     if blocks_NT is None:
         with torch.no_grad():
-            for index, block in enumerate(bar(range(len(matrices)), progress)):
-                run.block(index, matrices[block], {})
+            for block in bar(matrices, progress):
+                run.block(block, {})
     else:
         walk = replace(walk or WalkOptions(), keep=not update)
         with Walk(model, blocks_NT, walk, dense=mask is not None and mask_target == "dense") as pruned_walk:
@@ -171,7 +171,7 @@ def prune(
                 for parameter, dense in saved:
                     parameter.data = dense.clone()
                 try:
-                    run.block(index, matrices[index], statistics, shown)
+                    run.block(matrices[index], statistics, shown)
                     if index < len(matrices) - 1:
                         pruned_walk.advance(index)
                 finally:
@@ -216,10 +216,8 @@ class _Run:
         self.dampings: dict[str, float] = {}
         self.unseen: list[str] = []
 
-    def block(
-        self, index: int, matrices: Sequence[Matrix], statistics: Mapping[str, InputStatistics], shown: Any = None
-    ) -> None:
-        """Prune the matrices of block ``index`` and write the results into the model."""
+    def block(self, matrices: Sequence[Matrix], statistics: Mapping[str, InputStatistics], shown: Any = None) -> None:
+        """Prune the matrices of one block and write the results into the model."""
         for matrix in matrices:
             pattern = self.pattern if self.patterns is None else self.patterns[matrix.name]
             dense_OI = matrix.dense()

@@ -131,7 +131,7 @@ class Walk:
     def __iter__(self) -> Iterator[int]:
         """The blocks' indices, each while its block is on the compute device."""
         for index, block in enumerate(self.blocks):
-            with self._visiting(block):
+            with on_device(block, self.device, keep=self.options.keep):
                 yield index
 
     def __len__(self) -> int:
@@ -257,16 +257,6 @@ class Walk:
                 return calls
         raise UserError(f"{self.prefix}: the model's forward does not run through its blocks in order.")
 
-    @contextmanager
-    def _visiting(self, block: nn.Module) -> Iterator[None]:
-        home = _tensors(block) if self.options.keep else []
-        block.to(self.device)
-        try:
-            yield
-        finally:
-            _put_back(home)
-            block.to(self.home)
-
 
 class _Collector:
     """Sums up inputs as they are seen; matrices that are given one tensor share one sum."""
@@ -333,6 +323,19 @@ def _first(tensor: Tensor, size: int) -> Tensor:
     if tensor.ndim == 0 or tensor.shape[0] % size:
         return tensor
     return tensor[: tensor.shape[0] // size]
+
+
+@contextmanager
+def on_device(module: nn.Module, device: torch.device, *, keep: bool) -> Iterator[None]:
+    """``module`` on ``device``, and afterwards where it was; with ``keep`` it has the very parameters that it had."""
+    home = next(module.parameters()).device
+    before = _tensors(module) if keep else []
+    module.to(device)
+    try:
+        yield
+    finally:
+        _put_back(before)
+        module.to(home)
 
 
 @contextmanager
