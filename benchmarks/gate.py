@@ -24,7 +24,7 @@ from leap_pl import gates as kinds
 from leap_pl.allocator import keep_freed_memory
 from leap_pl.gates import Gate, GateState
 from leap_pl.gates.compiled import compile_seconds
-from leap_pl.models import Weight
+from leap_pl.weights import Weight
 
 
 def main(arguments: list[str] | None = None) -> None:

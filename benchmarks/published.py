@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from leap_pl.models import Weight
+from leap_pl.weights import Weight
 
 
 class Given(nn.Module):

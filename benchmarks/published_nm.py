@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from leap_pl.gates import Gate, GateState
-from leap_pl.models import Weight
+from leap_pl.weights import Weight
 
 
 class PublishedNM(Gate):

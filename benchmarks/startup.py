@@ -72,10 +72,11 @@ def child(model: str, text: str) -> None:
     from leap_pl import module
     from leap_pl.cli import main as leap_pl
     from leap_pl.gates.compiled import compile_seconds
-    from leap_pl.models import find_weights, load_model
+    from leap_pl.models import load_model
     from leap_pl.oneshot.prune import prune
     from leap_pl.patterns import Unstructured
     from leap_pl.trainer_cli import make_cli  # noqa: F401  (so that its imports count here)
+    from leap_pl.weights import find_weights
 
     seconds["imports"] = time.time() - start
     for name, stage in (

@@ -37,9 +37,10 @@ from leap_pl import gates as kinds
 from leap_pl.allocator import keep_freed_memory
 from leap_pl.gates import Gate, GateState, attach
 from leap_pl.gates.compiled import compile_seconds
-from leap_pl.models import decoder_blocks, fast_dtype, find_weights, load_model
+from leap_pl.models import fast_dtype, load_model
 from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
 from leap_pl.optimizer import PackedAdamW
+from leap_pl.weights import decoder_blocks, find_weights
 
 OBJECTIVE = Objective()
 RATIOS = (

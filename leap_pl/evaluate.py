@@ -60,7 +60,7 @@ def evaluate_command(
             assets-eval). A task found there is read from there, any other from the hub.
         batch_size: Windows, or requests, in a forward pass.
         dtype: Type of the weights in memory and of the computation; auto is the one they are stored in, but float32
-            for bfloat16 where the hardware only emulates that, many times slower.
+            for bfloat16 where the hardware multiplies that slower.
         device: auto is the first GPU, or the CPU where there is none.
         revision: Branch, tag or commit of the base model on the hub.
         trust_remote_code: Run code that comes with the model.
@@ -230,7 +230,7 @@ def _place(subject: "Subject", device: str) -> str:
 
 
 def _speed_up(subject: "Subject") -> None:
-    """Turn bfloat16 weights into float32 where the device has no instructions for them, and say so."""
+    """Turn bfloat16 weights into float32 where the device multiplies these faster, and say so."""
     import torch
 
     from leap_pl.models import fast_dtype
@@ -238,7 +238,7 @@ def _speed_up(subject: "Subject") -> None:
     model = subject.model
     if model.dtype == torch.bfloat16 and fast_dtype(model.device) == "float32":
         print(
-            f"evaluated in float32, for bfloat16 is only emulated on this {model.device.type.upper()} "
+            f"evaluated in float32, which this {model.device.type.upper()} multiplies faster than bfloat16 "
             "(--dtype bfloat16 keeps it)",
             file=sys.stderr,
         )

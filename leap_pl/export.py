@@ -103,8 +103,8 @@ def _form(masks: "MaskSet") -> "Pattern | Tiled":
 
 def _check_form(masks: "MaskSet", base: "PreTrainedModel") -> None:
     """Make sure that every mask has exactly the form it says it has: what runs 2:4 fast gives nonsense for the rest."""
-    from leap_pl.models import find_weights
     from leap_pl.patterns import follows
+    from leap_pl.weights import find_weights
 
     form = _form(masks)
     weights = find_weights(base, list(masks.masks))

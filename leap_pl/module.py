@@ -1,6 +1,6 @@
 """LeapModule: a frozen language model whose mask is learned."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,31 +11,31 @@ import torch
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics.text import Perplexity
 
 from leap_pl import checkpoint as checkpoints
 from leap_pl import finite
 from leap_pl.allocator import keep_freed_memory
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, Gate, GateState, attach
-from leap_pl.models import (
-    Dtype,
-    Weight,
-    check_numbers,
-    decoder_blocks,
-    fast_dtype,
-    find_weights,
-    load_model,
-    longest_sequence,
-    model_fingerprint,
-)
-from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
+from leap_pl.models import Dtype, fast_dtype, load_model, longest_sequence
+from leap_pl.objective import Objective, budget_groups, kept_norm, language_losses, sparsity_budget, split_model
 from leap_pl.optimizer import check_rounding
-from leap_pl.parallel import RankZero, data_rank, mean_over_ranks, reduce_only, saves_shards, shard, sharding_mesh
-from leap_pl.prior import Calibration, Prior, SharedPrior
+from leap_pl.parallel import (
+    RankZero,
+    check_inside_blocks,
+    data_rank,
+    mean_over_ranks,
+    reduce_only,
+    saves_shards,
+    shard,
+    sharding_mesh,
+)
+from leap_pl.prior import Calibration, Prior, SharedPrior, make_and_share
 from leap_pl.rewind import rewind
 from leap_pl.schedules import warmup_cosine
 from leap_pl.shards import copy_part_, gathered
+from leap_pl.validation import Validation
+from leap_pl.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -99,7 +99,7 @@ class LeapModule(L.LightningModule):
             lr_scheduler: Stepped once an optimizer step. By default ``warmup_steps`` up, then a cosine to 0.
             warmup_steps: Of the default schedule.
             dtype: Of the frozen weights and the computation; ``auto`` is bfloat16 where the hardware multiplies
-                it fast, else float32.
+                it at least as fast as float32, else float32.
             logits_dtype: Of the logits and their gradients, whatever the precision of the rest. ``bfloat16`` takes
                 an optimizer that rounds at random (:class:`leap_pl.optimizer.PackedAdamW`): see docs/memory.md.
             activation_checkpointing: Recompute each decoder block in the backward pass: less memory, a third
@@ -131,9 +131,7 @@ class LeapModule(L.LightningModule):
         self.priors: dict[str, MaskSet] = {}  # on rank zero
         self.resumes_from: str | None = None
         self.register_state_dict_post_hook(checkpoints.keep_gates_only)
-        self.dense_perplexity: float | None = None
-        self.hard_perplexity: float | None = None  # of the last validation
-        self.hard_metric, self.dense_metric = Perplexity(), Perplexity()
+        self.validation = Validation()
         self.terms: dict[str, Tensor] = {}
         self.gradient_norm: Tensor | None = None  # of the optimizer step at hand, before it is clipped
         self.norms: list[tuple[int, Tensor]] = []  # (step, gradient norm) that were not looked at yet
@@ -163,11 +161,12 @@ class LeapModule(L.LightningModule):
         self._check_length(model)
         self.weights = find_weights(model, self.targets, self.ignore)
         if self.mesh is not None:
-            self._check_inside()
+            check_inside_blocks(self.weights)
         self.fingerprint = model_fingerprint(model)
         self.sizes = {name: weight.parameter.numel() for name, weight in self.weights.items()}
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
-        self.groups = list(self._groups(model))
+        layers = {name: weight.layer for name, weight in self.weights.items()}
+        self.groups = budget_groups(layers, self.objective.budget_scope)
         prior = self._make_prior(model)
         model.requires_grad_(False)
         if self.mesh is None:
@@ -210,45 +209,18 @@ class LeapModule(L.LightningModule):
         # First, for a prior may take minutes: can this kind of mask be what is asked of it?
         first = self.make_gate(next(iter(self.weights.values())), self.state)
         self.sparsity = first.exact_sparsity(self.sparsity)
-        rank_zero = RankZero()
         if not self._fitting():
-            return SharedPrior({}, rank_zero)
+            return SharedPrior({}, RankZero())
         check_rounding(self._optimizer_of([nn.Parameter(torch.zeros(1))]), self.logits_dtype)
-        if self.prior_settings.graded and not first.takes_grades:
-            raise UserError(f"prior.graded is for BernoulliGate, and the gate is {type(first).__name__}. Leave it out.")
         calibration = Calibration(
             base_model=self.base_model,
             data=getattr(self.trainer, "datamodule", None),
             device=self._device_of_run(),
             progress=self.trainer.progress_bar_callback is not None,
         )
-
-        def make() -> "tuple[dict[str, MaskSet], dict[str, Tensor] | None]":
-            priors = self.prior_settings.make(model, self.weights, first.prior_forms(self.sparsity), calibration)
-            first.check_priors(priors)
-            return priors, self.prior_settings.squares(model, self.weights, calibration)
-
-        self.priors, squares = rank_zero.make(make) or ({}, None)
-        return SharedPrior(self.priors, rank_zero, squares)
-
-    def _check_inside(self) -> None:
-        outside = [name for name, weight in self.weights.items() if weight.layer is None]
-        if outside:
-            raise UserError(
-                f"{listing(outside, 3)} is outside the decoder blocks, and a sharded run gates weights within them. "
-                "Leave it out with --model.ignore, or use --trainer.strategy ddp."
-            )
-
-    def _groups(self, model: nn.Module) -> Iterator[list[str]]:
-        """The names of the weights that share a mean in the sparsity budget."""
-        if self.objective.budget_scope == "global":
-            yield list(self.weights)
-            return
-        layers: list[int | None] = [*range(len(decoder_blocks(model)[1])), None]
-        for layer in layers:
-            names = [name for name, weight in self.weights.items() if weight.layer == layer]
-            if names:
-                yield names
+        shared = make_and_share(self.prior_settings, model, self.weights, first, self.sparsity, calibration)
+        self.priors = dict(shared.priors)
+        return shared
 
     def _fitting(self) -> bool:
         return self._trainer is not None and self.trainer.state.fn == "fit"
@@ -405,31 +377,19 @@ class LeapModule(L.LightningModule):
     def validation_step(self, batch: dict[str, Any] | Tensor, batch_idx: int) -> None:
         """Perplexity of the hard mask, and, once in a run, of the dense model."""
         input_ids = batch["input_ids"] if isinstance(batch, dict) else batch
-        with self.state.passing("hard"):
-            self._measure(self.hard_metric, input_ids)
-        self.log("perplexity/hard", self.hard_metric, on_epoch=True, prog_bar=True)
-        if self.dense_perplexity is None:
-            with self.state.passing("dense"):
-                self._measure(self.dense_metric, input_ids)
-
-    def _measure(self, metric: Perplexity, input_ids: Tensor) -> None:
-        hidden = self.states(input_ids)[:, :-1].flatten(0, 1)
-        targets = input_ids[:, 1:].flatten()
-        for start in range(0, len(targets), self.objective.chunk):
-            part = slice(start, start + self.objective.chunk)
-            metric.update(self.head(hidden[part]).float()[None], targets[None, part])
+        for mode in self.validation.wanted:
+            with self.state.passing(mode):
+                self.validation.update(mode, self.states(input_ids), input_ids, self.head, self.objective.chunk)
+        self.log("perplexity/hard", self.validation.hard_metric, on_epoch=True, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
         """Keep the perplexities: the dense model's does not change."""
-        self.hard_perplexity = float(self.hard_metric.compute())
-        if self.dense_perplexity is None:
-            self.dense_perplexity = float(self.dense_metric.compute())
-        self.log("perplexity/dense", self.dense_perplexity, sync_dist=True)  # equal already: Lightning would warn
+        hard, dense = self.validation.finish()
+        self.log("perplexity/dense", dense, sync_dist=True)  # equal already: Lightning would warn
         if self.trainer.sanity_checking:
             # Lightning keeps what is measured before the first step to itself; it is where the curves begin.
-            start = {"perplexity/hard": self.hard_perplexity, "perplexity/dense": self.dense_perplexity}
             for logger in self.loggers:
-                logger.log_metrics(start, step=0)
+                logger.log_metrics({"perplexity/hard": hard, "perplexity/dense": dense}, step=0)
 
     # -- the mask -----------------------------------------------------------------------------------------
 
@@ -480,7 +440,7 @@ class LeapModule(L.LightningModule):
             accumulation=self.trainer.accumulate_grad_batches if self._fitting() else None,
             shapes={name: list(gate.shape) for name, gate in self.gates.items()},
             input_dims={name: gate.input_dim for name, gate in self.gates.items()},
-            dense_perplexity=self.dense_perplexity,
+            dense_perplexity=self.validation.dense,
             settings=self.settings(),
         )
 
@@ -488,15 +448,13 @@ class LeapModule(L.LightningModule):
         """What a mask's provenance tells of how it was learned: plain values."""
         told = {"objective": asdict(self.objective), "prior": asdict(self.prior_settings), "seed": self.state.seed}
         told["logits_dtype"] = str(self.logits_dtype).removeprefix("torch.")
+        told["dtype"] = None if self.model is None else str(self.model.dtype).removeprefix("torch.")
         told |= self.told
         if self._trainer is None:
             return told
         told |= checkpoints.settings_of_run(self.trainer)
-        if self.hard_perplexity is not None:
-            told["perplexity"] = self.hard_perplexity
-        if self.dense_perplexity is not None:
-            told["dense_perplexity"] = self.dense_perplexity
-        return told
+        perplexities = {"perplexity": self.validation.hard, "dense_perplexity": self.validation.dense}
+        return told | {name: value for name, value in perplexities.items() if value is not None}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen model out: logits by weight name, and whose they are."""
@@ -522,7 +480,7 @@ class LeapModule(L.LightningModule):
         """Refuse a checkpoint of another model or another run; map its logits to this module's names."""
         found = checkpoints.read_identity(checkpoint)
         checkpoints.check_same(found, self.identity())
-        self.dense_perplexity, self.hard_perplexity = found.dense_perplexity, found.settings.get("perplexity")
+        self.validation.dense, self.validation.hard = found.dense_perplexity, found.settings.get("perplexity")
         if self._fitting():
             checkpoints.count_for_ranks(checkpoint, found, self.identity())
         places = [(name, part) for name, gate in self.gates.items() for part in gate.stored()]

@@ -175,6 +175,19 @@ def sparsity_budget(
     return torch.stack(distances).sum()
 
 
+def budget_groups(layers: Mapping[str, int | None], scope: Literal["global", "layer"]) -> list[list[str]]:
+    """The names of the weights that share a mean in :func:`sparsity_budget`.
+
+    Args:
+        layers: Weight name → index of its decoder block, or None outside the blocks.
+        scope: ``global``: all of them are one group; else those of each block are one, and those outside.
+    """
+    groups: dict[int | None, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(None if scope == "global" else layer, []).append(name)
+    return list(groups.values())
+
+
 def kept_norm(energy: Iterable[Tensor], norm: float) -> Tensor:
     """Σ_l ‖M_l ⊙ W_l‖_F / Σ_l ‖W_l‖_F, from each weight's Σ(M·W)² and the dense sum ``norm``."""
     # The gradient of a square root at 0 is infinite: a weight whose mask is all but zero would make it NaN.

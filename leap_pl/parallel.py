@@ -7,7 +7,7 @@ state a rank holds one slice (see :mod:`leap_pl.shards`). Before a block runs, i
 whole, so that a gate sees the elements it would see in one process, with the same noise.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 
 if TYPE_CHECKING:
     import lightning as L
+
+    from leap_pl.weights import Weight
 
 Made = TypeVar("Made")
 
@@ -87,6 +89,20 @@ def shard(
     root = getattr(model, "base_model", model)
     fully_shard(root, mesh=mesh, ignored_params=outside)
     return model
+
+
+def check_inside_blocks(weights: "Mapping[str, Weight]") -> None:
+    """Make sure that all ``weights`` are inside decoder blocks, as those of a sharded run are.
+
+    Raises:
+        UserError: Some are not.
+    """
+    outside = [name for name, weight in weights.items() if weight.layer is None]
+    if outside:
+        raise UserError(
+            f"{listing(outside, 3)} is outside the decoder blocks, and a sharded run gates weights within them. "
+            "Leave it out with --model.ignore, or use --trainer.strategy ddp."
+        )
 
 
 def data_rank(trainer: "L.Trainer") -> tuple[int, int]:

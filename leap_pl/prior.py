@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from leap_pl.data import TextDataModule
-    from leap_pl.models import Weight
+    from leap_pl.gates import Gate
     from leap_pl.patterns import Pattern
+    from leap_pl.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,40 @@ class Calibration:
                 f"{what} needs calibration text and there is no data module. "
                 "Give fit a TextDataModule, or take the prior 'magnitude' or a MaskSet file, without grades."
             )
+
+
+def make_and_share(
+    settings: Prior,
+    model: "PreTrainedModel",
+    weights: "Mapping[str, Weight]",
+    gate: "Gate",
+    sparsity: float,
+    calibration: Calibration,
+) -> "SharedPrior":
+    """What ``settings`` make of ``model`` on rank zero, for every rank to take from.
+
+    Args:
+        settings: Which prior.
+        model: The dense base model.
+        weights: Those that will be gated.
+        gate: Of one of them: its kind says in which forms it wants a prior, and takes or refuses it.
+        sparsity: The target.
+        calibration: On what a method computes.
+
+    Raises:
+        UserError: As :meth:`Prior.make` does; or the gate does not take what is asked for.
+    """
+    if settings.graded and not gate.takes_grades:
+        raise UserError(f"prior.graded is for BernoulliGate, and the gate is {type(gate).__name__}. Leave it out.")
+
+    def make() -> tuple[dict[str, MaskSet], dict[str, torch.Tensor] | None]:
+        priors = settings.make(model, weights, gate.prior_forms(sparsity), calibration)
+        gate.check_priors(priors)
+        return priors, settings.squares(model, weights, calibration)
+
+    rank_zero = RankZero()
+    priors, squares = rank_zero.make(make) or ({}, None)
+    return SharedPrior(priors, rank_zero, squares)
 
 
 class SharedPrior:

@@ -13,13 +13,13 @@ from torch import nn
 from leap_pl.callbacks import Annealing
 from leap_pl.data import TextDataModule
 from leap_pl.gates import Gate, GateState, NMGate, TileGate
-from leap_pl.models import Weight
 from leap_pl.module import LeapModule
 from leap_pl.optimizer import PackedAdamW
 from leap_pl.parallel import saves_shards
 from leap_pl.patterns import NM, Tiled
 from leap_pl.schedules import Schedule
 from leap_pl.trainer_cli import LeapCLI, make_cli
+from leap_pl.weights import Weight
 
 ROOT = Path(__file__).parents[1] / "configs"
 APART = ("shared", "cluster")  # parts of configs, and what is laid over one

@@ -13,7 +13,8 @@ from leap_pl.errors import UserError
 from leap_pl.evaluate import evaluate_command
 from leap_pl.evaluation.record import read_result
 from leap_pl.masks import MaskSet, Provenance
-from leap_pl.models import find_weights, load_model, model_fingerprint
+from leap_pl.models import load_model
+from leap_pl.weights import find_weights, model_fingerprint
 
 TEXT = "The mask keeps what the model needs, and the rest of its weights are zero.\n" * 8
 SMALL = {"seq_length": 32, "batch_size": 2}

@@ -18,7 +18,7 @@ from leap_pl.cli import main
 from leap_pl.errors import UserError
 from leap_pl.export import export_command
 from leap_pl.masks import MaskSet, Provenance
-from leap_pl.models import find_weights, model_fingerprint
+from leap_pl.weights import find_weights, model_fingerprint
 from leap_pl.zeros import places_in, zero_removed
 
 

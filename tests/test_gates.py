@@ -24,12 +24,12 @@ from leap_pl.gates import bernoulli as kernels
 from leap_pl.gates import compiled as compiling
 from leap_pl.gates.noise import columns, element_bits, logistic, noise_keys
 from leap_pl.masks import MaskSet, Provenance
-from leap_pl.models import Weight, find_weights
 from leap_pl.module import LeapModule
 from leap_pl.objective import Objective
 from leap_pl.oneshot.wanda import wanda_mask
 from leap_pl.patterns import NM
 from leap_pl.prior import Prior
+from leap_pl.weights import Weight, find_weights
 
 IDS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 ANNEALED = [(25.0, 4.0), (0.0, 1.0), (100.0, 1.0), (350.0, 0.05)]

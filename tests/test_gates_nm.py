@@ -25,8 +25,8 @@ from leap_pl.gates import pattern_kernels as kernels
 from leap_pl.gates.groups import Groups, first_highest
 from leap_pl.gates.noise import columns, element_bits, gumbel
 from leap_pl.masks import MaskSet, Provenance
-from leap_pl.models import Weight, find_weights
 from leap_pl.patterns import NM, choose
+from leap_pl.weights import Weight, find_weights
 
 pytestmark = pytest.mark.usefixtures("eager")
 

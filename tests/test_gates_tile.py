@@ -21,8 +21,8 @@ from leap_pl.gates import compiled as compiling
 from leap_pl.gates.noise import columns, element_bits, logistic
 from leap_pl.gates.tile import PATTERNS
 from leap_pl.masks import MaskSet
-from leap_pl.models import Weight, find_weights
 from leap_pl.patterns import NM, Tiled, Unstructured, choose, follows
+from leap_pl.weights import Weight, find_weights
 
 pytestmark = pytest.mark.usefixtures("eager")
 

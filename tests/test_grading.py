@@ -20,7 +20,6 @@ from leap_pl.cli import main
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, GateState
 from leap_pl.masks import MaskSet, Provenance
-from leap_pl.models import find_weights
 from leap_pl.oneshot import grading
 from leap_pl.oneshot import prior as prior_module
 from leap_pl.oneshot.grading import LEAST, graded_lean
@@ -30,6 +29,7 @@ from leap_pl.parallel import RankZero
 from leap_pl.patterns import Unstructured
 from leap_pl.prior import Prior, SharedPrior
 from leap_pl.trainer_cli import run
+from leap_pl.weights import find_weights
 
 torch.set_num_threads(1)
 

@@ -19,7 +19,6 @@ from leap_pl.cli import main
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, Gate, GateState, NMGate, TileGate
 from leap_pl.masks import MaskSet
-from leap_pl.models import Weight
 from leap_pl.module import LeapModule
 from leap_pl.optimizer import (
     HIGHEST_CODE,
@@ -33,6 +32,7 @@ from leap_pl.optimizer import (
     unpack,
 )
 from leap_pl.topk import exact_top_k
+from leap_pl.weights import Weight
 
 pytestmark = pytest.mark.usefixtures("eager")
 

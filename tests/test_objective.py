@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny import FAMILIES, VOCABULARY, tiny_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
+from leap_pl.objective import Objective, budget_groups, kept_norm, language_losses, sparsity_budget, split_model
 
 IDS = torch.randint(0, VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(5))
 
@@ -250,7 +251,7 @@ def test_large_logits_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_sparsity_budget(scope: str) -> None:
+def test_sparsity_budget(scope: Literal["global", "layer"]) -> None:
     """Means are over elements, not over weights; each layer's distance by itself, then the sum."""
     masks = {name: torch.rand(shape, dtype=torch.float64) ** power for name, shape, power in [
         ("0.a", (8, 8), 1.0), ("0.b", (2, 3), 0.2), ("1.a", (8, 8), 3.0), ("1.b", (2, 3), 1.0),
@@ -258,6 +259,8 @@ def test_sparsity_budget(scope: str) -> None:
     for mask in masks.values():
         mask.requires_grad_()
     groups = [list(masks)] if scope == "global" else [["0.a", "0.b"], ["1.a", "1.b"]]
+    assert budget_groups({name: int(name[0]) for name in masks}, scope) == groups
+    assert budget_groups({"a": None, "0.a": 0, "b": None}, "layer") == [["a", "b"], ["0.a"]]
     found = sparsity_budget(
         {n: m.sum() for n, m in masks.items()}, {n: m.numel() for n, m in masks.items()}, 0.4, groups
     )

@@ -9,7 +9,8 @@ from torch import nn
 
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet, split_name
-from leap_pl.models import Dtype, find_weights, load_model, load_tokenizer, model_fingerprint
+from leap_pl.models import Dtype, load_model, load_tokenizer
+from leap_pl.weights import find_weights, model_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

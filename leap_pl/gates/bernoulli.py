@@ -14,9 +14,9 @@ from leap_pl.gates.compiled import compiled
 from leap_pl.gates.gate import Gate, GateState, Held
 from leap_pl.gates.noise import columns, element_bits, logistic_in_bits, noise_keys
 from leap_pl.gates.powers import exp2
-from leap_pl.models import Weight
 from leap_pl.shards import strided_samples
 from leap_pl.topk import Cut, exact_top_k
+from leap_pl.weights import Weight
 
 
 class BernoulliGate(Gate):

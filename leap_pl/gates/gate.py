@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from leap_pl.gates.noise import noise_keys
-from leap_pl.models import Weight
 from leap_pl.patterns import Pattern, Unstructured
+from leap_pl.weights import Weight
 
 Mode = Literal["soft", "hard", "dense"]
 

@@ -15,9 +15,9 @@ from leap_pl.gates.gate import Gate, GateState
 from leap_pl.gates.groups import Groups
 from leap_pl.gates.noise import columns, noise_keys
 from leap_pl.gates.pattern_kernels import pattern_kernels
-from leap_pl.models import Weight
 from leap_pl.patterns import NM, Pattern
 from leap_pl.shards import gathered
+from leap_pl.weights import Weight
 
 
 class NMGate(Gate):

@@ -105,11 +105,12 @@ def prune_command(
     """
     from leap_pl.files import atomic_folder, check_apart
     from leap_pl.masks import MaskSet
-    from leap_pl.models import check_numbers, find_weights, load_model, load_tokenizer
+    from leap_pl.models import load_model, load_tokenizer
     from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
     from leap_pl.oneshot.prune import UPDATING, prune
     from leap_pl.oneshot.walk import WalkOptions
     from leap_pl.patterns import NM, parse_pattern
+    from leap_pl.weights import check_numbers, find_weights
 
     shape = parse_pattern(pattern, sparsity)
     if isinstance(shape, NM) and sparsity not in (0.5, shape.sparsity):
