@@ -217,7 +217,7 @@ def test_import_is_light():
     ("typed", "fast", "expected"),
     [("auto", "float32", "float32"), ("auto", "bfloat16", "bfloat16"), ("bfloat16", "float32", "bfloat16")],
 )
-def test_emulated_bfloat16_is_not_computed_in_unless_asked(
+def test_slow_bfloat16_is_not_computed_in_unless_asked(
     text, tmp_path, monkeypatch, capsys, typed: str, fast: str, expected: str
 ) -> None:
     import leap_pl.models

@@ -481,6 +481,8 @@ def test_figures_of_the_report_are_those_of_the_cells(finished):
     # Without tasks, and of another pattern.
     assert list(section(page, "60%")[0]) == ["dense", "Wanda", "admm *", "LEAP, LM"]
     assert list(section(page, "50%, 2:4")[0]) == ["dense", "wanda-2of4"]
+    (learned,) = re.findall(r"while a mask was learned: float32 \((.*?)\)\.", page)
+    assert set(learned.split(", ")) == {"`leap-50`", "`leap-60`", "`distill-50`"}
     (by_task,) = section(page, "Accuracy by task")
     assert number(by_task["Wanda, 50%"][1]) == pytest.approx(100 * found["wanda-50"]["tasks"]["piqa"]["acc"], abs=0.05)
 

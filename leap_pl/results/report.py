@@ -128,7 +128,7 @@ def _protocol(found: Sequence[Measured]) -> Iterator[str]:
         yield (
             f"Perplexity, {text['title']}: the first {figure['tokens']:,} tokens of `{text['text']}`, documents joined "
             f"by a blank line, in windows of {figure['seq_length']} tokens, stride {figure['stride']}, mean over all "
-            f"predicted tokens; weights and computation in {found[0].result['model']['dtype']}."
+            f"predicted tokens; weights and computation of the evaluation in {found[0].result['model']['dtype']}."
         )
     scores: dict[str, dict[str, Any]] = {}
     for measured in found:
@@ -163,6 +163,13 @@ def _machines(found: Sequence[Measured]) -> Iterator[str]:
         seen.setdefault(f"{where}; {versions}; commit {m.result['commit']}", []).append(f"`{m.cell['name']}`")
     for said, names in seen.items():
         yield f"{'All cells' if len(seen) == 1 else ', '.join(names)}: {said}."
+    types: dict[str, list[str]] = {}
+    for m in found:
+        if m.is_learned and "dtype" in m.result["config"]:
+            types.setdefault(m.result["config"]["dtype"], []).append(f"`{m.cell['name']}`")
+    if types:
+        by_type = [f"{dtype} ({', '.join(names)})" for dtype, names in sorted(types.items())]
+        yield f"Weights and computation while a mask was learned: {'; '.join(by_type)}."
     peaks = [f"`{m.cell['name']}` {m.cell['peak_rss'] / 2**30:.1f} GiB" for m in found if m.cell["peak_rss"]]
     if peaks:
         yield f"Most memory held while a mask was made: {', '.join(peaks)}."
