@@ -35,6 +35,7 @@ from benchmarks.published_nm import PublishedNM
 from benchmarks.report import Row, finish, ratio, wait_for
 from leap_pl import gates as kinds
 from leap_pl.allocator import keep_freed_memory
+from leap_pl.clipping import clip_by_norm
 from leap_pl.gates import Gate, GateState, attach
 from leap_pl.gates.compiled import compile_seconds
 from leap_pl.models import fast_dtype, load_model
@@ -199,8 +200,8 @@ def first_blocks(model: Any, layers: int) -> Any:
     return model
 
 
-def _optimizer(parameters: list[Any], *, packed: bool = False) -> Callable[[], None]:
-    """Clip, step and drop the gradients, as a run of leap_pl does."""
+def _optimizer(parameters: list[Any], *, ours: bool = False, packed: bool = False) -> Callable[[], None]:
+    """Clip, step and drop the gradients; ``ours`` as a run of leap_pl does, else as one would with torch alone."""
     optimizer: torch.optim.Optimizer
     if packed:
         optimizer = PackedAdamW(parameters, lr=1e-5)
@@ -208,7 +209,11 @@ def _optimizer(parameters: list[Any], *, packed: bool = False) -> Callable[[], N
         optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step() -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if ours:
+            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+            clip_by_norm(optimizer, parameters, 1.0, norm)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -254,7 +259,7 @@ def leap_step(
     gates = attach(weights, kind, state, torch.bfloat16 if low_memory else torch.float32)
     for each in gates.values():
         each.start_from(None, 0)
-    update = _optimizer([each.logits for each in gates.values()], packed=low_memory)
+    update = _optimizer([each.logits for each in gates.values()], ours=True, packed=low_memory)
 
     def step(ids_BL: Tensor) -> None:
         language = loss(ids_BL)

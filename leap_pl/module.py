@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from leap_pl import checkpoint as checkpoints
 from leap_pl import finite
 from leap_pl.allocator import keep_freed_memory
+from leap_pl.clipping import clip_by_norm
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, Gate, GateState, attach
 from leap_pl.models import Dtype, fast_dtype, load_model, longest_sequence
@@ -323,9 +324,9 @@ class LeapModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as Lightning does, by the norm that is known already: to take it is a pass over all gradients."""
+        """Clip as Lightning does, by the norm that is known already."""
         if gradient_clip_val and self.gradient_norm is not None and gradient_clip_algorithm in (None, "norm"):
-            nn.utils.clip_grads_with_norm_(list(self._learned().values()), gradient_clip_val, self.gradient_norm)
+            clip_by_norm(optimizer, self._learned().values(), gradient_clip_val, self.gradient_norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
