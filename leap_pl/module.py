@@ -16,6 +16,7 @@ from leap_pl import checkpoint as checkpoints
 from leap_pl import finite
 from leap_pl.allocator import keep_freed_memory
 from leap_pl.clipping import clip_by_norm
+from leap_pl.denormals import flush_denormals
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, Gate, GateState, attach
 from leap_pl.models import Dtype, fast_dtype, load_model, longest_sequence
@@ -150,8 +151,7 @@ class LeapModule(L.LightningModule):
         if self.model is not None:
             return
         keep_freed_memory()
-        # A gate that is nearly shut makes numbers below 1e-38, by which Intel's CPUs multiply some twenty times slower.
-        torch.set_flush_denormal(True)
+        flush_denormals()
         self.mesh = sharding_mesh(self._trainer)
         model = load_model(
             self.base_model,
