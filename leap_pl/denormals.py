@@ -11,14 +11,14 @@ import torch
 _PAUSE_HARD = 2  # of omp_pause_resource_t, OpenMP 5.0
 
 
-def flush_denormals() -> bool:
-    """Let this process take denormal numbers for 0, on all of OpenMP's threads; returns whether it does.
+def flush_denormals(flush: bool = True) -> None:
+    """Let this process take denormal numbers for 0, or no longer do so, on all of OpenMP's threads.
 
-    The processor must be able to. A thread has the setting of the one that started it, so that those which are there
-    already are ended; new ones start when they are needed.
+    Nothing happens where the processor cannot. A thread has the setting of the one that started it, so that those
+    which are there already are ended; new ones start when they are needed.
     """
-    if not torch.set_flush_denormal(True):
-        return False
+    if not torch.set_flush_denormal(flush):
+        return
     maps = Path("/proc/self/maps")
     mapped = maps.read_text(encoding="utf-8").splitlines() if maps.exists() else []
     for path in {line.split()[-1] for line in mapped if "omp" in line.rpartition("/")[2]}:
@@ -26,4 +26,3 @@ def flush_denormals() -> bool:
             end_threads = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)
             if end_threads is not None:
                 end_threads(_PAUSE_HARD)
-    return not bool((torch.full((1_000_000,), 1e-30) * 1e-10).any())

@@ -151,7 +151,6 @@ class LeapModule(L.LightningModule):
         if self.model is not None:
             return
         keep_freed_memory()
-        flush_denormals()
         self.mesh = sharding_mesh(self._trainer)
         model = load_model(
             self.base_model,
@@ -239,6 +238,15 @@ class LeapModule(L.LightningModule):
                 f"data.seq_length is {asked} and {self.base_model} has positions for {longest} tokens. "
                 f"Set --data.seq_length {longest} or less."
             )
+
+    def on_fit_start(self) -> None:
+        """Nearly shut gates make denormal numbers, and those make some processors slow: they are taken for 0."""
+        flush_denormals()
+
+    def teardown(self, stage: str) -> None:
+        """Arithmetic is again as it was before the fit."""
+        if stage == "fit":
+            flush_denormals(False)
 
     # -- learning -----------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,13 @@ WORDS = "the mask keeps a weight where text needs it and drops one that no word 
 # Lightning's handlers hold the stream of the test that imported it, which is closed in the next one.
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).handlers.clear()
+
+
+@pytest.fixture(autouse=True)
+def _plain_arithmetic() -> Iterator[None]:
+    """A fit that fails, as many here are made to, leaves denormal numbers flushed."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture
