@@ -21,8 +21,9 @@ def flush_denormals(flush: bool = True) -> None:
         return
     maps = Path("/proc/self/maps")
     mapped = maps.read_text(encoding="utf-8").splitlines() if maps.exists() else []
-    for path in {line.split()[-1] for line in mapped if "omp" in line.rpartition("/")[2]}:
-        if path.endswith(".so") or ".so." in path:
-            end_threads = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)
-            if end_threads is not None:
-                end_threads(_PAUSE_HARD)
+    # The sixth column, which may hold spaces.
+    files = {Path(line.split(maxsplit=5)[5]) for line in mapped if "/" in line}
+    for file in sorted(file for file in files if "omp" in file.name and ".so" in file.name and file.exists()):
+        end_threads = getattr(ctypes.CDLL(str(file)), "omp_pause_resource_all", None)
+        if end_threads is not None:
+            end_threads(_PAUSE_HARD)

@@ -24,6 +24,7 @@ from leap_pl.objective import Objective, budget_groups, kept_norm, language_loss
 from leap_pl.optimizer import check_rounding
 from leap_pl.parallel import (
     RankZero,
+    as_rank_zero_has,
     check_inside_blocks,
     data_rank,
     mean_over_ranks,
@@ -101,7 +102,7 @@ class LeapModule(L.LightningModule):
             lr_scheduler: Stepped once an optimizer step. By default ``warmup_steps`` up, then a cosine to 0.
             warmup_steps: Of the default schedule.
             dtype: Of the frozen weights and the computation; ``auto`` is bfloat16 where the hardware multiplies
-                it at least as fast as float32, else float32.
+                it faster, which is measured on a CPU, else float32.
             logits_dtype: Of the logits and their gradients, whatever the precision of the rest. ``bfloat16`` takes
                 an optimizer that rounds at random (:class:`leap_pl.optimizer.PackedAdamW`): see docs/memory.md.
             activation_checkpointing: Recompute each decoder block in the backward pass: less memory, a third
@@ -152,10 +153,13 @@ class LeapModule(L.LightningModule):
             return
         keep_freed_memory()
         self.mesh = sharding_mesh(self._trainer)
+        dtype = self.dtype_name
+        if dtype == "auto":  # measured, so that two ranks may find differently
+            dtype = as_rank_zero_has(fast_dtype(self._device_of_run()))
         model = load_model(
             self.base_model,
             revision=self.revision,
-            dtype=fast_dtype(self._device_of_run()) if self.dtype_name == "auto" else self.dtype_name,
+            dtype=dtype,
             dropout=False,
             trust_remote_code=self.trust_remote_code,
         )
@@ -244,7 +248,7 @@ class LeapModule(L.LightningModule):
         flush_denormals()
 
     def teardown(self, stage: str) -> None:
-        """Arithmetic is again as it was before the fit."""
+        """Denormal numbers are numbers again."""
         if stage == "fit":
             flush_denormals(False)
 

@@ -184,6 +184,14 @@ class RankZero:
             self.group = None
 
 
+def as_rank_zero_has(value: Made) -> Made:
+    """Rank zero's plain ``value``, on every rank, each of which makes this call."""
+    rank_zero = RankZero()
+    told: Made = rank_zero.tell(value)
+    rank_zero.close()
+    return told
+
+
 def reduce_only(module: nn.Module, names: Collection[str]) -> None:
     """Keep ``DistributedDataParallel`` to these parameters of ``module``.
 

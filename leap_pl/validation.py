@@ -1,14 +1,11 @@
 """What a run measures on its validation text."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
+from leap_pl.gates.gate import Mode
 from leap_pl.objective import Head
-
-Mode = Literal["hard", "dense"]  # how the gates pass their weights
 
 
 class Validation(nn.Module):
@@ -36,7 +33,7 @@ class Validation(nn.Module):
         """Add what the model, with its gates in ``mode``, says of a batch.
 
         Args:
-            mode: Which of the two it is.
+            mode: ``hard`` or ``dense``.
             hidden_BLD: Last hidden states.
             ids_BL: The tokens that led to them; each is predicted from those before it.
             head: Hidden states (C, D) → logits (C, V).
