@@ -18,7 +18,8 @@ from leap_pl.allocator import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else False
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 take = lambda: [torch.ones(2**20) for _ in range(8)]
-take()
+for _ in range(4):  # small allocations come to lie in freed blocks at first, which are then taken anew elsewhere
+    take()
 before = faults()
 for _ in range(4):
     take()
@@ -38,11 +39,10 @@ def run(what: str) -> tuple[bool, int]:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc")
 def test_freed_memory_is_kept_and_not_faulted_in_again() -> None:
     kept, faults = run("keep")
-    assert kept
-    assert faults < 3 * 1024  # of 32 blocks; one may have to be taken anew
-    kept, faults = run("as it comes")
-    assert not kept
-    assert faults > 8000  # or glibc has changed, and this is no longer needed
+    not_kept, faults_as_it_comes = run("as it comes")
+    assert (kept, not_kept) == (True, False)
+    assert faults_as_it_comes >= 8 * 1024  # of 32 blocks, or glibc has changed and this is no longer needed
+    assert faults < faults_as_it_comes / 2
 
 
 @pytest.mark.parametrize(
