@@ -552,3 +552,18 @@ def test_a_model_too_large_for_one_rank_learns_on_two(large: Path, place: Place)
     mask = place.mask("large-two")
     assert kept == [mask.kept, mask.kept]
     assert mask.kept == mask.total // 2 > 8_000_000
+
+
+def learn_with_types_that_differ(rank: int, words: list[str]) -> list[str]:
+    """The type that this rank measured to be the faster, and the one that it learned in."""
+    measured = ["bfloat16", "float32"][rank]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leap_pl.module.fast_dtype", lambda device: measured)
+        cli = main(words)
+    return [measured, str(cli.model.model.dtype)]
+
+
+def test_all_ranks_learn_in_the_type_that_rank_zero_measured(place: Place) -> None:
+    words = place.flags("types", *BRIEF, "--model.dtype=auto", *ddp(2))
+    told = run_ranks(2, learn_with_types_that_differ, words, folder=place.root / "types-ranks")
+    assert told == [["bfloat16", "torch.bfloat16"], ["float32", "torch.bfloat16"]]
