@@ -20,6 +20,7 @@ from leap_pl.quickstart import BASE_MODEL, CONFIG, TEXT, TOKENS, WINDOW
 # What differs from the config: options of `leap_pl fit`, and variables of its environment.
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "no compiler": ([], {"LEAP_PL_COMPILE": "0"}),
+    "AdamW not fused, clipped apart": (["--model.optimizer.fused", "false"], {}),
     "loss of all tokens at once": (["--model.objective.chunk", "1000000"], {}),
     "activation checkpointing": (["--model.activation_checkpointing", "true"], {}),
     "low memory": (["--config", "configs/low_memory.yaml"], {}),
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         runs[name] = (args.seeds[0], *VARIANTS[name])
     rows: list[Row] = []
     for name, (seed, options, environment) in runs.items():
-        folder = args.folder / name.replace(" ", "-")
+        folder = args.folder / name.replace(",", "").replace(" ", "-")
         if not (folder / "result.json").is_file():
             _run(args, folder, ["--model.seed", str(seed), "--data.seed", str(seed), *options], environment)
         (figure,) = json.loads((folder / "result.json").read_text(encoding="utf-8"))["perplexity"].values()
