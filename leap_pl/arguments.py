@@ -5,6 +5,8 @@ from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from jsonargparse import Namespace
+
 from leap_pl.errors import UserError
 
 
@@ -19,6 +21,10 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
     strange = re.match(r"[Uu]nrecognized arguments: (\S+)", text)
     if strange:
         return _unknown(strange[1], options)
+    needed = re.search(r'arguments are required: (.*)|Key "([^"]+)" not found in namespace', text)
+    if needed:
+        names = (needed[1] or needed[2]).split(", ")
+        return _missing([re.sub(r"^(--)?((fit|validate)\.)?", "", name) for name in names])
     found = re.search(r'Parser key "([^"]+)":?\s*(.*)', text)
     if found is None:
         return text
@@ -33,12 +39,47 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
     absent = re.search(r"[Ee]xpected (?:an? )?dot import path string: (\S+?)\.?(?:$| )", complaint)
     if absent and "either not accessible or invalid" in complaint:
         return f"{key}: there is no class {absent[1]} of this kind. leap_pl fit --help lists those that there are."
+    group = re.search(r"Unable to load config ['\"](.*?)['\"](?: |$)", complaint)
+    if group:
+        settings = [option for option in options if option.startswith(f"--{key}.")]
+        each = f", or its settings one by one: {', '.join(settings)}" if settings else ""
+        return f"{key}: {group[1]} is no file of settings. Give one{each}."
     complaint = re.sub(r"\.? Got value: Namespace\(.*$", "", complaint)
     complaint = re.sub(r"Not of type \w+: |Type typing\..* expects a function or a callable class: ", "", complaint)
     plain = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>|typing\.(?=Literal)", r"\1", complaint)
     if re.fullmatch(r"Expected an? str\. Got value: None", plain):
-        return f"{key} is not given, and has no default. Add --{key} VALUE, or name a config with --config."
+        return _missing([key])
     return f"{key}: {re.sub('Expected an? ', 'expected ', plain)}"
+
+
+def check_groups(settings: Namespace, defaults: Namespace, within: str = "") -> None:
+    """Make sure that no group of settings is null, which a YAML file says of a key with nothing after it.
+
+    Args:
+        settings: What was given.
+        defaults: Of the same parser.
+        within: The group that both are, and a dot.
+
+    Raises:
+        UserError: One is.
+    """
+    for key, default in vars(defaults).items():
+        if not isinstance(default, Namespace) or "class_path" in default:  # a class may be left out by null
+            continue
+        found = settings.get(key)
+        if found is None:
+            raise UserError(
+                f"{within}{key} is null, and is a group of settings. Leave it out, or set what is in it: "
+                f"{', '.join(vars(default))}."
+            )
+        if isinstance(found, Namespace):
+            check_groups(found, default, f"{within}{key}.")
+
+
+def _missing(keys: Sequence[str]) -> str:
+    are, have = ("are", "have") if len(keys) > 1 else ("is", "has")
+    add = " ".join(f"--{key} VALUE" for key in keys)
+    return f"{', '.join(keys)} {are} not given, and {have} no default. Add {add}, or name a config with --config."
 
 
 def _unknown(word: str, options: Collection[str]) -> str:

@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from leap_pl.arguments import check_configs, one_line
+from leap_pl.arguments import check_configs, check_groups, one_line
 from leap_pl.callbacks import Annealing, Checkpoints, MaskExport, SparsityLogger, StepProgress
 from leap_pl.checkpoint import KEY, load_checkpoint, read_identity
 from leap_pl.checkpoint_io import WholeCheckpointIO
@@ -103,8 +103,10 @@ class LeapCLI(LightningCLI):
             raise UserError(one_line(error, list(known))) from error
         verb = self.config.get("subcommand")
         if verb is None:
+            check_groups(self.config, parser.get_defaults())
             return
         settings = self.config[verb]
+        check_groups(settings, self._subcommand_parsers[verb].get_defaults())
         given = None if settings.ckpt_path == "last" else settings.ckpt_path
         requeued = verb == "fit" and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
         if settings.ckpt_path != "last" and not requeued:

@@ -74,7 +74,11 @@ def test_verbs_read_a_config(finished: Run, tmp_path: Path) -> None:
             "evaluate --dtype int8",
             "leap_pl evaluate: dtype: expected Literal['auto', 'float32', 'bfloat16', 'float16']. Got value: int8",
         ),
-        ("prune --method wanda", "leap_pl prune: the following arguments are required: model, output_dir"),
+        (
+            "prune --method wanda",
+            "leap_pl prune: model, output_dir are not given, and have no default. Add --model VALUE "
+            "--output_dir VALUE, or name a config with --config.",
+        ),
     ],
 )
 def test_value_of_another_type(capsys, words: str, says: str) -> None:
@@ -238,6 +242,7 @@ def test_tokenizer_without_end_token(model_folder, text_file, tmp_path: Path, ca
         ("evaluate --tasks piqa arc_easy", "a list is typed as one: a,b"),
         ("fit --base_model x", "Did you mean --model.base_model?"),
         ("fit", "model.base_model is not given"),
+        ("fit --model.base_model x --model.prior null", "model.prior: null is no file of settings. Give one, or its"),
         ("fit --model.base_model x --model.gate NoGate", "model.gate: there is no class NoGate of this kind"),
         (
             "fit --model.base_model x --model.sparsity 50",
@@ -247,6 +252,20 @@ def test_tokenizer_without_end_token(model_folder, text_file, tmp_path: Path, ca
 )
 def test_what_is_mistyped_is_told_with_what_is_meant(capsys, words: str, says: str) -> None:
     assert says in failing(capsys, words.split())
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("model: {base_model: x, prior: }", "model.prior is null, and is a group of settings. Leave it out, or set"),
+        ("model: {base_model: x}\nannealing: {alpha: }", "annealing.alpha.start, annealing.alpha.end are not given"),
+        ("model:", "model.base_model is not given"),
+    ],
+)
+def test_a_key_of_a_config_with_nothing_after_it(config: str, says: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{config}\ntrainer: {{logger: null}}\n", encoding="utf-8")
+    assert says in failing(capsys, ["fit", "--config", str(path)])
 
 
 @pytest.mark.parametrize("verb", ["export", "fit"])
