@@ -26,12 +26,13 @@ from leap_pl.models import load_model
 from leap_pl.weights import find_weights
 
 # Bytes that each variant holds of every gated weight: what it trains, its gradient, the two moments of AdamW, and
-# the masked weight that the backward pass needs; the base model's own two bytes are counted apart.
+# the masked weight that the backward pass needs; the base model's own two bytes are counted apart. The published
+# formulation keeps the mask, a softmax of two, and the product of mask and weight that the norm was taken of.
 BYTES = {
     "dense": {"gradient": 2, "optimizer": 4},
     "leap_pl": {"logits": 4, "gradient": 4, "optimizer": 8, "masked weight": 2},
     "low_memory": {"logits": 2, "gradient": 2, "optimizer": 2, "masked weight": 2},
-    "published": {"logits": 2, "gradient": 2, "optimizer": 4, "masked weight": 2, "mask and softmax": 2 + 4 + 4},
+    "published": {"logits": 2, "gradient": 2, "optimizer": 4, "masked weight": 2, "mask and softmax": 2 + 4 + 2},
 }
 
 

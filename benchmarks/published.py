@@ -1,16 +1,17 @@
-"""LEAP's mask as its published code forms it, written anew from the formulas, to be compared with.
+"""LEAP's mask as its public code forms it (github.com/Paramathic/patch), written anew, to be compared with.
 
-The mask of every weight of the model is made at once, in the logits' dtype, by a softmax over a last dimension
-of two (keep, drop) with a Gumbel variable for each, and autograd keeps what it needs of all of it until the
-backward pass:
+Before each forward pass the mask of every weight of the model is made, in the logits' dtype, by torch's Gumbel-softmax
+over a last dimension of two (drop, keep), and autograd keeps what it needs of all of it until the backward pass:
 
-    P = softmax(([αθ, 0] + [g₁, g₀]) / τ),   M = P[..., 0],   g = −log(−log u)
+    P = softmax((α·[0, θ] + [g₀, g₁]) / τ),   M = P[..., 1],   g = −log e,  e ~ Exp(1)
 
-Sum and norm that the regularizers need are taken of the finished masks.
+There a weight is a tile of 1 × 1, and its mask is repeated over the rows and the columns of its tile: two copies. Sum
+and norms that the regularizers need are taken of the finished masks, and each time those of the dense weights too.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from leap_pl.weights import Weight
@@ -42,20 +43,20 @@ class PublishedMasks:
             parametrize.register_parametrization(weight.module, weight.tensor, self.given[name], unsafe=True)
 
     def sample(self, alpha: float, tau: float) -> tuple[Tensor, Tensor]:
-        """New masks for the next forward pass; returns mean M and Σ‖M⊙W‖ with their gradients."""
-        kept, norms, total = [], [], 0
+        """New masks for the next forward pass; returns mean M and Σ‖M⊙W‖ / Σ‖W‖ with their gradients."""
+        kept, norms, dense_norms, total = [], [], [], 0
         for name, logits in self.logits.items():
             mask = gumbel_softmax_mask(logits, alpha, tau)
             self.given[name].mask = mask
-            kept.append(mask.sum(dtype=torch.float32))
-            norms.append((mask * self.dense[name]).float().norm())
+            kept.append(mask.sum().float())
+            norms.append((mask * self.dense[name]).norm().float())
+            dense_norms.append(self.dense[name].norm().float())
             total += mask.numel()
-        return torch.stack(kept).sum() / total, torch.stack(norms).sum()
+        return torch.stack(kept).sum() / total, torch.stack(norms).sum() / torch.stack(dense_norms).sum()
 
 
-def gumbel_softmax_mask(logits: Tensor, alpha: float, tau: float) -> Tensor:
-    """P[..., 0] of the two-way Gumbel-softmax; shape and dtype of ``logits``."""
-    pair = torch.stack([logits * alpha, torch.zeros_like(logits)], dim=-1)
-    uniform = torch.rand_like(pair, dtype=torch.float32).clamp_(1e-7, 1 - 1e-7)
-    gumbel = -torch.log(-torch.log(uniform))
-    return torch.softmax((pair + gumbel.to(pair.dtype)) / tau, dim=-1)[..., 0]
+def gumbel_softmax_mask(logits: Tensor, alpha: float, tau: float, tile: tuple[int, int] = (1, 1)) -> Tensor:
+    """P[..., 1] of the two-way Gumbel-softmax, in the dtype of ``logits``; (O, I) become (rows · O, columns · I)."""
+    pair = torch.cat([torch.zeros_like(logits).unsqueeze(-1), logits.unsqueeze(-1)], dim=-1) * alpha
+    mask = functional.gumbel_softmax(pair, tau=tau, dim=-1)[..., 1]
+    return mask.repeat_interleave(tile[0], dim=0).repeat_interleave(tile[1], dim=1)

@@ -3,15 +3,16 @@
 The logits of a weight are (groups, patterns). All of the weight's softmaxes are formed at once and kept by autograd
 until the backward pass, as are the mask and the noise:
 
-    P = softmax((κ·logits + g) / τ),   g = −log(−log u),   M = P · patterns,   W̃ = M ⊙ W
+    P = softmax((κ·logits + g) / τ),   g = −log e,  e ~ Exp(1),   M = P · patterns,   W̃ = M ⊙ W
 
-This is the plain way to write it in PyTorch, by one tensor operation after another.
+As in its public code (github.com/NVlabs/MaskLLM), the softmax is torch's own Gumbel-softmax.
 """
 
 from itertools import combinations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from leap_pl.gates import Gate, GateState
 from leap_pl.weights import Weight
@@ -32,9 +33,7 @@ class PublishedNM(Gate):
 
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Gate.soften`."""
-        uniform_QP = torch.rand_like(self.logits).clamp_(1e-7, 1 - 1e-7)
-        gumbel_QP = -torch.log(-torch.log(uniform_QP))
-        P_QP = torch.softmax((self.logits * self.state.alpha + gumbel_QP) / self.state.tau, dim=-1)
+        P_QP = functional.gumbel_softmax(self.logits * self.state.alpha, tau=float(self.state.tau), dim=-1)
         mask = (P_QP @ self.patterns_PM).view(weight.shape)
         masked = mask * weight
         return masked.to(weight.dtype), mask.sum(), masked.float().square().sum()

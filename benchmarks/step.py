@@ -276,7 +276,6 @@ def leap_step(
 def published_step(model: Any) -> Callable[[Tensor], None]:
     """The same with the mask as published."""
     weights = find_weights(model)
-    norm = sum(float(weight.parameter.detach().float().norm()) for weight in weights.values())
     loss = _language_loss(model.train())
     model.requires_grad_(False)
     masks = PublishedMasks(weights)
@@ -285,7 +284,7 @@ def published_step(model: Any) -> Callable[[Tensor], None]:
     def step(ids_BL: Tensor) -> None:
         density, size = masks.sample(ALPHA, TAU)
         budget = (density - 0.5).abs()
-        (loss(ids_BL) + OBJECTIVE.budget * budget - OBJECTIVE.weight * size / norm).backward()
+        (loss(ids_BL) + OBJECTIVE.budget * budget - OBJECTIVE.weight * size).backward()
         update()
 
     return step
