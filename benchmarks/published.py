@@ -55,8 +55,8 @@ class PublishedMasks:
         return torch.stack(kept).sum() / total, torch.stack(norms).sum() / torch.stack(dense_norms).sum()
 
 
-def gumbel_softmax_mask(logits: Tensor, alpha: float, tau: float, tile: tuple[int, int] = (1, 1)) -> Tensor:
-    """P[..., 1] of the two-way Gumbel-softmax, in the dtype of ``logits``; (O, I) become (rows · O, columns · I)."""
+def gumbel_softmax_mask(logits: Tensor, alpha: float, tau: float) -> Tensor:
+    """P[..., 1] of the two-way Gumbel-softmax, shape and dtype of ``logits``."""
     pair = torch.cat([torch.zeros_like(logits).unsqueeze(-1), logits.unsqueeze(-1)], dim=-1) * alpha
     mask = functional.gumbel_softmax(pair, tau=tau, dim=-1)[..., 1]
-    return mask.repeat_interleave(tile[0], dim=0).repeat_interleave(tile[1], dim=1)
+    return mask.repeat_interleave(1, dim=0).repeat_interleave(1, dim=1)

@@ -24,12 +24,6 @@ def test_its_mask_is_a_gumbel_sigmoid(logit: float) -> None:
     assert ((masks > 0.5).double().mean() - open_).abs() < 4 * 0.5 / count**0.5
 
 
-def test_a_mask_of_tiles_repeats() -> None:
-    mask = gumbel_softmax_mask(torch.zeros(2, 3), ALPHA, TAU, tile=(4, 5))
-    assert mask.shape == (8, 15)
-    assert torch.equal(mask.view(2, 4, 3, 5), mask[::4, ::5].view(2, 1, 3, 1).expand(2, 4, 3, 5))
-
-
 def test_density_and_norms_and_the_bytes_it_keeps() -> None:
     module = nn.Linear(128, 64, bias=False).bfloat16()
     dense = module.weight.detach().clone()
