@@ -69,7 +69,7 @@ def child(model: str, text: str) -> None:
         return call
 
     start = time.time()
-    from leap_pl import module
+    from leap_pl import gated_module, module
     from leap_pl.cli import main as leap_pl
     from leap_pl.gates.compiled import compile_seconds
     from leap_pl.models import load_model
@@ -85,7 +85,7 @@ def child(model: str, text: str) -> None:
         ("split_model", "check of the head"),
         ("attach", "gates"),
     ):
-        setattr(module, name, timed(stage, getattr(module, name)))
+        setattr(gated_module, name, timed(stage, getattr(gated_module, name)))
     first: list[float] = []
     learn = module.LeapModule.training_step
 

@@ -558,7 +558,7 @@ def learn_with_types_that_differ(rank: int, words: list[str]) -> list[str]:
     """The type that this rank measured to be the faster, and the one that it learned in."""
     measured = ["bfloat16", "float32"][rank]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leap_pl.module.fast_dtype", lambda device: measured)
+        patch.setattr("leap_pl.gated_module.fast_dtype", lambda device: measured)
         cli = main(words)
     return [measured, str(cli.model.model.dtype)]
 
