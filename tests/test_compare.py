@@ -6,15 +6,18 @@ import json
 import math
 import re
 import statistics
+from itertools import pairwise
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from leap_pl.cli import main
 from leap_pl.compare import compare_command
 from leap_pl.comparison.differences import _rivals, accuracy_difference, perplexity_difference
 from leap_pl.comparison.entries import read_entries
-from leap_pl.comparison.overlap import overlap
+from leap_pl.comparison.overlap import Overlap, overlap
+from leap_pl.comparison.pictures import _overlaps
 from leap_pl.comparison.table import is_level, make_table
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet, Provenance
@@ -293,6 +296,15 @@ def test_overlaps_are_of_one_sparsity(tmp_path):
         (pair,) = re.findall(r"(\w+ \d+%) ∩ (\w+ \d+%)", (tmp_path / "out" / f"{name}.svg").read_text(encoding="utf-8"))
         assert {label.split()[0] for label in pair} == {"leap", "wanda"}
         assert {label.split()[1] for label in pair} == {f"{name.split('-')[1]}%"}
+
+
+def test_long_names_leave_the_numbers_of_the_layers_apart():
+    names = ["LEAP, both losses, SparseSwaps prior, 60%", "SparseSwaps, Fisher allocation, 60%"]
+    figure = _overlaps([Overlap(*names, 0.94, 0.26, dict.fromkeys(range(30), 0.9) | {0: 0.95})])
+    FigureCanvasAgg(figure).draw()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert len(boxes) == 30
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_labels_are_unique(write):

@@ -264,7 +264,9 @@ def _heat_map(
     """
     from matplotlib.ticker import ScalarFormatter
 
-    width = max(4.8, 2.6 + 0.26 * len(columns))
+    # The rows' names stand beside the cells and are to leave them their width.
+    longest = max(len(line) for name in rows for line in name.splitlines())
+    width = max(4.8, 1.4 + CHARACTER * longest + 0.26 * len(columns))
     figure, axes = _figure(width, max(1.5 + row * len(rows), 2.6))
     low, high = limits or (None, None)
     image = axes.imshow(grid, cmap="cividis", aspect="auto", vmin=low, vmax=high)
