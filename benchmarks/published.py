@@ -59,4 +59,5 @@ def gumbel_softmax_mask(logits: Tensor, alpha: float, tau: float) -> Tensor:
     """P[..., 1] of the two-way Gumbel-softmax, shape and dtype of ``logits``."""
     pair = torch.cat([torch.zeros_like(logits).unsqueeze(-1), logits.unsqueeze(-1)], dim=-1) * alpha
     mask = functional.gumbel_softmax(pair, tau=tau, dim=-1)[..., 1]
+    # The public code repeats masks over tiles, and LEAP's are of 1 × 1: two copies that it pays for.
     return mask.repeat_interleave(1, dim=0).repeat_interleave(1, dim=1)

@@ -62,7 +62,7 @@ class GatedModule(L.LightningModule):
         trust_remote_code: bool = False,
         seed: int = 0,
     ) -> None:
-        """Take the settings, which :class:`leap_pl.module.LeapModule` explains."""
+        """Take the settings as :class:`leap_pl.module.LeapModule` explains them."""
         super().__init__()
         self.base_model, self.revision, self.sparsity = base_model, revision, sparsity
         self.targets, self.ignore = targets, list(ignore)
