@@ -16,6 +16,9 @@ import pytest
 import torch
 from tiny import tiny_folder
 
+# Fixtures that a few test files share.
+pytest_plugins = ["scaled_runs", "stopped_runs", "tiny_experiment"]
+
 WORDS = "the mask keeps a weight where text needs it and drops one that no word will miss".split()  # noqa: SIM905
 
 
@@ -108,3 +111,15 @@ def finished(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempP
         patch.setenv("LEAP_PL_COMPILE", "0")
         main(flags)
     return Run(folder, flags)
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that the command ends with, behind what it said when it began."""
+    from leap_pl.cli import main
+
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("leap_pl ")]
+    assert len(lines) == 1 or lines[0].endswith("starts afresh.")
+    return lines[-1]

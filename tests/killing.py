@@ -177,7 +177,7 @@ def victims(model: Path, text: Path, base: Path) -> Iterator[Victim]:
     """The three commands, and what of theirs is compared."""
     import torch
     from conftest import fit_flags
-    from test_resume import curves
+    from stopped_runs import curves
 
     from leap_pl.checkpoint import load_checkpoint
 

@@ -3,23 +3,20 @@
 import copy
 from itertools import combinations
 from math import comb
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import fit_flags
+from bare_gates import IDS, PLACES, is_exact, nm_gate, reference_mask, state_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from tiny import FAMILIES, VOCABULARY, tiny_folder, tiny_model
+from tiny import FAMILIES, tiny_model
 from torch import Tensor, nn
 
 from benchmarks.published_nm import PublishedNM
-from leap_pl.checkpoint import masks_from_checkpoint
-from leap_pl.cli import main
 from leap_pl.errors import UserError
-from leap_pl.gates import Gate, GateState, NMGate, Stored, attach, detach, restore
+from leap_pl.gates import GateState, NMGate, Stored, attach, detach, restore
 from leap_pl.gates import compiled as compiling
 from leap_pl.gates import pattern_kernels as kernels
 from leap_pl.gates.groups import Groups, first_highest
@@ -30,68 +27,7 @@ from leap_pl.weights import Weight, find_weights
 
 pytestmark = pytest.mark.usefixtures("eager")
 
-IDS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 ANNEALED = [(100.0, 4.0), (25.0, 1.0), (500.0, 0.05)]
-# (shape, input_dim): Linear, Conv1D, stacked experts, those stored transposed; inputs that 4 divides and not.
-PLACES = [((6, 16), 1), ((16, 6), 0), ((3, 5, 8), 2), ((3, 8, 5), 1)]
-PLACES += [((6, 15), 1), ((14, 5), 0), ((2, 3, 9), 2), ((5, 3), 1)]
-
-
-def nm_gate(
-    shape: tuple[int, ...], n: int = 2, m: int = 4, *, dim: int | None = None, name: str = "w", **kw: Any
-) -> NMGate:
-    module = nn.Module()
-    module.weight = nn.Parameter(torch.zeros(shape), requires_grad=False)
-    state = kw.pop("state", None) or GateState()
-    return NMGate(Weight(name, module, "weight", None, name, len(shape) - 1 if dim is None else dim), state, n, m, **kw)
-
-
-def state_at(alpha: float, tau: float, **kw: Any) -> GateState:
-    state = GateState(**kw)
-    state.anneal(alpha, tau)
-    return state
-
-
-def rows_of(tensor: Tensor, input_dim: int) -> list[Tensor]:
-    """The tensor as a list of rows along its inputs."""
-    return list(tensor.movedim(input_dim, -1).reshape(-1, tensor.shape[input_dim]))
-
-
-def groups_of(mask: Tensor, input_dim: int, m: int) -> list[Tensor]:
-    return [group for row in rows_of(mask, input_dim) for group in row.split(m)]
-
-
-def is_exact(mask: Tensor, input_dim: int, n: int, m: int) -> bool:
-    """Whether every group keeps n of m; a short one of r inputs, n·r/m rounded, halves up."""
-    return all(int(group.sum()) == int(n * len(group) / m + 0.5) for group in groups_of(mask, input_dim, m))
-
-
-def reference_mask(gate: NMGate, theta: Tensor) -> Tensor:
-    """The soft mask by the formula, group by group, float64, differentiable in ``theta`` of the logits' shape."""
-    key_0, key_1 = gate.keys()
-    patterns = list(combinations(range(gate.m), gate.n))
-    flat = theta.reshape(len(patterns), -1)
-    noise = gumbel(element_bits(len(patterns), columns(flat.shape[1], theta.device), key_0, key_1)).double()
-    alpha, tau = gate.state.alpha.double(), gate.state.tau.double()
-    rows, q = [], 0
-    inputs = gate.shape[gate.input_dim]
-    for _ in range(gate.logits[0].numel() // gate.logits.shape[-1]):
-        row: list[Tensor] = []
-        for start in range(0, inputs, gate.m):
-            r = min(gate.m, inputs - start)
-            keep = int(gate.n * r / gate.m + 0.5)
-            # A short group chooses among the patterns of its own inputs; each stands where the first of the whole
-            # group's patterns that begins with it stands.
-            own = list(combinations(range(r), keep))
-            whole = {p[:keep]: i for i, p in reversed(list(enumerate(patterns))) if all(x >= r for x in p[keep:])}
-            place = [whole[positions] for positions in own]
-            p = torch.softmax((alpha * flat[place, q] + noise[place, q]) / tau, 0)
-            table = torch.tensor([[float(j in o) for j in range(r)] for o in own], dtype=torch.float64)
-            row.append(p @ table)
-            q += 1
-        rows.append(torch.cat(row))
-    moved = [size for dim, size in enumerate(gate.shape) if dim != gate.input_dim]
-    return torch.stack(rows).view(*moved, inputs).movedim(-1, gate.input_dim)
 
 
 # -- the formula ------------------------------------------------------------------------------------------
@@ -484,144 +420,3 @@ def test_logits_keep_every_bit_when_the_model_is_cast() -> None:
     model.bfloat16()
     assert all(gate.logits.dtype == torch.float32 for gate in gates.values())
     assert all(torch.equal(gate.logits, before[name]) for name, gate in gates.items())
-
-
-# -- the whole run ----------------------------------------------------------------------------------------
-
-NM_FLAGS = ["--model.gate=NMGate", "--model.objective.budget=0"]
-
-
-@pytest.fixture(scope="module")
-def nm_folder(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of 2:4 gates."""
-    folder = tmp_path_factory.mktemp("nm")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEAP_PL_COMPILE", "0")
-        main(fit_flags(model_folder, text_file, folder, *NM_FLAGS))
-    return folder
-
-
-def all_exact(masks: dict[str, Tensor], n: int, m: int) -> bool:
-    return all(is_exact(mask, mask.ndim - 1, n, m) for mask in masks.values())
-
-
-def test_fit_checkpoint_export_and_reading_back(nm_folder: Path, model_folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    learned = MaskSet.load(nm_folder / "checkpoints" / "mask.safetensors")
-    prior = MaskSet.load(nm_folder / "checkpoints" / "prior.safetensors")
-    assert (learned.provenance.method, learned.provenance.sparsity) == ("maskllm", 0.5)
-    assert learned.provenance.config["gate"]["init_args"]["m"] == 4
-    assert prior.provenance.config["pattern"] == "2:4"
-    assert all_exact(learned.masks, 2, 4)
-    assert all_exact(prior.masks, 2, 4)
-    changed = sum(int((learned.masks[name] != prior.masks[name]).sum()) for name in prior.masks) / prior.total
-    assert 0 < changed < 0.5
-    checkpoint = nm_folder / "checkpoints" / "last.ckpt"
-    again = masks_from_checkpoint(checkpoint)
-    assert all(torch.equal(again.masks[name], mask) for name, mask in learned.masks.items())
-    facts = main(["export", f"--ckpt_path={checkpoint}", f"--output_dir={tmp_path / 'model'}"])
-    assert facts["removed"] * 2 == facts["gated"]
-    assert "a 2:4 sparsity of 0.500000: of every 4 cons" in (tmp_path / "model" / "README.md").read_text()
-    weights = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters())
-    assert all_exact({name: weights[name] != 0 for name in learned.masks}, 2, 4)
-
-
-def test_a_mask_that_is_not_what_it_says_is_not_exported(nm_folder: Path, tmp_path: Path, capsys) -> None:
-    mask = MaskSet.load(nm_folder / "checkpoints" / "mask.safetensors")
-    masks = dict(mask.masks)
-    name = next(iter(masks))
-    masks[name][0, :4] = True
-    MaskSet(masks, mask.provenance).save(tmp_path / "wrong.safetensors")
-    flags = ["export", f"--mask={tmp_path / 'wrong.safetensors'}", f"--output_dir={tmp_path / 'model'}"]
-    assert f"the mask says that it is 2:4, and {name} is not" in one_line(capsys, flags)
-    assert not (tmp_path / "model").exists()
-
-
-@pytest.mark.parametrize("stop", [2, 4])
-def test_resumed_run_ends_bit_identical(nm_folder: Path, model_folder, text_file, tmp_path: Path, stop: int) -> None:
-    earlier = nm_folder / "checkpoints" / f"step={stop}.ckpt"
-    main(fit_flags(model_folder, text_file, tmp_path, *NM_FLAGS, f"--ckpt_path={earlier}"))
-    one, other = (
-        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for folder in (nm_folder, tmp_path)
-    )
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_logged_curves_are_those_of_the_mask(nm_folder: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(nm_folder / "tensorboard"))
-    events.Reload()
-    tags = set(events.Tags()["scalars"])
-    assert {"patterns/confidence", "mask/changed_from_prior", "density/soft", "weights_by_layer/hard/000"} <= tags
-    assert "density/logits_above_0" not in tags
-    assert events.Scalars("density/soft")[-1].value == 0.5
-    assert events.Scalars("weights_by_layer/hard/000")[-1].value == 0.5
-    assert 1 / 6 < events.Scalars("patterns/confidence")[-1].value <= 1
-    assert events.Scalars("loss/budget")[-1].value == pytest.approx(0, abs=1e-6)
-
-
-def test_widths_that_m_does_not_divide(text_file: Path, tmp_path: Path) -> None:
-    """3:5 on inputs of 32 and 48: short groups of 2 and 3, exported right."""
-    from transformers import AutoModelForCausalLM
-
-    folder = tiny_folder(tmp_path / "m")
-    more = ["--model.gate=NMGate", "--model.gate.n=3", "--model.gate.m=5", "--model.sparsity=0.4"]
-    main(fit_flags(folder, text_file, tmp_path, *more, "--trainer.max_steps=2"))
-    main(["export", f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}", f"--output_dir={tmp_path / 'model'}"])
-    weights = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters())
-    masks = MaskSet.load(tmp_path / "model" / "mask.safetensors").masks
-    assert {mask.shape[1] % 5 for mask in masks.values()} == {2, 3}
-    assert all_exact({name: weights[name] != 0 for name in masks}, 3, 5)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
-def test_fit_and_export_where_weights_are_no_linears(family: str, text_file: Path, tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path / "m", family)
-    main(fit_flags(folder, text_file, tmp_path, *NM_FLAGS, "--trainer.max_steps=2"))
-    main(["export", f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}", f"--output_dir={tmp_path / 'model'}"])
-    masks = MaskSet.load(tmp_path / "model" / "mask.safetensors").masks
-    weights = find_weights(tiny_model(family))
-    assert all(is_exact(mask, weights[name].input_dim, 2, 4) for name, mask in masks.items())
-
-
-def one_line(capsys: pytest.CaptureFixture[str], flags: list[str]) -> str:
-    with pytest.raises(SystemExit):
-        main(flags)
-    error = capsys.readouterr().err.strip()
-    assert "Traceback" not in error
-    return error.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--model.gate.n=4", "--model.gate.m=4"], "pattern 4:4 makes no sense"),
-        (["--model.gate.n=0", "--model.gate.m=4"], "pattern 0:4 makes no sense"),
-        (["--model.gate.n=1", "--model.gate.m=4"], "Set --model.sparsity 0.75"),
-        (["--model.sparsity=0.6"], "2:4 gates remove 0.5"),
-        (["--model.gate.spread=0"], "spread 0.0 must be above 0"),
-    ],
-)
-def test_nonsense_is_refused_in_one_line(model_folder, text_file, tmp_path: Path, capsys, flags, words: str) -> None:
-    error = one_line(capsys, fit_flags(model_folder, text_file, tmp_path, "--model.gate=NMGate", *flags))
-    assert words in error
-    assert not [*tmp_path.rglob("*.ckpt"), *tmp_path.rglob("*.safetensors")]
-
-
-def test_a_checkpoint_of_other_gates_is_refused(nm_folder: Path, model_folder, text_file, tmp_path, capsys) -> None:
-    checkpoint = nm_folder / "checkpoints" / "last.ckpt"
-    flags = fit_flags(model_folder, text_file, tmp_path, f"--ckpt_path={checkpoint}")
-    three = ["--model.gate=NMGate", "--model.gate.n=3", "--model.gate.m=4", "--model.sparsity=0.25"]
-    assert "Use the same settings" in one_line(capsys, [*flags, *three])
-    assert "Use the same gate" in one_line(capsys, [*flags, "--model.gate=BernoulliGate"])
-
-
-def test_general_sampling_agrees(nm_folder: Path) -> None:
-    gate = nm_gate((20, 31))
-    gate.start_from(None, seed=0)
-    general = Gate.sample_hard_masks.__func__(NMGate, {"w": gate}, 0.5, 7)  # type: ignore[attr-defined]
-    assert torch.equal(general["w"], NMGate.sample_hard_masks({"w": gate}, 0.5, 7)["w"])

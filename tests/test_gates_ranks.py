@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import fit_flags
 from ranks import run_ranks
-from test_scale import ddp, sharded
+from scaled_runs import ddp, sharded
 from torch import Tensor
 
 from leap_pl.checkpoint import masks_from_checkpoint

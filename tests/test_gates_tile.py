@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fit_flags
+from bare_gates import IDS, PLACES, is_exact, nm_gate, reference_mask, state_at
+from conftest import fit_flags, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gates_nm import IDS, PLACES, is_exact, nm_gate, one_line, reference_mask, state_at
 from tiny import FAMILIES, tiny_folder, tiny_model
 from torch import Tensor, nn
 
@@ -469,7 +469,7 @@ def test_fit_and_export_where_weights_are_no_linears(family: str, text_file: Pat
     ],
 )
 def test_nonsense_is_refused_in_one_line(model_folder, text_file, tmp_path: Path, capsys, flags, words: str) -> None:
-    error = one_line(capsys, fit_flags(model_folder, text_file, tmp_path, "--model.gate=TileGate", *flags))
+    error = refused(fit_flags(model_folder, text_file, tmp_path, "--model.gate=TileGate", *flags), capsys)
     assert words in error
     assert not [*tmp_path.rglob("*.ckpt"), *tmp_path.rglob("*.safetensors")]
 
@@ -477,4 +477,4 @@ def test_nonsense_is_refused_in_one_line(model_folder, text_file, tmp_path: Path
 def test_an_inner_prior_for_gates_without_tiles_is_refused(tile_run, model_folder, text_file, tmp_path, capsys) -> None:
     inner = tile_run[1] / "checkpoints" / "prior-inner.safetensors"
     flags = fit_flags(model_folder, text_file, tmp_path, f"--model.prior.inner_mask={inner}")
-    assert "prior.inner_mask is for gates of tiles" in one_line(capsys, flags)
+    assert "prior.inner_mask is for gates of tiles" in refused(flags, capsys)

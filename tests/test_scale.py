@@ -5,21 +5,19 @@ what they left, and compare it with one process that accumulates as many micro-b
 """
 
 import io
-import os
 import pickle
 import shutil
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import fit_flags
 from lightning.pytorch.strategies import FSDPStrategy
 from ranks import run_ranks
-from tiny import byte_tokenizer, tiny_folder, tiny_model
+from scaled_runs import BRIEF, Place, ddp, learn, sharded
+from tiny import tiny_model
 from torch import Tensor
 
 from leap_pl.checkpoint import masks_from_checkpoint, path_of
@@ -38,7 +36,6 @@ pytestmark = pytest.mark.usefixtures("eager")
 # Not fused: torch has no such SGD for sharded tensors, as it has of AdamW.
 SGD = ["--model.optimizer=SGD", "--model.optimizer.fused=false", "--model.optimizer.lr=0.05"]
 CLIP = ["--trainer.gradient_clip_val=0.02"]
-BRIEF = ["--trainer.max_steps=2", "--data.validation_sequences=0", "--sparsity_log.every_n_steps=100"]
 VIEWS = ["--trainer.strategy=DDPStrategy", "--trainer.strategy.gradient_as_bucket_view=true"]  # as in configs/cluster
 ALL_TERMS = [
     "--model.objective.distillation=0.5",
@@ -48,79 +45,6 @@ ALL_TERMS = [
     "--model.prior.sequences=4",
     "--model.prior.graded=true",
 ]
-
-
-def ddp(ranks: int) -> list[str]:
-    return [f"--trainer.devices={ranks}", "--trainer.strategy=ddp"]
-
-
-def sharded(ranks: int, *, folder: bool = False) -> list[str]:
-    return [
-        f"--trainer.devices={ranks}",
-        "--trainer.strategy=ModelParallelStrategy",
-        f"--trainer.strategy.data_parallel_size={ranks}",
-        "--trainer.strategy.tensor_parallel_size=1",
-        f"--trainer.strategy.save_distributed_checkpoint={str(folder).lower()}",
-    ]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Models, text, and a folder for each run."""
-
-    root: Path
-    llama: Path
-    mixtral: Path
-    text: Path
-
-    def flags(self, name: str, *more: str, model: Path | None = None) -> list[str]:
-        return fit_flags(model or self.llama, self.text, self.root / name, "--trainer.max_steps=4", *more)
-
-    def checkpoint(self, name: str, file: str = "last.ckpt") -> Path:
-        return self.root / name / "checkpoints" / file
-
-    def mask(self, name: str, file: str = "mask") -> MaskSet:
-        return MaskSet.load(self.root / name / "checkpoints" / f"{file}.safetensors")
-
-    def one(self, name: str, *more: str, model: Path | None = None) -> dict[str, Tensor]:
-        """The logits of a run in this process that accumulates four micro-batches."""
-        return learn(self.flags(name, "--trainer.accumulate_grad_batches=4", *more, model=model))["logits"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Place:
-    root = tmp_path_factory.mktemp("scale")
-    mixtral = tiny_folder(
-        root / "mixtral", "mixtral"
-    )  # of its three experts two ranks hold two and one, and of four one none
-    return Place(root, model_folder, mixtral, text_file)
-
-
-def learn(flags: list[str]) -> dict[str, Any]:
-    cli = main(flags)
-    logits = {name: whole(gate.logits.detach()).clone() for name, gate in cli.model.gates.items()}
-    names = [name for name, _ in cli.model.named_parameters()]
-    (optimizer,) = cli.trainer.optimizers
-    return {
-        "logits": logits,
-        "reduced": [name for name in names if name not in cli.model._ddp_params_and_buffers_to_ignore],
-        "optimized": sum(held(x) for state in optimizer.state.values() for x in state.values() if x.ndim),
-        "metrics": {name: float(value) for name, value in cli.trainer.callback_metrics.items()},
-        "held": sum(held(parameter) for parameter in cli.model.parameters()),
-        "prior": cli.model.prior is not None,
-    }
-
-
-def whole(tensor: Tensor) -> Tensor:
-    from leap_pl.shards import gathered
-
-    return gathered(tensor)
-
-
-def held(tensor: Tensor) -> int:
-    from leap_pl.shards import own_part
-
-    return own_part(tensor).numel()
 
 
 def failure(flags: list[str]) -> str:
@@ -504,66 +428,3 @@ def test_progress_and_logs_are_rank_zeros(two, place: Place) -> None:
     assert "pruning" in first
     assert "%|" not in second
     assert len(list((place.root / "ddp" / "tensorboard").glob("events.*"))) == 1
-
-
-# -- memory -----------------------------------------------------------------------------------------------
-
-LIMIT = 360 << 20  # bytes, beyond what a process has that has imported everything
-
-
-def within(rank: int, flags: list[str]) -> int:
-    """Learn with no more than LIMIT bytes of memory, which the kernel sees to; the weights removed."""
-    import ctypes
-    import resource
-
-    # M_MMAP_THRESHOLD: what is freed goes back to the system at once, for the limit is on what is needed; and by the
-    # variable fit leaves it at that (leap_pl.allocator).
-    ctypes.CDLL(None).mallopt(-3, 1 << 16)
-    os.environ["MALLOC_TRIM_THRESHOLD_"] = "131072"
-    pages = int(Path("/proc/self/statm").read_text().split()[5])  # data and stack, which RLIMIT_DATA is about
-    limit = pages * resource.getpagesize() + LIMIT
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    cli = main(flags)
-    return cli.model.save_mask(Path(cli.trainer.default_root_dir) / f"{rank}.safetensors")[0]
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """17 million gated weights in 16 blocks: 20 bytes each make 320 MiB, and in two halves 160."""
-    folder = tmp_path_factory.mktemp("large")
-    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_key_value_heads": 4, "num_hidden_layers": 16}
-    model = tiny_model("llama", **shape)
-    model.save_pretrained(folder, max_shard_size="8MB")  # as large models are stored
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def test_a_model_too_large_for_one_rank_learns_on_two(large: Path, place: Place) -> None:
-    more = ["--trainer.max_steps=1", "--trainer.accumulate_grad_batches=1", "--data.validation_sequences=0"]
-    more += ["--checkpoint.save_top_k=0", "--checkpoint.save_last=false", "--model.activation_checkpointing=true"]
-
-    def flags(name: str, *strategy: str) -> list[str]:
-        folder = place.root / name
-        return place.flags(name, *more, f"--trainer.default_root_dir={folder}", *strategy, model=large)
-
-    with pytest.raises(AssertionError, match=r"can't allocate memory|MemoryError"):
-        run_ranks(1, within, flags("large-one"), folder=place.root / "large-one-rank")
-    kept = run_ranks(2, within, flags("large-two", *sharded(2, folder=True)), folder=place.root / "large-two-ranks")
-    mask = place.mask("large-two")
-    assert kept == [mask.kept, mask.kept]
-    assert mask.kept == mask.total // 2 > 8_000_000
-
-
-def learn_with_types_that_differ(rank: int, words: list[str]) -> list[str]:
-    """The type that this rank measured to be the faster, and the one that it learned in."""
-    measured = ["bfloat16", "float32"][rank]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leap_pl.gated_module.fast_dtype", lambda device: measured)
-        cli = main(words)
-    return [measured, str(cli.model.model.dtype)]
-
-
-def test_all_ranks_learn_in_the_type_that_rank_zero_measured(place: Place) -> None:
-    words = place.flags("types", *BRIEF, "--model.dtype=auto", *ddp(2))
-    told = run_ranks(2, learn_with_types_that_differ, words, folder=place.root / "types-ranks")
-    assert told == [["bfloat16", "torch.bfloat16"], ["float32", "torch.bfloat16"]]

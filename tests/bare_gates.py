@@ -1,0 +1,118 @@
+"""Gates outside any run: made for one weight or on a tiny model, what they hide, and the formula by hand."""
+
+import math
+from itertools import combinations
+from typing import Any
+
+import torch
+from tiny import VOCABULARY, tiny_model
+from torch import Tensor, nn
+
+from leap_pl.gates import BernoulliGate, Gate, GateState, NMGate, attach
+from leap_pl.gates.noise import columns, element_bits, gumbel, logistic
+from leap_pl.weights import Weight, find_weights
+
+IDS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+# (shape, input_dim): Linear, Conv1D, stacked experts, those stored transposed; inputs that 4 divides and not.
+PLACES = [((6, 16), 1), ((16, 6), 0), ((3, 5, 8), 2), ((3, 8, 5), 1)]
+PLACES += [((6, 15), 1), ((14, 5), 0), ((2, 3, 9), 2), ((5, 3), 1)]
+
+
+def gate_of(shape: tuple[int, ...], *, name: str = "w", state: GateState | None = None, **kw: float) -> BernoulliGate:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(shape), requires_grad=False)
+    return BernoulliGate(Weight(name, module, "weight", None, name, len(shape) - 1), state or GateState(), **kw)
+
+
+def state_at(alpha: float, tau: float, **kw: Any) -> GateState:
+    state = GateState(**kw)
+    state.anneal(alpha, tau)
+    return state
+
+
+def noise_of(gate: Gate) -> Tensor:
+    """The gate's noise at this step, its float32 values as float64."""
+    *rows, length = gate.logits.shape
+    bits = element_bits(math.prod(rows), columns(length, torch.device("cpu")), *gate.keys())
+    return logistic(bits).double().view(gate.logits.shape)
+
+
+def gated(family: str = "llama", **changes: Any) -> tuple[nn.Module, dict[str, Weight], dict[str, Gate], GateState]:
+    """A tiny model with gates on, started from the larger half of each weight's magnitudes."""
+    model = tiny_model(family, **changes).requires_grad_(False)
+    weights, state = find_weights(model), state_at(100.0, 1.0, seed=3)
+    gates = attach(weights, BernoulliGate, state)
+    for name, gate in gates.items():
+        magnitude = weights[name].parameter.abs()
+        gate.start_from(magnitude > magnitude.median(), seed=0)
+    return model, weights, gates, state
+
+
+def loss_of(model: Any, gates: dict[str, Gate]) -> Tensor:
+    """A loss in which the masked weights and both sums of every gate take part."""
+    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    for i, gate in enumerate(gates.values()):
+        assert gate.kept is not None
+        loss = loss + (0.01 + i * 1e-3) * gate.kept / gate.logits.numel() - 0.05 * (gate.energy + 1e-6).sqrt()
+    return loss
+
+
+def gradients(model: Any, gates: dict[str, Gate]) -> dict[str, Tensor]:
+    for gate in gates.values():
+        gate.clear()
+        gate.logits.grad = None
+    loss_of(model, gates).backward()
+    found = {name: gate.logits.grad for name, gate in gates.items()}
+    assert all(grad is not None and grad.dtype == torch.float32 for grad in found.values())
+    return {name: grad.clone() for name, grad in found.items() if grad is not None}
+
+
+def nm_gate(
+    shape: tuple[int, ...], n: int = 2, m: int = 4, *, dim: int | None = None, name: str = "w", **kw: Any
+) -> NMGate:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(shape), requires_grad=False)
+    state = kw.pop("state", None) or GateState()
+    return NMGate(Weight(name, module, "weight", None, name, len(shape) - 1 if dim is None else dim), state, n, m, **kw)
+
+
+def rows_of(tensor: Tensor, input_dim: int) -> list[Tensor]:
+    """The tensor as a list of rows along its inputs."""
+    return list(tensor.movedim(input_dim, -1).reshape(-1, tensor.shape[input_dim]))
+
+
+def groups_of(mask: Tensor, input_dim: int, m: int) -> list[Tensor]:
+    return [group for row in rows_of(mask, input_dim) for group in row.split(m)]
+
+
+def is_exact(mask: Tensor, input_dim: int, n: int, m: int) -> bool:
+    """Whether every group keeps n of m; a short one of r inputs, n·r/m rounded, halves up."""
+    return all(int(group.sum()) == int(n * len(group) / m + 0.5) for group in groups_of(mask, input_dim, m))
+
+
+def reference_mask(gate: NMGate, theta: Tensor) -> Tensor:
+    """The soft mask by the formula, group by group, float64, differentiable in ``theta`` of the logits' shape."""
+    key_0, key_1 = gate.keys()
+    patterns = list(combinations(range(gate.m), gate.n))
+    flat = theta.reshape(len(patterns), -1)
+    noise = gumbel(element_bits(len(patterns), columns(flat.shape[1], theta.device), key_0, key_1)).double()
+    alpha, tau = gate.state.alpha.double(), gate.state.tau.double()
+    rows, q = [], 0
+    inputs = gate.shape[gate.input_dim]
+    for _ in range(gate.logits[0].numel() // gate.logits.shape[-1]):
+        row: list[Tensor] = []
+        for start in range(0, inputs, gate.m):
+            r = min(gate.m, inputs - start)
+            keep = int(gate.n * r / gate.m + 0.5)
+            # A short group chooses among the patterns of its own inputs; each stands where the first of the whole
+            # group's patterns that begins with it stands.
+            own = list(combinations(range(r), keep))
+            whole = {p[:keep]: i for i, p in reversed(list(enumerate(patterns))) if all(x >= r for x in p[keep:])}
+            place = [whole[positions] for positions in own]
+            p = torch.softmax((alpha * flat[place, q] + noise[place, q]) / tau, 0)
+            table = torch.tensor([[float(j in o) for j in range(r)] for o in own], dtype=torch.float64)
+            row.append(p @ table)
+            q += 1
+        rows.append(torch.cat(row))
+    moved = [size for dim, size in enumerate(gate.shape) if dim != gate.input_dim]
+    return torch.stack(rows).view(*moved, inputs).movedim(-1, gate.input_dim)
