@@ -92,6 +92,9 @@ def test_report_is_written_again_from_the_cells_alone(experiment_done, tmp_path)
     assert notes == (docs / "notes.md").read_text() == "By hand: nothing helped.\n"
     pictures = set(re.findall(r"\(results/([a-z0-9-]+\.png)\)", page))
     assert {"perplexity-1-alike.png", "perplexity-2-unlike.png", "accuracy.png", "overlap.png"} < pictures
+    forms = [(folder / "docs" / "results" / f"forms-{name}.svg").read_text() for name in ("1-alike", "2-unlike")]
+    assert all("wanda-2of4 2:4" in told and "LEAP, LM" not in told for told in forms)
+    assert {"forms-1-alike.png", "forms-2-unlike.png"} < pictures
     assert len([name for name in pictures if name.startswith("density")]) == 2  # the best at each sparsity
     for name in pictures:
         assert (docs / name).read_bytes() == (folder / "docs" / "results" / name).read_bytes()

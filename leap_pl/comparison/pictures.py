@@ -43,18 +43,8 @@ class Picture:
 def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path) -> list[Picture]:
     """Draw what there is to draw of ``entries`` into ``folder``; returns the pictures in reading order."""
     with _drawing():
-        pictures = []
+        pictures = draw_perplexities(entries, folder)
         texts, tasks = all_texts(entries), shared_tasks(entries)
-        names = short_names(texts)
-        for number, text in enumerate(texts):
-            points = [
-                (e, float(e.perplexity[text]["value"]), e.perplexity[text]["stderr"])
-                for e in entries
-                if text in e.perplexity
-            ]
-            figure = _against_sparsity(points, f"perplexity on {names[text]}", logarithmic=True)
-            caption = f"Perplexity on {text} against sparsity; logarithmic, lower is better. Bars: one standard error."
-            pictures.append(_save(figure, folder, f"perplexity-{number + 1}-{_slug(Path(text).stem)}", caption))
         scored = [entry for entry in entries if tasks and all(task in entry.tasks for task in tasks)]
         if scored:
             errors = {entry.label: mean_accuracy_stderr(entry, tasks) for entry in scored}
@@ -79,6 +69,22 @@ def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path)
         for stem, overlaps in _overlaps_by_sparsity(entries).items():
             pictures += draw_overlaps(overlaps, folder, stem)
         return pictures
+
+
+def draw_perplexities(entries: Sequence[Entry], folder: Path, stem: str = "perplexity") -> list[Picture]:
+    """Draw perplexity against sparsity, a picture for each text that any of ``entries`` was measured on."""
+    pictures = []
+    with _drawing():
+        for number, (text, name) in enumerate(short_names(all_texts(entries)).items(), 1):
+            points = [
+                (e, float(e.perplexity[text]["value"]), e.perplexity[text]["stderr"])
+                for e in entries
+                if text in e.perplexity
+            ]
+            figure = _against_sparsity(points, f"perplexity on {name}", logarithmic=True)
+            caption = f"Perplexity on {text} against sparsity; logarithmic, lower is better. Bars: one standard error."
+            pictures.append(_save(figure, folder, f"{stem}-{number}-{_slug(Path(text).stem)}", caption))
+    return pictures
 
 
 def draw_overlaps(overlaps: list[Overlap], folder: Path, stem: str = "overlap") -> list[Picture]:

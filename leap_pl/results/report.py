@@ -68,21 +68,27 @@ def _tables(found: Sequence[Measured]) -> Iterator[str]:
 
 def _pictures(found: Sequence[Measured], docs: Path) -> Iterator[str]:
     from leap_pl.comparison.overlap import Overlap
-    from leap_pl.comparison.pictures import draw_all, draw_overlaps
+    from leap_pl.comparison.pictures import draw_all, draw_overlaps, draw_perplexities
 
     tables = groups(found)
     best = [group.best_learned for group in tables if group.table == UNSTRUCTURED]
-    shown = [m for m in found if m.cell["table"] == UNSTRUCTURED]
     far = _far_off(found)
+    near = {
+        m.cell["name"]: replace(m.entry, perplexity={} if m.title in far else m.entry.perplexity, densities={})
+        for m in found
+    }
     entries = [
-        replace(
-            m.entry,
-            densities=m.entry.densities if m in best else {},
-            perplexity={} if m.title in far else m.entry.perplexity,
-        )
-        for m in shown
+        replace(near[m.cell["name"]], densities=m.entry.densities if m in best else {})
+        for m in found
+        if m.cell["table"] == UNSTRUCTURED
     ]
     pictures = draw_all(entries, {title for group in tables for title in group.baselines}, docs)
+    formed = [m for m in found if m.cell["table"] != UNSTRUCTURED]
+    if formed:
+        dense = [m for m in found if m.is_dense]
+        drawn = draw_perplexities([near[m.cell["name"]] for m in dense + formed], docs, "forms")
+        names = " and ".join(dict.fromkeys(m.cell["table"] for m in formed))
+        pictures += [replace(picture, caption=f"{picture.caption} Tables: {names}.") for picture in drawn]
     labels = {m.cell["name"]: m.entry.label for m in found}
     agreeing = [m for m in found if m.cell["overlap"] is not None]
     overlaps = []
