@@ -22,7 +22,7 @@ Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 FLAGS = "fast"
 if sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512":
     # Where a number is read as bits, torch stores a vector, copies it and loads it again. GCC, which prefers half the
-    # width on Intel's machines, copies it in two halves, for which the load must wait: 2.6 times the time of a gate.
+    # width on Intel's machines, copies it in two halves, for which the load must wait: gates took twice as long.
     # There is no option of its own for it.
     FLAGS += " -mprefer-vector-width=512"
 OPTIONS = {"cpp.enable_floating_point_contract_flag": FLAGS}
