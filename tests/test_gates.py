@@ -10,6 +10,7 @@ import torch
 from bare_gates import IDS, gate_of, gated, gradients, loss_of, noise_of, state_at
 from tiny import FAMILIES, tiny_model
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch.nn.utils import parametrize
 
 from leap_pl.gates import BernoulliGate, GateState, attach, detach
@@ -181,6 +182,22 @@ def test_compiled_kernels_are_the_eager_ones_and_compile_once(monkeypatch: pytes
         for compiled, expected in zip(results, run(*case), strict=True):
             scale = expected.abs().max().item()
             torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_compiled_passes_are_two_loops_over_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for the noise, over rows and columns, and one for what follows: in one, a pass takes a third longer."""
+    monkeypatch.delenv("LEAP_PL_COMPILE")
+    if not compiling.can_compile(torch.device("cpu")):
+        pytest.skip("torch.compile does not work here")
+
+    def forward_and_backward() -> None:
+        gate = gate_of((300, 1000), name="two loops")
+        gate(torch.ones(300, 1000, dtype=torch.bfloat16)).sum().backward()
+
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, passes = run_and_get_code(forward_and_backward)
+    assert [code.count("for(int64_t") for code in passes] == [3, 3]
 
 
 def test_without_a_compiler_the_gates_say_so_once_and_run(monkeypatch: pytest.MonkeyPatch) -> None:

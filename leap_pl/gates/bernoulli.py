@@ -143,7 +143,8 @@ def soft_mask(
 ) -> Tensor:
     """M = σ((αθ + g)/τ), float32, from the ``slope`` α/τ and the ``sharpness`` 1/τ."""
     noise_RC = logistic_in_bits(element_bits(logits_RC.shape[0], column_C, key_0, key_1))
-    return 1 / (1 + exp2(-(sharpness * noise_RC) - slope * 1.4426950408889634 * logits_RC.to(torch.float32)))  # log₂ e
+    down = slope * -1.4426950408889634  # −log₂ e
+    return 1 / (1 + exp2(down * logits_RC.to(torch.float32) - sharpness * noise_RC))
 
 
 @compiled
@@ -156,11 +157,18 @@ def mask_forward(
     slope: Tensor,
     sharpness: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W̃ in the weight's dtype, ΣM and Σ(M·W)² in float32."""
-    mask_RC = soft_mask(logits_RC, column_C, key_0, key_1, slope, sharpness)
-    masked_RC = mask_RC * weight_RC.to(torch.float32)
-    # First along each row: a sum over everything at once compiles to one that is slower and no better.
-    return masked_RC.to(weight_RC.dtype), mask_RC.sum(-1).sum(), (masked_RC * masked_RC).sum(-1).sum()
+    """W̃ in the weight's dtype, ΣM and Σ(M·W)² in float32.
+
+    On a CPU what follows the noise, which knows rows and columns, is flat: torch.compile makes a loop of its own of
+    each, with the x of 2ˣ between them in the cache, as it does of the backward pass unasked. In a single loop a
+    processor waits at each vector for so long a chain of operations, and the pass takes a third longer.
+    """
+    mask, weight = soft_mask(logits_RC, column_C, key_0, key_1, slope, sharpness), weight_RC
+    if mask.is_cpu:
+        mask, weight = mask.view(-1), weight.reshape(-1)
+    masked = mask * weight.to(torch.float32)
+    # First along each row, where there are rows: a sum over everything at once compiles to one that is slower.
+    return masked.to(weight.dtype).view(weight_RC.shape), mask.sum(-1).sum(), (masked * masked).sum(-1).sum()
 
 
 @compiled
