@@ -19,10 +19,11 @@ ratios within one turn.
 
 import argparse
 import multiprocessing
+import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -116,6 +117,7 @@ class Worker:
 
     def __init__(self, variant: str, layers: int, args: argparse.Namespace) -> None:
         context = multiprocessing.get_context("spawn")
+        self.variant = variant
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, variant, layers, args), daemon=True)
         self.process.start()
@@ -130,15 +132,26 @@ class Worker:
 
     def ask(self, what: object) -> Any:
         """Its answer."""
-        self.pipe.send(what)
+        with self.alive():
+            self.pipe.send(what)
         return self.wait()
 
     def wait(self) -> Any:
         """What it says next."""
-        try:
+        with self.alive():
             return self.pipe.recv()
-        except EOFError:
-            raise SystemExit("a variant's process ended; its message is above.") from None
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Say in one line that the process has ended, where it has."""
+        try:
+            yield
+        except (EOFError, BrokenPipeError):
+            self.process.join()
+            reason = "its message is above"
+            if self.process.exitcode == -signal.SIGKILL:
+                reason = "it was killed, as the system does when memory runs out; ask for fewer --tokens or --variants"
+            raise SystemExit(f"the process of {self.variant} ended: {reason}.") from None
 
 
 def turns(workers: Mapping[str, Worker], tokens: int, repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
