@@ -191,11 +191,21 @@ def test_a_cell_made_elsewhere_is_not_made_again(again, capsys):
     *said, left = capsys.readouterr().out.splitlines()
     assert all(line.endswith("  done") for line in said)
     assert left.startswith("0 training tokens")
-    # One that is not told of is made, with what it needs, and nothing else.
+    # One that is not told of is made, from the mask of what it needs, and nothing else.
     (folder / "docs" / "results" / "cells" / "leap-60.json").unlink()
     assert results(folder) == 0
-    assert {cell for _, cell in verbs(ran)} == {"wanda-60", "leap-60"}
+    assert verbs(ran) == [("prune", "wanda-60"), ("fit", "leap-60"), *[("evaluate", "leap-60")] * 2]
     assert sorted(cells(folder)) == sorted(before)
+    assert cells(folder)["wanda-60"] == before["wanda-60"]
+    # The best of others is known without making them: that one's mask is made, from its prior's.
+    ran.clear()
+    kept = before["update-50"]["cell"]["kept"]
+    (folder / "docs" / "results" / "cells" / "update-50.json").unlink()
+    assert results(folder) == 0
+    assert verbs(ran)[:3] == [("prune", "wanda-50"), ("fit", kept), ("prune", "update-50")]
+    assert {cell for _, cell in verbs(ran)[3:]} == {"update-50"}
+    assert sorted(cells(folder)) == sorted(before)
+    assert cells(folder)["update-50"]["cell"]["kept"] == kept
     # Other settings make it new.
     ran.clear()
     change(folder / "tiny.yaml", "rows", "admm", "each", to={0.6: {"prune": {"sequences": 3}}})

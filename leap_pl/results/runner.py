@@ -73,6 +73,11 @@ class Runner:
                 self._add(other, found)
             found[name] = self.experiment.cells[name]
 
+    def _reads(self, cell: Cell) -> list[str]:
+        """Names of the cells that are to be there before ``cell`` is made: once it is known which is best, that one."""
+        kept = self.kept(cell)
+        return list(cell.needs) if kept is None else [kept.name]
+
     def record(self, cell: Cell) -> dict[str, Any]:
         """What is written down of the steps of ``cell``."""
         return _read_record(self.steps.place(cell))
@@ -90,6 +95,8 @@ class Runner:
 
     def _validation(self, cell: Cell) -> float | None:
         text = self.experiment.texts["validation"].text
+        if self.told is not None and self.is_told(cell):
+            return float(read_result(self.told / f"{cell.name}.json")["perplexity"][text]["value"])
         for step in self.all_steps(cell) or ():
             if text in step.settings.get("perplexity", []) and self.is_done(cell, step):
                 return float(read_result(step.output)["perplexity"][text]["value"])
@@ -130,16 +137,20 @@ class Runner:
 
     def left(self, cells: Sequence[Cell]) -> list[Cell]:
         """Those of ``cells`` that are to be run: not told of yet, or needed, here, by one that is not."""
-        wanted: dict[str, Cell] = {}
-        for cell in cells:
-            if not self.is_told(cell):
-                self._add(cell.name, wanted)
+        wanted = {cell.name for cell in cells if not self.is_told(cell)}
+        reached = list(wanted)
+        while reached:
+            others = set(self._reads(self.experiment.cells[reached.pop()])) - wanted
+            wanted |= others
+            reached += others
         return [cell for cell in cells if cell.name in wanted]
 
     # -- doing --------------------------------------------------------------------------------------------
 
     def run(self, cells: Sequence[Cell]) -> dict[str, str]:
         """Do what is left of ``cells``; returns what failed, by cell. One that fails stops only those that need it.
+
+        Of a cell that is told of, needed by another, the mask alone is made: what was measured of it stands.
 
         Raises:
             UserError: Another process works in the same folder.
@@ -162,6 +173,8 @@ class Runner:
     def _run_cell(self, cell: Cell, caption: str) -> None:
         steps = self.all_steps(cell)
         assert steps is not None  # the cells that it needs come before it
+        if self.is_told(cell):
+            steps = [step for step in steps if step.name == "make"]
         if cell.fit is not None:
             self._make_way(cell, steps[0], caption)
         for step in steps:
