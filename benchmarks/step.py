@@ -71,6 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     device = torch.device(args.device)
+    if args.dtype == "auto":
+        args.dtype = fast_dtype(device)  # measured here, once and before the processes keep the machine busy
     rows: list[Row] = []
     ratios: list[Row] = []
     compile_seconds: dict[str, float] = {}
@@ -105,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         args.output,
         ratios=ratios,
         model=args.model,
-        dtype=fast_dtype(device) if args.dtype == "auto" else args.dtype,
+        dtype=args.dtype,
         gate=args.gate,
         clock=args.clock,
         compile_seconds=compile_seconds,
@@ -170,8 +172,7 @@ def work(pipe: Connection, variant: str, layers: int, args: argparse.Namespace) 
     if variant != "published":
         keep_freed_memory()
     device = torch.device(args.device)
-    dtype = fast_dtype(device) if args.dtype == "auto" else args.dtype
-    model = first_blocks(load_model(args.model, dtype=dtype, dropout=False), layers).to(device)
+    model = first_blocks(load_model(args.model, dtype=args.dtype, dropout=False), layers).to(device)
     gated = sum(weight.parameter.numel() for weight in find_weights(model).values())
     kind = getattr(kinds, args.gate)
     published = partial(leap_step, kind=PublishedNM) if args.gate == "NMGate" else published_step
