@@ -183,7 +183,7 @@ class SparsityLogger(L.Callback):
             )
 
     def _histograms(self, trainer: L.Trainer, module: LeapModule, step: int) -> None:
-        sharpness = float(module.state.alpha / module.state.tau)
+        sharpness = float(module.state.slope)
         by_projection: dict[str, list[Tensor]] = {}
         for name, sample in _samples(module, self.stride * 4).items():
             by_projection.setdefault(split_name(name)[1], []).append(sample * sharpness)

@@ -58,8 +58,7 @@ class BernoulliGate(Gate):
 
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Gate.soften`."""
-        alpha, tau = self.state.alpha, self.state.tau
-        return MaskedWeight.apply(self.logits, weight, key_0, key_1, alpha / tau, 1 / tau)
+        return MaskedWeight.apply(self.logits, weight, key_0, key_1, self.state.slope, self.state.sharpness)
 
     @torch.no_grad()
     def start_from(self, prior: Tensor | None, seed: int) -> None:
@@ -117,25 +116,22 @@ class MaskedWeight(torch.autograd.Function):
         ctx: Any, logits: Tensor, weight: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Masked weight of the weight's shape and dtype, and the two float32 sums."""
-        ctx.save_for_backward(logits, weight, key_0, key_1, slope, sharpness)
-        column_C = columns(weight.shape[-1], weight.device)
-        masked_RC, kept, energy = mask_forward(_rows(logits), _rows(weight), column_C, key_0, key_1, slope, sharpness)
+        ctx.save_for_backward(logits, weight)
+        ctx.noise = columns(weight.shape[-1], weight.device), key_0, key_1, slope, sharpness  # no one's to change
+        masked_RC, kept, energy = mask_forward(_rows(logits), _rows(weight), *ctx.noise)
         return masked_RC.view(weight.shape), kept, energy
 
     @staticmethod
     def backward(ctx: Any, grad_masked: Tensor, grad_kept: Tensor, grad_energy: Tensor) -> Any:
         """The gradient of the logits; the weight is frozen."""
-        logits, weight, *rest = ctx.saved_tensors
-        column_C = columns(weight.shape[-1], weight.device)
-        grad_RC = mask_backward(
-            _rows(logits), _rows(weight), _rows(grad_masked), grad_kept, grad_energy, column_C, *rest
-        )
+        logits, weight = ctx.saved_tensors
+        grad_RC = mask_backward(_rows(logits), _rows(weight), _rows(grad_masked), grad_kept, grad_energy, *ctx.noise)
         return grad_RC.view(logits.shape), None, None, None, None, None
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """``tensor`` in two dimensions, and no view: of a view, its base's shape would be compiled in."""
-    return tensor.reshape(-1, tensor.shape[-1]).data
+    return (tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])).data
 
 
 def soft_mask(

@@ -29,6 +29,9 @@ class GateState:
         seed: Of the run's noise.
         step: Optimizer step.
         micro_batch: Index of the micro-batch within the step, counted over all ranks.
+        slope: α/τ, which every gate would divide anew.
+        pattern_slope: That of the patterns.
+        sharpness: 1/τ.
     """
 
     mode: Mode = "soft"
@@ -38,6 +41,12 @@ class GateState:
     seed: int = 0
     step: int = 0
     micro_batch: int = 0
+    slope: Tensor = field(init=False)
+    pattern_slope: Tensor = field(init=False)
+    sharpness: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._divide()
 
     def anneal(self, alpha: float, tau: float, pattern_alpha: float | None = None) -> None:
         """Set α and τ. New tensors: what a pending backward pass saved must not change."""
@@ -45,6 +54,11 @@ class GateState:
         self.tau = torch.tensor(tau, dtype=torch.float32)
         if pattern_alpha is not None:
             self.pattern_alpha = torch.tensor(pattern_alpha, dtype=torch.float32)
+        self._divide()
+
+    def _divide(self) -> None:
+        self.slope, self.pattern_slope = self.alpha / self.tau, self.pattern_alpha / self.tau
+        self.sharpness = 1 / self.tau
 
     @contextmanager
     def passing(self, mode: Mode) -> Iterator[None]:
@@ -110,7 +124,8 @@ class Gate(nn.Module):
             return weight
         if self.state.mode == "hard":
             return weight.masked_fill(~self.hard_mask(), 0)
-        masked, self.kept, self.energy = self.soften(weight, *self.keys())
+        masked, kept, energy = self.soften(weight, *self.keys())
+        self.__dict__.update(kept=kept, energy=energy)  # as attributes, past what a module does to set one
         return masked
 
     def clear(self) -> None:

@@ -92,8 +92,8 @@ class NMGate(Gate):
 
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Gate.soften`."""
-        alpha, tau = self.state.alpha, self.state.tau
-        return MaskedGroups.apply(self.logits, weight, self.groups, key_0, key_1, alpha / tau, 1 / tau)
+        state = self.state
+        return MaskedGroups.apply(self.logits, weight, self.groups, key_0, key_1, state.slope, state.sharpness)
 
     @torch.no_grad()
     def start_from(self, prior: Tensor | None, seed: int) -> None:
@@ -119,7 +119,7 @@ class NMGate(Gate):
         """How decided the groups are: the mean of the highest softmax(αθ/τ), without noise; 1 is hard."""
         state = next(iter(gates.values())).state
         samples = [gathered(gate.logits.detach()).flatten(1)[:, ::stride] for gate in gates.values()]
-        return {"patterns/confidence": confidence(samples, state.alpha / state.tau)}
+        return {"patterns/confidence": confidence(samples, state.slope)}
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""

@@ -138,10 +138,10 @@ class TileGate(Gate):
 
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Gate.soften`."""
-        alpha, tau = self.state.alpha, self.state.tau
-        soft_AB = SoftTiles.apply(self.logits, key_0, key_1, alpha / tau, 1 / tau)
+        state = self.state
+        soft_AB = SoftTiles.apply(self.logits, key_0, key_1, state.slope, state.sharpness)
         if self.mode == "joint":
-            noise = *self.keys(PATTERNS), self.state.pattern_alpha / tau, 1 / tau
+            noise = *self.keys(PATTERNS), state.pattern_slope, state.sharpness
             masked, energy = JointTiles.apply(soft_AB, self.pattern_logits, weight, self.grid, *noise)
         else:
             masked, energy = FixedTiles.apply(soft_AB, weight, self.inner, self.grid)
@@ -226,7 +226,7 @@ class TileGate(Gate):
         first = next(iter(gates.values()))
         if first.mode == "joint":
             samples = [gathered(gate.pattern_logits.detach()).flatten(1)[:, ::stride] for gate in gates.values()]
-            found["patterns/confidence"] = confidence(samples, first.state.pattern_alpha / first.state.tau)
+            found["patterns/confidence"] = confidence(samples, first.state.pattern_slope)
             found["schedule/pattern_alpha"] = float(first.state.pattern_alpha)
         return found
 
