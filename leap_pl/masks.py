@@ -206,6 +206,12 @@ class MaskSet:
             parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
         return model
 
+    def digest_of_bits(self) -> str:
+        """SHA-256 of names, shapes and bits, whatever their provenance: the same for masks that are the same."""
+        return _digest(
+            json.dumps(self.shapes, sort_keys=True), "", {name: pack(mask) for name, mask in self.masks.items()}
+        )
+
     def with_provenance(self, **changes: Any) -> Self:
         """The same masks with some fields of the provenance changed."""
         return type(self)(self.masks, replace(self.provenance, **changes))

@@ -130,6 +130,18 @@ def test_provenance_is_changed_in_a_copy() -> None:
     assert installed_versions().keys() == {"leap_pl", "torch", "lightning", "transformers"}
 
 
+def test_the_digest_of_bits_tells_masks_and_not_where_they_come_from(tmp_path: Path) -> None:
+    mask = small_mask()
+    found = mask.digest_of_bits()
+    assert mask.with_provenance(method="leap", sparsity=None).digest_of_bits() == found
+    assert MaskSet.load(mask.save(tmp_path / "mask.safetensors")).digest_of_bits() == found
+    backwards = MaskSet(dict(reversed(mask.masks.items())), mask.provenance)
+    assert backwards.digest_of_bits() == found
+    name = next(iter(mask.masks))
+    for other in (~mask.masks[name], mask.masks[name].reshape(-1, 1)):
+        assert MaskSet({**mask.masks, name: other}, mask.provenance).digest_of_bits() != found
+
+
 # -- on disk ----------------------------------------------------------------------------------------------
 
 masks_strategy = st.dictionaries(

@@ -1,5 +1,6 @@
 """The headline experiment on a tiny model: every kind of cell, going on, what is done again, the report."""
 
+import json
 import shutil
 
 import pytest
@@ -197,11 +198,17 @@ def test_a_cell_made_elsewhere_is_not_made_again(again, capsys):
     assert verbs(ran) == [("prune", "wanda-60"), ("fit", "leap-60"), *[("evaluate", "leap-60")] * 2]
     assert sorted(cells(folder)) == sorted(before)
     assert cells(folder)["wanda-60"] == before["wanda-60"]
+    assert "the mask made here" not in capsys.readouterr().err
     # The best of others is known without making them: that one's mask is made, from its prior's.
     ran.clear()
     kept = before["update-50"]["cell"]["kept"]
     (folder / "docs" / "results" / "cells" / "update-50.json").unlink()
+    of_another_processor = before["wanda-50"] | {"cell": before["wanda-50"]["cell"] | {"mask": "another"}}
+    (folder / "docs" / "results" / "cells" / "wanda-50.json").write_text(json.dumps(of_another_processor))
     assert results(folder) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "the mask made here is not" in line]
+    assert len(said) == 1
+    assert "wanda-50: the mask" in said[0]
     assert verbs(ran)[:3] == [("prune", "wanda-50"), ("fit", kept), ("prune", "update-50")]
     assert {cell for _, cell in verbs(ran)[3:]} == {"update-50"}
     assert sorted(cells(folder)) == sorted(before)

@@ -9,29 +9,29 @@ from leap_pl.files import atomic_file
 
 if TYPE_CHECKING:
     from leap_pl.results.experiment import Cell
-    from leap_pl.results.runner import Runner
+    from leap_pl.results.progress import Progress
     from leap_pl.results.steps import Step
 
 
-def collect(runner: "Runner", folder: Path) -> int:
+def collect(progress: "Progress", folder: Path) -> int:
     """Write one file a finished cell into ``folder``; returns how many are there.
 
     A file of a cell that was not made here stays as long as it belongs to the experiment as it is today.
     """
-    cells = runner.chosen([])  # each after those that it needs
+    cells = progress.chosen([])  # each after those that it needs
     for path in folder.glob("*.json"):
-        if path.stem not in runner.experiment.cells:
+        if path.stem not in progress.experiment.cells:
             path.unlink()
     for cell in cells:
         path = folder / f"{cell.name}.json"
-        if runner.is_finished(cell):
-            write_cell(runner, cell, path)
-        elif path.is_file() and not is_current(runner, cell, folder):
+        if progress.is_finished(cell):
+            write_cell(progress, cell, path)
+        elif path.is_file() and not is_current(progress, cell, folder):
             path.unlink()
     return len(list(folder.glob("*.json")))
 
 
-def is_current(runner: "Runner", cell: "Cell", folder: Path) -> bool:
+def is_current(progress: "Progress", cell: "Cell", folder: Path) -> bool:
     """Whether there is a file of ``cell`` in ``folder`` that says what would be said if it were made here and now."""
     path = folder / f"{cell.name}.json"
     if not path.is_file():
@@ -39,19 +39,19 @@ def is_current(runner: "Runner", cell: "Cell", folder: Path) -> bool:
     told = read_result(path).get("cell", {})
     if not all((folder / f"{name}.json").is_file() for name in cell.best_of):
         return False
-    kept = runner.experiment.cells.get(told.get("kept") or "")
-    steps = runner.all_steps(cell, kept if cell.best_of else None)
+    kept = progress.experiment.cells.get(told.get("kept") or "")
+    steps = progress.all_steps(cell, kept if cell.best_of else None)
     return steps is not None and told.get("digests") == {step.name: step.digest for step in steps}
 
 
-def write_cell(runner: "Runner", cell: "Cell", path: Path) -> None:
+def write_cell(progress: "Progress", cell: "Cell", path: Path) -> None:
     """Write all that is known of the finished ``cell``.
 
     The evaluations of its steps are put together, and ``cell`` says what was done, with which settings.
     """
     from leap_pl.evaluation.tasks import mean_accuracy
 
-    steps = runner.all_steps(cell)
+    steps = progress.all_steps(cell)
     assert steps is not None
     results = [read_result(step.output) for step in steps if step.words[:1] == ["evaluate"]]
     merged = results[0]
@@ -61,13 +61,13 @@ def write_cell(runner: "Runner", cell: "Cell", path: Path) -> None:
         for name, seconds in result["times"]["seconds"].items():
             merged["times"]["seconds"][name] = round(merged["times"]["seconds"].get(name, 0) + seconds, 2)
     merged["mean"] = mean_accuracy(merged["tasks"])
-    merged["cell"] = _told(runner, cell, steps)
+    merged["cell"] = _told(progress, cell, steps)
     write_result(path, merged)
 
 
-def _told(runner: "Runner", cell: "Cell", steps: "list[Step]") -> dict[str, Any]:
-    experiment, record = runner.experiment, runner.record(cell)
-    kept = runner.kept(cell) if cell.best_of else None
+def _told(progress: "Progress", cell: "Cell", steps: "list[Step]") -> dict[str, Any]:
+    experiment, record = progress.experiment, progress.record(cell)
+    kept = progress.kept(cell) if cell.best_of else None
     made = record.get("make", {})
     overlap = next((json.loads(s.output.read_text(encoding="utf-8")) for s in steps if s.name == "overlap"), None)
     return {
@@ -81,41 +81,49 @@ def _told(runner: "Runner", cell: "Cell", steps: "list[Step]") -> dict[str, Any]
         "reference": cell.reference,
         "about": experiment.about,
         "texts": {role: {"text": text.text, "title": text.title or role} for role, text in experiment.texts.items()},
-        "settings": _settings(runner, cell),
+        "settings": _settings(progress, cell),
         "prior": cell.prior,
         "kept": kept and kept.name,
-        "tokens": _tokens(runner, kept or cell),
-        "calibration_tokens": _calibration(runner, cell),
+        "tokens": _tokens(progress, kept or cell),
+        "calibration_tokens": _calibration(progress, cell),
         "seconds": round(made["seconds"], 1) if made else None,
         "peak_rss": made.get("peak_rss"),
         "digests": {step.name: step.digest for step in steps},
         "commands": [record[step.name]["words"] for step in steps if step.words],
         "overlap": overlap,
+        "mask": told_mask(progress.steps.mask(cell)) if made else None,
     }
 
 
-def _settings(runner: "Runner", cell: "Cell") -> dict[str, Any]:
+def told_mask(path: Path) -> str:
+    """What tells whether two masks are the same: SHA-256 of their bits, whatever their provenance."""
+    from leap_pl.masks import MaskSet
+
+    return MaskSet.load(path).digest_of_bits()
+
+
+def _settings(progress: "Progress", cell: "Cell") -> dict[str, Any]:
     """What ``cell`` was made with: options of prune, or the config of fit, as it was when it was made."""
-    made = runner.record(cell).get("make", {})
+    made = progress.record(cell).get("make", {})
     if "settings" in made:
         return dict(made["settings"])
-    return runner.steps.fit_config(cell) if cell.fit is not None else dict(cell.prune or {})
+    return progress.steps.fit_config(cell) if cell.fit is not None else dict(cell.prune or {})
 
 
-def _tokens(runner: "Runner", cell: "Cell") -> int:
+def _tokens(progress: "Progress", cell: "Cell") -> int:
     """Tokens that a mask was learned from."""
     if cell.fit is None:
         return 0
-    config = _settings(runner, cell)
-    return int(config["trainer"]["max_steps"] * runner.steps.tokens_of_step(config))
+    config = _settings(progress, cell)
+    return int(config["trainer"]["max_steps"] * progress.steps.tokens_of_step(config))
 
 
-def _calibration(runner: "Runner", cell: "Cell") -> int:
+def _calibration(progress: "Progress", cell: "Cell") -> int:
     """Tokens that the one-shot part of ``cell`` read: its own, or its prior's."""
     if cell.prior is not None:
-        return _calibration(runner, runner.experiment.cells[cell.prior])
+        return _calibration(progress, progress.experiment.cells[cell.prior])
     if cell.fit is not None:
-        config = _settings(runner, cell)
+        config = _settings(progress, cell)
         prior = {"method": "wanda", "sequences": 128, **config["model"].get("prior", {})}
         reads = prior.get("mask") is None and prior["method"] not in ("magnitude", "none")
         return int(prior["sequences"] * config["data"]["seq_length"]) if reads else 0
