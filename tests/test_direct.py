@@ -79,6 +79,8 @@ def test_whatever_torch_compile_checks_makes_another_kind(scale: DirectKernel) -
     assert checked(scale, x, y, by, True)
     with torch.no_grad():
         assert checked(scale, x, y, by)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert checked(scale, x, y, by)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)  # compiled code has a place for each thread's sum

@@ -25,7 +25,7 @@ class DirectKernel:
     """
 
     def __init__(self, kernel: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        """Take the ``kernel``, whose arguments are positional, and inductor's ``options``."""
+        """Take the ``kernel``, whose arguments are positional, a tensor first, and inductor's ``options``."""
         self._options = dict(options)
         self._checked = torch.compile(kernel, dynamic=True, fullgraph=True, backend=self._compile)
         self._calls: dict[Hashable, _Call] = {}
@@ -99,7 +99,13 @@ class _Call:
 
 def _kind(arguments: Sequence[Any]) -> Hashable:
     """All that decides whether what was compiled for other arguments serves for these."""
-    kind: list[Any] = [torch.get_num_threads(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()]
+    device = arguments[0].device.type
+    kind: list[Any] = [
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+    ]
     for argument in arguments:
         if isinstance(argument, Tensor):
             kind += (
