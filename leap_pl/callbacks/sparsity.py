@@ -183,10 +183,10 @@ class SparsityLogger(L.Callback):
             )
 
     def _histograms(self, trainer: L.Trainer, module: LeapModule, step: int) -> None:
-        sharpness = float(module.state.slope)
+        slope = float(module.state.slope)
         by_projection: dict[str, list[Tensor]] = {}
         for name, sample in _samples(module, self.stride * 4).items():
-            by_projection.setdefault(split_name(name)[1], []).append(sample * sharpness)
+            by_projection.setdefault(split_name(name)[1], []).append(sample * slope)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for projection, parts in by_projection.items():

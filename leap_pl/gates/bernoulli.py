@@ -4,7 +4,7 @@ Paper: https://arxiv.org/abs/2605.17289. Legend of suffixes: R, C = rows and col
 dimensions but the last, and the last.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,9 @@ class BernoulliGate(Gate):
 
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Gate.soften`."""
-        return MaskedWeight.apply(self.logits, weight, key_0, key_1, self.state.slope, self.state.sharpness)
+        state = self.state
+        noise = columns(weight.shape[-1], weight.device), key_0, key_1, state.slope, state.sharpness
+        return MaskedWeight.apply(self.logits, weight, noise)
 
     @torch.no_grad()
     def start_from(self, prior: Tensor | None, seed: int) -> None:
@@ -112,13 +114,15 @@ class MaskedWeight(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, weight: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Masked weight of the weight's shape and dtype, and the two float32 sums."""
+    def forward(ctx: Any, logits: Tensor, weight: Tensor, noise: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Masked weight of the weight's shape and dtype, and the two float32 sums.
+
+        ``noise`` are the kernels' arguments from the columns on: new tensors at each step, changed by nothing, which
+        need not be saved as logits and weight are.
+        """
         ctx.save_for_backward(logits, weight)
-        ctx.noise = columns(weight.shape[-1], weight.device), key_0, key_1, slope, sharpness  # no one's to change
-        masked_RC, kept, energy = mask_forward(_rows(logits), _rows(weight), *ctx.noise)
+        ctx.noise = noise
+        masked_RC, kept, energy = mask_forward(_rows(logits), _rows(weight), *noise)
         return masked_RC.view(weight.shape), kept, energy
 
     @staticmethod
@@ -126,7 +130,7 @@ class MaskedWeight(torch.autograd.Function):
         """The gradient of the logits; the weight is frozen."""
         logits, weight = ctx.saved_tensors
         grad_RC = mask_backward(_rows(logits), _rows(weight), _rows(grad_masked), grad_kept, grad_energy, *ctx.noise)
-        return grad_RC.view(logits.shape), None, None, None, None, None
+        return grad_RC.view(logits.shape), None, None
 
 
 def _rows(tensor: Tensor) -> Tensor:

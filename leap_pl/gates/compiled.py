@@ -45,12 +45,12 @@ def compiled(kernel: Kernel) -> Kernel:
             return kernel(first, *rest)
         if first.device.type in timed:
             return fused(first, *rest)
-        timed.add(first.device.type)
         start = time.perf_counter()
         # Sizes that are equal in this call need not be in the next.
         with symbols.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             result = fused(first, *rest)
         _seconds[f"{kernel.__name__}[{first.device.type}]"] = time.perf_counter() - start
+        timed.add(first.device.type)  # not before: what failed to compile is tried the same way again
         return result
 
     timed: set[str] = set()

@@ -1,8 +1,9 @@
 """Compiled kernels that are called directly, past what torch.compile does before every call.
 
-A step calls two kernels for each gated weight. Between products of matrices that empty the processor's caches, what
-torch.compile makes of a call (looking up its entry, checking its guards, unpacking and repacking) took as long as half
-of the kernels themselves. So the way through it is taken once for each kind of arguments, and remembered.
+A step calls two kernels for each gated weight, between products of matrices that empty the processor's caches. There,
+what torch.compile makes of a call (looking up its entry, checking its guards, unpacking and repacking in three layers)
+takes about as long as the kernels themselves. So the way through it is taken once for each kind of arguments, and
+remembered.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as tracing
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-Graph = Callable[..., Sequence[Any]]
+Graph = Callable[[list[Any]], Sequence[Any]]  # empties the list it is given
 
 
 class DirectKernel:
@@ -46,15 +49,24 @@ class DirectKernel:
             self._calls[kind] = call
         return result
 
-    def _compile(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Graph:
-        run: Graph = torch._inductor.compile(graph, list(examples), options=dict(self._options))
+    def _compile(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Any:
+        # A graph from the cache of what is traced would come past _finish. The cache of compiled code is the other one.
+        with tracing.patch(enable_autograd_cache=False):
+            return compile_fx(graph, list(examples), inner_compile=self._finish, config_patches=self._options)
 
-        def noting(*inputs: Any) -> Sequence[Any]:
-            outputs = run(*inputs)
-            self._seen.append((run, inputs, outputs))
+    def _finish(self, *arguments: Any, **settings: Any) -> Any:
+        """Compile a graph that torch.compile has traced, and note the calls that will come down to it."""
+        code: Any = compile_fx_inner(*arguments, **settings)
+        run: Graph = code.current_callable
+
+        def noting(inputs: list[Any]) -> Sequence[Any]:
+            given = tuple(inputs)
+            outputs = run(inputs)
+            self._seen.append((run, given, outputs))
             return outputs
 
-        return noting
+        code.current_callable = noting
+        return code
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class _Call:
         inputs = list(self.inputs)
         for place, number in self.tensors:
             inputs[place] = arguments[number]
-        outputs = self.graph(*inputs)
+        outputs = self.graph(inputs)
         return outputs[0] if self.single else tuple(outputs)
 
     @classmethod

@@ -32,12 +32,12 @@ def log2(x: Tensor) -> Tensor:
 
 def exp2(x: Tensor) -> Tensor:
     """2ˣ of float32 ``x``, any; 0 below 2⁻¹²⁶, infinite above 2¹²⁷, and of NaN NaN."""
-    shifted = x + 12582912.0  # 1.5·2²³: its last bits are now those of x, rounded
-    f = x - (shifted - 12582912.0)  # in [−½, ½]
+    n = (x + 12582912.0) - 12582912.0  # rounded: 1.5·2²³ leaves no bits below 1
+    f = x - n  # in [−½, ½]
     p = 0.0013400432165823137 * f + 0.00967603709788144
     p = p * f + 0.055503272142078036
     p = p * f + 0.24022107355830186
     p = p * f + 0.6931472067106205
     p = p * f + 1.0000000754953497
-    power = (p.view(torch.int32) + (shifted.view(torch.int32) << 23)).view(torch.float32)
+    power = p * ((n.to(torch.int32) + 127) << 23).view(torch.float32)  # of p as bits, two more vectors were copied
     return torch.where(x > 127, float("inf"), torch.where(x < -126, 0.0, power))
