@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch import config as tracing
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 Graph = Callable[[list[Any]], Sequence[Any]]  # empties the list it is given
 
@@ -50,14 +49,20 @@ class DirectKernel:
         return result
 
     def _compile(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Any:
+        from torch._inductor.compile_fx import compile_fx  # of use only where there is a compiler, and slow to import
+
         # A graph from the cache of what is traced would come past _finish. The cache of compiled code is the other one.
         with tracing.patch(enable_autograd_cache=False):
             return compile_fx(graph, list(examples), inner_compile=self._finish, config_patches=self._options)
 
     def _finish(self, *arguments: Any, **settings: Any) -> Any:
         """Compile a graph that torch.compile has traced, and note the calls that will come down to it."""
+        from torch._inductor.compile_fx import compile_fx_inner
+
         code: Any = compile_fx_inner(*arguments, **settings)
-        run: Graph = code.current_callable
+        run: Graph | None = getattr(code, "current_callable", None)
+        if run is None:  # a torch that makes other code: it is called by way of torch.compile each time
+            return code
 
         def noting(inputs: list[Any]) -> Sequence[Any]:
             given = tuple(inputs)
