@@ -124,7 +124,9 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
             yerr=errors,
             label=name,
             color=COLOURS[n % len(COLOURS)],
-            marker=MARKERS[(n + n // len(COLOURS)) % len(MARKERS)],  # no pair of the two comes again
+            # Lines that share a colour have another marker and another dash.
+            marker=MARKERS[(n + n // len(COLOURS)) % len(MARKERS)],
+            linestyle=("-", "--", ":", "-.")[n // len(COLOURS) % 4],
             capsize=3,
             linewidth=1.5,
             elinewidth=1,
