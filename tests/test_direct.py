@@ -1,6 +1,9 @@
 """Kernels that are called past torch.compile's checks: only where those would have found nothing new."""
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -128,3 +131,57 @@ def test_a_kernel_that_is_more_than_its_graph_is_never_called_directly(make: Cal
     y = torch.randn(4, 30)
     for _ in range(2):
         torch.testing.assert_close(twice(x, y, torch.tensor(1.0)), scaled(x, y, torch.tensor(1.0)))
+
+
+def files_of_python(run: Callable[[], Any]) -> set[Path]:
+    """The files of all Python functions that ``run`` calls."""
+    files = set[Path]()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            files.add(Path(frame.f_code.co_filename))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return files - {Path(__file__)}
+
+
+def test_a_direct_call_is_one_of_the_generated_code(make: Callable[[Any], DirectKernel]) -> None:
+    """Between a kind's lookup and the code that inductor wrote for the kernel there is no Python of torch."""
+    kernel = make(scaled)
+    arguments = torch.randn(4, 30), torch.randn(4, 30), torch.tensor(2.0)
+    kernel(*arguments)
+    (call,) = kernel._calls.values()
+    inputs = list(call.inputs)
+    for place, number in call.tensors:
+        inputs[place] = arguments[number]
+    (generated,) = files_of_python(lambda: call.graph(inputs))
+    assert "cpp_fused" in generated.read_text(encoding="utf-8")
+
+
+def test_of_a_torch_that_makes_other_code_every_call_goes_through_it(
+    make: Callable[[Any], DirectKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What inductor makes has no ``current_callable`` there to be called, or to be told of calls by."""
+    from torch._inductor import compile_fx
+
+    before = compile_fx.compile_fx_inner
+
+    class Other:
+        _boxed_call = True
+
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            self.code = before(*arguments, **settings)
+
+        def __call__(self, inputs: Sequence[Any]) -> Any:
+            return self.code(inputs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", Other)
+    kernel = make(scaled)
+    for _ in range(3):
+        assert checked(kernel, torch.randn(4, 30), torch.randn(4, 30), torch.randn(()))
+    assert not kernel._calls

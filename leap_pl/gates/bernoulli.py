@@ -117,8 +117,8 @@ class MaskedWeight(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, weight: Tensor, noise: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Masked weight of the weight's shape and dtype, and the two float32 sums.
 
-        ``noise`` are the kernels' arguments from the columns on: new tensors at each step, changed by nothing, which
-        need not be saved as logits and weight are.
+        ``noise`` are the kernels' arguments from the columns on. Nothing writes to them, the columns, which all steps
+        share, included: they need not be saved, and checked for changes, as logits and weight are.
         """
         ctx.save_for_backward(logits, weight)
         ctx.noise = noise
