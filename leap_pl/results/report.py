@@ -79,7 +79,7 @@ def _pictures(found: Sequence[Measured], docs: Path) -> Iterator[str]:
     }
     entries = [
         replace(near[m.cell["name"]], densities=m.entry.densities if m in best else {})
-        for m in found
+        for m in sorted(found, key=lambda m: m.cell["sparsity"] or 0)
         if m.cell["table"] == UNSTRUCTURED
     ]
     pictures = draw_all(entries, {title for group in tables for title in group.baselines}, docs)
