@@ -54,7 +54,7 @@ def test_every_cell_is_one_of_the_shipped_experiment() -> None:
 @cache
 def figures() -> dict[str, list[str]]:
     """Of every cell of the headline experiment the perplexities of its two texts as documents show them, and then the
-    mean accuracy, the parts of ADMM's gap to the dense model that are closed, and the share of bits that learning changed.
+    mean accuracy, the parts of ADMM's gap to the dense model that are closed, and the share of bits that changed.
     """
     read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / "cells").glob("*.json")}
     perplexity = {
