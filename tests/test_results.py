@@ -220,6 +220,23 @@ def test_a_cell_made_elsewhere_is_not_made_again(again, capsys):
     assert {cell for _, cell in verbs(ran)} == {"admm-60"}
 
 
+def test_a_cell_made_elsewhere_is_shown_as_the_experiment_shows_it_today(again):
+    folder, ran = again
+    shutil.rmtree(folder / "runs")
+    before = cells(folder)
+    change(folder / "tiny.yaml", "rows", "leap", "title", to="another name")
+    change(folder / "tiny.yaml", "rows", "admm", "sparsity", to=[0.5])  # those below it move up
+    assert results(folder) == 0
+    assert ran == []
+    after, experiment = cells(folder), list(runner(folder).experiment.cells)
+    assert sorted(after) == sorted(experiment) == sorted(before.keys() - {"admm-60"})
+    for name, told in after.items():
+        title = "another name" if name.startswith("leap") else before[name]["cell"]["title"]
+        shown = {"title": title, "order": experiment.index(name)}
+        assert told == before[name] | {"cell": before[name]["cell"] | shown}
+    assert "another name" in (folder / "docs" / "results.md").read_text()
+
+
 def test_one_that_fails_stops_only_what_needs_it(again, capsys):
     folder, _ = again
     change(folder / "tiny.yaml", "rows", "wanda", "each", to={0.5: {"prune": {"no_such_option": 1}}})

@@ -8,7 +8,7 @@ from leap_pl.evaluation.record import read_result, write_result
 from leap_pl.files import atomic_file
 
 if TYPE_CHECKING:
-    from leap_pl.results.experiment import Cell
+    from leap_pl.results.experiment import Cell, Experiment
     from leap_pl.results.progress import Progress
     from leap_pl.results.steps import Step
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def collect(progress: "Progress", folder: Path) -> int:
     """Write one file a finished cell into ``folder``; returns how many are there.
 
-    A file of a cell that was not made here stays as long as it belongs to the experiment as it is today.
+    A file of a cell that was not made here stays as long as it belongs to the experiment as it is today, and takes from
+    it how the cell is shown: rows may have been renamed, or put elsewhere, since it was made.
     """
     cells = progress.chosen([])  # each after those that it needs
     for path in folder.glob("*.json"):
@@ -26,8 +27,13 @@ def collect(progress: "Progress", folder: Path) -> int:
         path = folder / f"{cell.name}.json"
         if progress.is_finished(cell):
             write_cell(progress, cell, path)
-        elif path.is_file() and not is_current(progress, cell, folder):
-            path.unlink()
+        elif is_current(progress, cell, folder):
+            result = read_result(path)
+            shown = result["cell"] | _shown(progress.experiment, cell)
+            if shown != result["cell"]:
+                write_result(path, result | {"cell": shown})
+        else:
+            path.unlink(missing_ok=True)
     return len(list(folder.glob("*.json")))
 
 
@@ -71,16 +77,7 @@ def _told(progress: "Progress", cell: "Cell", steps: "list[Step]") -> dict[str, 
     made = record.get("make", {})
     overlap = next((json.loads(s.output.read_text(encoding="utf-8")) for s in steps if s.name == "overlap"), None)
     return {
-        "name": cell.name,
-        "row": cell.row,
-        "title": cell.title,
-        "order": list(experiment.cells).index(cell.name),
-        "sparsity": cell.sparsity,
-        "table": cell.table,
-        "baseline": cell.baseline,
-        "reference": cell.reference,
-        "about": experiment.about,
-        "texts": {role: {"text": text.text, "title": text.title or role} for role, text in experiment.texts.items()},
+        **_shown(experiment, cell),
         "settings": _settings(progress, cell),
         "prior": cell.prior,
         "kept": kept and kept.name,
@@ -92,6 +89,22 @@ def _told(progress: "Progress", cell: "Cell", steps: "list[Step]") -> dict[str, 
         "commands": [record[step.name]["words"] for step in steps if step.words],
         "overlap": overlap,
         "mask": told_mask(progress.steps.mask(cell)) if made else None,
+    }
+
+
+def _shown(experiment: "Experiment", cell: "Cell") -> dict[str, Any]:
+    """How the experiment of today names ``cell`` and where it puts it in the report."""
+    return {
+        "name": cell.name,
+        "row": cell.row,
+        "title": cell.title,
+        "order": list(experiment.cells).index(cell.name),
+        "sparsity": cell.sparsity,
+        "table": cell.table,
+        "baseline": cell.baseline,
+        "reference": cell.reference,
+        "about": experiment.about,
+        "texts": {role: {"text": text.text, "title": text.title or role} for role, text in experiment.texts.items()},
     }
 
 
