@@ -14,7 +14,9 @@ from leap_pl.oneshot.prune import UPDATING
 from leap_pl.results import steps
 from leap_pl.results.__main__ import main
 from leap_pl.results.experiment import laid_over, read_experiment
+from leap_pl.results.measured import Group, read_cells
 from leap_pl.results.report import shared_settings, without
+from leap_pl.results.tables import difference_table
 
 # -- the report -----------------------------------------------------------------------------------------------
 
@@ -78,6 +80,15 @@ def test_figures_of_the_report_are_those_of_the_cells(experiment_done):
     assert set(learned.split(", ")) == {"`leap-50`", "`leap-60`", "`distill-50`"}
     (by_task,) = section(page, "Accuracy by task")
     assert number(by_task["Wanda, 50%"][1]) == pytest.approx(100 * found["wanda-50"]["tasks"]["piqa"]["acc"], abs=0.05)
+
+
+def test_a_row_without_a_baseline_of_its_pattern_has_no_difference(experiment_done):
+    folder, _ = experiment_done
+    found = {measured.cell["name"]: measured for measured in read_cells(folder / "docs" / "results" / "cells")}
+    rows = [found[name] for name in ("wanda-50", "leap-50", "wanda-2of4-50")]
+    table = difference_table(Group(0.5, "unstructured", rows, found["dense"])).splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["LEAP, LM"]
+    assert difference_table(Group(0.5, "2:4", rows[2:], found["dense"])) == ""
 
 
 def test_report_is_written_again_from_the_cells_alone(experiment_done, tmp_path):

@@ -17,7 +17,8 @@ KEY = (
     "makes up for, (reference − row) / (reference − dense); the reference is marked *. Training tokens are those a "
     "mask was learned from; calibration tokens were read by the one-shot method, or by the one that made the prior. "
     "Minutes are those of making the mask, without its prior's, on the machine below. ± is one standard error; that of "
-    "a difference is of paired windows or questions."
+    "a difference is of paired windows or questions. Differences are to the best baseline of the same pattern; a row "
+    "that has none is not among them."
 )
 
 
@@ -43,7 +44,7 @@ def main_table(group: Group) -> str:
 
 
 def difference_table(group: Group) -> str:
-    """The rows that are no baselines, minus the best baseline; empty where there is nothing to subtract."""
+    """The rows that are no baselines, minus the best baseline of their pattern; empty where there is none of any."""
     titles = [group.rows[0].cell["texts"][role]["title"] for role in ROLES]
     tasks, names = shared_tasks(group.entries), {m.entry.label: m.title for m in group.rows}
     rows = []
@@ -52,10 +53,12 @@ def difference_table(group: Group) -> str:
             found = [perplexity_difference(m.entry, group.entries, title, group.baselines) for title in titles]
             cells = [_difference(difference, names) for difference in found]
             accuracy = accuracy_difference(m.entry, group.entries, tasks, group.baselines)
-            rows.append([m.title, *cells, *[_difference(accuracy, names, 100)] * bool(tasks)])
+            cells += [_difference(accuracy, names, 100)] * bool(tasks)
+            if any(cells):
+                rows.append([m.title, *cells])
     heading = ["minus the best baseline", *(f"perplexity, {title}" for title in titles)]
     heading += ["mean accuracy, points"] * bool(tasks)
-    return markdown(heading, rows) if rows and group.baselines else ""
+    return markdown(heading, rows) if rows else ""
 
 
 def task_table(found: Sequence[Measured]) -> str:
