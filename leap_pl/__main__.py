@@ -1,4 +1,4 @@
-from leap_pl.cli import main
+from leap_pl.cli import console
 
 if __name__ == "__main__":
-    main()
+    console()

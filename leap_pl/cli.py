@@ -78,6 +78,11 @@ def main(args: "ArgsType" = None) -> Any:
         raise SystemExit(2) from None
 
 
+def console() -> None:
+    """Run the process's own ``leap_pl``: what a verb returns is for Python, and no exit status."""
+    main()
+
+
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
     """Show what this package warns of as ``warning: …``, without file and line; other warnings are shown as ever."""

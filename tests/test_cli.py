@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -56,6 +57,16 @@ def test_help_of_every_verb(verb: str, capsys) -> None:
 
 def test_unknown_verb(capsys) -> None:
     assert "there is no verb 'prun'" in failing(capsys, ["prun"])
+
+
+@pytest.mark.parametrize("command", [["leap_pl"], [sys.executable, "-m", "leap_pl"]], ids=["installed", "module"])
+def test_a_command_that_went_well_says_so_to_the_shell(command: list[str], finished: Run, tmp_path: Path) -> None:
+    scripts = Path(sysconfig.get_path("scripts"))
+    words = ["export", "--mask", str(finished.mask), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run([scripts / command[0], *command[1:], *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "{" not in done.stderr  # what the verb returns
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_verbs_read_a_config(finished: Run, tmp_path: Path) -> None:
