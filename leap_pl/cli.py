@@ -79,8 +79,18 @@ def main(args: "ArgsType" = None) -> Any:
 
 
 def console() -> None:
-    """Run the process's own ``leap_pl``: what a verb returns is for Python, and no exit status."""
-    main()
+    """Run the process's own ``leap_pl``: what a verb returns is for Python, and no exit status.
+
+    Ctrl-C ends it with one line and status 130.
+    """
+    try:
+        main()
+        return
+    except KeyboardInterrupt:
+        pass
+    # Out here the exception is gone, and with it whatever it held open: progress bars have had their last word.
+    print(f"\n{' '.join(['leap_pl', *sys.argv[1:2]])}: stopped.", file=sys.stderr)
+    raise SystemExit(130)
 
 
 @contextmanager

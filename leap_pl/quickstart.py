@@ -72,7 +72,13 @@ def _say(words: list[str]) -> None:
     print(f"\n$ leap_pl {' '.join(words)}", flush=True)
     if words[0] == "fit":
         # A process of its own, so that its memory is gone afterwards.
-        if subprocess.run([sys.executable, "-m", "leap_pl", *words], check=False).returncode:
+        process = subprocess.Popen([sys.executable, "-m", "leap_pl", *words])
+        try:
+            failed = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it was told as well, and writes a checkpoint
+            raise
+        if failed:
             raise UserError("leap_pl fit failed; its message is above.")
     else:
         main(words)  # in this one: imports take as long as the work
@@ -104,3 +110,6 @@ if __name__ == "__main__":
     except UserError as failure:
         print(f"quickstart: {failure}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nquickstart: stopped.", file=sys.stderr)
+        raise SystemExit(130) from None

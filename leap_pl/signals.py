@@ -1,4 +1,4 @@
-"""Told to stop: what a scheduler's signals do to a run."""
+"""Told to stop: what a scheduler's signals, and Ctrl-C, do to a run."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_PRESS = 1.0  # seconds: a launcher and a process group may both pass one signal on
 
 
@@ -30,7 +31,7 @@ class StopSignals:
         word: What to say to standard error when a signal is noted.
     """
 
-    def __init__(self, numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGUSR1)) -> None:
+    def __init__(self, numbers: tuple[int, ...] = STOPPING) -> None:
         self.numbers = set(numbers)
         self.asked: int | None = None
         self.at_once = True
@@ -44,6 +45,8 @@ class StopSignals:
         self.numbers.update(more)
         self._active = True
         for number in self.numbers:
+            if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # a job in a shell's background, which Ctrl-C is not for
             try:
                 handler = signal.signal(number, self._handle)
             except ValueError:  # not the main thread, where alone signals arrive

@@ -15,6 +15,7 @@ from tensorboard.summary.writer import event_file_writer
 
 from leap_pl.cli import main
 from leap_pl.module import LeapModule
+from leap_pl.signals import STOPPING
 
 STEPS, WINDOW = 4, 3  # optimizer steps, micro-batches in each
 
@@ -118,7 +119,7 @@ def send(number: int) -> Callable[[], None]:
 
 
 def stopped(words: list[str], status: int = 143) -> None:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == status

@@ -69,6 +69,28 @@ def test_a_command_that_went_well_says_so_to_the_shell(command: list[str], finis
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+def test_ctrl_c_is_one_line(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Where it comes amid a forward pass, in which Python cannot say where the command was."""
+    code = """
+import os, signal, sys
+import torch
+torch.nn.Module.__call__ = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
+from leap_pl.cli import console
+console()
+"""
+    words = ["evaluate", "--model", str(model_folder), "--perplexity", str(text_file), "--seq_length", "16"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "--output", str(tmp_path / "result.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert done.stderr.endswith("\nleap_pl evaluate: stopped.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_verbs_read_a_config(finished: Run, tmp_path: Path) -> None:
     config = tmp_path / "export.yaml"
     config.write_text(f"mask: {finished.mask}\noutput_dir: {tmp_path / 'out'}\n")

@@ -74,9 +74,9 @@ def test_sigterm_in_validation(
 
 
 def test_a_run_stopped_again_and_again(never_stopped: Outcome, model_folder, text_file, tmp_path: Path, monkeypatch):
-    """Once in every step, each time two micro-batches after it went on; by either signal."""
+    """Once in every step, each time two micro-batches after it went on; by each signal."""
     words = flags(model_folder, text_file, tmp_path, "--ckpt_path=last", "--checkpoint.save_top_k=2")
-    for number, status in [(signal.SIGUSR1, 138), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGTERM, 143)]:
+    for number, status in [(signal.SIGUSR1, 138), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGTERM, 143)]:
         with monkeypatch.context() as patch:
             at_call(patch, "training_step", 4, send(number))
             stopped(words, status) if len(kept(tmp_path)) < 3 or "step=3.ckpt" not in kept(tmp_path) else main(words)
@@ -201,11 +201,19 @@ def streamed(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return "some/text"
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("local", 2), ("streamed", 0), ("streamed", 2)])
+@pytest.mark.parametrize(
+    ("kind", "workers", "number"),
+    [
+        ("local", 2, signal.SIGTERM),
+        ("local", 2, signal.SIGINT),
+        ("streamed", 0, signal.SIGTERM),
+        ("streamed", 2, signal.SIGTERM),
+    ],
+)
 def test_workers_and_streams(
-    model_folder, text_file, tmp_path: Path, monkeypatch, request: pytest.FixtureRequest, kind: str, workers: int
+    model_folder, text_file, tmp_path: Path, monkeypatch, request, kind: str, workers: int, number: int
 ) -> None:
-    """The signal reaches the whole process group, as a scheduler sends it: the workers outlive it."""
+    """The signal reaches the whole process group, as a scheduler or a terminal sends it: the workers outlive it."""
     text = text_file if kind == "local" else request.getfixturevalue("streamed")
     more = [f"--data.num_workers={workers}", "--data.validation_split=train"]
     main(flags(model_folder, text, tmp_path / "whole", *more))
@@ -213,11 +221,11 @@ def test_workers_and_streams(
 
     def to_all() -> None:
         for child in multiprocessing.active_children():
-            os.kill(child.pid or 0, signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(child.pid or 0, number)
+        os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
         at_call(patch, "training_step", 5, to_all)
-        stopped(words)
+        stopped(words, 128 + number)
     main(words)
     same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))

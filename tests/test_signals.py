@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from leap_pl.signals import Stopped, StopSignals
+from leap_pl.signals import STOPPING, Stopped, StopSignals
 
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -76,11 +76,24 @@ print("never", flush=True)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOPPING)
 def test_the_same_signal_again_ends_at_once(number: int) -> None:
     ended = subprocess.run([sys.executable, "-c", AGAIN, str(int(number))], capture_output=True, text=True, check=False)
     assert ended.stdout == "still here\n"
     assert ended.returncode == -number
+
+
+def test_ctrl_c_is_not_for_a_job_in_the_background() -> None:
+    """A shell that puts a command into the background lets it ignore SIGINT; SIGTERM is for it all the same."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals = StopSignals()
+    signals.install()
+    send(signal.SIGINT)
+    assert signals.asked is None
+    with pytest.raises(Stopped):
+        send(signal.SIGTERM)
+    signals.remove()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_signals_are_given_back_and_taken_back() -> None:

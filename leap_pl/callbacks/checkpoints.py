@@ -28,9 +28,9 @@ class Checkpoints(ModelCheckpoint):
     - One is written at least every ``every_minutes``, beside what Lightning's own arguments ask for, and one at
       the end. The one of the last step comes when all else is done, the learned mask included: whoever finds
       it finds a finished run.
-    - SIGTERM and SIGUSR1 (SLURM's warning) are answered after the micro-batch at hand: a checkpoint is written,
-      and the process ends with status 128 + the signal's number (143, 138). Under SLURM's auto-requeue the job is
-      then requeued. The same signal again, a second later or more, ends the process at once.
+    - SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C) are answered after the micro-batch at hand: a checkpoint is
+      written, and the process ends with status 128 + the signal's number (143, 138, 130). Under SLURM's auto-requeue
+      the job is then requeued. The same signal again, a second later or more, ends the process at once.
     - If the text fails to come (a network that stays away), a checkpoint is written before the run ends.
     - A validation that was due when the run was stopped is made up for when it goes on.
     """

@@ -127,9 +127,10 @@ class BlockLoader(DataLoader[Batch]):
 def _start_worker(_: int) -> None:
     # A forked worker has the tokenizer's thread pool but not its threads: to use it is to wait for ever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # A scheduler's signals reach every process of a job. The training process answers them, and still needs its
-    # workers until then; a second SIGTERM is its own, to a worker that does not end by itself.
+    # A scheduler's signals, and Ctrl-C, reach every process of a job. The training process answers them, and still
+    # needs its workers until then; a second SIGTERM is its own, to a worker that does not end by itself.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
