@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ pytest_plugins = ["scaled_runs", "stopped_runs", "tiny_experiment"]
 
 WORDS = "the mask keeps a weight where text needs it and drops one that no word will miss".split()  # noqa: SIM905
 
+
+# A shell that runs the tests in its background lets them, and what they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Lightning's handlers hold the stream of the test that imported it, which is closed in the next one.
 for name in ("lightning.pytorch", "lightning.fabric"):
