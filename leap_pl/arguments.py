@@ -4,6 +4,8 @@ import re
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from pydoc import locate
+from typing import Any
 
 from jsonargparse import Namespace
 
@@ -115,3 +117,53 @@ def check_configs(words: Sequence[str]) -> None:
             raise UserError(f"--config {name} is no YAML ({reason[:200]}). Mend it, or give another file.") from error
         if told is not None and not isinstance(told, dict):
             raise UserError(f'--config {name} holds no settings: lines such as "output_dir: sparse" are needed.')
+
+
+def setting_of(words: Sequence[str], name: str) -> str | None:
+    """Return what ``words`` and the configs that they name say of ``name``, the last word of them; None: nothing.
+
+    For a setting that decides how the rest is parsed. Options are typed by their whole names.
+    """
+    import yaml
+
+    found: str | None = None
+    for place, word in enumerate(words):
+        following = words[place + 1] if place + 1 < len(words) else ""
+        option, _, value = word.partition("=")
+        value = value if "=" in word else following
+        if option == f"--{name}":
+            found = None if value in ("null", "") else value
+        elif option in ("-c", "--config") and Path(value).is_file():
+            told = yaml.load(Path(value).read_text(encoding="utf-8"), yaml.CSafeLoader)
+            if isinstance(told, dict) and name in told:
+                found = None if told[name] is None else str(told[name])
+    return found
+
+
+def check_classes(settings: Namespace) -> None:
+    """Make sure that the classes which ``settings`` name are of the kind asked for, before one is called.
+
+    Raises:
+        UserError: A gate, an optimizer or a schedule is a function, or a class of another kind.
+    """
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from leap_pl.gates import Gate
+
+    for name, base in (("gate", Gate), ("optimizer", Optimizer), ("lr_scheduler", LRScheduler)):
+        given = settings.get(f"model.{name}")
+        if given is None:
+            continue
+        found = locate(given["class_path"]) if isinstance(given, Namespace) else given
+        if not (isinstance(found, type) and issubclass(found, base)):
+            what = getattr(found, "__qualname__", type(found).__name__)
+            raise UserError(
+                f"model.{name} is {getattr(found, '__module__', '')}.{what}, and has to be a class of {base.__name__}. "
+                f"leap_pl fit --help lists those that there are."
+            )
+
+
+def plain(value: Any) -> Any:
+    """Return a parsed ``value`` with dictionaries in the place of namespaces."""
+    return value.as_dict() if isinstance(value, Namespace) else value

@@ -5,7 +5,7 @@ Beside Lightning's own entries (optimizer, schedules, loops, data position):
 ==================  ======================================================================================
 ``state_dict``      ``logits.<weight name>`` → logits, and in the same form what else the kind of
                     gate stores (:meth:`leap_pl.gates.Gate.stored`); nothing of the frozen model
-``leap_pl``         the fields of :class:`Identity`, plain Python
+``leap_pl``         the fields of :class:`leap_pl.checkpoints.identity.Identity`, plain values
 ==================  ======================================================================================
 
 The optimizer's state goes by the names of parameters, not by their numbers, so that one process and many, with
@@ -17,13 +17,14 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from leap_pl.checkpoints.identity import Identity, read_identity
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import Gate, Stored, gate_kind, restore
 from leap_pl.masks import MaskSet, PackedMasks, Provenance, installed_versions
@@ -31,50 +32,9 @@ from leap_pl.masks import MaskSet, PackedMasks, Provenance, installed_versions
 if TYPE_CHECKING:
     import lightning as L
 
-KEY = "leap_pl"
 PREFIX = "logits."
-FORMAT_VERSION = 1
 _FOLDER = 0x10  # of the attributes of a file in a zip archive
 META = "meta.pt"  # of a folder: everything but tensors
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Whose logits a checkpoint holds.
-
-    Attributes:
-        base_model: Name of the base model.
-        revision: Of the base model on the hub.
-        fingerprint: Of its weights.
-        gate: Class and settings of the gates.
-        sparsity: The target.
-        targets: As given to LeapModule.
-        ignore: As given to LeapModule.
-        max_steps: T of every schedule, in optimizer steps.
-        shapes: Weight name → shape of the weight.
-        input_dims: Weight name → the dimension its layer's inputs run along.
-        ranks: How many processes learned together.
-        accumulation: Micro-batches of each of them in an optimizer step.
-        dense_perplexity: Of the dense model on the validation text, once measured.
-        settings: What else the mask's provenance should tell.
-        format_version: Of the checkpoint.
-    """
-
-    base_model: str
-    revision: str | None
-    fingerprint: str
-    gate: dict[str, Any]
-    sparsity: float
-    targets: list[str] | None
-    ignore: list[str]
-    max_steps: int | None
-    shapes: dict[str, list[int]]
-    input_dims: dict[str, int]
-    ranks: int | None = None
-    accumulation: int | None = None
-    dense_perplexity: float | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
 
 
 def describe_gate(gate: Gate) -> dict[str, Any]:
@@ -97,86 +57,6 @@ def provenance(identity: Identity) -> Provenance:
         config=config,
         versions=installed_versions(),
     )
-
-
-def read_identity(checkpoint: dict[str, Any], path: str | Path = "the checkpoint") -> Identity:
-    """The identity in a loaded ``checkpoint``.
-
-    Raises:
-        UserError: It is not one of leap_pl, or of a newer format.
-    """
-    told = checkpoint.get(KEY)
-    if not isinstance(told, dict):
-        raise UserError(f"{path} is not a checkpoint of leap_pl fit. Give a .ckpt from a run's checkpoints folder.")
-    version = told.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path} is a checkpoint of format version {version}, and this leap_pl reads version {FORMAT_VERSION}. "
-            "Update leap_pl: pip install --upgrade leap_pl"
-        )
-    known = {f.name for f in fields(Identity)}
-    try:
-        return Identity(**{key: value for key, value in told.items() if key in known})
-    except TypeError as error:
-        raise UserError(
-            f"{path} does not say whose logits it holds ({error}). Take the checkpoint before it."
-        ) from error
-
-
-def check_same(found: Identity, expected: Identity) -> None:
-    """Make sure that a checkpoint continues this run.
-
-    Raises:
-        UserError: It is of another base model, other gated weights, another kind of gate, or of a run with
-            another number of steps.
-    """
-    if found.fingerprint != expected.fingerprint:
-        raise UserError(
-            f"the checkpoint belongs to {found.base_model} with fingerprint {found.fingerprint}, and the base model "
-            f"here is {expected.base_model} with {expected.fingerprint}. Give the model the checkpoint was made for."
-        )
-    if found.gate["class_path"] != expected.gate["class_path"]:
-        raise UserError(
-            f"the checkpoint holds logits of {found.gate['class_path']}, and model.gate is "
-            f"{expected.gate['class_path']}. Use the same gate."
-        )
-    starts = gate_kind(expected.gate["class_path"]).start_settings
-    sides = [
-        {key: value for key, value in side.gate["init_args"].items() if key not in starts} for side in (found, expected)
-    ]
-    if sides[0] != sides[1]:
-        raise UserError(
-            f"the checkpoint's gates have {sides[0]}, and model.gate has {sides[1]}. Use the same settings."
-        )
-    if found.shapes != expected.shapes:
-        names = {*found.shapes, *expected.shapes}
-        wrong = sorted(name for name in names if found.shapes.get(name) != expected.shapes.get(name))
-        raise UserError(
-            f"the checkpoint gates other weights than this run: they differ in {listing(wrong, 4)}. "
-            f"It was made with targets {found.targets} and ignore {found.ignore}; use the same."
-        )
-    if None not in (found.max_steps, expected.max_steps) and found.max_steps != expected.max_steps:
-        raise UserError(
-            f"the checkpoint is of a run of {found.max_steps} steps, and trainer.max_steps is {expected.max_steps}: "
-            f"every schedule would jump. Set --trainer.max_steps {found.max_steps}, or start a new run."
-        )
-    before, now = _micro_batches(found), _micro_batches(expected)
-    if before is not None and now is not None and before != now:
-        assert expected.ranks is not None
-        fits = before % expected.ranks == 0
-        remedy = f"Set --trainer.accumulate_grad_batches {before // expected.ranks}."
-        raise UserError(
-            f"the checkpoint is of a run of {before} micro-batches an optimizer step ({found.ranks} ranks × "
-            f"{found.accumulation}), and here it is {now} ({expected.ranks} × {expected.accumulation}): it would be "
-            f"another run. {remedy if fits else f'Resume on a number of ranks that divides {before}.'}"
-        )
-
-
-def _micro_batches(identity: Identity) -> int | None:
-    """Of an optimizer step, over all ranks."""
-    if identity.ranks is None or identity.accumulation is None:
-        return None
-    return identity.ranks * identity.accumulation
 
 
 def count_for_ranks(checkpoint: dict[str, Any], found: Identity, expected: Identity) -> None:
@@ -249,14 +129,15 @@ def name_parameters(state: dict[str, Any], names: Sequence[str]) -> None:
         state["param_groups"] = [{**group, "params": [name(key) for key in group["params"]]} for group in groups]
 
 
-def load_checkpoint(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, *, mmap: bool = True, whole: bool = True) -> dict[str, Any]:
     """Read the file ``path``, or of a folder all but the tensors, into CPU memory, without running anything in it.
 
-    Every bit of a file is checked.
+    Every bit of a file is checked, unless it is not wanted ``whole``.
 
     Args:
         path: The file.
         mmap: Leave the tensors on the disk until they are used. The file must then stay where it is.
+        whole: Read the file once to check it. False is for a look at its settings; what is learned is read later.
 
     Raises:
         UserError: It is not there, truncated, damaged, or no checkpoint of leap_pl.
@@ -272,7 +153,7 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: there is no such checkpoint. Give a .ckpt from a run's checkpoints folder.")
     try:
-        damaged = _damaged_record(path)
+        damaged = _damaged_record(path) if whole else None
         if damaged is not None:
             raise UserError(f"{path} is damaged ({damaged}). Take the checkpoint before it.")
         checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)

@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from leap_pl.checkpoint import by_weight, load_checkpoint, path_of, read_identity
+from leap_pl.checkpoint import by_weight, load_checkpoint, path_of
+from leap_pl.checkpoints.identity import read_identity
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from leap_pl import checkpoint as checkpoints
-from leap_pl import finite
+from leap_pl import finite, run_settings
 from leap_pl.allocator import keep_freed_memory
+from leap_pl.checkpoints.identity import KEY, Identity, check_same, read_identity
+from leap_pl.checkpoints.settings import Settings, check_settings, taken
 from leap_pl.errors import UserError
 from leap_pl.gates import Gate, GateState, attach
 from leap_pl.models import Dtype, fast_dtype, load_model, longest_sequence
@@ -64,7 +66,9 @@ class GatedModule(L.LightningModule):
     ) -> None:
         """Take the settings as :class:`leap_pl.module.LeapModule` explains them."""
         super().__init__()
-        self.base_model, self.revision, self.sparsity = base_model, revision, sparsity
+        self.base_model, self.revision = base_model, revision
+        # A kind of mask may not have quite the sparsity that was asked for.
+        self.sparsity = self.asked_sparsity = sparsity
         self.targets, self.ignore = targets, list(ignore)
         self.make_gate, self.prior_settings = gate, prior
         self.dtype_name, self.logits_dtype = dtype, logits_dtype
@@ -87,6 +91,29 @@ class GatedModule(L.LightningModule):
         return self.priors.get("prior")
 
     # -- the gated model ----------------------------------------------------------------------------------
+
+    def check_resume(
+        self, checkpoint: dict[str, Any], path: str | Path, trainer: L.Trainer, data: Any, *, fitting: bool
+    ) -> None:
+        """Make sure that this module, ``trainer`` and ``data`` have the settings that a checkpoint was learned with.
+
+        A ``dtype`` of ``auto`` becomes the checkpoint's. Whose logits it holds is compared when the model is loaded.
+
+        Args:
+            checkpoint: What the file holds.
+            path: Of the file, for messages.
+            trainer: Of this run.
+            data: Its data module, if there is one.
+            fitting: Learning is resumed; else only the module's settings have to be the same.
+
+        Raises:
+            UserError: A setting that is part of what is learned differs.
+        """
+        stored = run_settings.read_settings(read_identity(checkpoint, path), checkpoint, str(path))
+        if self.dtype_name == "auto" and self.model is None:
+            self.dtype_name = stored.get("model.dtype", "auto")
+        here = self.learned_with() | (run_settings.of_trainer(trainer, data) if fitting else {})
+        check_settings(stored, here)
 
     def configure_model(self) -> None:
         """Load the base model, make the prior, put the gates on. Does nothing the second time."""
@@ -130,7 +157,7 @@ class GatedModule(L.LightningModule):
         if self.mesh is not None and self.resumes_from is not None:
             # Lightning loads a sharded run's optimizer before it asks on_load_checkpoint.
             checkpoint = checkpoints.load_checkpoint(self.resumes_from)
-            checkpoints.check_same(checkpoints.read_identity(checkpoint, self.resumes_from), self.identity())
+            check_same(read_identity(checkpoint, self.resumes_from), self.identity())
 
     def _put_gates(self, weights: dict[str, Weight], prior: SharedPrior) -> None:
         gates = attach(weights, self.make_gate, self.state, self.logits_dtype)
@@ -234,9 +261,10 @@ class GatedModule(L.LightningModule):
 
     # -- checkpoints --------------------------------------------------------------------------------------
 
-    def identity(self) -> checkpoints.Identity:
+    def identity(self) -> Identity:
         """What this run's checkpoints say of themselves."""
-        return checkpoints.Identity(
+        data = getattr(self._trainer, "datamodule", None)
+        return Identity(
             base_model=self.base_model,
             revision=self.revision,
             fingerprint=self.fingerprint,
@@ -251,7 +279,31 @@ class GatedModule(L.LightningModule):
             input_dims={name: gate.input_dim for name, gate in self.gates.items()},
             dense_perplexity=self.validation.dense,
             settings=self.settings(),
+            learned_with=self.learned_with() | (run_settings.of_trainer(self.trainer, data) if self._fitting() else {}),
         )
+
+    def learned_with(self) -> Settings:
+        """Return the module's settings that a resumed run takes and compares, by their names in the table.
+
+        The table is :mod:`leap_pl.checkpoints.settings`.
+        """
+        told: Settings = {
+            "model.base_model": self.base_model,
+            "model.sparsity": self.asked_sparsity,
+            "model.targets": self.targets,
+            "model.ignore": self.ignore,
+            "model.prior": asdict(self.prior_settings),
+            "model.dtype": self.dtype_name if self.model is None else str(self.model.dtype).removeprefix("torch."),
+            "model.logits_dtype": str(self.logits_dtype).removeprefix("torch."),
+            "model.activation_checkpointing": self.activation_checkpointing,
+            "model.revision": self.revision,
+            "model.seed": self.state.seed,
+        }
+        if self.gates:
+            told["model.gate"] = checkpoints.describe_gate(next(iter(self.gates.values())))
+        if told["model.dtype"] == "auto":
+            del told["model.dtype"]
+        return taken(told)
 
     def settings(self) -> dict[str, Any]:
         """What a mask's provenance tells of how it was learned: plain values."""
@@ -268,7 +320,8 @@ class GatedModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen model out: logits by weight name, and whose they are."""
         self.check_finite(logits=True)
-        checkpoint[checkpoints.KEY] = asdict(self.identity())
+        checkpoint[KEY] = asdict(self.identity())
+        checkpoint.pop("hyper_parameters", None)  # said there once, and read by a schema
         rewind(self.trainer, checkpoint)
         if saves_shards(self._trainer):
             return  # each rank its own, under this module's names: ModelParallelStrategy reads them back
@@ -287,8 +340,11 @@ class GatedModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or another run; map its logits to this module's names."""
-        found = checkpoints.read_identity(checkpoint)
-        checkpoints.check_same(found, self.identity())
+        found = read_identity(checkpoint)
+        if self._trainer is not None:
+            data = getattr(self.trainer, "datamodule", None)
+            self.check_resume(checkpoint, "the checkpoint", self.trainer, data, fitting=self._fitting())
+        check_same(found, self.identity())
         self.validation.dense, self.validation.hard = found.dense_perplexity, found.settings.get("perplexity")
         if self._fitting():
             checkpoints.count_for_ranks(checkpoint, found, self.identity())

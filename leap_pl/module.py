@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval
@@ -11,6 +12,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from leap_pl import finite
+from leap_pl.checkpoint import load_checkpoint
+from leap_pl.checkpoints.identity import read_identity
+from leap_pl.checkpoints.settings import Settings, taken
 from leap_pl.clipping import clip_by_norm
 from leap_pl.denormals import flush_denormals
 from leap_pl.errors import UserError
@@ -21,6 +25,7 @@ from leap_pl.objective import Objective, budget_groups, kept_norm, language_loss
 from leap_pl.optimizer import check_rounding
 from leap_pl.parallel import data_rank, mean_over_ranks
 from leap_pl.prior import Prior
+from leap_pl.run_settings import describe_optimizer, describe_scheduler, find_classes, read_settings
 from leap_pl.schedules import warmup_cosine
 from leap_pl.weights import Weight
 
@@ -115,12 +120,50 @@ class LeapModule(GatedModule):
         self.gradient_norm: Tensor | None = None  # of the optimizer step at hand, before it is clipped
         self.norms: list[tuple[int, Tensor]] = []  # (step, gradient norm) that were not looked at yet
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # no open files
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Return the module that a checkpoint was written of, with its base model and its logits.
+
+        Args:
+            checkpoint_path: A checkpoint file.
+            map_location: Device of the model and the logits.
+            hparams_file: Not used: a checkpoint holds its settings.
+            strict: Not used: names and shapes of logits are always compared.
+            weights_only: Not used: nothing but tensors and plain values is ever read.
+            settings: Settings of the module that replace those of the checkpoint, such as ``base_model``; and
+                ``trust_remote_code``, which is never taken from a file.
+
+        Raises:
+            UserError: It cannot be read, or does not belong to the base model.
+        """
+        checkpoint = load_checkpoint(checkpoint_path)
+        stored = read_settings(read_identity(checkpoint, checkpoint_path), checkpoint, str(checkpoint_path))
+        classes, refused = find_classes(stored, str(checkpoint_path))
+        known = {name: value for name, value in stored.items() if name.startswith("model.") and name not in refused}
+        known |= {name: partial(kind, **arguments) for name, (kind, arguments) in classes.items()}
+        module = cls(**{name.removeprefix("model."): value for name, value in known.items()} | settings)
+        for name, error in refused.items():
+            if name.removeprefix("model.") not in settings:
+                raise error
+        module.configure_model()
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=False)
+        return module if map_location is None else module.to(map_location)
+
     def configure_model(self) -> None:
         """Load the base model, make the prior, put the gates on. Does nothing the second time."""
         if self.model is not None:
             return
         if self._fitting():  # first, for a prior may take minutes
-            check_rounding(self._optimizer_of([nn.Parameter(torch.zeros(1))]), self.logits_dtype)
+            check_rounding(self._optimizer_of([nn.Parameter(torch.zeros(1, 1))]), self.logits_dtype)
         super().configure_model()
         layers = {name: weight.layer for name, weight in self.weights.items()}
         self.groups = budget_groups(layers, self.objective.budget_scope)
@@ -128,6 +171,17 @@ class LeapModule(GatedModule):
     def settings(self) -> dict[str, Any]:
         """What a mask's provenance tells of how it was learned: plain values."""
         return {"objective": asdict(self.objective)} | super().settings()
+
+    def learned_with(self) -> Settings:
+        """See :meth:`.GatedModule.learned_with`."""
+        told: Settings = {"model.objective": asdict(self.objective), "model.warmup_steps": self.warmup_steps}
+        optimizer = self._optimizer_of([nn.Parameter(torch.zeros(1, 1, dtype=self.logits_dtype))])
+        told["model.optimizer"] = describe_optimizer(optimizer, getattr(self.make_optimizer, "keywords", {}))
+        told["model.lr_scheduler"] = None
+        if self.make_scheduler is not None:
+            given = getattr(self.make_scheduler, "keywords", {})
+            told["model.lr_scheduler"] = describe_scheduler(self.make_scheduler(optimizer), given)
+        return super().learned_with() | taken(told)
 
     def on_fit_start(self) -> None:
         """Nearly shut gates make denormal numbers, and those make some processors slow: they are taken for 0."""

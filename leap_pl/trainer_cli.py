@@ -22,16 +22,19 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from leap_pl.arguments import check_configs, check_groups, one_line
+from leap_pl.arguments import check_classes, check_configs, check_groups, one_line, plain, setting_of
 from leap_pl.callbacks import Annealing, Checkpoints, MaskExport, SparsityLogger, StepProgress
-from leap_pl.checkpoint import KEY, load_checkpoint, read_identity
+from leap_pl.checkpoint import load_checkpoint
 from leap_pl.checkpoint_io import WholeCheckpointIO
+from leap_pl.checkpoints.class_spec import same
+from leap_pl.checkpoints.identity import read_identity
 from leap_pl.consolidate import check_folder
 from leap_pl.data import TextDataModule
 from leap_pl.errors import UserError
 from leap_pl.module import LeapModule
 from leap_pl.parallel import lost_a_rank
 from leap_pl.resume import newest_checkpoint
+from leap_pl.run_settings import find_classes, read_settings
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 2000,
@@ -86,43 +89,64 @@ class LeapCLI(LightningCLI):
         parser.link_arguments("model.revision", "data.tokenizer_revision")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """What a checkpoint was made with fills in what is not given; what is typed, or in a config, wins.
+        """Parse ``args``; what is not given is taken from the checkpoint that the run resumes from.
 
         ``--ckpt_path last`` becomes the newest whole checkpoint of ``checkpoint.dirpath``, or none where there is
-        none yet. A job that SLURM has put back into its queue goes on from there without being told to.
+        none yet. A job that SLURM has put back into its queue resumes from there without being told to.
         """
         words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
         check_configs(words)
-        path = _option(words, "--ckpt_path")
+        path = setting_of(words, "ckpt_path")
+        refused: dict[str, UserError] = {}
         if path is not None and Path(path).exists():
-            self._take_defaults(words[0], load_checkpoint(path))
-        try:
-            super().parse_arguments(parser, args)
-        except ArgumentError as error:
-            known = self._subcommand_parsers[words[0]]._option_string_actions if self._subcommand_parsers else ()
-            raise UserError(one_line(error, list(known))) from error
+            refused = self._take_settings(words[0], load_checkpoint(path), path)
+        self._parse(parser, args, words)
         verb = self.config.get("subcommand")
         if verb is None:
             check_groups(self.config, parser.get_defaults())
+            check_classes(self.config)
             return
         settings = self.config[verb]
-        check_groups(settings, self._subcommand_parsers[verb].get_defaults())
-        given = None if settings.ckpt_path == "last" else settings.ckpt_path
+        if settings.ckpt_path != path:
+            raise UserError(f"ckpt_path is {settings.ckpt_path} and {path}. Give it once, as --ckpt_path PATH.")
+        given = None if path == "last" else path
         requeued = verb == "fit" and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-        if settings.ckpt_path != "last" and not requeued:
-            return
-        found = _find_last(verb, settings.checkpoint.dirpath)
-        if found is not None:
-            self._take_defaults(verb, found[1])
-            super().parse_arguments(parser, args)
-        self.config[verb].ckpt_path = given if found is None else str(found[0])
+        if path == "last" or requeued:
+            newest = _find_last(verb, settings.checkpoint.dirpath)
+            if newest is not None:
+                refused = self._take_settings(verb, newest[1], str(newest[0]))
+                self._parse(parser, args, words)
+            self.config[verb].ckpt_path = given if newest is None else str(newest[0])
+        settings = self.config[verb]
+        check_groups(settings, self._subcommand_parsers[verb].get_defaults())
+        for name, error in refused.items():
+            if same(plain(settings.get(name)), plain(self._subcommand_parsers[verb].get_default(name))):  # not typed
+                raise error
+        check_classes(settings)
 
-    def _take_defaults(self, verb: str, checkpoint: dict[str, Any]) -> None:
-        stored = checkpoint.get("hyper_parameters", {})
-        known = {f"model.{name}": value for name, value in stored.items() if not name.startswith("_")}
-        if KEY in checkpoint:
-            known["model.gate"] = read_identity(checkpoint).gate
+    def _parse(self, parser: LightningArgumentParser, args: ArgsType, words: list[str]) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            parsers = getattr(self, "_subcommand_parsers", {words[0]: parser} if words else {})
+            raise UserError(one_line(error, list(parsers[words[0]]._option_string_actions))) from error
+
+    def _take_settings(self, verb: str, checkpoint: dict[str, Any], path: str) -> dict[str, UserError]:
+        """Make what ``checkpoint`` was learned with the parser's defaults.
+
+        Returns:
+            Name of a setting → why it cannot be taken: unless it is typed, the run is refused.
+        """
+        settings = read_settings(read_identity(checkpoint, path), checkpoint, path)
+        classes, refused = find_classes(settings, path)
+        for name, (kind, arguments) in classes.items():
+            settings[name] = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+        linked = ("data.tokenizer", "data.tokenizer_revision")  # to the model's
+        known = {name: value for name, value in settings.items() if name not in linked and name not in refused}
+        if verb != "fit":  # validation has a precision of its own, and no steps
+            known = {name: value for name, value in known.items() if not name.startswith("trainer.")}
         self._subcommand_parsers[verb].set_defaults(known)
+        return refused
 
     def before_fit(self) -> None:
         """Tell the model what it goes on from, and refuse a form that the strategy cannot read."""
@@ -130,6 +154,8 @@ class LeapCLI(LightningCLI):
         if path is None or not Path(path).exists():
             return
         self.model.resumes_from = path
+        checkpoint = load_checkpoint(path, whole=False)  # its bits were checked when its settings were taken
+        self.model.check_resume(checkpoint, path, self.trainer, self.datamodule, fitting=self.subcommand == "fit")
         if Path(path).is_dir():
             if not isinstance(self.trainer.strategy, ModelParallelStrategy):
                 raise UserError(
@@ -163,7 +189,9 @@ class ConfigOfFit(SaveConfigCallback):
 
 def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
     """Parse ``words`` and make trainer, module and data module; with ``run``, the first word is the verb to run."""
-    verbs: dict[str, Any] = {verb: {"exit_on_error": False} for verb in LeapCLI.subcommands()} if run else {}
+    # Options by their whole names only: what stands for --ckpt_path has to be known before the rest is parsed.
+    settings = {"exit_on_error": False, "allow_abbrev": False}
+    verbs: dict[str, Any] = dict.fromkeys(LeapCLI.subcommands(), settings) if run else {}
     return LeapCLI(
         LeapModule,
         TextDataModule,
@@ -174,7 +202,7 @@ def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
         auto_configure_optimizers=False,
         save_config_callback=ConfigOfFit,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "leap_pl", "exit_on_error": False, **verbs},
+        parser_kwargs={"prog": "leap_pl", **settings, **verbs},
     )
 
 
@@ -303,12 +331,3 @@ def _find_last(verb: str, folder: str | None) -> tuple[Path, dict[str, Any]] | N
             words = f"{damaged[0]} So: {words}"
     rank_zero_only(print)(f"leap_pl {verb}: {words}", file=sys.stderr, flush=True)
     return None if found is None else found[:2]
-
-
-def _option(words: list[str], name: str) -> str | None:
-    for place, word in enumerate(words):
-        if word == name and place + 1 < len(words):
-            return words[place + 1]
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-    return None

@@ -98,14 +98,6 @@ def test_resumed_run_ends_bit_identical(finished: Run, model_folder, text_file, 
     )
 
 
-def test_typed_value_wins_over_the_checkpoints(finished: Run, model_folder, text_file, tmp_path: Path) -> None:
-    earlier = str(finished.folder / "checkpoints" / "step=4.ckpt")
-    cli = main(fit_flags(model_folder, text_file, tmp_path, "--ckpt_path", earlier, "--model.sparsity=0.6"))
-    assert cli.model.sparsity == 0.6
-    untyped = main([*fit_flags(model_folder, text_file, tmp_path / "b", "--ckpt_path", earlier)])
-    assert untyped.model.sparsity == 0.5
-
-
 def test_activation_checkpointing_changes_no_bit(finished: Run, model_folder, text_file, tmp_path: Path) -> None:
     main(fit_flags(model_folder, text_file, tmp_path, "--model.activation_checkpointing=true"))
     one, other = logits(finished.checkpoint), logits(tmp_path / "checkpoints" / "last.ckpt")

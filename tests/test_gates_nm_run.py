@@ -140,7 +140,7 @@ def test_a_checkpoint_of_other_gates_is_refused(nm_folder: Path, model_folder, t
     checkpoint = nm_folder / "checkpoints" / "last.ckpt"
     flags = fit_flags(model_folder, text_file, tmp_path, f"--ckpt_path={checkpoint}")
     three = ["--model.gate=NMGate", "--model.gate.n=3", "--model.gate.m=4", "--model.sparsity=0.25"]
-    assert "Use the same settings" in refused([*flags, *three], capsys)
+    assert "model.sparsity was 0.5 and is 0.25" in refused([*flags, *three], capsys)
     assert "Use the same gate" in refused([*flags, "--model.gate=BernoulliGate"], capsys)
 
 

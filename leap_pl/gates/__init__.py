@@ -1,6 +1,6 @@
 """What a learnable mask is: gates on the weights of a frozen model."""
 
-from leap_pl.gates.attach import Stored, attach, detach, gate_kind, restore
+from leap_pl.gates.attach import Stored, attach, detach, gate_kind, gate_kinds, restore
 from leap_pl.gates.bernoulli import BernoulliGate
 from leap_pl.gates.gate import Gate, GateFactory, GateState
 from leap_pl.gates.nm import NMGate
@@ -17,5 +17,6 @@ __all__ = [
     "attach",
     "detach",
     "gate_kind",
+    "gate_kinds",
     "restore",
 ]

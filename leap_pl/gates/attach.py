@@ -108,10 +108,15 @@ def gate_kind(name: str) -> type[Gate]:
     Raises:
         UserError: There is no such kind.
     """
-    kinds = {c.__name__: c for c in _subclasses(Gate)}
+    kinds = gate_kinds()
     if name not in kinds:
         raise UserError(f"gates of kind {name!r} are not known here (known: {listing(sorted(kinds))}).")
     return kinds[name]
+
+
+def gate_kinds() -> dict[str, type[Gate]]:
+    """Return the kinds of gates by the names of their classes: those of this package, and those imported since."""
+    return {c.__name__: c for c in _subclasses(Gate)}
 
 
 def _subclasses(kind: type[Gate]) -> list[type[Gate]]:

@@ -80,7 +80,6 @@ class Gate(nn.Module):
     Attributes:
         method: What the provenance of a mask learned with it says.
         takes_grades: Whether :meth:`start_from` takes a float lean of −1 to 1 in the place of a bool ``prior``.
-        start_settings: Which of its settings matter at the start alone, so that a resumed run may change them.
         logits: The learnable parameter θ; float32 unless :meth:`store_as` said otherwise, whatever precision the
             rest of the model is cast to.
         kept: After a soft pass, ΣM over the weight, with its gradient; None before one.
@@ -91,7 +90,6 @@ class Gate(nn.Module):
 
     method: ClassVar[str] = "leap"
     takes_grades: ClassVar[bool] = False
-    start_settings: ClassVar[tuple[str, ...]] = ("spread", "strength")
 
     logits: nn.Parameter
     kept: Tensor | None

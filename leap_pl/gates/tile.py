@@ -47,7 +47,6 @@ class TileGate(Gate):
     """
 
     method: ClassVar[str] = "patch"
-    start_settings: ClassVar[tuple[str, ...]] = ("spread", "strength", "pattern_spread")
 
     removable: Tensor
     inner: Tensor

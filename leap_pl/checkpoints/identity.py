@@ -1,0 +1,135 @@
+"""Whose logits a checkpoint holds, read by a schema of plain values, and whether a run can resume from it."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from leap_pl.checkpoints.class_spec import same
+from leap_pl.errors import UserError, listing
+from leap_pl.plain_values import read, shown
+
+KEY = "leap_pl"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whose logits a checkpoint holds, and with which settings they are learned.
+
+    Attributes:
+        base_model: Name of the base model.
+        revision: Of the base model on the hub.
+        fingerprint: Of its weights.
+        gate: Class and settings of the gates.
+        sparsity: The target.
+        targets: As given to LeapModule.
+        ignore: As given to LeapModule.
+        max_steps: T of every schedule, in optimizer steps.
+        shapes: Weight name → shape of the weight.
+        input_dims: Weight name → the dimension its layer's inputs run along.
+        ranks: How many processes learned together.
+        accumulation: Micro-batches of each of them in an optimizer step.
+        dense_perplexity: Of the dense model on the validation text, once measured.
+        settings: What else the mask's provenance should tell.
+        learned_with: The settings that a resumed run takes and compares (:mod:`leap_pl.checkpoints.settings`), by their
+            names there; empty in checkpoints of versions that did not store them.
+        format_version: Of the checkpoint.
+    """
+
+    base_model: str
+    revision: str | None
+    fingerprint: str
+    gate: dict[str, Any]
+    sparsity: float
+    targets: list[str] | None
+    ignore: list[str]
+    max_steps: int | None
+    shapes: dict[str, list[int]]
+    input_dims: dict[str, int]
+    ranks: int | None = None
+    accumulation: int | None = None
+    dense_perplexity: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    learned_with: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def read_identity(checkpoint: dict[str, Any], path: str | Path = "the checkpoint") -> Identity:
+    """The identity in a loaded ``checkpoint``.
+
+    Raises:
+        UserError: It is not one of leap_pl, or of a newer format.
+    """
+    told = checkpoint.get(KEY)
+    if not isinstance(told, dict):
+        raise UserError(f"{path} is not a checkpoint of leap_pl fit. Give a .ckpt from a run's checkpoints folder.")
+    version = told.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} is a checkpoint of format version {version}, and this leap_pl reads version {FORMAT_VERSION}. "
+            "Update leap_pl: pip install --upgrade leap_pl"
+        )
+    known = {f.name for f in fields(Identity)}
+    identity: Identity = read({key: value for key, value in told.items() if key in known}, Identity, f"{path}: {KEY}")
+    gate, sizes = identity.gate, [size for shape in identity.shapes.values() for size in shape]
+    plain_gate = isinstance(gate.get("class_path"), str) and isinstance(gate.get("init_args"), dict)
+    if not (plain_gate and 0 <= identity.sparsity < 1 and min(sizes, default=0) > 0):
+        raise UserError(
+            f"{path} does not say whose logits it holds (gate {shown(gate)}, sparsity {identity.sparsity}, "
+            f"{len(identity.shapes)} weights). Take the checkpoint before it."
+        )
+    return identity
+
+
+def check_same(found: Identity, expected: Identity) -> None:
+    """Make sure that a checkpoint continues this run.
+
+    Raises:
+        UserError: It is of another base model, other gated weights, another kind of gate, or of a run with
+            another number of steps.
+    """
+    if found.fingerprint != expected.fingerprint:
+        raise UserError(
+            f"the checkpoint belongs to {found.base_model} with fingerprint {found.fingerprint}, and the base model "
+            f"here is {expected.base_model} with {expected.fingerprint}. Give the model the checkpoint was made for."
+        )
+    if not same(found.gate, expected.gate):
+        one_class = found.gate["class_path"] == expected.gate["class_path"]
+        raise UserError(
+            f"the checkpoint holds logits of {_gate(found, one_class)}, and model.gate is "
+            f"{_gate(expected, one_class)}. Use the same gate, or leave --model.gate out."
+        )
+    if found.shapes != expected.shapes:
+        names = {*found.shapes, *expected.shapes}
+        wrong = sorted(name for name in names if found.shapes.get(name) != expected.shapes.get(name))
+        raise UserError(
+            f"the checkpoint gates other weights than this run: they differ in {listing(wrong, 4)}. "
+            f"It was made with targets {found.targets} and ignore {found.ignore}; use the same."
+        )
+    if None not in (found.max_steps, expected.max_steps) and found.max_steps != expected.max_steps:
+        raise UserError(
+            f"the checkpoint is of a run of {found.max_steps} steps, and trainer.max_steps is {expected.max_steps}: "
+            f"every schedule would jump. Set --trainer.max_steps {found.max_steps}, or start a new run."
+        )
+    before, now = _micro_batches(found), _micro_batches(expected)
+    if before is not None and now is not None and before != now:
+        assert expected.ranks is not None
+        fits = before % expected.ranks == 0
+        remedy = f"Set --trainer.accumulate_grad_batches {before // expected.ranks}."
+        raise UserError(
+            f"the checkpoint is of a run of {before} micro-batches an optimizer step ({found.ranks} ranks × "
+            f"{found.accumulation}), and here it is {now} ({expected.ranks} × {expected.accumulation}): it would be "
+            f"another run. {remedy if fits else f'Resume on a number of ranks that divides {before}.'}"
+        )
+
+
+def _gate(identity: Identity, with_settings: bool) -> str:
+    gate = identity.gate
+    return f"{gate['class_path']} with {gate['init_args']}" if with_settings else str(gate["class_path"])
+
+
+def _micro_batches(identity: Identity) -> int | None:
+    """Of an optimizer step, over all ranks."""
+    if identity.ranks is None or identity.accumulation is None:
+        return None
+    return identity.ranks * identity.accumulation

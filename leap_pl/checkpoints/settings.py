@@ -1,0 +1,166 @@
+"""Which settings a resumed run takes from its checkpoint, and which may change: one table for module, data and trainer.
+
+A setting of the table is
+
+===========  =========================================================================================================
+fixed        part of what is learned: taken from the checkpoint unless typed; refused if typed and different
+same         names a thing: taken from the checkpoint unless typed; another name is accepted for the same content, which
+             is compared by a fingerprint or a digest
+kept         changes nothing that is learned: taken from the checkpoint unless typed; what is typed holds
+free         never taken from a checkpoint
+===========  =========================================================================================================
+
+``trust_remote_code`` is free: no file turns it on.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from leap_pl.checkpoints.class_spec import same
+from leap_pl.errors import UserError
+from leap_pl.plain_values import shown
+
+Rule = Literal["fixed", "same", "kept", "free"]
+
+MODEL: dict[str, Rule] = {
+    "base_model": "same",
+    "sparsity": "fixed",
+    "gate": "fixed",
+    "targets": "fixed",
+    "ignore": "fixed",
+    "objective": "fixed",
+    "annealing": "fixed",
+    "prior": "fixed",
+    "optimizer": "fixed",
+    "lr_scheduler": "fixed",
+    "warmup_steps": "fixed",
+    "dtype": "fixed",
+    "logits_dtype": "fixed",
+    "activation_checkpointing": "kept",
+    "revision": "same",
+    "trust_remote_code": "free",
+    "seed": "fixed",
+}
+
+DATA: dict[str, Rule] = {
+    "tokenizer": "same",
+    "text": "same",
+    "config_name": "fixed",
+    "split": "fixed",
+    "text_column": "fixed",
+    "validation_text": "kept",
+    "validation_config_name": "kept",
+    "validation_split": "kept",
+    "seq_length": "fixed",
+    "batch_size": "fixed",
+    "validation_sequences": "kept",
+    "num_workers": "free",
+    "separator": "fixed",
+    "seed": "fixed",
+    "tokenizer_revision": "same",
+}
+
+TRAINER: dict[str, Rule] = {
+    "max_steps": "fixed",
+    "accumulate_grad_batches": "fixed",
+    "gradient_clip_val": "fixed",
+    "gradient_clip_algorithm": "fixed",
+    "precision": "fixed",
+    # Where and how it runs.
+    "accelerator": "free",
+    "strategy": "free",
+    "devices": "free",
+    "num_nodes": "free",
+    "plugins": "free",
+    "sync_batchnorm": "free",
+    "deterministic": "free",
+    "benchmark": "free",
+    "inference_mode": "free",
+    "use_distributed_sampler": "free",
+    "detect_anomaly": "free",
+    "profiler": "free",
+    "barebones": "free",
+    # When it ends; a run is one epoch of max_steps, and what would cut it short is refused elsewhere.
+    "max_epochs": "free",
+    "min_epochs": "free",
+    "min_steps": "free",
+    "max_time": "free",
+    "limit_train_batches": "free",
+    "overfit_batches": "free",
+    "fast_dev_run": "free",
+    "reload_dataloaders_every_n_epochs": "free",
+    # What it shows, validates and writes.
+    "logger": "free",
+    "callbacks": "free",
+    "limit_val_batches": "free",
+    "limit_test_batches": "free",
+    "limit_predict_batches": "free",
+    "val_check_interval": "free",
+    "check_val_every_n_epoch": "free",
+    "num_sanity_val_steps": "free",
+    "log_every_n_steps": "free",
+    "enable_checkpointing": "free",
+    "enable_progress_bar": "free",
+    "enable_model_summary": "free",
+    "default_root_dir": "free",
+    "enable_autolog_hparams": "free",
+    "model_registry": "free",
+}
+
+RULES: dict[str, Rule] = {
+    f"{group}.{name}": rule
+    for group, rules in (("model", MODEL), ("data", DATA), ("trainer", TRAINER))
+    for name, rule in rules.items()
+}
+
+# Parts of a fixed setting that are places, and change nothing that is learned.
+FREE_PARTS = {"model.prior": ("cache_dir",)}
+
+Settings = dict[str, Any]  # "model.sparsity" → a plain value
+
+
+def taken(settings: Mapping[str, Any]) -> Settings:
+    """Return those of ``settings``, by their names in the table, that a checkpoint holds for a resumed run."""
+    return {name: value for name, value in settings.items() if RULES[name] != "free"}
+
+
+def check_settings(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Make sure that a run resumes with the settings it was started with.
+
+    Args:
+        stored: Those of the checkpoint.
+        here: Those of this run; what either does not tell is not compared.
+
+    Raises:
+        UserError: A fixed setting differs; with both values and what to do.
+    """
+    changed = []
+    for name, rule in RULES.items():
+        # Accumulation counts with the number of ranks, and is compared with it.
+        wanted = rule == "fixed" and name != "trainer.accumulate_grad_batches"
+        if wanted and name in stored and name in here:
+            changed += _differences(name, stored[name], here[name])
+    if changed:
+        more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise UserError(
+            f"the checkpoint was learned with other settings: {'; '.join(changed[:4])}{more}. To resume with the "
+            "checkpoint's, leave them out; with others, start a new run without --ckpt_path."
+        )
+
+
+def _differences(name: str, stored: Any, here: Any) -> list[str]:
+    """What to say of a setting, or of each of its parts, that differs."""
+    if name in FREE_PARTS and isinstance(stored, dict) and isinstance(here, dict):
+        stored, here = ({k: v for k, v in side.items() if k not in FREE_PARTS[name]} for side in (stored, here))
+    if same(stored, here):
+        return []
+    if isinstance(stored, dict) and isinstance(here, dict):
+        inner = [side.get("init_args") if "class_path" in side else side for side in (stored, here)]
+        one_class = same({**stored, "init_args": {}}, {**here, "init_args": {}}) if "class_path" in stored else True
+        if one_class and isinstance(inner[0], dict) and isinstance(inner[1], dict):
+            keys = [key for key in inner[0] if key in inner[1] or "class_path" not in stored]
+            keys += [key for key in inner[1] if key not in inner[0] and "class_path" not in stored]
+            parts = [(key, inner[0].get(key), inner[1].get(key)) for key in keys]
+            return [line for key, was, now in parts for line in _differences(f"{name}.{key}", was, now)]
+        stored, here = stored.get("class_path", stored), here.get("class_path", here)
+    return [f"{name} was {shown(stored)} and is {shown(here)}"]
