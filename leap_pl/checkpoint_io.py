@@ -8,6 +8,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 
 from leap_pl.checkpoint import load_checkpoint
+from leap_pl.checkpoints.states import check_states
 from leap_pl.files import atomic_file
 
 
@@ -47,4 +48,6 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, True)
         # Not mapped: the optimizer goes on with these very tensors, and the file may be removed meanwhile.
-        return load_checkpoint(Path(path), mmap=False)
+        checkpoint = load_checkpoint(Path(path), mmap=False)
+        check_states(checkpoint, str(path))
+        return checkpoint

@@ -52,6 +52,17 @@ CLASSES: dict[str, Callable[[], Registry]] = {
 
 CLASSES_OF_MODEL = {name.partition(".")[2] for name in CLASSES}
 
+PRECISIONS = Literal[
+    "32-true",
+    "16-true",
+    "16-mixed",
+    "bf16-true",
+    "bf16-mixed",
+    "64-true",
+    "transformer-engine",
+    "transformer-engine-float16",
+]
+
 # The others: the type that a checkpoint holds.
 TYPES: dict[str, Any] = {
     "model.base_model": str,
@@ -84,7 +95,7 @@ TYPES: dict[str, Any] = {
     "trainer.accumulate_grad_batches": int,
     "trainer.gradient_clip_val": float | None,
     "trainer.gradient_clip_algorithm": Literal["norm", "value"] | None,
-    "trainer.precision": str,
+    "trainer.precision": PRECISIONS,
 }
 
 

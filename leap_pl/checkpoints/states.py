@@ -1,0 +1,70 @@
+"""Check the parts of a checkpoint that Lightning and torch restore by themselves, before they meet them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from leap_pl.errors import UserError
+from leap_pl.plain_values import read, shown
+
+_Number = bool | int | float | None
+_Setting = _Number | list[_Number]
+
+
+@dataclass
+class _Group:
+    params: list[str | int]
+    settings: dict[str, _Setting]
+
+
+def check_states(checkpoint: Mapping[str, Any], where: str) -> None:
+    """Make sure that the states of optimizer, schedule, loops and callbacks are of the types that were saved.
+
+    Args:
+        checkpoint: All of it.
+        where: Its path, for messages.
+
+    Raises:
+        UserError: One is not.
+    """
+    from packaging.version import InvalidVersion, Version
+
+    version = checkpoint.get("pytorch-lightning_version", "2")
+    try:
+        Version(version)
+    except (InvalidVersion, TypeError):
+        raise UserError(
+            f"{where}: {shown(version)} is no version of Lightning. Take the checkpoint before it."
+        ) from None
+    for name, kind in _KINDS.items():
+        if name in checkpoint:
+            read(_without_tensors(checkpoint[name]), kind, f"{where}: {name}")
+    for optimizer in checkpoint.get("optimizer_states", []):
+        for group in optimizer.get("param_groups", []):
+            settings = {key: value for key, value in group.items() if key != "params"}
+            told = {"params": group.get("params", []), "settings": settings}
+            read(_without_tensors(told), _Group, f"{where}: optimizer_states")
+
+
+# Counters and flags, in dictionaries of any depth.
+_Counts = dict[str, bool | int | float | dict[str, Any] | None]
+
+_KINDS: dict[str, Any] = {
+    "epoch": int,
+    "global_step": int,
+    "loops": dict[str, _Counts],
+    "callbacks": dict[str, dict[str, Any]],
+    "optimizer_states": list[dict[str, Any]],
+    "lr_schedulers": list[dict[str, _Setting | dict[str, Any] | str | list[Any]]],
+}
+
+
+def _without_tensors(tree: Any) -> Any:
+    """``tree`` with a number in the place of each tensor, and strings as keys."""
+    if isinstance(tree, Tensor):
+        return 0.0
+    if isinstance(tree, Mapping):
+        return {str(key): _without_tensors(value) for key, value in tree.items()}
+    return [_without_tensors(item) for item in tree] if isinstance(tree, list | tuple) else tree
