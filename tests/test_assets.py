@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from leap_pl import assets
+from experiments import assets
 
 
 def registry(monkeypatch, *wheels, failure=None):

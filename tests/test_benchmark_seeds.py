@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import seeds
-from leap_pl.quickstart import CONFIG
+from experiments.quickstart import CONFIG
 from leap_pl.trainer_cli import make_cli
 
 ROOT = Path(__file__).parents[1]

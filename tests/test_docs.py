@@ -128,7 +128,7 @@ def test_a_target_that_is_shown_exists(document: str, line: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_modules_and_scripts_that_are_named_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
-    for module in re.findall(r"python -m ((?:benchmarks|leap_pl)\.\w+)", text):
+    for module in re.findall(r"python -m ((?:benchmarks|experiments|leap_pl)(?:\.\w+)+)", text):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     for script in re.findall(r"python (\w+/[\w./]+\.py)", text):

@@ -16,10 +16,10 @@ from tiny_experiment import (
     verbs,
 )
 
+from experiments.headline import running
+from experiments.headline.running import last_line, run_command
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
-from leap_pl.results import running
-from leap_pl.results.running import last_line, run_command
 
 # -- the whole of it ------------------------------------------------------------------------------------------
 

@@ -9,14 +9,14 @@ import pytest
 import yaml
 from tiny_experiment import CELLS, SCORED_CELLS, cells, change, results, runner
 
+from experiments.headline import steps
+from experiments.headline.__main__ import main
+from experiments.headline.experiment import laid_over, read_experiment
+from experiments.headline.measured import Group, read_cells
+from experiments.headline.report import shared_settings, without
+from experiments.headline.tables import difference_table
 from leap_pl.cli import main as leap_pl
 from leap_pl.oneshot.prune import UPDATING
-from leap_pl.results import steps
-from leap_pl.results.__main__ import main
-from leap_pl.results.experiment import laid_over, read_experiment
-from leap_pl.results.measured import Group, read_cells
-from leap_pl.results.report import shared_settings, without
-from leap_pl.results.tables import difference_table
 
 # -- the report -----------------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from leap_pl.results.experiment import read_experiment
-from leap_pl.results.report import write_report
+from experiments.headline.experiment import read_experiment
+from experiments.headline.report import write_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.headline.digests import digest, identity
+from experiments.headline.experiment import Cell, Experiment, laid_over
 from leap_pl.errors import UserError
-from leap_pl.results.digests import digest, identity
-from leap_pl.results.experiment import Cell, Experiment, laid_over
 
 UPDATING = ("sparsegpt", "admm")  # methods of prune that write a model
 # Settings of a fit that leave its mask as it is.

@@ -12,14 +12,14 @@ from typing import Any
 
 import yaml
 
+from experiments.headline import running
+from experiments.headline.cells import told_mask
+from experiments.headline.experiment import Cell, Experiment
+from experiments.headline.progress import RECORD, Progress
+from experiments.headline.steps import Step
 from leap_pl.errors import UserError, listing
 from leap_pl.evaluation.record import read_result
 from leap_pl.files import atomic_file
-from leap_pl.results import running
-from leap_pl.results.cells import told_mask
-from leap_pl.results.experiment import Cell, Experiment
-from leap_pl.results.progress import RECORD, Progress
-from leap_pl.results.steps import Step
 
 
 class Runner(Progress):

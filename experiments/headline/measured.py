@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.headline.experiment import UNSTRUCTURED
 from leap_pl.comparison.entries import Entry, check_protocols, entry_of_result
 from leap_pl.errors import UserError
 from leap_pl.evaluation.record import read_result
-from leap_pl.results.experiment import UNSTRUCTURED
 
 ROLES = ("like", "unlike")  # the calibration text
 

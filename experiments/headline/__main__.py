@@ -1,4 +1,4 @@
-"""``python -m leap_pl.results``: make, measure and report the headline experiment."""
+"""``python -m experiments.headline``: make, measure and report the headline experiment."""
 
 import argparse
 import signal
@@ -14,7 +14,7 @@ DEFINITION = "configs/results/headline.yaml"
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m leap_pl.results",
+        prog="python -m experiments.headline",
         description="Make and measure the cells of an experiment, and write its report. What is finished is not done "
         "again; stop it at any moment, and the same command goes on.",
     )
@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from leap_pl.results.experiment import read_experiment
-    from leap_pl.results.runner import Runner
+    from experiments.headline.experiment import read_experiment
+    from experiments.headline.runner import Runner
 
     if options.cells is not None:
         return _report(options.cells, options.docs)
@@ -60,7 +60,7 @@ def _run(options: argparse.Namespace) -> int:
         print("\n".join(runner.lines(cells)))
         return 0
     failed = {} if options.report else runner.run(runner.left(cells))
-    from leap_pl.results.cells import collect
+    from experiments.headline.cells import collect
 
     finished = collect(runner, options.docs / "cells")
     print(f"{finished} of {len(runner.experiment.cells)} cells are finished")
@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _report(cells: Path, docs: Path) -> int:
-    from leap_pl.results.report import write_report
+    from experiments.headline.report import write_report
 
     print(f"written: {write_report(cells, docs)}")
     return 0

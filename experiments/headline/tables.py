@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from experiments.headline.measured import ROLES, Group, Measured, groups
 from leap_pl.comparison.differences import (
     Difference,
     accuracy_difference,
@@ -10,7 +11,6 @@ from leap_pl.comparison.differences import (
     perplexity_difference,
     shared_tasks,
 )
-from leap_pl.results.measured import ROLES, Group, Measured, groups
 
 KEY = (
     "Perplexity: lower is better. Gap closed: the part of the reference's distance to the dense model that a row "

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
+from experiments.headline.experiment import UNSTRUCTURED
+from experiments.headline.measured import ROLES, Measured, groups, read_cells
+from experiments.headline.tables import KEY, difference_table, main_table, task_table
 from leap_pl.files import atomic_file
-from leap_pl.results.experiment import UNSTRUCTURED
-from leap_pl.results.measured import ROLES, Measured, groups, read_cells
-from leap_pl.results.tables import KEY, difference_table, main_table, task_table
 
 FAR_OFF = 10  # times the reference's perplexity
 NOTES = "notes.md"  # what is written by hand, and stays
@@ -33,7 +33,7 @@ def write_report(cells: Path, docs: Path) -> Path:
     parts = [
         "# Results",
         f"Written by `make results`; every figure is from the files in [`{docs.name}/cells`]({docs.name}/cells), and "
-        "`python -m leap_pl.results --report --from docs/results/cells` writes this page again from them.",
+        "`python -m experiments.headline --report --from docs/results/cells` writes this page again from them.",
         *found[0].cell["about"],
         *_tables(found),
         *_pictures(found, docs),

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments.headline.cells import is_current, write_overlap
+from experiments.headline.digests import digest
+from experiments.headline.experiment import Cell, Experiment
+from experiments.headline.steps import Step, Steps
 from leap_pl.errors import UserError, listing
 from leap_pl.evaluation.record import read_result
-from leap_pl.results.cells import is_current, write_overlap
-from leap_pl.results.digests import digest
-from leap_pl.results.experiment import Cell, Experiment
-from leap_pl.results.steps import Step, Steps
 
 RECORD = "steps.json"  # in a cell's folder: step → what is known of it
 SUPERSEDED = "superseded"  # folder of learned cells that other settings have taken the place of

