@@ -23,7 +23,7 @@ from benchmarks.report import Row, finish, interleaved
 from leap_pl import gates as kinds
 from leap_pl.allocator import keep_freed_memory
 from leap_pl.gates import Gate, GateState
-from leap_pl.gates.compiled import compile_seconds
+from leap_pl.kernels.compiled import compile_seconds
 from leap_pl.weights import Weight
 
 

@@ -71,7 +71,7 @@ def child(model: str, text: str) -> None:
     start = time.time()
     from leap_pl import gated_module, module
     from leap_pl.cli import main as leap_pl
-    from leap_pl.gates.compiled import compile_seconds
+    from leap_pl.kernels.compiled import compile_seconds
     from leap_pl.models import load_model
     from leap_pl.oneshot.prune import prune
     from leap_pl.patterns import Unstructured

@@ -38,7 +38,7 @@ from leap_pl import gates as kinds
 from leap_pl.allocator import keep_freed_memory
 from leap_pl.clipping import clip_by_norm
 from leap_pl.gates import Gate, GateState, attach
-from leap_pl.gates.compiled import compile_seconds
+from leap_pl.kernels.compiled import compile_seconds
 from leap_pl.models import fast_dtype, load_model
 from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
 from leap_pl.optimizer import PackedAdamW

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from leap_pl.gates.compiled import compiled
-from leap_pl.gates.noise import columns
+from leap_pl.kernels.compiled import compiled
+from leap_pl.kernels.noise import columns
 
 States = Callable[[Tensor], Tensor]
 Head = Callable[[Tensor], Tensor]

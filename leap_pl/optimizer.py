@@ -13,7 +13,7 @@ v          9     2^(k/8 − 54), k = 0 … 511: its root from 7e-9, below Adam's
 What is stored is rounded up or down at random, in proportion to what lies nearer, so that its mean is the exact
 value: rounding to the nearest would hold v where it is as soon as a step of its average is less than half a step of
 the grid. The same holds for the parameters if they are bfloat16. The bits of chance are a hash of (seed, step,
-parameter, element), as the gates' noise is (:mod:`leap_pl.gates.noise`): a resumed run rounds as the one that was
+parameter, element), as the gates' noise is (:mod:`leap_pl.kernels.noise`): a resumed run rounds as the one that was
 never stopped, and no state of a generator is saved.
 """
 
@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from leap_pl.errors import UserError
-from leap_pl.gates.compiled import compiled
-from leap_pl.gates.noise import columns, element_bits, noise_keys
+from leap_pl.kernels.compiled import compiled
+from leap_pl.kernels.noise import columns, element_bits, noise_keys
 from leap_pl.shards import Ranks, own_part
 
 RATIO_BITS = 7

@@ -9,7 +9,7 @@ from tiny import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from leap_pl.gates import BernoulliGate, Gate, GateState, NMGate, attach
-from leap_pl.gates.noise import columns, element_bits, gumbel, logistic
+from leap_pl.kernels.noise import columns, element_bits, gumbel, logistic
 from leap_pl.weights import Weight, find_weights
 
 IDS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from leap_pl.gates.compiled import OPTIONS, can_compile
-from leap_pl.gates.direct import DirectKernel
+from leap_pl.kernels.compiled import OPTIONS, can_compile
+from leap_pl.kernels.direct import DirectKernel
 
 
 def scaled(x_RC: Tensor, y_RC: Tensor, by: Tensor, twice: bool = False) -> tuple[Tensor, Tensor]:

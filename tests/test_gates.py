@@ -14,7 +14,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn.utils import parametrize
 
 from leap_pl.gates import BernoulliGate, GateState, attach, detach
-from leap_pl.gates import compiled as compiling
+from leap_pl.kernels import compiled as compiling
 from leap_pl.masks import MaskSet, Provenance
 from leap_pl.weights import find_weights
 

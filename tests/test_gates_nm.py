@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from benchmarks.published_nm import PublishedNM
 from leap_pl.errors import UserError
 from leap_pl.gates import GateState, NMGate, Stored, attach, detach, restore
-from leap_pl.gates import compiled as compiling
 from leap_pl.gates import pattern_kernels as kernels
 from leap_pl.gates.groups import Groups, first_highest
-from leap_pl.gates.noise import columns, element_bits, gumbel
+from leap_pl.kernels import compiled as compiling
+from leap_pl.kernels.noise import columns, element_bits, gumbel
 from leap_pl.masks import MaskSet, Provenance
 from leap_pl.patterns import NM, choose
 from leap_pl.weights import Weight, find_weights

@@ -17,9 +17,9 @@ from leap_pl.checkpoint import masks_from_checkpoint
 from leap_pl.cli import main
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, GateState, Stored, TileGate, attach, restore
-from leap_pl.gates import compiled as compiling
-from leap_pl.gates.noise import columns, element_bits, logistic
 from leap_pl.gates.tile import PATTERNS
+from leap_pl.kernels import compiled as compiling
+from leap_pl.kernels.noise import columns, element_bits, logistic
 from leap_pl.masks import MaskSet
 from leap_pl.patterns import NM, Tiled, Unstructured, choose, follows
 from leap_pl.weights import Weight, find_weights

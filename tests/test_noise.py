@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from leap_pl.gates.noise import columns, element_bits, gumbel, logistic, noise_keys
+from leap_pl.kernels.noise import columns, element_bits, gumbel, logistic, noise_keys
 
 ROWS, COLUMNS = 250, 800
 SAMPLES = ROWS * COLUMNS

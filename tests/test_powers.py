@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leap_pl.gates.powers import exp2, log2
+from leap_pl.kernels.powers import exp2, log2
 
 FLOATS = st.floats(min_value=2.0**-120, max_value=2.0**120, width=32)
 

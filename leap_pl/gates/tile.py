@@ -14,8 +14,8 @@ from leap_pl.errors import UserError
 from leap_pl.gates.gate import Gate, GateState
 from leap_pl.gates.groups import Groups
 from leap_pl.gates.nm import confidence
-from leap_pl.gates.noise import noise_keys
 from leap_pl.gates.tile_grid import FixedTiles, JointTiles, SoftTiles, TileGrid
+from leap_pl.kernels.noise import noise_keys
 from leap_pl.patterns import NM, Pattern, Tiled, Unstructured, follows
 from leap_pl.shards import gathered
 from leap_pl.topk import Cut, exact_top_k

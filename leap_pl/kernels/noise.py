@@ -9,7 +9,7 @@ element is then two rounds away from its row's key and its column. The tensor's 
 first round of both, so that neither two tensors nor two rows are permuted copies of each other.
 
 Per element: 2 multiplications, 2 shifts, 4 xors and additions and 2 masks for the bits; then a conversion, 2
-multiplications, 2 additions, a division and a logarithm (:mod:`leap_pl.gates.powers`) for the logistic. That it is
+multiplications, 2 additions, a division and a logarithm (:mod:`leap_pl.kernels.powers`) for the logistic. That it is
 good enough is tested: its distribution and tails, every bit and pair of bits, and the independence of elements,
 rows, tensors, steps and seeds, in ``tests/test_noise.py``.
 """
@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from leap_pl.gates.powers import log2
+from leap_pl.kernels.powers import log2
 
 
 def noise_keys(seed: int, step: int, micro_batch: int, tensor: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx.experimental import _config as symbols
 
-from leap_pl.gates.direct import DirectKernel
+from leap_pl.kernels.direct import DirectKernel
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
