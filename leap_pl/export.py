@@ -53,8 +53,8 @@ def export_command(
     revision = revision or (masks.provenance.revision if model is None else None)
     results = _read_results(perplexity)
 
+    from leap_pl.base_model.loading import load_model, load_tokenizer
     from leap_pl.files import atomic_folder, check_apart
-    from leap_pl.models import load_model, load_tokenizer
     from leap_pl.zeros import zero_removed
 
     check_apart(output_dir, (ckpt_path, mask, name, perplexity) if force else ())
@@ -103,8 +103,8 @@ def _form(masks: "MaskSet") -> "Pattern | Tiled":
 
 def _check_form(masks: "MaskSet", base: "PreTrainedModel") -> None:
     """Make sure that every mask has exactly the form it says it has: what runs 2:4 fast gives nonsense for the rest."""
+    from leap_pl.base_model.weights import find_weights
     from leap_pl.patterns import follows
-    from leap_pl.weights import find_weights
 
     form = _form(masks)
     weights = find_weights(base, list(masks.masks))

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from leap_pl import checkpoint as checkpoints
 from leap_pl import finite
 from leap_pl.allocator import keep_freed_memory
+from leap_pl.base_model.loading import Dtype, fast_dtype, load_model, longest_sequence
+from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.gates import Gate, GateState, attach
-from leap_pl.models import Dtype, fast_dtype, load_model, longest_sequence
 from leap_pl.objective import split_model
 from leap_pl.parallel import (
     RankZero,
@@ -30,7 +31,6 @@ from leap_pl.prior import Calibration, Prior, SharedPrior, make_and_share
 from leap_pl.rewind import rewind
 from leap_pl.shards import copy_part_, gathered
 from leap_pl.validation import Validation
-from leap_pl.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -33,7 +33,7 @@ from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file
 
 if TYPE_CHECKING:
-    from leap_pl.weights import Weight
+    from leap_pl.base_model.weights import Weight
 
 FORMAT = "leap_pl.MaskSet"
 FORMAT_VERSION = 1
@@ -45,7 +45,7 @@ class Provenance:
 
     Attributes:
         base_model: Name of the base model: hub id, folder or GGUF file.
-        fingerprint: Of the base model's weights (:func:`leap_pl.weights.model_fingerprint`).
+        fingerprint: Of the base model's weights (:func:`leap_pl.base_model.weights.model_fingerprint`).
         method: What made the mask: ``magnitude``, ``wanda``, ``leap`` …
         sparsity: The sparsity that was asked for; None where the method has none.
         revision: Of the base model on the hub.
@@ -161,7 +161,7 @@ class MaskSet:
             UserError: The model's weights have another fingerprint, or it has no such weights, or, of ``weights``,
                 names or shapes differ.
         """
-        from leap_pl.weights import model_fingerprint
+        from leap_pl.base_model.weights import model_fingerprint
 
         found = model_fingerprint(model)
         if found != self.provenance.fingerprint:

@@ -23,7 +23,7 @@ from leap_pl.errors import UserError, listing
 if TYPE_CHECKING:
     import lightning as L
 
-    from leap_pl.weights import Weight
+    from leap_pl.base_model.weights import Weight
 
 Made = TypeVar("Made")
 

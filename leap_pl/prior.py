@@ -13,10 +13,10 @@ from leap_pl.parallel import RankZero
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from leap_pl.base_model.weights import Weight
     from leap_pl.data import TextDataModule
     from leap_pl.gates import Gate
     from leap_pl.patterns import Pattern
-    from leap_pl.weights import Weight
 
 
 @dataclass(frozen=True)

@@ -97,16 +97,16 @@ def test_model_becomes_an_ordinary_folder(monkeypatch, tmp_path):
     import torch
     from tiny import byte_tokenizer, tiny_model
 
-    import leap_pl.models
+    import leap_pl.base_model.loading
 
     model = tiny_model().to(torch.bfloat16)
     registry(monkeypatch, ("MODEL", {assets.MODEL_FILE: b"GGUF"}))
     monkeypatch.setattr(assets, "MODEL_FILE_SHA256", hashlib.sha256(b"GGUF").hexdigest())
-    monkeypatch.setattr(leap_pl.models, "load_tokenizer", lambda name: byte_tokenizer())
+    monkeypatch.setattr(leap_pl.base_model.loading, "load_tokenizer", lambda name: byte_tokenizer())
     with monkeypatch.context() as patched:
-        patched.setattr(leap_pl.models, "load_model", lambda name: model)
+        patched.setattr(leap_pl.base_model.loading, "load_model", lambda name: model)
         folder = assets.make_model(tmp_path)
-    again = leap_pl.models.load_model(str(folder))
+    again = leap_pl.base_model.loading.load_model(str(folder))
     assert again.dtype == torch.bfloat16
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
     assert "Apache-2.0" in (folder / "SOURCES.md").read_text()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from benchmarks.memory import BYTES
 from benchmarks.published import PublishedMasks, gumbel_softmax_mask
-from leap_pl.weights import Weight
+from leap_pl.base_model.weights import Weight
 
 ALPHA, TAU = 200.0, 0.5
 

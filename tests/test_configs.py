@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from leap_pl.base_model.weights import Weight
 from leap_pl.callbacks import Annealing
 from leap_pl.data import TextDataModule
 from leap_pl.gates import Gate, GateState, NMGate, TileGate
@@ -19,7 +20,6 @@ from leap_pl.parallel import saves_shards
 from leap_pl.patterns import NM, Tiled
 from leap_pl.schedules import Schedule
 from leap_pl.trainer_cli import LeapCLI, make_cli
-from leap_pl.weights import Weight
 
 ROOT = Path(__file__).parents[1] / "configs"
 APART = ("shared", "cluster")  # parts of configs, and what is laid over one

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny import tiny_folder
 
+from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.evaluate import evaluate_command
 from leap_pl.evaluation.record import read_result
 from leap_pl.masks import MaskSet, Provenance
-from leap_pl.models import load_model
-from leap_pl.weights import find_weights, model_fingerprint
 
 TEXT = "The mask keeps what the model needs, and the rest of its weights are zero.\n" * 8
 SMALL = {"seq_length": 32, "batch_size": 2}
@@ -220,14 +220,14 @@ def test_import_is_light():
 def test_slow_bfloat16_is_not_computed_in_unless_asked(
     text, tmp_path, monkeypatch, capsys, typed: str, fast: str, expected: str
 ) -> None:
-    import leap_pl.models
+    import leap_pl.base_model.loading
 
     stored = tmp_path / "bfloat16"
     model = load_model(str(tiny_folder(tmp_path / "base"))).bfloat16()
     model.save_pretrained(stored)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (stored / name).write_bytes((tmp_path / "base" / name).read_bytes())
-    monkeypatch.setattr(leap_pl.models, "fast_dtype", lambda device: fast)
+    monkeypatch.setattr(leap_pl.base_model.loading, "fast_dtype", lambda device: fast)
     result = evaluate_command(model=str(stored), perplexity=text, dtype=typed, **SMALL)
     assert result["model"]["dtype"] == expected
     assert ("--dtype bfloat16 keeps it" in capsys.readouterr().err) == (typed == "auto" and fast == "float32")

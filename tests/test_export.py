@@ -13,12 +13,12 @@ from tiny import FAMILIES, byte_tokenizer, tiny_folder, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leap_pl import zeros
+from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.checkpoint import masks_from_checkpoint
 from leap_pl.cli import main
 from leap_pl.errors import UserError
 from leap_pl.export import export_command
 from leap_pl.masks import MaskSet, Provenance
-from leap_pl.weights import find_weights, model_fingerprint
 from leap_pl.zeros import places_in, zero_removed
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.nn.utils import parametrize
 
+from leap_pl.base_model.weights import find_weights
 from leap_pl.gates import BernoulliGate, GateState, attach, detach
 from leap_pl.kernels import compiled as compiling
 from leap_pl.masks import MaskSet, Provenance
-from leap_pl.weights import find_weights
 
 ANNEALED = [(25.0, 4.0), (0.0, 1.0), (100.0, 1.0), (350.0, 0.05)]
 

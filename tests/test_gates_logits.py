@@ -14,6 +14,7 @@ from tiny import tiny_folder, tiny_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from leap_pl.base_model.weights import find_weights
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, Gate, GateState, NMGate, Stored, TileGate, restore
 from leap_pl.gates import bernoulli as kernels
@@ -23,7 +24,6 @@ from leap_pl.objective import Objective
 from leap_pl.oneshot.wanda import wanda_mask
 from leap_pl.patterns import NM
 from leap_pl.prior import Prior
-from leap_pl.weights import find_weights
 
 pytestmark = pytest.mark.usefixtures("eager")
 

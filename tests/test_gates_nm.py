@@ -15,6 +15,7 @@ from tiny import FAMILIES, tiny_model
 from torch import Tensor, nn
 
 from benchmarks.published_nm import PublishedNM
+from leap_pl.base_model.weights import Weight, find_weights
 from leap_pl.errors import UserError
 from leap_pl.gates import GateState, NMGate, Stored, attach, detach, restore
 from leap_pl.gates import pattern_kernels as kernels
@@ -23,7 +24,6 @@ from leap_pl.kernels import compiled as compiling
 from leap_pl.kernels.noise import columns, element_bits, gumbel
 from leap_pl.masks import MaskSet, Provenance
 from leap_pl.patterns import NM, choose
-from leap_pl.weights import Weight, find_weights
 
 pytestmark = pytest.mark.usefixtures("eager")
 

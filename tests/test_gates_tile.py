@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, tiny_folder, tiny_model
 from torch import Tensor, nn
 
+from leap_pl.base_model.weights import Weight, find_weights
 from leap_pl.checkpoint import masks_from_checkpoint
 from leap_pl.cli import main
 from leap_pl.errors import UserError
@@ -22,7 +23,6 @@ from leap_pl.kernels import compiled as compiling
 from leap_pl.kernels.noise import columns, element_bits, logistic
 from leap_pl.masks import MaskSet
 from leap_pl.patterns import NM, Tiled, Unstructured, choose, follows
-from leap_pl.weights import Weight, find_weights
 
 pytestmark = pytest.mark.usefixtures("eager")
 

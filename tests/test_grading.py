@@ -16,6 +16,7 @@ from test_oneshot_prior import Data
 from tiny import tiny_model
 from torch import Tensor
 
+from leap_pl.base_model.weights import find_weights
 from leap_pl.cli import main
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, GateState
@@ -29,7 +30,6 @@ from leap_pl.parallel import RankZero
 from leap_pl.patterns import Unstructured
 from leap_pl.prior import Prior, SharedPrior
 from leap_pl.trainer_cli import run
-from leap_pl.weights import find_weights
 
 torch.set_num_threads(1)
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from leap_pl.base_model.weights import Weight
 from leap_pl.checkpoint import masks_from_checkpoint
 from leap_pl.cli import main
 from leap_pl.errors import UserError
@@ -32,7 +33,6 @@ from leap_pl.optimizer import (
     unpack,
 )
 from leap_pl.topk import exact_top_k
-from leap_pl.weights import Weight
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, safe_open, save_file
 from tiny import FAMILIES, tiny_model
 
+from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet, PackedMasks, Provenance, installed_versions, split_name
-from leap_pl.weights import find_weights, model_fingerprint
 
 ORIGIN = Provenance(
     "some/model",

@@ -12,9 +12,9 @@ from tiny import tiny_folder, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
-import leap_pl.models
+import leap_pl.base_model.loading
+from leap_pl.base_model.loading import fast_dtype, load_config, load_model, load_tokenizer, longest_sequence
 from leap_pl.errors import UserError
-from leap_pl.models import fast_dtype, load_config, load_model, load_tokenizer, longest_sequence
 
 
 @pytest.fixture(autouse=True)
@@ -153,10 +153,10 @@ def test_the_fast_dtype_of_a_cpu_is_the_one_it_multiplies_faster(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
     monkeypatch.setattr(torch, "mm", mm)
-    leap_pl.models._cpu_gains_by_bfloat16.cache_clear()
+    leap_pl.base_model.loading._cpu_gains_by_bfloat16.cache_clear()
     try:
         assert [fast_dtype(torch.device("cpu")) for _ in range(2)] == [expected] * 2
     finally:
-        leap_pl.models._cpu_gains_by_bfloat16.cache_clear()
+        leap_pl.base_model.loading._cpu_gains_by_bfloat16.cache_clear()
     # What is emulated is not even tried, and nothing is tried twice.
     assert len(multiplied) == (16 if instructions else 0)

@@ -8,12 +8,12 @@ from tiny import FAMILIES, tiny_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from leap_pl.base_model.weights import find_weights
 from leap_pl.errors import UserError
 from leap_pl.oneshot.fisher import FisherOptions, Moments, balanced, fisher_allocation, log_cost, measure_moments
 from leap_pl.oneshot.inputs import Matrix
 from leap_pl.oneshot.prune import prune
 from leap_pl.oneshot.walk import WalkOptions
-from leap_pl.weights import find_weights
 
 torch.set_num_threads(1)
 

@@ -11,6 +11,7 @@ from tiny import FAMILIES, tiny_model
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForCausalLM
 
+from leap_pl.base_model.weights import decoder_blocks, find_weights, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
 from leap_pl.oneshot.admm import AdmmOptions
@@ -21,7 +22,6 @@ from leap_pl.oneshot.prune import UPDATING, Method, prune
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions
 from leap_pl.oneshot.walk import Walk, WalkOptions
 from leap_pl.patterns import NM, Pattern, Unstructured
-from leap_pl.weights import decoder_blocks, find_weights, model_fingerprint
 
 torch.set_num_threads(1)
 

@@ -189,7 +189,7 @@ def test_a_whole_checkpoint_that_makes_no_sense(
 def test_names_that_are_paths_go_nowhere(model_folder, tmp_path: Path, capsys) -> None:
     """A name in a file is looked up among the model's weights, and never a place to write to."""
     model = tiny_model()
-    from leap_pl.weights import find_weights, model_fingerprint
+    from leap_pl.base_model.weights import find_weights, model_fingerprint
 
     name = next(iter(find_weights(model, None, ())))
     shape = dict(model.named_parameters())[name].shape

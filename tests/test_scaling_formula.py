@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.report import table
 from benchmarks.scaling import SHAPES, Shape, need, rows, tokens_to_hide
 from benchmarks.sharded_memory import kept_bytes
-from leap_pl.weights import find_weights
+from leap_pl.base_model.weights import find_weights
 
 TINY = Shape(2, 32, 48, 16, 260)
 

@@ -10,10 +10,8 @@ from tiny import FAMILIES, tiny_folder, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from leap_pl.errors import UserError
-from leap_pl.gates import BernoulliGate, GateState, attach, detach
-from leap_pl.models import load_model
-from leap_pl.weights import (
+from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.weights import (
     FINGERPRINT_SAMPLES,
     Weight,
     _describe,
@@ -23,6 +21,8 @@ from leap_pl.weights import (
     fingerprint,
     model_fingerprint,
 )
+from leap_pl.errors import UserError
+from leap_pl.gates import BernoulliGate, GateState, attach, detach
 
 BLOCKS = {"opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h"}
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from leap_pl.base_model.weights import Weight
 from leap_pl.kernels.noise import noise_keys
 from leap_pl.patterns import Pattern, Unstructured
-from leap_pl.weights import Weight
 
 Mode = Literal["soft", "hard", "dense"]
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from leap_pl.base_model.weights import Weight
 from leap_pl.errors import UserError
 from leap_pl.gates.gate import Gate, GateState
 from leap_pl.gates.groups import Groups
@@ -19,7 +20,6 @@ from leap_pl.kernels.noise import noise_keys
 from leap_pl.patterns import NM, Pattern, Tiled, Unstructured, follows
 from leap_pl.shards import gathered
 from leap_pl.topk import Cut, exact_top_k
-from leap_pl.weights import Weight
 
 PATTERNS = " patterns"  # what a weight's name has behind it where the noise of its patterns is meant
 

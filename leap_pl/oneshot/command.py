@@ -103,14 +103,14 @@ def prune_command(
     Raises:
         UserError: What was asked cannot be done; nothing was written.
     """
+    from leap_pl.base_model.loading import load_model, load_tokenizer
+    from leap_pl.base_model.weights import check_numbers, find_weights
     from leap_pl.files import atomic_folder, check_apart
     from leap_pl.masks import MaskSet
-    from leap_pl.models import load_model, load_tokenizer
     from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
     from leap_pl.oneshot.prune import UPDATING, prune
     from leap_pl.oneshot.walk import WalkOptions
     from leap_pl.patterns import NM, parse_pattern
-    from leap_pl.weights import check_numbers, find_weights
 
     shape = parse_pattern(pattern, sparsity)
     if isinstance(shape, NM) and sparsity not in (0.5, shape.sparsity):
@@ -172,7 +172,7 @@ def prune_command(
 
 
 def _check_length(model: str, revision: str | None, trust_remote_code: bool, seq_length: int) -> None:
-    from leap_pl.models import load_config, longest_sequence
+    from leap_pl.base_model.loading import load_config, longest_sequence
 
     longest = longest_sequence(load_config(model, revision=revision, trust_remote_code=trust_remote_code))
     if longest is not None and seq_length > longest:
@@ -226,7 +226,7 @@ def _write(
     import json
     from dataclasses import asdict
 
-    from leap_pl.models import load_tokenizer
+    from leap_pl.base_model.loading import load_tokenizer
 
     pruned.masks.save(folder / "mask.safetensors")
     errors = json.dumps({"layer_error": pruned.errors, "damping": pruned.dampings, "unseen": pruned.unseen}, indent=1)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from leap_pl.base_model.weights import Weight
 from leap_pl.oneshot.prune import bar, by_block
 from leap_pl.oneshot.walk import Walk, WalkOptions
 from leap_pl.oneshot.wanda import wanda_scores
-from leap_pl.weights import Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
