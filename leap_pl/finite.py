@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from leap_pl.distributed.shards import Ranks, gathered, own_part
 from leap_pl.errors import UserError, listing
-from leap_pl.shards import Ranks, gathered, own_part
 
 Place = tuple[str, str]  # a weight's name, and the attribute of its gate
 

@@ -14,10 +14,8 @@ from leap_pl import finite
 from leap_pl.allocator import keep_freed_memory
 from leap_pl.base_model.loading import Dtype, fast_dtype, load_model, longest_sequence
 from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
-from leap_pl.errors import UserError
-from leap_pl.gates import Gate, GateState, attach
-from leap_pl.objective import split_model
-from leap_pl.parallel import (
+from leap_pl.distributed.shards import copy_part_, gathered
+from leap_pl.distributed.strategy import (
     RankZero,
     as_rank_zero_has,
     check_inside_blocks,
@@ -27,9 +25,11 @@ from leap_pl.parallel import (
     shard,
     sharding_mesh,
 )
+from leap_pl.errors import UserError
+from leap_pl.gates import Gate, GateState, attach
+from leap_pl.objective import split_model
 from leap_pl.prior import Calibration, Prior, SharedPrior, make_and_share
 from leap_pl.rewind import rewind
-from leap_pl.shards import copy_part_, gathered
 from leap_pl.validation import Validation
 
 if TYPE_CHECKING:

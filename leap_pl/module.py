@@ -15,12 +15,12 @@ from leap_pl.base_model.loading import Dtype
 from leap_pl.base_model.weights import Weight
 from leap_pl.clipping import clip_by_norm
 from leap_pl.denormals import flush_denormals
+from leap_pl.distributed.strategy import data_rank, mean_over_ranks
 from leap_pl.errors import UserError
 from leap_pl.gated_module import GatedModule
 from leap_pl.gates import BernoulliGate, Gate, GateState
 from leap_pl.objective import Objective, budget_groups, kept_norm, language_losses, sparsity_budget
 from leap_pl.optimizer import check_rounding
-from leap_pl.parallel import data_rank, mean_over_ranks
 from leap_pl.prior import Prior
 from leap_pl.schedules import warmup_cosine
 

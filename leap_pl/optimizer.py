@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from leap_pl.distributed.shards import Ranks, own_part
 from leap_pl.errors import UserError
 from leap_pl.kernels.compiled import compiled
 from leap_pl.kernels.noise import columns, element_bits, noise_keys
-from leap_pl.shards import Ranks, own_part
 
 RATIO_BITS = 7
 RATIO_STEPS = 63  # of u, on each side of 0

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from leap_pl.distributed.strategy import RankZero
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet, pack, unpack
-from leap_pl.parallel import RankZero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,7 +3,7 @@
 A global hard mask keeps exactly k of N logits. Their k-th highest value is found by a radix selection over
 the bit patterns of the floats, two histograms of 65,536 bins, one tensor at a time; ties at that value are
 kept in index order. The answer depends on the values alone: not on the device, nor on the number of ranks.
-Of tensors that are sharded over ranks (see :mod:`leap_pl.shards`) each rank counts its own part and the
+Of tensors that are sharded over ranks (see :mod:`leap_pl.distributed.shards`) each rank counts its own part and the
 histograms are added: 512 KiB to all-reduce twice, whatever the size of the model.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leap_pl.shards import Ranks, as_whole, offset_of, own_part
+from leap_pl.distributed.shards import Ranks, as_whole, offset_of, own_part
 
 _CHUNK = 1 << 24  # elements at a time: 64 MiB of int32
 

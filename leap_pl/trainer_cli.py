@@ -28,9 +28,9 @@ from leap_pl.checkpoint import KEY, load_checkpoint, read_identity
 from leap_pl.checkpoint_io import WholeCheckpointIO
 from leap_pl.consolidate import check_folder
 from leap_pl.data import TextDataModule
+from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
 from leap_pl.module import LeapModule
-from leap_pl.parallel import lost_a_rank
 from leap_pl.resume import newest_checkpoint
 
 TRAINER_DEFAULTS: dict[str, Any] = {

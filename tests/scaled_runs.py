@@ -77,12 +77,12 @@ def learn(flags: list[str]) -> dict[str, Any]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    from leap_pl.shards import gathered
+    from leap_pl.distributed.shards import gathered
 
     return gathered(tensor)
 
 
 def held(tensor: Tensor) -> int:
-    from leap_pl.shards import own_part
+    from leap_pl.distributed.shards import own_part
 
     return own_part(tensor).numel()

@@ -26,7 +26,7 @@ RUNS = [("nm", "sharded"), ("nm", "ddp"), ("joint", "folder"), ("tile", "sharded
 
 
 def learn(flags: list[str]) -> dict[str, Tensor]:
-    from leap_pl.shards import gathered
+    from leap_pl.distributed.shards import gathered
 
     gates = main([*flags, "--trainer.max_steps=3"]).model.gates
     return {

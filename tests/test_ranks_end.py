@@ -16,8 +16,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from leap_pl import trainer_cli
 from leap_pl.cli import main
+from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
-from leap_pl.parallel import lost_a_rank
 
 
 def fit(flags: list[str], dies: str) -> None:

@@ -23,11 +23,11 @@ from torch import Tensor
 from leap_pl.checkpoint import masks_from_checkpoint, path_of
 from leap_pl.cli import main
 from leap_pl.consolidate import StoredTensors, check_folder, consolidated
+from leap_pl.distributed.strategy import sharding_mesh
 from leap_pl.errors import UserError
 from leap_pl.export import export_command
 from leap_pl.masks import MaskSet
 from leap_pl.oneshot.prune import prune
-from leap_pl.parallel import sharding_mesh
 from leap_pl.resume import newest_checkpoint
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -63,7 +63,7 @@ def highest(rank: int) -> list[bool]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from leap_pl.shards import strided_samples
+    from leap_pl.distributed.shards import strided_samples
     from leap_pl.topk import exact_top_k
 
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))

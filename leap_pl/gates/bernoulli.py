@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from leap_pl.base_model.weights import Weight
+from leap_pl.distributed.shards import strided_samples
 from leap_pl.gates.gate import Gate, GateState, Held
 from leap_pl.kernels.compiled import compiled
 from leap_pl.kernels.noise import columns, element_bits, logistic_in_bits, noise_keys
 from leap_pl.kernels.powers import exp2
-from leap_pl.shards import strided_samples
 from leap_pl.topk import Cut, exact_top_k
 
 
