@@ -74,8 +74,8 @@ def child(model: str, text: str) -> None:
     from leap_pl.base_model.weights import find_weights
     from leap_pl.cli import main as leap_pl
     from leap_pl.kernels.compiled import compile_seconds
+    from leap_pl.masks.patterns import Unstructured
     from leap_pl.oneshot.prune import prune
-    from leap_pl.patterns import Unstructured
     from leap_pl.trainer_cli import make_cli  # noqa: F401  (so that its imports count here)
 
     seconds["imports"] = time.time() - start

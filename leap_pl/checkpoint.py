@@ -26,7 +26,7 @@ from torch import Tensor
 
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import Gate, Stored, gate_kind, restore
-from leap_pl.masks import MaskSet, PackedMasks, Provenance, installed_versions
+from leap_pl.masks.mask_set import MaskSet, PackedMasks, Provenance, installed_versions
 
 if TYPE_CHECKING:
     import lightning as L

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from leap_pl.masks import MaskSet
-    from leap_pl.patterns import Pattern, Tiled
+    from leap_pl.masks.patterns import Pattern, Tiled
 
 RECORD = "leap_pl.json"
 MASK = "mask.safetensors"
@@ -96,7 +96,7 @@ def _read_masks(ckpt_path: str | None, mask: str | None) -> "MaskSet":
 
 
 def _form(masks: "MaskSet") -> "Pattern | Tiled":
-    from leap_pl.patterns import Unstructured, read_form
+    from leap_pl.masks.patterns import Unstructured, read_form
 
     return read_form(str(masks.provenance.config.get("pattern", "unstructured"))) or Unstructured(0.0)
 
@@ -104,7 +104,7 @@ def _form(masks: "MaskSet") -> "Pattern | Tiled":
 def _check_form(masks: "MaskSet", base: "PreTrainedModel") -> None:
     """Make sure that every mask has exactly the form it says it has: what runs 2:4 fast gives nonsense for the rest."""
     from leap_pl.base_model.weights import find_weights
-    from leap_pl.patterns import follows
+    from leap_pl.masks.patterns import follows
 
     form = _form(masks)
     weights = find_weights(base, list(masks.masks))
@@ -227,7 +227,7 @@ def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
 
 
 def _words(form: "Pattern | Tiled", sparsity: float) -> str:
-    from leap_pl.patterns import NM, Tiled
+    from leap_pl.masks.patterns import NM, Tiled
 
     if isinstance(form, NM):
         return (

@@ -218,7 +218,7 @@ class GatedModule(L.LightningModule):
         Returns:
             How many gated weights are kept, and of how many.
         """
-        from leap_pl.masks import write_masks
+        from leap_pl.masks.mask_set import write_masks
 
         self.choose_hard_masks()
         shapes = {name: list(gate.shape) for name, gate in self.gates.items()}

@@ -8,7 +8,7 @@ import torch
 
 from leap_pl.distributed.strategy import RankZero
 from leap_pl.errors import UserError
-from leap_pl.masks import MaskSet, pack, unpack
+from leap_pl.masks.mask_set import MaskSet, pack, unpack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from leap_pl.base_model.weights import Weight
     from leap_pl.data import TextDataModule
     from leap_pl.gates import Gate
-    from leap_pl.patterns import Pattern
+    from leap_pl.masks.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Prior:
             UserError: The mask file belongs to another model or other weights, or there is no text to
                 calibrate on.
         """
+        from leap_pl.masks.patterns import Unstructured
         from leap_pl.oneshot.fisher import FisherOptions
         from leap_pl.oneshot.prior import one_shot_prior
-        from leap_pl.patterns import Unstructured
 
         allocation = None if self.fisher is None else FisherOptions(self.fisher)
         if allocation is not None and not isinstance(forms["prior"], Unstructured):

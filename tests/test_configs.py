@@ -15,9 +15,9 @@ from leap_pl.callbacks import Annealing
 from leap_pl.data import TextDataModule
 from leap_pl.distributed.strategy import saves_shards
 from leap_pl.gates import Gate, GateState, NMGate, TileGate
+from leap_pl.masks.patterns import NM, Tiled
 from leap_pl.module import LeapModule
 from leap_pl.optimizer import PackedAdamW
-from leap_pl.patterns import NM, Tiled
 from leap_pl.schedules import Schedule
 from leap_pl.trainer_cli import LeapCLI, make_cli
 

@@ -23,7 +23,7 @@ from leap_pl.gates.groups import Groups, first_highest
 from leap_pl.kernels import compiled as compiling
 from leap_pl.kernels.noise import columns, element_bits, gumbel
 from leap_pl.masks import MaskSet, Provenance
-from leap_pl.patterns import NM, choose
+from leap_pl.masks.patterns import NM, choose
 
 pytestmark = pytest.mark.usefixtures("eager")
 

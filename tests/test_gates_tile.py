@@ -22,7 +22,7 @@ from leap_pl.gates.tile import PATTERNS
 from leap_pl.kernels import compiled as compiling
 from leap_pl.kernels.noise import columns, element_bits, logistic
 from leap_pl.masks import MaskSet
-from leap_pl.patterns import NM, Tiled, Unstructured, choose, follows
+from leap_pl.masks.patterns import NM, Tiled, Unstructured, choose, follows
 
 pytestmark = pytest.mark.usefixtures("eager")
 

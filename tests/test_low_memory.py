@@ -20,6 +20,7 @@ from leap_pl.cli import main
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, Gate, GateState, NMGate, TileGate
 from leap_pl.masks import MaskSet
+from leap_pl.masks.top_k import exact_top_k
 from leap_pl.module import LeapModule
 from leap_pl.optimizer import (
     HIGHEST_CODE,
@@ -32,7 +33,6 @@ from leap_pl.optimizer import (
     round_to_bfloat16,
     unpack,
 )
-from leap_pl.topk import exact_top_k
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from leap_pl.errors import UserError
+from leap_pl.masks.patterns import NM, ByRow, Pattern, Unstructured, choose, follows, keep_highest, parse_pattern
 from leap_pl.oneshot.admm import AdmmOptions, admm_prune, admm_update
 from leap_pl.oneshot.damping import NotSolvableError, with_damping
 from leap_pl.oneshot.magnitude import magnitude_mask
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions, sparsegpt
 from leap_pl.oneshot.sparseswaps import sparseswaps_mask
 from leap_pl.oneshot.wanda import wanda_mask
-from leap_pl.patterns import NM, ByRow, Pattern, Unstructured, choose, follows, keep_highest, parse_pattern
 
 torch.set_num_threads(1)
 

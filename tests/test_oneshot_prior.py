@@ -12,11 +12,11 @@ from tiny import tiny_model
 from leap_pl.base_model.weights import find_weights
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
+from leap_pl.masks.patterns import NM
 from leap_pl.oneshot import prior as prior_module
 from leap_pl.oneshot.fisher import FisherOptions
 from leap_pl.oneshot.prior import one_shot_prior
 from leap_pl.oneshot.prune import Method, prune
-from leap_pl.patterns import NM
 
 torch.set_num_threads(1)
 

@@ -14,6 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForC
 from leap_pl.base_model.weights import decoder_blocks, find_weights, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
+from leap_pl.masks.patterns import NM, Pattern, Unstructured
 from leap_pl.oneshot.admm import AdmmOptions
 from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
 from leap_pl.oneshot.fisher import FisherOptions
@@ -21,7 +22,6 @@ from leap_pl.oneshot.inputs import Matrix
 from leap_pl.oneshot.prune import UPDATING, Method, prune
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions
 from leap_pl.oneshot.walk import Walk, WalkOptions
-from leap_pl.patterns import NM, Pattern, Unstructured
 
 torch.set_num_threads(1)
 

@@ -64,7 +64,7 @@ def highest(rank: int) -> list[bool]:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     from leap_pl.distributed.shards import strided_samples
-    from leap_pl.topk import exact_top_k
+    from leap_pl.masks.top_k import exact_top_k
 
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     generator = torch.Generator().manual_seed(0)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from leap_pl import topk
-from leap_pl.topk import Cut, exact_top_k
+from leap_pl.masks import top_k as topk
+from leap_pl.masks.top_k import Cut, exact_top_k
 
 TIED = [-math.inf, -3.4028235e38, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1.1754942e-38, 1.0, 1.0000001, 3.4028235e38, math.inf]
 values = st.one_of(st.sampled_from(TIED), st.floats(width=32, allow_nan=False))

@@ -25,7 +25,7 @@ class Entry:
         base_model: Name of the base model, as it was given.
         fingerprint: Of the base model's weights.
         sparsity: Realised, 0 to 1.
-        pattern: The form of the mask, as :mod:`leap_pl.patterns` writes it: ``unstructured``, ``2:4`` …
+        pattern: The form of the mask, as :mod:`leap_pl.masks.patterns` writes it: ``unstructured``, ``2:4`` …
         perplexity: Text → what ``leap_pl evaluate`` says of it.
         tasks: Task → what it says of that.
         densities: (decoder block, projection) → kept over all; empty for a dense model.

@@ -16,7 +16,7 @@ from leap_pl.gates.gate import Gate, GateState, Held
 from leap_pl.kernels.compiled import compiled
 from leap_pl.kernels.noise import columns, element_bits, logistic_in_bits, noise_keys
 from leap_pl.kernels.powers import exp2
-from leap_pl.topk import Cut, exact_top_k
+from leap_pl.masks.top_k import Cut, exact_top_k
 
 
 class BernoulliGate(Gate):

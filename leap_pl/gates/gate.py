@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from leap_pl.base_model.weights import Weight
 from leap_pl.kernels.noise import noise_keys
-from leap_pl.patterns import Pattern, Unstructured
+from leap_pl.masks.patterns import Pattern, Unstructured
 
 Mode = Literal["soft", "hard", "dense"]
 
@@ -157,7 +157,7 @@ class Gate(nn.Module):
 
     @classmethod
     def form(cls, settings: Mapping[str, Any]) -> str:
-        """The form of the masks that gates with these :meth:`settings` make, as :mod:`leap_pl.patterns` writes it."""
+        """The form of the masks that gates with these :meth:`settings` make, as :mod:`leap_pl.masks.patterns` writes it."""
         return "unstructured"
 
     def stored(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from leap_pl.gates.gate import Gate, GateState
 from leap_pl.gates.groups import Groups
 from leap_pl.gates.pattern_kernels import pattern_kernels
 from leap_pl.kernels.noise import columns, noise_keys
-from leap_pl.patterns import NM, Pattern
+from leap_pl.masks.patterns import NM, Pattern
 
 
 class NMGate(Gate):

@@ -107,10 +107,10 @@ def prune_command(
     from leap_pl.base_model.weights import check_numbers, find_weights
     from leap_pl.files import atomic_folder, check_apart
     from leap_pl.masks import MaskSet
+    from leap_pl.masks.patterns import NM, parse_pattern
     from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
     from leap_pl.oneshot.prune import UPDATING, prune
     from leap_pl.oneshot.walk import WalkOptions
-    from leap_pl.patterns import NM, parse_pattern
 
     shape = parse_pattern(pattern, sparsity)
     if isinstance(shape, NM) and sparsity not in (0.5, shape.sparsity):

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from leap_pl.base_model.weights import Weight, decoder_blocks, find_weights, model_fingerprint
 from leap_pl.errors import UserError, listing
-from leap_pl.masks import MaskSet, Provenance, installed_versions
+from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions
+from leap_pl.masks.patterns import NM, Pattern, Unstructured
 from leap_pl.oneshot.admm import AdmmOptions, admm_prune, admm_update
 from leap_pl.oneshot.allocation import OwlOptions, owl_sparsities
 from leap_pl.oneshot.damping import NotSolvableError, Solution
@@ -23,7 +24,6 @@ from leap_pl.oneshot.sparsegpt import SparseGPTOptions, sparsegpt
 from leap_pl.oneshot.sparseswaps import sparseswaps_mask
 from leap_pl.oneshot.walk import Walk, WalkOptions
 from leap_pl.oneshot.wanda import wanda_mask
-from leap_pl.patterns import NM, Pattern, Unstructured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
