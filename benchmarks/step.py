@@ -41,7 +41,7 @@ from leap_pl.base_model.weights import decoder_blocks, find_weights
 from leap_pl.clipping import clip_by_norm
 from leap_pl.gates import Gate, GateState, attach
 from leap_pl.kernels.compiled import compile_seconds
-from leap_pl.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
+from leap_pl.losses.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
 from leap_pl.optimizer import PackedAdamW
 
 OBJECTIVE = Objective()

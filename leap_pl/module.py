@@ -19,7 +19,7 @@ from leap_pl.distributed.strategy import data_rank, mean_over_ranks
 from leap_pl.errors import UserError
 from leap_pl.gated_module import GatedModule
 from leap_pl.gates import BernoulliGate, Gate, GateState
-from leap_pl.objective import Objective, budget_groups, kept_norm, language_losses, sparsity_budget
+from leap_pl.losses.objective import Objective, budget_groups, kept_norm, language_losses, sparsity_budget
 from leap_pl.optimizer import check_rounding
 from leap_pl.prior import Prior
 from leap_pl.schedules import warmup_cosine
@@ -29,7 +29,7 @@ class LeapModule(GatedModule):
     """Learn one mask logit for every gated weight of a frozen causal language model (LEAP).
 
     Paper: https://arxiv.org/abs/2605.17289. The mask is a parametrization of the model's weights, see
-    :mod:`leap_pl.gates`; the loss is :class:`leap_pl.objective.Objective`; the temperature and logit scale
+    :mod:`leap_pl.gates`; the loss is :class:`leap_pl.losses.objective.Objective`; the temperature and logit scale
     are moved by the :class:`leap_pl.callbacks.Annealing` callback.
 
     .. code-block:: yaml

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
 from leap_pl.gates.gate import Mode
-from leap_pl.objective import Head
+from leap_pl.losses.objective import Head
 
 
 class Validation(nn.Module):
