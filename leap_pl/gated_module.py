@@ -28,7 +28,7 @@ from leap_pl.distributed.strategy import (
 from leap_pl.errors import UserError
 from leap_pl.gates import Gate, GateState, attach
 from leap_pl.losses.objective import split_model
-from leap_pl.prior import Calibration, Prior, SharedPrior, make_and_share
+from leap_pl.prior.settings import Calibration, Prior, SharedPrior, make_and_share
 from leap_pl.rewind import rewind
 from leap_pl.validation import Validation
 

@@ -23,12 +23,12 @@ from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, GateState
 from leap_pl.masks import MaskSet, Provenance
 from leap_pl.masks.patterns import Unstructured
-from leap_pl.oneshot import grading
-from leap_pl.oneshot import prior as prior_module
-from leap_pl.oneshot.grading import LEAST, graded_lean
-from leap_pl.oneshot.prior import input_squares
 from leap_pl.oneshot.wanda import wanda_mask
-from leap_pl.prior import Prior, SharedPrior
+from leap_pl.prior import cache as prior_module
+from leap_pl.prior import grading
+from leap_pl.prior.cache import input_squares
+from leap_pl.prior.grading import LEAST, graded_lean
+from leap_pl.prior.settings import Prior, SharedPrior
 from leap_pl.trainer_cli import run
 
 torch.set_num_threads(1)

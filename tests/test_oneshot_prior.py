@@ -13,10 +13,10 @@ from leap_pl.base_model.weights import find_weights
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
 from leap_pl.masks.patterns import NM
-from leap_pl.oneshot import prior as prior_module
 from leap_pl.oneshot.fisher import FisherOptions
-from leap_pl.oneshot.prior import one_shot_prior
 from leap_pl.oneshot.prune import Method, prune
+from leap_pl.prior import cache as prior_module
+from leap_pl.prior.cache import one_shot_prior
 
 torch.set_num_threads(1)
 

@@ -20,12 +20,12 @@ from leap_pl.errors import UserError
 from leap_pl.files import atomic_file
 from leap_pl.masks import MaskSet
 from leap_pl.masks.patterns import Pattern, Unstructured
-from leap_pl.oneshot import grading
 from leap_pl.oneshot.admm import AdmmOptions
 from leap_pl.oneshot.fisher import FisherOptions
 from leap_pl.oneshot.prune import Method, prune
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions
 from leap_pl.oneshot.walk import WalkOptions
+from leap_pl.prior import grading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

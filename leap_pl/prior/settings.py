@@ -30,7 +30,7 @@ class Prior:
         mask: A MaskSet file instead of a method.
         graded: (BernoulliGate) Let each logit lean the farther, the surer Wanda is of its weight, whatever the
             method of the mask: by its score's distance from the cut instead of ±1
-            (:mod:`leap_pl.oneshot.grading`). It takes another walk over the model, which is kept like the mask, and
+            (:mod:`leap_pl.prior.grading`). It takes another walk over the model, which is kept like the mask, and
             a larger ``strength`` of the gate.
         fisher: Let the method prune each weight tensor the more, the less the loss depends on it, this far: above 0,
             and at most 1; .5 is a good start (:mod:`leap_pl.oneshot.fisher`). It runs the whole model forward and
@@ -83,7 +83,7 @@ class Prior:
         """
         from leap_pl.masks.patterns import Unstructured
         from leap_pl.oneshot.fisher import FisherOptions
-        from leap_pl.oneshot.prior import one_shot_prior
+        from leap_pl.prior.cache import one_shot_prior
 
         allocation = None if self.fisher is None else FisherOptions(self.fisher)
         if allocation is not None and not isinstance(forms["prior"], Unstructured):
@@ -114,7 +114,7 @@ class Prior:
         Raises:
             UserError: There is no text to calibrate on, or the model cannot be walked.
         """
-        from leap_pl.oneshot.prior import input_squares
+        from leap_pl.prior.cache import input_squares
 
         if not self.graded:
             return None
@@ -214,7 +214,7 @@ class SharedPrior:
         shape = weight.parameter.shape
         found = {form: self._mask(self.priors.get(form), name, shape) for form in self.forms}
         if self.graded and "prior" in found:
-            from leap_pl.oneshot.grading import graded_lean
+            from leap_pl.prior.grading import graded_lean
 
             squares = self._squares(name, torch.Size([*shape[:-2], shape[weight.input_dim]]))
             mask_OI, weight_OI = (x.movedim(weight.input_dim, -1).cpu() for x in (found["prior"], weight.parameter))
