@@ -90,7 +90,7 @@ def _read_masks(ckpt_path: str | None, mask: str | None) -> "MaskSet":
         from leap_pl.masks import MaskSet
 
         return MaskSet.load(mask)
-    from leap_pl.checkpoint import masks_from_checkpoint
+    from leap_pl.checkpoints.layout import masks_from_checkpoint
 
     return masks_from_checkpoint(str(ckpt_path))
 

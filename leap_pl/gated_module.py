@@ -9,11 +9,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from leap_pl import checkpoint as checkpoints
 from leap_pl import finite
 from leap_pl.allocator import keep_freed_memory
 from leap_pl.base_model.loading import Dtype, fast_dtype, load_model, longest_sequence
 from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
+from leap_pl.checkpoints import layout as checkpoints
+from leap_pl.checkpoints.rewind import rewind
 from leap_pl.distributed.shards import copy_part_, gathered
 from leap_pl.distributed.strategy import (
     RankZero,
@@ -29,7 +30,6 @@ from leap_pl.errors import UserError
 from leap_pl.gates import Gate, GateState, attach
 from leap_pl.losses.objective import split_model
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior, make_and_share
-from leap_pl.rewind import rewind
 from leap_pl.validation import Validation
 
 if TYPE_CHECKING:

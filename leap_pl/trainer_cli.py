@@ -24,14 +24,14 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from leap_pl.arguments import check_configs, check_groups, one_line
 from leap_pl.callbacks import Annealing, Checkpoints, MaskExport, SparsityLogger, StepProgress
-from leap_pl.checkpoint import KEY, load_checkpoint, read_identity
-from leap_pl.checkpoint_io import WholeCheckpointIO
-from leap_pl.consolidate import check_folder
+from leap_pl.checkpoints.file import WholeCheckpointIO
+from leap_pl.checkpoints.folder import check_folder
+from leap_pl.checkpoints.layout import KEY, load_checkpoint, read_identity
+from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.data import TextDataModule
 from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
 from leap_pl.module import LeapModule
-from leap_pl.resume import newest_checkpoint
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 2000,
@@ -134,7 +134,7 @@ class LeapCLI(LightningCLI):
             if not isinstance(self.trainer.strategy, ModelParallelStrategy):
                 raise UserError(
                     f"{path} is a distributed checkpoint, which ModelParallelStrategy reads on any number of ranks. "
-                    f"For another strategy make it one file: python -m leap_pl.consolidate {path} one.ckpt"
+                    f"For another strategy make it one file: python -m leap_pl.checkpoints.folder {path} one.ckpt"
                 )
             check_folder(path)
 

@@ -179,7 +179,7 @@ def victims(model: Path, text: Path, base: Path) -> Iterator[Victim]:
     from conftest import fit_flags
     from stopped_runs import curves
 
-    from leap_pl.checkpoint import load_checkpoint
+    from leap_pl.checkpoints.layout import load_checkpoint
 
     def digest(value: Any) -> str:
         if isinstance(value, torch.Tensor):

@@ -11,7 +11,7 @@ import torch
 from conftest import Run, fit_flags
 from tiny import byte_tokenizer, tiny_folder
 
-from leap_pl.checkpoint import masks_from_checkpoint
+from leap_pl.checkpoints.layout import masks_from_checkpoint
 from leap_pl.cli import VERBS, main
 
 pytestmark = pytest.mark.usefixtures("eager")

@@ -10,7 +10,7 @@ from tiny import tiny_folder, tiny_model
 from torch import Tensor
 
 from leap_pl.base_model.weights import find_weights
-from leap_pl.checkpoint import masks_from_checkpoint
+from leap_pl.checkpoints.layout import masks_from_checkpoint
 from leap_pl.cli import main
 from leap_pl.gates import Gate, NMGate
 from leap_pl.masks import MaskSet

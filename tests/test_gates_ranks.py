@@ -10,7 +10,7 @@ from ranks import run_ranks
 from scaled_runs import ddp, sharded
 from torch import Tensor
 
-from leap_pl.checkpoint import masks_from_checkpoint
+from leap_pl.checkpoints.layout import masks_from_checkpoint
 from leap_pl.cli import main
 from leap_pl.masks import MaskSet
 

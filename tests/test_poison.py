@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import tiny_folder, tiny_model
 
-from leap_pl.checkpoint import load_checkpoint
-from leap_pl.checkpoint_io import WholeCheckpointIO
+from leap_pl.checkpoints.file import WholeCheckpointIO
+from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.cli import main
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError

@@ -9,7 +9,7 @@ from conftest import fit_flags, refused
 from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
-from leap_pl.checkpoint import load_checkpoint, masks_from_checkpoint
+from leap_pl.checkpoints.layout import load_checkpoint, masks_from_checkpoint
 from leap_pl.cli import main
 
 pytestmark = pytest.mark.usefixtures("eager")

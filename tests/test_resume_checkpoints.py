@@ -15,9 +15,9 @@ from stopped_runs import STEPS, Outcome, at_call, curves, flags, kept, outcome, 
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from leap_pl.callbacks.checkpoints import requeue
-from leap_pl.checkpoint_io import WholeCheckpointIO
+from leap_pl.checkpoints.file import WholeCheckpointIO
+from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.cli import main
-from leap_pl.resume import newest_checkpoint
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 

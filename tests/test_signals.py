@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from leap_pl.signals import STOPPING, Stopped, StopSignals
+from leap_pl.checkpoints.signals import STOPPING, Stopped, StopSignals
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +61,9 @@ def test_one_signal_that_comes_twice_is_one(capfd) -> None:
 
 AGAIN = """
 import os, signal, sys, time
-import leap_pl.signals
-leap_pl.signals.SAME_PRESS = 0.05
-signals = leap_pl.signals.StopSignals()
+import leap_pl.checkpoints.signals
+leap_pl.checkpoints.signals.SAME_PRESS = 0.05
+signals = leap_pl.checkpoints.signals.StopSignals()
 signals.install()
 signals.at_once = False
 number = int(sys.argv[1])
@@ -122,7 +122,7 @@ def test_signals_are_given_back_and_taken_back() -> None:
 def test_a_handler_that_was_put_back_lets_the_signal_kill() -> None:
     code = """
 import os, signal, time
-from leap_pl.signals import StopSignals
+from leap_pl.checkpoints.signals import StopSignals
 signals = StopSignals()
 signals.install()
 saved = signal.getsignal(signal.SIGTERM)

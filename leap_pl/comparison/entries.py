@@ -80,7 +80,7 @@ def _read(source: str) -> Entry:
     if path.suffix == ".safetensors":
         return _of_mask(source, MaskSet.load(path))
     if path.suffix == ".ckpt":
-        from leap_pl.checkpoint import masks_from_checkpoint
+        from leap_pl.checkpoints.layout import masks_from_checkpoint
 
         return _of_mask(source, masks_from_checkpoint(path))
     if not path.is_file():

@@ -3,8 +3,8 @@
 Two of Lightning's strategies are used as they are. Under ``DDPStrategy`` every rank holds the whole model and
 only logits are reduced. Under ``ModelParallelStrategy`` every decoder block is sharded by
 ``torch.distributed.fsdp.fully_shard`` (FSDP2): of each weight, its logit, the logit's gradient and the optimizer's
-state a rank holds one slice (see :mod:`leap_pl.distributed.shards`). Before a block runs, its weights and logits are gathered
-whole, so that a gate sees the elements it would see in one process, with the same noise.
+state a rank holds one slice (see :mod:`leap_pl.distributed.shards`). Before a block runs, its weights and logits are
+gathered whole, so that a gate sees the elements it would see in one process, with the same noise.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping

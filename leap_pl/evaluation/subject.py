@@ -85,7 +85,7 @@ def load_subject(
 
 
 def _masks_of_checkpoint(path: str) -> MaskSet:
-    from leap_pl.checkpoint import masks_from_checkpoint
+    from leap_pl.checkpoints.layout import masks_from_checkpoint
 
     return masks_from_checkpoint(path)
 

@@ -157,7 +157,10 @@ class Gate(nn.Module):
 
     @classmethod
     def form(cls, settings: Mapping[str, Any]) -> str:
-        """The form of the masks that gates with these :meth:`settings` make, as :mod:`leap_pl.masks.patterns` writes it."""
+        """The form of the masks that gates with these :meth:`settings` make.
+
+        It is written as :mod:`leap_pl.masks.patterns` does.
+        """
         return "unstructured"
 
     def stored(self) -> dict[str, Tensor]:

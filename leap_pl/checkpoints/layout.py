@@ -10,7 +10,7 @@ Beside Lightning's own entries (optimizer, schedules, loops, data position):
 
 The optimizer's state goes by the names of parameters, not by their numbers, so that one process and many, with
 the model sharded or not, read one another's files. Under ``ModelParallelStrategy`` with
-``save_distributed_checkpoint`` a checkpoint is a folder instead: see :mod:`leap_pl.consolidate`.
+``save_distributed_checkpoint`` a checkpoint is a folder instead: see :mod:`leap_pl.checkpoints.folder`.
 """
 
 import pickle
@@ -318,7 +318,7 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
     tensors, read = checkpoint.get("state_dict", {}), None
     try:
         if Path(path).is_dir():
-            from leap_pl.consolidate import StoredTensors
+            from leap_pl.checkpoints.folder import StoredTensors
 
             folder = StoredTensors(path)
             tensors, read = folder.shapes, folder.read

@@ -1,6 +1,6 @@
 """Distributed checkpoints: a folder in which each rank of a sharded run wrote its own part, made one file again.
 
-``python -m leap_pl.consolidate FOLDER FILE`` makes of it the file that one process would have written, which
+``python -m leap_pl.checkpoints.folder FOLDER FILE`` makes of it the file that one process would have written, which
 ``fit --ckpt_path`` takes on any number of ranks, sharded or not. Reading a folder needs memory for what is read,
 logits (4 bytes a weight) and the optimizer's state (8 bytes with AdamW), on one machine; a sharded run goes on
 from the folder itself, on any number of ranks, without it.
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from leap_pl.checkpoint import by_weight, load_checkpoint, path_of, read_identity
+from leap_pl.checkpoints.layout import by_weight, load_checkpoint, path_of, read_identity
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file
 
@@ -207,9 +207,11 @@ class _Planner(DefaultLoadPlanner):
 
 
 def main(words: Sequence[str]) -> None:
-    """``python -m leap_pl.consolidate FOLDER FILE``."""
+    """``python -m leap_pl.checkpoints.folder FOLDER FILE``."""
     if any(word in ("-h", "--help") for word in words):
-        print("usage: python -m leap_pl.consolidate FOLDER FILE\n\nMake one FILE of a distributed checkpoint's FOLDER.")
+        print(
+            "usage: python -m leap_pl.checkpoints.folder FOLDER FILE\n\nMake one FILE of a distributed checkpoint's FOLDER."
+        )
         return
     try:
         if len(words) != 2:
@@ -222,7 +224,7 @@ def main(words: Sequence[str]) -> None:
         with atomic_file(words[1]) as temporary:
             torch.save(checkpoint, temporary)
     except UserError as error:
-        print(f"leap_pl.consolidate: {error}", file=sys.stderr)
+        print(f"leap_pl.checkpoints.folder: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{words[1]}: step {checkpoint['global_step']} of {words[0]}")
 

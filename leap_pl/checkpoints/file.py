@@ -7,12 +7,12 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 
-from leap_pl.checkpoint import load_checkpoint
+from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.files import atomic_file
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written through :mod:`leap_pl.files` and read by :mod:`leap_pl.checkpoint`.
+    """Lightning's checkpoint files, written through :mod:`leap_pl.files` and read by :mod:`leap_pl.checkpoints.layout`.
 
     The trainer of the command line has it; another one takes ``Trainer(plugins=[WholeCheckpointIO()])``.
     Addresses such as ``s3://…`` are left to Lightning.

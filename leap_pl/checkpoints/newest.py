@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from leap_pl.checkpoint import META, load_checkpoint
-from leap_pl.consolidate import check_folder
+from leap_pl.checkpoints.folder import check_folder
+from leap_pl.checkpoints.layout import META, load_checkpoint
 from leap_pl.errors import UserError, listing
 
 
