@@ -23,7 +23,7 @@ VERBS: dict[str, tuple[str, str | None]] = {
         "make a mask layer by layer: magnitude, wanda, sparseswaps, sparsegpt, admm",
         "leap_pl.oneshot.command:prune_command",
     ),
-    "export": ("write a sparse Hugging Face checkpoint from a mask", "leap_pl.export:export_command"),
+    "export": ("write a sparse Hugging Face checkpoint from a mask", "leap_pl.export.hugging_face:export_command"),
     "evaluate": ("perplexity and zero-shot tasks of a model or mask", "leap_pl.evaluate:evaluate_command"),
     "compare": ("tables and pictures of several results", "leap_pl.compare:compare_command"),
 }

@@ -279,7 +279,7 @@ def kill(faults: int, seed: int, base: Path) -> dict[str, Any]:
     import torch
     from tiny import tiny_folder
 
-    from leap_pl import export, trainer_cli  # noqa: F401  (imported once, before the forks)
+    from leap_pl import trainer_cli  # noqa: F401  (imported once, before the forks)
     from leap_pl.oneshot import command  # noqa: F401
 
     torch.set_num_threads(1)

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from tiny import FAMILIES, byte_tokenizer, tiny_folder, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from leap_pl import zeros
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.checkpoints.layout import masks_from_checkpoint
 from leap_pl.cli import main
 from leap_pl.errors import UserError
-from leap_pl.export import export_command
+from leap_pl.export import zeros
+from leap_pl.export.hugging_face import export_command
+from leap_pl.export.zeros import places_in, zero_removed
 from leap_pl.masks import MaskSet, Provenance
-from leap_pl.zeros import places_in, zero_removed
 
 
 def random_mask(folder: Path, path: Path, sparsity: float = 0.5) -> MaskSet:

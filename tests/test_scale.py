@@ -26,7 +26,7 @@ from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.cli import main
 from leap_pl.distributed.strategy import sharding_mesh
 from leap_pl.errors import UserError
-from leap_pl.export import export_command
+from leap_pl.export.hugging_face import export_command
 from leap_pl.masks import MaskSet
 from leap_pl.oneshot.prune import prune
 

@@ -54,8 +54,8 @@ def export_command(
     results = _read_results(perplexity)
 
     from leap_pl.base_model.loading import load_model, load_tokenizer
+    from leap_pl.export.zeros import zero_removed
     from leap_pl.files import atomic_folder, check_apart
-    from leap_pl.zeros import zero_removed
 
     check_apart(output_dir, (ckpt_path, mask, name, perplexity) if force else ())
     with atomic_folder(output_dir, force=force) as folder:  # before the model is loaded: a bad folder fails at once
