@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from leap_pl.data import TextDataModule as TextDataModule
     from leap_pl.errors import UserError as UserError
     from leap_pl.masks import MaskSet as MaskSet
-    from leap_pl.module import LeapModule as LeapModule
+    from leap_pl.training.module import LeapModule
 
 _ROOMS = {
-    "LeapModule": "leap_pl.module",
+    "LeapModule": "leap_pl.training.module",
     "MaskSet": "leap_pl.masks",
     "TextDataModule": "leap_pl.data",
     "UserError": "leap_pl.errors",

@@ -31,7 +31,7 @@ from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.data import TextDataModule
 from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
-from leap_pl.module import LeapModule
+from leap_pl.training.module import LeapModule
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 2000,

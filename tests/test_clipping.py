@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from leap_pl.clipping import clip_by_norm
+from leap_pl.training.clipping import clip_by_norm
 
 
 def pair(seed: int, scale: float) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

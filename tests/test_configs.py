@@ -16,10 +16,10 @@ from leap_pl.data import TextDataModule
 from leap_pl.distributed.strategy import saves_shards
 from leap_pl.gates import Gate, GateState, NMGate, TileGate
 from leap_pl.masks.patterns import NM, Tiled
-from leap_pl.module import LeapModule
-from leap_pl.optimizer import PackedAdamW
-from leap_pl.schedules import Schedule
 from leap_pl.trainer_cli import LeapCLI, make_cli
+from leap_pl.training.module import LeapModule
+from leap_pl.training.optimizers import PackedAdamW
+from leap_pl.training.schedules import Schedule
 
 ROOT = Path(__file__).parents[1] / "configs"
 APART = ("shared", "cluster")  # parts of configs, and what is laid over one

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from leap_pl.callbacks import SparsityLogger
 from leap_pl.cli import main
 from leap_pl.masks import MaskSet
-from leap_pl.module import LeapModule
+from leap_pl.training.module import LeapModule
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -21,9 +21,9 @@ from leap_pl.gates import bernoulli as kernels
 from leap_pl.kernels.noise import columns, noise_keys
 from leap_pl.losses.objective import Objective
 from leap_pl.masks.patterns import NM
-from leap_pl.module import LeapModule
 from leap_pl.oneshot.wanda import wanda_mask
 from leap_pl.prior import Prior
+from leap_pl.training.module import LeapModule
 
 pytestmark = pytest.mark.usefixtures("eager")
 

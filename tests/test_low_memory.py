@@ -21,8 +21,8 @@ from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, Gate, GateState, NMGate, TileGate
 from leap_pl.masks import MaskSet
 from leap_pl.masks.top_k import exact_top_k
-from leap_pl.module import LeapModule
-from leap_pl.optimizer import (
+from leap_pl.training.module import LeapModule
+from leap_pl.training.optimizers import (
     HIGHEST_CODE,
     LOWEST_OCTAVE,
     RATIO_STEPS,

@@ -20,7 +20,7 @@ def test_a_gradient_that_is_no_number(
     model_folder, text_file, tmp_path: Path, capsys, monkeypatch, value: float
 ) -> None:
     """It would spoil every logit through the clipped norm: the step is not taken."""
-    from leap_pl.module import LeapModule
+    from leap_pl.training.module import LeapModule
 
     def spoiled(self: LeapModule, optimizer: Any) -> None:
         if self.global_step == 3:
@@ -38,7 +38,7 @@ def test_where_a_look_waits_for_the_device_gradients_are_looked_at_at_log_steps(
     model_folder, text_file, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     """The logits are spoiled by then; what was saved before is not."""
-    from leap_pl.module import LeapModule
+    from leap_pl.training.module import LeapModule
 
     def spoiled(self: LeapModule, optimizer: Any) -> None:
         steps.append(self.global_step)
@@ -59,7 +59,7 @@ def test_where_a_look_waits_for_the_device_gradients_are_looked_at_at_log_steps(
 
 
 def test_gradients_that_overflow_together(model_folder, text_file, tmp_path: Path, capsys, monkeypatch) -> None:
-    from leap_pl.module import LeapModule
+    from leap_pl.training.module import LeapModule
 
     def spoiled(self: LeapModule, optimizer: Any) -> None:
         for gate in self.gates.values():
@@ -83,7 +83,7 @@ def test_gradients_that_overflow_together(model_folder, text_file, tmp_path: Pat
     ],
 )
 def test_logits_are_looked_through(values: list[float], finite: bool) -> None:
-    from leap_pl.finite import NonFiniteError, check_logits
+    from leap_pl.training.finite import NonFiniteError, check_logits
 
     learned = {("a", "logits"): torch.zeros(3), ("b", "logits"): torch.tensor(values)}
     if finite:
@@ -113,7 +113,7 @@ def test_a_weight_whose_density_runs_to_an_end_is_warned_of_once(
     model_folder, text_file, tmp_path: Path, monkeypatch, recwarn, end: int
 ) -> None:
     """Its logits are pushed to one side from the second step on; all other weights are silent."""
-    from leap_pl.module import LeapModule
+    from leap_pl.training.module import LeapModule
 
     def pushing(self: LeapModule, batch: Any, batch_idx: int) -> torch.Tensor:
         gate = self.gates["model.layers.1.mlp.up_proj.weight"]

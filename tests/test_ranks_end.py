@@ -22,7 +22,7 @@ from leap_pl.errors import UserError
 
 def fit(flags: list[str], dies: str) -> None:
     """``leap_pl fit`` on a rank of torchrun's agent; rank 1 is killed, or fails, in the second step."""
-    from leap_pl.module import LeapModule
+    from leap_pl.training.module import LeapModule
 
     os.environ["LEAP_PL_COMPILE"] = "0"
     step = LeapModule.training_step

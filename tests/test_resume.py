@@ -15,7 +15,7 @@ from stopped_runs import STEPS, WINDOW, Outcome, at_call, flags, kept, outcome, 
 from leap_pl.cli import main
 from leap_pl.data.batches import BlockLoader
 from leap_pl.errors import UserError
-from leap_pl.module import LeapModule
+from leap_pl.training.module import LeapModule
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 

@@ -22,7 +22,7 @@ def within(rank: int, flags: list[str]) -> int:
     import resource
 
     # M_MMAP_THRESHOLD: what is freed goes back to the system at once, for the limit is on what is needed; and by the
-    # variable fit leaves it at that (leap_pl.allocator).
+    # variable fit leaves it at that (leap_pl.training.allocator).
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
     os.environ["MALLOC_TRIM_THRESHOLD_"] = "131072"
     pages = int(Path("/proc/self/statm").read_text().split()[5])  # data and stack, which RLIMIT_DATA is about
@@ -63,7 +63,7 @@ def learn_with_types_that_differ(rank: int, words: list[str]) -> list[str]:
     """The type that this rank measured to be the faster, and the one that it learned in."""
     measured = ["bfloat16", "float32"][rank]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leap_pl.gated_module.fast_dtype", lambda device: measured)
+        patch.setattr("leap_pl.training.gated_module.fast_dtype", lambda device: measured)
         cli = main(words)
     return [measured, str(cli.model.model.dtype)]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leap_pl.schedules import Curve, Schedule, warmup_cosine
+from leap_pl.training.schedules import Curve, Schedule, warmup_cosine
 
 MOVING: list[Curve] = ["linear", "cosine", "exponential"]
 FRACTIONS = [i / 200 for i in range(201)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from leap_pl.distributed.shards import gathered, strided_samples
 from leap_pl.gates import Gate
 from leap_pl.masks import split_name
-from leap_pl.module import LeapModule
+from leap_pl.training.module import LeapModule
 
 FEWEST_BITS = 256  # sampled of a weight, to say that its density is extreme
 

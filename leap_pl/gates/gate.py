@@ -222,7 +222,7 @@ class Gate(nn.Module):
         """Follow the model to another device, but never to another dtype.
 
         At |θ| = 0.04 a bfloat16 step is 2.4e-4: updates below half of it vanish unless they are rounded at random
-        (:mod:`leap_pl.optimizer`), and learning ends unnoticed.
+        (:mod:`leap_pl.training.optimizers`), and learning ends unnoticed.
         """
         if isinstance(self.logits, DTensor):
             # A shard is on its device already, and FSDP2 holds on to this very parameter.

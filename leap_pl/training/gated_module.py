@@ -9,8 +9,6 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from leap_pl import finite
-from leap_pl.allocator import keep_freed_memory
 from leap_pl.base_model.loading import Dtype, fast_dtype, load_model, longest_sequence
 from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
 from leap_pl.checkpoints import layout as checkpoints
@@ -30,7 +28,9 @@ from leap_pl.errors import UserError
 from leap_pl.gates import Gate, GateState, attach
 from leap_pl.losses.objective import split_model
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior, make_and_share
-from leap_pl.validation import Validation
+from leap_pl.training import finite
+from leap_pl.training.allocator import keep_freed_memory
+from leap_pl.training.validation import Validation
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -62,7 +62,7 @@ class GatedModule(L.LightningModule):
         trust_remote_code: bool = False,
         seed: int = 0,
     ) -> None:
-        """Take the settings as :class:`leap_pl.module.LeapModule` explains them."""
+        """Take the settings as :class:`leap_pl.training.module.LeapModule` explains them."""
         super().__init__()
         self.base_model, self.revision, self.sparsity = base_model, revision, sparsity
         self.targets, self.ignore = targets, list(ignore)

@@ -10,19 +10,19 @@ from jsonargparse.typing import NonNegativeInt, OpenUnitInterval
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from leap_pl import finite
 from leap_pl.base_model.loading import Dtype
 from leap_pl.base_model.weights import Weight
-from leap_pl.clipping import clip_by_norm
-from leap_pl.denormals import flush_denormals
 from leap_pl.distributed.strategy import data_rank, mean_over_ranks
 from leap_pl.errors import UserError
-from leap_pl.gated_module import GatedModule
 from leap_pl.gates import BernoulliGate, Gate, GateState
 from leap_pl.losses.objective import Objective, budget_groups, kept_norm, language_losses, sparsity_budget
-from leap_pl.optimizer import check_rounding
 from leap_pl.prior import Prior
-from leap_pl.schedules import warmup_cosine
+from leap_pl.training import finite
+from leap_pl.training.clipping import clip_by_norm
+from leap_pl.training.denormals import flush_denormals
+from leap_pl.training.gated_module import GatedModule
+from leap_pl.training.optimizers import check_rounding
+from leap_pl.training.schedules import warmup_cosine
 
 
 class LeapModule(GatedModule):
@@ -82,7 +82,7 @@ class LeapModule(GatedModule):
             dtype: Of the frozen weights and the computation; ``auto`` is bfloat16 where the hardware multiplies
                 it faster, which is measured on a CPU, else float32.
             logits_dtype: Of the logits and their gradients, whatever the precision of the rest. ``bfloat16`` takes
-                an optimizer that rounds at random (:class:`leap_pl.optimizer.PackedAdamW`): see docs/memory.md.
+                an optimizer that rounds at random (:class:`leap_pl.training.optimizers.PackedAdamW`): see docs/memory.md.
             activation_checkpointing: Recompute each decoder block in the backward pass: less memory, a third
                 more time.
             revision: Of the base model on the hub.
