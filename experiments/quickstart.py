@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_file
 

@@ -9,7 +9,7 @@ from conftest import fit_flags
 from tiny import tiny_folder
 from torch import Tensor
 
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
 
 BRIEF = ["--trainer.max_steps=2", "--data.validation_sequences=0", "--sparsity_log.every_n_steps=100"]

@@ -12,7 +12,7 @@ from conftest import Run, fit_flags
 from tiny import byte_tokenizer, tiny_folder
 
 from leap_pl.checkpoints.layout import masks_from_checkpoint
-from leap_pl.cli import VERBS, main
+from leap_pl.cli.main import VERBS, main
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -40,7 +40,7 @@ def test_help_answers_at_once() -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; from leap_pl.cli import main; main(['--help']); print({'torch', 'lightning'} & {*sys.modules})"
+    code = "import sys; from leap_pl.cli.main import main; main(['--help']); print({'torch', 'lightning'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
 
@@ -74,7 +74,7 @@ def test_ctrl_c_is_one_line(model_folder: Path, text_file: Path, tmp_path: Path)
     code = """
 import os, signal, time
 import torch
-from leap_pl.cli import console
+from leap_pl.cli.main import console
 
 def pressed(*arguments, **more):
     os.kill(os.getpid(), signal.SIGINT)
@@ -356,7 +356,7 @@ def test_settings_that_would_learn_nothing(
 
 WARNED = """
 import warnings
-from leap_pl import cli, compare
+from leap_pl.cli import main as cli, compare
 
 def compare_command() -> None:
     warnings.formatwarning = lambda message, *told: f"as ever: {message}\\n"  # Lightning does so when it is imported
@@ -377,11 +377,11 @@ def test_a_warning_is_one_plain_line() -> None:
 
 
 def test_a_warning_that_is_recorded_is_recorded(monkeypatch) -> None:
-    import leap_pl.compare
+    import leap_pl.cli.compare
 
-    monkeypatch.setitem(sys.modules["leap_pl.cli"].BARE, "compare", None)
-    warn = compile("import warnings; warnings.warn('a weight is gone')", leap_pl.compare.__file__, "exec")
-    monkeypatch.setattr(leap_pl.compare, "compare_command", lambda: exec(warn, {}))
+    monkeypatch.setitem(sys.modules["leap_pl.cli.main"].BARE, "compare", None)
+    warn = compile("import warnings; warnings.warn('a weight is gone')", leap_pl.cli.compare.__file__, "exec")
+    monkeypatch.setattr(leap_pl.cli.compare, "compare_command", lambda: exec(warn, {}))
     with pytest.warns(UserWarning, match="a weight is gone"):
         main(["compare"])
 

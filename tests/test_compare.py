@@ -12,8 +12,8 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from leap_pl.cli import main
-from leap_pl.compare import compare_command
+from leap_pl.cli.compare import compare_command
+from leap_pl.cli.main import main
 from leap_pl.comparison.differences import _rivals, accuracy_difference, perplexity_difference
 from leap_pl.comparison.entries import read_entries
 from leap_pl.comparison.overlap import Overlap, overlap

@@ -12,11 +12,11 @@ from torch import nn
 
 from leap_pl.base_model.weights import Weight
 from leap_pl.callbacks import Annealing
+from leap_pl.cli.fit import LeapCLI, make_cli
 from leap_pl.data import TextDataModule
 from leap_pl.distributed.strategy import saves_shards
 from leap_pl.gates import Gate, GateState, NMGate, TileGate
 from leap_pl.masks.patterns import NM, Tiled
-from leap_pl.trainer_cli import LeapCLI, make_cli
 from leap_pl.training.module import LeapModule
 from leap_pl.training.optimizers import PackedAdamW
 from leap_pl.training.schedules import Schedule

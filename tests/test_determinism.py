@@ -7,7 +7,7 @@ import torch
 from conftest import Run, fit_flags
 
 from leap_pl.checkpoints.layout import load_checkpoint
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.kernels.compiled import can_compile, compile_seconds
 from leap_pl.masks import MaskSet
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from leap_pl.cli import VERBS, _find, settings_of
-from leap_pl.trainer_cli import make_cli
+from leap_pl.cli.fit import make_cli
+from leap_pl.cli.main import VERBS, _find, settings_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.md")])

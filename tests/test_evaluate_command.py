@@ -11,8 +11,8 @@ from tiny import tiny_folder
 
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import find_weights, model_fingerprint
+from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.errors import UserError
-from leap_pl.evaluate import evaluate_command
 from leap_pl.evaluation.record import read_result
 from leap_pl.masks import MaskSet, Provenance
 
@@ -207,7 +207,7 @@ def test_unreadable_result_is_one_line(tmp_path, content):
 
 def test_import_is_light():
     heavy = "('torch', 'transformers', 'lm_eval', 'matplotlib')"
-    code = f"import sys, leap_pl.evaluate, leap_pl.compare; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, leap_pl.cli.evaluate, leap_pl.cli.compare; print([m for m in {heavy} if m in sys.modules])"
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"

@@ -5,8 +5,8 @@ import json
 import pytest
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 
+from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.errors import UserError
-from leap_pl.evaluate import evaluate_command
 from leap_pl.evaluation import tasks as room
 from leap_pl.evaluation.local_tasks import LocalTasks
 from leap_pl.evaluation.tasks import evaluate_tasks, mean_accuracy

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.checkpoints.layout import masks_from_checkpoint
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.errors import UserError
 from leap_pl.export import zeros
 from leap_pl.export.hugging_face import export_command

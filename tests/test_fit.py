@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leap_pl.callbacks import SparsityLogger
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
 from leap_pl.training.module import LeapModule
 

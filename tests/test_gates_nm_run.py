@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leap_pl.base_model.weights import find_weights
 from leap_pl.checkpoints.layout import masks_from_checkpoint
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.gates import Gate, NMGate
 from leap_pl.masks import MaskSet
 

@@ -11,7 +11,7 @@ from scaled_runs import ddp, sharded
 from torch import Tensor
 
 from leap_pl.checkpoints.layout import masks_from_checkpoint
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
 
 pytestmark = pytest.mark.usefixtures("eager")

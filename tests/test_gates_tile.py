@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from leap_pl.base_model.weights import Weight, find_weights
 from leap_pl.checkpoints.layout import masks_from_checkpoint
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, GateState, Stored, TileGate, attach, restore
 from leap_pl.gates.tile import PATTERNS

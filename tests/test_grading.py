@@ -17,7 +17,8 @@ from tiny import tiny_model
 from torch import Tensor
 
 from leap_pl.base_model.weights import find_weights
-from leap_pl.cli import main
+from leap_pl.cli.fit import run
+from leap_pl.cli.main import main
 from leap_pl.distributed.strategy import RankZero
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, GateState
@@ -29,7 +30,6 @@ from leap_pl.prior import grading
 from leap_pl.prior.cache import input_squares
 from leap_pl.prior.grading import LEAST, graded_lean
 from leap_pl.prior.settings import Prior, SharedPrior
-from leap_pl.trainer_cli import run
 
 torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from leap_pl.base_model.weights import Weight
 from leap_pl.checkpoints.layout import masks_from_checkpoint
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, Gate, GateState, NMGate, TileGate
 from leap_pl.masks import MaskSet

@@ -8,7 +8,7 @@ from conftest import fit_flags
 from ranks import run_ranks
 from torch import Tensor
 
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.distributed.shards import gathered
 
 LOW = ["--model.logits_dtype=bfloat16", "--model.optimizer=PackedAdamW", "--model.optimizer.lr=2e-3"]

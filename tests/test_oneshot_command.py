@@ -11,10 +11,10 @@ import torch
 from tiny import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from leap_pl.cli.prune import prune_command
 from leap_pl.errors import UserError
 from leap_pl.evaluation.subject import load_subject
 from leap_pl.masks import MaskSet
-from leap_pl.oneshot.command import prune_command
 from leap_pl.oneshot.prune import Method
 
 torch.set_num_threads(1)
@@ -109,7 +109,7 @@ def test_nothing_is_written_where_something_is_wrong(folder: Path, text: Path, t
 
 
 def test_the_commands_module_is_light() -> None:
-    code = "import sys, leap_pl.oneshot.command; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, leap_pl.cli.prune; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -24,7 +24,7 @@ from tiny import tiny_folder, tiny_model
 
 from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.layout import load_checkpoint
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet, Provenance

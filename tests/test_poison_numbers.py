@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
 from leap_pl.checkpoints.layout import load_checkpoint, masks_from_checkpoint
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -14,8 +14,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from leap_pl import trainer_cli
-from leap_pl.cli import main
+from leap_pl.cli import fit as trainer_cli
+from leap_pl.cli.main import main
 from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
 

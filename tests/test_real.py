@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
 
 ASSETS = Path(__file__).parents[1] / "assets"

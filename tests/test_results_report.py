@@ -15,7 +15,7 @@ from experiments.headline.experiment import laid_over, read_experiment
 from experiments.headline.measured import Group, read_cells
 from experiments.headline.report import shared_settings, without
 from experiments.headline.tables import difference_table
-from leap_pl.cli import main as leap_pl
+from leap_pl.cli.main import main as leap_pl
 from leap_pl.oneshot.prune import UPDATING
 
 # -- the report -----------------------------------------------------------------------------------------------

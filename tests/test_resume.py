@@ -12,7 +12,7 @@ import torch
 from ranks import run_ranks
 from stopped_runs import STEPS, WINDOW, Outcome, at_call, flags, kept, outcome, same, send, stopped
 
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.data.batches import BlockLoader
 from leap_pl.errors import UserError
 from leap_pl.training.module import LeapModule

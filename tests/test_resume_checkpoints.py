@@ -17,7 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from leap_pl.callbacks.checkpoints import requeue
 from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.newest import newest_checkpoint
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 

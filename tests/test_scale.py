@@ -23,7 +23,7 @@ from torch import Tensor
 from leap_pl.checkpoints.folder import StoredTensors, check_folder, consolidated
 from leap_pl.checkpoints.layout import masks_from_checkpoint, path_of
 from leap_pl.checkpoints.newest import newest_checkpoint
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.distributed.strategy import sharding_mesh
 from leap_pl.errors import UserError
 from leap_pl.export.hugging_face import export_command
@@ -49,7 +49,7 @@ ALL_TERMS = [
 
 def failure(flags: list[str]) -> str:
     """What a run that is refused says on this rank."""
-    from leap_pl.trainer_cli import run
+    from leap_pl.cli.fit import run
 
     try:
         run(flags)

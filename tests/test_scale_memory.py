@@ -8,7 +8,7 @@ from ranks import run_ranks
 from scaled_runs import BRIEF, Place, ddp, sharded
 from tiny import byte_tokenizer, tiny_model
 
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("eager")
 

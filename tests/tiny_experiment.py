@@ -13,7 +13,7 @@ from experiments.headline.__main__ import main
 from experiments.headline.experiment import read_experiment
 from experiments.headline.runner import Runner
 from experiments.headline.running import Ran
-from leap_pl.cli import main as leap_pl
+from leap_pl.cli.main import main as leap_pl
 from leap_pl.errors import UserError
 
 STEP = 2 * 32  # tokens

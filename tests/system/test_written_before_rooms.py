@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import refused
 
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
 
 WRITTEN = Path(__file__).with_name("written_before_rooms")

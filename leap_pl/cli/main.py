@@ -21,11 +21,11 @@ VERBS: dict[str, tuple[str, str | None]] = {
     "validate": ("perplexity of a checkpoint's hard mask on the validation text", None),
     "prune": (
         "make a mask layer by layer: magnitude, wanda, sparseswaps, sparsegpt, admm",
-        "leap_pl.oneshot.command:prune_command",
+        "leap_pl.cli.prune:prune_command",
     ),
     "export": ("write a sparse Hugging Face checkpoint from a mask", "leap_pl.export.hugging_face:export_command"),
-    "evaluate": ("perplexity and zero-shot tasks of a model or mask", "leap_pl.evaluate:evaluate_command"),
-    "compare": ("tables and pictures of several results", "leap_pl.compare:compare_command"),
+    "evaluate": ("perplexity and zero-shot tasks of a model or mask", "leap_pl.cli.evaluate:evaluate_command"),
+    "compare": ("tables and pictures of several results", "leap_pl.cli.compare:compare_command"),
 }
 
 # Verb → its option that takes any number of values, which are also taken as bare words: leap_pl compare a.json b.json
@@ -67,7 +67,7 @@ def main(args: "ArgsType" = None) -> Any:
         with _plain_warnings():
             function = VERBS[words[0]][1]
             if function is None:
-                from leap_pl.trainer_cli import run
+                from leap_pl.cli.fit import run
 
                 return run(words)
             called = _find(function)
@@ -96,7 +96,7 @@ def console() -> None:
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
     """Show what this package warns of as ``warning: …``, without file and line; other warnings are shown as ever."""
-    shown, ours = warnings.showwarning, Path(__file__).parent
+    shown, ours = warnings.showwarning, Path(__file__).parents[1]
 
     def show(
         message: Warning | str,
@@ -155,7 +155,7 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
 
     from jsonargparse import ArgumentParser
 
-    from leap_pl.arguments import check_configs, one_line
+    from leap_pl.cli.arguments import check_configs, one_line
 
     several = BARE.get(verb)
     parser = ArgumentParser(

@@ -22,12 +22,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from leap_pl.arguments import check_configs, check_groups, one_line
 from leap_pl.callbacks import Annealing, Checkpoints, MaskExport, SparsityLogger, StepProgress
 from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.folder import check_folder
 from leap_pl.checkpoints.layout import KEY, load_checkpoint, read_identity
 from leap_pl.checkpoints.newest import newest_checkpoint
+from leap_pl.cli.arguments import check_configs, check_groups, one_line
 from leap_pl.data import TextDataModule
 from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
