@@ -210,7 +210,8 @@ def main(words: Sequence[str]) -> None:
     """``python -m leap_pl.checkpoints.folder FOLDER FILE``."""
     if any(word in ("-h", "--help") for word in words):
         print(
-            "usage: python -m leap_pl.checkpoints.folder FOLDER FILE\n\nMake one FILE of a distributed checkpoint's FOLDER."
+            "usage: python -m leap_pl.checkpoints.folder FOLDER FILE\n\n"
+            "Make one FILE of a distributed checkpoint's FOLDER."
         )
         return
     try:

@@ -11,7 +11,7 @@ first round of both, so that neither two tensors nor two rows are permuted copie
 Per element: 2 multiplications, 2 shifts, 4 xors and additions and 2 masks for the bits; then a conversion, 2
 multiplications, 2 additions, a division and a logarithm (:mod:`leap_pl.kernels.powers`) for the logistic. That it is
 good enough is tested: its distribution and tails, every bit and pair of bits, and the independence of elements,
-rows, tensors, steps and seeds, in ``tests/test_noise.py``.
+rows, tensors, steps and seeds, in ``tests/kernels/test_noise.py``.
 """
 
 import hashlib

@@ -82,7 +82,8 @@ class LeapModule(GatedModule):
             dtype: Of the frozen weights and the computation; ``auto`` is bfloat16 where the hardware multiplies
                 it faster, which is measured on a CPU, else float32.
             logits_dtype: Of the logits and their gradients, whatever the precision of the rest. ``bfloat16`` takes
-                an optimizer that rounds at random (:class:`leap_pl.training.optimizers.PackedAdamW`): see docs/memory.md.
+                an optimizer that rounds at random (:class:`leap_pl.training.optimizers.PackedAdamW`): see
+                docs/memory.md.
             activation_checkpointing: Recompute each decoder block in the backward pass: less memory, a third
                 more time.
             revision: Of the base model on the hub.

@@ -143,7 +143,7 @@ def test_shared_and_own_settings_make_the_whole():
 
 
 def test_the_shipped_definition():
-    folder = Path(__file__).parents[1] / "configs" / "results"
+    folder = Path(__file__).parents[2] / "configs" / "results"
     experiment = read_experiment(folder / "headline.yaml")
     rows = {cell.row: [] for cell in experiment.cells.values()}
     for cell in experiment.cells.values():

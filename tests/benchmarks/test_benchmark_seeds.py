@@ -11,7 +11,7 @@ from benchmarks import seeds
 from experiments.quickstart import CONFIG
 from leap_pl.cli.fit import make_cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOUND = {"seed-0": 20.0, "seed-1": 21.0, "seed-2": 19.5, "no-compiler": 20.1}
 
 

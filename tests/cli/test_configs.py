@@ -21,7 +21,7 @@ from leap_pl.training.module import LeapModule
 from leap_pl.training.optimizers import PackedAdamW
 from leap_pl.training.schedules import Schedule
 
-ROOT = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[2] / "configs"
 APART = ("shared", "cluster")  # parts of configs, and what is laid over one
 ALONE = ("headline", "low_memory")  # no config of fit, and no whole one
 CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in APART and path.stem not in ALONE)

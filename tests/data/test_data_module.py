@@ -283,7 +283,7 @@ import json
 import sys
 import torch
 torch.set_num_threads(1)
-sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:3]]!r}
 from test_data_module import Recorder, Trainer, module_for
 module = Recorder()
 Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=3, accumulate_grad_batches=2, logger=False,
@@ -293,7 +293,7 @@ open({str(tmp_path)!r} + f"/rank{{module.global_rank}}.json", "w").write(json.du
 """
     )
     subprocess.run(
-        [sys.executable, str(script)], check=True, timeout=300, capture_output=True, cwd=Path(__file__).parents[1]
+        [sys.executable, str(script)], check=True, timeout=300, capture_output=True, cwd=Path(__file__).parents[2]
     )
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [batch for pair in zip(*ranks, strict=True) for batch in pair] == whole

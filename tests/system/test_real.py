@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
 
-ASSETS = Path(__file__).parents[1] / "assets"
+ASSETS = Path(__file__).parents[2] / "assets"
 MODEL, TEXT = ASSETS / "SmolLM2-135M-Instruct", ASSETS / "wikipedia"
 
 pytestmark = [

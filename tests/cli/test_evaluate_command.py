@@ -208,7 +208,7 @@ def test_unreadable_result_is_one_line(tmp_path, content):
 def test_import_is_light():
     heavy = "('torch', 'transformers', 'lm_eval', 'matplotlib')"
     code = f"import sys, leap_pl.cli.evaluate, leap_pl.cli.compare; print([m for m in {heavy} if m in sys.modules])"
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
 

@@ -11,7 +11,7 @@ import pytest
 from experiments.headline.experiment import read_experiment
 from experiments.headline.report import write_report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def test_nothing_is_lost_when_processes_are_killed() -> None:
     """In a process of its own, since one with running threads cannot be forked safely."""
-    command = [sys.executable, str(Path(__file__).with_name("killing.py")), "--faults", "20"]
+    command = [sys.executable, str(Path(__file__).parents[1] / "killing.py"), "--faults", "20"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     told = json.loads(done.stdout.splitlines()[-1])

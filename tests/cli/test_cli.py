@@ -40,7 +40,8 @@ def test_help_answers_at_once() -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; from leap_pl.cli.main import main; main(['--help']); print({'torch', 'lightning'} & {*sys.modules})"
+    code = "import sys; from leap_pl.cli.main import main; main(['--help']); "
+    code += "print({'torch', 'lightning'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
 
