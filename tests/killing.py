@@ -281,6 +281,7 @@ def kill(faults: int, seed: int, base: Path) -> dict[str, Any]:
 
     from leap_pl.cli import fit as trainer_cli  # noqa: F401  (imported once, before the forks)
     from leap_pl.cli import prune as command  # noqa: F401
+    from leap_pl.export import hugging_face  # noqa: F401
 
     torch.set_num_threads(1)
     begun = time.monotonic()

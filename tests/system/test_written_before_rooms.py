@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import refused
 
+import leap_pl
 from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
 
@@ -79,7 +80,6 @@ OLD_NAMES = [
     ("model.gate", "NMGate", ""),
     ("trainer.callbacks", "leap_pl.callbacks.StepProgress", "list"),
     ("trainer.callbacks", "leap_pl.callbacks.progress.StepProgress", "list"),
-    ("trainer.plugins", "leap_pl.checkpoint_io.WholeCheckpointIO", ""),
     ("model.optimizer", "PackedAdamW", ""),
 ]
 
@@ -106,6 +106,12 @@ def test_old_names_of_classes_are_accepted(
     module, made = path.rsplit(".", 1)
     assert made == name.rsplit(".", 1)[-1]
     assert getattr(import_module(module), made).__name__ == made
+
+
+def test_every_moved_module_is_found_by_its_old_name() -> None:
+    for name, module in leap_pl._MOVED.items():
+        assert getattr(leap_pl, name) is import_module(module)
+    assert leap_pl.module.LeapModule is leap_pl.LeapModule
 
 
 @pytest.mark.parametrize("name", ["leap_pl.optimizer.Nothing", "leap_pl.nowhere.PackedAdamW"])
