@@ -14,16 +14,16 @@ help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 quickstart: $(VENV)/.installed ## Learn a mask for a real model, export it, evaluate it (about ten minutes on two cores)
-	@$(BIN)/python -m leap_pl.assets quickstart
-	@$(BIN)/python -m leap_pl.quickstart
+	@$(BIN)/python -m experiments.assets quickstart
+	@$(BIN)/python -m experiments.quickstart
 
 results: $(VENV)/.installed ## The headline experiment: hours; stop it at any moment, run it again to go on (ARGS=--list)
-	@$(BIN)/python -m leap_pl.assets quickstart
-	@$(BIN)/python -m leap_pl.assets eval
-	@$(BIN)/python -m leap_pl.results $(ARGS)
+	@$(BIN)/python -m experiments.assets quickstart
+	@$(BIN)/python -m experiments.assets eval
+	@$(BIN)/python -m experiments.headline $(ARGS)
 
 test: $(VENV)/.installed-dev ## All tests, those on the real model in a short form
-	@$(BIN)/python -m leap_pl.assets quickstart
+	@$(BIN)/python -m experiments.assets quickstart
 	@$(BIN)/python -m pytest
 
 test-fast: $(VENV)/.installed-dev ## The tests that need no model
@@ -35,14 +35,14 @@ lint: $(VENV)/.installed-dev ## Style and types
 	@$(BIN)/mypy
 
 notebooks: $(VENV)/.installed-dev ## Run the notebooks on the embedded model, and keep what they show
-	@$(BIN)/python -m leap_pl.assets quickstart
+	@$(BIN)/python -m experiments.assets quickstart
 	@$(BIN)/python notebooks/execute.py notebooks/*.ipynb
 
 assets: $(VENV)/.installed ## The embedded model and text: assets/SmolLM2-135M-Instruct, assets/wikipedia
-	@$(BIN)/python -m leap_pl.assets quickstart
+	@$(BIN)/python -m experiments.assets quickstart
 
 assets-eval: $(VENV)/.installed ## The zero-shot tasks, for evaluation without a hub: assets/tasks, assets/howto
-	@$(BIN)/python -m leap_pl.assets eval
+	@$(BIN)/python -m experiments.assets eval
 
 clean: ## Remove what runs have written; models, text and the environment stay
 	rm -rf runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that tokenize and pack")
     parser.add_argument("--output")
     args = parser.parse_args(arguments)
-    from leap_pl.cli import main as leap_pl
+    from leap_pl.cli.main import main as leap_pl
 
     with tempfile.TemporaryDirectory() as folder:
         words = ["fit", "--model.base_model", args.model, "--model.prior.method", "magnitude", "--data.text", args.text]

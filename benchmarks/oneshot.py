@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.report import Row, finish, table
+from leap_pl.base_model.loading import load_model, load_tokenizer
 from leap_pl.data import calibration_blocks
-from leap_pl.models import load_model, load_tokenizer
+from leap_pl.masks.patterns import parse_pattern
 from leap_pl.oneshot.prune import prune
-from leap_pl.patterns import parse_pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from leap_pl.weights import Weight
+from leap_pl.base_model.weights import Weight
 
 
 class Given(nn.Module):

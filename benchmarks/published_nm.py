@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from leap_pl.base_model.weights import Weight
 from leap_pl.gates import Gate, GateState
-from leap_pl.weights import Weight
 
 
 class PublishedNM(Gate):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from leap_pl.files import atomic_file
-from leap_pl.masks import installed_versions
+from leap_pl.masks.mask_set import installed_versions
 
 Row = dict[str, Any]
 

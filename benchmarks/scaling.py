@@ -2,8 +2,8 @@
 
 python -m benchmarks.scaling [--models ...] [--gpus 1 2 4 8 16 32 64] [--tokens 4096] [--distillation]
 
-The bytes are those that benchmarks/sharded_memory.py measures and tests/test_scale.py counts; docs/scaling.md has
-the formulas in words, what they leave out, and what to choose when.
+The bytes are those that benchmarks/sharded_memory.py measures and tests/system/test_scale.py counts; docs/scaling.md
+has the formulas in words, what they leave out, and what to choose when.
 """
 
 import argparse

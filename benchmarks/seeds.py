@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.report import Row, finish
-from leap_pl.quickstart import BASE_MODEL, CONFIG, TEXT, TOKENS, WINDOW
+from experiments.quickstart import BASE_MODEL, CONFIG, TEXT, TOKENS, WINDOW
 
 # What differs from the config: options of `leap_pl fit`, and variables of its environment.
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {

@@ -69,14 +69,14 @@ def child(model: str, text: str) -> None:
         return call
 
     start = time.time()
-    from leap_pl import gated_module, module
-    from leap_pl.cli import main as leap_pl
-    from leap_pl.gates.compiled import compile_seconds
-    from leap_pl.models import load_model
+    from leap_pl.base_model.loading import load_model
+    from leap_pl.base_model.weights import find_weights
+    from leap_pl.cli.fit import make_cli  # noqa: F401  (so that its imports count here)
+    from leap_pl.cli.main import main as leap_pl
+    from leap_pl.kernels.compiled import compile_seconds
+    from leap_pl.masks.patterns import Unstructured
     from leap_pl.oneshot.prune import prune
-    from leap_pl.patterns import Unstructured
-    from leap_pl.trainer_cli import make_cli  # noqa: F401  (so that its imports count here)
-    from leap_pl.weights import find_weights
+    from leap_pl.training import gated_module, module
 
     seconds["imports"] = time.time() - start
     for name, stage in (

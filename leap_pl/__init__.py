@@ -12,13 +12,22 @@ if TYPE_CHECKING:
     from leap_pl.data import TextDataModule as TextDataModule
     from leap_pl.errors import UserError as UserError
     from leap_pl.masks import MaskSet as MaskSet
-    from leap_pl.module import LeapModule as LeapModule
+    from leap_pl.training.module import LeapModule as LeapModule
 
 _ROOMS = {
-    "LeapModule": "leap_pl.module",
+    "LeapModule": "leap_pl.training.module",
     "MaskSet": "leap_pl.masks",
     "TextDataModule": "leap_pl.data",
     "UserError": "leap_pl.errors",
+}
+
+# Modules of the layout in which all lay in one folder, and where they are: a config saved then names its classes by
+# these: PackedAdamW of the old optimizer module. Modules that kept their name, or a room with it, need no row.
+_MOVED = {
+    "module": "leap_pl.training.module",
+    "objective": "leap_pl.losses.objective",
+    "optimizer": "leap_pl.training.optimizers",
+    "schedules": "leap_pl.training.schedules",
 }
 
 __all__ = ["LeapModule", "MaskSet", "TextDataModule", "UserError", "__version__"]
@@ -27,4 +36,6 @@ __all__ = ["LeapModule", "MaskSet", "TextDataModule", "UserError", "__version__"
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return getattr(import_module(_ROOMS[name]), name)
+    if name in _MOVED:
+        return import_module(_MOVED[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

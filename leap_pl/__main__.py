@@ -1,4 +1,4 @@
-from leap_pl.cli import console
+from leap_pl.cli.main import console
 
 if __name__ == "__main__":
     console()

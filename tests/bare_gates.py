@@ -8,9 +8,9 @@ import torch
 from tiny import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
+from leap_pl.base_model.weights import Weight, find_weights
 from leap_pl.gates import BernoulliGate, Gate, GateState, NMGate, attach
-from leap_pl.gates.noise import columns, element_bits, gumbel, logistic
-from leap_pl.weights import Weight, find_weights
+from leap_pl.kernels.noise import columns, element_bits, gumbel, logistic
 
 IDS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 # (shape, input_dim): Linear, Conv1D, stacked experts, those stored transposed; inputs that 4 divides and not.

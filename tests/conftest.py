@@ -106,7 +106,7 @@ def fit_flags(model: str | Path, text: str | Path, folder: Path, *more: str) -> 
 @pytest.fixture(scope="session")
 def finished(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of six steps on the tiny model, at 50%."""
-    from leap_pl.cli import main
+    from leap_pl.cli.main import main
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("run")
@@ -119,7 +119,7 @@ def finished(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempP
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that the command ends with, behind what it said when it began."""
-    from leap_pl.cli import main
+    from leap_pl.cli.main import main
 
     with pytest.raises(SystemExit) as caught:
         main(words)

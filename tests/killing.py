@@ -85,7 +85,7 @@ def run(
     """Run ``leap_pl`` in a fork; its exit status (negative: the signal), file operations, and seconds."""
     from tqdm import auto, std
 
-    from leap_pl.cli import main
+    from leap_pl.cli.main import main
 
     begun = time.monotonic()
     reader, writer = os.pipe()
@@ -179,7 +179,7 @@ def victims(model: Path, text: Path, base: Path) -> Iterator[Victim]:
     from conftest import fit_flags
     from stopped_runs import curves
 
-    from leap_pl.checkpoint import load_checkpoint
+    from leap_pl.checkpoints.layout import load_checkpoint
 
     def digest(value: Any) -> str:
         if isinstance(value, torch.Tensor):
@@ -279,8 +279,9 @@ def kill(faults: int, seed: int, base: Path) -> dict[str, Any]:
     import torch
     from tiny import tiny_folder
 
-    from leap_pl import export, trainer_cli  # noqa: F401  (imported once, before the forks)
-    from leap_pl.oneshot import command  # noqa: F401
+    from leap_pl.cli import fit as trainer_cli  # noqa: F401  (imported once, before the forks)
+    from leap_pl.cli import prune as command  # noqa: F401
+    from leap_pl.export import hugging_face  # noqa: F401
 
     torch.set_num_threads(1)
     begun = time.monotonic()

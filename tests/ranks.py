@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-PRELOAD = ["conftest", "ranks", "leap_pl.trainer_cli", "transformers.models.llama.modeling_llama"]
+PRELOAD = ["conftest", "ranks", "leap_pl.cli.fit", "transformers.models.llama.modeling_llama"]
 
 
 def run_ranks(

@@ -9,7 +9,7 @@ from conftest import fit_flags
 from tiny import tiny_folder
 from torch import Tensor
 
-from leap_pl.cli import main
+from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
 
 BRIEF = ["--trainer.max_steps=2", "--data.validation_sequences=0", "--sparsity_log.every_n_steps=100"]
@@ -77,12 +77,12 @@ def learn(flags: list[str]) -> dict[str, Any]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    from leap_pl.shards import gathered
+    from leap_pl.distributed.shards import gathered
 
     return gathered(tensor)
 
 
 def held(tensor: Tensor) -> int:
-    from leap_pl.shards import own_part
+    from leap_pl.distributed.shards import own_part
 
     return own_part(tensor).numel()

@@ -13,9 +13,9 @@ from conftest import fit_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from leap_pl.cli import main
-from leap_pl.module import LeapModule
-from leap_pl.signals import STOPPING
+from leap_pl.checkpoints.signals import STOPPING
+from leap_pl.cli.main import main
+from leap_pl.training.module import LeapModule
 
 STEPS, WINDOW = 4, 3  # optimizer steps, micro-batches in each
 

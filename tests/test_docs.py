@@ -8,18 +8,26 @@ from pathlib import Path
 
 import pytest
 
-from leap_pl.cli import VERBS, _find, settings_of
-from leap_pl.trainer_cli import make_cli
+from leap_pl.cli.fit import make_cli
+from leap_pl.cli.main import VERBS, _find, settings_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.md")])
-REFERENCE = re.compile(r"`(?:tests/)?(test_\w+\.py|killing\.py)?(?:::)?(test_\w+)?(\[[\w.-]+\])?`")
+REFERENCE = re.compile(r"`(?:tests/(?:\w+/)?)?(test_\w+\.py|killing\.py)?(?:::)?(test_\w+)?(\[[\w.-]+\])?`")
+
+
+@cache
+def place_of(file: str) -> Path:
+    """Where the file of tests of this name is: in one room."""
+    found = sorted((ROOT / "tests").rglob(file))
+    assert len(found) == 1, f"{file}: {found}"
+    return found[0]
 
 
 @cache
 def functions(file: str) -> set[str]:
     """The tests of a file of tests."""
-    tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    tree = ast.parse(place_of(file).read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
@@ -37,12 +45,13 @@ def references(text: str) -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_test_that_is_named_exists(document: Path) -> None:
-    for file, test, parameter in references(document.read_text(encoding="utf-8")):
+    text = document.read_text(encoding="utf-8")
+    for path in re.findall(r"\btests/[a-z0-9_/]+\.py", text):
+        assert (ROOT / path).is_file(), path
+    for file, test, parameter in references(text):
         assert file, f"{test} stands in a line that names no file"
-        path = ROOT / "tests" / file
-        assert path.is_file(), file
         assert not test or test in functions(file), f"{file}::{test}"
-        assert not parameter or f'"{parameter}"' in path.read_text(encoding="utf-8"), parameter
+        assert not parameter or f'"{parameter}"' in place_of(file).read_text(encoding="utf-8"), parameter
 
 
 def test_every_promise_names_its_test() -> None:
@@ -128,7 +137,7 @@ def test_a_target_that_is_shown_exists(document: str, line: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_modules_and_scripts_that_are_named_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
-    for module in re.findall(r"python -m ((?:benchmarks|leap_pl)\.\w+)", text):
+    for module in re.findall(r"python -m ((?:benchmarks|experiments|leap_pl)(?:\.\w+)+)", text):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     for script in re.findall(r"python (\w+/[\w./]+\.py)", text):

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from leap_pl.cli import main as leap_pl
+from experiments.headline import report, running
+from experiments.headline.__main__ import main
+from experiments.headline.experiment import read_experiment
+from experiments.headline.runner import Runner
+from experiments.headline.running import Ran
+from leap_pl.cli.main import main as leap_pl
 from leap_pl.errors import UserError
-from leap_pl.results import report, running
-from leap_pl.results.__main__ import main
-from leap_pl.results.experiment import read_experiment
-from leap_pl.results.runner import Runner
-from leap_pl.results.running import Ran
 
 STEP = 2 * 32  # tokens
 SCORED_CELLS = ("dense", "wanda-50", "admm-50", "leap-50", "update-50")

@@ -6,8 +6,8 @@ from typing import Any
 import lightning as L
 
 from leap_pl.errors import UserError
-from leap_pl.module import LeapModule
-from leap_pl.schedules import Schedule
+from leap_pl.training.module import LeapModule
+from leap_pl.training.schedules import Schedule
 
 
 class Annealing(L.Callback):

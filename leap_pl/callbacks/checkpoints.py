@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from leap_pl.checkpoints.signals import Stopped, StopSignals
+from leap_pl.distributed.strategy import saves_shards
 from leap_pl.files import atomic_file, atomic_folder, atomic_link, check_writable, flush, remove_abandoned
-from leap_pl.parallel import saves_shards
-from leap_pl.signals import Stopped, StopSignals
 
 
 class Checkpoints(ModelCheckpoint):

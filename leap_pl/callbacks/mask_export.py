@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from leap_pl.module import LeapModule
+from leap_pl.training.module import LeapModule
 
 
 class MaskExport(L.Callback):

@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from leap_pl.module import LeapModule
+from leap_pl.training.module import LeapModule
 
 
 class StepProgress(ProgressBar):

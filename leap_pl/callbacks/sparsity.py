@@ -10,10 +10,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
+from leap_pl.distributed.shards import gathered, strided_samples
 from leap_pl.gates import Gate
 from leap_pl.masks import split_name
-from leap_pl.module import LeapModule
-from leap_pl.shards import gathered, strided_samples
+from leap_pl.training.module import LeapModule
 
 FEWEST_BITS = 256  # sampled of a weight, to say that its density is extreme
 

@@ -84,7 +84,7 @@ def _again(where: str) -> str:
 _STARRED = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 _KEYS = {"class_path", "init_args"}
 # Where a class of this package was found in versions before.
-_FORMER = {"PackedAdamW": ("leap_pl.optimizer.PackedAdamW",)}
+_FORMER = {"PackedAdamW": ("leap_pl.training.optimizers.PackedAdamW",)}
 
 
 def _arguments(kind: type) -> dict[str, bool]:

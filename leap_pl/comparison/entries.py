@@ -25,7 +25,7 @@ class Entry:
         base_model: Name of the base model, as it was given.
         fingerprint: Of the base model's weights.
         sparsity: Realised, 0 to 1.
-        pattern: The form of the mask, as :mod:`leap_pl.patterns` writes it: ``unstructured``, ``2:4`` …
+        pattern: The form of the mask, as :mod:`leap_pl.masks.patterns` writes it: ``unstructured``, ``2:4`` …
         perplexity: Text → what ``leap_pl evaluate`` says of it.
         tasks: Task → what it says of that.
         densities: (decoder block, projection) → kept over all; empty for a dense model.
@@ -80,7 +80,7 @@ def _read(source: str) -> Entry:
     if path.suffix == ".safetensors":
         return _of_mask(source, MaskSet.load(path))
     if path.suffix == ".ckpt":
-        from leap_pl.checkpoint import masks_from_checkpoint
+        from leap_pl.checkpoints.layout import masks_from_checkpoint
 
         return _of_mask(source, masks_from_checkpoint(path))
     if not path.is_file():

@@ -123,6 +123,6 @@ def loaded_tokenizer(tokenizer: Any, revision: str | None = None) -> Any:
     """The tokenizer of the base model of that name; a tokenizer is returned as it is."""
     if not isinstance(tokenizer, str):
         return tokenizer
-    from leap_pl.models import load_tokenizer
+    from leap_pl.base_model.loading import load_tokenizer
 
     return load_tokenizer(tokenizer, revision=revision)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from leap_pl.base_model.loading import longest_sequence
 from leap_pl.errors import UserError
-from leap_pl.models import longest_sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

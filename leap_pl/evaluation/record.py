@@ -69,7 +69,7 @@ def environment(device: str) -> dict[str, Any]:
     """Package versions, the commit of a source checkout, and the hardware."""
     from importlib.metadata import version
 
-    from leap_pl.masks import installed_versions
+    from leap_pl.masks.mask_set import installed_versions
 
     return {
         "versions": installed_versions()

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from leap_pl.base_model.loading import Dtype, load_model, load_tokenizer
+from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet, split_name
-from leap_pl.models import Dtype, load_model, load_tokenizer
-from leap_pl.weights import find_weights, model_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,7 +85,7 @@ def load_subject(
 
 
 def _masks_of_checkpoint(path: str) -> MaskSet:
-    from leap_pl.checkpoint import masks_from_checkpoint
+    from leap_pl.checkpoints.layout import masks_from_checkpoint
 
     return masks_from_checkpoint(path)
 

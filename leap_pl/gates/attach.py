@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from leap_pl.base_model.weights import Weight
 from leap_pl.errors import UserError, listing
 from leap_pl.gates.gate import Gate, GateFactory, GateState
-from leap_pl.weights import Weight
 
 
 def attach(
@@ -90,7 +90,7 @@ class Stored:
     Attributes:
         logits: Float32 or bfloat16, of the shape that the kind of gate gives them.
         shape: Of the weight.
-        input_dim: Of the weight, as in :class:`leap_pl.weights.Weight`.
+        input_dim: Of the weight, as in :class:`leap_pl.base_model.weights.Weight`.
         beside: What else the kind of gate stores (:meth:`Gate.stored`).
         read: Reads one of them by its name, where the tensors here are on the meta device and only tell shapes.
     """

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leap_pl.gates.compiled import compiled
+from leap_pl.base_model.weights import Weight
+from leap_pl.distributed.shards import strided_samples
 from leap_pl.gates.gate import Gate, GateState, Held
-from leap_pl.gates.noise import columns, element_bits, logistic_in_bits, noise_keys
-from leap_pl.gates.powers import exp2
-from leap_pl.shards import strided_samples
-from leap_pl.topk import Cut, exact_top_k
-from leap_pl.weights import Weight
+from leap_pl.kernels.compiled import compiled
+from leap_pl.kernels.noise import columns, element_bits, logistic_in_bits, noise_keys
+from leap_pl.kernels.powers import exp2
+from leap_pl.masks.top_k import Cut, exact_top_k
 
 
 class BernoulliGate(Gate):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from leap_pl.gates.noise import noise_keys
-from leap_pl.patterns import Pattern, Unstructured
-from leap_pl.weights import Weight
+from leap_pl.base_model.weights import Weight
+from leap_pl.kernels.noise import noise_keys
+from leap_pl.masks.patterns import Pattern, Unstructured
 
 Mode = Literal["soft", "hard", "dense"]
 
@@ -155,7 +155,10 @@ class Gate(nn.Module):
 
     @classmethod
     def form(cls, settings: Mapping[str, Any]) -> str:
-        """The form of the masks that gates with these :meth:`settings` make, as :mod:`leap_pl.patterns` writes it."""
+        """The form of the masks that gates with these :meth:`settings` make.
+
+        It is written as :mod:`leap_pl.masks.patterns` does.
+        """
         return "unstructured"
 
     def stored(self) -> dict[str, Tensor]:
@@ -217,7 +220,7 @@ class Gate(nn.Module):
         """Follow the model to another device, but never to another dtype.
 
         At |θ| = 0.04 a bfloat16 step is 2.4e-4: updates below half of it vanish unless they are rounded at random
-        (:mod:`leap_pl.optimizer`), and learning ends unnoticed.
+        (:mod:`leap_pl.training.optimizers`), and learning ends unnoticed.
         """
         if isinstance(self.logits, DTensor):
             # A shard is on its device already, and FSDP2 holds on to this very parameter.

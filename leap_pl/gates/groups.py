@@ -5,7 +5,7 @@ dimensions of the weight but its input dimension, G = groups along that one, so 
 
 A weight is seen with its inputs last: (O, inputs) → (Q, M). Where m does not divide the inputs, the last
 group of each row is short, and filled up with zeros; of its r inputs it keeps n·r/m, rounded as one-shot
-pruning does (:class:`leap_pl.patterns.NM`).
+pruning does (:class:`leap_pl.masks.patterns.NM`).
 
 The logits are (P, O, G): the softmax over patterns is then one of P long contiguous vectors, element by
 element, which is what the vector units of a CPU and the warps of a GPU both want.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leap_pl.errors import UserError
-from leap_pl.patterns import NM
+from leap_pl.masks.patterns import NM
 
 MOST_PATTERNS = 1024  # of a group: 5:10 has 252, 6:12 has 924, and 8:16 has 12,870 logits for 16 weights
 

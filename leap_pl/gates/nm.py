@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from leap_pl.base_model.weights import Weight
+from leap_pl.distributed.shards import gathered
 from leap_pl.errors import UserError
 from leap_pl.gates.gate import Gate, GateState
 from leap_pl.gates.groups import Groups
-from leap_pl.gates.noise import columns, noise_keys
 from leap_pl.gates.pattern_kernels import pattern_kernels
-from leap_pl.patterns import NM, Pattern
-from leap_pl.shards import gathered
-from leap_pl.weights import Weight
+from leap_pl.kernels.noise import columns, noise_keys
+from leap_pl.masks.patterns import NM, Pattern
 
 
 class NMGate(Gate):

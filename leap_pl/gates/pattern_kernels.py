@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leap_pl.gates.compiled import compiled
-from leap_pl.gates.noise import element_bits, gumbel, gumbel_in_bits
-from leap_pl.gates.powers import exp2
+from leap_pl.kernels.compiled import compiled
+from leap_pl.kernels.noise import element_bits, gumbel, gumbel_in_bits
+from leap_pl.kernels.powers import exp2
 
 Positions = tuple[int, ...]
 

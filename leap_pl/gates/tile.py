@@ -10,16 +10,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from leap_pl.base_model.weights import Weight
+from leap_pl.distributed.shards import gathered
 from leap_pl.errors import UserError
 from leap_pl.gates.gate import Gate, GateState
 from leap_pl.gates.groups import Groups
 from leap_pl.gates.nm import confidence
-from leap_pl.gates.noise import noise_keys
 from leap_pl.gates.tile_grid import FixedTiles, JointTiles, SoftTiles, TileGrid
-from leap_pl.patterns import NM, Pattern, Tiled, Unstructured, follows
-from leap_pl.shards import gathered
-from leap_pl.topk import Cut, exact_top_k
-from leap_pl.weights import Weight
+from leap_pl.kernels.noise import noise_keys
+from leap_pl.masks.patterns import NM, Pattern, Tiled, Unstructured, follows
+from leap_pl.masks.top_k import Cut, exact_top_k
 
 PATTERNS = " patterns"  # what a weight's name has behind it where the noise of its patterns is meant
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from leap_pl.gates.bernoulli import soft_mask
-from leap_pl.gates.compiled import compiled
 from leap_pl.gates.groups import Groups
 from leap_pl.gates.nm import flat_patterns
-from leap_pl.gates.noise import columns
 from leap_pl.gates.pattern_kernels import pattern_kernels
+from leap_pl.kernels.compiled import compiled
+from leap_pl.kernels.noise import columns
 
 
 class TileGrid:

@@ -2,6 +2,7 @@
 
 The algorithms are pure functions of a matrix and the statistics of its inputs (:mod:`.magnitude`,
 :mod:`.wanda`, :mod:`.sparseswaps`, :mod:`.sparsegpt`, :mod:`.admm`); :mod:`.walk` feeds them, :mod:`.prune`
-puts both together, :mod:`.prior` makes masks to start the gates from, and :mod:`.command` is ``leap_pl prune``.
+puts both together, :mod:`leap_pl.prior.cache` makes masks to start the gates from, and :mod:`leap_pl.cli.prune` is
+``leap_pl prune``.
 Importing this package loads none of them, so that the command line answers at once.
 """

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leap_pl.masks.patterns import Pattern, Unstructured, choose
 from leap_pl.oneshot.damping import Solution, with_damping
-from leap_pl.patterns import Pattern, Unstructured, choose
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from leap_pl.errors import UserError, listing
-from leap_pl.objective import Objective, language_losses, split_model
+from leap_pl.losses.objective import Objective, language_losses, split_model
+from leap_pl.masks.patterns import ByRow
+from leap_pl.masks.top_k import exact_top_k
 from leap_pl.oneshot.inputs import Matrix, ProductWatch
 from leap_pl.oneshot.walk import WalkOptions, eager_experts, evaluating, on_device
-from leap_pl.patterns import ByRow
-from leap_pl.topk import exact_top_k
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from leap_pl.weights import Weight
+from leap_pl.base_model.weights import Weight
 
 ERROR_TOKENS = 2048  # tokens on which a layer's error is measured where there is no Hessian
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from leap_pl.patterns import Pattern, choose
+from leap_pl.masks.patterns import Pattern, choose
 
 
 def magnitude_mask(weight_OI: Tensor, pattern: Pattern) -> Tensor:

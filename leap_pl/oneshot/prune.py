@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from leap_pl.base_model.weights import Weight, decoder_blocks, find_weights, model_fingerprint
 from leap_pl.errors import UserError, listing
-from leap_pl.masks import MaskSet, Provenance, installed_versions
+from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions
+from leap_pl.masks.patterns import NM, Pattern, Unstructured
 from leap_pl.oneshot.admm import AdmmOptions, admm_prune, admm_update
 from leap_pl.oneshot.allocation import OwlOptions, owl_sparsities
 from leap_pl.oneshot.damping import NotSolvableError, Solution
@@ -22,8 +24,6 @@ from leap_pl.oneshot.sparsegpt import SparseGPTOptions, sparsegpt
 from leap_pl.oneshot.sparseswaps import sparseswaps_mask
 from leap_pl.oneshot.walk import Walk, WalkOptions
 from leap_pl.oneshot.wanda import wanda_mask
-from leap_pl.patterns import NM, Pattern, Unstructured
-from leap_pl.weights import Weight, decoder_blocks, find_weights, model_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,7 +94,7 @@ def prune(
         mask_target: (with ``mask``) What the kept weights are fitted to: ``layer``, the dense layer's outputs
             on the pruned path's inputs; ``dense``, the layer's outputs in the dense model. Experts of stacked
             tensors are always fitted to ``layer``, since they see other tokens in the dense model.
-        weights: Which weights, as :func:`leap_pl.weights.find_weights` gives them; None: its default.
+        weights: Which weights, as :func:`leap_pl.base_model.weights.find_weights` gives them; None: its default.
         options: Settings of SparseGPT or ADMM.
         walk: Batch size and device.
         update: Write masked or updated weights into ``model``. False: ``model`` is bit-identical afterwards.

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leap_pl.masks.patterns import NM, Pattern, Unstructured, choose, keep_highest
 from leap_pl.oneshot.damping import Solution, with_damping
-from leap_pl.patterns import NM, Pattern, Unstructured, choose, keep_highest
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from leap_pl.masks.patterns import NM, Pattern
 from leap_pl.oneshot.wanda import wanda_mask
-from leap_pl.patterns import NM, Pattern
 
 ROUNDS = 100
 LIVE = 0.7  # share of the rows at hand below which the finished ones are put away

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from leap_pl.base_model.weights import decoder_blocks
 from leap_pl.errors import UserError
 from leap_pl.oneshot.inputs import ERROR_TOKENS, InputStatistics, Matrix, ProductWatch
-from leap_pl.weights import decoder_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from leap_pl.patterns import Pattern, choose
+from leap_pl.masks.patterns import Pattern, choose
 
 
 def wanda_scores(weight_OI: Tensor, mean_square_I: Tensor) -> Tensor:

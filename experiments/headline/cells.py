@@ -1,0 +1,167 @@
+"""What is known of a finished cell, in one file: a result file of ``leap_pl evaluate`` with more."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leap_pl.evaluation.record import read_result, write_result
+from leap_pl.files import atomic_file
+
+if TYPE_CHECKING:
+    from experiments.headline.experiment import Cell, Experiment
+    from experiments.headline.progress import Progress
+    from experiments.headline.steps import Step
+
+
+def collect(progress: "Progress", folder: Path) -> int:
+    """Write one file a finished cell into ``folder``; returns how many are there.
+
+    A file of a cell that was not made here stays as long as it belongs to the experiment as it is today, and takes from
+    it how the cell is shown: rows may have been renamed, or put elsewhere, since it was made.
+    """
+    cells = progress.chosen([])  # each after those that it needs
+    for path in folder.glob("*.json"):
+        if path.stem not in progress.experiment.cells:
+            path.unlink()
+    for cell in cells:
+        path = folder / f"{cell.name}.json"
+        if progress.is_finished(cell):
+            write_cell(progress, cell, path)
+        elif is_current(progress, cell, folder):
+            result = read_result(path)
+            shown = result["cell"] | _shown(progress.experiment, cell)
+            if shown != result["cell"]:
+                write_result(path, result | {"cell": shown})
+        else:
+            path.unlink(missing_ok=True)
+    return len(list(folder.glob("*.json")))
+
+
+def is_current(progress: "Progress", cell: "Cell", folder: Path) -> bool:
+    """Whether there is a file of ``cell`` in ``folder`` that says what would be said if it were made here and now."""
+    path = folder / f"{cell.name}.json"
+    if not path.is_file():
+        return False
+    told = read_result(path).get("cell", {})
+    if not all((folder / f"{name}.json").is_file() for name in cell.best_of):
+        return False
+    kept = progress.experiment.cells.get(told.get("kept") or "")
+    steps = progress.all_steps(cell, kept if cell.best_of else None)
+    return steps is not None and told.get("digests") == {step.name: step.digest for step in steps}
+
+
+def write_cell(progress: "Progress", cell: "Cell", path: Path) -> None:
+    """Write all that is known of the finished ``cell``.
+
+    The evaluations of its steps are put together, and ``cell`` says what was done, with which settings.
+    """
+    from leap_pl.evaluation.tasks import mean_accuracy
+
+    steps = progress.all_steps(cell)
+    assert steps is not None
+    results = [read_result(step.output) for step in steps if step.words[:1] == ["evaluate"]]
+    merged = results[0]
+    for result in results[1:]:
+        merged["perplexity"] |= result["perplexity"]
+        merged["tasks"] |= result["tasks"]
+        for name, seconds in result["times"]["seconds"].items():
+            merged["times"]["seconds"][name] = round(merged["times"]["seconds"].get(name, 0) + seconds, 2)
+    merged["mean"] = mean_accuracy(merged["tasks"])
+    merged["cell"] = _told(progress, cell, steps)
+    write_result(path, merged)
+
+
+def _told(progress: "Progress", cell: "Cell", steps: "list[Step]") -> dict[str, Any]:
+    experiment, record = progress.experiment, progress.record(cell)
+    kept = progress.kept(cell) if cell.best_of else None
+    made = record.get("make", {})
+    overlap = next((json.loads(s.output.read_text(encoding="utf-8")) for s in steps if s.name == "overlap"), None)
+    return {
+        **_shown(experiment, cell),
+        "settings": _settings(progress, cell),
+        "prior": cell.prior,
+        "kept": kept and kept.name,
+        "tokens": _tokens(progress, kept or cell),
+        "calibration_tokens": _calibration(progress, cell),
+        "seconds": round(made["seconds"], 1) if made else None,
+        "peak_rss": made.get("peak_rss"),
+        "digests": {step.name: step.digest for step in steps},
+        "commands": [record[step.name]["words"] for step in steps if step.words],
+        "overlap": overlap,
+        "mask": told_mask(progress.steps.mask(cell)) if made else None,
+    }
+
+
+def _shown(experiment: "Experiment", cell: "Cell") -> dict[str, Any]:
+    """How the experiment of today names ``cell`` and where it puts it in the report."""
+    return {
+        "name": cell.name,
+        "row": cell.row,
+        "title": cell.title,
+        "order": list(experiment.cells).index(cell.name),
+        "sparsity": cell.sparsity,
+        "table": cell.table,
+        "baseline": cell.baseline,
+        "reference": cell.reference,
+        "about": experiment.about,
+        "texts": {role: {"text": text.text, "title": text.title or role} for role, text in experiment.texts.items()},
+    }
+
+
+def told_mask(path: Path) -> str:
+    """What tells whether two masks are the same: SHA-256 of their bits, whatever their provenance."""
+    from leap_pl.masks import MaskSet
+
+    return MaskSet.load(path).digest_of_bits()
+
+
+def _settings(progress: "Progress", cell: "Cell") -> dict[str, Any]:
+    """What ``cell`` was made with: options of prune, or the config of fit, as it was when it was made."""
+    made = progress.record(cell).get("make", {})
+    if "settings" in made:
+        return dict(made["settings"])
+    return progress.steps.fit_config(cell) if cell.fit is not None else dict(cell.prune or {})
+
+
+def _tokens(progress: "Progress", cell: "Cell") -> int:
+    """Tokens that a mask was learned from."""
+    if cell.fit is None:
+        return 0
+    config = _settings(progress, cell)
+    return int(config["trainer"]["max_steps"] * progress.steps.tokens_of_step(config))
+
+
+def _calibration(progress: "Progress", cell: "Cell") -> int:
+    """Tokens that the one-shot part of ``cell`` read: its own, or its prior's."""
+    if cell.prior is not None:
+        return _calibration(progress, progress.experiment.cells[cell.prior])
+    if cell.fit is not None:
+        config = _settings(progress, cell)
+        prior = {"method": "wanda", "sequences": 128, **config["model"].get("prior", {})}
+        reads = prior.get("mask") is None and prior["method"] not in ("magnitude", "none")
+        return int(prior["sequences"] * config["data"]["seq_length"]) if reads else 0
+    if cell.prune is None or cell.prune.get("method") == "magnitude":
+        return 0
+    return int(cell.prune.get("sequences", 128) * cell.prune.get("seq_length", 2048))
+
+
+def write_overlap(mask: Path, prior: Path, output: Path) -> None:
+    """Write to ``output`` how far a learned mask agrees with its prior: IoU, by layer too, and bits that differ."""
+    from leap_pl.comparison.entries import read_entries
+    from leap_pl.comparison.overlap import overlap
+
+    first, second = read_entries([str(mask), str(prior)])
+    found = overlap(first, second)
+    assert found is not None
+    assert first.mask is not None
+    assert second.mask is not None
+    others = second.mask.masks
+    changed = sum(int((bits ^ others[name]).sum()) for name, bits in first.mask.masks.items())
+    told = {
+        "iou": found.iou,
+        "chance": found.chance,
+        "layers": {str(layer): value for layer, value in found.layers.items()},
+        "changed": changed / first.mask.total,
+    }
+    with atomic_file(output) as temporary:
+        temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

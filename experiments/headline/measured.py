@@ -1,0 +1,141 @@
+"""Finished cells as they are read from their files: the one source of every figure of the report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.headline.experiment import UNSTRUCTURED
+from leap_pl.comparison.entries import Entry, check_protocols, entry_of_result
+from leap_pl.errors import UserError
+from leap_pl.evaluation.record import read_result
+
+ROLES = ("like", "unlike")  # the calibration text
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished cell: its file, the same as an entry of a comparison, and what it says of its making."""
+
+    result: dict[str, Any]
+    entry: Entry
+    cell: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The row's name in tables."""
+        return str(self.cell["title"])
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing was removed."""
+        return self.cell["sparsity"] is None
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether its mask was learned here, and not taken from another cell."""
+        return "trainer" in self.cell["settings"]
+
+    def perplexity(self, role: str) -> dict[str, Any]:
+        """What was measured on the text of ``role``."""
+        return dict(self.result["perplexity"][self.cell["texts"][role]["text"]])
+
+
+def read_cells(folder: Path) -> list[Measured]:
+    """The cells in ``folder``, in the order of the experiment.
+
+    Raises:
+        UserError: There is none, one cannot be read, or two were measured in different ways.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        result = read_result(path)
+        if "cell" not in result:
+            raise UserError(f"{path} is a result, but of no cell of the experiment. Take it out of {folder}.")
+        found.append(Measured(result, _entry(path, result), result["cell"]))
+    if not found:
+        raise UserError(f"{folder} holds no finished cell. Run make results first.")
+    check_protocols([measured.entry for measured in found])
+    return sorted(found, key=lambda measured: measured.cell["order"])
+
+
+def _entry(path: Path, result: dict[str, Any]) -> Entry:
+    """The cell as a comparison takes it: by its row's title, and with the texts by theirs."""
+    cell, told = result["cell"], entry_of_result(str(path), result)
+    label = (
+        cell["title"] if cell["sparsity"] is None else f"{cell['title']}, {_heading(cell['sparsity'], cell['table'])}"
+    )
+    texts = {cell["texts"][role]["title"]: told.perplexity[cell["texts"][role]["text"]] for role in ROLES}
+    return replace(told, label=label, method=cell["title"], perplexity=texts)
+
+
+def _heading(sparsity: float, table: str) -> str:
+    return f"{100 * sparsity:g}%" + ("" if table == UNSTRUCTURED else f", {table}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one table: one sparsity, one pattern.
+
+    Attributes:
+        sparsity: That was asked for.
+        table: ``unstructured``, or the pattern.
+        rows: All but the dense model.
+        dense: That.
+    """
+
+    sparsity: float
+    table: str
+    rows: list[Measured]
+    dense: Measured | None
+
+    @property
+    def heading(self) -> str:
+        """What the table is called."""
+        return _heading(self.sparsity, self.table)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Of the rows."""
+        return [measured.entry for measured in self.rows]
+
+    @property
+    def baselines(self) -> set[str]:
+        """Titles of the rows whose best is the measure of the others."""
+        return {measured.title for measured in self.rows if measured.cell["baseline"]}
+
+    @property
+    def best_learned(self) -> Measured | None:
+        """The learned row with the lowest perplexity on the validation text."""
+        learned = [measured for measured in self.rows if measured.is_learned]
+        return min(learned, key=lambda m: float(m.perplexity("validation")["value"]), default=None)
+
+    @property
+    def reference(self) -> Measured | None:
+        """The row whose gap to the dense model is what the others close."""
+        return next((measured for measured in self.rows if measured.cell["reference"]), None)
+
+    def gap_closed(self, row: Measured, role: str) -> float | None:
+        """(reference − row) / (reference − dense) in perplexity.
+
+        None for the dense model and the baselines, or where the reference or the dense model is not there.
+        """
+        reference = self.reference
+        if reference is None or self.dense is None or row is self.dense or row.cell["baseline"]:
+            return None
+        far, near, dense = (float(m.perplexity(role)["value"]) for m in (reference, row, self.dense))
+        return (far - near) / (far - dense)
+
+
+def groups(found: Sequence[Measured]) -> list[Group]:
+    """The tables, in the order of the experiment, those of one pattern by sparsity."""
+    dense = next((measured for measured in found if measured.is_dense), None)
+    by_table: dict[str, dict[float, list[Measured]]] = {}
+    for measured in found:
+        if not measured.is_dense:
+            by_table.setdefault(measured.cell["table"], {}).setdefault(measured.cell["sparsity"], []).append(measured)
+    return [
+        Group(sparsity, table, rows, dense)
+        for table, by_sparsity in by_table.items()
+        for sparsity, rows in sorted(by_sparsity.items())
+    ]

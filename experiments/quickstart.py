@@ -1,0 +1,115 @@
+"""``make quickstart``: fit, export and evaluate the embedded default, and say where to look.
+
+Each part runs as its own command, the one the README tells, and is skipped where its output already stands.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from leap_pl.cli.main import main
+from leap_pl.errors import UserError
+from leap_pl.files import atomic_file
+
+CONFIG = Path("configs/quickstart.yaml")
+RUN = Path("runs/quickstart")
+BASE_MODEL = Path("assets/SmolLM2-135M-Instruct")
+TEXT = Path("assets/wikipedia/test.jsonl")
+WINDOW = 512  # tokens: the sequence length the mask is learned at
+TOKENS = 48 * WINDOW  # evaluated of the held-out text
+
+
+def run() -> dict[str, object]:
+    """Fit, export, evaluate; write and return ``runs/quickstart/summary.json``.
+
+    Raises:
+        UserError: The assets or the config are not there.
+    """
+    if not (BASE_MODEL.is_dir() and TEXT.is_file() and CONFIG.is_file()):
+        raise UserError(
+            f"{BASE_MODEL}, {TEXT} or {CONFIG} is not there. Run `make quickstart` in the project's folder."
+        )
+    checkpoints, sparse = RUN / "checkpoints", RUN / "model"
+    mask, prior = checkpoints / "mask.safetensors", checkpoints / "prior.safetensors"
+    stamp = RUN / "config.yaml"  # of the run that is there
+    if not (mask.is_file() and stamp.is_file() and stamp.read_bytes() == CONFIG.read_bytes()):
+        _say(["fit", "--config", str(CONFIG)])
+        with atomic_file(stamp) as temporary:
+            temporary.write_bytes(CONFIG.read_bytes())
+    results = {}
+    for name, flags in {
+        "dense": ["--model", str(BASE_MODEL)],
+        "prior": ["--mask", str(prior)],
+        "learned": ["--mask", str(mask)],
+    }.items():
+        output = RUN / f"{name}.json"
+        if not output.is_file() or output.stat().st_mtime < stamp.stat().st_mtime:
+            protocol = ["--perplexity", str(TEXT), "--seq_length", str(WINDOW), "--max_tokens", str(TOKENS)]
+            _say(["evaluate", *flags, *protocol, "--output", str(output)])
+        results[name] = json.loads(output.read_text(encoding="utf-8"))
+    if not (sparse / "leap_pl.json").is_file() or sparse.stat().st_mtime < stamp.stat().st_mtime:
+        learned = str(RUN / "learned.json")
+        _say(["export", "--mask", str(mask), "--output_dir", str(sparse), "--perplexity", learned, "--force"])
+    facts = json.loads((sparse / "leap_pl.json").read_text(encoding="utf-8"))
+    summary: dict[str, object] = {"base_model": str(BASE_MODEL)}
+    for name, result in results.items():
+        (figure,) = result["perplexity"].values()
+        summary[f"{name}_perplexity"] = figure["value"]
+    summary |= {
+        "sparsity": facts["sparsity"],
+        "checkpoint": str(sparse),
+        "mask": str(mask),
+        "tensorboard": str(RUN / "tensorboard"),
+        "perplexity_protocol": {"text": str(TEXT), "seq_length": WINDOW, "stride": WINDOW, "tokens": TOKENS},
+    }
+    with atomic_file(RUN / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _say(words: list[str]) -> None:
+    print(f"\n$ leap_pl {' '.join(words)}", flush=True)
+    if words[0] == "fit":
+        # A process of its own, so that its memory is gone afterwards.
+        process = subprocess.Popen([sys.executable, "-m", "leap_pl", *words])
+        try:
+            failed = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it was told as well, and writes a checkpoint
+            raise
+        if failed:
+            raise UserError("leap_pl fit failed; its message is above.")
+    else:
+        main(words)  # in this one: imports take as long as the work
+
+
+def report(summary: dict[str, object]) -> str:
+    """The closing lines."""
+    dense, prior, learned = (summary[f"{name}_perplexity"] for name in ("dense", "prior", "learned"))
+    return f"""
+perplexity on held-out Wikipedia ({TOKENS:,} tokens in windows of {WINDOW}), every mask at the same sparsity:
+  dense model    {dense:8.2f}
+  Wanda prior    {prior:8.2f}
+  learned mask   {learned:8.2f}
+sparsity         {summary["sparsity"]:.6f}  (exactly, read back from the checkpoint)
+checkpoint       {summary["checkpoint"]}   AutoModelForCausalLM.from_pretrained("{summary["checkpoint"]}")
+mask             {summary["mask"]}
+curves           {_bin()}tensorboard --logdir {summary["tensorboard"]}
+these figures    {RUN / "summary.json"}"""
+
+
+def _bin() -> str:
+    folder = Path(sys.executable).parent
+    return f"{folder.relative_to(Path.cwd())}/" if folder.is_relative_to(Path.cwd()) else ""
+
+
+if __name__ == "__main__":
+    try:
+        print(report(run()))
+    except UserError as failure:
+        print(f"quickstart: {failure}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nquickstart: stopped.", file=sys.stderr)
+        raise SystemExit(130) from None

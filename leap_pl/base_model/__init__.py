@@ -1,0 +1,1 @@
+"""Load the base model, and find, name and fingerprint its weights."""

@@ -1,0 +1,280 @@
+"""``leap_pl evaluate``: perplexity and zero-shot tasks, into one result file that can be repeated and compared."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from leap_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from leap_pl.evaluation.subject import Subject
+
+DEFAULT_TASKS_FOLDER = "assets/tasks"
+
+
+def evaluate_command(
+    model: str | None = None,
+    mask: str | None = None,
+    ckpt_path: str | None = None,
+    perplexity: str | None = None,
+    seq_length: int = 2048,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    share: Literal["all", "held_out"] = "all",
+    tasks: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    tasks_folder: str | None = None,
+    batch_size: int = 4,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    output: str | None = None,
+) -> dict[str, Any]:
+    """Measure a model: perplexity on texts, accuracy on zero-shot tasks.
+
+    What is measured is a model as it is (a base model, an exported checkpoint), a base model under a mask,
+    or what a training checkpoint has learned. Perplexity is taken as in the literature: documents joined by
+    a blank line, tokenized once, windows of seq_length tokens, the mean over all predicted tokens. A
+    perplexity is comparable only with one of the same text, tokenizer, seq_length and stride, so the result
+    holds them all.
+
+    Args:
+        model: Hub id, local folder or GGUF file. With a mask it can be left out: the mask knows its base model.
+        mask: A MaskSet file (mask.safetensors) to put on the base model.
+        ckpt_path: A checkpoint of leap_pl fit; its hard mask is put on the base model.
+        perplexity: Texts, separated by commas: wikitext2, c4 (both from the hub), local files (.jsonl,
+            .jsonl.gz, .parquet, .txt).
+        seq_length: Tokens in a window.
+        stride: From one window to the next, in tokens; default seq_length. A smaller one gives every token
+            more context and takes longer; a token counts once.
+        max_tokens: Read only the first so many tokens of each text. Part of the protocol.
+        share: Of local files, all of the text, or the held_out twentieth that training left for validation.
+        tasks: lm-eval tasks, separated by commas. The paper's: mmlu,piqa,arc_easy,arc_challenge,winogrande,openbookqa.
+        limit: Only the first so many questions of each task, for a quick look; the result is marked.
+        num_fewshot: Solved examples before each question; default: what the task says, mostly none.
+        tasks_folder: Folder with data of tasks (default: assets/tasks where it exists, as made by make
+            assets-eval). A task found there is read from there, any other from the hub.
+        batch_size: Windows, or requests, in a forward pass.
+        dtype: Type of the weights in memory and of the computation; auto is the one they are stored in, but float32
+            for bfloat16 where the hardware multiplies that slower.
+        device: auto is the first GPU, or the CPU where there is none.
+        revision: Branch, tag or commit of the base model on the hub.
+        trust_remote_code: Run code that comes with the model.
+        seed: Seed of few-shot sampling, the only thing left to chance.
+        output: Result file to write, JSON.
+
+    Returns:
+        The result, as it is written to output.
+
+    Raises:
+        UserError: Nothing is to be measured, something cannot be found or reached, or what is given does
+            not fit together.
+    """
+    texts, names = _names(perplexity, "--perplexity"), _names(tasks, "--tasks")
+    if not texts and not names:
+        raise UserError("Nothing to measure. Add --perplexity wikitext2 (or a file), or --tasks piqa,arc_easy.")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: give a number of questions, at least 1.")
+    if max_tokens is not None and max_tokens < 2:
+        raise UserError(f"--max_tokens {max_tokens}: a perplexity needs at least 2 tokens.")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"--num_fewshot {num_fewshot}: give a number of examples, 0 or more.")
+    # What needs no model is refused before one is loaded.
+    from leap_pl.evaluation.perplexity import check_windows
+    from leap_pl.evaluation.record import FORMAT, FORMAT_VERSION, check_place, environment, write_result
+    from leap_pl.evaluation.subject import load_subject, realised_sparsity
+    from leap_pl.evaluation.texts import check_text
+
+    check_windows(seq_length, seq_length if stride is None else stride, batch_size)
+    for text in texts:
+        check_text(text)
+    local_tasks = None
+    if names:
+        from leap_pl.evaluation.tasks import check_tasks
+
+        local_tasks = _tasks_folder(tasks_folder)
+        check_tasks(names, local_tasks)
+    if output is not None:
+        check_place(output)
+    started, begin = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.monotonic()
+    seconds: dict[str, float] = {}
+    subject = load_subject(
+        model=model, mask=mask, ckpt_path=ckpt_path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    where = _place(subject, device)
+    if dtype == "auto":
+        _speed_up(subject)
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": _description(subject),
+        "method": subject.method,
+        "config": subject.config,
+        "sparsity": realised_sparsity(subject.model) | {"asked": subject.asked},
+        "seed": seed,
+        "batch_size": batch_size,
+        "perplexity": {},
+        "tasks": {},
+        "mean": None,
+        **environment(where),
+    }
+    for text in texts:
+        mark = time.monotonic()
+        result["perplexity"][text] = _perplexity(
+            subject,
+            text,
+            seq_length=seq_length,
+            stride=stride,
+            max_tokens=max_tokens,
+            share=share,
+            batch_size=batch_size,
+        )
+        seconds[text] = round(time.monotonic() - mark, 2)
+    if names:
+        from leap_pl.evaluation.tasks import evaluate_tasks, mean_accuracy
+
+        mark = time.monotonic()
+        result["tasks"] = evaluate_tasks(
+            subject.model,
+            subject.tokenizer,
+            names,
+            tasks_folder=local_tasks,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        result["mean"] = mean_accuracy(result["tasks"])
+        seconds["tasks"] = round(time.monotonic() - mark, 2)
+    seconds["total"] = round(time.monotonic() - begin, 2)
+    result["times"] = {"started": started, "seconds": seconds}
+    if output is not None:
+        write_result(output, result)
+    _tell(result, output)
+    return result
+
+
+def _perplexity(
+    subject: "Subject",
+    text: str,
+    *,
+    seq_length: int,
+    stride: int | None,
+    max_tokens: int | None,
+    share: str,
+    batch_size: int,
+) -> dict[str, Any]:
+    from leap_pl.evaluation.perplexity import perplexity
+    from leap_pl.evaluation.texts import read_text, tokenizer_identity, tokens_digest
+
+    tokens = read_text(text, subject.tokenizer, seq_length=seq_length, max_tokens=max_tokens, share=share)
+    found = perplexity(
+        subject.model,
+        tokens,
+        seq_length=seq_length,
+        stride=stride,
+        batch_size=batch_size,
+        progress=f"perplexity of {Path(text).name}",
+    )
+    return {
+        "value": found.value,
+        "stderr": found.stderr,
+        "nll": found.nll,
+        "nll_stderr": found.nll_stderr,
+        "seq_length": found.seq_length,
+        "stride": found.stride,
+        "tokens": found.tokens,
+        "predicted": found.predicted,
+        "max_tokens": max_tokens,
+        "share": share,
+        "text_digest": tokens_digest(tokens),
+        "tokenizer": tokenizer_identity(subject.tokenizer),
+        # Two results on the same windows can be compared window by window.
+        "window_nll": [round(value, 6) for value in found.window_nll],
+    }
+
+
+def _names(listed: str | None, flag: str) -> list[str]:
+    names = [name.strip() for name in (listed or "").split(",")]
+    if listed is not None and not all(names):
+        raise UserError(f"{flag} {listed!r} has an empty entry. Separate entries by single commas.")
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def _tasks_folder(given: str | None) -> str | None:
+    if given is None:
+        return DEFAULT_TASKS_FOLDER if Path(DEFAULT_TASKS_FOLDER).is_dir() else None
+    if not Path(given).is_dir():
+        raise UserError(f"--tasks_folder {given}: there is no such folder. Lay it out with make assets-eval.")
+    return given
+
+
+def _place(subject: "Subject", device: str) -> str:
+    """Move the model; returns the name of the device."""
+    import torch
+
+    where = ("cuda:0" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        subject.model.to(where)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {device} cannot be used ({str(error).splitlines()[0]}). Give --device cpu, or another."
+        ) from error
+    return where
+
+
+def _speed_up(subject: "Subject") -> None:
+    """Turn bfloat16 weights into float32 where the device multiplies these faster, and say so."""
+    import torch
+
+    from leap_pl.base_model.loading import fast_dtype
+
+    model = subject.model
+    if model.dtype == torch.bfloat16 and fast_dtype(model.device) == "float32":
+        print(
+            f"evaluated in float32, which this {model.device.type.upper()} multiplies faster than bfloat16 "
+            "(--dtype bfloat16 keeps it)",
+            file=sys.stderr,
+        )
+        model.float()
+
+
+def _description(subject: "Subject") -> dict[str, Any]:
+    return {
+        "name": subject.origin["model"] or subject.base_model,
+        "mask": subject.origin["mask"],
+        "ckpt_path": subject.origin["ckpt_path"],
+        "base_model": subject.base_model,
+        "revision": subject.revision,
+        "fingerprint": subject.fingerprint,
+        "class": type(subject.model).__name__,
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
+    }
+
+
+def _tell(result: dict[str, Any], output: str | None) -> None:
+    """The figures, for the reader of the terminal."""
+    print(f"{result['method']}, {result['model']['base_model']}, sparsity {result['sparsity']['global']:.2%}")
+    for text, found in result["perplexity"].items():
+        error = f" ± {found['stderr']:.2f}" if found["stderr"] is not None else ""
+        protocol = f"windows of {found['seq_length']}, stride {found['stride']}"
+        print(f"  perplexity on {text}: {found['value']:.3f}{error}  ({protocol})")
+    for task, found in result["tasks"].items():
+        figures = [
+            f"{k} {found[k]:.2%} ± {found.get(f'{k}_stderr') or 0:.2%}" for k in ("acc", "acc_norm") if k in found
+        ]
+        look = f", a quick look: the first {found['limit']}" if found["limit"] else ""
+        questions = f"{found['samples']} questions of {found['split']}{look}"
+        print(f"  {task}: {', '.join(figures) or 'see the result'}  ({questions})")
+    if result["mean"] is not None:
+        mean = result["mean"]
+        print(f"  mean accuracy of {len(mean['tasks'])} tasks: {mean['value']:.2%}")
+    if output is not None:
+        print(f"written: {output}", file=sys.stderr)

@@ -1,0 +1,333 @@
+"""The verbs that train and validate: LightningCLI with this project's defaults."""
+
+import errno
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import lazy_instance
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
+
+from leap_pl.callbacks import Annealing, Checkpoints, MaskExport, SparsityLogger, StepProgress
+from leap_pl.checkpoints.class_spec import same
+from leap_pl.checkpoints.file import WholeCheckpointIO
+from leap_pl.checkpoints.folder import check_folder
+from leap_pl.checkpoints.identity import read_identity
+from leap_pl.checkpoints.layout import load_checkpoint
+from leap_pl.checkpoints.newest import newest_checkpoint
+from leap_pl.cli.arguments import check_classes, check_configs, check_groups, one_line, plain, setting_of
+from leap_pl.data import TextDataModule
+from leap_pl.distributed.strategy import lost_a_rank
+from leap_pl.errors import UserError
+from leap_pl.training.module import LeapModule
+from leap_pl.training.run_settings import find_classes, read_settings
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_steps": 2000,
+    "gradient_clip_val": 1.0,
+    "num_sanity_val_steps": -1,  # the whole validation text once: where the curves begin
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,  # its table counts parametrized weights twice
+    "check_val_every_n_epoch": None,  # a run is one epoch: validation goes by steps
+    "logger": lazy_instance(TensorBoardLogger, save_dir="runs", name="leap", default_hp_metric=False),
+}
+
+# What the logger and the saved config meet in a folder that cannot be written, or on a full disk.
+UNWRITABLE = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+PROCESSES_A_CORE = 8  # more on one CPU can only be a slip, and takes the machine's memory
+
+SECONDS_BEHIND = 2.0  # that a rank which has lost another ends after it; launchers look several times a second
+
+# LeapModule's own default, in the form that a saved config can hold.
+OPTIMIZER: dict[str, Any] = {
+    "class_path": "torch.optim.AdamW",
+    "init_args": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.0, "fused": True},
+}
+
+
+class LeapCLI(LightningCLI):
+    """LightningCLI with the callbacks every run has, and one tokenizer for model and data."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Fit and validate; what else Lightning offers, ``leap_pl evaluate`` does on any model and text."""
+        return {verb: skipped for verb, skipped in LightningCLI.subcommands().items() if verb in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Callbacks that a config sets under names of their own."""
+        parser.add_lightning_class_args(Annealing, "annealing")
+        parser.add_lightning_class_args(SparsityLogger, "sparsity_log")
+        parser.add_lightning_class_args(MaskExport, "mask_export")
+        parser.add_lightning_class_args(StepProgress, "progress")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.set_defaults({"model.optimizer": OPTIMIZER})
+        parser.link_arguments("model.base_model", "data.tokenizer")
+        parser.link_arguments("model.revision", "data.tokenizer_revision")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse ``args``; what is not given is taken from the checkpoint that the run resumes from.
+
+        ``--ckpt_path last`` becomes the newest whole checkpoint of ``checkpoint.dirpath``, or none where there is
+        none yet. A job that SLURM has put back into its queue resumes from there without being told to.
+        """
+        words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
+        check_configs(words)
+        path = setting_of(words, "ckpt_path")
+        refused: dict[str, UserError] = {}
+        if path is not None and Path(path).exists():
+            refused = self._take_settings(words[0], load_checkpoint(path), path)
+        self._parse(parser, args, words)
+        verb = self.config.get("subcommand")
+        if verb is None:
+            check_groups(self.config, parser.get_defaults())
+            check_classes(self.config)
+            return
+        settings = self.config[verb]
+        if settings.ckpt_path != path:
+            raise UserError(f"ckpt_path is {settings.ckpt_path} and {path}. Give it once, as --ckpt_path PATH.")
+        given = None if path == "last" else path
+        requeued = verb == "fit" and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+        if path == "last" or requeued:
+            newest = _find_last(verb, settings.checkpoint.dirpath)
+            if newest is not None:
+                refused = self._take_settings(verb, newest[1], str(newest[0]))
+                self._parse(parser, args, words)
+            self.config[verb].ckpt_path = given if newest is None else str(newest[0])
+        settings = self.config[verb]
+        check_groups(settings, self._subcommand_parsers[verb].get_defaults())
+        for name, error in refused.items():
+            if same(plain(settings.get(name)), plain(self._subcommand_parsers[verb].get_default(name))):  # not typed
+                raise error
+        check_classes(settings)
+
+    def _parse(self, parser: LightningArgumentParser, args: ArgsType, words: list[str]) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            parsers = getattr(self, "_subcommand_parsers", {words[0]: parser} if words else {})
+            raise UserError(one_line(error, list(parsers[words[0]]._option_string_actions))) from error
+
+    def _take_settings(self, verb: str, checkpoint: dict[str, Any], path: str) -> dict[str, UserError]:
+        """Make what ``checkpoint`` was learned with the parser's defaults.
+
+        Returns:
+            Name of a setting → why it cannot be taken: unless it is typed, the run is refused.
+        """
+        settings = read_settings(read_identity(checkpoint, path), checkpoint, path)
+        classes, refused = find_classes(settings, path)
+        for name, (kind, arguments) in classes.items():
+            settings[name] = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+        linked = ("data.tokenizer", "data.tokenizer_revision")  # to the model's
+        known = {name: value for name, value in settings.items() if name not in linked and name not in refused}
+        if verb != "fit":  # validation has a precision of its own, and no steps
+            known = {name: value for name, value in known.items() if not name.startswith("trainer.")}
+        self._subcommand_parsers[verb].set_defaults(known)
+        return refused
+
+    def before_fit(self) -> None:
+        """Tell the model what it goes on from, and refuse a form that the strategy cannot read."""
+        path = self._get(self.config_init, "ckpt_path")
+        if path is None or not Path(path).exists():
+            return
+        self.model.resumes_from = path
+        checkpoint = load_checkpoint(path, whole=False)  # its bits were checked when its settings were taken
+        self.model.check_resume(checkpoint, path, self.trainer, self.datamodule, fitting=self.subcommand == "fit")
+        if Path(path).is_dir():
+            if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+                raise UserError(
+                    f"{path} is a distributed checkpoint, which ModelParallelStrategy reads on any number of ranks. "
+                    f"For another strategy make it one file: python -m leap_pl.checkpoints.folder {path} one.ckpt"
+                )
+            check_folder(path)
+
+    before_validate = before_fit
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's own version lays the checkpoint's settings over what was typed."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with checkpoint files that are whole and checked unless another way to store them was chosen."""
+        trainer = super().instantiate_trainer(**kwargs)
+        _check_trainer(trainer)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        return trainer
+
+
+class ConfigOfFit(SaveConfigCallback):
+    """Keep the config beside the logs of a run that learns; no run leaves one in the folder it was called from."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, if this is such a run and has logs."""
+        if stage == "fit" and trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
+    """Parse ``words`` and make trainer, module and data module; with ``run``, the first word is the verb to run."""
+    # Options by their whole names only: what stands for --ckpt_path has to be known before the rest is parsed.
+    settings = {"exit_on_error": False, "allow_abbrev": False}
+    verbs: dict[str, Any] = dict.fromkeys(LeapCLI.subcommands(), settings) if run else {}
+    return LeapCLI(
+        LeapModule,
+        TextDataModule,
+        args=words,
+        run=run,
+        seed_everything_default=0,
+        trainer_defaults=TRAINER_DEFAULTS,
+        auto_configure_optimizers=False,
+        save_config_callback=ConfigOfFit,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "leap_pl", **settings, **verbs},
+    )
+
+
+def run(words: list[str]) -> LeapCLI:
+    """Run one of LightningCLI's verbs.
+
+    Raises:
+        UserError: The settings do not fit together, or something they name is not there.
+    """
+    # What a user can do nothing about, or is meant.
+    for pattern in (
+        ".*intended to run from within Python like if it were.*",  # main reads the verb before LightningCLI does
+        ".*does not have many workers.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)`.*",
+        ".*lr_scheduler.step.*",
+        ".*smaller than the logging interval.*",  # the sparsity log has its own
+        ".*Checkpoint directory .* exists and is not empty.*",  # checkpoint.enable_version_counter says what happens
+        ".*Be aware that when using `ckpt_path`.*",
+        ".*The dirpath has changed.*",
+        ".*Converting a tensor with requires_grad=True to a scalar.*",
+        ".*Total length of `list` across ranks is zero.*",  # data.validation_sequences 0
+    ):
+        warnings.filterwarnings("ignore", message=pattern)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    if getattr(rank_zero_only, "rank", 0):
+        _quieten()
+    torch.set_float32_matmul_precision("high")
+    threading.excepthook = _say_nothing_twice
+    try:
+        return make_cli(words)
+    except ArgumentError as error:
+        raise UserError(one_line(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory on the device: {str(error).splitlines()[0]} Lower data.batch_size or data.seq_length and "
+            "raise trainer.accumulate_grad_batches, or set model.activation_checkpointing."
+        ) from error
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        # Whatever started the ranks takes the first to end for the one that failed: let that be the other.
+        time.sleep(SECONDS_BEHIND)
+        raise UserError(
+            f"another rank has ended, and its own message says why ({str(error).splitlines()[0][-120:]}). "
+            "Resume from the last checkpoint with --ckpt_path."
+        ) from error
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        place = f"{error.filename} cannot be written" if error.filename else "a file of the run cannot be written"
+        raise UserError(
+            f"{place} ({error.strerror}). Free space, or name other places with --checkpoint.dirpath and "
+            "--trainer.logger.save_dir."
+        ) from error
+    except (ValueError, MisconfigurationException) as error:
+        if isinstance(error, UserError) or not _from_settings(error):
+            raise
+        told = " ".join(str(error).split())
+        if "enable_checkpointing" in told:
+            told = (
+                "trainer.enable_checkpointing false does not go with the checkpoints that fit writes. For none, set "
+                "--checkpoint.save_top_k 0 --checkpoint.save_last false."
+            )
+        raise UserError(told) from error
+
+
+def _say_nothing_twice(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer on a full disk: the run meets the same error at its next log, and tells it."""
+    if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in UNWRITABLE):
+        threading.__excepthook__(failed)
+
+
+def _quieten() -> None:
+    """Leave it to rank zero to show progress and to warn of what holds for all ranks; errors are still told."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    for name in ("leap_pl", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    """Refuse settings that Lightning takes, and that would learn nothing or bring the machine down."""
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; give 1 or more.")
+    cores = os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > PROCESSES_A_CORE * cores:
+        raise UserError(
+            f"trainer.devices is {trainer.num_devices}: so many processes, each with the model, would be started on "
+            f"{cores} CPU cores. Give at most {PROCESSES_A_CORE * cores}."
+        )
+
+
+def _from_settings(error: Exception) -> bool:
+    """Whether a constructor of this package, or the trainer when it was set up, refused its settings."""
+    trace, last = error.__traceback__, None
+    while trace is not None:
+        last, trace = trace, trace.tb_next
+    if last is None:
+        return False
+    code = last.tb_frame.f_code
+    place = Path(code.co_filename)
+    ours = "leap_pl" in place.parts and code.co_name in ("__init__", "__post_init__")
+    return ours or place.stem in ("accelerator_connector", "callback_connector", "setup")
+
+
+def _find_last(verb: str, folder: str | None) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint in ``folder``; which one it is, or that there is none, is said."""
+    if folder is None:
+        raise UserError(
+            "to go on from the last checkpoint (--ckpt_path last, or a requeued job) its folder must be the same in "
+            "every run. Name it with --checkpoint.dirpath."
+        )
+    found = newest_checkpoint(Path(folder).expanduser())
+    if found is None and verb != "fit":
+        raise UserError(f"there is no checkpoint in {folder}. Give another --checkpoint.dirpath, or a .ckpt file.")
+    if found is None:
+        words = f"no checkpoint in {folder} yet: the run starts afresh."
+    else:
+        file, checkpoint, damaged = found
+        words = f"going on from {file} (step {checkpoint.get('global_step')})."
+        if damaged:
+            words = f"{damaged[0]} So: {words}"
+    rank_zero_only(print)(f"leap_pl {verb}: {words}", file=sys.stderr, flush=True)
+    return None if found is None else found[:2]

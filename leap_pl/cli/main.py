@@ -1,0 +1,212 @@
+"""The command line: one table of verbs, each a function or a run of the Lightning trainer."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from leap_pl.errors import UserError
+from leap_pl.version import __version__
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import ArgsType
+
+# Verb → what it does, and the function behind it; the verbs without one are LightningCLI's.
+VERBS: dict[str, tuple[str, str | None]] = {
+    "fit": ("learn a mask for a model", None),
+    "validate": ("perplexity of a checkpoint's hard mask on the validation text", None),
+    "prune": (
+        "make a mask layer by layer: magnitude, wanda, sparseswaps, sparsegpt, admm",
+        "leap_pl.cli.prune:prune_command",
+    ),
+    "export": ("write a sparse Hugging Face checkpoint from a mask", "leap_pl.export.hugging_face:export_command"),
+    "evaluate": ("perplexity and zero-shot tasks of a model or mask", "leap_pl.cli.evaluate:evaluate_command"),
+    "compare": ("tables and pictures of several results", "leap_pl.cli.compare:compare_command"),
+}
+
+# Verb → its option that takes any number of values, which are also taken as bare words: leap_pl compare a.json b.json
+BARE = {"compare": "results"}
+
+USAGE = f"""usage: leap_pl <verb> [options]
+
+Learn which weights of a large language model to keep (LEAP, arXiv 2605.17289).
+
+verbs:
+{chr(10).join(f"  {verb:<10} {words}" for verb, (words, _) in VERBS.items())}
+
+  leap_pl <verb> --help     all options of a verb
+  leap_pl --version         {__version__}
+
+from a model to a sparse checkpoint:
+  leap_pl fit --config configs/quickstart.yaml
+  leap_pl export --ckpt_path runs/quickstart/checkpoints/last.ckpt --output_dir sparse-model
+  leap_pl evaluate --model sparse-model --perplexity wikitext2 --output sparse.json
+  leap_pl compare dense.json sparse.json
+"""
+
+
+def main(args: "ArgsType" = None) -> Any:
+    """Run ``leap_pl`` with ``args``, or with the process's own.
+
+    A :class:`UserError` becomes one line on standard error and exit status 2; a warning of this package, one line.
+    """
+    words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return None
+    if words[0] == "--version":
+        print(f"leap_pl {__version__}")
+        return None
+    try:
+        if words[0] not in VERBS:
+            raise UserError(f"there is no verb {words[0]!r}. The verbs are {', '.join(VERBS)}; see leap_pl --help.")
+        with _plain_warnings():
+            function = VERBS[words[0]][1]
+            if function is None:
+                from leap_pl.cli.fit import run
+
+                return run(words)
+            called = _find(function)
+            return called(**settings_of(words[0], called, words[1:]))
+    except UserError as error:
+        rank = _rank()
+        print(f"leap_pl {words[0]}{f' [rank {rank}]' if rank else ''}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def console() -> None:
+    """Run the process's own ``leap_pl``: what a verb returns is for Python, and no exit status.
+
+    Ctrl-C ends it with one line and status 130.
+    """
+    try:
+        main()
+        return
+    except KeyboardInterrupt:
+        pass
+    # Out here the exception is gone, and with it whatever it held open: progress bars have had their last word.
+    print(f"\n{' '.join(['leap_pl', *sys.argv[1:2]])}: stopped.", file=sys.stderr)
+    raise SystemExit(130)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show what this package warns of as ``warning: …``, without file and line; other warnings are shown as ever."""
+    shown, ours = warnings.showwarning, Path(__file__).parents[1]
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        # Lightning sets a format of its own when it is imported, which may be after this began.
+        form = warnings.formatwarning
+        if Path(filename).is_relative_to(ours):
+            warnings.formatwarning = _one_line
+        try:
+            shown(message, category, filename, lineno, file, line)
+        finally:
+            warnings.formatwarning = form
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        if warnings.showwarning is show:
+            warnings.showwarning = shown
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
+def _rank() -> int:
+    """Of this process in a run of several; it may fail before, or without, a trainer that knows it."""
+    if "lightning" not in sys.modules:
+        return 0
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", None) or 0
+
+
+def _find(function: str) -> Callable[..., Any]:
+    module, name = function.split(":")
+    return getattr(import_module(module), name)
+
+
+def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> dict[str, Any]:
+    """What ``words`` say to a verb's ``function``.
+
+    Flags come from its signature, their help from its docstring, their values also from ``--config``.
+
+    Raises:
+        UserError: They say something that the function does not take.
+    """
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentParser
+
+    from leap_pl.cli.arguments import check_configs, one_line
+
+    several = BARE.get(verb)
+    parser = ArgumentParser(
+        prog=f"leap_pl {verb}",
+        usage=f"leap_pl {verb} {several} ... [options]" if several else None,
+        description=(function.__doc__ or "").split("Args:")[0],
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="config", help="YAML file with values for these options.")
+    parser.add_function_arguments(function, as_group=False)
+    switches = {f"--{p.name}" for p in signature(function).parameters.values() if isinstance(p.default, bool)}
+    if several:
+        words = _gather(words, f"--{several}", switches)
+    check_configs(words)
+    try:
+        settings = parser.parse_args(_spell_out(words, switches)).as_dict()
+    except ArgumentError as error:
+        raise UserError(one_line(error, list(parser._option_string_actions))) from error
+    settings.pop("config", None)
+    empty = [name for name, value in settings.items() if value == ""]
+    if empty:
+        raise UserError(f"--{empty[0]} is empty. Give it a value, or leave it out.")
+    return settings
+
+
+def _gather(words: list[str], option: str, switches: set[str]) -> list[str]:
+    """Bare words, wherever they stand, as values of ``option``, added to what its flag or a config says."""
+    flags: list[str] = []
+    bare: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("-"):
+            bare.append(word)
+        elif word == option and left and not left[0].startswith(("-", "[")):
+            continue  # --results a b: bare words as well
+        elif word.startswith(f"{option}=") and not word.startswith(f"{option}=["):
+            bare.append(word.partition("=")[2])
+        else:
+            flags.append(word)
+            alone = "=" in word or word in ("-h", "--help", "--print_config")
+            if left and not alone and (word not in switches or left[0] in ("true", "false")):
+                flags.append(left.pop(0))
+    return flags + [spelling for value in bare for spelling in (f"{option}+", value)]
+
+
+def _spell_out(words: list[str], switches: set[str]) -> list[str]:
+    """``--force`` alone means ``--force true``."""
+    spelled: list[str] = []
+    for place, word in enumerate(words):
+        following = words[place + 1] if place + 1 < len(words) else "--"
+        spelled += [word, "true"] if word in switches and following.startswith("-") else [word]
+    return spelled

@@ -1,0 +1,248 @@
+"""``leap_pl prune``."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse.typing import OpenUnitInterval, PositiveInt
+
+from leap_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from leap_pl.masks import MaskSet
+    from leap_pl.oneshot.prune import Pruned
+
+
+def prune_command(
+    model: str,
+    output_dir: str,
+    text: str | list[str] = "allenai/c4",
+    config_name: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    seq_length: PositiveInt = 2048,
+    sequences: PositiveInt = 128,
+    separator: Literal["end_token", "blank_line"] = "end_token",
+    seed: int = 0,
+    method: Literal["magnitude", "wanda", "sparseswaps", "sparsegpt", "admm"] = "wanda",
+    sparsity: OpenUnitInterval = 0.5,
+    pattern: str | None = None,
+    layer_sparsity: str | list[float] | None = None,
+    owl: bool = False,
+    owl_threshold: float = 5.0,
+    owl_spread: float = 0.08,
+    fisher: float | None = None,
+    fisher_rows: float = 0.25,
+    mask: str | None = None,
+    mask_target: Literal["layer", "dense"] = "layer",
+    damping: float | None = None,
+    block_size: PositiveInt = 128,
+    iterations: PositiveInt = 20,
+    targets: list[str] | None = None,
+    ignore: list[str] | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    batch_size: PositiveInt = 4,
+    offload: bool = True,
+    force: bool = False,
+) -> "Pruned":
+    """Prune a model in one shot, layer by layer, on a little calibration text.
+
+    Writes the mask to OUTPUT_DIR/mask.safetensors, the layer errors to OUTPUT_DIR/errors.json and, by the
+    methods that change the kept weights (sparsegpt and admm), a Hugging Face folder OUTPUT_DIR/model with
+    the new weights.
+
+    Args:
+        model: The base model: hub id, local folder or GGUF file.
+        output_dir: Folder to write.
+        text: Calibration text: local files, or a hub dataset. Magnitude reads none.
+        config_name: Configuration of a hub dataset.
+        split: Split of a hub dataset.
+        text_column: Column, or JSON key, of the text.
+        seq_length: Tokens in a calibration sequence.
+        sequences: Number of calibration sequences.
+        separator: What follows each document: the end token, or a blank line.
+        seed: Of the order in which the text's files are read.
+        method: magnitude (seconds; no text), wanda (fast; weights stay), sparseswaps (wanda's mask improved by
+            swaps; weights stay), sparsegpt or admm (weights are updated; the best layer errors).
+        sparsity: Removed weights over all, above 0 and below 1. With a pattern it follows from that.
+        pattern: n:m, as in 2:4, to keep n of every m consecutive inputs; unstructured without it.
+        layer_sparsity: Instead of one sparsity, one for each decoder block: a list, or a file with a JSON
+            list or a number a line.
+        owl: Allocate the sparsity over the decoder blocks by their shares of outliers (OWL).
+        owl_threshold: (with owl) Wanda scores above so many times their block's mean are outliers.
+        owl_spread: (with owl) The blocks' sparsities lie within twice this of each other.
+        fisher: Allocate the sparsity over the matrices by the Fisher information of their weights, this far: above 0,
+            and at most 1; .5 is a good start. It runs the whole model forward and backward on the device.
+        fisher_rows: (with fisher; wanda and sparseswaps) Over the rows of each matrix too, this far, from 0 to 1.
+        mask: (with admm) A MaskSet file: keep this mask, and solve the kept weights anew.
+        mask_target: (with mask) Fit to each dense layer's outputs on the pruned path's inputs (layer), or to
+            the layer's outputs in the dense model (dense).
+        damping: (sparsegpt and admm) Added to the Hessian's diagonal, as a part of its mean: by default .01
+            for sparsegpt and .1 for admm. Where it does not suffice, ten times as much is tried, and said.
+        block_size: (sparsegpt) Columns whose mask is chosen together.
+        iterations: (admm) Iterations; the first three quarters of them choose the mask.
+        targets: Which weights: class names, module or parameter names, or re: and a regular expression. By
+            default all linears and experts of the decoder blocks.
+        ignore: What to leave dense, in the same form.
+        dtype: Type of the weights, and of the forwards; auto is the stored one. Hessians are float32.
+        revision: Of the model on the hub.
+        trust_remote_code: Run code that comes with the model.
+        device: Where one block at a time is computed: cpu, cuda …; auto takes a GPU if there is one.
+        batch_size: Sequences in one forward of a block.
+        offload: Keep the activations between blocks in CPU memory.
+        force: Replace OUTPUT_DIR if there is something in it.
+
+    Returns:
+        The masks and the layer errors.
+
+    Raises:
+        UserError: What was asked cannot be done; nothing was written.
+    """
+    from leap_pl.base_model.loading import load_model, load_tokenizer
+    from leap_pl.base_model.weights import check_numbers, find_weights
+    from leap_pl.files import atomic_folder, check_apart
+    from leap_pl.masks import MaskSet
+    from leap_pl.masks.patterns import NM, parse_pattern
+    from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
+    from leap_pl.oneshot.prune import UPDATING, prune
+    from leap_pl.oneshot.walk import WalkOptions
+
+    shape = parse_pattern(pattern, sparsity)
+    if isinstance(shape, NM) and sparsity not in (0.5, shape.sparsity):
+        raise UserError(
+            f"--pattern {shape} has sparsity {shape.sparsity:g}, and --sparsity {sparsity:g} was given. Leave one out."
+        )
+    uses_text = method != "magnitude" or owl or fisher is not None
+    if uses_text:
+        _check_length(model, revision, trust_remote_code, seq_length)
+    allocated = None if fisher is None else _fisher(fisher, fisher_rows)
+    per_layer = None if layer_sparsity is None else read_layer_sparsities(layer_sparsity)
+    kept_mask = None if mask is None else MaskSet.load(mask)
+
+    names = [text] if isinstance(text, str) else text
+    check_apart(output_dir, (model, mask, layer_sparsity, *names) if force else ())
+    with atomic_folder(output_dir, force=force) as folder:
+        base = load_model(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+        check_numbers(base, model)
+        weights = find_weights(base, targets, ignore or ())
+        if kept_mask is not None:
+            kept_mask.check(base, weights)
+        tokens = None
+        if uses_text:
+            from leap_pl.data import calibration_blocks
+
+            tokens = calibration_blocks(
+                text,
+                load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code),
+                seq_length=seq_length,
+                sequences=sequences,
+                seed=seed,
+                config_name=config_name,
+                split=split,
+                text_column=text_column,
+                separator=separator,
+            )
+        pruned = prune(
+            base,
+            tokens,
+            method=method,
+            pattern=shape,
+            layer_sparsity=per_layer,
+            owl=OwlOptions(owl_threshold, owl_spread) if owl else None,
+            fisher=allocated,
+            mask=kept_mask,
+            mask_target=mask_target,
+            weights=weights,
+            options=_options(method, damping, block_size, iterations),
+            walk=WalkOptions(batch_size=batch_size, device=_device(device), offload=offload),
+            base_model=model,
+            revision=revision,
+        )
+        told = {"text": text, "config_name": config_name, "split": split, "seed": seed} if uses_text else {}
+        masks = pruned.masks
+        pruned.masks = masks.with_provenance(config={**masks.provenance.config, **told})
+        _write(folder, pruned, base if method in UPDATING else None, model, revision, trust_remote_code)
+    _report(output_dir, pruned, method in UPDATING)
+    return pruned
+
+
+def _check_length(model: str, revision: str | None, trust_remote_code: bool, seq_length: int) -> None:
+    from leap_pl.base_model.loading import load_config, longest_sequence
+
+    longest = longest_sequence(load_config(model, revision=revision, trust_remote_code=trust_remote_code))
+    if longest is not None and seq_length > longest:
+        raise UserError(f"--seq_length is {seq_length}, and {model} reaches {longest} tokens. Lower --seq_length.")
+
+
+def _options(method: str, damping: float | None, block_size: int, iterations: int) -> Any:
+    from leap_pl.oneshot.admm import AdmmOptions
+    from leap_pl.oneshot.sparsegpt import SparseGPTOptions
+
+    if damping is not None and damping < 0:
+        raise UserError(f"--damping is {damping:g}; give 0 or more.")
+    given = {} if damping is None else {("damping" if method == "sparsegpt" else "ridge"): damping}
+    if method == "sparsegpt":
+        return SparseGPTOptions(block_size=block_size, **given)
+    if method == "admm":
+        return AdmmOptions(iterations=iterations, mask_iterations=max(3 * iterations // 4, 1), **given)
+    return None
+
+
+def _fisher(strength: float, row_strength: float) -> Any:
+    from leap_pl.oneshot.fisher import FisherOptions
+
+    if not 0 < strength <= 1:
+        raise UserError(f"--fisher {strength:g}: give a number above 0 and at most 1.")
+    if not 0 <= row_strength <= 1:
+        raise UserError(f"--fisher_rows {row_strength:g}: give a number from 0 to 1.")
+    return FisherOptions(strength, row_strength)
+
+
+def _device(device: str) -> str | None:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _write(
+    folder: "Path",
+    pruned: "Pruned",
+    updated: "PreTrainedModel | None",
+    model: str,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> None:
+    import json
+    from dataclasses import asdict
+
+    from leap_pl.base_model.loading import load_tokenizer
+
+    pruned.masks.save(folder / "mask.safetensors")
+    errors = json.dumps({"layer_error": pruned.errors, "damping": pruned.dampings, "unseen": pruned.unseen}, indent=1)
+    (folder / "errors.json").write_text(errors, encoding="utf-8")
+    if updated is not None:
+        updated.save_pretrained(folder / "model")
+        tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer.save_pretrained(folder / "model")
+        # Without it the folder would be taken for a base model of its own.
+        told = json.dumps({"provenance": asdict(pruned.masks.provenance)}, indent=2)
+        (folder / "model" / "leap_pl.json").write_text(told + "\n", encoding="utf-8")
+
+
+def _report(output_dir: str, pruned: "Pruned", updated: bool) -> None:
+    masks: MaskSet = pruned.masks
+    line = f"{output_dir}: {masks.provenance.method} mask of {masks.total:,} weights, sparsity {masks.sparsity:.4f}"
+    if pruned.errors:
+        line += f", mean layer error {sum(pruned.errors.values()) / len(pruned.errors):.4f}"
+    print(f"{line}{', and the model with its updated weights' if updated else ''}, in {pruned.seconds:.0f} s")

@@ -1,0 +1,1 @@
+"""Split a model over ranks, and put together what they hold."""

@@ -1,0 +1,1 @@
+"""Write a sparse model as a Hugging Face folder."""

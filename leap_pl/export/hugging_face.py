@@ -1,0 +1,242 @@
+"""``leap_pl export``: a learned or one-shot mask becomes a checkpoint that plain transformers loads."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leap_pl.errors import UserError, listing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from leap_pl.masks import MaskSet
+    from leap_pl.masks.patterns import Pattern, Tiled
+
+RECORD = "leap_pl.json"
+MASK = "mask.safetensors"
+
+
+def export_command(
+    output_dir: str,
+    ckpt_path: str | None = None,
+    mask: str | None = None,
+    model: str | None = None,
+    revision: str | None = None,
+    perplexity: str | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Write a sparse Hugging Face checkpoint from what fit has learned, or from any MaskSet.
+
+    The folder holds the base model with exact zeros where the mask removes a weight (safetensors, in the type
+    the base model is stored in), its tokenizer and generation config, the mask itself (mask.safetensors), a
+    model card (README.md) and the same facts for machines (leap_pl.json). What the mask removes is zero, n:m
+    masks keep exactly n of every m, the kept weights are bit-identical to the base model's, and all of it is
+    verified by reading the folder back before it gets its name. AutoModelForCausalLM.from_pretrained loads it
+    alone.
+
+    Args:
+        output_dir: Folder to write. It appears whole or not at all, and never over another one without force.
+        ckpt_path: A checkpoint of leap_pl fit.
+        mask: A MaskSet file, instead of a checkpoint.
+        model: The base model, if it is not where the checkpoint or mask says it was.
+        revision: Of the base model on the hub; default: the one the mask was made for.
+        perplexity: A result file of leap_pl evaluate, whose perplexities go into the model card.
+        force: Replace output_dir if there is something in it.
+        trust_remote_code: Run code that comes with the base model.
+    """
+    masks = _read_masks(ckpt_path, mask)
+    name = model or masks.provenance.base_model
+    revision = revision or (masks.provenance.revision if model is None else None)
+    results = _read_results(perplexity)
+
+    from leap_pl.base_model.loading import load_model, load_tokenizer
+    from leap_pl.export.zeros import zero_removed
+    from leap_pl.files import atomic_folder, check_apart
+
+    check_apart(output_dir, (ckpt_path, mask, name, perplexity) if force else ())
+    with atomic_folder(output_dir, force=force) as folder:  # before the model is loaded: a bad folder fails at once
+        base = load_model(name, revision=revision, trust_remote_code=trust_remote_code)
+        masks.check(base)
+        _check_form(masks, base)
+        kept_digests, base_zeros = _kept_digests(masks, dict(base.named_parameters()))
+        base.save_pretrained(folder)
+        if not zero_removed(folder, masks):  # the family's files are cut otherwise than its model
+            masks.apply_(base, check=False)
+            base.save_pretrained(folder)
+        load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code).save_pretrained(folder)
+        masks.save(folder / MASK)
+        facts = _facts(masks, base_zeros) | ({"perplexity": results} if results else {})
+        del base  # two models need not be in memory at once
+        (folder / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_card(masks, facts), encoding="utf-8")
+        _verify(folder, masks, kept_digests)
+    print(
+        f"{output_dir}: {facts['removed']:,} of {facts['gated']:,} gated weights removed "
+        f"(sparsity {facts['sparsity']:.6f}), {base_zeros:,} kept weights were zero in the base model; "
+        "read back and verified."
+    )
+    return facts
+
+
+def _read_masks(ckpt_path: str | None, mask: str | None) -> "MaskSet":
+    if (ckpt_path is None) == (mask is None):
+        given = "Neither --ckpt_path nor --mask is given" if mask is None else "Both --ckpt_path and --mask are given"
+        raise UserError(f"{given}, and exactly one says what to remove. Give one of them.")
+    if mask is not None:
+        from leap_pl.masks import MaskSet
+
+        return MaskSet.load(mask)
+    from leap_pl.checkpoints.layout import masks_from_checkpoint
+
+    return masks_from_checkpoint(str(ckpt_path))
+
+
+def _form(masks: "MaskSet") -> "Pattern | Tiled":
+    from leap_pl.masks.patterns import Unstructured, read_form
+
+    return read_form(str(masks.provenance.config.get("pattern", "unstructured"))) or Unstructured(0.0)
+
+
+def _check_form(masks: "MaskSet", base: "PreTrainedModel") -> None:
+    """Make sure that every mask has exactly the form it says it has: what runs 2:4 fast gives nonsense for the rest."""
+    from leap_pl.base_model.weights import find_weights
+    from leap_pl.masks.patterns import follows
+
+    form = _form(masks)
+    weights = find_weights(base, list(masks.masks))
+    wrong = [name for name, mask in masks.masks.items() if not follows(mask, weights[name].input_dim, form)]
+    if wrong:
+        raise UserError(
+            f"the mask says that it is {form}, and {listing(wrong, 3)} is not. Make the mask again, or take another "
+            "copy of the file."
+        )
+
+
+def _read_results(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        results = dict(json.loads(Path(path).read_text(encoding="utf-8"))["perplexity"])
+        for result in results.values():
+            float(result["value"])
+            dict(result.get("protocol", result))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}). Give a file of leap_pl evaluate --output."
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no result file of leap_pl evaluate with perplexities. Give one written with --output."
+        ) from error
+    return results
+
+
+def _kept_digests(masks: "MaskSet", parameters: "dict[str, Tensor]") -> tuple[dict[str, str], int]:
+    """A digest of each weight's kept elements, bit by bit, and how many of those are zero already."""
+    digests, zeros = {}, 0
+    for name, mask in masks.masks.items():
+        kept = parameters[name].detach()[mask]
+        digests[name] = _digest(kept)
+        zeros += int((kept == 0).sum())
+    return digests, zeros
+
+
+def _digest(tensor: "Tensor") -> str:
+    import torch
+
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _verify(folder: Path, masks: "MaskSet", kept_digests: dict[str, str]) -> None:
+    """Load the folder with plain transformers: removed weights are zero, kept ones have every bit they had.
+
+    Not tensor by tensor out of the files: some families store their weights under other names and cut
+    otherwise (experts one by one) than the model holds them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    found = dict(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").named_parameters())
+    for name, mask in masks.masks.items():
+        weight = found[name].detach()
+        if bool(weight[~mask].count_nonzero()) or _digest(weight[mask]) != kept_digests[name]:
+            raise UserError(f"{name} does not read back as it was written. Check the disk of {folder.parent}.")
+
+
+def _facts(masks: "MaskSet", base_zeros: int) -> dict[str, Any]:
+    kept, total = masks.kept, masks.total
+    return {
+        "provenance": asdict(masks.provenance),
+        "gated": total,
+        "removed": total - kept,
+        "sparsity": 1 - kept / total,
+        "zeros_of_base_model_among_kept": base_zeros,
+        "sparsity_by_layer": {key: 1 - density for key, density in masks.densities("layer").items()},
+        "sparsity_by_projection": {key: 1 - density for key, density in masks.densities("projection").items()},
+    }
+
+
+def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
+    """The model card: what was removed from what, how, and with which settings."""
+    told = masks.provenance
+    is_hub_id = told.base_model.count("/") == 1 and not Path(told.base_model).exists()
+    front = ["---", "library_name: transformers", "tags: [leap_pl, pruned, sparse]"]
+    front += [f"base_model: {told.base_model}"] if is_hub_id else []
+    revision = f" at revision `{told.revision}`" if told.revision else ""
+    data = told.config.get("data", {})
+    lines = [
+        *front,
+        "---",
+        "",
+        f"# {Path(told.base_model).name}, {facts['sparsity']:.0%} sparse",
+        "",
+        f"`{told.base_model}`{revision} (weights fingerprint `{told.fingerprint}`) with "
+        f"{facts['removed']:,} of {facts['gated']:,} weights of its decoder blocks set to zero: "
+        f"{_words(_form(masks), facts['sparsity'])}. Kept weights are the base model's, bit for bit; "
+        f"{facts['zeros_of_base_model_among_kept']:,} of them were zero already. "
+        f"The mask was made by `{told.method}` with leap_pl {told.versions.get('leap_pl', '')}; "
+        f"`{MASK}` holds it alone.",
+        "",
+        "The base model's licence and terms apply.",
+    ]
+    if data:
+        lines += ["", f"Calibration text: {_text(data.get('text'))}, in blocks of {data.get('seq_length')} tokens."]
+    perplexities = {name: told.config[name] for name in ("perplexity", "dense_perplexity") if told.config.get(name)}
+    if perplexities:
+        words = {"perplexity": "under the mask", "dense_perplexity": "dense"}
+        shown = ", ".join(f"{value:.2f} {words[name]}" for name, value in perplexities.items())
+        lines += ["", f"Perplexity on the run's validation text: {shown}."]
+    if "perplexity" in facts:
+        lines += ["", "## Perplexity", "", "| text | perplexity | window, tokens | stride |", "|---|---|---|---|"]
+        for name, result in facts["perplexity"].items():
+            protocol = result.get("protocol", result)
+            lines.append(
+                f"| {name} | {result.get('value', float('nan')):.3f} | {protocol.get('seq_length', '')} "
+                f"| {protocol.get('stride', '')} |"
+            )
+    lines += ["", "## Sparsity by decoder layer", "", "| layer | sparsity |", "|---|---|"]
+    lines += [f"| {layer} | {sparsity:.4f} |" for layer, sparsity in facts["sparsity_by_layer"].items()]
+    lines += ["", "## Sparsity by projection", "", "| projection | sparsity |", "|---|---|"]
+    lines += [f"| {name} | {sparsity:.4f} |" for name, sparsity in facts["sparsity_by_projection"].items()]
+    settings = {"sparsity": told.sparsity, **told.config, "versions": told.versions}
+    lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=2), "```", ""]
+    return "\n".join(lines)
+
+
+def _words(form: "Pattern | Tiled", sparsity: float) -> str:
+    from leap_pl.masks.patterns import NM, Tiled
+
+    if isinstance(form, NM):
+        return (
+            f"a {form} sparsity of {sparsity:.6f}: of every {form.m} consecutive inputs of an output, {form.n} are kept"
+        )
+    if isinstance(form, Tiled):
+        return f"a sparsity of {sparsity:.6f} in {form}"
+    return f"an unstructured sparsity of {sparsity:.6f}"
+
+
+def _text(text: Any) -> str:
+    return ", ".join(f"`{name}`" for name in ([text] if isinstance(text, str) else text or ["unknown"]))

@@ -1,0 +1,121 @@
+"""Counter-based noise: a pure function of (seed, step, micro-batch, tensor, row, column).
+
+Nothing is stored and no generator has a state, so the noise of a forward pass can be made again in its
+backward pass, under activation checkpointing, after a resume, and by any rank that holds any rows of the
+tensor; see :func:`logistic`.
+
+Two multiply–xorshift hashes share the work. Each row of a weight gets a key of its own by three rounds; each
+element is then two rounds away from its row's key and its column. The tensor's second key enters after the
+first round of both, so that neither two tensors nor two rows are permuted copies of each other.
+
+Per element: 2 multiplications, 2 shifts, 4 xors and additions and 2 masks for the bits; then a conversion, 2
+multiplications, 2 additions, a division and a logarithm (:mod:`leap_pl.kernels.powers`) for the logistic. That it is
+good enough is tested: its distribution and tails, every bit and pair of bits, and the independence of elements,
+rows, tensors, steps and seeds, in ``tests/kernels/test_noise.py``.
+"""
+
+import hashlib
+import struct
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from leap_pl.kernels.powers import log2
+
+
+def noise_keys(seed: int, step: int, micro_batch: int, tensor: str) -> tuple[int, int]:
+    """The two keys, signed 32-bit integers, of one tensor's noise in one forward pass.
+
+    Args:
+        seed: Of the run.
+        step: The optimizer step.
+        micro_batch: Its index within the step, counted over all ranks.
+        tensor: The name of the weight.
+    """
+    place = f"{seed} {step} {micro_batch} {tensor}".encode()
+    first, second = struct.unpack("<ii", hashlib.blake2b(place, digest_size=8).digest())
+    return first, second
+
+
+@lru_cache(maxsize=64)
+def columns(length: int, device: torch.device) -> Tensor:
+    """0 … length − 1, int32, one tensor for all who ask.
+
+    The kernels read it, which is several times cheaper on a CPU than to make such a vector in registers.
+    """
+    return torch.arange(length, dtype=torch.int32, device=device)
+
+
+def element_bits(rows: int, column_C: Tensor, key_0: Tensor, key_1: Tensor) -> Tensor:
+    """32 well-mixed bits, int32 (R, C), for the first ``rows`` rows and the columns ``column_C`` of a weight."""
+    row_R1 = torch.arange(rows, dtype=torch.int32, device=column_C.device)[:, None]
+    x = (column_C ^ hash_bits(row_R1, key_0, key_1)) * -1640531535  # 0x9E3779B1, odd, from the golden ratio
+    x = x ^ _shift_right(x, 15)
+    x = (x + key_1) * -2048144777  # 0x85EBCA77
+    return x ^ _shift_right(x, 15)
+
+
+def hash_bits(index: Tensor, key_0: Tensor, key_1: Tensor) -> Tensor:
+    """32 well-mixed bits for each of ``index`` (int32, any shape) as int32; keys are int32 scalars."""
+    x = (index ^ key_0) * -1640531535
+    x = x ^ _shift_right(x, 15)
+    x = (x + key_1) * -2048144777
+    x = x ^ _shift_right(x, 13)
+    x = x * -1028477379  # 0xC2B2AE3D
+    return x ^ _shift_right(x, 16)
+
+
+def logistic(bits: Tensor) -> Tensor:
+    """Standard logistic noise from 32 uniform bits: g = log((1 + v)/(1 − v)), v uniform on (−1, 1).
+
+    With v = 2u − 1 that is log u − log(1 − u). v comes straight from the signed bits, so that the two tails are
+    mirror images, and is kept off ±1 by the last place of a float32: both end at log 2²⁴ = 16.6, beyond which
+    the logistic has a share of 6e-8 on each side.
+
+    Args:
+        bits: int32, any shape.
+
+    Returns:
+        float32 of the same shape.
+    """
+    return logistic_in_bits(bits) * 0.6931471805599453  # log 2
+
+
+def logistic_in_bits(bits: Tensor) -> Tensor:
+    """The same noise to base 2, g/log 2: what the kernels take, whose powers are of 2."""
+    v = _within(bits) * 2.0**-31  # the largest |v| is 1 − 2⁻²³
+    return log2((1 + v) / (1 - v))
+
+
+def _within(bits: Tensor) -> Tensor:
+    """As float32, less one part in 2²³. The power of 2 that follows is exact, so that multiply-and-add in one
+    instruction rounds as the two do: the tails, where 1 − v is coarse, are the same compiled and not.
+    """
+    return bits.to(torch.float32) * (1 - 2.0**-23)
+
+
+def _shift_right(x: Tensor, by: int) -> Tensor:
+    """Logical shift: int32 is signed, and uint32 has no kernels on CPU."""
+    return (x >> by) & ((1 << (32 - by)) - 1)
+
+
+def gumbel(bits: Tensor) -> Tensor:
+    """Standard Gumbel noise from 32 uniform bits: g = −log(−log u), u uniform on (0, 1).
+
+    u comes from the signed bits and is kept off 0 and 1 by the last place of a float32, so that g is always
+    finite: from −log(log 2²⁴) = −2.8 to log 2²⁴ = 16.6, beyond which a Gumbel variable falls once in 2²⁴ draws.
+
+    Args:
+        bits: int32, any shape.
+
+    Returns:
+        float32 of the same shape.
+    """
+    return gumbel_in_bits(bits) * 0.6931471805599453 + 0.36651292058166435  # log 2 and −log log 2
+
+
+def gumbel_in_bits(bits: Tensor) -> Tensor:
+    """The same noise to base 2 and moved, −log₂(−log₂ u): a softmax takes no notice of where its noise begins."""
+    u = _within(bits) * 2.0**-32 + 0.5
+    return -log2(-log2(u))

@@ -1,0 +1,376 @@
+"""MaskSet: which weights of a base model are kept. Everything that makes or uses a mask speaks in these.
+
+On disk a MaskSet is one safetensors file. Every weight has one uint8 tensor of its name: its mask,
+flattened in row-major order, eight elements a byte, the first in the lowest bit, the last byte filled up
+with zeros. The header's metadata holds
+
+===================  ====================================================================================
+``format``           ``leap_pl.MaskSet``
+``format_version``   ``1``
+``shapes``           JSON: weight name → shape
+``provenance``       JSON: the fields of :class:`Provenance`
+``digest``           SHA-256 of the shapes, the provenance and the packed bits, in hexadecimal
+===================  ====================================================================================
+
+A kept element is a one. That is one bit a weight: a sixteenth of a bfloat16 model. The same MaskSet makes the
+same bytes.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from leap_pl.errors import UserError, listing
+from leap_pl.files import atomic_file
+
+if TYPE_CHECKING:
+    from leap_pl.base_model.weights import Weight
+
+FORMAT = "leap_pl.MaskSet"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a mask comes from.
+
+    Attributes:
+        base_model: Name of the base model: hub id, folder or GGUF file.
+        fingerprint: Of the base model's weights (:func:`leap_pl.base_model.weights.model_fingerprint`).
+        method: What made the mask: ``magnitude``, ``wanda``, ``leap`` …
+        sparsity: The sparsity that was asked for; None where the method has none.
+        revision: Of the base model on the hub.
+        config: The settings of the method, plain JSON values.
+        versions: Package name → version.
+    """
+
+    base_model: str
+    fingerprint: str
+    method: str
+    sparsity: float | None = None
+    revision: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class PackedMasks(Mapping[str, Tensor]):
+    """Masks kept as bits, an eighth of the memory of bool tensors: each look at one unpacks it anew."""
+
+    def __init__(self, packed: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
+        """Take bits as :func:`pack` makes them.
+
+        Raises:
+            ValueError: They are no such bits, or of other shapes.
+        """
+        for name, bits in packed.items():
+            _check_packed(bits, shapes[name])
+        self.packed, self.shapes = dict(packed), {name: tuple(shapes[name]) for name in packed}
+
+    @classmethod
+    def of(cls, masks: Iterable[tuple[str, Tensor]]) -> "PackedMasks":
+        """Pack masks one after another, as they come."""
+        packed, shapes = {}, {}
+        for name, mask in masks:
+            packed[name], shapes[name] = pack(mask), tuple(mask.shape)
+        return cls(packed, shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The bool mask of the weight ``name``, a new tensor."""
+        return unpack(self.packed[name], self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """The weights' names."""
+        return iter(self.packed)
+
+    def __len__(self) -> int:
+        """How many weights."""
+        return len(self.packed)
+
+
+class MaskSet:
+    """Boolean masks by weight name (True: kept), with where they come from.
+
+    >>> mask = MaskSet.load("mask.safetensors")            # doctest: +SKIP
+    >>> mask.apply_(AutoModelForCausalLM.from_pretrained(mask.provenance.base_model))  # doctest: +SKIP
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor], provenance: Provenance) -> None:
+        """Take ``masks``: parameter name → bool tensor of the weight's shape.
+
+        Raises:
+            ValueError: There is none, or one is not of dtype bool.
+        """
+        if not masks:
+            raise ValueError("a MaskSet needs at least one mask")
+        self.masks: Mapping[str, Tensor] = masks
+        if not isinstance(masks, PackedMasks):
+            for name, mask in masks.items():
+                if mask.dtype != torch.bool:
+                    raise ValueError(f"the mask of {name} is {mask.dtype}, not bool")
+            self.masks = dict(masks)
+        self.provenance = provenance
+
+    # -- what it says -------------------------------------------------------------------------------------
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each mask, and of its weight."""
+        if isinstance(self.masks, PackedMasks):
+            return dict(self.masks.shapes)
+        return {name: tuple(mask.shape) for name, mask in self.masks.items()}
+
+    @property
+    def total(self) -> int:
+        """How many weights it speaks of."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def kept(self) -> int:
+        """How many of them stay."""
+        return sum(int(mask.sum()) for mask in self.masks.values())
+
+    @property
+    def sparsity(self) -> float:
+        """The realised sparsity: removed over total."""
+        return 1 - self.kept / self.total
+
+    def densities(self, by: str = "layer") -> dict[str, float]:
+        """Kept over all for each ``by``: ``weight``, ``layer`` (decoder block) or ``projection``."""
+        counts: dict[str, list[int]] = {}
+        for name, mask in self.masks.items():
+            layer, projection = split_name(name)
+            key = {"weight": name, "layer": str(layer), "projection": projection}[by]
+            count = counts.setdefault(key, [0, 0])
+            count[0] += int(mask.sum())
+            count[1] += mask.numel()
+        return {key: kept / total for key, (kept, total) in counts.items()}
+
+    def check(self, model: nn.Module, weights: Mapping[str, "Weight"] | None = None) -> None:
+        """Make sure that this mask belongs to ``model``, and, if given, to exactly these ``weights``.
+
+        Raises:
+            UserError: The model's weights have another fingerprint, or it has no such weights, or, of ``weights``,
+                names or shapes differ.
+        """
+        from leap_pl.base_model.weights import model_fingerprint
+
+        found = model_fingerprint(model)
+        if found != self.provenance.fingerprint:
+            raise UserError(
+                f"this mask was made for {self.provenance.base_model} with fingerprint "
+                f"{self.provenance.fingerprint}, and the model it is to be used on has {found}. "
+                "Give the base model it was made for (unpruned, the same revision)."
+            )
+        if weights is None:
+            there = {name: parameter.shape for name, parameter in model.named_parameters()}
+            strange = [name for name, mask in self.masks.items() if there.get(name) != mask.shape]
+            if strange:
+                raise UserError(
+                    f"the model has no weight {listing([repr(name) for name in strange], 3)} of the shape that this "
+                    "mask is for. Give the base model it was made for."
+                )
+            return
+        shapes, own = {name: tuple(weight.parameter.shape) for name, weight in weights.items()}, self.shapes
+        wrong = [n for n in {**shapes, **own} if shapes.get(n) != own.get(n)]
+        if wrong:
+            raise UserError(
+                f"this mask covers {len(self.masks)} weights, and {len(shapes)} are gated; they differ in "
+                f"{listing(sorted(wrong), 4)}. Use the same targets and ignore as the mask was made with."
+            )
+
+    # -- what it does -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module, *, check: bool = True) -> nn.Module:
+        """Set the removed weights of ``model`` to zero, in place; kept ones keep every bit. Returns ``model``.
+
+        Raises:
+            UserError: ``model`` is not the base model of this mask (see :meth:`check`).
+        """
+        if check:
+            self.check(model)
+        parameters = dict(model.named_parameters())
+        missing = [name for name in self.masks if name not in parameters]
+        if missing:
+            raise UserError(f"the model has no weight {listing(missing, 3)}, which this mask is for.")
+        for name, mask in self.masks.items():
+            parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
+        return model
+
+    def digest_of_bits(self) -> str:
+        """SHA-256 of names, shapes and bits, whatever their provenance: the same for masks that are the same."""
+        return _digest(
+            json.dumps(self.shapes, sort_keys=True), "", {name: pack(mask) for name, mask in self.masks.items()}
+        )
+
+    def with_provenance(self, **changes: Any) -> Self:
+        """The same masks with some fields of the provenance changed."""
+        return type(self)(self.masks, replace(self.provenance, **changes))
+
+    # -- on disk ------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file ``path`` whole or not at all; the same masks and provenance make the same bytes.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        write_masks(path, shapes, self.masks.__getitem__, self.provenance)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a MaskSet file.
+
+        Raises:
+            UserError: It is not there, not a MaskSet, of a newer format, truncated or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, and no such MaskSet file. Name {path}/mask.safetensors.")
+        if path.suffix == ".ckpt":
+            raise UserError(f"{path} is a checkpoint and no MaskSet. Use --ckpt_path, or the run's mask.safetensors.")
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such MaskSet file. Give the path of a mask.safetensors.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                _check_format(path, metadata)
+                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            shapes = json.loads(metadata["shapes"])
+            told = json.loads(metadata["provenance"])
+            intact = metadata["digest"] == _digest(metadata["shapes"], metadata["provenance"], packed)
+            if not intact or set(shapes) != set(packed):
+                raise ValueError("its digest does not match its content")
+            known = {f.name for f in fields(Provenance)}
+            provenance = Provenance(**{k: v for k, v in told.items() if k in known})
+            return cls(PackedMasks({name: packed[name] for name in shapes}, shapes), provenance)
+        except UserError:
+            raise
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+        ) as error:
+            raise UserError(
+                f"{path} is truncated or damaged ({' '.join(str(error).split())[:120]}). "
+                "Make the mask again, or take another copy of the file."
+            ) from error
+
+
+def write_masks(
+    path: str | Path, shapes: Mapping[str, list[int]], mask: Callable[[str], Tensor], provenance: Provenance
+) -> tuple[int, int]:
+    """Write a MaskSet file of masks that are made one at a time.
+
+    Args:
+        path: Written whole or not at all.
+        shapes: Weight name → shape.
+        mask: Weight name → its bool mask; called once for each, in the order of sorted names.
+        provenance: Where the masks come from.
+
+    Returns:
+        How many weights are kept, and of how many.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    told_shapes, told = json.dumps(shapes), json.dumps(asdict(provenance))
+    digest = hashlib.sha256(f"{told_shapes}\n{told}\n".encode())
+    blank = "0" * 2 * digest.digest_size  # until the bits are known
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "shapes": told_shapes, "provenance": told}
+    header: dict[str, Any] = {"__metadata__": {"digest": blank, **metadata}}
+    end = 0
+    for name in sorted(shapes):
+        start, end = end, end + (math.prod(shapes[name]) + 7) // 8
+        header[name] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    kept = 0
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(shapes):
+            bits = mask(name)
+            kept += int(bits.sum())
+            packed = pack(bits).numpy().tobytes()
+            digest.update(name.encode() + b"\n" + packed)
+            file.write(packed)
+        file.seek(8 + text.index(blank.encode()))  # the first key: no other text is before it
+        file.write(digest.hexdigest().encode())
+    return kept, sum(math.prod(shape) for shape in shapes.values())
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """A weight's decoder block and its projection: ``model.layers.3.mlp.up_proj.weight`` → 3, ``mlp.up_proj``."""
+    match = re.match(r".*?\.(\d+)\.(.+)", name)
+    return (int(match[1]), match[2].removesuffix(".weight")) if match else (None, name.removesuffix(".weight"))
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of this package and of those that decide its numbers."""
+    from importlib.metadata import version
+
+    from leap_pl.version import __version__
+
+    return {"leap_pl": __version__} | {name: version(name) for name in ("torch", "lightning", "transformers")}
+
+
+def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is a safetensors file but not a MaskSet. Give a mask.safetensors of leap_pl.")
+    version = metadata.get("format_version", "")
+    if version != str(FORMAT_VERSION):
+        raise UserError(
+            f"{path} is a MaskSet of format version {version[:20]}, and this leap_pl reads version {FORMAT_VERSION}. "
+            "Update leap_pl: pip install --upgrade leap_pl"
+        )
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A bool mask as bits: uint8, flat, the first element in the lowest bit of the first byte."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
+
+
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool mask of ``shape`` that :func:`pack` made these bits of.
+
+    Raises:
+        ValueError: They are no such bits.
+    """
+    count = _check_packed(packed, shape)
+    bits = np.unpackbits(packed.numpy(), count=count, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).view(tuple(shape))
+
+
+def _check_packed(packed: Tensor, shape: Sequence[int]) -> int:
+    """How many elements the bits are of."""
+    if packed.dtype != torch.uint8 or packed.ndim != 1 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError("a mask is not packed bits")
+    count = math.prod(shape)
+    if packed.numel() != (count + 7) // 8:
+        raise ValueError("a mask has another length than its shape")
+    return count
+
+
+def _digest(shapes: str, provenance: str, packed: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(f"{shapes}\n{provenance}\n".encode())
+    for name in sorted(packed):
+        digest.update(name.encode() + b"\n")
+        digest.update(packed[name].numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,123 @@
+"""The exact k highest of many tensors, without a copy of them all.
+
+A global hard mask keeps exactly k of N logits. Their k-th highest value is found by a radix selection over
+the bit patterns of the floats, two histograms of 65,536 bins, one tensor at a time; ties at that value are
+kept in index order. The answer depends on the values alone: not on the device, nor on the number of ranks.
+Of tensors that are sharded over ranks (see :mod:`leap_pl.distributed.shards`) each rank counts its own part and the
+histograms are added: 512 KiB to all-reduce twice, whatever the size of the model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leap_pl.distributed.shards import Ranks, as_whole, offset_of, own_part
+
+_CHUNK = 1 << 24  # elements at a time: 64 MiB of int32
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where one tensor's kept elements end: those above ``value``, and of those equal to it the ones whose
+    flat index, in the whole tensor, is below ``tie_limit``.
+    """
+
+    value: float
+    tie_limit: int
+
+    def mask(self, tensor: Tensor) -> Tensor:
+        """The kept elements of ``tensor`` (any shape, float32) as a bool tensor of its shape, sharded as it is."""
+        part = own_part(tensor)
+        kept = part > self.value
+        if self.tie_limit > 0:
+            start = offset_of(tensor)
+            index = torch.arange(start, start + part.numel(), device=part.device).view(part.shape)
+            kept |= (part == self.value) & (index < self.tie_limit)
+        return as_whole(kept, tensor)
+
+
+def exact_top_k(tensors: Sequence[Tensor], k: int) -> list[Cut]:
+    """Cuts that keep exactly the ``k`` highest elements over all ``tensors`` together.
+
+    Args:
+        tensors: Float32 tensors of any shapes; equal values rank by tensor, then by flat index. All of them
+            whole, or all of them sharded over the same ranks, each of which makes this call. They are gone through
+            four times, one after another, so that a sequence that reads each from a disk will do.
+        k: How many to keep, 0 to their total number.
+
+    Returns:
+        One :class:`Cut` for each tensor; their masks have ``k`` true elements in all.
+
+    Raises:
+        ValueError: A tensor holds NaN, or ``k`` is out of range.
+    """
+    total, broken, ranks = _survey(tensors)
+    if not 0 <= k <= total:
+        raise ValueError(f"asked for the {k} highest of {total} elements")
+    if ranks.any(broken):
+        raise ValueError("NaN has no rank")
+    if k == 0:
+        return [Cut(float("inf"), 0)] * len(tensors)
+
+    none = torch.zeros(1 << 16, dtype=torch.int64)
+    counts = ranks.sum(sum((_histogram(key >> 16) for key in _keys(tensors)), none))
+    high, above = _bin_of(counts, k)
+    counts = ranks.sum(sum((_histogram(key[key >> 16 == high] & 0xFFFF) for key in _keys(tensors)), none))
+    low, above_low = _bin_of(counts, k - above)
+    ties_kept = k - above - above_low
+    value = _value_of((high << 16) | low)
+    if not ties_kept:
+        return [Cut(value, 0)] * len(tensors)
+
+    ties = [offset_of(tensor) + (own_part(tensor).reshape(-1) == value).nonzero().flatten() for tensor in tensors]
+    limits = []
+    for own, before in zip(ties, _before(ranks, [len(own) for own in ties]), strict=True):
+        taken = min(max(ties_kept - before, 0), len(own))
+        limits.append(int(own[taken - 1]) + 1 if taken else 0)
+    return [Cut(value, limit) for limit in ranks.highest(limits)]
+
+
+def _survey(tensors: Sequence[Tensor]) -> tuple[int, bool, Ranks]:
+    """How many elements there are, whether any here is NaN, and whose they are."""
+    total, broken, ranks = 0, False, Ranks()
+    for tensor in tensors:
+        total += tensor.numel()
+        broken |= bool(torch.isnan(own_part(tensor)).any())
+        ranks = Ranks.of([tensor])
+    return total, broken, ranks
+
+
+def _before(ranks: Ranks, own: list[int]) -> list[int]:
+    """For each tensor, the ties that rank before this rank's part of it: tensor by tensor, then rank by rank."""
+    counts_RT = torch.tensor(ranks.gather(own)).view(-1, len(own))
+    in_order = counts_RT.T.flatten()
+    before_RT = (in_order.cumsum(0) - in_order).view(len(own), -1).T
+    return [int(n) for n in before_RT[ranks.rank]]
+
+
+def _keys(tensors: Sequence[Tensor]):  # type: ignore[no-untyped-def]
+    """Each tensor in pieces, as int64 keys of 32 bits that order as its floats do."""
+    for tensor in tensors:
+        for piece in own_part(tensor).detach().reshape(-1).split(_CHUNK):
+            # + 0.0: minus zero equals zero, and must have its key.
+            pattern = (piece.float() + 0.0).view(torch.int32).to(torch.int64)
+            yield torch.where(pattern < 0, ~pattern, pattern + (1 << 31)) & 0xFFFFFFFF
+
+
+def _value_of(key: int) -> float:
+    pattern = key - (1 << 31) if key >= 1 << 31 else ~key
+    return float(torch.tensor(pattern, dtype=torch.int64).to(torch.int32).view(torch.float32))
+
+
+def _histogram(digits: Tensor) -> Tensor:
+    return torch.bincount(digits, minlength=1 << 16).cpu()
+
+
+def _bin_of(counts: Tensor, k: int) -> tuple[int, int]:
+    """The bin in which the k-th highest lies, and how many lie in the bins above it."""
+    from_top = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_top, k))
+    above = int(from_top[place - 1]) if place else 0
+    return (1 << 16) - 1 - place, above

@@ -1,0 +1,224 @@
+"""Masks to start the gates from, made once for a model and a text and kept."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from leap_pl.base_model.loading import longest_sequence
+from leap_pl.base_model.weights import Weight, model_fingerprint
+from leap_pl.errors import UserError
+from leap_pl.files import atomic_file
+from leap_pl.masks import MaskSet
+from leap_pl.masks.patterns import Pattern, Unstructured
+from leap_pl.oneshot.admm import AdmmOptions
+from leap_pl.oneshot.fisher import FisherOptions
+from leap_pl.oneshot.prune import Method, prune
+from leap_pl.oneshot.sparsegpt import SparseGPTOptions
+from leap_pl.oneshot.walk import WalkOptions
+from leap_pl.prior import grading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ALGORITHM = 1  # counted up when a method's masks change, so that older cached ones are not taken for new
+
+logger = logging.getLogger(__name__)
+
+
+class _Stream(Protocol):
+    seq_length: int
+
+    def blocks(self) -> Iterator[Any]: ...
+
+
+class CalibrationData(Protocol):
+    """What is asked of a data module: a stream of token blocks, and settings that tell it from others."""
+
+    @property
+    def stream(self) -> _Stream:
+        """Blocks with ``tokens``, each of ``seq_length``."""
+
+    def identity(self) -> dict[str, Any]:
+        """Plain JSON values that the stream depends on."""
+
+
+def one_shot_prior(
+    model: "PreTrainedModel",
+    weights: Mapping[str, Weight],
+    method: Method,
+    sparsity: float | Pattern,
+    *,
+    base_model: str,
+    data: CalibrationData | None,
+    sequences: int = 128,
+    fisher: FisherOptions | None = None,
+    cache_dir: str | Path | None = "~/.cache/leap_pl/priors",
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> MaskSet:
+    """The one-shot mask of ``weights``; ``model`` is bit-identical afterwards.
+
+    Masks are kept in ``cache_dir``, by a hash of the model's fingerprint, the weights' names, the data's
+    identity, the number of sequences, the method with its settings, the sparsity and this code's version. A
+    damaged file is made anew, with a warning.
+
+    Args:
+        model: The dense base model without gates.
+        weights: Which weights.
+        method: ``magnitude``, ``wanda``, ``sparseswaps``, ``sparsegpt`` or ``admm``.
+        sparsity: To prune to, or a pattern.
+        base_model: The model's name, for the MaskSet.
+        data: Calibration text; magnitude needs none, unless ``fisher`` is given.
+        sequences: How many of the stream's blocks to calibrate on.
+        fisher: Allocate the sparsity over the matrices by Fisher information, with these settings.
+        cache_dir: Where masks are kept; None: nowhere.
+        device: Where the method computes; None: where the model is.
+        revision: Of the base model on the hub, for the MaskSet.
+        progress: Show a progress bar.
+
+    Raises:
+        UserError: The text cannot be read, or pruning fails (see :func:`leap_pl.oneshot.prune.prune`).
+    """
+    pattern = Unstructured(sparsity) if isinstance(sparsity, float | int) else sparsity
+    calibration = data if method != "magnitude" or fisher is not None else None
+    settings = {"sparsegpt": asdict(SparseGPTOptions()), "admm": asdict(AdmmOptions())}.get(method, {})
+    key = {
+        **_key(model, weights, calibration, sequences),
+        "method": method,
+        "settings": settings,
+        "pattern": [type(pattern).__name__, *asdict(pattern).values()],
+    }
+    if fisher is not None:
+        key["fisher"] = asdict(fisher)
+    path = None
+    if cache_dir is not None:
+        path = _place(cache_dir, method, key)
+        cached = _cached(path, model, weights)
+        if cached is not None:
+            logger.info("The %s prior was read from %s.", method, path)
+            return cached.with_provenance(base_model=base_model, revision=revision)
+
+    pruned = prune(
+        model,
+        None if calibration is None else _tokens(model, base_model, calibration, sequences),
+        method=method,
+        pattern=pattern,
+        fisher=fisher,
+        weights=weights,
+        walk=WalkOptions(device=device),
+        update=False,
+        base_model=base_model,
+        revision=revision,
+        progress=progress,
+    )
+    if path is not None:
+        try:
+            pruned.masks.save(path)
+        except UserError as error:  # a prior that cannot be kept is still a prior
+            logger.warning("The prior was not kept for the next run: %s", error)
+    return pruned.masks
+
+
+def input_squares(
+    model: "PreTrainedModel",
+    weights: Mapping[str, Weight],
+    *,
+    base_model: str,
+    data: CalibrationData | None,
+    sequences: int = 128,
+    cache_dir: str | Path | None = "~/.cache/leap_pl/priors",
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """What :func:`.grading.measure_input_squares` measures on the dense model, once for a model and a text.
+
+    They are kept as the masks of :func:`one_shot_prior` are, of which it has the arguments; a number an input.
+
+    Raises:
+        UserError: The text cannot be read, or the model cannot be walked.
+    """
+    if data is None:
+        raise ValueError("squares of inputs are measured on text, and data is None")
+    path = None
+    if cache_dir is not None:
+        path = _place(cache_dir, "squares", {**_key(model, weights, data, sequences), "method": "squares"})
+        cached = _cached_squares(path, weights)
+        if cached is not None:
+            logger.info("The inputs' squares were read from %s.", path)
+            return cached
+    tokens_NT = _tokens(model, base_model, data, sequences)
+    squares = grading.measure_input_squares(model, weights, tokens_NT, WalkOptions(device=device), progress)
+    if path is not None:
+        try:
+            with atomic_file(path) as temporary:
+                save_file(squares, temporary)
+        except UserError as error:
+            logger.warning("The inputs' squares were not kept for the next run: %s", error)
+    return squares
+
+
+def _key(
+    model: "PreTrainedModel", weights: Mapping[str, Weight], data: CalibrationData | None, sequences: int
+) -> dict[str, Any]:
+    told = None
+    if data is not None:
+        # How many sequences a run trains on at once changes where it is in the stream, not what the prior reads.
+        told = {key: value for key, value in data.identity().items() if key != "batch_size"} | {"sequences": sequences}
+    return {
+        "algorithm": ALGORITHM,
+        "fingerprint": model_fingerprint(model),
+        "weights": sorted(weights),
+        "data": told,
+    }
+
+
+def _place(cache_dir: str | Path, name: str, key: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    return Path(cache_dir).expanduser() / f"{name}-{digest[:24]}.safetensors"
+
+
+def _cached(path: Path, model: "PreTrainedModel", weights: Mapping[str, Weight]) -> MaskSet | None:
+    if not path.exists():
+        return None
+    try:
+        mask = MaskSet.load(path)
+        mask.check(model, weights)
+    except UserError as error:
+        logger.warning("The cached prior is made anew: %s", error)
+        return None
+    return mask
+
+
+def _cached_squares(path: Path, weights: Mapping[str, Weight]) -> dict[str, Tensor] | None:
+    if not path.exists():
+        return None
+    try:
+        squares = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        logger.warning("The inputs' squares kept in %s are made anew: %s", path, error)
+        return None
+    for name, weight in weights.items():
+        found, shape = squares.get(name), weight.parameter.shape
+        expected = (*shape[:-2], shape[weight.input_dim])
+        if found is None or found.dtype != torch.float32 or found.shape != expected or not bool((found >= 0).all()):
+            logger.warning("The inputs' squares kept in %s are made anew: those of %s are damaged.", path, name)
+            return None
+    return {name: squares[name] for name in weights}
+
+
+def _tokens(model: "PreTrainedModel", base_model: str, data: CalibrationData, sequences: int) -> Tensor:
+    longest = longest_sequence(model.config)
+    if longest is not None and data.stream.seq_length > longest:
+        raise UserError(f"seq_length is {data.stream.seq_length}, and {base_model} reaches {longest} tokens. Lower it.")
+    return torch.tensor([list(block.tokens) for block in islice(data.stream.blocks(), sequences)])

@@ -1,0 +1,93 @@
+"""How sure Wanda is of each weight: a prior in grades instead of signs.
+
+Shapes: … experts or nothing, O outputs, I inputs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from leap_pl.base_model.weights import Weight
+from leap_pl.oneshot.prune import bar, by_block
+from leap_pl.oneshot.walk import Walk, WalkOptions
+from leap_pl.oneshot.wanda import wanda_scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LEAST = 0.08
+"""The least size of a lean, as a share of the most: noise alone then turns few bits. docs/tuning.md measures it."""
+
+_TINY = torch.finfo(torch.float32).tiny  # the logarithm of a score of 0 is taken here
+
+
+@torch.no_grad()
+def graded_lean(mask_OI: Tensor, weight_OI: Tensor, mean_square_I: Tensor) -> Tensor:
+    """How far each weight's logit should lean, −1 to 1: the side is the mask's, the size Wanda's.
+
+    lean = ±(a + (1 − a)·tanh|log(score/cut)|), a = :data:`LEAST`, + where the mask keeps the weight. The score is
+    Wanda's, |W_ij|·sqrt(mean x_j²); the cut of a row that keeps k weights is the geometric mean of its k-th and its
+    next highest score. So weights that could as well be on the other side start near the decision, and those that
+    are many times above or below the cut far from it.
+
+    Args:
+        mask_OI: Bool (…, O, I), of any method.
+        weight_OI: The dense weight (…, O, I), any floating type.
+        mean_square_I: Mean over calibration tokens of each input's square, (I,), or (…, I) of experts.
+
+    Returns:
+        Float32 (…, O, I).
+    """
+    mean_square_I = mean_square_I.unsqueeze(-2) if mean_square_I.ndim > 1 else mean_square_I
+    log_OI = wanda_scores(weight_OI, mean_square_I).clamp_min(_TINY).log()
+    ordered_OI = log_OI.sort(-1).values
+    I = mask_OI.shape[-1]  # noqa: E741  (the legend's letter)
+    removed_O1 = I - mask_OI.sum(-1, keepdim=True)
+    # Rows that keep all or nothing have one neighbour of the cut, not two.
+    above_O1 = ordered_OI.gather(-1, removed_O1.clamp_max(I - 1))
+    below_O1 = ordered_OI.gather(-1, (removed_O1 - 1).clamp_min(0))
+    lean_OI = (log_OI - (above_O1 + below_O1) / 2).abs_().tanh_().mul_(1 - LEAST).add_(LEAST)
+    return torch.where(mask_OI, lean_OI, -lean_OI)
+
+
+def measure_input_squares(
+    model: "PreTrainedModel",
+    weights: Mapping[str, Weight],
+    blocks_NT: Tensor,
+    walk: WalkOptions | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Mean square of every input of every weight, from one walk of the dense model.
+
+    Args:
+        model: The dense base model, without gates; it is not changed.
+        weights: Which weights, all within the decoder blocks.
+        blocks_NT: Calibration tokens, LongTensor[sequences, seq_length].
+        walk: Batch size and device.
+        progress: Show a progress bar.
+
+    Returns:
+        Weight name → float32 (I,), or (experts, I) of stacked experts. Of an expert that no token reached all are 1,
+        so that its scores are its weights' magnitudes.
+
+    Raises:
+        UserError: The model cannot be walked, or inputs are not finite.
+    """
+    matrices = by_block(model, weights)
+    walk = replace(walk or WalkOptions(), keep=True)
+    squares: dict[str, Tensor] = {}
+    with Walk(model, blocks_NT, walk) as dense_walk:
+        for index in bar(dense_walk, progress, "grading"):
+            found = dense_walk.observe(index, matrices[index], gram=False, advance=True)
+            for matrix in matrices[index]:
+                statistics = found.get(matrix.name)
+                square_I = torch.ones(matrix.size) if statistics is None else statistics.mean_square.cpu()
+                if matrix.expert is None:
+                    squares[matrix.weight.name] = square_I
+                else:
+                    shape = (matrix.weight.parameter.shape[0], matrix.size)
+                    squares.setdefault(matrix.weight.name, torch.empty(shape))[matrix.expert] = square_I
+    return {name: squares[name] for name in weights}

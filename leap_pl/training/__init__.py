@@ -1,0 +1,1 @@
+"""Learn a mask: the module, its optimizers, schedules, validation and numerics."""

@@ -1,0 +1,359 @@
+"""GatedModule: a frozen language model with gates on its weights, as Lightning holds it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from leap_pl.base_model.loading import Dtype, fast_dtype, load_model, longest_sequence
+from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
+from leap_pl.checkpoints import layout as checkpoints
+from leap_pl.checkpoints.identity import KEY, Identity, check_same, read_identity
+from leap_pl.checkpoints.rewind import rewind
+from leap_pl.checkpoints.settings import Settings, check_settings, taken
+from leap_pl.distributed.shards import copy_part_, gathered
+from leap_pl.distributed.strategy import (
+    RankZero,
+    as_rank_zero_has,
+    check_inside_blocks,
+    data_rank,
+    reduce_only,
+    saves_shards,
+    shard,
+    sharding_mesh,
+)
+from leap_pl.errors import UserError
+from leap_pl.gates import Gate, GateState, attach
+from leap_pl.losses.objective import split_model
+from leap_pl.prior.settings import Calibration, Prior, SharedPrior, make_and_share
+from leap_pl.training import finite, run_settings
+from leap_pl.training.allocator import keep_freed_memory
+from leap_pl.training.validation import Validation
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+    from leap_pl.masks import MaskSet
+
+
+class GatedModule(L.LightningModule):
+    """What every way to learn a mask shares: the gated model, its prior, its hard mask and its checkpoints.
+
+    The model is loaded when the run begins, its weights are frozen and gated, over several ranks sharded if the
+    strategy says so, and its checkpoints hold the logits alone. How the logits are learned is the subclass's.
+    """
+
+    def __init__(
+        self,
+        base_model: str,
+        sparsity: float,
+        gate: Callable[[Weight, GateState], Gate],
+        *,
+        prior: Prior,
+        targets: list[str] | None = None,
+        ignore: Sequence[str] = (),
+        dtype: Dtype = "auto",
+        logits_dtype: torch.dtype = torch.float32,
+        activation_checkpointing: bool = False,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Take the settings as :class:`leap_pl.training.module.LeapModule` explains them."""
+        super().__init__()
+        self.base_model, self.revision = base_model, revision
+        # A kind of mask may not have quite the sparsity that was asked for.
+        self.sparsity = self.asked_sparsity = sparsity
+        self.targets, self.ignore = targets, list(ignore)
+        self.make_gate, self.prior_settings = gate, prior
+        self.dtype_name, self.logits_dtype = dtype, logits_dtype
+        self.activation_checkpointing = activation_checkpointing
+        self.trust_remote_code = trust_remote_code
+        self.strict_loading = False  # checkpoints hold logits only; on_load_checkpoint compares names and shapes
+        self.state = GateState(seed=seed)
+        self.model: PreTrainedModel | None = None
+        self.mesh: DeviceMesh | None = None  # of the ranks that decoder blocks are sharded over
+        self.gates: dict[str, Gate] = {}
+        self.priors: dict[str, MaskSet] = {}  # on rank zero
+        self.resumes_from: str | None = None
+        self.register_state_dict_post_hook(checkpoints.keep_gates_only)
+        self.validation = Validation()
+        self.told: dict[str, Any] = {}  # settings of callbacks that a mask's provenance should tell
+
+    @property
+    def prior(self) -> "MaskSet | None":
+        """The mask that learning starts from, once the model is loaded for a fit; on rank zero."""
+        return self.priors.get("prior")
+
+    # -- the gated model ----------------------------------------------------------------------------------
+
+    def check_resume(
+        self, checkpoint: dict[str, Any], path: str | Path, trainer: L.Trainer, data: Any, *, fitting: bool
+    ) -> None:
+        """Make sure that this module, ``trainer`` and ``data`` have the settings that a checkpoint was learned with.
+
+        A ``dtype`` of ``auto`` becomes the checkpoint's. Whose logits it holds is compared when the model is loaded.
+
+        Args:
+            checkpoint: What the file holds.
+            path: Of the file, for messages.
+            trainer: Of this run.
+            data: Its data module, if there is one.
+            fitting: Learning is resumed; else only the module's settings have to be the same.
+
+        Raises:
+            UserError: A setting that is part of what is learned differs.
+        """
+        stored = run_settings.read_settings(read_identity(checkpoint, path), checkpoint, str(path))
+        if self.dtype_name == "auto" and self.model is None:
+            self.dtype_name = stored.get("model.dtype", "auto")
+        here = self.learned_with() | (run_settings.of_trainer(trainer, data) if fitting else {})
+        check_settings(stored, here)
+
+    def configure_model(self) -> None:
+        """Load the base model, make the prior, put the gates on. Does nothing the second time."""
+        if self.model is not None:
+            return
+        keep_freed_memory()
+        self.mesh = sharding_mesh(self._trainer)
+        dtype = self.dtype_name
+        if dtype == "auto":  # measured, so that two ranks may find differently
+            dtype = as_rank_zero_has(fast_dtype(self._device_of_run()))
+        model = load_model(
+            self.base_model,
+            revision=self.revision,
+            dtype=dtype,
+            dropout=False,
+            trust_remote_code=self.trust_remote_code,
+        )
+        check_numbers(model, self.base_model)
+        self._check_length(model)
+        self.weights = find_weights(model, self.targets, self.ignore)
+        if self.mesh is not None:
+            check_inside_blocks(self.weights)
+        self.fingerprint = model_fingerprint(model)
+        self.sizes = {name: weight.parameter.numel() for name, weight in self.weights.items()}
+        self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
+        prior = self._make_prior(model)
+        model.requires_grad_(False)
+        if self.mesh is None:
+            self._put_gates(self.weights, prior)
+        else:
+            self._shard(model, self.mesh, prior)
+        prior.close()
+        with self.state.passing("dense"):
+            self.states, self.head = split_model(model)
+        if self.activation_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        # from_pretrained leaves it in eval mode, in which activation checkpointing is silently off. There is
+        # no dropout in it: load_model removed that.
+        self.model = model.train()
+        reduce_only(self, {checkpoints.path_of(*place) for place in self._learned()})
+        if self.mesh is not None and self.resumes_from is not None:
+            # Lightning loads a sharded run's optimizer before it asks on_load_checkpoint.
+            checkpoint = checkpoints.load_checkpoint(self.resumes_from)
+            check_same(read_identity(checkpoint, self.resumes_from), self.identity())
+
+    def _put_gates(self, weights: dict[str, Weight], prior: SharedPrior) -> None:
+        gates = attach(weights, self.make_gate, self.state, self.logits_dtype)
+        for name, gate in gates.items():
+            masks = prior.of(name, weights[name])
+            gate.start_from(masks.pop("prior", None), self.state.seed, **masks)
+        self.gates |= gates
+
+    def _shard(self, model: "PreTrainedModel", mesh: "DeviceMesh", prior: SharedPrior) -> None:
+        def prepare(index: int, block: nn.Module) -> None:
+            self._put_gates({name: weight for name, weight in self.weights.items() if weight.layer == index}, prior)
+            # Lightning does so later, when FSDP2 would not notice another dtype; then nothing is left to do.
+            convert(block)
+
+        convert = self.trainer.precision_plugin.convert_module
+        shard(model, decoder_blocks(model)[1], mesh, prepare)
+        convert(model).to(self._device_of_run())
+
+    def _make_prior(self, model: "PreTrainedModel") -> SharedPrior:
+        """The prior, or priors, made on rank zero, whose ``self.priors`` they are."""
+        # First, for a prior may take minutes: can this kind of mask be what is asked of it?
+        first = self.make_gate(next(iter(self.weights.values())), self.state)
+        self.sparsity = first.exact_sparsity(self.sparsity)
+        if not self._fitting():
+            return SharedPrior({}, RankZero())
+        calibration = Calibration(
+            base_model=self.base_model,
+            data=getattr(self.trainer, "datamodule", None),
+            device=self._device_of_run(),
+            progress=self.trainer.progress_bar_callback is not None,
+        )
+        shared = make_and_share(self.prior_settings, model, self.weights, first, self.sparsity, calibration)
+        self.priors = dict(shared.priors)
+        return shared
+
+    def _fitting(self) -> bool:
+        return self._trainer is not None and self.trainer.state.fn == "fit"
+
+    def _device_of_run(self) -> torch.device:
+        return self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+
+    def _check_length(self, model: nn.Module) -> None:
+        data = getattr(self._trainer, "datamodule", None)
+        asked, longest = getattr(data, "seq_length", None), longest_sequence(model.config)
+        if asked and longest and asked > longest:
+            raise UserError(
+                f"data.seq_length is {asked} and {self.base_model} has positions for {longest} tokens. "
+                f"Set --data.seq_length {longest} or less."
+            )
+
+    def _learned(self) -> dict[tuple[str, str], nn.Parameter]:
+        """What is learned: (weight name, attribute of its gate) → parameter."""
+        gates = self.gates.items()
+        return {(name, part): parameter for name, gate in gates for part, parameter in gate.named_parameters()}
+
+    # -- the mask -----------------------------------------------------------------------------------------
+
+    def check_finite(self, *, logits: bool = False) -> None:
+        """Make sure that what is to be used or saved are numbers: of this class, the logits, if asked for.
+
+        Raises:
+            NonFiniteError: A logit is infinite or NaN.
+        """
+        if logits:
+            finite.check_logits(self._learned(), self.state.step)
+
+    def choose_hard_masks(self) -> None:
+        """Give every gate its hard mask at exactly the target sparsity."""
+        self.check_finite(logits=True)
+        type(next(iter(self.gates.values()))).choose(self.gates, self.sparsity)
+
+    def mask_set(self) -> "MaskSet":
+        """The hard mask at exactly the target sparsity, as it is exported: whole, on every rank."""
+        from leap_pl.masks import MaskSet
+
+        self.choose_hard_masks()
+        masks = {name: gathered(gate.hard_mask()).cpu() for name, gate in self.gates.items()}
+        return MaskSet(masks, checkpoints.provenance(self.identity()))
+
+    def save_mask(self, path: str | Path) -> tuple[int, int]:
+        """Write :meth:`mask_set` to the MaskSet file ``path``, of which no more than one weight's mask is in memory.
+
+        Of several ranks, each of which makes this call, the first one writes.
+
+        Returns:
+            How many gated weights are kept, and of how many.
+        """
+        from leap_pl.masks.mask_set import write_masks
+
+        self.choose_hard_masks()
+        shapes = {name: list(gate.shape) for name, gate in self.gates.items()}
+        identity = self.identity()
+
+        def mask(name: str) -> Tensor:
+            return gathered(self.gates[name].hard_mask()).cpu()
+
+        if self._trainer is None or self.trainer.is_global_zero:
+            return write_masks(path, shapes, mask, checkpoints.provenance(identity))
+        counts = [(int(part.sum()), part.numel()) for part in map(mask, sorted(shapes))]
+        return sum(kept for kept, _ in counts), sum(total for _, total in counts)
+
+    # -- checkpoints --------------------------------------------------------------------------------------
+
+    def identity(self) -> Identity:
+        """What this run's checkpoints say of themselves."""
+        data = getattr(self._trainer, "datamodule", None)
+        return Identity(
+            base_model=self.base_model,
+            revision=self.revision,
+            fingerprint=self.fingerprint,
+            gate=checkpoints.describe_gate(next(iter(self.gates.values()))),
+            sparsity=self.sparsity,
+            targets=self.targets,
+            ignore=self.ignore,
+            max_steps=self.trainer.max_steps if self._fitting() else None,
+            ranks=data_rank(self.trainer)[1] if self._fitting() else None,
+            accumulation=self.trainer.accumulate_grad_batches if self._fitting() else None,
+            shapes={name: list(gate.shape) for name, gate in self.gates.items()},
+            input_dims={name: gate.input_dim for name, gate in self.gates.items()},
+            dense_perplexity=self.validation.dense,
+            settings=self.settings(),
+            learned_with=self.learned_with() | (run_settings.of_trainer(self.trainer, data) if self._fitting() else {}),
+        )
+
+    def learned_with(self) -> Settings:
+        """Return the module's settings that a resumed run takes and compares, by their names in the table.
+
+        The table is :mod:`leap_pl.checkpoints.settings`.
+        """
+        told: Settings = {
+            "model.base_model": self.base_model,
+            "model.sparsity": self.asked_sparsity,
+            "model.targets": self.targets,
+            "model.ignore": self.ignore,
+            "model.prior": asdict(self.prior_settings),
+            "model.dtype": self.dtype_name if self.model is None else str(self.model.dtype).removeprefix("torch."),
+            "model.logits_dtype": str(self.logits_dtype).removeprefix("torch."),
+            "model.activation_checkpointing": self.activation_checkpointing,
+            "model.revision": self.revision,
+            "model.seed": self.state.seed,
+        }
+        if self.gates:
+            told["model.gate"] = checkpoints.describe_gate(next(iter(self.gates.values())))
+        if told["model.dtype"] == "auto":
+            del told["model.dtype"]
+        return taken(told)
+
+    def settings(self) -> dict[str, Any]:
+        """What a mask's provenance tells of how it was learned: plain values."""
+        told: dict[str, Any] = {"prior": asdict(self.prior_settings), "seed": self.state.seed}
+        told["logits_dtype"] = str(self.logits_dtype).removeprefix("torch.")
+        told["dtype"] = None if self.model is None else str(self.model.dtype).removeprefix("torch.")
+        told |= self.told
+        if self._trainer is None:
+            return told
+        told |= checkpoints.settings_of_run(self.trainer)
+        perplexities = {"perplexity": self.validation.hard, "dense_perplexity": self.validation.dense}
+        return told | {name: value for name, value in perplexities.items() if value is not None}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen model out: logits by weight name, and whose they are."""
+        self.check_finite(logits=True)
+        checkpoint[KEY] = asdict(self.identity())
+        checkpoint.pop("hyper_parameters", None)  # said there once, and read by a schema
+        rewind(self.trainer, checkpoint)
+        if saves_shards(self._trainer):
+            return  # each rank its own, under this module's names: ModelParallelStrategy reads them back
+        if self.mesh is None:
+            gates = self.gates.items()
+            state = {f"{part}.{name}": tensor for name, gate in gates for part, tensor in gate.stored().items()}
+            names = {id(parameter): name for name, parameter in self.named_parameters()}
+            groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+            numbered = [names[id(parameter)] for group in groups for parameter in group["params"]]
+        else:  # gathered on rank zero; nothing on the others
+            state = checkpoints.by_weight(checkpoint["state_dict"])
+            numbered = [name for name, _ in self.named_parameters()]
+        checkpoint["state_dict"] = state
+        for optimizer_state in checkpoint.get("optimizer_states", []):
+            checkpoints.name_parameters(optimizer_state, numbered)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or another run; map its logits to this module's names."""
+        found = read_identity(checkpoint)
+        if self._trainer is not None:
+            data = getattr(self.trainer, "datamodule", None)
+            self.check_resume(checkpoint, "the checkpoint", self.trainer, data, fitting=self._fitting())
+        check_same(found, self.identity())
+        self.validation.dense, self.validation.hard = found.dense_perplexity, found.settings.get("perplexity")
+        if self._fitting():
+            checkpoints.count_for_ranks(checkpoint, found, self.identity())
+        places = [(name, part) for name, gate in self.gates.items() for part in gate.stored()]
+        if self.mesh is None:
+            stored = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {checkpoints.path_of(*place): stored[".".join(place[::-1])] for place in places}
+        elif Path(path := self.trainer.ckpt_path or "").is_file():
+            # Of a folder Lightning has loaded each rank's part; of a file each rank takes its own.
+            stored = checkpoints.load_checkpoint(path)["state_dict"]
+            for name, part in places:
+                copy_part_(getattr(self.gates[name], part), stored[f"{part}.{name}"])

@@ -1,0 +1,337 @@
+"""LeapModule: a frozen language model whose mask is learned."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from jsonargparse.typing import NonNegativeInt, OpenUnitInterval
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from leap_pl.base_model.loading import Dtype
+from leap_pl.base_model.weights import Weight
+from leap_pl.checkpoints.identity import read_identity
+from leap_pl.checkpoints.layout import load_checkpoint
+from leap_pl.checkpoints.settings import Settings, taken
+from leap_pl.distributed.strategy import data_rank, mean_over_ranks
+from leap_pl.errors import UserError
+from leap_pl.gates import BernoulliGate, Gate, GateState
+from leap_pl.losses.objective import Objective, budget_groups, kept_norm, language_losses, sparsity_budget
+from leap_pl.prior import Prior
+from leap_pl.training import finite
+from leap_pl.training.clipping import clip_by_norm
+from leap_pl.training.denormals import flush_denormals
+from leap_pl.training.gated_module import GatedModule
+from leap_pl.training.optimizers import check_rounding
+from leap_pl.training.run_settings import describe_optimizer, describe_scheduler, find_classes, read_settings
+from leap_pl.training.schedules import warmup_cosine
+
+
+class LeapModule(GatedModule):
+    """Learn one mask logit for every gated weight of a frozen causal language model (LEAP).
+
+    Paper: https://arxiv.org/abs/2605.17289. The mask is a parametrization of the model's weights, see
+    :mod:`leap_pl.gates`; the loss is :class:`leap_pl.losses.objective.Objective`; the temperature and logit scale
+    are moved by the :class:`leap_pl.callbacks.Annealing` callback.
+
+    .. code-block:: yaml
+
+        model:
+          base_model: Qwen/Qwen2.5-0.5B
+          sparsity: 0.5
+          objective: {lm: 1.0, distillation: 0.0}
+          prior: {method: wanda}
+
+    The teacher of distillation is the same model with its gates off. Checkpoints hold the logits, not the
+    model.
+    """
+
+    def __init__(
+        self,
+        base_model: str,
+        sparsity: OpenUnitInterval = 0.5,
+        gate: Callable[[Weight, GateState], Gate] = BernoulliGate,
+        targets: list[str] | None = None,
+        ignore: Sequence[str] = (),
+        objective: Objective = Objective(),  # noqa: B008  (frozen)
+        prior: Prior = Prior(),  # noqa: B008  (frozen)
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(
+            parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        ),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: NonNegativeInt = 5,
+        dtype: Dtype = "auto",
+        logits_dtype: Literal["float32", "bfloat16"] = "float32",
+        activation_checkpointing: bool = False,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Take the settings; the model is loaded when the run begins.
+
+        Args:
+            base_model: Hub id, local folder or local GGUF file of a causal language model.
+            sparsity: Share of the gated weights to remove, between 0 and 1; the exported mask has exactly it.
+            gate: The kind of mask.
+            targets: Weights to gate: class names, module names, or ``re:`` regular expressions. By default all
+                linears and stacked experts of the decoder blocks.
+            ignore: Weights to leave dense, in the same form.
+            objective: The terms of the loss and their weights.
+            prior: The mask that the logits lean towards at the start.
+            optimizer: Of the logits.
+            lr_scheduler: Stepped once an optimizer step. By default ``warmup_steps`` up, then a cosine to 0.
+            warmup_steps: Of the default schedule.
+            dtype: Of the frozen weights and the computation; ``auto`` is bfloat16 where the hardware multiplies
+                it faster, which is measured on a CPU, else float32.
+            logits_dtype: Of the logits and their gradients, whatever the precision of the rest. ``bfloat16`` takes
+                an optimizer that rounds at random (:class:`leap_pl.training.optimizers.PackedAdamW`): see
+                docs/memory.md.
+            activation_checkpointing: Recompute each decoder block in the backward pass: less memory, a third
+                more time.
+            revision: Of the base model on the hub.
+            trust_remote_code: Run code that comes with the base model.
+            seed: Of the noise and of the logits' start.
+        """
+        # From a checkpoint they come as plain dictionaries, and into one they go as such.
+        prior = Prior(**prior) if isinstance(prior, dict) else prior
+        super().__init__(
+            base_model,
+            # Values of restricted types are no plain numbers, and a checkpoint is read with weights_only.
+            float(sparsity),
+            gate,
+            prior=prior,
+            targets=targets,
+            ignore=ignore,
+            dtype=dtype,
+            logits_dtype=getattr(torch, logits_dtype),
+            activation_checkpointing=activation_checkpointing,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+        )
+        self.save_hyperparameters(ignore=["gate", "optimizer", "lr_scheduler"], logger=False)
+        self.objective = Objective(**objective) if isinstance(objective, dict) else objective
+        self.make_optimizer, self.make_scheduler, self.warmup_steps = optimizer, lr_scheduler, int(warmup_steps)
+        self.hparams.update(objective=asdict(self.objective), prior=asdict(prior), ignore=self.ignore)
+        self.hparams.update(sparsity=self.sparsity, warmup_steps=self.warmup_steps)
+        self.terms: dict[str, Tensor] = {}
+        self.gradient_norm: Tensor | None = None  # of the optimizer step at hand, before it is clipped
+        self.norms: list[tuple[int, Tensor]] = []  # (step, gradient norm) that were not looked at yet
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # no open files
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Return the module that a checkpoint was written of, with its base model and its logits.
+
+        Args:
+            checkpoint_path: A checkpoint file.
+            map_location: Device of the model and the logits.
+            hparams_file: Not used: a checkpoint holds its settings.
+            strict: Not used: names and shapes of logits are always compared.
+            weights_only: Not used: nothing but tensors and plain values is ever read.
+            settings: Settings of the module that replace those of the checkpoint, such as ``base_model``; and
+                ``trust_remote_code``, which is never taken from a file.
+
+        Raises:
+            UserError: It cannot be read, or does not belong to the base model.
+        """
+        checkpoint = load_checkpoint(checkpoint_path)
+        stored = read_settings(read_identity(checkpoint, checkpoint_path), checkpoint, str(checkpoint_path))
+        classes, refused = find_classes(stored, str(checkpoint_path))
+        known = {name: value for name, value in stored.items() if name.startswith("model.") and name not in refused}
+        known |= {name: partial(kind, **arguments) for name, (kind, arguments) in classes.items()}
+        module = cls(**{name.removeprefix("model."): value for name, value in known.items()} | settings)
+        for name, error in refused.items():
+            if name.removeprefix("model.") not in settings:
+                raise error
+        module.configure_model()
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=False)
+        return module if map_location is None else module.to(map_location)
+
+    def configure_model(self) -> None:
+        """Load the base model, make the prior, put the gates on. Does nothing the second time."""
+        if self.model is not None:
+            return
+        if self._fitting():  # first, for a prior may take minutes
+            check_rounding(self._optimizer_of([nn.Parameter(torch.zeros(1, 1))]), self.logits_dtype)
+        super().configure_model()
+        layers = {name: weight.layer for name, weight in self.weights.items()}
+        self.groups = budget_groups(layers, self.objective.budget_scope)
+
+    def settings(self) -> dict[str, Any]:
+        """What a mask's provenance tells of how it was learned: plain values."""
+        return {"objective": asdict(self.objective)} | super().settings()
+
+    def learned_with(self) -> Settings:
+        """See :meth:`.GatedModule.learned_with`."""
+        told: Settings = {"model.objective": asdict(self.objective), "model.warmup_steps": self.warmup_steps}
+        optimizer = self._optimizer_of([nn.Parameter(torch.zeros(1, 1, dtype=self.logits_dtype))])
+        told["model.optimizer"] = describe_optimizer(optimizer, getattr(self.make_optimizer, "keywords", {}))
+        told["model.lr_scheduler"] = None
+        if self.make_scheduler is not None:
+            given = getattr(self.make_scheduler, "keywords", {})
+            told["model.lr_scheduler"] = describe_scheduler(self.make_scheduler(optimizer), given)
+        return super().learned_with() | taken(told)
+
+    def on_fit_start(self) -> None:
+        """Nearly shut gates make denormal numbers, and those make some processors slow: they are taken for 0."""
+        flush_denormals()
+
+    def teardown(self, stage: str) -> None:
+        """Denormal numbers are numbers again."""
+        if stage == "fit":
+            flush_denormals(False)
+
+    # -- learning -----------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss of one micro-batch; ``batch["input_ids"]`` is (B, L) tokens."""
+        windows = self.trainer.accumulate_grad_batches
+        self.state.step = self.global_step
+        rank, ranks = data_rank(self.trainer)
+        self.state.micro_batch = (batch_idx % windows) * ranks + rank
+        for gate in self.gates.values():
+            gate.clear()
+        loss, lm, kl = self._language_losses(batch["input_ids"])
+        kept: dict[str, Tensor] = {}
+        for name, gate in self.gates.items():
+            if gate.kept is None:  # experts that no token was routed to
+                if self.mesh is not None:
+                    raise UserError(
+                        f"{name} was not used by a micro-batch, and in a sharded run each is used by every one. "
+                        "Leave it out with --model.ignore, or use --trainer.strategy ddp."
+                    )
+                gate(self.weights[name].parameter)
+            assert gate.kept is not None
+            kept[name] = gate.kept
+        budget = sparsity_budget(kept, self.sizes, 1 - self.sparsity, self.groups)
+        norm = kept_norm((gate.energy for gate in self.gates.values()), self.dense_norm)
+        fading = 1 - self.global_step / self.trainer.max_steps
+        loss = loss + self.objective.budget * budget - self.objective.weight * fading * norm
+        self.terms = {"loss": loss.detach(), "lm": lm, "distillation": kl, "budget": budget.detach()}
+        self.terms["kept_norm"] = norm.detach()
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        if not self.looks_later:
+            self.check_finite()
+        return loss
+
+    def _language_losses(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        targets = input_ids[:, 1:].reshape(-1)
+        teacher = None
+        if self.objective.distillation:
+            with torch.no_grad(), self.state.passing("dense"):
+                teacher = self.states(input_ids)[:, :-1].flatten(0, 1)
+        hidden = self.states(input_ids)[:, :-1].flatten(0, 1)
+        return language_losses(hidden, targets, self.head, self.objective, teacher)
+
+    def mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean of each value over the ranks of the run, every one of which makes this call."""
+        return values if self._trainer is None else mean_over_ranks(values, self.trainer)
+
+    def check_finite(self, *, logits: bool = False) -> None:
+        """Make sure that the last micro-batch's loss, the gradients since, and the logits if asked for, are numbers.
+
+        Raises:
+            NonFiniteError: A term of the loss, a gradient or a logit is infinite or NaN.
+        """
+        norms, self.norms = self.norms, []
+        finite.check_norms(norms, self._dtype_of_model())
+        finite.check_terms(self.terms, self.state.step, self._dtype_of_model())
+        super().check_finite(logits=logits)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the norm of the gradients. On a CPU, make sure that it is a number, for else all logits are spoiled.
+
+        Elsewhere :meth:`check_finite` does so at the next log step, and before anything is saved.
+
+        Raises:
+            NonFiniteError: One is infinite or NaN.
+        """
+        self.gradient_norm = None
+        if self.trainer.precision == "16-mixed":
+            return  # its scaler meets such gradients, and leaves the step out
+        self.gradient_norm = finite.norm_of_gradients(self._learned())
+        if self.looks_later:
+            self.norms.append((self.state.step, self.gradient_norm))
+        else:
+            finite.check_gradients(self._learned(), self.state.step, self._dtype_of_model(), self.gradient_norm)
+
+    @property
+    def looks_later(self) -> bool:
+        """Whether to look at a number makes the host wait for the device: it is then done at log steps only."""
+        return self.device.type != "cpu"
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, by the norm that is known already."""
+        if gradient_clip_val and self.gradient_norm is not None and gradient_clip_algorithm in (None, "norm"):
+            clip_by_norm(optimizer, self._learned().values(), gradient_clip_val, self.gradient_norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _dtype_of_model(self) -> torch.dtype | None:
+        return None if self.model is None else self.model.dtype
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over all logits, and its schedule, stepped once an optimizer step."""
+        total = self.trainer.max_steps
+        if total < 1:
+            raise UserError(
+                f"trainer.max_steps is {total}, and every schedule needs a number of steps. Add --trainer.max_steps N."
+            )
+        optimizer = self._optimizer_of(list(self._learned().values()))
+        if self.trainer.precision != "16-mixed":
+            # A fused optimizer says that it unscales gradients itself, and Lightning then refuses to clip them;
+            # without float16 there is no scale.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        if self.make_scheduler is not None:
+            scheduler = self.make_scheduler(optimizer)
+        else:
+            factor = partial(warmup_cosine, total=total, warmup=self.warmup_steps)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _optimizer_of(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        try:
+            return self.make_optimizer(parameters)
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"model.optimizer does not take its settings: {reason}.") from error
+
+    # -- validation ---------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Choose the hard mask of exactly the target sparsity, which is what is validated."""
+        self.choose_hard_masks()
+
+    def validation_step(self, batch: dict[str, Any] | Tensor, batch_idx: int) -> None:
+        """Perplexity of the hard mask, and, once in a run, of the dense model."""
+        input_ids = batch["input_ids"] if isinstance(batch, dict) else batch
+        for mode in self.validation.wanted:
+            with self.state.passing(mode):
+                self.validation.update(mode, self.states(input_ids), input_ids, self.head, self.objective.chunk)
+        self.log("perplexity/hard", self.validation.hard_metric, on_epoch=True, prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep the perplexities: the dense model's does not change."""
+        hard, dense = self.validation.finish()
+        self.log("perplexity/dense", dense, sync_dist=True)  # equal already: Lightning would warn
+        if self.trainer.sanity_checking:
+            # Lightning keeps what is measured before the first step to itself; it is where the curves begin.
+            for logger in self.loggers:
+                logger.log_metrics({"perplexity/hard": hard, "perplexity/dense": dense}, step=0)

@@ -1,0 +1,218 @@
+"""The settings of a run as its checkpoint holds them: described from what acts, and read back by a schema.
+
+What they are, and which of them a resumed run takes and compares, is the table of :mod:`leap_pl.checkpoints.settings`.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.optim import lr_scheduler
+
+from leap_pl.checkpoints.class_spec import ANY_CLASS, Registry, Spec, described, found
+from leap_pl.checkpoints.identity import Identity
+from leap_pl.checkpoints.settings import DATA, MODEL, RULES, Settings, taken
+from leap_pl.errors import UserError
+from leap_pl.gates import gate_kinds
+from leap_pl.losses.objective import Objective
+from leap_pl.plain_values import read
+from leap_pl.prior import Prior
+from leap_pl.training.optimizers import PackedAdamW
+
+if TYPE_CHECKING:
+    import lightning as L
+
+
+@cache
+def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
+    """Return the optimizers that a checkpoint may name: those of torch, and leap_pl's."""
+    return _kinds(vars(torch.optim), torch.optim.Optimizer) | {"PackedAdamW": PackedAdamW}
+
+
+@cache
+def schedulers() -> dict[str, type[lr_scheduler.LRScheduler]]:
+    """Return the learning-rate schedules that a checkpoint may name: those of torch."""
+    return _kinds(vars(lr_scheduler), lr_scheduler.LRScheduler)
+
+
+def _kinds(names: Mapping[str, Any], base: type) -> dict[str, Any]:
+    found = {name: kind for name, kind in names.items() if isinstance(kind, type) and issubclass(kind, base)}
+    return {name: kind for name, kind in found.items() if kind is not base and not name.startswith("_")}
+
+
+Found = tuple[type, dict[str, Any]]  # a class, and the arguments to make one with
+
+# Settings that are a class with its own settings → the classes that a checkpoint may name for it.
+CLASSES: dict[str, Callable[[], Registry]] = {
+    "model.gate": gate_kinds,
+    "model.optimizer": optimizers,
+    "model.lr_scheduler": schedulers,
+}
+
+CLASSES_OF_MODEL = {name.partition(".")[2] for name in CLASSES}
+
+PRECISIONS = Literal[
+    "32-true",
+    "16-true",
+    "16-mixed",
+    "bf16-true",
+    "bf16-mixed",
+    "64-true",
+    "transformer-engine",
+    "transformer-engine-float16",
+]
+
+# The others: the type that a checkpoint holds.
+TYPES: dict[str, Any] = {
+    "model.base_model": str,
+    "model.sparsity": float,
+    "model.targets": list[str] | None,
+    "model.ignore": list[str],
+    "model.objective": Objective,
+    "model.prior": Prior,
+    "model.warmup_steps": int,
+    "model.dtype": Literal["auto", "bfloat16", "float16", "float32"],
+    "model.logits_dtype": Literal["float32", "bfloat16"],
+    "model.activation_checkpointing": bool,
+    "model.revision": str | None,
+    "model.seed": int,
+    "data.tokenizer": str,
+    "data.text": str | list[str],
+    "data.config_name": str | None,
+    "data.split": str,
+    "data.text_column": str,
+    "data.validation_text": str | list[str] | None,
+    "data.validation_config_name": str | None,
+    "data.validation_split": str,
+    "data.seq_length": int,
+    "data.batch_size": int,
+    "data.validation_sequences": int,
+    "data.separator": Literal["end_token", "blank_line"],
+    "data.seed": int,
+    "data.tokenizer_revision": str | None,
+    "trainer.max_steps": int,
+    "trainer.accumulate_grad_batches": int,
+    "trainer.gradient_clip_val": float | None,
+    "trainer.gradient_clip_algorithm": Literal["norm", "value"] | None,
+    "trainer.precision": PRECISIONS,
+}
+
+
+def of_trainer(trainer: "L.Trainer", data: Any) -> Settings:
+    """Return what a checkpoint holds of the settings of ``trainer`` and of its ``data`` module, where that is text."""
+    clipping = trainer.gradient_clip_algorithm
+    told: Settings = {
+        "trainer.max_steps": trainer.max_steps,
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "trainer.gradient_clip_val": trainer.gradient_clip_val,
+        # Without a word Lightning clips by the norm.
+        "trainer.gradient_clip_algorithm": (clipping and str(clipping.value)) or "norm",
+        "trainer.precision": str(trainer.precision),
+    }
+    for name in DATA:
+        if hasattr(data, name) and name != "tokenizer":
+            told[f"data.{name}"] = getattr(data, name)
+    tokenizer = getattr(data, "tokenizer_name", None)
+    if isinstance(tokenizer, str):
+        told["data.tokenizer"] = tokenizer
+    return taken(told)
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer, given: Mapping[str, Any]) -> Spec:
+    """Describe an ``optimizer`` by its class and settings; ``given`` are those that it was made with, if known."""
+    return described(optimizer, optimizers(), {**given, **optimizer.defaults})
+
+
+def describe_scheduler(scheduler: Any, given: Mapping[str, Any]) -> Spec:
+    """Describe a learning-rate schedule by its class and settings; ``given`` are those that it was made with."""
+    return described(scheduler, schedulers(), {**vars(scheduler), **given})
+
+
+def read_settings(identity: Identity, checkpoint: Mapping[str, Any], where: str) -> Settings:
+    """Return the settings that a checkpoint holds, each of its type; those of a class are still descriptions.
+
+    Of a checkpoint of a version that did not store them, those that it tells elsewhere.
+
+    Args:
+        identity: What the checkpoint says of itself.
+        checkpoint: All of it.
+        where: Its path, for messages.
+
+    Raises:
+        UserError: One is of another type, or of a version of leap_pl that knows more of them.
+    """
+    stored = identity.learned_with or _of_older(identity, checkpoint)
+    strange = sorted(name for name in stored if name not in RULES)
+    if strange:
+        raise UserError(f"{where} has settings that are not known here ({', '.join(strange[:3])}). Update leap_pl.")
+    for name, value in stored.items():
+        if name in TYPES:
+            read(value, TYPES[name], f"{where}: {name}")
+    return taken(stored)
+
+
+def find_classes(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Found], dict[str, UserError]]:
+    """Find the classes that ``settings`` describe.
+
+    Returns:
+        Name of a setting → class and its arguments; and name → why the class has to be typed instead.
+    """
+    classes, refused = {}, {}
+    for name, registry in CLASSES.items():
+        if settings.get(name) is None:
+            continue
+        try:
+            classes[name] = found(settings[name], registry(), f"{where}: {name}")
+        except UserError as error:
+            refused[name] = error
+    return classes, refused
+
+
+def _of_older(identity: Identity, checkpoint: Mapping[str, Any]) -> Settings:
+    """What a checkpoint tells that was written before settings were stored: in ``hyper_parameters`` and elsewhere."""
+    written = checkpoint.get("hyper_parameters")
+    hyper_parameters = written if isinstance(written, Mapping) else {}
+    names = ("base_model", "revision", "targets", "ignore", "sparsity")
+    told: Settings = {f"model.{name}": getattr(identity, name) for name in names}
+    plain = MODEL.keys() - CLASSES_OF_MODEL
+    told |= {f"model.{key}": value for key, value in hyper_parameters.items() if key in plain}
+    told |= {"model.gate": identity.gate, "trainer.max_steps": identity.max_steps}
+    told["trainer.accumulate_grad_batches"] = identity.accumulation
+    data = identity.settings.get("data")
+    told |= {f"data.{name}": value for name, value in (data if isinstance(data, dict) else {}).items() if name in DATA}
+    if isinstance(identity.settings.get("dtype"), str):
+        told["model.dtype"] = identity.settings["dtype"]
+    told |= _optimizer_of_older(identity, checkpoint) | _scheduler_of_older(checkpoint)
+    empty = {"model.targets", "model.revision", "model.lr_scheduler"}
+    return {name: value for name, value in told.items() if value is not None or name in empty}
+
+
+def _optimizer_of_older(identity: Identity, checkpoint: Mapping[str, Any]) -> Settings:
+    """Its class stood in the provenance, and its settings in its own state."""
+    made = identity.settings.get("optimizer")
+    try:
+        group = dict(checkpoint["optimizer_states"][0]["param_groups"][0])
+        return {
+            "model.optimizer": {
+                "class_path": str(made["class"]),  # type: ignore[index]
+                "init_args": {
+                    key: value
+                    for key, value in {**group, "lr": group["initial_lr"]}.items()
+                    if key not in ("params", "initial_lr", "decoupled_weight_decay")
+                },
+            }
+        }
+    except (KeyError, IndexError, TypeError, ValueError):
+        return {}
+
+
+def _scheduler_of_older(checkpoint: Mapping[str, Any]) -> Settings:
+    """Its state stood there, and not its class, unless it was leap_pl's own."""
+    try:
+        state = dict(checkpoint["lr_schedulers"][0])
+    except (KeyError, IndexError, TypeError, ValueError):
+        return {}
+    if "lr_lambdas" in state:
+        return {"model.lr_scheduler": None}
+    return {"model.lr_scheduler": {"class_path": ANY_CLASS, "init_args": state}}

@@ -1,0 +1,162 @@
+"""Base models: found and loaded."""
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from tiny import tiny_folder, tiny_model
+from torch import nn
+from transformers import PreTrainedModel
+
+import leap_pl.base_model.loading
+from leap_pl.base_model.loading import fast_dtype, load_config, load_model, load_tokenizer, longest_sequence
+from leap_pl.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The hub is not asked; an attempt fails the test."""
+    attempts: list[object] = []
+
+    def refuse(_: socket.socket, address: object) -> None:
+        attempts.append(address)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    yield
+    assert not attempts
+
+
+def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma3", "opt"])
+def test_a_saved_folder(tmp_path: Path, family: str) -> None:
+    folder = str(tiny_folder(tmp_path / "m", family))
+    model, expected = load_model(folder), tiny_model(family)
+    assert isinstance(model, PreTrainedModel)
+    assert type(model) is type(expected)
+    assert not model.training
+    assert model.dtype == torch.float32
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+    assert longest_sequence(load_config(folder)) == 128
+    assert load_tokenizer(folder).encode("ab", add_special_tokens=False)
+
+
+def test_a_relative_folder_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_folder(tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("m").model_type == "llama"
+    assert load_config("./m").model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    ("family", "probabilities"),
+    [
+        ("gpt2", ["attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout"]),
+        ("opt", ["dropout", "attention_dropout", "layerdrop"]),
+        ("gpt_neox", ["hidden_dropout", "attention_dropout"]),
+        ("phi3", ["attention_dropout", "resid_pdrop", "embd_pdrop"]),
+    ],
+)
+def test_dropout_is_set_to_zero(tmp_path: Path, family: str, probabilities: list[str]) -> None:
+    """And in training mode the model gives one answer; by default it keeps its dropout."""
+    folder = str(tiny_folder(tmp_path / "m", family, **dict.fromkeys(probabilities, 0.25)))
+    ids = torch.arange(24)[None]
+    kept, model = load_model(folder).train(), load_model(folder, dropout=False)
+    assert [getattr(kept.config, key) for key in probabilities] == [0.25] * len(probabilities)
+    assert [getattr(model.config, key) for key in probabilities] == [0.0] * len(probabilities)
+    assert any(m.p > 0 for m in kept.modules() if isinstance(m, nn.Dropout)) or family == "opt"
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, nn.Dropout))
+    with torch.no_grad():
+        assert not torch.equal(kept(ids).logits, kept(ids).logits)
+        expected = model(ids).logits
+        assert torch.equal(model.train()(ids).logits, expected)
+
+
+@pytest.mark.parametrize("load", [load_model, load_config, load_tokenizer])
+@pytest.mark.parametrize("name", ["./none", "/none/at/all", "~/none-at-all", "a/b/c", "..\\none"])
+def test_a_folder_that_is_not_there(load: object, name: str) -> None:
+    with pytest.raises(UserError, match="there is no such folder") as caught:
+        load(name)  # type: ignore[operator]
+    assert name in one_line(caught)
+
+
+def test_a_file_that_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.bin").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"m\.bin is a file\. Give a Hugging Face model folder, a \.gguf file"):
+        load_model("m.bin")
+
+
+def test_a_folder_without_a_config(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_text("x")
+    with pytest.raises(UserError, match=r"holds no config\.json \(found: weights\.bin\)") as caught:
+        load_model(str(tmp_path))
+    one_line(caught)
+
+
+def test_a_gguf_file_that_is_not_there_or_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such GGUF file") as caught:
+        load_model(str(tmp_path / "none.gguf"))
+    one_line(caught)
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 20)
+    with pytest.raises(UserError, match=r"bad\.gguf could not be read.*Check that the files are complete") as caught:
+        load_model(str(tmp_path / "bad.gguf"))
+    one_line(caught)
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("how", ["truncated", "empty", "missing"])
+def test_a_folder_with_a_damaged_file(tmp_path: Path, broken: str, how: str) -> None:
+    folder = tiny_folder(tmp_path / "m")
+    content = (folder / broken).read_bytes()
+    if how == "missing":
+        (folder / broken).unlink()
+    else:
+        (folder / broken).write_bytes(content[: len(content) // 2] if how == "truncated" else b"")
+    with pytest.raises(UserError) as caught:
+        load_model(str(folder))
+    assert str(folder) in one_line(caught)
+
+
+@pytest.mark.parametrize("load", [load_model, load_config, load_tokenizer])
+def test_a_hub_id_without_a_network(load: object) -> None:
+    with pytest.raises(UserError, match="nobody/nothing could not be fetched from the hub") as caught:
+        load("nobody/nothing")  # type: ignore[operator]
+    assert "give a local folder" in one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "slower", "expected"),
+    [(False, None, "float32"), (True, torch.bfloat16, "float32"), (True, torch.float32, "bfloat16")],
+)
+def test_the_fast_dtype_of_a_cpu_is_the_one_it_multiplies_faster(
+    monkeypatch: pytest.MonkeyPatch, instructions: bool, slower: torch.dtype | None, expected: str
+) -> None:
+    multiplied: list[torch.dtype] = []
+
+    def mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        multiplied.append(left.dtype)
+        time.sleep(0.02 if left.dtype == slower else 0)
+        return left
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch, "mm", mm)
+    leap_pl.base_model.loading._cpu_gains_by_bfloat16.cache_clear()
+    try:
+        assert [fast_dtype(torch.device("cpu")) for _ in range(2)] == [expected] * 2
+    finally:
+        leap_pl.base_model.loading._cpu_gains_by_bfloat16.cache_clear()
+    # What is emulated is not even tried, and nothing is tried twice.
+    assert len(multiplied) == (16 if instructions else 0)

@@ -1,0 +1,277 @@
+"""The weights of a base model: which of them are gated, and the fingerprint of all."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny import FAMILIES, tiny_folder, tiny_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.weights import (
+    FINGERPRINT_SAMPLES,
+    Weight,
+    _describe,
+    _weights_of,
+    decoder_blocks,
+    find_weights,
+    fingerprint,
+    model_fingerprint,
+)
+from leap_pl.errors import UserError
+from leap_pl.gates import BernoulliGate, GateState, attach, detach
+
+BLOCKS = {"opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h"}
+ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+LLAMA = [*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+PROJECTIONS = {
+    "phi3": ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"],
+    "opt": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"],
+    "gpt_neox": ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+    "gpt2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+    "mixtral": [*ATTENTION, "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
+
+
+def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_default_is_every_linear_of_the_blocks(family: str) -> None:
+    model = tiny_model(family)
+    weights = find_weights(model)
+    for layer in (0, 1):
+        found = [w.projection for w in weights.values() if w.layer == layer]
+        assert sorted(found) == sorted(PROJECTIONS.get(family, LLAMA))
+    parameters = dict(model.named_parameters())
+    assert list(weights) == [name for name in parameters if name in weights]
+    for name, weight in weights.items():
+        assert weight.name == name
+        assert weight.parameter is parameters[name]
+        assert weight.parameter is getattr(weight.module, weight.tensor)
+        assert weight.layer is not None
+        assert (
+            name.removesuffix(".weight") == f"{BLOCKS.get(family, 'model.layers')}.{weight.layer}.{weight.projection}"
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_input_dim_is_the_one_that_inputs_run_along(family: str) -> None:
+    for weight in find_weights(tiny_model(family)).values():
+        if isinstance(weight.module, nn.Linear):
+            assert weight.parameter.shape[weight.input_dim] == weight.module.in_features
+        elif isinstance(weight.module, Conv1D):
+            assert weight.parameter.shape[weight.input_dim] == weight.module.nx
+        else:
+            inputs = {"mlp.experts.gate_up_proj": 32, "mlp.experts.down_proj": 48}[weight.projection]
+            assert weight.parameter.ndim == 3
+            assert weight.parameter.shape[weight.input_dim] == inputs
+
+
+@pytest.mark.parametrize("family", ["Llama4Text", "GptOss", "Mixtral"])
+def test_input_dim_of_stacked_experts_by_what_they_compute(family: str) -> None:
+    """Without one of its inputs, an expert gives what it gives when that input's weights are zero."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    kinds = {"Llama4Text": Llama4TextExperts, "GptOss": GptOssExperts, "Mixtral": MixtralExperts}
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=6, intermediate_size=10, num_local_experts=2, num_experts_per_tok=2, num_hidden_layers=1
+    )
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    experts = kinds[family](config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    model = nn.ModuleDict({"experts": experts})
+    inputs = torch.randn(4, 6)
+
+    def output(x: torch.Tensor) -> torch.Tensor:
+        if family == "Llama4Text":
+            return experts(x)
+        every = torch.arange(2).expand(4, 2)
+        return experts(x, every, torch.full((4, 2), 0.5))
+
+    weight = next(w for w in _described(model) if w.tensor == "gate_up_proj")
+    lacking = inputs.clone()
+    lacking[:, 2] = 0
+    with torch.no_grad():
+        expected = output(lacking)
+        assert not torch.allclose(output(inputs), expected)
+        weight.parameter.select(weight.input_dim, 2).zero_()
+        torch.testing.assert_close(output(inputs), expected)
+
+
+def _described(model: nn.Module) -> list[Weight]:
+    found = (_describe(*place, "nowhere", 0) for place in _weights_of(model))
+    return [weight for weight in found if weight is not None]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoder_blocks(family: str) -> None:
+    model = tiny_model(family)
+    name, blocks = decoder_blocks(model)
+    assert name == BLOCKS.get(family, "model.layers")
+    assert model.get_submodule(name) is blocks
+    assert len(blocks) == 2
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    model = tiny_model("llama")
+    model.config.num_hidden_layers = 5
+    with pytest.raises(UserError, match="no list of 5 decoder blocks"):
+        find_weights(model)
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "expected"),
+    [
+        (["Linear"], ["lm_head"], [f"{i}.{p}" for i in (0, 1) for p in LLAMA]),
+        (["re:.*\\.mlp\\..*"], [], [f"{i}.mlp.{p}_proj" for i in (0, 1) for p in ("gate", "up", "down")]),
+        (["re:.*up_proj$"], [], ["0.mlp.up_proj", "1.mlp.up_proj"]),
+        (["re:.*up_proj\\.weight$"], [], ["0.mlp.up_proj", "1.mlp.up_proj"]),
+        (["model.layers.1.mlp.up_proj"], [], ["1.mlp.up_proj"]),
+        (["model.layers.1.mlp.up_proj.weight"], [], ["1.mlp.up_proj"]),
+        (["model.layers.1.mlp.up_proj", "re:.*0.*o_proj"], [], ["0.self_attn.o_proj", "1.mlp.up_proj"]),
+        (
+            None,
+            ["re:.*self_attn", "model.layers.0.mlp.up_proj"],
+            ["0.mlp.gate_proj", "0.mlp.down_proj"] + [f"1.{p}" for p in LLAMA[4:]],
+        ),
+        (None, ["re:model\\.layers\\.0\\."], [f"1.{p}" for p in LLAMA]),
+    ],
+)  # fmt: skip
+def test_targets_and_ignore(targets: list[str] | None, ignore: list[str], expected: list[str]) -> None:
+    found = find_weights(tiny_model("llama"), targets, ignore)
+    assert list(found) == [f"model.layers.{name}.weight" for name in expected]
+
+
+def test_class_names() -> None:
+    assert len(find_weights(tiny_model("gpt2"), ["Conv1D"])) == 8
+    experts = find_weights(tiny_model("mixtral"), ["MixtralExperts"])
+    assert [w.projection for w in experts.values()] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] * 2
+    # Only by name: the default leaves routers and heads alone.
+    assert len(find_weights(tiny_model("mixtral"), ["re:.*mlp\\.gate"])) == 2
+    (head,) = find_weights(tiny_model("llama"), ["lm_head"]).values()
+    assert (head.layer, head.projection) == (None, "lm_head")
+
+
+@pytest.mark.parametrize("pattern", ["up_proj", "re:up_proj", "linear", "re:layers", "Embedding", "embed_tokens"])
+def test_a_part_of_a_name_is_no_name(pattern: str) -> None:
+    with pytest.raises(UserError, match="nothing to gate"):
+        find_weights(tiny_model("llama"), [pattern])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_when_nothing_matches_the_message_lists_what_does(family: str) -> None:
+    model = tiny_model(family)
+    with pytest.raises(UserError) as caught:
+        find_weights(model, ["nonsense"], ["re:more"])
+    message = one_line(caught)
+    assert "nonsense without re:more" in message
+    assert type(model).__name__ in message
+    listed = re.findall(r"re:\S+?(?=[,.]?(?:\s|$))", message.split("It has:")[1])
+    matched = {w.projection for pattern in listed for w in find_weights(model, [pattern]).values()}
+    assert matched >= set(PROJECTIONS.get(family, LLAMA))
+
+
+def test_everything_ignored_is_nothing_to_gate() -> None:
+    with pytest.raises(UserError, match=r"the default .* without re:\.\* matches no weight"):
+        find_weights(tiny_model("llama"), None, ["re:.*"])
+
+
+def test_a_pattern_that_is_no_regular_expression() -> None:
+    with pytest.raises(UserError, match=r"re:\( is not a regular expression"):
+        find_weights(tiny_model("llama"), ["re:("])
+
+
+def test_a_tied_head_is_refused() -> None:
+    tied = tiny_model("llama", tie_word_embeddings=True)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    with pytest.raises(UserError, match=r"lm_head\.weight is the same tensor as model\.embed_tokens\.weight"):
+        find_weights(tied, ["Linear"])
+    assert len(find_weights(tied, ["Linear"], ["lm_head"])) == 14
+
+
+# -- fingerprints -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gates_do_not_change_the_fingerprint_nor_the_weights_found(family: str) -> None:
+    model = tiny_model(family)
+    before, weights = model_fingerprint(model), find_weights(model)
+    assert re.fullmatch("[0-9a-f]{16}", before)
+    attach(weights, BernoulliGate, GateState())
+    assert model_fingerprint(model) == before
+    again = find_weights(model)
+    assert list(again) == list(weights)
+    assert all(again[n].parameter is weights[n].parameter for n in weights)
+    assert [w.input_dim for w in again.values()] == [w.input_dim for w in weights.values()]
+    by_class = {"gpt2": "Conv1D", "mixtral": "MixtralExperts"}.get(family, "Linear")
+    assert set(find_weights(model, [by_class], ["lm_head", "embed_out"])) & set(weights)
+    detach(weights)
+    assert model_fingerprint(model) == before
+
+
+def test_one_checkpoint_in_two_precisions_has_one_fingerprint(tmp_path: Path) -> None:
+    folder = str(tiny_folder(tmp_path / "m"))
+    loaded = {dtype: load_model(folder, dtype=dtype) for dtype in ("auto", "float32", "bfloat16")}
+    assert loaded["bfloat16"].dtype == torch.bfloat16
+    assert len({model_fingerprint(m) for m in (*loaded.values(), tiny_model("llama"))}) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_one_changed_weight_changes_the_fingerprint(family: str) -> None:
+    """First and last of every tensor, and every element of a tiny one, targeted or not."""
+    model = tiny_model(family)
+    before = model_fingerprint(model)
+    prefix = decoder_blocks(model)[0]
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or not name.startswith(prefix):
+            continue
+        inside = [parameter.numel() // 3] if parameter.numel() <= FINGERPRINT_SAMPLES else []
+        for place in (0, *inside, -1):
+            flat = parameter.data.view(-1)
+            old = flat[place].clone()
+            flat[place] = old * 1.01
+            assert model_fingerprint(model) != before, name
+            flat[place] = old
+    assert model_fingerprint(model) == before
+
+
+def test_what_is_outside_the_blocks_does_not_count() -> None:
+    model = tiny_model("llama")
+    before = model_fingerprint(model)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.model.embed_tokens.weight.zero_()
+    assert model_fingerprint(model) == before
+
+
+def test_names_and_shapes_count_and_order_does_not() -> None:
+    a, b = torch.arange(6.0), torch.ones(4)
+    assert fingerprint({"a": a, "b": b}) == fingerprint({"b": b, "a": a})
+    assert fingerprint({"a": a}) != fingerprint({"b": a})
+    assert fingerprint({"a": a}) != fingerprint({"a": a.view(2, 3)})
+    assert fingerprint({"a": a, "b": b}) != fingerprint({"a": b, "b": a})
+
+
+def test_of_a_large_tensor_evenly_spaced_elements_count() -> None:
+    """First and last among them, and 4096 in all; a matrix seen transposed is its own."""
+    large = torch.zeros(300, 400)
+    before = fingerprint({"a": large})
+    counted = 0
+    for place in [0, large.numel() - 1, *range(1, 290)]:
+        large.view(-1)[place] = 1
+        counted += fingerprint({"a": large}) != before
+        large.view(-1)[place] = 0
+    assert 2 + 289 * 4096 // large.numel() - 1 <= counted <= 2 + 289 * 4096 // large.numel() + 1
+    matrix = torch.randn(80, 90)
+    assert fingerprint({"a": matrix.T}) == fingerprint({"a": matrix.T.contiguous()})

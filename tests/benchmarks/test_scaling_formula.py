@@ -1,0 +1,101 @@
+"""The formula of docs/scaling.md, against models' own counts and what is measured elsewhere."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.report import table
+from benchmarks.scaling import SHAPES, Shape, need, rows, tokens_to_hide
+from benchmarks.sharded_memory import kept_bytes
+from leap_pl.base_model.weights import find_weights
+
+TINY = Shape(2, 32, 48, 16, 260)
+
+
+def llama(shape: Shape, head: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.hidden // head,
+        num_key_value_heads=shape.key_value // head,
+        tie_word_embeddings=shape.tied,
+    )
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(("shape", "head"), [(TINY, 8), (SHAPES["llama-3.1-8b"], 128), (SHAPES["llama-3.2-1b"], 64)])
+def test_weights_are_counted_as_the_model_has_them(shape: Shape, head: int) -> None:
+    model = llama(shape, head)
+    gated = sum(weight.parameter.numel() for weight in find_weights(model).values())
+    assert shape.gated == gated
+    assert shape.others == sum(parameter.numel() for parameter in model.parameters()) - gated
+
+
+def test_published_sizes() -> None:
+    sizes = {name: (shape.gated + shape.others) / 1e9 for name, shape in SHAPES.items()}
+    assert sizes["llama-3.1-8b"] == pytest.approx(8.03, abs=0.01)
+    assert sizes["llama-3.1-70b"] == pytest.approx(70.55, abs=0.01)
+    assert sizes["llama-3.2-3b"] == pytest.approx(3.21, abs=0.01)
+    assert sizes["llama-3.2-1b"] == pytest.approx(1.24, abs=0.01)
+
+
+def test_one_rank_shards_nothing_and_sends_nothing() -> None:
+    one, same = (need(TINY, 1, sharded=sharded, tokens=64) for sharded in (False, True))
+    assert one == same
+    assert (one.sent, one.sent_step) == (0, 0)
+    assert one.states == 18 * TINY.gated + 2 * TINY.others
+
+
+def test_shards_divide_the_states_and_nothing_else() -> None:
+    two, four = (need(TINY, ranks, sharded=True, tokens=64) for ranks in (2, 4))
+    assert two.states - four.states == 18 * TINY.gated / 4
+    assert (two.transient, two.activations) == (four.transient, four.activations)
+    assert two.sent / four.sent == pytest.approx((1 / 2) / (3 / 4))
+    assert two.sent == (2 * 6 + 4) * TINY.gated / 2
+    assert need(TINY, 2, sharded=True, tokens=64, distillation=True).sent == (3 * 6 + 4) * TINY.gated / 2
+
+
+def test_a_ring_reduces_the_gradients() -> None:
+    assert need(TINY, 4, sharded=False, tokens=64).sent_step == 2 * 3 / 4 * 4 * TINY.gated
+
+
+def test_what_a_block_keeps_is_what_the_formula_says() -> None:
+    """Counted on a real block, at full attention heads; with fewer key-value heads it is less."""
+    from benchmarks import scaling
+
+    kept = kept_bytes()
+    assert kept["hidden"] == pytest.approx(scaling.KEPT_HIDDEN, rel=0.01)
+    assert kept["intermediate"] == pytest.approx(scaling.KEPT_INTERMEDIATE, rel=0.01)
+
+
+def test_the_wall_of_the_tables() -> None:
+    """What docs/scaling.md says fits."""
+
+    def memory(name: str, ranks: int, *, sharded: bool) -> float:
+        return need(SHAPES[name], ranks, sharded=sharded, tokens=4096).memory / 2**30
+
+    assert memory("llama-3.2-3b", 1, sharded=False) < 70
+    assert 80 < memory("llama-3.1-8b", 8, sharded=False) < 141
+    assert memory("llama-3.1-8b", 2, sharded=True) < 80
+    assert memory("llama-3.1-70b", 16, sharded=True) > 80 > memory("llama-3.1-70b", 32, sharded=True)
+    assert [row["GPUs"] for row in rows("llama-3.1-8b", [1, 64], 4096)] == [1, 64]
+    assert tokens_to_hide(300e9, 400e12) == pytest.approx(2667, abs=1)
+
+
+def test_the_table_is_what_the_benchmark_prints() -> None:
+    """Every row of docs/scaling.md, and 8B and 70B over 1 to 64 GPUs among them."""
+    shown = Path(__file__).parents[2].joinpath("docs", "scaling.md").read_text(encoding="utf-8").lower()
+    counts = {
+        "llama-3.2-3b": [1, 8],
+        "llama-3.1-8b": [1, 2, 4, 8, 16, 32, 64],
+        "llama-3.1-70b": [1, 2, 4, 8, 16, 32, 64],
+    }
+    for name, ranks in counts.items():
+        for row in rows(name, ranks, 4096):
+            assert table([row]).splitlines()[-1] in shown
+        assert shown.count(f"| {name} |") == len(ranks)

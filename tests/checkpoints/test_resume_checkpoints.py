@@ -1,0 +1,256 @@
+"""Which checkpoint a run goes on from, when checkpoints are written, and what SLURM makes of it."""
+
+import os
+import pickle
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stopped_runs import STEPS, Outcome, at_call, curves, flags, kept, outcome, same, send, stopped
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from leap_pl.callbacks.checkpoints import requeue
+from leap_pl.checkpoints.file import WholeCheckpointIO
+from leap_pl.checkpoints.newest import newest_checkpoint
+from leap_pl.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
+
+
+# -- which checkpoint ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_of_three(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run with all its checkpoints."""
+    folder = tmp_path_factory.mktemp("three")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEAP_PL_COMPILE", "0")
+        main(flags(model_folder, text_file, folder, "--checkpoint.every_n_train_steps=1"))
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "flipped", "pickle"])
+def test_a_damaged_newest_checkpoint(
+    never_stopped: Outcome, run_of_three: Path, model_folder, text_file, tmp_path: Path, capsys, damage: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_of_three, folder, symlinks=True)
+    for name in ("step=4.ckpt", "mask.safetensors"):
+        (folder / "checkpoints" / name).unlink()
+    newest = folder / "checkpoints" / "step=3.ckpt"
+    (folder / "checkpoints" / "last.ckpt").unlink()
+    (folder / "checkpoints" / "last.ckpt").symlink_to(newest.name)
+    whole = newest.read_bytes()
+    harm = {"torn": whole[: len(whole) // 2], "empty": b"", "pickle": pickle.dumps({"state_dict": {}})}
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    newest.write_bytes(harm.get(damage, bytes(flipped)))
+    main(flags(model_folder, text_file, folder, "--ckpt_path=last"))
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("leap_pl fit: ")]
+    assert "step=3.ckpt is " in said
+    assert said.endswith("going on from " + str(folder / "checkpoints" / "step=2.ckpt") + " (step 2).")
+    same(outcome(folder), never_stopped)
+
+
+def test_all_checkpoints_damaged(run_of_three: Path, model_folder, text_file, tmp_path: Path, capsys) -> None:
+    """To begin again over what may be rescued is not for the program to decide."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for step in (2, 3):
+        (folder / f"step={step}.ckpt").write_bytes(b"PK")
+    stopped(flags(model_folder, text_file, tmp_path, "--ckpt_path=last"), 2)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "no checkpoint in" in said
+    assert "move them away to start afresh" in said
+
+
+def test_last_needs_a_folder_that_stays(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    words = [word for word in flags(model_folder, text_file, tmp_path) if not word.startswith("--checkpoint.dirpath")]
+    stopped([*words, "--ckpt_path=last"], 2)
+    assert "--checkpoint.dirpath" in capsys.readouterr().err
+
+
+def test_last_in_a_config_and_for_validation(run_of_three: Path, model_folder, text_file, tmp_path: Path, capsys):
+    words = flags(model_folder, text_file, run_of_three)[1:]
+    kept = [word for word in words if word.startswith(("--data", "--trainer.acc", "--checkpoint.dirpath"))]
+    (tmp_path / "config.yaml").write_text("ckpt_path: last\n")
+    cli = main(
+        [
+            "validate",
+            f"--config={tmp_path / 'config.yaml'}",
+            *kept,
+            "--model.base_model",
+            str(model_folder),
+            "--trainer.logger=false",
+            f"--trainer.default_root_dir={tmp_path}",
+        ]
+    )
+    assert cli.model.dtype_name == "float32"  # out of the checkpoint
+    assert "step=4.ckpt (step 4)" in capsys.readouterr().err
+    kept = [word.replace(str(run_of_three), str(tmp_path)) for word in kept]
+    stopped(["validate", *kept, "--model.base_model", str(model_folder), "--ckpt_path=last"], 2)
+    assert "there is no checkpoint in" in capsys.readouterr().err
+
+
+def test_newest_is_by_time_and_then_by_step(tmp_path: Path) -> None:
+    """A second run in a folder is newer than the first, however far that had come."""
+    torch.save({}, tmp_path / "step=9.ckpt")
+    for name in ("step=10.ckpt", "step=2000.ckpt"):
+        shutil.copy(tmp_path / "step=9.ckpt", tmp_path / name)
+    (tmp_path / "last.ckpt").symlink_to("step=9.ckpt")
+    (tmp_path / "gone.ckpt").symlink_to("nowhere.ckpt")
+    (tmp_path / "folder.ckpt").mkdir()
+    for name, at in (("step=9.ckpt", 200), ("step=10.ckpt", 200), ("step=2000.ckpt", 100)):
+        os.utime(tmp_path / name, (at, at))
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found[0].name == "step=10.ckpt"
+    assert newest_checkpoint(tmp_path / "nothing") is None
+
+
+# -- when checkpoints are written ---------------------------------------------------------------------------
+
+
+def test_one_at_least_so_often(model_folder, text_file, tmp_path: Path) -> None:
+    """However short the time, only whole steps; the newest two stay; the link is to the newest."""
+    words = flags(model_folder, text_file, tmp_path, "--checkpoint.every_minutes=1e-6")
+    words = [word for word in words if not word.startswith(("--checkpoint.every_n", "--checkpoint.save_top_k"))]
+    main(words)
+    assert kept(tmp_path) == ["last.ckpt", "step=3.ckpt", "step=4.ckpt"]
+    assert (tmp_path / "checkpoints" / "last.ckpt").readlink() == Path("step=4.ckpt")
+    main([*words[:-1], "--checkpoint.every_minutes=0", f"--checkpoint.dirpath={tmp_path / 'b' / 'checkpoints'}"])
+    assert kept(tmp_path / "b") == ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]  # at validations
+
+
+def test_curves_are_on_the_disk_before_the_checkpoint(model_folder, text_file, tmp_path: Path, monkeypatch) -> None:
+    """A run that is killed right behind a checkpoint does not draw again what lies before it."""
+    seen: dict[int, int] = {}
+
+    def saving(self: WholeCheckpointIO, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        seen[checkpoint["global_step"]] = max(curves(tmp_path / "tensorboard")["schedule/learning_rate"])  # logged last
+        real(self, checkpoint, path, storage_options)
+
+    real = WholeCheckpointIO.save_checkpoint
+    monkeypatch.setattr(WholeCheckpointIO, "save_checkpoint", saving)
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer.RecordWriter.write", slowly)
+    main(flags(model_folder, text_file, tmp_path, "--checkpoint.every_n_train_steps=1"))
+    assert seen == {1: 1, 2: 2, 3: 3, 4: 4}
+
+
+def slowly(self: Any, data: bytes, write: Callable[..., None] = RecordWriter.write) -> None:
+    """A disk on which TensorBoard's own thread falls behind."""
+    time.sleep(0.02)
+    write(self, data)
+
+
+def test_the_best_by_another_measure_and_the_newest(model_folder, text_file, tmp_path: Path) -> None:
+    """The logits grow worse here; the newest is written all the same, since the mask comes from it."""
+    more = ["--checkpoint.monitor=perplexity/hard", "--checkpoint.mode=max", "--checkpoint.save_top_k=1"]
+    words = [w for w in flags(model_folder, text_file, tmp_path, *more) if "every_n" not in w or "checkpoint" not in w]
+    main(words)
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == STEPS
+    assert len(kept(tmp_path)) == 2
+
+
+def test_the_last_checkpoint_comes_behind_the_mask(model_folder, text_file, tmp_path: Path, monkeypatch) -> None:
+    """Killed while the mask is written, the run goes on to write it: no checkpoint says that it was finished."""
+    from leap_pl.masks import mask_set as masks
+
+    def die(path: Path, *rest: Any) -> Any:
+        if Path(path).name == "mask.safetensors":
+            raise KeyError("killed")
+        return real(path, *rest)
+
+    real = masks.write_masks
+    words = flags(model_folder, text_file, tmp_path, "--ckpt_path=last")
+    with monkeypatch.context() as patch:
+        patch.setattr(masks, "write_masks", die)
+        with pytest.raises(KeyError):
+            main(words)
+    assert kept(tmp_path) == ["last.ckpt", "step=2.ckpt"]
+    main(words)
+    assert (tmp_path / "checkpoints" / "mask.safetensors").exists()
+
+
+def test_the_link_is_to_the_one_that_is_gone_on_from(run_of_three: Path, model_folder, text_file, tmp_path: Path):
+    """A run that was killed between its last checkpoint and the link to it has nothing to do but to link it."""
+    folder = tmp_path / "run"
+    shutil.copytree(run_of_three, folder, symlinks=True)
+    link = folder / "checkpoints" / "last.ckpt"
+    link.unlink()
+    link.symlink_to("step=3.ckpt")
+    main(flags(model_folder, text_file, folder, "--ckpt_path=last"))
+    assert link.readlink() == Path("step=4.ckpt")
+
+
+def test_leftovers_of_a_killed_run_are_cleared_away(model_folder, text_file, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".step=77.ckpt.abc.part").write_bytes(b"half")
+    main(flags(model_folder, text_file, tmp_path, "--trainer.max_steps=1"))
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+# -- SLURM --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job of one task, and a ``scontrol`` that writes down what it is told."""
+    for name, value in {
+        "JOB_ID": "17",
+        "NTASKS": "1",
+        "JOB_NAME": "prune",
+        "LOCALID": "0",
+        "NODEID": "0",
+        "PROCID": "0",
+        "JOB_NODELIST": "localhost",
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    script = tmp_path / "bin" / "scontrol"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.log\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    return tmp_path / "scontrol.log"
+
+
+def test_a_slurm_job_goes_back_into_the_queue_and_on(
+    never_stopped: Outcome, model_folder, text_file, tmp_path: Path, monkeypatch, slurm: Path, capsys
+) -> None:
+    words = flags(model_folder, text_file, tmp_path / "run")  # no --ckpt_path: SLURM runs the same script again
+    with monkeypatch.context() as patch:
+        at_call(patch, "training_step", 5, send(signal.SIGUSR1))
+        stopped(words, 138)
+    assert slurm.read_text() == "requeue 17\n"
+    assert "job 17 is in the queue again" in capsys.readouterr().err
+    assert not list(Path.cwd().glob("hpc_ckpt*"))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    main(words)
+    assert "going on from" in capsys.readouterr().err
+    same(outcome(tmp_path / "run"), never_stopped)
+
+
+def test_a_slurm_job_that_is_cancelled_is_not_requeued(
+    model_folder, text_file, tmp_path: Path, monkeypatch, slurm: Path
+) -> None:
+    at_call(monkeypatch, "training_step", 5, send(signal.SIGTERM))
+    stopped(flags(model_folder, text_file, tmp_path / "run"))
+    assert not slurm.exists()
+    assert kept(tmp_path / "run") == ["last.ckpt", "step=1.ckpt"]
+
+
+def test_an_array_job_and_a_requeue_that_fails(tmp_path: Path, monkeypatch, slurm: Path, capsys) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    requeue()
+    assert slurm.read_text() == "requeue 5_3\n"
+    monkeypatch.setenv("PATH", "")
+    requeue()
+    assert "job 5_3 could not be requeued" in capsys.readouterr().err

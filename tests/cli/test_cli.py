@@ -1,0 +1,431 @@
+"""The command line: help, verbs, and one clear line for every mistake."""
+
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run, fit_flags
+from tiny import byte_tokenizer, tiny_folder
+
+from leap_pl.checkpoints.layout import masks_from_checkpoint
+from leap_pl.cli.main import VERBS, main
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def failing(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    """The message of a command that must end in status 2: its last line, with no traceback above it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text.strip().splitlines()[-1]
+
+
+def test_help_answers_at_once() -> None:
+    """No torch, no transformers: the fastest of three, for a machine with other work."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "leap_pl", "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 3
+    assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from leap_pl.cli.main import main; main(['--help']); "
+    code += "print({'torch', 'lightning'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb(verb: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"leap_pl {verb}" in text.replace("\n", " ") or f"leap_pl [options] {verb}" in text.replace("\n", " ")
+    assert len(text.splitlines()) > 15
+
+
+def test_unknown_verb(capsys) -> None:
+    assert "there is no verb 'prun'" in failing(capsys, ["prun"])
+
+
+@pytest.mark.parametrize("command", [["leap_pl"], [sys.executable, "-m", "leap_pl"]], ids=["installed", "module"])
+def test_a_command_that_went_well_says_so_to_the_shell(command: list[str], finished: Run, tmp_path: Path) -> None:
+    scripts = Path(sysconfig.get_path("scripts"))
+    words = ["export", "--mask", str(finished.mask), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run([scripts / command[0], *command[1:], *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "{" not in done.stderr  # what the verb returns
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_ctrl_c_is_one_line(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Where it comes amid a forward pass, in which Python cannot say where the command was."""
+    code = """
+import os, signal, time
+import torch
+from leap_pl.cli.main import console
+
+def pressed(*arguments, **more):
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):  # a thread of torch may be the one that is told, and Python hears of it a little later
+        time.sleep(0.01)
+
+torch.nn.Module.__call__ = pressed
+console()
+"""
+    words = ["evaluate", "--model", str(model_folder), "--perplexity", str(text_file), "--seq_length", "16"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "--output", str(tmp_path / "result.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert done.stderr.endswith("\nleap_pl evaluate: stopped.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verbs_read_a_config(finished: Run, tmp_path: Path) -> None:
+    config = tmp_path / "export.yaml"
+    config.write_text(f"mask: {finished.mask}\noutput_dir: {tmp_path / 'out'}\n")
+    main(["export", "--config", str(config)])
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("evaluate --limit many --tasks piqa", "leap_pl evaluate: limit: expected int. Got value: many"),
+        ("evaluate --seq_length long", "leap_pl evaluate: seq_length: expected int. Got value: long"),
+        (
+            "evaluate --dtype int8",
+            "leap_pl evaluate: dtype: expected Literal['auto', 'float32', 'bfloat16', 'float16']. Got value: int8",
+        ),
+        (
+            "prune --method wanda",
+            "leap_pl prune: model, output_dir are not given, and have no default. Add --model VALUE "
+            "--output_dir VALUE, or name a config with --config.",
+        ),
+    ],
+)
+def test_value_of_another_type(capsys, words: str, says: str) -> None:
+    assert failing(capsys, words.split()) == says
+
+
+@pytest.mark.parametrize("value", ["0", "1", "1.5", "-0.2", "half"])
+def test_sparsity_outside_its_range(model_folder, text_file, tmp_path: Path, capsys, value: str) -> None:
+    message = failing(capsys, fit_flags(model_folder, text_file, tmp_path, f"--model.sparsity={value}"))
+    assert "sparsity" in message
+
+
+def test_unknown_key(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    assert "spars" in failing(capsys, fit_flags(model_folder, text_file, tmp_path, "--model.sparsness=0.5"))
+    config = tmp_path / "config.yaml"
+    config.write_text("model:\n  base_model: x\n  sparsness: 0.5\n")
+    assert "sparsness" in failing(capsys, ["fit", "--config", str(config)])
+
+
+def test_missing_base_model(text_file, tmp_path: Path, capsys) -> None:
+    message = failing(capsys, fit_flags("./no-such-model", text_file, tmp_path))
+    assert "./no-such-model" in message
+    assert "hub id" in message
+
+
+def test_missing_text(model_folder, tmp_path: Path, capsys) -> None:
+    assert "no-such.jsonl" in failing(capsys, fit_flags(model_folder, "./no-such.jsonl", tmp_path))
+
+
+def test_text_too_short_for_a_block(model_folder, tmp_path: Path, capsys) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    message = failing(capsys, fit_flags(model_folder, short, tmp_path, "--data.validation_sequences=0"))
+    assert "32" in message
+
+
+def test_sequence_longer_than_the_model(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    message = failing(capsys, fit_flags(model_folder, text_file, tmp_path, "--data.seq_length=129"))
+    assert "129" in message
+    assert "--data.seq_length 128" in message
+
+
+def test_nothing_to_gate(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    message = failing(capsys, fit_flags(model_folder, text_file, tmp_path, "--model.targets=[re:.*q_prj]"))
+    assert "re:.*q_prj" in message
+    assert "q_proj" in message
+
+
+def test_steps_not_set(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    assert "max_steps" in failing(capsys, fit_flags(model_folder, text_file, tmp_path, "--trainer.max_steps=-1"))
+
+
+def test_resume_with_another_total(finished: Run, capsys) -> None:
+    words = [*finished.flags, "--trainer.max_steps=12", f"--ckpt_path={finished.checkpoint}"]
+    message = failing(capsys, words)
+    assert "trainer.max_steps was 6 and is 12" in message
+
+
+def test_resume_on_another_model(finished: Run, text_file, tmp_path: Path, capsys) -> None:
+    other = tiny_folder(tmp_path / "other", seed=1)
+    words = fit_flags(other, text_file, tmp_path, f"--ckpt_path={finished.checkpoint}")
+    assert "fingerprint" in failing(capsys, words)
+
+
+def test_resume_with_other_targets(finished: Run, model_folder, text_file, tmp_path: Path, capsys) -> None:
+    more = ["--model.targets=[re:.*mlp]", f"--ckpt_path={finished.checkpoint}"]
+    assert "targets" in failing(capsys, fit_flags(model_folder, text_file, tmp_path, *more))
+
+
+@pytest.mark.parametrize("kept", [0, 100, 5000, 0.5, 0.99])
+def test_truncated_checkpoint(finished: Run, tmp_path: Path, capsys, kept: float) -> None:
+    whole = finished.checkpoint.read_bytes()
+    torn = tmp_path / "torn.ckpt"
+    torn.write_bytes(whole[: int(kept if kept > 1 else kept * len(whole))])
+    message = failing(capsys, ["export", f"--ckpt_path={torn}", f"--output_dir={tmp_path / 'out'}"])
+    assert "torn.ckpt" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickle_is_not_run(finished: Run, tmp_path: Path, capsys) -> None:
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"state_dict": Trap()}, tmp_path / "trap.ckpt")
+    message = failing(capsys, ["export", f"--ckpt_path={tmp_path / 'trap.ckpt'}", f"--output_dir={tmp_path / 'o'}"])
+    assert "runs no code" in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_future_checkpoint(finished: Run, tmp_path: Path, capsys) -> None:
+    checkpoint = torch.load(finished.checkpoint, weights_only=True)
+    checkpoint["leap_pl"]["format_version"] = 99
+    torch.save(checkpoint, tmp_path / "future.ckpt")
+    message = failing(capsys, ["export", f"--ckpt_path={tmp_path / 'future.ckpt'}", f"--output_dir={tmp_path / 'o'}"])
+    assert "99" in message
+    assert "pip install --upgrade" in message
+
+
+def test_not_a_number_stops_the_run(model_folder, text_file, tmp_path: Path, capsys, monkeypatch) -> None:
+    """The loss breaks in the third step: the message says so, and the checkpoint before it is whole."""
+    import leap_pl.training.module
+
+    norms = []
+
+    def breaking(*arguments):
+        norms.append(real(*arguments))
+        return norms[-1] * (float("nan") if len(norms) > 4 else 1)
+
+    real = leap_pl.training.module.kept_norm
+    monkeypatch.setattr(leap_pl.training.module, "kept_norm", breaking)
+    message = failing(capsys, fit_flags(model_folder, text_file, tmp_path))
+    assert "step 2:" in message
+    assert "kept_norm = nan" in message
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.ckpt"))
+    assert kept == ["last.ckpt", "step=2.ckpt"]
+    assert masks_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt").total
+
+
+def test_broken_logits_are_not_saved(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    more = ["--model.optimizer=SGD", "--model.optimizer.lr=1e39", "--trainer.gradient_clip_val=null"]
+    message = failing(capsys, fit_flags(model_folder, text_file, tmp_path, *more))
+    assert "infinite or NaN" in message
+    assert not list((tmp_path / "checkpoints").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--annealing.tau.end=0"], "temperature is above 0"),
+        (["--model.objective.lm=0"], "nothing to learn from"),
+        (["--model.objective.budget=-1"], "budget"),
+        (["--annealing.alpha.curve=exponential", "--annealing.alpha.start=0"], "above 0"),
+        (["--model.prior.method=magic"], "magic"),
+        (["--model.prior.fisher=2"], "prior.fisher is 2; give a number above 0 and at most 1"),
+        (["--model.prior.fisher=0.5", "--model.prior.method=none"], "prior.method is none. Leave one of them out"),
+        (
+            ["--model.prior.fisher=0.5", "--model.prior.mask=m.safetensors"],
+            "prior.mask is given. Leave one of them out",
+        ),
+        (["--model.prior.fisher=0.5", "--model.gate=NMGate"], "a mask of 2:4 is equally sparse everywhere"),
+        (["--data.seq_length=0"], "seq_length"),
+    ],
+)
+def test_settings_that_make_no_sense(model_folder, text_file, tmp_path: Path, capsys, flags, words: str) -> None:
+    assert words in failing(capsys, fit_flags(model_folder, text_file, tmp_path, *flags))
+
+
+def test_tokenizer_without_end_token(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    byte_tokenizer(end_token=False).save_pretrained(folder)
+    assert "end token" in failing(capsys, fit_flags(folder, text_file, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("export --output-dir x", "there is no option --output-dir. Did you mean --output_dir?"),
+        ("export x", "'x' belongs to no option"),
+        ("evaluate --tasks piqa arc_easy", "a list is typed as one: a,b"),
+        ("fit --base_model x", "Did you mean --model.base_model?"),
+        ("fit", "model.base_model is not given"),
+        ("fit --model.base_model x --model.prior null", "model.prior: null is no file of settings. Give one, or its"),
+        ("fit --model.base_model x --model.gate NoGate", "model.gate: there is no class NoGate of this kind"),
+        (
+            "fit --model.base_model x --model.sparsity 50",
+            "model.sparsity: 50 does not conform to restriction v>0 and v<1",
+        ),
+    ],
+)
+def test_what_is_mistyped_is_told_with_what_is_meant(capsys, words: str, says: str) -> None:
+    assert says in failing(capsys, words.split())
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("model: {base_model: x, prior: }", "model.prior is null, and is a group of settings. Leave it out, or set"),
+        ("model: {base_model: x}\nannealing: {alpha: }", "annealing.alpha.start, annealing.alpha.end are not given"),
+        ("model:", "model.base_model is not given"),
+    ],
+)
+def test_a_key_of_a_config_with_nothing_after_it(config: str, says: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{config}\ntrainer: {{logger: null}}\n", encoding="utf-8")
+    assert says in failing(capsys, ["fit", "--config", str(path)])
+
+
+@pytest.mark.parametrize("verb", ["export", "fit"])
+def test_a_config_that_holds_no_settings(verb: str, tmp_path: Path, capsys) -> None:
+    config = tmp_path / "config.yaml"
+    for content, says in ((b"a: [", "is no YAML"), (b"\xd0\xff", "is no YAML"), (b"- a\n- b", "holds no settings")):
+        config.write_bytes(content)
+        for words in ([f"--config={config}"], ["--config", str(config)]):
+            message = failing(capsys, [verb, *words])
+            assert says in message
+            assert str(config) in message
+
+
+def test_one_kind_of_file_for_another(finished: Run, tmp_path: Path, capsys) -> None:
+    out, checkpoints = f"--output_dir={tmp_path / 'out'}", finished.checkpoint.parent
+    for words, says in (
+        ([f"--mask={checkpoints}"], "is a folder, and no such MaskSet file. Name "),
+        ([f"--mask={finished.checkpoint}"], "Use --ckpt_path"),
+        ([f"--ckpt_path={checkpoints}"], "last.ckpt"),
+        ([f"--ckpt_path={finished.mask}"], "Give a mask with --mask"),
+        ([f"--mask={finished.mask}", f"--model={finished.mask}"], "is a file"),
+        (["--mask="], "--mask is empty"),
+    ):
+        assert says in failing(capsys, ["export", out, *words])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--trainer.accumulate_grad_batches=0", "give 1 or more"),
+        ("--trainer.devices=1000", "processes"),  # no process of which is started
+        ("--trainer.enable_checkpointing=false", "set --checkpoint.save_top_k 0 --checkpoint.save_last false"),
+        ("--data.seq_length=1", "a block of 2 tokens is the least"),
+        ("--model.optimizer.lr=-1", "model.optimizer does not take its settings"),
+        ("--trainer.max_steps=0", "trainer.max_steps is 0"),
+    ],
+)
+def test_settings_that_would_learn_nothing(
+    model_folder, text_file, tmp_path: Path, capsys, monkeypatch, flags: str, says: str
+) -> None:
+    def popen(*args: object, **options: object) -> None:
+        raise AssertionError("a process is started")  # a thousand of them would bring the machine down
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr("torch.multiprocessing.start_processes", popen)
+    assert says in failing(capsys, fit_flags(model_folder, text_file, tmp_path, flags))
+
+
+WARNED = """
+import warnings
+from leap_pl.cli import main as cli, compare
+
+def compare_command() -> None:
+    warnings.formatwarning = lambda message, *told: f"as ever: {message}\\n"  # Lightning does so when it is imported
+    exec(compile("warnings.warn('a weight\\\\n is gone')", compare.__file__, "exec"))
+    warnings.warn("beside", stacklevel=1)
+
+compare.compare_command = compare_command
+cli.BARE.clear()
+cli.main(["compare"])
+exec(compile("warnings.warn('later')", compare.__file__, "exec"))
+"""
+
+
+def test_a_warning_is_one_plain_line() -> None:
+    """This package's without a path, as long as the command lasts; others as Python, or Lightning, shows them."""
+    done = subprocess.run([sys.executable, "-c", WARNED], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["warning: a weight is gone", "as ever: beside", "as ever: later"]
+
+
+def test_a_warning_that_is_recorded_is_recorded(monkeypatch) -> None:
+    import leap_pl.cli.compare
+
+    monkeypatch.setitem(sys.modules["leap_pl.cli.main"].BARE, "compare", None)
+    warn = compile("import warnings; warnings.warn('a weight is gone')", leap_pl.cli.compare.__file__, "exec")
+    monkeypatch.setattr(leap_pl.cli.compare, "compare_command", lambda: exec(warn, {}))
+    with pytest.warns(UserWarning, match="a weight is gone"):
+        main(["compare"])
+
+
+def test_force_spares_what_is_read(finished: Run, tmp_path: Path, capsys, monkeypatch) -> None:
+    """A slip in --output_dir does not cost the run, the base model or the results."""
+    import shutil
+
+    run, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(finished.checkpoint.parent, run / "checkpoints", symlinks=True)
+    tiny_folder(model)
+    (run / "text.jsonl").write_text('{"text": "a"}')
+    (run / "r.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    mask, checkpoint = run / "checkpoints" / "mask.safetensors", run / "checkpoints" / "last.ckpt"
+    monkeypatch.chdir(run)
+    for words, folder in (
+        (["export", f"--mask={mask}"], run),
+        (["export", f"--mask={mask}"], run / "checkpoints"),
+        (["export", f"--ckpt_path={checkpoint}"], run / "checkpoints"),
+        (["export", f"--mask={finished.mask}", f"--model={model}"], model),
+        (["export", f"--mask={finished.mask}", f"--model={model}"], "."),
+        (["prune", f"--model={model}", "--method=magnitude"], model),
+        (["prune", f"--model={model}", "--method=magnitude"], tmp_path),
+    ):
+        assert "would be replaced" in failing(capsys, [*words, f"--output_dir={folder}", "--force"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_result_replaces_results_alone(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    copy = tmp_path / "text.jsonl"
+    copy.write_bytes(text_file.read_bytes())
+    words = ["evaluate", f"--model={model_folder}", f"--perplexity={copy}", "--seq_length=32"]
+    assert "no result of leap_pl evaluate" in failing(capsys, [*words, f"--output={copy}"])
+    assert copy.read_bytes() == text_file.read_bytes()
+    assert "a stride 1 to seq_length" in failing(capsys, [*words, "--stride=0"])
+    for _ in range(2):
+        main([*words, "--max_tokens=64", f"--output={tmp_path / 'r.json'}"])
+
+
+def test_figures_that_are_none_are_not_put_into_a_card(finished: Run, tmp_path: Path, capsys) -> None:
+    result = tmp_path / "r.json"
+    for content in ('{"perplexity": {"a": 3}}', '{"perplexity": {"a": {"value": "x"}}}', "[1]", "not json"):
+        result.write_text(content)
+        words = ["export", f"--mask={finished.mask}", f"--output_dir={tmp_path / 'out'}", f"--perplexity={result}"]
+        assert "is no result file of leap_pl evaluate" in failing(capsys, words)
+    assert not (tmp_path / "out").exists()

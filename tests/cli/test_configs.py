@@ -1,0 +1,192 @@
+"""Every config that is shipped parses, and makes the objects it names."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from leap_pl.base_model.weights import Weight
+from leap_pl.callbacks import Annealing
+from leap_pl.cli.fit import LeapCLI, make_cli
+from leap_pl.data import TextDataModule
+from leap_pl.distributed.strategy import saves_shards
+from leap_pl.gates import Gate, GateState, NMGate, TileGate
+from leap_pl.masks.patterns import NM, Tiled
+from leap_pl.training.module import LeapModule
+from leap_pl.training.optimizers import PackedAdamW
+from leap_pl.training.schedules import Schedule
+
+ROOT = Path(__file__).parents[2] / "configs"
+APART = ("shared", "cluster")  # parts of configs, and what is laid over one
+ALONE = ("headline", "low_memory")  # no config of fit, and no whole one
+CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in APART and path.stem not in ALONE)
+
+
+def instantiate(path: Path, tmp_path: Path) -> LeapCLI:
+    """The command line up to, and without, the run."""
+    flags = [f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--trainer.accelerator=cpu"]
+    return make_cli(["--config", str(path), *flags], run=False)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_makes_its_objects(path: Path, tmp_path: Path) -> None:
+    cli = instantiate(path, tmp_path)
+    assert isinstance(cli.model, LeapModule)
+    assert isinstance(cli.datamodule, TextDataModule)
+    assert cli.datamodule.tokenizer_name == cli.model.base_model
+    assert any(isinstance(callback, Annealing) for callback in cli.trainer.callbacks)
+
+
+ROWS = [path for path in CONFIGS if path.parent.name == "paper"]
+
+
+def rows(method: str) -> list[Path]:
+    """The rows of one method's table; those of LEAP are named by their models alone."""
+    return [path for path in ROWS if {"maskllm", "patch"} & {path.stem.split("-")[0]} == {method} - {"leap"}]
+
+
+def row(path: Path, tmp_path: Path, sparsity: float) -> tuple[LeapCLI, Annealing]:
+    """A row's command line, with what all of them share looked at."""
+    cli = instantiate(path, tmp_path)
+    model, data, trainer = cli.model, cli.datamodule, cli.trainer
+    assert model.sparsity == sparsity
+    assert trainer.max_steps * trainer.accumulate_grad_batches * data.batch_size * data.seq_length == 2000 * 256 * 4096
+    assert data.text == "allenai/c4"
+    assert trainer.gradient_clip_val == 1
+    annealing = next(callback for callback in trainer.callbacks if isinstance(callback, Annealing))
+    assert annealing.tau == Schedule(4, 0.05, "linear")
+    return cli, annealing
+
+
+def a_gate(cli: LeapCLI) -> Gate:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(256, 256))
+    return cli.model.make_gate(Weight("w", module, "weight", 0, "w", 1), GateState())
+
+
+def test_every_row_is_of_one_method() -> None:
+    counts = {method: len(rows(method)) for method in ("leap", "maskllm", "patch")}
+    assert counts == {"leap": 10, "maskllm": 3, "patch": 9}
+
+
+@pytest.mark.parametrize("path", rows("maskllm"), ids=lambda path: path.stem)
+def test_rows_of_maskllm_have_its_settings(path: Path, tmp_path: Path) -> None:
+    cli, annealing = row(path, tmp_path, 0.5)
+    assert annealing.alpha == Schedule(100, 500, "linear")
+    gate = a_gate(cli)
+    assert isinstance(gate, NMGate)
+    assert gate.settings() == {"n": 2, "m": 4, "spread": 0.01, "strength": 3.0}
+    assert cli.model.prior_settings.method == "sparsegpt"
+    assert cli.model.objective.budget == 0
+    optimizer = cli.model.make_optimizer([gate.logits])
+    settings = optimizer.defaults
+    assert (settings["lr"], settings["betas"], settings["weight_decay"]) == (5e-4, (0.9, 0.95), 0.1)
+    scheduler = cli.model.make_scheduler(optimizer)
+    assert (scheduler.T_max, scheduler.eta_min) == (cli.trainer.max_steps, 5e-5)
+
+
+@pytest.mark.parametrize("path", rows("patch"), ids=lambda path: path.stem)
+def test_rows_of_patch_have_its_settings(path: Path, tmp_path: Path) -> None:
+    cli, annealing = row(path, tmp_path, int(path.stem[-2:]) / 100)
+    assert annealing.alpha == Schedule(25, 350, "linear")
+    assert annealing.pattern_alpha == Schedule(100, 500, "linear")
+    gate = a_gate(cli)
+    assert isinstance(gate, TileGate)
+    assert (gate.mode, gate.tiled, gate.strength) == ("joint", Tiled(NM(2, 4), 128), 3)
+    objective = cli.model.objective
+    assert (objective.budget, objective.weight) == (7, 10)
+    assert cli.config.model.optimizer.init_args.lr == 1e-3
+
+
+@pytest.mark.parametrize("path", rows("leap"), ids=lambda path: path.stem)
+def test_rows_of_the_paper_have_its_settings(path: Path, tmp_path: Path) -> None:
+    cli, annealing = row(path, tmp_path, int(path.stem[-2:]) / 100)
+    model = cli.model
+    objective = model.objective
+    assert (objective.lm, objective.distillation, objective.budget, objective.weight) == (1, 0, 7, 10)
+    assert (model.prior_settings.method, model.prior_settings.sequences, model.warmup_steps) == ("wanda", 128, 5)
+    assert annealing.alpha == Schedule(25, 350, "linear")
+    settings = cli.config.model.optimizer.init_args
+    assert (settings.lr, tuple(settings.betas), settings.weight_decay) == (1e-3, (0.9, 0.95), 0)
+
+
+def test_every_config_is_in_the_table() -> None:
+    table = (ROOT / "README.md").read_text()
+    for path in CONFIGS:
+        name = re.sub("-(50|60)$", "-{50,60}", path.stem)
+        name = re.sub("-(25|35|45)$", "-{25,35,45}", name)
+        models = "(qwen2.5-0.5b|gemma-3-1b|llama-3.2-1b)"
+        name = re.sub(f"^(maskllm|patch)-{models}", r"\1-{qwen2.5-0.5b,gemma-3-1b,llama-3.2-1b}", name)
+        assert f"{name}.yaml" in table
+        assert yaml.safe_load(path.read_text())["model"]["base_model"].split("/")[-1] in table
+
+
+CLUSTER = ROOT / "cluster"
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_cluster_config_is_laid_over_another(name: str, tmp_path: Path) -> None:
+    path = ROOT / "paper" / "llama-3.1-8b-50.yaml"
+    flags = ["--config", str(CLUSTER / f"{name}.yaml"), "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    cli = make_cli(["--config", str(path), *flags, f"--trainer.default_root_dir={tmp_path}"], run=False)
+    trainer, strategy = cli.trainer, cli.trainer.strategy
+    assert trainer.world_size == trainer.num_devices == 8
+    assert trainer.world_size * trainer.accumulate_grad_batches * cli.datamodule.batch_size == 256
+    assert trainer.val_check_interval == 250 * trainer.accumulate_grad_batches
+    assert type(strategy) is {"ddp": DDPStrategy, "fsdp2": ModelParallelStrategy}[name]
+    if isinstance(strategy, DDPStrategy):
+        assert strategy._ddp_kwargs["gradient_as_bucket_view"] is True
+    else:
+        assert saves_shards(trainer)
+        assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (8, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("quickstart", (2e-3, (0.9, 0.95), 0)),
+        ("paper/llama-3.1-8b-50", (1e-3, (0.9, 0.95), 0)),
+        ("paper/maskllm-llama-3.2-1b", (5e-4, (0.9, 0.95), 0.1)),
+    ],
+)
+def test_low_memory_is_laid_over_another(name: str, settings: tuple[float, ...], tmp_path: Path) -> None:
+    """Storage is another, and learning goes by the config beneath."""
+    flags = ["--config", str(ROOT / "low_memory.yaml"), "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    words = ["--config", str(ROOT / f"{name}.yaml"), *flags, f"--trainer.default_root_dir={tmp_path}"]
+    model = make_cli(words, run=False).model
+    assert (model.logits_dtype, model.activation_checkpointing) == (torch.bfloat16, True)
+    optimizer = model.make_optimizer([nn.Parameter(torch.zeros(1))])
+    assert isinstance(optimizer, PackedAdamW)
+    told = optimizer.defaults
+    assert (told["lr"], tuple(told["betas"]), told["weight_decay"]) == settings
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch"])
+def test_cluster_script_types_what_exists(script: str, tmp_path: Path) -> None:
+    """The script runs with launchers that write down what they are told, and the command line takes it."""
+    for launcher in ("torchrun", "srun"):
+        (tmp_path / launcher).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / launcher).chmod(0o755)
+    variables = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NTASKS": "16", "NODES": "2"}
+    overlay = ["--config", "configs/paper/llama-3.1-8b-50.yaml", "--config", "configs/cluster/fsdp2.yaml"]
+    overlay += ["--trainer.strategy.data_parallel_size", "16"]
+    ran = subprocess.run(
+        ["bash", str(CLUSTER / script), *(overlay if script == "torchrun.sh" else [])],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", **variables},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    words = ran.stdout.split()
+    words = words[words.index("fit") + 1 :]
+    paths = [str(ROOT.parent / word) if word.startswith("configs/") else word for word in words]
+    flags = ["--trainer.accelerator=cpu", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
+    cli = make_cli([*paths, *flags], run=False)
+    assert (cli.trainer.num_nodes, cli.trainer.num_devices, cli.trainer.world_size) == (2, 8, 16)
+    assert cli.trainer.strategy._data_parallel_size == 16

@@ -1,0 +1,233 @@
+"""leap_pl evaluate: what is measured, the result file, and what is said when it cannot be."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_folder
+
+from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.weights import find_weights, model_fingerprint
+from leap_pl.cli.evaluate import evaluate_command
+from leap_pl.errors import UserError
+from leap_pl.evaluation.record import read_result
+from leap_pl.masks import MaskSet, Provenance
+
+TEXT = "The mask keeps what the model needs, and the rest of its weights are zero.\n" * 8
+SMALL = {"seq_length": 32, "batch_size": 2}
+
+
+@pytest.fixture
+def base(tmp_path):
+    return str(tiny_folder(tmp_path / "base"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "held-out.jsonl"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in TEXT.splitlines()))
+    return str(path)
+
+
+@pytest.fixture
+def mask(base, tmp_path):
+    model = load_model(base)
+    masks = {
+        name: weight.parameter.abs() > weight.parameter.abs().median() for name, weight in find_weights(model).items()
+    }
+    provenance = Provenance(base, model_fingerprint(model), "magnitude", 0.5, config={"per": "matrix"})
+    return str(MaskSet(masks, provenance).save(tmp_path / "mask.safetensors"))
+
+
+def test_result_says_what_was_measured_and_how(base, text, mask, tmp_path):
+    output = tmp_path / "results" / "r.json"
+    result = evaluate_command(mask=mask, perplexity=text, output=str(output), **SMALL)
+    assert read_result(output) == json.loads(json.dumps(result))
+    figure = result["perplexity"][text]
+    assert 1 < figure["value"] < 1e6
+    assert (figure["seq_length"], figure["stride"]) == (32, 32)
+    assert figure["tokens"] == 32 * len(figure["window_nll"]) + figure["tokens"] % 32
+    assert figure["tokenizer"]["vocabulary"] == 257
+    assert result["method"] == "magnitude"
+    assert result["config"] == {"per": "matrix"}
+    assert result["model"]["base_model"] == base
+    assert result["model"]["fingerprint"] == MaskSet.load(mask).provenance.fingerprint
+    assert result["sparsity"]["global"] == pytest.approx(0.5, abs=1e-3)
+    assert set(result["sparsity"]["layers"]) == {"0", "1"}
+    assert {"torch", "transformers", "lm_eval", "leap_pl"} <= set(result["versions"])
+    assert result["times"]["seconds"]["total"] > 0
+    assert result["hardware"]["cores"]
+
+
+def test_same_inputs_same_file_but_for_times(text, mask, tmp_path):
+    """Byte for byte, with times and what they say taken out of the file's text."""
+    files = []
+    for name in ("first.json", "second.json"):
+        output = tmp_path / name
+        result = evaluate_command(mask=mask, perplexity=text, output=str(output), **SMALL)
+        times = json.dumps(result["times"], indent=1, sort_keys=True).replace("\n", "\n ")
+        written = output.read_text(encoding="utf-8")
+        assert times in written
+        files.append(written.replace(times, ""))
+    assert files[0] == files[1]
+
+
+def test_mask_over_base_model_is_the_exported_checkpoint(text, mask, tmp_path):
+    from leap_pl.export.hugging_face import export_command
+
+    export_command(output_dir=str(tmp_path / "exported"), mask=mask)
+    over = evaluate_command(mask=mask, perplexity=text, **SMALL)
+    exported = evaluate_command(model=str(tmp_path / "exported"), perplexity=text, **SMALL)
+    for key in ("perplexity", "sparsity", "method", "config"):
+        assert over[key] == exported[key]
+    for key in ("base_model", "fingerprint", "revision"):
+        assert over["model"][key] == exported["model"][key]
+
+
+def test_base_model_is_dense_and_better_known(base, text):
+    result = evaluate_command(model=base, perplexity=text, **SMALL)
+    assert result["method"] == "dense"
+    assert result["sparsity"]["global"] < 0.01
+
+
+def test_training_checkpoint_is_its_hard_mask(monkeypatch, mask, text):
+    import leap_pl.checkpoints.layout
+
+    monkeypatch.setattr(leap_pl.checkpoints.layout, "masks_from_checkpoint", lambda path: MaskSet.load(mask))
+    learned = evaluate_command(ckpt_path="last.ckpt", perplexity=text, **SMALL)
+    assert learned["perplexity"] == evaluate_command(mask=mask, perplexity=text, **SMALL)["perplexity"]
+    assert learned["model"]["ckpt_path"] == "last.ckpt"
+
+
+def test_two_files_of_one_name_and_a_cap(base, text, tmp_path):
+    other = tmp_path / "other" / "held-out.jsonl"
+    other.parent.mkdir()
+    other.write_text(Path(text).read_text().upper().replace('"TEXT"', '"text"'))
+    result = evaluate_command(model=base, perplexity=f"{text},{other}", max_tokens=100, **SMALL)
+    assert set(result["perplexity"]) == {text, str(other)}
+    figure = result["perplexity"][text]
+    assert (figure["tokens"], figure["max_tokens"], figure["predicted"]) == (100, 100, 93)
+    assert figure["text_digest"] != result["perplexity"][str(other)]["text_digest"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({}, "Nothing to measure"),
+        ({"perplexity": "a.txt,,b.txt"}, "empty entry"),
+        ({"perplexity": "a.txt"}, "Give --model"),
+        ({"perplexity": "a.txt", "limit": 0}, "at least 1"),
+        ({"perplexity": "a.txt", "max_tokens": 1}, "at least 2"),
+        ({"tasks": "piqa", "num_fewshot": -1}, "num_fewshot -1: give a number of examples, 0 or more"),
+        ({"perplexity": "a.txt", "mask": "m", "ckpt_path": "c"}, "Choose one"),
+        ({"perplexity": "a.txt", "mask": "gone.safetensors"}, "no such MaskSet"),
+        ({"perplexity": "a.txt", "model": "./gone"}, "no such folder"),
+        # Told before a model is loaded, or hours are spent.
+        ({"perplexity": "a.txt", "model": "./gone", "stride": 4096}, "stride 4096"),
+        ({"perplexity": "a.txt", "model": "./gone", "batch_size": 0}, "batch_size 0"),
+        ({"tasks": "piqa", "model": "./gone", "tasks_folder": "./nowhere"}, "make assets-eval"),
+        ({"perplexity": "a.txt,b.txt", "model": "./gone"}, "--perplexity b.txt: There is no file b.txt"),
+        ({"perplexity": "a.txt,wikitext2,c4,some/text", "model": "./gone"}, "no such folder"),
+        ({"perplexity": "*.jsonl", "model": "./gone"}, "No file matches"),
+        ({"tasks": "piqa,piqaa", "model": "./gone"}, "no task piqaa. Near it: piqa"),
+        (
+            {"perplexity": "a.txt", "model": "./gone", "output": "/"},
+            r"a folder\. Name a file in it: --output /result.json",
+        ),
+        ({"perplexity": "a.txt", "model": "./gone", "output": f"{__file__}/r.json"}, "is a file. Name another"),
+    ],
+)
+def test_refuses_in_one_line(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)  # texts are looked for before a model is
+    with pytest.raises(UserError, match=says) as caught:
+        evaluate_command(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_refuses_the_mask_of_another_model_and_a_missing_text(base, mask, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)
+    other = tiny_folder(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="fingerprint"):
+        evaluate_command(model=str(other), mask=mask, perplexity="a.txt")
+    with pytest.raises(UserError, match=r"gone\.txt"):
+        evaluate_command(model=base, perplexity="gone.txt", **SMALL)
+    (tmp_path / "words.jsonl").write_text('{"words": "one"}\n')
+    with pytest.raises(UserError, match=r"it has: words\. The text is read from the column 'text'\.$"):
+        evaluate_command(model=base, perplexity=str(tmp_path / "words.jsonl"), **SMALL)
+    with pytest.raises(UserError, match="--device"):
+        evaluate_command(model=base, perplexity="a.txt", device="nowhere")
+
+
+def test_named_texts_are_the_fields_and_c4_is_capped(monkeypatch, base):
+    import leap_pl.data
+
+    asked = []
+
+    def held_out_tokens(text, tokenizer, **options):
+        asked.append((text, options))
+        return torch.arange(96)
+
+    monkeypatch.setattr(leap_pl.data, "held_out_tokens", held_out_tokens)
+    evaluate_command(model=base, perplexity="wikitext2,c4", **SMALL)
+    (wikitext, of_wikitext), (c4, of_c4) = asked
+    assert (wikitext, of_wikitext["config_name"], of_wikitext["split"], of_wikitext["most"]) == (
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        "test",
+        None,
+    )
+    assert (c4, of_c4["split"], of_c4["most"]) == ("allenai/c4", "validation", 256 * 32)
+
+
+def test_out_of_reach_says_what_to_give(monkeypatch, base):
+    import leap_pl.data
+
+    def held_out_tokens(*args, **options):
+        raise UserError("The dataset could not be reached. Pass local files instead: --data.text FILE.jsonl.")
+
+    monkeypatch.setattr(leap_pl.data, "held_out_tokens", held_out_tokens)
+    with pytest.raises(UserError, match=r"could not be reached\. Where the hub.*--perplexity FILE") as caught:
+        evaluate_command(model=base, perplexity="wikitext2", **SMALL)
+    assert "--data.text" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": "leap_pl.evaluation", "format_version": 99}'])
+def test_unreadable_result_is_one_line(tmp_path, content):
+    path = tmp_path / "r.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"r\.json"):
+        read_result(path)
+
+
+def test_import_is_light():
+    heavy = "('torch', 'transformers', 'lm_eval', 'matplotlib')"
+    code = f"import sys, leap_pl.cli.evaluate, leap_pl.cli.compare; print([m for m in {heavy} if m in sys.modules])"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("typed", "fast", "expected"),
+    [("auto", "float32", "float32"), ("auto", "bfloat16", "bfloat16"), ("bfloat16", "float32", "bfloat16")],
+)
+def test_slow_bfloat16_is_not_computed_in_unless_asked(
+    text, tmp_path, monkeypatch, capsys, typed: str, fast: str, expected: str
+) -> None:
+    import leap_pl.base_model.loading
+
+    stored = tmp_path / "bfloat16"
+    model = load_model(str(tiny_folder(tmp_path / "base"))).bfloat16()
+    model.save_pretrained(stored)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (stored / name).write_bytes((tmp_path / "base" / name).read_bytes())
+    monkeypatch.setattr(leap_pl.base_model.loading, "fast_dtype", lambda device: fast)
+    result = evaluate_command(model=str(stored), perplexity=text, dtype=typed, **SMALL)
+    assert result["model"]["dtype"] == expected
+    assert ("--dtype bfloat16 keeps it" in capsys.readouterr().err) == (typed == "auto" and fast == "float32")

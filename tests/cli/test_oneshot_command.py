@@ -1,0 +1,133 @@
+"""``prune_command``: what ``leap_pl prune`` does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from leap_pl.cli.prune import prune_command
+from leap_pl.errors import UserError
+from leap_pl.evaluation.subject import load_subject
+from leap_pl.masks import MaskSet
+from leap_pl.oneshot.prune import Method
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(f"Line {i} of a text that calibrates, {i * i}." for i in range(400)))
+    return path
+
+
+def run(folder: Path, text: Path, output: Path, **changes: Any) -> Any:
+    settings: dict[str, Any] = {"seq_length": 32, "sequences": 6, "device": "cpu", **changes}
+    return prune_command(str(folder), str(output), str(text), **settings)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparseswaps", "sparsegpt", "admm"])
+def test_mask_and_model_are_written(method: Method, folder: Path, text: Path, tmp_path: Path) -> None:
+    run(folder, text, tmp_path / "out", method=method, sparsity=0.6)
+    mask = MaskSet.load(tmp_path / "out" / "mask.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    mask.check(base)
+    assert mask.provenance.method == method
+    assert mask.provenance.base_model == str(folder)
+    assert mask.provenance.sparsity == 0.6
+    assert mask.sparsity == pytest.approx(0.6, abs=0.01)
+    errors = json.loads((tmp_path / "out" / "errors.json").read_text())["layer_error"]
+    assert bool(errors) == (method != "magnitude")
+    changed = (tmp_path / "out" / "model").is_dir()
+    assert changed == (method in ("sparsegpt", "admm"))
+    if changed:
+        written = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+        parameters, dense = dict(written.named_parameters()), dict(base.named_parameters())
+        for name, kept in mask.masks.items():
+            assert not parameters[name][~kept].any()
+        untouched = [name for name in dense if name not in mask.masks]
+        assert all(torch.equal(parameters[name], dense[name]) for name in untouched)
+        assert AutoTokenizer.from_pretrained(tmp_path / "out" / "model")("ab")["input_ids"]
+        # It is known as what it is, and not taken for a base model.
+        subject = load_subject(model=str(tmp_path / "out" / "model"))
+        told = mask.provenance
+        assert (subject.method, subject.base_model, subject.fingerprint, subject.asked) == (
+            method,
+            str(folder),
+            told.fingerprint,
+            0.6,
+        )
+
+
+def test_pattern_layers_mask_and_targets(folder: Path, text: Path, tmp_path: Path) -> None:
+    pruned = run(folder, text, tmp_path / "nm", pattern="2:4", method="magnitude")
+    assert pruned.masks.sparsity == 0.5
+    pruned = run(folder, text, tmp_path / "layers", layer_sparsity=[0.25, 0.75])
+    assert pruned.masks.densities("layer") == {"0": 0.75, "1": 0.25}
+    pruned = run(folder, text, tmp_path / "owl", owl=True)
+    assert pruned.masks.provenance.config["owl"]["threshold"] == 5.0
+    pruned = run(folder, text, tmp_path / "mlp", targets=["re:.*mlp"], ignore=["re:.*down"])
+    assert set(pruned.masks.densities("projection")) == {"mlp.gate_proj", "mlp.up_proj"}
+    given = MaskSet.load(tmp_path / "owl" / "mask.safetensors")
+    run(folder, text, tmp_path / "update", method="admm", mask=str(tmp_path / "owl" / "mask.safetensors"))
+    kept = MaskSet.load(tmp_path / "update" / "mask.safetensors")
+    assert all(torch.equal(kept.masks[name], given.masks[name]) for name in given.masks)
+    assert (tmp_path / "update" / "model").is_dir()
+
+
+def test_nothing_is_written_where_something_is_wrong(folder: Path, text: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"seq_length": 300}, "128 tokens"),
+        ({"pattern": "4:2"}, "pattern"),
+        ({"pattern": "2:4", "sparsity": 0.6}, "Leave one out"),
+        ({"layer_sparsity": [0.5]}, "decoder blocks"),
+        ({"mask": str(tmp_path / "none")}, "no such MaskSet"),
+        ({"device": "nowhere"}, "--device"),
+        ({"targets": ["re:.*nothing"]}, "nothing to gate"),
+        ({"method": "admm", "damping": -1.0}, "--damping"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(folder, text, tmp_path / "out", **changes)
+        assert not list(tmp_path.iterdir()), changes
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    with pytest.raises(UserError, match="--force"):
+        run(folder, text, tmp_path / "out", method="magnitude")
+    run(folder, text, tmp_path / "out", method="magnitude", force=True)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["errors.json", "mask.safetensors"]
+
+
+def test_the_commands_module_is_light() -> None:
+    code = "import sys, leap_pl.cli.prune; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fisher": 0.0}, "--fisher 0: give a number above 0 and at most 1"),
+        ({"fisher": 1.5}, "--fisher 1.5: give a number above 0 and at most 1"),
+        ({"fisher": 0.5, "fisher_rows": -1.0}, "--fisher_rows -1: give a number from 0 to 1"),
+    ],
+)
+def test_fisher_of_no_such_strength_is_refused(folder, text, tmp_path, settings, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(folder, text, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_fisher_allocation_by_command(folder, text, tmp_path) -> None:
+    pruned = run(folder, text, tmp_path / "out", fisher=0.5)
+    assert pruned.masks.provenance.config["fisher"]["strength"] == 0.5
+    assert abs(pruned.masks.sparsity - 0.5) < 0.02

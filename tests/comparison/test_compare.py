@@ -1,0 +1,417 @@
+"""leap_pl compare: what shares a column, the differences, the files, the page."""
+
+import copy
+import csv
+import json
+import math
+import re
+import statistics
+from itertools import pairwise
+
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from leap_pl.cli.compare import compare_command
+from leap_pl.cli.main import main
+from leap_pl.comparison.differences import _rivals, accuracy_difference, perplexity_difference
+from leap_pl.comparison.entries import read_entries
+from leap_pl.comparison.overlap import Overlap, overlap
+from leap_pl.comparison.pictures import _overlaps
+from leap_pl.comparison.table import is_level, make_table
+from leap_pl.errors import UserError
+from leap_pl.masks import MaskSet, Provenance
+
+BASELINES = ("magnitude", "wanda")
+PROJECTIONS = ("self_attn.q_proj", "mlp.up_proj")
+NAMES = [f"model.layers.{layer}.{projection}.weight" for layer in range(3) for projection in PROJECTIONS]
+
+
+def result(method, sparsity, value, correct="1100", *, mask=None):
+    """A result file's content, with 8 windows around ``value``."""
+    windows = [math.log(value) + shift for shift in (0.3, -0.3, 0.1, -0.1, 0.2, -0.2, 0.05, -0.05)]
+    accuracy = correct.count("1") / len(correct)
+    task = {"acc": accuracy, "acc_stderr": 0.2, "correct": correct, "split": "validation", "limit": None}
+    task |= {"num_fewshot": 0, "version": 1.0, "samples": len(correct)}
+    return {
+        "format": "leap_pl.evaluation",
+        "format_version": 1,
+        "method": method,
+        "model": {"name": "org/base", "base_model": "org/base", "fingerprint": "f00d", "mask": mask},
+        "sparsity": {"global": sparsity, "weights": dict.fromkeys(NAMES, sparsity)},
+        "perplexity": {
+            "held-out.jsonl": {
+                "value": value,
+                "stderr": 0.1 * value,
+                "nll": math.log(value),
+                "seq_length": 512,
+                "stride": 512,
+                "tokens": 4096,
+                "text_digest": "abc",
+                "tokenizer": {"digest": "dad", "vocabulary": 257},
+                "window_nll": windows,
+            }
+        },
+        "tasks": {"piqa": task},
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(content))
+        return str(path)
+
+    return write
+
+
+def test_patterns_are_told_apart_and_compared_with_their_own(write, tmp_path):
+    """2:4 masks have a name and a line of their own, and an n:m mask's rival is one of its pattern."""
+    sources = []
+    for method, pattern, value in (("wanda", None, 20.0), ("wanda", "2:4", 40.0), ("maskllm", "2:4", 30.0)):
+        content = result(method, 0.5, value)
+        if pattern is not None:
+            content["config"] = {"pattern": pattern}
+        sources.append(write(f"{method}-{pattern}".replace(":", ""), content))
+    entries = {entry.label: entry for entry in read_entries(sources)}
+    assert set(entries) == {"wanda 50%", "wanda 2:4 50%", "maskllm 2:4 50%"}
+    learned = entries["maskllm 2:4 50%"]
+    assert [rival.label for rival in _rivals(learned, list(entries.values()), BASELINES)] == ["wanda 2:4 50%"]
+
+
+def mask_file(path, method, seed, density=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    masks = {name: torch.rand(16, 16, generator=generator) < density for name in NAMES}
+    return str(MaskSet(masks, Provenance("org/base", "f00d", method, 1 - density)).save(path))
+
+
+@pytest.fixture
+def sources(write, tmp_path):
+    wanda, leap = (mask_file(tmp_path / f"{m}.safetensors", m, n) for n, m in enumerate(("wanda", "leap")))
+    learned = result("leap", 0.501, 14.0, "1110", mask=leap)
+    learned["sparsity"]["weights"] |= {NAMES[0]: 0.4, NAMES[1]: 0.602}
+    return [
+        write("dense", result("dense", 0.0, 10.0, "1111")),
+        write("magnitude", result("magnitude", 0.5, 60.0, "1000")),
+        write("wanda", result("wanda", 0.5, 20.0, "1100", mask=wanda)),
+        write("leap", learned),
+    ]
+
+
+def test_writes_table_pictures_and_page(sources, tmp_path, capsys):
+    out = tmp_path / "out"
+    found = compare_command(sources, output_dir=str(out))
+    names = {path.name for path in out.iterdir()}
+    for stem in ("perplexity-1-held-out", "accuracy", "differences", "density-1-leap-50", "overlap"):
+        assert {f"{stem}.png", f"{stem}.svg"} <= names
+    assert len(names) == 5 * 2 + 3
+    rows = list(csv.DictReader((out / "table.csv").open(encoding="utf-8")))
+    assert [row["label"] for row in rows] == ["dense", "magnitude 50%", "wanda 50%", "leap 50%"]
+    leap = rows[3]
+    assert float(leap["perplexity.held-out.jsonl.value"]) == 14.0
+    assert float(leap["perplexity.held-out.jsonl.minus_baseline"]) == pytest.approx(-6.0)
+    assert float(leap["accuracy.minus_baseline"]) == pytest.approx(0.25)
+    assert rows[0]["perplexity.held-out.jsonl.minus_baseline"] == ""
+    assert found["table"][3]["sparsity"] == 0.501
+    markdown = (out / "table.md").read_text(encoding="utf-8")
+    widths = {line.count("|") for line in markdown.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+    assert "-6.00 ± " in markdown
+    assert "(wanda)" in markdown
+    assert "windows of 512 tokens, stride 512, 4,096 tokens" in markdown
+    assert "not drawn: magnitude 50%, wanda 50%." in markdown
+    assert "leap 50%" in capsys.readouterr().out
+
+
+def test_wide_tables_are_divided(write):
+    paths = []
+    for method in ("dense", "wanda", "leap"):
+        content = result(method, 0.0 if method == "dense" else 0.5, 20.0)
+        content["tasks"] = {} if method == "dense" else {f"task_{n}": content["tasks"]["piqa"] for n in range(6)}
+        paths.append(write(method, content))
+    table = make_table(read_entries(paths), BASELINES)
+    main, tasks = table.tables()
+    assert [row[0] for row in main] == ["model", "dense", "leap 50%", "wanda 50%"]
+    assert [row[0] for row in tasks] == ["model", "leap 50%", "wanda 50%"]  # the dense model has no figure there
+    assert tasks[0][1:] == [f"task_{n}, %" for n in range(6)]
+    cells = sorted(cell for row in (table.headings, *table.rows) for cell in row[1:] if cell)
+    for width in (20, 70, 100, None):
+        text = table.text(width)
+        lines = text.split("\n\nPerplexity on")[0].splitlines()
+        assert width in (20, None) or max(map(len, text.splitlines())) <= width
+        assert not any(re.match("model +− best baseline", line) for line in lines)
+        found = [re.split("  +", line.strip()) for line in lines if line and not line.startswith("-")]
+        assert sorted(cell for line in found for cell in line if cell not in [r[0] for r in main]) == cells
+
+
+def test_page_is_whole_in_itself(sources, tmp_path):
+    compare_command(sources, output_dir=str(tmp_path / "out"))
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    addresses = re.findall(r"(?:src|href|url|@import)\s*[=(]?\s*[\"']([^\"']*)", page)
+    assert len(addresses) == len(list((tmp_path / "out").glob("*.png")))
+    assert all(address.startswith("data:image/png;base64,") for address in addresses)
+    assert "<script" not in page
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+
+
+def test_same_inputs_same_files(sources, tmp_path):
+    for place in ("a", "b"):
+        compare_command(sources, output_dir=str(tmp_path / place))
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_an_earlier_comparison_is_replaced_only_when_asked(sources, tmp_path):
+    compare_command(sources, output_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="--force"):
+        compare_command(sources[:2], output_dir=str(tmp_path / "out"))
+    compare_command(sources[:2], output_dir=str(tmp_path / "out"), force=True)
+    assert not (tmp_path / "out" / "overlap.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seq_length": 4096}, r"differ in seq_length \(512 and 4096\)\."),
+        ({"stride": 256}, r"differ in stride \(512 and 256\)\."),
+        ({"text_digest": "xyz", "tokens": 99}, r"text \(4,096 tokens with digest abc and 99 tokens with digest xyz\)"),
+        (
+            {"tokenizer": {"digest": "fed", "vocabulary": 9}, "text_digest": "x"},
+            r"differ in tokenizer \(257 entries with digest dad and 9 entries with digest fed\)\.",
+        ),
+    ],
+)
+def test_refuses_other_protocols_in_one_column(write, change, says):
+    other = result("wanda", 0.5, 20.0)
+    other["perplexity"]["held-out.jsonl"].update(change)
+    sources = [write("one", result("leap", 0.5, 14.0)), write("two", other)]
+    with pytest.raises(UserError, match=says) as caught:
+        compare_command(sources)
+    assert all(source in str(caught.value) for source in sources)
+
+
+def test_other_texts_and_other_tasks_have_columns_of_their_own(write, tmp_path):
+    other = result("wanda", 0.5, 20.0)
+    other["perplexity"]["c4"] = {**other["perplexity"].pop("held-out.jsonl"), "seq_length": 2048}
+    other["tasks"]["boolq"] = copy.deepcopy(other["tasks"]["piqa"])
+    compare_command([write("one", result("leap", 0.5, 14.0)), write("two", other)], output_dir=str(tmp_path / "out"))
+    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open(encoding="utf-8")))
+    assert {row["perplexity.c4.value"] for row in rows} == {"", "20.0"}
+    assert "accuracy on piqa, %" in (tmp_path / "out" / "accuracy.svg").read_text(encoding="utf-8")
+    assert {row["tasks.boolq.acc"] for row in rows} == {"", "0.5"}
+    assert all(float(row["accuracy.value"]) == 0.5 for row in rows)  # over piqa, which both have
+
+
+@pytest.mark.parametrize("change", [{"split": "test"}, {"limit": 10}, {"num_fewshot": 5}, {"samples": 7}])
+def test_refuses_accuracies_measured_otherwise(write, change):
+    other = result("wanda", 0.5, 20.0)
+    other["tasks"]["piqa"].update(change)
+    with pytest.raises(UserError, match=next(iter(change))):
+        compare_command([write("one", result("leap", 0.5, 14.0)), write("two", other)])
+
+
+def test_error_of_a_difference_is_of_pairs(write):
+    leap, wanda = result("leap", 0.5, 14.0, "1110"), result("wanda", 0.5, 20.0, "1101")
+    figure = leap["perplexity"]["held-out.jsonl"]
+    figure["window_nll"][0] += 0.08
+    figure["nll"] += 0.01
+    figure["value"] = math.exp(figure["nll"])
+    entries = read_entries([write("a", leap), write("b", wanda)])
+    entry = next(e for e in entries if e.method == "leap")
+    found = perplexity_difference(entry, entries, "held-out.jsonl", BASELINES)
+    a, b = entry.perplexity["held-out.jsonl"], wanda["perplexity"]["held-out.jsonl"]
+    weighed = [a["value"] * x - b["value"] * y for x, y in zip(a["window_nll"], b["window_nll"], strict=True)]
+    assert found.value == pytest.approx(a["value"] - 20.0)
+    assert found.stderr == pytest.approx(statistics.stdev(weighed) / 8**0.5)
+    assert found.stderr < math.hypot(a["value"], 20.0) * statistics.stdev(b["window_nll"]) / 8**0.5
+    accuracy = accuracy_difference(entry, entries, ["piqa"], BASELINES)
+    assert accuracy.value == 0
+    assert accuracy.stderr == pytest.approx(statistics.stdev([0, 0, 1, -1]) / 2)
+
+
+def test_baseline_is_of_the_same_sparsity_and_model(write):
+    other = result("wanda", 0.5, 5.0)
+    other["model"]["fingerprint"] = "beef"
+    paths = [write("a", result("leap", 0.5, 14.0)), write("b", result("wanda", 0.6, 20.0)), write("c", other)]
+    entries = read_entries(paths)
+    assert all(perplexity_difference(e, entries, "held-out.jsonl", BASELINES) is None for e in entries)
+
+
+def test_overlap_of_masks(tmp_path):
+    one = mask_file(tmp_path / "a.safetensors", "wanda", 1)
+    two = mask_file(tmp_path / "b.safetensors", "leap", 2)
+    first, second = read_entries([one, two])
+    found = overlap(first, second)
+    assert found.iou == pytest.approx(found.chance, abs=0.05)  # independent masks
+    assert overlap(first, first).iou == 1
+    a, b = first.mask.masks[NAMES[0]], second.mask.masks[NAMES[0]]
+    c, d = first.mask.masks[NAMES[1]], second.mask.masks[NAMES[1]]
+    assert found.layers[0] == pytest.approx(float(((a & b).sum() + (c & d).sum()) / ((a | b).sum() + (c | d).sum())))
+
+
+def test_checkpoint_is_its_hard_mask(finished):
+    first, second = read_entries([str(finished.checkpoint), str(finished.mask)])
+    assert overlap(first, second).iou == 1
+    assert first.sparsity == second.sparsity
+
+
+def test_masks_and_exported_folders_alone(tmp_path):
+    (tmp_path / "exported").mkdir()
+    mask_file(tmp_path / "exported" / "mask.safetensors", "leap", 2, density=0.4)
+    alone = mask_file(tmp_path / "wanda.safetensors", "wanda", 1)
+    compare_command([alone, str(tmp_path / "exported")], output_dir=str(tmp_path / "out"))
+    stems = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert {"overlap", "density-1-wanda-50", "density-2-leap-59"} <= stems
+    assert not any(stem.startswith("perplexity") for stem in stems)
+
+
+@pytest.mark.parametrize(
+    ("weights", "level"),
+    [
+        ([0.5] * 6, True),
+        ([0.3993, 0.3997] * 3, True),  # rows of two widths, in every layer
+        ([0.5, 0.5, 0.5004, 0.5, 0.5, 0.5], False),  # learned, however little
+        ([0.5, 0.6] * 3, False),
+    ],
+)
+def test_only_what_is_level_but_for_rounding_is_not_drawn(write, weights, level):
+    content = result("wanda", 0.5, 20.0)
+    content["sparsity"]["weights"] = dict(zip(NAMES, weights, strict=True))
+    (entry,) = read_entries([write("r", content)])
+    assert is_level(entry) == level
+
+
+def test_overlaps_are_of_one_sparsity(tmp_path):
+    paths = []
+    for method in ("wanda", "leap"):
+        for kept in (50, 40):
+            masks = {NAMES[0]: (torch.randperm(100) < kept).view(10, 10)}
+            mask = MaskSet(masks, Provenance("org/base", "f00d", method, 1 - kept / 100))
+            paths.append(str(mask.save(tmp_path / f"{method}-{kept}.safetensors")))
+    compare_command(paths, output_dir=str(tmp_path / "out"))
+    names = {path.stem for path in (tmp_path / "out").glob("overlap*.svg")}
+    assert len(names) == 2
+    for name in names:
+        (pair,) = re.findall(r"(\w+ \d+%) ∩ (\w+ \d+%)", (tmp_path / "out" / f"{name}.svg").read_text(encoding="utf-8"))
+        assert {label.split()[0] for label in pair} == {"leap", "wanda"}
+        assert {label.split()[1] for label in pair} == {f"{name.split('-')[1]}%"}
+
+
+def test_long_names_leave_the_numbers_of_the_layers_apart():
+    names = ["LEAP, both losses, SparseSwaps prior, 60%", "SparseSwaps, Fisher allocation, 60%"]
+    figure = _overlaps([Overlap(*names, 0.94, 0.26, dict.fromkeys(range(30), 0.9) | {0: 0.95})])
+    FigureCanvasAgg(figure).draw()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert len(boxes) == 30
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_labels_are_unique(write):
+    paths = [write(name, result("leap", 0.5, 14.0)) for name in ("one", "two")]
+    assert [entry.label for entry in read_entries(paths)] == ["leap 50% (one)", "leap 50% (two)"]
+
+
+@pytest.mark.parametrize(
+    ("models", "named"),
+    [
+        ([("org/base", "f00d"), ("../assets/org/base", "f00d")], ["base", "base"]),
+        ([("org/base", "f00d"), ("org/other", "beef")], ["base", "other"]),
+        (
+            [("org/base", "f00d"), ("fork/base", "beef"), ("/x/fork/base", "beef")],
+            ["org/base", "fork/base", "fork/base"],
+        ),
+        ([("org/base", "f00d"), ("org/base", "beef")], ["base f00d", "base beef"]),
+        ([("org/base", None), ("org/other", None)], ["base", "other"]),
+    ],
+)
+def test_a_model_is_its_fingerprint(write, tmp_path, models, named):
+    """It has one name, one line in a picture, and a name in labels only where there are several."""
+    paths = []
+    for number, (base_model, fingerprint) in enumerate(models):
+        content = result("wanda", 0.5 + number / 10, 20.0)
+        content["model"] |= {"base_model": base_model, "fingerprint": fingerprint}
+        paths.append(write(f"r{number}", content))
+    entries = sorted(read_entries(paths), key=lambda entry: entry.sparsity)
+    assert [entry.model for entry in entries] == named
+    assert all((", " in entry.label) == (len(set(named)) > 1) for entry in entries)
+    compare_command(paths, output_dir=str(tmp_path / "out"))
+    drawn = (tmp_path / "out" / "perplexity-1-held-out.svg").read_text(encoding="utf-8")
+    assert sum(drawn.count(f">wanda, {name}<") for name in set(named)) == (
+        len(set(named)) if len(set(named)) > 1 else 0
+    )
+
+
+def test_refuses_in_one_line(write, tmp_path):
+    (tmp_path / "folder").mkdir()
+    good = write("good", result("leap", 0.5, 14.0))
+    lacking = {}
+    for path in (("sparsity",), ("perplexity", "held-out.jsonl", "value"), ("tasks", "piqa", "split")):
+        content = result("leap", 0.5, 14.0)
+        inner = content
+        for key in path[:-1]:
+            inner = inner[key]
+        del inner[path[-1]]
+        lacking[f"damaged: it lacks or garbles '{path[-1]}'"] = [write(path[-1], content)]
+    cases = {
+        "Nothing to compare": [],
+        "named twice": [good, good],
+        "no such file": [str(tmp_path / "gone.json")],
+        r"holds no mask\.safetensors": [str(tmp_path / "folder")],
+        "no result of leap_pl evaluate": [write("other", {"a": 1})],
+        "there is no such checkpoint": [str(tmp_path / "gone.ckpt")],
+        **lacking,
+    }
+    for says, sources in cases.items():
+        with pytest.raises(UserError, match=says):
+            compare_command(sources, output_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "a.json b",
+        "--results [a.json,b]",
+        "a.json --output_dir {out} b",
+        "--output_dir={out} --force a.json b",
+        "a.json --force true b",
+        "--results a.json b",
+        "--results=a.json --baselines wanda b",
+        "b --results [a.json]",
+        "--config {config} b",
+    ],
+)
+def test_what_is_compared_is_typed_as_bare_words(typed, monkeypatch, tmp_path):
+    import leap_pl.comparison.entries
+
+    config = tmp_path / "compare.yaml"
+    config.write_text("results: [a.json]\n")
+    seen = []
+
+    def read_entries(sources):
+        seen.extend(sources)
+        raise UserError("enough")
+
+    monkeypatch.setattr(leap_pl.comparison.entries, "read_entries", read_entries)
+    with pytest.raises(SystemExit):
+        main(["compare", *typed.format(out=tmp_path / "out", config=config).split()])
+    assert seen == ["a.json", "b"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("", "leap_pl compare: Nothing to compare. .* leap_pl compare dense.json sparse.json"),
+        ("--forec a.json b.json", "there is no option --forec. Did you mean --force[?] --help lists all"),
+        ("--output out a.json", "there is no option --output. Did you mean --output_dir[?] --help lists all"),
+        ("a.json --output_dir", "--output_dir"),
+        ("gone.json", "gone.json: there is no such file"),
+    ],
+)
+def test_what_is_typed_wrong_is_told_in_one_line(typed, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *typed.split()])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(says, line)

@@ -1,0 +1,313 @@
+"""TextDataModule in a real Trainer: length, resume at the exact next block, validation, mistakes."""
+
+import json
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from tiny import byte_tokenizer
+
+from leap_pl.data import TextDataModule
+from leap_pl.errors import UserError
+
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    names = []
+    for shard, kind in enumerate((".jsonl", ".jsonl", ".txt")):
+        file = tmp_path / f"{shard}{kind}"
+        lines = [f"shard {shard} document {k} " * (1 + k % 3) for k in range(30)]
+        file.write_text("\n".join(lines if kind == ".txt" else [json.dumps({"text": line}) for line in lines]))
+        names.append(str(file))
+    return names
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A hub dataset of two shards for training and one for validation."""
+    real, cache = datasets.load_dataset, str(tmp_path / "cache")
+    for shard in range(3):
+        lines = [json.dumps({"text": f"hub {shard} {k}"}) for k in range(100)]
+        (tmp_path / f"hub{shard}.jsonl").write_text("\n".join(lines))
+    shards = {"train": [0, 1], "validation": [2]}
+
+    def load(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        stored = [str(tmp_path / f"hub{shard}.jsonl") for shard in shards[split]]
+        return real("json", data_files=stored, split="train", streaming=streaming, cache_dir=cache)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return "some/text"
+
+
+class Recorder(LightningModule):
+    """Keeps the batches it is trained on; its one weight moves so that Lightning has something to step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[list[list[int]]] = []
+        self.fail_at: int | None = None
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        assert set(batch) == {"input_ids"}
+        if self.fail_at == batch_idx:
+            raise RuntimeError("out of memory")
+        self.seen.append(batch["input_ids"].tolist())
+        return self.weight.sum() * batch["input_ids"].float().mean()
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        assert set(batch) == {"input_ids"}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-6)
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint after micro-batch ``at``, or when a step fails, and stops there."""
+
+    def __init__(self, at: int, path: Path) -> None:
+        self.at, self.path = at, path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == self.at:
+            trainer.save_checkpoint(self.path)
+            raise KeyboardInterrupt
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, error: BaseException) -> None:
+        if not isinstance(error, KeyboardInterrupt):
+            trainer.save_checkpoint(self.path)
+
+
+def fit(data: TextDataModule, *callbacks: Callback, module: Recorder | None = None, **settings: Any) -> Recorder:
+    module = module or Recorder()
+    checkpoint = settings.pop("ckpt_path", None)
+    trainer = Trainer(
+        **{"max_steps": 6, "accumulate_grad_batches": 3, "limit_val_batches": 0, **settings},
+        accelerator="cpu",
+        devices=1,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    assert trainer.global_step == trainer.max_steps or callbacks
+    return module
+
+
+def module_for(text: Any, **settings: Any) -> TextDataModule:
+    return TextDataModule(TOKENIZER, text, **{"seq_length": 16, "batch_size": 2, "seed": 4, **settings})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["files", "hub"])
+def test_a_resumed_run_sees_the_blocks_of_one_that_never_stopped(
+    kind: str, workers: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    text = request.getfixturevalue(kind)
+    whole = fit(module_for(text)).seen
+    assert len(whole) == 18
+    stream = module_for(text).stream
+    assert sum(whole, []) == [block.tokens for block in islice(stream.blocks(), 36)]  # noqa: RUF017
+    path = tmp_path / "run.ckpt"
+    for at in (1, 5, 6, 17) if workers == 0 else (5,):
+        with pytest.raises(SystemExit):
+            fit(module_for(text, num_workers=workers), SaveAt(at, path))
+        stored = torch.load(path, weights_only=True)["TextDataModule"]
+        assert stored["consumed"] == at
+        assert json.loads(json.dumps(stored)) == stored
+        assert fit(module_for(text, num_workers=workers), ckpt_path=path).seen == whole[at:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_whose_step_failed_is_trained_on_again(workers: int, files: list[str], tmp_path: Path) -> None:
+    whole = fit(module_for(files)).seen
+    module = Recorder()
+    module.fail_at = 7
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(module_for(files, num_workers=workers), SaveAt(-1, tmp_path / "run.ckpt"), module=module)
+    assert fit(module_for(files, num_workers=workers), ckpt_path=tmp_path / "run.ckpt").seen == whole[7:]
+
+
+def test_a_checkpoint_before_the_first_batch(files: list[str], tmp_path: Path) -> None:
+    module = Recorder()
+    module.fail_at = 0
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(module_for(files), SaveAt(-1, tmp_path / "run.ckpt"), module=module)
+    assert fit(module_for(files), ckpt_path=tmp_path / "run.ckpt").seen == fit(module_for(files)).seen
+
+
+def test_a_run_stopped_twice_and_resumed_after_validation(files: list[str], tmp_path: Path) -> None:
+    settings = {"limit_val_batches": 2, "val_check_interval": 3, "num_sanity_val_steps": 1}
+    whole = fit(module_for(files), **settings).seen
+    for at in (4, 9):
+        kept = tmp_path / f"{at}.ckpt"
+        before = None if at == 4 else tmp_path / "4.ckpt"
+        with pytest.raises(SystemExit):
+            fit(module_for(files), SaveAt(at, kept), ckpt_path=before, **settings)
+    assert fit(module_for(files), ckpt_path=tmp_path / "9.ckpt", **settings).seen == whole[9:]
+    assert whole == fit(module_for(files)).seen
+
+
+def test_another_run_with_the_same_object_begins_anew(files: list[str]) -> None:
+    data = module_for(files)
+    assert fit(data).seen == fit(data).seen
+
+
+def test_a_checkpoint_can_be_validated_on_other_data(files: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    with pytest.raises(SystemExit):
+        fit(module_for(files), SaveAt(3, path))
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+    other = module_for(files[0], seq_length=32, validation_sequences=1)
+    assert trainer.validate(Recorder(), other, ckpt_path=path, weights_only=True) == [{}]
+
+
+def test_files_that_moved_are_the_same_text(files: list[str], tmp_path: Path) -> None:
+    data = module_for(files)
+    batch = next(iter(data.train_loader(3)))
+    data.on_before_batch_transfer(batch, 0)
+    state = data.state_dict()
+    (tmp_path / "elsewhere").mkdir()
+    moved = [str(Path(name).rename(tmp_path / "elsewhere" / Path(name).name)) for name in files]
+    again = module_for(moved)
+    again.load_state_dict(state)
+    assert len(list(again.train_loader(3))) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_length": 32}, "seq_length was 16 and is 32"),
+        ({"batch_size": 3, "seed": 5}, "batch_size was 2 and is 3; seed was 4 and is 5"),
+        ({"validation_sequences": 0}, "validation_sequences.* was True and is False"),
+        ({"text_column": "body"}, "text_column was 'text' and is 'body'"),
+    ],
+)
+def test_other_data_is_refused_at_resume(changes: dict[str, Any], message: str, files: list[str]) -> None:
+    state = module_for(files).state_dict()
+    with pytest.raises(UserError, match=message):
+        module_for(files, **changes).load_state_dict(state)
+
+
+def test_another_text_or_format_is_refused_at_resume(files: list[str], hub: str) -> None:
+    state = module_for(files).state_dict()
+    with pytest.raises(UserError, match=r"text was '0.jsonl \(\d+ bytes\), .* and is 'some/text \(train\)'"):
+        module_for(hub).load_state_dict(state)
+    with pytest.raises(UserError, match="has format 2, and this version of leap_pl reads 1"):
+        module_for(files).load_state_dict({**state, "format": 2})
+
+
+def test_a_run_without_end_is_refused(files: list[str]) -> None:
+    with pytest.raises(UserError, match=r"Give the number of optimizer steps with --trainer\.max_steps"):
+        fit(module_for(files), max_steps=-1, max_epochs=1)
+    with pytest.raises(UserError, match="No trainer is attached"):
+        module_for(files).train_dataloader()
+
+
+def test_validation_blocks_are_held_out(files: list[str]) -> None:
+    data = module_for(files, validation_sequences=4, batch_size=3)
+    batches = [batch["input_ids"] for batch in data.val_dataloader()]
+    assert [tuple(batch.shape) for batch in batches] == [(3, 16), (1, 16)]
+    assert torch.equal(
+        torch.cat(batches),
+        torch.cat([b["input_ids"] for b in module_for(files, validation_sequences=4, seed=9).val_dataloader()]),
+    )
+    held_out = TOKENIZER.decode(torch.cat(batches).flatten())
+    trained = [document.text for _, document in data.stream.source.documents(repeat=False)]
+    for document in held_out.split("<|end|>")[:-1]:
+        assert document not in trained
+
+
+def test_validation_on_another_text_leaves_training_all(files: list[str], hub: str) -> None:
+    data = module_for(files[:1], validation_text=files[1], validation_sequences=2)
+    assert "shard 1" in TOKENIZER.decode(next(iter(data.val_dataloader()))["input_ids"].flatten())
+    assert len(list(data.stream.source.documents(repeat=False))) == 30
+    blocks = next(iter(module_for(hub, validation_sequences=2).val_dataloader()))["input_ids"]
+    assert TOKENIZER.decode(blocks.flatten()).startswith("hub 2 0<|end|>hub 2 1<|end|>")
+
+
+def test_too_little_to_validate_on(files: list[str], tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"makes \d+ blocks of 16 tokens, not the 500"):
+        assert len(module_for(files, validation_sequences=500).val_dataloader()) > 1
+    (tmp_path / "short.txt").write_text("short")
+    short = module_for(files, validation_text=str(tmp_path / "short.txt"))
+    with pytest.raises(UserError, match=r"makes 6 tokens, and one block takes 16.*--data\.validation_text"):
+        short.val_dataloader()
+    none = module_for(files, validation_sequences=0)
+    assert none.val_dataloader() == []
+    fit(none, limit_val_batches=1.0, max_steps=1)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_validate_on_equally_many_blocks_without_doubles(
+    ranks: int, files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = torch.cat([b["input_ids"] for b in module_for(files, validation_sequences=7).val_dataloader()]).tolist()
+    got = []
+    for rank in range(ranks):
+        data = module_for(files, validation_sequences=7)
+        monkeypatch.setattr(data, "_rank", lambda rank=rank: (rank, ranks))
+        got.append(torch.cat([b["input_ids"] for b in data.val_dataloader()]).tolist())
+    assert all(len(blocks) == 7 // ranks for blocks in got)
+    assert [block for round_ in zip(*got, strict=True) for block in round_] == whole[: 7 // ranks * ranks]
+    data = module_for(files, validation_sequences=1)
+    monkeypatch.setattr(data, "_rank", lambda: (0, ranks))
+    with pytest.raises(UserError, match=f"makes 1 blocks, fewer than the {ranks} ranks"):
+        data.val_dataloader()
+
+
+def test_mistakes_are_told_before_the_run(files: list[str]) -> None:
+    with pytest.raises(UserError, match=r"There is no file missing\.jsonl"):
+        module_for("missing.jsonl").setup("fit")
+    with pytest.raises(UserError, match="has no column 'body'; it has: text"):
+        module_for(files[:1], text_column="body").setup("fit")
+
+
+def test_two_processes_see_the_blocks_of_one_with_twice_the_accumulation(files: list[str], tmp_path: Path) -> None:
+    whole = fit(module_for(files, batch_size=1), max_steps=3, accumulate_grad_batches=4).seen
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"""
+import json
+import sys
+import torch
+torch.set_num_threads(1)
+sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:3]]!r}
+from test_data_module import Recorder, Trainer, module_for
+module = Recorder()
+Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=3, accumulate_grad_batches=2, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+).fit(module, module_for({files!r}, batch_size=1))
+open({str(tmp_path)!r} + f"/rank{{module.global_rank}}.json", "w").write(json.dumps(module.seen))
+"""
+    )
+    subprocess.run(
+        [sys.executable, str(script)], check=True, timeout=300, capture_output=True, cwd=Path(__file__).parents[2]
+    )
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [batch for pair in zip(*ranks, strict=True) for batch in pair] == whole
+
+
+def test_workers_do_not_wait_for_the_tokenizers_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads forced on, and used before the fork, leave the workers a pool without threads."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    path = tmp_path / "text.txt"
+    path.write_text("some words to cut in blocks " * 200)
+    data = TextDataModule(
+        tokenizer=byte_tokenizer(), text=str(path), seq_length=16, validation_sequences=0, num_workers=2
+    )  # type: ignore[arg-type]
+    data.tokenizer(["used once"] * 64)
+    loader = data.train_loader(4)
+    loader.timeout = 60
+    assert len(list(loader)) == 4

@@ -1,0 +1,198 @@
+"""Zero-shot tasks on local data: lm-eval's prompts, this project's names, no network."""
+
+import json
+
+import pytest
+from tiny import byte_tokenizer, tiny_folder, tiny_model
+
+from leap_pl.cli.evaluate import evaluate_command
+from leap_pl.errors import UserError
+from leap_pl.evaluation import tasks as room
+from leap_pl.evaluation.local_tasks import LocalTasks
+from leap_pl.evaluation.tasks import evaluate_tasks, mean_accuracy
+
+SUBJECTS = ("anatomy", "virology")
+
+
+def rows(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    rows(
+        folder / "piqa" / "validation.jsonl",
+        [{"goal": f"cut {n}", "sol1": "a knife", "sol2": "a spoon", "label": n % 2} for n in range(6)],
+    )
+    question = {
+        "question": "Which is hot?",
+        "choices": {"text": ["ice", "fire"], "label": ["A", "B"]},
+        "answerKey": "B",
+    }
+    rows(folder / "arc_easy" / "validation.jsonl", [question] * 3)
+    winogrande = {"sentence": "Ann beat Bo, so _ won.", "option1": "Ann", "option2": "Bo", "answer": "1"}
+    rows(folder / "winogrande" / "validation.jsonl", [winogrande] * 4)
+    for subject in SUBJECTS:
+        question = {"question": "Where?", "subject": subject, "choices": ["a", "b", "c", "d"], "answer": 2}
+        for split in ("dev", "test"):
+            rows(folder / "mmlu" / subject / f"{split}.jsonl", [question] * 3)
+    return folder
+
+
+def score(tasks, folder, **options):
+    return evaluate_tasks(tiny_model(), byte_tokenizer(), tasks, tasks_folder=folder, batch_size=8, **options)
+
+
+def test_scores_are_complete_and_repeat(folder):
+    scores = score(["piqa", "arc_easy", "winogrande"], folder)
+    assert scores == score(["piqa", "arc_easy", "winogrande"], folder)
+    for task, questions in (("piqa", 6), ("arc_easy", 3), ("winogrande", 4)):
+        found = scores[task]
+        assert found["samples"] == len(found["correct"]) == questions
+        assert found["acc"] == pytest.approx(found["correct"].count("1") / questions)
+        assert (found["split"], found["source"], found["limit"], found["num_fewshot"]) == (
+            "validation",
+            "local",
+            None,
+            0,
+        )
+    assert "acc_norm_stderr" in scores["piqa"]
+    assert "acc_norm" not in scores["winogrande"]
+    mean = mean_accuracy(scores)
+    assert mean["value"] == pytest.approx(sum(found["acc"] for found in scores.values()) / 3)
+    assert not mean["paper"]
+
+
+def test_limit_is_marked(folder):
+    found = score(["piqa"], folder, limit=2)["piqa"]
+    assert (found["samples"], found["limit"]) == (2, 2)
+
+
+def test_task_of_a_group_is_found_in_the_groups_folder(folder):
+    scores = score([f"mmlu_{subject}" for subject in SUBJECTS], folder)
+    for found in scores.values():
+        assert (found["samples"], found["split"], found["source"]) == (3, "test", "local")
+
+
+def test_group_has_the_answers_of_all_its_tasks_and_a_tag_their_mean():
+    leaf = {"test_split": "test"}
+    found = {
+        "results": {
+            "a": {"alias": "a", "acc,none": 1.0, "acc_stderr,none": 0.0},
+            "b": {"alias": "b", "acc,none": 0.25, "acc_stderr,none": 0.25},
+            "group": {"alias": "group", "acc,none": 0.4, "acc_stderr,none": 0.2},
+        },
+        "group_subtasks": {"group": ["b", "a"], "tag": ["a", "b"]},
+        "configs": {"a": leaf, "b": leaf},
+        "n-samples": {"a": {"effective": 1}, "b": {"effective": 4}},
+        "n-shot": {"a": 0, "b": 0},
+        "versions": {"a": 1.0, "b": 1.0, "group": 2},
+        "samples": {"a": [{"doc_id": 0, "acc": 1.0}], "b": [{"doc_id": n, "acc": float(n == 2)} for n in (3, 2, 1, 0)]},
+    }
+    group = room._scores("group", found)
+    assert (group["acc"], group["acc_stderr"], group["version"]) == (0.4, 0.2, 2)
+    assert (group["samples"], group["correct"], group["split"]) == (5, "10010", "test")
+    tag = room._scores("tag", found)
+    assert tag["acc"] == pytest.approx((1 + 4 * 0.25) / 5)
+    assert tag["acc_stderr"] == pytest.approx(4 * 0.25 / 5)
+
+
+def test_definition_changes_nothing_but_the_data(folder):
+    from lm_eval.tasks import TaskManager
+
+    where = {
+        "dataset_path",
+        "dataset_name",
+        "dataset_kwargs",
+        "training_split",
+        "validation_split",
+        "test_split",
+        "tag",
+    }
+    for task in ("piqa", "arc_easy", "winogrande"):
+        with LocalTasks.found_in(folder, [task]) as local:
+            defined = TaskManager(include_path=str(local.folder), include_defaults=False).task_index[task]
+        from leap_pl.evaluation.local_tasks import _stock_index
+
+        stock = _stock_index(task)[task].cfg
+        assert {k: v for k, v in defined.cfg.items() if k not in where} == {
+            k: v for k, v in stock.items() if k not in where
+        }
+
+
+def test_command_reads_the_folder_and_writes_the_scores(folder, tmp_path, capsys):
+    base = tiny_folder(tmp_path / "base")
+    output = tmp_path / "r.json"
+    evaluate_command(
+        model=str(base), tasks="piqa,arc_easy", tasks_folder=str(folder), limit=3, batch_size=8, output=str(output)
+    )
+    result = json.loads(output.read_text())
+    assert 0 <= result["tasks"]["piqa"]["acc"] <= 1
+    assert result["mean"]["tasks"] == ["arc_easy", "piqa"]
+    assert "a quick look: the first 3" in capsys.readouterr().out
+
+
+def test_local_folder_without_data_is_told(tmp_path):
+    (tmp_path / "piqa").mkdir()
+    with pytest.raises(UserError, match="holds no split"):
+        score(["piqa"], tmp_path)
+    rows(tmp_path / "piqa" / "train.jsonl", [{"goal": "x"}])
+    with pytest.raises(UserError, match="scored on another split"):
+        score(["piqa"], tmp_path)
+
+
+def test_unknown_task_is_told_with_near_names():
+    said = room._unknown(["piqaa"], ["piqa", "arc_easy"])
+    assert "no task piqaa" in said
+    assert "Near it: piqa." in said
+
+
+def test_tasks_are_looked_for_before_a_model_is(folder, tmp_path):
+    room.check_tasks(["piqa", "mmlu_anatomy", "hellaswag", "wikitext"], folder)
+    for task, says in (("piqaa", "no task piqaa"), ("boolq", "holds no split")):
+        (tmp_path / "boolq").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=says):
+            evaluate_command(model="./gone", tasks=f"arc_easy,{task}", tasks_folder=str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_answer_longer_than_the_model_reaches_is_one_line(family, folder, tmp_path):
+    positions = {"gpt2": "n_positions"}.get(family, "max_position_embeddings")
+    base = tiny_folder(tmp_path / "base", family, **{positions: 4})
+    with pytest.raises(UserError, match="has 4 positions, and a question of --tasks has an answer with more") as caught:
+        evaluate_command(model=str(base), tasks="piqa", tasks_folder=str(folder))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(AssertionError, match="another"), room._in_reach_of(4):
+        raise AssertionError("another")
+
+
+def test_hub_out_of_reach_is_one_line():
+    def attempt(error, remote):
+        with room._reaching(remote):
+            raise error
+
+    with pytest.raises(UserError, match="make assets-eval"):
+        attempt(ConnectionError("no route\nto host"), ["boolq"])
+    with pytest.raises(UserError, match="names a task twice"):
+        attempt(ValueError("Duplicate task 'a': found in both 'b' and 'c'"), [])
+    with pytest.raises(ZeroDivisionError):
+        attempt(ZeroDivisionError(), ["boolq"])
+    with pytest.raises(FileNotFoundError):
+        attempt(FileNotFoundError("a local file"), [])
+
+
+def test_missing_tasks_folder_is_told(tmp_path):
+    base = tiny_folder(tmp_path / "base")
+    with pytest.raises(UserError, match="make assets-eval"):
+        evaluate_command(model=str(base), tasks="piqa", tasks_folder=str(tmp_path / "gone"))
+
+
+def test_paper_mean_needs_all_six_without_a_limit():
+    whole = {task: {"acc": 0.5, "acc_stderr": 0.1, "limit": None} for task in room.PAPER_TASKS}
+    mean = mean_accuracy(whole)
+    assert mean["paper"]
+    assert mean["stderr"] == pytest.approx(0.1 / 6**0.5)
+    assert not mean_accuracy({**whole, "piqa": {"acc": 0.5, "limit": 10}})["paper"]
+    assert mean_accuracy({"gsm8k": {"exact_match": 1.0, "limit": None}}) is None

@@ -1,0 +1,306 @@
+"""The headline experiment on a tiny model: every kind of cell, going on, what is done again, the report."""
+
+import json
+import shutil
+
+import pytest
+from tiny_experiment import (
+    CELLS,
+    SCORED_CELLS,
+    STEP,
+    cells,
+    change,
+    in_this_process,
+    results,
+    runner,
+    verbs,
+)
+
+from experiments.headline import running
+from experiments.headline.running import last_line, run_command
+from leap_pl.errors import UserError
+from leap_pl.masks import MaskSet
+
+# -- the whole of it ------------------------------------------------------------------------------------------
+
+
+def test_every_cell_is_made_and_measured(experiment_done):
+    folder, ran = experiment_done
+    found = cells(folder)
+    assert sorted(found) == sorted(CELLS)
+    # dense: perplexity of two lengths, tasks of two limits; a cell at .6 has no tasks.
+    assert [verb for verb, cell in verbs(ran) if cell == "dense"] == ["evaluate"] * 4
+    assert [verb for verb, cell in verbs(ran) if cell == "admm-60"] == ["prune", "evaluate", "evaluate"]
+    assert [verb for verb, cell in verbs(ran) if cell == "leap-50"] == ["fit"] + ["evaluate"] * 4
+    like, unlike = (str(folder / f"{name}.jsonl") for name in ("like", "unlike"))
+    for name, result in found.items():
+        assert {like, unlike} <= set(result["perplexity"])
+        assert (result["perplexity"][like]["tokens"], result["perplexity"][unlike]["tokens"]) == (256, 192)
+        assert result["perplexity"][like]["seq_length"] == 32
+        tasks = {"piqa": 4, "arc_easy": None} if name in SCORED_CELLS else {}
+        assert {task: score["limit"] for task, score in result["tasks"].items()} == tasks
+        assert result["model"]["fingerprint"] == found["dense"]["model"]["fingerprint"]
+        assert result["sparsity"]["global"] == pytest.approx(result["cell"]["sparsity"] or 0, abs=0.02)
+    assert (found["leap-50"]["cell"]["tokens"], found["distill-50"]["cell"]["tokens"]) == (6 * STEP, 4 * STEP)
+    assert found["leap-50"]["cell"]["calibration_tokens"] == found["wanda-50"]["cell"]["calibration_tokens"] == 4 * 32
+    assert found["distill-50"]["cell"]["settings"]["model"]["objective"] == {"lm": 0, "distillation": 1}
+    assert [found[name]["method"] for name in ("dense", "wanda-50", "admm-50", "leap-50")] == [
+        "dense",
+        "wanda",
+        "admm",
+        "leap",
+    ]
+
+
+def test_pattern_and_prior_are_what_the_row_says(experiment_done):
+    folder, _ = experiment_done
+    mask = MaskSet.load(folder / "runs" / "wanda-2of4-50" / "made" / "mask.safetensors")
+    for bits in mask.masks.values():
+        assert (bits.view(-1, 4).sum(1) == 2).all()
+    learned = MaskSet.load(folder / "runs" / "leap-60" / "made" / "mask.safetensors")
+    prior = MaskSet.load(folder / "runs" / "leap-60" / "made" / "prior.safetensors")
+    wanda = MaskSet.load(folder / "runs" / "wanda-60" / "made" / "mask.safetensors")
+    assert all((bits == wanda.masks[name]).all() for name, bits in prior.masks.items())
+    assert learned.provenance.config["prior"]["graded"] is True  # of the shared config, beside the row's mask
+    assert any(file.name.startswith("squares-") for file in (folder / "kept").iterdir())
+    told = cells(folder)["leap-60"]["cell"]
+    differing = sum(int((bits != wanda.masks[name]).sum()) for name, bits in learned.masks.items())
+    assert told["overlap"]["changed"] == pytest.approx(differing / learned.total)
+    assert differing > 0
+    assert not (folder / "runs" / "leap-60" / "checkpoints").exists()
+
+
+def test_weights_are_updated_under_the_better_mask(experiment_done):
+    folder, _ = experiment_done
+    found = cells(folder)
+    text = str(folder / "validation.jsonl")
+    better = min(("leap-50", "distill-50"), key=lambda name: found[name]["perplexity"][text]["value"])
+    told = found["update-50"]["cell"]
+    assert told["kept"] == better
+    assert told["tokens"] == found[better]["cell"]["tokens"]
+    kept = MaskSet.load(folder / "runs" / better / "made" / "mask.safetensors")
+    mask = MaskSet.load(folder / "runs" / "update-50" / "made" / "mask.safetensors")
+    assert all((bits == mask.masks[name]).all() for name, bits in kept.masks.items())
+    like = str(folder / "like.jsonl")
+    assert found["update-50"]["perplexity"][like]["value"] != found[better]["perplexity"][like]["value"]
+
+
+def test_a_second_run_runs_nothing_and_writes_the_same(experiment_done, monkeypatch):
+    folder, _ = experiment_done
+    ran = in_this_process(monkeypatch)
+    before = {path: path.read_bytes() for path in (folder / "docs").rglob("*") if path.is_file()}
+    assert results(folder) == 0
+    assert ran == []
+    assert {path: path.read_bytes() for path in (folder / "docs").rglob("*") if path.is_file()} == before
+
+
+# -- what is done again ---------------------------------------------------------------------------------------
+
+
+MEASURED = ["perplexity-256", "perplexity-192"]
+SCORED = ["tasks-4", "tasks-all"]
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "to", "expected"),
+    [
+        ("tiny.yaml", ("rows", "leap", "title"), "another name", {}),
+        ("learn.yaml", ("progress", "refresh_seconds"), 5, {}),
+        ("learn.yaml", ("trainer", "val_check_interval"), 3, {}),
+        ("tiny.yaml", ("texts", "unlike", "max_tokens"), 160, {name: ["perplexity-160"] for name in CELLS}),
+        ("tiny.yaml", ("tasks", "piqa"), 5, {name: ["tasks-5"] for name in SCORED_CELLS}),
+        ("tiny.yaml", ("evaluate", "num_fewshot"), 1, dict.fromkeys(SCORED_CELLS, SCORED)),
+        ("tiny.yaml", ("evaluate", "stride"), 16, dict.fromkeys(CELLS, MEASURED)),
+        (
+            "tiny.yaml",
+            ("rows", "distill", "fit", "model", "warmup_steps"),
+            2,
+            {"distill-50": ["make", "overlap", *MEASURED], "update-50": None},
+        ),
+        (
+            "tiny.yaml",
+            ("rows", "leap", "each"),
+            {0.6: {"fit": {"data": {"seed": 3}}}},
+            {"leap-60": ["make", "overlap", *MEASURED]},
+        ),
+        # A prior takes with it what was learned from it.
+        (
+            "tiny.yaml",
+            ("rows", "wanda", "each"),
+            {0.6: {"prune": {"sequences": 3}}},
+            {"wanda-60": ["make", *MEASURED], "leap-60": ["make", "overlap", *MEASURED]},
+        ),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_a_changed_setting_does_again_what_it_touches(again, file, keys, to, expected):
+    folder, _ = again
+    change(folder / file, *keys, to=to)
+    found, left = runner(folder), {}
+    for cell in found.experiment.cells.values():
+        steps_of = found.all_steps(cell)
+        undone = None if steps_of is None else [step.name for step in steps_of if not found.is_done(cell, step)]
+        if undone != []:
+            left[cell.name] = undone
+    if left.get("update-50", []) is None:
+        # What it keeps is known once the others are measured again.
+        expected = {**expected, "update-50": None}
+    assert left == expected
+
+
+def test_other_settings_put_a_learned_cell_away_and_the_old_ones_take_it_back(again):
+    folder, ran = again
+    before = cells(folder)["leap-60"]
+    change(folder / "tiny.yaml", "rows", "leap", "each", to={0.6: {"tokens": 3 * STEP}})
+    assert results(folder, "--only", "leap-60") == 0
+    assert ("fit", "leap-60") in verbs(ran)
+    assert cells(folder)["leap-60"]["cell"]["tokens"] == 3 * STEP
+    ran.clear()
+    change(folder / "tiny.yaml", "rows", "leap", "each", to={})
+    assert results(folder, "--only", "leap-60") == 0
+    assert ran == []
+    assert cells(folder)["leap-60"] == before
+
+
+def test_only_some_cells_and_what_they_need(again, capsys):
+    folder, ran = again
+    shutil.rmtree(folder / "runs")
+    shutil.rmtree(folder / "docs")
+    assert results(folder, "--only", "leap-6*", "--only", "dense") == 0
+    assert {cell for _, cell in verbs(ran)} == {"dense", "wanda-60", "leap-60"}
+    assert sorted(cells(folder)) == ["dense", "leap-60", "wanda-60"]
+    capsys.readouterr()
+    assert results(folder, "--list") == 0
+    said = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert said["leap-60"].endswith(f"{6 * STEP + 5:,} tokens  done")
+    assert said["admm-60"].endswith("left: make, perplexity-256, perplexity-192")
+    assert said["update-50"].endswith("waits for leap-50, distill-50")
+    assert said[f"{6 * STEP + 5 + 4 * STEP:,}"]
+    assert results(folder, "--only", "nothing") == 2
+    assert "fits no cell" in capsys.readouterr().err
+
+
+def test_a_cell_made_elsewhere_is_not_made_again(again, capsys):
+    folder, ran = again
+    before = cells(folder)
+    shutil.rmtree(folder / "runs")  # another machine, to which only the cells' files came
+    assert results(folder) == 0
+    assert ran == []
+    assert cells(folder) == before
+    capsys.readouterr()
+    assert results(folder, "--list") == 0
+    *said, left = capsys.readouterr().out.splitlines()
+    assert all(line.endswith("  done") for line in said)
+    assert left.startswith("0 training tokens")
+    # One that is not told of is made, from the mask of what it needs, and nothing else.
+    (folder / "docs" / "results" / "cells" / "leap-60.json").unlink()
+    assert results(folder) == 0
+    assert verbs(ran) == [("prune", "wanda-60"), ("fit", "leap-60"), *[("evaluate", "leap-60")] * 2]
+    assert sorted(cells(folder)) == sorted(before)
+    assert cells(folder)["wanda-60"] == before["wanda-60"]
+    assert "the mask made here" not in capsys.readouterr().err
+    # The best of others is known without making them: that one's mask is made, from its prior's.
+    ran.clear()
+    kept = before["update-50"]["cell"]["kept"]
+    (folder / "docs" / "results" / "cells" / "update-50.json").unlink()
+    of_another_processor = before["wanda-50"] | {"cell": before["wanda-50"]["cell"] | {"mask": "another"}}
+    (folder / "docs" / "results" / "cells" / "wanda-50.json").write_text(json.dumps(of_another_processor))
+    assert results(folder) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "the mask made here is not" in line]
+    assert len(said) == 1
+    assert "wanda-50: the mask" in said[0]
+    assert verbs(ran)[:3] == [("prune", "wanda-50"), ("fit", kept), ("prune", "update-50")]
+    assert {cell for _, cell in verbs(ran)[3:]} == {"update-50"}
+    assert sorted(cells(folder)) == sorted(before)
+    assert cells(folder)["update-50"]["cell"]["kept"] == kept
+    # Other settings make it new.
+    ran.clear()
+    change(folder / "tiny.yaml", "rows", "admm", "each", to={0.6: {"prune": {"sequences": 3}}})
+    assert results(folder) == 0
+    assert {cell for _, cell in verbs(ran)} == {"admm-60"}
+
+
+def test_a_cell_made_elsewhere_is_shown_as_the_experiment_shows_it_today(again):
+    folder, ran = again
+    shutil.rmtree(folder / "runs")
+    before = cells(folder)
+    change(folder / "tiny.yaml", "rows", "leap", "title", to="another name")
+    change(folder / "tiny.yaml", "rows", "admm", "sparsity", to=[0.5])  # those below it move up
+    assert results(folder) == 0
+    assert ran == []
+    after, experiment = cells(folder), list(runner(folder).experiment.cells)
+    assert sorted(after) == sorted(experiment) == sorted(before.keys() - {"admm-60"})
+    for name, told in after.items():
+        title = "another name" if name.startswith("leap") else before[name]["cell"]["title"]
+        shown = {"title": title, "order": experiment.index(name)}
+        assert told == before[name] | {"cell": before[name]["cell"] | shown}
+    assert "another name" in (folder / "docs" / "results.md").read_text()
+
+
+def test_one_that_fails_stops_only_what_needs_it(again, capsys):
+    folder, _ = again
+    change(folder / "tiny.yaml", "rows", "wanda", "each", to={0.5: {"prune": {"no_such_option": 1}}})
+    assert results(folder) == 1
+    said = capsys.readouterr().err
+    assert "leap-50: needs wanda-50, which failed" in said
+    assert "update-50: needs leap-50, distill-50, which failed" in said
+    assert sorted(cells(folder)) == sorted({*CELLS} - {"wanda-50", "leap-50", "distill-50", "update-50"})
+
+
+# -- stopping and going on ------------------------------------------------------------------------------------
+
+
+def test_a_stopped_learned_cell_goes_on_and_ends_the_same(again, monkeypatch):
+    folder, _ = again
+    monkeypatch.setattr(running, "run_command", run_command)  # processes again
+    change(folder / "tiny.yaml", "rows", "leap", "each", to={0.6: {"tokens": 60 * STEP}})
+    change(folder / "tiny.yaml", "learn", "checkpoint_tokens", to=5 * STEP)
+    found = runner(folder)
+    cell = found.experiment.cells["leap-60"]
+    shown = []
+
+    def stop(progress):
+        shown.append(last_line(progress.log))
+        if found.steps.checkpoint(cell) is not None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running._Progress, "show", stop)
+        with pytest.raises(KeyboardInterrupt):
+            results(folder, "--only", "leap-60")
+    saved = found.steps.checkpoint(cell)
+    assert saved is not None
+    assert not found.is_finished(cell)
+    assert any("goes on from step=" in line for line in found.lines([cell]))
+    assert any("learning the mask" in line for line in shown)
+
+    ran = in_this_process(monkeypatch)
+    saved_seconds = saved.stat().st_mtime - found.record(cell)["make"]["began"]
+    assert results(folder, "--only", "leap-60") == 0
+    assert ran[0] == ["fit", "--config", str(folder / "runs" / "leap-60" / "fit.yaml"), "--ckpt_path", ran[0][-1]]
+    stopped = MaskSet.load(found.steps.mask(cell))
+    told = cells(folder)["leap-60"]["cell"]
+    assert told["tokens"] == 60 * STEP
+    assert told["seconds"] > saved_seconds > 0  # what the stopped session saved counts too
+
+    shutil.rmtree(folder / "runs" / "leap-60")
+    (folder / "docs" / "results" / "cells" / "leap-60.json").unlink()
+    assert results(folder, "--only", "leap-60") == 0
+    assert "--ckpt_path" not in ran[-3]
+    whole = MaskSet.load(found.steps.mask(cell))
+    assert all((bits == whole.masks[name]).all() for name, bits in stopped.masks.items())
+
+
+def test_a_process_that_fails_is_told_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"dense: leap_pl evaluate failed: .*Nothing to measure.*log"):
+        run_command(["evaluate", "--model", "x"], tmp_path / "log", "dense")
+
+
+def test_two_at_once_are_refused(again, capsys):
+    folder, _ = again
+    import fcntl
+
+    with (folder / "runs" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert results(folder) == 2
+    assert "another process works in" in capsys.readouterr().err

@@ -1,0 +1,209 @@
+"""The report of the headline experiment: its figures are those of the cells; and what a definition may say."""
+
+import re
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_experiment import CELLS, SCORED_CELLS, cells, change, results, runner
+
+from experiments.headline import steps
+from experiments.headline.__main__ import main
+from experiments.headline.experiment import laid_over, read_experiment
+from experiments.headline.measured import Group, read_cells
+from experiments.headline.report import shared_settings, without
+from experiments.headline.tables import difference_table
+from leap_pl.cli.main import main as leap_pl
+from leap_pl.oneshot.prune import UPDATING
+
+# -- the report -----------------------------------------------------------------------------------------------
+
+
+def number(cell):
+    return float(re.match(r"[-+]?[\d.,]+", cell)[0].replace(",", ""))
+
+
+def section(page, heading):
+    """The rows of the tables below a heading: first cell → cells, as the page shows them."""
+    text = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    parts = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    ends = [n for n, row in enumerate(parts) if row[0] == "---"] + [len(parts) + 1]
+    return [{row[0]: row[1:] for row in parts[start + 1 : end - 1]} for start, end in pairwise(ends)]
+
+
+def test_figures_of_the_report_are_those_of_the_cells(experiment_done):
+    folder, _ = experiment_done
+    found, page = cells(folder), (folder / "docs" / "results.md").read_text()
+    texts = [str(folder / f"{name}.jsonl") for name in ("like", "unlike")]
+    value = {name: [result["perplexity"][text]["value"] for text in texts] for name, result in found.items()}
+    main_rows, differences = section(page, "50%")
+    titles = {"dense": "dense", "Wanda": "wanda-50", "admm *": "admm-50"}
+    titles |= {"LEAP, LM": "leap-50", "distill": "distill-50", "update": "update-50"}
+    assert list(main_rows) == list(titles)
+    for title, name in titles.items():
+        sparsity, tokens, calibration, like, like_gap, unlike, unlike_gap, accuracy, minutes = main_rows[title]
+        result = found[name]
+        assert number(sparsity) == pytest.approx(100 * result["sparsity"]["global"], abs=0.005)
+        assert [number(like), number(unlike)] == pytest.approx(value[name], abs=0.005)
+        assert number(like.split("±")[1].strip()) == pytest.approx(result["perplexity"][texts[0]]["stderr"], abs=0.005)
+        if name in SCORED_CELLS:
+            assert number(accuracy) == pytest.approx(100 * result["mean"]["value"], abs=0.005)
+        else:
+            assert accuracy == ""
+        assert (tokens, calibration) == tuple(
+            f"{result['cell'][key]:,}" if result["cell"][key] else "" for key in ("tokens", "calibration_tokens")
+        )
+        for gap, n in ((like_gap, 0), (unlike_gap, 1)):
+            if name in ("dense", "wanda-50", "admm-50"):
+                assert gap == ""
+            else:
+                reference, dense = value["admm-50"][n], value["dense"][n]
+                closed = (reference - value[name][n]) / (reference - dense)
+                assert number(gap) == pytest.approx(100 * closed, abs=0.05)
+        if name != "dense":
+            assert number(minutes) == pytest.approx(result["cell"]["seconds"] / 60, abs=0.05)
+    assert list(differences) == ["LEAP, LM", "distill", "update"]
+    for title, (like, _, accuracy) in differences.items():
+        best = min(value["wanda-50"][0], value["admm-50"][0])
+        assert number(like) == pytest.approx(value[titles[title]][0] - best, abs=0.005)
+        if title == "distill":
+            assert accuracy == ""
+            continue
+        mean = max(found[name]["mean"]["value"] for name in ("wanda-50", "admm-50"))
+        assert number(accuracy) == pytest.approx(100 * (found[titles[title]]["mean"]["value"] - mean), abs=0.005)
+    # Without tasks, and of another pattern.
+    assert list(section(page, "60%")[0]) == ["dense", "Wanda", "admm *", "LEAP, LM"]
+    assert list(section(page, "50%, 2:4")[0]) == ["dense", "wanda-2of4"]
+    (learned,) = re.findall(r"while a mask was learned: float32 \((.*?)\)\.", page)
+    assert set(learned.split(", ")) == {"`leap-50`", "`leap-60`", "`distill-50`"}
+    (by_task,) = section(page, "Accuracy by task")
+    assert number(by_task["Wanda, 50%"][1]) == pytest.approx(100 * found["wanda-50"]["tasks"]["piqa"]["acc"], abs=0.05)
+
+
+def test_a_row_without_a_baseline_of_its_pattern_has_no_difference(experiment_done):
+    folder, _ = experiment_done
+    found = {measured.cell["name"]: measured for measured in read_cells(folder / "docs" / "results" / "cells")}
+    rows = [found[name] for name in ("wanda-50", "leap-50", "wanda-2of4-50")]
+    table = difference_table(Group(0.5, "unstructured", rows, found["dense"])).splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["LEAP, LM"]
+    assert difference_table(Group(0.5, "2:4", rows[2:], found["dense"])) == ""
+
+
+def test_report_is_written_again_from_the_cells_alone(experiment_done, tmp_path):
+    folder, _ = experiment_done
+    docs = tmp_path / "docs" / "results"
+    shutil.copytree(folder / "docs" / "results" / "cells", docs / "cells")
+    (docs / "notes.md").write_text("By hand: nothing helped.\n")
+    assert main(["--report", "--from", str(docs / "cells"), "--docs", str(docs)]) == 0
+    page, before = (tmp_path / "docs" / "results.md").read_text(), (folder / "docs" / "results.md").read_text()
+    head, _, notes = page.partition("## What did not work\n\n")
+    assert head == before.partition("## What did not work\n\n")[0]
+    assert notes == (docs / "notes.md").read_text() == "By hand: nothing helped.\n"
+    pictures = set(re.findall(r"\(results/([a-z0-9-]+\.png)\)", page))
+    assert {"perplexity-1-alike.png", "perplexity-2-unlike.png", "accuracy.png", "overlap.png"} < pictures
+    forms = [(folder / "docs" / "results" / f"forms-{name}.svg").read_text() for name in ("1-alike", "2-unlike")]
+    assert all("wanda-2of4 2:4" in told and "LEAP, LM" not in told for told in forms)
+    assert {"forms-1-alike.png", "forms-2-unlike.png"} < pictures
+    assert len([name for name in pictures if name.startswith("density")]) == 2  # the best at each sparsity
+    for name in pictures:
+        assert (docs / name).read_bytes() == (folder / "docs" / "results" / name).read_bytes()
+
+
+def test_configs_in_the_report_are_those_that_ran(experiment_done):
+    folder, _ = experiment_done
+    docs = folder / "docs" / "results"
+    page = docs.with_suffix(".md").read_text()
+    parts = [yaml.safe_load(part) for part in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    names = re.findall(r"`(\S+)` says besides", page)
+    assert names == ["leap-50", "leap-60", "distill-50"]
+    for name, own in zip(names, parts[1:], strict=True):
+        ran = yaml.safe_load((folder / "runs" / name / "fit.yaml").read_text())
+        assert laid_over(parts[0], own) == ran == yaml.safe_load((docs / "configs" / f"{name}.yaml").read_text())
+    for words in runner(folder).record(runner(folder).experiment.cells["leap-50"]).values():
+        assert f"leap_pl {' '.join(words['words'])}" in page
+
+
+def test_cells_can_be_compared_as_they_are(experiment_done, tmp_path, capsys):
+    folder, _ = experiment_done
+    files = [str(path) for path in (folder / "docs" / "results" / "cells").glob("*-50.json")]
+    leap_pl(["compare", *[f"--results+={path}" for path in files], "--output_dir", str(tmp_path / "page")])
+    assert "leap 50% (leap-50)" in capsys.readouterr().out
+
+
+def test_shared_and_own_settings_make_the_whole():
+    settings = [{"a": {"x": 1, "y": 2}, "b": [1], "c": 3}, {"a": {"x": 1, "y": 3}, "b": [1]}]
+    shared = shared_settings(settings)
+    assert shared == {"a": {"x": 1}, "b": [1]}
+    assert [laid_over(shared, without(one, shared)) for one in settings] == settings
+
+
+# -- the definition -------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_definition():
+    folder = Path(__file__).parents[2] / "configs" / "results"
+    experiment = read_experiment(folder / "headline.yaml")
+    rows = {cell.row: [] for cell in experiment.cells.values()}
+    for cell in experiment.cells.values():
+        rows[cell.row].append(cell.sparsity)
+    for row in ("magnitude", "wanda", "sparsegpt", "admm", "leap-lm", "leap-distill", "leap-update"):
+        assert rows[row] == [0.5, 0.6, 0.7]
+    tasks = {cell.name for cell in experiment.cells.values() if not cell.tasks}
+    assert tasks == {name for name in experiment.cells if name.endswith(("-70", "-45"))}
+    for row in ("magnitude-2of4", "wanda-2of4", "sparsegpt-2of4", "admm-2of4", "maskllm"):
+        assert rows[row] == [0.5]
+        assert experiment.cells[f"{row}-50"].table == "2:4"
+    assert rows["patch"] == rows["leap-any"] == [0.45]
+    assert set(experiment.tasks) == {"mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa"}
+    assert {cell.tokens for cell in experiment.cells.values() if cell.fit is not None} == {500_000, 2_000_000}
+    assert steps.UPDATING == UPDATING
+
+
+@pytest.mark.parametrize(
+    ("keys", "to", "said"),
+    [
+        (("rows", "wanda", "sparsty"), [0.5], "row wanda in .* says sparsty"),
+        (("rows", "wanda", "sparsity"), 0.5, "Give a list of numbers"),
+        (("rows", "wanda", "sparsity"), [50], "between 0 and 1"),
+        (("rows", "wanda", "fit"), {}, "both prune and fit"),
+        (("rows", "dense", "sparsity"), [0.5], "has prune or fit"),
+        (("rows", "wanda-2of4", "prune", "pattern"), 124, "in quotes"),
+        (("rows", "leap", "prior"), "sparsegpt", "needs sparsegpt-50, which no row makes"),
+        (("rows", "leap", "prior"), "distill", "needs distill-60|a prior is a one-shot row's mask"),
+        (("rows", "update", "best_of"), ["wanda"], "best_of names learned rows"),
+        (("rows", "leap", "tokens"), -1, "at least 1"),
+        (("rows", "Big"), {}, "small letters"),
+        (("learn", "tokens"), "many", "number of tokens"),
+        (("learn", "config"), "nowhere.yaml", "nowhere.yaml cannot be read"),
+        (("texts", "like"), {"max_tokens": 5}, "lacks text"),
+        (("texts", "other"), "x", "says other"),
+        (("tasks",), ["piqa"], "is to be a mapping"),
+    ],
+)
+def test_mistakes_in_a_definition_are_told_in_one_line(again, capsys, keys, to, said):
+    folder, ran = again
+    change(folder / "tiny.yaml", *keys, to=to)
+    assert results(folder, "--list") == 2
+    message = capsys.readouterr().err
+    assert re.search(said, message)
+    assert message.count("\n") == 1
+    assert not ran
+
+
+def test_a_missing_text_is_named_and_nothing_is_lost(again, capsys):
+    folder, _ = again
+    change(folder / "tiny.yaml", "texts", "like", "text", to="nowhere.jsonl")
+    assert results(folder, "--report") == 2
+    assert "make assets assets-eval" in capsys.readouterr().err
+    assert sorted(cells(folder)) == sorted(CELLS)
+
+
+def test_another_class_brings_its_own_settings():
+    below = {"gate": {"class_path": "A", "init_args": {"a": 1}}, "x": {"y": 1}}
+    same = laid_over(below, {"gate": {"class_path": "A", "init_args": {"b": 2}}})
+    other = laid_over(below, {"gate": {"class_path": "B"}})
+    assert same["gate"] == {"class_path": "A", "init_args": {"a": 1, "b": 2}}
+    assert other == {"gate": {"class_path": "B"}, "x": {"y": 1}}
+    assert below["gate"]["class_path"] == "A"

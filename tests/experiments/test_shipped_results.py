@@ -1,0 +1,96 @@
+"""The figures in the repository are those of its cells."""
+
+import json
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from experiments.headline.experiment import read_experiment
+from experiments.headline.report import write_report
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+
+def test_the_report_is_that_of_the_cells_and_the_notes(tmp_path: Path) -> None:
+    docs = tmp_path / "results"
+    docs.mkdir()
+    shutil.copy(RESULTS / "notes.md", docs)
+    page = write_report(RESULTS / "cells", docs)
+    assert page.read_text(encoding="utf-8") == RESULTS.with_suffix(".md").read_text(encoding="utf-8")
+    for kind in ("*.png", "*.svg", "configs/*.yaml"):
+        shipped, written = ({path.relative_to(folder) for path in folder.glob(kind)} for folder in (RESULTS, docs))
+        assert shipped == written != set()
+
+
+def test_the_readme_tells_figures_of_the_cells() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^(\|.*\| cell \|\n\|[-|]+\n(?:\|.*\|\n)+)", text, re.MULTILINE)
+    assert len(tables) == 2
+    for table in tables:
+        columns, _, *rows = ([cell.strip(" *`") for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        assert len(rows) >= 4
+        for row in rows:
+            told = dict(zip(columns, row, strict=True))
+            cell = json.loads((RESULTS / "cells" / f"{told['cell']}.json").read_text(encoding="utf-8"))
+            values = {Path(path).parts[1]: text["value"] for path, text in cell["perplexity"].items() if "test" in path}
+            assert told["Wikipedia (like)"] == f"{values['wikipedia']:.2f}"
+            assert told["how-to (unlike)"] == f"{values['howto']:.2f}"
+            assert re.sub(r"\D", "", told["sparsity"]) == told["cell"].rpartition("-")[2].replace("dense", "")
+            if "mean accuracy of 6 tasks" in told:
+                mean = cell["mean"]  # of the sparsities that are for perplexity only there is none
+                accuracy = f"{mean['value']:.1%} ± {100 * mean['stderr']:.1f}" if mean else ""
+                assert told["mean accuracy of 6 tasks"] == accuracy
+
+
+def test_the_cells_are_those_of_the_shipped_experiment() -> None:
+    experiment = read_experiment(ROOT / "configs" / "results" / "headline.yaml")
+    told = [json.loads(path.read_text(encoding="utf-8"))["cell"] for path in (RESULTS / "cells").glob("*.json")]
+    assert {cell["name"]: (cell["order"], cell["title"]) for cell in told} == {
+        name: (order, cell.title) for order, (name, cell) in enumerate(experiment.cells.items())
+    }
+
+
+@cache
+def figures() -> dict[str, list[str]]:
+    """Of every cell of the headline experiment the perplexities of its two texts as documents show them, and then the
+    mean accuracy, the parts of ADMM's gap to the dense model that are closed, and the share of bits that changed.
+    """
+    read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / "cells").glob("*.json")}
+    perplexity = {
+        name: [result["perplexity"][result["cell"]["texts"][role]["text"]]["value"] for role in ("like", "unlike")]
+        for name, result in read.items()
+    }
+    found = {name: [f"{value:.2f}" for value in values] for name, values in perplexity.items()}
+    for name, result in read.items():
+        if result.get("mean"):
+            found[name].append(f"{100 * result['mean']['value']:.1f}%")
+        reference = f"admm-{name.rpartition('-')[2]}"
+        if reference in read and result["cell"]["table"] == "unstructured":
+            for value, dense, admm in zip(*(perplexity[cell] for cell in (name, "dense", reference)), strict=True):
+                found[name].append(f"{(admm - value) / (admm - dense):.1%}")
+        if result["cell"]["overlap"]:
+            found[name].append(f"{result['cell']['overlap']['changed']:.1%}")
+    return found
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/results/notes.md", "docs/tuning.md"])
+def test_figures_that_name_their_cell_are_the_cells(document: str) -> None:
+    """Rows of tables that name a cell show its figures, and so does what reads `13.54 and 27.84 (cell)`."""
+    text, checked = (ROOT / document).read_text(encoding="utf-8"), 0
+    for line in text.splitlines():
+        cells = [cell.strip(" *") for cell in line.strip().strip("|").split("|")]
+        named = re.findall(r"`([\w-]+)`", line)
+        if line.startswith("|") and len(named) == 1 and named[0] in figures():
+            shown = [re.match(r"[\d.]+%?(?= ±|$)", cell) for cell in cells]
+            numbers = [found[0] for found in shown if found and "." in found[0]]
+            assert numbers, line
+            assert set(numbers) <= set(figures()[named[0]]), line
+            checked += 1
+    for like, unlike, name in re.findall(r"([\d.]+)\s+and\s+([\d.]+)\s+\(`([\w-]+)`", text):
+        assert [like, unlike] == figures()[name][:2], name
+        checked += 1
+    assert checked

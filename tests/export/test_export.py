@@ -1,0 +1,174 @@
+"""``leap_pl export``: exact zeros, every kept bit, whole or not at all."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from safetensors.torch import load_file
+from tiny import FAMILIES, byte_tokenizer, tiny_folder, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from leap_pl.base_model.weights import find_weights, model_fingerprint
+from leap_pl.checkpoints.layout import masks_from_checkpoint
+from leap_pl.cli.main import main
+from leap_pl.errors import UserError
+from leap_pl.export import zeros
+from leap_pl.export.hugging_face import export_command
+from leap_pl.export.zeros import places_in, zero_removed
+from leap_pl.masks import MaskSet, Provenance
+
+
+def random_mask(folder: Path, path: Path, sparsity: float = 0.5) -> MaskSet:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(3)
+    masks = {n: torch.rand(w.parameter.shape, generator=generator) > sparsity for n, w in find_weights(model).items()}
+    mask = MaskSet(masks, Provenance(str(folder), model_fingerprint(model), "random", sparsity))
+    mask.save(path)
+    return mask
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_reloads_alone_with_every_kept_bit(family: str, tmp_path: Path) -> None:
+    base = tiny_model(family).bfloat16()
+    base.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    mask = random_mask(tmp_path / "base", tmp_path / "mask.safetensors")
+    export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask.safetensors"))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    before, after = dict(base.named_parameters()), dict(reloaded.named_parameters())
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        kept = mask.masks.get(name, torch.ones_like(weight, dtype=torch.bool))
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight[kept].view(torch.int16), before[name][kept].view(torch.int16))
+        assert not weight[~kept].any()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("word").input_ids
+
+
+def test_checkpoint_exports_exactly_the_target(finished: Run, model_folder: Path, tmp_path: Path) -> None:
+    main(["export", f"--ckpt_path={finished.checkpoint}", f"--output_dir={tmp_path / 'out'}"])
+    exported, learned = MaskSet.load(tmp_path / "out" / "mask.safetensors"), MaskSet.load(finished.mask)
+    assert all(torch.equal(exported.masks[name], learned.masks[name]) for name in learned.masks)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    base = load_file(model_folder / "model.safetensors")
+    zeros = sum(int((weights[name] == 0).sum()) - int((base[name] == 0).sum()) for name in learned.masks)
+    assert zeros == round(0.5 * learned.total)
+    facts = json.loads((tmp_path / "out" / "leap_pl.json").read_text())
+    assert facts["removed"] == zeros
+    assert facts["sparsity"] == 0.5
+
+
+def test_card_says_where_it_comes_from(finished: Run, model_folder: Path, tmp_path: Path) -> None:
+    export_command(str(tmp_path / "out"), ckpt_path=str(finished.checkpoint))
+    card = (tmp_path / "out" / "README.md").read_text()
+    identity = masks_from_checkpoint(finished.checkpoint).provenance
+    for fact in (
+        str(model_folder),
+        identity.fingerprint,
+        "`leap`",
+        "## Sparsity by decoder layer",
+        '"alpha"',
+        "text.jsonl",
+    ):
+        assert fact in card
+
+
+def test_zeros_of_the_base_model_are_counted_apart(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name][0, :5] = 0
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    mask = random_mask(folder, tmp_path / "mask.safetensors")
+    facts = export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask.safetensors"))
+    assert facts["zeros_of_base_model_among_kept"] == int(mask.masks[name][0, :5].sum())
+    assert facts["removed"] == mask.total - mask.kept
+
+
+def test_never_over_a_full_folder(finished: Run, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    words = ["export", f"--mask={finished.mask}", f"--output_dir={out}"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "--force" in capsys.readouterr().err
+    assert (out / "precious.txt").read_text() == "mine"
+    main([*words, "--force"])
+    assert (out / "config.json").is_file()
+    assert not (out / "precious.txt").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_full_disk_leaves_nothing(finished: Run, tmp_path: Path, monkeypatch) -> None:
+    import errno
+
+    import leap_pl.files
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(leap_pl.files.os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        export_command(str(tmp_path / "out"), mask=str(finished.mask))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_does_not_read_back_is_not_exported(finished: Run, tmp_path: Path, monkeypatch) -> None:
+    """One removed weight comes back alive: the export is refused and leaves nothing."""
+
+    def careless(folder: Path, masks: MaskSet) -> bool:
+        assert zero_removed(folder, masks)
+        name, mask = next(iter(masks.masks.items()))
+        place = places_in(folder)[name]
+        values = np.memmap(place.file, np.float32, "r+", place.start, mask.numel())
+        values[int((~mask).flatten().nonzero()[0])] = 1.0
+        return True
+
+    monkeypatch.setattr(zeros, "zero_removed", careless)
+    with pytest.raises(UserError, match="does not read back"):
+        export_command(str(tmp_path / "out"), mask=str(finished.mask))
+    assert not list(tmp_path.iterdir())
+
+
+def test_zeros_are_written_in_place(finished: Run, tmp_path: Path, monkeypatch) -> None:
+    """The model in memory stays as it is, mapped from its files, unless the family's files are cut otherwise."""
+    applied = []
+    monkeypatch.setattr(MaskSet, "apply_", lambda self, model, check: applied.append(type(model).__name__))
+    export_command(str(tmp_path / "out"), mask=str(finished.mask))
+    assert not applied
+    mixtral = tiny_folder(tmp_path / "mixtral", "mixtral")
+    random_mask(mixtral, tmp_path / "mask.safetensors")
+    with pytest.raises(UserError, match="does not read back"):  # nobody has set its zeros
+        export_command(str(tmp_path / "experts"), mask=str(tmp_path / "mask.safetensors"))
+    assert applied == ["MixtralForCausalLM"]
+
+
+def test_nothing_is_zeroed_where_a_weight_is_missing(model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
+    before = (folder / "model.safetensors").read_bytes()
+    mask = random_mask(model_folder, tmp_path / "mask.safetensors")
+    for wrong in ({"elsewhere": torch.zeros(2, 2, dtype=torch.bool)}, {n: m.T for n, m in mask.masks.items()}):
+        assert not zero_removed(folder, MaskSet({**mask.masks, **wrong}, mask.provenance))
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert zero_removed(folder, mask)
+    assert (folder / "model.safetensors").read_bytes() != before
+
+
+def test_mask_of_another_model(finished: Run, tmp_path: Path) -> None:
+    other = tiny_folder(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="fingerprint"):
+        export_command(str(tmp_path / "out"), mask=str(finished.mask), model=str(other))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [{}, {"mask": "a", "ckpt_path": "b"}])
+def test_one_of_two_is_needed(given: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exactly one"):
+        export_command(str(tmp_path / "out"), **given)

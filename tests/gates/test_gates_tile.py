@@ -1,0 +1,480 @@
+"""TileGate: the formula and its gradients in both modes, its limits, exact hard masks, the whole run."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bare_gates import IDS, PLACES, is_exact, nm_gate, reference_mask, state_at
+from conftest import fit_flags, refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import FAMILIES, tiny_folder, tiny_model
+from torch import Tensor, nn
+
+from leap_pl.base_model.weights import Weight, find_weights
+from leap_pl.checkpoints.layout import masks_from_checkpoint
+from leap_pl.cli.main import main
+from leap_pl.errors import UserError
+from leap_pl.gates import BernoulliGate, GateState, Stored, TileGate, attach, restore
+from leap_pl.gates.tile import PATTERNS
+from leap_pl.kernels import compiled as compiling
+from leap_pl.kernels.noise import columns, element_bits, logistic
+from leap_pl.masks import MaskSet
+from leap_pl.masks.patterns import NM, Tiled, Unstructured, choose, follows
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def weight_of(shape: tuple[int, ...], dim: int | None, name: str = "w") -> Weight:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(shape), requires_grad=False)
+    return Weight(name, module, "weight", None, name, len(shape) - 1 if dim is None else dim)
+
+
+def tile_gate(shape: tuple[int, ...], *, dim: int | None = None, name: str = "w", **kw: Any) -> TileGate:
+    return TileGate(weight_of(shape, dim, name), kw.pop("state", None) or GateState(), **{"tile": 4, **kw})
+
+
+def nm_mask(shape: tuple[int, ...], dim: int, n: int = 2, m: int = 4, seed: int = 0) -> Tensor:
+    """A random n:m mask."""
+    score = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).movedim(dim, -1)
+    mask = choose(score.reshape(-1, score.shape[-1]), NM(n, m), "row").view(score.shape)
+    return mask.movedim(-1, dim)
+
+
+def tiles_of(tensor: Tensor, dim: int, size: int) -> list[Tensor]:
+    """The tiles of a tensor of the weight's shape, matrix by matrix, row by row."""
+    rows = tensor.movedim(dim, -1)
+    matrices = rows.reshape(-1, *rows.shape[-2:])
+    return [t for x in matrices for band in x.split(size, 0) for t in band.split(size, 1)]
+
+
+def spread_by_hand(values: Tensor, shape: tuple[int, ...], dim: int, size: int) -> Tensor:
+    """The value of each element's tile, found element by element."""
+    out = torch.empty(shape, dtype=values.dtype).movedim(dim, -1)
+    for place in torch.cartesian_prod(*[torch.arange(s) for s in out.shape]).tolist():
+        *stacked, row, column = place
+        out[tuple(place)] = values[(*stacked, row // size, column // size)]
+    return out.movedim(-1, dim)
+
+
+# -- the formula ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["tile", "joint"])
+@pytest.mark.parametrize(("shape", "dim"), PLACES)
+@pytest.mark.parametrize(("n", "m", "size"), [(2, 4, 4), (1, 4, 8), (2, 3, 3), (4, 8, 8)])
+def test_values_and_gradients_against_float64(mode, shape, dim: int, n: int, m: int, size: int) -> None:
+    """M = T + (1 − T)·m written out, and its gradients by autograd, for both sums and the weight."""
+    for case, (alpha, tau) in enumerate([(25.0, 4.0), (100.0, 1.0), (350.0, 0.5)]):
+        dtype = (torch.float32, torch.bfloat16)[case % 2]
+        random = torch.Generator().manual_seed(case)
+        state = state_at(alpha, tau, seed=2, step=7, micro_batch=1)
+        gate = tile_gate(shape, dim=dim, state=state, n=n, m=m, tile=size, mode=mode)
+        inner = nm_mask(shape, dim, n, m, case)
+        gate.start_from(None, seed=case, inner=inner)
+        weight, upstream = (torch.randn(shape, generator=random).to(dtype) for _ in range(2))
+        masked = gate(weight)
+        assert gate.kept is not None
+        ((masked * upstream).sum().float() + 0.2 * gate.kept + 0.3 * gate.energy).backward()
+
+        theta = gate.logits.detach().double().requires_grad_()
+        bits = element_bits(theta.flatten(0, -2).shape[0], columns(theta.shape[-1], theta.device), *gate.keys())
+        soft = torch.sigmoid((alpha * theta + logistic(bits).double().view(theta.shape)) / tau)
+        low = inner.double()
+        learned: dict[str, Tensor] = {"logits": theta}
+        if mode == "joint":
+            inner_state = state_at(100.0, tau, seed=2, step=7, micro_batch=1)
+            alone = nm_gate(shape, n, m, dim=dim, name=f"w{PATTERNS}", state=inner_state)
+            learned["pattern_logits"] = gate.pattern_logits.detach().double().requires_grad_()
+            low = reference_mask(alone, learned["pattern_logits"])
+        over = spread_by_hand(soft, shape, dim, size)
+        mask = over + (1 - over) * low
+        expected = mask * weight.double()
+        ((expected * upstream.double()).sum() + 0.2 * mask.sum() + 0.3 * (expected**2).sum()).backward()
+        rounding = {torch.float32: 1e-4, torch.bfloat16: 2**-7}[dtype]
+        assert masked.is_contiguous()
+        assert masked.dtype == dtype
+        torch.testing.assert_close(masked.double(), expected.detach(), rtol=rounding, atol=1e-5)
+        torch.testing.assert_close(gate.kept.double(), mask.sum().detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(gate.energy.double(), (expected**2).sum().detach(), rtol=1e-4, atol=0)
+        assert set(learned) == {name for name, _ in gate.named_parameters()}
+        for name, reference in learned.items():
+            grad = getattr(gate, name).grad
+            assert reference.grad is not None
+            assert (grad.double() - reference.grad).abs().max() <= 2e-4 * reference.grad.abs().max()
+
+
+def test_tiles_of_one_weight_over_an_all_zero_mask_are_the_bernoulli_gate() -> None:
+    """Logits at the start, soft weight, sums and gradients, and the hard mask."""
+    shape = (9, 14)
+    prior = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    for alpha, tau in [(25.0, 4.0), (100.0, 1.0), (350.0, 0.05)]:
+        state = state_at(alpha, tau, seed=1, step=2)
+        tiles = tile_gate(shape, state=state, tile=1, mode="tile")
+        plain = BernoulliGate(weight_of(shape, None), state)
+        tiles.removable.fill_(1)  # what an all-zero mask leaves out, which is no 2:4 mask
+        for gate in (tiles, plain):
+            gate.start_from(prior, seed=3)
+        assert torch.equal(tiles.logits, plain.logits)
+        weight, upstream = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+        found = []
+        for gate in (tiles, plain):
+            masked = gate(weight)
+            assert gate.kept is not None
+            ((masked * upstream).sum() + 0.3 * gate.kept + 0.7 * gate.energy).backward()
+            found.append([masked.detach(), gate.kept.detach(), gate.energy.detach(), gate.logits.grad])
+        torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5 * alpha / tau)
+        TileGate.choose({"w": tiles}, 0.6)
+        BernoulliGate.choose({"w": plain}, 0.6)
+        assert torch.equal(tiles.hard_mask(), plain.hard_mask())
+
+
+@pytest.mark.parametrize("mode", ["tile", "joint"])
+def test_dense_tiles_and_none_are_the_limits(mode: str) -> None:
+    """All tiles far open: the weight itself. All far shut: the n:m gate's masked weight."""
+    weight = torch.randn(8, 12)
+    gate = tile_gate((8, 12), state=state_at(100.0, 1.0, step=4), mode=mode)
+    inner = nm_mask((8, 12), 1)
+    gate.start_from(None, seed=0, inner=inner)
+    with torch.no_grad():
+        gate.logits.fill_(10)
+        torch.testing.assert_close(gate(weight), weight)
+        assert gate.kept == 96
+        gate.logits.fill_(-10)
+        expected = weight * inner
+        if mode == "joint":
+            alone = nm_gate((8, 12), name=f"w{PATTERNS}", state=gate.state)
+            alone.logits.copy_(gate.pattern_logits)
+            expected = alone(weight)
+        torch.testing.assert_close(gate(weight), expected)
+        assert gate.kept == 48
+
+
+@pytest.mark.parametrize("mode", ["tile", "joint"])
+def test_compiled_kernels_are_the_eager_ones(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LEAP_PL_COMPILE")
+    if not compiling.can_compile(torch.device("cpu")):
+        pytest.skip("torch.compile does not work here")
+
+    def run(shape: tuple[int, ...], step: int) -> list[Tensor]:
+        gate = tile_gate(shape, state=state_at(100.0, 0.5 + step, step=step), mode=mode, tile=32)
+        gate.start_from(None, seed=0, inner=nm_mask(shape, 1))
+        random = torch.Generator().manual_seed(step)
+        masked = gate(torch.randn(shape, generator=random))
+        ((masked * torch.randn(shape, generator=random)).sum() + 0.7 * gate.energy).backward()
+        return [masked.detach(), gate.energy.detach(), *(p.grad for p in gate.parameters() if p.grad is not None)]
+
+    cases = [((160, 160), 0), ((257, 516), 1), ((80, 268), 2)]
+    found = [run(*cases[0])]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found += [run(*case) for case in cases[1:]]
+    monkeypatch.setenv("LEAP_PL_COMPILE", "0")
+    for case, results in zip(cases, found, strict=True):
+        for compiled, expected in zip(results, run(*case), strict=True):
+            torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_settings_that_make_no_sense() -> None:
+    for wrong in ({"spread": 0.0}, {"pattern_spread": -1.0}, {"strength": -1.0}):
+        with pytest.raises(ValueError, match="must be above 0"):
+            tile_gate((8, 8), **wrong)
+    with pytest.raises(UserError, match="tile 0 makes no sense"):
+        tile_gate((8, 8), tile=0)
+    with pytest.raises(UserError, match="pattern 4:4 makes no sense"):
+        tile_gate((8, 8), n=4)
+    with pytest.raises(UserError, match="tile 6 is no multiple of 4"):
+        tile_gate((8, 8), tile=6)
+    assert tile_gate((8, 8), tile=6, mode="tile").settings()["tile"] == 6
+    gate = tile_gate((8, 8))
+    assert [gate.exact_sparsity(s) for s in (0.1, 0.45, 0.5)] == [0.1, 0.45, 0.5]
+    with pytest.raises(UserError, match=r"dense or 2:4 remove 0.5 at most. Set --model.sparsity 0.5 or less"):
+        gate.exact_sparsity(0.6)
+
+
+# -- the start --------------------------------------------------------------------------------------------
+
+
+def test_tiles_start_from_the_densities_of_the_unstructured_prior() -> None:
+    """A tile of density d leans by strength·spread·(2t − 1), t = (d − ½)/½ between 0 and 1 for 2:4."""
+    gate = tile_gate((8, 12), spread=1e-6, strength=3.0)
+    prior = torch.ones(8, 12, dtype=torch.bool)
+    densities = [1.0, 0.75, 0.5, 0.25, 0.0, 0.875]
+    for tile, density in zip(tiles_of(prior, 1, 4), densities, strict=True):
+        tile.view(4, 4).fill_(False)
+        for k in range(round(16 * density)):
+            tile[k // 4, k % 4] = True
+    gate.start_from(prior, seed=0)
+    lean = torch.tensor([3.0, 0.0, -3.0, -3.0, -3.0, 1.5]).view(2, 3)
+    without = tile_gate((8, 12), spread=1e-6)
+    without.start_from(None, seed=0)
+    torch.testing.assert_close((gate.logits - without.logits).detach() / 1e-6, lean, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("shape", "dim"), PLACES)
+def test_patterns_start_from_the_inner_prior(shape: tuple[int, ...], dim: int) -> None:
+    inner = nm_mask(shape, dim)
+    for mode in ("tile", "joint"):
+        gate = tile_gate(shape, dim=dim, mode=mode, strength=30.0)
+        gate.start_from(None, seed=0, inner=inner)
+        assert torch.equal(gate.inner_mask(), inner)
+        removed = torch.tensor([int((~tile).sum()) for tile in tiles_of(inner, dim, 4)])
+        assert torch.equal(gate.removable.flatten(), removed.to(torch.int32))
+
+
+def test_an_inner_mask_that_is_not_nm_is_refused() -> None:
+    gate = tile_gate((8, 8), mode="tile")
+    with pytest.raises(UserError, match=r"prior.inner_mask is not 2:4 in w"):
+        gate.start_from(None, seed=0, inner=torch.ones(8, 8, dtype=torch.bool))
+
+
+# -- hard masks -------------------------------------------------------------------------------------------
+
+
+@st.composite
+def several_gates(draw: st.DrawFn) -> dict[str, TileGate]:
+    """Gates of one kind on weights of any shapes, with many equal logits."""
+    n, m = draw(st.sampled_from([(2, 4), (1, 4), (1, 2), (2, 3)]))
+    mode = draw(st.sampled_from(["tile", "joint"]))
+    size = m * draw(st.integers(1, 3)) if mode == "joint" else draw(st.integers(1, 9))
+    gates = {}
+    for i in range(draw(st.integers(1, 3))):
+        shape = tuple(draw(st.lists(st.integers(1, 20), min_size=2, max_size=2)))
+        if draw(st.booleans()):
+            shape = (2, *shape)
+        dim = len(shape) - 1 - draw(st.integers(0, 1))
+        gate = tile_gate(shape, dim=dim, name=str(i), n=n, m=m, tile=size, mode=mode)
+        gate.start_from(None, seed=i, inner=nm_mask(shape, dim, n, m, i))
+        values = torch.tensor([-0.2, 0.0, 0.1])
+        random = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+        gate.logits.data.copy_(values[torch.randint(0, 3, gate.logits.shape, generator=random)])
+        gates[str(i)] = gate
+    return gates
+
+
+@settings(max_examples=120, deadline=None)
+@given(several_gates(), st.floats(0, 1), st.integers(1, 11))
+def test_hard_masks_are_of_the_asked_sparsity_to_one_tile(gates: dict[str, TileGate], part: float, stride: int) -> None:
+    first = next(iter(gates.values()))
+    sparsity = part * first.tiled.nm.sparsity
+    TileGate.choose(gates, sparsity)
+    masks = {name: gate.hard_mask() for name, gate in gates.items()}
+    inner = {name: gate.inner_mask() for name, gate in gates.items()}
+    chosen: list[tuple[float, bool, int]] = []  # of each tile its logit, whether it is dense, what it would lose
+    for name, gate in gates.items():
+        dim, size = gate.input_dim, gate.tiled.size
+        assert follows(masks[name], dim, gate.tiled)
+        tiles = zip(
+            *(tiles_of(mask, dim, size) for mask in (masks[name], inner[name])),
+            gate.logits.detach().flatten(),
+            strict=True,
+        )
+        for tile, low, logit in tiles:
+            assert bool(tile.all()) or torch.equal(tile, low)
+            chosen.append((float(logit), bool(tile.all()), int((~low).sum())))
+    # The dense tiles are the first of a ranking by logit, ties by index.
+    losing = [c for c in chosen if c[2]]
+    ranked = sorted(range(len(losing)), key=lambda i: (-losing[i][0], i))
+    assert all(losing[a][1] >= losing[b][1] for a, b in pairwise(ranked))
+    # One tile more or less would be no closer.
+    total = sum(mask.numel() for mask in masks.values())
+    removed = sum(int((~mask).sum()) for mask in masks.values())
+    asked = round(sparsity * total)
+    dense = sum(losing[i][1] for i in ranked)
+    if dense:
+        assert abs(removed - asked) <= abs(removed + losing[ranked[dense - 1]][2] - asked)
+    if dense < len(ranked):
+        assert abs(removed - asked) <= abs(removed - losing[ranked[dense]][2] - asked)
+    samples = TileGate.sample_hard_masks(gates, sparsity, stride)
+    for name, gate in gates.items():
+        assert torch.equal(samples[name], masks[name].reshape(-1)[::stride])
+        with gate.state.passing("hard"):
+            assert torch.equal(gate(torch.full(gate.shape, -2.0)), torch.where(masks[name], -2.0, 0.0))
+
+
+def test_what_is_no_tiled_mask_is_found_out() -> None:
+    mask = nm_mask((8, 8), 1)
+    tiled = Tiled(NM(2, 4), 4)
+    assert follows(mask, 1, tiled)
+    mask[:4, :4] = True
+    assert follows(mask, 1, tiled)
+    assert not follows(mask, 1, NM(2, 4))
+    assert follows(mask, 1, Unstructured(0.5))
+    mask[4] = torch.tensor([True, True, True, False, True, True, False, False])
+    assert not follows(mask, 1, tiled)
+
+
+@pytest.mark.parametrize("mode", ["tile", "joint"])
+def test_restored_gates_choose_as_the_gates_did(mode: str) -> None:
+    weights = find_weights(tiny_model("mixtral"))
+    gates = attach(weights, lambda weight, state: TileGate(weight, state, tile=8, mode=mode), GateState())
+    stored = {}
+    for name, gate in gates.items():
+        gate.start_from(None, seed=0, inner=nm_mask(tuple(gate.shape), gate.input_dim))
+        logits, *_ = tensors = gate.stored()
+        assert logits == "logits"
+        beside = {part: gate.stored()[part].clone() for part in tensors if part != "logits"}
+        stored[name] = Stored(gate.stored()["logits"].clone(), tuple(gate.shape), weights[name].input_dim, beside)
+    first: Any = next(iter(gates.values()))
+    restored = restore("TileGate", first.settings(), stored)
+    TileGate.choose(gates, 0.3)
+    TileGate.choose(restored, 0.3)
+    for name, gate in gates.items():
+        assert torch.equal(restored[name].hard_mask(), gate.hard_mask())
+    lacking = {name: Stored(one.logits, one.shape, one.input_dim) for name, one in stored.items()}
+    with pytest.raises(UserError, match="are not there, and should be"):
+        restore("TileGate", first.settings(), lacking)
+
+
+# -- on a model -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["tile", "joint"])
+def test_on_a_model_every_logit_learns(family: str, mode: Any) -> None:
+    model: Any = tiny_model(family).requires_grad_(False)
+    make = lambda weight, state: TileGate(weight, state, tile=8, mode=mode)  # noqa: E731
+    gates = attach(find_weights(model), make, state_at(100.0, 1.0, seed=3))
+    for gate in gates.values():
+        gate.start_from(None, seed=0, inner=nm_mask(tuple(gate.shape), gate.input_dim))
+
+    def loss() -> Tensor:
+        lm = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        sums = torch.stack([0.01 * gate.kept / gate.shape.numel() - 0.05 * gate.energy for gate in gates.values()])
+        return lm + sums.sum()
+
+    before = loss()
+    before.backward()
+    parameters = [parameter for gate in gates.values() for parameter in gate.parameters()]
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in parameters)
+    norm = sum(p.grad.square().sum() for p in parameters)
+    step = 0.002 / norm.sqrt()
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter -= step * parameter.grad
+        assert 0.5 * step * norm < before - loss() < 1.5 * step * norm
+
+
+def test_logits_and_buffers_keep_every_bit_when_the_model_is_cast() -> None:
+    model = tiny_model().requires_grad_(False)
+    gates = attach(find_weights(model), lambda weight, state: TileGate(weight, state, tile=8), GateState())
+    for gate in gates.values():
+        gate.start_from(None, seed=0)
+    before = {name: {k: v.clone() for k, v in gate.stored().items()} for name, gate in gates.items()}
+    model.bfloat16()
+    for name, gate in gates.items():
+        for part, tensor in gate.stored().items():
+            assert tensor.dtype == before[name][part].dtype
+            assert torch.equal(tensor, before[name][part])
+
+
+# -- the whole run ----------------------------------------------------------------------------------------
+
+
+def tile_flags(mode: str, sparsity: float = 0.3) -> list[str]:
+    return ["--model.gate=TileGate", "--model.gate.tile=8", f"--model.gate.mode={mode}", f"--model.sparsity={sparsity}"]
+
+
+@pytest.fixture(scope="module", params=["tile", "joint"])
+def tile_run(request, model_folder: Path, text_file: Path, tmp_path_factory) -> tuple[str, Path]:
+    """A finished run in each mode."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEAP_PL_COMPILE", "0")
+        main(fit_flags(model_folder, text_file, folder, *tile_flags(request.param)))
+    return request.param, folder
+
+
+def test_fit_checkpoint_export_and_reading_back(tile_run: tuple[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    mode, folder = tile_run
+    learned = MaskSet.load(folder / "checkpoints" / "mask.safetensors")
+    prior = MaskSet.load(folder / "checkpoints" / "prior.safetensors")
+    inner = MaskSet.load(folder / "checkpoints" / "prior-inner.safetensors")
+    assert learned.provenance.method == "patch"
+    assert learned.provenance.config["pattern"] == "8x8 tiles, dense or 2:4"
+    assert learned.provenance.config["annealing"]["pattern_alpha"]["end"] == 500
+    assert all(is_exact(mask, 1, 2, 4) for mask in inner.masks.values())
+    assert prior.provenance.config["pattern"] == "unstructured"
+    assert abs((learned.total - learned.kept) - round(0.3 * learned.total)) <= 16  # half of what a tile loses
+    assert all(follows(mask, 1, Tiled(NM(2, 4), 8)) for mask in learned.masks.values())
+    assert (mode == "tile") == all(bool((learned.masks[n] | ~inner.masks[n]).all()) for n in inner.masks)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    again = masks_from_checkpoint(checkpoint)
+    assert all(torch.equal(again.masks[name], mask) for name, mask in learned.masks.items())
+    facts = main(["export", f"--ckpt_path={checkpoint}", f"--output_dir={tmp_path / 'model'}"])
+    assert facts["removed"] == learned.total - learned.kept
+    assert "8x8 tiles, dense or 2:4" in (tmp_path / "model" / "README.md").read_text()
+    weights = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters())
+    assert all(follows(weights[name] != 0, 1, Tiled(NM(2, 4), 8)) for name in learned.masks)
+
+
+def test_resumed_run_ends_bit_identical(tile_run: tuple[str, Path], model_folder, text_file, tmp_path: Path) -> None:
+    mode, folder = tile_run
+    earlier = folder / "checkpoints" / "step=4.ckpt"
+    main(fit_flags(model_folder, text_file, tmp_path, *tile_flags(mode), f"--ckpt_path={earlier}"))
+    one, other = (
+        torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for path in (folder, tmp_path)
+    )
+    assert one.keys() == other.keys()
+    parts = {"logits", "removable", "inner" if mode == "tile" else "pattern_logits"}
+    assert {key.partition(".")[0] for key in one} == parts
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_validate_takes_everything_from_the_checkpoint(tile_run: tuple[str, Path], text_file: Path) -> None:
+    """The kind of gate, its settings and its fixed mask included."""
+    mode, folder = tile_run
+    flags = ["validate", f"--data.text={text_file}", "--data.seq_length=32", "--data.validation_sequences=4"]
+    flags += ["--trainer.accelerator=cpu", "--trainer.logger=false"]
+    cli = main([*flags, f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"])
+    gate = next(iter(cli.model.gates.values()))
+    assert isinstance(gate, TileGate)
+    assert (gate.mode, gate.tiled.size) == (mode, 8)
+    learned = MaskSet.load(folder / "checkpoints" / "mask.safetensors")
+    assert all(torch.equal(gate.hard_mask(), learned.masks[name]) for name, gate in cli.model.gates.items())
+
+
+def test_masks_from_files_as_priors(tile_run: tuple[str, Path], model_folder, text_file, tmp_path: Path) -> None:
+    mode, folder = tile_run
+    files = [f"--model.prior.mask={folder / 'checkpoints' / 'prior.safetensors'}"]
+    files += [f"--model.prior.inner_mask={folder / 'checkpoints' / 'prior-inner.safetensors'}"]
+    more = [*tile_flags(mode), *files, "--model.prior.method=none", "--trainer.max_steps=1"]
+    main(fit_flags(model_folder, text_file, tmp_path, *more))
+    for name in ("prior", "prior-inner"):
+        one, other = (MaskSet.load(path / "checkpoints" / f"{name}.safetensors") for path in (folder, tmp_path))
+        assert all(torch.equal(one.masks[key], other.masks[key]) for key in one.masks)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_fit_and_export_where_weights_are_no_linears(family: str, text_file: Path, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "m", family)
+    main(fit_flags(folder, text_file, tmp_path, *tile_flags("joint"), "--trainer.max_steps=1"))
+    main(["export", f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}", f"--output_dir={tmp_path / 'model'}"])
+    masks = MaskSet.load(tmp_path / "model" / "mask.safetensors").masks
+    weights = find_weights(tiny_model(family))
+    assert all(follows(mask, weights[name].input_dim, Tiled(NM(2, 4), 8)) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model.sparsity=0.6"], "Set --model.sparsity 0.5 or less"),
+        (["--model.sparsity=0.3", "--model.gate.tile=0"], "tile 0 makes no sense"),
+        (["--model.sparsity=0.3", "--model.gate.tile=10"], "tile 10 is no multiple of 4"),
+        (["--model.sparsity=0.3", "--model.gate.mode=tile", "--model.prior.method=none"], "prior.method is none"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(model_folder, text_file, tmp_path: Path, capsys, flags, words: str) -> None:
+    error = refused(fit_flags(model_folder, text_file, tmp_path, "--model.gate=TileGate", *flags), capsys)
+    assert words in error
+    assert not [*tmp_path.rglob("*.ckpt"), *tmp_path.rglob("*.safetensors")]
+
+
+def test_an_inner_prior_for_gates_without_tiles_is_refused(tile_run, model_folder, text_file, tmp_path, capsys) -> None:
+    inner = tile_run[1] / "checkpoints" / "prior-inner.safetensors"
+    flags = fit_flags(model_folder, text_file, tmp_path, f"--model.prior.inner_mask={inner}")
+    assert "prior.inner_mask is for gates of tiles" in refused(flags, capsys)

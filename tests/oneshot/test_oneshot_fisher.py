@@ -1,0 +1,218 @@
+"""Fisher allocation: moments against plain hooks, costs against gradients of weights, densities against their mean."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import FAMILIES, tiny_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from leap_pl.base_model.weights import find_weights
+from leap_pl.errors import UserError
+from leap_pl.oneshot.fisher import FisherOptions, Moments, balanced, fisher_allocation, log_cost, measure_moments
+from leap_pl.oneshot.inputs import Matrix
+from leap_pl.oneshot.prune import prune
+from leap_pl.oneshot.walk import WalkOptions
+
+torch.set_num_threads(1)
+
+
+def tokens(sequences: int = 5, length: int = 24) -> Tensor:
+    return torch.randint(0, 256, (sequences, length), generator=torch.Generator().manual_seed(0))
+
+
+def all_matrices(model: nn.Module) -> list[Matrix]:
+    return [matrix for weight in find_weights(model).values() for matrix in Matrix.of(weight)]
+
+
+def by_hooks(model: nn.Module, blocks_NT: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight name → Σx² and Σg², by hooks on modules and the model's own loss, in float64."""
+    model = model.double()
+    model.set_experts_implementation("eager")  # the others have no float64
+    found: dict[str, list[Tensor]] = {}
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def keep(name: str):
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            output.retain_grad()
+            seen.append((name, args[0], output))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and f"{name}.weight" in find_weights(model):
+            module.register_forward_hook(keep(f"{name}.weight"))
+    for ids in blocks_NT:
+        seen.clear()
+        out = model(input_ids=ids[None], labels=ids[None], use_cache=False)
+        (out.loss * (len(ids) - 1)).backward()
+        for name, x, y in seen:
+            assert y.grad is not None
+            sums = [x.detach().flatten(0, -2).square().sum(0), y.grad.flatten(0, -2).square().sum(0)]
+            found[name] = [a + b for a, b in zip(found[name], sums, strict=True)] if name in found else sums
+    return {name: (x, g) for name, (x, g) in found.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moments_against_hooks(family: str) -> None:
+    model = tiny_model(family)
+    matrices = all_matrices(model)
+    found = measure_moments(model, matrices, tokens(), WalkOptions(batch_size=2))
+    expected = by_hooks(tiny_model(family), tokens())
+    assert expected
+    for name, (x, g) in expected.items():
+        assert found[name].count == 5 * 24
+        torch.testing.assert_close(found[name].input_square_I.double(), x, rtol=1e-4, atol=0)
+        torch.testing.assert_close(found[name].gradient_square_O.double(), g, rtol=1e-3, atol=1e-9)
+
+
+def test_moments_of_stacked_experts() -> None:
+    """Each token goes to two of three experts; gradients of their outputs are not all alike."""
+    model = tiny_model("mixtral")
+    stacked = [matrix for matrix in all_matrices(model) if matrix.expert is not None]
+    found = measure_moments(model, stacked, tokens())
+    for part in ("gate_up_proj", "down_proj"):
+        of_layer = [found[m.name] for m in stacked if m.weight.layer == 0 and part in m.name]
+        assert sum(m.count for m in of_layer) == 2 * 5 * 24
+        assert all(m.gradient_square_O.min() > 0 for m in of_layer)
+
+
+def test_experts_without_tokens_are_left_out_and_get_a_sparsity() -> None:
+    model = tiny_model("mixtral", num_local_experts=8)
+    few = tokens(1, 3)
+    matrices = all_matrices(model)
+    unseen = {m.name for m in matrices} - measure_moments(model, matrices, few).keys()
+    assert unseen
+    allocated = fisher_allocation(model, matrices, few, 0.5)
+    assert len({allocated[name].sparsity for name in unseen}) == 1
+    for matrix in matrices:
+        if matrix.name in unseen:
+            assert len(set(allocated[matrix.name].kept_rows.tolist())) == 1
+    assert allocated.keys() == {m.name for m in matrices}
+
+
+def test_cost_of_a_weight_is_its_gradient_times_the_weight() -> None:
+    """Of one token the Fisher information does factor: ∂L/∂W_ij = g_i·x_j."""
+    generator = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(4, 6, generator=generator, requires_grad=True), torch.randn(1, 6, generator=generator)
+    y = x @ weight.T
+    y.retain_grad()
+    y.sin().square().sum().backward()
+    moments = Moments()
+    moments.add_inputs(x)
+    moments.add_gradients(y.grad)
+    expected = (weight.grad * weight.detach()).square().log()
+    torch.testing.assert_close(log_cost(weight.detach(), moments), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_is_as_it_was() -> None:
+    model = tiny_model().train()
+    model.lm_head.requires_grad_(False)
+    before = {name: (p.data_ptr(), p.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    measure_moments(model, all_matrices(model), tokens())
+    assert model.training
+    for name, parameter in model.named_parameters():
+        place, value, learned = before[name]
+        assert parameter.data_ptr() == place
+        assert torch.equal(parameter, value)
+        assert parameter.requires_grad == learned
+        assert parameter.grad is None
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+@given(
+    odds=st.lists(st.floats(-12, 12), min_size=1, max_size=8),
+    density=st.floats(0.02, 0.98),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_balanced(odds: list[float], density: float, data: st.DataObject) -> None:
+    """Together they are what was asked for, and log-odds stay as far apart as they were."""
+    log_odds = torch.tensor(odds, dtype=torch.float64)
+    sizes = torch.tensor([data.draw(st.integers(1, 10_000)) for _ in odds], dtype=torch.float64)
+    found = balanced(log_odds, sizes, density)
+    assert float((found * sizes).sum() / sizes.sum()) == pytest.approx(density, abs=1e-9)
+    shifts = found.logit() - log_odds
+    assert float(shifts.max() - shifts.min()) < 1e-3
+
+
+def test_strength_runs_from_even_to_one_cut_through_all_costs() -> None:
+    model = tiny_model()
+    matrices = all_matrices(model)
+    moments = measure_moments(model, matrices, tokens())
+    costs = {m.name: log_cost(m.dense(), moments[m.name]) for m in matrices}
+    cut = torch.cat([cost.flatten() for cost in costs.values()]).quantile(0.6)
+    whole = fisher_allocation(model, matrices, tokens(), 0.6, FisherOptions(1.0, 1.0))
+    for name, cost_OI in costs.items():
+        assert whole[name].sparsity == pytest.approx(float((cost_OI <= cut).float().mean()), abs=2 / cost_OI.numel())
+        # Half a weight for the finite log-odds of rows that keep all or nothing, half for the rounding.
+        assert int((whole[name].kept_rows - (cost_OI > cut).sum(1)).abs().max()) <= 1
+    sparsities = [pattern.sparsity for pattern in whole.values()]
+    assert max(sparsities) - min(sparsities) > 0.05
+    nearly = fisher_allocation(model, matrices, tokens(), 0.6, FisherOptions(1e-6, 0.0))
+    assert all(pattern.sparsity == pytest.approx(0.6, abs=1e-4) for pattern in nearly.values())
+    assert all(len(set(pattern.kept_rows.tolist())) == 1 for pattern in nearly.values())
+    half = fisher_allocation(model, matrices, tokens(), 0.6)
+    for name, pattern in half.items():
+        ends = (0.6, whole[name].sparsity)
+        assert min(ends) - 0.05 < pattern.sparsity < max(ends) + 0.05
+        rows = pattern.kept_rows.double() / costs[name].shape[1]
+        assert abs(float(rows.mean()) - (1 - pattern.sparsity)) <= 0.5 / costs[name].shape[1]
+
+
+def test_what_does_not_reach_the_loss_goes_first() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.mul_(1e-3)
+    allocated = fisher_allocation(model, all_matrices(model), tokens(), 0.5)
+    sparsest = max(allocated, key=lambda name: allocated[name].sparsity)
+    assert sparsest.startswith("model.layers.1.self_attn")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "admm"])
+def test_pruned_to_the_allocation(method) -> None:
+    model = tiny_model()
+    matrices = all_matrices(model)
+    allocated = fisher_allocation(model, matrices, tokens(), 0.5)
+    masks = prune(model, tokens(), method=method, pattern=0.5, fisher=FisherOptions(), progress=False).masks
+    for matrix in matrices:
+        mask_OI = masks.masks[matrix.name]
+        if method == "wanda":
+            assert torch.equal(mask_OI.sum(1), allocated[matrix.name].kept_rows)
+        else:
+            kept = (1 - allocated[matrix.name].sparsity) * mask_OI.numel()
+            assert abs(int(mask_OI.sum()) - kept) <= 0.5 + 1e-6
+    assert masks.provenance.config["fisher"] == {"strength": 0.5, "row_strength": 0.25, "sequences": 32}
+    assert masks.provenance.sparsity == pytest.approx(masks.sparsity, abs=1e-6)
+
+
+def test_sequences_are_a_limit() -> None:
+    model = tiny_model()
+    matrices = all_matrices(model)
+    some = fisher_allocation(model, matrices, tokens(), 0.5, FisherOptions(sequences=2))
+    fewer, more = (fisher_allocation(model, matrices, blocks, 0.5) for blocks in (tokens()[:2], tokens()))
+    assert [p.sparsity for p in some.values()] == [p.sparsity for p in fewer.values()]
+    assert [p.sparsity for p in some.values()] != [p.sparsity for p in more.values()]
+
+
+def test_weights_whose_products_are_not_seen() -> None:
+    model = tiny_model()
+    matrices = all_matrices(model)
+    with pytest.raises(UserError, match=r"layers\.0.*no product with it was seen.*Leave out --fisher"):
+        model.model.layers[0].self_attn.q_proj.forward = lambda x: x
+        measure_moments(model, matrices, tokens())
+
+
+def test_gradients_that_are_not_finite() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("inf")
+    with pytest.raises(UserError, match="not finite"):
+        measure_moments(model, all_matrices(model), tokens())
+
+
+@pytest.mark.parametrize("changes", [{"strength": 0.0}, {"strength": 1.1}, {"row_strength": -0.1}, {"sequences": 0}])
+def test_settings_that_make_no_sense(changes: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="Fisher allocation"):
+        FisherOptions(**changes)  # type: ignore[arg-type]

@@ -1,0 +1,394 @@
+"""The one-shot methods as pure functions, against derivations of their own in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from leap_pl.errors import UserError
+from leap_pl.masks.patterns import NM, ByRow, Pattern, Unstructured, choose, follows, keep_highest, parse_pattern
+from leap_pl.oneshot.admm import AdmmOptions, admm_prune, admm_update
+from leap_pl.oneshot.damping import NotSolvableError, with_damping
+from leap_pl.oneshot.magnitude import magnitude_mask
+from leap_pl.oneshot.sparsegpt import SparseGPTOptions, sparsegpt
+from leap_pl.oneshot.sparseswaps import sparseswaps_mask
+from leap_pl.oneshot.wanda import wanda_mask
+
+torch.set_num_threads(1)
+
+
+def correlated(tokens: int = 400, inputs: int = 48, outputs: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs with strong correlations and unequal sizes, and a matrix."""
+    g = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(inputs, inputs, generator=g) * torch.linspace(1.5, 0.05, inputs)[:, None]
+    x = torch.randn(tokens, inputs, generator=g) @ mixing
+    return x * torch.rand(inputs, generator=g).add(0.2), torch.randn(outputs, inputs, generator=g)
+
+
+def relative_error(x: Tensor, weight: Tensor, pruned: Tensor) -> float:
+    x, weight, pruned = x.double(), weight.double(), pruned.double()
+    return float(((pruned - weight) @ x.T).square().sum() / (weight @ x.T).square().sum())
+
+
+# -- the rules again, in a few lines ------------------------------------------------------------------------
+
+
+def lowest_removed(scores: Tensor, removed: int) -> Tensor:
+    """The reference: a stable sort, by which the lower index of equals stays."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for row, kept in zip(scores, mask, strict=True):
+        kept[row.sort(descending=True, stable=True).indices[: len(row) - removed]] = True
+    return mask
+
+
+def pattern_mask(scores: Tensor, pattern: Pattern, whole: bool) -> Tensor:
+    if isinstance(pattern, NM):
+        assert scores.shape[1] % pattern.m == 0
+        return lowest_removed(scores.reshape(-1, pattern.m), pattern.m - pattern.n).view_as(scores)
+    flat = scores.reshape(1, -1) if whole else scores
+    size = flat.shape[1]
+    return lowest_removed(flat, size - round((1 - pattern.sparsity) * size)).view_as(scores)
+
+
+PATTERNS = [Unstructured(0.5), Unstructured(0.63), NM(2, 4), NM(4, 8), NM(3, 16)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_magnitude_is_its_float64_definition(pattern: Pattern) -> None:
+    _, weight = correlated()
+    assert torch.equal(magnitude_mask(weight, pattern), pattern_mask(weight.double().abs(), pattern, whole=True))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_wanda_is_its_float64_definition(pattern: Pattern) -> None:
+    x, weight = correlated()
+    scores = weight.double().abs() * x.double().square().mean(0).sqrt()
+    assert torch.equal(wanda_mask(weight, x.square().mean(0), pattern), pattern_mask(scores, pattern, whole=False))
+
+
+def swapped(x: Tensor, weight: Tensor, mask: Tensor, pattern: Pattern, rounds: int) -> Tensor:
+    """SparseSwaps one row at a time: the error of every mask one swap away is taken from the outputs themselves."""
+    x, weight, mask = x.double(), weight.double(), mask.clone()
+    size = pattern.m if isinstance(pattern, NM) else weight.shape[1]
+
+    def lost(row: int, kept: Tensor) -> float:
+        return float((x @ (weight[row] * ~kept)).square().sum())
+
+    def after(row: int, *places: int) -> Tensor:
+        kept = mask[row].clone()
+        kept[list(places)] ^= True
+        return kept
+
+    for row in range(len(weight)):
+        for number in range(rounds):
+            now = lost(row, mask[row])
+            side = mask[row] if number % 2 else ~mask[row]
+            first = min(side.nonzero()[:, 0].tolist(), key=lambda i: lost(row, after(row, i)))
+            others = [j for j in (~side).nonzero()[:, 0].tolist() if j // size == first // size]
+            second = min(others, key=lambda j: lost(row, after(row, first, j)))
+            if lost(row, after(row, first, second)) < now:
+                mask[row] = after(row, first, second)
+    return mask
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4), NM(3, 8)], ids=repr)
+def test_sparseswaps_is_its_float64_definition(pattern: Pattern) -> None:
+    x, weight = correlated(tokens=100, inputs=16, outputs=12)
+    start = wanda_mask(weight, x.square().mean(0), pattern)
+    found = sparseswaps_mask(weight, x.T @ x, pattern, rounds=9)
+    assert torch.equal(found, swapped(x, weight, start, pattern, rounds=9))
+    assert not torch.equal(found, start)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([*(Unstructured(s) for s in (0.03, 0.3, 0.5, 0.9, 0.99)), NM(2, 4), NM(1, 5)]),
+)
+@settings(max_examples=40, deadline=None)
+def test_sparseswaps_keeps_as_many_and_never_loses_more(seed: int, pattern: Pattern) -> None:
+    x, weight = correlated(tokens=60, inputs=22, outputs=9, seed=seed)
+    x[:, 3] = 0  # an input that is never on
+    start, found = wanda_mask(weight, x.square().mean(0), pattern), sparseswaps_mask(weight, x.T @ x, pattern)
+    assert torch.equal(found.sum(1), start.sum(1))
+    if isinstance(pattern, NM):
+        assert follows(found, 1, pattern)
+    lost = [((weight * ~mask).double() @ x.double().T).square().sum(1) for mask in (found, start)]
+    assert bool((lost[0] <= lost[1] * (1 + 1e-5) + 1e-6).all())
+
+
+def test_sparseswaps_with_uncorrelated_inputs_is_wanda() -> None:
+    _, weight = correlated()
+    gram = torch.diag(torch.rand(48) + 0.1)
+    for pattern in PATTERNS:
+        assert torch.equal(sparseswaps_mask(weight, gram, pattern), wanda_mask(weight, gram.diagonal(), pattern))
+
+
+def brain_surgeon(x: Tensor, weight: Tensor, pattern: Pattern, block: int, damping: float) -> tuple[Tensor, Tensor]:
+    """Optimal brain surgeon one column at a time: the Hessian of the columns left is inverted anew for each."""
+    weight = weight.double().clone()
+    O, I = weight.shape  # noqa: E741
+    hessian = 2 * x.double().T @ x.double() / len(x)
+    hessian += damping * hessian.diagonal().mean() * torch.eye(I, dtype=torch.float64)
+    inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(I)]
+    leading = torch.stack([inverse[0, 0] for inverse in inverses])
+    mask = torch.ones(O, I, dtype=torch.bool)
+    for j in range(I):
+        if isinstance(pattern, NM):
+            if j % pattern.m == 0:
+                s = slice(j, j + pattern.m)
+                mask[:, s] = lowest_removed(weight[:, s] ** 2 / leading[s], pattern.m - pattern.n)
+        elif j % block == 0:
+            s = slice(j, min(j + block, I))
+            cost = weight[:, s] ** 2 / leading[s]
+            kept = round((1 - pattern.sparsity) * O * s.stop) - round((1 - pattern.sparsity) * O * s.start)
+            mask[:, s] = lowest_removed(cost.reshape(1, -1), cost.numel() - kept).view_as(cost)
+        gone = (weight[:, j] * ~mask[:, j] / leading[j])[:, None]
+        weight[:, j:] -= gone * inverses[j][0][None]
+    return weight * mask, mask
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4), NM(4, 8)], ids=repr)
+@pytest.mark.parametrize("block", [16, 20, 128])
+def test_sparsegpt_is_optimal_brain_surgeon(pattern: Pattern, block: int) -> None:
+    x, weight = correlated()
+    options = SparseGPTOptions(block_size=block)
+    pruned, mask, _ = sparsegpt(weight, x.T @ x, pattern, options)
+    expected, expected_mask = brain_surgeon(x, weight, pattern, block, options.damping)
+    assert torch.equal(mask, expected_mask)
+    torch.testing.assert_close(pruned.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def least_squares(x: Tensor, weight: Tensor, mask: Tensor, ridge: float, target: Tensor | None = None) -> Tensor:
+    """Row by row in float64: the normal equations of the kept columns, with the ridge towards the dense weights.
+
+    The ridge is in the scale of ADMM: ridge·Σ x_j² for weight j.
+    """
+    x, weight = x.double(), weight.double()
+    gram = x.T @ x
+    damped = gram + ridge * torch.diag(gram.diagonal())
+    right = (weight @ gram if target is None else target.double().T @ x) + ridge * weight * gram.diagonal()
+    solved = torch.zeros_like(weight)
+    for row, kept in enumerate(mask):
+        solved[row, kept] = torch.linalg.solve(damped[kept][:, kept], right[row, kept])
+    return solved
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4)], ids=repr)
+def test_admm_is_its_float64_definition(pattern: Pattern) -> None:
+    x, weight = correlated()
+    gram, scale = x.double().T @ x.double(), x.double().square().sum(0).sqrt()
+    xx = gram / scale / scale[:, None] + 0.1 * torch.eye(len(scale), dtype=torch.float64)
+    start = w = weight.double() * scale
+    u, inverse = torch.zeros_like(w), torch.linalg.inv(xx + torch.eye(len(scale), dtype=torch.float64))
+    for k in range(1, 21):
+        if k <= 15:
+            now = pattern
+            if isinstance(pattern, Unstructured):
+                now = Unstructured(pattern.sparsity - pattern.sparsity * (1 - k / 15) ** 3)
+            mask = pattern_mask((w + u).abs(), now, whole=True)
+        z = (w + u) * mask
+        u = u + w - z
+        w = (start @ xx + z - u) @ inverse
+    solution = admm_prune(weight, gram.float(), pattern)
+    # A weight at the very threshold may fall on either side in single precision.
+    assert int((solution.mask != mask).sum()) <= 2
+    torch.testing.assert_close(solution.weight.double() * mask, (w + u) / scale * mask, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+def test_the_update_for_a_mask_is_least_squares(sparsity: float) -> None:
+    x, weight = correlated()
+    mask = wanda_mask(weight, x.square().mean(0), Unstructured(sparsity))
+    options = AdmmOptions()
+    updated = admm_update(weight, x.T @ x, mask, options).weight
+    exact = least_squares(x, weight, mask, options.ridge)
+    assert relative_error(x, weight, updated) == pytest.approx(relative_error(x, weight, exact), rel=0.01)
+    assert not updated[~mask].any()
+
+
+def test_the_update_goes_to_least_squares_without_a_ridge() -> None:
+    x, weight = correlated()
+    mask = wanda_mask(weight, x.square().mean(0), Unstructured(0.5))
+    updated = admm_update(weight, x.T @ x, mask, AdmmOptions(ridge=1e-4, rho=0.1, iterations=500)).weight
+    exact = least_squares(x, weight, mask, 0.0)
+    assert relative_error(x, weight, updated) <= 1.01 * relative_error(x, weight, exact)
+
+
+def test_the_update_fits_the_dense_models_outputs() -> None:
+    x, weight = correlated()
+    dense = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    mask = wanda_mask(weight, x.square().mean(0), Unstructured(0.5))
+    updated = admm_update(weight, x.T @ x, mask, AdmmOptions(iterations=200), dense.T @ x).weight
+    exact = least_squares(x, weight, mask, 0.1, target=dense @ weight.T)
+    torch.testing.assert_close(updated.double(), exact, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.6), NM(2, 4)], ids=repr)
+def test_layer_errors_are_ordered_as_the_papers_say(pattern: Pattern, seed: int) -> None:
+    x, weight = correlated(seed=seed)
+    gram = x.T @ x
+    magnitude = relative_error(x, weight, weight * magnitude_mask(weight, pattern))
+    wanda = relative_error(x, weight, weight * wanda_mask(weight, x.square().mean(0), pattern))
+    obs = relative_error(x, weight, sparsegpt(weight, gram, pattern).weight)
+    admm = relative_error(x, weight, admm_prune(weight, gram, pattern).weight)
+    assert magnitude > wanda > obs >= admm
+
+
+# -- counts -------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    size=st.integers(1, 40),
+    sparsity=st.floats(0, 0.99),
+    values=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_unstructured_counts_are_exact(rows: int, size: int, sparsity: float, values: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, values, (rows, size), generator=g).float()  # few values: many ties
+    pattern = Unstructured(sparsity)
+    by_row, by_matrix = choose(scores, pattern, "row"), choose(scores, pattern, "matrix")
+    assert (by_row.sum(1) == round((1 - sparsity) * size)).all()
+    assert int(by_matrix.sum()) == round((1 - sparsity) * rows * size)
+    assert torch.equal(by_row, pattern_mask(scores, pattern, whole=False))
+    assert torch.equal(by_matrix, pattern_mask(scores, pattern, whole=True))
+    x = torch.randn(50, size, generator=g)
+    for solution in (
+        sparsegpt(scores, x.T @ x, pattern, SparseGPTOptions(block_size=7)),
+        admm_prune(scores, x.T @ x, pattern),
+    ):
+        assert int(solution.mask.sum()) == round((1 - sparsity) * rows * size)
+        assert not solution.weight[~solution.mask].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    size=st.integers(1, 50),
+    nm=st.integers(2, 12).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m))),
+    seed=st.integers(0, 99),
+)
+def test_nm_keeps_n_of_every_m(rows: int, size: int, nm: tuple[int, int], seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    pattern, (n, m) = NM(*nm), nm
+    weight = torch.randint(-3, 3, (rows, size), generator=g).float()
+    x = torch.randn(50, size, generator=g)
+    gram = x.T @ x
+    masks = [
+        magnitude_mask(weight, pattern),
+        wanda_mask(weight, x.square().mean(0), pattern),
+        sparsegpt(weight, gram, pattern, SparseGPTOptions(block_size=10)).mask,
+        admm_prune(weight, gram, pattern).mask,
+    ]
+    for mask in masks:
+        for start in range(0, size, m):
+            group = mask[:, start : start + m]
+            r = group.shape[1]
+            assert (group.sum(1) == (n if r == m else int(n * r / m + 0.5))).all()
+
+
+def test_of_equal_scores_the_lower_index_stays() -> None:
+    assert keep_highest(torch.tensor([[1.0, 2.0, 1.0, 1.0]]), 2).tolist() == [[True, True, False, False]]
+    assert choose(torch.ones(1, 4), NM(2, 4), "row").tolist() == [[True, True, False, False]]
+
+
+def test_patterns_are_read() -> None:
+    assert parse_pattern("2:4", 0.5) == NM(2, 4)
+    assert parse_pattern(None, 0.3) == Unstructured(0.3)
+    for wrong in ("4:2", "4:4", "0:4", "2-4", "a:b"):
+        with pytest.raises(UserError):
+            parse_pattern(wrong, 0.5)
+    with pytest.raises(UserError, match="sparsity"):
+        Unstructured(1.0)
+
+
+# -- hostile inputs -----------------------------------------------------------------------------------------
+
+
+def hostile(kind: str) -> tuple[Tensor, Tensor]:
+    x, weight = correlated(tokens=300)
+    if kind == "dead inputs":
+        x[:, ::3] = 0
+    elif kind == "all dead":
+        x.zero_()
+    elif kind == "few tokens":
+        x = x[:5]
+    elif kind == "one token many times":
+        x = x[:1].expand(300, -1)
+    elif kind == "huge outlier":
+        x[:, 5] *= 1e6
+    elif kind == "tiny inputs":
+        x *= 1e-8
+    elif kind == "equal inputs":
+        x[:, 1:] = x[:, :1]
+    return x, weight
+
+
+KINDS = ["dead inputs", "all dead", "few tokens", "one token many times", "huge outlier", "tiny inputs", "equal inputs"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=repr)
+@pytest.mark.parametrize("method", ["sparsegpt", "admm", "update"])
+def test_hostile_inputs_give_finite_exact_answers(kind: str, pattern: Pattern, method: str) -> None:
+    x, weight = hostile(kind)
+    gram = x.T @ x
+    if method == "update":
+        mask = wanda_mask(weight, x.square().mean(0), pattern)
+        solution = admm_update(weight, gram, mask)
+        assert torch.equal(solution.mask, mask)
+    else:
+        solution = (sparsegpt if method == "sparsegpt" else admm_prune)(weight, gram, pattern)
+    assert torch.isfinite(solution.weight).all()
+    assert int(solution.mask.sum()) == weight.numel() // 2
+    assert not solution.weight[~solution.mask].any()
+    if kind not in ("all dead",):
+        # Better than nothing: removing every weight has error 1.
+        assert relative_error(x, weight, solution.weight) < 0.9
+
+
+def test_dead_inputs_are_pruned_first() -> None:
+    x, weight = hostile("dead inputs")
+    mask = admm_prune(weight, x.T @ x, Unstructured(1 / 3)).mask
+    assert not mask[:, ::3].any()
+    assert int(mask.sum()) == round(weight.numel() * 2 / 3)
+
+
+def test_damping_is_raised_until_the_answer_is_finite() -> None:
+    tried: list[float] = []
+
+    def solve(damping: float) -> tuple[Tensor, Tensor]:
+        tried.append(damping)
+        if len(tried) == 1:
+            raise torch.linalg.LinAlgError("singular")
+        value = float("nan") if len(tried) == 2 else 1.0
+        return torch.full((1, 1), value), torch.ones(1, 1, dtype=torch.bool)
+
+    assert with_damping(solve, 0.01).damping == pytest.approx(1.0)
+    assert tried == pytest.approx([0.01, 0.1, 1.0])
+    with pytest.raises(NotSolvableError):
+        with_damping(lambda damping: (torch.full((1, 1), torch.nan), torch.ones(1, 1, dtype=torch.bool)), 0.01)
+
+
+def test_a_singular_hessian_without_damping_is_damped() -> None:
+    x, weight = hostile("few tokens")
+    solution = sparsegpt(weight, x.T @ x, Unstructured(0.5), SparseGPTOptions(damping=0.0))
+    assert solution.damping > 0
+    assert torch.isfinite(solution.weight).all()
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_rows_keep_as_many_as_they_are_told(rows: int, columns: int, seed: int) -> None:
+    """The highest of each, the lower index of ties; methods that weigh a whole matrix see its sparsity alone."""
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randint(0, 4, (rows, columns), generator=generator).float()  # many ties
+    kept = torch.randint(0, columns + 1, (rows,), generator=generator)
+    mask = choose(score, ByRow(0.5, kept), "row")
+    for row, each, k in zip(mask, score, kept.tolist(), strict=True):
+        assert row.nonzero().flatten().tolist() == sorted(sorted(range(columns), key=lambda i: (-each[i], i))[:k])
+    assert torch.equal(choose(score, ByRow(0.5, kept), "matrix"), choose(score, Unstructured(0.5), "matrix"))

@@ -1,0 +1,433 @@
+"""The walk and ``prune`` on every family's tiny model."""
+
+import copy
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model
+from torch import Tensor
+from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForCausalLM
+
+from leap_pl.base_model.weights import decoder_blocks, find_weights, model_fingerprint
+from leap_pl.errors import UserError
+from leap_pl.masks import MaskSet
+from leap_pl.masks.patterns import NM, Pattern, Unstructured
+from leap_pl.oneshot.admm import AdmmOptions
+from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
+from leap_pl.oneshot.fisher import FisherOptions
+from leap_pl.oneshot.inputs import Matrix
+from leap_pl.oneshot.prune import UPDATING, Method, prune
+from leap_pl.oneshot.sparsegpt import SparseGPTOptions
+from leap_pl.oneshot.walk import Walk, WalkOptions
+
+torch.set_num_threads(1)
+
+METHODS: list[Method] = ["magnitude", "wanda", "sparseswaps", "sparsegpt", "admm"]
+
+
+def tokens(sequences: int = 5, length: int = 40, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def all_matrices(model: torch.nn.Module) -> list[Matrix]:
+    return [matrix for weight in find_weights(model).values() for matrix in Matrix.of(weight)]
+
+
+def of_layer(model: torch.nn.Module, index: int) -> list[Matrix]:
+    return [m for m in all_matrices(model) if m.weight.layer == index]
+
+
+def rows_kept(matrix: Matrix, masks: MaskSet) -> Tensor:
+    return matrix.view(masks.masks[matrix.weight.name]).sum(1)
+
+
+# -- the walk -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_walk_replays_the_models_own_forward(family: str) -> None:
+    model = tiny_model(family)
+    blocks_NT = tokens()  # 5 sequences in batches of 2: the last batch is smaller
+    expected: list[Tensor] = []
+    _, blocks = decoder_blocks(model)
+    hook = blocks[-1].register_forward_hook(
+        lambda module, args, output: expected.append(output if isinstance(output, Tensor) else output[0])
+    )
+    with torch.no_grad():
+        model(input_ids=blocks_NT, use_cache=False)
+    hook.remove()
+    with Walk(model, blocks_NT, WalkOptions(batch_size=2)) as walk:
+        for index in walk:
+            walk.advance(index)
+        final = torch.cat(walk.states)
+    torch.testing.assert_close(final, expected[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_are_those_of_the_layers_inputs(family: str) -> None:
+    model, blocks_NT = tiny_model(family), tokens()
+    seen: dict[str, list[Tensor]] = {}
+    weights = find_weights(model)
+    for name, weight in weights.items():
+        if weight.parameter.ndim == 2:
+            weight.module.register_forward_pre_hook(
+                lambda module, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2).double())
+            )
+    with torch.no_grad():
+        model(input_ids=blocks_NT, use_cache=False)
+    expected = {name: torch.cat(parts) for name, parts in seen.items()}
+    with Walk(model, blocks_NT, WalkOptions(batch_size=2)) as walk:
+        for index in walk:
+            found = walk.observe(index, of_layer(model, index), gram=True)
+            for matrix in of_layer(model, index):
+                if matrix.expert is None:
+                    x = expected[matrix.weight.name]
+                    statistics = found[matrix.name]
+                    assert statistics.count == len(x)
+                    assert statistics.gram is not None
+                    torch.testing.assert_close(statistics.gram.double(), x.T @ x, rtol=1e-4, atol=1e-3)
+                    torch.testing.assert_close(
+                        statistics.mean_square.double(), x.square().mean(0), rtol=1e-4, atol=1e-6
+                    )
+            walk.advance(index)
+
+
+def test_experts_see_the_tokens_that_are_routed_to_them() -> None:
+    model, blocks_NT = tiny_model("mixtral"), tokens()
+    _, blocks = decoder_blocks(model)
+    moe = blocks[0].mlp
+    inputs: list[Tensor] = []
+    moe.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, 1)))
+    with Walk(model, blocks_NT) as walk:
+        for index in walk:
+            inputs.clear()
+            found = walk.observe(index, of_layer(model, index), gram=True)
+            break
+    x = torch.cat(inputs)
+    _, _, routes = moe.gate(x)
+    for expert in range(3):
+        routed = x[(routes == expert).any(1)].double()
+        statistics = found[f"model.layers.0.mlp.experts.gate_up_proj[{expert}]"]
+        assert statistics.count == len(routed)
+        assert statistics.gram is not None
+        torch.testing.assert_close(statistics.gram.double(), routed.T @ routed, rtol=1e-4, atol=1e-3)
+        down = found[f"model.layers.0.mlp.experts.down_proj[{expert}]"]
+        assert down.count == len(routed)
+
+
+def test_matrices_with_one_input_share_their_statistics() -> None:
+    model = tiny_model("llama")
+    with Walk(model, tokens()) as walk:
+        for index in walk:
+            found = walk.observe(index, of_layer(model, index), gram=True)
+    q, k, v, o, gate, up, down = (
+        found[f"model.layers.1.{name}.weight"]
+        for name in (
+            *(f"self_attn.{x}_proj" for x in "qkvo"),
+            *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+        )
+    )
+    assert q is k is v
+    assert gate is up
+    assert len({id(s) for s in (q, o, gate, down)}) == 4
+
+
+def test_later_blocks_see_the_pruned_ones() -> None:
+    model = tiny_model("llama")
+    dense, blocks_NT = copy.deepcopy(model), tokens()
+    prune(model, blocks_NT, method="wanda", pattern=0.5, progress=False)
+    half = copy.deepcopy(dense)
+    half.model.layers[0].load_state_dict(model.model.layers[0].state_dict())
+    x: list[Tensor] = []
+    half.model.layers[1].mlp.gate_proj.register_forward_pre_hook(lambda module, args: x.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        half(input_ids=blocks_NT)
+    weight = dense.model.layers[1].mlp.gate_proj.weight
+    scores = weight.detach().abs() * x[0].square().mean(0).sqrt()
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(16).indices, True)
+    assert torch.equal(model.model.layers[1].mlp.gate_proj.weight != 0, kept)
+
+
+# -- prune --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), NM(2, 4)], ids=repr)
+def test_every_family_is_pruned_exactly(family: str, method: Method, pattern: Pattern) -> None:
+    model = tiny_model(family)
+    dense = {name: weight.parameter.clone() for name, weight in find_weights(model).items()}
+    fingerprint = model_fingerprint(model)
+    pruned = prune(model, tokens(), method=method, pattern=pattern, progress=False)
+
+    assert pruned.masks.provenance.fingerprint == fingerprint
+    assert list(pruned.masks.masks) == list(dense)
+    parameters = dict(model.named_parameters())
+    for name, mask in pruned.masks.masks.items():
+        assert not parameters[name][~mask].any()
+        assert torch.isfinite(parameters[name]).all()
+        if method not in UPDATING:
+            assert torch.equal(parameters[name], dense[name] * mask)
+        else:
+            assert not torch.equal(parameters[name], dense[name] * mask)
+    for matrix in all_matrices(model):
+        mask_OI = matrix.view(pruned.masks.masks[matrix.weight.name])
+        if isinstance(pattern, NM):
+            groups = mask_OI[:, : matrix.size // 4 * 4].unflatten(1, (-1, 4))
+            assert (groups.sum(2) == 2).all()
+        elif method in ("wanda", "sparseswaps"):
+            assert (mask_OI.sum(1) == round(0.4 * matrix.size)).all()
+        else:
+            assert int(mask_OI.sum()) == round(0.4 * mask_OI.numel())
+        assert 0 < pruned.errors[matrix.name] < 1
+    assert not pruned.dampings
+    assert torch.isfinite(model(input_ids=tokens()).logits).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+def test_errors_fall_from_method_to_method(family: str) -> None:
+    means = []
+    for method in METHODS:
+        model = tiny_model(family)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name or "ln_" in name:  # inputs of unequal size: else magnitude is as good as Wanda
+                    parameter.mul_(torch.linspace(0.2, 3, parameter.numel()))
+        errors = prune(model, tokens(24), method=method, pattern=0.5, progress=False).errors
+        means.append(sum(errors.values()) / len(errors))
+    assert means == sorted(means, reverse=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["gemma3", "mixtral", "gpt2"])
+def test_without_update_the_model_is_bit_identical(family: str, method: Method) -> None:
+    model = tiny_model(family).to(torch.bfloat16)
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    masks = prune(model, tokens(), method=method, pattern=0.5, update=False, progress=False).masks
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.training
+    assert model.get_experts_implementation() == tiny_model(family).get_experts_implementation()
+    updated = prune(model, tokens(), method=method, pattern=0.5, progress=False).masks
+    assert all(torch.equal(masks.masks[name], updated.masks[name]) for name in masks.masks)
+
+
+def test_magnitude_needs_no_text() -> None:
+    with_text = prune(tiny_model(), tokens(), method="magnitude", progress=False)
+    without = prune(tiny_model(), None, method="magnitude", progress=False)
+    assert all(torch.equal(with_text.masks.masks[n], without.masks.masks[n]) for n in without.masks.masks)
+    assert with_text.errors
+    assert not without.errors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_models(method: Method, dtype: torch.dtype) -> None:
+    model = tiny_model("llama").to(dtype)
+    pruned = prune(model, tokens(), method=method, pattern=0.5, progress=False)
+    assert pruned.masks.sparsity == pytest.approx(0.5)
+    assert all(p.dtype == dtype and torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
+def test_dead_and_huge_inputs_and_few_tokens(method: Method) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[:6] = 0
+            layer.post_attention_layernorm.weight[3] = 1e5
+            layer.mlp.up_proj.weight[:9] = 0
+    pruned = prune(model, tokens(1, 5), method=method, pattern=0.5, progress=False)
+    assert pruned.masks.sparsity == pytest.approx(0.5)
+    assert all(0 <= error < 1 for error in pruned.errors.values())
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
+def test_an_expert_without_tokens_is_pruned_by_magnitude(method: Method, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("mixtral", num_local_experts=16, num_experts_per_tok=1)
+    with caplog.at_level(logging.WARNING):
+        pruned = prune(model, tokens(1, 4), method=method, pattern=0.5, progress=False)
+    assert pruned.unseen
+    assert pruned.unseen[0] in caplog.text
+    assert pruned.masks.sparsity == pytest.approx(0.5)
+    for matrix in all_matrices(model):
+        if matrix.name in pruned.unseen:
+            kept = matrix.view(pruned.masks.masks[matrix.weight.name])
+            assert int(kept.sum()) == kept.numel() // 2
+            original = matrix.view(dict(tiny_model("mixtral", num_local_experts=16, num_experts_per_tok=1)
+                                        .named_parameters())[matrix.weight.name])  # fmt: skip
+            assert original[kept].abs().min() >= original[~kept].abs().max()
+            assert torch.equal(matrix.dense(), original * kept)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_transposed_experts_with_biases(method: Method) -> None:
+    config = GptOssConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.0 if "router.bias" in name else 0.15  # every expert is to see tokens
+            parameter.copy_(torch.randn_like(parameter) * spread + (parameter.ndim == 1) * parameter)
+    pruned = prune(model, tokens(), method=method, pattern=NM(2, 4), progress=False)
+    assert not pruned.unseen
+    experts = [matrix for matrix in all_matrices(model) if matrix.expert is not None]
+    assert len(experts) == 12
+    for matrix in experts:
+        kept = matrix.view(pruned.masks.masks[matrix.weight.name])
+        assert (kept.unflatten(1, (-1, 4)).sum(2) == 2).all()
+        assert 0 < pruned.errors[matrix.name] < 1
+
+
+def test_arguments_that_grow_with_the_batch() -> None:
+    """Bloom's attention bias is (sequences·heads, 1, length); the last batch has fewer sequences."""
+    model = BloomForCausalLM(BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4)).eval()
+    pruned = prune(model, tokens(5), method="sparsegpt", walk=WalkOptions(batch_size=3), progress=False)
+    assert pruned.masks.sparsity == pytest.approx(0.5)
+
+
+# -- sparsity per layer -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sparsity_per_layer(method: Method, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text("[0.25, 0.75]")
+    (tmp_path / "s.txt").write_text("0.25\n0.75\n")
+    for source in ([0.25, 0.75], tmp_path / "s.json", str(tmp_path / "s.txt")):
+        sparsities = read_layer_sparsities(source)
+    pruned = prune(tiny_model(), tokens(), method=method, layer_sparsity=sparsities, progress=False)
+    assert pruned.masks.densities("layer") == pytest.approx({"0": 0.75, "1": 0.25})
+    assert pruned.masks.provenance.sparsity == pytest.approx(0.5)
+
+
+def test_owl_gives_less_sparsity_where_there_are_outliers() -> None:
+    model = tiny_model("llama", num_hidden_layers=3)
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[:2] *= 40
+    pruned = prune(model, tokens(), method="wanda", pattern=0.5, owl=OwlOptions(), progress=False)
+    densities = pruned.masks.densities("layer")
+    assert densities["1"] == max(densities.values())
+    assert max(densities.values()) - min(densities.values()) == pytest.approx(0.16, abs=0.03)
+    assert pruned.masks.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("text", ["", "[0.5, 1.5]", "a b", '[{"a": 1}]', "0.5 -0.1"])
+def test_nonsense_sparsities_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "s").write_text(text)
+    with pytest.raises(UserError):
+        read_layer_sparsities(tmp_path / "s")
+
+
+# -- weights for a given mask -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("target", ["layer", "dense"])
+def test_weights_for_a_given_mask(family: str, target: str, tmp_path: Path) -> None:
+    blocks_NT = tokens(24)
+    plain = tiny_model(family)
+    wanda = prune(plain, blocks_NT, method="wanda", pattern=0.5, progress=False)
+    mask = MaskSet.load(wanda.masks.save(tmp_path / "mask.safetensors"))
+    model = tiny_model(family)
+    updated = prune(model, blocks_NT, method="admm", mask=mask, mask_target=target, progress=False)  # type: ignore[arg-type]
+    parameters = dict(model.named_parameters())
+    for name, kept in mask.masks.items():
+        assert torch.equal(updated.masks.masks[name], kept)
+        assert not parameters[name][~kept].any()
+    assert updated.masks.provenance.method == "wanda"
+    assert updated.masks.provenance.config["weight_update"]["target"] == target
+    json.dumps(updated.masks.provenance.config)
+    if target == "layer":
+        assert sum(updated.errors.values()) < sum(wanda.errors.values())
+    with torch.no_grad():
+        expected = tiny_model(family)(input_ids=blocks_NT).logits
+        distance = [float((m(input_ids=blocks_NT).logits - expected).square().mean()) for m in (plain, model)]
+    assert distance[1] < distance[0]
+
+
+def test_the_dense_target_follows_the_dense_model() -> None:
+    """With nothing removed, fitting to the dense model's outputs changes nothing in block 0 (equal inputs)."""
+    model = tiny_model()
+    dense = tiny_model()
+    mask = prune(tiny_model(), tokens(), method="wanda", pattern=0.5, progress=False).masks
+    for name in mask.masks:
+        if ".layers.0." in name:
+            mask.masks[name].fill_(True)
+    options = AdmmOptions(ridge=1e-3, iterations=50)
+    prune(model, tokens(24), method="admm", mask=mask, mask_target="dense", options=options, progress=False)
+    for name, parameter in model.model.layers[0].named_parameters():
+        torch.testing.assert_close(
+            parameter, dict(dense.model.layers[0].named_parameters())[name], rtol=1e-3, atol=1e-3
+        )
+
+
+# -- what is refused ----------------------------------------------------------------------------------------
+
+
+def test_nonfinite_weights_and_inputs_are_named() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN"):
+        prune(model, tokens(), method="wanda", progress=False)
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[0] = float("inf")
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj\.weight: its inputs are not finite"):
+        prune(model, tokens(), method="admm", progress=False)
+
+
+def test_contradictions_are_refused() -> None:
+    model = tiny_model()
+    mask = prune(tiny_model(), None, method="magnitude", progress=False).masks
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"method": "wanda", "blocks_NT": None}, "calibration text"),
+        ({"method": "wanda", "mask": mask}, "--method admm"),
+        ({"method": "wanda", "pattern": NM(2, 4), "owl": OwlOptions()}, "pattern 2:4"),
+        ({"method": "wanda", "layer_sparsity": [0.5] * 3}, "3 layer sparsities"),
+        ({"method": "wanda", "layer_sparsity": [0.5] * 2, "owl": OwlOptions()}, "Choose one"),
+        ({"method": "admm", "mask": mask, "owl": OwlOptions()}, "Choose one"),
+        ({"method": "wanda", "fisher": FisherOptions(), "owl": OwlOptions()}, "both --owl and --fisher. Choose one"),
+        ({"method": "admm", "mask": mask, "fisher": FisherOptions()}, "Choose one"),
+        ({"method": "wanda", "pattern": NM(2, 4), "fisher": FisherOptions()}, "leave out --pattern, or --fisher"),
+        ({"method": "magnitude", "blocks_NT": None, "fisher": FisherOptions()}, "Fisher allocation needs calibration"),
+        ({"method": "wanda", "pattern": 0.05, "owl": OwlOptions()}, "Lower --owl"),
+        ({"method": "wanda", "pattern": 1.0}, "sparsity"),
+    ]
+    for settings, message in cases:
+        settings = {"blocks_NT": tokens(), "progress": False, **settings}
+        with pytest.raises(UserError, match=message):
+            prune(model, **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="does not take"):
+        prune(model, tokens(), method="wanda", options=SparseGPTOptions())
+    with pytest.raises(UserError, match="fingerprint"):
+        prune(tiny_model(seed=1), tokens(), method="admm", mask=mask)
+    with pytest.raises(UserError, match="outside"):
+        prune(model, tokens(), weights=find_weights(model, ["lm_head"]))
+
+
+def test_token_dependent_arguments_are_refused() -> None:
+    model = tiny_model()
+
+    def add(module: torch.nn.Module, args: object, kwargs: dict[str, object]) -> tuple[object, dict[str, object]]:
+        return args, {**kwargs, "seen": args[0].clone()}  # type: ignore[index]
+
+    model.model.layers[1].register_forward_pre_hook(add, with_kwargs=True)
+    with pytest.raises(UserError, match="depend on the tokens"):
+        prune(model, tokens(8), method="wanda", progress=False)

@@ -1,0 +1,150 @@
+"""Priors: masks alone, and their cache."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from leap_pl.base_model.weights import find_weights
+from leap_pl.errors import UserError
+from leap_pl.masks import MaskSet
+from leap_pl.masks.patterns import NM
+from leap_pl.oneshot.fisher import FisherOptions
+from leap_pl.oneshot.prune import Method, prune
+from leap_pl.prior import cache as prior_module
+from leap_pl.prior.cache import one_shot_prior
+
+torch.set_num_threads(1)
+
+
+class Block:
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+
+class Stream:
+    def __init__(self, seed: int, seq_length: int) -> None:
+        self.seed, self.seq_length, self.read = seed, seq_length, 0
+
+    def blocks(self) -> Iterator[Block]:
+        g = torch.Generator().manual_seed(self.seed)
+        while True:
+            self.read += 1
+            yield Block(torch.randint(0, 256, (self.seq_length,), generator=g).tolist())
+
+
+class Data:
+    """What the data module shows of itself to the prior."""
+
+    def __init__(self, seed: int = 0, seq_length: int = 40, batch_size: int = 1) -> None:
+        self.stream, self.batch_size = Stream(seed, seq_length), batch_size
+
+    def identity(self) -> dict[str, Any]:
+        of_stream = {"text": "random", "seed": self.stream.seed, "seq_length": self.stream.seq_length}
+        return {**of_stream, "batch_size": self.batch_size}
+
+
+def make(cache_dir: Path | None, *, model: Any = None, data: Data | None = None, **changes: Any) -> Any:
+    model = tiny_model() if model is None else model
+    settings = {"method": "wanda", "sparsity": 0.6, "sequences": 5, **changes}
+    method, sparsity = settings.pop("method"), settings.pop("sparsity")
+    weights = settings.pop("weights", None) or find_weights(model)
+    return one_shot_prior(
+        model, weights, method, sparsity, base_model="tiny", data=data or Data(), cache_dir=cache_dir, **settings
+    )
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparseswaps", "sparsegpt", "admm"])
+def test_the_prior_leaves_the_model_bit_identical(method: Method, tmp_path: Path) -> None:
+    model = tiny_model("mixtral").to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mask = make(tmp_path, model=model, method=method)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    mask.check(model, find_weights(model))
+    assert mask.provenance.base_model == "tiny"
+    tokens = torch.tensor([b.tokens for b, _ in zip(Data().stream.blocks(), range(5), strict=False)])
+    expected = prune(model, tokens, method=method, pattern=0.6, progress=False).masks
+    assert all(torch.equal(mask.masks[name], expected.masks[name]) for name in expected.masks)
+
+
+def test_the_cache_is_hit_and_tells_runs_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return prune(*args, **kwargs)
+
+    monkeypatch.setattr(prior_module, "prune", counted)
+    first = make(tmp_path)
+    data = Data(batch_size=4)  # of no consequence
+    again = make(tmp_path, data=data)
+    assert len(calls) == 1
+    assert data.stream.read == 0
+    assert all(torch.equal(first.masks[name], again.masks[name]) for name in first.masks)
+    model = tiny_model()
+    for number, changes in enumerate(
+        (
+            {"sparsity": 0.5},
+            {"sparsity": NM(2, 4)},
+            {"method": "sparsegpt"},
+            {"sequences": 4},
+            {"data": Data(seed=1)},
+            {"model": tiny_model(seed=1)},
+            {"model": model, "weights": find_weights(model, ignore=["re:.*mlp"])},
+        ),
+        start=2,
+    ):
+        make(tmp_path, **changes)
+        assert len(calls) == number, changes
+    assert len(list(tmp_path.iterdir())) == len(calls)
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", None])
+def test_a_damaged_cache_file_is_made_anew(
+    damage: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make(tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-7] if damage is None else damage)
+    with caplog.at_level(logging.WARNING):
+        again = make(tmp_path)
+    assert "made anew" in caplog.text
+    assert all(torch.equal(first.masks[name], again.masks[name]) for name in first.masks)
+    assert MaskSet.load(file).masks.keys() == first.masks.keys()
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        assert make(tmp_path / "file").masks
+    assert "not kept" in caplog.text
+    assert make(None).masks
+
+
+def test_sequences_longer_than_the_model_are_refused() -> None:
+    with pytest.raises(UserError, match="128 tokens"):
+        make(None, data=Data(seq_length=200))
+
+
+def test_fisher_allocation_has_a_cache_entry_of_its_own(tmp_path: Path) -> None:
+    even, first = make(tmp_path), make(tmp_path, fisher=FisherOptions(0.5))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert first.provenance.config["fisher"]["strength"] == 0.5
+    data = Data()
+    again = make(tmp_path, data=data, fisher=FisherOptions(0.5))
+    assert data.stream.read == 0
+    assert all(torch.equal(again.masks[name], mask) for name, mask in first.masks.items())
+    assert any(not torch.equal(even.masks[name], mask) for name, mask in first.masks.items())
+    make(tmp_path, fisher=FisherOptions(1.0))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_magnitude_reads_text_for_fisher_allocation(tmp_path: Path) -> None:
+    data = Data()
+    make(tmp_path, method="magnitude", data=data, fisher=FisherOptions())
+    assert data.stream.read == 5

@@ -1,0 +1,430 @@
+"""Many ranks learn what one learns: real processes, gloo, a tiny model.
+
+The runs of two ranks are made by one pair of processes, those of four by one set of four; the tests look at
+what they left, and compare it with one process that accumulates as many micro-batches.
+"""
+
+import io
+import pickle
+import shutil
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+from ranks import run_ranks
+from scaled_runs import BRIEF, Place, ddp, learn, sharded
+from tiny import tiny_model
+from torch import Tensor
+
+from leap_pl.checkpoints.folder import StoredTensors, check_folder, consolidated
+from leap_pl.checkpoints.layout import masks_from_checkpoint, path_of
+from leap_pl.checkpoints.newest import newest_checkpoint
+from leap_pl.cli.main import main
+from leap_pl.distributed.strategy import sharding_mesh
+from leap_pl.errors import UserError
+from leap_pl.export.hugging_face import export_command
+from leap_pl.masks import MaskSet
+from leap_pl.oneshot.prune import prune
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+# SGD, and a clip that bites: Adam would hide a gradient that is wrong by a factor.
+# Not fused: torch has no such SGD for sharded tensors, as it has of AdamW.
+SGD = ["--model.optimizer=SGD", "--model.optimizer.fused=false", "--model.optimizer.lr=0.05"]
+CLIP = ["--trainer.gradient_clip_val=0.02"]
+VIEWS = ["--trainer.strategy=DDPStrategy", "--trainer.strategy.gradient_as_bucket_view=true"]  # as in configs/cluster
+ALL_TERMS = [
+    "--model.objective.distillation=0.5",
+    "--model.objective.budget_scope=layer",
+    "--model.activation_checkpointing=true",
+    "--model.prior.method=wanda",
+    "--model.prior.sequences=4",
+    "--model.prior.graded=true",
+]
+
+
+def failure(flags: list[str]) -> str:
+    """What a run that is refused says on this rank."""
+    from leap_pl.cli.fit import run
+
+    try:
+        run(flags)
+    except UserError as error:
+        return str(error)
+    return "it ran"
+
+
+def highest(rank: int) -> list[bool]:
+    """Of many sharded tensors, whether the mask of the k highest is the one of the whole tensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from leap_pl.distributed.shards import strided_samples
+    from leap_pl.masks.top_k import exact_top_k
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    generator = torch.Generator().manual_seed(0)
+    agree = []
+    for case in range(12):
+        shapes = [(7, 3), (1, 5), (2,), (4, 2, 3), (16,)]
+        tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+        if case % 2:  # ties, on both sides of every cut between ranks
+            tensors = [t.round() for t in tensors]
+        parts = [distribute_tensor(t, mesh, [Shard(0)]) for t in tensors]
+        for k in {0, 1, 17, 40, sum(t.numel() for t in tensors) - 1, sum(t.numel() for t in tensors)}:
+            for t, part, cut, cut_of_parts in zip(
+                tensors, parts, exact_top_k(tensors, k), exact_top_k(parts, k), strict=True
+            ):
+                mask = cut_of_parts.mask(part)
+                agree.append(cut_of_parts == cut and torch.equal(mask.full_tensor(), cut.mask(t)))
+                agree.append(torch.equal(cut_of_parts.mask(t), cut.mask(t)))  # as a gate does inside a block
+        for stride in (1, 2, 3, 7, 100):
+            samples = strided_samples(dict(enumerate(parts)), stride)
+            agree += [torch.equal(samples[place], t.reshape(-1)[::stride]) for place, t in enumerate(tensors)]
+    return agree
+
+
+def two_ranks(rank: int, place: Place) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    def fit(name: str, *more: str, model: Path | None = None) -> None:
+        found[name] = learn(place.flags(name, *more, model=model))
+
+    fit("ddp", *ddp(2))
+    fit("sharded", *sharded(2))
+    fit("folder", *sharded(2, folder=True))
+    fit("ddp-sgd", *ddp(2)[:1], *VIEWS, *SGD, *CLIP, *BRIEF, *ALL_TERMS)
+    fit("sharded-sgd", *sharded(2), *SGD, *CLIP, *BRIEF, *ALL_TERMS)
+    fit("sharded-mixtral", *sharded(2), *SGD, *CLIP, *BRIEF, model=place.mixtral)
+    fit("sharded-bf16", *sharded(2), *BRIEF, "--trainer.precision=bf16-true")
+    fit("sharded-mixed", *sharded(2), *BRIEF, "--trainer.precision=bf16-mixed")
+    fit("of-folder", *sharded(2, folder=True), f"--ckpt_path={place.checkpoint('folder', 'step=2.ckpt')}")
+    fit("of-one", *sharded(2), f"--ckpt_path={place.checkpoint('one', 'step=2.ckpt')}")
+    fit("ddp-of-sharded", *ddp(2), f"--ckpt_path={place.checkpoint('sharded', 'step=2.ckpt')}")
+    found["top-k"] = highest(rank)
+    found["refused"] = {
+        "tensor-parallel": failure(
+            place.flags("x", *sharded(2)[:2], "--trainer.strategy.save_distributed_checkpoint=false")
+        ),
+        "strategy": failure(place.flags("x", "--trainer.devices=2", "--trainer.strategy=ModelParallelStrategy")),
+        "accumulation": failure(
+            place.flags(
+                "x", *sharded(2), "--trainer.accumulate_grad_batches=1", f"--ckpt_path={place.checkpoint('one')}"
+            )
+        ),
+        "folder": failure(place.flags("x", *ddp(2), f"--ckpt_path={place.checkpoint('folder')}")),
+        "model": failure(place.flags("x", *sharded(2), f"--ckpt_path={place.checkpoint('one')}", model=place.mixtral)),
+        "prior": failure(place.flags("x", *ddp(2), "--model.prior.mask=nowhere.safetensors")),
+        "head": failure(place.flags("x", *sharded(2), "--model.targets=[re:lm_head]")),
+    }
+    return found
+
+
+def four_ranks(rank: int, place: Place) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    def fit(name: str, *more: str, model: Path | None = None) -> None:
+        flags = place.flags(name, *sharded(4), "--trainer.accumulate_grad_batches=1", *more, model=model)
+        found[name] = learn(flags)
+
+    fit("four")
+    fit("four-mixtral", *SGD, *CLIP, *BRIEF, model=place.mixtral)
+    fit("four-of-folder", f"--ckpt_path={place.checkpoint('folder', 'step=2.ckpt')}")
+    found["top-k"] = highest(rank)
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(place: Place) -> dict[str, Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEAP_PL_COMPILE", "0")
+        return place.one("one")
+
+
+@pytest.fixture(scope="module")
+def two(place: Place, one: dict[str, Tensor]) -> list[dict[str, Any]]:
+    return run_ranks(2, two_ranks, place, folder=place.root / "two")
+
+
+@pytest.fixture(scope="module")
+def four(place: Place, two: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return run_ranks(4, four_ranks, place, folder=place.root / "four-ranks")
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To the rounding of a sum in another order: the logits are about 0.04, and moved by 0.001 a step."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("name", ["ddp", "sharded", "folder"])
+def test_two_ranks_learn_what_one_learns(two, one, place: Place, name: str) -> None:
+    for rank in two:
+        assert_same(rank[name]["logits"], one)
+    learned, expected = place.mask(name), place.mask("one")
+    assert all(torch.equal(learned.masks[weight], expected.masks[weight]) for weight in expected.masks)
+    assert learned.total - learned.kept == learned.total // 2
+
+
+def test_four_ranks_learn_what_one_learns(four, one) -> None:
+    for rank in four:
+        assert_same(rank["four"]["logits"], one)
+
+
+@pytest.mark.parametrize("name", ["ddp-sgd", "sharded-sgd"])
+def test_every_term_and_the_clipping_are_of_the_whole_batch(two, place: Place, name: str) -> None:
+    expected = place.one("one-sgd", *SGD, *CLIP, *BRIEF, *ALL_TERMS)
+    assert_same(two[0][name]["logits"], expected)
+    unclipped = place.one("one-unclipped", *SGD, *BRIEF, *ALL_TERMS)
+    assert any(float((unclipped[name] - expected[name]).abs().max()) > 1e-4 for name in expected)
+
+
+def test_shards_of_unequal_and_of_no_size(two, four, place: Place) -> None:
+    expected = place.one("one-mixtral", *SGD, *CLIP, *BRIEF, model=place.mixtral)
+    assert_same(two[0]["sharded-mixtral"]["logits"], expected)
+    assert_same(four[3]["four-mixtral"]["logits"], expected)
+
+
+def test_a_rank_holds_its_share(two, four) -> None:
+    """Of weights and logits in the blocks; embeddings, head and norms stay whole."""
+    everything = two[0]["ddp"]["held"]
+    assert two[1]["ddp"]["held"] == everything
+    gated = sum(logits.numel() for logits in two[0]["ddp"]["logits"].values())
+    in_blocks = 2 * gated + 4 * 32  # the norms
+    assert [rank["sharded"]["held"] for rank in two] == [everything - in_blocks // 2] * 2
+    assert [rank["four"]["held"] for rank in four] == [everything - 3 * in_blocks // 4] * 4
+    assert [rank["ddp"]["optimized"] for rank in two] == [2 * gated] * 2
+    assert [rank["sharded"]["optimized"] for rank in two] == [gated] * 2
+    assert [rank["four"]["optimized"] for rank in four] == [gated // 2] * 4
+
+
+def test_ddp_reduces_logits_alone(two) -> None:
+    assert two[0]["ddp"]["reduced"] == [path_of(name) for name in two[0]["ddp"]["logits"]]
+
+
+def test_other_strategies_are_refused() -> None:
+    assert sharding_mesh(None) is None
+    with pytest.raises(UserError, match=r"FSDPStrategy does not work with gates\. Use --trainer\.strategy ddp"):
+        sharding_mesh(SimpleNamespace(strategy=FSDPStrategy()))
+
+
+def test_a_walk_that_changes_nothing_puts_the_tensors_back() -> None:
+    """The very ones: weights that are mapped from files are not copied."""
+    model = tiny_model()
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    tokens_NT = torch.randint(0, 256, (2, 16))
+    pruned = prune(model, tokens_NT, method="wanda", pattern=0.5, update=False, progress=False)
+    assert pruned.masks.kept == pruned.masks.total // 2
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+
+
+def test_validation_is_of_all_ranks(two, four, place: Place) -> None:
+    expected = learn(place.flags("one-again", "--trainer.accumulate_grad_batches=4"))["metrics"]
+    for found in (*(rank[name] for rank in two for name in ("ddp", "sharded")), *(rank["four"] for rank in four)):
+        for name in ("perplexity/hard", "perplexity/dense"):
+            assert found["metrics"][name] == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_the_prior_is_made_on_rank_zero(two, place: Place) -> None:
+    assert [rank["ddp-sgd"]["prior"] for rank in two] == [True, False]
+    place.one("one-prior", *BRIEF, *ALL_TERMS)
+    for name in ("ddp-sgd", "sharded-sgd"):
+        masks = [place.mask(run, "prior").masks for run in (name, "one-prior")]
+        assert all(torch.equal(masks[0][weight], masks[1][weight]) for weight in masks[1])
+
+
+@pytest.mark.parametrize("name", ["sharded-bf16", "sharded-mixed"])
+def test_sharded_logits_stay_float32(two, place: Place, name: str) -> None:
+    precision = {"sharded-bf16": "bf16-true", "sharded-mixed": "bf16-mixed"}[name]
+    expected = place.one(f"one-{precision}", *BRIEF, f"--trainer.precision={precision}")
+    for weight, logits in two[0][name]["logits"].items():
+        assert logits.dtype == torch.float32
+        # Adam's first steps are the sign of a gradient that is rounded to bfloat16.
+        assert float(((logits - expected[weight]).abs() > 1e-4).float().mean()) < 0.02
+    assert any(not torch.equal(x, x.bfloat16().float()) for x in two[0][name]["logits"].values())
+
+
+def test_top_k_of_shards_is_that_of_the_whole(two, four) -> None:
+    assert all(all(rank["top-k"]) for rank in (*two, *four))
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------
+
+
+def test_one_file_format(two, one, place: Place) -> None:
+    ours, theirs = (torch.load(place.checkpoint(name), weights_only=True) for name in ("one", "sharded"))
+    assert theirs.keys() == ours.keys()
+    assert list(theirs["state_dict"]) == list(ours["state_dict"])
+    (ours,), (theirs,) = ours["optimizer_states"], theirs["optimizer_states"]
+    assert theirs["param_groups"] == ours["param_groups"]
+    assert_same(
+        {name: state["exp_avg"] for name, state in theirs["state"].items()},
+        {name: state["exp_avg"] for name, state in ours["state"].items()},
+    )
+
+
+@pytest.mark.parametrize("name", ["of-folder", "of-one", "ddp-of-sharded"])
+def test_two_ranks_go_on(two, one, name: str) -> None:
+    """From step 2: of a folder, of one process's file, and without shards of a sharded run's."""
+    assert_same(two[1][name]["logits"], one)
+
+
+def test_resume_on_the_same_ranks_is_exact(two) -> None:
+    expected = two[0]["folder"]["logits"]
+    assert all(torch.equal(logits, expected[name]) for name, logits in two[0]["of-folder"]["logits"].items())
+
+
+def test_four_ranks_go_on_where_two_stopped(four, one) -> None:
+    assert_same(four[2]["four-of-folder"]["logits"], one)
+
+
+def test_one_process_goes_on_where_two_stopped(two, one, place: Place, tmp_path: Path) -> None:
+    found = place.one("one-of-sharded", f"--ckpt_path={place.checkpoint('sharded', 'step=2.ckpt')}")
+    assert_same(found, one)
+    from leap_pl.checkpoints.folder import main as consolidate
+
+    file = tmp_path / "one.ckpt"
+    consolidate([str(place.checkpoint("folder", "step=2.ckpt")), str(file)])
+    assert_same(place.one("one-of-folder", f"--ckpt_path={file}"), one)
+
+
+def test_a_folder_is_exported(two, place: Place, tmp_path: Path) -> None:
+    facts = export_command(str(tmp_path / "sparse"), ckpt_path=str(place.checkpoint("folder")))
+    assert facts["sparsity"] == 0.5
+    exported, learned = MaskSet.load(tmp_path / "sparse" / "mask.safetensors"), place.mask("folder")
+    assert all(torch.equal(exported.masks[name], learned.masks[name]) for name in learned.masks)
+
+
+def test_a_folder_is_exported_weight_by_weight(two, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its tensors there are never more in memory than the one at hand and the one before it."""
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+    read = StoredTensors.read
+
+    def counted(self: StoredTensors, key: str) -> Tensor:
+        nonlocal most
+        tensor = read(self, key)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(reference() is not None for reference in alive))
+        return tensor
+
+    monkeypatch.setattr(StoredTensors, "read", counted)
+    masks = masks_from_checkpoint(place.checkpoint("folder"))
+    learned = place.mask("folder")
+    assert all(torch.equal(mask, learned.masks[name]) for name, mask in masks.masks.items())
+    assert 4 * len(learned.masks) <= len(alive) <= 5 * len(learned.masks)  # read no oftener than is said
+    assert most <= 2
+
+
+def test_a_damaged_part_is_told_where_it_is_read(two, place: Place, tmp_path: Path) -> None:
+    folder = shutil.copytree(place.checkpoint("folder"), tmp_path / "last.ckpt")
+    part = next(folder.glob("__1_*.distcp"))
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(UserError, match="incomplete or damaged"):
+        masks_from_checkpoint(folder)
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    index.planner_data = None
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(UserError, match="Take the checkpoint before it"):
+        masks_from_checkpoint(folder)
+
+
+def test_no_code_runs_from_a_folder(two, place: Place, tmp_path: Path) -> None:
+    """A pickle in the index, and one in the place of a plain value."""
+
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    folder = shutil.copytree(place.checkpoint("folder", "step=2.ckpt"), tmp_path / "step.ckpt")
+    check_folder(folder)
+    index = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(UserError, match=r"\.metadata holds more than an index does .*Path\.touch|getattr"):
+        check_folder(folder)
+    for cut in (0, 1, len(index) // 2, len(index) - 1):
+        (folder / ".metadata").write_bytes(index[:cut])
+        with pytest.raises(UserError, match=r"\.metadata"):
+            check_folder(folder)
+    (folder / ".metadata").write_bytes(index)
+    metadata = pickle.loads(index)
+    stored = next(place for at, place in metadata.storage_data.items() if at.fqn.endswith("param_groups.0.lr"))
+    hostile = io.BytesIO()
+    torch.save(Hostile(), hostile)
+    part = folder / stored.relative_path
+    content = part.read_bytes()
+    stored.offset, stored.length = len(content), len(hostile.getvalue())
+    part.write_bytes(content + hostile.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="more than tensors and plain values"):
+        check_folder(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_incomplete_folder_is_told(two, place: Place, tmp_path: Path) -> None:
+    folder = shutil.copytree(place.checkpoint("folder", "step=2.ckpt"), tmp_path / "step.ckpt")
+    part = next(folder.glob("__1_*.distcp"))
+    part.write_bytes(part.read_bytes()[:-100])
+    with pytest.raises(UserError, match="Take the checkpoint before it"):
+        consolidated(folder)
+    part.unlink()
+    with pytest.raises(UserError, match="Take the checkpoint before it"):
+        consolidated(folder)
+    (folder / ".metadata").unlink()
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        consolidated(folder)
+    (folder / "meta.pt").unlink()
+    with pytest.raises(UserError, match="no such checkpoint"):
+        consolidated(folder)
+
+
+def test_the_newest_whole_folder_is_found(two, place: Place, tmp_path: Path) -> None:
+    folder = shutil.copytree(place.checkpoint("folder").parent, tmp_path / "checkpoints", symlinks=True)
+    assert not list(folder.glob(".*"))  # what was written aside has its name
+    found, checkpoint, damaged = newest_checkpoint(folder)
+    assert (found.name, checkpoint["global_step"], damaged) == ("step=4.ckpt", 4, [])
+    index = (found / ".metadata").read_bytes()
+    (found / ".metadata").write_bytes(index[:-10])
+    found, checkpoint, damaged = newest_checkpoint(folder)
+    assert (found.name, checkpoint["global_step"], len(damaged)) == ("step=2.ckpt", 2, 1)
+    (folder / "step=4.ckpt" / "meta.pt").unlink()  # a kill before it was written, on a file system without renames
+    assert newest_checkpoint(folder)[0].name == "step=2.ckpt"
+
+
+# -- words ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("tensor-parallel", "data_parallel_size: 2, tensor_parallel_size: 1"),
+        ("strategy", "invalid strategy name"),
+        ("accumulation", "Set --trainer.accumulate_grad_batches 2"),
+        ("folder", "python -m leap_pl.checkpoints.folder"),
+        ("model", "the checkpoint belongs to"),
+        ("prior", "nowhere.safetensors"),
+        ("head", "outside the decoder blocks"),
+    ],
+)
+def test_what_does_not_work_is_refused_on_every_rank(two, case: str, words: str) -> None:
+    for rank in two:
+        assert words in rank["refused"][case]
+
+
+def test_resume_in_one_process_keeps_the_batch(two, place: Place, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(place.flags("x", f"--ckpt_path={place.checkpoint('sharded')}"))
+    assert "4 micro-batches an optimizer step (2 ranks × 2), and here it is 2 (1 × 2)" in capsys.readouterr().err
+
+
+def test_progress_and_logs_are_rank_zeros(two, place: Place) -> None:
+    first, second = ((place.root / "two" / f"rank-{rank}.txt").read_text() for rank in range(2))
+    assert "learning the mask" in first
+    assert "pruning" in first
+    assert "%|" not in second
+    assert len(list((place.root / "ddp" / "tensorboard").glob("events.*"))) == 1

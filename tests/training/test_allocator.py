@@ -1,0 +1,59 @@
+"""Freed memory is kept: counted by the pages that the system has to hand out."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from leap_pl.training.allocator import keep_freed_memory
+
+# Blocks of 4 MiB, 1,024 pages each, are taken, written and freed in turn.
+PROGRAM = """
+import resource, sys
+import torch
+from leap_pl.training.allocator import keep_freed_memory
+
+kept = keep_freed_memory() if sys.argv[1] == "keep" else False
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+take = lambda: [torch.ones(2**20) for _ in range(8)]
+for _ in range(4):  # small allocations come to lie in freed blocks at first, which are then taken anew elsewhere
+    take()
+before = faults()
+for _ in range(4):
+    take()
+print(kept, faults() - before)
+"""
+
+
+def run(what: str) -> tuple[bool, int]:
+    """Whether memory is kept, and the page faults of 128 MiB taken again."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", PROGRAM, what]
+    told = subprocess.run(command, env=clean, check=True, capture_output=True, text=True).stdout
+    kept, faults = told.split()
+    return kept == "True", int(faults)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc")
+def test_freed_memory_is_kept_and_not_faulted_in_again() -> None:
+    kept, faults = run("keep")
+    not_kept, faults_as_it_comes = run("as it comes")
+    assert (kept, not_kept) == (True, False)
+    assert faults_as_it_comes >= 8 * 1024  # of 32 blocks, or glibc has changed and this is no longer needed
+    assert faults < faults_as_it_comes / 2
+
+
+@pytest.mark.parametrize(
+    "environment", [{"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}]
+)
+def test_settings_of_the_environment_stand(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert not keep_freed_memory()
+
+
+def test_other_allocators_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert not keep_freed_memory()

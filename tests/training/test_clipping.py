@@ -1,0 +1,53 @@
+"""Clipping in the optimizer's own pass against torch's, which scales the gradients first."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from leap_pl.training.clipping import clip_by_norm
+
+
+def pair(seed: int, scale: float) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Two equal lists of parameters, all 0, with equal gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    lists: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for shape in ((7, 33), (5,), (1, 1)):
+        gradient = torch.randn(shape, generator=generator) * scale
+        for each in lists:
+            each.append(nn.Parameter(torch.zeros(shape)))
+            each[-1].grad = gradient.clone()
+    return lists
+
+
+# An ε far above the gradients takes Adam its adaptive scale: its step is the gradient, by whatever that was divided.
+ADAM = {"lr": 1e6, "betas": (0.0, 0.0), "eps": 1e6}
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("fused", [True, False])
+@given(seed=st.integers(0, 2**31), scale=st.floats(1e-3, 1e3), limit=st.floats(1e-2, 1e2))
+def test_a_step_is_as_by_torch(make, fused: bool, seed: int, scale: float, limit: float) -> None:
+    ours, theirs = pair(seed, scale)
+    settings = {"lr": 1.0} if make is torch.optim.SGD else ADAM
+    first, second = (make(parameters, fused=fused, **settings) for parameters in (ours, theirs))
+    for step in range(2):
+        gradients = [parameter.grad for parameter in ours]
+        clip_by_norm(first, ours, limit, nn.utils.get_total_norm(gradients))
+        nn.utils.clip_grad_norm_(theirs, limit)
+        first.step()
+        second.step()
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * limit)
+            assert step or one.count_nonzero() > 0
+            # The next step is not clipped, and not by this one's number.
+            one.grad = torch.full_like(one, limit / 100)
+            other.grad = one.grad.clone()
+
+
+def test_a_fused_adam_takes_no_pass_over_the_gradients() -> None:
+    ours, _ = pair(0, 1.0)
+    kept = [parameter.grad.clone() for parameter in ours]
+    clip_by_norm(torch.optim.AdamW(ours, fused=True), ours, 0.1, nn.utils.get_total_norm(kept))
+    assert all(torch.equal(parameter.grad, before) for parameter, before in zip(ours, kept, strict=True))

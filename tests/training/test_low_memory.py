@@ -1,0 +1,387 @@
+"""Bfloat16 logits and the optimizer that goes with them: six bytes a logit, and nothing lost."""
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_resume as resume
+import torch
+from conftest import fit_flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from leap_pl.base_model.weights import Weight
+from leap_pl.checkpoints.layout import masks_from_checkpoint
+from leap_pl.cli.main import main
+from leap_pl.errors import UserError
+from leap_pl.gates import BernoulliGate, Gate, GateState, NMGate, TileGate
+from leap_pl.masks import MaskSet
+from leap_pl.masks.top_k import exact_top_k
+from leap_pl.training.module import LeapModule
+from leap_pl.training.optimizers import (
+    HIGHEST_CODE,
+    LOWEST_OCTAVE,
+    RATIO_STEPS,
+    PackedAdamW,
+    check_rounding,
+    pack,
+    ratio_bound,
+    round_to_bfloat16,
+    unpack,
+)
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+BETAS = (0.9, 0.95)
+RATIO_STEP = torch.tensor(ratio_bound(*BETAS) / RATIO_STEPS)
+DATA = ["--data.seq_length=32", "--data.validation_sequences=4", "--trainer.accelerator=cpu"]
+LOW = ["--model.logits_dtype=bfloat16", "--model.optimizer=PackedAdamW", "--model.optimizer.lr=2e-3"]
+
+
+# -- rounding -----------------------------------------------------------------------------------------------
+
+
+@given(st.floats(-1e6, 1e6, width=32).filter(lambda x: x == 0 or abs(x) > 1e-30))
+@settings(max_examples=60, deadline=None)
+def test_rounding_has_the_exact_mean(x: float) -> None:
+    """Over every value that the random bits can have, and onto the two neighbours alone."""
+    bits = torch.arange(1 << 16, dtype=torch.int32)
+    rounded = round_to_bfloat16(torch.full((1 << 16,), x), bits).double()
+    assert float(rounded.mean()) == x  # 2¹⁶ numbers of 8 bits: the sum is exact
+    towards_zero = (torch.tensor(x).view(torch.int32) & -0x10000).view(torch.float32).double()
+    assert {*rounded.unique().tolist()} <= {float(towards_zero), *rounded.unique()[[0, -1]].tolist()}
+    assert len(rounded.unique()) <= 2
+
+
+@given(st.integers(-(1 << 15), (1 << 15) - 1), st.integers(-(1 << 31), (1 << 31) - 1))
+def test_numbers_that_are_exact_stay(pattern: int, bits: int) -> None:
+    x = torch.tensor([pattern], dtype=torch.int16).view(torch.bfloat16)
+    if torch.isfinite(x):
+        assert torch.equal(round_to_bfloat16(x.float(), torch.tensor([bits], dtype=torch.int32)), x)
+
+
+# -- the packed moments ---------------------------------------------------------------------------------------
+
+
+def in_the_mean(m: float, v: float) -> tuple[Tensor, Tensor]:
+    """(m, v) as they come back, for every value of the two bytes that round them: float64."""
+    ratio, level = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    bits = ((ratio << 24) | (level << 16)).to(torch.int32).flatten()
+    kept = pack(torch.full(bits.shape, m), torch.full(bits.shape, v), bits, RATIO_STEP)
+    assert kept.dtype == torch.int16
+    back_m, back_v = unpack(kept, RATIO_STEP)
+    return back_m.double(), back_v.double()
+
+
+@given(st.floats(-15.0, 2.5), st.floats(-1.0, 1.0))
+@settings(max_examples=40, deadline=None)
+def test_moments_come_back_in_the_mean(log_v: float, share: float) -> None:
+    v = 10.0**log_v
+    m = share * ratio_bound(*BETAS) * math.sqrt(v) * 0.95
+    back_m, back_v = in_the_mean(m, v)
+    level = 2 ** (1 / 8)
+    assert float(back_v.min()) >= v / level * 0.999
+    assert float(back_v.max()) <= v * level * 1.001
+    # A byte of chance: half a 256th of a step.
+    assert float(back_v.mean()) == pytest.approx(v, rel=(level - 1) / 512 + 1e-3)
+    step = float(RATIO_STEP) * math.sqrt(v * level)
+    assert float((back_m - m).abs().max()) <= step * 1.01
+    assert float(back_m.mean()) == pytest.approx(m, abs=step / 400)
+
+
+def test_every_code_is_read_as_it_was_written() -> None:
+    ratio = torch.arange(-RATIO_STEPS, RATIO_STEPS + 1, dtype=torch.float64)
+    v = 2 ** (torch.arange(HIGHEST_CODE + 1, dtype=torch.float64) / 8 + LOWEST_OCTAVE)
+    m = ratio[None] * float(RATIO_STEP) * v[:, None].sqrt()
+    code = torch.arange(HIGHEST_CODE + 1)[:, None] * 128 + (torch.arange(-RATIO_STEPS, RATIO_STEPS + 1)[None] & 127)
+    back_m, back_v = unpack(code.to(torch.int16), RATIO_STEP)
+    torch.testing.assert_close(back_m.double(), m, rtol=1e-5, atol=0)
+    torch.testing.assert_close(back_v.double(), v[:, None].expand_as(m), rtol=1e-5, atol=0)
+    assert torch.equal(unpack(torch.zeros(1, dtype=torch.int16), RATIO_STEP)[0], torch.zeros(1))  # how it begins
+
+
+@given(
+    st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60),
+    st.floats(0.0, 0.97),
+    st.floats(0.0, 0.999),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_ratio_of_the_moments_is_bounded(gradients: list[float], beta_1: float, beta_2: float) -> None:
+    beta_2 = max(beta_2, beta_1**2 + 1e-3)
+    m = v = 0.0
+    for g in gradients:
+        m, v = beta_1 * m + (1 - beta_1) * g, beta_2 * v + (1 - beta_2) * g * g
+        assert abs(m) <= ratio_bound(beta_1, beta_2) * math.sqrt(v) * (1 + 1e-9) + 1e-30
+
+
+def adamw(start: Tensor, gradients: list[Tensor], lr: float, weight_decay: float = 0.0) -> Tensor:
+    """AdamW from its formulas, in float64."""
+    x, m, v = start.double(), torch.zeros_like(start).double(), torch.zeros_like(start).double()
+    for t, g in enumerate(gradients, 1):
+        m, v = BETAS[0] * m + (1 - BETAS[0]) * g.double(), BETAS[1] * v + (1 - BETAS[1]) * g.double() ** 2
+        x = x * (1 - lr * weight_decay) - lr * m / (1 - BETAS[0] ** t) / ((v / (1 - BETAS[1] ** t)).sqrt() + 1e-8)
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_it_is_adamw(dtype: torch.dtype, decay: float) -> None:
+    """Gradients over ten decades, as those of gates that are shut and of gates that are not: one bad scale shows."""
+    torch.manual_seed(0)
+    start = (torch.randn(64, 96) * 0.04).to(dtype)
+    scale = 10 ** (torch.rand(64, 96) * 8 - 8)
+    gradients = [((torch.randn(64, 96) + 0.5) * scale).to(dtype) for _ in range(60)]
+    parameter = nn.Parameter(start.clone())
+    optimizer = PackedAdamW([parameter], lr=1e-3, weight_decay=decay)
+    for gradient in gradients:
+        parameter.grad = gradient
+        optimizer.step()
+    moved, exact = parameter.detach().double() - start.double(), adamw(start, gradients, 1e-3, decay) - start.double()
+    assert float((moved * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=0.02)
+    assert float((moved - exact).norm() / exact.norm()) < 0.12
+    assert float((moved - exact).abs().max()) < 0.012  # of 60 steps of 1e-3
+
+
+def test_the_first_step_is_exact() -> None:
+    """From nothing, m/√v is ±1 but for ε, whatever the gradient."""
+    parameter = nn.Parameter(torch.zeros(1, 4))
+    parameter.grad = torch.tensor([[3.0, -1e-4, 1e-6, 0.0]])
+    PackedAdamW([parameter], lr=1.0).step()
+    torch.testing.assert_close(parameter.detach(), torch.tensor([[-1.0, 1.0, -0.99, 0.0]]), atol=1e-2, rtol=0)
+
+
+def test_small_updates_are_lost_to_the_nearest_and_not_here() -> None:
+    """1000 steps of 1e-5 where a bfloat16 has steps of 2.4e-4."""
+    start = torch.full((64, 64), 0.04, dtype=torch.bfloat16)
+    moved = {}
+    for kind in (torch.optim.AdamW, PackedAdamW):
+        parameter = nn.Parameter(start.clone())
+        optimizer = kind([parameter], lr=1e-5, betas=BETAS, weight_decay=0.0)
+        for _ in range(1000):
+            parameter.grad = torch.full_like(parameter, 1e-3)
+            optimizer.step()
+        moved[kind] = (start.double() - parameter.detach().double()).mean()
+    assert float(moved[torch.optim.AdamW]) == 0
+    assert float(moved[PackedAdamW]) == pytest.approx(0.01, rel=0.02)
+
+
+def test_bytes() -> None:
+    """Of a logit, its gradient and the optimizer's state, whatever the shape: exactly six."""
+    for shape in [(33, 47), (5, 3, 7), (4096,)]:
+        parameter = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
+        parameter.grad = torch.ones_like(parameter)
+        optimizer = PackedAdamW([parameter])
+        optimizer.step()
+        state = [value for value in optimizer.state[parameter].values() if value.ndim]
+        tensors = [parameter, parameter.grad, *state]
+        assert sum(tensor.nbytes for tensor in tensors) == 6 * parameter.numel()
+
+
+def test_a_step_after_saving_is_the_step_without() -> None:
+    torch.manual_seed(0)
+    gradients = [torch.randn(8, 24).bfloat16() for _ in range(6)]
+    ends = []
+    for stop in (None, 3):
+        parameter = nn.Parameter(torch.full((8, 24), 0.04, dtype=torch.bfloat16))
+        optimizer = PackedAdamW([parameter])
+        for place, gradient in enumerate(gradients):
+            if place == stop:
+                saved = optimizer.state_dict()
+                torch.manual_seed(place)  # no generator has a part in it
+                parameter = nn.Parameter(parameter.detach().clone())
+                optimizer = PackedAdamW([parameter])
+                optimizer.load_state_dict(saved)
+            parameter.grad = gradient
+            optimizer.step()
+        ends.append((parameter.detach(), optimizer.state[parameter]["moments"]))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_parameters_of_equal_shape_round_apart() -> None:
+    parameters = [nn.Parameter(torch.full((64, 64), 0.04, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = PackedAdamW(parameters, lr=1e-4)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    one, other = (parameter.detach() == 0.04 for parameter in parameters)
+    assert 0.3 < float((parameters[0] == parameters[1]).float().mean()) < 0.7, (one, other)
+
+
+# -- gradients that add up in bfloat16 ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lean", "bound"), [(0.0, 0.03), (0.1, 0.03), (1.0, 0.03)])
+def test_what_adding_up_in_bfloat16_costs(lean: float, bound: float) -> None:
+    """256 micro-batches, as in the paper, of N(lean, 1): the error of the sum over its size."""
+    torch.manual_seed(0)
+    total, exact = torch.zeros(20_000, dtype=torch.bfloat16), torch.zeros(20_000, dtype=torch.float64)
+    for _ in range(256):
+        gradient = torch.randn(20_000) + lean
+        total += gradient.bfloat16()
+        exact += gradient.double()
+    assert float((total.double() - exact).norm() / exact.norm()) < bound
+
+
+# -- gates ------------------------------------------------------------------------------------------------------
+
+
+def gate_of(kind: type[Gate], **settings: Any) -> tuple[Gate, Tensor]:
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.randn(16, 32) * 0.1, requires_grad=False)
+    state = GateState()
+    state.anneal(50.0, 1.0, 100.0)
+    gate = kind(Weight("w", module, "weight", 0, "w", 1), state, **settings)
+    gate.start_from(torch.rand(16, 32) > 0.5, 0)
+    return gate, module.weight
+
+
+KINDS: list[tuple[type[Gate], dict[str, Any]]] = [
+    (BernoulliGate, {}),
+    (NMGate, {"n": 2, "m": 4}),
+    (NMGate, {"n": 3, "m": 6}),  # 20 patterns
+    (TileGate, {"tile": 8, "mode": "joint"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings_"), KINDS)
+def test_a_gate_of_bfloat16_logits_is_the_same_gate(kind: type[Gate], settings_: dict[str, Any]) -> None:
+    """Mask, sums and gradients are those of equal float32 logits, but that gradients are rounded at the end."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        gate, weight = gate_of(kind, **settings_)
+        gate.store_as(torch.bfloat16)
+        gate.store_as(dtype)
+        masked, kept, energy = gate.soften(weight, *gate.keys())
+        torch.manual_seed(1)
+        ((masked * torch.randn_like(masked)).sum() + 0.1 * kept + energy).backward()
+        gradients = {name: parameter.grad for name, parameter in gate.named_parameters()}
+        assert all(gradient is not None and gradient.dtype == dtype for gradient in gradients.values())
+        found.append((masked.detach(), kept.detach(), energy.detach(), gradients))
+    for one, other in zip(found[0][:3], found[1][:3], strict=True):
+        assert torch.equal(one, other)
+    for name, gradient in found[0][3].items():
+        assert torch.equal(gradient.bfloat16(), found[1][3][name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_the_precision_of_the_rest_leaves_it_alone(dtype: torch.dtype) -> None:
+    gate, _ = gate_of(BernoulliGate)
+    gate.store_as(torch.bfloat16)
+    before = gate.logits.detach().clone()
+    gate.logits.grad = torch.ones_like(gate.logits)
+    gate.to(dtype)
+    assert gate.logits.dtype == gate.logits.grad.dtype == torch.bfloat16
+    assert torch.equal(gate.logits.detach(), before)
+
+
+@given(st.integers(0, 10_000), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_exactly_k_of_bfloat16_with_ties(seed: int, share: float) -> None:
+    """Few different values: the cut falls into a tie, and the lowest indices of it stay."""
+    torch.manual_seed(seed)
+    logits = [(torch.randn(size) * 0.02).bfloat16().mul_(8).round_().div_(8 * 64) for size in (50, 170, 1)]
+    k = round(share * 221)
+    masks = [cut.mask(part) for cut, part in zip(exact_top_k(logits, k), logits, strict=True)]
+    kept, values = torch.cat(masks), torch.cat(logits).double()
+    assert int(kept.sum()) == k
+    order = sorted(range(221), key=lambda i: (-float(values[i]), i))
+    assert kept.nonzero().flatten().tolist() == sorted(order[:k])
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", [[], ["--model.gate=NMGate", "--model.objective.budget=0"]])
+def test_a_run(model_folder: Path, text_file: Path, tmp_path: Path, gate: list[str]) -> None:
+    main(fit_flags(model_folder, text_file, tmp_path, *LOW, *gate))
+    stored = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert {tensor.dtype for tensor in stored["state_dict"].values()} == {torch.bfloat16}
+    states = stored["optimizer_states"][0]["state"]
+    assert {state["moments"].dtype for state in states.values()} == {torch.uint8}
+    mask = MaskSet.load(tmp_path / "checkpoints" / "mask.safetensors")
+    again = masks_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert all(torch.equal(mask.masks[name], again.masks[name]) for name in mask.masks)
+    kept, total = sum(int(m.sum()) for m in mask.masks.values()), sum(m.numel() for m in mask.masks.values())
+    assert kept == total - round(0.5 * total)
+    told = mask.provenance.config
+    assert told["logits_dtype"] == "bfloat16"
+    assert told["optimizer"]["class"] == "PackedAdamW"
+    prior = MaskSet.load(tmp_path / "checkpoints" / "prior.safetensors")
+    if not gate:
+        assert any(not torch.equal(mask.masks[name], prior.masks[name]) for name in mask.masks)
+    validate = [f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}", "--trainer.logger=false"]
+    main(["validate", *fit_flags(model_folder, text_file, tmp_path)[1:3], *DATA, f"--data.text={text_file}", *validate])
+
+
+@pytest.mark.parametrize("micro_batch", [3, 5])
+def test_a_stopped_run_ends_bit_identical(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int
+) -> None:
+    """Between two steps, and amid the micro-batches of one; with another state of torch's own generator."""
+    main(resume.flags(model_folder, text_file, tmp_path / "whole", *LOW))
+    words = resume.flags(model_folder, text_file, tmp_path / "run", *LOW, "--ckpt_path=last")
+    with monkeypatch.context() as patch:
+        resume.at_call(patch, "training_step", micro_batch, resume.send(signal.SIGTERM))
+        resume.stopped(words)
+    main([*words, "--seed_everything=17"])
+    resume.same(resume.outcome(tmp_path / "run"), resume.outcome(tmp_path / "whole"))
+
+
+def test_numbers_that_break_are_found(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    real = LeapModule.on_before_optimizer_step
+
+    def break_one(self: LeapModule, optimizer: torch.optim.Optimizer) -> None:
+        if self.global_step == 1:
+            next(iter(self.gates.values())).logits.grad.view(-1)[3] = math.inf  # type: ignore[union-attr]
+        real(self, optimizer)
+
+    monkeypatch.setattr(LeapModule, "on_before_optimizer_step", break_one)
+    with pytest.raises(SystemExit):
+        main(fit_flags(model_folder, text_file, tmp_path, *LOW))
+    assert "the gradients of model.layers.0" in capsys.readouterr().err
+
+
+def test_an_optimizer_that_rounds_to_the_nearest_is_refused(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(fit_flags(model_folder, text_file, tmp_path, LOW[0]))
+    said = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    assert "model.logits_dtype is bfloat16 and AdamW rounds to the nearest" in said[-1]
+    assert "--model.optimizer PackedAdamW" in said[-1]
+    assert not list(tmp_path.rglob("prior.safetensors"))  # before the prior is made
+    check_rounding(PackedAdamW([nn.Parameter(torch.zeros(1))]), torch.bfloat16)
+    check_rounding(torch.optim.AdamW([nn.Parameter(torch.zeros(1))]), torch.float32)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.8), (0.99, 0.98), (1.0, 0.95), (0.9, 1.0), (-0.1, 0.9)])
+def test_betas_that_it_cannot_hold_are_refused(betas: tuple[float, float]) -> None:
+    with pytest.raises(UserError, match=r"Set model\.optimizer\.init_args\.betas"):
+        PackedAdamW([nn.Parameter(torch.zeros(1))], betas=betas)
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3)
+    other = torch.optim.AdamW([parameter])
+    other.step()
+    with pytest.raises(UserError, match="another optimizer"):
+        PackedAdamW([parameter]).load_state_dict(other.state_dict())
+
+
+def test_what_the_benchmark_counts(capsys: Any) -> None:
+    from benchmarks.memory import BYTES, paper
+
+    assert sum(BYTES["low_memory"].values()) - BYTES["low_memory"]["masked weight"] == 6
+    told = paper("llama-3.1-8b", 4096)
+    assert told["low_memory"]["GiB"] < 74 < told["leap_pl"]["GiB"]
+    json.dumps(told)

@@ -1,0 +1,46 @@
+"""Bfloat16 logits and packed moments on two ranks: equal where each holds all, resumable where they are sharded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fit_flags
+from ranks import run_ranks
+from torch import Tensor
+
+from leap_pl.cli.main import main
+from leap_pl.distributed.shards import gathered
+
+LOW = ["--model.logits_dtype=bfloat16", "--model.optimizer=PackedAdamW", "--model.optimizer.lr=2e-3"]
+SHARDED = [
+    "--trainer.strategy=ModelParallelStrategy",
+    "--trainer.strategy.data_parallel_size=2",
+    "--trainer.strategy.tensor_parallel_size=1",
+]
+
+
+def learn(rank: int, runs: dict[str, list[str]]) -> dict[str, dict[str, Tensor]]:
+    """The logits of each run, whole."""
+    found = {}
+    for name, words in runs.items():
+        cli = main(words)
+        found[name] = {weight: gathered(gate.logits.detach()).clone() for weight, gate in cli.model.gates.items()}
+    return found
+
+
+@pytest.mark.parametrize("folder", ["false", "true"])
+def test_two_ranks(model_folder: Path, text_file: Path, tmp_path: Path, eager: None, folder: str) -> None:
+    def flags(name: str, *more: str) -> list[str]:
+        return fit_flags(model_folder, text_file, tmp_path / name, *LOW, "--trainer.devices=2", *more)
+
+    sharded = [*SHARDED, f"--trainer.strategy.save_distributed_checkpoint={folder}"]
+    before = tmp_path / "sharded" / "checkpoints" / "step=4.ckpt"
+    runs = {"sharded": flags("sharded", *sharded), "resumed": flags("resumed", *sharded, f"--ckpt_path={before}")}
+    if folder == "false":
+        runs["ddp"] = flags("ddp", "--trainer.strategy=ddp")
+    one, other = run_ranks(2, learn, runs, folder=tmp_path / "said", seconds=300)
+    for name in runs:
+        for weight, logits in one[name].items():
+            assert logits.dtype == torch.bfloat16
+            assert torch.equal(logits, other[name][weight])  # both ranks have the same
+            assert torch.equal(one["sharded"][weight], one["resumed"][weight])
