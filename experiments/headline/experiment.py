@@ -1,6 +1,7 @@
 """The definition of the experiment: a readable YAML file, and the cells that it spans."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 from leap_pl.errors import UserError, listing
+from leap_pl.former_spelling import FORMER, GROUP, advice, check_agree
 
 UNSTRUCTURED = "unstructured"
 ROLES = ("validation", "like", "unlike")
@@ -150,7 +152,7 @@ def read_experiment(path: str | Path) -> Experiment:
         tasks=dict(told.get("tasks", {})),
         tasks_at=tuple(told.get("tasks_at", ())),
         prune=dict(told.get("prune", {})),
-        learn=_yaml(path.parent / str(told["learn"]["config"])),
+        learn=_respelled(_yaml(path.parent / str(told["learn"]["config"])), str(told["learn"]["config"])),
         tokens=tokens,
         checkpoint_tokens=saved,
     )
@@ -188,6 +190,8 @@ def _row(name: str, told: dict[str, Any], where: str) -> Row:
             f"sparsity of {where} is {sparsity!r}. Give a list of numbers between 0 and 1, as in [0.5, 0.6]."
         )
     for settings in (told, *told.get("each", {}).values()):
+        if isinstance(settings.get("fit"), dict):
+            settings["fit"] = _respelled(settings["fit"], f"fit of {where}")
         if "tokens" in settings:
             _positive(settings["tokens"], f"tokens of {where}")
         if not isinstance((settings.get("prune") or {}).get("pattern", ""), str):
@@ -253,6 +257,17 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
         both = isinstance(value, Mapping) and isinstance(laid.get(key), Mapping)
         laid[key] = laid_over(laid[key], value) if both else deepcopy(value)
     return laid
+
+
+def _respelled(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the ``settings`` of a fit with those that have moved at their present place."""
+    if FORMER not in settings:
+        return settings
+    rest = {key: value for key, value in settings.items() if key != FORMER}
+    group = rest.get(GROUP)
+    check_agree(settings[FORMER], group.get(FORMER) if isinstance(group, dict) else None, where)
+    warnings.warn(advice([where]), stacklevel=2)
+    return laid_over(rest, {GROUP: {FORMER: settings[FORMER]}})
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -91,6 +91,9 @@ class Steps:
     def _fit(self, cell: Cell) -> Step:
         config, told = self.fit_config(cell), self.fit_config(cell, silent=True)
         told["model"]["base_model"] = identity(told["model"]["base_model"])
+        if "annealing" in told["model"]:
+            # Where it used to be: cells that were finished then are still known by their digests.
+            told["annealing"] = told["model"].pop("annealing")
         for name in ("text", "validation_text"):
             if told["data"].get(name):
                 told["data"][name] = identity(told["data"][name])

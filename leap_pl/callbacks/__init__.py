@@ -1,4 +1,4 @@
-"""What happens around learning: annealing, logs, progress, checkpoints, and the mask at the end."""
+"""What happens around learning: logs, progress, checkpoints, and the mask at the end."""
 
 from leap_pl.callbacks.annealing import Annealing
 from leap_pl.callbacks.checkpoints import Checkpoints

@@ -20,9 +20,9 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from leap_pl.callbacks import Annealing, Checkpoints, MaskExport, SparsityLogger, StepProgress
+from leap_pl.callbacks import Checkpoints, MaskExport, SparsityLogger, StepProgress
 from leap_pl.checkpoints.class_spec import same
 from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.folder import check_folder
@@ -30,6 +30,7 @@ from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.cli.arguments import check_classes, check_configs, check_groups, one_line, plain, setting_of
+from leap_pl.cli.former_spelling import FormerSpellingParser, advice, respelled
 from leap_pl.data import TextDataModule
 from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
@@ -69,6 +70,10 @@ OPTIMIZER: dict[str, Any] = {
 }
 
 
+class LeapParser(FormerSpellingParser, LightningArgumentParser):
+    """LightningCLI's parser, which also reads settings where they used to be."""
+
+
 class LeapCLI(LightningCLI):
     """LightningCLI with the callbacks every run has, and one tokenizer for model and data."""
 
@@ -79,7 +84,6 @@ class LeapCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Callbacks that a config sets under names of their own."""
-        parser.add_lightning_class_args(Annealing, "annealing")
         parser.add_lightning_class_args(SparsityLogger, "sparsity_log")
         parser.add_lightning_class_args(MaskExport, "mask_export")
         parser.add_lightning_class_args(StepProgress, "progress")
@@ -96,11 +100,14 @@ class LeapCLI(LightningCLI):
         """
         words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
         check_configs(words)
+        words, typed = respelled(words)
+        args = words if typed else args
         path = setting_of(words, "ckpt_path")
         refused: dict[str, UserError] = {}
         if path is not None and Path(path).exists():
             refused = self._take_settings(words[0], load_checkpoint(path), path)
         self._parse(parser, args, words)
+        self._warn_of_former(typed)
         verb = self.config.get("subcommand")
         if verb is None:
             check_groups(self.config, parser.get_defaults())
@@ -124,12 +131,19 @@ class LeapCLI(LightningCLI):
                 raise error
         check_classes(settings)
 
+    def _warn_of_former(self, typed: list[str]) -> None:
+        """Say once what to write instead of what is ``typed``, and in configs, where it used to be."""
+        parsers = (self.parser, *getattr(self, "_subcommand_parsers", {}).values())
+        former = [*typed, *(name for parser in parsers for name in parser.former)]
+        if former:
+            rank_zero_warn(advice(former))
+
     def _parse(self, parser: LightningArgumentParser, args: ArgsType, words: list[str]) -> None:
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            parsers = getattr(self, "_subcommand_parsers", {words[0]: parser} if words else {})
-            raise UserError(one_line(error, list(parsers[words[0]]._option_string_actions))) from error
+            known = getattr(self, "_subcommand_parsers", {}).get(words[0] if words else "", parser)
+            raise UserError(one_line(error, list(known._option_string_actions))) from error
 
     def _take_settings(self, verb: str, checkpoint: dict[str, Any], path: str) -> dict[str, UserError]:
         """Make what ``checkpoint`` was learned with the parser's defaults.
@@ -199,6 +213,7 @@ def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
         run=run,
         seed_everything_default=0,
         trainer_defaults=TRAINER_DEFAULTS,
+        parser_class=LeapParser,
         auto_configure_optimizers=False,
         save_config_callback=ConfigOfFit,
         save_config_kwargs={"overwrite": True},

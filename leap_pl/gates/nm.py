@@ -31,9 +31,9 @@ class NMGate(Gate):
             class_path: NMGate
             init_args: {n: 2, m: 4, spread: 0.01, strength: 3.0}
           objective: {budget: 0}     # constant: every choice of patterns has one density
-        annealing:
-          alpha: {start: 100, end: 500}
-          tau: {start: 4, end: 0.05}
+          annealing:
+            alpha: {start: 100, end: 500}
+            tau: {start: 4, end: 0.05}
 
     θ is one logit for each of the C(m, n) patterns of each group of m consecutive inputs (6 for the 4 weights of
     a 2:4 group), g Gumbel noise. The paper's logit scale κ is the house's α. The hard mask is the pattern of the

@@ -34,10 +34,10 @@ class TileGate(Gate):
           gate:
             class_path: TileGate
             init_args: {n: 2, m: 4, tile: 128, mode: joint}
-        annealing:
-          alpha: {start: 25, end: 350}             # of the tiles
-          pattern_alpha: {start: 100, end: 500}    # of the patterns, in joint mode
-          tau: {start: 4, end: 0.05}
+          annealing:
+            alpha: {start: 25, end: 350}             # of the tiles
+            pattern_alpha: {start: 100, end: 500}    # of the patterns, in joint mode
+            tau: {start: 4, end: 0.05}
 
     In ``tile`` mode m is the fixed n:m mask of the prior, and one logit for each tile is all that is learned. In
     ``joint`` mode m is relaxed and learned as by :class:`leap_pl.gates.NMGate`, along with the tiles. Tiles at

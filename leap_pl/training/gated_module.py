@@ -83,7 +83,6 @@ class GatedModule(L.LightningModule):
         self.resumes_from: str | None = None
         self.register_state_dict_post_hook(checkpoints.keep_gates_only)
         self.validation = Validation()
-        self.told: dict[str, Any] = {}  # settings of callbacks that a mask's provenance should tell
 
     @property
     def prior(self) -> "MaskSet | None":
@@ -310,7 +309,6 @@ class GatedModule(L.LightningModule):
         told: dict[str, Any] = {"prior": asdict(self.prior_settings), "seed": self.state.seed}
         told["logits_dtype"] = str(self.logits_dtype).removeprefix("torch.")
         told["dtype"] = None if self.model is None else str(self.model.dtype).removeprefix("torch.")
-        told |= self.told
         if self._trainer is None:
             return told
         told |= checkpoints.settings_of_run(self.trainer)

@@ -27,15 +27,15 @@ from leap_pl.training.denormals import flush_denormals
 from leap_pl.training.gated_module import GatedModule
 from leap_pl.training.optimizers import check_rounding
 from leap_pl.training.run_settings import describe_optimizer, describe_scheduler, find_classes, read_settings
-from leap_pl.training.schedules import warmup_cosine
+from leap_pl.training.schedules import Annealing, warmup_cosine
 
 
 class LeapModule(GatedModule):
     """Learn one mask logit for every gated weight of a frozen causal language model (LEAP).
 
     Paper: https://arxiv.org/abs/2605.17289. The mask is a parametrization of the model's weights, see
-    :mod:`leap_pl.gates`; the loss is :class:`leap_pl.losses.objective.Objective`; the temperature and logit scale
-    are moved by the :class:`leap_pl.callbacks.Annealing` callback.
+    :mod:`leap_pl.gates`; the loss is :class:`leap_pl.losses.objective.Objective`; the logit scale and temperature
+    follow :class:`leap_pl.training.schedules.Annealing`. No callback is needed to learn.
 
     .. code-block:: yaml
 
@@ -43,6 +43,7 @@ class LeapModule(GatedModule):
           base_model: Qwen/Qwen2.5-0.5B
           sparsity: 0.5
           objective: {lm: 1.0, distillation: 0.0}
+          annealing: {alpha: {start: 25, end: 350}, tau: {start: 4, end: 0.05}}
           prior: {method: wanda}
 
     The teacher of distillation is the same model with its gates off. Checkpoints hold the logits, not the
@@ -57,6 +58,7 @@ class LeapModule(GatedModule):
         targets: list[str] | None = None,
         ignore: Sequence[str] = (),
         objective: Objective = Objective(),  # noqa: B008  (frozen)
+        annealing: Annealing = Annealing(),  # noqa: B008  (frozen)
         prior: Prior = Prior(),  # noqa: B008  (frozen)
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(
             parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True
@@ -80,6 +82,7 @@ class LeapModule(GatedModule):
                 linears and stacked experts of the decoder blocks.
             ignore: Weights to leave dense, in the same form.
             objective: The terms of the loss and their weights.
+            annealing: How the mask hardens: the schedules of the logit scale α and the temperature τ.
             prior: The mask that the logits lean towards at the start.
             optimizer: Of the logits.
             lr_scheduler: Stepped once an optimizer step. By default ``warmup_steps`` up, then a cosine to 0.
@@ -114,12 +117,15 @@ class LeapModule(GatedModule):
         )
         self.save_hyperparameters(ignore=["gate", "optimizer", "lr_scheduler"], logger=False)
         self.objective = Objective(**objective) if isinstance(objective, dict) else objective
+        self.annealing = Annealing.of(annealing) if isinstance(annealing, dict) else annealing
         self.make_optimizer, self.make_scheduler, self.warmup_steps = optimizer, lr_scheduler, int(warmup_steps)
         self.hparams.update(objective=asdict(self.objective), prior=asdict(prior), ignore=self.ignore)
+        self.hparams.update(annealing=asdict(self.annealing))
         self.hparams.update(sparsity=self.sparsity, warmup_steps=self.warmup_steps)
         self.terms: dict[str, Tensor] = {}
         self.gradient_norm: Tensor | None = None  # of the optimizer step at hand, before it is clipped
         self.norms: list[tuple[int, Tensor]] = []  # (step, gradient norm) that were not looked at yet
+        self._harden(0.0)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # no open files
@@ -171,11 +177,12 @@ class LeapModule(GatedModule):
 
     def settings(self) -> dict[str, Any]:
         """What a mask's provenance tells of how it was learned: plain values."""
-        return {"objective": asdict(self.objective)} | super().settings()
+        return {"objective": asdict(self.objective), "annealing": asdict(self.annealing)} | super().settings()
 
     def learned_with(self) -> Settings:
         """See :meth:`.GatedModule.learned_with`."""
-        told: Settings = {"model.objective": asdict(self.objective), "model.warmup_steps": self.warmup_steps}
+        told: Settings = {"model.objective": asdict(self.objective), "model.annealing": asdict(self.annealing)}
+        told["model.warmup_steps"] = self.warmup_steps
         optimizer = self._optimizer_of([nn.Parameter(torch.zeros(1, 1, dtype=self.logits_dtype))])
         told["model.optimizer"] = describe_optimizer(optimizer, getattr(self.make_optimizer, "keywords", {}))
         told["model.lr_scheduler"] = None
@@ -193,12 +200,25 @@ class LeapModule(GatedModule):
         if stage == "fit":
             flush_denormals(False)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up a checkpoint as :class:`.GatedModule` does, and outside of a fit the place of α and τ in its run."""
+        super().on_load_checkpoint(checkpoint)
+        steps, done = read_identity(checkpoint).max_steps, checkpoint.get("global_step")
+        if not self._fitting() and steps and isinstance(done, int):
+            self._harden(done / steps)
+
+    def _harden(self, fraction: float) -> None:
+        """Set α and τ to where they are at ``fraction`` of the run."""
+        told = self.annealing
+        self.state.anneal(told.alpha(fraction), told.tau(fraction), told.pattern_alpha(fraction))
+
     # -- learning -----------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch; ``batch["input_ids"]`` is (B, L) tokens."""
         windows = self.trainer.accumulate_grad_batches
         self.state.step = self.global_step
+        self._harden(self.global_step / self.trainer.max_steps)
         rank, ranks = data_rank(self.trainer)
         self.state.micro_batch = (batch_idx % windows) * ranks + rank
         for gate in self.gates.values():
@@ -314,6 +334,11 @@ class LeapModule(GatedModule):
             raise UserError(f"model.optimizer does not take its settings: {reason}.") from error
 
     # -- validation ---------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Set α and τ: a run may validate before it trains. Outside of a fit they stay where the checkpoint was."""
+        if self._fitting():
+            self._harden(self.global_step / self.trainer.max_steps)
 
     def on_validation_epoch_start(self) -> None:
         """Choose the hard mask of exactly the target sparsity, which is what is validated."""

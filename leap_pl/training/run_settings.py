@@ -4,6 +4,7 @@ What they are, and which of them a resumed run takes and compares, is the table 
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,7 @@ from leap_pl.losses.objective import Objective
 from leap_pl.plain_values import read
 from leap_pl.prior import Prior
 from leap_pl.training.optimizers import PackedAdamW
+from leap_pl.training.schedules import Annealing, learned_by
 
 if TYPE_CHECKING:
     import lightning as L
@@ -70,6 +72,7 @@ TYPES: dict[str, Any] = {
     "model.targets": list[str] | None,
     "model.ignore": list[str],
     "model.objective": Objective,
+    "model.annealing": Annealing,
     "model.prior": Prior,
     "model.warmup_steps": int,
     "model.dtype": Literal["auto", "bfloat16", "float16", "float32"],
@@ -179,6 +182,7 @@ def _of_older(identity: Identity, checkpoint: Mapping[str, Any]) -> Settings:
     told |= {f"model.{key}": value for key, value in hyper_parameters.items() if key in plain}
     told |= {"model.gate": identity.gate, "trainer.max_steps": identity.max_steps}
     told["trainer.accumulate_grad_batches"] = identity.accumulation
+    told["model.annealing"] = asdict(learned_by(identity.settings))
     data = identity.settings.get("data")
     told |= {f"data.{name}": value for name, value in (data if isinstance(data, dict) else {}).items() if name in DATA}
     if isinstance(identity.settings.get("dtype"), str):

@@ -1,8 +1,11 @@
 """Schedules: pure functions of the fraction t/T of the optimizer steps done."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from leap_pl.errors import UserError
 
 Curve = Literal["linear", "cosine", "exponential", "constant"]
 
@@ -31,10 +34,19 @@ class Schedule:
     curve: Curve = "linear"
 
     def __post_init__(self) -> None:
+        if self.curve not in get_args(Curve):
+            raise ValueError(f"there is no curve {self.curve!r}. Give one of {', '.join(get_args(Curve))}.")
+        for value in (self.start, self.end):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"a schedule goes between two finite numbers, not from {self.start} to {self.end}.")
         if self.curve == "exponential" and (self.start <= 0 or self.end <= 0):
             raise ValueError(f"an exponential schedule needs values above 0, not {self.start} to {self.end}.")
         if self.curve == "constant" and self.start != self.end:
             raise ValueError(f"a constant schedule cannot go from {self.start} to {self.end}; make them equal.")
+
+    def __str__(self) -> str:
+        """Return it as it is typed."""
+        return f"{{start: {self.start}, end: {self.end}, curve: {self.curve}}}"
 
     def __call__(self, fraction: float) -> float:
         """The value at ``fraction`` of the run, which is held within [0, 1]."""
@@ -46,6 +58,82 @@ class Schedule:
         if self.curve == "exponential":
             return self.start * (self.end / self.start) ** x
         return self.start
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """How the gates harden over a run: the schedules of the logit scale α and of the temperature τ.
+
+    .. code-block:: yaml
+
+        model:
+          annealing:
+            alpha: {start: 25, end: 350, curve: linear}
+            tau: {start: 4, end: 0.05, curve: linear}
+
+    All are functions of the optimizer steps done, over the number of steps of the run, so that a resumed run takes them
+    up where they were. The defaults are LEAP's. MaskLLM's α goes from 100 to 500, and so does PATCH's in tile mode; in
+    its joint mode the tiles have LEAP's and the patterns, whose scale is apart, MaskLLM's.
+
+    Attributes:
+        alpha: Logit scale α, 0 or above.
+        tau: Temperature τ, above 0.
+        pattern_alpha: (TileGate in joint mode) Logit scale of the patterns, 0 or above.
+    """
+
+    alpha: Schedule = Schedule(25.0, 350.0)
+    tau: Schedule = Schedule(4.0, 0.05)
+    pattern_alpha: Schedule = Schedule(100.0, 500.0)
+
+    def __post_init__(self) -> None:
+        # No curve leaves the range between its ends.
+        if min(self.tau.start, self.tau.end) <= 0:
+            raise UserError(
+                f"model.annealing.tau goes from {self.tau.start} to {self.tau.end}, and a temperature is above 0. "
+                "Give two numbers above 0, as in {start: 4, end: 0.05}."
+            )
+        for name, scale in (("alpha", self.alpha), ("pattern_alpha", self.pattern_alpha)):
+            if min(scale.start, scale.end) < 0:
+                raise UserError(
+                    f"model.annealing.{name} goes from {scale.start} to {scale.end}, and a logit scale is 0 or above. "
+                    "Give two such numbers, as in {start: 25, end: 350}."
+                )
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Annealing":
+        """Return the schedules that plain ``settings`` describe, as ``dataclasses.asdict`` writes them.
+
+        Raises:
+            UserError: They describe none.
+        """
+        known = {field.name for field in fields(cls)}
+        try:
+            unknown = set(settings) - known
+            if not unknown:
+                return cls(**{name: Schedule(**schedule) for name, schedule in settings.items()})
+            reason = f"unknown: {', '.join(sorted(map(str, unknown)))}"
+        except UserError:
+            raise
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            reason = " ".join(str(error).split())
+        raise UserError(
+            f"model.annealing is {str(settings)[:200]}, and no schedules ({reason[:200]}). "
+            f"Give {', '.join(sorted(known))}, each as in {{start: 25, end: 350, curve: linear}}."
+        )
+
+
+# By what a module learned before the schedules were its own, where the callback that moved α and τ was left out.
+UNMOVED = Annealing(*(Schedule(value, value) for value in (25.0, 4.0, 100.0)))
+
+
+def learned_by(settings: Mapping[str, Any]) -> Annealing:
+    """Return the schedules of the run that wrote a checkpoint with these identity ``settings``.
+
+    Raises:
+        UserError: They are damaged.
+    """
+    told = settings.get("annealing")
+    return UNMOVED if told is None else Annealing.of(told)
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int) -> float:
