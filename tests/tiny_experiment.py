@@ -33,9 +33,12 @@ def definition(folder, model, text):
     for name, part in {"like": lines[:20], "unlike": lines[20:40], "validation": lines[40:]}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n")
     learn = {
-        "model": {"dtype": "float32", "prior": {"graded": True, "sequences": 2, "cache_dir": str(folder / "kept")}},
+        "model": {
+            "dtype": "float32",
+            "annealing": {"alpha": {"start": 100, "end": 350}, "tau": {"start": 1, "end": 0.05}},
+            "prior": {"graded": True, "sequences": 2, "cache_dir": str(folder / "kept")},
+        },
         "data": {"text": str(text), "seq_length": 32, "batch_size": 2, "validation_sequences": 2},
-        "annealing": {"alpha": {"start": 100, "end": 350}, "tau": {"start": 1, "end": 0.05}},
         "trainer": {"accelerator": "cpu", "val_check_interval": 100},
     }
     told = {

@@ -275,7 +275,12 @@ def run(words: list[str]) -> LeapCLI:
             "--trainer.logger.save_dir."
         ) from error
     except (ValueError, MisconfigurationException) as error:
-        if isinstance(error, UserError) or not _from_settings(error):
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__  # jsonargparse wraps what a class of a list of classes raises
+        if cause is not None and cause is not error:
+            raise cause from error
+        if cause is not None or not _from_settings(error):
             raise
         told = " ".join(str(error).split())
         if "enable_checkpointing" in told:

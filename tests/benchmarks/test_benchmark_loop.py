@@ -29,6 +29,6 @@ def test_a_run_is_taken_apart(model_folder: Path, text_file: Path, tmp_path: Pat
     words = ["--model", str(model_folder), "--text", str(text_file), "--steps", "6", "--tokens", "32"]
     loop.main([*words, "--output", str(output)])
     told = capsys.readouterr().out
-    for part in ("step", "waiting for data", "SparsityLogger", "Annealing"):
+    for part in ("step", "waiting for data", "SparsityLogger", "StepProgress"):
         assert f"| {part} |" in told
     assert output.is_file()

@@ -248,10 +248,17 @@ def test_broken_logits_are_not_saved(model_folder, text_file, tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--annealing.tau.end=0"], "temperature is above 0"),
+        (["--model.annealing.tau.end=0"], "temperature is above 0"),
+        (["--annealing.tau.end=-1"], "temperature is above 0"),
+        (
+            ["--model.annealing.alpha.start=-25"],
+            "model.annealing.alpha goes from -25.0 to 350.0, and a logit scale is 0 or",
+        ),
+        (["--model.annealing.pattern_alpha.end=-1"], "model.annealing.pattern_alpha goes from 100.0 to -1.0"),
+        (["--model.annealing.alpha.start=.inf"], "finite"),
         (["--model.objective.lm=0"], "nothing to learn from"),
         (["--model.objective.budget=-1"], "budget"),
-        (["--annealing.alpha.curve=exponential", "--annealing.alpha.start=0"], "above 0"),
+        (["--model.annealing.alpha.curve=exponential", "--model.annealing.alpha.start=0"], "above 0"),
         (["--model.prior.method=magic"], "magic"),
         (["--model.prior.fisher=2"], "prior.fisher is 2; give a number above 0 and at most 1"),
         (["--model.prior.fisher=0.5", "--model.prior.method=none"], "prior.method is none. Leave one of them out"),
@@ -297,7 +304,14 @@ def test_what_is_mistyped_is_told_with_what_is_meant(capsys, words: str, says: s
     ("config", "says"),
     [
         ("model: {base_model: x, prior: }", "model.prior is null, and is a group of settings. Leave it out, or set"),
-        ("model: {base_model: x}\nannealing: {alpha: }", "annealing.alpha.start, annealing.alpha.end are not given"),
+        (
+            "model: {base_model: x, annealing: {alpha: }}",
+            "model.annealing.alpha.start, model.annealing.alpha.end are not given",
+        ),
+        (
+            "model: {base_model: x}\nannealing: {alpha: }",
+            "model.annealing.alpha.start, model.annealing.alpha.end are not given",
+        ),
         ("model:", "model.base_model is not given"),
     ],
 )

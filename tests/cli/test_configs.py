@@ -11,7 +11,6 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from leap_pl.base_model.weights import Weight
-from leap_pl.callbacks import Annealing
 from leap_pl.cli.fit import LeapCLI, make_cli
 from leap_pl.data import TextDataModule
 from leap_pl.distributed.strategy import saves_shards
@@ -19,7 +18,7 @@ from leap_pl.gates import Gate, GateState, NMGate, TileGate
 from leap_pl.masks.patterns import NM, Tiled
 from leap_pl.training.module import LeapModule
 from leap_pl.training.optimizers import PackedAdamW
-from leap_pl.training.schedules import Schedule
+from leap_pl.training.schedules import Annealing, Schedule
 
 ROOT = Path(__file__).parents[2] / "configs"
 APART = ("shared", "cluster")  # parts of configs, and what is laid over one
@@ -39,7 +38,9 @@ def test_config_makes_its_objects(path: Path, tmp_path: Path) -> None:
     assert isinstance(cli.model, LeapModule)
     assert isinstance(cli.datamodule, TextDataModule)
     assert cli.datamodule.tokenizer_name == cli.model.base_model
-    assert any(isinstance(callback, Annealing) for callback in cli.trainer.callbacks)
+    told = yaml.safe_load(path.read_text())
+    assert "annealing" in told["model"]
+    assert "annealing" not in told
 
 
 ROWS = [path for path in CONFIGS if path.parent.name == "paper"]
@@ -58,7 +59,7 @@ def row(path: Path, tmp_path: Path, sparsity: float) -> tuple[LeapCLI, Annealing
     assert trainer.max_steps * trainer.accumulate_grad_batches * data.batch_size * data.seq_length == 2000 * 256 * 4096
     assert data.text == "allenai/c4"
     assert trainer.gradient_clip_val == 1
-    annealing = next(callback for callback in trainer.callbacks if isinstance(callback, Annealing))
+    annealing = model.annealing
     assert annealing.tau == Schedule(4, 0.05, "linear")
     return cli, annealing
 

@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "fit", f"--model.base_model={MODEL}", "--model.prior.method=magnitude", f"--model.prior.cache_dir={folder}",
         f"--data.text={TEXT / 'train.jsonl'}", f"--data.validation_text={TEXT / 'validation.jsonl'}",
         "--data.seq_length=256", "--data.batch_size=2", "--data.validation_sequences=4",
-        "--annealing.alpha.start=100", "--annealing.tau.start=1", "--model.optimizer.init_args.lr=4e-3",
+        "--model.annealing.alpha.start=100", "--model.annealing.tau.start=1", "--model.optimizer.init_args.lr=4e-3",
         "--trainer.accelerator=cpu", "--trainer.max_steps=8", "--trainer.logger=TensorBoardLogger",
         f"--trainer.logger.save_dir={folder}", f"--checkpoint.dirpath={folder / 'checkpoints'}",
     ])  # fmt: skip

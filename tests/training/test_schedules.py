@@ -1,13 +1,25 @@
 """Schedules against their closed forms."""
 
+import json
 import math
+from dataclasses import asdict, fields, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leap_pl.training.schedules import Curve, Schedule, warmup_cosine
+from leap_pl.errors import UserError
+from leap_pl.training.schedules import (
+    UNMOVED,
+    Annealing,
+    Curve,
+    Schedule,
+    check_same_annealing,
+    learned_by,
+    warmup_cosine,
+)
 
 MOVING: list[Curve] = ["linear", "cosine", "exponential"]
 FRACTIONS = [i / 200 for i in range(201)]
@@ -91,3 +103,95 @@ def test_warmup_of_the_whole_run_and_longer() -> None:
 
 def test_the_rate_stays_at_zero_after_the_end() -> None:
     assert warmup_cosine(150, total=100, warmup=5) == 0
+
+
+# -- those of α and τ ---------------------------------------------------------------------------------------
+
+ends = st.floats(1e-3, 1e4)
+schedules = st.builds(Schedule, ends, ends, st.sampled_from(MOVING)) | ends.map(lambda x: Schedule(x, x, "constant"))
+annealings = st.builds(Annealing, schedules, schedules, schedules)
+
+
+@given(annealing=annealings)
+def test_they_come_back_from_plain_values(annealing: Annealing) -> None:
+    """As they lie in a checkpoint, whose values may have been through JSON."""
+    told = json.loads(json.dumps(asdict(annealing)))
+    assert Annealing.of(told) == annealing == learned_by({"annealing": told})
+
+
+@given(annealing=annealings, x=fractions)
+def test_what_is_in_range_stays_there(annealing: Annealing, x: float) -> None:
+    assert annealing.tau(x) > 0
+    assert annealing.alpha(x) >= 0
+    assert annealing.pattern_alpha(x) >= 0
+
+
+@pytest.mark.parametrize(
+    ("schedules", "says"),
+    [
+        ({"tau": Schedule(4, 0)}, "model.annealing.tau goes from 4 to 0, and a temperature is above 0"),
+        ({"tau": Schedule(-1, 1)}, "temperature is above 0"),
+        ({"alpha": Schedule(-1, 350)}, "model.annealing.alpha goes from -1 to 350, and a logit scale is 0 or above"),
+        ({"pattern_alpha": Schedule(1, -2)}, "model.annealing.pattern_alpha goes from 1 to -2"),
+    ],
+)
+def test_what_is_out_of_range_is_refused(schedules: dict[str, Schedule], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Annealing(**schedules)
+
+
+def test_a_logit_scale_may_begin_at_zero() -> None:
+    assert Annealing(alpha=Schedule(0, 350)).alpha(0) == 0
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, True, "1", None])
+def test_a_schedule_of_what_is_no_number_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="two finite numbers"):
+        Schedule(value, 1)
+
+
+def test_a_curve_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="no curve 'square'"):
+        Schedule(1, 2, "square")  # type: ignore[arg-type]
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["alpha", "tau", "start", "end", "curve", ""]) | st.integers(), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(told=plain)
+def test_damaged_schedules_are_refused_in_one_line(told: Any) -> None:
+    try:
+        found = Annealing.of(told)
+    except UserError as error:
+        assert str(error).startswith("model.annealing")
+        assert len(str(error)) < 1000
+    else:
+        assert isinstance(found, Annealing)
+
+
+@given(one=annealings, other=annealings)
+def test_a_run_goes_on_by_its_own_schedules_only(one: Annealing, other: Annealing) -> None:
+    check_same_annealing(one, one)
+    for field in fields(Annealing):
+        now = replace(one, **{field.name: getattr(other, field.name)})
+        if now == one:
+            continue
+        with pytest.raises(UserError, match=f"model.annealing.{field.name} ") as caught:
+            check_same_annealing(one, now)
+        assert str(getattr(one, field.name)) in str(caught.value)
+        assert str(getattr(other, field.name)) in str(caught.value)
+
+
+def test_a_checkpoint_that_tells_no_schedules_is_of_a_run_in_which_none_moved() -> None:
+    assert learned_by({}) == UNMOVED
+    assert [UNMOVED.alpha(x) for x in (0, 1)] == [25, 25]
+    assert [UNMOVED.tau(x) for x in (0, 1)] == [4, 4]
