@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from leap_pl.cli.former_spelling import FORMER, GROUP, advice, check_agree
 from leap_pl.errors import UserError, listing
-from leap_pl.former_spelling import FORMER, GROUP, advice, check_agree
 
 UNSTRUCTURED = "unstructured"
 ROLES = ("validation", "like", "unlike")

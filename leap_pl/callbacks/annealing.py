@@ -8,7 +8,7 @@ from leap_pl.errors import UserError
 
 
 class Annealing(L.Callback):
-    """Says what to write instead: the schedules of α and τ are a setting of :class:`leap_pl.training.module.LeapModule`."""
+    """Says what to write instead: the schedules of α and τ are a setting of :class:`leap_pl.LeapModule`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to be made.

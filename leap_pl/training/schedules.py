@@ -132,7 +132,7 @@ def learned_by(settings: Mapping[str, Any]) -> Annealing:
     Raises:
         UserError: They are damaged.
     """
-    told = settings.get("annealing")
+    told = settings.get("annealing") if isinstance(settings, Mapping) else settings
     return UNMOVED if told is None else Annealing.of(told)
 
 

@@ -178,6 +178,12 @@ def test_damaged_schedules_are_refused_in_one_line(told: Any) -> None:
         assert isinstance(found, Annealing)
 
 
+@pytest.mark.parametrize("settings", [None, 3, "x", [1]])
+def test_settings_of_a_checkpoint_that_are_none_are_refused(settings: Any) -> None:
+    with pytest.raises(UserError, match="no schedules"):
+        learned_by(settings)
+
+
 @given(one=annealings, other=annealings)
 def test_a_run_goes_on_by_its_own_schedules_only(one: Annealing, other: Annealing) -> None:
     check_same_annealing(one, one)

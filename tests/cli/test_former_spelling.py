@@ -17,9 +17,9 @@ from experiments.headline.digests import digest, identity
 from experiments.headline.experiment import read_experiment
 from experiments.headline.steps import Steps
 from leap_pl.cli.fit import LeapCLI, make_cli
+from leap_pl.cli.former_spelling import FormerSpellingParser, check_agree, respelled
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
-from leap_pl.former_spelling import FormerSpellingParser, check_agree, respelled
 from leap_pl.training.schedules import Annealing, Schedule
 
 DEFAULT = Annealing()
