@@ -132,7 +132,9 @@ def learned_by(settings: Mapping[str, Any]) -> Annealing:
     Raises:
         UserError: They are damaged.
     """
-    told = settings.get("annealing") if isinstance(settings, Mapping) else settings
+    if not isinstance(settings, Mapping):
+        return Annealing.of(settings)  # which refuses it
+    told = settings.get("annealing")
     return UNMOVED if told is None else Annealing.of(told)
 
 
