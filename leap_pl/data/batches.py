@@ -32,7 +32,9 @@ class RankBatches(IterableDataset[Batch]):
     with j ≡ r (mod W). So W ranks that accumulate A micro-batches see, in every optimizer step, the blocks
     that one process sees that accumulates A·W. Data workers take turns in the same way, which the
     round robin of the data loader undoes. Every reader walks the whole stream and keeps what is its own:
-    each pays for tokenizing all of it, which is little beside training, and no reader waits for another.
+    each pays for tokenizing all of it, which is little beside training, and no reader waits for another. The state
+    after a batch is the same on every rank: it lies behind the micro-batches of all of them, so that its digests
+    are of all that was read.
 
     Yields ``{"input_ids": LongTensor[B, seq_length], "position": Progress}``, the state after the batch.
 
@@ -93,10 +95,12 @@ class RankBatches(IterableDataset[Batch]):
             for _ in range((micro_batch - at) * self.batch_size):
                 next(blocks)
             taken = [next(blocks) for _ in range(self.batch_size)]
-            at = micro_batch + 1
+            at, last = (mine + 1) * self.world_size, taken[-1]
+            for _ in range((at - micro_batch - 1) * self.batch_size):
+                last = next(blocks)
             yield {
                 "input_ids": torch.tensor([block.tokens for block in taken]),
-                "position": Progress(consumed=(mine + 1) * self.world_size, micro_batch=at, position=taken[-1].after),
+                "position": Progress(consumed=at, micro_batch=at, position=last.after),
             }
 
 

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 from leap_pl.data.batches import BEGINNING, Batch, BlockLoader, Progress, RankBatches
 from leap_pl.data.calibration import loaded_tokenizer
 from leap_pl.data.documents import Share, warn
-from leap_pl.data.packing import BlockStream, Separator
+from leap_pl.data.packing import BlockStream, Separator, digest_of_text
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # 1 had no digests of the text
 
 
 class TextDataModule(LightningDataModule):
@@ -221,7 +221,11 @@ class TextDataModule(LightningDataModule):
             # Saved amid a step, which Lightning will do again.
             if counts.ready > counts.processed:  # type: ignore[attr-defined]
                 progress = self._progress_before
-        return {"format": FORMAT, "data": self.identity(), **progress}
+        return self._stated(progress)
+
+    def _stated(self, progress: Progress) -> dict[str, Any]:
+        rereadable = self.stream.source.shards.rereadable
+        return {"format": FORMAT, "data": self.identity(), "rereadable": rereadable, **progress}
 
     def state_before_step(self) -> dict[str, Any] | None:
         """As :meth:`state_dict`, before the first micro-batch of the optimizer step that is being worked on.
@@ -230,32 +234,64 @@ class TextDataModule(LightningDataModule):
         """
         if self.trainer is None or self.trainer.global_step != self._step:
             return None
-        return {"format": FORMAT, "data": self.identity(), **self._progress_at_step}
+        return self._stated(self._progress_at_step)
+
+    def record(self) -> dict[str, Any]:
+        """Return what a mask's provenance tells of the text: its name, how much of it was read, and what that was.
+
+        ``tokens`` counts those that all ranks together have been trained on up to the last optimizer step;
+        ``sha256`` is a digest of every document, or stored line, that was read for them
+        (:func:`leap_pl.data.packing.digest_of_text`), whatever the files are called; None where it is not known.
+        """
+        progress = self._progress
+        if self.trainer is not None and self.trainer.global_step == self._step:
+            progress = self._progress_at_step
+        told = {key: getattr(self, key) for key in ("text", "validation_text", "seq_length", "batch_size", "seed")}
+        tokens = progress["consumed"] * self.batch_size * self.seq_length
+        return {**told, "tokens": tokens, "sha256": digest_of_text(progress["position"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on behind the last batch that was trained on; validation alone has nothing to go on with.
 
+        Files are compared by a digest of what was read so far, up to the document in which the run was stopped, and
+        not by their names, sizes and dates: a run goes on where they were moved, or have grown behind that place, and
+        ends as a run from the beginning on the files as they are now would end. Each is read once for that, without
+        being parsed. Of a hub dataset, its name and the document in which the run was stopped are compared.
+
         Raises:
-            UserError: The run was on other data; with the setting, what it was and what it is.
+            UserError: The run was on other data; with the setting, what it was and what it is, or with the file.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
-        if state_dict.get("format") != FORMAT:
+        version = state_dict.get("format")
+        if version not in (1, FORMAT):
             raise UserError(
-                f"The checkpoint's data position has format {state_dict.get('format')}, and this version of leap_pl "
-                f"reads {FORMAT}. Resume with the version that wrote it."
+                f"The checkpoint's data position has format {version}, and this version of leap_pl reads {FORMAT}. "
+                "Resume with the version that wrote it."
             )
+        by_content = version == FORMAT and state_dict["rereadable"] and self.stream.source.shards.rereadable
         before, now = state_dict["data"], self.identity()
         changed = [
-            f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if now[name] != before.get(name)
+            f"{name} was {before.get(name)!r} and is {now[name]!r}"
+            for name in now
+            if now[name] != before.get(name) and not (name == "text" and by_content)
         ]
         if changed:
             raise UserError(
                 f"The run cannot go on with other data: {'; '.join(changed)}. "
                 "Set it as it was, or start a new run without --ckpt_path."
             )
+        position = state_dict["position"]
+        if position is not None and version == FORMAT:
+            self.stream.check_unchanged(position)
+        elif position is not None:
+            warn(
+                "the checkpoint is of a version that kept no digest of the text: whether it is the same is told by its "
+                "name and size alone."
+            )
+            position = self.stream.with_digests(position)
         self._progress = self._progress_before = Progress(
-            consumed=state_dict["consumed"], micro_batch=state_dict["micro_batch"], position=state_dict["position"]
+            consumed=state_dict["consumed"], micro_batch=state_dict["micro_batch"], position=position
         )
         self._step = None
 

@@ -1,7 +1,7 @@
 """What a reader of text hands on, and which documents are kept apart for validation."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -35,18 +35,69 @@ class Shards(Protocol):
     """What the text is called in messages."""
     share: Share
     """Which part of it is read."""
+    rereadable: bool
+    """Whether what was read can be read again, to compare it: :meth:`digest` does so."""
 
     def __len__(self) -> int:
         """The number of shards."""
         ...
 
-    def read(self, shard: int, state: State | None) -> Iterator[Document]:
-        """The documents of a shard in their own order, empty ones included, from ``state`` on."""
+    def read(self, shard: int, state: State | None) -> Generator[Document, None, str | None] | Iterator[Document]:
+        """The documents of a shard in their own order, empty ones included, from ``state`` on.
+
+        A generator that returns the digest of the whole shard (:func:`chained`), if it knows it. The digest of what
+        comes before a state is the state's ``digest``.
+        """
+        ...
+
+    def digest(self, shard: int, until: State | None) -> str | None:
+        """What the digest of a shard is now, up to a state or to its end; None if it cannot be read again."""
+        ...
+
+    def shard_name(self, shard: int) -> str:
+        """What a shard is called in messages."""
         ...
 
     def identity(self) -> str:
         """What must be the same for a position in this text to mean the same."""
         ...
+
+
+def chained(digest: str | None, record: bytes) -> str | None:
+    """Return the digest of a text and one more ``record``: SHA-256 of the digest so far and the record.
+
+    A chain can be continued from its last link: a reader that starts amid a file need not read what comes before.
+    The digest of no record is the empty string; what is not known (a checkpoint of an earlier version does not say
+    it) stays None.
+    """
+    return None if digest is None else hashlib.sha256(digest.encode() + b"\n" + record).hexdigest()
+
+
+def digest_in(state: State | None) -> str | None:
+    """Return the digest of what comes before ``state``; None if the state does not say it."""
+    found = state.get("digest") if state else ""
+    return found if isinstance(found, str) else None
+
+
+class Reading(Iterator[Document]):
+    """What is read of a shard, and, behind its last document, what the reader returned.
+
+    Attributes:
+        digest: Of the whole shard, once it is read to its end; None before, or if the reader does not know it.
+    """
+
+    def __init__(self, documents: Iterator[Document]) -> None:
+        """Take what :meth:`Shards.read` gave."""
+        self._documents = iter(documents)
+        self.digest: str | None = None
+
+    def __next__(self) -> Document:
+        """The next document."""
+        try:
+            return next(self._documents)
+        except StopIteration as end:
+            self.digest = end.value if isinstance(end.value, str) else None
+            raise
 
 
 def hashed(*parts: int) -> int:

@@ -2,10 +2,10 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-from leap_pl.data.documents import Document, Share, State, in_share, mended, warn
+from leap_pl.data.documents import Document, Share, State, chained, digest_in, in_share, mended, warn
 from leap_pl.errors import UserError, listing
 
 DEFAULT_CONFIGS = {"allenai/c4": "en"}
@@ -21,6 +21,9 @@ class HubDataset:
 
     The shards are read in this project's own order and one at a time, without the shuffle buffer of
     ``datasets``, whose rows a resumed run would lose.
+
+    Every state carries the digest of the rows before it (:func:`.documents.chained`). What a run has read is not
+    fetched again to compare it: a resumed run compares dataset, config, split and the document it goes on with.
 
     Args:
         dataset: Hub id.
@@ -46,6 +49,7 @@ class HubDataset:
         self.text_column = text_column
         self.share = share
         self.sleep = sleep
+        self.rereadable = False
         self.name = f"{dataset} ({', '.join(filter(None, (self.config_name, split)))})"
         self._opened: tuple[int, Any] | None = None
 
@@ -65,13 +69,22 @@ class HubDataset:
         """Dataset, config and split."""
         return self.name
 
-    def read(self, shard: int, state: State | None) -> Iterator[Document]:
+    def digest(self, shard: int, until: State | None) -> None:
+        """Not known: nothing is fetched a second time."""
+
+    def shard_name(self, shard: int) -> str:
+        """The dataset, and the number of the shard."""
+        return f"{self.name}, shard {shard}"
+
+    def read(self, shard: int, state: State | None) -> Generator[Document, None, str | None]:
         """The documents of ``shard``, from ``state`` on; network faults are retried from where they struck.
+
+        Returns the digest of the shard.
 
         Raises:
             UserError: The network stays away, or the data cannot be read; with the position.
         """
-        here: State = dict(state) if state else {"reader": None, "skip": 0, "row": 0}
+        here: State = dict(state) if state else {"reader": None, "skip": 0, "row": 0, "digest": ""}
         tries = 0
         while True:
             try:
@@ -79,7 +92,7 @@ class HubDataset:
                     here, tries = after, 0
                     if document is not None:
                         yield document
-                return
+                return digest_in(here)
             except Exception as error:
                 if isinstance(error, UserError):
                     raise
@@ -102,7 +115,7 @@ class HubDataset:
         part = dataset.shard(num_shards=dataset.num_shards, index=shard)
         if state["reader"] is not None:
             part.load_state_dict(state["reader"])
-        reader, skip, row = state["reader"], state["skip"], state["row"]
+        reader, skip, row, digest = state["reader"], state["skip"], state["row"], digest_in(state)
         # `iter` in batches, because plain iteration would split the rows once more over the data workers.
         for rows in part.iter(batch_size=_ROWS):
             if self.text_column not in rows:
@@ -111,11 +124,13 @@ class HubDataset:
             behind = part.state_dict()
             for index in range(skip, len(texts)):
                 ordinal, row = row, row + 1
+                digest = chained(digest, repr(texts[index]).encode(errors="surrogatepass"))
                 last = index + 1 == len(texts)
                 after = {
                     "reader": behind if last else reader,
                     "skip": 0 if last else index + 1,
                     "row": row,
+                    "digest": digest,
                 }
                 if not in_share(self.share, shard, ordinal):
                     yield None, after

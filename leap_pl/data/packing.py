@@ -1,9 +1,11 @@
 """Documents to blocks: tokenized, joined by a separator, cut to one length, nothing padded, nothing lost."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypedDict
 
-from leap_pl.data.documents import Document, State, warn
+from leap_pl.data.documents import Document, State, digest_in, warn
 from leap_pl.data.source import Place, TextSource
 from leap_pl.errors import UserError
 
@@ -15,7 +17,12 @@ _BATCH_PIECES = 64
 
 
 class Position(TypedDict):
-    """The place of a token in the stream, in plain Python: everything before it has been used."""
+    """The place of a token in the stream, in plain Python: everything before it has been used.
+
+    What was read is told by digests: ``digests`` of the shards that were read to their ends (of
+    :class:`.source.Place`), that in ``state`` of what comes before the document in its shard, and ``document`` of the
+    document itself. Together they are small, and say of every byte that was read what it was.
+    """
 
     number: int  # of the pass over the text
     turn: int  # of the shard in the order of the pass
@@ -23,6 +30,8 @@ class Position(TypedDict):
     character: int  # of the document, where the tokenized piece begins
     token: int  # tokens of the piece that have been used
     shards: int  # of the text, since their order depends on it
+    digests: list[str | None]  # by shard: None where it was not read to its end, "" where it was and is not known
+    document: str  # SHA-256 of the document's text, or of the part of it that was read at once
 
 
 class Block(NamedTuple):
@@ -35,6 +44,7 @@ class Block(NamedTuple):
 class _Piece(NamedTuple):
     text: str
     place: Place
+    document: str  # its digest
     character: int
     ends: bool
 
@@ -80,12 +90,7 @@ class BlockStream:
             UserError: The text cannot be read, or a whole pass of it does not fill one block, or ``start``
                 belongs to a text in another number of shards.
         """
-        shards = len(self.source.shards)
-        if start is not None and start["shards"] != shards:
-            raise UserError(
-                f"{self.source.name} is in {shards} shards now and was in {start['shards']} when the run was "
-                "stopped, so the run cannot go on where it was. Use the text as it was."
-            )
+        shards = self._shards_of(start)
         block: list[int] = []
         number, of_pass, whole_pass = 0, 0, start is None
         if start is not None:
@@ -108,6 +113,44 @@ class BlockStream:
                     block = []
         self._end_of_pass(of_pass, whole_pass)
 
+    def check_unchanged(self, position: Position) -> None:
+        """Make sure that what was read up to ``position`` is what a run from the beginning would read now.
+
+        Of local files all that was read is compared, of a hub dataset the document at the position.
+
+        Raises:
+            UserError: It is another text, or in another number of shards, or it cannot be read.
+        """
+        self._shards_of(position)
+        place = _place(position)
+        self.source.check_unchanged(place)
+        _, document = next(self.source.documents(place))
+        if position["document"] != _digest(document):
+            shard = self.source.shard_at(place)
+            raise self.source.changed(shard, "in the document in which the run was stopped")
+
+    def with_digests(self, position: Position) -> Position:
+        """Add to a ``position`` of an earlier version the digests of the text as it is now.
+
+        Raises:
+            UserError: The text is in another number of shards, or it cannot be read.
+        """
+        self._shards_of(position)
+        place = self.source.with_digests(_place(position))
+        _, document = next(self.source.documents(place))
+        added = {"state": place.state, "digests": list(place.digests), "document": _digest(document)}
+        return Position(**{**position, **added})  # type: ignore[typeddict-item]
+
+    def _shards_of(self, position: Position | None) -> int:
+        """How many shards there are, as many as where ``position`` comes from."""
+        shards = len(self.source.shards)
+        if position is not None and position["shards"] != shards:
+            raise UserError(
+                f"{self.source.name} is in {shards} shards now and was in {position['shards']} when the run was "
+                "stopped, so the run cannot go on where it was. Use the text as it was."
+            )
+        return shards
+
     def _end_of_pass(self, tokens: int, whole: bool) -> None:
         if whole and tokens < self.seq_length:
             raise UserError(
@@ -118,7 +161,7 @@ class BlockStream:
     def _pieces(self, start: Position | None, *, repeat: bool) -> Iterator[_Piece]:
         place, character = None, 0
         if start is not None:
-            place, character = Place(start["number"], start["turn"], start["state"]), start["character"]
+            place, character = _place(start), start["character"]
         for here, document in self.source.documents(place, repeat=repeat):
             yield from _cut(here, document, character)
             character = 0
@@ -154,19 +197,51 @@ class BlockStream:
 
 
 def _position(piece: _Piece, token: int, shards: int) -> Position:
-    number, turn, state = piece.place
-    return Position(number=number, turn=turn, state=state, character=piece.character, token=token, shards=shards)
+    number, turn, state, digests = piece.place
+    return Position(
+        number=number,
+        turn=turn,
+        state=state,
+        character=piece.character,
+        token=token,
+        shards=shards,
+        digests=list(digests),
+        document=piece.document,
+    )
+
+
+def _place(position: Position) -> Place:
+    """Where the document of ``position`` begins; one of an earlier version says no digests."""
+    return Place(position["number"], position["turn"], position["state"], tuple(position.get("digests", ())))
+
+
+def _digest(document: Document) -> str:
+    return hashlib.sha256(document.text.encode()).hexdigest()
+
+
+def digest_of_text(position: Position | None) -> str | None:
+    """Return one digest of all that was read up to ``position``, SHA-256 of its digests.
+
+    None where nothing was read, or where the digest of a part of it is not known.
+    """
+    if position is None:
+        return None
+    before = digest_in(position["state"])
+    digests = position.get("digests", [])
+    if before is None or "" in digests or "document" not in position:
+        return None
+    return hashlib.sha256(json.dumps([digests, before, position["document"]]).encode()).hexdigest()
 
 
 def _cut(place: Place, document: Document, character: int) -> Iterator[_Piece]:
     """The pieces of ``document`` from ``character`` on, where an earlier piece of it ended."""
-    text = document.text
+    text, digest = document.text, _digest(document)
     while len(text) - character > PIECE_CHARACTERS:
         # From the middle on, so that every piece is long; before the white space, which belongs to the next word.
         middle, most = character + PIECE_CHARACTERS // 2, character + PIECE_CHARACTERS
         cut = text.rfind("\n", middle, most)
         cut = cut if cut > 0 else text.rfind(" ", middle, most)
         cut = cut if cut > 0 else most
-        yield _Piece(text[character:cut], place, character, ends=False)
+        yield _Piece(text[character:cut], place, digest, character, ends=False)
         character = cut
-    yield _Piece(text[character:], place, character, document.ends)
+    yield _Piece(text[character:], place, digest, character, document.ends)

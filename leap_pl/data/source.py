@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from leap_pl.data.documents import Document, Shards, Share, State, hashed
+from leap_pl.data.documents import Document, Reading, Shards, Share, State, digest_in, hashed, warn
 from leap_pl.data.hub import HubDataset
 from leap_pl.data.local import SUFFIXES, LocalFiles
 from leap_pl.errors import UserError
@@ -16,11 +16,16 @@ _OTHER_FILES = (".csv", ".tsv", ".zip", ".gz", ".zst", ".bz2", ".xz", ".arrow", 
 
 
 class Place(NamedTuple):
-    """Where a document begins: the pass over the text, the shard's place in its order, the reader's state."""
+    """Where a document begins: the pass over the text, the shard's place in its order, the reader's state.
+
+    ``digests`` has the digest of each shard, by its number, that was read to its end: None where it was not, and the
+    empty string where it was and the digest is not known.
+    """
 
     number: int  # of the pass, from 0
     turn: int  # how many shards of the pass come before
     state: State | None
+    digests: tuple[str | None, ...] = ()
 
 
 class TextSource:
@@ -95,23 +100,76 @@ class TextSource:
         Raises:
             UserError: The text cannot be read, or a whole pass holds no document.
         """
-        number, turn, state = start or Place(0, 0, None)
+        number, turn, state, digests = start or Place(0, 0, None)
+        digests = digests or (None,) * len(self.shards)
         found = start is not None  # a pass that was entered midway may be over
         while True:
             order = self._order(number)
             for at in range(turn, len(order)):
-                here = Place(number, at, state)
-                for document in self.shards.read(order[at], state):
+                here = Place(number, at, state, digests)
+                reading = Reading(self.shards.read(order[at], state))
+                for document in reading:
                     if document.part or document.text.strip():
                         found = True
                         yield here, document
-                    here = Place(number, at, document.after)
+                    here = Place(number, at, document.after, digests)
                 state = None
+                digests = self._with_digest(digests, order[at], reading.digest)
             if not found:
                 raise UserError(f"{self.name} holds no text in the part that is read.")
             if not repeat:
                 return
             number, turn, found = number + 1, 0, False
+
+    def _with_digest(self, digests: tuple[str | None, ...], shard: int, digest: str | None) -> tuple[str | None, ...]:
+        if digests[shard] and digest and digests[shard] != digest:
+            warn(f"{self.shards.shard_name(shard)} has changed since the run read it first; it is read as it is now.")
+        return (*digests[:shard], digest or "", *digests[shard + 1 :])
+
+    def check_unchanged(self, place: Place) -> None:
+        """Make sure that what was read before ``place`` is what the same reading would find now.
+
+        Files are read again up to the place, each once, however many passes the run has made. What lies behind it,
+        names, folders and dates do not matter: the run would have come to this place with the files as they are now.
+
+        Raises:
+            UserError: A file cannot be read, or what was read of it is another text now.
+        """
+        for shard, digest in enumerate(place.digests):
+            if digest and self.shards.digest(shard, None) not in (None, digest):
+                raise self.changed(shard, "all of which was read")
+        shard, digest = self.shard_at(place), digest_in(place.state)
+        if not digest or any(place.digests[shard : shard + 1]):  # the beginning of a shard that is compared whole
+            return
+        if self.shards.digest(shard, place.state) not in (None, digest):
+            raise self.changed(shard, f"whose beginning was read, as far as {_told(place.state)}")
+
+    def with_digests(self, place: Place) -> Place:
+        """Add to ``place`` the digests that it does not say, of the text as it is now; of a hub dataset none.
+
+        Raises:
+            UserError: A file cannot be read.
+        """
+        order, read = self._order(place.number), set(range(len(self.shards)))
+        if place.number == 0:
+            read = set(order[: place.turn])
+        digests = tuple((self.shards.digest(s, None) or "") if s in read else None for s in range(len(self.shards)))
+        state = place.state
+        if state is not None and self.shards.rereadable:
+            state = {**state, "digest": self.shards.digest(self.shard_at(place), state)}
+        return place._replace(state=state, digests=digests)
+
+    def shard_at(self, place: Place) -> int:
+        """The number of the shard in which ``place`` lies."""
+        order = self._order(place.number)
+        return order[min(place.turn, len(order) - 1)]
+
+    def changed(self, shard: int, what: str) -> UserError:
+        """What to say of a shard that is no longer the one that a run has read."""
+        return UserError(
+            f"{self.shards.shard_name(shard)}, {what}, holds another text now than when the run was stopped. Put it "
+            "back as it was, or start a new run without --ckpt_path."
+        )
 
     def _order(self, number: int) -> list[int]:
         shards = list(range(len(self.shards)))
@@ -119,6 +177,12 @@ class TextSource:
             return shards
         seed = self.seed
         return sorted(shards, key=lambda shard: hashed(seed, number, shard))
+
+
+def _told(state: State | None) -> str:
+    """The place in a shard, in words."""
+    known = {"line": "line", "row": "row", "byte": "byte"}
+    return next((f"{known[key]} {state[key]:,}" for key in known if state and key in state), "its beginning")
 
 
 def _local_files(name: str) -> list[Path]:

@@ -204,8 +204,8 @@ def test_another_text_or_format_is_refused_at_resume(files: list[str], hub: str)
     state = module_for(files).state_dict()
     with pytest.raises(UserError, match=r"text was '0.jsonl \(\d+ bytes\), .* and is 'some/text \(train\)'"):
         module_for(hub).load_state_dict(state)
-    with pytest.raises(UserError, match="has format 2, and this version of leap_pl reads 1"):
-        module_for(files).load_state_dict({**state, "format": 2})
+    with pytest.raises(UserError, match="has format 3, and this version of leap_pl reads 2"):
+        module_for(files).load_state_dict({**state, "format": 3})
 
 
 def test_a_run_without_end_is_refused(files: list[str]) -> None:
