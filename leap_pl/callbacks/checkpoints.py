@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -33,6 +33,8 @@ class Checkpoints(ModelCheckpoint):
       the job is then requeued. The same signal again, a second later or more, ends the process at once.
     - If the text fails to come (a network that stays away), a checkpoint is written before the run ends.
     - A validation that was due when the run was stopped is made up for when it goes on.
+    - A run that Lightning ends before its last step (``trainer.max_time``, early stopping) leaves a checkpoint of the
+      step that it has reached, and says so; there is no validation out of turn.
     """
 
     def __init__(
@@ -135,6 +137,9 @@ class Checkpoints(ModelCheckpoint):
             if self._time_is_up(trainer):
                 self.save(trainer)
         self._heed(trainer)
+        if _ends_early(trainer):
+            # Lightning would validate out of turn: a point in the curves that a run without a stop does not have.
+            trainer.fit_loop.epoch_loop._skip_next_val = True
         # What follows until the next micro-batch, waiting for text, can be broken off. Several ranks stop together.
         self.signals.at_once = trainer.world_size == 1
 
@@ -158,6 +163,20 @@ class Checkpoints(ModelCheckpoint):
         """Write the last one: all other callbacks are through."""
         self.save(trainer)
         self._running = False
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say of a run that was ended before its last step that it is not finished."""
+        if self._finishing(trainer) or not trainer.is_global_zero:
+            return
+        step, timed = trainer.global_step, any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        where = f"the checkpoint of step {step} is in {self.dirpath}. Go on with --ckpt_path last"
+        where += " and a longer --trainer.max_time, which counts the time of all starts" * timed
+        print(
+            f"leap_pl fit: ended at step {step} of {trainer.max_steps}; learning is not finished, and no mask is "
+            f"written. {where[0].upper()}{where[1:]}.",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write one if the run was told to stop, or its text has failed."""
@@ -276,6 +295,11 @@ class Checkpoints(ModelCheckpoint):
         trainer.validating = True
         loop.val_loop.run()
         trainer.training = True
+
+
+def _ends_early(trainer: L.Trainer) -> bool:
+    """Whether Lightning is about to end the run, and not because its last step is done."""
+    return bool(trainer.should_stop and trainer.fit_loop._can_stop_early and trainer.global_step < trainer.max_steps)
 
 
 def _requeuing(trainer: L.Trainer) -> SLURMEnvironment | None:

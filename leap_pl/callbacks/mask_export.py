@@ -1,4 +1,4 @@
-"""The learned mask leaves the run as a MaskSet."""
+"""The learned mask leaves the run as a MaskSet, once it is learned."""
 
 from pathlib import Path
 
@@ -6,7 +6,11 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from leap_pl.prior.started_prior import prior_file
 from leap_pl.training.module import LeapModule
+
+MASK = "mask.safetensors"
+EARLIER = "mask-earlier.safetensors"
 
 
 class MaskExport(L.Callback):
@@ -14,6 +18,11 @@ class MaskExport(L.Callback):
 
     ``prior.safetensors`` and ``mask.safetensors`` are :class:`leap_pl.masks.MaskSet` files; the second has
     exactly the target sparsity. Gates of tiles have a second prior, ``prior-inner.safetensors``.
+
+    A run that ends before its last step (``trainer.max_time``, early stopping, a signal) writes no mask: its gates
+    are still soft, and its checkpoint holds all there is. ``leap_pl export --ckpt_path`` makes a mask of one all the
+    same, which tells its step. A ``mask.safetensors`` of an earlier run is set aside when learning begins, as
+    ``mask-earlier.safetensors``; one that turns out to be the same is removed again.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -24,21 +33,42 @@ class MaskExport(L.Callback):
         """
         self.folder = folder
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Tell a module that resumes where its run may have left the prior."""
+        assert isinstance(pl_module, LeapModule)
+        if stage == "fit" and trainer.ckpt_path is not None:
+            pl_module.prior_folders.append(self.place(trainer))
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the prior, or the priors, if there is one."""
+        """Write the prior, or the priors, if there is one. What a resumed run finds in their place stays as it is."""
         assert isinstance(pl_module, LeapModule)
         if trainer.is_global_zero:
             for form, prior in pl_module.priors.items():
-                prior.save(
-                    self.place(trainer) / ("prior.safetensors" if form == "prior" else f"prior-{form}.safetensors")
-                )
+                path = self.place(trainer) / prior_file(form)
+                if pl_module.resumed is None or not path.exists():
+                    prior.save(path)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Set aside the mask of an earlier run, which nobody should take for this one's."""
+        path = self.place(trainer) / MASK
+        if trainer.is_global_zero and trainer.global_step < trainer.max_steps and path.exists():
+            path.replace(path.with_name(EARLIER))
+            rank_zero_info(f"mask: {path} is of an earlier run, and is now called {EARLIER}.")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the learned mask."""
+        """Write the learned mask, if learning is through."""
         assert isinstance(pl_module, LeapModule)
-        path = self.place(trainer) / "mask.safetensors"
+        if trainer.global_step < trainer.max_steps:
+            return
+        path = self.place(trainer) / MASK
         kept, total = pl_module.save_mask(path)
-        rank_zero_info(f"mask: {path} (sparsity {1 - kept / total:.6f}, {total - kept:,} weights removed)")
+        earlier = path.with_name(EARLIER)
+        if trainer.is_global_zero and earlier.exists() and earlier.read_bytes() == path.read_bytes():
+            earlier.unlink()  # this run's own: it was stopped between its mask and its last checkpoint
+        rank_zero_info(
+            f"mask: {path} (after step {trainer.global_step:,} of {trainer.max_steps:,}; sparsity "
+            f"{1 - kept / total:.6f}, {total - kept:,} weights removed)"
+        )
 
     def place(self, trainer: L.Trainer) -> Path:
         """The folder the files go to."""

@@ -123,8 +123,10 @@ class SparsityLogger(L.Callback):
             self._histograms(trainer, pl_module, step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hyper-parameters, with the metrics the run ended on."""
+        """Hyper-parameters, with the metrics the run ended on, if it is finished."""
         assert isinstance(pl_module, LeapModule)
+        if trainer.global_step < trainer.max_steps:
+            return
         final = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("perplexity/")}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and final:

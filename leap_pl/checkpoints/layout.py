@@ -17,9 +17,9 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +28,6 @@ from leap_pl.checkpoints.identity import Identity, read_identity
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import Gate, Stored, gate_kind, restore
 from leap_pl.masks.mask_set import MaskSet, PackedMasks, Provenance, installed_versions
-
-if TYPE_CHECKING:
-    import lightning as L
 
 PREFIX = "logits."
 _FOLDER = 0x10  # of the attributes of a file in a zip archive
@@ -104,19 +101,6 @@ def keep_gates_only(module: Any, state: dict[str, Any], prefix: str, _: Any) -> 
         del state[name]
 
 
-def settings_of_run(trainer: "L.Trainer") -> dict[str, Any]:
-    """What a mask's provenance tells of how it was learned that the trainer knows: plain values."""
-    told: dict[str, Any] = {"accumulate_grad_batches": trainer.accumulate_grad_batches}
-    data = getattr(trainer, "datamodule", None)
-    if data is not None:
-        keys = ("text", "validation_text", "seq_length", "batch_size", "seed")
-        told["data"] = {key: getattr(data, key) for key in keys if hasattr(data, key)}
-    for optimizer in trainer.optimizers[:1]:
-        plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, bool | int | float)}
-        told["optimizer"] = {"class": type(optimizer).__name__, **plain}
-    return told
-
-
 def name_parameters(state: dict[str, Any], names: Sequence[str]) -> None:
     """Let an optimizer's state dict speak of parameters by name where it numbers them as ``names`` are ordered."""
 
@@ -129,15 +113,15 @@ def name_parameters(state: dict[str, Any], names: Sequence[str]) -> None:
         state["param_groups"] = [{**group, "params": [name(key) for key in group["params"]]} for group in groups]
 
 
-def load_checkpoint(path: str | Path, *, mmap: bool = True, whole: bool = True) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, *, mmap: bool = True, check_tensors: bool = True) -> dict[str, Any]:
     """Read the file ``path``, or of a folder all but the tensors, into CPU memory, without running anything in it.
 
-    Every bit of a file is checked, unless it is not wanted ``whole``.
+    Every bit of a file is checked.
 
     Args:
         path: The file.
         mmap: Leave the tensors on the disk until they are used. The file must then stay where it is.
-        whole: Read the file once to check it. False is for a look at its settings; what is learned is read later.
+        check_tensors: Check the tensors' bits too; False where only plain values are read, and takes no time then.
 
     Raises:
         UserError: It is not there, truncated, damaged, or no checkpoint of leap_pl.
@@ -153,7 +137,7 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True, whole: bool = True) 
     if not path.is_file():
         raise UserError(f"{path}: there is no such checkpoint. Give a .ckpt from a run's checkpoints folder.")
     try:
-        damaged = _damaged_record(path) if whole else None
+        damaged = _damaged_record(path, check_tensors)
         if damaged is not None:
             raise UserError(f"{path} is damaged ({damaged}). Take the checkpoint before it.")
         checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
@@ -171,7 +155,7 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True, whole: bool = True) 
     return checkpoint
 
 
-def _damaged_record(path: Path) -> str | None:
+def _damaged_record(path: Path, tensors: bool) -> str | None:
     """What is wrong with the first part of a checkpoint that does not match its checksum, if there is one.
 
     A checkpoint is a zip archive that stores its parts as they are, each with a CRC-32. torch.load does not
@@ -182,12 +166,19 @@ def _damaged_record(path: Path) -> str | None:
             if record.compress_type != zipfile.ZIP_STORED or record.external_attr & _FOLDER:
                 # Of what is marked as a folder torch.load reads nothing, and takes whatever is in the memory.
                 return f"{record.filename} is packed or marked as a folder, which torch.save never does"
+        if not tensors:
+            for record in archive.infolist():
+                if not re.search(r"/data/\d+$", record.filename):
+                    archive.read(record)  # of the plain values; raises where it does not match its checksum
+            return None
         name = archive.testzip()
     return None if name is None else f"{name} does not match its checksum"
 
 
 def masks_from_checkpoint(path: str | Path) -> MaskSet:
     """The hard mask, at exactly the run's target sparsity, of the logits in the checkpoint ``path``.
+
+    Its provenance tells the step of the checkpoint, ``steps``, which is ``max_steps`` only where learning is finished.
 
     Of a folder no more than one weight's logits are in memory; they are read several times.
 
@@ -203,7 +194,9 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
 
             folder = StoredTensors(path)
             tensors, read = folder.shapes, folder.read
-        return MaskSet(_hard_masks(tensors, identity, path, read), provenance(identity))
+        steps = checkpoint.get("global_step")
+        told = replace(identity, settings={"steps": steps, **identity.settings}) if isinstance(steps, int) else identity
+        return MaskSet(_hard_masks(tensors, identity, path, read), provenance(told))
     except UserError:
         raise
     except Exception as error:  # a description that does not describe the logits can be wrong in any way

@@ -26,7 +26,11 @@ def rewind(trainer: "L.Trainer", checkpoint: dict[str, Any]) -> None:
     if before is not None:
         checkpoint[type(data).__qualname__] = before
     if trainer.global_step:
-        _rewind_loops(checkpoint["loops"]["fit_loop"], trainer.global_step, trainer.accumulate_grad_batches)
+        loop = checkpoint["loops"]["fit_loop"]
+        _rewind_loops(loop, trainer.global_step, trainer.accumulate_grad_batches)
+        if trainer.global_step < trainer.max_steps:  # ended early, its only epoch would count as over
+            for count in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
+                count.update(ready=1, started=1, processed=0, completed=0)
     else:
         del checkpoint["loops"]  # a run that begins
 

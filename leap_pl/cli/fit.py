@@ -168,7 +168,7 @@ class LeapCLI(LightningCLI):
         if path is None or not Path(path).exists():
             return
         self.model.resumes_from = path
-        checkpoint = load_checkpoint(path, whole=False)  # its bits were checked when its settings were taken
+        checkpoint = load_checkpoint(path, check_tensors=False)  # its bits were checked when its settings were taken
         self.model.check_resume(checkpoint, path, self.trainer, self.datamodule, fitting=self.subcommand == "fit")
         if Path(path).is_dir():
             if not isinstance(self.trainer.strategy, ModelParallelStrategy):

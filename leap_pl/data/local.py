@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,10 +88,11 @@ class LocalFiles:
         """
         file = self.files[shard]
         records = {".txt": self._parts_of_text, ".parquet": self._rows}.get(file.suffix.lower(), _lines)
+        end = math.inf if until is None else float(until["row"] if "row" in until else until.get("byte", 0))
         digest: str | None = ""
         with _reading(file):
             for place, record in records(file):
-                if until is not None and place >= until.get("row", until.get("byte", 0)):
+                if place >= end:
                     break
                 digest = chained(digest, record)
         return digest

@@ -75,7 +75,7 @@ def export_command(
         (folder / "README.md").write_text(_card(masks, facts), encoding="utf-8")
         _verify(folder, masks, kept_digests)
     print(
-        f"{output_dir}: {facts['removed']:,} of {facts['gated']:,} gated weights removed "
+        f"{output_dir}: {_unfinished(masks)}{facts['removed']:,} of {facts['gated']:,} gated weights removed "
         f"(sparsity {facts['sparsity']:.6f}), {base_zeros:,} kept weights were zero in the base model; "
         "read back and verified."
     )
@@ -202,6 +202,9 @@ def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
         "",
         "The base model's licence and terms apply.",
     ]
+    unfinished = _unfinished(masks)
+    if unfinished:
+        lines += ["", f"**Learning was not finished: {unfinished.removesuffix('; ')}.**"]
     if data:
         lines += ["", f"Calibration text: {_text(data.get('text'))}, in blocks of {data.get('seq_length')} tokens."]
     perplexities = {name: told.config[name] for name in ("perplexity", "dense_perplexity") if told.config.get(name)}
@@ -224,6 +227,14 @@ def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
     settings = {"sparsity": told.sparsity, **told.config, "versions": told.versions}
     lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=2), "```", ""]
     return "\n".join(lines)
+
+
+def _unfinished(masks: "MaskSet") -> str:
+    """The step at which a learned mask was taken, if it was not the last one; else nothing."""
+    steps, of = (masks.provenance.config.get(name) for name in ("steps", "max_steps"))
+    if not (isinstance(steps, int) and isinstance(of, int) and steps < of):
+        return ""
+    return f"the mask is of step {steps:,} of {of:,}; "
 
 
 def _words(form: "Pattern | Tiled", sparsity: float) -> str:

@@ -200,10 +200,14 @@ class SharedPrior:
             priors: By their forms.
             rank_zero: Shares them.
             squares: Mean squares of each weight's inputs, where the form ``prior`` is to be graded.
+
+        Attributes:
+            digests: Of each form, which tells it from any other mask (:meth:`MaskSet.digest_of_bits`); on every rank.
         """
         self.priors, self.rank_zero, self.squares = priors, rank_zero, squares
         self.forms: list[str] = rank_zero.tell(list(priors))
         self.graded: bool = rank_zero.tell(squares is not None)
+        self.digests: dict[str, str] = rank_zero.tell({form: mask.digest_of_bits() for form, mask in priors.items()})
 
     def of(self, name: str, weight: "Weight") -> dict[str, torch.Tensor]:
         """What the gate of ``weight`` starts from, in each form there is; every rank asks in the same order.

@@ -30,8 +30,10 @@ from leap_pl.errors import UserError
 from leap_pl.gates import Gate, GateState, attach
 from leap_pl.losses.objective import split_model
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior, make_and_share
+from leap_pl.prior.started_prior import DIGESTS, started_prior
 from leap_pl.training import finite, run_settings
 from leap_pl.training.allocator import keep_freed_memory
+from leap_pl.training.live_settings import live_settings
 from leap_pl.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -80,13 +82,19 @@ class GatedModule(L.LightningModule):
         self.mesh: DeviceMesh | None = None  # of the ranks that decoder blocks are sharded over
         self.gates: dict[str, Gate] = {}
         self.priors: dict[str, MaskSet] = {}  # on rank zero
+        self.prior_digests: dict[str, str] = {}  # of the prior that the run started from, on every rank
+        self.prior_folders: list[Path] = []  # where a resumed run's prior may lie, beside its checkpoint
         self.resumes_from: str | None = None
+        self.resumed: Identity | None = None  # what the checkpoint says that this run goes on from
         self.register_state_dict_post_hook(checkpoints.keep_gates_only)
         self.validation = Validation()
 
     @property
     def prior(self) -> "MaskSet | None":
-        """The mask that learning starts from, once the model is loaded for a fit; on rank zero."""
+        """The mask that learning starts from, once the model is loaded for a fit; on rank zero.
+
+        Of a resumed run, the one that it started from; None where that cannot be had.
+        """
         return self.priors.get("prior")
 
     # -- the gated model ----------------------------------------------------------------------------------
@@ -188,9 +196,34 @@ class GatedModule(L.LightningModule):
             device=self._device_of_run(),
             progress=self.trainer.progress_bar_callback is not None,
         )
+        path = self.resumes_from or self.trainer.ckpt_path
+        if path is not None and Path(path).exists():
+            return self._find_prior(Path(path), model, first, calibration)
         shared = make_and_share(self.prior_settings, model, self.weights, first, self.sparsity, calibration)
-        self.priors = dict(shared.priors)
+        self.priors, self.prior_digests = dict(shared.priors), shared.digests
         return shared
+
+    def _find_prior(self, path: Path, model: "PreTrainedModel", first: Gate, calibration: Calibration) -> SharedPrior:
+        """No prior for the gates, whose logits come from the checkpoint ``path``; ``self.priors`` are its run's."""
+        found = read_identity(checkpoints.load_checkpoint(path, check_tensors=False), path)
+        rank_zero = RankZero()
+        shared = SharedPrior({}, rank_zero)
+        self._resume(found)
+        if (found.fingerprint, found.gate["class_path"]) == (self.fingerprint, type(first).__name__):
+            forms = first.prior_forms(found.sparsity)
+            folders = [*dict.fromkeys([path.resolve().parent, path.parent, *self.prior_folders])]
+
+            def make(settings: Prior) -> "dict[str, MaskSet]":
+                return settings.make(model, self.weights, forms, calibration)
+
+            cache_dir = self.prior_settings.cache_dir
+            self.priors = rank_zero.make(lambda: started_prior(found.settings, forms, folders, cache_dir, make)) or {}
+        return shared
+
+    def _resume(self, found: Identity) -> None:
+        """Remember what the checkpoint says of how its run began, which is how this one did."""
+        digests = found.settings.get(DIGESTS)
+        self.resumed, self.prior_digests = found, dict(digests) if isinstance(digests, dict) else {}
 
     def _fitting(self) -> bool:
         return self._trainer is not None and self.trainer.state.fn == "fit"
@@ -305,13 +338,15 @@ class GatedModule(L.LightningModule):
         return taken(told)
 
     def settings(self) -> dict[str, Any]:
-        """What a mask's provenance tells of how it was learned: plain values."""
-        told: dict[str, Any] = {"prior": asdict(self.prior_settings), "seed": self.state.seed}
+        """What a mask's provenance tells of how it was learned, as it acted and not as it was typed: plain values."""
+        prior = None if self.resumed is None else self.resumed.settings.get("prior")
+        told: dict[str, Any] = {"prior": prior or asdict(self.prior_settings), "seed": self.state.seed}
+        told |= {DIGESTS: self.prior_digests} if self.prior_digests else {}
         told["logits_dtype"] = str(self.logits_dtype).removeprefix("torch.")
         told["dtype"] = None if self.model is None else str(self.model.dtype).removeprefix("torch.")
         if self._trainer is None:
             return told
-        told |= checkpoints.settings_of_run(self.trainer)
+        told |= live_settings(self.trainer)
         perplexities = {"perplexity": self.validation.hard, "dense_perplexity": self.validation.dense}
         return told | {name: value for name, value in perplexities.items() if value is not None}
 
@@ -345,6 +380,13 @@ class GatedModule(L.LightningModule):
         check_same(found, self.identity())
         self.validation.dense, self.validation.hard = found.dense_perplexity, found.settings.get("perplexity")
         if self._fitting():
+            if self.resumed is None:  # from an address that is no path
+                self._resume(found)
+                self.priors = {
+                    form: mask
+                    for form, mask in self.priors.items()
+                    if mask.digest_of_bits() in self.prior_digests.values()
+                }
             checkpoints.count_for_ranks(checkpoint, found, self.identity())
         places = [(name, part) for name, gate in self.gates.items() for part in gate.stored()]
         if self.mesh is None:

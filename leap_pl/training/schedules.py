@@ -126,7 +126,7 @@ class Annealing:
 UNMOVED = Annealing(*(Schedule(value, value) for value in (25.0, 4.0, 100.0)))
 
 
-def learned_by(settings: Mapping[str, Any]) -> Annealing:
+def learned_by(settings: Any) -> Annealing:
     """Return the schedules of the run that wrote a checkpoint with these identity ``settings``.
 
     Raises:
