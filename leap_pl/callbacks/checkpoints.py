@@ -168,12 +168,14 @@ class Checkpoints(ModelCheckpoint):
         """Say of a run that was ended before its last step that it is not finished."""
         if self._finishing(trainer) or not trainer.is_global_zero:
             return
-        step, timed = trainer.global_step, any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        where = f"the checkpoint of step {step} is in {self.dirpath}. Go on with --ckpt_path last"
-        where += " and a longer --trainer.max_time, which counts the time of all starts" * timed
+        step, saved = trainer.global_step, self._last_global_step_saved == trainer.global_step
+        where = f"The checkpoint of step {step} is {f'in {self.dirpath}' if saved else trainer.ckpt_path}"
+        remedy = "Resume with --ckpt_path last" if step else "Start it again with more time"
+        if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            remedy += " and a longer --trainer.max_time, which counts the time of all starts" if step else ""
         print(
             f"leap_pl fit: ended at step {step} of {trainer.max_steps}; learning is not finished, and no mask is "
-            f"written. {where[0].upper()}{where[1:]}.",
+            f"written. {where if step else 'There is no checkpoint'}. {remedy}.",
             file=sys.stderr,
             flush=True,
         )

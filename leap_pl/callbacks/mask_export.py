@@ -34,9 +34,9 @@ class MaskExport(L.Callback):
         self.folder = folder
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Tell a module that resumes where its run may have left the prior."""
+        """Tell the module where its run may have left the prior, if it resumes."""
         assert isinstance(pl_module, LeapModule)
-        if stage == "fit" and trainer.ckpt_path is not None:
+        if stage == "fit":
             pl_module.prior_folders.append(self.place(trainer))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

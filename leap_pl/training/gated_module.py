@@ -1,7 +1,8 @@
 """GatedModule: a frozen language model with gates on its weights, as Lightning holds it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,9 +197,8 @@ class GatedModule(L.LightningModule):
             device=self._device_of_run(),
             progress=self.trainer.progress_bar_callback is not None,
         )
-        path = self.resumes_from or self.trainer.ckpt_path
-        if path is not None and Path(path).exists():
-            return self._find_prior(Path(path), model, first, calibration)
+        if self.resumes_from is not None and Path(self.resumes_from).exists():
+            return self._find_prior(Path(self.resumes_from), model, first, calibration)
         shared = make_and_share(self.prior_settings, model, self.weights, first, self.sparsity, calibration)
         self.priors, self.prior_digests = dict(shared.priors), shared.digests
         return shared
@@ -208,22 +208,28 @@ class GatedModule(L.LightningModule):
         found = read_identity(checkpoints.load_checkpoint(path, check_tensors=False), path)
         rank_zero = RankZero()
         shared = SharedPrior({}, rank_zero)
-        self._resume(found)
         if (found.fingerprint, found.gate["class_path"]) == (self.fingerprint, type(first).__name__):
             forms = first.prior_forms(found.sparsity)
-            folders = [*dict.fromkeys([path.resolve().parent, path.parent, *self.prior_folders])]
-
-            def make(settings: Prior) -> "dict[str, MaskSet]":
-                return settings.make(model, self.weights, forms, calibration)
-
-            cache_dir = self.prior_settings.cache_dir
-            self.priors = rank_zero.make(lambda: started_prior(found.settings, forms, folders, cache_dir, make)) or {}
+            make = partial(Prior.make, model=model, weights=self.weights, forms=forms, calibration=calibration)
+            rank_zero.make(lambda: self._resume(found, path, first, make))
+            if not rank_zero.here:
+                self._resume(found, path, first, None)
         return shared
 
-    def _resume(self, found: Identity) -> None:
-        """Remember what the checkpoint says of how its run began, which is how this one did."""
+    def _resume(
+        self,
+        found: Identity,
+        path: Path,
+        gate: Gate,
+        make: "Callable[[Prior], Mapping[str, MaskSet]] | None",
+    ) -> None:
+        """Take from the checkpoint how its run began, which is how this one did, and on rank zero find its prior."""
         digests = found.settings.get(DIGESTS)
         self.resumed, self.prior_digests = found, dict(digests) if isinstance(digests, dict) else {}
+        if make is not None:
+            folders = [*dict.fromkeys([path.resolve().parent, path.parent, *self.prior_folders])]
+            forms, cache_dir = gate.prior_forms(found.sparsity), self.prior_settings.cache_dir
+            self.priors = started_prior(found.settings, forms, folders, cache_dir, make)
 
     def _fitting(self) -> bool:
         return self._trainer is not None and self.trainer.state.fn == "fit"
@@ -380,13 +386,10 @@ class GatedModule(L.LightningModule):
         check_same(found, self.identity())
         self.validation.dense, self.validation.hard = found.dense_perplexity, found.settings.get("perplexity")
         if self._fitting():
-            if self.resumed is None:  # from an address that is no path
-                self._resume(found)
-                self.priors = {
-                    form: mask
-                    for form, mask in self.priors.items()
-                    if mask.digest_of_bits() in self.prior_digests.values()
-                }
+            if self.resumed is None:  # a plain trainer tells the path only now: a prior was made as it was typed
+                made = self.priors
+                gate, origin = next(iter(self.gates.values())), Path(self.trainer.ckpt_path or "")
+                self._resume(found, origin, gate, (lambda _: made) if self.trainer.is_global_zero else None)
             checkpoints.count_for_ranks(checkpoint, found, self.identity())
         places = [(name, part) for name, gate in self.gates.items() for part in gate.stored()]
         if self.mesh is None:
