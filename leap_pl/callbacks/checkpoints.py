@@ -294,6 +294,8 @@ class Checkpoints(ModelCheckpoint):
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         if self._validated_step == trainer.global_step or fetcher is None or not loop._should_check_val_fx(fetcher):
             return
+        # Else Lightning goes on at the batch that the checkpoint's loop stood at, without the metrics up to there.
+        loop.val_loop.restarting = False
         trainer.validating = True
         loop.val_loop.run()
         trainer.training = True

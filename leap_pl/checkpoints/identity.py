@@ -30,6 +30,7 @@ class Identity:
         ranks: How many processes learned together.
         accumulation: Micro-batches of each of them in an optimizer step.
         dense_perplexity: Of the dense model on the validation text, once measured.
+        dense_perplexity_of: What that is of (:class:`leap_pl.training.validation.Measured`); without it, it is not used.
         settings: What else the mask's provenance should tell.
         learned_with: The settings that a resumed run takes and compares (:mod:`leap_pl.checkpoints.settings`), by their
             names there; empty in checkpoints of versions that did not store them.
@@ -49,6 +50,7 @@ class Identity:
     ranks: int | None = None
     accumulation: int | None = None
     dense_perplexity: float | None = None
+    dense_perplexity_of: dict[str, Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     learned_with: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION

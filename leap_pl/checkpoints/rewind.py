@@ -38,6 +38,8 @@ def rewind(trainer: "L.Trainer", checkpoint: dict[str, Any]) -> None:
 def _rewind_loops(loop: dict[str, Any], steps: int, micro_batches: int) -> None:
     """Set the counters to what Lightning saves in ``on_train_batch_end`` of a step's last micro-batch.
 
+    Those of validation are set to 0, wherever it is.
+
     Args:
         loop: Of the fit loop, changed in place. A run is a single epoch.
         steps: Optimizer steps that are done, at least one.
@@ -52,3 +54,8 @@ def _rewind_loops(loop: dict[str, Any], steps: int, micro_batches: int) -> None:
     for count in (zeroed["total"], zeroed["current"]):
         count.update(ready=steps, started=steps, completed=steps)
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - 1
+    # Of a validation that is under way nothing is kept: its metrics begin anew, so its batches do.
+    validated = loop["epoch_loop.val_loop.batch_progress"]
+    for count in (validated["total"], validated["current"]):
+        count.update(ready=0, started=0, processed=0, completed=0)
+    validated["is_last_batch"] = False

@@ -253,6 +253,7 @@ def _description(subject: "Subject") -> dict[str, Any]:
         "base_model": subject.base_model,
         "revision": subject.revision,
         "fingerprint": subject.fingerprint,
+        "mask_digest": subject.mask_digest,
         "class": type(subject.model).__name__,
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in subject.model.parameters()),

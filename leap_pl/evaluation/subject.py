@@ -32,6 +32,7 @@ class Subject:
         origin: What was given: ``model``, ``mask``, ``ckpt_path``.
         config: Settings of the method.
         asked: The sparsity that was asked for.
+        mask_digest: SHA-256 of the bits of the mask (:meth:`leap_pl.masks.MaskSet.digest_of_bits`); None without one.
     """
 
     model: "PreTrainedModel"
@@ -43,6 +44,7 @@ class Subject:
     origin: dict[str, str | None]
     config: dict[str, Any] = field(default_factory=dict)
     asked: float | None = None
+    mask_digest: str | None = None
 
 
 def load_subject(
@@ -81,6 +83,7 @@ def load_subject(
         origin={"model": model, "mask": mask, "ckpt_path": ckpt_path},
         config=told.config,
         asked=told.sparsity,
+        mask_digest=masks.digest_of_bits(),
     )
 
 
@@ -104,11 +107,12 @@ def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: 
         origin={"model": name, "mask": None, "ckpt_path": None},
         config=told.get("config", {}),
         asked=told.get("sparsity"),
+        mask_digest=told.get("mask_digest"),
     )
 
 
 def exported_record(name: str | Path) -> dict[str, Any]:
-    """The provenance that an exported folder holds; empty for any other model.
+    """Return the provenance that an exported folder holds, with its ``mask_digest``; empty for any other model.
 
     Raises:
         UserError: The record cannot be read.
@@ -118,7 +122,7 @@ def exported_record(name: str | Path) -> dict[str, Any]:
         return {}
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        return dict(told.get("provenance", told))
+        return {**told.get("provenance", told), "mask_digest": told.get("mask_digest")}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}). Export the checkpoint again.") from error
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,14 +45,14 @@ def export_command(
         mask: A MaskSet file, instead of a checkpoint.
         model: The base model, if it is not where the checkpoint or mask says it was.
         revision: Of the base model on the hub; default: the one the mask was made for.
-        perplexity: A result file of leap_pl evaluate, whose perplexities go into the model card.
+        perplexity: A result file of leap_pl evaluate of this very mask, whose perplexities go into the model card.
         force: Replace output_dir if there is something in it.
         trust_remote_code: Run code that comes with the base model.
     """
     masks = _read_masks(ckpt_path, mask)
     name = model or masks.provenance.base_model
     revision = revision or (masks.provenance.revision if model is None else None)
-    results = _read_results(perplexity)
+    results = _read_results(perplexity, masks)
 
     from leap_pl.base_model.loading import load_model, load_tokenizer
     from leap_pl.export.zeros import zero_removed
@@ -116,14 +117,17 @@ def _check_form(masks: "MaskSet", base: "PreTrainedModel") -> None:
         )
 
 
-def _read_results(path: str | None) -> dict[str, Any]:
+def _read_results(path: str | None, masks: "MaskSet") -> dict[str, Any]:
+    """Read the perplexities of a result file, which is to be of ``masks``."""
     if path is None:
         return {}
     try:
-        results = dict(json.loads(Path(path).read_text(encoding="utf-8"))["perplexity"])
+        told = json.loads(Path(path).read_text(encoding="utf-8"))
+        results = dict(told["perplexity"])
         for result in results.values():
             float(result["value"])
             dict(result.get("protocol", result))
+        measured = dict(told.get("model") or {}).get("mask_digest")
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}). Give a file of leap_pl evaluate --output."
@@ -132,6 +136,9 @@ def _read_results(path: str | None) -> dict[str, Any]:
         raise UserError(
             f"{path} is no result file of leap_pl evaluate with perplexities. Give one written with --output."
         ) from error
+    if measured != masks.digest_of_bits():
+        which = "does not say of which mask it is" if measured is None else "is of another mask than the one given"
+        raise UserError(f"{path} {which}. Evaluate this mask, leap_pl evaluate --mask … --output, and give that file.")
     return results
 
 
@@ -170,6 +177,7 @@ def _facts(masks: "MaskSet", base_zeros: int) -> dict[str, Any]:
     kept, total = masks.kept, masks.total
     return {
         "provenance": asdict(masks.provenance),
+        "mask_digest": masks.digest_of_bits(),
         "gated": total,
         "removed": total - kept,
         "sparsity": 1 - kept / total,
@@ -207,11 +215,7 @@ def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
         lines += ["", f"**Learning was not finished: {unfinished.removesuffix('; ')}.**"]
     if data:
         lines += ["", f"Calibration text: {_text(data.get('text'))}, in blocks of {data.get('seq_length')} tokens."]
-    perplexities = {name: told.config[name] for name in ("perplexity", "dense_perplexity") if told.config.get(name)}
-    if perplexities:
-        words = {"perplexity": "under the mask", "dense_perplexity": "dense"}
-        shown = ", ".join(f"{value:.2f} {words[name]}" for name, value in perplexities.items())
-        lines += ["", f"Perplexity on the run's validation text: {shown}."]
+    lines += _validation_lines(told.config)
     if "perplexity" in facts:
         lines += ["", "## Perplexity", "", "| text | perplexity | window, tokens | stride |", "|---|---|---|---|"]
         for name, result in facts["perplexity"].items():
@@ -235,6 +239,24 @@ def _unfinished(masks: "MaskSet") -> str:
     if not (isinstance(steps, int) and isinstance(of, int) and steps < of):
         return ""
     return f"the mask is of step {steps:,} of {of:,}; "
+
+
+def _validation_lines(config: Mapping[str, Any]) -> list[str]:
+    """Tell the perplexities of the run's last validation; those that do not say of what they are are left out."""
+    from leap_pl.training.validation import Measured
+
+    of = config.get("perplexity_of")
+    hard = Measured.read(config.get("perplexity"), of)
+    dense = Measured.read(config.get("dense_perplexity"), config.get("dense_perplexity_of"))
+    if hard is None:
+        return []
+    shown = f"{hard.value:.2f} under the mask"
+    if dense is not None and dense.of == hard.of:
+        shown += f", {dense.value:.2f} dense"
+    step, steps = dict(of or {}).get("step"), config.get("max_steps")
+    when = "" if step == steps else f" after step {step} of {steps}"
+    windows = f"{hard.sequences} blocks of {hard.seq_length:g} tokens"
+    return ["", f"Perplexity on the run's validation text ({windows}{when}): {shown}."]
 
 
 def _words(form: "Pattern | Tiled", sparsity: float) -> str:

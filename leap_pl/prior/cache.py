@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from leap_pl.base_model.loading import longest_sequence
@@ -30,6 +30,7 @@ from leap_pl.prior import grading
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+KEY = "cache_key"  # in a kept file's metadata, or a mask's provenance there: of what it was made
 ALGORITHM = 1  # counted up when a method's masks change, so that older cached ones are not taken for new
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,8 @@ def one_shot_prior(
     """The one-shot mask of ``weights``; ``model`` is bit-identical afterwards.
 
     Masks are kept in ``cache_dir``, by a hash of the model's fingerprint, the weights' names, the data's
-    identity, the number of sequences, the method with its settings, the sparsity and this code's version. A
-    damaged file is made anew, with a warning.
+    identity, the number of sequences, the method with its settings, the sparsity and this code's version. The file
+    holds the hash too; one that is damaged, or holds another or none, is made anew, with a warning.
 
     Args:
         model: The dense base model without gates.
@@ -104,7 +105,7 @@ def one_shot_prior(
     path = None
     if cache_dir is not None:
         path = _place(cache_dir, method, key)
-        cached = _cached(path, model, weights)
+        cached = _cached(path, _digest(key), model, weights)
         if cached is not None:
             logger.info("The %s prior was read from %s.", method, path)
             return cached.with_provenance(base_model=base_model, revision=revision)
@@ -124,7 +125,7 @@ def one_shot_prior(
     )
     if path is not None:
         try:
-            pruned.masks.save(path)
+            _save(pruned.masks, path, _digest(key))
         except UserError as error:  # a prior that cannot be kept is still a prior
             logger.warning("The prior was not kept for the next run: %s", error)
     return pruned.masks
@@ -150,10 +151,10 @@ def input_squares(
     """
     if data is None:
         raise ValueError("squares of inputs are measured on text, and data is None")
-    path = None
+    path, key = None, {**_key(model, weights, data, sequences), "method": "squares"}
     if cache_dir is not None:
-        path = _place(cache_dir, "squares", {**_key(model, weights, data, sequences), "method": "squares"})
-        cached = _cached_squares(path, weights)
+        path = _place(cache_dir, "squares", key)
+        cached = _cached_squares(path, _digest(key), weights)
         if cached is not None:
             logger.info("The inputs' squares were read from %s.", path)
             return cached
@@ -162,7 +163,7 @@ def input_squares(
     if path is not None:
         try:
             with atomic_file(path) as temporary:
-                save_file(squares, temporary)
+                save_file(squares, temporary, {KEY: _digest(key), "digest": _digest_of_squares(squares)})
         except UserError as error:
             logger.warning("The inputs' squares were not kept for the next run: %s", error)
     return squares
@@ -183,12 +184,20 @@ def _key(
     }
 
 
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _place(cache_dir: str | Path, name: str, key: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    return Path(cache_dir).expanduser() / f"{name}-{digest[:24]}.safetensors"
+    return Path(cache_dir).expanduser() / f"{name}-{_digest(key)[:24]}.safetensors"
 
 
-def _cached(path: Path, model: "PreTrainedModel", weights: Mapping[str, Weight]) -> MaskSet | None:
+def _save(mask: MaskSet, path: Path, key: str) -> None:
+    """Keep ``mask`` with its ``key``, which no mask that is read from the cache has: it is the same made anew."""
+    mask.with_provenance(config={**mask.provenance.config, KEY: key}).save(path)
+
+
+def _cached(path: Path, key: str, model: "PreTrainedModel", weights: Mapping[str, Weight]) -> MaskSet | None:
     if not path.exists():
         return None
     try:
@@ -197,16 +206,35 @@ def _cached(path: Path, model: "PreTrainedModel", weights: Mapping[str, Weight])
     except UserError as error:
         logger.warning("The cached prior is made anew: %s", error)
         return None
-    return mask
+    config = dict(mask.provenance.config)
+    found = config.pop(KEY, None)
+    if found != key:
+        logger.warning("The cached prior is made anew: %s %s.", path, _other_key(found))
+        return None
+    return mask.with_provenance(config=config)
 
 
-def _cached_squares(path: Path, weights: Mapping[str, Weight]) -> dict[str, Tensor] | None:
+def _other_key(found: Any) -> str:
+    if found is None:
+        return "does not say what it was made from"
+    return "was made from another model, text or method than its name says"
+
+
+def _cached_squares(path: Path, key: str, weights: Mapping[str, Weight]) -> dict[str, Tensor] | None:
     if not path.exists():
         return None
     try:
-        squares = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            told = file.metadata() or {}
+            squares = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         logger.warning("The inputs' squares kept in %s are made anew: %s", path, error)
+        return None
+    if told.get(KEY) != key:
+        logger.warning("The inputs' squares are made anew: %s %s.", path, _other_key(told.get(KEY)))
+        return None
+    if told.get("digest") != _digest_of_squares(squares):
+        logger.warning("The inputs' squares kept in %s are made anew: they do not match their digest.", path)
         return None
     for name, weight in weights.items():
         found, shape = squares.get(name), weight.parameter.shape
@@ -215,6 +243,14 @@ def _cached_squares(path: Path, weights: Mapping[str, Weight]) -> dict[str, Tens
             logger.warning("The inputs' squares kept in %s are made anew: those of %s are damaged.", path, name)
             return None
     return {name: squares[name] for name in weights}
+
+
+def _digest_of_squares(squares: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(squares):
+        digest.update(f"{name} {squares[name].dtype} {tuple(squares[name].shape)}\n".encode())
+        digest.update(squares[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _tokens(model: "PreTrainedModel", base_model: str, data: CalibrationData, sequences: int) -> Tensor:

@@ -301,7 +301,7 @@ class GatedModule(L.LightningModule):
 
     def identity(self) -> Identity:
         """What this run's checkpoints say of themselves."""
-        data = getattr(self._trainer, "datamodule", None)
+        dense, data = self.validation.dense, getattr(self._trainer, "datamodule", None)
         return Identity(
             base_model=self.base_model,
             revision=self.revision,
@@ -315,7 +315,8 @@ class GatedModule(L.LightningModule):
             accumulation=self.trainer.accumulate_grad_batches if self._fitting() else None,
             shapes={name: list(gate.shape) for name, gate in self.gates.items()},
             input_dims={name: gate.input_dim for name, gate in self.gates.items()},
-            dense_perplexity=self.validation.dense,
+            dense_perplexity=None if dense is None else dense.value,
+            dense_perplexity_of=None if dense is None else dense.of,
             settings=self.settings(),
             learned_with=self.learned_with() | (run_settings.of_trainer(self.trainer, data) if self._fitting() else {}),
         )
@@ -353,8 +354,11 @@ class GatedModule(L.LightningModule):
         if self._trainer is None:
             return told
         told |= live_settings(self.trainer)
-        perplexities = {"perplexity": self.validation.hard, "dense_perplexity": self.validation.dense}
-        return told | {name: value for name, value in perplexities.items() if value is not None}
+        hard, dense = self.validation.hard, self.validation.dense
+        if hard is not None:
+            of = {**hard.of, "step": self.validation.hard_step}
+            told |= {"perplexity": hard.value, "perplexity_of": of}
+        return told if dense is None else told | {"dense_perplexity": dense.value, "dense_perplexity_of": dense.of}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen model out: logits by weight name, and whose they are."""
@@ -384,7 +388,7 @@ class GatedModule(L.LightningModule):
             data = getattr(self.trainer, "datamodule", None)
             self.check_resume(checkpoint, "the checkpoint", self.trainer, data, fitting=self._fitting())
         check_same(found, self.identity())
-        self.validation.dense, self.validation.hard = found.dense_perplexity, found.settings.get("perplexity")
+        self.validation.read(found.dense_perplexity, found.dense_perplexity_of, found.settings)
         if self._fitting():
             if self.resumed is None:  # a plain trainer tells the path only now: a prior was made as it was typed
                 made = self.priors

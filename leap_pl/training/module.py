@@ -19,6 +19,7 @@ from leap_pl.checkpoints.settings import Settings, taken
 from leap_pl.distributed.strategy import data_rank, mean_over_ranks
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, Gate, GateState
+from leap_pl.gates.gate import Mode
 from leap_pl.losses.objective import Objective, budget_groups, kept_norm, language_losses, sparsity_budget
 from leap_pl.prior import Prior
 from leap_pl.training import finite
@@ -28,6 +29,7 @@ from leap_pl.training.gated_module import GatedModule
 from leap_pl.training.optimizers import check_rounding
 from leap_pl.training.run_settings import describe_optimizer, describe_scheduler, find_classes, read_settings
 from leap_pl.training.schedules import Annealing, warmup_cosine
+from leap_pl.training.validation import described
 
 
 class LeapModule(GatedModule):
@@ -343,20 +345,39 @@ class LeapModule(GatedModule):
     def on_validation_epoch_start(self) -> None:
         """Choose the hard mask of exactly the target sparsity, which is what is validated."""
         self.choose_hard_masks()
+        self.validation.begin()
 
     def validation_step(self, batch: dict[str, Any] | Tensor, batch_idx: int) -> None:
-        """Perplexity of the hard mask, and, once in a run, of the dense model."""
+        """Measure the perplexity of the hard mask, and, where nothing is known of it yet, of the dense model."""
         input_ids = batch["input_ids"] if isinstance(batch, dict) else batch
         for mode in self.validation.wanted:
-            with self.state.passing(mode):
-                self.validation.update(mode, self.states(input_ids), input_ids, self.head, self.objective.chunk)
+            self._measure(mode, input_ids)
+        self.validation.batches.append(input_ids)
         self.log("perplexity/hard", self.validation.hard_metric, on_epoch=True, prog_bar=True)
 
+    def _measure(self, mode: Mode, input_ids: Tensor) -> None:
+        with self.state.passing(mode):
+            self.validation.update(mode, self.states(input_ids), input_ids, self.head, self.objective.chunk)
+
     def on_validation_epoch_end(self) -> None:
-        """Keep the perplexities: the dense model's does not change."""
-        hard, dense = self.validation.finish()
+        """Keep the perplexities, each with what it is of. The dense model's is measured anew where that has changed."""
+        total = self.validation.measured_tokens().to(self.trainer.strategy.root_device)
+        total = self.trainer.strategy.reduce(total, reduce_op="sum")
+        of = self._measured_model()
+        known = self.validation.dense
+        if known is not None and known.of != described(total) | of:
+            self.validation.dense = None
+            with self.trainer.precision_plugin.val_step_context():
+                for input_ids in self.validation.batches:
+                    self._measure("dense", input_ids)
+        hard, dense = (measured.value for measured in self.validation.finish(total, self.global_step, of))
         self.log("perplexity/dense", dense, sync_dist=True)  # equal already: Lightning would warn
         if self.trainer.sanity_checking:
             # Lightning keeps what is measured before the first step to itself; it is where the curves begin.
             for logger in self.loggers:
                 logger.log_metrics({"perplexity/hard": hard, "perplexity/dense": dense}, step=0)
+
+    def _measured_model(self) -> dict[str, str]:
+        """What a figure is of, beside the text, in the words of :class:`leap_pl.training.validation.Measured`."""
+        dtype = str(self._dtype_of_model()).removeprefix("torch.")
+        return {"fingerprint": self.fingerprint, "dtype": dtype, "precision": str(self.trainer.precision)}

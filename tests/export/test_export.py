@@ -172,3 +172,53 @@ def test_mask_of_another_model(finished: Run, tmp_path: Path) -> None:
 def test_one_of_two_is_needed(given: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exactly one"):
         export_command(str(tmp_path / "out"), **given)
+
+
+def test_perplexities_of_another_mask_do_not_get_into_the_card(
+    finished: Run, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Of the base model, of another mask, or of a result that does not say: one line, before the model is loaded."""
+    from leap_pl.cli.evaluate import evaluate_command
+
+    small = {"perplexity": str(text_file), "seq_length": 32, "max_tokens": 200}
+    random_mask(model_folder, tmp_path / "other.safetensors")
+    results = {
+        "own": evaluate_command(mask=str(finished.mask), **small),
+        "checkpoint": evaluate_command(ckpt_path=str(finished.checkpoint), **small),
+        "other": evaluate_command(mask=str(tmp_path / "other.safetensors"), **small),
+        "dense": evaluate_command(model=str(model_folder), **small),
+    }
+    results["silent"] = {**results["own"], "model": {}}
+    for name, result in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    for name in ("other", "dense", "silent"):
+        with pytest.raises(UserError, match=r"of which mask|of another mask") as caught:
+            export_command(
+                str(tmp_path / "no"), mask=str(finished.mask), perplexity=str(tmp_path / f"{name}.json"), model="gone"
+            )
+        assert "\n" not in str(caught.value)
+    for name in ("own", "checkpoint"):
+        out = tmp_path / f"with-{name}"
+        export_command(str(out), mask=str(finished.mask), perplexity=str(tmp_path / f"{name}.json"))
+        assert "## Perplexity" in (out / "README.md").read_text()
+    exported = evaluate_command(model=str(out), **small)
+    (tmp_path / "exported.json").write_text(json.dumps(exported))
+    export_command(str(tmp_path / "again"), mask=str(finished.mask), perplexity=str(tmp_path / "exported.json"))
+
+
+def test_the_card_tells_only_perplexities_that_say_of_what_they_are(finished: Run, tmp_path: Path) -> None:
+    mask = MaskSet.load(finished.mask)
+    config = mask.provenance.config
+
+    def card(**changes: object) -> str:
+        told = {key: value for key, value in (config | changes).items() if value is not None}
+        path = mask.with_provenance(config=told).save(tmp_path / "mask.safetensors")
+        export_command(str(tmp_path / "out"), mask=str(path), force=True)
+        return (tmp_path / "out" / "README.md").read_text().split("## Settings")[0]
+
+    assert "(4 blocks of 32 tokens): " in card()
+    assert " dense." in card()
+    assert "Perplexity on the run" not in card(perplexity_of=None)
+    of_other_text = card(dense_perplexity_of=config["dense_perplexity_of"] | {"tokens": "0" * 16})
+    assert "under the mask." in of_other_text
+    assert "after step 4 of 6): " in card(perplexity_of=config["perplexity_of"] | {"step": 4})

@@ -12,6 +12,8 @@ import torch
 from conftest import fit_flags
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_oneshot_prior import Data
 from tiny import tiny_model
 from torch import Tensor
@@ -177,6 +179,36 @@ def test_squares_are_kept_and_made_anew_where_they_are_damaged(
     with caplog.at_level(logging.WARNING):
         make(cache_dir=tmp_path / "file")
     assert "not kept" in caplog.text
+
+
+def test_squares_of_another_slot_are_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Those of the same model on another text, renamed; those without a key; those with a changed number."""
+    model = tiny_model()
+    weights = find_weights(model)
+
+    def make(seed: int) -> dict[str, Tensor]:
+        settings = {"data": Data(seed=seed), "sequences": 3, "cache_dir": tmp_path, "progress": False}
+        return input_squares(model, weights, base_model="tiny", **settings)
+
+    first = make(0)
+    (slot,) = tmp_path.iterdir()
+    make(1)
+    (strange,) = set(tmp_path.iterdir()) - {slot}
+    with safe_open(slot, framework="pt") as file:
+        told = file.metadata()
+    doubled = {name: 2 * tensor for name, tensor in first.items()}
+    for bring in (
+        lambda: slot.write_bytes(strange.read_bytes()),
+        lambda: save_file(doubled, slot),
+        lambda: save_file(doubled, slot, told),
+    ):
+        bring()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            again = make(0)
+        (said,) = caplog.messages
+        assert "made anew" in said
+        assert all(torch.equal(tensor, first[name]) for name, tensor in again.items())
 
 
 # -- from prior to gate -----------------------------------------------------------------------------------

@@ -148,3 +148,28 @@ def test_magnitude_reads_text_for_fisher_allocation(tmp_path: Path) -> None:
     data = Data()
     make(tmp_path, method="magnitude", data=data, fisher=FisherOptions())
     assert data.stream.read == 5
+
+
+def test_a_mask_of_another_slot_is_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another valid mask of the same model, copied or renamed into the slot; or one that is of no slot."""
+    first, other = make(tmp_path), make(tmp_path, sparsity=0.3)
+    slot, strange = sorted(tmp_path.iterdir(), key=lambda file: abs(MaskSet.load(file).sparsity - 0.6))
+    for bring in (lambda: slot.write_bytes(strange.read_bytes()), lambda: other.save(slot), lambda: first.save(slot)):
+        bring()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            again = make(tmp_path)
+        (said,) = caplog.messages
+        assert "made anew" in said
+        assert "\n" not in said
+        assert again.digest_of_bits() == first.digest_of_bits()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            make(tmp_path)
+        assert not caplog.messages
+
+
+def test_a_mask_from_the_cache_is_the_one_that_was_made_with_its_provenance(tmp_path: Path) -> None:
+    made, read, uncached = make(tmp_path / "cache"), make(tmp_path / "cache"), make(None)
+    files = [mask.save(tmp_path / f"{name}.safetensors") for name, mask in enumerate((made, read, uncached))]
+    assert len({file.read_bytes() for file in files}) == 1
