@@ -18,6 +18,7 @@ from torch import Tensor
 from leap_pl.checkpoints.signals import Stopped, StopSignals
 from leap_pl.distributed.strategy import saves_shards
 from leap_pl.files import atomic_file, atomic_folder, atomic_link, check_writable, flush, remove_abandoned
+from leap_pl.inputs.ranges import check_numbers
 
 
 class Checkpoints(ModelCheckpoint):
@@ -64,6 +65,7 @@ class Checkpoints(ModelCheckpoint):
             enable_version_counter: False: a second run in the folder replaces the first one's files.
             kwargs: The others of ModelCheckpoint; without any of them one is written at every validation.
         """
+        check_numbers({"every_minutes": every_minutes, "save_top_k": save_top_k, **kwargs}, "checkpoint.")
         super().__init__(
             dirpath,
             filename,

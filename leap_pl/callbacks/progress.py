@@ -6,6 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from leap_pl.inputs.ranges import check_numbers
 from leap_pl.training.module import LeapModule
 
 
@@ -19,6 +20,7 @@ class StepProgress(ProgressBar):
             refresh_seconds: Between redraws.
         """
         super().__init__()
+        check_numbers({"refresh_seconds": refresh_seconds}, "progress.")
         self.refresh_seconds = refresh_seconds
         self.bar: tqdm | None = None
         self.enabled = True

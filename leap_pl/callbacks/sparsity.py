@@ -12,6 +12,7 @@ from torch import Tensor
 
 from leap_pl.distributed.shards import gathered, strided_samples
 from leap_pl.gates import Gate
+from leap_pl.inputs.ranges import check_numbers
 from leap_pl.masks import split_name
 from leap_pl.training.module import LeapModule
 
@@ -75,6 +76,8 @@ class SparsityLogger(L.Callback):
         """
         if min(every_n_steps, histogram_every_n_steps, samples) < 1:
             raise ValueError("sparsity_log: every_n_steps, histogram_every_n_steps and samples are at least 1.")
+        numbers = {"every_n_steps": every_n_steps, "histogram_every_n_steps": histogram_every_n_steps}
+        check_numbers({**numbers, "samples": samples}, "sparsity_log.")
         self.every_n_steps, self.histogram_every_n_steps = every_n_steps, histogram_every_n_steps
         self.samples = samples
         self.prior_bits: dict[str, Tensor] = {}

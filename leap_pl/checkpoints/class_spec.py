@@ -10,7 +10,7 @@ from inspect import Parameter, signature
 from typing import Any, Literal, get_origin, get_type_hints
 
 from leap_pl.errors import UserError, listing
-from leap_pl.plain_values import shown
+from leap_pl.inputs.plain_values import shown
 
 Spec = dict[str, Any]
 Registry = Mapping[str, type]

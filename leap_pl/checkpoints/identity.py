@@ -6,7 +6,7 @@ from typing import Any
 
 from leap_pl.checkpoints.class_spec import same
 from leap_pl.errors import UserError, listing
-from leap_pl.plain_values import read, shown
+from leap_pl.inputs.plain_values import read, shown
 
 KEY = "leap_pl"
 FORMAT_VERSION = 1
@@ -30,7 +30,7 @@ class Identity:
         ranks: How many processes learned together.
         accumulation: Micro-batches of each of them in an optimizer step.
         dense_perplexity: Of the dense model on the validation text, once measured.
-        dense_perplexity_of: What that is of (:class:`leap_pl.training.validation.Measured`); without it, it is not used.
+        dense_perplexity_of: What that is of (:class:`leap_pl.training.validation.Measured`); it is used for that alone.
         settings: What else the mask's provenance should tell.
         learned_with: The settings that a resumed run takes and compares (:mod:`leap_pl.checkpoints.settings`), by their
             names there; empty in checkpoints of versions that did not store them.

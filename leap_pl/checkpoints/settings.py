@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from leap_pl.checkpoints.class_spec import same
 from leap_pl.errors import UserError
-from leap_pl.plain_values import shown
+from leap_pl.inputs.plain_values import shown
 
 Rule = Literal["fixed", "same", "kept", "free"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from leap_pl.errors import UserError
-from leap_pl.plain_values import read, shown
+from leap_pl.inputs.plain_values import read, shown
 
 _Number = bool | int | float | None
 _Setting = _Number | list[_Number]

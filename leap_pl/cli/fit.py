@@ -34,6 +34,7 @@ from leap_pl.cli.former_spelling import FormerSpellingParser, advice, respelled
 from leap_pl.data import TextDataModule
 from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
+from leap_pl.inputs.ranges import check_numbers
 from leap_pl.training.module import LeapModule
 from leap_pl.training.run_settings import find_classes, read_settings
 
@@ -110,6 +111,7 @@ class LeapCLI(LightningCLI):
         self._warn_of_former(typed)
         verb = self.config.get("subcommand")
         if verb is None:
+            check_numbers(self.config.as_dict())
             check_groups(self.config, parser.get_defaults())
             check_classes(self.config)
             return
@@ -125,6 +127,7 @@ class LeapCLI(LightningCLI):
                 self._parse(parser, args, words)
             self.config[verb].ckpt_path = given if newest is None else str(newest[0])
         settings = self.config[verb]
+        check_numbers(settings.as_dict())
         check_groups(settings, self._subcommand_parsers[verb].get_defaults())
         for name, error in refused.items():
             if same(plain(settings.get(name)), plain(self._subcommand_parsers[verb].get_default(name))):  # not typed
@@ -185,7 +188,12 @@ class LeapCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with checkpoint files that are whole and checked unless another way to store them was chosen."""
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except TypeError as error:
+            if "devices" not in str(error):
+                raise
+            raise UserError(f"trainer.devices: {' '.join(str(error).split())} Give a number of them.") from error
         _check_trainer(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()

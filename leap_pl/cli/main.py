@@ -156,6 +156,7 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
     from jsonargparse import ArgumentParser
 
     from leap_pl.cli.arguments import check_configs, one_line
+    from leap_pl.inputs.ranges import check_numbers
 
     several = BARE.get(verb)
     parser = ArgumentParser(
@@ -176,6 +177,7 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
     except ArgumentError as error:
         raise UserError(one_line(error, list(parser._option_string_actions))) from error
     settings.pop("config", None)
+    check_numbers(settings, f"{verb}.", "--")
     empty = [name for name, value in settings.items() if value == ""]
     if empty:
         raise UserError(f"--{empty[0]} is empty. Give it a value, or leave it out.")

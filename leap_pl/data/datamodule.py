@@ -19,6 +19,7 @@ from leap_pl.data.documents import Share, warn
 from leap_pl.data.packing import BlockStream, Separator, digest_of_text
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
+from leap_pl.inputs.ranges import check_numbers
 
 FORMAT = 2  # 1 had no digests of the text
 
@@ -85,6 +86,8 @@ class TextDataModule(LightningDataModule):
         super().__init__()
         if seq_length < 2:
             raise UserError(f"data.seq_length is {seq_length}, and a block of 2 tokens is the least that predicts one.")
+        numbers = {"seq_length": seq_length, "batch_size": batch_size, "validation_sequences": validation_sequences}
+        check_numbers({**numbers, "num_workers": num_workers, "seed": seed}, "data.")
         self.tokenizer_name: Any = tokenizer  # Python code may pass a tokenizer instead of a name
         self.text = text
         self.config_name = config_name

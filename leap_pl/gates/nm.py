@@ -16,6 +16,7 @@ from leap_pl.errors import UserError
 from leap_pl.gates.gate import Gate, GateState
 from leap_pl.gates.groups import Groups
 from leap_pl.gates.pattern_kernels import pattern_kernels
+from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.noise import columns, noise_keys
 from leap_pl.masks.patterns import NM, Pattern
 
@@ -61,6 +62,7 @@ class NMGate(Gate):
         super().__init__(weight, state)
         if spread <= 0 or strength < 0:
             raise ValueError(f"spread {spread} must be above 0 and strength {strength} not below 0.")
+        check_numbers({"n": n, "m": m, "spread": spread, "strength": strength}, "model.gate.")
         self.n, self.m, self.spread, self.strength = n, m, spread, strength
         self.groups = Groups(n, m, self.shape, self.input_dim)
         device = weight.parameter.device

@@ -17,6 +17,7 @@ from leap_pl.gates.gate import Gate, GateState
 from leap_pl.gates.groups import Groups
 from leap_pl.gates.nm import confidence
 from leap_pl.gates.tile_grid import FixedTiles, JointTiles, SoftTiles, TileGrid
+from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.noise import noise_keys
 from leap_pl.masks.patterns import NM, Pattern, Tiled, Unstructured, follows
 from leap_pl.masks.top_k import Cut, exact_top_k
@@ -81,6 +82,8 @@ class TileGate(Gate):
             raise ValueError(
                 f"spread {spread} and pattern_spread {pattern_spread} must be above 0, strength {strength} not below 0."
             )
+        check_numbers({"n": n, "m": m, "tile": tile, "spread": spread, "strength": strength}, "model.gate.")
+        check_numbers({"pattern_spread": pattern_spread}, "model.gate.")
         self.n, self.m, self.mode = n, m, mode
         self.spread, self.strength, self.pattern_spread = spread, strength, pattern_spread
         self.tiled = Tiled(NM(n, m), tile)

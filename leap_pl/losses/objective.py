@@ -6,12 +6,13 @@ Legend of suffixes: T = predicted tokens, C = tokens of a chunk, V = vocabulary,
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.compiled import compiled
 from leap_pl.kernels.noise import columns
 
@@ -54,6 +55,7 @@ class Objective:
             raise ValueError("objective.lm and objective.distillation are both 0: nothing to learn from. Raise one.")
         if self.temperature <= 0 or self.chunk < 1:
             raise ValueError("objective.temperature must be above 0 and objective.chunk at least 1.")
+        check_numbers(asdict(self), "model.objective.", "objective.")
 
 
 def language_losses(

@@ -1,13 +1,14 @@
 """The mask that learning starts from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from leap_pl.distributed.strategy import RankZero
 from leap_pl.errors import UserError
+from leap_pl.inputs.ranges import check_numbers
 from leap_pl.masks.mask_set import MaskSet, pack, unpack
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Prior:
             raise ValueError("prior.graded grades a mask, and prior.method is none. Leave one of them out.")
         if self.fisher is not None and not 0 < self.fisher <= 1:
             raise ValueError(f"prior.fisher is {self.fisher:g}; give a number above 0 and at most 1, or leave it out.")
+        check_numbers(asdict(self), "model.prior.", "prior.")
         if self.fisher is not None and (self.method == "none" or self.mask is not None):
             given = "prior.method is none" if self.mask is None else "prior.mask is given"
             raise ValueError(

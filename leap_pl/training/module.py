@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import lightning as L
 import torch
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from leap_pl.base_model.loading import Dtype
@@ -20,13 +22,14 @@ from leap_pl.distributed.strategy import data_rank, mean_over_ranks
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, Gate, GateState
 from leap_pl.gates.gate import Mode
+from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import Objective, budget_groups, kept_norm, language_losses, sparsity_budget
 from leap_pl.prior import Prior
 from leap_pl.training import finite
 from leap_pl.training.clipping import clip_by_norm
 from leap_pl.training.denormals import flush_denormals
 from leap_pl.training.gated_module import GatedModule
-from leap_pl.training.optimizers import check_rounding
+from leap_pl.training.optimizers import check_rounding, check_settings
 from leap_pl.training.run_settings import describe_optimizer, describe_scheduler, find_classes, read_settings
 from leap_pl.training.schedules import Annealing, warmup_cosine
 from leap_pl.training.validation import described
@@ -100,6 +103,7 @@ class LeapModule(GatedModule):
             trust_remote_code: Run code that comes with the base model.
             seed: Of the noise and of the logits' start.
         """
+        check_numbers({"sparsity": sparsity, "warmup_steps": warmup_steps, "seed": seed}, "model.")
         # From a checkpoint they come as plain dictionaries, and into one they go as such.
         prior = Prior(**prior) if isinstance(prior, dict) else prior
         super().__init__(
@@ -172,6 +176,7 @@ class LeapModule(GatedModule):
         if self.model is not None:
             return
         if self._fitting():  # first, for a prior may take minutes
+            _check_trainer(self.trainer)
             check_rounding(self._optimizer_of([nn.Parameter(torch.zeros(1, 1))]), self.logits_dtype)
         super().configure_model()
         layers = {name: weight.layer for name, weight in self.weights.items()}
@@ -324,13 +329,23 @@ class LeapModule(GatedModule):
         if self.make_scheduler is not None:
             scheduler = self.make_scheduler(optimizer)
         else:
+            if self.warmup_steps > total:
+                rank_zero_warn(
+                    f"model.warmup_steps is {self.warmup_steps} and trainer.max_steps {total}: the learning rate does "
+                    f"not come to its full. Set --model.warmup_steps {total // 10}, or so."
+                )
             factor = partial(warmup_cosine, total=total, warmup=self.warmup_steps)
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        check_settings(optimizer)  # a scheduler may have set the rate
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _optimizer_of(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         try:
-            return self.make_optimizer(parameters)
+            optimizer = self.make_optimizer(parameters)
+            check_settings(optimizer)
+            return optimizer
+        except UserError:
+            raise
         except (ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"model.optimizer does not take its settings: {reason}.") from error
@@ -381,3 +396,9 @@ class LeapModule(GatedModule):
         """What a figure is of, beside the text, in the words of :class:`leap_pl.training.validation.Measured`."""
         dtype = str(self._dtype_of_model()).removeprefix("torch.")
         return {"fingerprint": self.fingerprint, "dtype": dtype, "precision": str(self.trainer.precision)}
+
+
+def _check_trainer(trainer: L.Trainer) -> None:
+    """Make sure that the numbers by which ``trainer`` learns are some that can be meant, whoever made it."""
+    names = ("gradient_clip_val", "val_check_interval", "accumulate_grad_batches", "log_every_n_steps")
+    check_numbers({name: getattr(trainer, name, None) for name in names}, "trainer.")

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from leap_pl.distributed.shards import Ranks, own_part
 from leap_pl.errors import UserError
+from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.compiled import compiled
 from leap_pl.kernels.noise import columns, element_bits, noise_keys
 
@@ -88,6 +89,8 @@ class PackedAdamW(torch.optim.Optimizer):
             raise UserError(
                 f"PackedAdamW: lr {lr} and weight_decay {weight_decay} are at least 0, and eps {eps} above."
             )
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
+        check_numbers(numbers, "model.optimizer.", "PackedAdamW: ")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
         defaults["differentiable"] = False  # torch adds it when a state is loaded: a mask would tell of the resume
         super().__init__(params, defaults)
@@ -157,6 +160,18 @@ class PackedAdamW(torch.optim.Optimizer):
             if name in state_dict["state"]:
                 moments = state_dict["state"][name]["moments"]
                 self.state[parameter]["moments"] = moments.to(parameter.device, copy=True)
+
+
+def check_settings(optimizer: torch.optim.Optimizer) -> None:
+    """Make sure that the numbers that ``optimizer`` acts by are some that can be meant, whatever made it.
+
+    Raises:
+        UserError: A learning rate is negative or above 10, a beta is 1 or more, or one of the others is out of range.
+    """
+    for group in optimizer.param_groups:
+        plain = {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
+        told = {name: float(value) if isinstance(value, Tensor) else value for name, value in plain.items()}
+        check_numbers(told, "model.optimizer.")
 
 
 def check_rounding(optimizer: torch.optim.Optimizer, logits_dtype: torch.dtype) -> None:

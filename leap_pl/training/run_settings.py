@@ -16,8 +16,8 @@ from leap_pl.checkpoints.identity import Identity
 from leap_pl.checkpoints.settings import DATA, MODEL, RULES, Settings, taken
 from leap_pl.errors import UserError
 from leap_pl.gates import gate_kinds
+from leap_pl.inputs.plain_values import read
 from leap_pl.losses.objective import Objective
-from leap_pl.plain_values import read
 from leap_pl.prior import Prior
 from leap_pl.training.optimizers import PackedAdamW
 from leap_pl.training.schedules import Annealing, learned_by

@@ -6,8 +6,13 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from leap_pl.errors import UserError
+from leap_pl.inputs.ranges import Range
 
 Curve = Literal["linear", "cosine", "exponential", "constant"]
+
+# What a value that is annealed may be. The gates compute with α/τ and 1/τ in float32.
+ANNEALED = {"alpha": Range(0, 1e6), "pattern_alpha": Range(0, 1e6), "tau": Range(1e-6, 1e6)}
+WHY = {"tau": "a temperature is above 0"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Schedule:
             raise ValueError(f"there is no curve {self.curve!r}. Give one of {', '.join(get_args(Curve))}.")
         for value in (self.start, self.end):
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"a schedule goes between two finite numbers, not from {self.start} to {self.end}.")
+                raise UserError(f"a schedule goes from {self.start} to {self.end}; give finite numbers.")
         if self.curve == "exponential" and (self.start <= 0 or self.end <= 0):
             raise ValueError(f"an exponential schedule needs values above 0, not {self.start} to {self.end}.")
         if self.curve == "constant" and self.start != self.end:
@@ -58,6 +63,23 @@ class Schedule:
         if self.curve == "exponential":
             return self.start * (self.end / self.start) ** x
         return self.start
+
+
+def check_annealed(group: str, **schedules: Schedule) -> None:
+    """Make sure that schedules of the gates' logit scales and temperature go where these can be.
+
+    Args:
+        group: Where they are set, for the message, as ``annealing``.
+        schedules: By the names in :data:`ANNEALED`.
+
+    Raises:
+        UserError: One begins or ends elsewhere.
+    """
+    for name, schedule in schedules.items():
+        taken = ANNEALED[name]
+        if schedule.start not in taken or schedule.end not in taken:
+            why = f"; {WHY[name]}" if name in WHY and min(schedule.start, schedule.end) <= 0 else ""
+            raise UserError(f"{group}.{name} goes from {schedule.start:g} to {schedule.end:g}{why}. Give {taken}.")
 
 
 @dataclass(frozen=True)
@@ -87,17 +109,7 @@ class Annealing:
 
     def __post_init__(self) -> None:
         # No curve leaves the range between its ends.
-        if min(self.tau.start, self.tau.end) <= 0:
-            raise UserError(
-                f"model.annealing.tau goes from {self.tau.start} to {self.tau.end}, and a temperature is above 0. "
-                "Give two numbers above 0, as in {start: 4, end: 0.05}."
-            )
-        for name, scale in (("alpha", self.alpha), ("pattern_alpha", self.pattern_alpha)):
-            if min(scale.start, scale.end) < 0:
-                raise UserError(
-                    f"model.annealing.{name} goes from {scale.start} to {scale.end}, and a logit scale is 0 or above. "
-                    "Give two such numbers, as in {start: 25, end: 350}."
-                )
+        check_annealed("model.annealing", alpha=self.alpha, tau=self.tau, pattern_alpha=self.pattern_alpha)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Annealing":

@@ -10,15 +10,15 @@ import lightning as L
 import pytest
 import torch
 from conftest import Run, fit_flags
-from leap_pl.live_settings import of_optimizer, of_scheduler
 from lightning.pytorch.callbacks import Timer
 from stopped_runs import STEPS, WINDOW, Outcome, at_call, curves, flags, kept, outcome, same, send, stopped
 
-from leap_pl import LeapModule, TextDataModule, started_prior
+from leap_pl import LeapModule, TextDataModule
 from leap_pl.checkpoints.layout import masks_from_checkpoint
 from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
-from leap_pl.prior import Prior
+from leap_pl.prior import Prior, started_prior
+from leap_pl.training.live_settings import of_optimizer, of_scheduler
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 
