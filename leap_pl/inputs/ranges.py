@@ -193,7 +193,7 @@ def check_numbers(settings: Mapping[str, Any], within: str = "", shown: str | No
 
 
 def _numbers(value: Any, path: str, shown: str) -> Iterator[tuple[str, str, float]]:
-    """Every number in ``value`` with its path in the table and as it is shown; of a group both end in a dot."""
+    """Yield every number in ``value`` with its path in the table and as it is shown; of a group both end in a dot."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if key in ("init_args", "dict_kwargs") and isinstance(inner, Mapping):

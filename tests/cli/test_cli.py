@@ -238,7 +238,10 @@ def test_not_a_number_stops_the_run(model_folder, text_file, tmp_path: Path, cap
     assert masks_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt").total
 
 
-def test_broken_logits_are_not_saved(model_folder, text_file, tmp_path: Path, capsys) -> None:
+def test_broken_logits_are_not_saved(model_folder, text_file, tmp_path: Path, capsys, monkeypatch) -> None:
+    from leap_pl.ranges import FINITE, RANGES
+
+    monkeypatch.setitem(RANGES, "model.optimizer.lr", FINITE)  # a rate that breaks them is refused otherwise
     more = ["--model.optimizer=SGD", "--model.optimizer.lr=1e39", "--trainer.gradient_clip_val=null"]
     message = failing(capsys, fit_flags(model_folder, text_file, tmp_path, *more))
     assert "infinite or NaN" in message
@@ -352,8 +355,8 @@ def test_one_kind_of_file_for_another(finished: Run, tmp_path: Path, capsys) -> 
         ("--trainer.accumulate_grad_batches=0", "give 1 or more"),
         ("--trainer.devices=1000", "processes"),  # no process of which is started
         ("--trainer.enable_checkpointing=false", "set --checkpoint.save_top_k 0 --checkpoint.save_last false"),
-        ("--data.seq_length=1", "a block of 2 tokens is the least"),
-        ("--model.optimizer.lr=-1", "model.optimizer does not take its settings"),
+        ("--data.seq_length=1", "data.seq_length is 1; give 2 or more"),
+        ("--model.optimizer.lr=-1", "model.optimizer.lr is -1; give a number from 0 to 10"),
         ("--trainer.max_steps=0", "trainer.max_steps is 0"),
     ],
 )
@@ -431,7 +434,7 @@ def test_a_result_replaces_results_alone(model_folder, text_file, tmp_path: Path
     words = ["evaluate", f"--model={model_folder}", f"--perplexity={copy}", "--seq_length=32"]
     assert "no result of leap_pl evaluate" in failing(capsys, [*words, f"--output={copy}"])
     assert copy.read_bytes() == text_file.read_bytes()
-    assert "a stride 1 to seq_length" in failing(capsys, [*words, "--stride=0"])
+    assert "--stride is 0; give 1 or more" in failing(capsys, [*words, "--stride=0"])
     for _ in range(2):
         main([*words, "--max_tokens=64", f"--output={tmp_path / 'r.json'}"])
 

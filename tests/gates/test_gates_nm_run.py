@@ -124,10 +124,10 @@ def test_fit_and_export_where_weights_are_no_linears(family: str, text_file: Pat
     ("flags", "words"),
     [
         (["--model.gate.n=4", "--model.gate.m=4"], "pattern 4:4 makes no sense"),
-        (["--model.gate.n=0", "--model.gate.m=4"], "pattern 0:4 makes no sense"),
+        (["--model.gate.n=0", "--model.gate.m=4"], "model.gate.n is 0; give 1 or more"),
         (["--model.gate.n=1", "--model.gate.m=4"], "Set --model.sparsity 0.75"),
         (["--model.sparsity=0.6"], "2:4 gates remove 0.5"),
-        (["--model.gate.spread=0"], "spread 0.0 must be above 0"),
+        (["--model.gate.spread=0"], "model.gate.spread is 0; give a number above 0"),
     ],
 )
 def test_nonsense_is_refused_in_one_line(model_folder, text_file, tmp_path: Path, capsys, flags, words: str) -> None:

@@ -138,9 +138,8 @@ def numeric(taker: Any) -> Iterator[str]:
         else:
             is_number = any(word in words for word in ("int", "float", "PositiveInt", "OpenUnitInterval"))
             is_number &= not any(word in words for word in ("Literal", "Callable", "dict[str, Any]"))
-        if isinstance(parameter.default, bool):
-            continue
-        if is_number or name in UNTYPED or isinstance(parameter.default, int | float):
+        is_number |= isinstance(parameter.default, int | float) or name in UNTYPED
+        if is_number and not isinstance(parameter.default, bool):
             yield name
 
 
@@ -182,7 +181,7 @@ def test_every_number_has_a_range() -> None:
 @pytest.mark.parametrize(("path", "name", "make"), CASES, ids=[path + name for path, name, _ in CASES])
 def test_every_number_works_or_is_refused_in_one_line(path: str, name: str, make: Callable[..., Any]) -> None:
     for number in NUMBERS:
-        for value in ((number, 0.5), (0.5, number)) if name == "betas" else (number,):
+        for value in ((float(number), 0.5), (0.5, float(number))) if name == "betas" else (number,):
             try:
                 make(**{name: value})
             except Exception as error:
