@@ -148,7 +148,9 @@ def _mask_at_hand(model: dict[str, Any]) -> MaskSet | None:
     for place in (model["mask"], str(Path(model["name"], MASK))):
         if place is not None and Path(place).is_file():
             mask = MaskSet.load(place)
-            return mask if mask.provenance.fingerprint == model["fingerprint"] else None
+            same = mask.provenance.fingerprint == model["fingerprint"]
+            # Results of older versions do not say which mask it was.
+            return mask if same and mask.digest_of_bits() == model.get("mask_digest") else None
     return None
 
 

@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,11 +34,13 @@ def result(method, sparsity, value, correct="1100", *, mask=None):
     accuracy = correct.count("1") / len(correct)
     task = {"acc": accuracy, "acc_stderr": 0.2, "correct": correct, "split": "validation", "limit": None}
     task |= {"num_fewshot": 0, "version": 1.0, "samples": len(correct)}
+    digest = None if mask is None else MaskSet.load(mask).digest_of_bits()
+    model = {"name": "org/base", "base_model": "org/base", "fingerprint": "f00d", "mask": mask, "mask_digest": digest}
     return {
         "format": "leap_pl.evaluation",
         "format_version": 1,
         "method": method,
-        "model": {"name": "org/base", "base_model": "org/base", "fingerprint": "f00d", "mask": mask},
+        "model": model,
         "sparsity": {"global": sparsity, "weights": dict.fromkeys(NAMES, sparsity)},
         "perplexity": {
             "held-out.jsonl": {
@@ -236,6 +239,17 @@ def test_baseline_is_of_the_same_sparsity_and_model(write):
     paths = [write("a", result("leap", 0.5, 14.0)), write("b", result("wanda", 0.6, 20.0)), write("c", other)]
     entries = read_entries(paths)
     assert all(perplexity_difference(e, entries, "held-out.jsonl", BASELINES) is None for e in entries)
+
+
+def test_a_mask_that_took_the_place_of_the_measured_one_is_not_taken(write, tmp_path):
+    path = mask_file(tmp_path / "a.safetensors", "wanda", 1)
+    measured = write("a", result("wanda", 0.5, 20.0, mask=path))
+    silent = json.loads(Path(measured).read_text())
+    del silent["model"]["mask_digest"]
+    old = write("old", silent)
+    assert [entry.mask is not None for entry in read_entries([measured, old])] == [True, False]
+    mask_file(tmp_path / "a.safetensors", "wanda", 2)  # of the same base model
+    assert read_entries([measured])[0].mask is None
 
 
 def test_overlap_of_masks(tmp_path):
