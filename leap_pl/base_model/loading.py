@@ -11,11 +11,27 @@ import torch
 from safetensors import SafetensorError
 
 from leap_pl.errors import UserError, listing
+from leap_pl.inputs.plain_values import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def name_of_model(typed: str | None, recorded: str, *, trust_remote_code: bool) -> str:
+    """Return which base model is loaded: the ``typed`` one, or the one that a mask or checkpoint has ``recorded``.
+
+    Raises:
+        UserError: Only the recorded one is there, and code of the model is to be run: whose, a file that somebody else
+            may have written is not to choose.
+    """
+    if typed is None and trust_remote_code:
+        raise UserError(
+            "--trust_remote_code runs code of the base model, and only a file says which that is: "
+            f"{shown(recorded)}. Type its name, too: --model NAME."
+        )
+    return recorded if typed is None else typed
 
 
 def load_model(
@@ -83,9 +99,39 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     with _reading("base model", name):
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
+    if not trust_remote_code:
+        _check_plain(name, folder, revision, config)
     if gguf_file is not None and hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def _check_plain(name: str, folder: str, revision: str | None, config: "PreTrainedConfig") -> None:
+    """Make sure that the model is nothing but weights of a class that transformers has.
+
+    What transformers would otherwise follow without asking: an adapter, which names another model as its base, and
+    kernels of attention on the hub, which are code.
+
+    Raises:
+        UserError: It asks for more.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    with _reading("base model", name):
+        adapter = find_adapter_config_file(folder, revision=revision)
+    if adapter is not None:
+        raise UserError(
+            f"base model {name} is an adapter (adapter_config.json) of another model. Merge the two (merge_and_unload "
+            "of peft), and give the merged model."
+        )
+    for part in (config, config.get_text_config()):
+        for key in ("_attn_implementation", "_experts_implementation"):
+            kernel = getattr(part, key, None)
+            if isinstance(kernel, str) and "/" in kernel:
+                raise UserError(
+                    f"the config.json of base model {name} asks for kernels from the hub ({shown(kernel)}), which are "
+                    f"code. Take {key.removeprefix('_')} out of it, or type --trust_remote_code."
+                )
 
 
 def load_tokenizer(

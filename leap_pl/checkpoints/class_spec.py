@@ -10,7 +10,7 @@ from inspect import Parameter, signature
 from typing import Any, Literal, get_origin, get_type_hints
 
 from leap_pl.errors import UserError, listing
-from leap_pl.inputs.plain_values import shown
+from leap_pl.inputs.plain_values import display
 
 Spec = dict[str, Any]
 Registry = Mapping[str, type]
@@ -51,7 +51,9 @@ def found(spec: Any, registry: Registry, where: str) -> tuple[type, dict[str, An
             constructor does not take or that is not a plain value.
     """
     if not (isinstance(spec, dict) and isinstance(spec.get("class_path"), str) and set(spec) <= _KEYS):
-        raise UserError(f"{where} is {shown(spec)}, and not a class with its settings. Take the checkpoint before it.")
+        raise UserError(
+            f"{where} is {display(spec)}, and not a class with its settings. Take the checkpoint before it."
+        )
     if spec["class_path"] == ANY_CLASS:
         raise UserError(f"{where}: an earlier version of leap_pl did not store its class. {_again(where)}")
     # Earlier versions wrote whole paths; the last word is looked up, and nothing is imported.
@@ -59,21 +61,25 @@ def found(spec: Any, registry: Registry, where: str) -> tuple[type, dict[str, An
     kind = registry.get(name)
     if kind is None or spec["class_path"] not in (name, f"{kind.__module__}.{name}", *_FORMER.get(name, ())):
         raise UserError(
-            f"{where} is {shown(spec['class_path'])}, and a checkpoint may only name classes of leap_pl and torch "
+            f"{where} is {display(spec['class_path'])}, and a checkpoint may only name classes of leap_pl and torch "
             f"({listing(sorted(registry), 4)}). If this one is yours, type --{where.split()[-1]} with its settings."
         )
     arguments = spec.get("init_args") or {}
     taken = _arguments(kind)
-    strange = [word for word in arguments if word not in taken] if isinstance(arguments, dict) else [shown(arguments)]
+    strange = [word for word in arguments if word not in taken] if isinstance(arguments, dict) else [display(arguments)]
     if strange:
-        raise UserError(f"{where}: {name} takes no {listing(sorted(map(shown, strange)), 3)}. Update leap_pl or torch.")
+        raise UserError(
+            f"{where}: {name} takes no {listing(sorted(map(display, strange)), 3)}. Update leap_pl or torch."
+        )
     needed = [p.name for p in signature(kind).parameters.values() if p.default is Parameter.empty and p.name in taken]
     lacking = [word for word in needed if word not in arguments]
     if lacking:
         raise UserError(f"{where} is {name}, whose {listing(lacking, 3)} the checkpoint does not tell. {_again(where)}")
     for word, value in arguments.items():
         if not (_is_number_like(value) or (isinstance(value, str) and taken[word])):
-            raise UserError(f"{where}: {word} is {shown(value)}, which is not read from a checkpoint. {_again(where)}")
+            raise UserError(
+                f"{where}: {word} is {display(value)}, which is not read from a checkpoint. {_again(where)}"
+            )
     return kind, dict(arguments)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from leap_pl.checkpoints.class_spec import same
 from leap_pl.errors import UserError, listing
-from leap_pl.inputs.plain_values import read, shown
+from leap_pl.inputs.plain_values import display, read
 
 KEY = "leap_pl"
 FORMAT_VERSION = 1
@@ -77,7 +77,7 @@ def read_identity(checkpoint: dict[str, Any], path: str | Path = "the checkpoint
     plain_gate = isinstance(gate.get("class_path"), str) and isinstance(gate.get("init_args"), dict)
     if not (plain_gate and 0 <= identity.sparsity < 1 and min(sizes, default=0) > 0):
         raise UserError(
-            f"{path} does not say whose logits it holds (gate {shown(gate)}, sparsity {identity.sparsity}, "
+            f"{path} does not say whose logits it holds (gate {display(gate)}, sparsity {identity.sparsity}, "
             f"{len(identity.shapes)} weights). Take the checkpoint before it."
         )
     return identity

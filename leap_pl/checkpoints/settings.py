@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from leap_pl.checkpoints.class_spec import same
 from leap_pl.errors import UserError
-from leap_pl.inputs.plain_values import shown
+from leap_pl.inputs.plain_values import display
 
 Rule = Literal["fixed", "same", "kept", "free"]
 
@@ -163,4 +163,4 @@ def _differences(name: str, stored: Any, here: Any) -> list[str]:
             parts = [(key, inner[0].get(key), inner[1].get(key)) for key in keys]
             return [line for key, was, now in parts for line in _differences(f"{name}.{key}", was, now)]
         stored, here = stored.get("class_path", stored), here.get("class_path", here)
-    return [f"{name} was {shown(stored)} and is {shown(here)}"]
+    return [f"{name} was {display(stored)} and is {display(here)}"]

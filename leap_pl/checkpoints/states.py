@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from leap_pl.errors import UserError
-from leap_pl.inputs.plain_values import read, shown
+from leap_pl.inputs.plain_values import display, read
 
 _Number = bool | int | float | None
 _Setting = _Number | list[_Number]
@@ -36,7 +36,7 @@ def check_states(checkpoint: Mapping[str, Any], where: str) -> None:
         Version(version)
     except (InvalidVersion, TypeError):
         raise UserError(
-            f"{where}: {shown(version)} is no version of Lightning. Take the checkpoint before it."
+            f"{where}: {display(version)} is no version of Lightning. Take the checkpoint before it."
         ) from None
     for name, kind in _KINDS.items():
         if name in checkpoint:

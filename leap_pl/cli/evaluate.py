@@ -63,7 +63,7 @@ def evaluate_command(
             for bfloat16 where the hardware multiplies that slower.
         device: auto is the first GPU, or the CPU where there is none.
         revision: Branch, tag or commit of the base model on the hub.
-        trust_remote_code: Run code that comes with the model.
+        trust_remote_code: Run code that comes with the model; only of one that --model names.
         seed: Seed of few-shot sampling, the only thing left to chance.
         output: Result file to write, JSON.
 

@@ -227,6 +227,7 @@ def _write(
     from dataclasses import asdict
 
     from leap_pl.base_model.loading import load_tokenizer
+    from leap_pl.inputs.plain_values import plain
 
     pruned.masks.save(folder / "mask.safetensors")
     errors = json.dumps({"layer_error": pruned.errors, "damping": pruned.dampings, "unseen": pruned.unseen}, indent=1)
@@ -236,7 +237,7 @@ def _write(
         tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
         tokenizer.save_pretrained(folder / "model")
         # Without it the folder would be taken for a base model of its own.
-        told = json.dumps({"provenance": asdict(pruned.masks.provenance)}, indent=2)
+        told = json.dumps({"provenance": plain(asdict(pruned.masks.provenance))}, indent=2)
         (folder / "model" / "leap_pl.json").write_text(told + "\n", encoding="utf-8")
 
 

@@ -108,4 +108,6 @@ def _stderr(values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
     mean = sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    # A product overflows to infinity, where a power raises.
+    error = math.sqrt(sum((v - mean) * (v - mean) for v in values) / (len(values) - 1) / len(values))
+    return error if math.isfinite(error) else None  # of the perplexities of broken models

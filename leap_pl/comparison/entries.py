@@ -1,5 +1,6 @@
 """What is compared: result files, MaskSets and exported checkpoints, in one form and checked against each other."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from leap_pl.evaluation.record import read_result
 from leap_pl.masks import MaskSet, split_name
 
 MASK = "mask.safetensors"  # in an exported folder
+MOST_CELLS = 1 << 20  # layers by projections: a hundred layers with 256 experts that are stored one by one have 77,000
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,7 @@ def _read(source: str) -> Entry:
     if not path.is_file():
         raise UserError(f"{source}: there is no such file. Name result files of leap_pl evaluate, masks or folders.")
     result = read_result(path)
-    try:
-        return entry_of_result(source, result, _mask_at_hand(result["model"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{source} is damaged: it lacks or garbles {error}. Evaluate again with --output.") from error
+    return entry_of_result(source, result, _mask_at_hand(result["model"]))
 
 
 def _of_mask(source: str, mask: MaskSet) -> Entry:
@@ -110,19 +107,14 @@ def _of_mask(source: str, mask: MaskSet) -> Entry:
         fingerprint=told.fingerprint,
         sparsity=mask.sparsity,
         pattern=str(told.config.get("pattern", "unstructured")),
-        densities={cell: k / n for cell, (k, n) in kept.items()},
+        densities=_table_of({cell: k / n for cell, (k, n) in kept.items()}, source),
         mask=mask,
     )
 
 
 def entry_of_result(source: str, result: dict[str, Any], mask: MaskSet | None = None) -> Entry:
-    """What ``result``, read from ``source``, says; it has no label yet."""
+    """Return what ``result`` says, which :func:`read_result` read from ``source``; it has no label yet."""
     model = result["model"]
-    for figure in result["perplexity"].values():
-        _perplexity_protocol(figure)
-        float(figure["value"]), float(figure["nll"]), figure["stderr"]
-    for figure in result["tasks"].values():
-        _task_protocol(figure)
     densities: dict[tuple[int, str], float] = {}
     for name, sparsity in result["sparsity"]["weights"].items():
         layer, projection = split_name(name)
@@ -138,15 +130,26 @@ def entry_of_result(source: str, result: dict[str, Any], mask: MaskSet | None = 
         pattern=str(result.get("config", {}).get("pattern", "unstructured")),
         perplexity=dict(result["perplexity"]),
         tasks=dict(result["tasks"]),
-        densities=densities,
+        densities=_table_of(densities, source),
         mask=mask,
     )
+
+
+def _table_of(densities: dict[tuple[int, str], float], source: str) -> dict[tuple[int, str], float]:
+    """Make sure that ``densities``, by layer and projection, are a table that can be laid out."""
+    layers, projections = ({cell[place] for cell in densities} for place in (0, 1))
+    if len(layers) * len(projections) > MOST_CELLS:
+        raise UserError(
+            f"{source} names {len(layers):,} decoder layers and {len(projections):,} projections, more than any model "
+            "has. Evaluate again with --output, or make the mask again."
+        )
+    return densities
 
 
 def _mask_at_hand(model: dict[str, Any]) -> MaskSet | None:
     """The mask that a result was measured with, if it is still where it was and the same."""
     for place in (model["mask"], str(Path(model["name"], MASK))):
-        if place is not None and Path(place).is_file():
+        if place is not None and os.path.isfile(place):  # noqa: PTH113  (Path raises on what is too long for a path)
             mask = MaskSet.load(place)
             same = mask.provenance.fingerprint == model["fingerprint"]
             # Results of older versions do not say which mask it was.
@@ -166,8 +169,10 @@ def _named(entries: list[Entry]) -> list[Entry]:
         {key: f"{Path(name).name} {key}" for key, name in names.items()},
     ):
         if len(set(shorter.values())) == len(names):
-            return [replace(entry, model=shorter[entry.fingerprint or entry.base_model]) for entry in entries]
-    raise AssertionError("fingerprints are unique")
+            break
+    else:  # names that were made up to be mistaken for others
+        shorter = {key: key for key in names}
+    return [replace(entry, model=shorter[entry.fingerprint or entry.base_model]) for entry in entries]
 
 
 def _labelled(entries: list[Entry]) -> list[Entry]:

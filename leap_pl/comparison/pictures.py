@@ -21,6 +21,7 @@ from leap_pl.comparison.differences import (
 from leap_pl.comparison.entries import Entry
 from leap_pl.comparison.overlap import Overlap, overlap
 from leap_pl.comparison.table import all_texts, is_level, short_names
+from leap_pl.inputs.plain_values import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, without yellow, which paper swallows; the marker tells methods apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 CHARACTER = 0.08  # inches that a letter of a label takes, on average
+MOST_LETTERS = 100  # of a name in a picture; the middle of a longer one is left out
+MOST_INCHES = 100.0  # of a picture's width and height; rows get narrower instead
+LONGEST_STEM = 80  # letters of a name in a file's name
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -49,7 +53,8 @@ def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path)
         if scored:
             errors = {entry.label: mean_accuracy_stderr(entry, tasks) for entry in scored}
             points = [(e, 100 * mean_accuracy(e, tasks), _times(errors[e.label], 100)) for e in scored]
-            ylabel = f"mean accuracy of {len(tasks)} tasks, %" if len(tasks) > 1 else f"accuracy on {tasks[0]}, %"
+            one = f"accuracy on {_literal(tasks[0])}, %"
+            ylabel = f"mean accuracy of {len(tasks)} tasks, %" if len(tasks) > 1 else one
             figure = _against_sparsity(points, ylabel, logarithmic=False)
             caption = (
                 f"Accuracy ({', '.join(tasks)}) against sparsity; higher is better. Bars: one standard error. "
@@ -81,7 +86,7 @@ def draw_perplexities(entries: Sequence[Entry], folder: Path, stem: str = "perpl
                 for e in entries
                 if text in e.perplexity
             ]
-            figure = _against_sparsity(points, f"perplexity on {name}", logarithmic=True)
+            figure = _against_sparsity(points, f"perplexity on {_literal(name)}", logarithmic=True)
             caption = f"Perplexity on {text} against sparsity; logarithmic, lower is better. Bars: one standard error."
             pictures.append(_save(figure, folder, f"{stem}-{number}-{_slug(Path(text).stem)}", caption))
     return pictures
@@ -111,7 +116,7 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
         else:
             series.setdefault(name, []).append((100 * entry.sparsity, value, stderr or 0.0))
     # The legend stands beside the axes and is to leave them their width.
-    figure, axes = _figure(max(6.4, 5.0 + CHARACTER * max(map(len, [*series, *dense]))), 4.0)
+    figure, axes = _figure(max(6.4, 5.0 + CHARACTER * max(len(_literal(name)) for name in [*series, *dense])), 4.0)
     shown = sorted({round(x) for line in series.values() for x, _, _ in line})
     reach = max(shown, default=0) - min(shown, default=0) or 10
     for n, (name, line) in enumerate(sorted(series.items())):
@@ -122,7 +127,7 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
             [x + apart for x in xs],
             ys,
             yerr=errors,
-            label=name,
+            label=_literal(name),
             color=COLOURS[n % len(COLOURS)],
             # Lines that share a colour have another marker and another dash.
             marker=MARKERS[(n + n // len(COLOURS)) % len(MARKERS)],
@@ -134,7 +139,11 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
         )
     for n, (name, value) in enumerate(sorted(dense.items())):
         axes.axhline(
-            value, color="0.35", linestyle=("--", ":", "-.")[n % 3], linewidth=1.2, label=f"{name} ({value:.2f})"
+            value,
+            color="0.35",
+            linestyle=("--", ":", "-.")[n % 3],
+            linewidth=1.2,
+            label=f"{_literal(name)} ({value:.2f})",
         )
     if logarithmic:
         _logarithmic(axes, [value for _, value, _ in points])
@@ -172,9 +181,9 @@ def _differences(
 ) -> list[Picture]:
     panels: list[tuple[str, list[tuple[str, Difference]], float]] = []
     for text, name in short_names(texts).items():
-        found = [(e.label, d) for e in entries if (d := perplexity_difference(e, entries, text, baselines))]
-        panels.append((f"Δ perplexity on {name}\n(left is better)", found, 1))
-    found = [(e.label, d) for e in entries if (d := accuracy_difference(e, entries, tasks, baselines))]
+        found = [(_literal(e.label), d) for e in entries if (d := perplexity_difference(e, entries, text, baselines))]
+        panels.append((f"Δ perplexity on {_literal(name)}\n(left is better)", found, 1))
+    found = [(_literal(e.label), d) for e in entries if (d := accuracy_difference(e, entries, tasks, baselines))]
     mean = "mean accuracy" if len(tasks) > 1 else "accuracy"
     panels.append((f"Δ {mean}, percentage points\n(right is better)", found, 100))
     panels = [panel for panel in panels if panel[1]]
@@ -185,7 +194,8 @@ def _differences(
     rows = max(len(found) for _, found, _ in panels)
     longest = max(len(label) for _, found, _ in panels for label, _ in found)
     width = max(3.6, 2.4 + CHARACTER * longest)
-    figure = Figure(figsize=(width * len(panels) + 1.2, 1.5 + 0.5 * rows), layout="constrained")
+    size = (min(width * len(panels) + 1.2, MOST_INCHES), min(1.5 + 0.5 * rows, MOST_INCHES))
+    figure = Figure(figsize=size, layout="constrained")
     for axes, (title, found, scale) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.axvline(0, color="0.35", linestyle="--", linewidth=1.2)
         for row, (_, difference) in enumerate(found):
@@ -197,7 +207,9 @@ def _differences(
                 color=COLOURS[0],
                 capsize=3,
             )
-        axes.set_yticks(range(len(found)), [f"{label}\n− {difference.baseline}" for label, difference in found])
+        axes.set_yticks(
+            range(len(found)), [f"{label}\n− {_literal(difference.baseline)}" for label, difference in found]
+        )
         axes.set_ylim(len(found) - 0.5, -0.5)
         axes.set_xlabel(title)
         axes.margins(x=0.15)
@@ -219,10 +231,10 @@ def _density(entry: Entry, reach: float) -> "Figure":
     return _heat_map(
         grid,
         [str(layer) for layer in layers],
-        projections,
+        [_literal(projection) for projection in projections],
         xlabel="decoder layer",
         colour="density (kept over all)",
-        title=f"{entry.label}: density {whole:.3f}",
+        title=f"{_literal(entry.label)}: density {whole:.3f}",
         limits=(whole - reach, whole + reach),
     )
 
@@ -248,7 +260,8 @@ def _overlaps(overlaps: list[Overlap]) -> "Figure":
     layers = sorted({layer for found in overlaps for layer in found.layers})
     grid = [[found.layers.get(layer, float("nan")) for layer in layers] for found in overlaps]
     names = [
-        f"{found.first} ∩ {found.second}\n{found.iou:.3f} in all (chance {found.chance:.3f})" for found in overlaps
+        f"{_literal(found.first)} ∩ {_literal(found.second)}\n{found.iou:.3f} in all (chance {found.chance:.3f})"
+        for found in overlaps
     ]
     return _heat_map(
         grid, [str(layer) for layer in layers], names, xlabel="decoder layer", colour="IoU of kept weights", row=0.46
@@ -298,7 +311,7 @@ def _heat_map(
 def _figure(width: float, height: float) -> "tuple[Figure, Any]":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(min(width, MOST_INCHES), min(height, MOST_INCHES)), layout="constrained")
     return figure, figure.subplots()
 
 
@@ -314,12 +327,20 @@ def _drawing() -> Iterator[None]:
     import matplotlib as mpl
 
     settings = {"svg.hashsalt": "leap_pl", "svg.fonttype": "none", "font.size": 10, "savefig.facecolor": "white"}
+    # Names are no formulas, whatever $, _, ^ and \\ they hold.
+    settings |= {"text.parse_math": False, "text.usetex": False}
     with mpl.rc_context(settings):
         yield
 
 
+def _literal(name: str) -> str:
+    """Return ``name`` as one line that matplotlib shows as it is."""
+    text = shown(name, MOST_LETTERS)
+    return f" {text}" if text.startswith("_") else text  # with a _ first, a line has no place in the legend
+
+
 def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "text"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:LONGEST_STEM] or "text"
 
 
 def _times(value: float | None, scale: float) -> float | None:

@@ -21,6 +21,7 @@ from leap_pl.comparison.entries import Entry
 
 ROUNDING = 0.005  # between densities that were asked to be one
 DIFFERENCE = "− best baseline"  # heading of the column behind a figure
+MOST_SPELLED_OUT = 1e9  # figures above, which broken models have, are written with an exponent
 PAGE = 8  # columns that a page is wide enough for
 
 
@@ -254,13 +255,19 @@ def _pair(difference: Difference | None) -> list[str | float | None]:
 def _figure(value: float | None, stderr: float | None, digits: int, scale: float = 1) -> str:
     if value is None:
         return ""
-    error = "" if stderr is None else f" ± {scale * stderr:.{digits}f}"
-    return f"{scale * value:.{digits}f}{error}"
+    error = "" if stderr is None else f" ± {_number(scale * stderr, digits)}"
+    return f"{_number(scale * value, digits)}{error}"
+
+
+def _number(value: float, digits: int, sign: str = "") -> str:
+    return f"{value:{sign}.{digits}f}" if abs(value) < MOST_SPELLED_OUT else f"{value:{sign}.3g}"
 
 
 def _difference(difference: Difference | None, scale: float) -> str:
     if difference is None:
         return ""
-    error = "" if difference.stderr is None else f" ± {scale * difference.stderr:.2f}"
+    error = "" if difference.stderr is None else f" ± {_number(scale * difference.stderr, 2)}"
     # Its sparsity is that of the row.
-    return f"{scale * difference.value:+.2f}{error} ({re.sub(r' [0-9]+%', '', difference.baseline, count=1)})"
+    return (
+        f"{_number(scale * difference.value, 2, '+')}{error} ({re.sub(r' [0-9]+%', '', difference.baseline, count=1)})"
+    )

@@ -1,7 +1,6 @@
 """The result file: what was measured, on what, by which protocol, with what; the same inputs give the same file."""
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -10,6 +9,7 @@ from typing import Any
 
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_file
+from leap_pl.inputs.plain_values import plain, read_json, shown
 
 FORMAT = "leap_pl.evaluation"
 FORMAT_VERSION = 1
@@ -38,31 +38,37 @@ def write_result(path: str | Path, result: dict[str, Any]) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    text = json.dumps(_plain(result), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(plain(result), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     with atomic_file(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """Read a result file.
+    """Return what the result file ``path`` says, by the schema of :mod:`leap_pl.evaluation.result_schema`.
 
     Raises:
-        UserError: It is not there, not a result file, of a newer format, or damaged.
+        UserError: It is not there, larger than 16 MiB, not a result file, of a newer format, or damaged.
     """
+    from leap_pl.evaluation.result_schema import checked_result
+
     path = Path(path)
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path} cannot be read as a result file ({reason}). Evaluate again with --output.") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise UserError(f"{path} is JSON but no result of leap_pl evaluate. Give a file written with --output.")
-    if result.get("format_version") != FORMAT_VERSION:
+    version = result.get("format_version")
+    if version != FORMAT_VERSION:
         raise UserError(
-            f"{path} is a result of format version {result.get('format_version')}, and this leap_pl reads "
+            f"{path} is a result of format version {shown(str(version), 20)}, and this leap_pl reads "
             f"{FORMAT_VERSION}. Update leap_pl, or evaluate again."
         )
-    return result
+    try:
+        return checked_result(result)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}. Evaluate again with --output.") from error
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -120,16 +126,3 @@ def _processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
-
-
-def _plain(value: Any) -> Any:
-    """``value`` in JSON's own types; a number that is not finite becomes null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    return str(value)

@@ -1,15 +1,16 @@
 """What is evaluated: a base model, an exported checkpoint, a MaskSet over its base model, or a training checkpoint."""
 
-import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from leap_pl.base_model.loading import Dtype, load_model, load_tokenizer
+from leap_pl.base_model.loading import Dtype, load_model, load_tokenizer, name_of_model
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
+from leap_pl.inputs.plain_values import read_json
 from leap_pl.masks import MaskSet, split_name
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def load_subject(
     masks = MaskSet.load(mask) if mask is not None else _masks_of_checkpoint(str(ckpt_path))
     told = masks.provenance
     # A revision belongs to the name it was recorded with.
-    name, revision = (told.base_model, revision or told.revision) if model is None else (model, revision)
+    revision = revision or told.revision if model is None else revision
+    name = name_of_model(model, told.base_model, trust_remote_code=trust_remote_code)
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     masks.apply_(loaded)
     return Subject(
@@ -94,8 +96,8 @@ def _masks_of_checkpoint(path: str) -> MaskSet:
 
 
 def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: bool) -> Subject:
+    told = exported_record(name)  # first: to refuse it takes no time
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    told = exported_record(name)
     return Subject(
         model=loaded,
         tokenizer=load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code),
@@ -112,19 +114,24 @@ def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: 
 
 
 def exported_record(name: str | Path) -> dict[str, Any]:
-    """Return the provenance that an exported folder holds, with its ``mask_digest``; empty for any other model.
+    """Return the provenance that an exported folder holds, with its ``mask_digest``; nothing for any other model.
 
     Raises:
-        UserError: The record cannot be read.
+        UserError: The record cannot be read, or is no provenance.
     """
+    from leap_pl.masks.provenance_schema import provenance_fields
+
     path = Path(name).expanduser() / RECORD
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return {**told.get("provenance", told), "mask_digest": told.get("mask_digest")}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Export the checkpoint again.") from error
+        record = read_json(path)
+        fields = provenance_fields(record.get("provenance", record) if isinstance(record, dict) else record)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path} cannot be read ({reason}). Export the checkpoint again.") from error
+    digest = record.get("mask_digest")
+    return {**fields, "mask_digest": digest if isinstance(digest, str) else None}
 
 
 def realised_sparsity(model: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_pl.errors import UserError, listing
+from leap_pl.inputs.plain_values import plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,14 +48,15 @@ def export_command(
         revision: Of the base model on the hub; default: the one the mask was made for.
         perplexity: A result file of leap_pl evaluate of this very mask, whose perplexities go into the model card.
         force: Replace output_dir if there is something in it.
-        trust_remote_code: Run code that comes with the base model.
+        trust_remote_code: Run code that comes with the base model; only of one that --model names.
     """
+    from leap_pl.base_model.loading import load_model, load_tokenizer, name_of_model
+
     masks = _read_masks(ckpt_path, mask)
-    name = model or masks.provenance.base_model
+    name = name_of_model(model, masks.provenance.base_model, trust_remote_code=trust_remote_code)
     revision = revision or (masks.provenance.revision if model is None else None)
     results = _read_results(perplexity, masks)
 
-    from leap_pl.base_model.loading import load_model, load_tokenizer
     from leap_pl.export.zeros import zero_removed
     from leap_pl.files import atomic_folder, check_apart
 
@@ -72,9 +74,9 @@ def export_command(
         masks.save(folder / MASK)
         facts = _facts(masks, base_zeros) | ({"perplexity": results} if results else {})
         del base  # two models need not be in memory at once
-        (folder / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps(plain(facts), indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_card(masks, facts), encoding="utf-8")
-        _verify(folder, masks, kept_digests)
+        _verify(folder, masks, kept_digests, trust_remote_code)
     print(
         f"{output_dir}: {_unfinished(masks)}{facts['removed']:,} of {facts['gated']:,} gated weights removed "
         f"(sparsity {facts['sparsity']:.6f}), {base_zeros:,} kept weights were zero in the base model; "
@@ -121,21 +123,13 @@ def _read_results(path: str | None, masks: "MaskSet") -> dict[str, Any]:
     """Read the perplexities of a result file, which is to be of ``masks``."""
     if path is None:
         return {}
-    try:
-        told = json.loads(Path(path).read_text(encoding="utf-8"))
-        results = dict(told["perplexity"])
-        for result in results.values():
-            float(result["value"])
-            dict(result.get("protocol", result))
-        measured = dict(told.get("model") or {}).get("mask_digest")
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}). Give a file of leap_pl evaluate --output."
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is no result file of leap_pl evaluate with perplexities. Give one written with --output."
-        ) from error
+    from leap_pl.evaluation.record import read_result
+
+    result = read_result(path)
+    results: dict[str, Any] = result["perplexity"]
+    if not results:
+        raise UserError(f"{path} holds no perplexity. Give a result of leap_pl evaluate --perplexity TEXT.")
+    measured = result["model"].get("mask_digest")
     if measured != masks.digest_of_bits():
         which = "does not say of which mask it is" if measured is None else "is of another mask than the one given"
         raise UserError(f"{path} {which}. Evaluate this mask, leap_pl evaluate --mask … --output, and give that file.")
@@ -158,7 +152,7 @@ def _digest(tensor: "Tensor") -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def _verify(folder: Path, masks: "MaskSet", kept_digests: dict[str, str]) -> None:
+def _verify(folder: Path, masks: "MaskSet", kept_digests: dict[str, str], trust_remote_code: bool) -> None:
     """Load the folder with plain transformers: removed weights are zero, kept ones have every bit they had.
 
     Not tensor by tensor out of the files: some families store their weights under other names and cut
@@ -166,7 +160,8 @@ def _verify(folder: Path, masks: "MaskSet", kept_digests: dict[str, str]) -> Non
     """
     from transformers import AutoModelForCausalLM
 
-    found = dict(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").named_parameters())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+    found = dict(model.named_parameters())
     for name, mask in masks.masks.items():
         weight = found[name].detach()
         if bool(weight[~mask].count_nonzero()) or _digest(weight[mask]) != kept_digests[name]:
@@ -218,12 +213,10 @@ def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
     lines += _validation_lines(told.config)
     if "perplexity" in facts:
         lines += ["", "## Perplexity", "", "| text | perplexity | window, tokens | stride |", "|---|---|---|---|"]
-        for name, result in facts["perplexity"].items():
-            protocol = result.get("protocol", result)
-            lines.append(
-                f"| {name} | {result.get('value', float('nan')):.3f} | {protocol.get('seq_length', '')} "
-                f"| {protocol.get('stride', '')} |"
-            )
+        lines += [
+            f"| {name} | {result['value']:.3f} | {result['seq_length']} | {result['stride']} |"
+            for name, result in facts["perplexity"].items()
+        ]
     lines += ["", "## Sparsity by decoder layer", "", "| layer | sparsity |", "|---|---|"]
     lines += [f"| {layer} | {sparsity:.4f} |" for layer, sparsity in facts["sparsity_by_layer"].items()]
     lines += ["", "## Sparsity by projection", "", "| projection | sparsity |", "|---|---|"]

@@ -1,23 +1,157 @@
-"""Read what a file says as plain values of known names and types: a file is data, and never names code to run."""
+"""JSON of unknown origin as plain values: bounded in size, depth and numbers, and read by a schema.
+
+Everything that leap_pl reads back from JSON (results, the metadata of masks, the records of model folders) goes
+through here before anything uses it. What comes out is made of dictionaries, lists, strings, booleans, None, integers
+of at most 64 bits and finite floats; a schema (pydantic's, strict) says which names, types and ranges they have.
+Nothing is imported, called or looked up by a name that the JSON holds.
+"""
 
 import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from leap_pl.errors import UserError
 
-LONGEST = 120  # characters of a value that a message shows
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+MOST_BYTES = 16 << 20  # of a file: a real result has some tens of kilobytes, one of a million windows 10 MiB
+MOST_DEPTH = 32  # of dictionaries and lists in each other; a real result has 8
+MOST_DIGITS = 20
+LONGEST_VALUE = 120  # characters of a value that a message shows
 REMEDY = "Take another copy of the file, or the one before it."
+LONGEST_NAME = 4096  # characters of a path, a hub id, a weight's or a task's name
+
+
+def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
+    """Read the plain values in the file ``path``.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no regular file, too large, or holds something else; the message is one line.
+    """
+    if not path.is_file():
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"it is larger than {most_bytes >> 20} MiB")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text at byte {error.start}") from error
+    return parse_json(text)
+
+
+def parse_json(text: str, *, finite: bool = True) -> Any:
+    """Return the plain values that ``text`` spells.
+
+    Args:
+        text: JSON.
+        finite: Refuse numbers that are infinite, NaN or beyond 64 bits; otherwise they are such floats.
+
+    Raises:
+        ValueError: It is no JSON; or a number or string is none, with the keys that lead to it; or a key is there twice
+            in one dictionary; or dictionaries and lists are nested too deeply. The message is one line.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
+        _check_depth(value)
+        # Both are rare, and only then it is looked for the place.
+        if finite and re.search("NaN|Infinity|[eE][+]?[0-9]{3}|[0-9]{19}", text):
+            _refuse(value, _is_no_number, "no finite number")
+        if "\\u" in text:  # half of a surrogate pair is no character, and cannot be written again
+            _refuse(value, _is_no_text, "no Unicode text")
+    except RecursionError as error:
+        raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels") from error
+    return value
+
+
+def _integer(digits: str) -> int | float:
+    if len(digits) > MOST_DIGITS or not -(1 << 63) <= int(digits) < 1 << 63:
+        return math.inf  # which is refused
+    return int(digits)
+
+
+def _is_no_number(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _is_no_text(value: Any) -> bool:
+    return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is not None
+
+
+def _refuse(value: Any, is_wrong: Callable[[Any], bool], what: str, place: tuple[object, ...] = ()) -> None:
+    """Refuse what has something wrong in it, and say where; ``value`` is not nested too deeply."""
+    if is_wrong(value):
+        raise ValueError(f"'{path_of(place)}' is {what}")
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if is_wrong(key):
+                raise ValueError(f"the key '{path_of((*place, key))}' is {what}")
+            if isinstance(inner, dict | list) or is_wrong(inner):
+                _refuse(inner, is_wrong, what, (*place, key))
+
+
+def path_of(place: Iterable[object]) -> str:
+    """Return the keys that lead to a value as text for an error message."""
+    return " > ".join(shown(str(key)) for key in place)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"it holds the key {shown(twice)} twice")
+    return found
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MOST_DEPTH + 1):
+        level = [inner for item in level for inner in _items(item) if isinstance(inner, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def checked(schema: "TypeAdapter[Any]", value: Any) -> Any:
+    """Return of ``value`` what ``schema`` knows, in its types and ranges.
+
+    Raises:
+        ValueError: It does not fit; the message is one line that names the first key that is wrong.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return schema.validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = path_of(first["loc"])
+        wrong = re.sub(r"^(Input|Value error,|Field) ?", "", first["msg"])
+        found = "" if first["type"] == "missing" else f", and is {_told(first['input'])}"
+        raise ValueError(f"it lacks or garbles '{place}' ({wrong}{found})") from error
 
 
 def read(value: Any, kind: Any, where: str) -> Any:
-    """Return ``value`` as ``kind``, built of plain values alone.
+    """Return ``value``, as a checkpoint held it, as ``kind``, built of plain values alone.
 
     A number is not taken for a string or a boolean, nor the other way round; an unknown name is refused. Nothing is
     imported and nothing of the value is called: ``kind`` says which classes there are.
 
     Args:
-        value: Dictionaries, lists, strings, numbers, booleans and None, as a file held them.
+        value: Dictionaries, lists, strings, numbers, booleans and None.
         kind: A type that pydantic knows: a plain one, a Literal, a container of these or a dataclass.
         where: File and setting, for the message.
 
@@ -31,23 +165,55 @@ def read(value: Any, kind: Any, where: str) -> Any:
         return _adapter(kind).validate_json(json.dumps(value), strict=True, extra="forbid")
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        path = ".".join(str(part) for part in first["loc"])
+        path = ".".join(shown(str(part)) for part in first["loc"])
         if first["type"] == "missing":
             raise UserError(f"{where} lacks {path}. {REMEDY}") from None
         place = f"{where}.{path}" if path else where
-        raise UserError(f"{place} is {shown(first['input'])}: {first['msg'].lower()}. {REMEDY}") from None
+        raise UserError(f"{place} is {display(first['input'])}: {first['msg'].lower()}. {REMEDY}") from None
     except (TypeError, ValueError, RecursionError):
-        raise UserError(f"{where} is not a plain value ({shown(value)}). {REMEDY}") from None
+        raise UserError(f"{where} is not a plain value ({display(value)}). {REMEDY}") from None
 
 
-def shown(value: Any) -> str:
-    """Return ``value`` for a message: on one line and short, control characters escaped."""
-    text = repr(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+def display(value: Any) -> str:
+    """Return ``value`` as Python writes it, for a message: one short line of printable text."""
+    try:
+        return shown(repr(value), LONGEST_VALUE)
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply"
 
 
 @cache
-def _adapter(kind: Any) -> Any:
+def _adapter(kind: Any) -> "TypeAdapter[Any]":
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return f"a {'dictionary' if isinstance(value, dict) else 'list'} of {len(value)}"
+    return shown(repr(value), 40)
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` in JSON's own types; a number that is not finite becomes None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return str(value)
+
+
+def shown(name: str, most: int = 80) -> str:
+    """Return ``name`` as one line of printable text; of more than ``most`` characters the middle is left out.
+
+    Control characters, line breaks and halves of surrogate pairs are escaped as Python writes them.
+    """
+    if len(name) > most:
+        half = (most - 1) // 2
+        name = f"{name[: most - 1 - half]}…{name[-half:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -21,7 +21,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file
+from leap_pl.inputs.plain_values import MOST_BYTES, plain, shown
 
 if TYPE_CHECKING:
     from leap_pl.base_model.weights import Weight
@@ -237,6 +238,8 @@ class MaskSet:
         """
         from safetensors import SafetensorError, safe_open
 
+        from leap_pl.masks.provenance_schema import parse_provenance, parse_shapes
+
         path = Path(path)
         if path.is_dir():
             raise UserError(f"{path} is a folder, and no such MaskSet file. Name {path}/mask.safetensors.")
@@ -248,14 +251,15 @@ class MaskSet:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 _check_format(path, metadata)
+                if any(len(text) > MOST_BYTES for text in metadata.values()):
+                    raise ValueError(f"its metadata is larger than {MOST_BYTES >> 20} MiB")
                 packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            shapes = json.loads(metadata["shapes"])
-            told = json.loads(metadata["provenance"])
-            intact = metadata["digest"] == _digest(metadata["shapes"], metadata["provenance"], packed)
-            if not intact or set(shapes) != set(packed):
+            if metadata["digest"] != _digest(metadata["shapes"], metadata["provenance"], packed):
                 raise ValueError("its digest does not match its content")
-            known = {f.name for f in fields(Provenance)}
-            provenance = Provenance(**{k: v for k, v in told.items() if k in known})
+            shapes = parse_shapes(metadata["shapes"])
+            provenance = Provenance(**parse_provenance(metadata["provenance"]))
+            if set(shapes) != set(packed):
+                raise ValueError("its shapes are of other weights than its bits")
             return cls(PackedMasks({name: packed[name] for name in shapes}, shapes), provenance)
         except UserError:
             raise
@@ -269,7 +273,7 @@ class MaskSet:
             RuntimeError,
         ) as error:
             raise UserError(
-                f"{path} is truncated or damaged ({' '.join(str(error).split())[:120]}). "
+                f"{path} is truncated or damaged ({shown(' '.join(str(error).split()), 300)}). "
                 "Make the mask again, or take another copy of the file."
             ) from error
 
@@ -291,7 +295,7 @@ def write_masks(
     Raises:
         UserError: It cannot be written.
     """
-    told_shapes, told = json.dumps(shapes), json.dumps(asdict(provenance))
+    told_shapes, told = json.dumps(shapes), json.dumps(plain(asdict(provenance)))
     digest = hashlib.sha256(f"{told_shapes}\n{told}\n".encode())
     blank = "0" * 2 * digest.digest_size  # until the bits are known
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "shapes": told_shapes, "provenance": told}
@@ -318,7 +322,7 @@ def write_masks(
 
 def split_name(name: str) -> tuple[int | None, str]:
     """A weight's decoder block and its projection: ``model.layers.3.mlp.up_proj.weight`` → 3, ``mlp.up_proj``."""
-    match = re.match(r".*?\.(\d+)\.(.+)", name)
+    match = re.match(r".*?\.(\d{1,9})\.(.+)", name)
     return (int(match[1]), match[2].removesuffix(".weight")) if match else (None, name.removesuffix(".weight"))
 
 

@@ -239,7 +239,7 @@ def test_not_a_number_stops_the_run(model_folder, text_file, tmp_path: Path, cap
 
 
 def test_broken_logits_are_not_saved(model_folder, text_file, tmp_path: Path, capsys, monkeypatch) -> None:
-    from leap_pl.ranges import FINITE, RANGES
+    from leap_pl.inputs.ranges import FINITE, RANGES
 
     monkeypatch.setitem(RANGES, "model.optimizer.lr", FINITE)  # a rate that breaks them is refused otherwise
     more = ["--model.optimizer=SGD", "--model.optimizer.lr=1e39", "--trainer.gradient_clip_val=null"]

@@ -1,0 +1,180 @@
+"""The schema of a result file: every name that leap_pl writes, with its type and range.
+
+Keys that are not known are left out, but for other numbers of a task: a newer leap_pl may write more.
+"""
+
+import re
+from functools import cache
+from typing import Annotated, Any, NotRequired
+
+from pydantic import AfterValidator, ConfigDict, FailFast, Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from leap_pl.inputs.plain_values import checked, shown
+from leap_pl.masks.provenance_schema import Config, Count, Finite, Name, Share, Word
+
+MOST_WEIGHTS = 1 << 17  # a hundred layers with 256 experts that are stored one by one have 77,000
+MOST_PERPLEXITY = 1.1e304  # that of a broken model is written as exp(700)
+SHARES = ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr")  # metrics that leap_pl reckons with
+
+Positive = Annotated[int, Field(ge=1, lt=1 << 53)]
+Number = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
+Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Shares = Annotated[dict[Name, Share], Field(max_length=MOST_WEIGHTS)]
+Names = Annotated[list[Name], Field(max_length=4096)]
+
+
+def _answers(text: str) -> str:
+    if re.search("[^01]", text):
+        raise ValueError("should be a digit, 0 or 1, for each question")
+    return text
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, dict | list) or (isinstance(value, str) and len(value) > 256):
+        raise ValueError("should be a number or a short string")
+    return value
+
+
+Model = TypedDict(
+    "Model",
+    {
+        "name": Name,
+        "base_model": Name,
+        "fingerprint": Word | None,
+        "mask": Name | None,
+        "mask_digest": NotRequired[Word | None],
+        "ckpt_path": NotRequired[Name | None],
+        "revision": NotRequired[Name | None],
+        "class": NotRequired[Word],
+        "dtype": NotRequired[Word],
+        "parameters": NotRequired[Count],
+    },
+)
+
+Sparsity = TypedDict(
+    "Sparsity",
+    {
+        "global": Share,
+        "weights": Shares,
+        "layers": NotRequired[Shares],
+        "projections": NotRequired[Shares],
+        "counted": NotRequired[Count],
+        "asked": NotRequired[Share | None],
+    },
+)
+
+
+class Tokenizer(TypedDict):
+    """What tells one tokenizer from another."""
+
+    vocabulary: Count
+    digest: Word
+
+
+class Perplexity(TypedDict):
+    """A perplexity with its protocol."""
+
+    value: Annotated[float, Field(ge=1, le=MOST_PERPLEXITY, allow_inf_nan=False)]
+    stderr: Error | None
+    nll: Annotated[float, Field(ge=0, le=1e300, allow_inf_nan=False)]
+    nll_stderr: NotRequired[Error | None]
+    seq_length: Positive
+    stride: Positive
+    tokens: Positive
+    predicted: NotRequired[Positive]
+    max_tokens: NotRequired[Positive | None]
+    share: NotRequired[Word]
+    text_digest: Word
+    tokenizer: Tokenizer
+    window_nll: NotRequired[Annotated[list[Number], FailFast()]]
+
+
+class _Task(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    split: Word | None
+    limit: Positive | None
+    num_fewshot: Count | None
+    version: Annotated[Any, AfterValidator(_scalar)]
+    samples: Count
+    source: NotRequired[Word]
+    correct: NotRequired[Annotated[str, AfterValidator(_answers)]]
+
+
+def _metrics(task: dict[str, Any]) -> dict[str, Any]:
+    """Keep, of what is not known by name, the numbers."""
+    kept = {key: value for key, value in task.items() if key in _Task.__annotations__}
+    for key, value in task.items():
+        if key in SHARES and value is not None:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"should have {key} from 0 to 1, and not {shown(repr(value), 40)}")
+            kept[key] = float(value)
+        elif key not in kept and isinstance(value, int | float) and not isinstance(value, bool) and len(key) <= 256:
+            kept[key] = value
+    return kept
+
+
+Task = Annotated[_Task, AfterValidator(_metrics)]
+
+
+class Mean(TypedDict):
+    """The mean accuracy over tasks."""
+
+    value: Share
+    stderr: Share | None
+    tasks: Names
+    paper: bool
+
+
+class Hardware(TypedDict):
+    """What measured."""
+
+    device: Word
+    machine: Word
+    processor: Word
+    cores: Count | None
+    threads: Count
+    gpu: NotRequired[Word]
+
+
+class Times(TypedDict):
+    """When it was measured, and how long it took."""
+
+    started: Word
+    seconds: dict[Name, Finite]
+
+
+class Result(TypedDict):
+    """A result file."""
+
+    format: Word
+    format_version: Count
+    model: Model
+    method: Word
+    config: NotRequired[Config]
+    sparsity: Sparsity
+    seed: NotRequired[int]
+    batch_size: NotRequired[Positive]
+    perplexity: Annotated[dict[Name, Perplexity], Field(max_length=1024)]
+    tasks: Annotated[dict[Name, Task], Field(max_length=4096)]
+    mean: NotRequired[Mean | None]
+    versions: NotRequired[dict[Word, Word]]
+    commit: NotRequired[Word | None]
+    hardware: NotRequired[Hardware]
+    times: NotRequired[Times]
+    cell: NotRequired[dict[Name, Any]]  # of an experiment, which has a schema of its own
+
+
+def checked_result(told: Any) -> dict[str, Any]:
+    """Return of the plain values ``told`` what a result file may say.
+
+    Raises:
+        ValueError: Something is missing or has another type or range; the message is one line that names it.
+    """
+    result: dict[str, Any] = checked(_schema(), told)
+    return result
+
+
+@cache
+def _schema() -> TypeAdapter[Any]:
+    return TypeAdapter(Result)
