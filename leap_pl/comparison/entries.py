@@ -10,6 +10,7 @@ from typing import Any
 
 from leap_pl.errors import UserError, listing
 from leap_pl.evaluation.record import read_result
+from leap_pl.inputs.plain_values import shown
 from leap_pl.masks import MaskSet, split_name
 
 MASK = "mask.safetensors"  # in an exported folder
@@ -210,9 +211,11 @@ def check_protocols(entries: Sequence[Entry]) -> None:
                 if "tokenizer" in differing:
                     differing = [key for key in differing if key != "text"]  # other tokens of, maybe, the same text
                 if differing:
-                    said = ", ".join(f"{key} ({expected[key]} and {protocol[key]})" for key in differing)
+                    said = ", ".join(
+                        f"{key} ({shown(str(expected[key]))} and {shown(str(protocol[key]))})" for key in differing
+                    )
                     raise UserError(
-                        f"the {kind} on {name} in {other.source} and in {entry.source} cannot stand in one column: "
+                        f"the {kind} on {shown(name)} in {other.source} and in {entry.source} cannot stand in one column: "
                         f"they differ in {said}. Evaluate both with the same flags, or compare them apart."
                     )
 

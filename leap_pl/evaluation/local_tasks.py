@@ -4,6 +4,9 @@ A folder of tasks holds ``<task>/<split>.jsonl`` (also ``.json`` and ``.parquet`
 data set has on the hub; a group of tasks, such as MMLU, holds ``<group>/<dataset_name>/<split>.jsonl``. For
 each task asked for, a definition is written that includes lm-eval's and points it to these files. Prompts,
 answers and metrics are lm-eval's, so the score on the same split is the same number as with the hub.
+
+The folder is data. lm-eval's definitions may name Python code (``!function``), so they are taken from the installed
+lm-eval alone: definitions and modules that lie in the folder are neither read nor imported.
 """
 
 import json

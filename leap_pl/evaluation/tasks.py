@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from leap_pl.errors import UserError, listing
 from leap_pl.evaluation.local_tasks import STOCK, LocalTasks
+from leap_pl.inputs.plain_values import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,8 +72,8 @@ def evaluate_tasks(
         order, 1 where ``acc`` counts it right, so that two results can be compared question by question.
 
     Raises:
-        UserError: There is no such task, its data is neither local nor within reach, or the model has fewer
-            positions than an answer has tokens.
+        UserError: There is no such task, its data is neither local nor within reach, local data is not what the task
+            asks for, or the model has fewer positions than an answer has tokens.
     """
     with LocalTasks.found_in(tasks_folder, tasks) as local, _quiet():
         from lm_eval import simple_evaluate
@@ -86,7 +87,7 @@ def evaluate_tasks(
         if unknown:
             raise UserError(_unknown(unknown, manager.all_tasks))
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        with _reaching(remote), _in_reach_of(lm.max_length):
+        with _questions_of(local, tasks_folder), _reaching(remote), _in_reach_of(lm.max_length):
             found = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),
@@ -207,6 +208,32 @@ def _reaching(remote: list[str]) -> Iterator[None]:
 
 
 @contextmanager
+def _questions_of(local: LocalTasks, folder: str | Path | None) -> Iterator[None]:
+    """Tell in one line of local questions that are not what lm-eval's definition of the task asks for.
+
+    What damage makes lm-eval and its readers raise is no closed list; what the model itself raises passes.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        trace = error.__traceback__
+        places = set()
+        while trace is not None:
+            places.add(str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0])
+            trace = trace.tb_next
+        if not local.names or "torch" in places:
+            raise
+        cause = error.__cause__ or error  # datasets tells the reason behind its own words
+        reason = shown(" ".join(f"{type(cause).__name__}: {cause}".split()), 200)
+        raise UserError(
+            f"the questions of {listing(sorted(local.names))} in {folder} are damaged, or not what the task asks for "
+            f"({reason}). Lay them out anew (make assets-eval), or take another folder."
+        ) from error
+
+
+@contextmanager
 def _in_reach_of(positions: int) -> Iterator[None]:
     """Tell in one line of an answer that is longer than the model's ``positions``, which lm-eval asserts is not.
 
@@ -234,12 +261,13 @@ def _quiet() -> Iterator[None]:
     from lm_eval import evaluator
     from lm_eval.api import task as stock
 
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
     levels = [logger.level for logger in loggers]
     bars = datasets.are_progress_bars_disabled()
     commit, bar = evaluator.get_git_commit_hash, stock.tqdm
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        # What datasets logs of a damaged file, it raises as well.
+        logger.setLevel(logging.CRITICAL if logger.name == "datasets" else logging.ERROR)
     datasets.disable_progress_bars()
     # It asks git for the commit of the working directory, and git complains aloud where that is no repository.
     evaluator.get_git_commit_hash = lambda: None

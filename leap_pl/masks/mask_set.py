@@ -167,8 +167,8 @@ class MaskSet:
         found = model_fingerprint(model)
         if found != self.provenance.fingerprint:
             raise UserError(
-                f"this mask was made for {self.provenance.base_model} with fingerprint "
-                f"{self.provenance.fingerprint}, and the model it is to be used on has {found}. "
+                f"this mask was made for {shown(self.provenance.base_model, 400)} with fingerprint "
+                f"{shown(self.provenance.fingerprint)}, and the model it is to be used on has {found}. "
                 "Give the base model it was made for (unpruned, the same revision)."
             )
         if weights is None:
@@ -176,7 +176,7 @@ class MaskSet:
             strange = [name for name, mask in self.masks.items() if there.get(name) != mask.shape]
             if strange:
                 raise UserError(
-                    f"the model has no weight {listing([repr(name) for name in strange], 3)} of the shape that this "
+                    f"the model has no weight {listing([repr(shown(name, 200)) for name in strange], 3)} of the shape that this "
                     "mask is for. Give the base model it was made for."
                 )
             return
@@ -185,7 +185,7 @@ class MaskSet:
         if wrong:
             raise UserError(
                 f"this mask covers {len(self.masks)} weights, and {len(shapes)} are gated; they differ in "
-                f"{listing(sorted(wrong), 4)}. Use the same targets and ignore as the mask was made with."
+                f"{listing([shown(name, 200) for name in sorted(wrong)], 4)}. Use the same targets and ignore as the mask was made with."
             )
 
     # -- what it does -------------------------------------------------------------------------------------
@@ -202,7 +202,8 @@ class MaskSet:
         parameters = dict(model.named_parameters())
         missing = [name for name in self.masks if name not in parameters]
         if missing:
-            raise UserError(f"the model has no weight {listing(missing, 3)}, which this mask is for.")
+            named = listing([shown(name, 200) for name in missing], 3)
+            raise UserError(f"the model has no weight {named}, which this mask is for.")
         for name, mask in self.masks.items():
             parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
         return model
@@ -341,7 +342,7 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     version = metadata.get("format_version", "")
     if version != str(FORMAT_VERSION):
         raise UserError(
-            f"{path} is a MaskSet of format version {version[:20]}, and this leap_pl reads version {FORMAT_VERSION}. "
+            f"{path} is a MaskSet of format version {shown(version, 20)}, and this leap_pl reads version {FORMAT_VERSION}. "
             "Update leap_pl: pip install --upgrade leap_pl"
         )
 
