@@ -370,7 +370,7 @@ _TINY: list[Any] = []
 
 
 @contextmanager
-def _bare() -> Iterator[None]:
+def bare_survey() -> Iterator[None]:
     """Leave out what takes seconds an input and reads none of it: lm-eval's survey of this machine."""
     from lm_eval import evaluator
 
@@ -420,7 +420,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="folder for inputs that failed")
     options = parser.parse_args()
     failed = 0
-    with tempfile.TemporaryDirectory() as place, _bare():
+    with tempfile.TemporaryDirectory() as place, bare_survey():
         os.environ["HF_DATASETS_CACHE"] = str(Path(place, "cache"))
         import datasets
 

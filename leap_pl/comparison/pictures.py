@@ -20,7 +20,7 @@ from leap_pl.comparison.differences import (
 )
 from leap_pl.comparison.entries import Entry
 from leap_pl.comparison.overlap import Overlap, overlap
-from leap_pl.comparison.table import all_texts, is_level, short_names
+from leap_pl.comparison.table import all_texts, is_level, short_names, spelled
 from leap_pl.inputs.plain_values import shown
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, without yellow, which paper swallows; the marker tells methods apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 CHARACTER = 0.08  # inches that a letter of a label takes, on average
+FARTHEST = 1e100  # from zero that a figure is drawn
 MOST_LETTERS = 100  # of a name in a picture; the middle of a longer one is left out
 MOST_INCHES = 100.0  # of a picture's width and height; rows get narrower instead
 LONGEST_STEM = 80  # letters of a name in a file's name
@@ -82,7 +83,7 @@ def draw_perplexities(entries: Sequence[Entry], folder: Path, stem: str = "perpl
     with _drawing():
         for number, (text, name) in enumerate(short_names(all_texts(entries)).items(), 1):
             points = [
-                (e, float(e.perplexity[text]["value"]), e.perplexity[text]["stderr"])
+                (e, _drawn(e.perplexity[text]["value"]), _times(e.perplexity[text]["stderr"], 1))
                 for e in entries
                 if text in e.perplexity
             ]
@@ -143,7 +144,7 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
             color="0.35",
             linestyle=("--", ":", "-.")[n % 3],
             linewidth=1.2,
-            label=f"{_literal(name)} ({value:.2f})",
+            label=f"{_literal(name)} ({spelled(value, 2)})",
         )
     if logarithmic:
         _logarithmic(axes, [value for _, value, _ in points])
@@ -200,7 +201,7 @@ def _differences(
         axes.axvline(0, color="0.35", linestyle="--", linewidth=1.2)
         for row, (_, difference) in enumerate(found):
             axes.errorbar(
-                scale * difference.value,
+                _times(difference.value, scale),
                 row,
                 xerr=_times(difference.stderr, scale),
                 marker="o",
@@ -344,4 +345,9 @@ def _slug(name: str) -> str:
 
 
 def _times(value: float | None, scale: float) -> float | None:
-    return None if value is None else scale * value
+    return None if value is None else _drawn(scale * value)
+
+
+def _drawn(value: float) -> float:
+    """Return ``value``, or the farthest that is drawn: beyond it are figures of broken models alone."""
+    return max(-FARTHEST, min(float(value), FARTHEST))

@@ -255,19 +255,20 @@ def _pair(difference: Difference | None) -> list[str | float | None]:
 def _figure(value: float | None, stderr: float | None, digits: int, scale: float = 1) -> str:
     if value is None:
         return ""
-    error = "" if stderr is None else f" ± {_number(scale * stderr, digits)}"
-    return f"{_number(scale * value, digits)}{error}"
+    error = "" if stderr is None else f" ± {spelled(scale * stderr, digits)}"
+    return f"{spelled(scale * value, digits)}{error}"
 
 
-def _number(value: float, digits: int, sign: str = "") -> str:
+def spelled(value: float, digits: int, sign: str = "") -> str:
+    """Return ``value`` with so many ``digits`` behind the point, or, far from zero, with an exponent."""
     return f"{value:{sign}.{digits}f}" if abs(value) < MOST_SPELLED_OUT else f"{value:{sign}.3g}"
 
 
 def _difference(difference: Difference | None, scale: float) -> str:
     if difference is None:
         return ""
-    error = "" if difference.stderr is None else f" ± {_number(scale * difference.stderr, 2)}"
+    error = "" if difference.stderr is None else f" ± {spelled(scale * difference.stderr, 2)}"
     # Its sparsity is that of the row.
     return (
-        f"{_number(scale * difference.value, 2, '+')}{error} ({re.sub(r' [0-9]+%', '', difference.baseline, count=1)})"
+        f"{spelled(scale * difference.value, 2, '+')}{error} ({re.sub(r' [0-9]+%', '', difference.baseline, count=1)})"
     )
