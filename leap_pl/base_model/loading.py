@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+_TELLING = OSError | ValueError | RuntimeError | SafetensorError  # whose message says enough without their name
+
 
 def name_of_model(typed: str | None, recorded: str, *, trust_remote_code: bool) -> str:
     """Return which base model is loaded: the ``typed`` one, or the one that a mask or checkpoint has ``recorded``.
@@ -213,7 +215,11 @@ def _locate(name: str) -> tuple[str, str | None]:
 
 
 class _reading:  # noqa: N801  (reads as a statement: with _reading("base model", name))
-    """Turns what the hub client and the readers raise into one line that says what to give instead."""
+    """Turns what the hub client and the readers raise into one line that says what to give instead.
+
+    A damaged file makes them raise whatever their next line happens to: all of it is told of the file. Only readers are
+    called within, so that no mistake of this package's own is taken for one.
+    """
 
     def __init__(self, what: str, name: str) -> None:
         self.what, self.name = what, name
@@ -222,10 +228,10 @@ class _reading:  # noqa: N801  (reads as a statement: with _reading("base model"
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        readers = OSError | ValueError | KeyError | RuntimeError | SafetensorError | pickle.UnpicklingError
-        if not isinstance(error, readers) or isinstance(error, UserError):
+        if error is None or isinstance(error, UserError | torch.OutOfMemoryError):
             return
-        if isinstance(error, torch.OutOfMemoryError):
+        panicked = type(error).__name__ == "PanicException"  # of a reader in Rust, and no Exception
+        if not panicked and not isinstance(error, Exception):
             return
         if isinstance(error, pickle.UnpicklingError):
             raise UserError(
@@ -233,6 +239,8 @@ class _reading:  # noqa: N801  (reads as a statement: with _reading("base model"
                 "model's files. Give the model as safetensors."
             ) from error
         reason = " ".join(str(error).split())
+        if not isinstance(error, _TELLING):
+            reason = f"{type(error).__name__}: {reason}"
         reason = re.sub(r" for this kind of AutoModel.*", ", which is no causal language model.", reason)
         reason = reason if len(reason) <= 300 else f"{reason[:300]} …"
         local = Path(self.name).expanduser().exists()

@@ -89,7 +89,7 @@ def _read(source: str) -> Entry:
     if not path.is_file():
         raise UserError(f"{source}: there is no such file. Name result files of leap_pl evaluate, masks or folders.")
     result = read_result(path)
-    return entry_of_result(source, result, _mask_at_hand(result["model"]))
+    return entry_of_result(source, result, _mask_at_hand(source, result["model"]))
 
 
 def _of_mask(source: str, mask: MaskSet) -> Entry:
@@ -147,11 +147,14 @@ def _table_of(densities: dict[tuple[int, str], float], source: str) -> dict[tupl
     return densities
 
 
-def _mask_at_hand(model: dict[str, Any]) -> MaskSet | None:
+def _mask_at_hand(source: str, model: dict[str, Any]) -> MaskSet | None:
     """The mask that a result was measured with, if it is still where it was and the same."""
     for place in (model["mask"], str(Path(model["name"], MASK))):
         if place is not None and os.path.isfile(place):  # noqa: PTH113  (Path raises on what is too long for a path)
-            mask = MaskSet.load(place)
+            try:
+                mask = MaskSet.load(place)
+            except UserError as error:
+                raise UserError(f"{source} names the mask it was measured with, and {error}") from error
             same = mask.provenance.fingerprint == model["fingerprint"]
             # Results of older versions do not say which mask it was.
             return mask if same and mask.digest_of_bits() == model.get("mask_digest") else None
@@ -215,8 +218,8 @@ def check_protocols(entries: Sequence[Entry]) -> None:
                         f"{key} ({shown(str(expected[key]))} and {shown(str(protocol[key]))})" for key in differing
                     )
                     raise UserError(
-                        f"the {kind} on {shown(name)} in {other.source} and in {entry.source} cannot stand in one column: "
-                        f"they differ in {said}. Evaluate both with the same flags, or compare them apart."
+                        f"the {kind} on {shown(name)} in {other.source} and in {entry.source} cannot stand in one "
+                        f"column: they differ in {said}. Evaluate both with the same flags, or compare them apart."
                     )
 
 

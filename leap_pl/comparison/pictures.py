@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 CHARACTER = 0.08  # inches that a letter of a label takes, on average
 FARTHEST = 1e100  # from zero that a figure is drawn
-MOST_LETTERS = 100  # of a name in a picture; the middle of a longer one is left out
+MOST_LETTERS = 60  # of a name in a picture; the middle of a longer one is left out
 MOST_INCHES = 100.0  # of a picture's width and height; rows get narrower instead
 LONGEST_STEM = 80  # letters of a name in a file's name
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -193,7 +193,7 @@ def _differences(
     from matplotlib.figure import Figure
 
     rows = max(len(found) for _, found, _ in panels)
-    longest = max(len(label) for _, found, _ in panels for label, _ in found)
+    longest = max(max(len(label), 2 + len(_literal(d.baseline))) for _, found, _ in panels for label, d in found)
     width = max(3.6, 2.4 + CHARACTER * longest)
     size = (min(width * len(panels) + 1.2, MOST_INCHES), min(1.5 + 0.5 * rows, MOST_INCHES))
     figure = Figure(figsize=size, layout="constrained")

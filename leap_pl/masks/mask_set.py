@@ -176,8 +176,8 @@ class MaskSet:
             strange = [name for name, mask in self.masks.items() if there.get(name) != mask.shape]
             if strange:
                 raise UserError(
-                    f"the model has no weight {listing([repr(shown(name, 200)) for name in strange], 3)} of the shape that this "
-                    "mask is for. Give the base model it was made for."
+                    f"the model has no weight {listing([repr(shown(name, 200)) for name in strange], 3)} of the shape "
+                    "that this mask is for. Give the base model it was made for."
                 )
             return
         shapes, own = {name: tuple(weight.parameter.shape) for name, weight in weights.items()}, self.shapes
@@ -185,7 +185,8 @@ class MaskSet:
         if wrong:
             raise UserError(
                 f"this mask covers {len(self.masks)} weights, and {len(shapes)} are gated; they differ in "
-                f"{listing([shown(name, 200) for name in sorted(wrong)], 4)}. Use the same targets and ignore as the mask was made with."
+                f"{listing([shown(name, 200) for name in sorted(wrong)], 4)}. Use the same targets and ignore as the "
+                "mask was made with."
             )
 
     # -- what it does -------------------------------------------------------------------------------------
@@ -342,8 +343,8 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     version = metadata.get("format_version", "")
     if version != str(FORMAT_VERSION):
         raise UserError(
-            f"{path} is a MaskSet of format version {shown(version, 20)}, and this leap_pl reads version {FORMAT_VERSION}. "
-            "Update leap_pl: pip install --upgrade leap_pl"
+            f"{path} is a MaskSet of format version {shown(version, 20)}, and this leap_pl reads version "
+            f"{FORMAT_VERSION}. Update leap_pl: pip install --upgrade leap_pl"
         )
 
 
