@@ -187,7 +187,21 @@ def test_what_is_written_can_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a$b", r"$\frac{", "x_1^2", "_first", r"c:\new", "$$", "%d{}", "100%$", "\x1b[31mred", "a\nb"]
+    "name",
+    [
+        "a$b",
+        r"$\frac{",
+        r"$\frac{a$",
+        "$x_1^2$",
+        "x_1^2",
+        "_first",
+        r"c:\new",
+        "$$",
+        "%d{}",
+        "100%$",
+        "\x1b[31mred",
+        "a\nb",
+    ],
 )
 def test_names_are_drawn_as_they_are(tmp_path: Path, name: str) -> None:
     """Methods, models, texts, tasks and projections, in every picture."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.headline.cell_schema import checked_cell
+
 from experiments.headline.experiment import UNSTRUCTURED
 from leap_pl.comparison.entries import Entry, check_protocols, entry_of_result
 from leap_pl.errors import UserError
@@ -52,6 +54,10 @@ def read_cells(folder: Path) -> list[Measured]:
         result = read_result(path)
         if "cell" not in result:
             raise UserError(f"{path} is a result, but of no cell of the experiment. Take it out of {folder}.")
+        try:
+            result["cell"] = checked_cell(result, ROLES)
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}. Make the cell again, or take the file out.") from error
         found.append(Measured(result, _entry(path, result), result["cell"]))
     if not found:
         raise UserError(f"{folder} holds no finished cell. Run make results first.")

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from experiments.headline.experiment import read_experiment
+from experiments.headline.measured import read_cells
 from experiments.headline.report import write_report
+from leap_pl.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -94,3 +96,28 @@ def test_figures_that_name_their_cell_are_the_cells(document: str) -> None:
         assert [like, unlike] == figures()[name][:2], name
         checked += 1
     assert checked
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda cell: cell.pop("title"), "'title' (required)"),
+        (lambda cell: cell.update(order="first"), "'order'"),
+        (lambda cell: cell.update(sparsity=50), "'sparsity'"),
+        (lambda cell: cell.update(about={"class_path": "os.system"}), "'about'"),
+        (lambda cell: cell["texts"].pop("unlike"), "the perplexity on the text of 'unlike'"),
+        (lambda cell: cell["texts"]["like"].update(text="other.jsonl"), "the perplexity on the text of 'like'"),
+        (lambda cell: cell.update(overlap={"iou": 2}), "'overlap > iou'"),
+        (lambda cell: cell.update(commands="rm"), "'commands'"),
+    ],
+)
+def test_a_damaged_cell_is_told_in_one_line(tmp_path: Path, change, words: str) -> None:
+    result = json.loads((RESULTS / "cells" / "leap-distill-50.json").read_text(encoding="utf-8"))
+    change(result["cell"])
+    path = tmp_path / "leap-distill-50.json"
+    path.write_text(json.dumps(result))
+    with pytest.raises(UserError) as caught:
+        read_cells(tmp_path)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1

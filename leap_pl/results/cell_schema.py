@@ -1,0 +1,71 @@
+"""The schema of what a finished cell says of its making, beside what ``leap_pl evaluate`` says of it."""
+
+from functools import cache
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from leap_pl.inputs.plain_values import checked
+from leap_pl.provenance_schema import Count, Name, Share, Word
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Text(TypedDict):
+    """A text that perplexity is measured on."""
+
+    text: Name
+    title: Word
+
+
+class Overlap(TypedDict):
+    """How far a learned mask agrees with its prior."""
+
+    iou: Share
+    chance: Share
+    layers: dict[Word, Share]
+    changed: Share
+
+
+class Cell(TypedDict):
+    """What a report shows of a cell."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    name: Name
+    title: Word
+    order: Count
+    sparsity: Share | None
+    table: Word
+    baseline: bool
+    reference: bool
+    about: list[Name]
+    texts: dict[Word, Text]
+    settings: dict[Name, Any]
+    prior: Name | None
+    kept: Name | None
+    tokens: Count | None
+    calibration_tokens: Count | None
+    seconds: Seconds | None
+    peak_rss: Count | None
+    digests: dict[Name, Word]
+    commands: list[list[Name]]
+    overlap: Overlap | None
+
+
+def checked_cell(result: dict[str, Any], roles: tuple[str, ...]) -> dict[str, Any]:
+    """Return the ``cell`` of ``result``, whose texts of ``roles`` are all measured.
+
+    Raises:
+        ValueError: Something is missing or has another type or range; the message is one line that names it.
+    """
+    cell: dict[str, Any] = checked(_schema(), result["cell"])
+    for role in roles:
+        if role not in cell["texts"] or cell["texts"][role]["text"] not in result["perplexity"]:
+            raise ValueError(f"it lacks the perplexity on the text of '{role}'")
+    return cell
+
+
+@cache
+def _schema() -> TypeAdapter[Any]:
+    return TypeAdapter(Cell)
