@@ -272,6 +272,8 @@ WRONG = [
 ]
 WRONG_CONFIG = [
     ("pattern", ["2:4"]),
+    ("pattern", "0:0"),
+    ("pattern", "0x0 tiles, dense or 2:4"),
     ("pattern", "9" * 50 + ":" + "9" * 50),
     ("data", "text.jsonl"),
     ("data", {"text": [1]}),

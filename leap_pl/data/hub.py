@@ -7,6 +7,7 @@ from typing import Any
 
 from leap_pl.data.documents import Document, Share, State, chained, digest_in, in_share, mended, warn
 from leap_pl.errors import UserError, listing
+from leap_pl.inputs.plain_values import shown
 
 DEFAULT_CONFIGS = {"allenai/c4": "en"}
 TRIES = 5
@@ -170,7 +171,7 @@ class HubDataset:
 
     def _no_column(self, columns: list[str]) -> UserError:
         return UserError(
-            f"{self.name} has no column {self.text_column!r}; it has: {listing(columns)}. "
+            f"{self.name} has no column {self.text_column!r}; it has: {listing([shown(c) for c in columns])}. "
             "Name the one with the text with --data.text_column."
         )
 

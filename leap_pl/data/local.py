@@ -23,6 +23,7 @@ from leap_pl.data.documents import (
     mended,
 )
 from leap_pl.errors import UserError, listing
+from leap_pl.inputs.plain_values import shown
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".txt")
 TEXT_PART_BYTES = 1 << 18
@@ -228,7 +229,7 @@ class LocalFiles:
 
     def _no_column(self, file: Path, columns: list[str]) -> UserError:
         return UserError(
-            f"{file} has no column {self.text_column!r}; it has: {listing(columns)}. "
+            f"{file} has no column {self.text_column!r}; it has: {listing([shown(c) for c in columns])}. "
             "Name the one with the text with --data.text_column."
         )
 

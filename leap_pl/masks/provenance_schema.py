@@ -11,6 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from leap_pl.inputs.plain_values import LONGEST_NAME, checked, parse_json, plain
+from leap_pl.masks.patterns import read_form
 
 MOST_DIMENSIONS = 8
 MOST_ELEMENTS = 1 << 48  # of one weight
@@ -25,6 +26,7 @@ Count = Annotated[int, Field(ge=0)]
 def _form(text: str) -> str:
     if re.search(r"\d{7}", text):
         raise ValueError("should name a form of masks, as 2:4")
+    read_form(text)  # which refuses 0:4
     return text
 
 
