@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from experiments.headline.cell_schema import checked_cell
-
 from experiments.headline.experiment import UNSTRUCTURED
 from leap_pl.comparison.entries import Entry, check_protocols, entry_of_result
 from leap_pl.errors import UserError

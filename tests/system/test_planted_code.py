@@ -1,194 +1,339 @@
-"""Code planted at every string of a checkpoint: nothing of it runs, and nothing that it names is imported."""
+"""Code planted at every string of a mask, a result, a record, a model folder and a tasks folder: nothing runs.
 
+What would run is seen by an audit hook: imports of the planted module, unpickled names, started processes.
+"""
+
+import base64
 import copy
+import json
+import pickle
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Run, fit_flags, refused
+from fuzz_readers import PROVENANCE, RESULT, SHAPES, mask_file
+from tiny import byte_tokenizer, tiny_folder, tiny_model
 
-from leap_pl import LeapModule
-from leap_pl.cli.fit import LeapCLI
+from leap_pl.base_model.loading import load_config, load_model, load_tokenizer
+from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.cli.main import main
+from leap_pl.comparison.entries import read_entries
+from leap_pl.comparison.table import make_table
 from leap_pl.errors import UserError
+from leap_pl.evaluation.subject import exported_record, load_subject
+from leap_pl.evaluation.tasks import evaluate_tasks
+from leap_pl.export.hugging_face import _card, _facts
+from leap_pl.masks import MaskSet, Provenance
 
-pytestmark = pytest.mark.usefixtures("eager")
+EVIL = "leap_pl_evil"
+WATCHED = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.startfile",
+    "subprocess.Popen",
+    "pickle.find_class",
+    "pty.spawn",
+)
 
-MODULE = "planted_by_a_checkpoint"
-PAYLOADS: dict[str, Any] = {
-    "name": f"{MODULE}.run",
-    "class": {"class_path": f"{MODULE}.Planted", "init_args": {}},
-    "call": {"class_path": f"{MODULE}.run", "init_args": {"command": "x"}},
-}
 
-Path_ = tuple[Any, ...]
+class Watch:
+    """What ran while it was switched on. A hook cannot be taken away again."""
+
+    def __init__(self) -> None:
+        self.on, self.ran = False, []
+        sys.addaudithook(self.hear)
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.on and (event in WATCHED or (event == "import" and EVIL in str(arguments[0]))):
+            self.ran.append((event, str(arguments)[:200]))
+
+
+WATCH = Watch()
+
+
+class Planted:
+    """A module that makes a file when it is imported, and what would run it if a string were taken for code."""
+
+    def __init__(self, folder: Path) -> None:
+        self.mark = folder / "ran"
+        self.code = f"open({str(self.mark)!r}, 'w').close()\n"
+        package = folder / "path" / EVIL
+        package.mkdir(parents=True)
+        for name in ("__init__", "module"):
+            (package / f"{name}.py").write_text(self.code + "class Config: pass\n")
+        self.path = str(package.parent)
+        command = f"touch {self.mark}"
+        trap = b"cos\nsystem\n(S" + repr(command).encode() + b"\ntR."
+        assert b"system" in trap
+        self.values: list[Any] = [
+            "os.system",
+            {"class_path": "os.system", "init_args": {"command": command}},
+            {"class_path": f"{EVIL}.module.Config", "init_args": {}},
+            [f"{EVIL}.module.Config"],
+            f"{EVIL}.module",
+            f"{EVIL}.module.Config",
+            f"!!python/object/apply:os.system ['{command}']",
+            f"!function {EVIL}.module.Config",
+            f"{{{{ cycler.__init__.__globals__.os.system('{command}') }}}}",
+            f"$({command})",
+            f"; {command} #",
+            base64.b64encode(trap).decode(),
+            trap.decode(),
+        ]
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Make sure that nothing runs within the statement."""
+        sys.path.insert(0, self.path)
+        WATCH.ran.clear()
+        WATCH.on = True
+        try:
+            yield
+        finally:
+            WATCH.on = False
+            sys.path.remove(self.path)
+        assert not WATCH.ran
+        assert not self.mark.exists()
+        assert not [name for name in sys.modules if EVIL in name]
 
 
 @pytest.fixture
-def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], bool]]:
-    """Whether a module that lies ready was imported, or something of it called."""
-    trace = tmp_path / "it-ran"
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    code = f"open({str(trace)!r}, 'a').close()"
-    body = (
-        f"{code}\ndef run(*_, **__):\n    {code}\nclass Planted:\n    def __init__(self, *_, **__):\n        {code}\n"
-    )
-    (folder / f"{MODULE}.py").write_text(body)
-    monkeypatch.syspath_prepend(str(folder))
-    yield trace.exists
-    sys.modules.pop(MODULE, None)
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planted:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return Planted(tmp_path)
 
 
-def strings(tree: Any, path: Path_ = ()) -> Iterator[Path_]:
-    """The place of every string in a checkpoint."""
-    if isinstance(tree, str):
-        yield path
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from strings(value, (*path, key))
-    elif isinstance(tree, list | tuple):
-        for place, value in enumerate(tree):
-            yield from strings(value, (*path, place))
+def strings(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the keys that lead to each string inside ``value``."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        if isinstance(inner, str):
+            yield (*above, key)
+        yield from strings(inner, (*above, key))
 
 
-def with_planted(checkpoint: dict[str, Any], path: Path_, payload: Any) -> dict[str, Any]:
-    """A copy of ``checkpoint``, tensors shared, with ``payload`` in the place of one string."""
-    changed = shallow(checkpoint)
-    inner: Any = changed
-    for key in path[:-1]:
-        if isinstance(inner[key], tuple):
-            inner[key] = list(inner[key])
-        inner = inner[key]
-    inner[path[-1]] = copy.deepcopy(payload)
-    return changed
+def variants(value: Any, planted: Planted) -> Iterator[Any]:
+    """Yield ``value`` with each of the planted values at each of its strings, and as each of its keys."""
+    for place in strings(value):
+        for put in planted.values:
+            changed = copy.deepcopy(value)
+            holder = changed
+            for key in place[:-1]:
+                holder = holder[key]
+            holder[place[-1]] = put
+            yield changed
+            if isinstance(put, str) and isinstance(holder, dict):
+                holder[put] = holder.pop(place[-1])
+                yield changed
 
 
-def shallow(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: shallow(value) for key, value in tree.items()}
-    return [shallow(item) for item in tree] if isinstance(tree, list | tuple) else tree
+def use(path: Path) -> str:
+    """Read and use what is in ``path``: how it ended."""
+    try:
+        if path.suffix == ".safetensors":
+            mask = MaskSet.load(path)
+            _card(mask, _facts(mask, 0))
+        table = make_table(read_entries([str(path)]), {"wanda"})
+        table.text(80), table.markdown(), table.csv()
+    except UserError:
+        return "refused"
+    return "accepted"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(finished: Run) -> dict[str, Any]:
-    """As this version writes it, and with what earlier ones did beside."""
-    stored = torch.load(finished.folder / "checkpoints" / "step=4.ckpt", weights_only=True)
-    names = {name: value for name, value in stored["leap_pl"]["learned_with"].items() if name.startswith("model.")}
-    hyper_parameters = {name.removeprefix("model."): value for name, value in names.items()}
-    hyper_parameters |= {"trust_remote_code": True, "_class_path": "LeapModule", "_instantiator": "x.y"}
-    return {**stored, "hyper_parameters": hyper_parameters}
+def test_the_watch_sees_what_runs(planted: Planted) -> None:
+    import importlib
+    import os
 
-
-def older(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    changed = shallow(checkpoint)
-    changed["leap_pl"]["learned_with"] = {}
-    return changed
-
-
-def words_of(finished: Run, tmp_path: Path, path: Path) -> list[str]:
-    kept = ("--trainer.", "--checkpoint.", "--sparsity_log.")
-    words = [word for word in fit_flags("m", "t", tmp_path / "run") if word.startswith(kept)]
-    return [*words, f"--ckpt_path={path}"]
-
-
-def test_there_are_strings_to_plant_at(checkpoint: dict[str, Any]) -> None:
-    places = list(strings(checkpoint))
-    assert len(places) > 60
-    assert ("leap_pl", "gate", "class_path") in places
-    assert ("hyper_parameters", "optimizer", "class_path") in places
-
-
-@pytest.mark.parametrize(
-    ("verb", "form", "payload"),
-    [("fit", "new", "name"), ("fit", "new", "call"), ("fit", "older", "call"), ("validate", "new", "class")],
-)
-def test_the_command_line_takes_no_code(
-    checkpoint, finished: Run, tmp_path: Path, planted, monkeypatch, verb: str, form: str, payload: str
-) -> None:
-    """Up to where the trainer would run: every setting is taken, every class made."""
-    ended = []
-    monkeypatch.setattr(LeapCLI, "_run_subcommand", lambda self, verb: ended.append(self.model.trust_remote_code))
-    base = checkpoint if form == "new" else older(checkpoint)
-    heads = ("leap_pl", "hyper_parameters") if form == "older" else ("leap_pl",)
-    places = [place for place in strings(base) if place[0] in heads and place[1] not in ("shapes", "input_dims")]
-    assert len(places) > 20
-    path = tmp_path / "planted.ckpt"
-    for place in places:
-        torch.save(with_planted(base, place, PAYLOADS[payload]), path)
-        try:
-            main([verb, *words_of(finished, tmp_path, path)])
-        except SystemExit as end:
-            assert end.code == 2, place
-        assert not planted(), place
-        assert MODULE not in sys.modules, place
-    assert not any(ended)  # trust_remote_code stands in the checkpoint, and is not taken
-
-
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_what_reads_a_checkpoint_runs_no_code(
-    checkpoint, finished: Run, tmp_path: Path, planted, capsys, payload: str
-) -> None:
-    """export and compare read the mask, load_from_checkpoint the module: of every string everywhere."""
-    path = tmp_path / "planted.ckpt"
-    for place in strings(checkpoint):
-        torch.save(with_planted(checkpoint, place, PAYLOADS[payload]), path)
-        try:
-            LeapModule.load_from_checkpoint(path)
-        except UserError as error:
-            assert "\n" not in str(error)
-        assert not planted(), place
-        try:
-            from leap_pl.checkpoints.layout import masks_from_checkpoint
-
-            masks_from_checkpoint(path).save(tmp_path / "mask.safetensors")
-        except UserError as error:
-            assert "\n" not in str(error)
-        assert not planted(), place
-        assert MODULE not in sys.modules, place
-
-
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_a_whole_run_runs_no_code(checkpoint, finished: Run, tmp_path: Path, planted, capsys, payload: str) -> None:
-    """What Lightning restores: callbacks, loops, optimizer, schedule and data, each with code at all its strings."""
-    for head in (
-        "callbacks",
-        "loops",
-        "optimizer_states",
-        "lr_schedulers",
-        "TextDataModule",
-        "pytorch-lightning_version",
+    for run in (
+        lambda: importlib.import_module(f"{EVIL}.module"),
+        lambda: os.system("true"),
+        lambda: pickle.loads(planted.values[-1].replace("touch", "true ").encode()),
     ):
-        changed = checkpoint
-        for place in strings(checkpoint):
-            if place[0] == head:
-                changed = with_planted(changed, place, PAYLOADS[payload])
-        path = tmp_path / f"{head}.ckpt"
-        torch.save(changed, path)
-        try:
-            main(["fit", *words_of(finished, tmp_path / head, path)])
-        except SystemExit as end:
-            assert end.code == 2, head
-        assert not planted(), head
+        with pytest.raises(AssertionError), planted.watched():
+            run()
+        planted.mark.unlink(missing_ok=True)
+        for name in [name for name in sys.modules if EVIL in name]:
+            del sys.modules[name]
 
 
-def test_a_class_that_is_none_of_those_asked_for_is_refused_before_it_is_called(
-    model_folder, text_file, tmp_path: Path, planted, capsys
+def test_at_every_string_of_a_mask(planted: Planted, tmp_path: Path) -> None:
+    ends = []
+    with planted.watched():
+        for provenance in variants(PROVENANCE, planted):
+            (tmp_path / "m.safetensors").write_bytes(mask_file(json.dumps(SHAPES), json.dumps(provenance)))
+            ends.append(use(tmp_path / "m.safetensors"))
+        for put in planted.values:
+            for shapes in ({**SHAPES, next(iter(SHAPES)): put}, put):
+                (tmp_path / "m.safetensors").write_bytes(mask_file(json.dumps(shapes), json.dumps(PROVENANCE)))
+                ends.append(use(tmp_path / "m.safetensors"))
+    assert len(ends) > 200
+    assert set(ends) == {"refused", "accepted"}
+
+
+def test_at_every_string_of_a_result(planted: Planted, tmp_path: Path) -> None:
+    ends = []
+    with planted.watched():
+        for result in variants(RESULT, planted):
+            (tmp_path / "r.json").write_text(json.dumps(result))
+            ends.append(use(tmp_path / "r.json"))
+    assert len(ends) > 300
+    assert set(ends) == {"refused", "accepted"}
+
+
+def test_at_every_string_of_a_record(planted: Planted, tmp_path: Path) -> None:
+    ends = []
+    with planted.watched():
+        for record in variants({"provenance": PROVENANCE, "README": "x"}, planted):
+            (tmp_path / "leap_pl.json").write_text(json.dumps(record))
+            try:
+                exported_record(tmp_path)
+                ends.append("accepted")
+            except UserError:
+                ends.append("refused")
+    assert set(ends) == {"refused", "accepted"}
+
+
+# -- model folders ------------------------------------------------------------------------------------------
+
+
+def mask_of(model: Path, base_model: str, path: Path) -> Path:
+    """A mask of half the weights of the model in ``model``, said to be of ``base_model``."""
+    base = load_model(str(model))
+    masks = {
+        name: torch.arange(w.parameter.numel()).view(w.parameter.shape) % 2 == 0
+        for name, w in find_weights(base).items()
+    }
+    return MaskSet(masks, Provenance(base_model, model_fingerprint(base), "leap", 0.5)).save(path)
+
+
+@pytest.fixture
+def hostile_model(planted: Planted, tmp_path: Path) -> Path:
+    """A model whose files name code wherever such files may."""
+    folder = tiny_folder(tmp_path / "model")
+    (folder / "evil.py").write_text(planted.code + "from transformers import LlamaConfig as Config\n")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(planted.code + "def generate(*a, **k): pass\n")
+    named = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.Config")}
+    tokens = {"auto_map": {"AutoTokenizer": ["evil.Config", "evil.Config"]}, "chat_template": planted.values[8]}
+    generation = {"auto_map": named["auto_map"], "custom_generate": "custom_generate"}
+    for name, change in (("config", named), ("tokenizer_config", tokens), ("generation_config", generation)):
+        path = folder / f"{name}.json"
+        told = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**told, **change, "trust_remote_code": True}))
+    return folder
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "evaluate --mask", "export", "prune"])
+def test_a_model_folder_that_names_code(
+    planted: Planted, hostile_model: Path, text_file: Path, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A config is the user's own and may name classes: of the kind that is asked for."""
-    call = "={class_path: os.system, init_args: {command: 'touch %s'}}"
-    for words, says in {
-        f"--model.optimizer{call}": "has to be a class of Optimizer",
-        f"--model.lr_scheduler{call}": "has to be a class of LRScheduler",
-        f"--model.gate{call}": "has to be a class of Gate",
-        "--model.optimizer=torch.optim.lr_scheduler.StepLR": "model.optimizer",
-        "--model.gate=torch.nn.Linear": "model.gate",
-        "--model.gate=torch.optim.SGD": "model.gate",
-    }.items():
-        trace = tmp_path / "trace"
-        line = refused(fit_flags(model_folder, text_file, tmp_path, words.replace("%s", str(trace))), capsys)
-        assert says in line, words
-        assert not trace.exists(), words
+    monkeypatch.setattr("leap_pl.evaluation.record._commit", lambda: None)  # which asks git
+    mask = mask_of(hostile_model, str(hostile_model), tmp_path / "mask.safetensors")
+    measure = [f"--perplexity={text_file}", "--seq_length=32", "--max_tokens=64", "--device=cpu"]
+    words = {
+        "evaluate": ["evaluate", f"--model={hostile_model}", *measure],
+        "evaluate --mask": ["evaluate", f"--mask={mask}", *measure],
+        "export": ["export", f"--mask={mask}", f"--output_dir={tmp_path / 'out'}"],
+        "prune": ["prune", f"--model={hostile_model}", "--method=magnitude", f"--output_dir={tmp_path / 'out'}"],
+    }[verb]
+    with planted.watched():
+        main(words)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_at_every_string_of_a_model_folder(planted: Planted, tmp_path: Path, file: str) -> None:
+    """Loaded as it is, or refused in one line."""
+    folder = tiny_folder(tmp_path / "model")
+    intact = json.loads((folder / file).read_text())
+    extra = {"auto_map": {"AutoConfig": "x"}, "attn_implementation": "x", "model_type": intact.get("model_type", "x")}
+    ends = []
+    for changed in variants({**intact, **extra}, planted):
+        (folder / file).write_text(json.dumps(changed))
+        with planted.watched():
+            try:
+                load_model(str(folder))
+                load_tokenizer(str(folder))
+                ends.append("accepted")
+            except UserError as error:
+                assert len(str(error).splitlines()) == 1
+                ends.append("refused")
+    assert len(ends) > 20
+
+
+def test_a_base_model_of_another_type_is_not_trusted(planted: Planted, tmp_path: Path, text_file: Path, capsys) -> None:
+    """Whose code runs is typed: by --trust_remote_code and --model, and never by a mask alone."""
+    folder = tiny_folder(tmp_path / "model")
+    mask = mask_of(folder, str(folder), tmp_path / "mask.safetensors")
+    told = json.loads((folder / "config.json").read_text())
+    told |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    (folder / "config.json").write_text(json.dumps(told))
+    code = "from transformers import LlamaConfig\nclass Config(LlamaConfig):\n    model_type = 'evil'\n"
+    (folder / "evil.py").write_text(planted.code + code)
+    for trusted in ([], ["--trust_remote_code"]):
+        for words in (
+            ["evaluate", f"--mask={mask}", f"--perplexity={text_file}", *trusted],
+            ["export", f"--mask={mask}", f"--output_dir={tmp_path / 'out'}", *trusted],
+        ):
+            with pytest.raises(SystemExit), planted.watched():
+                main(words)
+            (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("leap_pl ")]
+            assert ("--model NAME" in line) == bool(trusted)
+    with pytest.raises(UserError, match="--model NAME"), planted.watched():
+        load_subject(mask=str(mask), trust_remote_code=True)
+    # What is typed is trusted: the code is there to be run.
+    load_config(str(folder), trust_remote_code=True)
+    assert planted.mark.exists()
+
+
+def test_an_adapter_is_no_base_model(planted: Planted, tmp_path: Path) -> None:
+    """It would load another model, which its own file names."""
+    folder, other = tiny_folder(tmp_path / "model"), tiny_folder(tmp_path / "other", seed=1)
+    adapter = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(other),
+        "auto_mapping": {"parent_library": f"{EVIL}.module", "base_model_class": "Config"},
+        "megatron_config": {},
+        "megatron_core": f"{EVIL}.module",
+        "target_modules": ["q_proj"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(UserError, match=r"model is an adapter \(adapter_config.json\)"), planted.watched():
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_kernels_from_the_hub_are_code(planted: Planted, tmp_path: Path, key: str) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, key: "somebody/kernel:function"}))
+    with pytest.raises(UserError, match="asks for kernels from the hub"), planted.watched():
+        load_model(str(folder))
+
+
+# -- tasks --------------------------------------------------------------------------------------------------
+
+
+def test_a_tasks_folder_is_data(planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Definitions, modules and readers that lie in it are neither read nor imported; templates are text."""
+    place = tmp_path / "tasks" / "piqa"
+    place.mkdir(parents=True)
+    for folder in (place, place.parent):
+        for name in ("utils.py", "piqa.py", "json.py", "__init__.py"):
+            (folder / name).write_text(planted.code)
+        for name in ("piqa.yaml", "_piqa.yaml", "default.yaml"):
+            (folder / name).write_text("task: piqa\nprocess_docs: !function utils.run\ninclude: utils.py\n")
+    row = {"goal": planted.values[8], "sol1": planted.values[0], "sol2": planted.values[6], "label": 1}
+    (place / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # which starts processes
+    with planted.watched():
+        found = evaluate_tasks(tiny_model(), byte_tokenizer(), ["piqa"], tasks_folder=place.parent)
+    assert found["piqa"]["samples"] == 1
+    shutil.rmtree(place)
