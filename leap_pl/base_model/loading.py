@@ -3,13 +3,16 @@
 import pickle
 import re
 import time
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
 
+from leap_pl.base_model.gguf_structure import GgufFile, read_structure
+from leap_pl.base_model.model_sizes import check_settings, check_skeleton
+from leap_pl.base_model.stored_weights import StoredWeights, check_sizes, read_shapes, told_by
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.plain_values import shown
 
@@ -64,6 +67,7 @@ def load_model(
     if not dropout:
         _disable_dropout(config)
     with _reading("base model", name):
+        check_skeleton(config, _stored(folder, gguf_file), name, trust_remote_code=trust_remote_code)
         if gguf_file is None:
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -73,19 +77,17 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-            if found["missing_keys"]:  # transformers warns, and makes up random ones
-                raise UserError(
-                    f"base model {name} lacks the weights {listing(sorted(found['missing_keys']), 3)}. Check that the "
-                    "files are complete, and that config.json belongs to them."
-                )
+            _check_complete(found, name)
         else:
             resolved = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-            quantised = AutoModelForCausalLM.from_pretrained(
+            quantised, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 gguf_file=gguf_file,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=resolved,
+                output_loading_info=True,
             )
+            _check_complete(found, name)
             # A model that came out of a GGUF file refuses to be saved; an ordinary one takes over its weights.
             model = AutoModelForCausalLM.from_config(config, dtype=resolved)
             model.load_state_dict(quantised.state_dict())
@@ -99,6 +101,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
 
     folder, gguf_file = _locate(name)
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+    _check_description(name, folder, gguf_file)
     with _reading("base model", name):
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
     if not trust_remote_code:
@@ -144,6 +147,10 @@ def load_tokenizer(
 
     folder, gguf_file = _locate(name)
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+    if gguf_file is not None:
+        _structure(folder, gguf_file)
+    elif Path(folder).is_dir():
+        check_sizes(Path(folder))
     with _reading("tokenizer", name):
         return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
 
@@ -212,6 +219,45 @@ def _locate(name: str) -> tuple[str, str | None]:
             f"base model {name}: there is no such folder. Give a Hugging Face model folder, a .gguf file or a hub id."
         )
     return name, None
+
+
+def _check_description(name: str, folder: str, gguf_file: str | None) -> None:
+    """Make sure that what a local model says of itself can be so, before anything acts on it."""
+    if gguf_file is not None:
+        told = _structure(folder, gguf_file).told
+        family = f"{told.get('general.architecture')}."
+        settings = {key.removeprefix(family): value for key, value in told.items() if key.startswith(family)}
+        numbers = {key: value for key, value in settings.items() if not isinstance(value, tuple)}
+        check_settings(numbers, _stored(folder, gguf_file), name)
+    elif Path(folder).is_dir():
+        check_sizes(Path(folder))
+        check_settings(told_by(Path(folder)), _stored(folder, None), name)
+
+
+def _stored(folder: str, gguf_file: str | None) -> StoredWeights | None:
+    """What a local model's files hold; None for one on the hub."""
+    if gguf_file is not None:
+        return _structure(folder, gguf_file).stored
+    return read_shapes(Path(folder)) if Path(folder).is_dir() else None
+
+
+def _structure(folder: str, gguf_file: str) -> GgufFile:
+    path = Path(folder) / gguf_file
+    found = path.stat()
+    return _structure_of(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=1)
+def _structure_of(path: Path, changed: int, size: int) -> GgufFile:
+    return read_structure(path)
+
+
+def _check_complete(found: dict[str, Any], name: str) -> None:
+    if found["missing_keys"]:  # transformers warns, and makes up random ones
+        raise UserError(
+            f"base model {name} lacks the weights {listing(sorted(found['missing_keys']), 3)}. Check that the "
+            "files are complete, and that config.json belongs to them."
+        )
 
 
 class _reading:  # noqa: N801  (reads as a statement: with _reading("base model", name))

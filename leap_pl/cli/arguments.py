@@ -10,6 +10,8 @@ from typing import Any
 from jsonargparse import Namespace
 
 from leap_pl.errors import UserError
+from leap_pl.inputs.reading import MOST_SETTINGS, check_regular, read_regular
+from leap_pl.inputs.yaml_input import check_yaml, guard_parser
 
 
 def one_line(error: Exception, options: Collection[str] = ()) -> str:
@@ -98,21 +100,34 @@ def _unknown(word: str, options: Collection[str]) -> str:
 def check_configs(words: Sequence[str]) -> None:
     """Make sure that the files named with ``--config`` hold settings, and name the one that does not.
 
+    From here on the parser checks what it reads by itself, too: the files that settings name.
+
     Raises:
-        UserError: One cannot be read as YAML, or is no mapping.
+        UserError: One is no regular file, is too long, cannot be read as YAML, stands for too many values
+            (:func:`leap_pl.inputs.yaml_input.check_yaml`), or is no mapping.
     """
     import yaml
 
+    guard_parser()
     for place, word in enumerate(words):
-        name = word.partition("=")[2] if word.startswith("--config=") else ""
+        option, _, name = word.partition("=") if word.startswith("--") else ("", "", word)
+        is_config = option == "--config"
         if word in ("-c", "--config"):
-            name = words[place + 1] if place + 1 < len(words) else ""
-        path = Path(name)
-        if not name or not path.is_file():  # of what is not there the parser tells
+            is_config, name = True, words[place + 1] if place + 1 < len(words) else ""
+        if not name or not _exists(name):  # of what is not there the parser tells
             continue
+        if not is_config:
+            if name.endswith((".yaml", ".yml")):  # a group of settings, --model model.yaml
+                check_regular(name, option)
+            continue
+        raw = read_regular(name, most=MOST_SETTINGS, what="--config")
         try:
-            told = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            text = raw.decode("utf-8")
+            check_yaml(text, f"--config {name}")
+            told = yaml.load(text, yaml.CSafeLoader)
+        except UserError:
+            raise
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--config {name} is no YAML ({reason[:200]}). Mend it, or give another file.") from error
         if told is not None and not isinstance(told, dict):
@@ -167,3 +182,10 @@ def check_classes(settings: Namespace) -> None:
 def plain(value: Any) -> Any:
     """Return a parsed ``value`` with dictionaries in the place of namespaces."""
     return value.as_dict() if isinstance(value, Namespace) else value
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # too long for a name, or with NUL in it
+        return False

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from leap_pl.data.documents import Document, Share, State, chained, digest_in, in_share, mended, warn
+from leap_pl.data.textless import Textless
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.plain_values import shown
 
@@ -87,11 +88,15 @@ class HubDataset:
         """
         here: State = dict(state) if state else {"reader": None, "skip": 0, "row": 0, "digest": ""}
         tries = 0
+        textless = Textless(f"{self.name}, shard {shard}", "row")
         while True:
             try:
                 for document, after in self._read_once(shard, here):
                     here, tries = after, 0
+                    textless.read()
                     if document is not None:
+                        if document.text.strip():
+                            textless.found()
                         yield document
                 return digest_in(here)
             except Exception as error:

@@ -22,12 +22,14 @@ from leap_pl.data.documents import (
     in_share,
     mended,
 )
+from leap_pl.data.parquet import column_values, no_column
+from leap_pl.data.textless import Textless
 from leap_pl.errors import UserError, listing
-from leap_pl.inputs.plain_values import shown
+from leap_pl.inputs.reading import check_regular, open_regular
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".txt")
 TEXT_PART_BYTES = 1 << 18
-LONGEST_LINE = 1 << 28  # bytes: a line is held whole, and a file without line ends must not fill the memory
+LONGEST_LINE = 1 << 26  # bytes: a line is held whole, and parsed, which may take thirty times as much
 _BOM = b"\xef\xbb\xbf"
 
 Documents = Generator[Document, None, str | None]
@@ -109,6 +111,8 @@ class LocalFiles:
         readers: dict[str, Callable[[int, Path, State], Documents]]
         readers = {".txt": self._read_text, ".parquet": self._read_parquet}
         reader = readers.get(file.suffix.lower(), self._read_json_lines)
+        if check_regular(file) == 0 and file.suffix.lower() != ".parquet":
+            return digest_in(state or {})
         with _reading(file):
             return (yield from reader(shard, file, state or {}))
 
@@ -116,15 +120,18 @@ class LocalFiles:
         blemishes, digest = Blemishes(str(file), "line"), digest_in(state)
         line, byte = state.get("line", 0), state.get("byte", 0)
         from_start, used = line == 0, 0
+        textless = Textless(str(file), "line")
         with _opened(file) as handle:
             handle.seek(byte)
             while raw := handle.readline(LONGEST_LINE):
                 ordinal, line, byte = line, line + 1, byte + len(raw)
-                rest = _skip_rest(handle, raw)
+                textless.read(why=blemishes.first_skipped)
+                rest = _skip_rest(handle, raw, textless)
                 byte += rest
                 digest = chained(digest, _record(raw, rest))
                 if not in_share(self.share, shard, ordinal):
                     continue
+                textless.read(len(raw), records=0, why=blemishes.first_skipped)
                 if rest:
                     blemishes.note(ordinal, f"has more than {LONGEST_LINE:,} bytes", skipped=True)
                     continue
@@ -133,12 +140,14 @@ class LocalFiles:
                     continue
                 if self.text_column not in record:
                     if from_start and not used:
-                        raise self._no_column(file, list(record))
+                        raise no_column(file, self.text_column, list(record))
                     blemishes.note(ordinal, f"has no {self.text_column!r}", skipped=True)
                     continue
                 text = self._checked(record[self.text_column], ordinal, blemishes)
                 if text is not None:
                     used += 1
+                    if text.strip():
+                        textless.found()
                     yield Document(text, {"line": line, "byte": byte, "digest": digest})
         blemishes.total()
         if from_start and not used and blemishes.skipped:
@@ -164,52 +173,25 @@ class LocalFiles:
 
     def _read_parquet(self, shard: int, file: Path, state: State) -> Documents:
         blemishes, digest = Blemishes(str(file), "row"), digest_in(state)
-        for row, value in self._values(file, state.get("row", 0)):
+        textless = Textless(str(file), "row")
+        for row, value in column_values(file, self.text_column, state.get("row", 0)):
             digest = chained(digest, _stored(value))
+            textless.read()
             if in_share(self.share, shard, row):
                 text = self._checked(value, row, blemishes)
                 if text is not None:
+                    if text.strip():
+                        textless.found()
                     yield Document(text, {"row": row + 1, "digest": digest})
         blemishes.total()
         return digest
 
     def _rows(self, file: Path) -> Iterator[tuple[int, bytes]]:
-        return ((row, _stored(value)) for row, value in self._values(file, 0))
-
-    def _values(self, file: Path, start: int) -> Iterator[tuple[int, Any]]:
-        """The column of a Parquet file from row ``start`` on, with the numbers of the rows."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(file) as table:
-                if self.text_column not in table.schema_arrow.names:
-                    raise self._no_column(file, table.schema_arrow.names)
-                row = 0
-                groups: list[int] = []
-                for group in range(table.num_row_groups):
-                    rows = table.metadata.row_group(group).num_rows
-                    if row + rows > start or groups:
-                        groups.append(group)
-                    else:
-                        row += rows
-                batches = table.iter_batches(64, row_groups=groups, columns=[self.text_column])
-                for batch in batches:
-                    column = batch.column(0)
-                    if pa.types.is_dictionary(column.type):
-                        column = column.dictionary_decode()
-                    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-                        column = column.cast(pa.large_binary())  # so that invalid UTF-8 can be mended
-                    for value in column.to_pylist():
-                        ordinal, row = row, row + 1
-                        if ordinal >= start:
-                            yield ordinal, value
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file} is no intact Parquet file ({_first_line(error)}). Fetch it again.") from error
+        return ((row, _stored(value)) for row, value in column_values(file, self.text_column, 0))
 
     def _read_text(self, shard: int, file: Path, state: State) -> Documents:
         blemishes, digest = Blemishes(str(file), "part"), digest_in(state)
-        with file.open("rb") as handle:
+        with open_regular(file) as handle:
             first, last = _share_of_text(handle, file.stat().st_size, self.share)
             for byte, raw in _parts(file, handle, state.get("byte", first), last):
                 digest, behind = chained(digest, raw), byte + len(raw)
@@ -224,14 +206,8 @@ class LocalFiles:
         return digest
 
     def _parts_of_text(self, file: Path) -> Iterator[tuple[int, bytes]]:
-        with file.open("rb") as handle:
+        with open_regular(file) as handle:
             yield from _parts(file, handle, *_share_of_text(handle, file.stat().st_size, self.share))
-
-    def _no_column(self, file: Path, columns: list[str]) -> UserError:
-        return UserError(
-            f"{file} has no column {self.text_column!r}; it has: {listing([shown(c) for c in columns])}. "
-            "Name the one with the text with --data.text_column."
-        )
 
 
 def _parts(file: Path, handle: IO[bytes], byte: int, last: int) -> Iterator[tuple[int, bytes]]:
@@ -267,12 +243,14 @@ def _stored(value: Any) -> bytes:
     return value if isinstance(value, bytes) else repr(value).encode(errors="surrogatepass")
 
 
-def _skip_rest(handle: IO[bytes], raw: bytes) -> int:
+def _skip_rest(handle: IO[bytes], raw: bytes, textless: Textless | None = None) -> int:
     """Read on to the end of a line that is too long; how many bytes that were."""
     skipped = 0
     while len(raw) == LONGEST_LINE and not raw.endswith(b"\n"):
         raw = handle.readline(LONGEST_LINE)
         skipped += len(raw)
+        if textless is not None:
+            textless.read(len(raw), records=0, why=f"a line has more than {LONGEST_LINE:,} bytes")
     return skipped
 
 
@@ -297,7 +275,22 @@ def _parsed(raw: bytes, ordinal: int, blemishes: Blemishes) -> dict[str, Any] | 
 
 
 def _opened(file: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(file, "rb")) if file.suffix.lower() == ".gz" else file.open("rb")
+    handle = open_regular(file)
+    if file.suffix.lower() != ".gz":
+        return handle
+    return cast(IO[bytes], _Unpacked(handle))
+
+
+class _Unpacked(gzip.GzipFile):
+    """A gzip file that closes what it reads from."""
+
+    def __init__(self, packed: IO[bytes]) -> None:
+        super().__init__(fileobj=packed, mode="rb")
+        self.packed = packed
+
+    def close(self) -> None:
+        super().close()
+        self.packed.close()
 
 
 def _share_of_text(handle: IO[bytes], size: int, share: Share) -> tuple[int, int]:

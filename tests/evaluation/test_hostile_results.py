@@ -16,7 +16,6 @@ import torch
 from fuzz_readers import NAMES, PROVENANCE, RESULT, SHAPES, mask_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from leap_pl.provenance_schema import Config, ProvenanceFields, provenance_fields
 
 from leap_pl.cli.compare import compare_command
 from leap_pl.comparison.entries import read_entries
@@ -25,6 +24,7 @@ from leap_pl.evaluation.record import read_result, write_result
 from leap_pl.evaluation.subject import exported_record
 from leap_pl.inputs.plain_values import MOST_BYTES, parse_json, plain, shown
 from leap_pl.masks import MaskSet, Provenance, split_name
+from leap_pl.masks.provenance_schema import Config, ProvenanceFields, provenance_fields
 
 TEXT = "held-out.jsonl"
 

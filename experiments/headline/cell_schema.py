@@ -3,11 +3,11 @@
 from functools import cache
 from typing import Annotated, Any
 
-from leap_pl.provenance_schema import Count, Name, Share, Word
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from leap_pl.inputs.plain_values import checked
+from leap_pl.masks.provenance_schema import Count, Name, Share, Word
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

@@ -1,0 +1,92 @@
+"""The column of a Parquet file that holds the text, read in batches that fit in memory, whatever the file asks for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from leap_pl.data.parquet_pages import largest_page
+from leap_pl.errors import UserError, listing
+from leap_pl.inputs.plain_values import shown
+from leap_pl.inputs.reading import open_regular
+
+_BATCH_ROWS = 64
+_BATCH_BYTES = 1 << 28  # rows are read so few at a time that they take no more, however long the longest is
+
+
+def column_values(file: Path, column: str, start: int) -> Iterator[tuple[int, Any]]:
+    """Yield the values of ``column`` from row ``start`` on, each with the number of its row.
+
+    Raises:
+        UserError: There is no such column, or more than one, or it holds no text; or the file is damaged, or a page
+            of it is too large.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with open_regular(file) as handle, pq.ParquetFile(file) as table:
+            _check_column(file, column, table.schema_arrow)
+            row = 0
+            for group in range(table.num_row_groups):
+                told = table.metadata.row_group(group)
+                if row + told.num_rows <= start:
+                    row += told.num_rows
+                    continue
+                largest = largest_page(handle, _chunk(file, column, told), str(file))
+                rows = min(_BATCH_ROWS, max(1, _BATCH_BYTES // max(1, largest)))
+                for batch in table.iter_batches(rows, row_groups=[group], columns=[column]):
+                    values = batch.column(0)
+                    if pa.types.is_dictionary(values.type):
+                        values = values.dictionary_decode()
+                    if not pa.types.is_null(values.type):
+                        values = values.cast(pa.large_binary())  # so that invalid UTF-8 can be mended
+                    for value in values.to_pylist():
+                        ordinal, row = row, row + 1
+                        if ordinal >= start:
+                            yield ordinal, value
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file} is no intact Parquet file ({reason}). Fetch it again.") from error
+
+
+def _check_column(file: Path, column: str, schema: Any) -> None:
+    """Make sure that there is one column of this name, and that it holds texts."""
+    import pyarrow as pa
+
+    found = [field for field in schema if field.name == column]
+    if not found:
+        raise no_column(file, column, schema.names)
+    kind = found[0].type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    of_text = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+        pa.types.is_null,
+    )
+    if len(found) > 1 or not any(is_text(kind) for is_text in of_text):
+        what = f"{len(found)} times" if len(found) > 1 else f"with {shown(str(kind))} and no text"
+        raise UserError(
+            f"{file} has the column {column!r} {what}; it has: {listing([shown(name) for name in schema.names])}. "
+            "Name the one with the text with --data.text_column."
+        )
+
+
+def _chunk(file: Path, column: str, group: Any) -> Any:
+    """What a row group says of the column of the text."""
+    for place in range(group.num_columns):
+        chunk = group.column(place)
+        if chunk.path_in_schema == column and not chunk.file_path:
+            return chunk
+    raise UserError(f"{file} is no intact Parquet file (a row group lacks {column!r}). Fetch it again.")
+
+
+def no_column(file: Path, column: str, columns: list[str]) -> UserError:
+    """Return what to say of a file without the ``column`` of the text, and with other ``columns``."""
+    return UserError(
+        f"{file} has no column {column!r}; it has: {listing([shown(c) for c in columns])}. "
+        "Name the one with the text with --data.text_column."
+    )

@@ -1,0 +1,168 @@
+"""What a column of a Parquet file asks for before it is read: the headers of its pages, which Arrow believes.
+
+A page says how many bytes it unpacks to, and a dictionary how many values it holds; Arrow allocates both before it has
+seen them. The format is that of https://github.com/apache/parquet-format, in Thrift's compact protocol.
+"""
+
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple
+
+from leap_pl.errors import UserError
+
+MOST_PAGE_BYTES = 1 << 30  # of one page of text, unpacked; writers aim at 1 MiB
+MOST_DICTIONARY_BYTES = 1 << 28  # of a dictionary, unpacked, whose values Arrow lays out beside it, 16 bytes each
+MOST_PAGES = 1 << 18  # in one column of one row group
+
+_HEADER_BYTES = 1 << 12  # of most headers; one with long statistics has more
+_MOST_HEADER_BYTES = 1 << 24
+_DEEPEST = 8
+_DICTIONARY_PAGE = 2
+_LENGTH_PREFIX = 4  # bytes before each value of a dictionary
+
+
+class Page(NamedTuple):
+    """What the header of a page says of it."""
+
+    kind: int
+    unpacked: int  # bytes
+    packed: int  # bytes, those that follow the header
+    values: int
+
+
+def largest_page(file: IO[bytes], chunk: Any, name: str) -> int:
+    """Return the unpacked size of the largest page of a column chunk, in bytes, which no value in it exceeds.
+
+    Args:
+        file: The Parquet file.
+        chunk: ``pyarrow.parquet.ColumnChunkMetaData`` of a column of byte strings.
+        name: What the file is called in messages.
+
+    Raises:
+        UserError: A page or a dictionary is larger than can be read, or cannot be what it says.
+    """
+    largest = 0
+    for number, page in enumerate(_pages(file, chunk, name)):
+        largest = max(largest, page.unpacked)
+        is_dictionary = page.kind == _DICTIONARY_PAGE
+        most = MOST_DICTIONARY_BYTES if is_dictionary else MOST_PAGE_BYTES
+        if page.unpacked > most:
+            raise UserError(
+                f"{name}: a {'dictionary' if is_dictionary else 'page'} of {page.unpacked:,} bytes is more than the "
+                f"{most:,} that are read at once. Write it again with smaller pages, or as .jsonl.gz."
+            )
+        if is_dictionary and page.values > page.unpacked // _LENGTH_PREFIX:
+            raise _damaged(name, f"a dictionary of {page.unpacked:,} bytes cannot hold {page.values:,} values")
+        if number >= MOST_PAGES:
+            raise _damaged(name, f"a row group has more than {MOST_PAGES:,} pages")
+    return largest
+
+
+def _pages(file: IO[bytes], chunk: Any, name: str) -> Iterator[Page]:
+    start = chunk.data_page_offset
+    if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < start:
+        start = chunk.dictionary_page_offset
+    end = start + chunk.total_compressed_size
+    if start < 0 or end < start:
+        raise _damaged(name, "a column lies nowhere")
+    while start < end:
+        page, length = _header(file, start, name)
+        if min(page.unpacked, page.packed, page.values) < 0:
+            raise _damaged(name, "a page has a negative size")
+        yield page
+        start += length + page.packed
+
+
+def _header(file: IO[bytes], start: int, name: str) -> tuple[Page, int]:
+    """The page whose header begins at byte ``start``, and the length of the header in bytes."""
+    size = _HEADER_BYTES
+    while True:
+        file.seek(start)
+        raw = file.read(size)
+        reader = _Compact(raw)
+        try:
+            fields = reader.struct()
+            break
+        except IndexError:
+            if len(raw) < size or size >= _MOST_HEADER_BYTES:
+                raise _damaged(name, "the header of a page is cut short") from None
+            size *= 16
+        except ValueError as error:
+            raise _damaged(name, str(error)) from None
+    detail: dict[int, Any] = next((fields[key] for key in (5, 7, 8) if isinstance(fields.get(key), dict)), {})
+    numbers = [fields.get(1), fields.get(2), fields.get(3), detail.get(1, 0)]
+    if not all(isinstance(number, int) for number in numbers):
+        raise _damaged(name, "the header of a page lacks its sizes")
+    return Page(*numbers), reader.at
+
+
+def _damaged(name: str, reason: str) -> UserError:
+    return UserError(f"{name} is no intact Parquet file ({reason}). Fetch it again.")
+
+
+class _Compact:
+    """A reader of Thrift's compact protocol: structs of numbers, and of what is passed over.
+
+    Raises:
+        IndexError: The bytes end before what they begin.
+        ValueError: They are no such struct.
+    """
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        self.at = 0
+
+    def struct(self, depth: int = 0) -> dict[int, Any]:
+        """The fields of a struct by number: numbers and structs; None for others."""
+        fields: dict[int, Any] = {}
+        number = 0
+        while True:
+            head = self._byte()
+            if head == 0:
+                return fields
+            kind, step = head & 15, head >> 4
+            number = number + step if step else self._zigzag()
+            fields[number] = None if kind in (1, 2) else self._value(kind, depth)  # 1 and 2 are true and false
+
+    def _value(self, kind: int, depth: int) -> Any:
+        if depth > _DEEPEST:
+            raise ValueError("the header of a page is nested too deeply")
+        if kind in (4, 5, 6):
+            return self._zigzag()
+        if kind == 12:
+            return self.struct(depth + 1)
+        if kind in (1, 2, 3):
+            self._skip(1)
+        elif kind == 7:
+            self._skip(8)
+        elif kind == 8:
+            self._skip(self._varint())
+        elif kind in (9, 10):
+            head = self._byte()
+            for _ in range(self._varint() if head >> 4 == 15 else head >> 4):
+                self._value(head & 15, depth + 1)
+        else:
+            raise ValueError("the header of a page is damaged")
+        return None
+
+    def _byte(self) -> int:
+        byte = self.raw[self.at]
+        self.at += 1
+        return byte
+
+    def _skip(self, count: int) -> None:
+        self.at += count
+        if self.at > len(self.raw):
+            raise IndexError
+
+    def _varint(self) -> int:
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise ValueError("the header of a page is damaged")
+
+    def _zigzag(self) -> int:
+        value = self._varint()
+        return (value >> 1) ^ -(value & 1)
