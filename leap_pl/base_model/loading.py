@@ -147,10 +147,7 @@ def load_tokenizer(
 
     folder, gguf_file = _locate(name)
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
-    if gguf_file is not None:
-        _structure(folder, gguf_file)
-    elif Path(folder).is_dir():
-        check_sizes(Path(folder))
+    _check_description(name, folder, gguf_file)  # which transformers reads for a tokenizer, too
     with _reading("tokenizer", name):
         return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
 

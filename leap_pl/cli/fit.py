@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from argparse import ArgumentError
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ class LeapCLI(LightningCLI):
         settings = self.config[verb]
         if settings.ckpt_path != path:
             raise UserError(f"ckpt_path is {settings.ckpt_path} and {path}. Give it once, as --ckpt_path PATH.")
+        settings.ckpt_path = path = _path_of(path)
         given = None if path == "last" else path
         requeued = verb == "fit" and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
         if path == "last" or requeued:
@@ -329,8 +331,12 @@ def _check_trainer(trainer: Trainer) -> None:
 
 def _from_settings(error: Exception) -> bool:
     """Whether a constructor of this package, or the trainer when it was set up, refused its settings."""
+    if isinstance(error, MisconfigurationException):  # which says just that
+        return True
     trace, last = error.__traceback__, None
     while trace is not None:
+        if trace.tb_frame.f_code is unwrap(Trainer.__init__).__code__:
+            return True
         last, trace = trace, trace.tb_next
     if last is None:
         return False
@@ -359,3 +365,19 @@ def _find_last(verb: str, folder: str | None) -> tuple[Path, dict[str, Any]] | N
             words = f"{damaged[0]} So: {words}"
     rank_zero_only(print)(f"leap_pl {verb}: {words}", file=sys.stderr, flush=True)
     return None if found is None else found[:2]
+
+
+def _path_of(ckpt_path: Any) -> Any:
+    """``ckpt_path`` as a path: but for ``last``, words that Lightning reads in other ways mean nothing here.
+
+    Raises:
+        UserError: It is such a word, and there is no file of that name.
+    """
+    if not isinstance(ckpt_path, str) or not (ckpt_path in ("best", "hpc") or ckpt_path.startswith("registry")):
+        return ckpt_path
+    if Path(ckpt_path).exists():
+        return str(Path(ckpt_path).absolute())
+    raise UserError(
+        f"--ckpt_path {ckpt_path} is no checkpoint. Give a .ckpt from a run's checkpoints folder, or last for the "
+        "newest in --checkpoint.dirpath."
+    )

@@ -64,6 +64,7 @@ def main(args: "ArgsType" = None) -> Any:
     try:
         if words[0] not in VERBS:
             raise UserError(f"there is no verb {words[0]!r}. The verbs are {', '.join(VERBS)}; see leap_pl --help.")
+        _check_working_directory()
         with _plain_warnings():
             function = VERBS[words[0]][1]
             if function is None:
@@ -76,6 +77,13 @@ def main(args: "ArgsType" = None) -> Any:
         rank = _rank()
         print(f"leap_pl {words[0]}{f' [rank {rank}]' if rank else ''}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _check_working_directory() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError("the working directory is gone. Change to one that is there: cd ~") from error
 
 
 def console() -> None:

@@ -134,11 +134,14 @@ def prune_command(
             kept_mask.check(base, weights)
         tokens = None
         if uses_text:
+            from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
             from leap_pl.data import calibration_blocks
 
+            tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+            check_tokenizer(tokenizer, vocabulary_of(base), model)
             tokens = calibration_blocks(
                 text,
-                load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code),
+                tokenizer,
                 seq_length=seq_length,
                 sequences=sequences,
                 seed=seed,

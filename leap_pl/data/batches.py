@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypedDict
 
 import torch
@@ -120,12 +120,46 @@ class BlockLoader(DataLoader[Batch]):
         """The batches.
 
         Raises:
-            UserError: The text cannot be read on.
+            UserError: The text cannot be read on, or a worker was killed. This is said here, when the next batch is
+                asked for, and never amid a step that would be half done.
         """
-        for batch in super().__iter__():
+        batches = _without_interruption(super().__iter__)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                # Either torch has looked after its workers, or what a dead one had put aside could not be fetched.
+                if not (self.num_workers and _of_a_dead_worker(error)):
+                    raise
+                raise UserError(
+                    f"a data worker has ended ({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
+                    "killed, as a rule, because memory ran out. Resume with --ckpt_path last, with fewer "
+                    f"--data.num_workers than {self.num_workers}, or 0."
+                ) from error
             if "error" in batch:
                 raise UserError(batch["error"])
             yield batch
+
+
+def _of_a_dead_worker(error: Exception) -> bool:
+    told = str(error)
+    if isinstance(error, RuntimeError):
+        return "exited unexpectedly" in told or "killed by signal" in told
+    return not told.startswith("Caught ")  # what a living one raised, which torch passes on in its own kind
+
+
+def _without_interruption(start: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
+    """Start a loader's workers without the handler by which torch raises, wherever the process stands, when one dies.
+
+    It looks after them as well whenever a batch is late.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = start()
+    if signal.getsignal(signal.SIGCHLD) != before:  # it is set in the main thread alone, once in a process
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return batches
 
 
 def _start_worker(_: int) -> None:

@@ -12,6 +12,7 @@ from leap_pl.data.packing import BlockStream, Separator
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
 
+MOST_CHARACTERS = 1 << 28  # of a text that is tokenized at once, which takes some thirty times as many bytes
 _EDGE = 64  # tokens at the end that may differ while text is missing behind them
 
 
@@ -99,6 +100,11 @@ def held_out_tokens(
             length += len(part)
             if enough is not None and length >= enough:
                 break
+            if length > MOST_CHARACTERS:
+                raise UserError(
+                    f"{source.name} has more than {MOST_CHARACTERS:,} characters, and is tokenized at once. Give a "
+                    "shorter text, or take the beginning of it with --max_tokens."
+                )
         read += "".join(fresh)
         tokens: list[int] = encode(read, verbose=False)["input_ids"]
         if enough is None or length < enough or len(tokens) > most + _EDGE:  # type: ignore[operator]

@@ -13,10 +13,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from leap_pl.base_model.vocabulary import check_tokens
 from leap_pl.data.batches import BEGINNING, Batch, BlockLoader, Progress, RankBatches
 from leap_pl.data.calibration import loaded_tokenizer
 from leap_pl.data.documents import Share, warn
 from leap_pl.data.packing import BlockStream, Separator, digest_of_text
+from leap_pl.data.run_length import check_run_length
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import check_numbers
@@ -104,6 +106,7 @@ class TextDataModule(LightningDataModule):
         self.separator: Separator = separator
         self.seed = seed
         self.tokenizer_revision = tokenizer_revision
+        self.vocabulary: int | None = None  # tokens that the model has embeddings for; it says so once it is loaded
         self._tokenizer: Any = None
         self._stream: BlockStream | None = None
         self._validation: Tensor | None = None
@@ -137,9 +140,12 @@ class TextDataModule(LightningDataModule):
         """Read the first document, so that what is missing is said before anything is computed.
 
         Raises:
-            UserError: The text cannot be found or read, or the tokenizer has no end token.
+            UserError: The text cannot be found or read, the tokenizer has no end token, or a setting of the trainer
+                does not go with a run of one epoch.
         """
         if stage == "fit":
+            if self.trainer is not None:
+                check_run_length(self.trainer)
             self._progress = self._progress_before = BEGINNING  # what a checkpoint says comes after
             self._step = None
             next(self.stream.source.documents())
@@ -208,7 +214,12 @@ class TextDataModule(LightningDataModule):
         """Note how far the run has come with ``batch``, and leave the model only its tensors.
 
         Lightning calls this when a batch leaves the loader to be trained on, whatever workers have read ahead.
+
+        Raises:
+            UserError: It holds a token that the model has no embedding for.
         """
+        if self.vocabulary is not None:
+            check_tokens(batch["input_ids"], self.vocabulary, "the model")
         if "position" not in batch:
             return batch
         if self.trainer is not None and self.trainer.global_step != self._step:

@@ -193,6 +193,11 @@ def _local_files(name: str) -> list[Path]:
         UserError: It is a path or a pattern, and nothing is there, or something that cannot be read as text.
     """
     path = Path(name).expanduser()
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:  # too long, or with NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name[:80]!r} cannot be the name of a text ({reason}).") from error
     if path.is_dir():
         raise UserError(f"{name} is a folder. Name the files in it, such as {name.rstrip('/')}/*.jsonl.")
     if path.exists():

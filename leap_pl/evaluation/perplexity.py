@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from leap_pl.base_model.loading import longest_sequence
+from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def _check(model: "PreTrainedModel", tokens: Tensor, seq_length: int) -> None:
         )
     if tokens.numel() < 2:
         raise UserError(f"the text has {tokens.numel()} tokens, and a perplexity needs two. Give more text.")
+    check_tokens(tokens, vocabulary_of(model), "the model")
 
 
 def _batches(windows: Tensor, batch_size: int, progress: str | None) -> Iterator[tuple[int, Tensor]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from leap_pl.base_model.loading import Dtype, load_model, load_tokenizer, name_of_model
+from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.inputs.plain_values import read_json
@@ -77,7 +78,7 @@ def load_subject(
     masks.apply_(loaded)
     return Subject(
         model=loaded,
-        tokenizer=load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code),
+        tokenizer=_tokenizer_of(loaded, name, revision=revision, trust_remote_code=trust_remote_code),
         base_model=told.base_model,
         revision=revision,
         fingerprint=told.fingerprint,
@@ -100,7 +101,7 @@ def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: 
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     return Subject(
         model=loaded,
-        tokenizer=load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code),
+        tokenizer=_tokenizer_of(loaded, name, revision=revision, trust_remote_code=trust_remote_code),
         base_model=told.get("base_model", name),
         revision=told.get("revision", revision),
         # An exported checkpoint names the fingerprint of what it was made from; its own would say nothing.
@@ -111,6 +112,14 @@ def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: 
         asked=told.get("sparsity"),
         mask_digest=told.get("mask_digest"),
     )
+
+
+def _tokenizer_of(
+    model: "PreTrainedModel", name: str, *, revision: str | None, trust_remote_code: bool
+) -> "PreTrainedTokenizerBase":
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    check_tokenizer(tokenizer, vocabulary_of(model), name)
+    return tokenizer
 
 
 def exported_record(name: str | Path) -> dict[str, Any]:

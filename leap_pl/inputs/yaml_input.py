@@ -34,7 +34,7 @@ def check_yaml(text: str, name: str = "") -> None:
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in inside):
                 raise UserError(f"{called} holds an alias, *{event.anchor}, within what it stands for. Write it out.")
-            values += anchored.get(event.anchor or "", 1)
+            values += anchored.get(str(event.anchor), 1)
         elif isinstance(event, yaml.CollectionStartEvent):
             inside.append((event.anchor, values))
             values += 1

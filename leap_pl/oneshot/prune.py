@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.base_model.weights import Weight, decoder_blocks, find_weights, model_fingerprint
 from leap_pl.errors import UserError, listing
 from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions
@@ -114,6 +115,8 @@ def prune(
     weights = dict(weights) if weights is not None else find_weights(model)
     allocation = {"--layer_sparsity": layer_sparsity, "--owl": owl, "--fisher": fisher}
     _check(method, blocks_NT, pattern, [flag for flag, value in allocation.items() if value is not None], mask, options)
+    if blocks_NT is not None:
+        check_tokens(blocks_NT, vocabulary_of(model), base_model or "the model")
     matrices = by_block(model, weights)
     if mask is not None:
         mask.check(model, weights)

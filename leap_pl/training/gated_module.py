@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leap_pl.base_model.loading import Dtype, fast_dtype, load_model, longest_sequence
+from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
 from leap_pl.checkpoints import layout as checkpoints
 from leap_pl.checkpoints.identity import KEY, Identity, check_same, read_identity
@@ -141,6 +142,7 @@ class GatedModule(L.LightningModule):
         )
         check_numbers(model, self.base_model)
         self._check_length(model)
+        self._check_vocabulary(model)
         self.weights = find_weights(model, self.targets, self.ignore)
         if self.mesh is not None:
             check_inside_blocks(self.weights)
@@ -245,6 +247,12 @@ class GatedModule(L.LightningModule):
                 f"data.seq_length is {asked} and {self.base_model} has positions for {longest} tokens. "
                 f"Set --data.seq_length {longest} or less."
             )
+
+    def _check_vocabulary(self, model: "PreTrainedModel") -> None:
+        data = getattr(self._trainer, "datamodule", None)
+        if data is not None and hasattr(data, "vocabulary"):
+            data.vocabulary = vocabulary_of(model)
+            check_tokenizer(data.tokenizer, data.vocabulary, self.base_model)
 
     def _learned(self) -> dict[tuple[str, str], nn.Parameter]:
         """What is learned: (weight name, attribute of its gate) → parameter."""

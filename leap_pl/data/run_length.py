@@ -1,0 +1,35 @@
+"""How long a run is: one epoch of the optimizer steps that were asked for, and no setting that says otherwise."""
+
+from typing import TYPE_CHECKING
+
+from leap_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+
+def check_run_length(trainer: "Trainer") -> None:
+    """Make sure that the trainer reads the stream of blocks once, from its beginning to the last step.
+
+    ``limit_val_batches`` may be anything: it validates on the first so many batches. So may ``max_epochs``, but for 0.
+
+    Raises:
+        UserError: A setting would read the same blocks again, or end the run before its last step.
+    """
+    steps = "The length of a run is --trainer.max_steps, whatever the length of the text."
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise UserError(
+            "trainer.fast_dev_run would write a mask of its few steps where that of the run belongs. For a run to try, "
+            "set --trainer.max_steps 1 --trainer.limit_val_batches 1 and another --checkpoint.dirpath."
+        )
+    overfit = trainer.overfit_batches  # type: ignore[attr-defined]
+    if overfit:
+        raise UserError(
+            f"trainer.overfit_batches is {overfit}, and would validate on the text that is trained on. "
+            "Leave it out; to learn on little text, name a short one, which repeats: --data.text FILE.jsonl."
+        )
+    limit = trainer.limit_train_batches
+    if isinstance(limit, int) or limit != 1.0:
+        raise UserError(f"trainer.limit_train_batches is {limit}, and would read the same blocks again. {steps}")
+    if trainer.max_epochs == 0:
+        raise UserError(f"trainer.max_epochs is 0, and nothing would be learned. Leave it out. {steps}")
