@@ -371,12 +371,15 @@ def _path_of(ckpt_path: Any) -> Any:
     """``ckpt_path`` as a path: but for ``last``, words that Lightning reads in other ways mean nothing here.
 
     Raises:
-        UserError: It is such a word, and there is no file of that name.
+        UserError: There is no file or folder of that name.
     """
-    if not isinstance(ckpt_path, str) or not (ckpt_path in ("best", "hpc") or ckpt_path.startswith("registry")):
+    if not isinstance(ckpt_path, str) or ckpt_path == "last" or "://" in ckpt_path:
         return ckpt_path
+    keyword = ckpt_path in ("best", "hpc") or ckpt_path.startswith("registry")
     if Path(ckpt_path).exists():
-        return str(Path(ckpt_path).absolute())
+        return str(Path(ckpt_path).absolute()) if keyword else ckpt_path
+    if not keyword:
+        raise UserError(f"{ckpt_path}: there is no such checkpoint. Give a .ckpt from a run's checkpoints folder.")
     raise UserError(
         f"--ckpt_path {ckpt_path} is no checkpoint. Give a .ckpt from a run's checkpoints folder, or last for the "
         "newest in --checkpoint.dirpath."

@@ -14,8 +14,13 @@ def check_run_length(trainer: "Trainer") -> None:
     ``limit_val_batches`` may be anything: it validates on the first so many batches. So may ``max_epochs``, but for 0.
 
     Raises:
-        UserError: A setting would read the same blocks again, or end the run before its last step.
+        UserError: A setting would read the same blocks again, or end the run before its last step, or there is none.
     """
+    if trainer.max_steps < 0:
+        raise UserError(
+            "A run on streamed text has no natural end, and trainer.max_steps is not set. "
+            "Give the number of optimizer steps with --trainer.max_steps."
+        )
     steps = "The length of a run is --trainer.max_steps, whatever the length of the text."
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise UserError(
