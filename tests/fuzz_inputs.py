@@ -2,9 +2,9 @@
 
     python tests/fuzz_inputs.py gguf --inputs 10000
 
-Each input is read in a process that is watched. Counted is what it takes, what it refuses in one line (a ``UserError``),
-what ends in a traceback (any other exception) or in a crash of the process, and what hangs. The same seed makes the same
-inputs.
+Each input is read in a process that is watched. Counted is what it takes, what it refuses in one line (a
+``UserError``), what ends in a traceback (any other exception) or in a crash of the process, and what hangs. The same
+seed makes the same inputs.
 """
 
 import argparse
