@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_pl.errors import UserError
+from leap_pl.escape import say
 from leap_pl.files import atomic_folder
 
 HELD_OUT_ARTICLES = 500  # articles in each of validation and test
@@ -295,7 +296,7 @@ def _write_sources(folder: Path, package: Package, licence: str, notes: str) -> 
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    say(line, sys.stderr)
 
 
 ASSETS: dict[str, tuple[Callable[[Path], Path], ...]] = {

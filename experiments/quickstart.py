@@ -11,6 +11,7 @@ from typing import Any
 
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
+from leap_pl.escape import say
 from leap_pl.files import atomic_file
 from leap_pl.masks import MaskSet
 
@@ -36,7 +37,7 @@ def run() -> dict[str, object]:
     mask, prior = checkpoints / "mask.safetensors", checkpoints / "prior.safetensors"
     stamp = RUN / "config.yaml"  # of the run that is there
     if not (mask.is_file() and stamp.is_file() and stamp.read_bytes() == CONFIG.read_bytes()):
-        _say(["fit", "--config", str(CONFIG)])
+        _say(["fit", "--config", str(CONFIG), "--force"])  # of a run with other settings, or one that was stopped
         with atomic_file(stamp) as temporary:
             temporary.write_bytes(CONFIG.read_bytes())
     results = {}
@@ -84,7 +85,8 @@ def _is_of(output: Path, mask_digest: str | None) -> bool:
 
 
 def _say(words: list[str]) -> None:
-    print(f"\n$ leap_pl {' '.join(words)}", flush=True)
+    say("")
+    say(f"$ leap_pl {' '.join(words)}", sys.stdout)
     if words[0] == "fit":
         # A process of its own, so that its memory is gone afterwards.
         process = subprocess.Popen([sys.executable, "-m", "leap_pl", *words])
@@ -121,10 +123,10 @@ def _bin() -> str:
 
 if __name__ == "__main__":
     try:
-        print(report(run()))
+        say(report(run()), lines=True)
     except UserError as failure:
-        print(f"quickstart: {failure}", file=sys.stderr)
+        say(f"quickstart: {failure}", sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("\nquickstart: stopped.", file=sys.stderr)
+        say("\nquickstart: stopped.", sys.stderr, lines=True)
         raise SystemExit(130) from None

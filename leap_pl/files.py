@@ -14,13 +14,15 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
+from leap_pl.inputs import records
+from leap_pl.inputs import register as inputs
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
@@ -28,72 +30,143 @@ _NO_SUCH_CALL = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # of the kernel, or
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path, *, own: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is flushed and becomes ``path``.
 
+    A ``path`` that is a symbolic link is followed: the file that it leads to is replaced, and the link stays.
+
+    Args:
+        path: To be written.
+        own: It belongs to the run that writes it, as a checkpoint does, which the run may have resumed from: it is
+            replaced though it was read, and not followed where it is a link, which then leads to an older one.
+
     Raises:
-        UserError: The folder cannot be written, or the disk is full.
+        UserError: The folder cannot be written, the disk is full, or ``path`` is what the command reads.
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path) as temporary:
+        place = path if own else followed(path)
+        register = None if own else inputs.current()
+        if register is not None:
+            register.check_file(place, path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(place) as temporary:
             temporary.chmod(0o666 & ~_umask())
             yield temporary
             flush(temporary)
-            temporary.replace(path)
-            _confirm(path)
+            if register is not None:
+                register.check_file(place, path)
+            temporary.replace(place)
+            _confirm(place)
     except (OSError, SafetensorError) as error:
         raise UserError(_write_failure(path, error)) from error
 
 
 @contextmanager
-def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    path: str | Path, *, force: bool = False, own: bool = False, verb: str | None = None
+) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success its files are flushed and it becomes ``path``.
 
+    It is given a record of what was written (:mod:`leap_pl.inputs.records`). A ``path`` that is a symbolic link is
+    followed: the folder that it leads to is replaced, and the link stays.
+
+    Args:
+        path: To be written.
+        force: Replace a folder with something in it, if all of that is leap_pl's.
+        own: As of :func:`atomic_file`.
+        verb: What the record is to name; by default the command that runs.
+
     Raises:
-        UserError: ``path`` is a file, or a folder with something in it and ``force`` is false; or the
-            folder cannot be written, or the disk is full.
+        UserError: As :func:`check_folder`; or the folder cannot be written, or the disk is full.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file, and a folder is to be written there. Name another folder.")
-    if not force and path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{path} is not empty. Name another folder, or add --force to replace it.")
+    register = None if own else inputs.current()
+    if verb is None and register is not None:
+        verb = register.verb
+    check_folder(path, force=force, own=own, verb=verb)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path, folder=True) as temporary:
+        place = path if own else followed(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            nullcontext() if register is None else register.replacing(place, path),
+            _temporary(place, folder=True) as temporary,
+        ):
             temporary.chmod(0o777 & ~_umask())
             yield temporary
+            records.write_record(temporary, verb)
             for item in sorted(temporary.rglob("*")):
                 if item.is_file():
                     item.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
                 flush(item)
             flush(temporary)
-            _swap(temporary, path)
-            _confirm(path)
+            check_folder(path, force=force, own=own, verb=verb)  # hours may have passed
+            _swap(temporary, place)
+            _confirm(place)
     except (OSError, SafetensorError) as error:
         raise UserError(_write_failure(path, error)) from error
 
 
-def check_apart(folder: str | Path, inputs: Iterable[object]) -> None:
-    """Make sure that replacing ``folder`` would not take away what the command reads, nor where it was called.
-
-    Args:
-        folder: To be written, maybe by force.
-        inputs: Names of files and folders; what is no name, or of nothing that is there, is passed over.
+def check_folder(path: str | Path, *, force: bool = False, own: bool = False, verb: str | None = None) -> None:
+    """Make sure that the folder ``path`` may be written, or replaced; arguments as of :func:`atomic_folder`.
 
     Raises:
-        UserError: One of them lies in ``folder``, or is ``folder``.
+        UserError: ``path`` is a file; or a folder with something in it, and ``force`` is false or some of it is not
+            leap_pl's; or it holds what the command reads, or the folder that the command was called in.
     """
-    place = Path(folder).resolve()
-    for name in (Path.cwd(), *inputs):
-        if not isinstance(name, str | Path) or not Path(name).expanduser().exists():
-            continue
-        path = Path(name).expanduser().resolve()
-        if place.is_dir() and (path == place or place in path.parents):
-            how = "is" if path == place else "lies in"
-            raise UserError(f"{folder} would be replaced, and {name} {how} it. Name another folder.")
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, and a folder is to be written there. Name another folder.")
+    if not path.is_dir():
+        return
+    try:
+        inside = any(path.iterdir())
+    except OSError as error:
+        raise UserError(_write_failure(path, error)) from error
+    if inside and not force:
+        raise UserError(f"{path} is not empty. Name another folder, or add --force to replace it.")
+    if own:
+        return
+    place, here = inputs.real_path(path), _working_directory()
+    if here is not None and (here == place or place in here.parents):
+        how = "is" if here == place else "lies in"
+        raise UserError(f"{path} would be replaced, and {here} {how} it. Name another folder.")
+    register = inputs.current()
+    if register is not None:
+        register.check_folder(place, path)
+    strange = records.strangers(place, verb)
+    if strange:
+        what = "what leap_pl fit has learned" if records.verb_of(place) == "fit" else "what leap_pl did not write"
+        raise UserError(
+            f"{path} holds {what}: {listing(strange, 8)}. --force replaces only what the same kind of command wrote; "
+            "name another folder, or move them away."
+        )
+
+
+def _working_directory() -> Path | None:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:  # it was removed
+        return None
+
+
+def followed(path: Path) -> Path:
+    """Where ``path`` is written: itself, or what it leads to if it is a symbolic link.
+
+    Raises:
+        UserError: It is a link into a folder that is not there, as on a disk that is not mounted.
+        OSError: Links lead in a circle.
+    """
+    if not path.is_symlink():
+        return path
+    place = inputs.real_path(path)
+    if place.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    if not place.parent.is_dir():
+        raise UserError(
+            f"{path} is a link to {place}, and there is no folder {place.parent}. Make that, or name another place."
+        )
+    return place
 
 
 def atomic_link(path: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import json
 import os
 import signal
 import stat
@@ -22,6 +23,19 @@ from leap_pl.files import atomic_file, atomic_folder, atomic_link, remove_abando
 def contents(folder: Path) -> dict[str, str | None]:
     """Everything under ``folder``, hidden leftovers too: path → text, None for a folder."""
     return {str(p.relative_to(folder)): p.read_text() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def record_of(*names: str) -> str:
+    """The record of a folder that is written outside a command."""
+    told = {"format": "leap_pl.folder", "format_version": 1, "verb": None, "files": sorted([*names, "leap_pl.json"])}
+    return json.dumps({"folder": told}, indent=2) + "\n"
+
+
+def old_folder(path: Path) -> None:
+    """A folder with one file in it that leap_pl wrote before."""
+    path.mkdir()
+    (path / "old").write_text("old")
+    (path / "leap_pl.json").write_text(record_of("old"))
 
 
 def full(*_: Any, **__: Any) -> None:
@@ -138,7 +152,7 @@ def write_folder(path: Path, *, force: bool = False, fail: BaseException | None 
             raise fail
 
 
-NEW = {"a": "new a", "sub": None, "sub/b": "new b"}
+NEW = {"a": "new a", "leap_pl.json": record_of("a", "sub/b"), "sub": None, "sub/b": "new b"}
 
 
 @pytest.mark.parametrize("there", ["nothing", "an empty folder", "an empty folder, with force"])
@@ -167,8 +181,7 @@ def test_a_folder_with_something_in_it_is_replaced_by_force(
     if steps == 2:
         in_two_steps(monkeypatch)
     path = tmp_path / "out"
-    path.mkdir()
-    (path / "old").write_text("old")
+    old_folder(path)
     write_folder(path, force=True)
     assert contents(path) == NEW
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -188,8 +201,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, force: boo
 def test_a_folder_whose_writer_fails_is_as_it_was(tmp_path: Path, kind: type[BaseException], old: bool) -> None:
     path = tmp_path / "out"
     if old:
-        path.mkdir()
-        (path / "old").write_text("old")
+        old_folder(path)
     before = contents(tmp_path)
     with pytest.raises(kind, match="stop"):
         write_folder(path, force=True, fail=kind("stop"))
@@ -237,8 +249,7 @@ def test_a_full_disk_leaves_the_old_folder(
 ) -> None:
     path = tmp_path / "out"
     if old:
-        path.mkdir()
-        (path / "old").write_text("old")
+        old_folder(path)
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
         fail(patch)
@@ -249,8 +260,7 @@ def test_a_full_disk_leaves_the_old_folder(
 
 
 def test_an_old_folder_that_cannot_be_put_back_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    old_folder(tmp_path / "out")
     put_nothing_in_place(monkeypatch, OSError(errno.EIO, os.strerror(errno.EIO)))
     with pytest.raises(UserError):
         write_folder(tmp_path / "out", force=True)
@@ -261,8 +271,7 @@ def test_an_interrupt_in_the_middle_of_the_swap_leaves_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_two_steps(monkeypatch)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    old_folder(tmp_path / "out")
     rename, calls = Path.rename, []
 
     def interrupted(source: Path, target: Path) -> Path:
@@ -274,7 +283,7 @@ def test_an_interrupt_in_the_middle_of_the_swap_leaves_the_old_folder(
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_folder(tmp_path / "out", force=True)
-    assert contents(tmp_path) == {"out": None, "out/old": "old"}
+    assert contents(tmp_path) == {"out": None, "out/leap_pl.json": record_of("old"), "out/old": "old"}
 
 
 def test_a_folders_files_are_flushed_and_readable_as_the_umask_says(

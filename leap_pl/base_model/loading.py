@@ -15,6 +15,7 @@ from leap_pl.base_model.model_sizes import check_settings, check_skeleton
 from leap_pl.base_model.stored_weights import StoredWeights, check_sizes, read_shapes, told_by
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.plain_values import shown
+from leap_pl.inputs.register import note_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -192,6 +193,7 @@ def longest_sequence(config: "PreTrainedConfig") -> int | None:
 def _locate(name: str) -> tuple[str, str | None]:
     """Split ``name`` into what transformers is given, and the GGUF file inside it if it is one."""
     path = Path(name).expanduser()
+    note_input(path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"base model {name}: there is no such GGUF file. Give the path of one that exists.")

@@ -15,8 +15,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from leap_pl.callbacks.mask_export import mask_place
+from leap_pl.checkpoints.run_folder import Leftover, earlier_run, link_last, record_checkpoint
 from leap_pl.checkpoints.signals import Stopped, StopSignals
 from leap_pl.distributed.strategy import saves_shards
+from leap_pl.escape import say
 from leap_pl.files import atomic_file, atomic_folder, atomic_link, check_writable, flush, remove_abandoned
 from leap_pl.inputs.ranges import check_numbers
 
@@ -62,7 +65,8 @@ class Checkpoints(ModelCheckpoint):
             save_last: ``link``: ``last.ckpt`` is a symbolic link to the newest.
             every_minutes: Write one at least so often; 0: only when the other arguments say so.
             save_on_train_epoch_end: A run is one epoch.
-            enable_version_counter: False: a second run in the folder replaces the first one's files.
+            enable_version_counter: Lightning's way to keep older checkpoints of the same name. It is not needed: a
+                folder that holds another run is refused.
             kwargs: The others of ModelCheckpoint; without any of them one is written at every validation.
         """
         check_numbers({"every_minutes": every_minutes, "save_top_k": save_top_k, **kwargs}, "checkpoint.")
@@ -82,6 +86,9 @@ class Checkpoints(ModelCheckpoint):
         self._written = time.monotonic()
         self._running = False
         self._validated_step = -1
+        # Whether to replace an earlier run in the folder, as the command line was told; None: there is no command line.
+        self.force: bool | None = None
+        self._replaced: list[Leftover] = []
 
     # -- when ---------------------------------------------------------------------------------------------
 
@@ -92,17 +99,19 @@ class Checkpoints(ModelCheckpoint):
             return
         if trainer.is_global_zero and self.dirpath is not None and "://" not in str(self.dirpath):
             check_writable(Path(self.dirpath))  # a bad folder fails at once, and not after hours
+            if self.force is not None:
+                self._look_for_earlier_run(trainer, getattr(pl_module, "resumes_from", None))
             remove_abandoned(Path(self.dirpath))
         self.signals = StopSignals()
         self.signals.install()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """``last.ckpt`` is the one that is gone on from: its run may have been killed before it linked it."""
-        if self.save_last != "link" or trainer.ckpt_path is None or not trainer.is_global_zero:
-            return
-        file, link = Path(trainer.ckpt_path).resolve(), Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}.ckpt"
-        if file.parent == link.parent.resolve() and (link.is_symlink() or not link.exists()) and link.resolve() != file:
-            atomic_link(link, file)
+        """Remove an earlier run that is replaced; ``last.ckpt`` is the checkpoint that is resumed from."""
+        for leftover in self._replaced:  # not before: all that could be wrong with the new run has been looked at
+            leftover.remove()
+        self._replaced = []
+        if self.save_last == "link" and trainer.ckpt_path is not None and trainer.is_global_zero:
+            link_last(Path(str(self.dirpath)), Path(trainer.ckpt_path))
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lightning has put its own handlers over these, which write no checkpoint."""
@@ -110,6 +119,8 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate, if the run was stopped before a validation that was due."""
+        if self.force is None:  # a program has told the trainer, and nobody before, what it resumes from
+            self._look_for_earlier_run(trainer, trainer.ckpt_path)
         super().on_train_start(trainer, pl_module)
         slurm = _requeuing(trainer)
         self.signals.install(*([slurm.requeue_signal] if slurm and slurm.requeue_signal else []))
@@ -201,6 +212,12 @@ class Checkpoints(ModelCheckpoint):
         """Give the signals back."""
         self.signals.remove()
 
+    def _look_for_earlier_run(self, trainer: L.Trainer, ckpt_path: Any) -> None:
+        local = self.dirpath is not None and "://" not in str(self.dirpath)
+        if trainer.is_global_zero and local and not self._last_checkpoint_saved:  # else this object wrote what is there
+            folder = Path(str(self.dirpath))
+            self._replaced = earlier_run(folder, mask_place(trainer), ckpt_path=ckpt_path, force=bool(self.force))
+
     # -- how ----------------------------------------------------------------------------------------------
 
     def save(self, trainer: L.Trainer) -> None:
@@ -223,6 +240,8 @@ class Checkpoints(ModelCheckpoint):
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 for events in Path(logger.log_dir).glob("events.out.tfevents.*"):
                     flush(events)
+        if trainer.is_global_zero and "://" not in str(filepath):
+            record_checkpoint(Path(filepath).parent, Path(filepath).name)
         if saves_shards(trainer):
             self._save_folder(trainer, filepath)
         else:
@@ -232,7 +251,9 @@ class Checkpoints(ModelCheckpoint):
     def _save_folder(self, trainer: L.Trainer, filepath: str) -> None:
         """Every rank writes its part into one folder aside, which gets its name when all of them are through."""
         with ExitStack() as stack:
-            aside = stack.enter_context(atomic_folder(filepath, force=True)) if trainer.is_global_zero else None
+            aside = None
+            if trainer.is_global_zero:
+                aside = stack.enter_context(atomic_folder(filepath, force=True, own=True, verb="fit"))
             super()._save_checkpoint(trainer, str(trainer.strategy.broadcast(aside)))
         trainer.strategy.barrier()
         self._last_checkpoint_saved = filepath
@@ -244,7 +265,7 @@ class Checkpoints(ModelCheckpoint):
             try:
                 atomic_link(Path(linkpath), Path(filepath))
             except OSError:  # a file system without links
-                with atomic_file(linkpath) as temporary:
+                with atomic_file(linkpath, own=True) as temporary:
                     temporary.write_bytes(Path(filepath).read_bytes())
         trainer.strategy.barrier()
 
@@ -287,7 +308,8 @@ class Checkpoints(ModelCheckpoint):
             what += f"{self.dirpath}. Go on with --ckpt_path last."
         else:
             what = "stopped before the first step was done; there is nothing to write."
-        print(f"\nleap_pl fit: {stopped.signal.name}: {what}", file=sys.stderr, flush=True)
+        say("", sys.stderr)  # a progress bar may stand in this line
+        say(f"leap_pl fit: {stopped.signal.name}: {what}", sys.stderr)
         slurm = _requeuing(trainer)
         if slurm and stopped.signal == slurm.requeue_signal:
             requeue()
@@ -320,6 +342,6 @@ def requeue() -> None:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         subprocess.run(["scontrol", "requeue", job], check=True)
-        print(f"leap_pl fit: job {job} is in the queue again.", file=sys.stderr, flush=True)
+        say(f"leap_pl fit: job {job} is in the queue again.", sys.stderr)
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"leap_pl fit: job {job} could not be requeued ({error}).", file=sys.stderr, flush=True)
+        say(f"leap_pl fit: job {job} could not be requeued ({error}).", sys.stderr)

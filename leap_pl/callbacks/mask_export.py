@@ -6,6 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from leap_pl.escape import terminal
 from leap_pl.prior.started_prior import prior_file
 from leap_pl.training.module import LeapModule
 
@@ -66,7 +67,7 @@ class MaskExport(L.Callback):
         if trainer.is_global_zero and earlier.exists() and earlier.read_bytes() == path.read_bytes():
             earlier.unlink()  # this run's own: it was stopped between its mask and its last checkpoint
         rank_zero_info(
-            f"mask: {path} (after step {trainer.global_step:,} of {trainer.max_steps:,}; sparsity "
+            f"mask: {terminal(path)} (after step {trainer.global_step:,} of {trainer.max_steps:,}; sparsity "
             f"{1 - kept / total:.6f}, {total - kept:,} weights removed)"
         )
 
@@ -78,3 +79,9 @@ class MaskExport(L.Callback):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
                 return Path(callback.dirpath)
         return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def mask_place(trainer: L.Trainer) -> Path:
+    """The folder that prior and mask of the run go to, also where nothing exports them."""
+    exports = [callback for callback in trainer.callbacks if isinstance(callback, MaskExport)]  # type: ignore[attr-defined]
+    return (exports[0] if exports else MaskExport()).place(trainer)

@@ -29,7 +29,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         # Straight into the file: a copy in memory would double what a large run needs.
-        with atomic_file(path) as temporary, temporary.open("wb") as file:
+        with atomic_file(path, own=True) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:

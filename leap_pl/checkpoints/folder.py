@@ -26,9 +26,11 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from leap_pl.checkpoints.identity import read_identity
-from leap_pl.checkpoints.layout import by_weight, load_checkpoint, path_of
+from leap_pl.checkpoints.layout import by_weight, is_checkpoint, load_checkpoint, path_of
 from leap_pl.errors import UserError, listing
+from leap_pl.escape import say
 from leap_pl.files import atomic_file
+from leap_pl.inputs.register import command_inputs, current, note_input, real_path
 
 INDEX = ".metadata"
 
@@ -222,13 +224,32 @@ def main(words: Sequence[str]) -> None:
             raise UserError(f"{words[1]} is a folder. Name the file to write, as {Path(words[1]) / 'one.ckpt'}.")
         if not Path(words[0]).is_dir():
             raise UserError(f"{words[0]} is no folder. Name that of a distributed checkpoint (step=N.ckpt).")
-        checkpoint = consolidated(words[0])
-        with atomic_file(words[1]) as temporary:
-            torch.save(checkpoint, temporary)
+        with command_inputs("consolidate"):
+            _check_place(Path(words[0]), Path(words[1]))
+            checkpoint = consolidated(words[0])
+            with atomic_file(words[1]) as temporary:
+                torch.save(checkpoint, temporary)
     except UserError as error:
-        print(f"leap_pl.checkpoints.folder: {error}", file=sys.stderr)
+        say(f"leap_pl.checkpoints.folder: {error}", sys.stderr)
         raise SystemExit(2) from None
-    print(f"{words[1]}: step {checkpoint['global_step']} of {words[0]}")
+    say(f"{words[1]}: step {checkpoint['global_step']} of {words[0]}")
+
+
+def _check_place(folder: Path, file: Path) -> None:
+    """Make sure that ``file`` may be written, and takes away nothing of what is read of ``folder``.
+
+    Raises:
+        UserError: It is a part of the folder, or there is a file that is no checkpoint.
+    """
+    for part in folder.rglob("*"):
+        note_input(part)
+    if not file.exists():
+        return
+    register = current()
+    assert register is not None
+    register.check_file(real_path(file), file)
+    if not is_checkpoint(file):
+        raise UserError(f"{file} is there, and is no checkpoint of leap_pl. Name another file.")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leap_pl.checkpoints.identity import Identity, read_identity
+from leap_pl.checkpoints.identity import KEY, Identity, read_identity
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import Gate, Stored, gate_kind, restore
+from leap_pl.inputs.register import note_input
 from leap_pl.masks.mask_set import MaskSet, PackedMasks, Provenance, installed_versions
 
 PREFIX = "logits."
@@ -127,6 +128,7 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True, check_tensors: bool 
         UserError: It is not there, truncated, damaged, or no checkpoint of leap_pl.
     """
     path = Path(path)
+    note_input(path)
     if (path / META).is_file():
         path = path / META
     inside = sorted(item.name for item in path.glob("*.ckpt"))
@@ -153,6 +155,15 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True, check_tensors: bool 
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is not a checkpoint of leap_pl fit. Give a .ckpt from a run's checkpoints folder.")
     return checkpoint
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the file ``path`` is a checkpoint of leap_pl, damaged or not, as far as it can be read."""
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except Exception:  # what it makes the readers raise is no closed list
+        return False
+    return isinstance(found, dict) and KEY in found
 
 
 def _damaged_record(path: Path, tensors: bool) -> str | None:

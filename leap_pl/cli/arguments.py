@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 
 from leap_pl.errors import UserError
 from leap_pl.inputs.reading import MOST_SETTINGS, check_regular, read_regular
+from leap_pl.inputs.register import note_input
 from leap_pl.inputs.yaml_input import check_yaml, guard_parser
 
 
@@ -116,6 +117,7 @@ def check_configs(words: Sequence[str]) -> None:
             is_config, name = True, words[place + 1] if place + 1 < len(words) else ""
         if not name or not _exists(name):  # of what is not there the parser tells
             continue
+        note_input(name)
         if not is_config:
             if name.endswith((".yaml", ".yml")):  # a group of settings, --model model.yaml
                 check_regular(name, option)

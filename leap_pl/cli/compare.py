@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from leap_pl.cli.command import command
 from leap_pl.errors import UserError
+from leap_pl.escape import say
 
 BASELINES = "magnitude,wanda,sparseswaps,sparsegpt,admm"
 
 
+@command
 def compare_command(
     results: Sequence[str] = (), output_dir: str = "comparison", baselines: str = BASELINES, force: bool = False
 ) -> dict[str, Any]:
@@ -47,19 +50,19 @@ def compare_command(
     from leap_pl.comparison.page import make_page
     from leap_pl.comparison.pictures import draw_all
     from leap_pl.comparison.table import make_table
-    from leap_pl.files import atomic_folder, check_apart
+    from leap_pl.files import atomic_folder
 
     entries = read_entries(results)
     measured_against = {name.strip() for name in baselines.split(",") if name.strip()}
     table = make_table(entries, measured_against)
-    check_apart(output_dir, results if force else ())
     with atomic_folder(output_dir, force=force) as folder:
         (folder / "table.md").write_text(table.markdown(), encoding="utf-8")
         (folder / "table.csv").write_text(table.csv(), encoding="utf-8")
         pictures = draw_all(entries, measured_against, folder)
         (folder / "index.html").write_text(make_page(entries, table, pictures, folder), encoding="utf-8")
-    print(table.text(get_terminal_size(fallback=(0, 0)).columns or None))  # a file has no width
-    print(f"\nwritten: {Path(output_dir, 'index.html')}, table.md, table.csv and {len(pictures)} pictures")
+    say(table.text(get_terminal_size(fallback=(0, 0)).columns or None), lines=True)  # a file has no width
+    say("")
+    say(f"written: {Path(output_dir, 'index.html')}, table.md, table.csv and {len(pictures)} pictures")
     return {
         "table": [dict(zip(table.keys, row, strict=True)) for row in table.values],
         "files": sorted(str(path) for path in Path(output_dir).iterdir()),

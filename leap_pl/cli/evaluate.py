@@ -5,7 +5,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from leap_pl.cli.command import command
 from leap_pl.errors import UserError
+from leap_pl.escape import say, terminal
+from leap_pl.inputs.register import listed
 
 if TYPE_CHECKING:
     from leap_pl.evaluation.subject import Subject
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 DEFAULT_TASKS_FOLDER = "assets/tasks"
 
 
+@command
 def evaluate_command(
     model: str | None = None,
     mask: str | None = None,
@@ -178,7 +182,7 @@ def _perplexity(
         seq_length=seq_length,
         stride=stride,
         batch_size=batch_size,
-        progress=f"perplexity of {Path(text).name}",
+        progress=terminal(f"perplexity of {Path(text).name}"),
     )
     return {
         "value": found.value,
@@ -198,10 +202,10 @@ def _perplexity(
     }
 
 
-def _names(listed: str | None, flag: str) -> list[str]:
-    names = [name.strip() for name in (listed or "").split(",")]
-    if listed is not None and not all(names):
-        raise UserError(f"{flag} {listed!r} has an empty entry. Separate entries by single commas.")
+def _names(given: str | None, flag: str) -> list[str]:
+    names = [] if given is None else listed(given)
+    if not all(names):
+        raise UserError(f"{flag} {given!r} has an empty entry. Separate entries by single commas.")
     return list(dict.fromkeys(name for name in names if name))
 
 
@@ -237,10 +241,10 @@ def _speed_up(subject: "Subject") -> None:
 
     model = subject.model
     if model.dtype == torch.bfloat16 and fast_dtype(model.device) == "float32":
-        print(
+        say(
             f"evaluated in float32, which this {model.device.type.upper()} multiplies faster than bfloat16 "
             "(--dtype bfloat16 keeps it)",
-            file=sys.stderr,
+            sys.stderr,
         )
         model.float()
 
@@ -262,20 +266,20 @@ def _description(subject: "Subject") -> dict[str, Any]:
 
 def _tell(result: dict[str, Any], output: str | None) -> None:
     """The figures, for the reader of the terminal."""
-    print(f"{result['method']}, {result['model']['base_model']}, sparsity {result['sparsity']['global']:.2%}")
+    say(f"{result['method']}, {result['model']['base_model']}, sparsity {result['sparsity']['global']:.2%}")
     for text, found in result["perplexity"].items():
         error = f" ± {found['stderr']:.2f}" if found["stderr"] is not None else ""
         protocol = f"windows of {found['seq_length']}, stride {found['stride']}"
-        print(f"  perplexity on {text}: {found['value']:.3f}{error}  ({protocol})")
+        say(f"  perplexity on {text}: {found['value']:.3f}{error}  ({protocol})")
     for task, found in result["tasks"].items():
         figures = [
             f"{k} {found[k]:.2%} ± {found.get(f'{k}_stderr') or 0:.2%}" for k in ("acc", "acc_norm") if k in found
         ]
         look = f", a quick look: the first {found['limit']}" if found["limit"] else ""
         questions = f"{found['samples']} questions of {found['split']}{look}"
-        print(f"  {task}: {', '.join(figures) or 'see the result'}  ({questions})")
+        say(f"  {task}: {', '.join(figures) or 'see the result'}  ({questions})")
     if result["mean"] is not None:
         mean = result["mean"]
-        print(f"  mean accuracy of {len(mean['tasks'])} tasks: {mean['value']:.2%}")
+        say(f"  mean accuracy of {len(mean['tasks'])} tasks: {mean['value']:.2%}")
     if output is not None:
-        print(f"written: {output}", file=sys.stderr)
+        say(f"written: {output}", sys.stderr)

@@ -30,11 +30,13 @@ from leap_pl.checkpoints.folder import check_folder
 from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.newest import newest_checkpoint
+from leap_pl.checkpoints.run_folder import Finished, check_finished, check_settings, replaces
 from leap_pl.cli.arguments import check_classes, check_configs, check_groups, one_line, plain, setting_of
 from leap_pl.cli.former_spelling import FormerSpellingParser, advice, respelled
 from leap_pl.data import TextDataModule
 from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
+from leap_pl.escape import say
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.training.module import LeapModule
 from leap_pl.training.run_settings import find_classes, read_settings
@@ -94,6 +96,16 @@ class LeapCLI(LightningCLI):
         parser.link_arguments("model.base_model", "data.tokenizer")
         parser.link_arguments("model.revision", "data.tokenizer_revision")
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--force",
+                action="store_true",
+                help="Replace an earlier run in checkpoint.dirpath: its checkpoints, its prior and its mask.",
+            )
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse ``args``; what is not given is taken from the checkpoint that the run resumes from.
 
@@ -122,12 +134,18 @@ class LeapCLI(LightningCLI):
         settings.ckpt_path = path = _path_of(path)
         given = None if path == "last" else path
         requeued = verb == "fit" and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-        if path == "last" or requeued:
-            newest = _find_last(verb, settings.checkpoint.dirpath)
+        if verb == "fit":
+            self.force = replaces(settings, requeued=requeued)
+        newest = None
+        if path == "last" or (requeued and not self.force):
+            words_of_last, newest = _find_last(verb, settings.checkpoint.dirpath)
             if newest is not None:
                 refused = self._take_settings(verb, newest[1], str(newest[0]))
                 self._parse(parser, args, words)
+                if verb == "fit":
+                    check_finished(self.config[verb], *newest)
             self.config[verb].ckpt_path = given if newest is None else str(newest[0])
+            rank_zero_only(say)(f"leap_pl {verb}: {words_of_last}", sys.stderr)
         settings = self.config[verb]
         check_numbers(settings.as_dict())
         check_groups(settings, self._subcommand_parsers[verb].get_defaults())
@@ -135,6 +153,9 @@ class LeapCLI(LightningCLI):
             if same(plain(settings.get(name)), plain(self._subcommand_parsers[verb].get_default(name))):  # not typed
                 raise error
         check_classes(settings)
+        if verb == "fit":
+            settings.force = False  # a saved config, given again, is not to replace the run that saved it
+            rank_zero_only(check_settings)(settings, force=self.force)
 
     def _warn_of_former(self, typed: list[str]) -> None:
         """Say once what to write instead of what is ``typed``, and in configs, where it used to be."""
@@ -149,6 +170,8 @@ class LeapCLI(LightningCLI):
         except ArgumentError as error:
             known = getattr(self, "_subcommand_parsers", {}).get(words[0] if words else "", parser)
             raise UserError(one_line(error, list(known._option_string_actions))) from error
+
+    force = False
 
     def _take_settings(self, verb: str, checkpoint: dict[str, Any], path: str) -> dict[str, UserError]:
         """Make what ``checkpoint`` was learned with the parser's defaults.
@@ -197,6 +220,9 @@ class LeapCLI(LightningCLI):
                 raise
             raise UserError(f"trainer.devices: {' '.join(str(error).split())} Give a number of them.") from error
         _check_trainer(trainer)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, Checkpoints):
+                callback.force = self.force
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
@@ -231,8 +257,8 @@ def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
     )
 
 
-def run(words: list[str]) -> LeapCLI:
-    """Run one of LightningCLI's verbs.
+def run(words: list[str]) -> LeapCLI | None:
+    """Run one of LightningCLI's verbs; None where there was nothing left to do.
 
     Raises:
         UserError: The settings do not fit together, or something they name is not there.
@@ -260,6 +286,9 @@ def run(words: list[str]) -> LeapCLI:
     threading.excepthook = _say_nothing_twice
     try:
         return make_cli(words)
+    except Finished as done:
+        rank_zero_only(say)(f"leap_pl {words[0]}: {done}", sys.stderr)
+        return None
     except ArgumentError as error:
         raise UserError(one_line(error)) from error
     except torch.OutOfMemoryError as error:
@@ -346,8 +375,8 @@ def _from_settings(error: Exception) -> bool:
     return ours or place.stem in ("accelerator_connector", "callback_connector", "setup")
 
 
-def _find_last(verb: str, folder: str | None) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint in ``folder``; which one it is, or that there is none, is said."""
+def _find_last(verb: str, folder: str | None) -> tuple[str, tuple[Path, dict[str, Any]] | None]:
+    """The newest whole checkpoint in ``folder``, and before it the words that say which one it is, or that none is."""
     if folder is None:
         raise UserError(
             "to go on from the last checkpoint (--ckpt_path last, or a requeued job) its folder must be the same in "
@@ -363,8 +392,7 @@ def _find_last(verb: str, folder: str | None) -> tuple[Path, dict[str, Any]] | N
         words = f"going on from {file} (step {checkpoint.get('global_step')})."
         if damaged:
             words = f"{damaged[0]} So: {words}"
-    rank_zero_only(print)(f"leap_pl {verb}: {words}", file=sys.stderr, flush=True)
-    return None if found is None else found[:2]
+    return words, None if found is None else found[:2]
 
 
 def _path_of(ckpt_path: Any) -> Any:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from leap_pl.errors import UserError
+from leap_pl.escape import say, terminal
+from leap_pl.inputs.register import command_inputs
 from leap_pl.version import __version__
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def main(args: "ArgsType" = None) -> Any:
         if words[0] not in VERBS:
             raise UserError(f"there is no verb {words[0]!r}. The verbs are {', '.join(VERBS)}; see leap_pl --help.")
         _check_working_directory()
-        with _plain_warnings():
+        with _plain_warnings(), command_inputs(words[0]):
             function = VERBS[words[0]][1]
             if function is None:
                 from leap_pl.cli.fit import run
@@ -75,7 +77,7 @@ def main(args: "ArgsType" = None) -> Any:
             return called(**settings_of(words[0], called, words[1:]))
     except UserError as error:
         rank = _rank()
-        print(f"leap_pl {words[0]}{f' [rank {rank}]' if rank else ''}: {error}", file=sys.stderr)
+        say(f"leap_pl {words[0]}{f' [rank {rank}]' if rank else ''}: {error}", sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -97,7 +99,7 @@ def console() -> None:
     except KeyboardInterrupt:
         pass
     # Out here the exception is gone, and with it whatever it held open: progress bars have had their last word.
-    print(f"\n{' '.join(['leap_pl', *sys.argv[1:2]])}: stopped.", file=sys.stderr)
+    say(f"\n{terminal(' '.join(['leap_pl', *sys.argv[1:2]]))}: stopped.", sys.stderr, lines=True)
     raise SystemExit(130)
 
 
@@ -134,7 +136,7 @@ def _plain_warnings() -> Iterator[None]:
 def _one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    return f"warning: {' '.join(str(message).split())}\n"
+    return f"warning: {terminal(' '.join(str(message).split()))}\n"
 
 
 def _rank() -> int:
@@ -180,10 +182,12 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
     if several:
         words = _gather(words, f"--{several}", switches)
     check_configs(words)
+    words, paths = _paths_aside(_spell_out(words, switches))
     try:
-        settings = parser.parse_args(_spell_out(words, switches)).as_dict()
+        settings = parser.parse_args(words).as_dict()
     except ArgumentError as error:
-        raise UserError(one_line(error, list(parser._option_string_actions))) from error
+        raise UserError(_paths_back(one_line(error, list(parser._option_string_actions)), paths)) from error
+    settings = _paths_back(settings, paths)
     settings.pop("config", None)
     check_numbers(settings, f"{verb}.", "--")
     empty = [name for name, value in settings.items() if value == ""]
@@ -201,9 +205,9 @@ def _gather(words: list[str], option: str, switches: set[str]) -> list[str]:
         word = left.pop(0)
         if not word.startswith("-"):
             bare.append(word)
-        elif word == option and left and not left[0].startswith(("-", "[")):
+        elif word == option and left and (not left[0].startswith(("-", "[")) or _is_path(left[0])):
             continue  # --results a b: bare words as well
-        elif word.startswith(f"{option}=") and not word.startswith(f"{option}=["):
+        elif word.startswith(f"{option}=") and (not word.startswith(f"{option}=[") or _is_path(word)):
             bare.append(word.partition("=")[2])
         else:
             flags.append(word)
@@ -220,3 +224,43 @@ def _spell_out(words: list[str], switches: set[str]) -> list[str]:
         following = words[place + 1] if place + 1 < len(words) else "--"
         spelled += [word, "true"] if word in switches and following.startswith("-") else [word]
     return spelled
+
+
+def _is_path(word: str) -> bool:
+    """Whether a word, or what follows its ``=``, is a path that exists as it is typed."""
+    value = word.partition("=")[2] if word.startswith("--") else word
+    try:
+        return bool(value) and Path(value).exists()
+    except (OSError, ValueError):  # too long for a name, or with a NUL in it
+        return False
+
+
+def _paths_aside(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The words with other ones in the place of paths that the parser would read as YAML, and those paths by them.
+
+    A file may be called ``[a, b]``, which is a list, or ``#1``, which is nothing.
+    """
+    paths: dict[str, str] = {}
+    put: list[str] = []
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        config = name == "--config" or (place > 0 and words[place - 1] in ("-c", "--config"))
+        yaml = set(value) & set("[]{}#&*!|>%@`'\":,-? \n\t") or value.lower() in ("null", "~", "true", "false")
+        if not config and yaml and _is_path(word):
+            stand_in = f"leap_pl.path.{len(paths)}"
+            paths[stand_in] = value
+            word = f"{name}{equals}{stand_in}"
+        put.append(word)
+    return put, paths
+
+
+def _paths_back(value: Any, paths: dict[str, str]) -> Any:
+    """``value`` with paths where :func:`_paths_aside` put other words."""
+    if isinstance(value, dict):
+        return {key: _paths_back(inner, paths) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_paths_back(inner, paths) for inner in value]
+    if isinstance(value, str):
+        for stand_in, path in reversed(paths.items()):  # .10 before .1
+            value = value.replace(stand_in, path)
+    return value

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
 
+from leap_pl.cli.command import command
 from leap_pl.errors import UserError
+from leap_pl.escape import say
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from leap_pl.oneshot.prune import Pruned
 
 
+@command
 def prune_command(
     model: str,
     output_dir: str,
@@ -105,7 +108,7 @@ def prune_command(
     """
     from leap_pl.base_model.loading import load_model, load_tokenizer
     from leap_pl.base_model.weights import check_numbers, find_weights
-    from leap_pl.files import atomic_folder, check_apart
+    from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet
     from leap_pl.masks.patterns import NM, parse_pattern
     from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
@@ -124,8 +127,6 @@ def prune_command(
     per_layer = None if layer_sparsity is None else read_layer_sparsities(layer_sparsity)
     kept_mask = None if mask is None else MaskSet.load(mask)
 
-    names = [text] if isinstance(text, str) else text
-    check_apart(output_dir, (model, mask, layer_sparsity, *names) if force else ())
     with atomic_folder(output_dir, force=force) as folder:
         base = load_model(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
         check_numbers(base, model)
@@ -249,4 +250,4 @@ def _report(output_dir: str, pruned: "Pruned", updated: bool) -> None:
     line = f"{output_dir}: {masks.provenance.method} mask of {masks.total:,} weights, sparsity {masks.sparsity:.4f}"
     if pruned.errors:
         line += f", mean layer error {sum(pruned.errors.values()) / len(pruned.errors):.4f}"
-    print(f"{line}{', and the model with its updated weights' if updated else ''}, in {pruned.seconds:.0f} s")
+    say(f"{line}{', and the model with its updated weights' if updated else ''}, in {pruned.seconds:.0f} s")

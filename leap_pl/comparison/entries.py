@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_pl.errors import UserError, listing
+from leap_pl.escape import terminal
 from leap_pl.evaluation.record import read_result
 from leap_pl.inputs.plain_values import shown
 from leap_pl.masks import MaskSet, split_name
@@ -25,7 +26,8 @@ class Entry:
         source: The file or folder that was named.
         label: Its name in tables and pictures, unique among what is compared.
         method: ``dense``, ``wanda``, ``leap`` …
-        base_model: Name of the base model, as it was given.
+        base_model: Name of the base model, as it was given. This and every other name here is plain text, with what a
+            terminal would act on written out; ``source`` alone is as it was typed.
         fingerprint: Of the base model's weights.
         sparsity: Realised, 0 to 1.
         pattern: The form of the mask, as :mod:`leap_pl.masks.patterns` writes it: ``unstructured``, ``2:4`` …
@@ -103,12 +105,14 @@ def _of_mask(source: str, mask: MaskSet) -> Entry:
     return Entry(
         source=source,
         label="",
-        method=told.method,
-        base_model=told.base_model,
+        method=terminal(told.method),
+        base_model=terminal(told.base_model),
         fingerprint=told.fingerprint,
         sparsity=mask.sparsity,
-        pattern=str(told.config.get("pattern", "unstructured")),
-        densities=_table_of({cell: k / n for cell, (k, n) in kept.items()}, source),
+        pattern=terminal(told.config.get("pattern", "unstructured")),
+        densities=_table_of(
+            {(layer, terminal(projection)): k / n for (layer, projection), (k, n) in kept.items()}, source
+        ),
         mask=mask,
     )
 
@@ -120,17 +124,17 @@ def entry_of_result(source: str, result: dict[str, Any], mask: MaskSet | None = 
     for name, sparsity in result["sparsity"]["weights"].items():
         layer, projection = split_name(name)
         if layer is not None and result["method"] != "dense":
-            densities[layer, projection] = 1 - float(sparsity)
+            densities[layer, terminal(projection)] = 1 - float(sparsity)
     return Entry(
         source=source,
         label="",
-        method=str(result["method"]),
-        base_model=str(model["base_model"]),
+        method=terminal(result["method"]),
+        base_model=terminal(model["base_model"]),
         fingerprint=model["fingerprint"],
         sparsity=float(result["sparsity"]["global"]),
-        pattern=str(result.get("config", {}).get("pattern", "unstructured")),
-        perplexity=dict(result["perplexity"]),
-        tasks=dict(result["tasks"]),
+        pattern=terminal(result.get("config", {}).get("pattern", "unstructured")),
+        perplexity={terminal(name): figure for name, figure in result["perplexity"].items()},
+        tasks={terminal(name): figure for name, figure in result["tasks"].items()},
         densities=_table_of(densities, source),
         mask=mask,
     )
@@ -187,12 +191,12 @@ def _labelled(entries: list[Entry]) -> list[Entry]:
         labels.append(label if len(models) == 1 else f"{label}, {entry.model}")
     counts = Counter(labels)
     labels = [
-        label if counts[label] == 1 else f"{label} ({Path(entry.source).stem})"
+        label if counts[label] == 1 else f"{label} ({terminal(Path(entry.source).stem)})"
         for label, entry in zip(labels, entries, strict=True)
     ]
     counts = Counter(labels)
     return [
-        replace(entry, label=label if counts[label] == 1 else f"{label} ({entry.source})")
+        replace(entry, label=label if counts[label] == 1 else f"{label} ({terminal(entry.source)})")
         for label, entry in zip(labels, entries, strict=True)
     ]
 

@@ -2,12 +2,12 @@
 
 import base64
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from leap_pl.comparison.entries import Entry
 from leap_pl.comparison.pictures import Picture
 from leap_pl.comparison.table import Table
+from leap_pl.escape import html
 
 PIXELS = 105  # of the page, for an inch of a picture
 
@@ -40,35 +40,35 @@ def make_page(entries: Sequence[Entry], table: Table, pictures: Sequence[Picture
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1>",
+        f"<title>{html(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{html(title)}</h1>",
         *(_table(headings, rows) for headings, *rows in table.tables()),
         '<div class="notes">',
-        *(f"<p>{escape(note)}</p>" for note in table.notes),
+        *(f"<p>{html(note)}</p>" for note in table.notes),
         "</div>",
         "<h2>Pictures</h2>" if pictures else "",
         *(_figure(picture, folder) for picture in pictures),
         "<h2>Sources</h2>",
         "<ul>",
-        *(f"<li>{escape(e.label)}: <code>{escape(e.source)}</code>, {_identity(e)}</li>" for e in entries),
+        *(f"<li>{html(e.label)}: <code>{html(e.source)}</code>, {_identity(e)}</li>" for e in entries),
         "</ul></body></html>",
     ]
     return "\n".join(part for part in parts if part) + "\n"
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    head = "".join(f'<th scope="col">{html(heading)}</th>' for heading in headings)
+    body = "\n".join("<tr>" + "".join(f"<td>{html(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def _figure(picture: Picture, folder: Path) -> str:
     data = base64.b64encode((folder / f"{picture.stem}.png").read_bytes()).decode()
-    caption = escape(picture.caption)
+    caption = html(picture.caption)
     # In one size of letters: an inch of any picture is as wide on the page.
     image = f'<img alt="{caption}" width="{round(picture.width * PIXELS)}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _identity(entry: Entry) -> str:
-    return f"base model <code>{escape(entry.base_model)}</code>, fingerprint {escape(str(entry.fingerprint))}"
+    return f"base model <code>{html(entry.base_model)}</code>, fingerprint {html(entry.fingerprint)}"

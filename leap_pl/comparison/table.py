@@ -18,6 +18,7 @@ from leap_pl.comparison.differences import (
     shared_tasks,
 )
 from leap_pl.comparison.entries import Entry
+from leap_pl.escape import markdown, terminal
 
 ROUNDING = 0.005  # between densities that were asked to be one
 DIFFERENCE = "− best baseline"  # heading of the column behind a figure
@@ -57,11 +58,13 @@ class Table:
         """As Markdown tables with their notes below."""
         written = []
         for headings, *rows in self.tables():
-            lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-            written.append(
-                "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-            )
-        return "\n\n".join([*written, *self.notes]) + "\n"
+            lines = [
+                map(markdown, headings),
+                ["---", *["---:"] * (len(headings) - 1)],
+                *(map(markdown, r) for r in rows),
+            ]
+            written.append("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+        return "\n\n".join([*written, *map(markdown, self.notes)]) + "\n"
 
     def csv(self) -> str:
         """As CSV, one column a figure, numbers in full precision."""
@@ -135,11 +138,11 @@ def make_table(entries: Sequence[Entry], baselines: Collection[str]) -> Table:
     single = [place for place, n in enumerate(shown) if columns[n].keys[0].startswith("tasks.")]
     rest = [place for place in range(len(shown)) if place not in single]
     return Table(
-        headings=[columns[n].heading for n in shown],
-        rows=[[row[n][0] for n in shown] for row in read],
+        headings=[terminal(columns[n].heading) for n in shown],
+        rows=[[terminal(row[n][0]) for n in shown] for row in read],
         keys=[key for column in columns for key in column.keys],
         values=[[value for _, values in row for value in values] for row in read],
-        notes=_notes(entries, texts, tasks, baselines),
+        notes=[terminal(note) for note in _notes(entries, texts, tasks, baselines)],
         parts=[rest, [0, *single]] if single and len(shown) > PAGE else [rest + single],
     )
 

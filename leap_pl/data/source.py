@@ -11,6 +11,7 @@ from leap_pl.data.hub import HubDataset
 from leap_pl.data.local import SUFFIXES, LocalFiles
 from leap_pl.errors import UserError
 from leap_pl.inputs.reading import check_regular
+from leap_pl.inputs.register import note_input
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _OTHER_FILES = (".csv", ".tsv", ".zip", ".gz", ".zst", ".bz2", ".xz", ".arrow", ".md", ".html", ".xml", ".pdf")
@@ -215,5 +216,6 @@ def _local_files(name: str) -> list[Path]:
 def _known(file: Path) -> Path:
     if not file.name.lower().endswith(SUFFIXES):
         raise UserError(f"{file}: files of this kind cannot be read as text. Give {', '.join(SUFFIXES)}.")
+    note_input(file)
     check_regular(file)
     return file

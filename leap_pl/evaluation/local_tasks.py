@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from leap_pl.errors import UserError, listing
+from leap_pl.inputs.register import note_input
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SPLITS = ("train", "validation", "test", "dev")
@@ -47,6 +48,8 @@ class LocalTasks:
         Raises:
             UserError: A folder of that name is there and holds no data of the task.
         """
+        if folder is not None:
+            note_input(folder)
         with tempfile.TemporaryDirectory() as temporary:
             names: set[str] = set()
             for task in dict.fromkeys(tasks if folder is not None else ()):

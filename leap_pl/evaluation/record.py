@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from leap_pl.errors import UserError
-from leap_pl.files import atomic_file
+from leap_pl.files import atomic_file, followed
 from leap_pl.inputs.plain_values import plain, read_json, shown
+from leap_pl.inputs.register import note_input
 
 FORMAT = "leap_pl.evaluation"
 FORMAT_VERSION = 1
@@ -26,7 +27,11 @@ def check_place(path: str | Path) -> None:
         raise UserError(f"--output {path} is a folder. Name a file in it: --output {path / 'result.json'}")
     if path.is_file() and path.stat().st_size and FORMAT not in path.read_bytes()[:1_000_000].decode(errors="replace"):
         raise UserError(f"--output {path} is there, and no result of leap_pl evaluate. Name another file.")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        parents = followed(path).absolute().parents
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written ({error.strerror}). Name another place.") from error
+    folder = next(parent for parent in parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         reason = "may not be written to" if folder.is_dir() else "is a file"
         raise UserError(f"--output {path} cannot be written: {folder} {reason}. Name another place.")
@@ -52,6 +57,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
     from leap_pl.evaluation.result_schema import checked_result
 
     path = Path(path)
+    note_input(path)
     try:
         result = read_json(path)
     except (OSError, ValueError) as error:

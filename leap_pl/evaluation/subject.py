@@ -11,6 +11,7 @@ from leap_pl.base_model.loading import Dtype, load_model, load_tokenizer, name_o
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
+from leap_pl.inputs import records
 from leap_pl.inputs.plain_values import read_json
 from leap_pl.masks import MaskSet, split_name
 
@@ -135,7 +136,10 @@ def exported_record(name: str | Path) -> dict[str, Any]:
         return {}
     try:
         record = read_json(path)
-        fields = provenance_fields(record.get("provenance", record) if isinstance(record, dict) else record)
+        known = isinstance(record, dict)
+        if known and "provenance" not in record and records.KEY in record:
+            return {}  # a folder of another kind says of itself no more than who wrote it
+        fields = provenance_fields(record.get("provenance", record) if known else record)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path} cannot be read ({reason}). Export the checkpoint again.") from error

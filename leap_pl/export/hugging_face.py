@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leap_pl.cli.command import command
 from leap_pl.errors import UserError, listing
+from leap_pl.escape import markdown, markdown_code, say
+from leap_pl.inputs import records
 from leap_pl.inputs.plain_values import plain
 
 if TYPE_CHECKING:
@@ -17,10 +21,11 @@ if TYPE_CHECKING:
     from leap_pl.masks import MaskSet
     from leap_pl.masks.patterns import Pattern, Tiled
 
-RECORD = "leap_pl.json"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 MASK = "mask.safetensors"
 
 
+@command
 def export_command(
     output_dir: str,
     ckpt_path: str | None = None,
@@ -58,9 +63,8 @@ def export_command(
     results = _read_results(perplexity, masks)
 
     from leap_pl.export.zeros import zero_removed
-    from leap_pl.files import atomic_folder, check_apart
+    from leap_pl.files import atomic_folder
 
-    check_apart(output_dir, (ckpt_path, mask, name, perplexity) if force else ())
     with atomic_folder(output_dir, force=force) as folder:  # before the model is loaded: a bad folder fails at once
         base = load_model(name, revision=revision, trust_remote_code=trust_remote_code)
         masks.check(base)
@@ -74,10 +78,10 @@ def export_command(
         masks.save(folder / MASK)
         facts = _facts(masks, base_zeros) | ({"perplexity": results} if results else {})
         del base  # two models need not be in memory at once
-        (folder / RECORD).write_text(json.dumps(plain(facts), indent=2) + "\n", encoding="utf-8")
+        (folder / records.RECORD).write_text(json.dumps(plain(facts), indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_card(masks, facts), encoding="utf-8")
         _verify(folder, masks, kept_digests, trust_remote_code)
-    print(
+    say(
         f"{output_dir}: {_unfinished(masks)}{facts['removed']:,} of {facts['gated']:,} gated weights removed "
         f"(sparsity {facts['sparsity']:.6f}), {base_zeros:,} kept weights were zero in the base model; "
         "read back and verified."
@@ -185,22 +189,23 @@ def _facts(masks: "MaskSet", base_zeros: int) -> dict[str, Any]:
 def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
     """The model card: what was removed from what, how, and with which settings."""
     told = masks.provenance
-    is_hub_id = told.base_model.count("/") == 1 and not Path(told.base_model).exists()
+    is_hub_id = HUB_ID.fullmatch(told.base_model) and not Path(told.base_model).exists()
     front = ["---", "library_name: transformers", "tags: [leap_pl, pruned, sparse]"]
     front += [f"base_model: {told.base_model}"] if is_hub_id else []
-    revision = f" at revision `{told.revision}`" if told.revision else ""
+    revision = f" at revision {markdown_code(told.revision)}" if told.revision else ""
     data = told.config.get("data", {})
     lines = [
         *front,
         "---",
         "",
-        f"# {Path(told.base_model).name}, {facts['sparsity']:.0%} sparse",
+        f"# {markdown(Path(told.base_model).name)}, {facts['sparsity']:.0%} sparse",
         "",
-        f"`{told.base_model}`{revision} (weights fingerprint `{told.fingerprint}`) with "
+        f"{markdown_code(told.base_model)}{revision} (weights fingerprint {markdown_code(told.fingerprint)}) with "
         f"{facts['removed']:,} of {facts['gated']:,} weights of its decoder blocks set to zero: "
-        f"{_words(_form(masks), facts['sparsity'])}. Kept weights are the base model's, bit for bit; "
+        f"{markdown(_words(_form(masks), facts['sparsity']))}. Kept weights are the base model's, bit for bit; "
         f"{facts['zeros_of_base_model_among_kept']:,} of them were zero already. "
-        f"The mask was made by `{told.method}` with leap_pl {told.versions.get('leap_pl', '')}; "
+        f"The mask was made by {markdown_code(told.method)} with leap_pl "
+        f"{markdown(told.versions.get('leap_pl', ''))}; "
         f"`{MASK}` holds it alone.",
         "",
         "The base model's licence and terms apply.",
@@ -209,18 +214,21 @@ def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
     if unfinished:
         lines += ["", f"**Learning was not finished: {unfinished.removesuffix('; ')}.**"]
     if data:
-        lines += ["", f"Calibration text: {_text(data.get('text'))}, in blocks of {data.get('seq_length')} tokens."]
+        lines += [
+            "",
+            f"Calibration text: {_text(data.get('text'))}, in blocks of {markdown(data.get('seq_length'))} tokens.",
+        ]
     lines += _validation_lines(told.config)
     if "perplexity" in facts:
         lines += ["", "## Perplexity", "", "| text | perplexity | window, tokens | stride |", "|---|---|---|---|"]
         lines += [
-            f"| {name} | {result['value']:.3f} | {result['seq_length']} | {result['stride']} |"
+            f"| {markdown(name)} | {result['value']:.3f} | {result['seq_length']} | {result['stride']} |"
             for name, result in facts["perplexity"].items()
         ]
     lines += ["", "## Sparsity by decoder layer", "", "| layer | sparsity |", "|---|---|"]
-    lines += [f"| {layer} | {sparsity:.4f} |" for layer, sparsity in facts["sparsity_by_layer"].items()]
+    lines += [f"| {markdown(layer)} | {sparsity:.4f} |" for layer, sparsity in facts["sparsity_by_layer"].items()]
     lines += ["", "## Sparsity by projection", "", "| projection | sparsity |", "|---|---|"]
-    lines += [f"| {name} | {sparsity:.4f} |" for name, sparsity in facts["sparsity_by_projection"].items()]
+    lines += [f"| {markdown(name)} | {sparsity:.4f} |" for name, sparsity in facts["sparsity_by_projection"].items()]
     settings = {"sparsity": told.sparsity, **told.config, "versions": told.versions}
     lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=2), "```", ""]
     return "\n".join(lines)
@@ -265,4 +273,4 @@ def _words(form: "Pattern | Tiled", sparsity: float) -> str:
 
 
 def _text(text: Any) -> str:
-    return ", ".join(f"`{name}`" for name in ([text] if isinstance(text, str) else text or ["unknown"]))
+    return ", ".join(markdown_code(name) for name in ([text] if isinstance(text, str) else text or ["unknown"]))

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file
 from leap_pl.inputs.plain_values import MOST_BYTES, plain, shown
+from leap_pl.inputs.register import note_input
 
 if TYPE_CHECKING:
     from leap_pl.base_model.weights import Weight
@@ -249,6 +250,7 @@ class MaskSet:
             raise UserError(f"{path} is a checkpoint and no MaskSet. Use --ckpt_path, or the run's mask.safetensors.")
         if not path.is_file():
             raise UserError(f"{path}: there is no such MaskSet file. Give the path of a mask.safetensors.")
+        note_input(path)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -278,6 +280,17 @@ class MaskSet:
                 f"{path} is truncated or damaged ({shown(' '.join(str(error).split()), 300)}). "
                 "Make the mask again, or take another copy of the file."
             ) from error
+
+
+def is_mask_file(path: Path) -> bool:
+    """Whether ``path`` is a MaskSet file, of any version, as far as its header tells."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError, ValueError, RuntimeError):
+        return False
 
 
 def write_masks(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from leap_pl.errors import UserError
+from leap_pl.inputs.register import note_input
 from leap_pl.oneshot.inputs import Matrix
 from leap_pl.oneshot.walk import Walk
 from leap_pl.oneshot.wanda import wanda_scores
@@ -38,6 +39,7 @@ def read_layer_sparsities(source: str | Path | Sequence[float]) -> list[float]:
     """
     if isinstance(source, str | Path):
         path = Path(source)
+        note_input(path)
         try:
             text = path.read_text(encoding="utf-8").strip()
             numbers = json.loads(text) if text.startswith("[") else text.split()

@@ -17,7 +17,9 @@ from torch import Tensor
 from leap_pl.base_model.loading import longest_sequence
 from leap_pl.base_model.weights import Weight, model_fingerprint
 from leap_pl.errors import UserError
+from leap_pl.escape import terminal
 from leap_pl.files import atomic_file
+from leap_pl.inputs.register import release_input
 from leap_pl.masks import MaskSet
 from leap_pl.masks.patterns import Pattern, Unstructured
 from leap_pl.oneshot.admm import AdmmOptions
@@ -127,7 +129,7 @@ def one_shot_prior(
         try:
             _save(pruned.masks, path, _digest(key))
         except UserError as error:  # a prior that cannot be kept is still a prior
-            logger.warning("The prior was not kept for the next run: %s", error)
+            logger.warning("The prior was not kept for the next run: %s", terminal(error))
     return pruned.masks
 
 
@@ -165,7 +167,7 @@ def input_squares(
             with atomic_file(path) as temporary:
                 save_file(squares, temporary, {KEY: _digest(key), "digest": _digest_of_squares(squares)})
         except UserError as error:
-            logger.warning("The inputs' squares were not kept for the next run: %s", error)
+            logger.warning("The inputs' squares were not kept for the next run: %s", terminal(error))
     return squares
 
 
@@ -200,11 +202,12 @@ def _save(mask: MaskSet, path: Path, key: str) -> None:
 def _cached(path: Path, key: str, model: "PreTrainedModel", weights: Mapping[str, Weight]) -> MaskSet | None:
     if not path.exists():
         return None
+    release_input(path)
     try:
         mask = MaskSet.load(path)
         mask.check(model, weights)
     except UserError as error:
-        logger.warning("The cached prior is made anew: %s", error)
+        logger.warning("The cached prior is made anew: %s", terminal(error))
         return None
     config = dict(mask.provenance.config)
     found = config.pop(KEY, None)
@@ -228,7 +231,7 @@ def _cached_squares(path: Path, key: str, weights: Mapping[str, Weight]) -> dict
             told = file.metadata() or {}
             squares = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        logger.warning("The inputs' squares kept in %s are made anew: %s", path, error)
+        logger.warning("The inputs' squares kept in %s are made anew: %s", terminal(path), terminal(error))
         return None
     if told.get(KEY) != key:
         logger.warning("The inputs' squares are made anew: %s %s.", path, _other_key(told.get(KEY)))
@@ -240,7 +243,9 @@ def _cached_squares(path: Path, key: str, weights: Mapping[str, Weight]) -> dict
         found, shape = squares.get(name), weight.parameter.shape
         expected = (*shape[:-2], shape[weight.input_dim])
         if found is None or found.dtype != torch.float32 or found.shape != expected or not bool((found >= 0).all()):
-            logger.warning("The inputs' squares kept in %s are made anew: those of %s are damaged.", path, name)
+            logger.warning(
+                "The inputs' squares kept in %s are made anew: those of %s are damaged.", terminal(path), terminal(name)
+            )
             return None
     return {name: squares[name] for name in weights}
 

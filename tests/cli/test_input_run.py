@@ -18,7 +18,7 @@ from stopped_runs import Outcome, at_call, flags, kept, outcome, same, stopped
 from leap_pl.cli.arguments import check_configs
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
-from leap_pl.inputs import yaml_input
+from leap_pl.inputs.register import yaml_input
 from leap_pl.inputs.yaml_input import DEEPEST, MOST_VALUES, check_yaml
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
@@ -227,7 +227,8 @@ def test_a_killed_data_worker_loses_nothing(
 def test_a_working_directory_that_is_gone(tmp_path: Path, verb: list[str]) -> None:
     """One line; help is shown from anywhere."""
     gone = tmp_path / "gone"
-    code = "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); from leap_pl.cli.main import main; main(sys.argv[2:])"
+    code = "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); "
+    code += "from leap_pl.cli.main import main; main(sys.argv[2:])"
     gone.mkdir()
     root = str(Path(__file__).parent.parent)
     found = subprocess.run(

@@ -108,7 +108,7 @@ def test_writes_table_pictures_and_page(sources, tmp_path, capsys):
     names = {path.name for path in out.iterdir()}
     for stem in ("perplexity-1-held-out", "accuracy", "differences", "density-1-leap-50", "overlap"):
         assert {f"{stem}.png", f"{stem}.svg"} <= names
-    assert len(names) == 5 * 2 + 3
+    assert len(names) == 5 * 2 + 4  # pictures twice; table twice, page, record
     rows = list(csv.DictReader((out / "table.csv").open(encoding="utf-8")))
     assert [row["label"] for row in rows] == ["dense", "magnitude 50%", "wanda 50%", "leap 50%"]
     leap = rows[3]

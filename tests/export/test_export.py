@@ -99,10 +99,14 @@ def test_never_over_a_full_folder(finished: Run, tmp_path: Path, capsys) -> None
     with pytest.raises(SystemExit):
         main(words)
     assert "--force" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--force"])
+    assert "holds what leap_pl did not write: precious.txt." in capsys.readouterr().err
     assert (out / "precious.txt").read_text() == "mine"
-    main([*words, "--force"])
-    assert (out / "config.json").is_file()
-    assert not (out / "precious.txt").exists()
+    (out / "precious.txt").unlink()
+    for more in ([], ["--force"]):  # what it has written itself gives way
+        main([*words, *more])
+        assert (out / "config.json").is_file()
     assert not list(tmp_path.glob(".out*"))
 
 
