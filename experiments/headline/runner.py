@@ -123,7 +123,8 @@ class Runner(Progress):
             with atomic_file(place / "fit.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(step.settings, sort_keys=False), encoding="utf-8")
             checkpoint = self.steps.checkpoint(cell)
-            words += [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
+            # Without a checkpoint, a mask may be there all the same: killed between the two, the run begins anew.
+            words += ["--force"] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
         if "began" in told and checkpoint is not None:
             # The last session did not come to its end: what counts of it is what it saved.
             seconds += max(checkpoint.stat().st_mtime - told["began"], 0)

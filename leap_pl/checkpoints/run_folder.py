@@ -1,4 +1,4 @@
-"""The folder of a run: whether another run's files lie there, what ``--force`` replaces, and whether it is done.
+"""The folder of a run: whether another run lies there, what ``--force`` replaces of it, and whether it is done.
 
 A run writes its checkpoints into one folder, and its prior and mask there too, or into another one. It keeps a record
 there of the checkpoints that it wrote (:mod:`leap_pl.inputs.records`).
@@ -244,9 +244,10 @@ def check_finished(settings: Any, newest: Path, checkpoint: dict[str, Any]) -> N
     if found is not None:
         tidy(folder, newest)
         mask, identity = found
+        step = checkpoint["global_step"]
         raise Finished(
-            f"the run in {folder} is finished: {newest.name} (step {checkpoint['global_step']}) is its last "
-            f"checkpoint, and its mask, of sparsity {identity.sparsity:g}, is {mask}."
+            f"the run in {folder} is finished: {newest.name} (step {step}) is its last checkpoint, and its mask, of "
+            f"sparsity {identity.sparsity:g}, is {mask}."
         )
 
 

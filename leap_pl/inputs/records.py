@@ -41,7 +41,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def write_record(folder: Path, verb: str | None) -> None:
-    """Write the record of all that is in ``folder``, which is not in its place yet: of the same content the same."""
+    """Write the record of all that is in ``folder``, before that gets its name; the same files, the same bytes."""
     path = folder / RECORD
     facts = _read(path) or {}
     facts[KEY] = _entry(verb, {*files_in(folder), RECORD})
