@@ -136,10 +136,12 @@ def check_folder(path: str | Path, *, force: bool = False, own: bool = False, ve
         register.check_folder(place, path)
     strange = records.strangers(place, verb)
     if strange:
-        what = "what leap_pl fit has learned" if records.verb_of(place) == "fit" else "what leap_pl did not write"
+        found = listing(strange, 8)
+        if records.verb_of(place) == "fit":
+            raise UserError(f"{path} holds what leap_pl fit has learned: {found}. Name another folder.")
         raise UserError(
-            f"{path} holds {what}: {listing(strange, 8)}. --force replaces only what the same kind of command wrote; "
-            "name another folder, or move them away."
+            f"{path} holds what leap_pl did not write: {found}. --force replaces only what leap_pl wrote; name another "
+            "folder, or move them away."
         )
 
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leap_pl.checkpoints.class_spec import same
 from leap_pl.checkpoints.identity import KEY, Identity, read_identity
 from leap_pl.checkpoints.layout import META, is_checkpoint
-from leap_pl.checkpoints.settings import RULES
+from leap_pl.checkpoints.settings import RULES, differences
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file, atomic_link, remove_abandoned
 from leap_pl.inputs import records
@@ -171,7 +170,8 @@ def finished_mask(checkpoint: dict[str, Any], masks: Path, settings: Mapping[str
     if identity.max_steps != max_steps or not all(_as_asked(name, stored[name], settings) for name in stored):
         return None
     try:
-        told = MaskSet.load(path).provenance
+        with inputs.command_inputs("is it finished"):  # the run may write this mask: it is no input of it
+            told = MaskSet.load(path).provenance
     except UserError:
         return None
     same = (told.fingerprint, told.sparsity, told.config.get("max_steps"))
@@ -182,7 +182,7 @@ def _as_asked(name: str, stored: Any, settings: Mapping[str, Any]) -> bool:
     """Whether a setting that is part of what is learned is asked for as it was; if unsure, no."""
     if RULES.get(name) != "fixed" or settings.get(name) == "auto":
         return True
-    return same(_by_name(stored), _by_name(settings.get(name)))
+    return not differences(name, _by_name(stored), _by_name(settings.get(name)))
 
 
 def _by_name(value: Any) -> Any:

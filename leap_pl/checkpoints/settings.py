@@ -139,7 +139,7 @@ def check_settings(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         # Accumulation counts with the number of ranks, and is compared with it.
         wanted = rule == "fixed" and name != "trainer.accumulate_grad_batches"
         if wanted and name in stored and name in here:
-            changed += _differences(name, stored[name], here[name])
+            changed += differences(name, stored[name], here[name])
     if changed:
         more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise UserError(
@@ -148,8 +148,8 @@ def check_settings(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         )
 
 
-def _differences(name: str, stored: Any, here: Any) -> list[str]:
-    """What to say of a setting, or of each of its parts, that differs."""
+def differences(name: str, stored: Any, here: Any) -> list[str]:
+    """Return what to say of a setting, or of each of its parts, that differs; nothing if it is the same."""
     if name in FREE_PARTS and isinstance(stored, dict) and isinstance(here, dict):
         stored, here = ({k: v for k, v in side.items() if k not in FREE_PARTS[name]} for side in (stored, here))
     if same(stored, here):
@@ -161,6 +161,6 @@ def _differences(name: str, stored: Any, here: Any) -> list[str]:
             keys = [key for key in inner[0] if key in inner[1] or "class_path" not in stored]
             keys += [key for key in inner[1] if key not in inner[0] and "class_path" not in stored]
             parts = [(key, inner[0].get(key), inner[1].get(key)) for key in keys]
-            return [line for key, was, now in parts for line in _differences(f"{name}.{key}", was, now)]
+            return [line for key, was, now in parts for line in differences(f"{name}.{key}", was, now)]
         stored, here = stored.get("class_path", stored), here.get("class_path", here)
     return [f"{name} was {display(stored)} and is {display(here)}"]

@@ -232,7 +232,8 @@ def _matches(name: str) -> list[str]:
     if not glob.has_magic(name):
         return []
     try:
-        return [path for spelled in _spellings(name) for path in glob.glob(str(spelled), recursive=True)]  # noqa: PTH207
+        found = [path for spelled in _spellings(name) for path in glob.glob(str(spelled), recursive=True)]  # noqa: PTH207
+        return [path for path in found if os.path.lexists(path)]  # of ** it names a folder that is not there
     except (OSError, ValueError):
         return []
 

@@ -1,0 +1,197 @@
+"""Names from outside are shown as text: on the terminal, in the page, in Markdown and in the model card."""
+
+import json
+import re
+import unicodedata
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import Run
+from hypothesis import given
+from hypothesis import strategies as st
+from test_compare import result
+
+from leap_pl.cli import main as cli
+from leap_pl.cli.compare import compare_command
+from leap_pl.escape import html, markdown, markdown_code, terminal
+from leap_pl.masks import MaskSet
+
+EVIL = "\x1b]0;evil\x07<script>alert(1)</script>![](http://x)`|$_*\u202e\n# title\r\u2028"
+
+
+def unseen(text: str) -> list[str]:
+    """Characters that a terminal acts on, or that turn text around; line ends are the caller's."""
+    return [
+        c
+        for c in text
+        if c != "\n"
+        and (unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in "\u202a\u202e\u2066\u2069\u200f\ufeff")
+    ]
+
+
+def test_what_is_plain_stays_as_it_is() -> None:
+    for text in ("SmolLM2-135M, α=0.5 ± 0.1", "日本語 العربية", "👩\u200d👩\u200d👧", "a/b_c-d.jsonl", r"C:\new"):
+        assert terminal(text) == text
+    assert html("a_b 50%") == "a_b 50%"
+    assert markdown("self_attn.q_proj, 50% (wanda) ± 1") == "self_attn.q_proj, 50% (wanda) ± 1"
+    assert markdown_code("org/model_a") == "`org/model_a`"
+
+
+def test_what_is_not_is_written_out() -> None:
+    assert terminal("\x1b]0;evil\x07\n\u202e\ud800\U000e0001") == r"\x1b]0;evil\x07\n\u202e\ud800\U000e0001"
+    assert terminal("a\nb\x9b", lines=True) == "a\nb\\x9b"
+    assert html("<a href='x'>&\x1b") == "&lt;a href=&#x27;x&#x27;&gt;&amp;\\x1b"
+    assert markdown("![](http://x) <b> www.x.y a@b") == r"\!\[\](http\://x) &lt;b&gt; www\.x.y a\@b"
+    assert markdown("_a_ b__c") == r"\_a\_ b__c"
+    assert markdown_code("a`b``c|") == "```a`b``c|```"
+    assert markdown_code("`|", cell=True) == r"`` `\| ``"
+
+
+@given(st.text())
+def test_any_text_is_one_line_that_nothing_acts_on(text: str) -> None:
+    for shown in (terminal(text), html(text), markdown(text), markdown_code(text)):
+        assert not unseen(shown)
+        assert "\n" not in shown
+        shown.encode()  # lone surrogates cannot be printed
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@given(st.text())
+def test_any_text_is_no_markup(text: str) -> None:
+    page = _Page()
+    page.feed(f"<p title='{html(text)}'>{html(text)}</p>")
+    page.close()
+    assert page.tags == {"p"}
+    assert page.text == terminal(text)
+    bare = re.sub(r"\\[^\w\s]", "", markdown(text))
+    assert not set("`*[]|~$!<>") & set(bare)
+    code = markdown_code(text)
+    fence = re.match("`+", code)
+    assert fence is not None
+    assert fence[0] not in code[len(fence[0]) : -len(fence[0])].replace("`" * (len(fence[0]) + 1), "")
+
+
+@pytest.fixture
+def evil_results(tmp_path: Path) -> list[str]:
+    """Two results with EVIL in every string that is shown of one, and as a file name."""
+    paths = []
+    for place, method in enumerate(("dense", EVIL)):
+        content = result(method, 0.5 * place, 20.0)
+        content["model"] = {"name": EVIL, "base_model": EVIL, "fingerprint": EVIL, "mask": EVIL.replace("/", "")}
+        content["config"] = {"pattern": EVIL}
+        content["sparsity"]["weights"] = {f"model.layers.{n}.{EVIL}.weight": 0.4 + n / 10 for n in range(2)}
+        text, task = content["perplexity"].pop("held-out.jsonl"), content["tasks"].pop("piqa")
+        content["perplexity"][EVIL], content["tasks"][EVIL] = text, task | {"split": EVIL, "limit": 3}
+        path = tmp_path / f"{place}{EVIL.replace('/', '')}.json"
+        path.write_text(json.dumps(content))
+        paths.append(str(path))
+    return paths
+
+
+def test_a_comparison(evil_results: list[str], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    compare_command(evil_results, output_dir=str(out), baselines="wanda")
+    said = capsys.readouterr().out
+    assert r"\x1b]0;evil\x07" in said
+    assert not unseen(said)
+    page, text = _Page(), (out / "index.html").read_text(encoding="utf-8")
+    page.feed(text)
+    ours = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "div", "table", "thead", "tbody", "tr", "th"}
+    assert page.tags <= ours | {"td", "p", "ul", "li", "code", "figure", "figcaption", "img"}
+    assert not unseen(text)
+    assert r"\x1b]0;evil\x07<script>alert(1)</script>" in page.text
+    table = (out / "table.md").read_text(encoding="utf-8")
+    assert not unseen(table)
+    assert "<script>" not in table
+    assert "![" not in table
+    assert "](" not in table.replace(r"\](", "")
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines() if line.startswith("|")}) == 1
+    for picture in out.glob("*.svg"):
+        drawn = picture.read_text(encoding="utf-8")
+        assert not unseen(drawn)
+        assert "<script>" not in drawn
+
+
+def test_a_model_card(finished: Run, model_folder, tmp_path: Path, capsys) -> None:
+    told = MaskSet.load(finished.mask).provenance
+    settings = {**told.config, "data": {"text": [EVIL], "seq_length": EVIL}, EVIL: EVIL}
+    mask = MaskSet.load(finished.mask).with_provenance(
+        base_model=f"a/b{EVIL.replace('/', '')}",
+        revision=EVIL,
+        method=EVIL,
+        versions={"leap_pl": EVIL},
+        config=settings,
+    )
+    mask.save(tmp_path / "mask.safetensors")
+    measured = {"value": 3.0, "seq_length": EVIL, "stride": EVIL}
+    (tmp_path / "r.json").write_text(json.dumps({"perplexity": {EVIL: measured}}))
+    out = tmp_path / f"out{EVIL.replace('/', '')}"
+    words = [
+        f"--mask={tmp_path / 'mask.safetensors'}",
+        f"--model={model_folder}",
+        f"--perplexity={tmp_path / 'r.json'}",
+    ]
+    cli.main(["export", *words, f"--output_dir={out}"])
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == 1
+    assert not unseen(said)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert not unseen(card)
+    assert card.split("---\n")[1] == "library_name: transformers\ntags: [leap_pl, pruned, sparse]\n"  # no base model
+    prose = card.partition("## Settings")[0]
+    without_code = re.sub(r"(?<![`\\])(`+)(?!`).*?(?<!`)\1(?!`)", "", prose)
+    assert "evil" in without_code
+    bare = re.sub(r"\\[^\w\s]", "", without_code)
+    assert "<" not in bare
+    assert "[" not in bare.partition("---\n\n")[2]
+    assert [line for line in prose.splitlines() if line.startswith("# ")] == [re.findall(r"^# .*", prose, re.M)[0]]
+
+
+def test_errors_and_warnings_are_one_line(finished: Run, tmp_path: Path, capsys) -> None:
+    name = EVIL.replace("/", "")
+    for words in (
+        ["export", f"--mask={name}", "--output_dir=o"],
+        ["export", f"--mask={finished.mask}", f"--output_dir={tmp_path / name}", f"--model=./{name}"],
+        ["evaluate", f"--model=./{name}", f"--perplexity={name}"],
+        ["compare", name],
+        ["prune", f"--model=./{name}", "--output_dir=o", "--method=magnitude"],
+        ["fit", f"--{name}"],
+        ["fit", f"--model.base_model=./{name}", f"--data.text={name}"],
+        [name],
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        said = capsys.readouterr().err
+        lines = [line for line in said.splitlines() if line.startswith("leap_pl ")]
+        assert len(lines) == 1, said
+        assert "evil" in lines[0]
+        assert not unseen(said)
+    assert (
+        cli._one_line(f"text {EVIL} ends", UserWarning, "", 0)
+        == f"warning: {terminal(' '.join(f'text {EVIL} ends'.split()))}\n"
+    )
+
+
+def test_nothing_is_printed_past_it() -> None:
+    """What this package says goes through one function; its experiments print their own figures."""
+    allowed = {"escape.py", "runner.py", "running.py", "__main__.py"}
+    package = Path(cli.__file__).parent
+    for file in package.rglob("*.py"):
+        calls = re.findall(
+            r"(?<![\w.])print\((?!USAGE|f\"leap_pl \{__version__\}|\"usage: )", file.read_text(encoding="utf-8")
+        )
+        assert file.name in allowed or not calls, file
