@@ -88,6 +88,7 @@ class Checkpoints(ModelCheckpoint):
         self._validated_step = -1
         # Whether to replace an earlier run in the folder, as the command line was told; None: there is no command line.
         self.force: bool | None = None
+        self.last = False  # whether it was told to resume from the last one, should there be any
         self._replaced: list[Leftover] = []
 
     # -- when ---------------------------------------------------------------------------------------------
@@ -216,7 +217,9 @@ class Checkpoints(ModelCheckpoint):
         local = self.dirpath is not None and "://" not in str(self.dirpath)
         if trainer.is_global_zero and local and not self._last_checkpoint_saved:  # else this object wrote what is there
             folder = Path(str(self.dirpath))
-            self._replaced = earlier_run(folder, mask_place(trainer), ckpt_path=ckpt_path, force=bool(self.force))
+            self._replaced = earlier_run(
+                folder, mask_place(trainer), ckpt_path=ckpt_path, force=bool(self.force), last=self.last
+            )
 
     # -- how ----------------------------------------------------------------------------------------------
 

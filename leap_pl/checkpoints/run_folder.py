@@ -17,8 +17,8 @@ from leap_pl.checkpoints.layout import META, is_checkpoint
 from leap_pl.checkpoints.settings import RULES, differences
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file, atomic_link, remove_abandoned
-from leap_pl.inputs import records
 from leap_pl.inputs import register as inputs
+from leap_pl.inputs.register import records
 from leap_pl.masks.mask_set import MaskSet, is_mask_file
 
 _GROUPS = ("model", "data", "trainer")
@@ -54,7 +54,9 @@ class Leftover:
             self.path.unlink()
 
 
-def earlier_run(folder: Path, masks: Path, *, ckpt_path: str | Path | None, force: bool) -> list[Leftover]:
+def earlier_run(
+    folder: Path, masks: Path, *, ckpt_path: str | Path | None, force: bool, last: bool = False
+) -> list[Leftover]:
     """Make sure that a run may begin in ``folder``.
 
     Args:
@@ -62,6 +64,8 @@ def earlier_run(folder: Path, masks: Path, *, ckpt_path: str | Path | None, forc
         masks: Where its prior and its mask go.
         ckpt_path: The checkpoint that it resumes from; one in ``folder`` makes it the run that is there.
         force: Replace an earlier run.
+        last: It is told to resume from the last checkpoint. Where there is none, a mask that is there all the same is
+            its own: it was killed behind that.
 
     Returns:
         What is to be removed of an earlier run, once the new one begins.
@@ -94,7 +98,7 @@ def earlier_run(folder: Path, masks: Path, *, ckpt_path: str | Path | None, forc
             f"{listing([str(path) for path in strange])} would be replaced, and is no mask of leap_pl. Name another "
             "folder with --checkpoint.dirpath or --mask_export.folder."
         )
-    if resumes or not (checkpoints or mask in ours):
+    if resumes or not (checkpoints or mask in ours) or (last and not checkpoints):
         return []
     if not force:
         found = listing([path.name for path in (*checkpoints, *([mask] if mask in ours else []))], 4)
@@ -218,7 +222,7 @@ def replaces(settings: Any, *, requeued: bool) -> bool:
     return bool(settings.force) and not (requeued and folder and begun_by_this_job(Path(folder).expanduser()))
 
 
-def check_settings(settings: Any, *, force: bool) -> None:
+def check_settings(settings: Any, *, force: bool, last: bool) -> None:
     """Look at the folder of a run before anything is loaded: :func:`earlier_run`, as far as the settings name it.
 
     Raises:
@@ -229,7 +233,7 @@ def check_settings(settings: Any, *, force: bool) -> None:
     if settings.checkpoint.dirpath is None or "://" in settings.checkpoint.dirpath:
         return
     folder = Path(settings.checkpoint.dirpath).expanduser()
-    earlier_run(folder, masks_of(settings), ckpt_path=settings.ckpt_path, force=force)
+    earlier_run(folder, masks_of(settings), ckpt_path=settings.ckpt_path, force=force, last=last)
 
 
 def check_finished(settings: Any, newest: Path, checkpoint: dict[str, Any]) -> None:

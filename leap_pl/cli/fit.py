@@ -137,7 +137,8 @@ class LeapCLI(LightningCLI):
         if verb == "fit":
             self.force = replaces(settings, requeued=requeued)
         newest = None
-        if path == "last" or (requeued and not self.force):
+        self.last = path == "last" or (requeued and not self.force)
+        if self.last:
             words_of_last, newest = _find_last(verb, settings.checkpoint.dirpath)
             if newest is not None:
                 refused = self._take_settings(verb, newest[1], str(newest[0]))
@@ -155,7 +156,7 @@ class LeapCLI(LightningCLI):
         check_classes(settings)
         if verb == "fit":
             settings.force = False  # a saved config, given again, is not to replace the run that saved it
-            rank_zero_only(check_settings)(settings, force=self.force)
+            rank_zero_only(check_settings)(settings, force=self.force, last=self.last)
 
     def _warn_of_former(self, typed: list[str]) -> None:
         """Say once what to write instead of what is ``typed``, and in configs, where it used to be."""
@@ -171,7 +172,7 @@ class LeapCLI(LightningCLI):
             known = getattr(self, "_subcommand_parsers", {}).get(words[0] if words else "", parser)
             raise UserError(one_line(error, list(known._option_string_actions))) from error
 
-    force = False
+    force = last = False  # what to do with an earlier run
 
     def _take_settings(self, verb: str, checkpoint: dict[str, Any], path: str) -> dict[str, UserError]:
         """Make what ``checkpoint`` was learned with the parser's defaults.
@@ -222,7 +223,7 @@ class LeapCLI(LightningCLI):
         _check_trainer(trainer)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
-                callback.force = self.force
+                callback.force, callback.last = self.force, self.last
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_folder
 
-from leap_pl import inputs, records
 from leap_pl.cli import main as cli
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_file, atomic_folder
+from leap_pl.inputs import records
+from leap_pl.inputs import register as inputs
 from leap_pl.masks import MaskSet
 
 pytestmark = pytest.mark.usefixtures("eager")

@@ -11,11 +11,11 @@ from lightning.pytorch import Trainer
 from stopped_runs import at_call, send, stopped
 from test_inputs import tree
 
-from leap_pl import records
 from leap_pl.callbacks import Checkpoints, MaskExport
 from leap_pl.cli.main import main
 from leap_pl.data import TextDataModule
 from leap_pl.errors import UserError
+from leap_pl.inputs import records
 from leap_pl.masks import MaskSet
 from leap_pl.prior import Prior
 from leap_pl.training.module import LeapModule
@@ -80,6 +80,15 @@ def test_a_mask_alone_is_another_run(run: Path, model_folder, text_file, tmp_pat
     words = short(model_folder, text_file, tmp_path / "b", f"--mask_export.folder={run}")
     assert f"{run} holds another run (mask.safetensors)" in refused(words, capsys)
     assert tree(run) == before
+
+
+def test_a_mask_without_a_checkpoint_is_no_end(run: Path, model_folder, text_file, tmp_path: Path, capsys) -> None:
+    """Killed between the mask and its only checkpoint, the run does both again."""
+    for path in (*run.glob("*.ckpt"), run / "leap_pl.json"):
+        path.unlink()
+    main(short(model_folder, text_file, tmp_path, "--ckpt_path=last"))
+    assert "the run starts afresh" in capsys.readouterr().err
+    assert (run / "step=1.ckpt").is_file()
 
 
 def test_force_replaces_a_run_and_nothing_else(run: Path, model_folder, text_file, tmp_path: Path) -> None:
