@@ -21,8 +21,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from leap_pl.errors import UserError, listing
+from leap_pl.inputs import records
 from leap_pl.inputs import register as inputs
-from leap_pl.inputs.register import records
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h

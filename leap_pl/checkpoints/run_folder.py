@@ -17,8 +17,8 @@ from leap_pl.checkpoints.layout import META, is_checkpoint
 from leap_pl.checkpoints.settings import RULES, differences
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file, atomic_link, remove_abandoned
+from leap_pl.inputs import records
 from leap_pl.inputs import register as inputs
-from leap_pl.inputs.register import records
 from leap_pl.masks.mask_set import MaskSet, is_mask_file
 
 _GROUPS = ("model", "data", "trainer")

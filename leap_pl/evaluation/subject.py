@@ -11,8 +11,8 @@ from leap_pl.base_model.loading import Dtype, load_model, load_tokenizer, name_o
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
+from leap_pl.inputs import records
 from leap_pl.inputs.plain_values import read_json
-from leap_pl.inputs.register import records
 from leap_pl.masks import MaskSet, split_name
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from leap_pl.cli.command import command
 from leap_pl.errors import UserError, listing
 from leap_pl.escape import markdown, markdown_code, say
+from leap_pl.inputs import records
 from leap_pl.inputs.plain_values import plain
-from leap_pl.inputs.register import records
 
 if TYPE_CHECKING:
     from torch import Tensor

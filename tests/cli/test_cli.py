@@ -432,8 +432,12 @@ def test_a_result_replaces_results_alone(model_folder, text_file, tmp_path: Path
     copy = tmp_path / "text.jsonl"
     copy.write_bytes(text_file.read_bytes())
     words = ["evaluate", f"--model={model_folder}", f"--perplexity={copy}", "--seq_length=32"]
-    assert "no result of leap_pl evaluate" in failing(capsys, [*words, f"--output={copy}"])
+    assert f"{copy} would be replaced, and this command reads" in failing(capsys, [*words, f"--output={copy}"])
     assert copy.read_bytes() == text_file.read_bytes()
+    (tmp_path / "notes.json").write_text("mine")
+    message = failing(capsys, [*words, f"--output={tmp_path / 'notes.json'}"])
+    assert "no result of leap_pl evaluate" in message
+    assert (tmp_path / "notes.json").read_text() == "mine"
     assert "--stride is 0; give 1 or more" in failing(capsys, [*words, "--stride=0"])
     for _ in range(2):
         main([*words, "--max_tokens=64", f"--output={tmp_path / 'r.json'}"])

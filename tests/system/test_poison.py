@@ -394,7 +394,7 @@ def test_a_disk_that_fills_up_while_learning(model_folder, text_file, tmp_path: 
         line = refused(words, capsys)
     assert "step=4.ckpt could not be written" in line
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["last.ckpt", "prior.safetensors", "step=2.ckpt"]
+    assert names == ["last.ckpt", "leap_pl.json", "prior.safetensors", "step=2.ckpt"]
     main(words)
     assert (tmp_path / "checkpoints" / "mask.safetensors").exists()
 
