@@ -104,8 +104,12 @@ def test_nothing_is_written_where_something_is_wrong(folder: Path, text: Path, t
     (tmp_path / "out" / "mine").write_text("")
     with pytest.raises(UserError, match="--force"):
         run(folder, text, tmp_path / "out", method="magnitude")
-    run(folder, text, tmp_path / "out", method="magnitude", force=True)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["errors.json", "mask.safetensors"]
+    with pytest.raises(UserError, match="leap_pl did not write: mine"):
+        run(folder, text, tmp_path / "out", method="magnitude", force=True)
+    (tmp_path / "out" / "mine").unlink()
+    for _ in range(2):
+        run(folder, text, tmp_path / "out", method="magnitude", force=True)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["errors.json", "leap_pl.json", "mask.safetensors"]
 
 
 def test_the_commands_module_is_light() -> None:
