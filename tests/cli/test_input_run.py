@@ -18,7 +18,7 @@ from stopped_runs import Outcome, at_call, flags, kept, outcome, same, stopped
 from leap_pl.cli.arguments import check_configs
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
-from leap_pl.inputs.register import yaml_input
+from leap_pl.inputs import yaml_input
 from leap_pl.inputs.yaml_input import DEEPEST, MOST_VALUES, check_yaml
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
