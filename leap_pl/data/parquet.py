@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from leap_pl.data.parquet_pages import largest_page
+from leap_pl.data.parquet_pages import chunks, largest_page
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.reading import open_regular
@@ -27,12 +27,11 @@ def column_values(file: Path, column: str, start: int) -> Iterator[tuple[int, An
         with open_regular(file) as handle, pq.ParquetFile(file) as table:
             _check_column(file, column, table.schema_arrow)
             row = 0
-            for group in range(table.num_row_groups):
-                told = table.metadata.row_group(group)
-                if row + told.num_rows <= start:
-                    row += told.num_rows
+            for group, chunk in enumerate(chunks(handle, column, str(file))):
+                if row + chunk.rows <= start:
+                    row += chunk.rows
                     continue
-                largest = largest_page(handle, _chunk(file, column, told), str(file))
+                largest = largest_page(handle, chunk, str(file))
                 rows = min(_BATCH_ROWS, max(1, _BATCH_BYTES // max(1, largest)))
                 for batch in table.iter_batches(rows, row_groups=[group], columns=[column]):
                     values = batch.column(0)
@@ -44,7 +43,9 @@ def column_values(file: Path, column: str, start: int) -> Iterator[tuple[int, An
                         ordinal, row = row, row + 1
                         if ordinal >= start:
                             yield ordinal, value
-    except (pa.ArrowException, OSError, MemoryError) as error:
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, MemoryError, ValueError, OverflowError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{file} is no intact Parquet file ({reason}). Fetch it again.") from error
 
@@ -73,15 +74,6 @@ def _check_column(file: Path, column: str, schema: Any) -> None:
             f"{file} has the column {column!r} {what}; it has: {listing([shown(name) for name in schema.names])}. "
             "Name the one with the text with --data.text_column."
         )
-
-
-def _chunk(file: Path, column: str, group: Any) -> Any:
-    """What a row group says of the column of the text."""
-    for place in range(group.num_columns):
-        chunk = group.column(place)
-        if chunk.path_in_schema == column and not chunk.file_path:
-            return chunk
-    raise UserError(f"{file} is no intact Parquet file (a row group lacks {column!r}). Fetch it again.")
 
 
 def no_column(file: Path, column: str, columns: list[str]) -> UserError:

@@ -1,7 +1,8 @@
-"""What a column of a Parquet file asks for before it is read: the headers of its pages, which Arrow believes.
+"""What a column of a Parquet file asks for before it is read: the footer and the headers of its pages.
 
-A page says how many bytes it unpacks to, and a dictionary how many values it holds; Arrow allocates both before it has
-seen them. The format is that of https://github.com/apache/parquet-format, in Thrift's compact protocol.
+A page says how many bytes it unpacks to, and a dictionary how many values it holds; Arrow believes both, and allocates
+them before it has seen them. What the footer says of a column ends the process in Arrow where it is damaged, so that it
+is read here. The format is that of https://github.com/apache/parquet-format, in Thrift's compact protocol.
 """
 
 from collections.abc import Iterator
@@ -12,10 +13,11 @@ from leap_pl.errors import UserError
 MOST_PAGE_BYTES = 1 << 30  # of one page of text, unpacked; writers aim at 1 MiB
 MOST_DICTIONARY_BYTES = 1 << 28  # of a dictionary, unpacked, whose values Arrow lays out beside it, 16 bytes each
 MOST_PAGES = 1 << 18  # in one column of one row group
+MOST_FOOTER_BYTES = 1 << 24  # one of 10,000 row groups of ten columns has some ten million
 
 _HEADER_BYTES = 1 << 12  # of most headers; one with long statistics has more
 _MOST_HEADER_BYTES = 1 << 24
-_DEEPEST = 8
+_DEEPEST = 16
 _DICTIONARY_PAGE = 2
 _LENGTH_PREFIX = 4  # bytes before each value of a dictionary
 
@@ -29,12 +31,61 @@ class Page(NamedTuple):
     values: int
 
 
-def largest_page(file: IO[bytes], chunk: Any, name: str) -> int:
+class Chunk(NamedTuple):
+    """The part of a column that lies in one row group."""
+
+    rows: int
+    start: int  # byte of the file at which its first page begins
+    length: int  # bytes
+
+
+def chunks(file: IO[bytes], column: str, name: str) -> list[Chunk]:
+    """Return where the column ``column``, one that is no part of another, lies in each row group.
+
+    Args:
+        file: The Parquet file.
+        column: Name of the column.
+        name: What the file is called in messages.
+
+    Raises:
+        UserError: The footer is damaged, longer than ``MOST_FOOTER_BYTES``, or lacks the column.
+    """
+    size = file.seek(0, 2)
+    file.seek(max(size - 8, 0))
+    length = int.from_bytes(file.read(4), "little")
+    if length > size - 8:
+        raise _damaged(name, "its footer is longer than the file")
+    if length > MOST_FOOTER_BYTES:
+        raise UserError(
+            f"{name} has a footer of {length:,} bytes, and {MOST_FOOTER_BYTES:,} are read. Write it again with fewer "
+            "row groups or columns."
+        )
+    file.seek(size - 8 - length)
+    try:
+        groups = _Compact(file.read(length)).struct().get(4)
+        if not isinstance(groups, list):
+            raise TypeError
+        return [_chunk(group, column.encode()) for group in groups]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, StopIteration) as error:
+        raise _damaged(name, "its footer makes no sense") from error
+
+
+def _chunk(group: dict[int, Any], column: bytes) -> Chunk:
+    """What a row group says of a column. Anything is raised where the fields are not what they should be."""
+    # Of a column chunk, field 1 is another file that it lies in, and field 3 what is said of it.
+    told = next(chunk[3] for chunk in group[1] if chunk[3][3] == [column] and 1 not in chunk)
+    starts = [told[9], *([told[11]] if told.get(11) else [])]  # of the data, and of the dictionary before it
+    if min(*starts, told[7], group[3]) < 0:
+        raise ValueError
+    return Chunk(rows=int(group[3]), start=min(starts), length=int(told[7]))
+
+
+def largest_page(file: IO[bytes], chunk: Chunk, name: str) -> int:
     """Return the unpacked size of the largest page of a column chunk, in bytes, which no value in it exceeds.
 
     Args:
         file: The Parquet file.
-        chunk: ``pyarrow.parquet.ColumnChunkMetaData`` of a column of byte strings.
+        chunk: A part of a column of byte strings.
         name: What the file is called in messages.
 
     Raises:
@@ -57,13 +108,8 @@ def largest_page(file: IO[bytes], chunk: Any, name: str) -> int:
     return largest
 
 
-def _pages(file: IO[bytes], chunk: Any, name: str) -> Iterator[Page]:
-    start = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < start:
-        start = chunk.dictionary_page_offset
-    end = start + chunk.total_compressed_size
-    if start < 0 or end < start:
-        raise _damaged(name, "a column lies nowhere")
+def _pages(file: IO[bytes], chunk: Chunk, name: str) -> Iterator[Page]:
+    start, end = chunk.start, chunk.start + chunk.length
     while start < end:
         page, length = _header(file, start, name)
         if min(page.unpacked, page.packed, page.values) < 0:
@@ -100,7 +146,7 @@ def _damaged(name: str, reason: str) -> UserError:
 
 
 class _Compact:
-    """A reader of Thrift's compact protocol: structs of numbers, and of what is passed over.
+    """A reader of Thrift's compact protocol: structs of numbers, byte strings, lists and structs.
 
     Raises:
         IndexError: The bytes end before what they begin.
@@ -112,7 +158,7 @@ class _Compact:
         self.at = 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """The fields of a struct by number: numbers and structs; None for others."""
+        """The fields of a struct by number; None for what is of no use here."""
         fields: dict[int, Any] = {}
         number = 0
         while True:
@@ -125,23 +171,25 @@ class _Compact:
 
     def _value(self, kind: int, depth: int) -> Any:
         if depth > _DEEPEST:
-            raise ValueError("the header of a page is nested too deeply")
+            raise ValueError("what it says of itself is nested too deeply")
         if kind in (4, 5, 6):
             return self._zigzag()
         if kind == 12:
             return self.struct(depth + 1)
         if kind in (1, 2, 3):
-            self._skip(1)
+            self._bytes(1)
         elif kind == 7:
-            self._skip(8)
+            self._bytes(8)
         elif kind == 8:
-            self._skip(self._varint())
+            return self._bytes(self._varint())
         elif kind in (9, 10):
             head = self._byte()
-            for _ in range(self._varint() if head >> 4 == 15 else head >> 4):
-                self._value(head & 15, depth + 1)
+            count = self._varint() if head >> 4 == 15 else head >> 4
+            if count > len(self.raw):  # each takes a byte at least
+                raise IndexError
+            return [self._value(head & 15, depth + 1) for _ in range(count)]
         else:
-            raise ValueError("the header of a page is damaged")
+            raise ValueError("what it says of itself is damaged")
         return None
 
     def _byte(self) -> int:
@@ -149,10 +197,11 @@ class _Compact:
         self.at += 1
         return byte
 
-    def _skip(self, count: int) -> None:
+    def _bytes(self, count: int) -> bytes:
         self.at += count
         if self.at > len(self.raw):
             raise IndexError
+        return self.raw[self.at - count : self.at]
 
     def _varint(self) -> int:
         value = 0
@@ -161,7 +210,7 @@ class _Compact:
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
-        raise ValueError("the header of a page is damaged")
+        raise ValueError("what it says of itself is damaged")
 
     def _zigzag(self) -> int:
         value = self._varint()

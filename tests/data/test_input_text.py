@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from leap_pl.data import textless
 from leap_pl.data.calibration import held_out_tokens
 from leap_pl.data.local import LocalFiles
-from leap_pl.data.parquet_pages import largest_page
+from leap_pl.data.parquet_pages import Chunk, chunks, largest_page
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
 from leap_pl.inputs.reading import check_regular, open_regular, read_json, read_regular
@@ -222,11 +222,11 @@ def test_a_dictionary_that_asks_for_gigabytes(tmp_path: Path) -> None:
     whole = tmp_path / "whole.parquet"
     texts = [f"document {k % 100}" for k in range(300)]
     pq.write_table(pa.table({"text": texts}), whole, compression="none", write_statistics=False)
-    chunk = pq.ParquetFile(whole).metadata.row_group(0).column(0)
     with whole.open("rb") as file:
+        [chunk] = chunks(file, "text", "a")
         assert largest_page(file, chunk, "a") > 1000
-    data = whole.read_bytes()
-    start = chunk.dictionary_page_offset
+    data, start = whole.read_bytes(), chunk.start
+    assert start == pq.ParquetFile(whole).metadata.row_group(0).column(0).dictionary_page_offset
     # The dictionary page's own header: field 7, in which field 1 is the number of values.
     at = data.index(b"\x4c\x15" + varint(100), start, start + 64) + 2
     (tmp_path / "many.parquet").write_bytes(data[:at] + varint(450_000_000) + data[at + len(varint(100)) :])
@@ -262,10 +262,15 @@ def test_the_pages_of_intact_files_are_understood(tmp_path: Path, compression: s
             **choices,
         )
         told = pq.ParquetFile(file).metadata
-        for group in range(told.num_row_groups):
-            chunk = told.row_group(group).column(1)
-            with file.open("rb") as opened:
-                assert 1000 < largest_page(opened, chunk, "a") <= chunk.total_uncompressed_size
+        with file.open("rb") as opened:
+            found = chunks(opened, "text", "a")
+            assert len(found) == told.num_row_groups
+            for group, chunk in enumerate(found):
+                column = told.row_group(group).column(1)
+                assert chunk.rows == told.row_group(group).num_rows
+                assert chunk.length == column.total_compressed_size
+                assert chunk.start == (column.dictionary_page_offset or column.data_page_offset)
+                assert 1000 < largest_page(opened, chunk, "a") <= column.total_uncompressed_size
         assert [d.text for d in LocalFiles([file]).read(0, None)] == texts
         middle = list(LocalFiles([file]).read(0, None))[1499]
         assert [d.text for d in LocalFiles([file]).read(0, middle.after)] == texts[1500:]
@@ -283,22 +288,47 @@ def test_kinds_of_columns(tmp_path: Path) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_any_bytes_for_a_page_header(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+@given(raw=st.binary(max_size=200), start=st.integers(0, 250), length=st.integers(0, 300))
+def test_any_bytes_for_a_page_header(
+    tmp_path_factory: pytest.TempPathFactory, raw: bytes, start: int, length: int
+) -> None:
     """Sizes, or one line."""
     file = tmp_path_factory.getbasetemp() / "pages.bin"
-    raw = data.draw(st.binary(max_size=200))
     file.write_bytes(raw)
-
-    class Chunk:
-        data_page_offset = 0
-        has_dictionary_page = False
-        dictionary_page_offset = None
-        total_compressed_size = data.draw(st.integers(-1, 300))
-
     with file.open("rb") as opened:
         try:
-            assert largest_page(opened, Chunk, file.name) >= 0
+            assert largest_page(opened, Chunk(1, start, length), file.name) >= 0
         except UserError as error:
             assert "\n" not in str(error)
             assert file.name in str(error)
+
+
+@settings(max_examples=150, deadline=None)
+@given(footer=st.binary(max_size=200), length=st.none() | st.integers(0, (1 << 32) - 1))
+def test_any_bytes_for_a_footer(tmp_path_factory: pytest.TempPathFactory, footer: bytes, length: int | None) -> None:
+    """One line, for no bytes so short say of a column what is needed."""
+    file = tmp_path_factory.getbasetemp() / "footer.bin"
+    told = len(footer) if length is None else length
+    file.write_bytes(footer + told.to_bytes(4, "little") + b"PAR1")
+    with file.open("rb") as opened:
+        try:
+            assert chunks(opened, "text", file.name) == []
+        except UserError as error:
+            assert "\n" not in str(error)
+            assert file.name in str(error)
+
+
+def test_a_footer_that_ends_the_process_in_arrow(tmp_path: Path) -> None:
+    """A histogram of the wrong length in what is said of a column: an exception that nothing above Arrow catches."""
+    texts = [f"document {k} of these " * (k % 7) for k in range(60)]
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": list(range(60)), "text": texts}), file, row_group_size=25)
+    data = file.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    names = [tmp_path / f"{place}.parquet" for place in range(footer, len(data) - 8)]
+    for place, name in zip(range(footer, len(data) - 8), names, strict=True):
+        name.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
+    ends = [message for message, _ in measured(READ, *names)]
+    assert len(ends) == len(names)  # the process has lived
+    assert not [message for message in ends if message.startswith("TRACEBACK")]
+    assert len([message for message in ends if message.startswith(str(tmp_path))]) > 50

@@ -181,7 +181,7 @@ def test_settings_that_make_no_sense() -> None:
     for wrong in ({"spread": 0.0}, {"pattern_spread": -1.0}, {"strength": -1.0}):
         with pytest.raises(ValueError, match="must be above 0"):
             tile_gate((8, 8), **wrong)
-    with pytest.raises(UserError, match="tile 0 makes no sense"):
+    with pytest.raises(UserError, match=r"model\.gate\.tile is 0; give 1 or more"):
         tile_gate((8, 8), tile=0)
     with pytest.raises(UserError, match="pattern 4:4 makes no sense"):
         tile_gate((8, 8), n=4)
@@ -463,7 +463,7 @@ def test_fit_and_export_where_weights_are_no_linears(family: str, text_file: Pat
     ("flags", "words"),
     [
         (["--model.sparsity=0.6"], "Set --model.sparsity 0.5 or less"),
-        (["--model.sparsity=0.3", "--model.gate.tile=0"], "tile 0 makes no sense"),
+        (["--model.sparsity=0.3", "--model.gate.tile=0"], "model.gate.tile is 0; give 1 or more"),
         (["--model.sparsity=0.3", "--model.gate.tile=10"], "tile 10 is no multiple of 4"),
         (["--model.sparsity=0.3", "--model.gate.mode=tile", "--model.prior.method=none"], "prior.method is none"),
     ],
