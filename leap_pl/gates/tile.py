@@ -82,11 +82,11 @@ class TileGate(Gate):
             raise ValueError(
                 f"spread {spread} and pattern_spread {pattern_spread} must be above 0, strength {strength} not below 0."
             )
-        check_numbers({"n": n, "m": m, "tile": tile, "spread": spread, "strength": strength}, "model.gate.")
-        check_numbers({"pattern_spread": pattern_spread}, "model.gate.")
         self.n, self.m, self.mode = n, m, mode
         self.spread, self.strength, self.pattern_spread = spread, strength, pattern_spread
         self.tiled = Tiled(NM(n, m), tile)
+        check_numbers({"n": n, "m": m, "tile": tile, "spread": spread, "strength": strength}, "model.gate.")
+        check_numbers({"pattern_spread": pattern_spread}, "model.gate.")
         if mode == "joint" and tile % m:
             raise UserError(f"tile {tile} is no multiple of {m}: a {n}:{m} group would lie in two tiles. Make it one.")
         self.groups = Groups(n, m, self.shape, self.input_dim)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Run, fit_flags, refused
+from folders import tree
 from lightning.pytorch import Trainer
 from stopped_runs import at_call, send, stopped
-from test_inputs import tree
 
 from leap_pl.callbacks import Checkpoints, MaskExport
 from leap_pl.cli.main import main

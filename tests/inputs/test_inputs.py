@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Run, fit_flags
+from folders import tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_folder
@@ -23,15 +24,6 @@ from leap_pl.inputs import register as inputs
 from leap_pl.masks import MaskSet
 
 pytestmark = pytest.mark.usefixtures("eager")
-
-
-def tree(folder: Path) -> dict[str, bytes | str]:
-    """Everything under ``folder``: links with where they lead, files with their bytes."""
-    return {
-        path.relative_to(folder).as_posix(): str(path.readlink()) if path.is_symlink() else path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_symlink() or path.is_file()
-    }
 
 
 def one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -17,7 +17,8 @@ from leap_pl import LeapModule, TextDataModule
 from leap_pl.checkpoints.layout import masks_from_checkpoint
 from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
-from leap_pl.prior.settings import Prior, started_prior
+from leap_pl.prior import started_prior
+from leap_pl.prior.settings import Prior
 from leap_pl.training.live_settings import of_optimizer, of_scheduler
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
