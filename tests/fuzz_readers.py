@@ -288,8 +288,8 @@ def readers(every: int = 50) -> dict[str, Reader]:
 
     def result(path: Path) -> None:
         from leap_pl.cli.evaluate import _tell
+        from leap_pl.cli.export import _read_results
         from leap_pl.evaluation.record import read_result, write_result
-        from leap_pl.export.hugging_face import _read_results
 
         told = read_result(path)
         _tell({"mean": None, **told}, None)

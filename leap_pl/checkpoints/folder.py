@@ -1,6 +1,6 @@
 """Distributed checkpoints: a folder in which each rank of a sharded run wrote its own part, made one file again.
 
-``python -m leap_pl.checkpoints.folder FOLDER FILE`` makes of it the file that one process would have written, which
+``leap_pl consolidate`` makes of it the file that one process would have written, which
 ``fit --ckpt_path`` takes on any number of ranks, sharded or not. Reading a folder needs memory for what is read,
 logits (4 bytes a weight) and the optimizer's state (8 bytes with AdamW), on one machine; a sharded run goes on
 from the folder itself, on any number of ranks, without it.
@@ -10,9 +10,7 @@ the plain records that such an index is made of are let in.
 """
 
 import pickle
-import sys
 import warnings
-from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,11 +24,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from leap_pl.checkpoints.identity import read_identity
-from leap_pl.checkpoints.layout import by_weight, is_checkpoint, load_checkpoint, path_of
+from leap_pl.checkpoints.layout import by_weight, load_checkpoint, path_of
 from leap_pl.errors import UserError, listing
-from leap_pl.escape import say
-from leap_pl.files import atomic_file
-from leap_pl.inputs.register import command_inputs, current, note_input, real_path
 
 INDEX = ".metadata"
 
@@ -207,50 +202,3 @@ class _Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: Any, value: BytesIO) -> None:
         """A plain value, as the numbers of a parameter group are."""
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
-
-
-def main(words: Sequence[str]) -> None:
-    """``python -m leap_pl.checkpoints.folder FOLDER FILE``."""
-    if any(word in ("-h", "--help") for word in words):
-        print(
-            "usage: python -m leap_pl.checkpoints.folder FOLDER FILE\n\n"
-            "Make one FILE of a distributed checkpoint's FOLDER."
-        )
-        return
-    try:
-        if len(words) != 2:
-            raise UserError("two names are needed: the folder of a distributed checkpoint, and the file to write.")
-        if Path(words[1]).is_dir():
-            raise UserError(f"{words[1]} is a folder. Name the file to write, as {Path(words[1]) / 'one.ckpt'}.")
-        if not Path(words[0]).is_dir():
-            raise UserError(f"{words[0]} is no folder. Name that of a distributed checkpoint (step=N.ckpt).")
-        with command_inputs("consolidate"):
-            _check_place(Path(words[0]), Path(words[1]))
-            checkpoint = consolidated(words[0])
-            with atomic_file(words[1]) as temporary:
-                torch.save(checkpoint, temporary)
-    except UserError as error:
-        say(f"leap_pl.checkpoints.folder: {error}", sys.stderr)
-        raise SystemExit(2) from None
-    say(f"{words[1]}: step {checkpoint['global_step']} of {words[0]}")
-
-
-def _check_place(folder: Path, file: Path) -> None:
-    """Make sure that ``file`` may be written, and takes away nothing of what is read of ``folder``.
-
-    Raises:
-        UserError: It is a part of the folder, or there is a file that is no checkpoint.
-    """
-    for part in folder.rglob("*"):
-        note_input(part)
-    if not file.exists():
-        return
-    register = current()
-    assert register is not None
-    register.check_file(real_path(file), file)
-    if not is_checkpoint(file):
-        raise UserError(f"{file} is there, and is no checkpoint of leap_pl. Name another file.")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -203,7 +203,7 @@ class LeapCLI(LightningCLI):
             if not isinstance(self.trainer.strategy, ModelParallelStrategy):
                 raise UserError(
                     f"{path} is a distributed checkpoint, which ModelParallelStrategy reads on any number of ranks. "
-                    f"For another strategy make it one file: python -m leap_pl.checkpoints.folder {path} one.ckpt"
+                    f"For another strategy make it one file: leap_pl consolidate --ckpt_path {path} --output one.ckpt"
                 )
             check_folder(path)
 

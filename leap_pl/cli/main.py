@@ -25,8 +25,12 @@ VERBS: dict[str, tuple[str, str | None]] = {
         "make a mask layer by layer: magnitude, wanda, sparseswaps, sparsegpt, admm",
         "leap_pl.cli.prune:prune_command",
     ),
-    "export": ("write a sparse Hugging Face checkpoint from a mask", "leap_pl.export.hugging_face:export_command"),
+    "export": ("write a sparse Hugging Face checkpoint from a mask", "leap_pl.cli.export:export_command"),
     "evaluate": ("perplexity and zero-shot tasks of a model or mask", "leap_pl.cli.evaluate:evaluate_command"),
+    "consolidate": (
+        "make one file of a checkpoint folder",
+        "leap_pl.cli.consolidate:consolidate_command",
+    ),
     "compare": ("tables and pictures of several results", "leap_pl.cli.compare:compare_command"),
 }
 
@@ -38,7 +42,7 @@ USAGE = f"""usage: leap_pl <verb> [options]
 Learn which weights of a large language model to keep (LEAP, arXiv 2605.17289).
 
 verbs:
-{chr(10).join(f"  {verb:<10} {words}" for verb, (words, _) in VERBS.items())}
+{chr(10).join(f"  {verb:<11} {words}" for verb, (words, _) in VERBS.items())}
 
   leap_pl <verb> --help     all options of a verb
   leap_pl --version         {__version__}

@@ -1,4 +1,4 @@
-"""``leap_pl export``: a learned or one-shot mask becomes a checkpoint that plain transformers loads."""
+"""A learned or one-shot mask becomes a Hugging Face folder that plain transformers loads."""
 
 import hashlib
 import json
@@ -8,9 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leap_pl.cli.command import command
 from leap_pl.errors import UserError, listing
-from leap_pl.escape import markdown, markdown_code, say
+from leap_pl.escape import markdown, markdown_code
 from leap_pl.inputs import records
 from leap_pl.inputs.plain_values import plain
 
@@ -25,48 +24,40 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 MASK = "mask.safetensors"
 
 
-@command
-def export_command(
-    output_dir: str,
-    ckpt_path: str | None = None,
-    mask: str | None = None,
-    model: str | None = None,
+def export_model(
+    masks: "MaskSet",
+    output_dir: str | Path,
+    model: str,
+    *,
     revision: str | None = None,
-    perplexity: str | None = None,
+    perplexity: Mapping[str, Any] | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write a sparse Hugging Face checkpoint from what fit has learned, or from any MaskSet.
-
-    The folder holds the base model with exact zeros where the mask removes a weight (safetensors, in the type
-    the base model is stored in), its tokenizer and generation config, the mask itself (mask.safetensors), a
-    model card (README.md) and the same facts for machines (leap_pl.json). What the mask removes is zero, n:m
-    masks keep exactly n of every m, the kept weights are bit-identical to the base model's, and all of it is
-    verified by reading the folder back before it gets its name. AutoModelForCausalLM.from_pretrained loads it
-    alone.
+    """Write the base model ``model`` with exact zeros where ``masks`` remove a weight, and read it back.
 
     Args:
-        output_dir: Folder to write. It appears whole or not at all, and never over another one without force.
-        ckpt_path: A checkpoint of leap_pl fit.
-        mask: A MaskSet file, instead of a checkpoint.
-        model: The base model, if it is not where the checkpoint or mask says it was.
-        revision: Of the base model on the hub; default: the one the mask was made for.
-        perplexity: A result file of leap_pl evaluate of this very mask, whose perplexities go into the model card.
-        force: Replace output_dir if there is something in it.
-        trust_remote_code: Run code that comes with the base model; only of one that --model names.
+        masks: Which weights stay.
+        output_dir: Folder to write. It appears whole or not at all, and never over another one without ``force``.
+        model: Hub id, folder or GGUF file of the base model that the masks were made for.
+        revision: Of the base model on the hub.
+        perplexity: Perplexities of these masks for the model card, as a result of ``leap_pl evaluate`` holds them.
+        force: Replace ``output_dir`` if leap_pl wrote what is in it.
+        trust_remote_code: Run code that comes with the base model.
+
+    Returns:
+        What ``leap_pl.json`` in the folder says.
+
+    Raises:
+        UserError: The masks are of another model, or not of the form that they say; the model cannot be read, or the
+            folder not be written.
     """
-    from leap_pl.base_model.loading import load_model, load_tokenizer, name_of_model
-
-    masks = _read_masks(ckpt_path, mask)
-    name = name_of_model(model, masks.provenance.base_model, trust_remote_code=trust_remote_code)
-    revision = revision or (masks.provenance.revision if model is None else None)
-    results = _read_results(perplexity, masks)
-
+    from leap_pl.base_model.loading import load_model, load_tokenizer
     from leap_pl.export.zeros import zero_removed
     from leap_pl.files import atomic_folder
 
     with atomic_folder(output_dir, force=force) as folder:  # before the model is loaded: a bad folder fails at once
-        base = load_model(name, revision=revision, trust_remote_code=trust_remote_code)
+        base = load_model(model, revision=revision, trust_remote_code=trust_remote_code)
         masks.check(base)
         _check_form(masks, base)
         kept_digests, base_zeros = _kept_digests(masks, dict(base.named_parameters()))
@@ -74,32 +65,14 @@ def export_command(
         if not zero_removed(folder, masks):  # the family's files are cut otherwise than its model
             masks.apply_(base, check=False)
             base.save_pretrained(folder)
-        load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code).save_pretrained(folder)
+        load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code).save_pretrained(folder)
         masks.save(folder / MASK)
-        facts = _facts(masks, base_zeros) | ({"perplexity": results} if results else {})
+        facts = _facts(masks, base_zeros) | ({"perplexity": dict(perplexity)} if perplexity else {})
         del base  # two models need not be in memory at once
         (folder / records.RECORD).write_text(json.dumps(plain(facts), indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_card(masks, facts), encoding="utf-8")
         _verify(folder, masks, kept_digests, trust_remote_code)
-    say(
-        f"{output_dir}: {_unfinished(masks)}{facts['removed']:,} of {facts['gated']:,} gated weights removed "
-        f"(sparsity {facts['sparsity']:.6f}), {base_zeros:,} kept weights were zero in the base model; "
-        "read back and verified."
-    )
     return facts
-
-
-def _read_masks(ckpt_path: str | None, mask: str | None) -> "MaskSet":
-    if (ckpt_path is None) == (mask is None):
-        given = "Neither --ckpt_path nor --mask is given" if mask is None else "Both --ckpt_path and --mask are given"
-        raise UserError(f"{given}, and exactly one says what to remove. Give one of them.")
-    if mask is not None:
-        from leap_pl.masks import MaskSet
-
-        return MaskSet.load(mask)
-    from leap_pl.checkpoints.layout import masks_from_checkpoint
-
-    return masks_from_checkpoint(str(ckpt_path))
 
 
 def _form(masks: "MaskSet") -> "Pattern | Tiled":
@@ -121,23 +94,6 @@ def _check_form(masks: "MaskSet", base: "PreTrainedModel") -> None:
             f"the mask says that it is {form}, and {listing(wrong, 3)} is not. Make the mask again, or take another "
             "copy of the file."
         )
-
-
-def _read_results(path: str | None, masks: "MaskSet") -> dict[str, Any]:
-    """Read the perplexities of a result file, which is to be of ``masks``."""
-    if path is None:
-        return {}
-    from leap_pl.evaluation.record import read_result
-
-    result = read_result(path)
-    results: dict[str, Any] = result["perplexity"]
-    if not results:
-        raise UserError(f"{path} holds no perplexity. Give a result of leap_pl evaluate --perplexity TEXT.")
-    measured = result["model"].get("mask_digest")
-    if measured != masks.digest_of_bits():
-        which = "does not say of which mask it is" if measured is None else "is of another mask than the one given"
-        raise UserError(f"{path} {which}. Evaluate this mask, leap_pl evaluate --mask … --output, and give that file.")
-    return results
 
 
 def _kept_digests(masks: "MaskSet", parameters: "dict[str, Tensor]") -> tuple[dict[str, str], int]:
@@ -210,9 +166,9 @@ def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
         "",
         "The base model's licence and terms apply.",
     ]
-    unfinished = _unfinished(masks)
-    if unfinished:
-        lines += ["", f"**Learning was not finished: {unfinished.removesuffix('; ')}.**"]
+    early = unfinished(masks)
+    if early:
+        lines += ["", f"**Learning was not finished: {early.removesuffix('; ')}.**"]
     if data:
         lines += [
             "",
@@ -234,7 +190,7 @@ def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _unfinished(masks: "MaskSet") -> str:
+def unfinished(masks: "MaskSet") -> str:
     """The step at which a learned mask was taken, if it was not the last one; else nothing."""
     steps, of = (masks.provenance.config.get(name) for name in ("steps", "max_steps"))
     if not (isinstance(steps, int) and isinstance(of, int) and steps < of):

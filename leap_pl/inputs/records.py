@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+MASK_FORMAT = "leap_pl.MaskSet"  # what the metadata of a mask says
 RECORD = "leap_pl.json"
 KEY = "folder"
 FORMAT = "leap_pl.folder"
@@ -100,10 +101,19 @@ def strangers(folder: Path, verb: str | None) -> list[str]:
     return there
 
 
+def is_mask_file(path: Path) -> bool:
+    """Whether ``path`` is a MaskSet file, of any version, as far as its header tells."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == MASK_FORMAT
+    except (SafetensorError, OSError, ValueError, RuntimeError):
+        return False
+
+
 def _strangers_of_prune(folder: Path, there: list[str]) -> list[str]:
     """``OUT/mask.safetensors``, ``OUT/errors.json`` and ``OUT/model``, as prune wrote them without a record."""
-    from leap_pl.masks.mask_set import is_mask_file
-
     errors = _read(folder / "errors.json") or {}
     if not is_mask_file(folder / "mask.safetensors") or "layer_error" not in errors:
         return there

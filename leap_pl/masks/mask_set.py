@@ -32,12 +32,13 @@ from torch import Tensor, nn
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file
 from leap_pl.inputs.plain_values import MOST_BYTES, plain, shown
+from leap_pl.inputs.records import MASK_FORMAT
 from leap_pl.inputs.register import note_input
 
 if TYPE_CHECKING:
     from leap_pl.base_model.weights import Weight
 
-FORMAT = "leap_pl.MaskSet"
+FORMAT = MASK_FORMAT
 FORMAT_VERSION = 1
 
 
@@ -280,17 +281,6 @@ class MaskSet:
                 f"{path} is truncated or damaged ({shown(' '.join(str(error).split()), 300)}). "
                 "Make the mask again, or take another copy of the file."
             ) from error
-
-
-def is_mask_file(path: Path) -> bool:
-    """Whether ``path`` is a MaskSet file, of any version, as far as its header tells."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (SafetensorError, OSError, ValueError, RuntimeError):
-        return False
 
 
 def write_masks(

@@ -76,7 +76,7 @@ def test_same_inputs_same_file_but_for_times(text, mask, tmp_path):
 
 
 def test_mask_over_base_model_is_the_exported_checkpoint(text, mask, tmp_path):
-    from leap_pl.export.hugging_face import export_command
+    from leap_pl.cli.export import export_command
 
     export_command(output_dir=str(tmp_path / "exported"), mask=mask)
     over = evaluate_command(mask=mask, perplexity=text, **SMALL)

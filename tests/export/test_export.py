@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.checkpoints.layout import masks_from_checkpoint
+from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
 from leap_pl.export import zeros
-from leap_pl.export.hugging_face import export_command
 from leap_pl.export.zeros import places_in, zero_removed
 from leap_pl.masks import MaskSet, Provenance
 

@@ -194,8 +194,6 @@ def test_a_config_of_fit_and_its_prior(finished: Run, model_folder, text_file, t
 
 
 def test_consolidate_replaces_no_part_and_no_stranger(tmp_path: Path, capsys) -> None:
-    from leap_pl.checkpoints.folder import main
-
     folder = tmp_path / "step=2.ckpt"
     folder.mkdir()
     for name in ("meta.pt", ".metadata", "__0_0.distcp"):
@@ -204,7 +202,7 @@ def test_consolidate_replaces_no_part_and_no_stranger(tmp_path: Path, capsys) ->
     (tmp_path / "link.ckpt").symlink_to(folder / "__0_0.distcp")
     for file in (folder / "__0_0.distcp", tmp_path / "link.ckpt", tmp_path / "notes.txt"):
         with pytest.raises(SystemExit):
-            main([str(folder), str(file)])
+            cli.main(["consolidate", "--ckpt_path", str(folder), "--output", str(file)])
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1
         assert "would be replaced" in said[0] or "is no checkpoint of leap_pl" in said[0]
@@ -464,8 +462,8 @@ def test_a_path_is_no_yaml(finished: Run, model_folder, text_file, tmp_path: Pat
     """Of every kind, wherever it is typed: what exists is meant."""
     monkeypatch.chdir(tmp_path)
     from leap_pl.cli.compare import compare_command
+    from leap_pl.cli.export import export_command
     from leap_pl.cli.prune import prune_command
-    from leap_pl.export.hugging_face import export_command
 
     (tmp_path / name).write_text("x")
     (tmp_path / f"{name}.yaml").write_text("seed: 3\n")

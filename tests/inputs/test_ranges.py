@@ -20,12 +20,12 @@ from leap_pl.base_model.weights import find_weights
 from leap_pl.callbacks import Checkpoints, SparsityLogger, StepProgress
 from leap_pl.cli.compare import compare_command
 from leap_pl.cli.evaluate import evaluate_command
+from leap_pl.cli.export import export_command
 from leap_pl.cli.fit import _from_settings
 from leap_pl.cli.main import VERBS, settings_of
 from leap_pl.cli.prune import prune_command
 from leap_pl.data import TextDataModule
 from leap_pl.errors import UserError
-from leap_pl.export.hugging_face import export_command
 from leap_pl.gates import BernoulliGate, GateState, NMGate, TileGate
 from leap_pl.inputs.ranges import RANGES, Range, check_numbers
 from leap_pl.losses.objective import Objective

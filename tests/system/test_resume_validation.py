@@ -10,8 +10,8 @@ import pytest
 import torch
 from stopped_runs import Outcome, at_call, flags, kept, outcome, same, send, stopped
 
+from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
-from leap_pl.export.hugging_face import export_command
 from leap_pl.masks import MaskSet
 from leap_pl.training.module import LeapModule
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from leap_pl.checkpoints.folder import StoredTensors, check_folder, consolidated
 from leap_pl.checkpoints.layout import masks_from_checkpoint, path_of
 from leap_pl.checkpoints.newest import newest_checkpoint
+from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.distributed.strategy import sharding_mesh
 from leap_pl.errors import UserError
-from leap_pl.export.hugging_face import export_command
 from leap_pl.masks import MaskSet
 from leap_pl.oneshot.prune import prune
 
@@ -286,10 +286,10 @@ def test_four_ranks_go_on_where_two_stopped(four, one) -> None:
 def test_one_process_goes_on_where_two_stopped(two, one, place: Place, tmp_path: Path) -> None:
     found = place.one("one-of-sharded", f"--ckpt_path={place.checkpoint('sharded', 'step=2.ckpt')}")
     assert_same(found, one)
-    from leap_pl.checkpoints.folder import main as consolidate
+    from leap_pl.cli.consolidate import consolidate_command
 
     file = tmp_path / "one.ckpt"
-    consolidate([str(place.checkpoint("folder", "step=2.ckpt")), str(file)])
+    consolidate_command(str(place.checkpoint("folder", "step=2.ckpt")), str(file))
     assert_same(place.one("one-of-folder", f"--ckpt_path={file}"), one)
 
 
@@ -405,7 +405,7 @@ def test_the_newest_whole_folder_is_found(two, place: Place, tmp_path: Path) -> 
         ("tensor-parallel", "data_parallel_size: 2, tensor_parallel_size: 1"),
         ("strategy", "invalid strategy name"),
         ("accumulation", "Set --trainer.accumulate_grad_batches 2"),
-        ("folder", "python -m leap_pl.checkpoints.folder"),
+        ("folder", "leap_pl consolidate --ckpt_path"),
         ("model", "the checkpoint belongs to"),
         ("prior", "nowhere.safetensors"),
         ("head", "outside the decoder blocks"),
