@@ -117,11 +117,12 @@ def check_configs(words: Sequence[str]) -> None:
             is_config, name = True, words[place + 1] if place + 1 < len(words) else ""
         if not name or not _exists(name):  # of what is not there the parser tells
             continue
-        note_input(name)
         if not is_config:
             if name.endswith((".yaml", ".yml")):  # a group of settings, --model model.yaml
+                note_input(name)
                 check_regular(name, option)
             continue
+        note_input(name)
         raw = read_regular(name, most=MOST_SETTINGS, what="--config")
         try:
             text = raw.decode("utf-8")
