@@ -65,7 +65,7 @@ def check_settings(told: Mapping[str, Any], stored: StoredWeights | None, name: 
                     )
                 if number > most:
                     raise UserError(
-                        f"base model {name}: its settings give {key} as {number}, and "
+                        f"base model {name}: its settings give {key} as {str(number)[:60]}, and "
                         f"{why or f'at most {most} is read'}. Check that config.json belongs to the weights."
                     )
 

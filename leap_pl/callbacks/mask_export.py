@@ -1,6 +1,7 @@
 """The learned mask leaves the run as a MaskSet, once it is learned."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -33,10 +34,12 @@ class MaskExport(L.Callback):
             folder: By default the folder of the checkpoints.
         """
         self.folder = folder
+        self._begun = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Tell the module where its run may have left the prior, if it resumes."""
         assert isinstance(pl_module, LeapModule)
+        self._begun = False
         if stage == "fit":
             pl_module.prior_folders.append(self.place(trainer))
 
@@ -49,8 +52,13 @@ class MaskExport(L.Callback):
                 if pl_module.resumed is None or not path.exists():
                     prior.save(path)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Set aside the mask of an earlier run, which nobody should take for this one's."""
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Set aside the mask of an earlier run, which nobody should take for this one's, when learning begins."""
+        if self._begun:
+            return
+        self._begun = True
         path = self.place(trainer) / MASK
         if trainer.is_global_zero and trainer.global_step < trainer.max_steps and path.exists():
             path.replace(path.with_name(EARLIER))

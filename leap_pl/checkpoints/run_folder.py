@@ -90,7 +90,9 @@ def earlier_run(
             "--ckpt_path."
         )
     checkpoints = [] if resumes else sorted(folder.glob("*.ckpt"))
-    mask, priors = masks / MASK, [masks / "prior.safetensors", masks / "prior-inner.safetensors"]
+    # A resumed run reads the priors that it started from, and writes none over them.
+    priors = [] if resumes else [masks / "prior.safetensors", masks / "prior-inner.safetensors"]
+    mask = masks / MASK
     _check_not_read([mask, *priors, *checkpoints])
     ours = [path for path in (mask, *priors) if os.path.lexists(path)]
     strange = [path for path in ours if not is_mask_file(path)]

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from traceback import clear_frames
 from typing import Any, TypedDict
 
 import torch
@@ -124,23 +125,28 @@ class BlockLoader(DataLoader[Batch]):
                 asked for, and never amid a step that would be half done.
         """
         batches = _without_interruption(super().__iter__)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError) as error:
-                # Either torch has looked after its workers, or what a dead one had put aside could not be fetched.
-                if not (self.num_workers and _of_a_dead_worker(error)):
-                    raise
-                raise UserError(
-                    f"a data worker has ended ({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
-                    "killed, as a rule, because memory ran out. Resume with --ckpt_path last, with fewer "
-                    f"--data.num_workers than {self.num_workers}, or 0."
-                ) from error
-            if "error" in batch:
-                raise UserError(batch["error"])
-            yield batch
+        try:
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except (RuntimeError, OSError, EOFError) as error:
+                    # Either torch has looked after its workers, or what a dead one had put aside could not be fetched.
+                    if not (self.num_workers and _of_a_dead_worker(error)):
+                        raise
+                    # The frames hold the loader's iterator, and with it the workers that are left.
+                    clear_frames(error.__traceback__)
+                    told = str(error).partition("\n")[0] or type(error).__name__
+                    raise UserError(
+                        f"a data worker has ended ({told}): killed, as a rule, because memory ran out. Resume with "
+                        f"--ckpt_path last, with fewer --data.num_workers than {self.num_workers}, or 0."
+                    ) from error
+                if "error" in batch:
+                    raise UserError(batch["error"])
+                yield batch
+        finally:
+            del batches  # ends its workers, however long the error is kept
 
 
 def _of_a_dead_worker(error: Exception) -> bool:

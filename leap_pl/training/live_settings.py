@@ -42,7 +42,7 @@ def live_settings(trainer: "L.Trainer") -> dict[str, Any]:
         "precision": str(trainer.precision),
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": clip,
-        "gradient_clip_algorithm": None if clip is None else str(trainer.gradient_clip_algorithm or "norm"),
+        "gradient_clip_algorithm": None if clip is None else clipping_algorithm(trainer),
     }
     if trainer.state.fn == "fit":
         told |= {"steps": trainer.global_step, "ranks": data_rank(trainer)[1]}
@@ -56,6 +56,12 @@ def live_settings(trainer: "L.Trainer") -> dict[str, Any]:
     for config in trainer.lr_scheduler_configs[:1]:
         told["lr_scheduler"] = of_scheduler(config.scheduler)
     return told
+
+
+def clipping_algorithm(trainer: "L.Trainer") -> str:
+    """Return how ``trainer`` clips gradients: without a word Lightning clips by the norm."""
+    algorithm = trainer.gradient_clip_algorithm
+    return str(getattr(algorithm, "value", algorithm) or "norm")
 
 
 def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:

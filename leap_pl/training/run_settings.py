@@ -19,6 +19,7 @@ from leap_pl.gates import gate_kinds
 from leap_pl.inputs.plain_values import read
 from leap_pl.losses.objective import Objective
 from leap_pl.prior import Prior
+from leap_pl.training.live_settings import clipping_algorithm
 from leap_pl.training.optimizers import PackedAdamW
 from leap_pl.training.schedules import Annealing, learned_by
 
@@ -104,13 +105,11 @@ TYPES: dict[str, Any] = {
 
 def of_trainer(trainer: "L.Trainer", data: Any) -> Settings:
     """Return what a checkpoint holds of the settings of ``trainer`` and of its ``data`` module, where that is text."""
-    clipping = trainer.gradient_clip_algorithm
     told: Settings = {
         "trainer.max_steps": trainer.max_steps,
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.gradient_clip_val": trainer.gradient_clip_val,
-        # Without a word Lightning clips by the norm.
-        "trainer.gradient_clip_algorithm": (clipping and str(clipping.value)) or "norm",
+        "trainer.gradient_clip_algorithm": clipping_algorithm(trainer),
         "trainer.precision": str(trainer.precision),
     }
     for name in DATA:

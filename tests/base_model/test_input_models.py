@@ -88,6 +88,9 @@ LIES = [
     {"quantization_config": 5},
     {"max_position_embeddings": "far"},
 ]
+# The model's class follows from its type, and transformers leaves out a quantisation that it does not know.
+HARMLESS = [{"architectures": ["os.system"]}, {"architectures": 7}]
+HARMLESS += [{"quantization_config": {"quant_method": "none of these"}}]
 
 
 def test_a_config_that_lies(tmp_path: Path) -> None:
@@ -101,17 +104,8 @@ def test_a_config_that_lies(tmp_path: Path) -> None:
     assert "its lists have more than 4,194,304 items" in message
     assert grown < 200
     for lie, copy, (message, grown) in zip(LIES, folders, found, strict=True):
-        # A few are no lies: nothing of the model depends on them.
-        harmless = {
-            "max_position_embeddings",
-            "architectures",
-            "hidden_act",
-            "dtype",
-            "num_labels",
-            "num_hidden_layers",
-        }
-        if message.startswith("no error"):
-            assert set(lie) <= harmless - {"num_hidden_layers", "num_labels"}, lie
+        if lie in HARMLESS:
+            assert message.startswith("no error")
             continue
         assert str(copy) in message, (lie, message)
         assert "\n" not in message

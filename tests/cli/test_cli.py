@@ -255,9 +255,9 @@ def test_broken_logits_are_not_saved(model_folder, text_file, tmp_path: Path, ca
         (["--annealing.tau.end=-1"], "temperature is above 0"),
         (
             ["--model.annealing.alpha.start=-25"],
-            "model.annealing.alpha goes from -25.0 to 350.0, and a logit scale is 0 or",
+            "model.annealing.alpha goes from -25 to 350. Give a number from 0",
         ),
-        (["--model.annealing.pattern_alpha.end=-1"], "model.annealing.pattern_alpha goes from 100.0 to -1.0"),
+        (["--model.annealing.pattern_alpha.end=-1"], "model.annealing.pattern_alpha goes from 100 to -1"),
         (["--model.annealing.alpha.start=.inf"], "finite"),
         (["--model.objective.lm=0"], "nothing to learn from"),
         (["--model.objective.budget=-1"], "budget"),
@@ -448,5 +448,6 @@ def test_figures_that_are_none_are_not_put_into_a_card(finished: Run, tmp_path: 
     for content in ('{"perplexity": {"a": 3}}', '{"perplexity": {"a": {"value": "x"}}}', "[1]", "not json"):
         result.write_text(content)
         words = ["export", f"--mask={finished.mask}", f"--output_dir={tmp_path / 'out'}", f"--perplexity={result}"]
-        assert "is no result file of leap_pl evaluate" in failing(capsys, words)
+        message = failing(capsys, words)
+        assert "no result of leap_pl evaluate" in message or "cannot be read as a result file" in message
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import pytest
 from conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_compare import result
+from made_results import result
 
 from leap_pl.cli import main as cli
 from leap_pl.cli.compare import compare_command

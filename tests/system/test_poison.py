@@ -161,7 +161,7 @@ def test_code_in_a_checkpoint_is_not_run(finished: Run, tmp_path: Path, capsys, 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c["leap_pl"].pop("shapes"), "does not say whose logits"),
+        (lambda c: c["leap_pl"].pop("shapes"), "leap_pl lacks shapes"),
         (lambda c: c.update(leap_pl=[1]), "not a checkpoint of leap_pl"),
         (lambda c: c.pop("state_dict"), "lacks the logits"),
         (lambda c: c["state_dict"].popitem(), "lacks the logits"),

@@ -16,6 +16,7 @@ from stopped_runs import STEPS, WINDOW, Outcome, at_call, curves, flags, kept, o
 from leap_pl import LeapModule, TextDataModule
 from leap_pl.checkpoints.layout import masks_from_checkpoint
 from leap_pl.cli.main import main
+from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
 from leap_pl.prior import started_prior
 from leap_pl.prior.settings import Prior
@@ -358,12 +359,16 @@ def test_settings_of_a_checkpoint_that_make_no_prior(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["magnitude", "none"])
 def test_a_plain_trainer_has_the_prior_of_the_run_too(stopped_run: Path, model_folder, text_file, method: str) -> None:
-    """It tells the module only late where it resumes from; whatever prior is typed, the run's own is there."""
+    """It tells the module only late where it resumes from: a prior that was made meanwhile is replaced by the run's."""
     checkpoint = stopped_run / "checkpoints" / "step=4.ckpt"
     data = TextDataModule(str(model_folder), text=str(text_file), seq_length=32, batch_size=2, validation_sequences=4)
     trainer = L.Trainer(accelerator="cpu", max_steps=6, accumulate_grad_batches=2, gradient_clip_val=1.0, logger=False,
                         enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=0)  # fmt: skip
     module = LeapModule(str(model_folder), prior=Prior(method=method), dtype="float32")
+    if method == "none":
+        with pytest.raises(UserError, match=r"model.prior.method was 'magnitude' and is 'none'"):
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        return
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     prior = MaskSet.load(stopped_run / "checkpoints" / "prior.safetensors")
     assert module.prior is not None

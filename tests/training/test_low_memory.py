@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_resume as resume
+import stopped_runs as resume
 import torch
 from conftest import fit_flags
 from hypothesis import given, settings
