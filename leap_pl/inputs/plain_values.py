@@ -169,6 +169,8 @@ def read(value: Any, kind: Any, where: str) -> Any:
         if first["type"] == "missing":
             raise UserError(f"{where} lacks {path}. {REMEDY}") from None
         place = f"{where}.{path}" if path else where
+        if first["type"] == "value_error":  # what a dataclass says of itself
+            raise UserError(f"{place}: {first['msg'].removeprefix('Value error, ').rstrip('.')}. {REMEDY}") from None
         raise UserError(f"{place} is {display(first['input'])}: {first['msg'].lower()}. {REMEDY}") from None
     except (TypeError, ValueError, RecursionError):
         raise UserError(f"{where} is not a plain value ({display(value)}). {REMEDY}") from None

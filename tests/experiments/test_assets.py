@@ -90,7 +90,7 @@ def test_tasks_keep_their_columns(monkeypatch, tmp_path):
     assert lines(folder / "piqa" / "validation.jsonl") == piqa
     assert lines(folder / "boolq" / "validation.jsonl") == [{"question": "q", "passage": "p", "label": 1}]
     assert lines(folder / "mmlu" / "anatomy" / "test.jsonl") == [{"question": "é"}]
-    assert sorted(path.name for path in folder.iterdir()) == ["SOURCES.md", "boolq", "mmlu", "piqa"]
+    assert sorted(path.name for path in folder.iterdir()) == ["SOURCES.md", "boolq", "leap_pl.json", "mmlu", "piqa"]
 
 
 def test_model_becomes_an_ordinary_folder(monkeypatch, tmp_path):

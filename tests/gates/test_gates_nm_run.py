@@ -141,7 +141,7 @@ def test_a_checkpoint_of_other_gates_is_refused(nm_folder: Path, model_folder, t
     flags = fit_flags(model_folder, text_file, tmp_path, f"--ckpt_path={checkpoint}")
     three = ["--model.gate=NMGate", "--model.gate.n=3", "--model.gate.m=4", "--model.sparsity=0.25"]
     assert "model.sparsity was 0.5 and is 0.25" in refused([*flags, *three], capsys)
-    assert "Use the same gate" in refused([*flags, "--model.gate=BernoulliGate"], capsys)
+    assert "model.gate was 'NMGate' and is 'BernoulliGate'" in refused([*flags, "--model.gate=BernoulliGate"], capsys)
 
 
 def test_general_sampling_agrees(nm_folder: Path) -> None:

@@ -224,7 +224,11 @@ _watching = False
 
 
 def _hook(event: str, arguments: tuple[object, ...]) -> None:
-    if _watching and event == "open" and isinstance(arguments[0], str | os.PathLike) and arguments[1] in ("r", "rb"):
+    if not (_watching and event == "open" and isinstance(arguments[0], str | os.PathLike)):
+        return
+    # What is read within limits is opened by its descriptor, and without waiting for a writer.
+    by_descriptor = arguments[1] is None and isinstance(arguments[2], int) and arguments[2] & os.O_NONBLOCK
+    if arguments[1] in ("r", "rb") or by_descriptor:
         _opened.append(Path(os.fsdecode(arguments[0])))  # type: ignore[arg-type]
 
 

@@ -19,6 +19,7 @@ from tiny import tiny_model
 from leap_pl.base_model.weights import find_weights
 from leap_pl.callbacks import Checkpoints, SparsityLogger, StepProgress
 from leap_pl.cli.compare import compare_command
+from leap_pl.cli.consolidate import consolidate_command
 from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.cli.export import export_command
 from leap_pl.cli.fit import _from_settings
@@ -122,6 +123,7 @@ TAKERS: list[tuple[str, Any, Callable[..., Any]]] = [
     ("evaluate.", evaluate_command, flags("evaluate", evaluate_command)),
     ("export.", export_command, flags("export", export_command)),
     ("compare.", compare_command, flags("compare", compare_command)),
+    ("consolidate.", consolidate_command, flags("consolidate", consolidate_command)),
 ]
 # Of torch's own signatures, which have no types.
 UNTYPED = {"lr", "momentum", "dampening", "weight_decay", "gamma", "eta_min", "T_max"}
@@ -237,7 +239,7 @@ def test_a_rate_from_a_checkpoints_settings_is_looked_at_too(finished, tmp_path:
 
     with pytest.raises(SystemExit):
         main(words)
-    assert "model.objective.lm is nan" in capsys.readouterr().err.splitlines()[-1]
+    assert "model.objective: objective.lm is nan; give 0 or more. Take" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
