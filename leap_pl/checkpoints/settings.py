@@ -116,6 +116,9 @@ RULES: dict[str, Rule] = {
 # Parts of a fixed setting that are places, and change nothing that is learned.
 FREE_PARTS = {"model.prior": ("cache_dir",)}
 
+# What the hard mask of given logits depends on: all that validation has to have in common with the run.
+MASK_SETTINGS = ("model.sparsity", "model.gate", "model.targets", "model.ignore")
+
 Settings = dict[str, Any]  # "model.sparsity" → a plain value
 
 

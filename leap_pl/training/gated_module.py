@@ -16,7 +16,7 @@ from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, fi
 from leap_pl.checkpoints import layout as checkpoints
 from leap_pl.checkpoints.identity import KEY, Identity, check_same, read_identity
 from leap_pl.checkpoints.rewind import rewind
-from leap_pl.checkpoints.settings import Settings, check_settings, taken
+from leap_pl.checkpoints.settings import MASK_SETTINGS, Settings, check_settings, taken
 from leap_pl.distributed.shards import copy_part_, gathered
 from leap_pl.distributed.strategy import (
     RankZero,
@@ -113,7 +113,7 @@ class GatedModule(L.LightningModule):
             path: Of the file, for messages.
             trainer: Of this run.
             data: Its data module, if there is one.
-            fitting: Learning is resumed; else only the module's settings have to be the same.
+            fitting: Learning is resumed; else only the settings that the hard mask depends on have to be the same.
 
         Raises:
             UserError: A setting that is part of what is learned differs.
@@ -121,7 +121,11 @@ class GatedModule(L.LightningModule):
         stored = run_settings.read_settings(read_identity(checkpoint, path), checkpoint, str(path))
         if self.dtype_name == "auto" and self.model is None:
             self.dtype_name = stored.get("model.dtype", "auto")
-        here = self.learned_with() | (run_settings.of_trainer(trainer, data) if fitting else {})
+        here = self.learned_with()
+        if fitting:
+            here |= run_settings.of_trainer(trainer, data)
+        else:  # the hard mask depends on these alone
+            here = {name: here[name] for name in MASK_SETTINGS if name in here}
         check_settings(stored, here)
 
     def configure_model(self) -> None:

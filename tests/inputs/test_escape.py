@@ -127,7 +127,7 @@ def test_a_comparison(evil_results: list[str], tmp_path: Path, capsys) -> None:
 
 def test_a_model_card(finished: Run, model_folder, tmp_path: Path, capsys) -> None:
     told = MaskSet.load(finished.mask).provenance
-    settings = {**told.config, "data": {"text": [EVIL], "seq_length": EVIL}, EVIL: EVIL}
+    settings = {**told.config, "data": {"text": [EVIL], "seq_length": 32}, EVIL: EVIL}
     mask = MaskSet.load(finished.mask).with_provenance(
         base_model=f"a/b{EVIL.replace('/', '')}",
         revision=EVIL,
@@ -136,8 +136,9 @@ def test_a_model_card(finished: Run, model_folder, tmp_path: Path, capsys) -> No
         config=settings,
     )
     mask.save(tmp_path / "mask.safetensors")
-    measured = {"value": 3.0, "seq_length": EVIL, "stride": EVIL}
-    (tmp_path / "r.json").write_text(json.dumps({"perplexity": {EVIL: measured}}))
+    content = result(EVIL, 0.5, 3.0, mask=str(tmp_path / "mask.safetensors"))
+    content["perplexity"] = {EVIL: content["perplexity"]["held-out.jsonl"]}
+    (tmp_path / "r.json").write_text(json.dumps(content))
     out = tmp_path / f"out{EVIL.replace('/', '')}"
     words = [
         f"--mask={tmp_path / 'mask.safetensors'}",

@@ -265,4 +265,4 @@ def test_a_run_starts_from_grades(model_folder: Path, text_file: Path, tmp_path:
     assert ((logits > 0) == sides).float().mean() > 0.9
     assert cli.model.settings()["prior"]["graded"] is True
     with pytest.raises(UserError, match=r"prior\.graded is for BernoulliGate, and the gate is NMGate"):
-        run(fit_flags(model_folder, text_file, tmp_path, *graded, "--model.gate=NMGate", *still))
+        run(fit_flags(model_folder, text_file, tmp_path / "nm", *graded, "--model.gate=NMGate", *still))

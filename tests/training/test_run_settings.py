@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import fit_flags, refused
+from older_checkpoints import write_as_older
 from stopped_runs import differences
 
 from leap_pl import LeapModule, TextDataModule
@@ -272,19 +273,8 @@ def test_a_schedule_that_has_to_be_typed_again(model_folder, text_file, tmp_path
 # -- checkpoints of versions that stored fewer settings -------------------------------------------------------
 
 
-def older(path: Path, target: Path) -> None:
-    """Write the checkpoint ``path`` as versions did that stored hyper-parameters."""
-    checkpoint = torch.load(path, weights_only=True)
-    stored = checkpoint["leap_pl"].pop("learned_with")
-    names = ("base_model", "sparsity", "targets", "ignore", "objective", "prior", "warmup_steps", "dtype", "revision")
-    plain = {name: stored[f"model.{name}"] for name in (*names, "logits_dtype", "activation_checkpointing", "seed")}
-    checkpoint["hyper_parameters"] = {**plain, "trust_remote_code": False}
-    target.parent.mkdir(parents=True)
-    torch.save(checkpoint, target)
-
-
 def test_an_older_checkpoint_resumes_and_is_compared(whole: Path, tmp_path: Path, capsys) -> None:
-    older(whole / "checkpoints" / "step=2.ckpt", tmp_path / "older" / "checkpoints" / "step=2.ckpt")
+    write_as_older(whole / "checkpoints" / "step=2.ckpt", tmp_path / "older" / "checkpoints" / "step=2.ckpt")
     recipe = [word for word in RECIPE if word.startswith(("--model.lr_sch", "--trainer.grad", "--trainer.prec"))]
     main(resume(tmp_path / "older", tmp_path / "again", *recipe))
     same_end(tmp_path / "again", whole)

@@ -129,9 +129,9 @@ def test_what_is_in_range_stays_there(annealing: Annealing, x: float) -> None:
 @pytest.mark.parametrize(
     ("schedules", "says"),
     [
-        ({"tau": Schedule(4, 0)}, "model.annealing.tau goes from 4 to 0, and a temperature is above 0"),
+        ({"tau": Schedule(4, 0)}, "model.annealing.tau goes from 4 to 0; a temperature is above 0"),
         ({"tau": Schedule(-1, 1)}, "temperature is above 0"),
-        ({"alpha": Schedule(-1, 350)}, "model.annealing.alpha goes from -1 to 350, and a logit scale is 0 or above"),
+        ({"alpha": Schedule(-1, 350)}, "model.annealing.alpha goes from -1 to 350. Give a number from 0"),
         ({"pattern_alpha": Schedule(1, -2)}, "model.annealing.pattern_alpha goes from 1 to -2"),
     ],
 )
@@ -146,7 +146,7 @@ def test_a_logit_scale_may_begin_at_zero() -> None:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, True, "1", None])
 def test_a_schedule_of_what_is_no_number_is_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match="two finite numbers"):
+    with pytest.raises(ValueError, match="give finite numbers"):
         Schedule(value, 1)
 
 
