@@ -45,14 +45,11 @@ class _Stream(Protocol):
 
 
 class CalibrationData(Protocol):
-    """What is asked of a data module: a stream of token blocks, and settings that tell it from others."""
+    """What is asked of a data module: a stream of token blocks."""
 
     @property
     def stream(self) -> _Stream:
         """Blocks with ``tokens``, each of ``seq_length``."""
-
-    def identity(self) -> dict[str, Any]:
-        """Plain JSON values that the stream depends on."""
 
 
 def one_shot_prior(
@@ -72,9 +69,10 @@ def one_shot_prior(
 ) -> MaskSet:
     """The one-shot mask of ``weights``; ``model`` is bit-identical afterwards.
 
-    Masks are kept in ``cache_dir``, by a hash of the model's fingerprint, the weights' names, the data's
-    identity, the number of sequences, the method with its settings, the sparsity and this code's version. The file
-    holds the hash too; one that is damaged, or holds another or none, is made anew, with a warning.
+    Masks are kept in ``cache_dir``, by a hash of the model's fingerprint, the weights' names, the calibration tokens
+    themselves, the method with its settings, the sparsity and this code's version: text of the same name and size is
+    not taken for the same text. The file holds the hash too; one that is damaged, or holds another or none, is made
+    anew, with a warning.
 
     Args:
         model: The dense base model without gates.
@@ -96,8 +94,9 @@ def one_shot_prior(
     pattern = Unstructured(sparsity) if isinstance(sparsity, float | int) else sparsity
     calibration = data if method != "magnitude" or fisher is not None else None
     settings = {"sparsegpt": asdict(SparseGPTOptions()), "admm": asdict(AdmmOptions())}.get(method, {})
+    tokens_NT = None if calibration is None else _tokens(model, base_model, calibration, sequences)
     key = {
-        **_key(model, weights, calibration, sequences),
+        **_key(model, weights, tokens_NT),
         "method": method,
         "settings": settings,
         "pattern": [type(pattern).__name__, *asdict(pattern).values()],
@@ -114,7 +113,7 @@ def one_shot_prior(
 
     pruned = prune(
         model,
-        None if calibration is None else _tokens(model, base_model, calibration, sequences),
+        tokens_NT,
         method=method,
         pattern=pattern,
         fisher=fisher,
@@ -153,14 +152,14 @@ def input_squares(
     """
     if data is None:
         raise ValueError("squares of inputs are measured on text, and data is None")
-    path, key = None, {**_key(model, weights, data, sequences), "method": "squares"}
+    tokens_NT = _tokens(model, base_model, data, sequences)
+    path, key = None, {**_key(model, weights, tokens_NT), "method": "squares"}
     if cache_dir is not None:
         path = _place(cache_dir, "squares", key)
         cached = _cached_squares(path, _digest(key), weights)
         if cached is not None:
             logger.info("The inputs' squares were read from %s.", path)
             return cached
-    tokens_NT = _tokens(model, base_model, data, sequences)
     squares = grading.measure_input_squares(model, weights, tokens_NT, WalkOptions(device=device), progress)
     if path is not None:
         try:
@@ -171,18 +170,16 @@ def input_squares(
     return squares
 
 
-def _key(
-    model: "PreTrainedModel", weights: Mapping[str, Weight], data: CalibrationData | None, sequences: int
-) -> dict[str, Any]:
-    told = None
-    if data is not None:
-        # How many sequences a run trains on at once changes where it is in the stream, not what the prior reads.
-        told = {key: value for key, value in data.identity().items() if key != "batch_size"} | {"sequences": sequences}
+def _key(model: "PreTrainedModel", weights: Mapping[str, Weight], tokens_NT: Tensor | None) -> dict[str, Any]:
+    """What a prior is made from: the model, which of its weights, and N sequences of T tokens to calibrate on."""
+    tokens = None
+    if tokens_NT is not None:
+        tokens = [list(tokens_NT.shape), hashlib.sha256(tokens_NT.contiguous().numpy().tobytes()).hexdigest()]
     return {
         "algorithm": ALGORITHM,
         "fingerprint": model_fingerprint(model),
         "weights": sorted(weights),
-        "data": told,
+        "tokens": tokens,
     }
 
 

@@ -40,12 +40,8 @@ class Stream:
 class Data:
     """What the data module shows of itself to the prior."""
 
-    def __init__(self, seed: int = 0, seq_length: int = 40, batch_size: int = 1) -> None:
-        self.stream, self.batch_size = Stream(seed, seq_length), batch_size
-
-    def identity(self) -> dict[str, Any]:
-        of_stream = {"text": "random", "seed": self.stream.seed, "seq_length": self.stream.seq_length}
-        return {**of_stream, "batch_size": self.batch_size}
+    def __init__(self, seed: int = 0, seq_length: int = 40) -> None:
+        self.stream = Stream(seed, seq_length)
 
 
 def make(cache_dir: Path | None, *, model: Any = None, data: Data | None = None, **changes: Any) -> Any:
@@ -80,10 +76,10 @@ def test_the_cache_is_hit_and_tells_runs_apart(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(prior_module, "prune", counted)
     first = make(tmp_path)
-    data = Data(batch_size=4)  # of no consequence
+    data = Data()
     again = make(tmp_path, data=data)
     assert len(calls) == 1
-    assert data.stream.read == 0
+    assert data.stream.read == 5  # the sequences to calibrate on, by whose tokens the cache goes
     assert all(torch.equal(first.masks[name], again.masks[name]) for name in first.masks)
     model = tiny_model()
     for number, changes in enumerate(
@@ -137,7 +133,7 @@ def test_fisher_allocation_has_a_cache_entry_of_its_own(tmp_path: Path) -> None:
     assert first.provenance.config["fisher"]["strength"] == 0.5
     data = Data()
     again = make(tmp_path, data=data, fisher=FisherOptions(0.5))
-    assert data.stream.read == 0
+    assert data.stream.read == 5  # the sequences to calibrate on, by whose tokens the cache goes
     assert all(torch.equal(again.masks[name], mask) for name, mask in first.masks.items())
     assert any(not torch.equal(even.masks[name], mask) for name, mask in first.masks.items())
     make(tmp_path, fisher=FisherOptions(1.0))
