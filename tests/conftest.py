@@ -104,7 +104,7 @@ def fit_flags(model: str | Path, text: str | Path, folder: Path, *more: str) -> 
 
 
 @pytest.fixture(scope="session")
-def finished(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def finished_run(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of six steps on the tiny model, at 50%."""
     from leap_pl.cli.main import main
 
@@ -115,6 +115,19 @@ def finished(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempP
         patch.setenv("LEAP_PL_COMPILE", "0")
         main(flags)
     return Run(folder, flags)
+
+
+@pytest.fixture
+def finished(finished_run: Run) -> Iterator[Run]:
+    """The finished run that all tests share; one that writes into it fails, and not another after it."""
+    before = _listing(finished_run.folder)
+    yield finished_run
+    assert _listing(finished_run.folder) == before
+
+
+def _listing(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of every file."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -45,8 +45,8 @@ def test_learning_moves_the_mask_away_from_its_prior(finished: Run) -> None:
 
 
 @pytest.fixture(scope="module")
-def curves(finished: Run) -> EventAccumulator:
-    events = EventAccumulator(str(finished.folder / "tensorboard"))
+def curves(finished_run: Run) -> EventAccumulator:
+    events = EventAccumulator(str(finished_run.folder / "tensorboard"))
     events.Reload()
     return events
 

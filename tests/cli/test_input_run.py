@@ -194,7 +194,7 @@ def test_a_checkpoint_of_such_a_name(finished: Run, tmp_path: Path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     for name in ("best", "hpc", "registry"):
         (tmp_path / name).write_bytes(finished.checkpoint.read_bytes())
-        main(["validate", *finished.flags[1:], f"--ckpt_path={name}"])
+        main(["validate", *finished.flags[1:], f"--trainer.logger.save_dir={tmp_path}", f"--ckpt_path={name}"])
     assert "perplexity" in capsys.readouterr().out
 
 

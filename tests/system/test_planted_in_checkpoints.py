@@ -74,9 +74,9 @@ def shallow(tree: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(finished: Run) -> dict[str, Any]:
+def checkpoint(finished_run: Run) -> dict[str, Any]:
     """As this version writes it, and with what earlier ones did beside."""
-    stored = torch.load(finished.folder / "checkpoints" / "step=4.ckpt", weights_only=True)
+    stored = torch.load(finished_run.folder / "checkpoints" / "step=4.ckpt", weights_only=True)
     names = {name: value for name, value in stored["leap_pl"]["learned_with"].items() if name.startswith("model.")}
     hyper_parameters = {name.removeprefix("model."): value for name, value in names.items()}
     hyper_parameters |= {"trust_remote_code": True, "_class_path": "LeapModule", "_instantiator": "x.y"}
