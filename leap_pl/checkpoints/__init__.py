@@ -1,1 +1,1 @@
-"""Hold everything about a checkpoint: what it says, how it is written and read, and which one a run resumes from."""
+"""Checkpoints: their contents, writing and reading them, and choosing the one that a run resumes from."""

@@ -1,7 +1,7 @@
-"""Describe an optimizer, a schedule or a gate by plain values, and find its class again among those that are known.
+"""Describe optimizers, schedules and gates as plain values, and look their classes up in a registry.
 
-A description is ``{class_path: NAME, init_args: {…}}``, as a config writes it. A class is only ever found by its name
-in a registry of classes that are imported already: a checkpoint that names another one runs nothing.
+A description is ``{class_path: NAME, init_args: {…}}``, as in a config. Classes are only looked up by name, in a
+registry of classes that are already imported, so a checkpoint that names any other class cannot run code.
 """
 
 from collections import Counter
@@ -15,15 +15,15 @@ from leap_pl.inputs.plain_values import display
 Spec = dict[str, Any]
 Registry = Mapping[str, type]
 
-ANY_CLASS = ""  # as a class path: the class is not known, and only its settings are compared
+ANY_CLASS = ""  # class path of an unknown class, of which only the settings are compared
 
 
 def described(made: object, registry: Registry, values: Mapping[str, Any] | None = None) -> Spec:
-    """Describe ``made`` by its class and by those arguments of its constructor that it still knows.
+    """Return the class of ``made`` and those arguments of its constructor that it stores, as plain values.
 
     Args:
         made: An optimizer, a learning-rate schedule or a gate.
-        registry: Classes that are described by their name alone; another is described by its whole path.
+        registry: Classes that are described by their name alone; any other class is described by its full path.
         values: Argument name → value; by default the attributes of ``made``, with or without a leading underscore.
     """
     kind = type(made)
@@ -39,24 +39,22 @@ def described(made: object, registry: Registry, values: Mapping[str, Any] | None
 
 
 def found(spec: Any, registry: Registry, where: str) -> tuple[type, dict[str, Any]]:
-    """Find the class that ``spec`` names in ``registry``, with the arguments to make one.
+    """Return the class that ``spec`` names in ``registry``, and the arguments of its constructor.
 
     Args:
-        spec: A description; it may come from anywhere.
+        spec: A description from an untrusted source.
         registry: The classes that may be named.
-        where: File and setting, for the message.
+        where: File and setting, for error messages.
 
     Raises:
-        UserError: It is no description, names a class that is not in the registry, or an argument that its
-            constructor does not take or that is not a plain value.
+        UserError: If ``spec`` is not a description, or names a class that is not in the registry, an argument that its
+            constructor does not accept, or a value that is not plain.
     """
     if not (isinstance(spec, dict) and isinstance(spec.get("class_path"), str) and set(spec) <= _KEYS):
-        raise UserError(
-            f"{where} is {display(spec)}, and not a class with its settings. Take the checkpoint before it."
-        )
+        raise UserError(f"{where} is {display(spec)}, not a class with its settings. Take the checkpoint before it.")
     if spec["class_path"] == ANY_CLASS:
         raise UserError(f"{where}: an earlier version of leap_pl did not store its class. {_again(where)}")
-    # Earlier versions wrote whole paths; the last word is looked up, and nothing is imported.
+    # Earlier versions wrote full paths: only the last word is looked up, and nothing is imported.
     name = spec["class_path"].rpartition(".")[2]
     kind = registry.get(name)
     if kind is None or spec["class_path"] not in (name, f"{kind.__module__}.{name}", *_FORMER.get(name, ())):
@@ -65,18 +63,22 @@ def found(spec: Any, registry: Registry, where: str) -> tuple[type, dict[str, An
             f"({listing(sorted(registry), 4)}). If this one is yours, type --{where.split()[-1]} with its settings."
         )
     arguments = spec.get("init_args") or {}
-    taken = _arguments(kind)
-    strange = [word for word in arguments if word not in taken] if isinstance(arguments, dict) else [display(arguments)]
-    if strange:
+    accepted = _arguments(kind)
+    extra = (
+        [word for word in arguments if word not in accepted] if isinstance(arguments, dict) else [display(arguments)]
+    )
+    if extra:
         raise UserError(
-            f"{where}: {name} takes no {listing(sorted(map(display, strange)), 3)}. Update leap_pl or torch."
+            f"{where}: {name} has no argument {listing(sorted(map(display, extra)), 3)}. Update leap_pl or torch."
         )
-    needed = [p.name for p in signature(kind).parameters.values() if p.default is Parameter.empty and p.name in taken]
-    lacking = [word for word in needed if word not in arguments]
-    if lacking:
-        raise UserError(f"{where} is {name}, whose {listing(lacking, 3)} the checkpoint does not tell. {_again(where)}")
+    required = [
+        p.name for p in signature(kind).parameters.values() if p.default is Parameter.empty and p.name in accepted
+    ]
+    missing = [word for word in required if word not in arguments]
+    if missing:
+        raise UserError(f"{where} is {name}, and the checkpoint lacks its {listing(missing, 3)}. {_again(where)}")
     for word, value in arguments.items():
-        if not (_is_number_like(value) or (isinstance(value, str) and taken[word])):
+        if not (_is_number_like(value) or (isinstance(value, str) and accepted[word])):
             raise UserError(
                 f"{where}: {word} is {display(value)}, which is not read from a checkpoint. {_again(where)}"
             )
@@ -89,25 +91,25 @@ def _again(where: str) -> str:
 
 _STARRED = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 _KEYS = {"class_path", "init_args"}
-# Where a class of this package was found in versions before.
+# Class name → full paths of the class in earlier versions.
 _FORMER = {"PackedAdamW": ("leap_pl.training.optimizers.PackedAdamW",)}
 
 
 def _arguments(kind: type) -> dict[str, bool]:
-    """Name of each setting that a constructor takes → whether it takes a string that is just a word."""
+    """Map the name of each setting of a constructor to whether it may be a string."""
     constructor: Callable[..., Any] = kind.__init__  # type: ignore[misc]
     try:
         hints = get_type_hints(constructor)
     except (NameError, TypeError):  # annotations that only a type checker can read
         hints = {}
     parameters = [p for p in signature(constructor).parameters.values() if p.kind not in _STARRED]
-    # The first two are self and what it is made for; where a schedule has come to is no setting of it.
+    # The first two are self and what it is built on (parameters, an optimizer); progress is not a setting.
     names = [p.name for p in parameters[2:] if p.name not in ("state", "last_epoch")]
     return {name: hints.get(name) is str or get_origin(hints.get(name)) is Literal for name in names}
 
 
 def _plain(value: Any, registry: Registry) -> tuple[Any] | None:
-    """``value`` as a checkpoint can hold it, in a tuple of one; None where there is no such form."""
+    """Return ``value`` as plain values in a tuple of one, or None if it has no such form."""
     if value is None or isinstance(value, bool | int | float | str):
         return (value,)
     if isinstance(value, Counter):  # how MultiStepLR keeps its milestones
@@ -117,7 +119,7 @@ def _plain(value: Any, registry: Registry) -> tuple[Any] | None:
         return None if None in items else ([item[0] for item in items if item is not None],)
     if type(value).__name__ in registry:  # a schedule of schedules
         return (described(value, registry),)
-    if callable(value) and hasattr(value, "__qualname__"):  # told apart by its name, and never called by it
+    if callable(value) and hasattr(value, "__qualname__"):  # its name is only compared, never looked up
         return (f"{value.__module__}.{value.__qualname__}",)
     return None
 
@@ -129,9 +131,9 @@ def _is_number_like(value: Any) -> bool:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two plain values say the same: lists and tuples are alike, and so are 1 and 1.0.
+    """Return whether two plain values are equal, treating lists and tuples alike, and 1 and 1.0 alike.
 
-    Of two descriptions only arguments that both tell are compared: another release of torch may know more.
+    Two descriptions are compared by the arguments that both contain, because another release of torch may have more.
     """
     if isinstance(one, dict) and isinstance(other, dict):
         if "class_path" in one and "class_path" in other:

@@ -1,4 +1,4 @@
-"""How the trainer's checkpoints get to the disk and back: whole, flushed, and with every bit checked."""
+"""Checkpoint I/O for the Trainer: atomic, flushed writes, and reads that verify every bit."""
 
 from pathlib import Path
 from typing import Any
@@ -13,41 +13,41 @@ from leap_pl.files import atomic_file
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written through :mod:`leap_pl.files` and read by :mod:`leap_pl.checkpoints.layout`.
+    """Checkpoint I/O plugin that writes through :mod:`leap_pl.files` and reads by :mod:`leap_pl.checkpoints.layout`.
 
-    The trainer of the command line has it; another one takes ``Trainer(plugins=[WholeCheckpointIO()])``.
-    Addresses such as ``s3://…`` are left to Lightning.
+    The command line adds it to its Trainer; elsewhere pass ``Trainer(plugins=[WholeCheckpointIO()])``. URLs such as
+    ``s3://…`` are left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` to ``path`` whole or not at all.
+        """Write ``checkpoint`` to ``path`` atomically.
 
         Raises:
-            UserError: It cannot be written.
+            UserError: If the file cannot be written.
         """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        # Straight into the file: a copy in memory would double what a large run needs.
+        # Directly into the file: a copy in memory would double the memory that a large run needs.
         with atomic_file(path, own=True) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # torch tells of its own archive, and not of the full disk
+                if isinstance(error.__context__, OSError):  # torch reports its archive, not the full disk behind it
                     raise error.__context__ from None
                 raise
 
     def load_checkpoint(
         self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read ``path`` into CPU memory without running anything in it.
+        """Read ``path`` into CPU memory without running code from it.
 
         Raises:
-            UserError: It is not there, damaged, or no checkpoint.
+            UserError: If ``path`` does not exist, is damaged, or is not a checkpoint.
         """
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, True)
-        # Not mapped: the optimizer goes on with these very tensors, and the file may be removed meanwhile.
+        # Not memory-mapped: the optimizer keeps these tensors, and the file may be removed during the run.
         checkpoint = load_checkpoint(Path(path), mmap=False)
         check_states(checkpoint, str(path))
         return checkpoint

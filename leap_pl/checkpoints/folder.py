@@ -1,12 +1,12 @@
-"""Distributed checkpoints: a folder in which each rank of a sharded run wrote its own part, made one file again.
+"""Distributed checkpoints: a folder to which each rank of a sharded run writes its part, consolidated into one file.
 
-``leap_pl consolidate`` makes of it the file that one process would have written, which
-``fit --ckpt_path`` takes on any number of ranks, sharded or not. Reading a folder needs memory for what is read,
-logits (4 bytes a weight) and the optimizer's state (8 bytes with AdamW), on one machine; a sharded run goes on
-from the folder itself, on any number of ranks, without it.
+``leap_pl consolidate`` turns the folder into the file that a single process would have written, from which
+``fit --ckpt_path`` resumes on any number of ranks, sharded or not. It needs memory for logits (4 bytes a weight) and
+optimizer state (8 bytes with AdamW) on one machine. A sharded run resumes from the folder directly, on any number of
+ranks.
 
-The folder is one of ``torch.distributed.checkpoint``. Its index is a pickle, of which nothing is run here: only
-the plain records that such an index is made of are let in.
+The format is that of ``torch.distributed.checkpoint``. Its index is a pickle; no code from it is run, because only the
+plain records of such an index are unpickled.
 """
 
 import pickle
@@ -31,13 +31,13 @@ INDEX = ".metadata"
 
 
 def consolidated(folder: str | Path) -> dict[str, Any]:
-    """The checkpoint in ``folder`` as one process would have written it.
+    """Return the checkpoint in ``folder`` as a single process would have written it.
 
     Args:
-        folder: As ``leap_pl fit`` wrote it under ``ModelParallelStrategy``.
+        folder: Distributed checkpoint that ``leap_pl fit`` wrote under ``ModelParallelStrategy``.
 
     Raises:
-        UserError: It is no such folder, or damaged, or lacks a part.
+        UserError: If ``folder`` is not a distributed checkpoint, is damaged, or lacks a part.
     """
     checkpoint = load_checkpoint(folder)
     identity = read_identity(checkpoint, folder)
@@ -52,17 +52,17 @@ def consolidated(folder: str | Path) -> dict[str, Any]:
 
 
 class StoredTensors:
-    """What is learned in a folder, tensor by tensor: nothing but the one that is asked for is in memory.
+    """Lazy reader of the learned tensors in a folder, which loads one tensor at a time.
 
     Attributes:
-        shapes: ``<part>.<weight name>`` → a tensor on the meta device, of the shape and dtype of the one stored.
+        shapes: ``<part>.<weight name>`` → meta tensor with the shape and dtype of the stored one.
     """
 
     def __init__(self, folder: str | Path) -> None:
         """Read the folder's index.
 
         Raises:
-            UserError: It is no such folder, or its index is damaged.
+            UserError: If ``folder`` is not a distributed checkpoint, or its index is damaged.
         """
         self.folder, self.reader = folder, _Reader(folder)
         self.index = self.reader.read_metadata()
@@ -78,10 +78,10 @@ class StoredTensors:
                     self.shapes[key], self._names[key] = empty, name
 
     def read(self, key: str) -> Tensor:
-        """The tensor of one of :attr:`shapes`, whole, put together from the parts of all ranks.
+        """Return the full tensor ``key`` of :attr:`shapes`, assembled from the shards of all ranks.
 
         Raises:
-            UserError: A part is missing or damaged.
+            UserError: If a shard is missing or damaged.
         """
         name, empty = self._names[key], self.shapes[key]
         flat = {name: torch.empty(empty.shape, dtype=empty.dtype)}
@@ -90,16 +90,16 @@ class StoredTensors:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Make sure that what is not a tensor in ``folder`` is a plain value, before other code unpickles it.
+    """Check that everything in ``folder`` but tensors is a plain value, before other code unpickles it.
 
     Raises:
-        UserError: It is not, or the folder is incomplete.
+        UserError: If it holds anything else, or the folder is incomplete.
     """
     _read(folder, tensors=False)
 
 
 def _read(folder: str | Path, *, tensors: bool = True) -> dict[str, Any]:
-    """What lies in ``folder``, nested as its paths say."""
+    """Return the contents of ``folder``, nested by their paths."""
     reader = _Reader(folder)
     index = reader.read_metadata()
     flat: dict[str, Any] = {}
@@ -120,13 +120,13 @@ def _read(folder: str | Path, *, tensors: bool = True) -> dict[str, Any]:
 
 
 def _load(flat: dict[str, Any], reader: "_Reader", folder: str | Path) -> None:
-    """Fill ``flat`` with what is stored under its names."""
+    """Fill ``flat`` in place with the values stored under its names."""
     planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*the intent is to load in a single process.*")
             load(flat, storage_reader=reader, planner=planner, no_dist=True)
-    except (Exception, CheckpointException) as error:  # of a damaged zip or pickle, whatever it may be
+    except (Exception, CheckpointException) as error:  # a damaged zip or pickle can raise anything
         raise UserError(
             f"{folder} is incomplete or damaged, or holds more than tensors and plain values "
             f"({' '.join(str(error).split())[:160]}). Take the checkpoint before it."
@@ -134,7 +134,7 @@ def _load(flat: dict[str, Any], reader: "_Reader", folder: str | Path) -> None:
 
 
 def _lists(value: Any) -> Any:
-    """Lists again where a path has numbers."""
+    """Turn dictionaries with integer keys back into lists."""
     if not isinstance(value, dict):
         return value
     inner = {key: _lists(part) for key, part in value.items()}
@@ -156,16 +156,16 @@ class _Reader(FileSystemReader):
                 metadata = _Records(file).load()
         except FileNotFoundError as error:
             raise UserError(
-                f"{self.path} is no complete checkpoint: it has no {INDEX}. Take the one before it."
+                f"{self.path} is no complete checkpoint: it has no {INDEX}. Take the checkpoint before it."
             ) from error
         except pickle.UnpicklingError as error:
             raise UserError(
-                f"{index} holds more than an index does ({error}), and leap_pl runs no code from it."
+                f"{index} holds more than an index does ({error}), and leap_pl runs no code from a checkpoint."
             ) from error
         except Exception as error:  # a damaged pickle can raise anything
             raise UserError(f"{index} is damaged. Take the checkpoint before it.") from error
         if not isinstance(metadata, Metadata):
-            raise UserError(f"{index} is no index of a checkpoint. Give a folder that leap_pl fit wrote.")
+            raise UserError(f"{index} is not the index of a checkpoint. Give a folder that leap_pl fit wrote.")
         metadata.storage_meta = None
         return metadata
 
@@ -190,7 +190,7 @@ RECORDS = {
 
 
 class _Records(pickle.Unpickler):
-    """Reads what an index is made of: some data classes, sizes, types."""
+    """Unpickler restricted to the records of an index: data classes, sizes and dtypes."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in RECORDS.get(module, ()):
@@ -200,5 +200,5 @@ class _Records(pickle.Unpickler):
 
 class _Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: Any, value: BytesIO) -> None:
-        """A plain value, as the numbers of a parameter group are."""
+        """Load a plain value, such as a number of a parameter group, without running code."""
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)

@@ -1,4 +1,4 @@
-"""Whose logits a checkpoint holds, read by a schema of plain values, and whether a run can resume from it."""
+"""Checkpoint identity: the run that a checkpoint belongs to, read by a schema and compared when resuming."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,27 +14,28 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Identity:
-    """Whose logits a checkpoint holds, and with which settings they are learned.
+    """Model, gated weights and settings that a checkpoint's logits belong to.
 
     Attributes:
         base_model: Name of the base model.
-        revision: Of the base model on the hub.
-        fingerprint: Of its weights.
+        revision: Revision of the base model on the hub.
+        fingerprint: Fingerprint of the base model's weights.
         gate: Class and settings of the gates.
-        sparsity: The target.
-        targets: As given to LeapModule.
-        ignore: As given to LeapModule.
-        max_steps: T of every schedule, in optimizer steps.
+        sparsity: Target sparsity.
+        targets: ``targets`` of LeapModule.
+        ignore: ``ignore`` of LeapModule.
+        max_steps: Length T of every schedule, in optimizer steps.
         shapes: Weight name → shape of the weight.
-        input_dims: Weight name → the dimension its layer's inputs run along.
-        ranks: How many processes learned together.
-        accumulation: Micro-batches of each of them in an optimizer step.
-        dense_perplexity: Of the dense model on the validation text, once measured.
-        dense_perplexity_of: What that is of (:class:`leap_pl.training.validation.Measured`); it is used for that alone.
-        settings: What else the mask's provenance should tell.
-        learned_with: The settings that a resumed run takes and compares (:mod:`leap_pl.checkpoints.settings`), by their
-            names there; empty in checkpoints of versions that did not store them.
-        format_version: Of the checkpoint.
+        input_dims: Weight name → dimension that the inputs of its layer run along.
+        ranks: Number of processes that learned together.
+        accumulation: Micro-batches per rank in an optimizer step.
+        dense_perplexity: Perplexity of the dense model on the validation text, once measured.
+        dense_perplexity_of: Measurement that ``dense_perplexity`` belongs to
+            (:class:`leap_pl.training.validation.Measured`); it is reused for the same measurement only.
+        settings: Further settings for the mask's provenance.
+        learned_with: Settings that a resumed run adopts and compares, by their names in
+            :mod:`leap_pl.checkpoints.settings`; empty in checkpoints of versions that did not store them.
+        format_version: Version of the checkpoint format.
     """
 
     base_model: str
@@ -57,22 +58,22 @@ class Identity:
 
 
 def read_identity(checkpoint: dict[str, Any], path: str | Path = "the checkpoint") -> Identity:
-    """The identity in a loaded ``checkpoint``.
+    """Return the identity in a loaded ``checkpoint``.
 
     Raises:
-        UserError: It is not one of leap_pl, or of a newer format.
+        UserError: If the checkpoint is not of leap_pl, is of another format version, or its identity is damaged.
     """
-    told = checkpoint.get(KEY)
-    if not isinstance(told, dict):
+    stored = checkpoint.get(KEY)
+    if not isinstance(stored, dict):
         raise UserError(f"{path} is not a checkpoint of leap_pl fit. Give a .ckpt from a run's checkpoints folder.")
-    version = told.get("format_version")
+    version = stored.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path} is a checkpoint of format version {version}, and this leap_pl reads version {FORMAT_VERSION}. "
             "Update leap_pl: pip install --upgrade leap_pl"
         )
     known = {f.name for f in fields(Identity)}
-    identity: Identity = read({key: value for key, value in told.items() if key in known}, Identity, f"{path}: {KEY}")
+    identity: Identity = read({key: value for key, value in stored.items() if key in known}, Identity, f"{path}: {KEY}")
     gate, sizes = identity.gate, [size for shape in identity.shapes.values() for size in shape]
     plain_gate = isinstance(gate.get("class_path"), str) and isinstance(gate.get("init_args"), dict)
     if not (plain_gate and 0 <= identity.sparsity < 1 and min(sizes, default=0) > 0):
@@ -84,11 +85,15 @@ def read_identity(checkpoint: dict[str, Any], path: str | Path = "the checkpoint
 
 
 def check_same(found: Identity, expected: Identity) -> None:
-    """Make sure that a checkpoint continues this run.
+    """Check that this run can resume from a checkpoint.
+
+    Args:
+        found: Identity in the checkpoint.
+        expected: Identity of this run.
 
     Raises:
-        UserError: It is of another base model, other gated weights, another kind of gate, or of a run with
-            another number of steps.
+        UserError: If the checkpoint is of another base model, other gated weights, another gate, another number of
+            steps, or another number of micro-batches in a step.
     """
     if found.fingerprint != expected.fingerprint:
         raise UserError(
@@ -111,7 +116,7 @@ def check_same(found: Identity, expected: Identity) -> None:
     if None not in (found.max_steps, expected.max_steps) and found.max_steps != expected.max_steps:
         raise UserError(
             f"the checkpoint is of a run of {found.max_steps} steps, and trainer.max_steps is {expected.max_steps}: "
-            f"every schedule would jump. Set --trainer.max_steps {found.max_steps}, or start a new run."
+            f"every schedule would change. Set --trainer.max_steps {found.max_steps}, or start a new run."
         )
     before, now = _micro_batches(found), _micro_batches(expected)
     if before is not None and now is not None and before != now:
@@ -131,7 +136,7 @@ def _gate(identity: Identity, with_settings: bool) -> str:
 
 
 def _micro_batches(identity: Identity) -> int | None:
-    """Of an optimizer step, over all ranks."""
+    """Return the number of micro-batches in an optimizer step over all ranks, or None if it is not known."""
     if identity.ranks is None or identity.accumulation is None:
         return None
     return identity.ranks * identity.accumulation

@@ -1,4 +1,4 @@
-"""``--ckpt_path last``: the newest checkpoint of a run that is whole, if there is one yet."""
+"""``--ckpt_path last``: find the newest intact checkpoint of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,18 @@ from leap_pl.errors import UserError, listing
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """The newest whole checkpoint in ``folder``, what it holds, and what is wrong with newer ones.
+    """Return the newest intact checkpoint in ``folder``, its contents, and the errors of newer, damaged ones.
 
-    None where there is no checkpoint. Newest by the time it was written, and of two of one time by name.
+    Checkpoints are ordered by modification time, ties by name.
+
+    Returns:
+        Path, contents and error messages; None if there is no checkpoint.
 
     Raises:
-        UserError: There are checkpoints, and all are damaged. To start afresh over them might not be meant.
+        UserError: If there are checkpoints and all are damaged, since starting a new run over them may not be intended.
     """
     found = {link.resolve() for link in folder.glob("*.ckpt")} if folder.is_dir() else set()
-    # Of a sharded run's folder the file that is written last.
+    # A sharded run's folder is dated by the file that is written last.
     marks = {place: place / META if place.is_dir() else place for place in found}
     times = {place: mark.stat().st_mtime_ns for place, mark in marks.items() if mark.is_file()}
     damaged: list[str] = []
@@ -30,7 +33,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | 
             damaged.append(str(error))
     if damaged:
         raise UserError(
-            f"no checkpoint in {folder} can be read ({listing([file.name for file in times], 3)}; of the newest: "
-            f"{damaged[0]}) Put one back from a copy, or move them away to start afresh."
+            f"no checkpoint in {folder} can be read ({listing([file.name for file in times], 3)}; the newest: "
+            f"{damaged[0]}) Restore one from a copy, or move them away to start a new run."
         )
     return None

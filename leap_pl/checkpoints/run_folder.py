@@ -1,7 +1,7 @@
-"""The folder of a run: whether another run lies there, what ``--force`` replaces of it, and whether it is done.
+"""Run folders: detect an earlier run, decide what ``--force`` replaces, and recognise a finished run.
 
-A run writes its checkpoints into one folder, and its prior and mask there too, or into another one. It keeps a record
-there of the checkpoints that it wrote (:mod:`leap_pl.inputs.records`).
+A run writes its checkpoints into one folder, and its prior and mask into the same or another one. It keeps a record of
+the checkpoints that it wrote (:mod:`leap_pl.inputs.records`).
 """
 
 import os
@@ -28,12 +28,12 @@ LAST = "last.ckpt"
 
 
 class Finished(Exception):  # noqa: N818  (no error: the run is done)
-    """A run that was to be resumed is done; says where its mask is."""
+    """Raised if the run to resume is already finished; the message says where its mask is."""
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file or folder of an earlier run, as it was when it was looked at."""
+    """File or folder of an earlier run, with the state it was found in."""
 
     path: Path
     inode: int
@@ -41,12 +41,12 @@ class Leftover:
 
     @classmethod
     def of(cls, path: Path) -> "Leftover":
-        """What ``path`` is now."""
+        """Return ``path`` with its current state."""
         status = path.lstat()
         return cls(path, status.st_ino, status.st_mtime_ns)
 
     def remove(self) -> None:
-        """Remove it, unless another file has taken its name meanwhile."""
+        """Remove the file or folder, unless another one has taken its name since."""
         if not os.path.lexists(self.path) or Leftover.of(self.path) != self:
             return
         if self.path.is_dir() and not self.path.is_symlink():
@@ -58,30 +58,30 @@ class Leftover:
 def earlier_run(
     folder: Path, masks: Path, *, ckpt_path: str | Path | None, force: bool, last: bool = False
 ) -> list[Leftover]:
-    """Make sure that a run may begin in ``folder``.
+    """Check that a run may start in ``folder``, and list the files of an earlier run to remove.
 
     Args:
-        folder: Of its checkpoints.
-        masks: Where its prior and its mask go.
-        ckpt_path: The checkpoint that it resumes from; one in ``folder`` makes it the run that is there.
+        folder: Folder of the run's checkpoints.
+        masks: Folder of the run's prior and mask.
+        ckpt_path: Checkpoint that the run resumes from; if it is in ``folder``, the run there is this one.
         force: Replace an earlier run.
-        last: It is told to resume from the last checkpoint. Where there is none, a mask that is there all the same is
-            its own: it was killed behind that.
+        last: Resume from the last checkpoint. If there is none, a mask in ``masks`` is this run's own, which was killed
+            before it wrote a checkpoint.
 
     Returns:
-        What is to be removed of an earlier run, once the new one begins.
+        Files and folders of an earlier run, to be removed once the new one starts.
 
     Raises:
-        UserError: There is an earlier run, and it is not to be replaced; or files that leap_pl did not write have the
-            names that the run gives to its own, or, with ``force``, lie among the checkpoints; or the run reads what
-            it would replace.
+        UserError: If there is an earlier run and ``force`` is false; if files that leap_pl did not write have names
+            that the run writes to or, with ``force``, are among the checkpoints; or if the run reads a file that it
+            would replace.
     """
     for place in {folder, masks}:
         wrote = records.verb_of(place)
         if (place / records.RECORD).exists() and wrote != "fit":
             raise UserError(
-                f"{place} is a folder that leap_pl {wrote or 'export'} wrote, or has another {records.RECORD}. Name "
-                "another folder with --checkpoint.dirpath."
+                f"{place} was written by leap_pl {wrote or 'export'}, or has another {records.RECORD}. Name another "
+                "folder with --checkpoint.dirpath."
             )
     resumes = ckpt_path is not None and inputs.real_path(ckpt_path).parent == inputs.real_path(folder)
     if resumes and force:
@@ -90,35 +90,35 @@ def earlier_run(
             "--ckpt_path."
         )
     checkpoints = [] if resumes else sorted(folder.glob("*.ckpt"))
-    # A resumed run reads the priors that it started from, and writes none over them.
+    # A resumed run reads the priors that it started from, and does not overwrite them.
     priors = [] if resumes else [masks / "prior.safetensors", masks / "prior-inner.safetensors"]
     mask = masks / MASK
     _check_not_read([mask, *priors, *checkpoints])
-    ours = [path for path in (mask, *priors) if os.path.lexists(path)]
-    strange = [path for path in ours if not is_mask_file(path)]
-    if strange:
+    present = [path for path in (mask, *priors) if os.path.lexists(path)]
+    foreign = [path for path in present if not is_mask_file(path)]
+    if foreign:
         raise UserError(
-            f"{listing([str(path) for path in strange])} would be replaced, and is no mask of leap_pl. Name another "
+            f"{listing([str(path) for path in foreign])} would be replaced, and is no mask of leap_pl. Name another "
             "folder with --checkpoint.dirpath or --mask_export.folder."
         )
-    if resumes or not (checkpoints or mask in ours) or (last and not checkpoints):
+    if resumes or not (checkpoints or mask in present) or (last and not checkpoints):
         return []
     if not force:
-        found = listing([path.name for path in (*checkpoints, *([mask] if mask in ours else []))], 4)
+        found = listing([path.name for path in (*checkpoints, *([mask] if mask in present else []))], 4)
         raise UserError(
             f"{folder if checkpoints else masks} holds another run ({found}). Add --ckpt_path last to resume it, or "
             "--force to replace it, or name another folder with --checkpoint.dirpath."
         )
     recorded = records.recorded(folder)
-    strange = [path for path in checkpoints if path.name not in recorded and not _is_ours(path, folder)]
-    if strange:
+    foreign = [path for path in checkpoints if path.name not in recorded and not _is_ours(path, folder)]
+    if foreign:
         raise UserError(
-            f"{folder} holds checkpoints that leap_pl did not write, or not as they are: "
-            f"{listing([path.name for path in strange], 4)}. --force removes only what an earlier run wrote; move them "
+            f"{folder} holds checkpoints that leap_pl did not write, or that were changed since: "
+            f"{listing([path.name for path in foreign], 4)}. --force removes only what an earlier run wrote; move them "
             "away, or name another folder with --checkpoint.dirpath."
         )
     record = [folder / records.RECORD] if (folder / records.RECORD).exists() else []
-    return [Leftover.of(path) for path in (*checkpoints, *ours, *record)]
+    return [Leftover.of(path) for path in (*checkpoints, *present, *record)]
 
 
 def _check_not_read(files: list[Path]) -> None:
@@ -129,7 +129,7 @@ def _check_not_read(files: list[Path]) -> None:
 
 
 def _is_ours(path: Path, folder: Path) -> bool:
-    """Whether a checkpoint is one of leap_pl: a file, the folder of a sharded run, or a link to one beside it."""
+    """Return whether a checkpoint is of leap_pl: a file, a sharded run's folder, or a link to one in ``folder``."""
     if path.is_symlink():
         return inputs.real_path(path).parent == inputs.real_path(folder)
     return is_checkpoint(path / META if path.is_dir() else path)
@@ -138,7 +138,7 @@ def _is_ours(path: Path, folder: Path) -> bool:
 def record_checkpoint(folder: Path, name: str) -> None:
     """Add the checkpoint ``name``, which is about to be written, to the record of its run in ``folder``.
 
-    A record that cannot be written is done without: a whole checkpoint can be told without it.
+    A failure to write the record is ignored: an intact checkpoint is recognised without it.
     """
     text = records.extended(folder, "fit", [name, LAST], job=os.environ.get("SLURM_JOB_ID"))
     with suppress(UserError), atomic_file(folder / records.RECORD, own=True) as temporary:
@@ -146,12 +146,12 @@ def record_checkpoint(folder: Path, name: str) -> None:
 
 
 def begun_by_this_job(folder: Path) -> bool:
-    """Whether the run in ``folder`` was begun by this SLURM job, which was requeued since."""
+    """Return whether the run in ``folder`` was started by this SLURM job before it was requeued."""
     return records.job_of(folder) == os.environ.get("SLURM_JOB_ID")
 
 
 def link_last(folder: Path, file: Path) -> None:
-    """Let ``last.ckpt`` in ``folder`` lead to ``file`` there: a run may have been killed before it linked it."""
+    """Point ``last.ckpt`` in ``folder`` at the checkpoint ``file`` there, if a killed run has left an older link."""
     file, link = inputs.real_path(file), folder / LAST
     if (
         file.parent == inputs.real_path(folder)
@@ -162,12 +162,12 @@ def link_last(folder: Path, file: Path) -> None:
 
 
 def finished_mask(checkpoint: dict[str, Any], masks: Path, settings: Mapping[str, Any]) -> tuple[Path, Identity] | None:
-    """The mask of a finished run, and whose it is; None where the run is not finished, or is not the one asked for.
+    """Return the path and identity of a finished run's mask, or None if the run is unfinished or has other settings.
 
     Args:
-        checkpoint: The newest of the run.
-        masks: Where its mask is.
-        settings: As the run is asked for now: plain values by their names in :mod:`leap_pl.checkpoints.settings`.
+        checkpoint: Newest checkpoint of the run.
+        masks: Folder of the run's mask.
+        settings: Requested settings: plain values by their names in :mod:`leap_pl.checkpoints.settings`.
     """
     max_steps = settings.get("trainer.max_steps")
     if KEY not in checkpoint or int(checkpoint.get("global_step", -1)) < int(max_steps or 0):
@@ -177,44 +177,44 @@ def finished_mask(checkpoint: dict[str, Any], masks: Path, settings: Mapping[str
     if identity.max_steps != max_steps or not all(_as_asked(name, stored[name], settings) for name in stored):
         return None
     try:
-        with inputs.command_inputs("is it finished"):  # the run may write this mask: it is no input of it
-            told = MaskSet.load(path).provenance
+        with inputs.command_inputs("is it finished"):  # not an input of the run, which may write this mask
+            provenance = MaskSet.load(path).provenance
     except UserError:
         return None
-    same = (told.fingerprint, told.sparsity, told.config.get("max_steps"))
-    return (path, identity) if same == (identity.fingerprint, identity.sparsity, max_steps) else None
+    found = (provenance.fingerprint, provenance.sparsity, provenance.config.get("max_steps"))
+    return (path, identity) if found == (identity.fingerprint, identity.sparsity, max_steps) else None
 
 
 def _as_asked(name: str, stored: Any, settings: Mapping[str, Any]) -> bool:
-    """Whether a setting that is part of what is learned is asked for as it was; if unsure, no."""
+    """Return whether a setting that affects learning is requested as it was; False if in doubt."""
     if RULES.get(name) != "fixed" or settings.get(name) == "auto":
         return True
     return not differences(name, _by_name(stored), _by_name(settings.get(name)))
 
 
 def _by_name(value: Any) -> Any:
-    """A class described by its name alone, without the path to it."""
+    """Return ``value`` with its class path, if it has one, reduced to the class name."""
     if isinstance(value, dict) and isinstance(value.get("class_path"), str):
         return {**value, "class_path": value["class_path"].rpartition(".")[2]}
     return value
 
 
 def tidy(folder: Path, newest: Path) -> None:
-    """Leave a finished run's ``folder`` as its end would have: no half-written files, ``last.ckpt`` the newest."""
-    with suppress(OSError):  # it can only be read
+    """Clean up a finished run's ``folder``: remove partial files, and point ``last.ckpt`` at ``newest``."""
+    with suppress(OSError):  # a read-only folder
         remove_abandoned(folder)
         link_last(folder, newest)
 
 
 def replaces(settings: Any, *, requeued: bool) -> bool:
-    """Whether a run replaces what is in its folder: ``--force``, unless a requeued job has done so already.
+    """Return whether a run replaces the contents of its folder: ``--force``, but only once in a requeued job.
 
     Args:
-        settings: Of fit, with ``force``, ``ckpt_path`` and ``checkpoint.dirpath``.
-        requeued: Whether this is a job that SLURM has started again.
+        settings: Settings of fit, with ``force``, ``ckpt_path`` and ``checkpoint.dirpath``.
+        requeued: Whether SLURM has restarted this job.
 
     Raises:
-        UserError: It is told to resume as well.
+        UserError: If ``--ckpt_path last`` is given as well.
     """
     folder = settings.checkpoint.dirpath
     if settings.force and settings.ckpt_path == "last":
@@ -226,10 +226,10 @@ def replaces(settings: Any, *, requeued: bool) -> bool:
 
 
 def check_settings(settings: Any, *, force: bool, last: bool) -> None:
-    """Look at the folder of a run before anything is loaded: :func:`earlier_run`, as far as the settings name it.
+    """Check the folder of a run by :func:`earlier_run` before anything is loaded, if the settings name the folder.
 
     Raises:
-        UserError: As :func:`earlier_run` does.
+        UserError: As :func:`earlier_run`.
     """
     options = {key: value for key, value in settings.as_dict().items() if key not in ("ckpt_path", "checkpoint")}
     inputs.note_named(options)
@@ -240,14 +240,14 @@ def check_settings(settings: Any, *, force: bool, last: bool) -> None:
 
 
 def check_finished(settings: Any, newest: Path, checkpoint: dict[str, Any]) -> None:
-    """Stop here if the run that is to be resumed is done, and asked for as it was.
+    """Raise :class:`Finished` if the run to resume is finished and was requested with the same settings.
 
     Raises:
-        Finished: It is; says where its mask is.
+        Finished: If so; the message says where its mask is.
     """
     masks, folder = masks_of(settings), Path(settings.checkpoint.dirpath).expanduser()
-    asked = {f"{group}.{name}": value for group in _GROUPS for name, value in settings[group].as_dict().items()}
-    found = finished_mask(checkpoint, masks, asked)
+    requested = {f"{group}.{name}": value for group in _GROUPS for name, value in settings[group].as_dict().items()}
+    found = finished_mask(checkpoint, masks, requested)
     if found is not None:
         tidy(folder, newest)
         mask, identity = found
@@ -259,5 +259,5 @@ def check_finished(settings: Any, newest: Path, checkpoint: dict[str, Any]) -> N
 
 
 def masks_of(settings: Any) -> Path:
-    """Where the settings of a run with a ``checkpoint.dirpath`` put its prior and its mask."""
+    """Return the folder of the prior and mask of a run whose settings have a ``checkpoint.dirpath``."""
     return Path(settings.mask_export.folder or Path(settings.checkpoint.dirpath).expanduser())

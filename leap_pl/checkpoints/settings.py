@@ -1,16 +1,14 @@
-"""Which settings a resumed run takes from its checkpoint, and which may change: one table for module, data and trainer.
-
-A setting of the table is
+"""Rules for resuming: which settings of module, data and Trainer come from the checkpoint, and which may change.
 
 ===========  =========================================================================================================
-fixed        part of what is learned: taken from the checkpoint unless typed; refused if typed and different
-same         names a thing: taken from the checkpoint unless typed; another name is accepted for the same content, which
-             is compared by a fingerprint or a digest
-kept         changes nothing that is learned: taken from the checkpoint unless typed; what is typed holds
+fixed        affects what is learned: taken from the checkpoint by default; a different value is an error
+same         a name: taken from the checkpoint by default; another name is accepted for the same content, which is
+             compared by a fingerprint or a digest
+kept         does not affect what is learned: taken from the checkpoint by default; can be overridden
 free         never taken from a checkpoint
 ===========  =========================================================================================================
 
-``trust_remote_code`` is free: no file turns it on.
+``trust_remote_code`` is free, so that no file can turn it on.
 """
 
 from collections.abc import Mapping
@@ -66,7 +64,7 @@ TRAINER: dict[str, Rule] = {
     "gradient_clip_val": "fixed",
     "gradient_clip_algorithm": "fixed",
     "precision": "fixed",
-    # Where and how it runs.
+    # Hardware and execution.
     "accelerator": "free",
     "strategy": "free",
     "devices": "free",
@@ -80,7 +78,7 @@ TRAINER: dict[str, Rule] = {
     "detect_anomaly": "free",
     "profiler": "free",
     "barebones": "free",
-    # When it ends; a run is one epoch of max_steps, and what would cut it short is refused elsewhere.
+    # Length: a run is one epoch of max_steps, and settings that would cut it short are refused elsewhere.
     "max_epochs": "free",
     "min_epochs": "free",
     "min_steps": "free",
@@ -89,7 +87,7 @@ TRAINER: dict[str, Rule] = {
     "overfit_batches": "free",
     "fast_dev_run": "free",
     "reload_dataloaders_every_n_epochs": "free",
-    # What it shows, validates and writes.
+    # Logging, validation and output.
     "logger": "free",
     "callbacks": "free",
     "limit_val_batches": "free",
@@ -113,33 +111,33 @@ RULES: dict[str, Rule] = {
     for name, rule in rules.items()
 }
 
-# Parts of a fixed setting that are places, and change nothing that is learned.
+# Parts of a fixed setting that are paths, and do not affect what is learned.
 FREE_PARTS = {"model.prior": ("cache_dir",)}
 
-# What the hard mask of given logits depends on: all that validation has to have in common with the run.
+# Settings that determine the hard mask of given logits: those that validation must share with the run.
 MASK_SETTINGS = ("model.sparsity", "model.gate", "model.targets", "model.ignore")
 
 Settings = dict[str, Any]  # "model.sparsity" → a plain value
 
 
 def taken(settings: Mapping[str, Any]) -> Settings:
-    """Return those of ``settings``, by their names in the table, that a checkpoint holds for a resumed run."""
+    """Return those of ``settings``, by their names in the table, that a checkpoint stores for a resumed run."""
     return {name: value for name, value in settings.items() if RULES[name] != "free"}
 
 
 def check_settings(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Make sure that a run resumes with the settings it was started with.
+    """Check that a run resumes with the settings it was started with.
 
     Args:
-        stored: Those of the checkpoint.
-        here: Those of this run; what either does not tell is not compared.
+        stored: Settings in the checkpoint.
+        here: Settings of this run. Only settings in both are compared.
 
     Raises:
-        UserError: A fixed setting differs; with both values and what to do.
+        UserError: If a fixed setting differs; the message gives both values and what to do.
     """
     changed = []
     for name, rule in RULES.items():
-        # Accumulation counts with the number of ranks, and is compared with it.
+        # Accumulation is compared together with the number of ranks, in leap_pl.checkpoints.identity.
         wanted = rule == "fixed" and name != "trainer.accumulate_grad_batches"
         if wanted and name in stored and name in here:
             changed += differences(name, stored[name], here[name])
@@ -147,12 +145,12 @@ def check_settings(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise UserError(
             f"the checkpoint was learned with other settings: {'; '.join(changed[:4])}{more}. To resume with the "
-            "checkpoint's, leave them out; with others, start a new run without --ckpt_path."
+            "checkpoint's settings, leave these out; to change them, start a new run without --ckpt_path."
         )
 
 
 def differences(name: str, stored: Any, here: Any) -> list[str]:
-    """Return what to say of a setting, or of each of its parts, that differs; nothing if it is the same."""
+    """Return a message for a setting that differs, or for each part of it that does; an empty list if none does."""
     if name in FREE_PARTS and isinstance(stored, dict) and isinstance(here, dict):
         stored, here = ({k: v for k, v in side.items() if k not in FREE_PARTS[name]} for side in (stored, here))
     if same(stored, here):

@@ -1,4 +1,4 @@
-"""Told to stop: what a scheduler's signals, and Ctrl-C, do to a run."""
+"""Signal handling: save a checkpoint and exit cleanly on SIGTERM, SIGUSR1 or Ctrl-C."""
 
 import os
 import signal
@@ -8,11 +8,11 @@ from types import FrameType
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SAME_PRESS = 1.0  # seconds: a launcher and a process group may both pass one signal on
+SAME_PRESS = 1.0  # seconds: one signal may arrive twice, from a launcher and from the process group
 
 
 class Stopped(SystemExit):
-    """The process was told to stop by a signal, and stops in order; exit status 128 + the signal's number."""
+    """Orderly exit after a stop signal, with status 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -20,15 +20,15 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """Handlers that note a signal, for the run to heed when it is between two pieces of work.
+    """Handlers that record a stop signal, for the run to act on between two units of work.
 
-    The first signal of a kind is noted, or, while :attr:`at_once` is true, raises :class:`Stopped` where the
-    process stands. The same signal again ends the process at once, as if there were no handler.
+    The first signal of a kind is recorded or, while :attr:`at_once` is true, raises :class:`Stopped` immediately. The
+    same signal a second time ends the process immediately, as without a handler.
 
     Attributes:
-        asked: The number of the signal that was noted; None before.
-        at_once: Nothing is under way that would be lost.
-        word: What to say to standard error when a signal is noted.
+        asked: Number of the recorded signal; None if there was none.
+        at_once: Whether to stop immediately, since no work would be lost.
+        word: Message for standard error when a signal is recorded.
     """
 
     def __init__(self, numbers: tuple[int, ...] = STOPPING) -> None:
@@ -41,21 +41,21 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def install(self, *more: int) -> None:
-        """Take the signals over, or take them back from whoever did meanwhile; ``more``: others to heed as well."""
+        """Install the handlers, or reinstall them over others; ``more`` are additional signals to handle."""
         self.numbers.update(more)
         self._active = True
         for number in self.numbers:
             if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # a job in a shell's background, which Ctrl-C is not for
+                continue  # a background job of a shell ignores Ctrl-C
             try:
                 handler = signal.signal(number, self._handle)
-            except ValueError:  # not the main thread, where alone signals arrive
+            except ValueError:  # only the main thread can install handlers
                 return
             if handler != self._handle:
                 self._before.setdefault(number, handler)
 
     def remove(self) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         self._active = False
         for number, handler in self._before.items():
             try:
@@ -65,16 +65,16 @@ class StopSignals:
                 return
 
     def heed(self) -> None:
-        """Stop here if a signal was noted.
+        """Raise :class:`Stopped` if a signal was recorded.
 
         Raises:
-            Stopped: It was.
+            Stopped: If so.
         """
         if self.asked is not None:
             raise Stopped(self.asked)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._active:  # somebody who had saved this handler put it back
+        if not self._active:  # other code had saved this handler and restored it
             self._pass_on(number, frame)
             return
         now = time.monotonic()
@@ -88,7 +88,7 @@ class StopSignals:
         if self.at_once:
             raise Stopped(number)
         if self.word:
-            # Not print: the signal may have come amid one.
+            # Not print, which is not reentrant: the signal may interrupt a print.
             os.write(2, f"\n{signal.Signals(number).name}: {self.word}\n".encode())
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:

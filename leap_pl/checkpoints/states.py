@@ -1,4 +1,4 @@
-"""Check the parts of a checkpoint that Lightning and torch restore by themselves, before they meet them."""
+"""Validate the parts of a checkpoint that Lightning and torch restore themselves, before they do."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ class _Group:
 
 
 def check_states(checkpoint: Mapping[str, Any], where: str) -> None:
-    """Make sure that the states of optimizer, schedule, loops and callbacks are of the types that were saved.
+    """Check that the states of optimizer, schedule, loops and callbacks have the types that are saved.
 
     Args:
-        checkpoint: All of it.
-        where: Its path, for messages.
+        checkpoint: The whole checkpoint.
+        where: Path of the checkpoint, for error messages.
 
     Raises:
-        UserError: One is not.
+        UserError: If a state has another type.
     """
     from packaging.version import InvalidVersion, Version
 
@@ -36,7 +36,7 @@ def check_states(checkpoint: Mapping[str, Any], where: str) -> None:
         Version(version)
     except (InvalidVersion, TypeError):
         raise UserError(
-            f"{where}: {display(version)} is no version of Lightning. Take the checkpoint before it."
+            f"{where}: {display(version)} is not a version of Lightning. Take the checkpoint before it."
         ) from None
     for name, kind in _KINDS.items():
         if name in checkpoint:
@@ -44,8 +44,8 @@ def check_states(checkpoint: Mapping[str, Any], where: str) -> None:
     for optimizer in checkpoint.get("optimizer_states", []):
         for group in optimizer.get("param_groups", []):
             settings = {key: value for key, value in group.items() if key != "params"}
-            told = {"params": group.get("params", []), "settings": settings}
-            read(_without_tensors(told), _Group, f"{where}: optimizer_states")
+            fields = {"params": group.get("params", []), "settings": settings}
+            read(_without_tensors(fields), _Group, f"{where}: optimizer_states")
 
 
 # Counters and flags, in dictionaries of any depth.
@@ -62,7 +62,7 @@ _KINDS: dict[str, Any] = {
 
 
 def _without_tensors(tree: Any) -> Any:
-    """``tree`` with a number in the place of each tensor, and strings as keys."""
+    """Return ``tree`` with each tensor replaced by a number, and keys as strings."""
     if isinstance(tree, Tensor):
         return 0.0
     if isinstance(tree, Mapping):

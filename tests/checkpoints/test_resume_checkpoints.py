@@ -67,7 +67,7 @@ def test_all_checkpoints_damaged(run_of_three: Path, model_folder, text_file, tm
     stopped(flags(model_folder, text_file, tmp_path, "--ckpt_path=last"), 2)
     (said,) = capsys.readouterr().err.splitlines()
     assert "no checkpoint in" in said
-    assert "move them away to start afresh" in said
+    assert "move them away to start a new run" in said
 
 
 def test_last_needs_a_folder_that_stays(model_folder, text_file, tmp_path: Path, capsys) -> None:
