@@ -1,1 +1,1 @@
-"""Write a sparse model as a Hugging Face folder."""
+"""Export a sparse model as a Hugging Face folder."""

@@ -1,4 +1,4 @@
-"""A learned or one-shot mask becomes a Hugging Face folder that plain transformers loads."""
+"""Export of a masked model as a Hugging Face folder that plain transformers loads."""
 
 import hashlib
 import json
@@ -34,41 +34,41 @@ def export_model(
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write the base model ``model`` with exact zeros where ``masks`` remove a weight, and read it back.
+    """Write the base model ``model`` with exact zeros for the weights that ``masks`` remove, and verify the result.
 
     Args:
-        masks: Which weights stay.
-        output_dir: Folder to write. It appears whole or not at all, and never over another one without ``force``.
+        masks: Weights to keep.
+        output_dir: Folder to write, atomically. An existing one is replaced only with ``force``.
         model: Hub id, folder or GGUF file of the base model that the masks were made for.
-        revision: Of the base model on the hub.
-        perplexity: Perplexities of these masks for the model card, as a result of ``leap_pl evaluate`` holds them.
-        force: Replace ``output_dir`` if leap_pl wrote what is in it.
+        revision: Revision of the base model on the hub.
+        perplexity: Perplexities of the masked model for the model card, as in a result of ``leap_pl evaluate``.
+        force: Replace ``output_dir`` if leap_pl wrote its contents.
         trust_remote_code: Run code that comes with the base model.
 
     Returns:
-        What ``leap_pl.json`` in the folder says.
+        Contents of ``leap_pl.json`` in the folder.
 
     Raises:
-        UserError: The masks are of another model, or not of the form that they say; the model cannot be read, or the
-            folder not be written.
+        UserError: If the masks are of another model or do not follow their pattern, the model cannot be read, or the
+            folder cannot be written.
     """
     from leap_pl.base_model.loading import load_model, load_tokenizer
     from leap_pl.export.zeros import zero_removed
     from leap_pl.files import atomic_folder
 
-    with atomic_folder(output_dir, force=force) as folder:  # before the model is loaded: a bad folder fails at once
+    with atomic_folder(output_dir, force=force) as folder:  # first, so that a bad folder fails before the model loads
         base = load_model(model, revision=revision, trust_remote_code=trust_remote_code)
         masks.check(base)
         _check_form(masks, base)
         kept_digests, base_zeros = _kept_digests(masks, dict(base.named_parameters()))
         base.save_pretrained(folder)
-        if not zero_removed(folder, masks):  # the family's files are cut otherwise than its model
+        if not zero_removed(folder, masks):  # the family's files are laid out differently from its model
             masks.apply_(base, check=False)
             base.save_pretrained(folder)
         load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code).save_pretrained(folder)
         masks.save(folder / MASK)
         facts = _facts(masks, base_zeros) | ({"perplexity": dict(perplexity)} if perplexity else {})
-        del base  # two models need not be in memory at once
+        del base  # _verify loads the model again: do not hold two
         (folder / records.RECORD).write_text(json.dumps(plain(facts), indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_card(masks, facts), encoding="utf-8")
         _verify(folder, masks, kept_digests, trust_remote_code)
@@ -82,7 +82,7 @@ def _form(masks: "MaskSet") -> "Pattern | Tiled":
 
 
 def _check_form(masks: "MaskSet", base: "PreTrainedModel") -> None:
-    """Make sure that every mask has exactly the form it says it has: what runs 2:4 fast gives nonsense for the rest."""
+    """Check that every mask follows its recorded pattern exactly: 2:4 kernels give wrong results for other masks."""
     from leap_pl.base_model.weights import find_weights
     from leap_pl.masks.patterns import follows
 
@@ -91,13 +91,13 @@ def _check_form(masks: "MaskSet", base: "PreTrainedModel") -> None:
     wrong = [name for name, mask in masks.masks.items() if not follows(mask, weights[name].input_dim, form)]
     if wrong:
         raise UserError(
-            f"the mask says that it is {form}, and {listing(wrong, 3)} is not. Make the mask again, or take another "
-            "copy of the file."
+            f"the mask is recorded as {form}, and {listing(wrong, 3)} is not. Make the mask again, or use another copy "
+            "of the file."
         )
 
 
 def _kept_digests(masks: "MaskSet", parameters: "dict[str, Tensor]") -> tuple[dict[str, str], int]:
-    """A digest of each weight's kept elements, bit by bit, and how many of those are zero already."""
+    """Return a digest of the bits of each weight's kept elements, and how many of these are zero in the base model."""
     digests, zeros = {}, 0
     for name, mask in masks.masks.items():
         kept = parameters[name].detach()[mask]
@@ -113,10 +113,13 @@ def _digest(tensor: "Tensor") -> str:
 
 
 def _verify(folder: Path, masks: "MaskSet", kept_digests: dict[str, str], trust_remote_code: bool) -> None:
-    """Load the folder with plain transformers: removed weights are zero, kept ones have every bit they had.
+    """Load the folder with plain transformers, and check that removed weights are zero and kept ones bit-identical.
 
-    Not tensor by tensor out of the files: some families store their weights under other names and cut
-    otherwise (experts one by one) than the model holds them.
+    The files are not compared tensor by tensor, because some families store their weights under other names and in
+    other shapes (experts one by one) than the model has them.
+
+    Raises:
+        UserError: If a weight differs.
     """
     from transformers import AutoModelForCausalLM
 
@@ -143,25 +146,26 @@ def _facts(masks: "MaskSet", base_zeros: int) -> dict[str, Any]:
 
 
 def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
-    """The model card: what was removed from what, how, and with which settings."""
-    told = masks.provenance
-    is_hub_id = HUB_ID.fullmatch(told.base_model) and not Path(told.base_model).exists()
+    """Return the model card: base model, sparsity, method and settings, as Markdown."""
+    provenance = masks.provenance
+    is_hub_id = HUB_ID.fullmatch(provenance.base_model) and not Path(provenance.base_model).exists()
     front = ["---", "library_name: transformers", "tags: [leap_pl, pruned, sparse]"]
-    front += [f"base_model: {told.base_model}"] if is_hub_id else []
-    revision = f" at revision {markdown_code(told.revision)}" if told.revision else ""
-    data = told.config.get("data", {})
+    front += [f"base_model: {provenance.base_model}"] if is_hub_id else []
+    revision = f" at revision {markdown_code(provenance.revision)}" if provenance.revision else ""
+    data = provenance.config.get("data", {})
     lines = [
         *front,
         "---",
         "",
-        f"# {markdown(Path(told.base_model).name)}, {facts['sparsity']:.0%} sparse",
+        f"# {markdown(Path(provenance.base_model).name)}, {facts['sparsity']:.0%} sparse",
         "",
-        f"{markdown_code(told.base_model)}{revision} (weights fingerprint {markdown_code(told.fingerprint)}) with "
+        f"{markdown_code(provenance.base_model)}{revision} (weights fingerprint "
+        f"{markdown_code(provenance.fingerprint)}) with "
         f"{facts['removed']:,} of {facts['gated']:,} weights of its decoder blocks set to zero: "
         f"{markdown(_words(_form(masks), facts['sparsity']))}. Kept weights are the base model's, bit for bit; "
         f"{facts['zeros_of_base_model_among_kept']:,} of them were zero already. "
-        f"The mask was made by {markdown_code(told.method)} with leap_pl "
-        f"{markdown(told.versions.get('leap_pl', ''))}; "
+        f"The mask was made by {markdown_code(provenance.method)} with leap_pl "
+        f"{markdown(provenance.versions.get('leap_pl', ''))}; "
         f"`{MASK}` holds it alone.",
         "",
         "The base model's licence and terms apply.",
@@ -174,7 +178,7 @@ def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
             "",
             f"Calibration text: {_text(data.get('text'))}, in blocks of {markdown(data.get('seq_length'))} tokens.",
         ]
-    lines += _validation_lines(told.config)
+    lines += _validation_lines(provenance.config)
     if "perplexity" in facts:
         lines += ["", "## Perplexity", "", "| text | perplexity | window, tokens | stride |", "|---|---|---|---|"]
         lines += [
@@ -185,13 +189,13 @@ def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
     lines += [f"| {markdown(layer)} | {sparsity:.4f} |" for layer, sparsity in facts["sparsity_by_layer"].items()]
     lines += ["", "## Sparsity by projection", "", "| projection | sparsity |", "|---|---|"]
     lines += [f"| {markdown(name)} | {sparsity:.4f} |" for name, sparsity in facts["sparsity_by_projection"].items()]
-    settings = {"sparsity": told.sparsity, **told.config, "versions": told.versions}
+    settings = {"sparsity": provenance.sparsity, **provenance.config, "versions": provenance.versions}
     lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=2), "```", ""]
     return "\n".join(lines)
 
 
 def unfinished(masks: "MaskSet") -> str:
-    """The step at which a learned mask was taken, if it was not the last one; else nothing."""
+    """Return a note with the step of a mask that was taken before learning was finished, else an empty string."""
     steps, of = (masks.provenance.config.get(name) for name in ("steps", "max_steps"))
     if not (isinstance(steps, int) and isinstance(of, int) and steps < of):
         return ""
@@ -199,7 +203,7 @@ def unfinished(masks: "MaskSet") -> str:
 
 
 def _validation_lines(config: Mapping[str, Any]) -> list[str]:
-    """Tell the perplexities of the run's last validation; those that do not say of what they are are left out."""
+    """Return lines with the perplexities of the run's last validation, omitting those without a known protocol."""
     from leap_pl.training.validation import Measured
 
     of = config.get("perplexity_of")

@@ -1,7 +1,7 @@
-"""Zeros for removed weights, written straight into the safetensors files of a model.
+"""In-place zeroing of removed weights in the safetensors files of a model.
 
-The files are first written with the dense model's weights, which stay mapped from the base model's own files, and
-then changed in place, one weight after another: a model of any size is exported with one weight in memory.
+The files are first written with the dense weights, which stay memory-mapped from the base model's files, and then
+changed in place, one weight at a time: exporting a model of any size needs memory for one weight.
 """
 
 import json
@@ -20,7 +20,7 @@ _SIZES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes an element
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: in which file, from which byte on, its shape and its type."""
+    """Location of a tensor: file, offset of its first byte, shape and dtype."""
 
     file: Path
     start: int
@@ -29,11 +29,11 @@ class Place:
 
 
 def zero_removed(folder: Path, masks: "MaskSet") -> bool:
-    """Set what ``masks`` remove to zero in the model files of ``folder``.
+    """Set the weights that ``masks`` remove to zero in the model files of ``folder``.
 
     Returns:
-        False, and nothing is changed, where the files hold some weight under another name or in another shape
-        than the model does, as families that store experts one by one.
+        True; or False, with nothing changed, if the files store some weight under another name or in another shape
+        than the model, as families that store experts one by one do.
     """
     places = places_in(folder)
     for name, shape in masks.shapes.items():
@@ -49,13 +49,13 @@ def zero_removed(folder: Path, masks: "MaskSet") -> bool:
 
 
 def places_in(folder: Path) -> dict[str, Place]:
-    """Every tensor in the safetensors files of ``folder``, by name."""
+    """Return the location of every tensor in the safetensors files of ``folder``, by name."""
     found: dict[str, Place] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with file.open("rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
             header: Mapping[str, Any] = json.loads(opened.read(size))
-        for name, told in header.items():
+        for name, entry in header.items():
             if name != "__metadata__":
-                found[name] = Place(file, 8 + size + told["data_offsets"][0], tuple(told["shape"]), told["dtype"])
+                found[name] = Place(file, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
     return found

@@ -66,7 +66,7 @@ def test_a_mask_that_is_not_what_it_says_is_not_exported(nm_folder: Path, tmp_pa
     masks[name][0, :4] = True
     MaskSet(masks, mask.provenance).save(tmp_path / "wrong.safetensors")
     flags = ["export", f"--mask={tmp_path / 'wrong.safetensors'}", f"--output_dir={tmp_path / 'model'}"]
-    assert f"the mask says that it is 2:4, and {name} is not" in refused(flags, capsys)
+    assert f"the mask is recorded as 2:4, and {name} is not" in refused(flags, capsys)
     assert not (tmp_path / "model").exists()
 
 
