@@ -1,4 +1,4 @@
-"""Make the mask that learning starts from, and keep it for the next run."""
+"""Compute the prior, the mask that learning starts from, and cache it."""
 
 from leap_pl.prior.settings import Prior
 

@@ -1,4 +1,4 @@
-"""Masks to start the gates from, made once for a model and a text and kept."""
+"""Cache of one-shot priors, computed once for a model and a calibration text."""
 
 import hashlib
 import json
@@ -32,8 +32,8 @@ from leap_pl.prior import grading
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KEY = "cache_key"  # in a kept file's metadata, or a mask's provenance there: of what it was made
-ALGORITHM = 1  # counted up when a method's masks change, so that older cached ones are not taken for new
+KEY = "cache_key"  # in a cached file's metadata or its mask's provenance: digest of what it was computed from
+ALGORITHM = 1  # incremented when a method's masks change, to invalidate older cached ones
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ class _Stream(Protocol):
 
 
 class CalibrationData(Protocol):
-    """What is asked of a data module: a stream of token blocks."""
+    """Interface that calibration needs of a data module: a stream of token blocks."""
 
     @property
     def stream(self) -> _Stream:
-        """Blocks with ``tokens``, each of ``seq_length``."""
+        """Return a stream of blocks, each with ``seq_length`` ``tokens``."""
 
 
 def one_shot_prior(
@@ -67,29 +67,28 @@ def one_shot_prior(
     revision: str | None = None,
     progress: bool = True,
 ) -> MaskSet:
-    """The one-shot mask of ``weights``; ``model`` is bit-identical afterwards.
+    """Return the one-shot mask of ``weights``, from the cache if possible; ``model`` is left bit-identical.
 
-    Masks are kept in ``cache_dir``, by a hash of the model's fingerprint, the weights' names, the calibration tokens
-    themselves, the method with its settings, the sparsity and this code's version: text of the same name and size is
-    not taken for the same text. The file holds the hash too; one that is damaged, or holds another or none, is made
-    anew, with a warning.
+    Masks are cached in ``cache_dir`` by a hash of the model's fingerprint, the weights' names, the calibration tokens
+    themselves (not the text's name or size), the method with its settings, the sparsity and ``ALGORITHM``. The file
+    stores the hash too; a file that is damaged, or has another hash or none, is recomputed with a warning.
 
     Args:
-        model: The dense base model without gates.
-        weights: Which weights.
+        model: Dense base model without gates.
+        weights: Weights to prune.
         method: ``magnitude``, ``wanda``, ``sparseswaps``, ``sparsegpt`` or ``admm``.
-        sparsity: To prune to, or a pattern.
-        base_model: The model's name, for the MaskSet.
+        sparsity: Target sparsity, or a pattern.
+        base_model: Name of the base model, for the MaskSet.
         data: Calibration text; magnitude needs none, unless ``fisher`` is given.
-        sequences: How many of the stream's blocks to calibrate on.
-        fisher: Allocate the sparsity over the matrices by Fisher information, with these settings.
-        cache_dir: Where masks are kept; None: nowhere.
-        device: Where the method computes; None: where the model is.
-        revision: Of the base model on the hub, for the MaskSet.
+        sequences: Number of the stream's blocks to calibrate on.
+        fisher: Options to allocate the sparsity over the matrices by Fisher information; None for a uniform sparsity.
+        cache_dir: Folder of the cache; None disables it.
+        device: Device to compute on; by default the model's.
+        revision: Revision of the base model on the hub, for the MaskSet.
         progress: Show a progress bar.
 
     Raises:
-        UserError: The text cannot be read, or pruning fails (see :func:`leap_pl.oneshot.prune.prune`).
+        UserError: If the text cannot be read, or pruning fails (see :func:`leap_pl.oneshot.prune.prune`).
     """
     pattern = Unstructured(sparsity) if isinstance(sparsity, float | int) else sparsity
     calibration = data if method != "magnitude" or fisher is not None else None
@@ -127,8 +126,8 @@ def one_shot_prior(
     if path is not None:
         try:
             _save(pruned.masks, path, _digest(key))
-        except UserError as error:  # a prior that cannot be kept is still a prior
-            logger.warning("The prior was not kept for the next run: %s", terminal(error))
+        except UserError as error:  # a prior that cannot be cached is still usable
+            logger.warning("The prior was not cached for the next run: %s", terminal(error))
     return pruned.masks
 
 
@@ -143,22 +142,22 @@ def input_squares(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """What :func:`.grading.measure_input_squares` measures on the dense model, once for a model and a text.
+    """Return the result of :func:`.grading.measure_input_squares` on the dense model, from the cache if possible.
 
-    They are kept as the masks of :func:`one_shot_prior` are, of which it has the arguments; a number an input.
+    Arguments and caching are those of :func:`one_shot_prior`; the cached file has one number an input.
 
     Raises:
-        UserError: The text cannot be read, or the model cannot be walked.
+        UserError: If the text cannot be read, or the model cannot be walked.
     """
     if data is None:
-        raise ValueError("squares of inputs are measured on text, and data is None")
+        raise ValueError("mean squares of inputs are measured on calibration text, and data is None")
     tokens_NT = _tokens(model, base_model, data, sequences)
     path, key = None, {**_key(model, weights, tokens_NT), "method": "squares"}
     if cache_dir is not None:
         path = _place(cache_dir, "squares", key)
         cached = _cached_squares(path, _digest(key), weights)
         if cached is not None:
-            logger.info("The inputs' squares were read from %s.", path)
+            logger.info("The mean squares of the inputs were read from %s.", path)
             return cached
     squares = grading.measure_input_squares(model, weights, tokens_NT, WalkOptions(device=device), progress)
     if path is not None:
@@ -166,12 +165,12 @@ def input_squares(
             with atomic_file(path) as temporary:
                 save_file(squares, temporary, {KEY: _digest(key), "digest": _digest_of_squares(squares)})
         except UserError as error:
-            logger.warning("The inputs' squares were not kept for the next run: %s", terminal(error))
+            logger.warning("The mean squares of the inputs were not cached for the next run: %s", terminal(error))
     return squares
 
 
 def _key(model: "PreTrainedModel", weights: Mapping[str, Weight], tokens_NT: Tensor | None) -> dict[str, Any]:
-    """What a prior is made from: the model, which of its weights, and N sequences of T tokens to calibrate on."""
+    """Return the part of the cache key that all methods share: model, weights, and N sequences of T tokens."""
     tokens = None
     if tokens_NT is not None:
         tokens = [list(tokens_NT.shape), hashlib.sha256(tokens_NT.contiguous().numpy().tobytes()).hexdigest()]
@@ -192,7 +191,7 @@ def _place(cache_dir: str | Path, name: str, key: dict[str, Any]) -> Path:
 
 
 def _save(mask: MaskSet, path: Path, key: str) -> None:
-    """Keep ``mask`` with its ``key``, which no mask that is read from the cache has: it is the same made anew."""
+    """Cache ``mask`` with its ``key``, which reading removes: a cached mask is identical to a recomputed one."""
     mask.with_provenance(config={**mask.provenance.config, KEY: key}).save(path)
 
 
@@ -204,20 +203,20 @@ def _cached(path: Path, key: str, model: "PreTrainedModel", weights: Mapping[str
         mask = MaskSet.load(path)
         mask.check(model, weights)
     except UserError as error:
-        logger.warning("The cached prior is made anew: %s", terminal(error))
+        logger.warning("The cached prior is recomputed: %s", terminal(error))
         return None
     config = dict(mask.provenance.config)
     found = config.pop(KEY, None)
     if found != key:
-        logger.warning("The cached prior is made anew: %s %s.", path, _other_key(found))
+        logger.warning("The cached prior is recomputed: %s %s.", path, _other_key(found))
         return None
     return mask.with_provenance(config=config)
 
 
 def _other_key(found: Any) -> str:
     if found is None:
-        return "does not say what it was made from"
-    return "was made from another model, text or method than its name says"
+        return "does not say what it was computed from"
+    return "was computed from another model, text or method than its name says"
 
 
 def _cached_squares(path: Path, key: str, weights: Mapping[str, Weight]) -> dict[str, Tensor] | None:
@@ -225,23 +224,25 @@ def _cached_squares(path: Path, key: str, weights: Mapping[str, Weight]) -> dict
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            told = file.metadata() or {}
+            metadata = file.metadata() or {}
             squares = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        logger.warning("The inputs' squares kept in %s are made anew: %s", terminal(path), terminal(error))
+        logger.warning("The mean squares of the inputs in %s are recomputed: %s", terminal(path), terminal(error))
         return None
-    if told.get(KEY) != key:
-        logger.warning("The inputs' squares are made anew: %s %s.", path, _other_key(told.get(KEY)))
+    if metadata.get(KEY) != key:
+        logger.warning("The mean squares of the inputs are recomputed: %s %s.", path, _other_key(metadata.get(KEY)))
         return None
-    if told.get("digest") != _digest_of_squares(squares):
-        logger.warning("The inputs' squares kept in %s are made anew: they do not match their digest.", path)
+    if metadata.get("digest") != _digest_of_squares(squares):
+        logger.warning("The mean squares of the inputs in %s are recomputed: they do not match their digest.", path)
         return None
     for name, weight in weights.items():
         found, shape = squares.get(name), weight.parameter.shape
         expected = (*shape[:-2], shape[weight.input_dim])
         if found is None or found.dtype != torch.float32 or found.shape != expected or not bool((found >= 0).all()):
             logger.warning(
-                "The inputs' squares kept in %s are made anew: those of %s are damaged.", terminal(path), terminal(name)
+                "The mean squares of the inputs in %s are recomputed: those of %s are damaged.",
+                terminal(path),
+                terminal(name),
             )
             return None
     return {name: squares[name] for name in weights}
@@ -258,5 +259,7 @@ def _digest_of_squares(squares: Mapping[str, Tensor]) -> str:
 def _tokens(model: "PreTrainedModel", base_model: str, data: CalibrationData, sequences: int) -> Tensor:
     longest = longest_sequence(model.config)
     if longest is not None and data.stream.seq_length > longest:
-        raise UserError(f"seq_length is {data.stream.seq_length}, and {base_model} reaches {longest} tokens. Lower it.")
+        raise UserError(
+            f"seq_length is {data.stream.seq_length}, and {base_model} supports at most {longest} tokens. Lower it."
+        )
     return torch.tensor([list(block.tokens) for block in islice(data.stream.blocks(), sequences)])

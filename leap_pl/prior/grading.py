@@ -1,6 +1,6 @@
-"""How sure Wanda is of each weight: a prior in grades instead of signs.
+"""Graded priors: initial logits scaled by Wanda's confidence in each weight, instead of plain signs.
 
-Shapes: … experts or nothing, O outputs, I inputs.
+Shapes: … stacked experts or nothing, O outputs, I inputs.
 """
 
 from collections.abc import Mapping
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LEAST = 0.08
-"""The least size of a lean, as a share of the most: noise alone then turns few bits. docs/tuning.md measures it."""
+"""Smallest size of a lean, as a fraction of the largest, so that noise alone flips few bits (docs/tuning.md)."""
 
-_TINY = torch.finfo(torch.float32).tiny  # the logarithm of a score of 0 is taken here
+_TINY = torch.finfo(torch.float32).tiny  # lower bound of a score, whose logarithm is taken
 
 
 @torch.no_grad()
 def graded_lean(mask_OI: Tensor, weight_OI: Tensor, mean_square_I: Tensor) -> Tensor:
-    """How far each weight's logit should lean, −1 to 1: the side is the mask's, the size Wanda's.
+    """Return the lean of each weight's logit, from −1 to 1, with the mask's sign and a size given by Wanda's score.
 
     lean = ±(a + (1 − a)·tanh|log(score/cut)|), a = :data:`LEAST`, + where the mask keeps the weight. The score is
-    Wanda's, |W_ij|·sqrt(mean x_j²); the cut of a row that keeps k weights is the geometric mean of its k-th and its
-    next highest score. So weights that could as well be on the other side start near the decision, and those that
-    are many times above or below the cut far from it.
+    Wanda's, |W_ij|·sqrt(mean x_j²); the cut of a row that keeps k weights is the geometric mean of its k-th and
+    (k+1)-th highest scores. Weights with scores near the cut thus start near the decision boundary, and weights with
+    scores many times above or below it start far away.
 
     Args:
-        mask_OI: Bool (…, O, I), of any method.
-        weight_OI: The dense weight (…, O, I), any floating type.
-        mean_square_I: Mean over calibration tokens of each input's square, (I,), or (…, I) of experts.
+        mask_OI: Bool (…, O, I), from any method.
+        weight_OI: Dense weight (…, O, I), any floating dtype.
+        mean_square_I: Mean square of each input over the calibration tokens, (I,), or (…, I) for stacked experts.
 
     Returns:
         Float32 (…, O, I).
@@ -46,7 +46,7 @@ def graded_lean(mask_OI: Tensor, weight_OI: Tensor, mean_square_I: Tensor) -> Te
     ordered_OI = log_OI.sort(-1).values
     I = mask_OI.shape[-1]  # noqa: E741  (the legend's letter)
     removed_O1 = I - mask_OI.sum(-1, keepdim=True)
-    # Rows that keep all or nothing have one neighbour of the cut, not two.
+    # In rows that keep all or nothing, the cut has a score on one side only.
     above_O1 = ordered_OI.gather(-1, removed_O1.clamp_max(I - 1))
     below_O1 = ordered_OI.gather(-1, (removed_O1 - 1).clamp_min(0))
     lean_OI = (log_OI - (above_O1 + below_O1) / 2).abs_().tanh_().mul_(1 - LEAST).add_(LEAST)
@@ -60,21 +60,21 @@ def measure_input_squares(
     walk: WalkOptions | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Mean square of every input of every weight, from one walk of the dense model.
+    """Measure the mean square of every input of every weight in one walk of the dense model.
 
     Args:
-        model: The dense base model, without gates; it is not changed.
-        weights: Which weights, all within the decoder blocks.
+        model: Dense base model without gates; it is not changed.
+        weights: Weights to measure, all within the decoder blocks.
         blocks_NT: Calibration tokens, LongTensor[sequences, seq_length].
         walk: Batch size and device.
         progress: Show a progress bar.
 
     Returns:
-        Weight name → float32 (I,), or (experts, I) of stacked experts. Of an expert that no token reached all are 1,
-        so that its scores are its weights' magnitudes.
+        Weight name → float32 (I,), or (experts, I) for stacked experts. For an expert that no token reached all values
+        are 1, so that its scores are its weights' magnitudes.
 
     Raises:
-        UserError: The model cannot be walked, or inputs are not finite.
+        UserError: If the model cannot be walked, or inputs are not finite.
     """
     matrices = by_block(model, weights)
     walk = replace(walk or WalkOptions(), keep=True)

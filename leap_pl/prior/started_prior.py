@@ -1,8 +1,9 @@
-"""The prior that a resumed run started from: found, and told from any other by its digest.
+"""Recovery of the prior that a resumed run started from, verified by its digest.
 
-A resumed run takes its logits from the checkpoint and needs no prior to learn; the curve of what has changed since the
-prior does, and so does whoever reads ``prior.safetensors``. It must be the very mask the run started from, whatever is
-typed now. So a checkpoint holds the digest of each (:meth:`leap_pl.masks.MaskSet.digest_of_bits`), by its form.
+A resumed run takes its logits from the checkpoint and needs no prior to learn, but the curve of changes since the prior
+and readers of ``prior.safetensors`` do. It must be exactly the mask that the run started from, whatever the current
+settings are. A checkpoint therefore stores the digest of each prior (:meth:`leap_pl.masks.MaskSet.digest_of_bits`), by
+its form.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,34 +17,34 @@ from leap_pl.errors import UserError, listing
 from leap_pl.masks import MaskSet
 from leap_pl.prior import Prior
 
-DIGESTS = "prior_digests"  # of a checkpoint's settings
+DIGESTS = "prior_digests"  # key in a checkpoint's settings
 
 
 def prior_file(form: str) -> str:
-    """Return the name of the file in which a run keeps its prior of ``form``, ``prior`` or ``inner``."""
+    """Return the name of a run's file for its prior of ``form``, which is ``prior`` or ``inner``."""
     return "prior.safetensors" if form == "prior" else f"prior-{form}.safetensors"
 
 
 def started_prior(
-    told: Mapping[str, Any],
+    stored: Mapping[str, Any],
     forms: Iterable[str],
     folders: Iterable[Path],
     cache_dir: str,
     make: Callable[[Prior], Mapping[str, MaskSet]],
 ) -> dict[str, MaskSet]:
-    """Return the masks that a run started from, by form, as far as they can be had; one warning names the others.
+    """Return the masks that a run started from, by form, omitting unavailable ones with one warning.
 
     Args:
-        told: The settings of the run in its checkpoint: ``prior``, and the digests of what that made.
-        forms: Those that the gates start from (:meth:`leap_pl.gates.Gate.prior_forms`).
-        folders: Where the run may have left its files. Reading one takes seconds, making the prior minutes.
-        cache_dir: Where masks are kept, here and now, that methods made.
-        make: Makes a prior anew; called only for what is in none of ``folders``.
+        stored: Settings of the run in its checkpoint: ``prior``, and the digests of the masks it resulted in.
+        forms: Forms that the gates start from (:meth:`leap_pl.gates.Gate.prior_forms`).
+        folders: Folders to search for the run's files: reading one takes seconds, recomputing the prior minutes.
+        cache_dir: Folder of the cache of one-shot masks in this run.
+        make: Function that recomputes a prior; called only if some mask is in none of ``folders``.
     """
-    digests = told.get(DIGESTS)
+    digests = stored.get(DIGESTS)
     if not isinstance(digests, dict):
-        if isinstance(told.get("prior"), dict) and told["prior"].get("method") != "none":
-            _say_without("the checkpoint is of a version that kept no digest of it")
+        if isinstance(stored.get("prior"), dict) and stored["prior"].get("method") != "none":
+            _warn_unavailable("the checkpoint is of a version that stored no digest of it")
         return {}
     wanted = {form: digests[form] for form in forms if form in digests}
     found: dict[str, MaskSet] = {}
@@ -57,16 +58,16 @@ def started_prior(
         return found
     try:
         known = {field.name for field in fields(Prior)}
-        settings = Prior(**{key: value for key, value in told["prior"].items() if key in known})
-        made = make(replace(settings, graded=False, cache_dir=cache_dir))  # the grades are in the logits
+        settings = Prior(**{key: value for key, value in stored["prior"].items() if key in known})
+        made = make(replace(settings, graded=False, cache_dir=cache_dir))  # only signs are needed: grades are in logits
         found |= {form: made[form] for form in wanted if form in made and made[form].digest_of_bits() == wanted[form]}
     except (UserError, ValueError, TypeError, KeyError, AttributeError) as error:
-        _say_without(" ".join(str(error).split()))
+        _warn_unavailable(" ".join(str(error).split()))
         return found
     missing = [form for form in wanted if form not in found]
     if missing:
         files = listing([prior_file(form) for form in missing], 2)
-        _say_without(f"{files} beside the checkpoint is another one or not there, and made anew it is another one too")
+        _warn_unavailable(f"{files} next to the checkpoint is missing or different, and the recomputed one differs too")
     return found
 
 
@@ -77,8 +78,8 @@ def _read(path: Path) -> MaskSet | None:
         return None
 
 
-def _say_without(reason: str) -> None:
+def _warn_unavailable(reason: str) -> None:
     rank_zero_warn(
-        f"the prior that this run started from cannot be had ({reason}): its file is left as it is, and the curve "
-        "mask/changed_from_prior is left out. Learning does not need it."
+        f"the prior that this run started from is not available ({reason}): its file is left unchanged, and the curve "
+        "mask/changed_from_prior is omitted. Learning does not need it."
     )

@@ -349,7 +349,7 @@ def test_a_prior_that_cannot_be_kept_is_still_a_prior(
     model_folder, text_file, tmp_path: Path, in_a_file, caplog
 ) -> None:
     main(fit_flags(model_folder, text_file, tmp_path, f"--model.prior.cache_dir={in_a_file}", "--trainer.max_steps=1"))
-    assert "The prior was not kept for the next run" in caplog.text
+    assert "The prior was not cached for the next run" in caplog.text
 
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:

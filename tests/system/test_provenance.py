@@ -332,9 +332,9 @@ def test_a_prior_that_cannot_be_had_costs_a_curve_and_one_warning(
         settings["prior_digests"] = {"prior": "0" * 64}
     torch.save(checkpoint, path)
     prior = (stopped_run / "checkpoints" / "prior.safetensors").read_bytes()
-    with pytest.warns(UserWarning, match="the prior that this run started from cannot be had") as warned:
+    with pytest.warns(UserWarning, match="the prior that this run started from is not available") as warned:
         main(fit_flags(model_folder, text_file, stopped_run, "--ckpt_path=last"))
-    assert sum("cannot be had" in str(warning.message) for warning in warned) == 1
+    assert sum("is not available" in str(warning.message) for warning in warned) == 1
     assert (stopped_run / "checkpoints" / "prior.safetensors").read_bytes() == prior
     shown, whole = from_prior(stopped_run), from_prior(finished.folder)
     assert shown == {step: value for step, value in whole.items() if step <= 4}
@@ -346,13 +346,13 @@ def test_settings_of_a_checkpoint_that_make_no_prior(tmp_path: Path) -> None:
     """A checkpoint is data: whatever its settings say, it costs the curve and nothing else."""
     for prior in (None, "text", {"method": "none"}, {"method": 3}, {"sequences": -1}, {"mask": str(tmp_path / "no")}):
         told = {"prior": prior, "prior_digests": {"prior": "0" * 64, "../../x": "1"}}
-        with pytest.warns(UserWarning, match="cannot be had"):
+        with pytest.warns(UserWarning, match="is not available"):
             found = started_prior.started_prior(told, ["prior"], [tmp_path], "cache", lambda settings: {})
         assert found == {}
     assert started_prior.started_prior({"prior_digests": {}}, ["prior"], [tmp_path], "cache", lambda _: {}) == {}
     made: list[Prior] = []
     told = {"prior": {"method": "wanda", "cache_dir": "/hostile", "graded": True}, "prior_digests": {"prior": "0"}}
-    with pytest.warns(UserWarning, match="made anew it is another one too"):
+    with pytest.warns(UserWarning, match="the recomputed one differs too"):
         started_prior.started_prior(told, ["prior"], [], "cache", lambda settings: made.append(settings) or {})
     assert made == [Prior(method="wanda", cache_dir="cache")]
 
