@@ -1,1 +1,1 @@
-"""What ``leap_pl evaluate`` is made of: perplexity, zero-shot tasks, what is evaluated, and the result file."""
+"""Evaluation, as run by ``leap_pl evaluate``: the evaluated model, perplexity, zero-shot tasks and the result file."""

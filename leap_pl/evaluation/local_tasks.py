@@ -1,12 +1,12 @@
-"""lm-eval's own tasks on local data: the stock definition with nothing replaced but where the data is.
+"""lm-eval's own tasks on local data: the stock definitions, with only the data source replaced.
 
-A folder of tasks holds ``<task>/<split>.jsonl`` (also ``.json`` and ``.parquet``), in the columns that the
-data set has on the hub; a group of tasks, such as MMLU, holds ``<group>/<dataset_name>/<split>.jsonl``. For
-each task asked for, a definition is written that includes lm-eval's and points it to these files. Prompts,
-answers and metrics are lm-eval's, so the score on the same split is the same number as with the hub.
+A folder of tasks has files ``<task>/<split>.jsonl`` (or ``.json``, ``.parquet``) with the columns of the hub's dataset;
+a group of tasks, such as MMLU, has files ``<group>/<dataset_name>/<split>.jsonl``. For each requested task, a
+definition is written that includes lm-eval's and points it to these files. Prompts, answers and metrics are lm-eval's,
+so the score on the same split equals the score with data from the hub.
 
-The folder is data. lm-eval's definitions may name Python code (``!function``), so they are taken from the installed
-lm-eval alone: definitions and modules that lie in the folder are neither read nor imported.
+The folder is treated as data. lm-eval's definitions may name Python code (``!function``), so they are read from the
+installed lm-eval only: definitions and modules in the folder are neither read nor imported.
 """
 
 import json
@@ -26,27 +26,27 @@ SPLITS = ("train", "validation", "test", "dev")
 
 @dataclass(frozen=True)
 class LocalTasks:
-    """Task definitions on local data, in a folder that lm-eval can be pointed to.
+    """Folder of task definitions on local data, for lm-eval's ``include_path``.
 
     Attributes:
-        folder: Where the definitions are.
-        names: Tasks and groups that are defined there.
+        folder: Folder of the definitions.
+        names: Tasks and groups defined there.
     """
 
     folder: Path
     names: frozenset[str]
 
     def __contains__(self, task: str) -> bool:
-        """Whether ``task`` is read from local data."""
+        """Return whether ``task`` is read from local data."""
         return task in self.names
 
     @classmethod
     @contextmanager
     def found_in(cls, folder: str | Path | None, tasks: Sequence[str]) -> Iterator[Self]:
-        """Define those of ``tasks`` that ``folder`` holds; None holds none. The definitions are temporary.
+        """Write temporary definitions of those ``tasks`` that have data in ``folder``; of none if it is None.
 
         Raises:
-            UserError: A folder of that name is there and holds no data of the task.
+            UserError: If a folder named like a task has no data of it.
         """
         if folder is not None:
             note_input(folder)
@@ -61,42 +61,40 @@ class LocalTasks:
 
 
 def _data_folder(folder: Path, task: str) -> Path | None:
-    """Where ``folder`` holds the data of ``task``, alone or within its group (``mmlu_anatomy`` in ``mmlu``)."""
+    """Return the subfolder with the data of ``task``, its own or its group's (``mmlu`` for ``mmlu_anatomy``)."""
     if (folder / task).is_dir():
         return folder / task
     for group in STOCK:
-        # A task called like a group is not always of it: mmlu_redux has questions of its own.
+        # A name that starts like a group's is not enough: mmlu_redux has its own questions.
         if task.startswith(f"{group}_") and (folder / group).is_dir() and task in _stock_index(group):
             return folder / group
     return None
 
 
 def _define(task: str, data: Path, into: Path) -> None:
-    # The folder's own name first: that of a group says where its tasks are.
+    # Look up the folder's name first: for a group it leads to the definitions of its tasks.
     index = _stock_index(data.name) if data.name in STOCK else {}
     if task not in index:
         index = _stock_index(task)
     if task not in index:
-        raise UserError(
-            f"lm-eval has no task {task}, though {data} is there. Rename the folder, or ask for another task."
-        )
+        raise UserError(f"lm-eval has no task {task}, though {data} exists. Rename the folder, or choose another task.")
     for entry in _below(task, index):
         if entry.yaml_path is None:
             continue
         definition: dict[str, Any] = {"include": str(entry.yaml_path)}
         if "group" not in entry.cfg:
-            # Of a group every task has a folder of its own, named as the hub names its part of the data set.
+            # Each task of a group has its own folder, named like its dataset configuration on the hub.
             alone = entry.name == data.name
             definition |= _data_keys(data if alone else data / str(entry.cfg.get("dataset_name")), entry.cfg)
             if entry.name == task:
-                # A tag would claim to be all of its tasks, and here is only one of them.
+                # A tag stands for all of its tasks, and only one of them is defined here.
                 definition["tag"] = None
-        # JSON is YAML.
+        # JSON is valid YAML.
         (into / f"{entry.name}.yaml").write_text(json.dumps(definition), encoding="utf-8")
 
 
 def _below(name: str, index: dict[str, Any]) -> Iterator[Any]:
-    """The definition of ``name`` and, where it is a group or a tag, of all under it."""
+    """Yield the definition of ``name`` and, if it is a group or a tag, of all tasks and groups under it."""
     entry = index[name]
     yield entry
     children = (entry.cfg or {}).get("task") if "group" in (entry.cfg or {}) else None
@@ -107,13 +105,13 @@ def _below(name: str, index: dict[str, Any]) -> Iterator[Any]:
 
 
 def _data_keys(data: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """What a definition says of its data, with what ``data`` holds in place of the hub's."""
+    """Return the data entries of a task definition, pointing to the files in ``data`` instead of the hub."""
     files = {split: file for split in SPLITS for suffix in READERS if (file := data / f"{split}{suffix}").is_file()}
     if not files:
-        there = sorted(p.name for p in data.iterdir()) if data.is_dir() else []
+        present = sorted(p.name for p in data.iterdir()) if data.is_dir() else []
         raise UserError(
-            f"{data} holds no split of the task (found: {listing(there, 6)}). It is to hold files such as "
-            "validation.jsonl or test.jsonl; make assets-eval lays out those of the paper's tasks."
+            f"{data} holds no split of the task (found: {listing(present, 6)}). Add files such as validation.jsonl or "
+            "test.jsonl; make assets-eval writes those of the paper's tasks."
         )
     wanted = ("training_split", "validation_split", "test_split", "fewshot_split")
     splits = {key: config[key] if config[key] in files else None for key in wanted if key in config}
@@ -127,7 +125,7 @@ def _data_keys(data: Path, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# Where lm-eval keeps the tasks most asked for: its whole index takes ten seconds to build.
+# Folders of common tasks in lm-eval: building its whole index takes ten seconds.
 STOCK = {
     "arc_challenge": "arc",
     "arc_easy": "arc",
@@ -142,7 +140,7 @@ STOCK = {
 
 
 def _stock_index(task: str) -> dict[str, Any]:
-    """lm-eval's definitions by name, at least those that ``task`` needs."""
+    """Return lm-eval's definitions by name, at least those that ``task`` needs."""
     import lm_eval.tasks
 
     place = Path(lm_eval.tasks.__file__).parent / STOCK.get(task, "nowhere")

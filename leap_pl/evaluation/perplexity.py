@@ -1,8 +1,8 @@
-"""Perplexity of a causal language model on one sequence of tokens, by the protocol of the field.
+"""Perplexity of a causal language model on one sequence of tokens, by the standard protocol.
 
-The text is tokenized once and read in windows of ``seq_length`` tokens, the next one ``stride`` tokens on.
-A window predicts each of its tokens from those before it in the window; where windows overlap, a token
-counts only the first time. Tokens behind the last whole window are left out, as in the published numbers.
+The text is tokenized once and read in windows of ``seq_length`` tokens that start every ``stride`` tokens. Each token
+of a window is predicted from the preceding ones in the window; where windows overlap, a token counts only the first
+time. Tokens after the last complete window are ignored, as in published results.
 """
 
 import math
@@ -20,21 +20,21 @@ from leap_pl.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOSS_ELEMENTS = 1 << 25  # fp32 logits held at once while the loss is taken: 128 MiB
+LOSS_ELEMENTS = 1 << 25  # fp32 logits per chunk of the loss: 128 MiB
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity with what it takes to repeat it.
+    """Perplexity with the settings needed to reproduce it.
 
     Attributes:
-        nll: Mean negative log-likelihood of a predicted token, in nats.
-        nll_stderr: Its standard error over windows, which are far less dependent than tokens; None for
-            one window.
+        nll: Mean negative log-likelihood (NLL) of the predicted tokens, in nats.
+        nll_stderr: Standard error of ``nll`` over windows, which are far less dependent than tokens; None for one
+            window.
         seq_length: Tokens in a window.
-        stride: From one window to the next, in tokens.
+        stride: Distance between the starts of consecutive windows, in tokens.
         tokens: Length of the text, in tokens.
-        predicted: How many of them were predicted.
+        predicted: Number of predicted tokens.
         window_nll: Mean NLL of the predicted tokens of each window.
     """
 
@@ -48,12 +48,12 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """The perplexity itself, exp(nll)."""
-        return math.exp(min(self.nll, 700.0))  # a broken model's is still a number
+        """Return the perplexity, exp(nll)."""
+        return math.exp(min(self.nll, 700.0))  # finite even for a broken model
 
     @property
     def stderr(self) -> float | None:
-        """Standard error of ``value`` (delta method)."""
+        """Return the standard error of ``value`` (delta method)."""
         return None if self.nll_stderr is None else self.value * self.nll_stderr
 
 
@@ -71,15 +71,16 @@ def perplexity(
 
     Args:
         model: A causal language model, on its device.
-        tokens: LongTensor[tokens], the whole text. One shorter than a window is one short window.
+        tokens: LongTensor[tokens], the whole text. A text shorter than a window is one short window.
         seq_length: Tokens in a window.
-        stride: From one window to the next, in tokens; None is ``seq_length`` (windows do not overlap).
-        batch_size: Windows in a forward pass. It changes the speed and, within rounding, not the value.
-        progress: Caption of a progress bar; None shows none.
+        stride: Distance between the starts of consecutive windows, in tokens; by default ``seq_length``, so that
+            windows do not overlap.
+        batch_size: Windows in a forward pass; it affects the value only by rounding.
+        progress: Caption of a progress bar; None for no bar.
 
     Raises:
-        UserError: ``seq_length``, ``stride`` or ``batch_size`` cannot be, the model does not reach so far,
-            the text has fewer than two tokens, or the model's logits are not finite.
+        UserError: If ``seq_length``, ``stride`` or ``batch_size`` is out of range, ``seq_length`` exceeds the model's
+            positions, the text has fewer than two tokens, or the model's logits are not finite.
     """
     stride = seq_length if stride is None else stride
     check_windows(seq_length, stride, batch_size)
@@ -96,7 +97,7 @@ def perplexity(
         bad = int((~torch.isfinite(sums)).sum())
         raise UserError(
             f"the model's logits are not finite in {bad} of {len(sums)} windows. "
-            "Evaluate in another precision (--dtype float32), or look for broken weights."
+            "Evaluate in another precision (--dtype float32), or check the weights."
         )
     counts = torch.full_like(sums, min(stride, length - 1))
     counts[0] = length - 1
@@ -114,15 +115,15 @@ def perplexity(
 
 
 def check_windows(seq_length: int, stride: int, batch_size: int) -> None:
-    """Make sure that there are such windows and batches.
+    """Check that window, stride and batch size are in range.
 
     Raises:
-        UserError: There are none.
+        UserError: If one is not.
     """
     if seq_length < 2 or batch_size < 1 or not 1 <= stride <= seq_length:
         raise UserError(
-            f"seq_length {seq_length}, stride {stride}, batch_size {batch_size}: a window has at least 2 tokens, a "
-            "stride 1 to seq_length tokens, and a batch at least 1 window."
+            f"seq_length {seq_length}, stride {stride}, batch_size {batch_size}: seq_length must be at least 2, stride "
+            "from 1 to seq_length, and batch_size at least 1."
         )
 
 
@@ -133,12 +134,12 @@ def _check(model: "PreTrainedModel", tokens: Tensor, seq_length: int) -> None:
             f"seq_length {seq_length} is longer than the model's {reach} positions. Give --seq_length {reach}."
         )
     if tokens.numel() < 2:
-        raise UserError(f"the text has {tokens.numel()} tokens, and a perplexity needs two. Give more text.")
+        raise UserError(f"the text has {tokens.numel()} tokens, and perplexity needs two. Give a longer text.")
     check_tokens(tokens, vocabulary_of(model), "the model")
 
 
 def _batches(windows: Tensor, batch_size: int, progress: str | None) -> Iterator[tuple[int, Tensor]]:
-    """Batches of windows, each with the number of its first window."""
+    """Yield batches of windows, each with the index of its first window."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
     with tqdm(total=len(windows), desc=progress, unit="window", disable=progress is None, leave=False) as bar:
@@ -149,13 +150,13 @@ def _batches(windows: Tensor, batch_size: int, progress: str | None) -> Iterator
 
 
 def _window_nll(model: "PreTrainedModel", windows: Tensor, stride: int, first: int) -> Tensor:
-    """Summed NLL of the predicted tokens of each window: float64 (window,) on the CPU."""
+    """Return the summed NLL of the predicted tokens of each window: float64 (window,) on the CPU."""
     inputs_BT = windows.to(model.device)
     logits_BTV = model(input_ids=inputs_BT, use_cache=False).logits
     length = inputs_BT.shape[1]
     sums = []
     for window, (inputs_T, logits_TV) in enumerate(zip(inputs_BT, logits_BTV, strict=True), start=first):
-        # A later window predicts only its last `stride` tokens; those before them are context.
+        # A later window predicts only its last `stride` tokens; the rest is context.
         start = 0 if window == 0 else max(length - 1 - stride, 0)
         targets, predictions = inputs_T[1 + start :], logits_TV[start:-1]
         step = max(1, LOSS_ELEMENTS // logits_TV.shape[-1])
@@ -170,7 +171,7 @@ def _window_nll(model: "PreTrainedModel", windows: Tensor, stride: int, first: i
 
 
 def _stderr(sums: Tensor, counts: Tensor, nll: float) -> float | None:
-    """Standard error of a ratio of sums over windows."""
+    """Return the standard error of the mean NLL, a ratio of sums over windows."""
     windows = len(sums)
     if windows < 2:
         return None

@@ -1,4 +1,4 @@
-"""The result file: what was measured, on what, by which protocol, with what; the same inputs give the same file."""
+"""Result files: measurements with their subject, protocol and environment, reproducible from the same inputs."""
 
 import json
 import os
@@ -17,31 +17,31 @@ FORMAT_VERSION = 1
 
 
 def check_place(path: str | Path) -> None:
-    """Make sure that a result can be written to ``path``, before hours are spent on it.
+    """Check that a result can be written to ``path``, before hours of computation.
 
     Raises:
-        UserError: It is a folder, or its own folder cannot be made.
+        UserError: If ``path`` is a folder or a file that is no result, or its folder cannot be created or written.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"--output {path} is a folder. Name a file in it: --output {path / 'result.json'}")
     if path.is_file() and path.stat().st_size and FORMAT not in path.read_bytes()[:1_000_000].decode(errors="replace"):
-        raise UserError(f"--output {path} is there, and no result of leap_pl evaluate. Name another file.")
+        raise UserError(f"--output {path} exists and is no result of leap_pl evaluate. Name another file.")
     try:
         parents = followed(path).absolute().parents
     except OSError as error:
         raise UserError(f"--output {path} cannot be written ({error.strerror}). Name another place.") from error
     folder = next(parent for parent in parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "may not be written to" if folder.is_dir() else "is a file"
+        reason = "is not writable" if folder.is_dir() else "is a file"
         raise UserError(f"--output {path} cannot be written: {folder} {reason}. Name another place.")
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
-    """Write ``result`` as JSON, whole or not at all.
+    """Write ``result`` as JSON, atomically.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: If the file cannot be written.
     """
     text = json.dumps(plain(result), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     with atomic_file(path) as temporary:
@@ -49,10 +49,10 @@ def write_result(path: str | Path, result: dict[str, Any]) -> None:
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """Return what the result file ``path`` says, by the schema of :mod:`leap_pl.evaluation.result_schema`.
+    """Return the contents of the result file ``path``, by the schema of :mod:`leap_pl.evaluation.result_schema`.
 
     Raises:
-        UserError: It is not there, larger than 16 MiB, not a result file, of a newer format, or damaged.
+        UserError: If ``path`` does not exist, is larger than 16 MiB, not a result file, of a newer format, or damaged.
     """
     from leap_pl.evaluation.result_schema import checked_result
 
@@ -78,7 +78,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Package versions, the commit of a source checkout, and the hardware."""
+    """Return package versions, the commit of a source checkout, and the hardware."""
     from importlib.metadata import version
 
     from leap_pl.masks.mask_set import installed_versions
@@ -93,11 +93,11 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit that leap_pl runs from, with ``+changes`` where files differ; None if it is installed."""
+    """Return the commit that leap_pl runs from, with ``+changes`` if files differ; None if it is installed."""
     package = Path(__file__).resolve().parents[1]
     try:
         root = _git(package, "rev-parse", "--show-toplevel")
-        # A virtual environment can lie inside a checkout of something else.
+        # A virtual environment can be inside another project's checkout.
         if Path(root) != package.parent:
             return None
         changes = "+changes" if _git(package, "status", "--porcelain", "--untracked-files=no") else ""

@@ -1,6 +1,6 @@
-"""The schema of a result file: every name that leap_pl writes, with its type and range.
+"""Schema of a result file: every key that leap_pl writes, with its type and range.
 
-Keys that are not known are left out, but for other numbers of a task: a newer leap_pl may write more.
+Unknown keys, which a newer leap_pl may write, are dropped, except for numbers among the metrics of a task.
 """
 
 import re
@@ -14,8 +14,8 @@ from leap_pl.inputs.plain_values import checked, shown
 from leap_pl.masks.provenance_schema import Config, Count, Finite, Name, Share, Word
 
 MOST_WEIGHTS = 1 << 17  # a hundred layers with 256 experts that are stored one by one have 77,000
-MOST_PERPLEXITY = 1.1e304  # that of a broken model is written as exp(700)
-SHARES = ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr")  # metrics that leap_pl reckons with
+MOST_PERPLEXITY = 1.1e304  # a broken model's perplexity is written as exp(700)
+SHARES = ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr")  # metrics that leap_pl computes with
 
 Positive = Annotated[int, Field(ge=1, lt=1 << 53)]
 Number = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
@@ -66,14 +66,14 @@ Sparsity = TypedDict(
 
 
 class Tokenizer(TypedDict):
-    """What tells one tokenizer from another."""
+    """Identity of a tokenizer."""
 
     vocabulary: Count
     digest: Word
 
 
 class Perplexity(TypedDict):
-    """A perplexity with its protocol."""
+    """Perplexity with its protocol."""
 
     value: Annotated[float, Field(ge=1, le=MOST_PERPLEXITY, allow_inf_nan=False)]
     stderr: Error | None
@@ -102,7 +102,7 @@ class _Task(TypedDict):
 
 
 def _metrics(task: dict[str, Any]) -> dict[str, Any]:
-    """Keep, of what is not known by name, the numbers."""
+    """Return ``task`` without unknown entries that are not numbers, checking that accuracies are from 0 to 1."""
     kept = {key: value for key, value in task.items() if key in _Task.__annotations__}
     for key, value in task.items():
         if key in SHARES and value is not None:
@@ -118,7 +118,7 @@ Task = Annotated[_Task, AfterValidator(_metrics)]
 
 
 class Mean(TypedDict):
-    """The mean accuracy over tasks."""
+    """Mean accuracy over tasks."""
 
     value: Share
     stderr: Share | None
@@ -127,7 +127,7 @@ class Mean(TypedDict):
 
 
 class Hardware(TypedDict):
-    """What measured."""
+    """Hardware of the measurement."""
 
     device: Word
     machine: Word
@@ -138,14 +138,14 @@ class Hardware(TypedDict):
 
 
 class Times(TypedDict):
-    """When it was measured, and how long it took."""
+    """Start and durations of the measurements."""
 
     started: Word
     seconds: dict[Name, Finite]
 
 
 class Result(TypedDict):
-    """A result file."""
+    """Contents of a result file."""
 
     format: Word
     format_version: Count
@@ -162,16 +162,16 @@ class Result(TypedDict):
     commit: NotRequired[Word | None]
     hardware: NotRequired[Hardware]
     times: NotRequired[Times]
-    cell: NotRequired[dict[Name, Any]]  # of an experiment, which has a schema of its own
+    cell: NotRequired[dict[Name, Any]]  # cell of an experiment, which has its own schema
 
 
-def checked_result(told: Any) -> dict[str, Any]:
-    """Return of the plain values ``told`` what a result file may say.
+def checked_result(values: Any) -> dict[str, Any]:
+    """Return the plain ``values`` of a result file, validated and without unknown keys.
 
     Raises:
-        ValueError: Something is missing or has another type or range; the message is one line that names it.
+        ValueError: If an entry is missing or has another type or range; the message is one line that names it.
     """
-    result: dict[str, Any] = checked(_schema(), told)
+    result: dict[str, Any] = checked(_schema(), values)
     return result
 
 

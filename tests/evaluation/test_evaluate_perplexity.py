@@ -67,9 +67,9 @@ def test_leaves_the_mode_of_the_model_alone():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"seq_length": 1}, "at least 2 tokens"),
-        ({"seq_length": 8, "stride": 9}, "stride 1 to seq_length"),
-        ({"seq_length": 8, "batch_size": 0}, "at least 1 window"),
+        ({"seq_length": 1}, "seq_length must be at least 2"),
+        ({"seq_length": 8, "stride": 9}, "stride from 1 to seq_length"),
+        ({"seq_length": 8, "batch_size": 0}, "batch_size at least 1"),
         ({"seq_length": 129}, "--seq_length 128"),
     ],
 )

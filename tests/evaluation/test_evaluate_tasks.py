@@ -146,7 +146,7 @@ def test_local_folder_without_data_is_told(tmp_path):
 def test_unknown_task_is_told_with_near_names():
     said = room._unknown(["piqaa"], ["piqa", "arc_easy"])
     assert "no task piqaa" in said
-    assert "Near it: piqa." in said
+    assert "Similar names: piqa." in said
 
 
 def test_tasks_are_looked_for_before_a_model_is(folder, tmp_path):
