@@ -1,1 +1,1 @@
-"""What ``leap_pl compare`` is made of: what is compared, its table, its pictures and its page."""
+"""Comparison of results, as run by ``leap_pl compare``: entries, differences, table, plots and HTML page."""

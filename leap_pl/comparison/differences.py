@@ -1,7 +1,7 @@
-"""Differences between two results on the same windows and questions, with their standard errors.
+"""Differences to the best baseline on the same windows and questions, with paired standard errors.
 
-Two models find the same windows hard and the same questions easy, so the error of their difference is that
-of the paired differences, which is much smaller than the errors of the two figures would make it.
+The errors of two models on the same windows and questions are correlated, so the standard error of their paired
+differences is much smaller than that of a difference of independent measurements.
 """
 
 import math
@@ -11,17 +11,17 @@ from typing import Any
 
 from leap_pl.comparison.entries import Entry
 
-SAME_SPARSITY = 0.01  # entries nearer than this are compared as of one sparsity
+SAME_SPARSITY = 0.01  # entries that differ by less are compared as of the same sparsity
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure minus the best baseline's.
+    """Difference of a figure to the best baseline's.
 
     Attributes:
-        value: In the unit of the figure.
-        stderr: Standard error, paired; None where it cannot be told.
-        baseline: Label of that baseline.
+        value: Figure minus the baseline's, in the figure's unit.
+        stderr: Paired standard error; None if it is not known.
+        baseline: Label of the baseline.
     """
 
     value: float
@@ -32,7 +32,11 @@ class Difference:
 def perplexity_difference(
     entry: Entry, entries: Sequence[Entry], text: str, baselines: Collection[str]
 ) -> Difference | None:
-    """Perplexity of ``entry`` on ``text`` minus the lowest of a baseline of its sparsity; negative is better."""
+    """Return the perplexity of ``entry`` on ``text`` minus the best baseline's at its sparsity; negative is better.
+
+    Returns:
+        None if ``entry`` or every baseline lacks a perplexity on ``text``.
+    """
     rivals = [r for r in _rivals(entry, entries, baselines) if text in r.perplexity]
     if text not in entry.perplexity or not rivals:
         return None
@@ -41,7 +45,7 @@ def perplexity_difference(
     windows_a, windows_b = a.get("window_nll", []), b.get("window_nll", [])
     stderr = None
     if len(windows_a) == len(windows_b):
-        # exp(mean) is linear in small changes of the windows: each weighs its perplexity times its deviation.
+        # Delta method: exp(mean) is linear in small deviations of the windows, with the perplexity as slope.
         pairs = zip(windows_a, windows_b, strict=True)
         stderr = _stderr([a["value"] * (x - a["nll"]) - b["value"] * (y - b["nll"]) for x, y in pairs])
     return Difference(a["value"] - b["value"], stderr, best.label)
@@ -50,7 +54,11 @@ def perplexity_difference(
 def accuracy_difference(
     entry: Entry, entries: Sequence[Entry], tasks: Sequence[str], baselines: Collection[str]
 ) -> Difference | None:
-    """Mean accuracy of ``entry`` over ``tasks`` minus the highest of a baseline of its sparsity."""
+    """Return the mean accuracy of ``entry`` over ``tasks`` minus the best baseline's at its sparsity.
+
+    Returns:
+        None if ``entry`` or every baseline lacks one of ``tasks``.
+    """
     if not tasks or not all(task in entry.tasks for task in tasks):
         return None
     rivals = [r for r in _rivals(entry, entries, baselines) if all(task in r.tasks for task in tasks)]
@@ -67,18 +75,18 @@ def accuracy_difference(
 
 
 def shared_tasks(entries: Sequence[Entry]) -> list[str]:
-    """The tasks with an accuracy in every entry that has tasks: a mean over others would compare unlike things."""
+    """Return the tasks with an accuracy in every entry that has tasks, over which means are comparable."""
     sets = [{task for task, found in entry.tasks.items() if "acc" in found} for entry in entries if entry.tasks]
     return sorted(set.intersection(*sets)) if sets else []
 
 
 def mean_accuracy(entry: Entry, tasks: Sequence[str]) -> float:
-    """The mean of ``acc`` over ``tasks``, each with the same weight."""
+    """Return the mean of ``acc`` over ``tasks``, each with the same weight."""
     return sum(float(entry.tasks[task]["acc"]) for task in tasks) / len(tasks)
 
 
 def mean_accuracy_stderr(entry: Entry, tasks: Sequence[str]) -> float | None:
-    """Its standard error; None where a task has none."""
+    """Return the standard error of :func:`mean_accuracy`; None if a task has none."""
     errors = [entry.tasks[task].get("acc_stderr") for task in tasks]
     known = [float(error) for error in errors if error is not None]
     return math.sqrt(sum(e * e for e in known)) / len(tasks) if len(known) == len(errors) else None
@@ -108,6 +116,6 @@ def _stderr(values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
     mean = sum(values) / len(values)
-    # A product overflows to infinity, where a power raises.
+    # A product overflows to infinity, whereas a power raises.
     error = math.sqrt(sum((v - mean) * (v - mean) for v in values) / (len(values) - 1) / len(values))
-    return error if math.isfinite(error) else None  # of the perplexities of broken models
+    return error if math.isfinite(error) else None  # infinite for the perplexities of broken models

@@ -1,4 +1,4 @@
-"""What is compared: result files, MaskSets and exported checkpoints, in one form and checked against each other."""
+"""Entries of a comparison: result files, MaskSets, checkpoints and exported folders, read into one form and checked."""
 
 import os
 import re
@@ -15,27 +15,28 @@ from leap_pl.inputs.plain_values import shown
 from leap_pl.masks import MaskSet, split_name
 
 MASK = "mask.safetensors"  # in an exported folder
-MOST_CELLS = 1 << 20  # layers by projections: a hundred layers with 256 experts that are stored one by one have 77,000
+MOST_CELLS = 1 << 20  # layers × projections; a hundred layers with 256 experts stored one by one have 77,000
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that is compared.
+    """Entry of a comparison.
+
+    All names but ``source``, which is as typed, are plain text with terminal control characters escaped.
 
     Attributes:
-        source: The file or folder that was named.
-        label: Its name in tables and pictures, unique among what is compared.
-        method: ``dense``, ``wanda``, ``leap`` …
-        base_model: Name of the base model, as it was given. This and every other name here is plain text, with what a
-            terminal would act on written out; ``source`` alone is as it was typed.
-        fingerprint: Of the base model's weights.
-        sparsity: Realised, 0 to 1.
-        pattern: The form of the mask, as :mod:`leap_pl.masks.patterns` writes it: ``unstructured``, ``2:4`` …
-        perplexity: Text → what ``leap_pl evaluate`` says of it.
-        tasks: Task → what it says of that.
-        densities: (decoder block, projection) → kept over all; empty for a dense model.
-        mask: The mask itself, where it is at hand.
-        model: A short name of the base model, the same for all that have its fingerprint, and for no others.
+        source: File or folder that was named.
+        label: Name in tables and plots, unique within the comparison.
+        method: Pruning method: ``dense``, ``wanda``, ``leap`` …
+        base_model: Recorded name of the base model.
+        fingerprint: Fingerprint of the base model's weights.
+        sparsity: Realised sparsity, 0 to 1.
+        pattern: Pattern of the mask, as :mod:`leap_pl.masks.patterns` writes it: ``unstructured``, ``2:4`` …
+        perplexity: Text → its entry in a result of ``leap_pl evaluate``.
+        tasks: Task → its entry in a result of ``leap_pl evaluate``.
+        densities: (decoder block, projection) → density; empty for a dense model.
+        mask: Mask, if it is available.
+        model: Short name of the base model, shared by exactly the entries with the same fingerprint.
     """
 
     source: str
@@ -53,16 +54,16 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """The method, and the pattern where that is n:m: ``wanda``, ``wanda 2:4``."""
-        told = self.pattern in self.method or not re.fullmatch(r"\d+:\d+", self.pattern)
-        return self.method if told else f"{self.method} {self.pattern}"
+        """Return the method, followed by the pattern if that is n:m: ``wanda``, ``wanda 2:4``."""
+        implied = self.pattern in self.method or not re.fullmatch(r"\d+:\d+", self.pattern)
+        return self.method if implied else f"{self.method} {self.pattern}"
 
 
 def read_entries(sources: Sequence[str]) -> list[Entry]:
-    """Read what is named, give each a label of its own, and make sure that their figures can share columns.
+    """Read ``sources``, assign unique labels, and check that figures in one column share a protocol.
 
     Raises:
-        UserError: Something cannot be read, or figures were measured by different protocols.
+        UserError: If a source cannot be read, or figures were measured by different protocols.
     """
     twice = [source for source, count in Counter(sources).items() if count > 1]
     if twice:
@@ -79,7 +80,7 @@ def _read(source: str) -> Entry:
         if (path / MASK).is_file():
             return _of_mask(source, MaskSet.load(path / MASK))
         raise UserError(
-            f"{source} holds no {MASK}, so leap_pl has not written it. Name result files (.json), MaskSet files "
+            f"{source} holds no {MASK}, so it is not an exported folder. Name result files (.json), MaskSet files "
             "(.safetensors), checkpoints (.ckpt) or exported folders."
         )
     if path.suffix == ".safetensors":
@@ -101,15 +102,15 @@ def _of_mask(source: str, mask: MaskSet) -> Entry:
         if layer is not None:
             count = kept.setdefault((layer, projection), [0, 0])
             count[0], count[1] = count[0] + int(bits.sum()), count[1] + bits.numel()
-    told = mask.provenance
+    provenance = mask.provenance
     return Entry(
         source=source,
         label="",
-        method=terminal(told.method),
-        base_model=terminal(told.base_model),
-        fingerprint=told.fingerprint,
+        method=terminal(provenance.method),
+        base_model=terminal(provenance.base_model),
+        fingerprint=provenance.fingerprint,
         sparsity=mask.sparsity,
-        pattern=terminal(told.config.get("pattern", "unstructured")),
+        pattern=terminal(provenance.config.get("pattern", "unstructured")),
         densities=_table_of(
             {(layer, terminal(projection)): k / n for (layer, projection), (k, n) in kept.items()}, source
         ),
@@ -118,7 +119,7 @@ def _of_mask(source: str, mask: MaskSet) -> Entry:
 
 
 def entry_of_result(source: str, result: dict[str, Any], mask: MaskSet | None = None) -> Entry:
-    """Return what ``result`` says, which :func:`read_result` read from ``source``; it has no label yet."""
+    """Return an entry, without a label yet, of the ``result`` that :func:`read_result` read from ``source``."""
     model = result["model"]
     densities: dict[tuple[int, str], float] = {}
     for name, sparsity in result["sparsity"]["weights"].items():
@@ -141,7 +142,11 @@ def entry_of_result(source: str, result: dict[str, Any], mask: MaskSet | None = 
 
 
 def _table_of(densities: dict[tuple[int, str], float], source: str) -> dict[tuple[int, str], float]:
-    """Make sure that ``densities``, by layer and projection, are a table that can be laid out."""
+    """Return ``densities`` after checking that their table of layers and projections is of a plausible size.
+
+    Raises:
+        UserError: If the table has more than ``MOST_CELLS`` cells.
+    """
     layers, projections = ({cell[place] for cell in densities} for place in (0, 1))
     if len(layers) * len(projections) > MOST_CELLS:
         raise UserError(
@@ -152,7 +157,7 @@ def _table_of(densities: dict[tuple[int, str], float], source: str) -> dict[tupl
 
 
 def _mask_at_hand(source: str, model: dict[str, Any]) -> MaskSet | None:
-    """The mask that a result was measured with, if it is still where it was and the same."""
+    """Return the mask that a result was measured with, if its file still exists and is unchanged."""
     for place in (model["mask"], str(Path(model["name"], MASK))):
         if place is not None and os.path.isfile(place):  # noqa: PTH113  (Path raises on what is too long for a path)
             try:
@@ -160,14 +165,14 @@ def _mask_at_hand(source: str, model: dict[str, Any]) -> MaskSet | None:
             except UserError as error:
                 raise UserError(f"{source} names the mask it was measured with, and {error}") from error
             same = mask.provenance.fingerprint == model["fingerprint"]
-            # Results of older versions do not say which mask it was.
+            # Results of older versions have no digest of their mask.
             return mask if same and mask.digest_of_bits() == model.get("mask_digest") else None
     return None
 
 
 def _named(entries: list[Entry]) -> list[Entry]:
-    """Give each entry the name of its model: one model is often reached by several paths, and is one all the same."""
-    names: dict[str, str] = {}  # fingerprint, or the name where there is none → the shortest name it goes by
+    """Return the entries with a short model name each, the same for all names and paths of one model."""
+    names: dict[str, str] = {}  # fingerprint, or the name if there is none → the model's shortest name
     for entry in entries:
         known = names.setdefault(entry.fingerprint or entry.base_model, entry.base_model)
         names[entry.fingerprint or entry.base_model] = min(known, entry.base_model, key=lambda name: (len(name), name))
@@ -178,7 +183,7 @@ def _named(entries: list[Entry]) -> list[Entry]:
     ):
         if len(set(shorter.values())) == len(names):
             break
-    else:  # names that were made up to be mistaken for others
+    else:  # names crafted to collide
         shorter = {key: key for key in names}
     return [replace(entry, model=shorter[entry.fingerprint or entry.base_model]) for entry in entries]
 
@@ -202,10 +207,10 @@ def _labelled(entries: list[Entry]) -> list[Entry]:
 
 
 def check_protocols(entries: Sequence[Entry]) -> None:
-    """Make sure that what stands in one column was measured in one way.
+    """Check that all figures in one column were measured by the same protocol.
 
     Raises:
-        UserError: Two differ; the message says which, and in what.
+        UserError: If two differ; the message names both and the differing settings.
     """
     for kind, read in (("perplexity", _perplexity_protocol), ("accuracy", _task_protocol)):
         seen: dict[str, tuple[Entry, dict[str, Any]]] = {}
@@ -216,14 +221,14 @@ def check_protocols(entries: Sequence[Entry]) -> None:
                 other, expected = seen.setdefault(name, (entry, protocol))
                 differing = [key for key in protocol if protocol[key] != expected[key]]
                 if "tokenizer" in differing:
-                    differing = [key for key in differing if key != "text"]  # other tokens of, maybe, the same text
+                    differing = [key for key in differing if key != "text"]  # the same text may have other tokens
                 if differing:
-                    said = ", ".join(
+                    settings = ", ".join(
                         f"{key} ({shown(str(expected[key]))} and {shown(str(protocol[key]))})" for key in differing
                     )
                     raise UserError(
-                        f"the {kind} on {shown(name)} in {other.source} and in {entry.source} cannot stand in one "
-                        f"column: they differ in {said}. Evaluate both with the same flags, or compare them apart."
+                        f"the {kind} on {shown(name)} in {other.source} and in {entry.source} cannot share a column: "
+                        f"they differ in {settings}. Evaluate both with the same flags, or compare them separately."
                     )
 
 

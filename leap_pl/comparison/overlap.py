@@ -1,4 +1,4 @@
-"""How far two masks of one base model agree."""
+"""Overlap (IoU) of two masks of one base model."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from leap_pl.masks import split_name
 
 @dataclass(frozen=True)
 class Overlap:
-    """Agreement of the masks of two entries.
+    """Overlap of the masks of two entries.
 
     Attributes:
-        first: Label of one.
-        second: Label of the other.
-        iou: Weights that both keep over weights that either keeps.
-        chance: What independent masks of the same densities, weight by weight tensor, would have.
-        layers: Decoder block → IoU there.
+        first: Label of the first entry.
+        second: Label of the second entry.
+        iou: Number of weights that both keep, divided by the number that either keeps.
+        chance: IoU of independent masks with the same density in each weight tensor.
+        layers: Decoder block → IoU in it.
     """
 
     first: str
@@ -26,7 +26,7 @@ class Overlap:
 
 
 def overlap(a: Entry, b: Entry) -> Overlap | None:
-    """The overlap of the masks of ``a`` and ``b`` on the weights that both cover; None if there are none."""
+    """Return the overlap of the masks of ``a`` and ``b`` on the weights that both cover; None if there are none."""
     if a.mask is None or b.mask is None:
         return None
     both, either, expected_both, expected_either = 0, 0, 0.0, 0.0

@@ -1,4 +1,4 @@
-"""One HTML page with the whole comparison in it: it opens from disk and fetches nothing."""
+"""Self-contained HTML page of a comparison, which opens from disk and fetches nothing."""
 
 import base64
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from leap_pl.comparison.pictures import Picture
 from leap_pl.comparison.table import Table
 from leap_pl.escape import html
 
-PIXELS = 105  # of the page, for an inch of a picture
+PIXELS = 105  # per inch of a picture
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 76rem; margin: 2rem auto;
@@ -33,7 +33,7 @@ code { overflow-wrap: anywhere; }
 
 
 def make_page(entries: Sequence[Entry], table: Table, pictures: Sequence[Picture], folder: Path) -> str:
-    """The page; the pictures are read from ``folder`` and put into it."""
+    """Return the page as HTML, with the pictures in ``folder`` embedded."""
     models = sorted({entry.model for entry in entries})
     title = f"Pruning {', '.join(models)}: a comparison"
     parts = [
@@ -65,7 +65,7 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
 def _figure(picture: Picture, folder: Path) -> str:
     data = base64.b64encode((folder / f"{picture.stem}.png").read_bytes()).decode()
     caption = html(picture.caption)
-    # In one size of letters: an inch of any picture is as wide on the page.
+    # The same scale for all pictures, so that their text has the same size.
     image = f'<img alt="{caption}" width="{round(picture.width * PIXELS)}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 

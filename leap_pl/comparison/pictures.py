@@ -1,4 +1,4 @@
-"""The pictures of a comparison, each as PNG and SVG: readable in grey, and by the colour-blind."""
+"""Plots of a comparison, as PNG and SVG, readable in greyscale and with colour blindness."""
 
 import math
 import re
@@ -26,19 +26,25 @@ from leap_pl.inputs.plain_values import shown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, without yellow, which paper swallows; the marker tells methods apart in grey.
+# Okabe and Ito's palette, without yellow, which is hard to see on paper; markers distinguish methods in greyscale.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-CHARACTER = 0.08  # inches that a letter of a label takes, on average
-FARTHEST = 1e100  # from zero that a figure is drawn
-MOST_LETTERS = 60  # of a name in a picture; the middle of a longer one is left out
-MOST_INCHES = 100.0  # of a picture's width and height; rows get narrower instead
-LONGEST_STEM = 80  # letters of a name in a file's name
+CHARACTER = 0.08  # average width of a character of a label, in inches
+FARTHEST = 1e100  # largest magnitude that is drawn
+MOST_LETTERS = 60  # longest name in a picture; the middle of a longer one is omitted
+MOST_INCHES = 100.0  # largest width and height of a picture
+LONGEST_STEM = 80  # longest name in a file name, in characters
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that was written, ``stem``.png and ``stem``.svg: what it shows in a sentence, its width in inches."""
+    """Picture on disk.
+
+    Attributes:
+        stem: File name without the suffixes ``.png`` and ``.svg``.
+        caption: Description in a sentence or more.
+        width: Width in inches.
+    """
 
     stem: str
     caption: str
@@ -46,7 +52,7 @@ class Picture:
 
 
 def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path) -> list[Picture]:
-    """Draw what there is to draw of ``entries`` into ``folder``; returns the pictures in reading order."""
+    """Draw all pictures of ``entries`` into ``folder``, and return them in reading order."""
     with _drawing():
         pictures = draw_perplexities(entries, folder)
         texts, tasks = all_texts(entries), shared_tasks(entries)
@@ -78,7 +84,7 @@ def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path)
 
 
 def draw_perplexities(entries: Sequence[Entry], folder: Path, stem: str = "perplexity") -> list[Picture]:
-    """Draw perplexity against sparsity, a picture for each text that any of ``entries`` was measured on."""
+    """Draw perplexity against sparsity, one picture for each text that any of ``entries`` was measured on."""
     pictures = []
     with _drawing():
         for number, (text, name) in enumerate(short_names(all_texts(entries)).items(), 1):
@@ -94,7 +100,7 @@ def draw_perplexities(entries: Sequence[Entry], folder: Path, stem: str = "perpl
 
 
 def draw_overlaps(overlaps: list[Overlap], folder: Path, stem: str = "overlap") -> list[Picture]:
-    """Draw by layer where masks agree; nothing where there are no pairs."""
+    """Draw the overlaps of masks by layer; nothing if there are none."""
     if not overlaps:
         return []
     caption = (
@@ -106,7 +112,7 @@ def draw_overlaps(overlaps: list[Overlap], folder: Path, stem: str = "overlap") 
 
 
 def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: str, *, logarithmic: bool) -> "Figure":
-    """One line a method; the dense model is a level line, since everything is measured against it."""
+    """Draw one line per method against sparsity, and the dense model as a horizontal reference line."""
     several_models = len({entry.model for entry, _, _ in points}) > 1
     series: dict[str, list[tuple[float, float, float]]] = {}
     dense: dict[str, float] = {}
@@ -116,13 +122,13 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
             dense[name] = value
         else:
             series.setdefault(name, []).append((100 * entry.sparsity, value, stderr or 0.0))
-    # The legend stands beside the axes and is to leave them their width.
+    # Widen the figure for the legend, which is to the right of the axes.
     figure, axes = _figure(max(6.4, 5.0 + CHARACTER * max(len(_literal(name)) for name in [*series, *dense])), 4.0)
     shown = sorted({round(x) for line in series.values() for x, _, _ in line})
     reach = max(shown, default=0) - min(shown, default=0) or 10
     for n, (name, line) in enumerate(sorted(series.items())):
         xs, ys, errors = zip(*sorted(line), strict=True)
-        # Errors of accuracies are wide and would hide each other.
+        # Error bars of accuracies are wide and would overlap.
         apart = 0.0 if logarithmic else 0.012 * reach * (n - (len(series) - 1) / 2)
         axes.errorbar(
             [x + apart for x in xs],
@@ -130,7 +136,7 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
             yerr=errors,
             label=_literal(name),
             color=COLOURS[n % len(COLOURS)],
-            # Lines that share a colour have another marker and another dash.
+            # Lines of the same colour differ in marker and dash.
             marker=MARKERS[(n + n // len(COLOURS)) % len(MARKERS)],
             linestyle=("-", "--", ":", "-.")[n // len(COLOURS) % 4],
             capsize=3,
@@ -152,7 +158,7 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
         axes.margins(x=0.08)
         if len(shown) <= 8:
             axes.set_xticks(shown)
-        if len(shown) == 1:  # else the axis would show how little the realised sparsities differ
+        if len(shown) == 1:  # otherwise the axis would zoom in on tiny differences of the realised sparsities
             axes.set_xlim(shown[0] - 5, shown[0] + 5)
     else:
         axes.set_xlim(0, 100)
@@ -164,7 +170,7 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
 
 
 def _logarithmic(axes: Any, values: list[float]) -> None:
-    """A logarithmic axis that shows ordinary numbers, with enough of them on any range."""
+    """Make the y axis logarithmic, labelled with plain numbers, with enough ticks on any range."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -220,7 +226,7 @@ def _differences(
 
 
 def _reach(entry: Entry) -> float:
-    """How far a cell of the heat map is from the mask's own density, at most."""
+    """Return the largest distance of a cell's density from the whole mask's."""
     return max(abs(density - (1 - entry.sparsity)) for density in entry.densities.values())
 
 
@@ -241,9 +247,9 @@ def _density(entry: Entry, reach: float) -> "Figure":
 
 
 def _overlaps_by_sparsity(entries: Sequence[Entry]) -> dict[str, list[Overlap]]:
-    """Stem of a picture → the pairs of masks in it: one picture for each sparsity that several masks have.
+    """Return the overlaps of each picture by its stem: one picture for each sparsity that several masks have.
 
-    Masks of different sparsities cannot agree more than so far, and are compared only where there are no others.
+    Masks of different sparsities, whose overlap is bounded, are compared only if no two have the same sparsity.
     """
     masked = [entry for entry in entries if entry.mask is not None]
     pairs = [(a, b) for a, b in combinations(masked, 2) if a.model == b.model]
@@ -280,13 +286,13 @@ def _heat_map(
     limits: tuple[float, float] | None = None,
     row: float = 0.38,
 ) -> "Figure":
-    """Rows, ``row`` inches high, by columns; cividis runs from dark to light for every reader.
+    """Draw ``grid`` as a heat map with rows ``row`` inches high, in cividis, which is readable with colour blindness.
 
-    Few cells carry their number.
+    Values are written into the cells if there are at most 12 columns.
     """
     from matplotlib.ticker import ScalarFormatter
 
-    # The rows' names stand beside the cells and are to leave them their width.
+    # Widen the figure for the rows' names, which are to the left of the cells.
     longest = max(len(line) for name in rows for line in name.splitlines())
     width = max(4.8, 1.4 + CHARACTER * longest + 0.26 * len(columns))
     figure, axes = _figure(width, max(1.5 + row * len(rows), 2.6))
@@ -317,7 +323,7 @@ def _figure(width: float, height: float) -> "tuple[Figure, Any]":
 
 
 def _save(figure: "Figure", folder: Path, stem: str, caption: str) -> Picture:
-    # Neither holds the time, so that the same results make the same files.
+    # Without timestamps, so that the same results give the same files.
     figure.savefig(folder / f"{stem}.png", dpi=160, metadata={"Software": None})
     figure.savefig(folder / f"{stem}.svg", metadata={"Date": None})
     return Picture(stem, caption, float(figure.get_figwidth()))
@@ -328,16 +334,16 @@ def _drawing() -> Iterator[None]:
     import matplotlib as mpl
 
     settings = {"svg.hashsalt": "leap_pl", "svg.fonttype": "none", "font.size": 10, "savefig.facecolor": "white"}
-    # Names are no formulas, whatever $, _, ^ and \\ they hold.
+    # Names are not formulas, even if they contain $, _, ^ or \\.
     settings |= {"text.parse_math": False, "text.usetex": False}
     with mpl.rc_context(settings):
         yield
 
 
 def _literal(name: str) -> str:
-    """Return ``name`` as one line that matplotlib shows as it is."""
+    """Return ``name`` as one line that matplotlib shows literally."""
     text = shown(name, MOST_LETTERS)
-    return f" {text}" if text.startswith("_") else text  # with a _ first, a line has no place in the legend
+    return f" {text}" if text.startswith("_") else text  # matplotlib omits labels with a leading _ from the legend
 
 
 def _slug(name: str) -> str:
@@ -349,5 +355,5 @@ def _times(value: float | None, scale: float) -> float | None:
 
 
 def _drawn(value: float) -> float:
-    """Return ``value``, or the farthest that is drawn: beyond it are figures of broken models alone."""
+    """Return ``value`` clamped to the range that is drawn, which only figures of broken models exceed."""
     return max(-FARTHEST, min(float(value), FARTHEST))

@@ -1,4 +1,4 @@
-"""The table of a comparison: one row for each thing compared, in text, Markdown and CSV."""
+"""Table of a comparison, one row per entry, as text, Markdown and CSV."""
 
 import csv
 import io
@@ -20,23 +20,23 @@ from leap_pl.comparison.differences import (
 from leap_pl.comparison.entries import Entry
 from leap_pl.escape import markdown, terminal
 
-ROUNDING = 0.005  # between densities that were asked to be one
-DIFFERENCE = "− best baseline"  # heading of the column behind a figure
-MOST_SPELLED_OUT = 1e9  # figures above, which broken models have, are written with an exponent
-PAGE = 8  # columns that a page is wide enough for
+ROUNDING = 0.005  # largest difference by rounding between densities with the same target
+DIFFERENCE = "− best baseline"  # heading of the column after a figure
+MOST_SPELLED_OUT = 1e9  # larger figures, of broken models, are written with an exponent
+PAGE = 8  # columns that fit the width of a page
 
 
 @dataclass(frozen=True)
 class Table:
-    """Headings and rows for the eye, and the same with full precision for machines.
+    """Table with formatted cells for readers, and values with full precision for machines.
 
     Attributes:
-        headings: Of the columns that the eye sees; the first names the row.
-        rows: Their cells.
+        headings: Headings of the formatted columns; the first column names the row.
+        rows: Formatted cells.
         keys: Names of the CSV's columns.
-        values: Their values.
-        notes: What must be known to read the figures.
-        parts: The columns in the order of ``headings``, divided into tables that are narrow enough for a page.
+        values: Values of the CSV's columns.
+        notes: Notes needed to read the figures.
+        parts: Indices of ``headings``, split into tables that are narrow enough for a page.
     """
 
     headings: list[str]
@@ -47,7 +47,7 @@ class Table:
     parts: list[list[int]]
 
     def tables(self, parts: list[list[int]] | None = None) -> list[list[list[str]]]:
-        """Headings and rows of each part; the column that names the row is in all, rows without a figure are not."""
+        """Return headings and rows of each part, without the rows that have no figure in a part after the first."""
         found = []
         for number, columns in enumerate(self.parts if parts is None else parts):
             rows = [[row[n] for n in columns] for row in self.rows]
@@ -55,7 +55,7 @@ class Table:
         return found
 
     def markdown(self) -> str:
-        """As Markdown tables with their notes below."""
+        """Return Markdown tables followed by the notes."""
         written = []
         for headings, *rows in self.tables():
             lines = [
@@ -67,7 +67,7 @@ class Table:
         return "\n\n".join([*written, *map(markdown, self.notes)]) + "\n"
 
     def csv(self) -> str:
-        """As CSV, one column a figure, numbers in full precision."""
+        """Return CSV with one column per figure and numbers in full precision."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(self.keys)
@@ -75,7 +75,7 @@ class Table:
         return buffer.getvalue()
 
     def text(self, width: int | None = None) -> str:
-        """For the terminal, in pieces of at most ``width`` characters a line; None does not divide lines."""
+        """Return text for the terminal, split into tables of at most ``width`` characters a line if it is given."""
         widths = [max(len(line[n]) for line in (self.headings, *self.rows)) for n in range(len(self.headings))]
         parts = (
             [list(range(len(widths)))]
@@ -95,7 +95,10 @@ class Table:
 
 
 def _fitting(widths: list[int], width: int, tied: set[int]) -> list[list[int]]:
-    """Columns in parts that fit ``width``, each beginning with column 0; ``tied`` ones stay with the one before."""
+    """Split columns into parts that fit ``width``, each starting with column 0 and keeping ``tied`` ones together.
+
+    A column in ``tied`` stays in the part of the one before it.
+    """
     groups: list[list[int]] = []
     for n in range(1, len(widths)):
         if n in tied:
@@ -112,7 +115,13 @@ def _fitting(widths: list[int], width: int, tied: set[int]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Column:
-    """One heading, the keys that it is in the CSV, and how a row is read: its cell, and a value for each key."""
+    """Formatted column with its CSV columns.
+
+    Attributes:
+        heading: Heading of the formatted column.
+        keys: Names of the CSV columns.
+        read: Function from an entry to its formatted cell and a value for each key.
+    """
 
     heading: str
     keys: list[str]
@@ -120,7 +129,7 @@ class _Column:
 
 
 def make_table(entries: Sequence[Entry], baselines: Collection[str]) -> Table:
-    """The table of ``entries``; ``baselines`` are the methods whose best is the measure of the others."""
+    """Return the table of ``entries``, with differences to the best of the methods ``baselines``."""
     texts, tasks = all_texts(entries), shared_tasks(entries)
     columns = [
         _Column("model", ["label", "method", "base_model", "source"], _describe),
@@ -133,7 +142,7 @@ def make_table(entries: Sequence[Entry], baselines: Collection[str]) -> Table:
     columns += [_task_column(task) for task in sorted({task for entry in entries for task in entry.tasks})]
     twice = [f"tasks.{task}.acc" for task in tasks] if len(tasks) == 1 else []
     read = [[column.read(entry) for column in columns] for entry in entries]
-    # A column that is empty in every row tells a reader nothing, nor does the only task beside the mean of one.
+    # Omit columns without a figure, and the column of a single task, which equals the mean.
     shown = [n for n in range(len(columns)) if any(row[n][0] for row in read) and columns[n].keys[0] not in twice]
     single = [place for place, n in enumerate(shown) if columns[n].keys[0].startswith("tasks.")]
     rest = [place for place in range(len(shown)) if place not in single]
@@ -199,18 +208,18 @@ def _task_column(task: str) -> _Column:
 
 
 def short_names(texts: Sequence[str]) -> dict[str, str]:
-    """Each text's file name, or the whole path where two share a file name."""
+    """Map each text to its file name, or to its whole path if two share a file name."""
     counts = Counter(Path(text).name for text in texts)
     return {text: Path(text).name if counts[Path(text).name] == 1 else text for text in texts}
 
 
 def all_texts(entries: Sequence[Entry]) -> list[str]:
-    """Every text that a perplexity was measured on, in order of first appearance."""
+    """Return every text that a perplexity was measured on, in order of first appearance."""
     return list(dict.fromkeys(text for entry in entries for text in entry.perplexity))
 
 
 def is_level(entry: Entry) -> bool:
-    """Whether a mask keeps the same share everywhere but for rounding, so that a map of where it prunes is empty.
+    """Return whether a mask has the same density everywhere, up to rounding, so that a heat map would show nothing.
 
     Rounding to whole weights a row depends on a projection's width, and is the same in every layer.
     """
@@ -223,7 +232,7 @@ def is_level(entry: Entry) -> bool:
 
 
 def _notes(entries: Sequence[Entry], texts: list[str], tasks: list[str], baselines: Collection[str]) -> list[str]:
-    """What must be known to read the figures."""
+    """Return the notes needed to read the figures."""
     notes = []
     for text in texts:
         found = next(entry.perplexity[text] for entry in entries if text in entry.perplexity)
@@ -247,7 +256,7 @@ def _notes(entries: Sequence[Entry], texts: list[str], tasks: list[str], baselin
         )
     level = [entry.label for entry in entries if entry.densities and is_level(entry)]
     if level:
-        notes.append(f"Of one density in every decoder layer and projection, and not drawn: {', '.join(level)}.")
+        notes.append(f"Of the same density in every decoder layer and projection, and not drawn: {', '.join(level)}.")
     return notes
 
 
@@ -263,7 +272,7 @@ def _figure(value: float | None, stderr: float | None, digits: int, scale: float
 
 
 def spelled(value: float, digits: int, sign: str = "") -> str:
-    """Return ``value`` with so many ``digits`` behind the point, or, far from zero, with an exponent."""
+    """Return ``value`` with ``digits`` decimals, or with an exponent if its magnitude is large."""
     return f"{value:{sign}.{digits}f}" if abs(value) < MOST_SPELLED_OUT else f"{value:{sign}.3g}"
 
 
@@ -271,7 +280,7 @@ def _difference(difference: Difference | None, scale: float) -> str:
     if difference is None:
         return ""
     error = "" if difference.stderr is None else f" ± {spelled(scale * difference.stderr, 2)}"
-    # Its sparsity is that of the row.
+    # The baseline's sparsity is omitted, since it is that of the row.
     return (
         f"{spelled(scale * difference.value, 2, '+')}{error} ({re.sub(r' [0-9]+%', '', difference.baseline, count=1)})"
     )
