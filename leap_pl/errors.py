@@ -1,15 +1,15 @@
-"""Mistakes that the user can mend, told in one line."""
+"""Errors that the user can fix, reported in one line."""
 
 
 class UserError(ValueError):
-    """What was asked cannot be done, and the user can ask differently.
+    """Error that the user can fix by changing a command, a setting or a file.
 
     The message is one sentence or two: what was wrong, what was found, what to type instead. The command
-    line prints it alone, without a traceback, and exits with status 2.
+    line prints only the message, without a traceback, and exits with status 2.
     """
 
 
 def listing(names: list[str], most: int = 12) -> str:
-    """``names`` as text for an error message: at most ``most`` of them, then how many more there are."""
+    """Return ``names`` as text for an error message: at most ``most`` of them, then the number of the rest."""
     shown = ", ".join(names[:most]) or "none"
     return f"{shown}, and {len(names) - most} more" if len(names) > most else shown

@@ -1,7 +1,8 @@
-"""Names and titles from outside, as text for the place where they are shown: a terminal, HTML, Markdown.
+"""Escape names and titles from outside for the place where they are shown: a terminal, HTML, Markdown.
 
-A model, a text or a task can be called anything, and whoever made the file may have meant it to be more than read:
-escape sequences that act on a terminal, marks that turn text around, HTML, Markdown that fetches a picture.
+A model, a text or a task can have any name, and the author of the file may have chosen one that does more than
+identify it: escape sequences that control a terminal, characters that reverse the direction of text, HTML, Markdown
+that fetches a picture.
 """
 
 import html as _html
@@ -10,37 +11,37 @@ import sys
 import unicodedata
 from typing import Any, TextIO
 
-_JOINERS = "\u200c\u200d"  # that writing systems and emoji need
+_JOINERS = "\u200c\u200d"  # needed by writing systems and emoji
 _MARKDOWN = re.compile(r"([\\`*\[\]|~$!])|(?<!\w)(_)|(_)(?!\w)|(?<=[a-zA-Z])(:)(?=//)|(?<=www)(\.)|(@)", re.IGNORECASE)
 
 
 def terminal(text: Any, *, lines: bool = False) -> str:
-    r"""``text`` with what a terminal would act on written out: ``\x1b``, ``\u202e``, and ``\n``.
+    r"""Return ``text`` with the characters that control a terminal escaped: ``\x1b``, ``\u202e``, and ``\n``.
 
     Args:
-        text: Anything that is shown by ``str``.
-        lines: Leave line ends as they are, in text of several lines that this package has laid out.
+        text: Any object; ``str`` turns it into text.
+        lines: Keep line breaks, in text of several lines that this package has laid out.
     """
     return "".join(c if lines and c == "\n" else _visible(c) for c in str(text))
 
 
 def html(text: Any) -> str:
-    """``text`` for an element or an attribute of a page: nothing in it is markup, or unseen."""
+    """Return ``text`` escaped for an element or attribute of an HTML page: no markup, no invisible characters."""
     return _html.escape(terminal(text))
 
 
 def markdown(text: Any) -> str:
-    """``text`` for one line, or a cell, of Markdown: no markup, no HTML, no address that becomes a link."""
+    """Return ``text`` escaped for one line or table cell of Markdown: no markup, no HTML, no automatic link."""
     escaped = _MARKDOWN.sub(r"\\\g<0>", terminal(text))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def markdown_code(text: Any, *, cell: bool = False) -> str:
-    """``text`` as code within a line of Markdown, whatever backticks it holds.
+    """Return ``text`` as inline code of Markdown, whatever backticks it contains.
 
     Args:
-        text: Anything that is shown by ``str``.
-        cell: Of a table, in which a bar ends a cell even within code.
+        text: Any object; ``str`` turns it into text.
+        cell: Escape bars for a table cell, which a bar ends even within code.
     """
     shown = terminal(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
@@ -50,12 +51,12 @@ def markdown_code(text: Any, *, cell: bool = False) -> str:
 
 
 def say(text: Any, file: TextIO | None = None, *, lines: bool = False) -> None:
-    """Print ``text`` as :func:`terminal` has it: what this package says on a terminal goes through here.
+    """Print ``text`` as escaped by :func:`terminal`; all terminal output of this package goes through here.
 
     Args:
-        text: A line; with ``lines``, several of them, each of which is laid out already.
-        file: Standard output by default; another one is flushed.
-        lines: Leave line ends as they are.
+        text: One line; with ``lines``, several lines that are laid out already.
+        file: Output stream, standard output by default; any other one is flushed.
+        lines: Keep line breaks.
     """
     print(terminal(text, lines=lines), file=sys.stdout if file is None else file, flush=file is not None)
 

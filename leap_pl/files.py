@@ -1,10 +1,10 @@
-"""Files and folders that are there whole or not at all.
+"""Atomic writes of files and folders.
 
-Everything leap_pl writes for the user goes through here: written beside its destination under a name of
-its own, flushed to the disk, then renamed. A process killed at any moment leaves the old state or the new.
+Everything leap_pl writes for the user goes through here: it is written to a temporary path in the destination's
+folder, flushed to the disk, then renamed. A process killed at any moment leaves the old state or the new one.
 
-What such a process leaves beside it, ``.NAME.….part``, is removed by the next one that writes NAME: a living
-writer holds a lock on its own, which ends with it, however it ends.
+The temporary path of a killed process, ``.NAME.….part``, is removed by the next process that writes NAME: a running
+writer holds a lock on its temporary path, which is released when the process ends, however it ends.
 """
 
 import ctypes
@@ -26,22 +26,22 @@ from leap_pl.inputs import register as inputs
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
-_NO_SUCH_CALL = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # of the kernel, or of this file system
+_NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # by the kernel, or by this file system
 
 
 @contextmanager
 def atomic_file(path: str | Path, *, own: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is flushed and becomes ``path``.
+    """Write a file atomically: yield a temporary path in its folder, which on success is flushed and becomes ``path``.
 
-    A ``path`` that is a symbolic link is followed: the file that it leads to is replaced, and the link stays.
+    A ``path`` that is a symbolic link is followed: the file that it points to is replaced, and the link stays.
 
     Args:
-        path: To be written.
-        own: It belongs to the run that writes it, as a checkpoint does, which the run may have resumed from: it is
-            replaced though it was read, and not followed where it is a link, which then leads to an older one.
+        path: File to write.
+        own: The file belongs to the run that writes it, as a checkpoint does. It is replaced even if the run has
+            resumed from it, and a symbolic link is replaced, not followed, since it points to an older checkpoint.
 
     Raises:
-        UserError: The folder cannot be written, the disk is full, or ``path`` is what the command reads.
+        UserError: The folder is not writable, the disk is full, or ``path`` is an input of the command.
     """
     path = Path(path)
     try:
@@ -66,19 +66,19 @@ def atomic_file(path: str | Path, *, own: bool = False) -> Iterator[Path]:
 def atomic_folder(
     path: str | Path, *, force: bool = False, own: bool = False, verb: str | None = None
 ) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; on success its files are flushed and it becomes ``path``.
+    """Write a folder atomically: yield a temporary folder, which on success is flushed and becomes ``path``.
 
-    It is given a record of what was written (:mod:`leap_pl.inputs.records`). A ``path`` that is a symbolic link is
-    followed: the folder that it leads to is replaced, and the link stays.
+    A record of the files is added to it (:mod:`leap_pl.inputs.records`). A ``path`` that is a symbolic link is
+    followed: the folder that it points to is replaced, and the link stays.
 
     Args:
-        path: To be written.
-        force: Replace a folder with something in it, if all of that is leap_pl's.
-        own: As of :func:`atomic_file`.
-        verb: What the record is to name; by default the command that runs.
+        path: Folder to write.
+        force: Replace a folder that is not empty, if leap_pl wrote everything in it.
+        own: The folder belongs to the run that writes it, as for :func:`atomic_file`.
+        verb: Command that the record names; by default the running one.
 
     Raises:
-        UserError: As :func:`check_folder`; or the folder cannot be written, or the disk is full.
+        UserError: :func:`check_folder` raises, the folder is not writable, or the disk is full.
     """
     path = Path(path)
     register = None if own else inputs.current()
@@ -97,7 +97,7 @@ def atomic_folder(
             records.write_record(temporary, verb)
             for item in sorted(temporary.rglob("*")):
                 if item.is_file():
-                    item.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
+                    item.chmod(0o666 & ~_umask())  # some writers create files that only their owner can read
                 flush(item)
             flush(temporary)
             check_folder(path, force=force, own=own, verb=verb)  # hours may have passed
@@ -108,15 +108,15 @@ def atomic_folder(
 
 
 def check_folder(path: str | Path, *, force: bool = False, own: bool = False, verb: str | None = None) -> None:
-    """Make sure that the folder ``path`` may be written, or replaced; arguments as of :func:`atomic_folder`.
+    """Check that the folder ``path`` may be written or replaced; the arguments are those of :func:`atomic_folder`.
 
     Raises:
-        UserError: ``path`` is a file; or a folder with something in it, and ``force`` is false or some of it is not
-            leap_pl's; or it holds what the command reads, or the folder that the command was called in.
+        UserError: ``path`` is a file; or a folder that is not empty, and ``force`` is false or leap_pl did not write
+            everything in it; or it contains an input of the command, or the working directory.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file, and a folder is to be written there. Name another folder.")
+        raise UserError(f"{path} is a file, and the output is a folder. Name another folder.")
     if not path.is_dir():
         return
     try:
@@ -129,19 +129,19 @@ def check_folder(path: str | Path, *, force: bool = False, own: bool = False, ve
         return
     place, here = inputs.real_path(path), _working_directory()
     if here is not None and (here == place or place in here.parents):
-        how = "is" if here == place else "lies in"
-        raise UserError(f"{path} would be replaced, and {here} {how} it. Name another folder.")
+        how = "is" if here == place else "is inside"
+        raise UserError(f"{path} would be replaced, and the working directory {here} {how} it. Name another folder.")
     register = inputs.current()
     if register is not None:
         register.check_folder(place, path)
-    strange = records.strangers(place, verb)
-    if strange:
-        found = listing(strange, 8)
+    strangers = records.strangers(place, verb)
+    if strangers:
+        found = listing(strangers, 8)
         if records.verb_of(place) == "fit":
-            raise UserError(f"{path} holds what leap_pl fit has learned: {found}. Name another folder.")
+            raise UserError(f"{path} contains the output of leap_pl fit: {found}. Name another folder.")
         raise UserError(
-            f"{path} holds what leap_pl did not write: {found}. --force replaces only what leap_pl wrote; name another "
-            "folder, or move them away."
+            f"{path} contains files that leap_pl did not write: {found}. --force replaces only what leap_pl wrote; "
+            "name another folder, or move them away."
         )
 
 
@@ -153,11 +153,11 @@ def _working_directory() -> Path | None:
 
 
 def followed(path: Path) -> Path:
-    """Where ``path`` is written: itself, or what it leads to if it is a symbolic link.
+    """Return the path that is written for ``path``: itself, or the target if it is a symbolic link.
 
     Raises:
-        UserError: It is a link into a folder that is not there, as on a disk that is not mounted.
-        OSError: Links lead in a circle.
+        UserError: It is a link into a folder that does not exist, as on a disk that is not mounted.
+        OSError: The links form a loop.
     """
     if not path.is_symlink():
         return path
@@ -166,16 +166,16 @@ def followed(path: Path) -> Path:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     if not place.parent.is_dir():
         raise UserError(
-            f"{path} is a link to {place}, and there is no folder {place.parent}. Make that, or name another place."
+            f"{path} is a link to {place}, and there is no folder {place.parent}. Create it, or name another path."
         )
     return place
 
 
 def atomic_link(path: Path, target: Path) -> None:
-    """Make ``path`` a symbolic link to ``target`` in the same folder; there is always the old one or the new.
+    """Make ``path`` a symbolic link to ``target`` in the same folder, atomically.
 
     Raises:
-        OSError: The folder cannot be written, or its file system has no such links.
+        OSError: The folder is not writable, or its file system does not support symbolic links.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     temporary.unlink(missing_ok=True)
@@ -185,26 +185,26 @@ def atomic_link(path: Path, target: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make sure that files can be written in ``folder``; one that is not there is made, and taken away again.
+    """Check that files can be written in ``folder``; one that does not exist is created and removed again.
 
     Raises:
-        UserError: They cannot.
+        UserError: The folder is not writable.
     """
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _temporary(folder / "writable"):
             pass
-        if made:  # what refuses to run should leave nothing behind
+        if made:  # a command that refuses to run should leave nothing behind
             folder.rmdir()
     except OSError as error:
         raise UserError(_write_failure(folder, error)) from error
 
 
 def remove_abandoned(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left half-written in ``folder``, of ``name`` alone if it is given."""
+    """Remove the temporary files of killed processes from ``folder``, only those of ``name`` if it is given."""
     for item in folder.glob(f".{'*' if name is None else glob.escape(name)}.*.part"):
-        with suppress(OSError):  # it is another process's to remove, or locks do not work here
+        with suppress(OSError):  # another process holds the lock or has removed it, or locks do not work here
             if item.is_symlink():
                 item.unlink()
                 continue
@@ -218,7 +218,7 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
 
 @contextmanager
 def _temporary(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """A new file or folder beside ``path``, locked while it is written, and gone afterwards if it is still there."""
+    """Create a temporary file or folder in the folder of ``path``, locked while written and removed if it is left."""
     remove_abandoned(path.parent, path.name)
     prefix, suffix = f".{path.name}.", ".part"
     while True:
@@ -227,9 +227,9 @@ def _temporary(path: Path, *, folder: bool = False) -> Iterator[Path]:
             descriptor = os.open(name, os.O_RDONLY)
         else:
             descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=path.parent)
-        with suppress(OSError):  # without locks nothing is ever taken for abandoned
+        with suppress(OSError):  # where locks do not work, nothing is ever considered abandoned
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if Path(name).exists():  # else another process took it for abandoned before it was locked
+        if Path(name).exists():  # else another process considered it abandoned before it was locked
             break
         os.close(descriptor)
     try:
@@ -248,10 +248,10 @@ def _remove(item: Path) -> None:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Put the folder ``new`` in the place of ``path``; afterwards ``new`` may be what was there.
+    """Replace the folder ``path`` by ``new``; afterwards ``new`` may be the old folder.
 
-    Both names change in one step where the system can do that (Linux, on most file systems). Elsewhere there
-    is a moment between two renames at which the old folder lies beside, in ``.NAME.….old``.
+    Both names change in one step where the system supports it (Linux, on most file systems). Elsewhere there
+    is a moment between two renames at which the old folder is in the same parent folder, in ``.NAME.….old``.
     """
     if not path.exists():
         new.rename(path)
@@ -260,10 +260,10 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where the system cannot.
+    """Exchange two names in one step; return False where the system does not support it.
 
     Raises:
-        OSError: It can, and failed.
+        OSError: The exchange is supported, and failed.
     """
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
@@ -271,7 +271,7 @@ def _exchange(one: Path, other: Path) -> bool:
     if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in _NO_SUCH_CALL:
+    if number in _NOT_SUPPORTED:
         return False
     raise OSError(number, os.strerror(number), str(other))
 
@@ -287,12 +287,12 @@ def _swap_in_two_steps(new: Path, path: Path) -> None:
             old.rename(path)
         raise
     finally:
-        if path.exists():  # else the old folder could not be put back either, and must not be lost
+        if path.exists():  # else the old folder could not be restored either, and must not be lost
             shutil.rmtree(holder, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
-    """Have what ``path`` holds written to the disk itself."""
+    """Flush the file or folder ``path`` to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -301,18 +301,18 @@ def flush(path: Path) -> None:
 
 
 def _confirm(path: Path) -> None:
-    """Flush the folder in which ``path`` has just got its name.
+    """Flush the folder of ``path``, in which it was just renamed.
 
     Raises:
-        UserError: The disk failed at that; ``path`` stands all the same.
+        UserError: The disk failed to flush; ``path`` is in place nevertheless.
     """
     try:
         flush(path.parent)
     except OSError as error:
-        if error.errno in _NO_SUCH_CALL:  # a file system that flushes no folders
+        if error.errno in _NOT_SUPPORTED:  # a file system that cannot flush folders
             return
         raise UserError(
-            f"{path} was written, but the disk does not confirm that it would outlast a power cut "
+            f"{path} was written, but the disk does not confirm that it would survive a power cut "
             f"({error.strerror}). Check the disk, and write it again or copy it elsewhere."
         ) from error
 
@@ -328,4 +328,4 @@ def _write_failure(path: Path, error: Exception) -> str:
     in_the_way = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
     if in_the_way is not None:
         reason = f"{in_the_way} is a file: Not a directory"
-    return f"{path} could not be written ({reason}). Nothing was left behind; free space or name another place."
+    return f"{path} could not be written ({reason}). Nothing was left behind; free space or name another path."

@@ -1,3 +1,3 @@
-"""The version of the package, alone so that reading it imports nothing."""
+"""Version of the package, in a module of its own so that reading it imports nothing."""
 
 __version__ = "0.1.0"

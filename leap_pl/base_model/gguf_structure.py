@@ -1,6 +1,6 @@
-"""The structure of a GGUF file, checked before a reader builds on it: every count, length and offset in it.
+"""Validate the structure of a GGUF file before a reader relies on it: every count, length and offset in it.
 
-The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
 import struct
@@ -14,37 +14,37 @@ from leap_pl.base_model.stored_weights import StoredWeights
 from leap_pl.errors import UserError
 from leap_pl.inputs.reading import check_regular, open_regular
 
-MOST_ITEMS = 1 << 22  # in all lists together: the reader keeps an object of its own for each; Gemma has 1.3 million
+MOST_ITEMS = 1 << 22  # in all lists together: the reader creates an object for each; Gemma has 1.3 million
 MOST_TENSORS = 1 << 16
 MOST_KEYS = 1 << 12
 MOST_STRING = 1 << 24  # bytes; a chat template has thousands
 _MOST_DIMENSIONS = 4
 _ALIGNMENT = 32
 
-# Type of a value → how it is packed; strings and lists have lengths of their own.
+# Type of a value → its struct format; strings and lists have a length prefix.
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _LIST = 8, 9
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What a GGUF file says of itself.
+    """Metadata and tensor shapes of a GGUF file.
 
     Attributes:
-        told: Key → value; of a list only the kind of its items and their number: ``(kind, number)``.
-        stored: The tensors, whose shapes are as PyTorch has them.
+        metadata: Key → value; a list is represented by the kind and number of its items: ``(kind, number)``.
+        stored: Tensors, with shapes in PyTorch's order.
     """
 
-    told: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     stored: StoredWeights
 
 
 def read_structure(path: Path) -> GgufFile:
-    """Read the structure of the GGUF file ``path``, and none of its weights.
+    """Read the structure of the GGUF file ``path``, without its weights.
 
     Raises:
-        UserError: It is no regular file, no GGUF file of a version that is read, or damaged: something in it lies
-            outside it, overlaps, comes twice, or is of no known kind.
+        UserError: ``path`` is not a regular file, not a GGUF file of a supported version, or damaged: something in it
+            is out of bounds, overlaps, occurs twice, or is of an unknown kind.
     """
     size = check_regular(path, "base model")
     with open_regular(path, "base model") as file:
@@ -53,8 +53,8 @@ def read_structure(path: Path) -> GgufFile:
         except (_DamagedError, struct.error, UnicodeDecodeError, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"base model {path} could not be read: it is no intact GGUF file ({reason}). Check that the files are "
-                "complete."
+                f"base model {path} could not be read: it is not a valid GGUF file ({reason}). Check that the files "
+                "are complete."
             ) from error
 
 
@@ -71,20 +71,20 @@ class _Reader:
 
     def read(self) -> GgufFile:
         if self._bytes(4) != b"GGUF":
-            raise _DamagedError("it does not begin with GGUF")
+            raise _DamagedError("it does not start with GGUF")
         version = self._number("<I")
         if version not in (2, 3):
-            raise _DamagedError(f"its version is {version}, and 2 and 3 are read")
+            raise _DamagedError(f"its version is {version}; versions 2 and 3 are supported")
         tensors, keys = self._number("<Q"), self._number("<Q")
         if tensors > MOST_TENSORS or keys > MOST_KEYS:
-            raise _DamagedError(f"it counts {tensors:,} tensors and {keys:,} keys")
-        told: dict[str, Any] = {}
+            raise _DamagedError(f"it declares {tensors:,} tensors and {keys:,} keys")
+        metadata: dict[str, Any] = {}
         for _ in range(keys):
             key = self._string()
-            if key in told:
-                raise _DamagedError(f"the key {key[:60]!r} comes twice")
-            told[key] = self._value(self._number("<I"))
-        alignment = told.get("general.alignment", _ALIGNMENT)
+            if key in metadata:
+                raise _DamagedError(f"the key {key[:60]!r} occurs twice")
+            metadata[key] = self._value(self._number("<I"))
+        alignment = metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
             raise _DamagedError(f"its alignment is {alignment!r}")
         shapes: dict[str, tuple[int, ...]] = {}
@@ -92,22 +92,22 @@ class _Reader:
         for _ in range(tensors):
             name, shape, kind, offset = self._tensor()
             if name in shapes:
-                raise _DamagedError(f"the tensor {name[:60]!r} comes twice")
+                raise _DamagedError(f"the tensor {name[:60]!r} occurs twice")
             if offset % alignment:
                 raise _DamagedError(f"the tensor {name[:60]!r} is not aligned")
             shapes[name] = shape
             extents.append((offset, _length(name, shape, kind), name))
         self._check_extents(extents, -(-self.at // alignment) * alignment)
-        return GgufFile(told, StoredWeights(shapes))
+        return GgufFile(metadata, StoredWeights(shapes))
 
     def _check_extents(self, extents: list[tuple[int, int, str]], start: int) -> None:
-        behind = 0
+        end = 0
         for offset, length, name in sorted(extents):
-            if offset < behind:
+            if offset < end:
                 raise _DamagedError(f"the tensor {name[:60]!r} overlaps another")
-            behind = offset + length
-            if start + behind > self.size:
-                raise _DamagedError(f"the tensor {name[:60]!r} lies behind its end, or it was cut short")
+            end = offset + length
+            if start + end > self.size:
+                raise _DamagedError(f"the tensor {name[:60]!r} ends after the file, which may be truncated")
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
@@ -125,24 +125,24 @@ class _Reader:
         if kind in _NUMBERS:
             return self._number(_NUMBERS[kind])
         if kind != _LIST:
-            raise _DamagedError(f"a value is of the unknown kind {kind}")
-        of, number = self._number("<I"), self._number("<Q")
+            raise _DamagedError(f"a value has the unknown kind {kind}")
+        item_kind, number = self._number("<I"), self._number("<Q")
         self.items += number
         if self.items > MOST_ITEMS:
             raise _DamagedError(f"its lists have more than {MOST_ITEMS:,} items")
-        if of == _STRING:
+        if item_kind == _STRING:
             for _ in range(number):
                 self._string()
-        elif of in _NUMBERS:
-            self._skip(number * struct.calcsize(_NUMBERS[of]))
+        elif item_kind in _NUMBERS:
+            self._skip(number * struct.calcsize(_NUMBERS[item_kind]))
         else:
-            raise _DamagedError(f"a list is of items of the kind {of}")
-        return of, number
+            raise _DamagedError(f"a list has items of the unknown kind {item_kind}")
+        return item_kind, number
 
     def _string(self) -> str:
         length = self._number("<Q")
         if length > MOST_STRING:
-            raise _DamagedError(f"a text in it has {length:,} bytes")
+            raise _DamagedError(f"a string in it has {length:,} bytes")
         return self._bytes(length).decode()
 
     def _number(self, form: str) -> Any:
@@ -150,27 +150,27 @@ class _Reader:
 
     def _bytes(self, length: int) -> bytes:
         if self.at + length > self.size:
-            raise _DamagedError("it ends before what it begins")
+            raise _DamagedError("it is truncated")
         read = self.file.read(length)
         if len(read) < length:
-            raise _DamagedError("it became shorter while it was read")
+            raise _DamagedError("it became shorter while being read")
         self.at += length
         return read
 
     def _skip(self, length: int) -> None:
         if self.at + length > self.size:
-            raise _DamagedError("it ends before what it begins")
+            raise _DamagedError("it is truncated")
         self.at = self.file.seek(self.at + length)
 
 
 def _length(name: str, shape: tuple[int, ...], kind: int) -> int:
-    """Bytes of a tensor, from the sizes of the blocks that its type is quantised in."""
+    """Return the size of a tensor in bytes, from the block size of its quantisation type."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     except (ValueError, KeyError):
-        raise _DamagedError(f"the tensor {name[:60]!r} is of the unknown type {kind}") from None
+        raise _DamagedError(f"the tensor {name[:60]!r} has the unknown type {kind}") from None
     if shape[-1] % block:
         raise _DamagedError(f"the tensor {name[:60]!r} has rows of {shape[-1]}, and its type has blocks of {block}")
     return prod(shape) // block * size

@@ -1,4 +1,4 @@
-"""Base models: found by name and loaded, in the type that the hardware multiplies fast."""
+"""Find and load base models and tokenizers: by hub id, from a folder or from a GGUF file."""
 
 import pickle
 import re
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from leap_pl.base_model.gguf_structure import GgufFile, read_structure
 from leap_pl.base_model.model_sizes import check_settings, check_skeleton
-from leap_pl.base_model.stored_weights import StoredWeights, check_sizes, read_shapes, told_by
+from leap_pl.base_model.stored_weights import StoredWeights, check_sizes, read_settings, read_shapes
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.register import note_input
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-_TELLING = OSError | ValueError | RuntimeError | SafetensorError  # whose message says enough without their name
+_CLEAR_ERRORS = OSError | ValueError | RuntimeError | SafetensorError  # messages that need no class name
 
 
 def name_of_model(typed: str | None, recorded: str, *, trust_remote_code: bool) -> str:
-    """Return which base model is loaded: the ``typed`` one, or the one that a mask or checkpoint has ``recorded``.
+    """Return the base model to load: the ``typed`` one, or else the one ``recorded`` in a mask or checkpoint.
 
     Raises:
-        UserError: Only the recorded one is there, and code of the model is to be run: whose, a file that somebody else
-            may have written is not to choose.
+        UserError: Only the recorded name is known, and code of the model is to be run. A file of unknown origin must
+            not choose whose code runs.
     """
     if typed is None and trust_remote_code:
         raise UserError(
-            "--trust_remote_code runs code of the base model, and only a file says which that is: "
-            f"{shown(recorded)}. Type its name, too: --model NAME."
+            "--trust_remote_code runs code of the base model, whose name comes only from a file: "
+            f"{shown(recorded)}. Confirm it with --model NAME."
         )
     return recorded if typed is None else typed
 
@@ -51,15 +51,15 @@ def load_model(
     """Load the causal language model ``name``, in eval mode, on the CPU.
 
     Args:
-        name: Hub id, local folder, or local GGUF file (its quantised blocks are turned into ``dtype``).
-        revision: Branch, tag or commit on the hub; None is the newest.
-        dtype: Type of the weights; ``auto`` is the one they are stored in (bfloat16 for a GGUF file).
-        dropout: False sets every dropout probability of the model to 0, which learning a mask of frozen
-            weights wants: the dense teacher must give one answer.
+        name: Hub id, local folder, or local GGUF file (its quantised blocks are dequantised to ``dtype``).
+        revision: Branch, tag or commit on the hub; None is the latest.
+        dtype: Data type of the weights; ``auto`` is the one they are stored in (bfloat16 for a GGUF file).
+        dropout: False sets every dropout probability of the model to 0. Learning a mask of frozen weights needs
+            this, since the dense teacher must be deterministic.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UserError: There is no such model, or it cannot be reached or read.
+        UserError: The model does not exist, or cannot be reached or read.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -89,7 +89,7 @@ def load_model(
                 output_loading_info=True,
             )
             _check_complete(found, name)
-            # A model that came out of a GGUF file refuses to be saved; an ordinary one takes over its weights.
+            # transformers refuses to save a model loaded from a GGUF file, so its weights move to an ordinary model.
             model = AutoModelForCausalLM.from_config(config, dtype=resolved)
             model.load_state_dict(quantised.state_dict())
             model.generation_config = quantised.generation_config
@@ -113,13 +113,13 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
 
 
 def _check_plain(name: str, folder: str, revision: str | None, config: "PreTrainedConfig") -> None:
-    """Make sure that the model is nothing but weights of a class that transformers has.
+    """Check that the model consists only of weights for a class of transformers.
 
-    What transformers would otherwise follow without asking: an adapter, which names another model as its base, and
-    kernels of attention on the hub, which are code.
+    Without this check transformers would load without asking: an adapter, which names another model as its base, and
+    attention kernels from the hub, which are code.
 
     Raises:
-        UserError: It asks for more.
+        UserError: The model is an adapter, or asks for kernels from the hub.
     """
     from transformers.utils import find_adapter_config_file
 
@@ -127,8 +127,8 @@ def _check_plain(name: str, folder: str, revision: str | None, config: "PreTrain
         adapter = find_adapter_config_file(folder, revision=revision)
     if adapter is not None:
         raise UserError(
-            f"base model {name} is an adapter (adapter_config.json) of another model. Merge the two (merge_and_unload "
-            "of peft), and give the merged model."
+            f"base model {name} is an adapter (adapter_config.json) of another model. Merge the two with peft's "
+            "merge_and_unload, and give the merged model."
         )
     for part in (config, config.get_text_config()):
         for key in ("_attn_implementation", "_experts_implementation"):
@@ -136,7 +136,7 @@ def _check_plain(name: str, folder: str, revision: str | None, config: "PreTrain
             if isinstance(kernel, str) and "/" in kernel:
                 raise UserError(
                     f"the config.json of base model {name} asks for kernels from the hub ({shown(kernel)}), which are "
-                    f"code. Take {key.removeprefix('_')} out of it, or type --trust_remote_code."
+                    f"code. Remove {key.removeprefix('_')} from it, or add --trust_remote_code."
                 )
 
 
@@ -148,13 +148,13 @@ def load_tokenizer(
 
     folder, gguf_file = _locate(name)
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
-    _check_description(name, folder, gguf_file)  # which transformers reads for a tokenizer, too
+    _check_description(name, folder, gguf_file)  # transformers reads it for a tokenizer, too
     with _reading("tokenizer", name):
         return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
 
 
 def fast_dtype(device: torch.device) -> Dtype:
-    """bfloat16 where ``device`` multiplies it fast (a CPU: faster than float32, which is measured), else float32."""
+    """Return bfloat16 if ``device`` multiplies it fast (on a CPU: measurably faster than float32), else float32."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type == "cpu":
@@ -164,10 +164,10 @@ def fast_dtype(device: torch.device) -> Dtype:
 
 @cache
 def _cpu_gains_by_bfloat16() -> bool:
-    """Whether bfloat16 matrices are multiplied faster than float32 ones; takes some hundredths of a second, once.
+    """Measure whether bfloat16 matrices are multiplied faster than float32 ones; takes some hundredths of a second.
 
-    Measured, for the instructions do not tell: with AVX512_BF16, a Zen 4 is twice as fast in bfloat16, and an Intel
-    server whose AMX a hypervisor hides is twice as slow.
+    The instruction set does not decide it: with AVX512_BF16, a Zen 4 is twice as fast in bfloat16, and an Intel server
+    whose AMX a hypervisor hides is twice as slow.
     """
     if not torch.cpu._is_avx512_bf16_supported():
         return False  # emulated
@@ -186,12 +186,12 @@ def _cpu_gains_by_bfloat16() -> bool:
 
 
 def longest_sequence(config: "PreTrainedConfig") -> int | None:
-    """The number of tokens the model's positions reach, or None where the configuration sets no limit."""
+    """Return the maximum sequence length of the model in tokens, or None if the configuration sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _locate(name: str) -> tuple[str, str | None]:
-    """Split ``name`` into what transformers is given, and the GGUF file inside it if it is one."""
+    """Return the folder or hub id to pass to transformers, and the name of the GGUF file in it, if any."""
     path = Path(name).expanduser()
     note_input(path)
     if path.suffix == ".gguf":
@@ -208,7 +208,7 @@ def _locate(name: str) -> tuple[str, str | None]:
         return str(path), None
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if path.is_file():
-        flag = {".safetensors": " A mask is given with --mask.", ".ckpt": " A checkpoint is given with --ckpt_path."}
+        flag = {".safetensors": " Give a mask with --mask.", ".ckpt": " Give a checkpoint with --ckpt_path."}
         raise UserError(
             f"base model {name} is a file. Give a Hugging Face model folder, a .gguf file or a hub id."
             f"{flag.get(path.suffix, '')}"
@@ -221,20 +221,20 @@ def _locate(name: str) -> tuple[str, str | None]:
 
 
 def _check_description(name: str, folder: str, gguf_file: str | None) -> None:
-    """Make sure that what a local model says of itself can be so, before anything acts on it."""
+    """Check that the settings of a local model are plausible before anything uses them."""
     if gguf_file is not None:
-        told = _structure(folder, gguf_file).told
-        family = f"{told.get('general.architecture')}."
-        settings = {key.removeprefix(family): value for key, value in told.items() if key.startswith(family)}
+        metadata = _structure(folder, gguf_file).metadata
+        family = f"{metadata.get('general.architecture')}."
+        settings = {key.removeprefix(family): value for key, value in metadata.items() if key.startswith(family)}
         numbers = {key: value for key, value in settings.items() if not isinstance(value, tuple)}
         check_settings(numbers, _stored(folder, gguf_file), name)
     elif Path(folder).is_dir():
         check_sizes(Path(folder))
-        check_settings(told_by(Path(folder)), _stored(folder, None), name)
+        check_settings(read_settings(Path(folder)), _stored(folder, None), name)
 
 
 def _stored(folder: str, gguf_file: str | None) -> StoredWeights | None:
-    """What a local model's files hold; None for one on the hub."""
+    """Return the tensor shapes in the files of a local model; None for a model on the hub."""
     if gguf_file is not None:
         return _structure(folder, gguf_file).stored
     return read_shapes(Path(folder)) if Path(folder).is_dir() else None
@@ -252,7 +252,7 @@ def _structure_of(path: Path, changed: int, size: int) -> GgufFile:
 
 
 def _check_complete(found: dict[str, Any], name: str) -> None:
-    if found["missing_keys"]:  # transformers warns, and makes up random ones
+    if found["missing_keys"]:  # transformers warns, and initializes them at random
         raise UserError(
             f"base model {name} lacks the weights {listing(sorted(found['missing_keys']), 3)}. Check that the "
             "files are complete, and that config.json belongs to them."
@@ -260,10 +260,10 @@ def _check_complete(found: dict[str, Any], name: str) -> None:
 
 
 class _reading:  # noqa: N801  (reads as a statement: with _reading("base model", name))
-    """Turns what the hub client and the readers raise into one line that says what to give instead.
+    """Context that converts the errors of the hub client and the readers into one line that says what to do.
 
-    A damaged file makes them raise whatever their next line happens to: all of it is told of the file. Only readers are
-    called within, so that no mistake of this package's own is taken for one.
+    A damaged file can make them raise any exception, so that all are attributed to the file. Only readers may be called
+    inside, so that no bug of this package is reported as a damaged file.
     """
 
     def __init__(self, what: str, name: str) -> None:
@@ -275,18 +275,18 @@ class _reading:  # noqa: N801  (reads as a statement: with _reading("base model"
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, UserError | torch.OutOfMemoryError):
             return
-        panicked = type(error).__name__ == "PanicException"  # of a reader in Rust, and no Exception
+        panicked = type(error).__name__ == "PanicException"  # from a reader in Rust; not a subclass of Exception
         if not panicked and not isinstance(error, Exception):
             return
         if isinstance(error, pickle.UnpicklingError):
             raise UserError(
-                f"{self.what} {self.name} is pickled, and damaged or more than tensors; leap_pl runs no code from a "
-                "model's files. Give the model as safetensors."
+                f"{self.what} {self.name} is a pickle that is damaged or contains more than tensors; leap_pl runs no "
+                "code from a model's files. Give the model as safetensors."
             ) from error
         reason = " ".join(str(error).split())
-        if not isinstance(error, _TELLING):
+        if not isinstance(error, _CLEAR_ERRORS):
             reason = f"{type(error).__name__}: {reason}"
-        reason = re.sub(r" for this kind of AutoModel.*", ", which is no causal language model.", reason)
+        reason = re.sub(r" for this kind of AutoModel.*", ", which is not a causal language model.", reason)
         reason = reason if len(reason) <= 300 else f"{reason[:300]} …"
         local = Path(self.name).expanduser().exists()
         remedy = (

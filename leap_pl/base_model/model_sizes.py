@@ -1,4 +1,4 @@
-"""Whether the settings of a base model can be those of the weights in its files: before a model of them is made."""
+"""Check the settings of a base model against the weights in its files, before a model is built from them."""
 
 import copy
 import re
@@ -13,11 +13,11 @@ from leap_pl.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-MOST_COUNTED = 1 << 16  # of what no dimension of a weight bounds, such as the labels of a classifier
-MOST_BUFFERED = 1 << 28  # numbers in the tables that a model makes for itself, such as GPT-2's causal masks
-_SLACK = 2  # the head may be one with the embedding in the files, and apart in the settings
+MOST_COUNTED = 1 << 16  # of things not bounded by the shape of a weight, such as the labels of a classifier
+MOST_BUFFERED = 1 << 28  # numbers in the buffers of a model, such as GPT-2's causal masks
+_SLACK = 2  # head and embedding may be tied in the files, and separate in the settings
 
-# Of text models alone: a part that sees or hears is not made.
+# Settings of the text model only: vision and audio parts are not built.
 _LAYERS = re.compile(r"^(n_layers?|num_layers|num_hidden_layers|block_count)$")
 _DIMENSIONS = re.compile(
     r"^(hidden_size|n_embd|d_model|embedding_size|word_embed_proj_dim|intermediate_size|moe_intermediate_size"
@@ -29,18 +29,18 @@ _COUNTS = re.compile(r"^(num|n)_(?!\w*(position|ctx|token|param|step|sample|fram
 _PARTS = ("text_config", "decoder", "llm_config")
 
 
-def check_settings(told: Mapping[str, Any], stored: StoredWeights | None, name: str) -> None:
-    """Make sure that counts and dimensions in a model's settings are numbers that its weights allow.
+def check_settings(settings: Mapping[str, Any], stored: StoredWeights | None, name: str) -> None:
+    """Check that the counts and dimensions in a model's settings are consistent with its weights.
 
-    Settings are believed by what reads them: 10¹² layers make a list of so many names before anything is loaded.
+    Readers trust the settings: 10¹² layers create a list of as many names before anything is loaded.
 
     Args:
-        told: As in ``config.json``, or the keys of a GGUF file behind its architecture.
-        stored: What the files hold; None where that is not known, and only what is no number is refused.
-        name: Of the base model, for messages.
+        settings: Content of ``config.json``, or the keys of a GGUF file without the prefix of its architecture.
+        stored: Shapes in the files; None if unknown, in which case only fixed limits are checked.
+        name: Name of the base model, for messages.
 
     Raises:
-        UserError: One is no number, is negative, or is larger than the weights have it.
+        UserError: A setting is not a number, is negative, or is larger than the weights allow.
     """
     bounds: list[tuple[re.Pattern[str], int, str]] = []
     if stored is not None and stored.shapes:
@@ -51,7 +51,7 @@ def check_settings(told: Mapping[str, Any], stored: StoredWeights | None, name: 
             (_DIMENSIONS, largest, f"the largest dimension of a weight is {largest}"),
         ]
     bounds += [(_LAYERS, MOST_COUNTED, ""), (_DIMENSIONS, 1 << 31, ""), (_COUNTS, MOST_COUNTED, "")]
-    for key, value in _settings(told):
+    for key, value in _flat(settings):
         for pattern, most, why in bounds:
             if not pattern.match(key):
                 continue
@@ -60,20 +60,20 @@ def check_settings(told: Mapping[str, Any], stored: StoredWeights | None, name: 
                     continue
                 if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < float("inf"):
                     raise UserError(
-                        f"base model {name}: its settings give {key} as {str(number)[:60]!r}, which is no count. "
+                        f"base model {name}: its settings give {key} as {str(number)[:60]!r}, which is not a count. "
                         "Fetch the model again."
                     )
                 if number > most:
                     raise UserError(
                         f"base model {name}: its settings give {key} as {str(number)[:60]}, and "
-                        f"{why or f'at most {most} is read'}. Check that config.json belongs to the weights."
+                        f"{why or f'at most {most} is accepted'}. Check that config.json belongs to the weights."
                     )
 
 
-def _settings(told: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in told.items():
+def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
         if isinstance(value, Mapping) and key in _PARTS:
-            yield from _settings(value)
+            yield from _flat(value)
         elif not isinstance(value, Mapping):
             yield str(key), value
 
@@ -81,10 +81,10 @@ def _settings(told: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def check_skeleton(
     config: "PreTrainedConfig", stored: StoredWeights | None, name: str, *, trust_remote_code: bool = False
 ) -> None:
-    """Make sure that the model of ``config``, made without memory, has no more weights than the files hold.
+    """Check that the model of ``config``, built on the meta device, has no more weights than the files.
 
     Raises:
-        UserError: It has more, or asks for tables that would fill the memory.
+        UserError: It has more weights, or buffers that would fill the memory.
     """
     from transformers import AutoModelForCausalLM
 
@@ -95,12 +95,12 @@ def check_skeleton(
     weights = sum(parameter.numel() for parameter in model.parameters())
     if weights > _SLACK * stored.elements:
         raise UserError(
-            f"base model {name}: its settings ask for {weights:,} weights, and its files hold {stored.elements:,}. "
+            f"base model {name}: its settings ask for {weights:,} weights, and its files contain {stored.elements:,}. "
             "Check that config.json belongs to them."
         )
     tables = sum(buffer.numel() for buffer in model.buffers())
     if tables > max(MOST_BUFFERED, stored.elements):
         raise UserError(
-            f"base model {name}: its settings ask for tables of {tables:,} numbers beside the weights. "
+            f"base model {name}: its settings ask for tables of {tables:,} numbers in addition to the weights. "
             "Check that config.json belongs to them."
         )

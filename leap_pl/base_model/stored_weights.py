@@ -1,4 +1,4 @@
-"""What weights the files of a base model hold: names, shapes and no values, read before anything is believed."""
+"""Read the names and shapes of the tensors in a base model's files, without values, to validate its settings."""
 
 import json
 import re
@@ -14,14 +14,14 @@ from safetensors import SafetensorError, safe_open
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.reading import MOST_DESCRIPTION, MOST_INDEX, check_regular, read_json
 
-MOST_VOCABULARY = 1 << 28  # bytes of a tokenizer.json; those of the largest vocabularies have 35 million
+MOST_VOCABULARY = 1 << 28  # bytes of a tokenizer.json; those with the largest vocabularies have 35 million
 _INDICES = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
-_SHORTEST_PACKED = 8  # weights in one stored number, where they are packed to 4 bits in 32
+_SHORTEST_PACKED = 8  # weights in one stored number, for weights of 4 bits packed into 32
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Shapes of the tensors that a base model's files hold.
+    """Shapes of the tensors in a base model's files.
 
     Attributes:
         shapes: Name of a tensor → its shape.
@@ -33,25 +33,25 @@ class StoredWeights:
 
     @property
     def largest_dimension(self) -> int:
-        """The largest dimension of any tensor, of a causal language model its vocabulary as a rule."""
+        """Return the largest dimension of any tensor, usually the vocabulary size."""
         return max((size for shape in self.shapes.values() for size in shape), default=0)
 
     @property
     def numbered(self) -> int:
-        """How many parts the names count, decoder blocks as a rule: the highest number in a name, and one."""
+        """Return the number of indexed parts, usually decoder blocks: the highest index in a tensor name plus one."""
         return max((int(index) + 1 for name in self.shapes for index in _INDICES.findall(name)), default=0)
 
     @property
     def elements(self) -> int:
-        """The most weights that the files can hold."""
+        """Return the maximum number of weights that the files can contain."""
         return sum(map(prod, self.shapes.values())) * (_SHORTEST_PACKED if self.packed else 1)
 
 
 def check_sizes(folder: Path) -> None:
-    """Make sure that no description in a model folder is so long that to read it would fill the memory.
+    """Check that no JSON file in a model folder is so large that reading it would fill the memory.
 
     Raises:
-        UserError: One is.
+        UserError: A file is too large.
     """
     for file in folder.glob("*.json"):
         if not file.is_file():
@@ -62,15 +62,14 @@ def check_sizes(folder: Path) -> None:
         elif file.name in ("tokenizer.json", "vocab.json"):
             most = MOST_VOCABULARY
         if check_regular(file) > most:
-            raise UserError(f"{file} has more than {most:,} bytes, and such a file has far fewer. Fetch it again.")
+            raise UserError(f"{file} has more than {most:,} bytes, far more than such a file has. Fetch it again.")
 
 
 def read_shapes(folder: Path) -> StoredWeights | None:
-    """Read what the files of a model folder hold: safetensors, else PyTorch's own format; None where there is neither.
+    """Read the tensor shapes in a model folder: from safetensors, else PyTorch's format; None if it has neither.
 
     Raises:
-        UserError: An index is no index, names files outside the folder, or names one that is not there; or a file is
-            damaged.
+        UserError: An index is invalid, or names a file that is missing or outside the folder; or a file is damaged.
     """
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
@@ -89,11 +88,11 @@ def read_shapes(folder: Path) -> StoredWeights | None:
 
 
 def _indexed(folder: Path, index: Path) -> list[Path]:
-    told = read_json(index, most=MOST_INDEX)
-    placed = told.get("weight_map") if isinstance(told, dict) else None
-    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
-        raise UserError(f"{index} is no index of weights (it has no weight_map of names). Fetch it again.")
-    names = sorted(set(placed.values()))
+    content = read_json(index, most=MOST_INDEX)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index} is not an index of weights (it has no weight_map of names). Fetch it again.")
+    names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
     if outside:
         raise UserError(f"{index} names a file outside its folder: {outside[0]!r}. Fetch the model again.")
@@ -104,7 +103,7 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
 
 
 def _read(file: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Add the shapes in ``file``; whether several weights may share one of its numbers."""
+    """Add the shapes in ``file`` to ``shapes``; return whether several weights may share one stored number."""
     packed = False
     if file.suffix == ".safetensors":
         check_regular(file, "base model")
@@ -120,9 +119,9 @@ def _read(file: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
                 f"base model {file} could not be read: {reason} Check that the files are complete."
             ) from error
         return packed
-    try:  # names and shapes alone: nothing is read into memory, and nothing in it is run
+    try:  # names and shapes only: no tensor is read into memory, and no code in the file is run
         tensors: Any = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    except Exception:  # an older format, or a damaged file: of which the reader of the model tells
+    except Exception:  # an older format, or a damaged file, which the reader of the model reports
         return True
     if isinstance(tensors, dict):
         found = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
@@ -131,15 +130,16 @@ def _read(file: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
     return packed
 
 
-def told_by(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
     """Read the settings in a model folder's ``config.json``.
 
     Raises:
-        UserError: It holds no JSON object.
+        UserError: It does not contain a JSON object.
     """
-    told = read_json(folder / "config.json", most=MOST_DESCRIPTION, what="base model")
-    if not isinstance(told, dict):
+    settings = read_json(folder / "config.json", most=MOST_DESCRIPTION, what="base model")
+    if not isinstance(settings, dict):
         raise UserError(
-            f"base model {folder / 'config.json'} holds {json.dumps(told)[:40]} and no settings. Fetch the model again."
+            f"base model {folder / 'config.json'} contains {json.dumps(settings)[:40]}, not settings. Fetch the model "
+            "again."
         )
-    return told
+    return settings

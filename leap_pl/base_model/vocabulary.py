@@ -1,6 +1,6 @@
-"""Whether a tokenizer goes with a model: every token that text becomes has a row in the model's embedding.
+"""Check that a tokenizer matches a model: every token of a text must have a row in the model's embedding.
 
-On a GPU a token without one ends the process with an assertion of the device, which names no token and no text.
+On a GPU a token without a row ends the process with a device-side assertion, which names neither token nor text.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 
 def vocabulary_of(model: "PreTrainedModel") -> int:
-    """Return the number of tokens that ``model`` has an embedding for."""
+    """Return the number of tokens for which ``model`` has an embedding."""
     return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, arg-type, operator, index, unused-ignore]
 
 
 def check_tokenizer(tokenizer: Any, vocabulary: int, name: str) -> None:
-    """Make sure that what ``tokenizer`` makes of ordinary text, and its end token, are among ``vocabulary`` tokens.
+    """Check that the ids of ``tokenizer`` for ordinary text and its end token are below ``vocabulary``.
 
-    Tokens that were added to it, such as one for padding, may lie behind: text has them only where it spells them
-    out, and :func:`check_tokens` finds those.
+    Added tokens, such as one for padding, may have larger ids: they occur only in text that spells them out, which
+    :func:`check_tokens` finds.
 
     Args:
         tokenizer: A transformers tokenizer.
-        vocabulary: Tokens that the model has an embedding for.
-        name: Of the model, for the message.
+        vocabulary: Number of tokens for which the model has an embedding.
+        name: Name of the model, for the message.
 
     Raises:
-        UserError: They are not.
+        UserError: An id is too large.
     """
     added = set(tokenizer.get_added_vocab()) if hasattr(tokenizer, "get_added_vocab") else set()
     ordinary = [place for token, place in tokenizer.get_vocab().items() if token not in added]
@@ -44,14 +44,14 @@ def check_tokenizer(tokenizer: Any, vocabulary: int, name: str) -> None:
 
 
 def check_tokens(tokens: Tensor, vocabulary: int, name: str) -> None:
-    """Make sure that all of ``tokens``, a LongTensor of any shape, are among ``vocabulary`` ones.
+    """Check that all of ``tokens``, a LongTensor of any shape, are below ``vocabulary``.
 
     Raises:
-        UserError: One is not; the text holds it spelled out, as it holds "<pad>".
+        UserError: A token is too large; the text spells out an added token, such as "<pad>".
     """
     largest = int(tokens.max()) if tokens.numel() else 0
     if largest >= vocabulary:
         raise UserError(
-            f"the text holds token {largest}, which was added to the tokenizer, and {name} has embeddings for "
-            f"{vocabulary}. Take it out of the text, or out of the tokenizer's added tokens."
+            f"the text contains token {largest}, which was added to the tokenizer, and {name} has embeddings for "
+            f"{vocabulary}. Remove it from the text, or from the tokenizer's added tokens."
         )

@@ -1,4 +1,4 @@
-"""The weights of a base model: those that can be gated or pruned, and the fingerprint that tells models apart."""
+"""Weights of a base model: find those that can be gated or pruned, and compute the model's fingerprint."""
 
 import hashlib
 import re
@@ -17,17 +17,16 @@ FINGERPRINT_SAMPLES = 4096  # elements hashed of each tensor: all of a tiny one,
 
 @dataclass(frozen=True)
 class Weight:
-    """One prunable weight tensor of a base model.
+    """Prunable weight tensor of a base model.
 
     Attributes:
-        name: Its parameter name, as in ``model.named_parameters()``.
-        module: The module that owns it.
-        tensor: Its attribute name there.
-        layer: Index of its decoder block, or None outside the blocks.
-        projection: What it is within its block: ``self_attn.q_proj``, ``mlp.experts.down_proj``.
-        input_dim: The dimension of the tensor that the layer's inputs run along: 1 of ``nn.Linear``
-            (out, in), 0 of ``Conv1D`` (in, out), 2 (or 1, where the family stores them transposed) of
-            stacked experts (expert, out, in).
+        name: Parameter name, as in ``model.named_parameters()``.
+        module: Module that owns the tensor.
+        tensor: Attribute name of the tensor in the module.
+        layer: Index of the decoder block, or None outside the blocks.
+        projection: Name within the block: ``self_attn.q_proj``, ``mlp.experts.down_proj``.
+        input_dim: Input dimension of the tensor: 1 for ``nn.Linear`` (out, in), 0 for ``Conv1D`` (in, out), 2 for
+            stacked experts (expert, out, in), or 1 where the model family stores these transposed.
     """
 
     name: str
@@ -39,7 +38,7 @@ class Weight:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight itself; under a gate, the frozen one."""
+        """Return the weight itself; under a gate, the frozen weight."""
         if parametrize.is_parametrized(self.module, self.tensor):
             chains: Any = self.module.parametrizations
             return chains[self.tensor].original
@@ -47,10 +46,10 @@ class Weight:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and the list of the decoder blocks of a causal language model.
+    """Return the name and the list of the decoder blocks of a causal language model.
 
     Raises:
-        UserError: No list of ``num_hidden_layers`` modules is found.
+        UserError: The model has no list of ``num_hidden_layers`` modules.
     """
     causal: Any = model
     depth = causal.config.get_text_config().num_hidden_layers
@@ -61,7 +60,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             name = next(n for n, m in model.named_modules() if m is lists[0])
             return name, lists[0]
     raise UserError(
-        f"{type(model).__name__}: no list of {depth} decoder blocks was found in it, so leap_pl does not know "
+        f"{type(model).__name__}: no list of {depth} decoder blocks was found, so leap_pl does not know "
         "what to prune. Name the layers with --model.targets, or use a decoder-only causal language model."
     )
 
@@ -69,22 +68,21 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def find_weights(
     model: nn.Module, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()
 ) -> dict[str, Weight]:
-    r"""The weights to gate or prune, in the order of the model's own parameters.
+    r"""Return the weights to gate or prune, in the order of the model's own parameters.
 
     Args:
         model: A causal language model.
-        targets: Which weights. None: every ``nn.Linear`` and ``Conv1D`` weight, and every stacked tensor
-            of experts, inside the decoder blocks (never embeddings, norms, routers or the head). Otherwise
-            each entry is a class name (``Linear``), a module or parameter name, or ``re:`` and a regular
-            expression that the module's or parameter's name matches from its start (as in
-            ``re:.*\.mlp\..*``).
-        ignore: Entries of the same form; what they match is left dense.
+        targets: Weights to select. None: every ``nn.Linear`` and ``Conv1D`` weight, and every tensor of stacked
+            experts, inside the decoder blocks (never embeddings, norms, routers or the head). Otherwise each entry is
+            a class name (``Linear``), a module or parameter name, or ``re:`` followed by a regular expression that
+            matches a module or parameter name from its start, such as ``re:.*\.mlp\..*``.
+        ignore: Entries of the same form; matching weights stay dense.
 
     Returns:
         Parameter name → :class:`Weight`.
 
     Raises:
-        UserError: Nothing matches (the message lists what exists), or a match is shared with another
+        UserError: Nothing matches (the message lists the available names), or a matching weight is shared with another
             module, as a head tied to the embeddings.
     """
     prefix, blocks = decoder_blocks(model)
@@ -121,9 +119,9 @@ def find_weights(
 
 
 def _weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Every tensor of two dimensions or more: its name, its module, its attribute there, and itself.
+    """Yield each parameter of two or more dimensions: its name, module, attribute name, and the parameter itself.
 
-    Seen through parametrizations: the original under the name it has in the plain model, no gate's logits.
+    For a parametrized tensor this is the original under its name in the plain model; logits of gates are left out.
     """
     for module_name, module in model.named_modules():
         if ".parametrizations." in f".{module_name}.":
@@ -138,20 +136,20 @@ def _weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
 
 
 def check_numbers(model: nn.Module, name: str) -> None:
-    """Make sure that every weight of ``model`` is a number.
+    """Check that every weight of ``model`` is finite.
 
     Raises:
-        UserError: One holds Inf or NaN; with its name and how many.
+        UserError: A weight contains Inf or NaN; the message has its name and their number.
     """
     for parameter, weight in model.named_parameters():
         if not weight.is_floating_point() or weight.element_size() < 2:
             continue
-        # The extremes propagate NaN, and take no memory of the weight's size.
+        # aminmax propagates NaN, and allocates no memory of the weight's size.
         if not all(bool(torch.isfinite(extreme)) for extreme in weight.detach().aminmax()):
             broken = int(weight.numel() - torch.isfinite(weight).sum())
             raise UserError(
-                f"base model {name}: {parameter} holds {broken:,} values that are infinite or NaN, and nothing can be "
-                "learned or measured through it. Fetch the model again, or give another copy."
+                f"base model {name}: {parameter} has {broken:,} values that are infinite or NaN, so that nothing can "
+                "be learned or measured. Fetch the model again, or give another copy."
             )
 
 
@@ -175,12 +173,12 @@ def _describe(
     return Weight(name, module, tensor, layer, projection, input_dim)
 
 
-# Experts stored (expert, in, out) that do not say so, as those with a choice of implementations do.
+# Experts stored as (expert, in, out) without the attribute ``is_transposed``.
 _TRANSPOSED = ("Llama4TextExperts",)
 
 
 def _kind(module: nn.Module) -> str:
-    """The class of the module, seen through a parametrization."""
+    """Return the name of the module's class before any parametrization."""
     kind = type(module)
     return kind.__mro__[1].__name__ if parametrize.is_parametrized(module) else kind.__name__
 
@@ -206,14 +204,14 @@ def _matches(patterns: Sequence[str], weight: Weight) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Telling models apart
+# Fingerprint
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """A short hash that tells one base model's weights from another's.
+    """Return a short hash that identifies the weights of a base model.
 
-    Of every tensor its name, its shape and FINGERPRINT_SAMPLES evenly spaced elements are hashed (SHA-256),
-    rounded to bfloat16 first, so that one checkpoint loaded in float32 and in bfloat16 has one fingerprint.
+    It is the SHA-256 of the name, the shape and FINGERPRINT_SAMPLES evenly spaced elements of each tensor, rounded to
+    bfloat16 first, so that a checkpoint has the same fingerprint loaded in float32 and in bfloat16.
 
     Args:
         weights: Names and dense tensors; their order does not matter.
@@ -236,9 +234,9 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """The fingerprint of every weight (two dimensions or more) inside the decoder blocks of ``model``.
+    """Return the fingerprint of all weights (two or more dimensions) inside the decoder blocks of ``model``.
 
-    All of them, gated or not, and each under its own name: the choice of ``targets`` does not change it.
+    It covers gated and other weights, each under its own name, and so does not depend on ``targets``.
     """
     prefix, _ = decoder_blocks(model)
     return fingerprint({name: weight for name, *_, weight in _weights_of(model) if name.startswith(f"{prefix}.")})

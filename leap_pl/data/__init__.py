@@ -1,4 +1,4 @@
-"""Text: found, streamed, packed into blocks of tokens, and resumed at the exact next block."""
+"""Text data: find, stream and pack text into blocks of tokens, and resume at the exact next block."""
 
 from leap_pl.data.calibration import calibration_blocks, held_out_tokens
 from leap_pl.data.datamodule import TextDataModule

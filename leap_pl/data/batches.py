@@ -1,4 +1,4 @@
-"""The blocks of a run, dealt to ranks and data workers without overlap, from any point on."""
+"""Distribute the blocks of a run over ranks and data workers without overlap, starting at any position."""
 
 import os
 import signal
@@ -16,10 +16,10 @@ Batch = dict[str, Any]
 
 
 class Progress(TypedDict):
-    """How far a run has come, in plain Python, as it is stored in a checkpoint."""
+    """Progress of a run through its data, in plain Python, as stored in a checkpoint."""
 
     consumed: int  # micro-batches of all ranks together that have been used
-    micro_batch: int  # number, among those of all ranks, of the one that begins at `position`
+    micro_batch: int  # index, among those of all ranks, of the micro-batch that begins at `position`
     position: Position | None  # None: the beginning of the stream
 
 
@@ -27,28 +27,28 @@ BEGINNING = Progress(consumed=0, micro_batch=0, position=None)
 
 
 class RankBatches(IterableDataset[Batch]):
-    """The micro-batches of one rank.
+    """Micro-batches of one rank.
 
-    Micro-batch j of the run is made of the blocks j·B to (j+1)·B−1 of the stream; rank r of W takes those
-    with j ≡ r (mod W). So W ranks that accumulate A micro-batches see, in every optimizer step, the blocks
-    that one process sees that accumulates A·W. Data workers take turns in the same way, which the
-    round robin of the data loader undoes. Every reader walks the whole stream and keeps what is its own:
-    each pays for tokenizing all of it, which is little beside training, and no reader waits for another. The state
-    after a batch is the same on every rank: it lies behind the micro-batches of all of them, so that its digests
-    are of all that was read.
+    Micro-batch j of the run consists of the blocks j·B to (j+1)·B−1 of the stream; rank r of W takes those with
+    j ≡ r (mod W). So W ranks that accumulate A micro-batches see, in every optimizer step, the same blocks as one
+    process that accumulates A·W. Data workers divide the micro-batches of a rank in the same way, and the round robin
+    of the data loader restores their order. Every reader walks the whole stream and keeps its own share: each tokenizes
+    all of it, which costs little compared to training, and no reader waits for another. The state after a batch is the
+    same on every rank: it is the position after the micro-batches of all ranks, so that its digests cover everything
+    that was read.
 
     Yields ``{"input_ids": LongTensor[B, seq_length], "position": Progress}``, the state after the batch.
 
     Args:
-        stream: The blocks.
+        stream: Stream of blocks.
         batch_size: B, blocks in a micro-batch.
-        batches: Micro-batches of this rank in the whole run, those before ``start`` included.
+        batches: Micro-batches of this rank in the whole run, including those before ``start``.
         rank: r.
         world_size: W.
-        start: Where to begin.
+        start: State to start from.
 
     Raises:
-        UserError: ``start`` comes from another number of ranks that leaves some of them a batch ahead.
+        UserError: ``start`` comes from a different number of ranks, and does not divide evenly over these.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class RankBatches(IterableDataset[Batch]):
         self.start = start
 
     def __len__(self) -> int:
-        """Micro-batches of this rank in the whole run: Lightning counts those before a resume as well."""
+        """Return the number of micro-batches of this rank in the whole run, as Lightning expects after a resume."""
         return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
@@ -85,7 +85,7 @@ class RankBatches(IterableDataset[Batch]):
         except UserError as error:
             if worker is None:
                 raise
-            # Raised in a worker, it would reach the user wrapped in the worker's traceback.
+            # An error raised in a worker would reach the user wrapped in the worker's traceback.
             yield {"error": str(error)}
 
     def _own(self, turn: int, workers: int) -> Iterator[Batch]:
@@ -106,25 +106,25 @@ class RankBatches(IterableDataset[Batch]):
 
 
 class BlockLoader(DataLoader[Batch]):
-    """A data loader over :class:`RankBatches`; what fails in a worker is raised here as one line."""
+    """Data loader over :class:`RankBatches` that raises the errors of its workers as one line."""
 
     def __init__(self, dataset: RankBatches, num_workers: int = 0) -> None:
         super().__init__(
             dataset,
             batch_size=None,
             num_workers=num_workers,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            collate_fn=_identity,  # type: ignore[arg-type]
             worker_init_fn=_start_worker,
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """The batches.
+        """Yield the batches.
 
         Raises:
-            UserError: The text cannot be read on, or a worker was killed. This is said here, when the next batch is
-                asked for, and never amid a step that would be half done.
+            UserError: The text cannot be read any further, or a worker was killed. The error is raised when the next
+                batch is requested, and never in the middle of a step.
         """
-        batches = _without_interruption(super().__iter__)
+        batches = _without_signal_handler(super().__iter__)
         try:
             while True:
                 try:
@@ -132,51 +132,51 @@ class BlockLoader(DataLoader[Batch]):
                 except StopIteration:
                     return
                 except (RuntimeError, OSError, EOFError) as error:
-                    # Either torch has looked after its workers, or what a dead one had put aside could not be fetched.
-                    if not (self.num_workers and _of_a_dead_worker(error)):
+                    # Either torch has checked its workers, or a batch in a dead worker's queue could not be fetched.
+                    if not (self.num_workers and _is_of_dead_worker(error)):
                         raise
-                    # The frames hold the loader's iterator, and with it the workers that are left.
+                    # The frames keep the loader's iterator alive, and with it the remaining workers.
                     clear_frames(error.__traceback__)
-                    told = str(error).partition("\n")[0] or type(error).__name__
+                    reason = str(error).partition("\n")[0] or type(error).__name__
                     raise UserError(
-                        f"a data worker has ended ({told}): killed, as a rule, because memory ran out. Resume with "
+                        f"a data worker has ended ({reason}): usually killed because memory ran out. Resume with "
                         f"--ckpt_path last, with fewer --data.num_workers than {self.num_workers}, or 0."
                     ) from error
                 if "error" in batch:
                     raise UserError(batch["error"])
                 yield batch
         finally:
-            del batches  # ends its workers, however long the error is kept
+            del batches  # ends its workers, even if the error is kept
 
 
-def _of_a_dead_worker(error: Exception) -> bool:
-    told = str(error)
+def _is_of_dead_worker(error: Exception) -> bool:
+    message = str(error)
     if isinstance(error, RuntimeError):
-        return "exited unexpectedly" in told or "killed by signal" in told
-    return not told.startswith("Caught ")  # what a living one raised, which torch passes on in its own kind
+        return "exited unexpectedly" in message or "killed by signal" in message
+    return not message.startswith("Caught ")  # raised in a running worker, and raised again by torch as the same type
 
 
-def _without_interruption(start: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
-    """Start a loader's workers without the handler by which torch raises, wherever the process stands, when one dies.
+def _without_signal_handler(start: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
+    """Start a loader's workers without torch's SIGCHLD handler, which raises at any point when a worker dies.
 
-    It looks after them as well whenever a batch is late.
+    torch checks its workers whenever a batch is late as well.
     """
     before = signal.getsignal(signal.SIGCHLD)
     batches = start()
-    if signal.getsignal(signal.SIGCHLD) != before:  # it is set in the main thread alone, once in a process
+    if signal.getsignal(signal.SIGCHLD) != before:  # torch sets it in the main thread only, once in a process
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
     return batches
 
 
 def _start_worker(_: int) -> None:
-    # A forked worker has the tokenizer's thread pool but not its threads: to use it is to wait for ever.
+    # A forked worker inherits the tokenizer's thread pool without its threads: using it would deadlock.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # A scheduler's signals, and Ctrl-C, reach every process of a job. The training process answers them, and still
-    # needs its workers until then; a second SIGTERM is its own, to a worker that does not end by itself.
+    # A scheduler's signals, and Ctrl-C, reach every process of a job. The training process handles them, and needs its
+    # workers until then; the second SIGTERM is its own, sent to a worker that does not end by itself.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _identity(batch: Batch) -> Batch:
     return batch

@@ -1,4 +1,4 @@
-"""Text for what is no training run: blocks to calibrate one-shot pruners on, and whole texts to evaluate on."""
+"""Text outside training: blocks to calibrate one-shot pruners, and whole texts to evaluate on."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -12,8 +12,8 @@ from leap_pl.data.packing import BlockStream, Separator
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
 
-MOST_CHARACTERS = 1 << 28  # of a text that is tokenized at once, which takes some thirty times as many bytes
-_EDGE = 64  # tokens at the end that may differ while text is missing behind them
+MOST_CHARACTERS = 1 << 28  # of a text that is tokenized at once, which takes about thirty bytes a character
+_EDGE = 64  # tokens at the end that may change when more text follows
 
 
 def calibration_blocks(
@@ -29,26 +29,26 @@ def calibration_blocks(
     share: Share = "train",
     separator: Separator = "end_token",
 ) -> Tensor:
-    """The first blocks of the stream that a run on ``text`` trains on.
+    """Return the first blocks of the stream that a run on ``text`` trains on.
 
     Args:
         text: Local files, patterns, or a hub id, as in :class:`leap_pl.data.TextDataModule`.
         tokenizer: Name of a base model, or a transformers tokenizer.
         seq_length: Tokens in a block.
         sequences: Number of blocks. A text that is too short for them repeats, with a warning.
-        seed: Of the order of files or shards.
+        seed: Seed of the order of files or shards.
         config_name: Configuration of a hub dataset.
         split: Split of a hub dataset.
         text_column: Column or JSON key of the text.
         share: Part of local files; ``train`` leaves out the twentieth that a run without ``validation_text``
-            validates on, ``all`` is what a run with it trains on.
-        separator: What follows each document, as in :class:`leap_pl.data.TextDataModule`.
+            validates on, ``all`` is the part that a run with ``validation_text`` trains on.
+        separator: Separator after each document, as in :class:`leap_pl.data.TextDataModule`.
 
     Returns:
         LongTensor[sequences, seq_length].
 
     Raises:
-        UserError: The text cannot be found or read, or is too short for one block.
+        UserError: The text is not found, not readable, or too short for one block.
     """
     source = TextSource.open(
         text, config_name=config_name, split=split, text_column=text_column, share=share, seed=seed
@@ -67,31 +67,31 @@ def held_out_tokens(
     text_column: str = "text",
     share: Share = "all",
 ) -> Tensor:
-    """A text as one sequence of tokens, the way perplexity is measured in the pruning literature.
+    """Return a text as one sequence of tokens, as perplexity is measured in the pruning literature.
 
-    Documents, empty ones included, are joined by a blank line and tokenized at once, with the special
-    tokens that the tokenizer puts around any text (one at the beginning for Llama, none for GPT-2).
+    Documents, including empty ones, are joined by a blank line and tokenized at once, with the special
+    tokens that the tokenizer adds to any text (one at the beginning for Llama, none for GPT-2).
 
     Args:
         text: Local files, patterns, or a hub id.
         tokenizer: Name of a base model, or a transformers tokenizer.
-        most: The first so many tokens; None is all of them. Text behind them is not read.
+        most: Number of tokens from the beginning; None is all of them. Text after them is not read.
         config_name: Configuration of a hub dataset.
         split: Split of a hub dataset.
         text_column: Column or JSON key of the text.
-        share: Part of local files; ``held_out`` is what a run without ``validation_text`` validates on.
+        share: Part of local files; ``held_out`` is the part that a run without ``validation_text`` validates on.
 
     Returns:
         LongTensor[tokens].
 
     Raises:
-        UserError: The text cannot be found or read, or is empty.
+        UserError: The text is not found, not readable, or empty.
     """
     source = TextSource.open(text, config_name=config_name, split=split, text_column=text_column, share=share)
     encode = loaded_tokenizer(tokenizer)
     parts = _joined(source)
     read = ""
-    enough = None if most is None else 8 * most  # characters; doubled until they make the tokens
+    enough = None if most is None else 8 * most  # characters; doubled until they give enough tokens
     while True:
         fresh: list[str] = []
         length = len(read)
@@ -102,8 +102,8 @@ def held_out_tokens(
                 break
             if length > MOST_CHARACTERS:
                 raise UserError(
-                    f"{source.name} has more than {MOST_CHARACTERS:,} characters, and is tokenized at once. Give a "
-                    "shorter text, or take the beginning of it with --max_tokens."
+                    f"{source.name} has more than {MOST_CHARACTERS:,} characters, too many to tokenize at once. Give "
+                    "a shorter text, or limit it to its beginning with --max_tokens."
                 )
         read += "".join(fresh)
         tokens: list[int] = encode(read, verbose=False)["input_ids"]
@@ -111,7 +111,7 @@ def held_out_tokens(
             break
         enough *= 2
     if not read.strip():
-        raise UserError(f"{source.name} holds no text.")
+        raise UserError(f"{source.name} contains no text.")
     return torch.tensor(tokens[:most])
 
 
@@ -126,7 +126,7 @@ def _joined(source: TextSource) -> Iterator[str]:
 
 
 def loaded_tokenizer(tokenizer: Any, revision: str | None = None) -> Any:
-    """The tokenizer of the base model of that name; a tokenizer is returned as it is."""
+    """Load the tokenizer of the base model of that name; return any other object, a tokenizer, as it is."""
     if not isinstance(tokenizer, str):
         return tokenizer
     from leap_pl.base_model.loading import load_tokenizer

@@ -1,4 +1,4 @@
-"""What a reader of text hands on, and which documents are kept apart for validation."""
+"""Documents and shards of a text: the interface of its readers, digests, and the share held out for validation."""
 
 import hashlib
 from collections.abc import Generator, Iterator
@@ -8,91 +8,91 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import get_worker_info
 
 State = dict[str, Any]
-"""Where a reader stands: plain Python, small, and of a form that only the reader knows."""
+"""Position of a reader: small, plain Python, in a form private to the reader."""
 
 Share = Literal["train", "held_out", "all"]
-"""Part of a text: a fixed twentieth that training never sees, the rest, or everything."""
+"""Part of a text: ``held_out`` is a fixed twentieth that training never sees, ``train`` the rest."""
 
 HELD_OUT_ONE_IN = 20
 
 
 class Document(NamedTuple):
-    """One document, or one part of a text that is too long to be held at once."""
+    """Document, or part of a document that is too long for memory."""
 
     text: str
     after: State
-    """From where the reader goes on behind this."""
+    """State from which the reader resumes after this document or part."""
     part: bool = False
-    """Whether there is more of the same document before or behind this."""
+    """Whether this is only a part of its document."""
     ends: bool = True
     """Whether the document ends here."""
 
 
 class Shards(Protocol):
-    """A text in one or several shards, each of which can be read from any place noted before."""
+    """Text in one or more shards, each of which can be read from any earlier state."""
 
     name: str
-    """What the text is called in messages."""
+    """Name of the text in messages."""
     share: Share
-    """Which part of it is read."""
+    """Part of the text that is read."""
     rereadable: bool
-    """Whether what was read can be read again, to compare it: :meth:`digest` does so."""
+    """Whether :meth:`digest` can read the text again, to compare it."""
 
     def __len__(self) -> int:
-        """The number of shards."""
+        """Return the number of shards."""
         ...
 
     def read(self, shard: int, state: State | None) -> Generator[Document, None, str | None] | Iterator[Document]:
-        """The documents of a shard in their own order, empty ones included, from ``state`` on.
+        """Yield the documents of a shard in their own order, including empty ones, from ``state`` on.
 
-        A generator that returns the digest of the whole shard (:func:`chained`), if it knows it. The digest of what
-        comes before a state is the state's ``digest``.
+        A generator returns the digest of the whole shard (:func:`chained`), if known. The ``digest`` in a state covers
+        everything before it.
         """
         ...
 
     def digest(self, shard: int, until: State | None) -> str | None:
-        """What the digest of a shard is now, up to a state or to its end; None if it cannot be read again."""
+        """Recompute the digest of a shard up to a state or to its end; None if it cannot be read again."""
         ...
 
     def shard_name(self, shard: int) -> str:
-        """What a shard is called in messages."""
+        """Return the name of a shard for messages."""
         ...
 
     def identity(self) -> str:
-        """What must be the same for a position in this text to mean the same."""
+        """Return the identity of the text: positions are valid only in a text of the same identity."""
         ...
 
 
 def chained(digest: str | None, record: bytes) -> str | None:
-    """Return the digest of a text and one more ``record``: SHA-256 of the digest so far and the record.
+    """Return the digest of a text extended by one ``record``: SHA-256 of the previous digest and the record.
 
-    A chain can be continued from its last link: a reader that starts amid a file need not read what comes before.
-    The digest of no record is the empty string; what is not known (a checkpoint of an earlier version does not say
-    it) stays None.
+    A chain can be continued from its last digest: a reader that starts in the middle of a file need not read what comes
+    before. The digest of zero records is the empty string; an unknown digest (as in checkpoints of earlier versions)
+    stays None.
     """
     return None if digest is None else hashlib.sha256(digest.encode() + b"\n" + record).hexdigest()
 
 
 def digest_in(state: State | None) -> str | None:
-    """Return the digest of what comes before ``state``; None if the state does not say it."""
+    """Return the digest of everything before ``state``; None if the state has none."""
     found = state.get("digest") if state else ""
     return found if isinstance(found, str) else None
 
 
 class Reading(Iterator[Document]):
-    """What is read of a shard, and, behind its last document, what the reader returned.
+    """Iterator over the documents of a shard that keeps the return value of the reader.
 
     Attributes:
-        digest: Of the whole shard, once it is read to its end; None before, or if the reader does not know it.
+        digest: Digest of the whole shard, once it is read to its end; None before, or if the reader does not know it.
     """
 
     def __init__(self, documents: Iterator[Document]) -> None:
-        """Take what :meth:`Shards.read` gave."""
+        """Wrap the result of :meth:`Shards.read`."""
         self._documents = iter(documents)
         self.digest: str | None = None
 
     def __next__(self) -> Document:
-        """The next document."""
+        """Return the next document."""
         try:
             return next(self._documents)
         except StopIteration as end:
@@ -101,20 +101,20 @@ class Reading(Iterator[Document]):
 
 
 def hashed(*parts: int) -> int:
-    """A 64-bit number that depends on ``parts`` alone, on every machine and in every version."""
+    """Hash ``parts`` to a 64-bit number, the same on every machine and in every version."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def in_share(share: Share, shard: int, ordinal: int) -> bool:
-    """Whether document ``ordinal`` of ``shard`` belongs to ``share``."""
+    """Return whether document ``ordinal`` of ``shard`` belongs to ``share``."""
     if share == "all":
         return True
     return (hashed(shard, ordinal) % HELD_OUT_ONE_IN == 0) == (share == "held_out")
 
 
 def decoded(raw: bytes) -> tuple[str, bool]:
-    """``raw`` as text, and whether it had to be mended: invalid UTF-8 and NUL become U+FFFD."""
+    """Decode ``raw``, replacing invalid UTF-8 and NUL by U+FFFD; return the text and whether anything was replaced."""
     try:
         return mended(raw.decode())
     except UnicodeDecodeError:
@@ -122,7 +122,7 @@ def decoded(raw: bytes) -> tuple[str, bool]:
 
 
 def mended(text: str) -> tuple[str, bool]:
-    """``text`` without NUL characters and lone surrogates, which tokenizers refuse, and whether it had any."""
+    """Replace NUL and lone surrogates, which tokenizers refuse, by U+FFFD; return the text and whether it had any."""
     whole = text.replace("\0", "\ufffd")
     if not whole.isascii():
         try:
@@ -133,16 +133,16 @@ def mended(text: str) -> tuple[str, bool]:
 
 
 def warn(message: str) -> None:
-    """Warn once for all readers: they walk the same text, so the first worker of rank zero speaks for all."""
+    """Warn once for all readers: they read the same text, so only the first worker of rank zero warns."""
     worker = get_worker_info()
     if worker is None or worker.id == 0:
         rank_zero_warn(message)
 
 
 class Blemishes:
-    """What is wrong with single records of a file: skipped or mended, counted, and said.
+    """Counter of the invalid records of a file, which are skipped or repaired.
 
-    The first of each kind is said at once, with its place, the number of them at the end of the file.
+    The first of each kind is reported at once, with its position; their number is reported at the end of the file.
     """
 
     def __init__(self, file: str, unit: str) -> None:
@@ -153,7 +153,7 @@ class Blemishes:
         self._counts: dict[str, int] = {}
 
     def note(self, ordinal: int, kind: str, detail: str = "", *, skipped: bool) -> None:
-        """Record ``ordinal`` (from 0) is of ``kind``: left out, or mended and used."""
+        """Count record ``ordinal`` (from 0) as one of ``kind``: skipped, or repaired and used."""
         what = f"{self.unit} {ordinal + 1} {kind}{f' ({detail})' if detail else ''}"
         if skipped:
             self.skipped += 1
@@ -163,7 +163,7 @@ class Blemishes:
         self._counts[kind] = self._counts.get(kind, 0) + 1
 
     def total(self) -> None:
-        """Say how many there were, at the end of the file."""
+        """Report the number of records of each kind, at the end of the file."""
         for kind, count in self._counts.items():
             if count > 1:
                 warn(f"{self.file}: {count} {self.unit}s like this: {self.unit} {kind}.")

@@ -1,4 +1,4 @@
-"""Text from a dataset on the Hugging Face hub, streamed: nothing is downloaded whole."""
+"""Stream text from a dataset on the Hugging Face hub, without downloading it as a whole."""
 
 import os
 import time
@@ -14,18 +14,18 @@ DEFAULT_CONFIGS = {"allenai/c4": "en"}
 TRIES = 5
 FIRST_PAUSE = 2.0  # seconds, doubled at every further try
 _ROWS = 64
-# Their errors do not all derive from OSError.
+# Packages whose errors do not all derive from OSError.
 _NETWORK_PACKAGES = {"aiohttp", "fsspec", "httpcore", "httpx", "httpx2", "huggingface_hub", "requests", "urllib3"}
 
 
 class HubDataset:
-    """One split of a hub dataset, in the shards it is stored in.
+    """Split of a hub dataset, in its stored shards.
 
-    The shards are read in this project's own order and one at a time, without the shuffle buffer of
+    The shards are read one at a time in an order defined by this project, without the shuffle buffer of
     ``datasets``, whose rows a resumed run would lose.
 
-    Every state carries the digest of the rows before it (:func:`.documents.chained`). What a run has read is not
-    fetched again to compare it: a resumed run compares dataset, config, split and the document it goes on with.
+    Every state has the digest of the rows before it (:func:`.documents.chained`). The rows that a run has read are not
+    fetched again for comparison: a resumed run compares dataset, config, split and the document at its position.
 
     Args:
         dataset: Hub id.
@@ -33,7 +33,7 @@ class HubDataset:
         split: Split.
         text_column: Column of the text.
         share: Part of the split to read.
-        sleep: Called with the seconds to wait before another try.
+        sleep: Function called with the seconds to wait before another try.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class HubDataset:
         self._opened: tuple[int, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the open dataset: every process opens its own."""
+        """Return the state without the open dataset: every process opens its own."""
         return {**self.__dict__, "_opened": None}
 
     def __len__(self) -> int:
-        """The number of shards.
+        """Return the number of shards.
 
         Raises:
             UserError: The dataset cannot be reached, or has no such config, split or column.
@@ -68,23 +68,23 @@ class HubDataset:
         return int(self._open().num_shards)
 
     def identity(self) -> str:
-        """Dataset, config and split."""
+        """Return dataset, config and split."""
         return self.name
 
     def digest(self, shard: int, until: State | None) -> None:
-        """Not known: nothing is fetched a second time."""
+        """Return None: rows are never fetched a second time."""
 
     def shard_name(self, shard: int) -> str:
-        """The dataset, and the number of the shard."""
+        """Return the dataset and the number of the shard."""
         return f"{self.name}, shard {shard}"
 
     def read(self, shard: int, state: State | None) -> Generator[Document, None, str | None]:
-        """The documents of ``shard``, from ``state`` on; network faults are retried from where they struck.
+        """Yield the documents of ``shard`` from ``state`` on, and return the shard's digest.
 
-        Returns the digest of the shard.
+        After a network error the reader retries from the same position.
 
         Raises:
-            UserError: The network stays away, or the data cannot be read; with the position.
+            UserError: The network does not recover, or the data cannot be read; the message has the position.
         """
         here: State = dict(state) if state else {"reader": None, "skip": 0, "row": 0, "digest": ""}
         tries = 0
@@ -103,20 +103,20 @@ class HubDataset:
                 if isinstance(error, UserError):
                     raise
                 place = f"{self.name}, shard {shard}, row {here['row']}"
-                if not _is_network_fault(error):
-                    raise UserError(f"{place}: the data cannot be read ({_told(error)}).") from error
+                if not _is_network_error(error):
+                    raise UserError(f"{place}: the data cannot be read ({_short(error)}).") from error
                 tries += 1
                 if tries == TRIES:
                     raise UserError(
-                        f"{place}: the network failed {TRIES} times in a row ({_told(error)}). Resume from the last "
+                        f"{place}: the network failed {TRIES} times in a row ({_short(error)}). Resume from the last "
                         "checkpoint when it is back (--ckpt_path), or pass local files: --data.text FILE.jsonl."
                     ) from error
                 pause = FIRST_PAUSE * 2 ** (tries - 1)
-                warn(f"{place}: {_told(error)}; next try in {pause:.0f} s.")
+                warn(f"{place}: {_short(error)}; next try in {pause:.0f} s.")
                 self.sleep(pause)
 
     def _read_once(self, shard: int, state: State) -> Iterator[tuple[Document | None, State]]:
-        """Documents of the share (None for a row outside it), each with the state behind it."""
+        """Yield the documents of the share (None for a row outside it), each with the state after it."""
         dataset = self._open()
         part = dataset.shard(num_shards=dataset.num_shards, index=shard)
         if state["reader"] is not None:
@@ -127,13 +127,13 @@ class HubDataset:
             if self.text_column not in rows:
                 raise self._no_column(list(rows))
             texts = rows[self.text_column]
-            behind = part.state_dict()
+            next_reader = part.state_dict()
             for index in range(skip, len(texts)):
                 ordinal, row = row, row + 1
                 digest = chained(digest, repr(texts[index]).encode(errors="surrogatepass"))
                 last = index + 1 == len(texts)
                 after = {
-                    "reader": behind if last else reader,
+                    "reader": next_reader if last else reader,
                     "skip": 0 if last else index + 1,
                     "row": row,
                     "digest": digest,
@@ -143,9 +143,9 @@ class HubDataset:
                     continue
                 if not isinstance(texts[index], str | None):
                     found = type(texts[index]).__name__
-                    raise UserError(f"{self.name}: column {self.text_column!r} holds {found} and no text.")
+                    raise UserError(f"{self.name}: column {self.text_column!r} has {found}, not text.")
                 yield Document(mended(texts[index] or "")[0], after), after
-            reader, skip = behind, 0
+            reader, skip = next_reader, 0
 
     def _open(self) -> Any:
         # A worker forked from this process must not share its connections.
@@ -159,13 +159,13 @@ class HubDataset:
         try:
             dataset = datasets.load_dataset(self.dataset, self.config_name, split=self.split, streaming=True)
         except Exception as error:
-            if _is_network_fault(error):
+            if _is_network_error(error):
                 raise UserError(
-                    f"The dataset {self.dataset!r} could not be reached ({_told(error)}), and there is no local "
+                    f"The dataset {self.dataset!r} could not be reached ({_short(error)}), and there is no local "
                     "file of that name. Pass local files instead: --data.text FILE.jsonl."
                 ) from error
             raise UserError(
-                f"The dataset {self.name} cannot be opened ({_told(error)}). "
+                f"The dataset {self.name} cannot be opened ({_short(error)}). "
                 "Choose with --data.config_name and --data.split, or pass local files: --data.text FILE.jsonl."
             ) from error
         if dataset.column_names is None:
@@ -177,17 +177,17 @@ class HubDataset:
     def _no_column(self, columns: list[str]) -> UserError:
         return UserError(
             f"{self.name} has no column {self.text_column!r}; it has: {listing([shown(c) for c in columns])}. "
-            "Name the one with the text with --data.text_column."
+            "Name the column of the text with --data.text_column."
         )
 
 
-def _is_network_fault(error: BaseException) -> bool:
+def _is_network_error(error: BaseException) -> bool:
     if isinstance(error, OSError | EOFError):
         return True
     return any(base.__module__.partition(".")[0] in _NETWORK_PACKAGES for base in type(error).__mro__)
 
 
-def _told(error: BaseException) -> str:
-    """The message of ``error`` in one line of bearable length."""
+def _short(error: BaseException) -> str:
+    """Return the message of ``error`` as one line of bounded length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."

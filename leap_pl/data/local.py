@@ -1,4 +1,4 @@
-"""Text in local files: JSON lines, Parquet and plain text, read from any position, never held whole."""
+"""Read text from local files, JSON lines, Parquet and plain text, from any position and in bounded memory."""
 
 import gzip
 import json
@@ -29,32 +29,32 @@ from leap_pl.inputs.reading import check_regular, open_regular
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".txt")
 TEXT_PART_BYTES = 1 << 18
-LONGEST_LINE = 1 << 26  # bytes: a line is held whole, and parsed, which may take thirty times as much
+LONGEST_LINE = 1 << 26  # bytes: a line is parsed as a whole, which may take thirty times as much memory
 _BOM = b"\xef\xbb\xbf"
 
 Documents = Generator[Document, None, str | None]
-"""What is read of a file; its digest is returned."""
+"""Generator of a file's documents that returns its digest."""
 
 
 class LocalFiles:
     """Local files as the shards of a text.
 
     ``.jsonl``, ``.json`` (each also with ``.gz``): one JSON object a line, the text under ``text_column``.
-    ``.parquet``: one document a row. ``.txt``: the whole file is one running text, read in parts and cut
-    at line ends. Lines that are no JSON object with a text are skipped, counted and said; invalid UTF-8
+    ``.parquet``: one document a row. ``.txt``: the whole file is one document, read in parts that are cut
+    at line ends. Lines without a JSON object with a text are skipped, counted and reported; invalid UTF-8
     and NUL become U+FFFD.
 
-    Which documents are held out follows from their place (file in the list, line or row) alone, so it is
-    the same in every run and for every seed. Of a ``.txt`` file the last twentieth is held out.
+    Whether a document is held out depends only on its place (file in the list, line or row), so it is the same in
+    every run and for every seed. Of a ``.txt`` file the last twentieth is held out.
 
-    Every state carries a digest of the file before it, a SHA-256 chain (:func:`.documents.chained`) over what is
-    stored, whatever becomes of it: the lines of a JSON file as they are once decompressed, the values of a Parquet
-    column, the parts of the share of a ``.txt`` file. So two files have one digest only if every document read from
-    them is the same and lies at the same place, and their names and dates do not matter. To read a file again for
-    :meth:`digest` takes no parsing, and a second for some 300 MB of lines of 2 kB on one CPU core.
+    Every state has a digest of the file before it, a SHA-256 chain (:func:`.documents.chained`) over the stored
+    records, used or skipped: the decompressed lines of a JSON file, the values of a Parquet column, the parts of the
+    share of a ``.txt`` file. So two files have the same digest only if all documents read from them are the same and in
+    the same places; names and dates do not matter. :meth:`digest` does no parsing, and reads about 300 MB a second of
+    lines of 2 kB on one CPU core.
 
     Args:
-        files: The files, in the order that counts.
+        files: Files, in the order that defines their shard numbers.
         text_column: Column or key of the text.
         share: Part of the text to read.
     """
@@ -67,24 +67,24 @@ class LocalFiles:
         self.name = listing([str(file) for file in files], most=3)
 
     def __len__(self) -> int:
-        """The number of files."""
+        """Return the number of files."""
         return len(self.files)
 
     def identity(self) -> str:
-        """Names without folders, and sizes, for messages; whether it is the same text, :meth:`digest` tells."""
+        """Return file names without folders, and sizes, for messages; :meth:`digest` compares the text itself."""
         named = [f"{file.name} ({file.stat().st_size} bytes)" for file in self.files]
         if len(named) <= 8:
             return ", ".join(named)
         return f"{listing(named, most=8)} (digest {hashed(*map(zlib.crc32, map(str.encode, named))):016x})"
 
     def shard_name(self, shard: int) -> str:
-        """The file's path."""
+        """Return the path of the file."""
         return str(self.files[shard])
 
     def digest(self, shard: int, until: State | None) -> str | None:
-        """Read file ``shard`` up to the state ``until``, or to its end, and return the digest of it.
+        """Read file ``shard`` up to the state ``until``, or to its end, and return its digest.
 
-        The digest is another one if ``until`` is no place at which a document ends, or is behind the file's end.
+        If ``until`` is not the end of a document, or is after the end of the file, the digest does not match.
 
         Raises:
             UserError: The file cannot be read.
@@ -101,11 +101,11 @@ class LocalFiles:
         return digest
 
     def read(self, shard: int, state: State | None) -> Documents:
-        """The documents of file ``shard``, from ``state`` on; returns the file's digest.
+        """Yield the documents of file ``shard`` from ``state`` on, and return the file's digest.
 
         Raises:
-            UserError: The file cannot be read, is corrupt or cut short, has no ``text_column``, or holds
-                nothing that can be used.
+            UserError: The file cannot be read, is damaged or truncated, has no ``text_column``, or contains no usable
+                record.
         """
         file = self.files[shard]
         readers: dict[str, Callable[[int, Path, State], Documents]]
@@ -159,16 +159,16 @@ class LocalFiles:
         return digest
 
     def _checked(self, value: Any, ordinal: int, blemishes: Blemishes) -> str | None:
-        """The text of a record; None where the record has something else in its place."""
+        """Return the text of a record; None, reported, if its value is not a text."""
         if value is None:
             return ""
         if not isinstance(value, str | bytes):
-            kind = f"has {type(value).__name__} and no text under {self.text_column!r}"
+            kind = f"has {type(value).__name__}, not text, under {self.text_column!r}"
             blemishes.note(ordinal, kind, skipped=True)
             return None
         text, was_mended = decoded(value) if isinstance(value, bytes) else mended(value)
         if was_mended:
-            blemishes.note(ordinal, "holds NUL, invalid UTF-8 or lone surrogates", skipped=False)
+            blemishes.note(ordinal, "has NUL, invalid UTF-8 or lone surrogates", skipped=False)
         return text
 
     def _read_parquet(self, shard: int, file: Path, state: State) -> Documents:
@@ -194,14 +194,14 @@ class LocalFiles:
         with open_regular(file) as handle:
             first, last = _share_of_text(handle, file.stat().st_size, self.share)
             for byte, raw in _parts(file, handle, state.get("byte", first), last):
-                digest, behind = chained(digest, raw), byte + len(raw)
+                digest, next_byte = chained(digest, raw), byte + len(raw)
                 text, was_mended = decoded(raw.removeprefix(_BOM) if byte == 0 else raw)
                 if was_mended:
                     ordinal = (byte - first) // TEXT_PART_BYTES
-                    blemishes.note(ordinal, "holds NUL or invalid UTF-8", f"from byte {byte} on", skipped=False)
-                ends = behind >= last
+                    blemishes.note(ordinal, "has NUL or invalid UTF-8", f"from byte {byte} on", skipped=False)
+                ends = next_byte >= last
                 part = not (ends and byte == first)
-                yield Document(text, {"byte": behind, "digest": digest}, part=part, ends=ends)
+                yield Document(text, {"byte": next_byte, "digest": digest}, part=part, ends=ends)
         blemishes.total()
         return digest
 
@@ -211,12 +211,12 @@ class LocalFiles:
 
 
 def _parts(file: Path, handle: IO[bytes], byte: int, last: int) -> Iterator[tuple[int, bytes]]:
-    """The parts in which a text file is read from ``byte`` to ``last``, each with its first byte's place."""
+    """Yield the parts of a text file from ``byte`` to ``last``, each with the offset of its first byte."""
     while byte < last:
         handle.seek(byte)
         raw = handle.read(min(TEXT_PART_BYTES, last - byte))
         if not raw:
-            raise UserError(f"{file} became shorter while it was read.")
+            raise UserError(f"{file} became shorter while being read.")
         if byte + len(raw) < last:
             raw = raw[: _cut(raw)]
         yield byte, raw
@@ -224,7 +224,7 @@ def _parts(file: Path, handle: IO[bytes], byte: int, last: int) -> Iterator[tupl
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """The records of a file of lines, each with its first byte's place."""
+    """Yield the records of a file of lines, each with the offset of its first byte."""
     byte = 0
     with _opened(file) as handle:
         while raw := handle.readline(LONGEST_LINE):
@@ -234,17 +234,17 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _record(raw: bytes, rest: int) -> bytes:
-    """What a line counts for in a digest; of one that is too long, its beginning and its length."""
+    """Return the bytes of a line that enter the digest; for a line that is too long, its beginning and length."""
     return raw if not rest else raw + f"and {rest} bytes".encode()
 
 
 def _stored(value: Any) -> bytes:
-    """What a value of a Parquet column counts for in a digest."""
+    """Return the bytes of a Parquet value that enter the digest."""
     return value if isinstance(value, bytes) else repr(value).encode(errors="surrogatepass")
 
 
 def _skip_rest(handle: IO[bytes], raw: bytes, textless: Textless | None = None) -> int:
-    """Read on to the end of a line that is too long; how many bytes that were."""
+    """Read to the end of a line that is too long; return the number of skipped bytes."""
     skipped = 0
     while len(raw) == LONGEST_LINE and not raw.endswith(b"\n"):
         raw = handle.readline(LONGEST_LINE)
@@ -255,21 +255,21 @@ def _skip_rest(handle: IO[bytes], raw: bytes, textless: Textless | None = None) 
 
 
 def _parsed(raw: bytes, ordinal: int, blemishes: Blemishes) -> dict[str, Any] | None:
-    """The JSON object in a line; None for an empty line and, noted, for one that holds no object."""
+    """Return the JSON object in a line; None for an empty line and, reported, for a line without an object."""
     if not raw.strip():
         return None
     try:
         line = raw.decode()
     except UnicodeDecodeError:
         line = raw.decode(errors="replace")
-        blemishes.note(ordinal, "holds invalid UTF-8", skipped=False)
+        blemishes.note(ordinal, "has invalid UTF-8", skipped=False)
     try:
         record = json.loads(line, strict=False)  # strict would refuse raw control characters in a text
     except (ValueError, RecursionError) as error:
-        blemishes.note(ordinal, "is no JSON", _first_line(error), skipped=True)
+        blemishes.note(ordinal, "is not JSON", _first_line(error), skipped=True)
         return None
     if not isinstance(record, dict):
-        blemishes.note(ordinal, "is no JSON object", skipped=True)
+        blemishes.note(ordinal, "is not a JSON object", skipped=True)
         return None
     return record
 
@@ -282,7 +282,7 @@ def _opened(file: Path) -> IO[bytes]:
 
 
 class _Unpacked(gzip.GzipFile):
-    """A gzip file that closes what it reads from."""
+    """Gzip file that closes its underlying file."""
 
     def __init__(self, packed: IO[bytes]) -> None:
         super().__init__(fileobj=packed, mode="rb")
@@ -294,7 +294,7 @@ class _Unpacked(gzip.GzipFile):
 
 
 def _share_of_text(handle: IO[bytes], size: int, share: Share) -> tuple[int, int]:
-    """First byte of ``share`` in a text file of ``size`` bytes, and the byte behind its last."""
+    """Return the range of ``share`` in a text file of ``size`` bytes: its first byte, and the one after its last."""
     if share == "all":
         return 0, size
     border = size - size // HELD_OUT_ONE_IN
@@ -304,16 +304,16 @@ def _share_of_text(handle: IO[bytes], size: int, share: Share) -> tuple[int, int
 
 
 def _cut(raw: bytes, *, forward: bool = False) -> int:
-    """Where to cut ``raw``: before its last (``forward``: first) line end, else before a space, else a character.
+    """Return where to cut ``raw``: before its last (``forward``: first) line end, else a space, else a character.
 
-    A cut before the white space and not behind it leaves the space to the word that follows, as tokenizers do.
+    Cutting before the white space leaves it to the word that follows, as tokenizers do.
     """
     for mark in (b"\n", b" "):
         at = raw.find(mark, 1) if forward else raw.rfind(mark, 1)
         if at > 0:
             return at
     at = 0 if forward else len(raw) - 1
-    # Bytes 10xxxxxx continue a character; four of them in a row are no UTF-8, whatever the cut.
+    # Bytes 10xxxxxx continue a character; four of them in a row are not UTF-8, whatever the cut.
     while 0 <= at < len(raw) and raw[at] & 0xC0 == 0x80 and (at < 4 if forward else at > len(raw) - 4):
         at += 1 if forward else -1
     return at if forward else max(at, 1)
@@ -324,7 +324,7 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{file} is no intact gzip file ({_first_line(error)}). Fetch it again.") from error
+        raise UserError(f"{file} is not a valid gzip file ({_first_line(error)}). Fetch it again.") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or _first_line(error)}).") from error
 

@@ -1,4 +1,4 @@
-"""Documents to blocks: tokenized, joined by a separator, cut to one length, nothing padded, nothing lost."""
+"""Pack documents into blocks: tokenize, join with a separator and cut to one length, without padding or loss."""
 
 import hashlib
 import json
@@ -17,25 +17,25 @@ _BATCH_PIECES = 64
 
 
 class Position(TypedDict):
-    """The place of a token in the stream, in plain Python: everything before it has been used.
+    """Position of a token in the stream, in plain Python: everything before it has been used.
 
-    What was read is told by digests: ``digests`` of the shards that were read to their ends (of
-    :class:`.source.Place`), that in ``state`` of what comes before the document in its shard, and ``document`` of the
-    document itself. Together they are small, and say of every byte that was read what it was.
+    Digests identify everything that was read: ``digests`` the shards that were read to their ends (see
+    :class:`.source.Place`), the digest in ``state`` the part of the shard before the document, and ``document`` the
+    document itself. They are small, and together cover every byte that was read.
     """
 
-    number: int  # of the pass over the text
-    turn: int  # of the shard in the order of the pass
-    state: State | None  # of the reader, where the document begins
-    character: int  # of the document, where the tokenized piece begins
+    number: int  # pass over the text
+    turn: int  # index of the shard in the order of the pass
+    state: State | None  # state of the reader at the beginning of the document
+    character: int  # offset of the tokenized piece in the document
     token: int  # tokens of the piece that have been used
-    shards: int  # of the text, since their order depends on it
-    digests: list[str | None]  # by shard: None where it was not read to its end, "" where it was and is not known
+    shards: int  # number of shards of the text, since their order depends on it
+    digests: list[str | None]  # by shard: None if not read to its end, "" if read to its end with unknown digest
     document: str  # SHA-256 of the document's text, or of the part of it that was read at once
 
 
 class Block(NamedTuple):
-    """One block of the stream."""
+    """Block of the stream."""
 
     tokens: list[int]  # seq_length of them
     after: Position
@@ -50,10 +50,10 @@ class _Piece(NamedTuple):
 
 
 class BlockStream:
-    """The one sequence of blocks that a text, a tokenizer, a block length and a seed make.
+    """Deterministic sequence of blocks defined by a text, a tokenizer, a block length and a seed.
 
-    Documents are tokenized without special tokens, the separator follows each, and the stream of tokens is
-    cut every ``seq_length``. The rest of one pass over the text begins the next pass. A document of more
+    Documents are tokenized without special tokens, each is followed by the separator, and the stream of tokens is
+    cut every ``seq_length`` tokens. The remainder of a pass over the text begins the next pass. A document of more
     than 262,144 characters is tokenized in pieces, cut before white space, so that its length costs time
     but no memory.
 
@@ -61,17 +61,18 @@ class BlockStream:
         source: The text.
         tokenizer: A transformers tokenizer.
         seq_length: Tokens in a block.
-        separator: ``end_token``: the tokenizer's, as in pretraining. ``blank_line``: as perplexity is measured.
+        separator: ``end_token`` is the tokenizer's end token, as in pretraining; ``blank_line`` is a blank line, as in
+            measurements of perplexity.
 
     Raises:
-        UserError: The tokenizer has no end token, and that was to be the separator.
+        UserError: The separator is the end token, and the tokenizer has none.
     """
 
     def __init__(self, source: TextSource, tokenizer: Any, seq_length: int, separator: Separator = "end_token") -> None:
         if separator == "end_token" and tokenizer.eos_token_id is None:
             raise UserError(
                 f"The tokenizer {tokenizer.name_or_path or 'given'} has no end token, and packed documents are "
-                'separated by it. Name one in its tokenizer_config.json, such as "eos_token": "</s>", or set '
+                'separated by it. Set one in its tokenizer_config.json, such as "eos_token": "</s>", or set '
                 "--data.separator blank_line."
             )
         self.source = source
@@ -84,11 +85,11 @@ class BlockStream:
         )
 
     def blocks(self, start: Position | None = None, *, repeat: bool = True) -> Iterator[Block]:
-        """The blocks from ``start`` on: without end, or those of one pass, whose last tokens may fill none.
+        """Yield the blocks from ``start`` on: forever, or those of one pass, whose last incomplete block is dropped.
 
         Raises:
-            UserError: The text cannot be read, or a whole pass of it does not fill one block, or ``start``
-                belongs to a text in another number of shards.
+            UserError: The text cannot be read, or a whole pass does not fill one block, or ``start`` belongs to a text
+                with a different number of shards.
         """
         shards = self._shards_of(start)
         block: list[int] = []
@@ -100,7 +101,7 @@ class BlockStream:
             if piece.place.number != number:
                 self._end_of_pass(of_pass, whole_pass)
                 if number == 0:
-                    warn(f"{self.source.name} has been read to its end, and the run goes on: the text repeats.")
+                    warn(f"{self.source.name} has been read to its end, and the run continues: the text repeats.")
                 number, of_pass, whole_pass = piece.place.number, 0, True
             of_pass += len(tokens)
             used, skip = skip, 0
@@ -114,12 +115,12 @@ class BlockStream:
         self._end_of_pass(of_pass, whole_pass)
 
     def check_unchanged(self, position: Position) -> None:
-        """Make sure that what was read up to ``position`` is what a run from the beginning would read now.
+        """Check that the text up to ``position`` is unchanged since the run read it.
 
-        Of local files all that was read is compared, of a hub dataset the document at the position.
+        For local files everything that was read is compared, for a hub dataset the document at the position.
 
         Raises:
-            UserError: It is another text, or in another number of shards, or it cannot be read.
+            UserError: The text or the number of its shards has changed, or it cannot be read.
         """
         self._shards_of(position)
         place = _place(position)
@@ -130,10 +131,10 @@ class BlockStream:
             raise self.source.changed(shard, "in the document in which the run was stopped")
 
     def with_digests(self, position: Position) -> Position:
-        """Add to a ``position`` of an earlier version the digests of the text as it is now.
+        """Return ``position``, written by an earlier version, with the digests of the current text.
 
         Raises:
-            UserError: The text is in another number of shards, or it cannot be read.
+            UserError: The number of shards has changed, or the text cannot be read.
         """
         self._shards_of(position)
         place = self.source.with_digests(_place(position))
@@ -142,12 +143,12 @@ class BlockStream:
         return Position(**{**position, **added})  # type: ignore[typeddict-item]
 
     def _shards_of(self, position: Position | None) -> int:
-        """How many shards there are, as many as where ``position`` comes from."""
+        """Return the number of shards; raise a UserError if it differs from that of ``position``."""
         shards = len(self.source.shards)
         if position is not None and position["shards"] != shards:
             raise UserError(
                 f"{self.source.name} is in {shards} shards now and was in {position['shards']} when the run was "
-                "stopped, so the run cannot go on where it was. Use the text as it was."
+                "stopped, so that the run cannot be resumed. Restore the text as it was."
             )
         return shards
 
@@ -167,7 +168,7 @@ class BlockStream:
             character = 0
 
     def _tokenized(self, pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, list[int]]]:
-        """Tokenize a few pieces at a time, which is several times as fast as one by one."""
+        """Tokenize several pieces at a time, which is several times as fast as one by one."""
         failure: UserError | None = None
         exhausted = False
         while not (exhausted or failure):
@@ -180,7 +181,7 @@ class BlockStream:
             except StopIteration:
                 exhausted = True
             except UserError as error:
-                failure = error  # first what was read before it
+                failure = error  # raised after the pieces that were read before it
             if not batch:
                 continue
             encoded = self.tokenizer(
@@ -211,7 +212,7 @@ def _position(piece: _Piece, token: int, shards: int) -> Position:
 
 
 def _place(position: Position) -> Place:
-    """Where the document of ``position`` begins; one of an earlier version says no digests."""
+    """Return the place where the document of ``position`` begins; positions of earlier versions have no digests."""
     return Place(position["number"], position["turn"], position["state"], tuple(position.get("digests", ())))
 
 
@@ -220,9 +221,9 @@ def _digest(document: Document) -> str:
 
 
 def digest_of_text(position: Position | None) -> str | None:
-    """Return one digest of all that was read up to ``position``, SHA-256 of its digests.
+    """Return one digest of all text read up to ``position``, the SHA-256 of its digests.
 
-    None where nothing was read, or where the digest of a part of it is not known.
+    None if nothing was read, or if the digest of a part is unknown.
     """
     if position is None:
         return None
@@ -234,10 +235,10 @@ def digest_of_text(position: Position | None) -> str | None:
 
 
 def _cut(place: Place, document: Document, character: int) -> Iterator[_Piece]:
-    """The pieces of ``document`` from ``character`` on, where an earlier piece of it ended."""
+    """Yield the pieces of ``document`` from ``character`` on, where an earlier piece of it ended."""
     text, digest = document.text, _digest(document)
     while len(text) - character > PIECE_CHARACTERS:
-        # From the middle on, so that every piece is long; before the white space, which belongs to the next word.
+        # After the middle, so that every piece is long; before the white space, which belongs to the next word.
         middle, most = character + PIECE_CHARACTERS // 2, character + PIECE_CHARACTERS
         cut = text.rfind("\n", middle, most)
         cut = cut if cut > 0 else text.rfind(" ", middle, most)

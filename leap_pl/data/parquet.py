@@ -1,4 +1,4 @@
-"""The column of a Parquet file that holds the text, read in batches that fit in memory, whatever the file asks for."""
+"""Read the text column of a Parquet file in batches that fit in memory, whatever sizes the file declares."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,15 +10,15 @@ from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.reading import open_regular
 
 _BATCH_ROWS = 64
-_BATCH_BYTES = 1 << 28  # rows are read so few at a time that they take no more, however long the longest is
+_BATCH_BYTES = 1 << 28  # upper bound of a batch, even if all its rows are as long as the longest one can be
 
 
 def column_values(file: Path, column: str, start: int) -> Iterator[tuple[int, Any]]:
     """Yield the values of ``column`` from row ``start`` on, each with the number of its row.
 
     Raises:
-        UserError: There is no such column, or more than one, or it holds no text; or the file is damaged, or a page
-            of it is too large.
+        UserError: The column is missing, duplicate or not text; or the file is damaged, or has a page that is too
+            large.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -38,7 +38,7 @@ def column_values(file: Path, column: str, start: int) -> Iterator[tuple[int, An
                     if pa.types.is_dictionary(values.type):
                         values = values.dictionary_decode()
                     if not pa.types.is_null(values.type):
-                        values = values.cast(pa.large_binary())  # so that invalid UTF-8 can be mended
+                        values = values.cast(pa.large_binary())  # so that invalid UTF-8 can be repaired
                     for value in values.to_pylist():
                         ordinal, row = row, row + 1
                         if ordinal >= start:
@@ -47,11 +47,11 @@ def column_values(file: Path, column: str, start: int) -> Iterator[tuple[int, An
         raise
     except (pa.ArrowException, OSError, MemoryError, ValueError, OverflowError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file} is no intact Parquet file ({reason}). Fetch it again.") from error
+        raise UserError(f"{file} is not a valid Parquet file ({reason}). Fetch it again.") from error
 
 
 def _check_column(file: Path, column: str, schema: Any) -> None:
-    """Make sure that there is one column of this name, and that it holds texts."""
+    """Check that there is exactly one column of this name, and that it contains text."""
     import pyarrow as pa
 
     found = [field for field in schema if field.name == column]
@@ -69,16 +69,16 @@ def _check_column(file: Path, column: str, schema: Any) -> None:
         pa.types.is_null,
     )
     if len(found) > 1 or not any(is_text(kind) for is_text in of_text):
-        what = f"{len(found)} times" if len(found) > 1 else f"with {shown(str(kind))} and no text"
+        what = f"{len(found)} times" if len(found) > 1 else f"with {shown(str(kind))}, not text"
         raise UserError(
             f"{file} has the column {column!r} {what}; it has: {listing([shown(name) for name in schema.names])}. "
-            "Name the one with the text with --data.text_column."
+            "Name the column of the text with --data.text_column."
         )
 
 
 def no_column(file: Path, column: str, columns: list[str]) -> UserError:
-    """Return what to say of a file without the ``column`` of the text, and with other ``columns``."""
+    """Return the error for a file that has ``columns`` but not the text ``column``."""
     return UserError(
         f"{file} has no column {column!r}; it has: {listing([shown(c) for c in columns])}. "
-        "Name the one with the text with --data.text_column."
+        "Name the column of the text with --data.text_column."
     )

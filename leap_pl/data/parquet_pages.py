@@ -1,8 +1,8 @@
-"""What a column of a Parquet file asks for before it is read: the footer and the headers of its pages.
+"""Validate the footer and the page headers of a Parquet column before Arrow reads it.
 
-A page says how many bytes it unpacks to, and a dictionary how many values it holds; Arrow believes both, and allocates
-them before it has seen them. What the footer says of a column ends the process in Arrow where it is damaged, so that it
-is read here. The format is that of https://github.com/apache/parquet-format, in Thrift's compact protocol.
+A page header declares its unpacked size, and a dictionary its number of values; Arrow trusts both, and allocates the
+memory in advance. A damaged footer can crash the process in Arrow, so it is parsed here first. Format:
+https://github.com/apache/parquet-format, in Thrift's compact protocol.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from typing import IO, Any, NamedTuple
 from leap_pl.errors import UserError
 
 MOST_PAGE_BYTES = 1 << 30  # of one page of text, unpacked; writers aim at 1 MiB
-MOST_DICTIONARY_BYTES = 1 << 28  # of a dictionary, unpacked, whose values Arrow lays out beside it, 16 bytes each
+MOST_DICTIONARY_BYTES = 1 << 28  # of a dictionary, unpacked; Arrow allocates 16 more bytes for each value
 MOST_PAGES = 1 << 18  # in one column of one row group
-MOST_FOOTER_BYTES = 1 << 24  # one of 10,000 row groups of ten columns has some ten million
+MOST_FOOTER_BYTES = 1 << 24  # a footer for 10,000 row groups of ten columns has about ten million
 
-_HEADER_BYTES = 1 << 12  # of most headers; one with long statistics has more
+_HEADER_BYTES = 1 << 12  # enough for most headers; one with long statistics has more
 _MOST_HEADER_BYTES = 1 << 24
 _DEEPEST = 16
 _DICTIONARY_PAGE = 2
@@ -23,29 +23,29 @@ _LENGTH_PREFIX = 4  # bytes before each value of a dictionary
 
 
 class Page(NamedTuple):
-    """What the header of a page says of it."""
+    """Header of a page."""
 
     kind: int
     unpacked: int  # bytes
-    packed: int  # bytes, those that follow the header
+    packed: int  # bytes after the header
     values: int
 
 
 class Chunk(NamedTuple):
-    """The part of a column that lies in one row group."""
+    """Part of a column in one row group."""
 
     rows: int
-    start: int  # byte of the file at which its first page begins
+    start: int  # offset of its first page in the file
     length: int  # bytes
 
 
 def chunks(file: IO[bytes], column: str, name: str) -> list[Chunk]:
-    """Return where the column ``column``, one that is no part of another, lies in each row group.
+    """Return the chunk of the top-level column ``column`` in each row group.
 
     Args:
         file: The Parquet file.
         column: Name of the column.
-        name: What the file is called in messages.
+        name: Name of the file in messages.
 
     Raises:
         UserError: The footer is damaged, longer than ``MOST_FOOTER_BYTES``, or lacks the column.
@@ -57,8 +57,8 @@ def chunks(file: IO[bytes], column: str, name: str) -> list[Chunk]:
         raise _damaged(name, "its footer is longer than the file")
     if length > MOST_FOOTER_BYTES:
         raise UserError(
-            f"{name} has a footer of {length:,} bytes, and {MOST_FOOTER_BYTES:,} are read. Write it again with fewer "
-            "row groups or columns."
+            f"{name} has a footer of {length:,} bytes; at most {MOST_FOOTER_BYTES:,} are read. Write it again with "
+            "fewer row groups or columns."
         )
     file.seek(size - 8 - length)
     try:
@@ -67,29 +67,29 @@ def chunks(file: IO[bytes], column: str, name: str) -> list[Chunk]:
             raise TypeError
         return [_chunk(group, column.encode()) for group in groups]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, StopIteration) as error:
-        raise _damaged(name, "its footer makes no sense") from error
+        raise _damaged(name, "its footer is invalid") from error
 
 
 def _chunk(group: dict[int, Any], column: bytes) -> Chunk:
-    """What a row group says of a column. Anything is raised where the fields are not what they should be."""
-    # Of a column chunk, field 1 is another file that it lies in, and field 3 what is said of it.
-    told = next(chunk[3] for chunk in group[1] if chunk[3][3] == [column] and 1 not in chunk)
-    starts = [told[9], *([told[11]] if told.get(11) else [])]  # of the data, and of the dictionary before it
-    if min(*starts, told[7], group[3]) < 0:
+    """Return the chunk of a column in a row group; if the fields are invalid, any exception may be raised."""
+    # In a column chunk, field 1 is the path of another file that contains it, and field 3 its metadata.
+    metadata = next(chunk[3] for chunk in group[1] if chunk[3][3] == [column] and 1 not in chunk)
+    starts = [metadata[9], *([metadata[11]] if metadata.get(11) else [])]  # of the data, and of the dictionary before
+    if min(*starts, metadata[7], group[3]) < 0:
         raise ValueError
-    return Chunk(rows=int(group[3]), start=min(starts), length=int(told[7]))
+    return Chunk(rows=int(group[3]), start=min(starts), length=int(metadata[7]))
 
 
 def largest_page(file: IO[bytes], chunk: Chunk, name: str) -> int:
-    """Return the unpacked size of the largest page of a column chunk, in bytes, which no value in it exceeds.
+    """Return the unpacked size of the largest page of a column chunk in bytes, an upper bound of its values' sizes.
 
     Args:
         file: The Parquet file.
-        chunk: A part of a column of byte strings.
-        name: What the file is called in messages.
+        chunk: Part of a column of byte strings.
+        name: Name of the file in messages.
 
     Raises:
-        UserError: A page or a dictionary is larger than can be read, or cannot be what it says.
+        UserError: A page or a dictionary is too large to read, or declares impossible sizes.
     """
     largest = 0
     for number, page in enumerate(_pages(file, chunk, name)):
@@ -119,7 +119,7 @@ def _pages(file: IO[bytes], chunk: Chunk, name: str) -> Iterator[Page]:
 
 
 def _header(file: IO[bytes], start: int, name: str) -> tuple[Page, int]:
-    """The page whose header begins at byte ``start``, and the length of the header in bytes."""
+    """Read the page header at byte ``start``; return the page and the length of the header in bytes."""
     size = _HEADER_BYTES
     while True:
         file.seek(start)
@@ -130,7 +130,7 @@ def _header(file: IO[bytes], start: int, name: str) -> tuple[Page, int]:
             break
         except IndexError:
             if len(raw) < size or size >= _MOST_HEADER_BYTES:
-                raise _damaged(name, "the header of a page is cut short") from None
+                raise _damaged(name, "the header of a page is truncated") from None
             size *= 16
         except ValueError as error:
             raise _damaged(name, str(error)) from None
@@ -142,15 +142,15 @@ def _header(file: IO[bytes], start: int, name: str) -> tuple[Page, int]:
 
 
 def _damaged(name: str, reason: str) -> UserError:
-    return UserError(f"{name} is no intact Parquet file ({reason}). Fetch it again.")
+    return UserError(f"{name} is not a valid Parquet file ({reason}). Fetch it again.")
 
 
 class _Compact:
-    """A reader of Thrift's compact protocol: structs of numbers, byte strings, lists and structs.
+    """Reader of Thrift's compact protocol: structs of numbers, byte strings, lists and structs.
 
     Raises:
-        IndexError: The bytes end before what they begin.
-        ValueError: They are no such struct.
+        IndexError: The bytes are truncated.
+        ValueError: They are not such a struct.
     """
 
     def __init__(self, raw: bytes) -> None:
@@ -158,7 +158,7 @@ class _Compact:
         self.at = 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """The fields of a struct by number; None for what is of no use here."""
+        """Return the fields of a struct by number; None for fields of types that are not needed here."""
         fields: dict[int, Any] = {}
         number = 0
         while True:
@@ -171,7 +171,7 @@ class _Compact:
 
     def _value(self, kind: int, depth: int) -> Any:
         if depth > _DEEPEST:
-            raise ValueError("what it says of itself is nested too deeply")
+            raise ValueError("its metadata is nested too deeply")
         if kind in (4, 5, 6):
             return self._zigzag()
         if kind == 12:
@@ -185,11 +185,11 @@ class _Compact:
         elif kind in (9, 10):
             head = self._byte()
             count = self._varint() if head >> 4 == 15 else head >> 4
-            if count > len(self.raw):  # each takes a byte at least
+            if count > len(self.raw):  # each takes at least a byte
                 raise IndexError
             return [self._value(head & 15, depth + 1) for _ in range(count)]
         else:
-            raise ValueError("what it says of itself is damaged")
+            raise ValueError("its metadata is damaged")
         return None
 
     def _byte(self) -> int:
@@ -210,7 +210,7 @@ class _Compact:
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
-        raise ValueError("what it says of itself is damaged")
+        raise ValueError("its metadata is damaged")
 
     def _zigzag(self) -> int:
         value = self._varint()

@@ -1,4 +1,4 @@
-"""How long a run is: one epoch of the optimizer steps that were asked for, and no setting that says otherwise."""
+"""Length of a run: one epoch of the requested number of optimizer steps; conflicting trainer settings are refused."""
 
 from typing import TYPE_CHECKING
 
@@ -9,12 +9,14 @@ if TYPE_CHECKING:
 
 
 def check_run_length(trainer: "Trainer") -> None:
-    """Make sure that the trainer reads the stream of blocks once, from its beginning to the last step.
+    """Check that the trainer reads the stream of blocks once, from its beginning to the last step.
 
-    ``limit_val_batches`` may be anything: it validates on the first so many batches. So may ``max_epochs``, but for 0.
+    ``limit_val_batches`` may have any value: it limits validation to the first batches. So may ``max_epochs``, except
+    for 0.
 
     Raises:
-        UserError: A setting would read the same blocks again, or end the run before its last step, or there is none.
+        UserError: A setting would read the same blocks again or end the run before its last step, or ``max_steps`` is
+            not set.
     """
     if trainer.max_steps < 0:
         raise UserError(
@@ -24,13 +26,13 @@ def check_run_length(trainer: "Trainer") -> None:
     steps = "The length of a run is --trainer.max_steps, whatever the length of the text."
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise UserError(
-            "trainer.fast_dev_run would write a mask of its few steps where that of the run belongs. For a run to try, "
+            "trainer.fast_dev_run would write the mask of its few steps in place of that of the run. For a trial run, "
             "set --trainer.max_steps 1 --trainer.limit_val_batches 1 and another --checkpoint.dirpath."
         )
     overfit = trainer.overfit_batches  # type: ignore[attr-defined]
     if overfit:
         raise UserError(
-            f"trainer.overfit_batches is {overfit}, and would validate on the text that is trained on. "
+            f"trainer.overfit_batches is {overfit}, and would validate on the training text. "
             "Leave it out; to learn on little text, name a short one, which repeats: --data.text FILE.jsonl."
         )
     limit = trainer.limit_train_batches

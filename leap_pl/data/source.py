@@ -1,4 +1,4 @@
-"""A named text: found on disk or on the hub, and read pass after pass in a known order."""
+"""Find a text on disk or on the hub, and read it pass after pass in a deterministic order."""
 
 import glob
 import re
@@ -18,29 +18,28 @@ _OTHER_FILES = (".csv", ".tsv", ".zip", ".gz", ".zst", ".bz2", ".xz", ".arrow", 
 
 
 class Place(NamedTuple):
-    """Where a document begins: the pass over the text, the shard's place in its order, the reader's state.
+    """Position of the beginning of a document: pass over the text, index of the shard in its order, reader's state.
 
-    ``digests`` has the digest of each shard, by its number, that was read to its end: None where it was not, and the
-    empty string where it was and the digest is not known.
+    ``digests`` has, for each shard number, the digest if the shard was read to its end: None if it was not, and the
+    empty string if it was and the digest is unknown.
     """
 
     number: int  # of the pass, from 0
-    turn: int  # how many shards of the pass come before
+    turn: int  # number of shards of the pass before this one
     state: State | None
     digests: tuple[str | None, ...] = ()
 
 
 class TextSource:
-    """A text that can be read from any place noted before, as often as it takes.
+    """Text that can be read from any earlier place, for any number of passes.
 
-    Every pass reads the shards (files, or the shards of a hub dataset) one after the other in an order
-    that follows from ``(seed, pass)`` alone; within a shard the documents keep their order. There is no
-    shuffle buffer, since nothing can resume one exactly, and none is needed for text like C4, which is
-    shuffled already. A text in one file is therefore read in its own order.
+    Every pass reads the shards (files, or the shards of a hub dataset) one after the other in an order that depends
+    only on ``(seed, pass)``; within a shard the documents keep their order. There is no shuffle buffer, since none can
+    be resumed exactly, and text like C4 is shuffled already. A text in one file is therefore read in its own order.
 
     Args:
         shards: Local files or a hub dataset.
-        seed: Of the order; None keeps the order in which the shards were named.
+        seed: Seed of the order; None keeps the order in which the shards were given.
     """
 
     def __init__(self, shards: Shards, seed: int | None = None) -> None:
@@ -49,7 +48,7 @@ class TextSource:
 
     @property
     def name(self) -> str:
-        """What the text is called in messages."""
+        """Return the name of the text in messages."""
         return self.shards.name
 
     @classmethod
@@ -67,44 +66,44 @@ class TextSource:
         """Find ``text``: local files, patterns such as ``shards/*.jsonl.gz``, lists of both, or one hub id.
 
         Args:
-            text: What to read.
+            text: File, pattern, list of these, or hub id.
             config_name: Configuration of a hub dataset.
             split: Split of a hub dataset.
             text_column: Column or JSON key of the text.
             share: Part of local files to read.
-            divide_split: Whether ``share`` holds for a split of a hub dataset too, which is read whole otherwise,
-                since most have a split for validation.
-            seed: Of the order of the shards; None keeps it.
+            divide_split: Apply ``share`` to a split of a hub dataset as well. By default such a split is read as a
+                whole, since most datasets have a split for validation.
+            seed: Seed of the order of the shards; None keeps the given order.
 
         Raises:
-            UserError: There is no such file, or its kind is not known, or hub ids and files are mixed.
+            UserError: A file does not exist or is of an unknown type, or hub ids and files are mixed.
         """
         names = [text] if isinstance(text, str) else list(text)
         if not names:
             raise UserError("The list of text files is empty. Name at least one, such as --data.text FILE.jsonl.")
         files = [file for name in names for file in _local_files(name)]
         if files:
-            strangers = [name for name in names if not _local_files(name)]
-            if strangers:
-                raise UserError(f"There is no file {strangers[0]!r}, and hub ids cannot be listed with local files.")
+            others = [name for name in names if not _local_files(name)]
+            if others:
+                raise UserError(f"There is no file {others[0]!r}, and hub ids cannot be listed with local files.")
             return cls(LocalFiles(files, text_column, share), seed)
         if len(names) > 1:
-            raise UserError(f"No file of this list is there: {', '.join(names)}. Name files, or one hub id alone.")
+            raise UserError(f"No file of this list exists: {', '.join(names)}. Name files, or a single hub id.")
         return cls(HubDataset(names[0], config_name, split, text_column, share if divide_split else "all"), seed)
 
     def documents(self, start: Place | None = None, *, repeat: bool = True) -> Iterator[tuple[Place, Document]]:
-        """The documents that are not empty, each with the place where it begins, from ``start`` on.
+        """Yield the documents that are not empty, each with the place where it begins, from ``start`` on.
 
         Args:
-            start: A place from an earlier reading of the same text with the same seed; None is the beginning.
-            repeat: Go on with another pass after the last document, without end.
+            start: Place from an earlier reading of the same text with the same seed; None is the beginning.
+            repeat: Continue with another pass after the last document, forever.
 
         Raises:
-            UserError: The text cannot be read, or a whole pass holds no document.
+            UserError: The text cannot be read, or a whole pass has no document.
         """
         number, turn, state, digests = start or Place(0, 0, None)
         digests = digests or (None,) * len(self.shards)
-        found = start is not None  # a pass that was entered midway may be over
+        found = start is not None  # a pass that was entered midway may have no document left
         while True:
             order = self._order(number)
             for at in range(turn, len(order)):
@@ -118,24 +117,24 @@ class TextSource:
                 state = None
                 digests = self._with_digest(digests, order[at], reading.digest)
             if not found:
-                raise UserError(f"{self.name} holds no text in the part that is read.")
+                raise UserError(f"{self.name} contains no text in the part that is read.")
             if not repeat:
                 return
             number, turn, found = number + 1, 0, False
 
     def _with_digest(self, digests: tuple[str | None, ...], shard: int, digest: str | None) -> tuple[str | None, ...]:
         if digests[shard] and digest and digests[shard] != digest:
-            warn(f"{self.shards.shard_name(shard)} has changed since the run read it first; it is read as it is now.")
+            warn(f"{self.shards.shard_name(shard)} has changed since the run first read it; it is read as it is now.")
         return (*digests[:shard], digest or "", *digests[shard + 1 :])
 
     def check_unchanged(self, place: Place) -> None:
-        """Make sure that what was read before ``place`` is what the same reading would find now.
+        """Check that the text before ``place`` is unchanged since the run read it.
 
-        Files are read again up to the place, each once, however many passes the run has made. What lies behind it,
-        names, folders and dates do not matter: the run would have come to this place with the files as they are now.
+        Files are read again up to the place, each once, however many passes the run has made. Text after the place,
+        names, folders and dates do not matter: the run would have reached this place with the current files too.
 
         Raises:
-            UserError: A file cannot be read, or what was read of it is another text now.
+            UserError: A file cannot be read, or the part of it that was read has changed.
         """
         for shard, digest in enumerate(place.digests):
             if digest and self.shards.digest(shard, None) not in (None, digest):
@@ -144,10 +143,10 @@ class TextSource:
         if not digest or any(place.digests[shard : shard + 1]):  # the beginning of a shard that is compared whole
             return
         if self.shards.digest(shard, place.state) not in (None, digest):
-            raise self.changed(shard, f"whose beginning was read, as far as {_told(place.state)}")
+            raise self.changed(shard, f"whose beginning was read, as far as {_in_words(place.state)}")
 
     def with_digests(self, place: Place) -> Place:
-        """Add to ``place`` the digests that it does not say, of the text as it is now; of a hub dataset none.
+        """Return ``place`` with the digests of the current text; those of a hub dataset stay unknown.
 
         Raises:
             UserError: A file cannot be read.
@@ -162,15 +161,15 @@ class TextSource:
         return place._replace(state=state, digests=digests)
 
     def shard_at(self, place: Place) -> int:
-        """The number of the shard in which ``place`` lies."""
+        """Return the number of the shard that contains ``place``."""
         order = self._order(place.number)
         return order[min(place.turn, len(order) - 1)]
 
     def changed(self, shard: int, what: str) -> UserError:
-        """What to say of a shard that is no longer the one that a run has read."""
+        """Return the error for a shard that has changed since the run read it."""
         return UserError(
-            f"{self.shards.shard_name(shard)}, {what}, holds another text now than when the run was stopped. Put it "
-            "back as it was, or start a new run without --ckpt_path."
+            f"{self.shards.shard_name(shard)}, {what}, has changed since the run was stopped. Restore it as "
+            "it was, or start a new run without --ckpt_path."
         )
 
     def _order(self, number: int) -> list[int]:
@@ -181,22 +180,22 @@ class TextSource:
         return sorted(shards, key=lambda shard: hashed(seed, number, shard))
 
 
-def _told(state: State | None) -> str:
-    """The place in a shard, in words."""
+def _in_words(state: State | None) -> str:
+    """Return the place in a shard in words."""
     known = {"line": "line", "row": "row", "byte": "byte"}
     return next((f"{known[key]} {state[key]:,}" for key in known if state and key in state), "its beginning")
 
 
 def _local_files(name: str) -> list[Path]:
-    """The files that ``name`` stands for; none where it looks like a hub id.
+    """Return the files that ``name`` matches; none if it looks like a hub id.
 
     Raises:
-        UserError: It is a path or a pattern, and nothing is there, or something that cannot be read as text.
+        UserError: It is a path or a pattern that matches nothing, or a file that cannot be read as text.
     """
     path = Path(name).expanduser()
     try:
         path.exists()
-    except (OSError, ValueError) as error:  # too long, or with NUL in it
+    except (OSError, ValueError) as error:  # too long, or contains NUL
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{name[:80]!r} cannot be the name of a text ({reason}).") from error
     if path.is_dir():
@@ -209,13 +208,13 @@ def _local_files(name: str) -> list[Path]:
             raise UserError(f"No file matches {name}. Give a pattern that matches {', '.join(SUFFIXES)} files.")
         return [_known(file) for file in found]
     if not _HUB_ID.fullmatch(name) or name.lower().endswith(SUFFIXES + _OTHER_FILES):
-        raise UserError(f"There is no file {name}. Name one that is there, or a hub dataset such as allenai/c4.")
+        raise UserError(f"There is no file {name}. Name one that exists, or a hub dataset such as allenai/c4.")
     return []
 
 
 def _known(file: Path) -> Path:
     if not file.name.lower().endswith(SUFFIXES):
-        raise UserError(f"{file}: files of this kind cannot be read as text. Give {', '.join(SUFFIXES)}.")
+        raise UserError(f"{file}: files of this type cannot be read as text. Give {', '.join(SUFFIXES)}.")
     note_input(file)
     check_regular(file)
     return file

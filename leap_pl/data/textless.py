@@ -1,17 +1,17 @@
-"""How long a text may go on without any text in it: a small file can unpack to gigabytes of nothing."""
+"""Limit how much a reader reads without finding text: a small file can unpack to gigabytes of nothing."""
 
 from leap_pl.errors import UserError
 
-MOST_RECORDS = 1_000_000  # lines or rows in a row that hold no text: a second or two of reading
-MOST_BYTES = 1 << 30  # bytes in a row, after unpacking, that hold no text
+MOST_RECORDS = 1_000_000  # consecutive lines or rows without text: a second or two of reading
+MOST_BYTES = 1 << 30  # consecutive bytes, after unpacking, without text
 
 
 class Textless:
-    """Count what a reader has read since it last found text, and end what goes on for too long.
+    """Counter of what a reader has read since it last found text, with a limit.
 
     Args:
-        name: What the text is called in messages.
-        unit: What it is made of: ``line`` or ``row``.
+        name: Name of the text in messages.
+        unit: Unit of the text: ``line`` or ``row``.
     """
 
     def __init__(self, name: str, unit: str) -> None:
@@ -20,26 +20,26 @@ class Textless:
         self._records = self._bytes = 0
 
     def found(self) -> None:
-        """Begin to count anew: there was text."""
+        """Reset the count: there was text."""
         self._records = self._bytes = 0
 
     def read(self, size: int = 0, *, records: int = 1, why: str = "") -> None:
-        """Count ``records`` lines or rows of ``size`` bytes together, which held no text.
+        """Count ``records`` lines or rows without text, ``size`` bytes in total.
 
         Args:
             size: Bytes, after unpacking.
-            records: How many lines or rows; 0 for a part of one.
-            why: What was wrong with the first that was skipped, for the message.
+            records: Number of lines or rows; 0 for a part of one.
+            why: Reason why the first record was skipped, for the message.
 
         Raises:
-            UserError: There were more than ``MOST_RECORDS`` or ``MOST_BYTES`` since the last text.
+            UserError: More than ``MOST_RECORDS`` or ``MOST_BYTES`` were read since the last text.
         """
         self._records += records
         self._bytes += size
         if self._records <= MOST_RECORDS and self._bytes <= MOST_BYTES:
             return
         if self._records > MOST_RECORDS:
-            told = f"{MOST_RECORDS:,} {self.unit}s in a row hold no text"
+            found = f"{MOST_RECORDS:,} consecutive {self.unit}s contain no text"
         else:
-            told = f"{MOST_BYTES:,} bytes in a row hold no text"
-        raise UserError(f"{self.name}: {told}{f' ({why})' if why else ''}. Leave them out, or give another text.")
+            found = f"{MOST_BYTES:,} consecutive bytes contain no text"
+        raise UserError(f"{self.name}: {found}{f' ({why})' if why else ''}. Leave them out, or give another text.")

@@ -1,1 +1,1 @@
-"""Split a model over ranks, and put together what they hold."""
+"""Shard a model over ranks, and gather and reduce sharded tensors."""

@@ -1,7 +1,7 @@
-"""Tensors that are sharded over ranks: what this rank holds of one, and what the ranks add up.
+"""Sharded tensors: the local part of this rank, and reductions over all ranks.
 
-Under FSDP2 a rank holds of each weight and its logits one slice along the first dimension: a ``DTensor`` with the
-placement ``Shard(0)``. Everything here takes plain tensors as well, of which a rank holds all.
+Under FSDP2 each rank has one slice of every weight and its logits along the first dimension: a ``DTensor`` with the
+placement ``Shard(0)``. All functions accept plain tensors as well, whose local part is the whole tensor.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,23 +15,23 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of ``tensor``: a slice along the first dimension, or all of a plain tensor."""
+    """Return the local part of ``tensor``: a slice along the first dimension, or all of a plain tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def offset_of(tensor: Tensor) -> int:
-    """The flat index, in the whole tensor, of the first element of this rank's part."""
+    """Return the flat index, in the whole tensor, of the first element of this rank's part."""
     if not isinstance(tensor, DTensor):
         return 0
     assert tuple(tensor.placements) == (Shard(0),), tensor.placements
-    # As torch.chunk cuts: equal slices, rounded up, the last ones shorter or empty.
+    # Same split as torch.chunk: equal slices, rounded up, the last ones shorter or empty.
     rows = -(-tensor.shape[0] // tensor.device_mesh.size())
     first = min(rows * tensor.device_mesh.get_local_rank(), tensor.shape[0])
     return first * (tensor.numel() // max(1, tensor.shape[0]))
 
 
 def as_whole(part: Tensor, like: Tensor) -> Tensor:
-    """``part``, computed from this rank's part of ``like``, as a tensor sharded in the same way."""
+    """Return ``part``, computed from this rank's part of ``like``, as a tensor sharded like ``like``."""
     if not isinstance(like, DTensor):
         return part
     return DTensor.from_local(
@@ -41,22 +41,22 @@ def as_whole(part: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_part_(tensor: Tensor, whole: Tensor) -> None:
-    """Write into this rank's part of ``tensor`` what belongs there of ``whole``, a plain tensor of its shape."""
+    """Copy from ``whole``, a plain tensor of the same shape, into this rank's part of ``tensor``."""
     part, start = own_part(tensor), offset_of(tensor)
     part.copy_(whole.reshape(-1)[start : start + part.numel()].view(part.shape))
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of ``tensor``, on every rank; each of them makes this call."""
+    """Return the whole ``tensor`` on every rank; a collective that all ranks must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def strided_samples(tensors: Mapping[str, Tensor], stride: int) -> dict[str, Tensor]:
-    """Every ``stride``-th element of each of ``tensors``, flattened: whole on every rank.
+    """Return every ``stride``-th element of each of ``tensors``, flattened and complete on every rank.
 
     Args:
-        tensors: All of them whole, or all sharded over the same ranks, each of which makes this call.
-        stride: Elements from one to the next, in the whole tensor.
+        tensors: Tensors that are all whole, or all sharded over the same ranks, which must all call this function.
+        stride: Distance of the elements in the whole tensor.
     """
     ranks = Ranks.of(tensors.values())
     own = [own_part(tensor).reshape(-1)[-offset_of(tensor) % stride :: stride] for tensor in tensors.values()]
@@ -64,7 +64,7 @@ def strided_samples(tensors: Mapping[str, Tensor], stride: int) -> dict[str, Ten
         return dict(zip(tensors, own, strict=True))
     counts = torch.tensor(ranks.gather([part.numel() for part in own])).view(ranks.size, -1).tolist()
     together = torch.cat(own)
-    # To one length, for the collective.
+    # The collective needs equal lengths.
     padded = torch.cat([together, together.new_zeros(max(map(sum, counts)) - len(together))])
     found = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(found, padded, group=ranks.group)
@@ -74,13 +74,13 @@ def strided_samples(tensors: Mapping[str, Tensor], stride: int) -> dict[str, Ten
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that share some tensors; one alone for plain tensors.
+    """Ranks that some tensors are sharded over; a single rank for plain tensors.
 
     Attributes:
-        rank: This one, from 0.
-        size: How many.
-        group: Their process group.
-        device: Where the group's backend communicates.
+        rank: Index of this rank, from 0.
+        size: Number of ranks.
+        group: Process group of the ranks.
+        device: Device on which the group's backend communicates.
     """
 
     rank: int = 0
@@ -90,7 +90,7 @@ class Ranks:
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> "Ranks":
-        """Those that ``tensors`` are sharded over."""
+        """Return the ranks that ``tensors`` are sharded over."""
         for tensor in tensors:
             if isinstance(tensor, DTensor):
                 mesh = tensor.device_mesh
@@ -98,19 +98,19 @@ class Ranks:
         return cls()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Element by element, over all ranks, on the CPU."""
+        """Return the elementwise sum over all ranks, on the CPU."""
         return self._reduced(tensor, dist.ReduceOp.SUM)
 
     def any(self, value: bool) -> bool:
-        """Whether it holds on any rank."""
+        """Return whether ``value`` is true on any rank."""
         return bool(self._reduced(torch.tensor(int(value)), dist.ReduceOp.MAX))
 
     def highest(self, numbers: Sequence[int]) -> list[int]:
-        """The highest of each number over all ranks."""
+        """Return the maximum of each number over all ranks."""
         return [int(n) for n in self._reduced(torch.tensor(numbers, dtype=torch.int64), dist.ReduceOp.MAX)]
 
     def gather(self, numbers: Sequence[int]) -> list[int]:
-        """The numbers of all ranks, rank after rank."""
+        """Return the numbers of all ranks, in the order of ranks."""
         own = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         if self.size == 1:
             return list(numbers)
@@ -118,9 +118,9 @@ class Ranks:
         dist.all_gather(found, own, group=self.group)
         return [int(n) for n in torch.cat(found)]
 
-    def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
+    def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
         if self.size == 1:
             return tensor
         moved = tensor.to(self.device, copy=True)
-        dist.all_reduce(moved, how, group=self.group)
+        dist.all_reduce(moved, operation, group=self.group)
         return moved.cpu()

@@ -1,10 +1,10 @@
-"""Many ranks: what a trainer's strategy means for a model with gates, and what rank zero does for all.
+"""Distributed strategies for a model with gates: DDP, FSDP2, and work that rank zero does for all ranks.
 
-Two of Lightning's strategies are used as they are. Under ``DDPStrategy`` every rank holds the whole model and
-only logits are reduced. Under ``ModelParallelStrategy`` every decoder block is sharded by
-``torch.distributed.fsdp.fully_shard`` (FSDP2): of each weight, its logit, the logit's gradient and the optimizer's
-state a rank holds one slice (see :mod:`leap_pl.distributed.shards`). Before a block runs, its weights and logits are
-gathered whole, so that a gate sees the elements it would see in one process, with the same noise.
+Two of Lightning's strategies are supported. Under ``DDPStrategy`` every rank has the whole model and only the logits'
+gradients are reduced. Under ``ModelParallelStrategy`` every decoder block is sharded by
+``torch.distributed.fsdp.fully_shard`` (FSDP2): a rank has one slice of each weight, its logits, their gradient and the
+optimizer state (see :mod:`leap_pl.distributed.shards`). Before a block runs, its weights and logits are gathered, so
+that a gate sees the same elements as in one process, with the same noise.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -29,11 +29,10 @@ Made = TypeVar("Made")
 
 
 def sharding_mesh(trainer: "L.Trainer | None") -> DeviceMesh | None:
-    """The ranks that decoder blocks are sharded over, or None where each holds the whole model.
+    """Return the device mesh that decoder blocks are sharded over, or None if each rank has the whole model.
 
     Raises:
-        UserError: The trainer's strategy is one that gates do not work under, or splits single products of
-            matrices over ranks.
+        UserError: The trainer's strategy is not supported, or uses tensor parallelism.
     """
     if trainer is None:
         return None
@@ -56,7 +55,7 @@ def sharding_mesh(trainer: "L.Trainer | None") -> DeviceMesh | None:
 
 
 def saves_shards(trainer: "L.Trainer | None") -> bool:
-    """Whether checkpoints are folders in which each rank writes its own part."""
+    """Return whether checkpoints are folders in which each rank writes its own part."""
     strategy = trainer.strategy if trainer is not None else None
     return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
 
@@ -66,15 +65,15 @@ def shard(
 ) -> nn.Module:
     """Shard the decoder ``blocks`` of ``model`` over ``mesh``, one after another.
 
-    What lies outside the blocks (embeddings, last norm, head) stays whole on every rank: it is frozen, needs no
-    gradient and no optimizer, and the head is called chunk by chunk outside the forward pass.
+    Modules outside the blocks (embeddings, last norm, head) stay whole on every rank: they are frozen, need no
+    gradient and no optimizer state, and the head is called chunk by chunk outside the forward pass.
 
     Args:
         model: A causal language model, on the CPU.
-        blocks: Its decoder blocks.
-        mesh: One-dimensional.
-        prepare: Called with the index of each block and the block before it is sharded: its chance to register
-            parameters while the block, and no other one, is whole in memory of its own.
+        blocks: Decoder blocks of the model.
+        mesh: One-dimensional device mesh.
+        prepare: Function called with the index of each block and the block before it is sharded. It can register
+            parameters while only this block is unsharded and in its own memory.
 
     Raises:
         UserError: A block is stored in a form that cannot be sharded.
@@ -85,33 +84,33 @@ def shard(
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     outside = {parameter for parameter in model.parameters() if id(parameter) not in inside}
-    # Without parameters of its own, the root only orders the blocks: each is gathered while the one before it runs.
+    # Without parameters of its own, the root only orders the blocks: each is prefetched while the previous one runs.
     root = getattr(model, "base_model", model)
     fully_shard(root, mesh=mesh, ignored_params=outside)
     return model
 
 
 def check_inside_blocks(weights: "Mapping[str, Weight]") -> None:
-    """Make sure that all ``weights`` are inside decoder blocks, as those of a sharded run are.
+    """Check that all ``weights`` are inside decoder blocks, as a sharded run requires.
 
     Raises:
-        UserError: Some are not.
+        UserError: Some are outside.
     """
     outside = [name for name, weight in weights.items() if weight.layer is None]
     if outside:
         raise UserError(
-            f"{listing(outside, 3)} is outside the decoder blocks, and a sharded run gates weights within them. "
-            "Leave it out with --model.ignore, or use --trainer.strategy ddp."
+            f"{listing(outside, 3)} is outside the decoder blocks, and a sharded run gates only weights inside them. "
+            "Exclude it with --model.ignore, or use --trainer.strategy ddp."
         )
 
 
 def data_rank(trainer: "L.Trainer") -> tuple[int, int]:
-    """This rank and the number of ranks, each of which has micro-batches of its own."""
+    """Return this rank and the number of ranks for data: each rank has its own micro-batches."""
     return trainer.global_rank, trainer.world_size
 
 
 def mean_over_ranks(values: dict[str, float], trainer: "L.Trainer") -> dict[str, float]:
-    """The mean of each value over all ranks, every one of which makes this call with the same names."""
+    """Return the mean of each value over all ranks; a collective that all ranks must call with the same names."""
     if trainer.world_size == 1:
         return values
     own = torch.tensor(list(values.values()), dtype=torch.float32, device=trainer.strategy.root_device)
@@ -120,18 +119,18 @@ def mean_over_ranks(values: dict[str, float], trainer: "L.Trainer") -> dict[str,
 
 
 def lost_a_rank(error: RuntimeError) -> bool:
-    """Whether ``error`` says that a collective failed because another process is gone."""
+    """Return whether ``error`` means that a collective failed because another process has ended."""
     if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
         return True
-    # Gloo's own errors are plain.
+    # Gloo raises plain RuntimeErrors.
     return dist.is_initialized() and "gloo" in str(error) and "peer" in str(error)
 
 
 class RankZero:
-    """What rank zero alone makes, and the others wait for as long as it takes.
+    """Process group for results that rank zero computes for all ranks, with a long timeout.
 
-    A prior can take longer than the time after which a collective of the run's own process group is given up, so
-    this is a group with a patience of its own, between CPUs. In a run on one rank nothing waits.
+    A prior can take longer than the timeout of the run's own process group, so this is a separate CPU group. In a run
+    on one rank there is no group and nothing waits.
     """
 
     PATIENCE = timedelta(days=2)
@@ -144,10 +143,10 @@ class RankZero:
         self.here = self.alone or dist.get_rank() == 0
 
     def make(self, function: Callable[[], Made]) -> Made | None:
-        """What ``function`` returns, on rank zero; None on the others, where it is not called.
+        """Call ``function`` on rank zero and return its result there; return None on the other ranks.
 
         Raises:
-            UserError: It raised one on rank zero: every rank then ends with the same line.
+            UserError: ``function`` raised one on rank zero; every rank then raises the same message.
         """
         made, failure = None, None
         if self.here:
@@ -164,39 +163,39 @@ class RankZero:
         return made
 
     def tell(self, value: Any) -> Any:
-        """Rank zero's plain ``value``, on every rank."""
+        """Broadcast rank zero's plain ``value`` to every rank, and return it."""
         if self.group is None:
             return value
-        told = [value]
-        dist.broadcast_object_list(told, 0, group=self.group)
-        return told[0]
+        values = [value]
+        dist.broadcast_object_list(values, 0, group=self.group)
+        return values[0]
 
     def share(self, bits: Tensor | None, count: int) -> Tensor:
-        """Rank zero's uint8 tensor of ``count`` elements, on every rank."""
+        """Broadcast rank zero's uint8 tensor of ``count`` elements to every rank, and return it."""
         shared = torch.empty(count, dtype=torch.uint8) if bits is None else bits
         dist.broadcast(shared, 0, group=self.group)
         return shared
 
     def close(self) -> None:
-        """Let the group go."""
+        """Destroy the process group."""
         if self.group is not None:
             dist.destroy_process_group(self.group)
             self.group = None
 
 
 def as_rank_zero_has(value: Made) -> Made:
-    """Rank zero's plain ``value``, on every rank, each of which makes this call."""
+    """Return rank zero's plain ``value`` on every rank; a collective that all ranks must call."""
     rank_zero = RankZero()
-    told: Made = rank_zero.tell(value)
+    shared: Made = rank_zero.tell(value)
     rank_zero.close()
-    return told
+    return shared
 
 
 def reduce_only(module: nn.Module, names: Collection[str]) -> None:
-    """Keep ``DistributedDataParallel`` to these parameters of ``module``.
+    """Make ``DistributedDataParallel`` ignore all but the named parameters of ``module``.
 
-    Without this it sends rank zero's frozen weights to all others at the start, which have read the same ones
-    from the base model's files, and its buffers before each forward pass.
+    Otherwise it would broadcast rank zero's frozen weights at the start, although all ranks have read the same base
+    model, and its buffers before each forward pass.
     """
     others = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name not in names]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, others)

@@ -1,1 +1,1 @@
-"""Take what comes from outside, files and settings, within limits and by types: it is data, and never code."""
+"""Read files and settings from outside within limits and by types: they are data, and never code."""

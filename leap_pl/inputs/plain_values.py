@@ -1,9 +1,9 @@
-"""JSON of unknown origin as plain values: bounded in size, depth and numbers, and read by a schema.
+"""Read untrusted JSON as plain values: bounded in size, depth and numbers, and validated by a schema.
 
 Everything that leap_pl reads back from JSON (results, the metadata of masks, the records of model folders) goes
-through here before anything uses it. What comes out is made of dictionaries, lists, strings, booleans, None, integers
-of at most 64 bits and finite floats; a schema (pydantic's, strict) says which names, types and ranges they have.
-Nothing is imported, called or looked up by a name that the JSON holds.
+through here before it is used. The result consists of dictionaries, lists, strings, booleans, None, integers of at
+most 64 bits and finite floats; a strict pydantic schema defines their names, types and ranges. No name from the JSON
+is ever imported, called or looked up.
 """
 
 import json
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 MOST_BYTES = 16 << 20  # of a file: a real result has some tens of kilobytes, one of a million windows 10 MiB
-MOST_DEPTH = 32  # of dictionaries and lists in each other; a real result has 8
+MOST_DEPTH = 32  # of nested dictionaries and lists; a real result has 8
 MOST_DIGITS = 20
 LONGEST_VALUE = 120  # characters of a value that a message shows
-REMEDY = "Take another copy of the file, or the one before it."
+REMEDY = "Use another copy of the file, or an earlier one."
 LONGEST_NAME = 4096  # characters of a path, a hub id, a weight's or a task's name
 
 
@@ -32,11 +32,11 @@ def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
     """Read the plain values in the file ``path``.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is no regular file, too large, or holds something else; the message is one line.
+        OSError: The file cannot be read.
+        ValueError: It is not a regular file, is too large, or contains something else; the message is one line.
     """
     if not path.is_file():
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     with path.open("rb") as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
@@ -49,24 +49,25 @@ def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
 
 
 def parse_json(text: str, *, finite: bool = True) -> Any:
-    """Return the plain values that ``text`` spells.
+    """Return the plain values in ``text``.
 
     Args:
         text: JSON.
-        finite: Refuse numbers that are infinite, NaN or beyond 64 bits; otherwise they are such floats.
+        finite: Refuse numbers that are infinite, NaN or beyond 64 bits; otherwise they become infinite or NaN floats.
 
     Raises:
-        ValueError: It is no JSON; or a number or string is none, with the keys that lead to it; or a key is there twice
-            in one dictionary; or dictionaries and lists are nested too deeply. The message is one line.
+        ValueError: ``text`` is not JSON; or a number is not finite or a string not valid Unicode (the message gives its
+            path); or a dictionary has a duplicate key; or dictionaries and lists are nested too deeply. The message is
+            one line.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
         _check_depth(value)
-        # Both are rare, and only then it is looked for the place.
+        # Both are rare, so the values are searched only if the text may contain one.
         if finite and re.search("NaN|Infinity|[eE][+]?[0-9]{3}|[0-9]{19}", text):
-            _refuse(value, _is_no_number, "no finite number")
-        if "\\u" in text:  # half of a surrogate pair is no character, and cannot be written again
-            _refuse(value, _is_no_text, "no Unicode text")
+            _refuse(value, _is_not_finite, "not a finite number")
+        if "\\u" in text:  # a lone surrogate is not a character, and cannot be encoded again
+            _refuse(value, _is_not_unicode, "not valid Unicode")
     except RecursionError as error:
         raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels") from error
     return value
@@ -74,20 +75,20 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
 
 def _integer(digits: str) -> int | float:
     if len(digits) > MOST_DIGITS or not -(1 << 63) <= int(digits) < 1 << 63:
-        return math.inf  # which is refused
+        return math.inf  # is refused afterwards
     return int(digits)
 
 
-def _is_no_number(value: Any) -> bool:
+def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _is_no_text(value: Any) -> bool:
+def _is_not_unicode(value: Any) -> bool:
     return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is not None
 
 
 def _refuse(value: Any, is_wrong: Callable[[Any], bool], what: str, place: tuple[object, ...] = ()) -> None:
-    """Refuse what has something wrong in it, and say where; ``value`` is not nested too deeply."""
+    """Raise a ValueError with the path of the first wrong value or key in ``value``, whose depth is bounded."""
     if is_wrong(value):
         raise ValueError(f"'{path_of(place)}' is {what}")
     if isinstance(value, dict | list):
@@ -99,7 +100,7 @@ def _refuse(value: Any, is_wrong: Callable[[Any], bool], what: str, place: tuple
 
 
 def path_of(place: Iterable[object]) -> str:
-    """Return the keys that lead to a value as text for an error message."""
+    """Return the path of a value, given as its keys, as text for an error message."""
     return " > ".join(shown(str(key)) for key in place)
 
 
@@ -107,7 +108,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"it holds the key {shown(twice)} twice")
+        raise ValueError(f"it contains the key {shown(twice)} twice")
     return found
 
 
@@ -127,10 +128,10 @@ def _items(value: Any) -> Iterable[Any]:
 
 
 def checked(schema: "TypeAdapter[Any]", value: Any) -> Any:
-    """Return of ``value`` what ``schema`` knows, in its types and ranges.
+    """Return ``value`` validated by ``schema``: the fields that it defines, in its types and ranges.
 
     Raises:
-        ValueError: It does not fit; the message is one line that names the first key that is wrong.
+        ValueError: ``value`` does not fit; the message is one line that names the first invalid key.
     """
     from pydantic import ValidationError
 
@@ -140,19 +141,19 @@ def checked(schema: "TypeAdapter[Any]", value: Any) -> Any:
         first = error.errors(include_url=False, include_context=False)[0]
         place = path_of(first["loc"])
         wrong = re.sub(r"^(Input|Value error,|Field) ?", "", first["msg"])
-        found = "" if first["type"] == "missing" else f", and is {_told(first['input'])}"
-        raise ValueError(f"it lacks or garbles '{place}' ({wrong}{found})") from error
+        found = "" if first["type"] == "missing" else f", and is {_summary(first['input'])}"
+        raise ValueError(f"'{place}' is missing or invalid ({wrong}{found})") from error
 
 
 def read(value: Any, kind: Any, where: str) -> Any:
-    """Return ``value``, as a checkpoint held it, as ``kind``, built of plain values alone.
+    """Return ``value``, read from a checkpoint, as an instance of ``kind`` built from plain values only.
 
-    A number is not taken for a string or a boolean, nor the other way round; an unknown name is refused. Nothing is
-    imported and nothing of the value is called: ``kind`` says which classes there are.
+    Numbers, strings and booleans are not converted into each other; an unknown name is refused. Nothing is imported
+    and nothing in the value is called: only ``kind`` defines which classes are instantiated.
 
     Args:
         value: Dictionaries, lists, strings, numbers, booleans and None.
-        kind: A type that pydantic knows: a plain one, a Literal, a container of these or a dataclass.
+        kind: Type that pydantic supports: a plain one, a Literal, a container of these or a dataclass.
         where: File and setting, for the message.
 
     Raises:
@@ -161,7 +162,7 @@ def read(value: Any, kind: Any, where: str) -> Any:
     from pydantic import ValidationError
 
     try:
-        # Strictly read JSON: lists become tuples and dictionaries dataclasses, and nothing else is converted.
+        # Strict JSON: lists become tuples and dictionaries dataclasses, and nothing else is converted.
         return _adapter(kind).validate_json(json.dumps(value), strict=True, extra="forbid")
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -169,7 +170,7 @@ def read(value: Any, kind: Any, where: str) -> Any:
         if first["type"] == "missing":
             raise UserError(f"{where} lacks {path}. {REMEDY}") from None
         place = f"{where}.{path}" if path else where
-        if first["type"] == "value_error":  # what a dataclass says of itself
+        if first["type"] == "value_error":  # raised by a dataclass itself
             raise UserError(f"{place}: {first['msg'].removeprefix('Value error, ').rstrip('.')}. {REMEDY}") from None
         raise UserError(f"{place} is {display(first['input'])}: {first['msg'].lower()}. {REMEDY}") from None
     except (TypeError, ValueError, RecursionError):
@@ -177,7 +178,7 @@ def read(value: Any, kind: Any, where: str) -> Any:
 
 
 def display(value: Any) -> str:
-    """Return ``value`` as Python writes it, for a message: one short line of printable text."""
+    """Return the ``repr`` of ``value`` for a message: one short line of printable text."""
     try:
         return shown(repr(value), LONGEST_VALUE)
     except RecursionError:
@@ -191,14 +192,14 @@ def _adapter(kind: Any) -> "TypeAdapter[Any]":
     return TypeAdapter(kind)
 
 
-def _told(value: Any) -> str:
+def _summary(value: Any) -> str:
     if isinstance(value, dict | list):
         return f"a {'dictionary' if isinstance(value, dict) else 'list'} of {len(value)}"
     return shown(repr(value), 40)
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` in JSON's own types; a number that is not finite becomes None."""
+    """Return ``value`` converted to JSON types; a number that is not finite becomes None."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -211,9 +212,9 @@ def plain(value: Any) -> Any:
 
 
 def shown(name: str, most: int = 80) -> str:
-    """Return ``name`` as one line of printable text; of more than ``most`` characters the middle is left out.
+    """Return ``name`` as one line of printable text; if longer than ``most`` characters, its middle is left out.
 
-    Control characters, line breaks and halves of surrogate pairs are escaped as Python writes them.
+    Control characters, line breaks and lone surrogates are escaped as in Python.
     """
     if len(name) > most:
         half = (most - 1) // 2

@@ -1,7 +1,7 @@
-"""The numbers that settings take: one table, which the command line and the constructors look in.
+"""Ranges of the numeric settings: one table, used by the command line and the constructors.
 
-A setting goes by its path on the command line, without ``init_args``: ``model.optimizer.lr``. One that the table does
-not know, such as an argument of a logger, takes any number that is finite.
+The key of a setting is its path on the command line, without ``init_args``: ``model.optimizer.lr``. A setting that is
+not in the table, such as an argument of a logger, accepts any finite number.
 """
 
 import math
@@ -11,19 +11,19 @@ from typing import Any
 
 from leap_pl.errors import UserError
 
-SEQUENCES = 2**31 - 1  # a count that no run comes to, and that every integer type holds
+SEQUENCES = 2**31 - 1  # a count that no run reaches, and that fits every integer type
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from ``low`` to ``high``, these included unless ``above`` and ``below`` say otherwise.
+    """Range of numbers from ``low`` to ``high``, both included unless ``above`` or ``below`` excludes them.
 
     Attributes:
-        low: The least.
-        high: The most; infinity is never in a range.
-        above: ``low`` itself is not in it.
-        below: ``high`` itself is not in it.
-        also: Single numbers that are in it too.
+        low: Lower bound.
+        high: Upper bound; infinity is never in a range.
+        above: Exclude ``low`` itself.
+        below: Exclude ``high`` itself.
+        also: Single numbers that are accepted in addition.
     """
 
     low: float = -math.inf
@@ -33,7 +33,7 @@ class Range:
     also: tuple[float, ...] = ()
 
     def __contains__(self, number: float) -> bool:
-        """Tell whether ``number`` is finite and in the range."""
+        """Return whether ``number`` is finite and in the range."""
         if not -math.inf < number < math.inf:
             return False
         if number in self.also:
@@ -42,7 +42,7 @@ class Range:
         return low and (number < self.high if self.below else number <= self.high)
 
     def __str__(self) -> str:
-        """Return what to give, as in "give 1 or more"."""
+        """Return the range in words, as in "give 1 or more"."""
         if self.low == -math.inf and self.high == math.inf:
             return "a finite number"
         if self.low == self.high:
@@ -66,8 +66,8 @@ COUNT_OR_NONE = Range(0, SEQUENCES)
 COUNT_OR_ALL = Range(0, SEQUENCES, also=(-1,))
 SHARE = Range(0, 1, above=True)
 INSIDE = Range(0, 1, above=True, below=True)
-AVERAGE = Range(0, 1, below=True)  # the factor of a running average
-SEED = Range(-(2**63), 2**63 - 1)  # it is hashed
+AVERAGE = Range(0, 1, below=True)  # factor of a running average
+SEED = Range(-(2**63), 2**63 - 1)  # is hashed
 GENERATOR_SEED = Range(0, 2**32 - 1)  # NumPy's
 
 RANGES: dict[str, Range] = {
@@ -103,7 +103,7 @@ RANGES: dict[str, Range] = {
     "model.optimizer.eps": NOT_NEGATIVE,
     "model.optimizer.weight_decay": Range(0, 100),
     "model.optimizer.seed": SEED,
-    "model.lr_scheduler.last_epoch": Range(-1, -1),  # what a resume goes on from is in the checkpoint
+    "model.lr_scheduler.last_epoch": Range(-1, -1),  # a resumed run takes it from the checkpoint
     "model.lr_scheduler.gamma": Range(0, 10),
     "model.lr_scheduler.factor": Range(0, 10),
     "model.lr_scheduler.eta_min": Range(0, 10),
@@ -148,7 +148,7 @@ RANGES: dict[str, Range] = {
     "trainer.num_sanity_val_steps": COUNT_OR_ALL,
     "trainer.log_every_n_steps": COUNT,
     "trainer.accumulate_grad_batches": COUNT,
-    "trainer.gradient_clip_val": NOT_NEGATIVE,  # a gradient times a negative number climbs
+    "trainer.gradient_clip_val": NOT_NEGATIVE,  # a negative factor would ascend the gradient
     "trainer.reload_dataloaders_every_n_epochs": COUNT_OR_NONE,
     # -- prune
     "prune.seq_length": Range(2, SEQUENCES),
@@ -176,24 +176,24 @@ RANGES: dict[str, Range] = {
 
 
 def check_numbers(settings: Mapping[str, Any], within: str = "", shown: str | None = None) -> None:
-    """Make sure that every number in nested ``settings`` is one that its setting takes.
+    """Check that every number in nested ``settings`` is in the range of its setting.
 
     Args:
-        settings: Name → value, in the form that a config has; what is no number is passed over.
-        within: The path of what they are the settings of, and a dot, as ``model.``.
-        shown: What a message has in place of ``within``; None: the same.
+        settings: Name → value, in the form of a config; values that are not numbers are skipped.
+        within: Path of the parent of these settings, with a trailing dot, such as ``model.``.
+        shown: Path that messages show in place of ``within``; None is ``within`` itself.
 
     Raises:
-        UserError: One is not, or is infinite or NaN; it says which, what was found and what to give.
+        UserError: A number is out of range, infinite or NaN; the message names it and the accepted range.
     """
     for path, name, number in _numbers(settings, within, within if shown is None else shown):
-        taken = RANGES.get(path, FINITE)
-        if number not in taken:
-            raise UserError(f"{name} is {number:.15g}; give {taken}.")
+        accepted = RANGES.get(path, FINITE)
+        if number not in accepted:
+            raise UserError(f"{name} is {number:.15g}; give {accepted}.")
 
 
 def _numbers(value: Any, path: str, shown: str) -> Iterator[tuple[str, str, float]]:
-    """Yield every number in ``value`` with its path in the table and as it is shown; of a group both end in a dot."""
+    """Yield each number in ``value`` with its path in the table and its path in messages; a group's end in a dot."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if key in ("init_args", "dict_kwargs") and isinstance(inner, Mapping):

@@ -1,8 +1,8 @@
-"""What may be read, and how much of it at once: regular files, within limits.
+"""Read regular files only, within size limits.
 
-A file that the user names may be anything: a pipe that nobody writes to, a device that never ends, a few kilobytes that
-unpack to gigabytes. Whatever reads one comes through here first, so that it is refused in one line and in bounded time
-and memory.
+A path that the user gives may be anything: a pipe without a writer, an endless device, a few kilobytes that unpack to
+gigabytes. Every reader calls this module first, so that such a file is refused with one line and in bounded time and
+memory.
 """
 
 import json
@@ -24,21 +24,21 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-_REMEDY = "Save what it holds in a regular file, and name that."
+_REMEDY = "Save its content in a regular file, and name that."
 
 
 def check_regular(path: str | Path, what: str = "") -> int:
-    """Make sure that ``path`` is a regular file, without opening it: to open some devices does something.
+    """Check that ``path`` is a regular file, without opening it: opening a device can have side effects.
 
     Args:
-        path: A file, or a link to one.
-        what: What it should be, for the message: ``--config``, ``base model``.
+        path: File, or link to one.
+        what: Role of the file in messages: ``--config``, ``base model``.
 
     Returns:
-        Its size in bytes. A file of no bytes holds nothing, whatever reading it would give (as in ``/proc``).
+        Size in bytes. A file of size 0 counts as empty, whatever reading it would return (as in ``/proc``).
 
     Raises:
-        UserError: It is a folder, a pipe, a socket or a device, or is not there.
+        UserError: ``path`` is a folder, a pipe, a socket or a device, or does not exist.
     """
     called = f"{what} {path}".strip()
     try:
@@ -46,20 +46,20 @@ def check_regular(path: str | Path, what: str = "") -> int:
     except (OSError, ValueError) as error:
         raise UserError(f"{called} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
     if not stat.S_ISREG(found.st_mode):
-        kind = next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "no file")
-        raise UserError(f"{called} is {kind}, and cannot be read again from a place in it. {_REMEDY}")
+        kind = next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "not a file")
+        raise UserError(f"{called} is {kind}, and cannot be read from any position. {_REMEDY}")
     return found.st_size
 
 
 def open_regular(path: str | Path, what: str = "") -> IO[bytes]:
-    """Open the regular file ``path`` to read its bytes; never waits for a writer.
+    """Open the regular file ``path`` to read its bytes; never wait for a writer.
 
     Raises:
-        UserError: As :func:`check_regular`.
-        OSError: It may not be read.
+        UserError: :func:`check_regular` raises.
+        OSError: The file is not readable.
     """
     check_regular(path, what)
-    # What has taken its place meanwhile is opened without waiting, and looked at again.
+    # The file may have been replaced in between: open without blocking, and check again.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -69,10 +69,10 @@ def open_regular(path: str | Path, what: str = "") -> IO[bytes]:
 
 
 def read_regular(path: str | Path, *, most: int, what: str = "") -> bytes:
-    """Return the bytes of the regular file ``path``, of which there may be ``most``.
+    """Return the bytes of the regular file ``path``, at most ``most``.
 
     Raises:
-        UserError: It is no regular file, may not be read, or is longer.
+        UserError: The file is not regular, not readable, or longer.
     """
     called = f"{what} {path}".strip()
     try:
@@ -81,21 +81,19 @@ def read_regular(path: str | Path, *, most: int, what: str = "") -> bytes:
     except OSError as error:
         raise UserError(f"{called} cannot be read ({error.strerror or error}).") from error
     if len(read) > most:
-        raise UserError(
-            f"{called} has more than {most:,} bytes, and what is read as this has far fewer. Check the name."
-        )
+        raise UserError(f"{called} has more than {most:,} bytes, far more than such a file has. Check the name.")
     return read
 
 
 def read_json(path: str | Path, *, most: int, what: str = "") -> Any:
-    """Return the JSON value in the regular file ``path``, of at most ``most`` bytes.
+    """Return the JSON value in the regular file ``path`` of at most ``most`` bytes.
 
     Raises:
-        UserError: It is no regular file, is longer, or holds no JSON.
+        UserError: The file is not regular, is longer, or does not contain valid JSON.
     """
     raw = read_regular(path, most=most, what=what)
     try:
         return json.loads(raw)
-    except (ValueError, RecursionError) as error:  # too many digits and broken UTF-8 are values as well
+    except (ValueError, RecursionError) as error:  # too many digits and invalid UTF-8 are ValueErrors as well
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
-        raise UserError(f"{f'{what} {path}'.strip()} holds no JSON that can be read ({reason}).") from error
+        raise UserError(f"{f'{what} {path}'.strip()} does not contain valid JSON ({reason}).") from error

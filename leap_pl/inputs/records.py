@@ -1,12 +1,12 @@
-"""What leap_pl wrote into a folder, in the folder itself: ``--force`` replaces that, and nothing else.
+"""Record of the files that leap_pl wrote into a folder: ``--force`` replaces these, and nothing else.
 
-Every folder that is written has a ``leap_pl.json``; under ``folder`` it holds the format, the verb and the names of
-all files. An export's facts stand in the same file, and so does what a run of ``leap_pl fit`` has written into its
-folder of checkpoints. A file that is not in the record is somebody else's.
+Every output folder has a ``leap_pl.json``, whose key ``folder`` has the format, the verb and the names of all files.
+The same file has the facts of an export. A run of ``leap_pl fit`` keeps such a record in its checkpoint folder. A file
+that is not in the record was not written by leap_pl.
 
-Of the folders that were written before there were such records those are known that can be told by what is in them:
-exported and pruned models, whose ``leap_pl.json`` has a ``provenance``, what ``prune`` writes around these, and the
-parts of a distributed checkpoint.
+Folders of earlier versions have no record. Recognized by their content are exported and pruned models, whose
+``leap_pl.json`` has a ``provenance``, the files that ``prune`` writes around these, and the parts of a distributed
+checkpoint.
 """
 
 import json
@@ -16,13 +16,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-MASK_FORMAT = "leap_pl.MaskSet"  # what the metadata of a mask says
+MASK_FORMAT = "leap_pl.MaskSet"  # `format` in the metadata of a mask file
 RECORD = "leap_pl.json"
 KEY = "folder"
 FORMAT = "leap_pl.folder"
 FORMAT_VERSION = 1
 
-# What transformers writes for a model and its tokenizer, and what an export adds.
+# Files that transformers writes for a model and its tokenizer, and those that an export adds.
 _MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template"
     r"|preprocessor_config|processor_config)\.json|(model|pytorch_model)[\w.-]*\.(safetensors|bin|json)|merges\.txt"
@@ -33,7 +33,7 @@ _PART_FILES = re.compile(r"meta\.pt|\.metadata|__\d+_\d+\.distcp")
 
 
 def files_in(folder: Path) -> list[str]:
-    """Every file under ``folder``, and every symbolic link: paths within it, sorted."""
+    """Return all files and symbolic links under ``folder`` as sorted paths relative to it."""
     found = []
     for place, folders, files in os.walk(folder):
         links = [name for name in folders if Path(place, name).is_symlink()]
@@ -42,7 +42,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def write_record(folder: Path, verb: str | None) -> None:
-    """Write the record of all that is in ``folder``, before that gets its name; the same files, the same bytes."""
+    """Write the record of all files in ``folder``, before it is renamed; the same files give the same bytes."""
     path = folder / RECORD
     facts = _read(path) or {}
     facts[KEY] = _entry(verb, {*files_in(folder), RECORD})
@@ -50,59 +50,59 @@ def write_record(folder: Path, verb: str | None) -> None:
 
 
 def extended(folder: Path, verb: str, names: Iterable[str], *, job: str | None = None) -> str:
-    """The text of the record of ``folder`` with ``names`` added, and without those that are not there any more.
+    """Return the text of the record of ``folder`` with ``names`` added and names of missing files removed.
 
     Args:
-        folder: That is written file by file.
-        verb: That writes it.
-        names: Of files that are about to be written.
-        job: That runs the verb, where a scheduler gives jobs a name.
+        folder: Folder that is written file by file.
+        verb: Verb that writes it.
+        names: Names of files that are about to be written.
+        job: Name of the scheduler's job that runs the verb, if there is one.
     """
     facts = _read(folder / RECORD) or {}
-    there = {name for name in _names(facts) or () if os.path.lexists(folder / name)}
-    entry = _entry(verb, {*there, *names, RECORD}) | ({} if job is None else {"job": job})
+    present = {name for name in _names(facts) or () if os.path.lexists(folder / name)}
+    entry = _entry(verb, {*present, *names, RECORD}) | ({} if job is None else {"job": job})
     return json.dumps(facts | {KEY: entry}, indent=2) + "\n"
 
 
 def recorded(folder: Path) -> set[str]:
-    """The names in the record of ``folder``; none where there is no record."""
+    """Return the names in the record of ``folder``; the empty set without a record."""
     return set(_names(_read(folder / RECORD) or {}) or ())
 
 
 def verb_of(folder: Path) -> str | None:
-    """The verb that wrote ``folder``, if its record tells."""
-    return _told(folder, "verb")
+    """Return the verb that wrote ``folder``, or None if it has no record of it."""
+    return _recorded_text(folder, "verb")
 
 
 def job_of(folder: Path) -> str | None:
-    """The job that wrote ``folder``, if its record tells."""
-    return _told(folder, "job")
+    """Return the job that wrote ``folder``, or None if it has no record of it."""
+    return _recorded_text(folder, "job")
 
 
 def strangers(folder: Path, verb: str | None) -> list[str]:
-    """What is in ``folder`` that leap_pl did not write, as far as its record, or what it is made of, tells.
+    """Return the files in ``folder`` that leap_pl did not write, according to its record or else its content.
 
     Args:
-        folder: That is to be replaced.
-        verb: The command that would do so. What fit has learned gives way to fit alone.
+        folder: Folder to replace.
+        verb: Command that would replace it. Only fit may replace the output of fit.
     """
-    there = files_in(folder)
+    found = files_in(folder)
     facts = _read(folder / RECORD) or {}
     names = _names(facts)
     if names is not None:
-        wrote = verb_of(folder)
-        return there if wrote == "fit" != verb else [name for name in there if name not in names]
+        writer = verb_of(folder)
+        return found if writer == "fit" != verb else [name for name in found if name not in names]
     if isinstance(facts.get("provenance"), dict):
-        return [name for name in there if not _MODEL_FILES.fullmatch(name)]
-    if {"meta.pt", ".metadata"} <= {*there} and verb == "fit":
-        return [name for name in there if not _PART_FILES.fullmatch(name)]
-    if "mask.safetensors" in there and "errors.json" in there:
-        return _strangers_of_prune(folder, there)
-    return there
+        return [name for name in found if not _MODEL_FILES.fullmatch(name)]
+    if {"meta.pt", ".metadata"} <= {*found} and verb == "fit":
+        return [name for name in found if not _PART_FILES.fullmatch(name)]
+    if "mask.safetensors" in found and "errors.json" in found:
+        return _strangers_of_prune(folder, found)
+    return found
 
 
 def is_mask_file(path: Path) -> bool:
-    """Whether ``path`` is a MaskSet file, of any version, as far as its header tells."""
+    """Return whether ``path`` is a MaskSet file, of any version, according to its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -112,22 +112,25 @@ def is_mask_file(path: Path) -> bool:
         return False
 
 
-def _strangers_of_prune(folder: Path, there: list[str]) -> list[str]:
-    """``OUT/mask.safetensors``, ``OUT/errors.json`` and ``OUT/model``, as prune wrote them without a record."""
+def _strangers_of_prune(folder: Path, found: list[str]) -> list[str]:
+    """Return the files ``found`` that prune did not write, in a folder of a version without records.
+
+    Such a folder has ``mask.safetensors``, ``errors.json`` and ``model``.
+    """
     errors = _read(folder / "errors.json") or {}
     if not is_mask_file(folder / "mask.safetensors") or "layer_error" not in errors:
-        return there
-    inner = [name for name in there if name.startswith("model/")]
+        return found
+    inner = [name for name in found if name.startswith("model/")]
     known = {"mask.safetensors", "errors.json"}
     if (_read(folder / "model" / RECORD) or {}).get("provenance"):
         known |= {name for name in inner if _MODEL_FILES.fullmatch(name.removeprefix("model/"))}
-    return [name for name in there if name not in known]
+    return [name for name in found if name not in known]
 
 
-def _told(folder: Path, key: str) -> str | None:
+def _recorded_text(folder: Path, key: str) -> str | None:
     entry = (_read(folder / RECORD) or {}).get(KEY)
-    told = entry.get(key) if isinstance(entry, dict) else None
-    return told if isinstance(told, str) else None
+    value = entry.get(key) if isinstance(entry, dict) else None
+    return value if isinstance(value, str) else None
 
 
 def _entry(verb: str | None, names: Iterable[str]) -> dict[str, Any]:
@@ -135,18 +138,18 @@ def _entry(verb: str | None, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _names(facts: dict[str, Any]) -> set[str] | None:
-    told = facts.get(KEY)
-    if not isinstance(told, dict) or told.get("format") != FORMAT or not isinstance(told.get("files"), list):
+    entry = facts.get(KEY)
+    if not isinstance(entry, dict) or entry.get("format") != FORMAT or not isinstance(entry.get("files"), list):
         return None
-    return {name for name in told["files"] if isinstance(name, str)}
+    return {name for name in entry["files"] if isinstance(name, str)}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The JSON object in ``path``; None where there is none."""
+    """Return the JSON object in ``path``; None if there is no file or no object in it."""
     if path.is_symlink() or not path.is_file():
         return None
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return told if isinstance(told, dict) else None
+    return facts if isinstance(facts, dict) else None

@@ -1,10 +1,10 @@
-"""What a command reads, known while it runs: nothing that it replaces may hold one of its inputs.
+"""Register of the inputs of a running command: no output may replace one of them.
 
-Every command has one register of inputs. ``leap_pl`` opens it, the command's options are noted in it before anything
-is done (:mod:`leap_pl.cli.command`), and whatever opens a file of the user's notes it as well (:func:`note_input`):
-masks, checkpoints, results, texts, configs, model folders, and what these point at. :mod:`leap_pl.files`, through which
-everything is written, asks it before anything is replaced, and an input that is found later, inside a folder that is
-about to be replaced, ends the command where it is found.
+Every command has one register. ``leap_pl`` opens it, registers the command's options before it does anything
+(:mod:`leap_pl.cli.command`), and every function that opens a file of the user registers it as well
+(:func:`note_input`): masks, checkpoints, results, texts, configs, model folders, and the targets of their links.
+:mod:`leap_pl.files`, which writes all output, checks the register before it replaces anything. An input that is
+registered later, inside a folder that is about to be replaced, ends the command at once.
 
 Outside a command, in a program that calls the library, there is no register and nothing is refused.
 """
@@ -18,29 +18,29 @@ from typing import Any
 
 from leap_pl.errors import UserError
 
-MOST_LINKS = 40  # on the way to one file, as Linux has it
-MOST_PIECES = 8  # of one name with commas in it, amid a list
+MOST_LINKS = 40  # on the way to one file, the limit of Linux
+MOST_PIECES = 8  # comma-separated pieces of one name within a list
 
 
 class Inputs:
-    """The register of one command.
+    """Register of the inputs of one command.
 
     Attributes:
-        verb: The command's name.
+        verb: Name of the command.
     """
 
     def __init__(self, verb: str) -> None:
-        """Begin without inputs."""
+        """Create an empty register."""
         self.verb = verb
-        self._read: dict[Path, str] = {}  # where an input lies, and each link to it → the name it was read by
+        self._read: dict[Path, str] = {}  # real path of an input, and of each link to it → name given by the user
         self._released: set[Path] = set()
         self._replacing: dict[Path, str] = {}  # folders that will be replaced → their names
 
     def note(self, name: str | Path) -> None:
-        """Add the file or folder ``name``, with all symbolic links that lead to it.
+        """Register the file or folder ``name``, with all symbolic links on the way to it.
 
         Raises:
-            UserError: It lies in a folder that the command is about to replace.
+            UserError: It is inside a folder that the command is about to replace.
         """
         for place in lookups(Path(name)):
             if place not in self._read:
@@ -49,31 +49,31 @@ class Inputs:
                     self._check(place, folder, called)
 
     def release(self, name: str | Path) -> None:
-        """Let the command replace ``name`` although it reads it: a cache of its own."""
+        """Allow the command to replace ``name`` although it reads it, as its own cache."""
         self._released.update(lookups(Path(name)))
 
     def check_file(self, real: Path, called: str | Path) -> None:
-        """Make sure that the file ``real``, which goes by the name ``called``, is no input.
+        """Check that the file ``real``, which the user knows as ``called``, is not an input.
 
         Raises:
-            UserError: It is one.
+            UserError: It is an input.
         """
         name = self._read.get(real)
         if name is not None and real not in self._released:
             raise UserError(f"{called} would be replaced, and this command reads {name}. Name another file.")
 
     def check_folder(self, real: Path, called: str | Path) -> None:
-        """Make sure that the folder ``real``, which goes by the name ``called``, is no input and holds none.
+        """Check that the folder ``real``, which the user knows as ``called``, neither is nor contains an input.
 
         Raises:
-            UserError: It is one, or holds one.
+            UserError: It is or contains an input.
         """
         for place in self._read:
             self._check(place, real, called)
 
     def _check(self, place: Path, folder: Path, called: str | Path) -> None:
         if place not in self._released and (place == folder or folder in place.parents):
-            how = "is" if place == folder else "lies in"
+            how = "is" if place == folder else "is inside"
             raise UserError(
                 f"{called} would be replaced, and {self._read[place]}, which this command reads, {how} it. "
                 "Name another folder."
@@ -81,10 +81,10 @@ class Inputs:
 
     @contextmanager
     def replacing(self, real: Path, called: str | Path) -> Iterator[None]:
-        """Refuse, as long as the statement lasts, every input that is found inside the folder ``real``.
+        """Refuse, within the ``with`` block, every input inside the folder ``real``.
 
         Raises:
-            UserError: One is there already.
+            UserError: The folder contains an input already.
         """
         self.check_folder(real, called)
         self._replacing[real] = str(called)
@@ -94,17 +94,17 @@ class Inputs:
             self._replacing.pop(real, None)
 
 
-_registers: list[Inputs] = []  # of the commands that run: the last one is at work
+_registers: list[Inputs] = []  # of the running commands, the innermost one last
 
 
 def current() -> Inputs | None:
-    """The register of the command that runs, if one does."""
+    """Return the register of the running command, or None outside a command."""
     return _registers[-1] if _registers else None
 
 
 @contextmanager
 def command_inputs(verb: str) -> Iterator[Inputs]:
-    """Open a register for the command ``verb``, or go on with the one that was opened for it.
+    """Open a register for the command ``verb``, or yield the one that is already open for it.
 
     Another command that it calls has its own.
     """
@@ -121,12 +121,12 @@ def command_inputs(verb: str) -> Iterator[Inputs]:
 
 
 def note_input(name: str | Path) -> None:
-    """Tell the running command's register that ``name`` is read; what is not there is passed over.
+    """Register ``name`` as an input of the running command; a path that does not exist is skipped.
 
-    Everything in this package that opens a file that a user may name calls this first.
+    Every function of this package that opens a file that a user may name calls this first.
 
     Raises:
-        UserError: It lies in a folder that the command is about to replace.
+        UserError: It is inside a folder that the command is about to replace.
     """
     register = current()
     if register is None:
@@ -137,12 +137,12 @@ def note_input(name: str | Path) -> None:
 
 
 def note_named(value: Any) -> None:
-    """Note every file and folder that ``value``, a setting or a collection of them, names.
+    """Register every file and folder named by ``value``, a setting or a collection of settings.
 
-    Text is taken for a path where it exists as it is, then for a pattern, then for a list separated by commas.
+    A string is read as a path if that exists, else as a pattern, else as a comma-separated list.
 
     Raises:
-        UserError: One lies in a folder that the command is about to replace.
+        UserError: One is inside a folder that the command is about to replace.
     """
     if isinstance(value, Path):
         note_input(value)
@@ -158,19 +158,19 @@ def note_named(value: Any) -> None:
 
 
 def release_input(name: str | Path) -> None:
-    """Let the running command replace ``name`` although it reads it: a cache that it keeps."""
+    """Allow the running command to replace ``name`` although it reads it, as its own cache."""
     register = current()
     if register is not None:
         register.release(name)
 
 
 def listed(text: str) -> list[str]:
-    """The entries of a list that is separated by commas; a path, or pattern, that exists as typed is one entry.
+    """Return the entries of a comma-separated list; a path or pattern that exists as typed is one entry.
 
     >>> listed("wikitext2, c4")
     ['wikitext2', 'c4']
 
-    Of several ways to take commas for a part of a name that exists, the longest name is taken. Entries may be empty.
+    Where several names with commas exist, the longest one is taken. Entries may be empty.
     """
     pieces = text.split(",")
     entries: list[str] = []
@@ -186,10 +186,10 @@ def listed(text: str) -> list[str]:
 
 
 def lookups(path: Path) -> Iterator[Path]:
-    """Where a look-up of ``path`` passes: every symbolic link on the way, in its real folder, and the end of it."""
+    """Yield the paths that resolving ``path`` visits: each symbolic link, in its real folder, and the final path."""
     try:
         place, parts, links = Path("/"), list(path.absolute().parts[1:]), 0
-    except FileNotFoundError:  # the working directory was removed, and nothing is in it
+    except FileNotFoundError:  # the working directory was removed, so it contains nothing
         return
     while parts:
         part = parts.pop(0)
@@ -209,22 +209,22 @@ def lookups(path: Path) -> Iterator[Path]:
 
 
 def real_path(path: str | Path) -> Path:
-    """Where ``path`` leads, through all symbolic links."""
+    """Return ``path`` with all symbolic links resolved."""
     return Path(os.path.realpath(path))
 
 
 def _spellings(name: str | Path) -> set[Path]:
-    """``name`` as it is, and with ``~`` for what that stands for: some readers take it so, and some so."""
+    """Return ``name`` as it is and with ``~`` expanded, since some readers expand it and others do not."""
     try:
         return {Path(name), Path(name).expanduser()}
-    except RuntimeError:  # of somebody whom the system does not know
+    except RuntimeError:  # the home directory of an unknown user
         return {Path(name)}
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # too long for a name, or with a NUL in it
+    except (OSError, ValueError):  # too long for a name, or contains NUL
         return False
 
 
@@ -233,7 +233,7 @@ def _matches(name: str) -> list[str]:
         return []
     try:
         found = [path for spelled in _spellings(name) for path in glob.glob(str(spelled), recursive=True)]  # noqa: PTH207
-        return [path for path in found if os.path.lexists(path)]  # of ** it names a folder that is not there
+        return [path for path in found if os.path.lexists(path)]  # for ** glob yields a folder that does not exist
     except (OSError, ValueError):
         return []
 

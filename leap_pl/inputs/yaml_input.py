@@ -1,39 +1,39 @@
-"""Configs as YAML, within limits: what a few aliases stand for, written out, must fit in memory."""
+"""Limits on YAML configs: the values that a few aliases expand to must fit in memory."""
 
 from typing import Any
 
 from leap_pl.errors import UserError
 
-MOST_VALUES = 100_000  # with every alias written out; the longest shipped config has some hundreds
-DEEPEST = 50  # mappings and lists within each other
+MOST_VALUES = 100_000  # with every alias expanded; the longest shipped config has some hundreds
+DEEPEST = 50  # nested mappings and lists
 
-_SURELY_SMALL = 2 * DEEPEST  # characters that hold neither too many values nor too deep ones
+_SURELY_SMALL = 2 * DEEPEST  # characters, too few for too many or too deeply nested values
 
 
 def check_yaml(text: str, name: str = "") -> None:
-    """Make sure that ``text`` may be built: read event by event, so that nothing is built meanwhile.
+    """Check that ``text`` is within the limits, event by event, so that none of its values is constructed.
 
     Args:
         text: YAML.
-        name: What it is called in messages.
+        name: Name of the text in messages.
 
     Raises:
-        UserError: It holds more than ``MOST_VALUES`` values when its aliases are written out, an alias within what
-            it stands for, or values nested more than ``DEEPEST`` deep.
-        yaml.YAMLError: It is no YAML.
+        UserError: It has more than ``MOST_VALUES`` values with its aliases expanded, an alias inside its own anchor,
+            or values nested more than ``DEEPEST`` deep.
+        yaml.YAMLError: It is not YAML.
     """
     import yaml
 
     if len(text) <= _SURELY_SMALL:
         return
-    anchored: dict[str, int] = {}  # anchor → values that it stands for
-    inside: list[tuple[str | None, int]] = []  # anchors of what is open, and the values before it
+    anchored: dict[str, int] = {}  # anchor → number of its values
+    inside: list[tuple[str | None, int]] = []  # anchors of the open collections, and the number of values before each
     values = 0
     called = name or "the value given"
     for event in yaml.parse(text, yaml.CSafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in inside):
-                raise UserError(f"{called} holds an alias, *{event.anchor}, within what it stands for. Write it out.")
+                raise UserError(f"{called} has the alias *{event.anchor} inside its own anchor. Write the value out.")
             values += anchored.get(str(event.anchor), 1)
         elif isinstance(event, yaml.CollectionStartEvent):
             inside.append((event.anchor, values))
@@ -47,16 +47,16 @@ def check_yaml(text: str, name: str = "") -> None:
             if event.anchor is not None:
                 anchored[event.anchor] = 1
         if len(inside) > DEEPEST:
-            raise UserError(f"{called} holds values nested more than {DEEPEST} deep, and settings are not. Mend it.")
+            raise UserError(f"{called} has values nested more than {DEEPEST} deep, and no setting is. Remove them.")
         if values > MOST_VALUES:
             raise UserError(
-                f"{called} holds more than {MOST_VALUES:,} values when its aliases (*name) are written out, and "
-                "settings are far fewer. Write out what is meant, without aliases of aliases."
+                f"{called} has more than {MOST_VALUES:,} values when its aliases (*name) are expanded, far more than "
+                "settings need. Write the values out, without aliases of aliases."
             )
 
 
 def guard_parser() -> None:
-    """Have the argument parser check all YAML before it builds it: configs, and files that settings name."""
+    """Make the argument parser check all YAML before it constructs values: configs, and files that settings name."""
     import yaml
     from jsonargparse import get_loader, set_loader
 

@@ -1,1 +1,1 @@
-"""Compute what gates, losses and optimizers are made of, on each kind of device."""
+"""Kernels of the gates, losses and optimizers, for each kind of device."""

@@ -1,9 +1,9 @@
-"""Compiled kernels that are called directly, past what torch.compile does before every call.
+"""Call compiled kernels directly, without the overhead of torch.compile at every call.
 
-A step calls two kernels for each gated weight, between products of matrices that empty the processor's caches. There,
-what torch.compile makes of a call (looking up its entry, checking its guards, unpacking and repacking in three layers)
-takes about as long as the kernels themselves. So the way through it is taken once for each kind of arguments, and
-remembered.
+A step calls two kernels for each gated weight, between matrix products that evict the processor's caches. There, the
+overhead of torch.compile (looking up the cache entry, checking guards, unpacking and repacking in three layers) takes
+about as long as the kernels themselves. So each kind of call goes through torch.compile once, and its compiled graph is
+cached.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -14,27 +14,27 @@ import torch
 from torch import Tensor
 from torch._functorch import config as tracing
 
-Graph = Callable[[list[Any]], Sequence[Any]]  # empties the list it is given
+Graph = Callable[[list[Any]], Sequence[Any]]  # clears the list that it receives
 
 
 class DirectKernel:
-    """``kernel``, compiled by torch.compile for every size, and called directly once a call of its kind was made.
+    """Kernel compiled by torch.compile with dynamic sizes, called directly from the second call of a kind on.
 
-    Two calls are of a kind where all that torch.compile checks is equal: of each tensor its class, sizes, strides,
-    dtype and device and whether it requires gradients, every other argument, and the modes of torch that compiled
-    code depends on. The first call of a kind goes through torch.compile, which compiles where it must; for the next
-    ones the compiled graph is called with the arguments that this call was seen to give it.
+    Two calls are of one kind if everything that torch.compile guards is equal: class, sizes, strides, dtype, device and
+    ``requires_grad`` of each tensor, every other argument, and the modes of torch that compiled code depends on. The
+    first call of a kind goes through torch.compile, which compiles if necessary. Later calls run the compiled graph
+    with its inputs arranged as recorded from the first.
     """
 
     def __init__(self, kernel: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        """Take the ``kernel``, whose arguments are positional, a tensor first, and inductor's ``options``."""
+        """Wrap ``kernel``, which takes positional arguments, a tensor first; ``options`` are those of inductor."""
         self._options = dict(options)
         self._checked = torch.compile(kernel, dynamic=True, fullgraph=True, backend=self._compile)
         self._calls: dict[Hashable, _Call] = {}
-        self._seen: list[tuple[Graph, Sequence[Any], Sequence[Any]]] = []  # calls of graphs: inputs, outputs
+        self._seen: list[tuple[Graph, Sequence[Any], Sequence[Any]]] = []  # recorded graph calls: inputs, outputs
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the kernel returns."""
+        """Return the result of the kernel."""
         kind = _kind(arguments)
         call = self._calls.get(kind)
         if call is not None:
@@ -43,46 +43,46 @@ class DirectKernel:
             result = self._checked(*arguments)
             call = _Call.between(arguments, result, *self._seen[-1]) if self._seen else None
         finally:
-            self._seen.clear()  # it holds the arguments
+            self._seen.clear()  # it keeps the arguments alive
         if call is not None:
             self._calls[kind] = call
         return result
 
     def _compile(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Any:
-        from torch._inductor.compile_fx import compile_fx  # of use only where there is a compiler, and slow to import
+        from torch._inductor.compile_fx import compile_fx  # needed only where there is a compiler, and slow to import
 
-        # A graph from the cache of what is traced would come past _finish. The cache of compiled code is the other one.
+        # A graph from the autograd cache would bypass _finish. The cache of compiled code is a different one.
         with tracing.patch(enable_autograd_cache=False):
             return compile_fx(graph, list(examples), inner_compile=self._finish, config_patches=self._options)
 
     def _finish(self, *arguments: Any, **settings: Any) -> Any:
-        """Compile a graph that torch.compile has traced, and note the calls that will come down to it."""
+        """Compile a graph traced by torch.compile, and record the calls to it."""
         from torch._inductor.compile_fx import compile_fx_inner
 
         code: Any = compile_fx_inner(*arguments, **settings)
         run: Graph | None = getattr(code, "current_callable", None)
-        if run is None:  # a torch that makes other code: it is called by way of torch.compile each time
+        if run is None:  # another version of torch: every call goes through torch.compile
             return code
 
-        def noting(inputs: list[Any]) -> Sequence[Any]:
+        def recording(inputs: list[Any]) -> Sequence[Any]:
             given = tuple(inputs)
             outputs = run(inputs)
             self._seen.append((run, given, outputs))
             return outputs
 
-        code.current_callable = noting
+        code.current_callable = recording
         return code
 
 
 @dataclass(frozen=True)
 class _Call:
-    """How a compiled graph is called with a kernel's arguments, and its outputs returned.
+    """Mapping of a kernel's arguments to the inputs of its compiled graph.
 
     Attributes:
-        graph: Compiled.
-        inputs: Its inputs but for tensors: sizes, the same for all calls of a kind.
-        tensors: Places among the inputs, and the number of the argument that comes there.
-        single: Whether the kernel returns its one output itself, and no tuple.
+        graph: The compiled graph.
+        inputs: Inputs other than tensors: sizes, the same for all calls of a kind.
+        tensors: Pairs of an input's index and the index of its argument, for each tensor.
+        single: Whether the kernel returns a single tensor instead of a tuple.
     """
 
     graph: Graph
@@ -101,7 +101,7 @@ class _Call:
     def between(
         cls, arguments: Sequence[Any], result: Any, graph: Graph, inputs: Sequence[Any], outputs: Sequence[Any]
     ) -> "_Call | None":
-        """The call by which ``graph`` made ``result`` of ``arguments``; None where more was done than to call it."""
+        """Return the call by which ``graph`` computed ``result``; None if more than a call of it was needed."""
         numbers = {id(argument): number for number, argument in enumerate(arguments)}
         single = isinstance(result, Tensor)
         returned = [result] if single else list(result)
@@ -115,7 +115,7 @@ class _Call:
 
 
 def _kind(arguments: Sequence[Any]) -> Hashable:
-    """All that decides whether what was compiled for other arguments serves for these."""
+    """Return the key of a call; code compiled for one call is valid for all calls with the same key."""
     device = arguments[0].device.type
     kind: list[Any] = [
         torch.get_num_threads(),

@@ -1,17 +1,17 @@
 """Counter-based noise: a pure function of (seed, step, micro-batch, tensor, row, column).
 
-Nothing is stored and no generator has a state, so the noise of a forward pass can be made again in its
+Nothing is stored and there is no generator state, so the noise of a forward pass can be recomputed in its
 backward pass, under activation checkpointing, after a resume, and by any rank that holds any rows of the
 tensor; see :func:`logistic`.
 
-Two multiply–xorshift hashes share the work. Each row of a weight gets a key of its own by three rounds; each
-element is then two rounds away from its row's key and its column. The tensor's second key enters after the
-first round of both, so that neither two tensors nor two rows are permuted copies of each other.
+The bits come from two multiply–xorshift hashes. Three rounds derive a key for each row of a weight; two more rounds
+combine the row's key with the column of an element. The tensor's second key enters after the first round of both, so
+that neither two tensors nor two rows are permuted copies of each other.
 
 Per element: 2 multiplications, 2 shifts, 4 xors and additions and 2 masks for the bits; then a conversion, 2
-multiplications, 2 additions, a division and a logarithm (:mod:`leap_pl.kernels.powers`) for the logistic. That it is
-good enough is tested: its distribution and tails, every bit and pair of bits, and the independence of elements,
-rows, tensors, steps and seeds, in ``tests/kernels/test_noise.py``.
+multiplications, 2 additions, a division and a logarithm (:mod:`leap_pl.kernels.powers`) for the logistic. The quality
+is tested in ``tests/kernels/test_noise.py``: distribution and tails, every bit and pair of bits, and the independence
+of elements, rows, tensors, steps and seeds.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ from leap_pl.kernels.powers import log2
 
 
 def noise_keys(seed: int, step: int, micro_batch: int, tensor: str) -> tuple[int, int]:
-    """The two keys, signed 32-bit integers, of one tensor's noise in one forward pass.
+    """Return the two keys, signed 32-bit integers, of one tensor's noise in one forward pass.
 
     Args:
-        seed: Of the run.
-        step: The optimizer step.
-        micro_batch: Its index within the step, counted over all ranks.
-        tensor: The name of the weight.
+        seed: Seed of the run.
+        step: Optimizer step.
+        micro_batch: Index of the micro-batch within the step, counted over all ranks.
+        tensor: Name of the weight.
     """
     place = f"{seed} {step} {micro_batch} {tensor}".encode()
     first, second = struct.unpack("<ii", hashlib.blake2b(place, digest_size=8).digest())
@@ -40,15 +40,15 @@ def noise_keys(seed: int, step: int, micro_batch: int, tensor: str) -> tuple[int
 
 @lru_cache(maxsize=64)
 def columns(length: int, device: torch.device) -> Tensor:
-    """0 … length − 1, int32, one tensor for all who ask.
+    """Return the int32 tensor 0 … length − 1, cached and shared by all callers.
 
-    The kernels read it, which is several times cheaper on a CPU than to make such a vector in registers.
+    The kernels read it, which is several times cheaper on a CPU than computing such a vector in registers.
     """
     return torch.arange(length, dtype=torch.int32, device=device)
 
 
 def element_bits(rows: int, column_C: Tensor, key_0: Tensor, key_1: Tensor) -> Tensor:
-    """32 well-mixed bits, int32 (R, C), for the first ``rows`` rows and the columns ``column_C`` of a weight."""
+    """Return 32 well-mixed bits, int32 (R, C), for the first ``rows`` rows and the columns ``column_C`` of a weight."""
     row_R1 = torch.arange(rows, dtype=torch.int32, device=column_C.device)[:, None]
     x = (column_C ^ hash_bits(row_R1, key_0, key_1)) * -1640531535  # 0x9E3779B1, odd, from the golden ratio
     x = x ^ _shift_right(x, 15)
@@ -57,7 +57,7 @@ def element_bits(rows: int, column_C: Tensor, key_0: Tensor, key_1: Tensor) -> T
 
 
 def hash_bits(index: Tensor, key_0: Tensor, key_1: Tensor) -> Tensor:
-    """32 well-mixed bits for each of ``index`` (int32, any shape) as int32; keys are int32 scalars."""
+    """Return 32 well-mixed bits for each of ``index`` (int32, any shape) as int32; keys are int32 scalars."""
     x = (index ^ key_0) * -1640531535
     x = x ^ _shift_right(x, 15)
     x = (x + key_1) * -2048144777
@@ -67,11 +67,11 @@ def hash_bits(index: Tensor, key_0: Tensor, key_1: Tensor) -> Tensor:
 
 
 def logistic(bits: Tensor) -> Tensor:
-    """Standard logistic noise from 32 uniform bits: g = log((1 + v)/(1 − v)), v uniform on (−1, 1).
+    """Return standard logistic noise from 32 uniform bits: g = log((1 + v)/(1 − v)), v uniform on (−1, 1).
 
-    With v = 2u − 1 that is log u − log(1 − u). v comes straight from the signed bits, so that the two tails are
-    mirror images, and is kept off ±1 by the last place of a float32: both end at log 2²⁴ = 16.6, beyond which
-    the logistic has a share of 6e-8 on each side.
+    With v = 2u − 1 this is log u − log(1 − u). v is computed directly from the signed bits, so that the two tails are
+    mirror images, and differs from ±1 by at least the last place of a float32: both tails end at log 2²⁴ = 16.6,
+    beyond which the logistic distribution has a share of 6e-8 on each side.
 
     Args:
         bits: int32, any shape.
@@ -83,28 +83,30 @@ def logistic(bits: Tensor) -> Tensor:
 
 
 def logistic_in_bits(bits: Tensor) -> Tensor:
-    """The same noise to base 2, g/log 2: what the kernels take, whose powers are of 2."""
+    """Return the noise of :func:`logistic` to base 2, g/log 2, as used by the kernels, whose powers are of 2."""
     v = _within(bits) * 2.0**-31  # the largest |v| is 1 − 2⁻²³
     return log2((1 + v) / (1 - v))
 
 
 def _within(bits: Tensor) -> Tensor:
-    """As float32, less one part in 2²³. The power of 2 that follows is exact, so that multiply-and-add in one
-    instruction rounds as the two do: the tails, where 1 − v is coarse, are the same compiled and not.
+    """Convert to float32, reduced by one part in 2²³.
+
+    The multiplication by a power of 2 that follows is exact, so that a fused multiply-add rounds as two instructions
+    do: the tails, where 1 − v is coarse, are the same compiled and not.
     """
     return bits.to(torch.float32) * (1 - 2.0**-23)
 
 
 def _shift_right(x: Tensor, by: int) -> Tensor:
-    """Logical shift: int32 is signed, and uint32 has no kernels on CPU."""
+    """Shift logically to the right: int32 is signed, and uint32 has no kernels on CPU."""
     return (x >> by) & ((1 << (32 - by)) - 1)
 
 
 def gumbel(bits: Tensor) -> Tensor:
-    """Standard Gumbel noise from 32 uniform bits: g = −log(−log u), u uniform on (0, 1).
+    """Return standard Gumbel noise from 32 uniform bits: g = −log(−log u), u uniform on (0, 1).
 
-    u comes from the signed bits and is kept off 0 and 1 by the last place of a float32, so that g is always
-    finite: from −log(log 2²⁴) = −2.8 to log 2²⁴ = 16.6, beyond which a Gumbel variable falls once in 2²⁴ draws.
+    u is computed from the signed bits and differs from 0 and 1 by at least the last place of a float32, so that g is
+    always finite: from −log(log 2²⁴) = −2.8 to log 2²⁴ = 16.6, which a Gumbel variable exceeds once in 2²⁴ draws.
 
     Args:
         bits: int32, any shape.
@@ -116,6 +118,6 @@ def gumbel(bits: Tensor) -> Tensor:
 
 
 def gumbel_in_bits(bits: Tensor) -> Tensor:
-    """The same noise to base 2 and moved, −log₂(−log₂ u): a softmax takes no notice of where its noise begins."""
+    """Return the noise of :func:`gumbel` to base 2 without its offset, −log₂(−log₂ u): a softmax is shift-invariant."""
     u = _within(bits) * 2.0**-32 + 0.5
     return -log2(-log2(u))

@@ -1,12 +1,12 @@
-"""Base-2 logarithm and power for the gates' kernels, of additions, multiplications and the bits of a float32.
+"""Base-2 logarithm and power for the gates' kernels, from additions, multiplications and the bits of a float32.
 
-On a CPU the gates spend most of their time on a logarithm and an exponential for each weight, and compiled code
-calls a library for each. These are written out instead, to be fused with what is around them: the exponent is read
-from, or added to, the bits of the number, and a polynomial does the rest. They are as exact as a float32 allows for
-one operation and a few roundings, which is tested against float64.
+On a CPU the gates spend most of their time on a logarithm and an exponential for each weight, for which compiled code
+calls a library. These functions are written in elementary operations instead, so that they fuse with the surrounding
+ones: the exponent is read from, or added to, the bits of the number, and a polynomial gives the rest. They are as exact
+as a float32 allows for one operation and a few roundings, which is tested against float64.
 
-The coefficients interpolate log₂(1 + f)/f and 2ᶠ at the Chebyshev nodes of the interval named, in float64; their
-relative errors there are 2.7e-8 and 1.0e-7. They are literals because a number read from elsewhere would reach the
+The coefficients interpolate log₂(1 + f)/f and 2ᶠ at the Chebyshev nodes of the named interval, in float64; their
+relative errors there are 2.7e-8 and 1.0e-7. They are literals because a constant defined elsewhere would reach the
 compiled loop as a tensor, and be loaded for every vector.
 """
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 def log2(x: Tensor) -> Tensor:
-    """log₂ x of float32 ``x``, positive, finite and not subnormal; relatively exact around 1 too."""
+    """Return log₂ x of float32 ``x``, positive, finite and not subnormal; the relative error is small around 1 too."""
     bits = x.view(torch.int32)
-    exponent = (bits - 0x3F3504F3) >> 23  # of x/√½, so that the rest lies in [√½, √2)
+    exponent = (bits - 0x3F3504F3) >> 23  # of x/√½, so that the mantissa is in [√½, √2)
     f = (bits - (exponent << 23)).view(torch.float32) - 1
     p = 0.12614846606973598 * f - 0.2074210351465376
     p = p * f + 0.21566985907671674
@@ -31,7 +31,7 @@ def log2(x: Tensor) -> Tensor:
 
 
 def exp2(x: Tensor) -> Tensor:
-    """2ˣ of float32 ``x``, any; 0 below 2⁻¹²⁶, infinite above 2¹²⁷, and of NaN NaN."""
+    """Return 2ˣ of any float32 ``x``: 0 below 2⁻¹²⁶, infinite above 2¹²⁷, NaN for NaN."""
     n = (x + 12582912.0) - 12582912.0  # rounded: 1.5·2²³ leaves no bits below 1
     f = x - n  # in [−½, ½]
     p = 0.0013400432165823137 * f + 0.00967603709788144
@@ -39,5 +39,5 @@ def exp2(x: Tensor) -> Tensor:
     p = p * f + 0.24022107355830186
     p = p * f + 0.6931472067106205
     p = p * f + 1.0000000754953497
-    power = p * ((n.to(torch.int32) + 127) << 23).view(torch.float32)  # of p as bits, two more vectors were copied
+    power = p * ((n.to(torch.int32) + 127) << 23).view(torch.float32)  # adding to p's bits would copy two more vectors
     return torch.where(x > 127, float("inf"), torch.where(x < -126, 0.0, power))

@@ -1,4 +1,4 @@
-"""Hold, choose and cut hard masks: mask sets and their file, sparsity patterns, exact top-k."""
+"""Hard masks: mask sets and their file format, sparsity patterns, exact top-k."""
 
 from leap_pl.masks.mask_set import MaskSet, PackedMasks, Provenance, split_name
 

@@ -1,8 +1,8 @@
-"""MaskSet: which weights of a base model are kept. Everything that makes or uses a mask speaks in these.
+"""MaskSet: the hard masks of a base model's weights, with provenance. Everything that makes or uses a mask uses it.
 
-On disk a MaskSet is one safetensors file. Every weight has one uint8 tensor of its name: its mask,
-flattened in row-major order, eight elements a byte, the first in the lowest bit, the last byte filled up
-with zeros. The header's metadata holds
+On disk a MaskSet is one safetensors file. It has one uint8 tensor for every weight, of the same name: the mask,
+flattened in row-major order, eight elements a byte, the first in the lowest bit, the last byte padded
+with zeros. The header's metadata has
 
 ===================  ====================================================================================
 ``format``           ``leap_pl.MaskSet``
@@ -12,8 +12,8 @@ with zeros. The header's metadata holds
 ``digest``           SHA-256 of the shapes, the provenance and the packed bits, in hexadecimal
 ===================  ====================================================================================
 
-A kept element is a one. That is one bit a weight: a sixteenth of a bfloat16 model. The same MaskSet makes the
-same bytes.
+A kept element is a one. A mask takes one bit a weight: a sixteenth of a bfloat16 model. The same MaskSet always gives
+the same bytes.
 """
 
 import hashlib
@@ -44,15 +44,15 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a mask comes from.
+    """Provenance of a mask: its base model, method and settings.
 
     Attributes:
         base_model: Name of the base model: hub id, folder or GGUF file.
-        fingerprint: Of the base model's weights (:func:`leap_pl.base_model.weights.model_fingerprint`).
-        method: What made the mask: ``magnitude``, ``wanda``, ``leap`` …
-        sparsity: The sparsity that was asked for; None where the method has none.
-        revision: Of the base model on the hub.
-        config: The settings of the method, plain JSON values.
+        fingerprint: Fingerprint of the base model's weights (:func:`leap_pl.base_model.weights.model_fingerprint`).
+        method: Method that made the mask: ``magnitude``, ``wanda``, ``leap`` …
+        sparsity: Requested sparsity; None for methods without one.
+        revision: Revision of the base model on the hub.
+        config: Settings of the method, plain JSON values.
         versions: Package name → version.
     """
 
@@ -66,13 +66,13 @@ class Provenance:
 
 
 class PackedMasks(Mapping[str, Tensor]):
-    """Masks kept as bits, an eighth of the memory of bool tensors: each look at one unpacks it anew."""
+    """Mapping of masks stored as bits, an eighth of the memory of bool tensors; each access unpacks a mask."""
 
     def __init__(self, packed: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
-        """Take bits as :func:`pack` makes them.
+        """Hold bits packed by :func:`pack`.
 
         Raises:
-            ValueError: They are no such bits, or of other shapes.
+            ValueError: They are not packed bits, or do not fit their shapes.
         """
         for name, bits in packed.items():
             _check_packed(bits, shapes[name])
@@ -80,37 +80,37 @@ class PackedMasks(Mapping[str, Tensor]):
 
     @classmethod
     def of(cls, masks: Iterable[tuple[str, Tensor]]) -> "PackedMasks":
-        """Pack masks one after another, as they come."""
+        """Pack masks one at a time, as the iterable yields them."""
         packed, shapes = {}, {}
         for name, mask in masks:
             packed[name], shapes[name] = pack(mask), tuple(mask.shape)
         return cls(packed, shapes)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The bool mask of the weight ``name``, a new tensor."""
+        """Return the bool mask of the weight ``name`` as a new tensor."""
         return unpack(self.packed[name], self.shapes[name])
 
     def __iter__(self) -> Iterator[str]:
-        """The weights' names."""
+        """Iterate over the names of the weights."""
         return iter(self.packed)
 
     def __len__(self) -> int:
-        """How many weights."""
+        """Return the number of weights."""
         return len(self.packed)
 
 
 class MaskSet:
-    """Boolean masks by weight name (True: kept), with where they come from.
+    """Boolean masks by weight name (True: kept), with their provenance.
 
     >>> mask = MaskSet.load("mask.safetensors")            # doctest: +SKIP
     >>> mask.apply_(AutoModelForCausalLM.from_pretrained(mask.provenance.base_model))  # doctest: +SKIP
     """
 
     def __init__(self, masks: Mapping[str, Tensor], provenance: Provenance) -> None:
-        """Take ``masks``: parameter name → bool tensor of the weight's shape.
+        """Hold ``masks``: parameter name → bool tensor of the weight's shape.
 
         Raises:
-            ValueError: There is none, or one is not of dtype bool.
+            ValueError: ``masks`` is empty, or a mask is not of dtype bool.
         """
         if not masks:
             raise ValueError("a MaskSet needs at least one mask")
@@ -122,32 +122,32 @@ class MaskSet:
             self.masks = dict(masks)
         self.provenance = provenance
 
-    # -- what it says -------------------------------------------------------------------------------------
+    # -- properties ---------------------------------------------------------------------------------------
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each mask, and of its weight."""
+        """Return the shape of each mask, which is that of its weight."""
         if isinstance(self.masks, PackedMasks):
             return dict(self.masks.shapes)
         return {name: tuple(mask.shape) for name, mask in self.masks.items()}
 
     @property
     def total(self) -> int:
-        """How many weights it speaks of."""
+        """Return the total number of masked elements, kept and removed."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def kept(self) -> int:
-        """How many of them stay."""
+        """Return the number of kept elements."""
         return sum(int(mask.sum()) for mask in self.masks.values())
 
     @property
     def sparsity(self) -> float:
-        """The realised sparsity: removed over total."""
+        """Return the realised sparsity: removed over total."""
         return 1 - self.kept / self.total
 
     def densities(self, by: str = "layer") -> dict[str, float]:
-        """Kept over all for each ``by``: ``weight``, ``layer`` (decoder block) or ``projection``."""
+        """Return the density, kept over all, for each ``weight``, ``layer`` (decoder block) or ``projection``."""
         counts: dict[str, list[int]] = {}
         for name, mask in self.masks.items():
             layer, projection = split_name(name)
@@ -158,11 +158,11 @@ class MaskSet:
         return {key: kept / total for key, (kept, total) in counts.items()}
 
     def check(self, model: nn.Module, weights: Mapping[str, "Weight"] | None = None) -> None:
-        """Make sure that this mask belongs to ``model``, and, if given, to exactly these ``weights``.
+        """Check that this mask belongs to ``model`` and, if given, to exactly these ``weights``.
 
         Raises:
-            UserError: The model's weights have another fingerprint, or it has no such weights, or, of ``weights``,
-                names or shapes differ.
+            UserError: The fingerprint of the model differs, or the model lacks some of the weights, or the names or
+                shapes of ``weights`` differ.
         """
         from leap_pl.base_model.weights import model_fingerprint
 
@@ -170,15 +170,15 @@ class MaskSet:
         if found != self.provenance.fingerprint:
             raise UserError(
                 f"this mask was made for {shown(self.provenance.base_model, 400)} with fingerprint "
-                f"{shown(self.provenance.fingerprint)}, and the model it is to be used on has {found}. "
+                f"{shown(self.provenance.fingerprint)}, and the given model has {found}. "
                 "Give the base model it was made for (unpruned, the same revision)."
             )
         if weights is None:
-            there = {name: parameter.shape for name, parameter in model.named_parameters()}
-            strange = [name for name, mask in self.masks.items() if there.get(name) != mask.shape]
-            if strange:
+            existing = {name: parameter.shape for name, parameter in model.named_parameters()}
+            unknown = [name for name, mask in self.masks.items() if existing.get(name) != mask.shape]
+            if unknown:
                 raise UserError(
-                    f"the model has no weight {listing([repr(shown(name, 200)) for name in strange], 3)} of the shape "
+                    f"the model has no weight {listing([repr(shown(name, 200)) for name in unknown], 3)} of the shape "
                     "that this mask is for. Give the base model it was made for."
                 )
             return
@@ -187,15 +187,15 @@ class MaskSet:
         if wrong:
             raise UserError(
                 f"this mask covers {len(self.masks)} weights, and {len(shapes)} are gated; they differ in "
-                f"{listing([shown(name, 200) for name in sorted(wrong)], 4)}. Use the same targets and ignore as the "
-                "mask was made with."
+                f"{listing([shown(name, 200) for name in sorted(wrong)], 4)}. Use the targets and ignore that the mask "
+                "was made with."
             )
 
-    # -- what it does -------------------------------------------------------------------------------------
+    # -- operations ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def apply_(self, model: nn.Module, *, check: bool = True) -> nn.Module:
-        """Set the removed weights of ``model`` to zero, in place; kept ones keep every bit. Returns ``model``.
+        """Set the removed weights of ``model`` to zero in place, and return it; kept weights stay bit-identical.
 
         Raises:
             UserError: ``model`` is not the base model of this mask (see :meth:`check`).
@@ -212,22 +212,22 @@ class MaskSet:
         return model
 
     def digest_of_bits(self) -> str:
-        """SHA-256 of names, shapes and bits, whatever their provenance: the same for masks that are the same."""
+        """Return the SHA-256 of names, shapes and bits without provenance, the same for equal masks."""
         return _digest(
             json.dumps(self.shapes, sort_keys=True), "", {name: pack(mask) for name, mask in self.masks.items()}
         )
 
     def with_provenance(self, **changes: Any) -> Self:
-        """The same masks with some fields of the provenance changed."""
+        """Return the same masks with some fields of the provenance changed."""
         return type(self)(self.masks, replace(self.provenance, **changes))
 
     # -- on disk ------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write the file ``path`` whole or not at all; the same masks and provenance make the same bytes.
+        """Write the file ``path`` atomically; the same masks and provenance give the same bytes.
 
         Raises:
-            UserError: It cannot be written.
+            UserError: The file cannot be written.
         """
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
         write_masks(path, shapes, self.masks.__getitem__, self.provenance)
@@ -238,7 +238,7 @@ class MaskSet:
         """Read a MaskSet file.
 
         Raises:
-            UserError: It is not there, not a MaskSet, of a newer format, truncated or damaged.
+            UserError: The file does not exist, or is not a MaskSet, of a newer format, truncated or damaged.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -246,9 +246,9 @@ class MaskSet:
 
         path = Path(path)
         if path.is_dir():
-            raise UserError(f"{path} is a folder, and no such MaskSet file. Name {path}/mask.safetensors.")
+            raise UserError(f"{path} is a folder, not a MaskSet file. Name {path}/mask.safetensors.")
         if path.suffix == ".ckpt":
-            raise UserError(f"{path} is a checkpoint and no MaskSet. Use --ckpt_path, or the run's mask.safetensors.")
+            raise UserError(f"{path} is a checkpoint, not a MaskSet. Use --ckpt_path, or the run's mask.safetensors.")
         if not path.is_file():
             raise UserError(f"{path}: there is no such MaskSet file. Give the path of a mask.safetensors.")
         note_input(path)
@@ -264,7 +264,7 @@ class MaskSet:
             shapes = parse_shapes(metadata["shapes"])
             provenance = Provenance(**parse_provenance(metadata["provenance"]))
             if set(shapes) != set(packed):
-                raise ValueError("its shapes are of other weights than its bits")
+                raise ValueError("its shapes and its bits are of different weights")
             return cls(PackedMasks({name: packed[name] for name in shapes}, shapes), provenance)
         except UserError:
             raise
@@ -279,31 +279,36 @@ class MaskSet:
         ) as error:
             raise UserError(
                 f"{path} is truncated or damaged ({shown(' '.join(str(error).split()), 300)}). "
-                "Make the mask again, or take another copy of the file."
+                "Make the mask again, or use another copy of the file."
             ) from error
 
 
 def write_masks(
     path: str | Path, shapes: Mapping[str, list[int]], mask: Callable[[str], Tensor], provenance: Provenance
 ) -> tuple[int, int]:
-    """Write a MaskSet file of masks that are made one at a time.
+    """Write a MaskSet file from masks that are computed one at a time.
 
     Args:
-        path: Written whole or not at all.
+        path: File to write, atomically.
         shapes: Weight name → shape.
         mask: Weight name → its bool mask; called once for each, in the order of sorted names.
-        provenance: Where the masks come from.
+        provenance: Provenance of the masks.
 
     Returns:
-        How many weights are kept, and of how many.
+        Number of kept elements, and number of all elements.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The file cannot be written.
     """
-    told_shapes, told = json.dumps(shapes), json.dumps(plain(asdict(provenance)))
-    digest = hashlib.sha256(f"{told_shapes}\n{told}\n".encode())
-    blank = "0" * 2 * digest.digest_size  # until the bits are known
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "shapes": told_shapes, "provenance": told}
+    shapes_json, provenance_json = json.dumps(shapes), json.dumps(plain(asdict(provenance)))
+    digest = hashlib.sha256(f"{shapes_json}\n{provenance_json}\n".encode())
+    blank = "0" * 2 * digest.digest_size  # placeholder until the bits are known
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "shapes": shapes_json,
+        "provenance": provenance_json,
+    }
     header: dict[str, Any] = {"__metadata__": {"digest": blank, **metadata}}
     end = 0
     for name in sorted(shapes):
@@ -320,19 +325,19 @@ def write_masks(
             packed = pack(bits).numpy().tobytes()
             digest.update(name.encode() + b"\n" + packed)
             file.write(packed)
-        file.seek(8 + text.index(blank.encode()))  # the first key: no other text is before it
+        file.seek(8 + text.index(blank.encode()))  # the digest is the first key, so this is the first match
         file.write(digest.hexdigest().encode())
     return kept, sum(math.prod(shape) for shape in shapes.values())
 
 
 def split_name(name: str) -> tuple[int | None, str]:
-    """A weight's decoder block and its projection: ``model.layers.3.mlp.up_proj.weight`` → 3, ``mlp.up_proj``."""
+    """Split a weight's name into block and projection: ``model.layers.3.mlp.up_proj.weight`` → 3, ``mlp.up_proj``."""
     match = re.match(r".*?\.(\d{1,9})\.(.+)", name)
     return (int(match[1]), match[2].removesuffix(".weight")) if match else (None, name.removesuffix(".weight"))
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of this package and of those that decide its numbers."""
+    """Return the versions of this package and of the packages that determine its numerical results."""
     from importlib.metadata import version
 
     from leap_pl.version import __version__
@@ -352,15 +357,15 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def pack(mask: Tensor) -> Tensor:
-    """A bool mask as bits: uint8, flat, the first element in the lowest bit of the first byte."""
+    """Pack a bool mask into bits: uint8, flat, the first element in the lowest bit of the first byte."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """The bool mask of ``shape`` that :func:`pack` made these bits of.
+    """Unpack the bits made by :func:`pack` into a bool mask of ``shape``.
 
     Raises:
-        ValueError: They are no such bits.
+        ValueError: They are not packed bits, or do not fit ``shape``.
     """
     count = _check_packed(packed, shape)
     bits = np.unpackbits(packed.numpy(), count=count, bitorder="little")
@@ -368,7 +373,7 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _check_packed(packed: Tensor, shape: Sequence[int]) -> int:
-    """How many elements the bits are of."""
+    """Return the number of elements of a packed mask; raise a ValueError if it is not packed bits of ``shape``."""
     if packed.dtype != torch.uint8 or packed.ndim != 1 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError("a mask is not packed bits")
     count = math.prod(shape)

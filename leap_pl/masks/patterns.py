@@ -1,4 +1,4 @@
-"""What a mask looks like: any weights of a group, or n of every m consecutive inputs.
+"""Sparsity patterns of a mask: unstructured, n:m, tiles that are dense or n:m; choose and verify masks of a pattern.
 
 Shapes: O outputs, I inputs, G groups, S elements of a group.
 """
@@ -19,7 +19,7 @@ _FEW = 8  # m up to which ranking by pairwise comparison is faster than selectio
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any weights of a group; the method says what a group is.
+    """Unstructured sparsity: any weights of a group; the method defines the groups.
 
     Attributes:
         sparsity: Removed over all, 0 to 1. A group of S elements keeps round((1 − sparsity)·S).
@@ -29,24 +29,24 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
-            raise UserError(f"sparsity {self.sparsity} makes no sense: give a number from 0 to below 1.")
+            raise UserError(f"sparsity {self.sparsity} is invalid: give a number from 0 to below 1.")
 
     def __str__(self) -> str:
         return "unstructured"
 
     def kept(self, size: int) -> int:
-        """How many of ``size`` elements stay."""
+        """Return the number of kept elements out of ``size``."""
         return round((1 - self.sparsity) * size)
 
 
 @dataclass(frozen=True, eq=False)
 class ByRow(Unstructured):
-    """Any weights, of some rows more than of others, by methods whose weights compete within a row.
+    """Unstructured sparsity with a different number of kept weights for each row.
 
-    Other methods see the sparsity alone.
+    It applies to methods whose weights compete within a row; other methods use only the sparsity.
 
     Attributes:
-        kept_rows: How many weights of each row stay, LongTensor (O,).
+        kept_rows: Number of kept weights of each row, LongTensor (O,).
     """
 
     kept_rows: Tensor
@@ -54,10 +54,10 @@ class ByRow(Unstructured):
 
 @dataclass(frozen=True)
 class NM:
-    """``n`` kept of every ``m`` consecutive inputs of an output (2:4, 4:8 …).
+    """N:M sparsity: ``n`` of every ``m`` consecutive inputs of an output are kept (2:4, 4:8 …).
 
-    Where ``m`` does not divide the number of inputs, the last group is short: of its r inputs it keeps
-    n·r/m, rounded to the nearest number, halves up.
+    If ``m`` does not divide the number of inputs, the last group is short: it keeps n·r/m of its r inputs,
+    rounded to the nearest integer, halves up.
     """
 
     n: int
@@ -66,7 +66,7 @@ class NM:
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
             raise UserError(
-                f"pattern {self.n}:{self.m} makes no sense: n of every m weights are kept, 0 < n < m, as in 2:4."
+                f"pattern {self.n}:{self.m} is invalid: n of every m weights are kept, 0 < n < m, as in 2:4."
             )
 
     def __str__(self) -> str:
@@ -74,11 +74,11 @@ class NM:
 
     @property
     def sparsity(self) -> float:
-        """Removed over all."""
+        """Return the sparsity, removed over all."""
         return 1 - self.n / self.m
 
     def kept(self, size: int) -> int:
-        """How many of a group of ``size`` ≤ m inputs stay."""
+        """Return the number of kept inputs of a group of ``size`` ≤ m."""
         return (2 * self.n * size + self.m) // (2 * self.m)
 
 
@@ -87,11 +87,11 @@ Pattern = Unstructured | NM
 
 @dataclass(frozen=True)
 class Tiled:
-    """Square tiles of a matrix, each of them dense or n:m (PATCH).
+    """Square tiles of a matrix, each either dense or n:m (PATCH).
 
     Attributes:
-        nm: Of the tiles that are not dense; its groups do not begin anew with a tile.
-        size: Rows and columns of a tile. Those at the edges may be smaller.
+        nm: Pattern of the tiles that are not dense; its groups are counted along the whole row, not within a tile.
+        size: Rows and columns of a tile. Tiles at the edges may be smaller.
     """
 
     nm: NM
@@ -99,14 +99,14 @@ class Tiled:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise UserError(f"tile {self.size} makes no sense: a tile has 1 row and column or more, as 128.")
+            raise UserError(f"tile {self.size} is invalid: a tile has at least 1 row and column, such as 128.")
 
     def __str__(self) -> str:
         return f"{self.size}x{self.size} tiles, dense or {self.nm}"
 
 
 def read_form(text: str) -> Pattern | Tiled | None:
-    """The form of a mask from its own words (``str(form)``); None where they are none of this project's."""
+    """Parse the form of a mask from its string (``str(form)``); return None if it is not a form of this project."""
     if text == "unstructured":
         return Unstructured(0.0)
     match = re.fullmatch(r"(?:(\d+)x\1 tiles, dense or )?(\d+):(\d+)", text)
@@ -117,13 +117,13 @@ def read_form(text: str) -> Pattern | Tiled | None:
 
 
 def follows(mask: Tensor, input_dim: int, form: Pattern | Tiled) -> bool:
-    """Whether a weight's mask has the ``form`` it is said to have, exactly.
+    """Return whether a weight's mask has exactly the given ``form``.
 
     Args:
-        mask: Bool, of the weight's shape.
-        input_dim: The dimension its layer's inputs run along.
-        form: Unstructured masks may be anything; of an n:m mask every group of m keeps n (a short one what
-            :meth:`NM.kept` says); a tiled one is n:m wherever a group lies in no dense tile.
+        mask: Bool tensor of the weight's shape.
+        input_dim: Input dimension of the weight.
+        form: Form to verify. Any mask is unstructured; in an n:m mask every group of m keeps n (a short group
+            :meth:`NM.kept`); a tiled mask is n:m in every group that touches no dense tile.
     """
     if isinstance(form, Unstructured):
         return True
@@ -141,7 +141,7 @@ def follows(mask: Tensor, input_dim: int, form: Pattern | Tiled) -> bool:
 
 
 def _in_full_tiles(mask_OI: Tensor, size: int) -> Tensor:
-    """Bool: the elements of the tiles that are kept whole."""
+    """Return a bool tensor that is True in the tiles that are kept as a whole."""
     full = torch.zeros_like(mask_OI)
     for rows in range(0, mask_OI.shape[-2], size):
         for columns in range(0, mask_OI.shape[-1], size):
@@ -151,10 +151,10 @@ def _in_full_tiles(mask_OI: Tensor, size: int) -> Tensor:
 
 
 def parse_pattern(text: str | None, sparsity: float) -> Pattern:
-    """``2:4`` → ``NM(2, 4)``; None → ``Unstructured(sparsity)``.
+    """Parse ``2:4`` as ``NM(2, 4)``, and None as ``Unstructured(sparsity)``.
 
     Raises:
-        UserError: ``text`` is not two whole numbers n < m with a colon between them.
+        UserError: ``text`` is not two integers n < m separated by a colon.
     """
     if text is None:
         return Unstructured(sparsity)
@@ -165,15 +165,15 @@ def parse_pattern(text: str | None, sparsity: float) -> Pattern:
 
 
 def choose(score_OI: Tensor, pattern: Pattern, grouping: Grouping) -> Tensor:
-    """The mask that keeps the highest scores.
+    """Return the mask that keeps the highest scores.
 
     Args:
         score_OI: Scores without NaN.
-        pattern: How many stay. For N:M the groups are the pattern's own.
+        pattern: Sparsity pattern of the mask; N:M defines its own groups.
         grouping: Whether unstructured weights compete over the whole ``matrix`` or within a ``row``.
 
     Returns:
-        Bool (O, I), True where kept. Of equal scores the lower index stays.
+        Bool (O, I), True where kept. Of equal scores the lower index is kept.
     """
     O, I = score_OI.shape  # noqa: E741  (the legend's letters)
     if isinstance(pattern, Unstructured):
@@ -193,7 +193,7 @@ def choose(score_OI: Tensor, pattern: Pattern, grouping: Grouping) -> Tensor:
 
 
 def keep_highest(score_GS: Tensor, k: int) -> Tensor:
-    """Bool (G, S): the ``k`` highest of every row, exactly; of equal scores the lower index stays."""
+    """Return bool (G, S) with exactly the ``k`` highest of every row; of equal scores the lower index is kept."""
     G, S = score_GS.shape
     if k <= 0 or k >= S:
         return torch.full((G, S), k > 0, dtype=torch.bool, device=score_GS.device)
@@ -207,14 +207,14 @@ def keep_highest(score_GS: Tensor, k: int) -> Tensor:
 
 
 def _keep_of_each(score_GS: Tensor, k_G: Tensor) -> Tensor:
-    """:func:`keep_highest` with a k for each row."""
+    """Keep the highest scores as :func:`keep_highest` does, with a separate k for each row."""
     order_GS = score_GS.sort(dim=1, descending=True, stable=True).indices
     first_GS = torch.arange(score_GS.shape[1], device=score_GS.device) < k_G[:, None]
     return torch.zeros_like(first_GS).scatter_(1, order_GS, first_GS)
 
 
 def _keep_of_few(score_GS: Tensor, k: int) -> Tensor:
-    """:func:`keep_highest` for a great many small groups."""
+    """Keep the highest scores as :func:`keep_highest` does, optimized for many small groups."""
     S = score_GS.shape[1]
     if S > _FEW:
         return keep_highest(score_GS, k)

@@ -1,6 +1,6 @@
-"""The schema of what a mask, and a model folder made from one, say of themselves: plain values with known names.
+"""Schema of the provenance in a mask file, and in a model folder made from a mask: plain values with known names.
 
-Keys that are not known are left out: a newer leap_pl may write more.
+Unknown keys are dropped: a newer leap_pl may write more.
 """
 
 import re
@@ -25,8 +25,8 @@ Count = Annotated[int, Field(ge=0)]
 
 def _form(text: str) -> str:
     if re.search(r"\d{7}", text):
-        raise ValueError("should name a form of masks, as 2:4")
-    read_form(text)  # which refuses 0:4
+        raise ValueError("should name a form of masks, such as 2:4")
+    read_form(text)  # refuses 0:4
     return text
 
 
@@ -42,7 +42,7 @@ Names = Annotated[Any, AfterValidator(_names)]
 
 
 class Data(TypedDict, total=False):
-    """What a mask was learned from."""
+    """Data that a mask was learned from."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     text: Names | None
@@ -50,7 +50,7 @@ class Data(TypedDict, total=False):
 
 
 class Config(TypedDict, total=False):
-    """Settings of a method: those that leap_pl reads again have their types, others are any plain values."""
+    """Settings of a method: those that leap_pl reads back are typed, others may be any plain values."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     pattern: Form
@@ -61,7 +61,7 @@ class Config(TypedDict, total=False):
 
 
 class ProvenanceFields(TypedDict):
-    """The fields of :class:`leap_pl.masks.Provenance`."""
+    """Fields of :class:`leap_pl.masks.Provenance`."""
 
     base_model: Name
     fingerprint: Word
@@ -76,26 +76,26 @@ Size = Annotated[int, Field(ge=1, le=MOST_ELEMENTS)]
 Shape = Annotated[list[Size], Field(min_length=1, max_length=MOST_DIMENSIONS)]
 
 
-def provenance_fields(told: Any) -> dict[str, Any]:
-    """Return the fields of a :class:`leap_pl.masks.Provenance` that the plain values ``told`` hold.
+def provenance_fields(values: Any) -> dict[str, Any]:
+    """Return the fields of a :class:`leap_pl.masks.Provenance` in the plain ``values``.
 
     Raises:
-        ValueError: One is missing or has another type or range; the message is one line that names it.
+        ValueError: A field is missing, or of a wrong type or range; the message is one line that names it.
     """
-    found: dict[str, Any] = checked(_schema(ProvenanceFields), told)
-    if "config" in found:
+    fields: dict[str, Any] = checked(_schema(ProvenanceFields), values)
+    if "config" in fields:
         # Earlier versions wrote the perplexity of a broken model as NaN.
-        found["config"] = plain(found["config"])
-    return found
+        fields["config"] = plain(fields["config"])
+    return fields
 
 
 def parse_provenance(text: str) -> dict[str, Any]:
-    """Return the fields that the JSON ``text`` spells; raises as :func:`provenance_fields` does."""
+    """Parse the fields from JSON; raise as :func:`provenance_fields` does."""
     return provenance_fields(parse_json(text, finite=False))
 
 
 def parse_shapes(text: str) -> dict[str, list[int]]:
-    """Return weight name → shape from the JSON ``text``; raises as :func:`provenance_fields` does."""
+    """Parse weight name → shape from JSON; raise as :func:`provenance_fields` does."""
     shapes: dict[str, list[int]] = checked(_schema(dict[Name, Shape]), parse_json(text))
     return shapes
 

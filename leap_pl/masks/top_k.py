@@ -1,10 +1,10 @@
-"""The exact k highest of many tensors, without a copy of them all.
+"""Exact global top-k over many tensors, without a copy of them all.
 
-A global hard mask keeps exactly k of N logits. Their k-th highest value is found by a radix selection over
-the bit patterns of the floats, two histograms of 65,536 bins, one tensor at a time; ties at that value are
-kept in index order. The answer depends on the values alone: not on the device, nor on the number of ranks.
-Of tensors that are sharded over ranks (see :mod:`leap_pl.distributed.shards`) each rank counts its own part and the
-histograms are added: 512 KiB to all-reduce twice, whatever the size of the model.
+A global hard mask keeps exactly k of N logits. The k-th highest value is found by a radix selection over
+the bit patterns of the floats, with two histograms of 65,536 bins, one tensor at a time; ties at that value are
+kept in index order. The result depends only on the values, not on the device or the number of ranks.
+For tensors that are sharded over ranks (see :mod:`leap_pl.distributed.shards`) each rank counts its own part and the
+histograms are summed: two all-reduces of 512 KiB, whatever the size of the model.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,18 @@ _CHUNK = 1 << 24  # elements at a time: 64 MiB of int32
 
 @dataclass(frozen=True)
 class Cut:
-    """Where one tensor's kept elements end: those above ``value``, and of those equal to it the ones whose
-    flat index, in the whole tensor, is below ``tie_limit``.
+    """Threshold of one tensor's kept elements.
+
+    Attributes:
+        value: Elements above this value are kept.
+        tie_limit: Elements equal to ``value`` are kept if their flat index, in the whole tensor, is below this limit.
     """
 
     value: float
     tie_limit: int
 
     def mask(self, tensor: Tensor) -> Tensor:
-        """The kept elements of ``tensor`` (any shape, float32) as a bool tensor of its shape, sharded as it is."""
+        """Return the mask of the kept elements of ``tensor`` (float32): bool, of the same shape and sharding."""
         part = own_part(tensor)
         kept = part > self.value
         if self.tie_limit > 0:
@@ -39,25 +42,25 @@ class Cut:
 
 
 def exact_top_k(tensors: Sequence[Tensor], k: int) -> list[Cut]:
-    """Cuts that keep exactly the ``k`` highest elements over all ``tensors`` together.
+    """Return the cuts that keep exactly the ``k`` highest elements over all ``tensors`` together.
 
     Args:
-        tensors: Float32 tensors of any shapes; equal values rank by tensor, then by flat index. All of them
-            whole, or all of them sharded over the same ranks, each of which makes this call. They are gone through
-            four times, one after another, so that a sequence that reads each from a disk will do.
-        k: How many to keep, 0 to their total number.
+        tensors: Float32 tensors of any shapes; equal values rank by tensor, then by flat index. Either all are whole,
+            or all are sharded over the same ranks, which must all call this function. The tensors are read four times,
+            one after another, so that a sequence may load each from disk on access.
+        k: Number of elements to keep, 0 to their total number.
 
     Returns:
-        One :class:`Cut` for each tensor; their masks have ``k`` true elements in all.
+        One :class:`Cut` for each tensor; their masks have ``k`` true elements in total.
 
     Raises:
-        ValueError: A tensor holds NaN, or ``k`` is out of range.
+        ValueError: A tensor contains NaN, or ``k`` is out of range.
     """
     total, broken, ranks = _survey(tensors)
     if not 0 <= k <= total:
-        raise ValueError(f"asked for the {k} highest of {total} elements")
+        raise ValueError(f"cannot keep the {k} highest of {total} elements")
     if ranks.any(broken):
-        raise ValueError("NaN has no rank")
+        raise ValueError("a tensor contains NaN, which cannot be ranked")
     if k == 0:
         return [Cut(float("inf"), 0)] * len(tensors)
 
@@ -80,7 +83,7 @@ def exact_top_k(tensors: Sequence[Tensor], k: int) -> list[Cut]:
 
 
 def _survey(tensors: Sequence[Tensor]) -> tuple[int, bool, Ranks]:
-    """How many elements there are, whether any here is NaN, and whose they are."""
+    """Return the number of elements, whether any on this rank is NaN, and the ranks that share them."""
     total, broken, ranks = 0, False, Ranks()
     for tensor in tensors:
         total += tensor.numel()
@@ -90,7 +93,7 @@ def _survey(tensors: Sequence[Tensor]) -> tuple[int, bool, Ranks]:
 
 
 def _before(ranks: Ranks, own: list[int]) -> list[int]:
-    """For each tensor, the ties that rank before this rank's part of it: tensor by tensor, then rank by rank."""
+    """Return, for each tensor, the number of ties before this rank's part: tensor by tensor, then rank by rank."""
     counts_RT = torch.tensor(ranks.gather(own)).view(-1, len(own))
     in_order = counts_RT.T.flatten()
     before_RT = (in_order.cumsum(0) - in_order).view(len(own), -1).T
@@ -98,10 +101,10 @@ def _before(ranks: Ranks, own: list[int]) -> list[int]:
 
 
 def _keys(tensors: Sequence[Tensor]):  # type: ignore[no-untyped-def]
-    """Each tensor in pieces, as int64 keys of 32 bits that order as its floats do."""
+    """Yield each tensor in pieces, as 32-bit keys in int64 that have the same order as the floats."""
     for tensor in tensors:
         for piece in own_part(tensor).detach().reshape(-1).split(_CHUNK):
-            # + 0.0: minus zero equals zero, and must have its key.
+            # + 0.0: minus zero equals zero, and must have the same key.
             pattern = (piece.float() + 0.0).view(torch.int32).to(torch.int64)
             yield torch.where(pattern < 0, ~pattern, pattern + (1 << 31)) & 0xFFFFFFFF
 
@@ -116,7 +119,7 @@ def _histogram(digits: Tensor) -> Tensor:
 
 
 def _bin_of(counts: Tensor, k: int) -> tuple[int, int]:
-    """The bin in which the k-th highest lies, and how many lie in the bins above it."""
+    """Return the bin of the k-th highest element, and the number of elements in the bins above it."""
     from_top = counts.flip(0).cumsum(0)
     place = int(torch.searchsorted(from_top, k))
     above = int(from_top[place - 1]) if place else 0

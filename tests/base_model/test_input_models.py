@@ -119,8 +119,8 @@ def test_a_config_that_lies(tmp_path: Path) -> None:
         ({"num_hidden_layers": 3}, "num_hidden_layers as 3, and the names of the weights count to 2"),
         ({"hidden_size": 10**9}, "hidden_size as 1000000000, and the largest dimension of a weight is 260"),
         ({"vocab_size": 10**12}, "vocab_size as 1000000000000, and the largest dimension of a weight is 260"),
-        ({"hidden_size": -32}, "hidden_size as '-32', which is no count"),
-        ({"intermediate_size": "x" * 1000}, f"intermediate_size as '{'x' * 60}', which is no count"),
+        ({"hidden_size": -32}, "hidden_size as '-32', which is not a count"),
+        ({"intermediate_size": "x" * 1000}, f"intermediate_size as '{'x' * 60}', which is not a count"),
     ],
 )
 def test_what_is_said_of_a_config_that_lies(tmp_path: Path, text_file, capsys, lie: dict, words: str) -> None:
@@ -135,7 +135,7 @@ def test_what_is_said_of_a_config_that_lies(tmp_path: Path, text_file, capsys, l
 def test_more_weights_than_the_files_hold(tmp_path: Path) -> None:
     """Each setting alone may be, for the vocabulary is as large; together they ask for forty times as many weights."""
     copy = changed(tiny_folder(tmp_path / "good"), tmp_path / "lie", hidden_size=256, intermediate_size=260)
-    with pytest.raises(UserError, match=r"settings ask for [\d,]+ weights, and its files hold [\d,]+\. Check that con"):
+    with pytest.raises(UserError, match=r"ask for [\d,]+ weights, and its files contain [\d,]+\. Check that config"):
         load_model(str(copy))
     # And of tables that a model makes for itself.
     copy = changed(tiny_folder(tmp_path / "gpt2", "gpt2"), tmp_path / "table", n_positions=10**6, n_ctx=10**6)
@@ -191,10 +191,10 @@ def test_descriptions_that_are_none(tmp_path: Path, monkeypatch, name: str, cont
             {"weight_map": {"a": "part-2.safetensors"}},
             "lacks part-2.safetensors, which model.safetensors.index.json names",
         ),
-        ({"weight_map": {"a": 3}}, "is no index of weights"),
-        ({"weight_map": []}, "is no index of weights"),
-        ([], "is no index of weights"),
-        ({}, "is no index of weights"),
+        ({"weight_map": {"a": 3}}, "is not an index of weights"),
+        ({"weight_map": []}, "is not an index of weights"),
+        ([], "is not an index of weights"),
+        ({}, "is not an index of weights"),
     ],
 )
 def test_indices_that_lie(tmp_path: Path, index: object, words: str) -> None:
@@ -254,10 +254,10 @@ def test_a_gguf_file_is_read_as_its_structure_says(tmp_path: Path) -> None:
     file = tiny_gguf(tmp_path / "tiny.gguf")
     found, reader = read_structure(file), gguf.GGUFReader(file)
     assert found.stored.shapes == {tensor.name: tuple(tensor.shape.tolist()[::-1]) for tensor in reader.tensors}
-    for key, value in found.told.items():
+    for key, value in found.metadata.items():
         told = reader.fields[key].contents()
         assert value == (len(told) if isinstance(told, list) else told) or value[1] == len(told), key
-    assert len(found.told) == len([key for key in reader.fields if not key.startswith("GGUF.")])
+    assert len(found.metadata) == len([key for key in reader.fields if not key.startswith("GGUF.")])
     model, expected = load_model(str(file), dtype="float32"), tiny_model()
     # Queries and keys are turned in GGUF files, which the maker of this one leaves out.
     for name, tensor in expected.state_dict().items():
@@ -305,20 +305,20 @@ def tensor(name: bytes = b"a", shape: tuple[int, ...] = (8,), kind: int = 0, off
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "ends before"),
-        (b"GGML", "does not begin with GGUF"),
+        (b"", "is truncated"),
+        (b"GGML", "does not start with GGUF"),
         (header(version=1), "its version is 1"),
         (header(version=3 << 24), "its version is"),
-        (header(tensors=1 << 60), "counts 1,152,921,504,606,846,976 tensors"),
+        (header(tensors=1 << 60), "declares 1,152,921,504,606,846,976 tensors"),
         (header(keys=1 << 63), "keys"),
-        (header(keys=1) + string(b"a", 1 << 62), "a text in it has"),
-        (header(keys=1) + string(b"a", 1 << 20), "ends before"),
+        (header(keys=1) + string(b"a", 1 << 62), "a string in it has"),
+        (header(keys=1) + string(b"a", 1 << 20), "is truncated"),
         (header(keys=1) + string(b"\xff") + struct.pack("<IB", 0, 0), "utf-8"),
         (header(keys=1) + string(b"a") + struct.pack("<I", 13), "unknown kind 13"),
         (header(keys=1) + string(b"a") + struct.pack("<IIQ", 9, 0, 1 << 60), "lists have more than"),
-        (header(keys=1) + string(b"a") + struct.pack("<IIQ", 9, 9, 5), "list is of items of the kind 9"),
-        (header(keys=1) + string(b"a") + struct.pack("<IIQ", 9, 12, 1 << 20), "ends before"),
-        (header(keys=2) + (string(b"a") + struct.pack("<IB", 0, 0)) * 2, "the key 'a' comes twice"),
+        (header(keys=1) + string(b"a") + struct.pack("<IIQ", 9, 9, 5), "list has items of the unknown kind 9"),
+        (header(keys=1) + string(b"a") + struct.pack("<IIQ", 9, 12, 1 << 20), "is truncated"),
+        (header(keys=2) + (string(b"a") + struct.pack("<IB", 0, 0)) * 2, "the key 'a' occurs twice"),
         (header(keys=1) + string(b"general.alignment") + struct.pack("<II", 4, 0), "its alignment is 0"),
         (header(keys=1) + string(b"general.alignment") + struct.pack("<II", 4, 48), "its alignment is 48"),
         (header(keys=1) + string(b"general.alignment") + struct.pack("<I", 8) + string(b"a"), "its alignment is 'a'"),
@@ -326,14 +326,14 @@ def tensor(name: bytes = b"a", shape: tuple[int, ...] = (8,), kind: int = 0, off
         (header(tensors=1) + tensor(shape=()), "has 0 dimensions"),
         (header(tensors=1) + tensor(shape=(1 << 63, 4)), "has the shape"),
         (header(tensors=1) + tensor(shape=(0,)), "has the shape"),
-        (header(tensors=1) + tensor(shape=(1 << 39,)), "lies behind its end"),
+        (header(tensors=1) + tensor(shape=(1 << 39,)), "ends after the file"),
         (header(tensors=1) + tensor(kind=99), "unknown type 99"),
         (header(tensors=1) + tensor(kind=2, shape=(33,)), "rows of 33, and its type has blocks of 32"),
         (header(tensors=1) + tensor(offset=1), "is not aligned"),
-        (header(tensors=1) + tensor(offset=1 << 63), "lies behind its end"),
-        (header(tensors=2) + tensor() * 2, "'a' comes twice"),
+        (header(tensors=1) + tensor(offset=1 << 63), "ends after the file"),
+        (header(tensors=2) + tensor() * 2, "'a' occurs twice"),
         (header(tensors=2) + tensor() + tensor(b"b") + bytes(96), "'b' overlaps another"),
-        (header(tensors=1) + tensor(), "lies behind its end, or it was cut short"),
+        (header(tensors=1) + tensor(), "ends after the file, which may be truncated"),
     ],
 )
 def test_gguf_structures_that_cannot_be(tmp_path: Path, content: bytes, words: str) -> None:
@@ -343,7 +343,7 @@ def test_gguf_structures_that_cannot_be(tmp_path: Path, content: bytes, words: s
         with pytest.raises(UserError) as caught:
             load(str(file))
         assert words in one_line(caught)
-        assert f"{file} could not be read: it is no intact GGUF file" in str(caught.value)
+        assert f"{file} could not be read: it is not a valid GGUF file" in str(caught.value)
 
 
 def test_a_gguf_file_that_lacks_a_weight(tmp_path: Path) -> None:
@@ -412,7 +412,7 @@ def test_an_added_token_may_lie_behind_the_vocabulary(tmp_path: Path, text_file,
         main([*run, "--trainer.max_steps=2"])
         main(evaluate)
         return
-    words = "the text holds token 261, which was added to the tokenizer, and the model has embeddings for 260."
+    words = "the text contains token 261, which was added to the tokenizer, and the model has embeddings for 260."
     assert words in refused(run, capsys)
     assert list((tmp_path / "run" / "checkpoints").glob("step=*.ckpt"))  # what was learned before it is kept
     assert words in refused(evaluate, capsys)

@@ -38,7 +38,7 @@ HOSTILE = {
     "aliases": (bomb(30), f"more than {MOST_VALUES:,} values when its aliases"),
     "aliases in a value": (f"{bomb(7)}output_dir: *a6\n", f"more than {MOST_VALUES:,} values when its aliases"),
     "merged": ("a: &a {k: v}\n" * 1 + "".join(f"m{k}: &m{k} {{<<: *a}}\n" for k in range(20)), ""),
-    "within itself": ("results: &a [one, *a]\n" + "# so long that it is looked at\n" * 9, "within what it stands for"),
+    "within itself": ("results: &a [one, *a]\n" + "# so long that it is looked at\n" * 9, "inside its own anchor"),
     "deep": ("results: " + "[" * 200 + "]" * 200, "nested more than 50 deep"),
     "deeper": ("results: " + "[" * 100_000, "no YAML"),
     "indented": ("".join(" " * k + "a:\n" for k in range(300)), "nested more than 50 deep"),
@@ -80,7 +80,7 @@ def test_a_config_that_is_no_file(tmp_path: Path, capsys, kind: str) -> None:
         config.mkdir() if kind == "folder" else os.mkfifo(config)
     line = refused(["compare", f"--config={config}"], capsys)
     assert f"--config {config} is a " in line
-    assert "Save what it holds in a regular file" in line
+    assert "Save its content in a regular file" in line
     if kind == "pipe":
         assert f"--model {config} is a pipe" in refused(["fit", f"--model={config}"], capsys)
 
@@ -130,8 +130,8 @@ def test_aliases_that_a_person_writes(tmp_path: Path) -> None:
         ("trainer.limit_train_batches=0.5", "trainer.limit_train_batches is 0.5"),
         ("trainer.limit_train_batches=0", "trainer.limit_train_batches is 0"),
         ("trainer.limit_train_batches=-3", "limit_train_batches"),
-        ("trainer.fast_dev_run=true", "would write a mask of its few steps"),
-        ("trainer.fast_dev_run=2", "would write a mask of its few steps"),
+        ("trainer.fast_dev_run=true", "would write the mask of its few steps"),
+        ("trainer.fast_dev_run=2", "would write the mask of its few steps"),
         ("trainer.max_epochs=0", "trainer.max_epochs is 0, and nothing would be learned"),
         ("trainer.max_epochs=-5", "max_epochs"),
         ("trainer.max_steps=-5", "max_steps"),

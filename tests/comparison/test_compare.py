@@ -334,7 +334,7 @@ def test_refuses_in_one_line(write, tmp_path):
         for key in path[:-1]:
             inner = inner[key]
         del inner[path[-1]]
-        lacking[f"damaged: it lacks or garbles '{' > '.join(path)}'"] = [write(path[-1], content)]
+        lacking[f"damaged: '{' > '.join(path)}' is missing or invalid"] = [write(path[-1], content)]
     cases = {
         "Nothing to compare": [],
         "named twice": [good, good],

@@ -76,7 +76,7 @@ def test_another_word_is_refused_wherever_it_was_read(kind: str, tmp_path: Path,
     whole = position["number"] > 0 or position["turn"] > place_of_first
     own = position["turn"] == place_of_first
     if whole or (own and _was_read(position["state"], kind, place, other)):
-        with pytest.raises(UserError, match=f"{first.name}, .* holds another text now than when the run was stopped"):
+        with pytest.raises(UserError, match=f"{first.name}, .* has changed since the run was stopped"):
             rest(module_for(first, second, seed=0), state)
     else:
         now = module_for(first, second, seed=0)
@@ -119,7 +119,7 @@ def test_text_that_has_grown_behind_the_place(kind: str, tmp_path: Path) -> None
     write(file, [*DOCUMENTS, "more of it " * 30])
     fresh = [batch["input_ids"].tolist() for batch in islice(module_for(file).train_loader(10_000), 25)]
     assert rest(module_for(file), early) == fresh[5:]
-    with pytest.raises(UserError, match=rf"text{kind}, all of which was read, holds another text now"):
+    with pytest.raises(UserError, match=rf"text{kind}, all of which was read, has changed since"):
         rest(module_for(file), late)
 
 
@@ -128,7 +128,9 @@ def test_text_that_was_cut_off_or_is_gone(kind: str, tmp_path: Path) -> None:
     file = write(tmp_path / f"text{kind}", DOCUMENTS)
     state = stopped_after(module_for(file), 15)
     write(file, DOCUMENTS[:3])
-    with pytest.raises(UserError, match=rf"text{kind}, whose beginning was read, as far as (line|row|byte) \d+, holds"):
+    with pytest.raises(
+        UserError, match=rf"text{kind}, whose beginning was read, as far as (line|row|byte) \d+, has changed"
+    ):
         rest(module_for(file), state)
     with pytest.raises(UserError, match="is in 2 shards now and was in 1"):
         rest(module_for(file, write(tmp_path / f"more{kind}", DOCUMENTS)), state)

@@ -64,7 +64,7 @@ def test_one_pass_is_all_tokens_in_order(documents: list[str], seq_length: int) 
         if text.strip():
             expected += [TOKENIZER.convert_tokens_to_ids(symbol) for symbol in TOKENIZER.tokenize(text)] + [END]
     if len(expected) < seq_length:
-        with pytest.raises(ValueError, match=r"holds no text|makes \d+ tokens, and one block takes"):
+        with pytest.raises(ValueError, match=r"contains no text|makes \d+ tokens, and one block takes"):
             list(stream_of(documents, seq_length=seq_length).blocks(repeat=False))
         return
     blocks = [block.tokens for block in stream_of(documents, seq_length=seq_length).blocks(repeat=False)]
@@ -184,7 +184,7 @@ def test_a_fault_comes_after_what_was_read_before_it_and_in_one_line(workers: in
     good = write_lines(tmp_path / "a.jsonl", ["a" * 40])
     (tmp_path / "b.parquet").write_bytes(b"PAR1 but no more")
     stream = BlockStream(TextSource.open([str(good), str(tmp_path / "b.parquet")]), TOKENIZER, 10)
-    with pytest.raises(ValueError, match=r"^\S*b\.parquet is no intact Parquet file[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^\S*b\.parquet is not a valid Parquet file[^\n]*$"):
         list(BlockLoader(RankBatches(stream, 1, 9), workers))
     loaded = iter(BlockLoader(RankBatches(stream, 1, 9), workers))
     assert [next(loaded)["input_ids"].shape for _ in range(4)] == [(1, 10)] * 4
@@ -230,5 +230,5 @@ def test_held_out_tokens_of_a_text_file_are_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(text)
     assert held_out_tokens(str(tmp_path / "a.txt"), TOKENIZER).tolist() == TOKENIZER(text)["input_ids"]
     (tmp_path / "b.txt").write_text("\n")
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(ValueError, match="contains no text"):
         held_out_tokens(str(tmp_path / "b.txt"), TOKENIZER)

@@ -124,11 +124,11 @@ def test_bad_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="line") as caught:
         assert texts(file) == ["one", "two"]
     said = [str(warning.message).removeprefix(f"{file}: ") for warning in caught]
-    assert said[0].startswith("line 2 is no JSON (")
-    assert "line 3 is no JSON object; it is skipped." in said
-    assert "line 4 has int and no text under 'text'; it is skipped." in said
+    assert said[0].startswith("line 2 is not JSON (")
+    assert "line 3 is not a JSON object; it is skipped." in said
+    assert "line 4 has int, not text, under 'text'; it is skipped." in said
     assert "line 8 has no 'text'; it is skipped." in said
-    assert "2 lines like this: line is no JSON object." in said
+    assert "2 lines like this: line is not a JSON object." in said
 
 
 def test_bytes_that_no_tokenizer_takes_are_mended(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_bytes_that_no_tokenizer_takes_are_mended(tmp_path: Path) -> None:
         assert texts(file) == ["a\ufffdb", "\ufffd", "\ufffd \ufffd"]
     column = pa.array([b"\xffz"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.warns(UserWarning, match="row 1 holds NUL, invalid UTF-8"):
+    with pytest.warns(UserWarning, match="row 1 has NUL, invalid UTF-8"):
         assert texts(tmp_path / "a.parquet") == ["\ufffdz"]
     assert mended("a\U0001f642") == ("a\U0001f642", False)
 
@@ -167,19 +167,19 @@ def _damaged_parquet(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: f"{folder}/none.jsonl", "There is no file .*none.jsonl. Name one that is there, or a hub"),
+        (lambda folder: f"{folder}/none.jsonl", "There is no file .*none.jsonl. Name one that exists, or a hub"),
         (lambda folder: "none.jsonl", "There is no file none.jsonl"),
         (lambda folder: f"{folder}/*.jsonl", r"No file matches .*\*.jsonl"),
         (lambda folder: str(folder), r"is a folder. Name the files in it, such as .*/\*.jsonl"),
-        (_written("a.csv", b"x"), r"a.csv: files of this kind .* Give .jsonl, .jsonl.gz"),
+        (_written("a.csv", b"x"), r"a.csv: files of this type .* Give .jsonl, .jsonl.gz"),
         (_written("a.jsonl", b'{"url": 1, "body": "b"}\n'), "has no column 'text'; it has: url, body. .*text_column"),
-        (_written("a.jsonl", b"{\n[]\n"), "none of the 2 lines read is a JSON object with a text; line 1 is no JSON"),
-        (_written("a.jsonl", b"\n\n"), "a.jsonl holds no text"),
-        (_written("a.txt", b""), "a.txt holds no text"),
-        (_written("a.jsonl.gz", b'{"text": "not compressed"}'), "a.jsonl.gz is no intact gzip file"),
-        (_truncated_gzip, "cut.jsonl.gz is no intact gzip file .*Fetch it again"),
-        (_written("a.parquet", b"nothing"), "a.parquet is no intact Parquet file"),
-        (_damaged_parquet, "broken.parquet is no intact Parquet file"),
+        (_written("a.jsonl", b"{\n[]\n"), "none of the 2 lines read is a JSON object with a text; line 1 is not JSON"),
+        (_written("a.jsonl", b"\n\n"), "a.jsonl contains no text"),
+        (_written("a.txt", b""), "a.txt contains no text"),
+        (_written("a.jsonl.gz", b'{"text": "not compressed"}'), "a.jsonl.gz is not a valid gzip file"),
+        (_truncated_gzip, "cut.jsonl.gz is not a valid gzip file .*Fetch it again"),
+        (_written("a.parquet", b"nothing"), "a.parquet is not a valid Parquet file"),
+        (_damaged_parquet, "broken.parquet is not a valid Parquet file"),
         (lambda folder: _written("a.jsonl", b'{"text": "short"}\n')(folder), "makes 6 tokens, and one block takes 512"),
     ],
 )
@@ -194,7 +194,7 @@ def test_lists_are_files_or_one_hub_id(tmp_path: Path) -> None:
     file = str(write(tmp_path, ".jsonl"))
     with pytest.raises(UserError, match="There is no file 'allenai/c4', and hub ids cannot be listed"):
         TextSource.open([file, "allenai/c4"])
-    with pytest.raises(UserError, match="No file of this list is there"):
+    with pytest.raises(UserError, match="No file of this list exists"):
         TextSource.open(["a/b", "allenai/c4"])
     with pytest.raises(UserError, match="is empty"):
         TextSource.open([])

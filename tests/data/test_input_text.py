@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_what_is_no_regular_file(tmp_path: Path, name: str, kind: str) -> None:
     assert "\n" not in str(caught.value)
     assert str(file) in str(caught.value)
     if kind != "kernel's":
-        assert "Save what it holds in a regular file" in str(caught.value)
+        assert "Save its content in a regular file" in str(caught.value)
     with pytest.raises(UserError) as caught:  # what stood there before may have become one, as in a resumed run
         list(LocalFiles([file]).read(0, None))
         raise UserError(f"{file} holds no bytes.")
@@ -96,7 +97,7 @@ def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
         read_regular(file, most=size - 1)
     for content in (b"[" * 100_000, b"{", b"\xff", b"1" * 5000, b""):
         file.write_bytes(content)
-        with pytest.raises(UserError, match="holds no JSON that can be read") as caught:
+        with pytest.raises(UserError, match="does not contain valid JSON") as caught:
             read_json(file, most=MIB, what="results")
         assert str(caught.value).startswith(f"results {file}")
         assert len(str(caught.value)) < 500
@@ -126,7 +127,7 @@ def test_gigabytes_of_nothing_in_small_files(tmp_path: Path) -> None:
         found = measured(READ if "newlines.jsonl.gz" in names else low + READ, *(tmp_path / name for name in names))
         for name, (message, grown) in zip(names, found, strict=True):
             assert message.startswith(str(tmp_path / name)), message
-            assert "in a row hold no text" in message
+            assert re.search(r" consecutive (lines|rows|bytes) contain no text", message)
             assert "\n" not in message
             assert grown < 400, name
 
@@ -145,14 +146,14 @@ def test_a_stretch_without_text_may_be_so_long_and_no_longer(tmp_path: Path, mon
             file.write_text("".join(json.dumps({"text": text}) + "\n" if text else "\n" for text in texts))
         source = TextSource.open(str(file), share=share)
         if refused:
-            with pytest.raises(UserError, match=r"200 (lines|rows) in a row hold no text"):
+            with pytest.raises(UserError, match=r"200 consecutive (lines|rows) contain no text"):
                 list(source.documents(repeat=False))
         elif share != "held_out":
             assert len(list(source.documents(repeat=False))) > 100
     # Few lines, of which each is long.
     monkeypatch.setattr(textless, "MOST_BYTES", 1000)
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "a"}) + "\n" + ("[" + "1," * 400 + "1]\n") * 3)
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(UserError, match="1,000 bytes in a row"):
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(UserError, match="1,000 consecutive bytes"):
         list(TextSource.open(str(tmp_path / "long.jsonl")).documents(repeat=False))
 
 
@@ -162,7 +163,7 @@ def test_an_empty_hub_dataset_ends(monkeypatch) -> None:
     monkeypatch.setattr(textless, "MOST_RECORDS", 50)
     dataset = HubDataset("some/text")
     monkeypatch.setattr(dataset, "_open", lambda: Rows())
-    with pytest.raises(UserError, match=r"some/text \(train\), shard 0: 50 rows in a row hold no text"):
+    with pytest.raises(UserError, match=r"some/text \(train\), shard 0: 50 consecutive rows contain no text"):
         list(dataset.read(0, None))
 
 
@@ -283,7 +284,7 @@ def test_kinds_of_columns(tmp_path: Path) -> None:
         assert [d.text for d in LocalFiles([tmp_path / "a.parquet"]).read(0, None)] == texts, kind
     for column in ([["a"], ["b"]], [{"a": "b"}], [1, 2], [1.5]):
         pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-        with pytest.raises(UserError, match=r"has the column 'text' with .* and no text"):
+        with pytest.raises(UserError, match=r"has the column 'text' with .*, not text"):
             list(LocalFiles([tmp_path / "a.parquet"]).read(0, None))
 
 

@@ -101,7 +101,7 @@ def test_never_over_a_full_folder(finished: Run, tmp_path: Path, capsys) -> None
     assert "--force" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*words, "--force"])
-    assert "holds what leap_pl did not write: precious.txt." in capsys.readouterr().err
+    assert "contains files that leap_pl did not write: precious.txt." in capsys.readouterr().err
     assert (out / "precious.txt").read_text() == "mine"
     (out / "precious.txt").unlink()
     for more in ([], ["--force"]):  # what it has written itself gives way

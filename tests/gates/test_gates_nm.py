@@ -184,7 +184,7 @@ def test_settings_that_make_no_sense() -> None:
         with pytest.raises(ValueError, match="must be above 0"):
             nm_gate((2, 4), **wrong)
     for n, m in [(4, 4), (5, 4), (0, 4), (-1, 4), (1, 1), (1, 0)]:
-        with pytest.raises(UserError, match=f"pattern {n}:{m} makes no sense"):
+        with pytest.raises(UserError, match=f"pattern {n}:{m} is invalid"):
             nm_gate((2, 4), n, m)
     with pytest.raises(UserError, match="12,870 patterns"):
         nm_gate((2, 16), 8, 16)

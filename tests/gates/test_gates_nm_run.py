@@ -123,7 +123,7 @@ def test_fit_and_export_where_weights_are_no_linears(family: str, text_file: Pat
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--model.gate.n=4", "--model.gate.m=4"], "pattern 4:4 makes no sense"),
+        (["--model.gate.n=4", "--model.gate.m=4"], "pattern 4:4 is invalid"),
         (["--model.gate.n=0", "--model.gate.m=4"], "model.gate.n is 0; give 1 or more"),
         (["--model.gate.n=1", "--model.gate.m=4"], "Set --model.sparsity 0.75"),
         (["--model.sparsity=0.6"], "2:4 gates remove 0.5"),

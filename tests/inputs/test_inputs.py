@@ -149,7 +149,7 @@ def test_what_an_input_points_at_is_found_in_time(victim: Path, tmp_path: Path, 
     result["model"]["mask"] = str(victim / "mask.safetensors")
     (tmp_path / "r.json").write_text(json.dumps(result))
     said = one_line(["compare", "r.json", "--output_dir=out", "--force"], capsys)
-    assert f"{victim / 'mask.safetensors'}, which this command reads, lies in it" in said
+    assert f"{victim / 'mask.safetensors'}, which this command reads, is inside it" in said
     assert tree(victim) == before
 
 
@@ -343,7 +343,7 @@ def test_an_input_found_late_ends_the_command_where_it_is_found(tmp_path: Path) 
         (made / "a").write_text("read")
     with (
         inputs.command_inputs("export"),
-        pytest.raises(UserError, match="lies in it"),
+        pytest.raises(UserError, match="is inside it"),
         atomic_folder(out, force=True) as made,
     ):
         inputs.note_input(out / "a")
@@ -422,7 +422,7 @@ def test_only_fit_replaces_what_fit_has_learned(finished: Run, tmp_path: Path, c
     before = tree(run)
     assert records.verb_of(run) == "fit"
     said = one_line(["export", f"--mask={finished.mask}", f"--output_dir={run}", "--force"], capsys)
-    assert "holds what leap_pl fit has learned: last.ckpt" in said
+    assert "contains the output of leap_pl fit: last.ckpt" in said
     assert tree(run) == before
 
 

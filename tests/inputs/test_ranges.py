@@ -239,7 +239,7 @@ def test_a_rate_from_a_checkpoints_settings_is_looked_at_too(finished, tmp_path:
 
     with pytest.raises(SystemExit):
         main(words)
-    assert "model.objective: objective.lm is nan; give 0 or more. Take" in capsys.readouterr().err.splitlines()[-1]
+    assert "model.objective: objective.lm is nan; give 0 or more. Use" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def test_files_of_other_kinds(tmp_path: Path, content: bytes) -> None:
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert "no such MaskSet" in refused(tmp_path / "none")
-    assert "no such MaskSet" in refused(tmp_path)
+    assert "is a folder, not a MaskSet file" in refused(tmp_path)
 
 
 # -- on a model -------------------------------------------------------------------------------------------

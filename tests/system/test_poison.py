@@ -269,7 +269,7 @@ def test_a_base_model_with_a_weight_that_is_no_number(text_file, tmp_path: Path,
     if verb == "prune":
         words = ["prune", f"--model={model}", "--method=magnitude", f"--output_dir={tmp_path / 'out'}"]
     line = refused(words, capsys)
-    assert "model.norm.weight holds 1 values that are infinite or NaN" in line
+    assert "model.norm.weight has 1 values that are infinite or NaN" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -371,7 +371,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
             said[name] = str(caught.value)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    reason = "could not be written (File too large). Nothing was left behind; free space or name another place."
+    reason = "could not be written (File too large). Nothing was left behind; free space or name another path."
     assert said == {name: f"{tmp_path / name} {reason}" for name in writers}
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(writers, "the old one")
 
