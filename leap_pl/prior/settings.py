@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from leap_pl.base_model.weights import Weight
     from leap_pl.data import TextDataModule
-    from leap_pl.gates import Gate
+    from leap_pl.gates import Gates
     from leap_pl.masks.patterns import Pattern
 
 
@@ -75,7 +75,7 @@ class Prior:
         Args:
             model: The dense base model; its weights are unchanged afterwards.
             weights: The weights that will be gated.
-            forms: What the gates ask for (:meth:`leap_pl.gates.Gate.prior_forms`): ``prior``, at the target
+            forms: What the gates ask for (:meth:`leap_pl.gates.Gates.prior_forms`): ``prior``, at the target
                 sparsity or of the gates' own pattern, and, for some gates, ``inner``.
             calibration: On what the method computes.
 
@@ -160,7 +160,7 @@ def make_and_share(
     settings: Prior,
     model: "PreTrainedModel",
     weights: "Mapping[str, Weight]",
-    gate: "Gate",
+    gates: "Gates[Any]",
     sparsity: float,
     calibration: Calibration,
 ) -> "SharedPrior":
@@ -170,19 +170,20 @@ def make_and_share(
         settings: Which prior.
         model: The dense base model.
         weights: Those that will be gated.
-        gate: Of one of them: its kind says in which forms it wants a prior, and takes or refuses it.
+        gates: Of some of them: their kind says in which forms it wants a prior, and takes or refuses it.
         sparsity: The target.
         calibration: On what a method computes.
 
     Raises:
         UserError: As :meth:`Prior.make` does; or the gate does not take what is asked for.
     """
-    if settings.graded and not gate.takes_grades:
-        raise UserError(f"prior.graded is for BernoulliGate, and the gate is {type(gate).__name__}. Leave it out.")
+    if settings.graded and not gates.first.takes_grades:
+        kind = gates.describe()["class_path"]
+        raise UserError(f"prior.graded is for BernoulliGate, and the gate is {kind}. Leave it out.")
 
     def make() -> tuple[dict[str, MaskSet], dict[str, torch.Tensor] | None]:
-        priors = settings.make(model, weights, gate.prior_forms(sparsity), calibration)
-        gate.check_priors(priors)
+        priors = settings.make(model, weights, gates.prior_forms(sparsity), calibration)
+        gates.check_priors(priors)
         return priors, settings.squares(model, weights, calibration)
 
     rank_zero = RankZero()

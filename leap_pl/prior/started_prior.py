@@ -35,7 +35,7 @@ def started_prior(
 
     Args:
         told: The settings of the run in its checkpoint: ``prior``, and the digests of what that made.
-        forms: Those that the gates start from (:meth:`leap_pl.gates.Gate.prior_forms`).
+        forms: Those that the gates start from (:meth:`leap_pl.gates.Gates.prior_forms`).
         folders: Where the run may have left its files. Reading one takes seconds, making the prior minutes.
         cache_dir: Where masks are kept, here and now, that methods made.
         make: Makes a prior anew; called only for what is in none of ``folders``.
