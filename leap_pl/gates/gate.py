@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -203,6 +204,11 @@ class Gate(nn.Module, ABC):
 
         A kind of gate that takes more masks than one (:meth:`.Gates.prior_forms`) has more arguments.
         """
+
+    @classmethod
+    def starts_from(cls) -> list[str]:
+        """Return the names of the masks that :meth:`start_from` takes: ``prior``, and those of this kind."""
+        return [name for name in signature(cls.start_from).parameters if name not in ("self", "seed")]
 
     @abstractmethod
     def hard_mask(self) -> Tensor:

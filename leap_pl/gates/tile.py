@@ -54,7 +54,7 @@ class TileGates(Gates["TileGate"]):
         if self.first.mode == "tile" and "inner" not in priors:
             raise UserError(
                 f"gates in tile mode keep the {self.first.tiled.nm} mask of the prior, and prior.method is none. "
-                "Set --model.prior.method or --model.prior.inner_mask, or --model.gate.mode joint."
+                "Set --model.prior.method or --model.prior.masks.inner, or --model.gate.mode joint."
             )
 
     def choose(self, sparsity: float) -> None:
@@ -204,7 +204,9 @@ class TileGate(Gate):
             self.pattern_logits.copy_(start)
         elif inner is not None:
             if not follows(inner, self.input_dim, self.tiled.nm):
-                raise UserError(f"prior.inner_mask is not {self.tiled.nm} in {self.name}. Give one that prune made so.")
+                raise UserError(
+                    f"prior.masks.inner is not {self.tiled.nm} in {self.name}. Give one that prune made so."
+                )
             self.inner.copy_(inner)
             self.removable.copy_(self.grid.count(~self.inner))
 

@@ -6,7 +6,8 @@ typed now. So a checkpoint holds the digest of each (:meth:`leap_pl.masks.MaskSe
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ DIGESTS = "prior_digests"  # of a checkpoint's settings
 
 
 def prior_file(form: str) -> str:
-    """Return the name of the file in which a run keeps its prior of ``form``, ``prior`` or ``inner``."""
+    """Return the name of the file in which a run keeps its prior of ``form``, as ``prior`` or ``inner``."""
     return "prior.safetensors" if form == "prior" else f"prior-{form}.safetensors"
 
 
@@ -56,7 +57,7 @@ def started_prior(
     if len(found) == len(wanted):
         return found
     try:
-        known = {field.name for field in fields(Prior)}
+        known = signature(Prior).parameters
         settings = Prior(**{key: value for key, value in told["prior"].items() if key in known})
         made = make(replace(settings, graded=False, cache_dir=cache_dir))  # the grades are in the logits
         found |= {form: made[form] for form in wanted if form in made and made[form].digest_of_bits() == wanted[form]}

@@ -226,7 +226,7 @@ def test_patterns_start_from_the_inner_prior(shape: tuple[int, ...], dim: int) -
 
 def test_an_inner_mask_that_is_not_nm_is_refused() -> None:
     gate = tile_gate((8, 8), mode="tile")
-    with pytest.raises(UserError, match=r"prior.inner_mask is not 2:4 in w"):
+    with pytest.raises(UserError, match=r"prior.masks.inner is not 2:4 in w"):
         gate.start_from(None, seed=0, inner=torch.ones(8, 8, dtype=torch.bool))
 
 
@@ -438,12 +438,14 @@ def test_validate_takes_everything_from_the_checkpoint(tile_run: tuple[str, Path
     assert all(torch.equal(gate.hard_mask(), learned.masks[name]) for name, gate in cli.model.gates.items())
 
 
-def test_masks_from_files_as_priors(tile_run: tuple[str, Path], model_folder, text_file, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spelling", ["masks.inner", "inner_mask"])
+def test_masks_from_files_as_priors(tile_run, model_folder, text_file, tmp_path: Path, spelling: str) -> None:
     mode, folder = tile_run
     files = [f"--model.prior.mask={folder / 'checkpoints' / 'prior.safetensors'}"]
-    files += [f"--model.prior.inner_mask={folder / 'checkpoints' / 'prior-inner.safetensors'}"]
+    files += [f"--model.prior.{spelling}={folder / 'checkpoints' / 'prior-inner.safetensors'}"]
     more = [*tile_flags(mode), *files, "--model.prior.method=none", "--trainer.max_steps=1"]
     main(fit_flags(model_folder, text_file, tmp_path, *more))
+    assert learned_with(tmp_path)["model.prior"]["masks"] == {"inner": files[1].partition("=")[2]}
     for name in ("prior", "prior-inner"):
         one, other = (MaskSet.load(path / "checkpoints" / f"{name}.safetensors") for path in (folder, tmp_path))
         assert all(torch.equal(one.masks[key], other.masks[key]) for key in one.masks)
@@ -474,7 +476,31 @@ def test_nonsense_is_refused_in_one_line(model_folder, text_file, tmp_path: Path
     assert not [*tmp_path.rglob("*.ckpt"), *tmp_path.rglob("*.safetensors")]
 
 
+def learned_with(folder: Path) -> dict[str, Any]:
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return checkpoint["leap_pl"]["learned_with"]
+
+
+def test_a_checkpoint_with_the_former_name_of_the_inner_mask_resumes(
+    tile_run: tuple[str, Path], model_folder, text_file, tmp_path: Path, capsys
+) -> None:
+    """As the setting was stored before it had a general name: taken where it is not typed, compared where it is."""
+    mode, folder = tile_run
+    inner, earlier = str(folder / "checkpoints" / "prior-inner.safetensors"), tmp_path / "earlier.ckpt"
+    checkpoint = torch.load(folder / "checkpoints" / "step=4.ckpt", weights_only=True)
+    stored = checkpoint["leap_pl"]["learned_with"]["model.prior"]
+    del stored["masks"]
+    stored["inner_mask"] = inner
+    torch.save(checkpoint, earlier)
+    flags = fit_flags(model_folder, text_file, tmp_path, *tile_flags(mode), f"--ckpt_path={earlier}")
+    other = [*flags, "--model.prior.masks.inner=other.safetensors"]
+    assert "model.prior.masks.inner was " in refused(other, capsys)
+    main(flags)
+    assert learned_with(tmp_path)["model.prior"]["masks"] == {"inner": inner}
+    main([*flags, f"--model.prior.masks.inner={inner}", f"--checkpoint.dirpath={tmp_path / 'again'}"])
+
+
 def test_an_inner_prior_for_gates_without_tiles_is_refused(tile_run, model_folder, text_file, tmp_path, capsys) -> None:
     inner = tile_run[1] / "checkpoints" / "prior-inner.safetensors"
-    flags = fit_flags(model_folder, text_file, tmp_path, f"--model.prior.inner_mask={inner}")
-    assert "prior.inner_mask is for gates of tiles" in refused(flags, capsys)
+    flags = fit_flags(model_folder, text_file, tmp_path, f"--model.prior.masks.inner={inner}")
+    assert "prior.masks.inner: these gates start from prior alone. Leave it out." in refused(flags, capsys)
