@@ -64,8 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
             gate.zero_grad()
         for number, ids_BL in enumerate(batches, first):
             state.step = number
-            for gate in gates.values():
-                gate.clear()
+            gates.clear()
             teacher = None
             if objective.distillation:
                 with torch.no_grad(), state.passing("dense"):

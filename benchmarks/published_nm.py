@@ -9,17 +9,20 @@ As in its public code (github.com/NVlabs/MaskLLM), the softmax is torch's own Gu
 """
 
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from leap_pl.base_model.weights import Weight
-from leap_pl.gates import Gate, GateState
+from leap_pl.gates import Gate, Gates, GateState
 
 
 class PublishedNM(Gate):
     """A parametrization that passes a weight as a gate does; its noise is torch's own."""
+
+    collection = Gates
 
     def __init__(self, weight: Weight, state: GateState, n: int = 2, m: int = 4, spread: float = 0.01) -> None:
         """Make it for a ``weight`` whose inputs come last and are whole groups of ``m``."""
@@ -27,9 +30,13 @@ class PublishedNM(Gate):
         patterns = [[float(j in kept) for j in range(m)] for kept in combinations(range(m), n)]
         device = weight.parameter.device
         self.patterns_PM = torch.tensor(patterns, device=device)
-        self.spread = spread
+        self.n, self.m, self.spread = n, m, spread
         groups = weight.parameter.numel() // m
         self.logits = nn.Parameter(torch.randn(groups, len(patterns), device=device) * spread)
+
+    def settings(self) -> dict[str, Any]:
+        """See :meth:`Gate.settings`."""
+        return {"n": self.n, "m": self.m, "spread": self.spread}
 
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Gate.soften`."""
@@ -42,3 +49,7 @@ class PublishedNM(Gate):
     def start_from(self, prior: Tensor | None, seed: int) -> None:
         """N(0, spread²), without a prior."""
         self.logits.normal_(std=self.spread, generator=torch.Generator(self.logits.device).manual_seed(seed))
+
+    def hard_mask(self) -> Tensor:
+        """See :meth:`Gate.hard_mask`: the pattern of the highest logit."""
+        return self.patterns_PM[self.logits.argmax(-1)].view(self.shape) > 0

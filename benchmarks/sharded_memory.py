@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.report import Row, finish
 from leap_pl.base_model.weights import decoder_blocks, find_weights
 from leap_pl.distributed.strategy import shard
-from leap_pl.gates import BernoulliGate, Gate, GateState, attach
+from leap_pl.gates import BernoulliGate, Gates, GateState, attach
 from leap_pl.losses.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
 from leap_pl.training.optimizers import PackedAdamW
 
@@ -117,14 +117,16 @@ def make_step(model: Any, *, sharded: bool, low_memory: bool = False) -> tuple[A
     weights = find_weights(model)
     sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
     norm = sum(float(weight.parameter.detach().float().norm()) for weight in weights.values())
-    state, objective, gates = GateState(), Objective(), dict[str, Gate]()
+    state, objective, gates = GateState(), Objective(), Gates[Any]({})
     model.requires_grad_(False)
 
     def prepare(index: int, _: nn.Module) -> None:
+        nonlocal gates
         inside = {name: weight for name, weight in weights.items() if weight.layer == index}
-        for name, gate in attach(inside, BernoulliGate, state, torch.bfloat16 if low_memory else torch.float32).items():
+        attached = attach(inside, BernoulliGate, state, torch.bfloat16 if low_memory else torch.float32)
+        for gate in attached.values():
             gate.start_from(None, 0)
-            gates[name] = gate
+        gates |= attached
 
     blocks = decoder_blocks(model)[1]
     if sharded:
@@ -142,9 +144,8 @@ def make_step(model: Any, *, sharded: bool, low_memory: bool = False) -> tuple[A
     def step(ids_BL: Tensor) -> None:
         hidden = states(ids_BL)[:, :-1].flatten(0, 1)
         loss = language_losses(hidden, ids_BL[:, 1:].reshape(-1), head, objective)[0]
-        kept = {name: gate.kept for name, gate in gates.items() if gate.kept is not None}
-        loss = loss + sparsity_budget(kept, sizes, 0.5, [list(kept)])
-        loss = loss - kept_norm((gate.energy for gate in gates.values()), norm)
+        loss = loss + sparsity_budget(gates.kept, sizes, 0.5, [list(gates)])
+        loss = loss - kept_norm(gates.energy.values(), norm)
         loss.backward()
         nn.utils.clip_grad_norm_(logits, 1.0)
         optimizer.step()

@@ -277,9 +277,8 @@ def leap_step(
 
     def step(ids_BL: Tensor) -> None:
         language = loss(ids_BL)
-        kept = {name: each.kept for name, each in gates.items() if each.kept is not None}
-        budget = sparsity_budget(kept, sizes, 0.5, [list(sizes)])
-        size = kept_norm((each.energy for each in gates.values()), norm)
+        budget = sparsity_budget(gates.kept, sizes, 0.5, [list(sizes)])
+        size = kept_norm(gates.energy.values(), norm)
         (language + OBJECTIVE.budget * budget - OBJECTIVE.weight * size).backward()
         update()
         state.step += 1

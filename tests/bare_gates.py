@@ -9,7 +9,7 @@ from tiny import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from leap_pl.base_model.weights import Weight, find_weights
-from leap_pl.gates import BernoulliGate, Gate, GateState, NMGate, attach
+from leap_pl.gates import BernoulliGate, Gate, Gates, GateState, NMGate, attach
 from leap_pl.kernels.noise import columns, element_bits, gumbel, logistic
 
 IDS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -37,7 +37,7 @@ def noise_of(gate: Gate) -> Tensor:
     return logistic(bits).double().view(gate.logits.shape)
 
 
-def gated(family: str = "llama", **changes: Any) -> tuple[nn.Module, dict[str, Weight], dict[str, Gate], GateState]:
+def gated(family: str = "llama", **changes: Any) -> tuple[nn.Module, dict[str, Weight], Gates[Any], GateState]:
     """A tiny model with gates on, started from the larger half of each weight's magnitudes."""
     model = tiny_model(family, **changes).requires_grad_(False)
     weights, state = find_weights(model), state_at(100.0, 1.0, seed=3)
@@ -48,7 +48,7 @@ def gated(family: str = "llama", **changes: Any) -> tuple[nn.Module, dict[str, W
     return model, weights, gates, state
 
 
-def loss_of(model: Any, gates: dict[str, Gate]) -> Tensor:
+def loss_of(model: Any, gates: Gates[Any]) -> Tensor:
     """A loss in which the masked weights and both sums of every gate take part."""
     loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
     for i, gate in enumerate(gates.values()):
@@ -57,9 +57,9 @@ def loss_of(model: Any, gates: dict[str, Gate]) -> Tensor:
     return loss
 
 
-def gradients(model: Any, gates: dict[str, Gate]) -> dict[str, Tensor]:
+def gradients(model: Any, gates: Gates[Any]) -> dict[str, Tensor]:
+    gates.clear()
     for gate in gates.values():
-        gate.clear()
         gate.logits.grad = None
     loss_of(model, gates).backward()
     found = {name: gate.logits.grad for name, gate in gates.items()}

@@ -19,7 +19,8 @@ class MaskExport(L.Callback):
     """Write the prior at the start of fit and the learned mask at its end, beside the checkpoints.
 
     ``prior.safetensors`` and ``mask.safetensors`` are :class:`leap_pl.masks.MaskSet` files; the second has
-    exactly the target sparsity. Gates of tiles have a second prior, ``prior-inner.safetensors``.
+    exactly the target sparsity. A kind of gate that starts from more masks than one has the
+    others in files of their own, as ``prior-inner.safetensors``.
 
     A run that ends before its last step (``trainer.max_time``, early stopping, a signal) writes no mask: its gates
     are still soft, and its checkpoint holds all there is. ``leap_pl export --ckpt_path`` makes a mask of one all the

@@ -56,7 +56,7 @@ class StepProgress(ProgressBar):
         self.bar.update(trainer.global_step - self.bar.n)
         # The numbers live on the device: they are fetched only when the line is redrawn.
         if self.bar.last_print_n == self.bar.n or self.bar.n == self.bar.total:
-            kept = [gate.kept for gate in pl_module.gates.values() if gate.kept is not None]
+            kept = pl_module.gates.kept.values()
             density = float(sum(k.detach() for k in kept)) / sum(pl_module.sizes.values())
             shown = {"loss": f"{float(pl_module.terms['loss']):.3f}", "density": f"{density:.3f}"}
             if "perplexity/hard" in trainer.callback_metrics:

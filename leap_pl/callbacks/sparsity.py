@@ -10,8 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
-from leap_pl.distributed.shards import gathered, strided_samples
-from leap_pl.gates import Gate
+from leap_pl.distributed.shards import gathered
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.masks import split_name
 from leap_pl.training.module import LeapModule
@@ -143,15 +142,14 @@ class SparsityLogger(L.Callback):
         if module.gradient_norm is not None:
             metrics["gradient/norm"] = float(gathered(module.gradient_norm))
         metrics["schedule/alpha"], metrics["schedule/tau"] = float(module.state.alpha), float(module.state.tau)
-        kept = {name: float(gate.kept) for name, gate in module.gates.items() if gate.kept is not None}
+        kept = {name: float(total) for name, total in module.gates.kept.items()}
         kept = module.mean_over_ranks(kept)
         metrics |= _densities("soft", kept, {name: module.sizes[name] for name in kept})
         metrics["density/soft"] = sum(kept.values()) / sum(module.sizes[name] for name in kept)
         metrics["density/target"] = 1 - module.sparsity
 
-        kind: type[Gate] = type(next(iter(module.gates.values())))
-        metrics |= kind.curves(module.gates, self.stride)
-        bits = {n: b.cpu() for n, b in kind.sample_hard_masks(module.gates, module.sparsity, self.stride).items()}
+        metrics |= module.gates.curves(self.stride)
+        bits = {n: b.cpu() for n, b in module.gates.sample_hard_masks(module.sparsity, self.stride).items()}
         metrics |= _densities(
             "hard", {n: int(b.sum()) for n, b in bits.items()}, {n: b.numel() for n, b in bits.items()}
         )
@@ -190,7 +188,7 @@ class SparsityLogger(L.Callback):
     def _histograms(self, trainer: L.Trainer, module: LeapModule, step: int) -> None:
         slope = float(module.state.slope)
         by_projection: dict[str, list[Tensor]] = {}
-        for name, sample in _samples(module, self.stride * 4).items():
+        for name, sample in module.gates.samples(self.stride * 4).items():
             by_projection.setdefault(split_name(name)[1], []).append(sample * slope)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -206,11 +204,6 @@ class SparsityLogger(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the bits of the last log."""
         self.last_bits, self.last_step = dict(state_dict["last_bits"]), state_dict["last_step"]
-
-
-def _samples(module: LeapModule, stride: int) -> dict[str, Tensor]:
-    """Every ``stride``-th logit of each weight, whatever rank holds it."""
-    return strided_samples({name: gate.logits.detach() for name, gate in module.gates.items()}, stride)
 
 
 def _densities(kind: str, kept: dict[str, float] | dict[str, int], sizes: dict[str, int]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from leap_pl.checkpoints.identity import KEY, Identity, read_identity
 from leap_pl.errors import UserError, listing
-from leap_pl.gates import Gate, Stored, gate_kind, restore
+from leap_pl.gates import Gates, Stored, restore
 from leap_pl.inputs.register import note_input
 from leap_pl.masks.mask_set import MaskSet, PackedMasks, Provenance, installed_versions
 
@@ -35,22 +35,16 @@ _FOLDER = 0x10  # of the attributes of a file in a zip archive
 META = "meta.pt"  # of a folder: everything but tensors
 
 
-def describe_gate(gate: Gate) -> dict[str, Any]:
-    """The class of a gate and the settings it was made with."""
-    return {"class_path": type(gate).__name__, "init_args": gate.settings()}
-
-
-def provenance(identity: Identity) -> Provenance:
-    """The provenance of the mask that a run with this ``identity`` exports."""
+def provenance(identity: Identity, gates: Gates[Any]) -> Provenance:
+    """Return the provenance of the mask that a run with this ``identity`` exports from its ``gates``."""
     told = asdict(identity)
-    kind = gate_kind(identity.gate["class_path"])
-    config = {"pattern": kind.form(identity.gate["init_args"])}
+    config = {"pattern": gates.form}
     config |= {key: told[key] for key in ("gate", "targets", "ignore", "max_steps")} | identity.settings
     return Provenance(
         base_model=identity.base_model,
         revision=identity.revision,
         fingerprint=identity.fingerprint,
-        method=kind.method,
+        method=gates.first.method,
         sparsity=identity.sparsity,
         config=config,
         versions=installed_versions(),
@@ -89,15 +83,20 @@ def path_of(name: str, part: str = "logits") -> str:
     return f"model.{module}.parametrizations.{tensor}.0.{part}"
 
 
+def key_of(name: str, part: str) -> str:
+    """Return the name in a checkpoint of the stored ``part`` of the weight ``name``."""
+    return f"{part}.{name}"
+
+
 def by_weight(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a LeapModule's state dict holds of gates under the names of a checkpoint: ``<part>.<weight name>``."""
     matches = ((re.fullmatch(r"model\.(.+)\.parametrizations\.(\w+)\.0\.(\w+)", path), x) for path, x in state.items())
-    return {f"{match[3]}.{match[1]}.{match[2]}": tensor for match, tensor in matches if match}
+    return {key_of(f"{match[1]}.{match[2]}", match[3]): tensor for match, tensor in matches if match}
 
 
 def keep_gates_only(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Keep the frozen model out of a LeapModule's state dict, before a strategy gathers it from all ranks."""
-    kept = {prefix + path_of(name, part) for name, gate in module.gates.items() for part in gate.stored()}
+    kept = {prefix + path_of(*place) for place in module.gates.stored()}
     for name in [name for name in state if name not in kept]:
         del state[name]
 
@@ -207,7 +206,10 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
             tensors, read = folder.shapes, folder.read
         steps = checkpoint.get("global_step")
         told = replace(identity, settings={"steps": steps, **identity.settings}) if isinstance(steps, int) else identity
-        return MaskSet(_hard_masks(tensors, identity, path, read), provenance(told))
+        gates = _restored(tensors, identity, path, read)
+        gates.choose(identity.sparsity)
+        masks = PackedMasks.of((name, gate.hard_mask()) for name, gate in gates.items())
+        return MaskSet(masks, provenance(told, gates))
     except UserError:
         raise
     except Exception as error:  # a description that does not describe the logits can be wrong in any way
@@ -217,22 +219,21 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
         ) from error
 
 
-def _hard_masks(
+def _restored(
     logits: Mapping[str, Tensor], identity: Identity, path: str | Path, read: Callable[[str], Tensor] | None
-) -> PackedMasks:
+) -> Gates[Any]:
+    """The gates of a checkpoint, without their model."""
     missing = [name for name in identity.shapes if PREFIX + name not in logits]
     if missing:
         raise UserError(f"{path} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
 
     def stored_of(name: str, shape: list[int]) -> Stored:
-        reader = None if read is None else lambda part: read(f"{part}.{name}")
+        reader = None if read is None else lambda part: read(key_of(name, part))
         beside = _beside(logits, name)
         return Stored(logits[PREFIX + name], tuple(shape), identity.input_dims[name], beside, reader)
 
     stored = {name: stored_of(name, shape) for name, shape in identity.shapes.items()}
-    gates = restore(identity.gate["class_path"], identity.gate["init_args"], stored)
-    type(next(iter(gates.values()))).choose(gates, identity.sparsity)
-    return PackedMasks.of((name, gate.hard_mask()) for name, gate in gates.items())
+    return restore(identity.gate["class_path"], identity.gate["init_args"], stored)
 
 
 def _beside(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

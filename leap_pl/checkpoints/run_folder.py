@@ -17,10 +17,12 @@ from leap_pl.checkpoints.layout import META, is_checkpoint
 from leap_pl.checkpoints.settings import RULES, differences
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file, atomic_link, remove_abandoned
+from leap_pl.gates import gate_kinds
 from leap_pl.inputs import records
 from leap_pl.inputs import register as inputs
 from leap_pl.inputs.records import is_mask_file
 from leap_pl.masks.mask_set import MaskSet
+from leap_pl.prior.started_prior import prior_file
 
 _GROUPS = ("model", "data", "trainer")
 MASK = "mask.safetensors"
@@ -91,7 +93,8 @@ def earlier_run(
         )
     checkpoints = [] if resumes else sorted(folder.glob("*.ckpt"))
     # A resumed run reads the priors that it started from, and does not overwrite them.
-    priors = [] if resumes else [masks / "prior.safetensors", masks / "prior-inner.safetensors"]
+    forms = dict.fromkeys(form for kind in gate_kinds().values() for form in kind.starts_from())
+    priors = [] if resumes else [masks / prior_file(form) for form in forms]
     mask = masks / MASK
     _check_not_read([mask, *priors, *checkpoints])
     present = [path for path in (mask, *priors) if os.path.lexists(path)]

@@ -2,6 +2,7 @@
 
 from leap_pl.gates.attach import Stored, attach, detach, gate_kind, gate_kinds, restore
 from leap_pl.gates.bernoulli import BernoulliGate
+from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateFactory, GateState
 from leap_pl.gates.nm import NMGate
 from leap_pl.gates.tile import TileGate
@@ -11,6 +12,7 @@ __all__ = [
     "Gate",
     "GateFactory",
     "GateState",
+    "Gates",
     "NMGate",
     "Stored",
     "TileGate",

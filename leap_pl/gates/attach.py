@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import isabstract
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from torch.nn.utils import parametrize
 
 from leap_pl.base_model.weights import Weight
 from leap_pl.errors import UserError, listing
+from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateFactory, GateState
 
 
 def attach(
     weights: Mapping[str, Weight], make_gate: GateFactory, state: GateState, dtype: torch.dtype = torch.float32
-) -> dict[str, Gate]:
+) -> Gates[Any]:
     """Freeze ``weights`` and register a gate on each as a parametrization.
 
     The model stays what it was: its class, its forward, the names of its modules. Stacked experts, whose
@@ -23,7 +25,7 @@ def attach(
     are held in ``dtype``.
 
     Returns:
-        Weight name → gate, in the order of ``weights``.
+        The gates, in the order of ``weights``.
     """
     gates: dict[str, Gate] = {}
     for name, weight in weights.items():
@@ -35,7 +37,7 @@ def attach(
         gates[name] = gate
         if weight.parameter.ndim == 3:
             _once_a_call(weight.module, gate)
-    return gates
+    return Gates.of(gates)
 
 
 def detach(weights: Mapping[str, Weight]) -> None:
@@ -50,8 +52,8 @@ def detach(weights: Mapping[str, Weight]) -> None:
             gate.hooks.clear()
 
 
-def restore(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, "Stored"]) -> dict[str, Gate]:
-    """Gates without a model, from stored logits: enough to choose their hard masks.
+def restore(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, "Stored"]) -> Gates[Any]:
+    """Return gates without a model, from stored logits: enough to choose their hard masks.
 
     Args:
         kind: Name of the gate's class.
@@ -80,7 +82,7 @@ def restore(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, "Store
             setattr(gate, part, nn.Parameter(found) if learned else found)
         gate.read = stored.read
         gates[name] = gate
-    return gates
+    return Gates.of(gates)
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,10 @@ def gate_kind(name: str) -> type[Gate]:
 
 def gate_kinds() -> dict[str, type[Gate]]:
     """Return the kinds of gates by the names of their classes: those of this package, and those imported since."""
-    return {c.__name__: c for c in _subclasses(Gate)}
+    return {kind.__name__: kind for kind in _subclasses(Gate) if not isabstract(kind)}
 
 
-def _subclasses(kind: type[Gate]) -> list[type[Gate]]:
+def _subclasses(kind: Any) -> list[type[Gate]]:
     return [found for c in kind.__subclasses__() for found in (c, *_subclasses(c))]
 
 

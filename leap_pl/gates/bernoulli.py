@@ -4,20 +4,42 @@ Paper: https://arxiv.org/abs/2605.17289. Legend of suffixes: R, C = rows and col
 dimensions but the last, and the last.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from leap_pl.base_model.weights import Weight
-from leap_pl.distributed.shards import strided_samples
-from leap_pl.gates.gate import Gate, GateState, Held
+from leap_pl.gates.collection import Gates
+from leap_pl.gates.gate import Gate, GateState
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.compiled import compiled
 from leap_pl.kernels.noise import columns, element_bits, logistic_in_bits, noise_keys
 from leap_pl.kernels.powers import exp2
 from leap_pl.masks.top_k import Cut, exact_top_k
+
+
+class BernoulliGates(Gates["BernoulliGate"]):
+    """All Bernoulli gates of a model: one cut through the logits of them all."""
+
+    def choose(self, sparsity: float) -> None:
+        """Keep the round((1 − sparsity)·N) highest of the N logits of all gates, ties by index."""
+        cuts = exact_top_k(self.held(), self.numel - round(sparsity * self.numel))
+        for gate, cut in zip(self.values(), cuts, strict=True):
+            gate.cut = cut
+
+    def sample_hard_masks(self, sparsity: float, stride: int) -> dict[str, Tensor]:
+        """See :meth:`.Gates.sample_hard_masks`; the cut is that of the sampled logits."""
+        samples = self.samples(stride)
+        total = sum(sample.numel() for sample in samples.values())
+        cuts = exact_top_k(list(samples.values()), total - round(sparsity * total))
+        return {name: cut.mask(sample) for (name, sample), cut in zip(samples.items(), cuts, strict=True)}
+
+    def curves(self, stride: int) -> dict[str, float]:
+        """Return the share of logits above 0: the density a cut at 0 would give."""
+        above = torch.cat(list(self.samples(stride).values())) > 0
+        return {"density/logits_above_0": float(above.sum() / above.numel())}
 
 
 class BernoulliGate(Gate):
@@ -34,6 +56,7 @@ class BernoulliGate(Gate):
     mask keeps the highest logits, exactly as many as the sparsity leaves.
     """
 
+    collection = BernoulliGates
     takes_grades = True
 
     def __init__(self, weight: Weight, state: GateState, spread: float = 0.014, strength: float = 3.0) -> None:
@@ -83,29 +106,6 @@ class BernoulliGate(Gate):
     def hard_mask(self) -> Tensor:
         """See :meth:`Gate.hard_mask`."""
         return self.cut.mask(self.held())
-
-    @classmethod
-    def choose(cls, gates: Mapping[str, Any], sparsity: float) -> None:
-        """Keep the round((1 − sparsity)·N) highest of the N logits of all ``gates``, ties by index."""
-        total = sum(gate.logits.numel() for gate in gates.values())
-        cuts = exact_top_k(Held(gates.values()), total - round(sparsity * total))
-        for gate, cut in zip(gates.values(), cuts, strict=True):
-            gate.cut = cut
-
-    @classmethod
-    def sample_hard_masks(cls, gates: Mapping[str, Any], sparsity: float, stride: int) -> dict[str, Tensor]:
-        """See :meth:`Gate.sample_hard_masks`; the cut is that of the sampled logits."""
-        samples = strided_samples({name: gate.logits.detach() for name, gate in gates.items()}, stride)
-        total = sum(sample.numel() for sample in samples.values())
-        cuts = exact_top_k(list(samples.values()), total - round(sparsity * total))
-        return {name: cut.mask(sample) for (name, sample), cut in zip(samples.items(), cuts, strict=True)}
-
-    @classmethod
-    def curves(cls, gates: Mapping[str, Any], stride: int) -> dict[str, float]:
-        """The share of logits above 0: the density a cut at 0 would give."""
-        samples = strided_samples({name: gate.logits.detach() for name, gate in gates.items()}, stride)
-        above = torch.cat(list(samples.values())) > 0
-        return {"density/logits_above_0": float(above.sum() / above.numel())}
 
 
 class MaskedWeight(torch.autograd.Function):

@@ -1,9 +1,12 @@
 """What every gate shares: its logits, its place in the run, and the three ways a weight passes through it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, overload
+from inspect import signature
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from leap_pl.base_model.weights import Weight
+from leap_pl.gates.collection import Gates
 from leap_pl.kernels.noise import noise_keys
-from leap_pl.masks.patterns import Pattern, Unstructured
 
 Mode = Literal["soft", "hard", "dense"]
 
@@ -25,40 +28,48 @@ class GateState:
         mode: ``soft``: the relaxed mask, with noise. ``hard``: the mask last chosen. ``dense``: no mask.
         alpha: Logit scale α, a float32 scalar tensor (a Python float would compile anew for each value).
         tau: Temperature τ, likewise.
-        pattern_alpha: Logit scale of the patterns, where a gate has them beside other logits.
+        scales: Further logit scales, by the names of their schedules (:attr:`Gate.scales`), likewise.
         seed: Of the run's noise.
         step: Optimizer step.
         micro_batch: Index of the micro-batch within the step, counted over all ranks.
+        fraction: Share of the run's optimizer steps that are done, for kinds of gates with schedules of their own.
         slope: α/τ, which every gate would divide anew.
-        pattern_slope: That of the patterns.
+        slopes: Those of the further scales, by their names.
         sharpness: 1/τ.
     """
 
     mode: Mode = "soft"
     alpha: Tensor = field(default_factory=lambda: torch.tensor(25.0))
     tau: Tensor = field(default_factory=lambda: torch.tensor(4.0))
-    pattern_alpha: Tensor = field(default_factory=lambda: torch.tensor(100.0))
+    scales: dict[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     step: int = 0
     micro_batch: int = 0
+    fraction: float = 0.0
     slope: Tensor = field(init=False)
-    pattern_slope: Tensor = field(init=False)
+    slopes: dict[str, Tensor] = field(init=False)
     sharpness: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self._divide()
 
-    def anneal(self, alpha: float, tau: float, pattern_alpha: float | None = None) -> None:
-        """Set α and τ. New tensors: what a pending backward pass saved must not change."""
+    def anneal(self, alpha: float, tau: float, **scales: float) -> None:
+        """Set α, τ and further logit ``scales``. New tensors: what a pending backward pass saved must not change."""
         self.alpha = torch.tensor(alpha, dtype=torch.float32)
         self.tau = torch.tensor(tau, dtype=torch.float32)
-        if pattern_alpha is not None:
-            self.pattern_alpha = torch.tensor(pattern_alpha, dtype=torch.float32)
+        self._set(scales)
+
+    def set_defaults(self, scales: Mapping[str, float]) -> None:
+        """Set those of the logit ``scales`` that have no value yet."""
+        self._set({name: value for name, value in scales.items() if name not in self.scales})
+
+    def _set(self, scales: Mapping[str, float]) -> None:
+        self.scales |= {name: torch.tensor(value, dtype=torch.float32) for name, value in scales.items()}
         self._divide()
 
     def _divide(self) -> None:
-        self.slope, self.pattern_slope = self.alpha / self.tau, self.pattern_alpha / self.tau
-        self.sharpness = 1 / self.tau
+        self.slope, self.sharpness = self.alpha / self.tau, 1 / self.tau
+        self.slopes = {name: scale / self.tau for name, scale in self.scales.items()}
 
     @contextmanager
     def passing(self, mode: Mode) -> Iterator[None]:
@@ -70,16 +81,20 @@ class GateState:
             self.mode = before
 
 
-class Gate(nn.Module):
+class Gate(nn.Module, ABC):
     """A learnable mask of one weight, to be registered as its parametrization.
 
-    A subclass sets ``logits`` (float32) in its constructor and defines :meth:`settings`, :meth:`soften`,
-    :meth:`start_from`, :meth:`hard_mask` and the class method :meth:`choose`. Its parameters are what is
-    learned; they and its buffers are what a checkpoint holds of it.
+    A kind of gate is a subclass, in one file. It sets ``logits`` (float32) in its constructor, names its
+    :attr:`collection` and defines :meth:`settings`, :meth:`soften`, :meth:`start_from` and :meth:`hard_mask`; one that
+    lacks some of it is refused when it is defined. Its parameters are what is learned; they and its buffers are what a
+    checkpoint holds of it. How the hard masks of a model are chosen together is its collection's.
 
     Attributes:
+        collection: Class of all gates of a model of this kind together.
         method: What the provenance of a mask learned with it says.
         takes_grades: Whether :meth:`start_from` takes a float lean of −1 to 1 in the place of a bool ``prior``.
+        scales: Logit scales that it reads beside α, by the names of their schedules in ``model.annealing``, each with
+            its value where there is no schedule.
         logits: The learnable parameter θ; float32 unless :meth:`store_as` said otherwise, whatever precision the
             rest of the model is cast to.
         kept: After a soft pass, ΣM over the weight, with its gradient; None before one.
@@ -88,13 +103,36 @@ class Gate(nn.Module):
             the gate's own tensors are then on the meta device.
     """
 
+    collection: ClassVar[type[Gates[Any]]]
     method: ClassVar[str] = "leap"
     takes_grades: ClassVar[bool] = False
+    scales: ClassVar[Mapping[str, float]] = MappingProxyType({})
 
     logits: nn.Parameter
     kept: Tensor | None
     energy: Tensor
     read: Callable[[str], Tensor] | None
+
+    def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
+        """Make sure that a kind of gate defines all that it must.
+
+        Args:
+            abstract: The class is a base of kinds, ``class Base(Gate, abstract=True)``, and need not define all.
+            kwargs: Arguments of other base classes.
+
+        Raises:
+            TypeError: It lacks something.
+        """
+        super().__init_subclass__(**kwargs)
+        lacking = [name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)]
+        collection = getattr(cls, "collection", None)
+        if not (isinstance(collection, type) and issubclass(collection, Gates)):
+            lacking.append("collection (a class of Gates)")
+        if lacking and not abstract:
+            raise TypeError(
+                f"{cls.__name__} is a kind of gate and does not define {', '.join(lacking)}. Define what is missing; a "
+                f"base of kinds is written class {cls.__name__}({cls.__bases__[0].__name__}, abstract=True)."
+            )
 
     def __init__(self, weight: Weight, state: GateState) -> None:
         super().__init__()
@@ -102,6 +140,7 @@ class Gate(nn.Module):
         self.shape = weight.parameter.shape
         self.input_dim = weight.input_dim
         self.state = state
+        state.set_defaults(self.scales)
         self.kept = None
         self.read = None
         self.hooks: list[RemovableHandle] = []  # on the module of the weight; they go with the gate
@@ -130,36 +169,9 @@ class Gate(nn.Module):
         """Forget the sums of the pass before, whose graph is gone."""
         self.kept = None
 
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """The keyword arguments the gate was made with, plain values."""
-        raise NotImplementedError
-
-    def exact_sparsity(self, sparsity: float) -> float:
-        """The sparsity that the hard masks will have where ``sparsity`` is asked for.
-
-        Raises:
-            UserError: This kind of mask cannot have it.
-        """
-        return sparsity
-
-    def prior_forms(self, sparsity: float) -> dict[str, Pattern]:
-        """The masks that :meth:`start_from` takes: its argument → the form of that mask."""
-        return {"prior": Unstructured(sparsity)}
-
-    def check_priors(self, priors: Mapping[str, Any]) -> None:
-        """Make sure that learning can start from the masks there are, by the names of :meth:`prior_forms`.
-
-        Raises:
-            UserError: One is missing that this kind of gate cannot do without.
-        """
-
-    @classmethod
-    def form(cls, settings: Mapping[str, Any]) -> str:
-        """The form of the masks that gates with these :meth:`settings` make.
-
-        It is written as :mod:`leap_pl.masks.patterns` does.
-        """
-        return "unstructured"
 
     def stored(self) -> dict[str, Tensor]:
         """What a checkpoint holds of this gate, ``logits`` first: attribute → tensor."""
@@ -182,39 +194,25 @@ class Gate(nn.Module):
         keys = noise_keys(self.state.seed, self.state.step, self.state.micro_batch, self.name + part)
         return torch.tensor(keys[0], dtype=torch.int32), torch.tensor(keys[1], dtype=torch.int32)
 
+    @abstractmethod
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The relaxed masked weight (shape and dtype of ``weight``), ΣM and Σ(M·W)² (float32 scalars)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start_from(self, prior: Tensor | None, seed: int) -> None:
         """Set the logits to their start, leaning towards the bool mask ``prior`` if there is one.
 
-        A kind of gate that takes more masks than one (:meth:`prior_forms`) has more arguments.
+        A kind of gate that takes more masks than one (:meth:`.Gates.prior_forms`) has more arguments.
         """
-        raise NotImplementedError
 
+    @classmethod
+    def starts_from(cls) -> list[str]:
+        """Return the names of the masks that :meth:`start_from` takes: ``prior``, and those of this kind."""
+        return [name for name in signature(cls.start_from).parameters if name not in ("self", "seed")]
+
+    @abstractmethod
     def hard_mask(self) -> Tensor:
-        """The bool mask last chosen by :meth:`choose`, of the weight's shape."""
-        raise NotImplementedError
-
-    @classmethod
-    def choose(cls, gates: Mapping[str, Any], sparsity: float) -> None:
-        """Choose every gate's hard mask so that together they have exactly the asked ``sparsity``."""
-        raise NotImplementedError
-
-    @classmethod
-    def sample_hard_masks(cls, gates: Mapping[str, Any], sparsity: float, stride: int) -> dict[str, Tensor]:
-        """Every ``stride``-th element of each gate's hard mask, flattened: enough for curves.
-
-        A kind of gate that can do so without choosing the whole mask overrides this.
-        """
-        cls.choose(gates, sparsity)
-        return {name: gate.hard_mask().reshape(-1)[::stride] for name, gate in gates.items()}
-
-    @classmethod
-    def curves(cls, gates: Mapping[str, Any], stride: int) -> dict[str, float]:
-        """What this kind of gate shows of itself in the logs, from every ``stride``-th of its logits."""
-        return {}
+        """The bool mask last chosen by :meth:`.Gates.choose`, of the weight's shape."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
         """Follow the model to another device, but never to another dtype.
@@ -251,27 +249,6 @@ class Gate(nn.Module):
     def extra_repr(self) -> str:
         """Shown when the model is printed."""
         return f"{tuple(self.shape)}"
-
-
-class Held(Sequence[Tensor]):
-    """What each of some gates holds under one name, looked at, or read, one after another."""
-
-    def __init__(self, gates: Iterable[Gate], part: str = "logits") -> None:
-        """Take the ``gates`` and the name."""
-        self.gates, self.part = list(gates), part
-
-    @overload
-    def __getitem__(self, place: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Tensor]: ...
-    def __getitem__(self, place: int | slice) -> Tensor | list[Tensor]:
-        """That of one gate, or of some."""
-        if isinstance(place, slice):
-            return [gate.held(self.part) for gate in self.gates[place]]
-        return self.gates[place].held(self.part)
-
-    def __len__(self) -> int:
-        return len(self.gates)
 
 
 GateFactory = Callable[[Weight, GateState], Gate]

@@ -4,7 +4,7 @@ Paper: https://arxiv.org/abs/2409.17481. Legend of suffixes: P = patterns, Q = g
 see :mod:`leap_pl.gates.groups`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +13,45 @@ from torch import Tensor, nn
 from leap_pl.base_model.weights import Weight
 from leap_pl.distributed.shards import gathered
 from leap_pl.errors import UserError
+from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateState
 from leap_pl.gates.groups import Groups
 from leap_pl.gates.pattern_kernels import pattern_kernels
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.noise import columns, noise_keys
 from leap_pl.masks.patterns import NM, Pattern
+
+
+class NMGates(Gates["NMGate"]):
+    """All n:m gates of a model: every group has its n of m, so that nothing is to choose over all of them."""
+
+    @property
+    def form(self) -> str:
+        """n:m."""
+        return str(self.first.groups.pattern)
+
+    def exact_sparsity(self, sparsity: float) -> float:
+        """Return 1 − n/m; see :meth:`.Gates.exact_sparsity`."""
+        pattern = self.first.groups.pattern
+        if abs(sparsity - pattern.sparsity) > 1e-3:
+            raise UserError(
+                f"model.sparsity is {sparsity:g}, and {pattern} gates remove {pattern.sparsity:g}. "
+                f"Set --model.sparsity {pattern.sparsity:g}, or another n and m."
+            )
+        return pattern.sparsity
+
+    def prior_forms(self, sparsity: float) -> dict[str, Pattern]:
+        """Return a prior of the gates' own pattern; see :meth:`.Gates.prior_forms`."""
+        return {"prior": self.first.groups.pattern}
+
+    def sample_hard_masks(self, sparsity: float, stride: int) -> dict[str, Tensor]:
+        """See :meth:`.Gates.sample_hard_masks`; exact, and only the sampled groups are looked at."""
+        return {name: gate.groups.sample_best(gathered(gate.logits.detach()), stride) for name, gate in self.items()}
+
+    def curves(self, stride: int) -> dict[str, float]:
+        """Return how decided the groups are: the mean of the highest softmax(αθ/τ), without noise; 1 is hard."""
+        samples = [gathered(gate.logits.detach()).flatten(1)[:, ::stride] for gate in self.values()]
+        return {"patterns/confidence": confidence(samples, self.first.state.slope)}
 
 
 class NMGate(Gate):
@@ -43,6 +76,7 @@ class NMGate(Gate):
     rounded, as in one-shot pruning.
     """
 
+    collection = NMGates
     method: ClassVar[str] = "maskllm"
 
     def __init__(
@@ -74,25 +108,6 @@ class NMGate(Gate):
         """See :meth:`Gate.settings`."""
         return {"n": self.n, "m": self.m, "spread": self.spread, "strength": self.strength}
 
-    def exact_sparsity(self, sparsity: float) -> float:
-        """1 − n/m; see :meth:`Gate.exact_sparsity`."""
-        pattern = self.groups.pattern
-        if abs(sparsity - pattern.sparsity) > 1e-3:
-            raise UserError(
-                f"model.sparsity is {sparsity:g}, and {pattern} gates remove {pattern.sparsity:g}. "
-                f"Set --model.sparsity {pattern.sparsity:g}, or another n and m."
-            )
-        return pattern.sparsity
-
-    def prior_forms(self, sparsity: float) -> dict[str, Pattern]:
-        """A prior of the gate's own pattern; see :meth:`Gate.prior_forms`."""
-        return {"prior": NM(self.n, self.m)}
-
-    @classmethod
-    def form(cls, settings: Mapping[str, Any]) -> str:
-        """n:m; see :meth:`Gate.form`."""
-        return f"{settings['n']}:{settings['m']}"
-
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Gate.soften`."""
         state = self.state
@@ -107,22 +122,6 @@ class NMGate(Gate):
     def hard_mask(self) -> Tensor:
         """See :meth:`Gate.hard_mask`; the logits alone decide."""
         return self.groups.best(gathered(self.held()))
-
-    @classmethod
-    def choose(cls, gates: Mapping[str, Any], sparsity: float) -> None:
-        """Nothing to choose: every group has its n of m, and all together have the one sparsity."""
-
-    @classmethod
-    def sample_hard_masks(cls, gates: Mapping[str, Any], sparsity: float, stride: int) -> dict[str, Tensor]:
-        """See :meth:`Gate.sample_hard_masks`; exact, and only the sampled groups are looked at."""
-        return {name: gate.groups.sample_best(gathered(gate.logits.detach()), stride) for name, gate in gates.items()}
-
-    @classmethod
-    def curves(cls, gates: Mapping[str, Any], stride: int) -> dict[str, float]:
-        """How decided the groups are: the mean of the highest softmax(αθ/τ), without noise; 1 is hard."""
-        state = next(iter(gates.values())).state
-        samples = [gathered(gate.logits.detach()).flatten(1)[:, ::stride] for gate in gates.values()]
-        return {"patterns/confidence": confidence(samples, state.slope)}
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""
@@ -174,6 +173,6 @@ def flat_patterns(logits: Tensor) -> Tensor:
 
 
 def confidence(samples: Sequence[Tensor], slope: Tensor) -> float:
-    """How decided groups with the logits ``samples`` (P, any number) are: see :meth:`NMGate.curves`."""
+    """How decided groups with the logits ``samples`` (P, any number) are: see :meth:`NMGates.curves`."""
     highest = [(logits_PS.float() * slope.to(logits_PS.device)).softmax(0).amax(0) for logits_PS in samples]
     return float(torch.cat(highest).mean())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from leap_pl.base_model.weights import Weight
 from leap_pl.distributed.shards import gathered
 from leap_pl.errors import UserError
+from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateState
 from leap_pl.gates.groups import Groups
 from leap_pl.gates.nm import confidence
@@ -20,9 +21,64 @@ from leap_pl.gates.tile_grid import FixedTiles, JointTiles, SoftTiles, TileGrid
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.noise import noise_keys
 from leap_pl.masks.patterns import NM, Pattern, Tiled, Unstructured, follows
-from leap_pl.masks.top_k import Cut, exact_top_k
+from leap_pl.masks.top_k import Cut, closest_top_k
 
+PATTERN_ALPHA = "pattern_alpha"  # the schedule of the patterns' logit scale
 PATTERNS = " patterns"  # what a weight's name has behind it where the noise of its patterns is meant
+
+
+class TileGates(Gates["TileGate"]):
+    """All tile gates of a model: one cut through the logits of all tiles."""
+
+    @property
+    def form(self) -> str:
+        """Tiles, with their size and n:m."""
+        return str(self.first.tiled)
+
+    def exact_sparsity(self, sparsity: float) -> float:
+        """Take any up to 1 − n/m; see :meth:`.Gates.exact_sparsity`."""
+        nm = self.first.tiled.nm
+        if sparsity > nm.sparsity + 1e-9:
+            raise UserError(
+                f"model.sparsity is {sparsity:g}, and tiles that are dense or {nm} remove {nm.sparsity:g} at most. "
+                f"Set --model.sparsity {nm.sparsity:g} or less, or another n and m."
+            )
+        return sparsity
+
+    def prior_forms(self, sparsity: float) -> dict[str, Pattern]:
+        """Return unstructured, for the tiles, and n:m, within them; see :meth:`.Gates.prior_forms`."""
+        return {"prior": Unstructured(sparsity), "inner": self.first.tiled.nm}
+
+    def check_priors(self, priors: Mapping[str, Any]) -> None:
+        """See :meth:`.Gates.check_priors`."""
+        if self.first.mode == "tile" and "inner" not in priors:
+            raise UserError(
+                f"gates in tile mode keep the {self.first.tiled.nm} mask of the prior, and prior.method is none. "
+                "Set --model.prior.method or --model.prior.masks.inner, or --model.gate.mode joint."
+            )
+
+    def choose(self, sparsity: float) -> None:
+        """Make dense the tiles of the highest logits, ties by index, until the sparsity is closest to the asked one."""
+        logits = [gathered(tiles_AB) for tiles_AB in self.held()]  # one a tile: few
+        cuts = closest_top_k(logits, self.held("removable"), round(sparsity * self.numel))
+        for gate, cut in zip(self.values(), cuts, strict=True):
+            gate.cut = cut
+
+    def sample_hard_masks(self, sparsity: float, stride: int) -> dict[str, Tensor]:
+        """See :meth:`.Gates.sample_hard_masks`; only the sampled groups are looked at."""
+        self.choose(sparsity)
+        return {name: gate.sample_hard_mask(stride) for name, gate in self.items()}
+
+    def curves(self, stride: int) -> dict[str, float]:
+        """Return the share of tiles whose logit is above 0; and how decided the patterns are, where they learn."""
+        above = torch.cat([gathered(gate.logits.detach()).flatten() for gate in self.values()]) > 0
+        found = {"tiles/logits_above_0": float(above.float().mean())}
+        if self.first.mode == "joint":
+            state = self.first.state
+            samples = [gathered(gate.pattern_logits.detach()).flatten(1)[:, ::stride] for gate in self.values()]
+            found["patterns/confidence"] = confidence(samples, state.slopes[PATTERN_ALPHA])
+            found["schedule/pattern_alpha"] = float(state.scales[PATTERN_ALPHA])
+        return found
 
 
 class TileGate(Gate):
@@ -47,7 +103,9 @@ class TileGate(Gate):
     by half a tile at most. Any sparsity up to 1 − n/m can be had.
     """
 
+    collection = TileGates
     method: ClassVar[str] = "patch"
+    scales: ClassVar[Mapping[str, float]] = {PATTERN_ALPHA: 100.0}
 
     removable: Tensor
     inner: Tensor
@@ -109,33 +167,6 @@ class TileGate(Gate):
         told = {"n": self.n, "m": self.m, "tile": self.tiled.size, "mode": self.mode, "spread": self.spread}
         return told | {"strength": self.strength, "pattern_spread": self.pattern_spread}
 
-    def exact_sparsity(self, sparsity: float) -> float:
-        """Any up to 1 − n/m; see :meth:`Gate.exact_sparsity`."""
-        most = self.tiled.nm.sparsity
-        if sparsity > most + 1e-9:
-            raise UserError(
-                f"model.sparsity is {sparsity:g}, and tiles that are dense or {self.tiled.nm} remove {most:g} at most. "
-                f"Set --model.sparsity {most:g} or less, or another n and m."
-            )
-        return sparsity
-
-    def prior_forms(self, sparsity: float) -> dict[str, Pattern]:
-        """Unstructured, for the tiles, and n:m, within them; see :meth:`Gate.prior_forms`."""
-        return {"prior": Unstructured(sparsity), "inner": NM(self.n, self.m)}
-
-    def check_priors(self, priors: Mapping[str, Any]) -> None:
-        """See :meth:`Gate.check_priors`."""
-        if self.mode == "tile" and "inner" not in priors:
-            raise UserError(
-                f"gates in tile mode keep the {self.tiled.nm} mask of the prior, and prior.method is none. "
-                "Set --model.prior.method or --model.prior.inner_mask, or --model.gate.mode joint."
-            )
-
-    @classmethod
-    def form(cls, settings: Mapping[str, Any]) -> str:
-        """See :meth:`Gate.form`."""
-        return str(Tiled(NM(settings["n"], settings["m"]), settings["tile"]))
-
     # -- soft ---------------------------------------------------------------------------------------------
 
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +174,7 @@ class TileGate(Gate):
         state = self.state
         soft_AB = SoftTiles.apply(self.logits, key_0, key_1, state.slope, state.sharpness)
         if self.mode == "joint":
-            noise = *self.keys(PATTERNS), state.pattern_slope, state.sharpness
+            noise = *self.keys(PATTERNS), state.slopes[PATTERN_ALPHA], state.sharpness
             masked, energy = JointTiles.apply(soft_AB, self.pattern_logits, weight, self.grid, *noise)
         else:
             masked, energy = FixedTiles.apply(soft_AB, weight, self.inner, self.grid)
@@ -173,7 +204,9 @@ class TileGate(Gate):
             self.pattern_logits.copy_(start)
         elif inner is not None:
             if not follows(inner, self.input_dim, self.tiled.nm):
-                raise UserError(f"prior.inner_mask is not {self.tiled.nm} in {self.name}. Give one that prune made so.")
+                raise UserError(
+                    f"prior.masks.inner is not {self.tiled.nm} in {self.name}. Give one that prune made so."
+                )
             self.inner.copy_(inner)
             self.removable.copy_(self.grid.count(~self.inner))
 
@@ -188,26 +221,6 @@ class TileGate(Gate):
         """The n:m mask of the tiles that are not dense."""
         return self.held("inner") if self.mode == "tile" else self.groups.best(gathered(self.held("pattern_logits")))
 
-    @classmethod
-    def choose(cls, gates: Mapping[str, Any], sparsity: float) -> None:
-        """Make dense the tiles of the highest logits, ties by index, until the sparsity is closest to the asked one."""
-        logits = [gathered(gate.held()) for gate in gates.values()]  # one a tile: few
-        removable = torch.cat([gate.held("removable").flatten() for gate in gates.values()]).to(torch.int64)
-        order = torch.cat([tiles_AB.flatten() for tiles_AB in logits]).argsort(descending=True, stable=True)
-        left = removable.sum() - torch.cat([removable.new_zeros(1), removable[order].cumsum(0)])
-        asked = round(sparsity * sum(gate.shape.numel() for gate in gates.values()))
-        nearest = (left - asked).abs()
-        dense = int((nearest == nearest.min()).nonzero()[0])
-        cuts = exact_top_k(logits, dense)
-        for gate, cut in zip(gates.values(), cuts, strict=True):
-            gate.cut = cut
-
-    @classmethod
-    def sample_hard_masks(cls, gates: Mapping[str, Any], sparsity: float, stride: int) -> dict[str, Tensor]:
-        """See :meth:`Gate.sample_hard_masks`; only the sampled groups are looked at."""
-        cls.choose(gates, sparsity)
-        return {name: gate.sample_hard_mask(stride) for name, gate in gates.items()}
-
     def sample_hard_mask(self, stride: int) -> Tensor:
         """Every ``stride``-th element of :meth:`hard_mask`, flattened."""
         if self.mode == "joint":
@@ -219,18 +232,6 @@ class TileGate(Gate):
         )
         dense_AB = self.cut.mask(gathered(self.logits.detach()))
         return inner | dense_AB[*stacked, row // self.tiled.size, column // self.tiled.size]
-
-    @classmethod
-    def curves(cls, gates: Mapping[str, Any], stride: int) -> dict[str, float]:
-        """The share of tiles whose logit is above 0; and how decided the patterns are, where they are learned."""
-        above = torch.cat([gathered(gate.logits.detach()).flatten() for gate in gates.values()]) > 0
-        found = {"tiles/logits_above_0": float(above.float().mean())}
-        first = next(iter(gates.values()))
-        if first.mode == "joint":
-            samples = [gathered(gate.pattern_logits.detach()).flatten(1)[:, ::stride] for gate in gates.values()]
-            found["patterns/confidence"] = confidence(samples, first.state.pattern_slope)
-            found["schedule/pattern_alpha"] = float(first.state.pattern_alpha)
-        return found
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""

@@ -7,7 +7,7 @@ For tensors that are sharded over ranks (see :mod:`leap_pl.distributed.shards`) 
 histograms are summed: two all-reduces of 512 KiB, whatever the size of the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,26 @@ def exact_top_k(tensors: Sequence[Tensor], k: int) -> list[Cut]:
         taken = min(max(ties_kept - before, 0), len(own))
         limits.append(int(own[taken - 1]) + 1 if taken else 0)
     return [Cut(value, limit) for limit in ranks.highest(limits)]
+
+
+def closest_top_k(tensors: Sequence[Tensor], removable: Iterable[Tensor], removed: int) -> list[Cut]:
+    """Return cuts that keep the highest elements, as many as bring what the others remove closest to ``removed``.
+
+    For logits that each stand for many weights: those of tiles, rows or heads.
+
+    Args:
+        tensors: Float32, few elements in all, whole; equal values rank by tensor, then by flat index.
+        removable: Of each of ``tensors``, how many weights each element removes if it is not kept, integers.
+        removed: How many weights are to be removed. Of two numbers as close, more are removed.
+
+    Returns:
+        One :class:`Cut` for each tensor.
+    """
+    sizes = torch.cat([each.flatten() for each in removable]).to(torch.int64)
+    order = torch.cat([tensor.flatten() for tensor in tensors]).argsort(descending=True, stable=True)
+    left = sizes.sum() - torch.cat([sizes.new_zeros(1), sizes[order].cumsum(0)])
+    distance = (left - removed).abs()
+    return exact_top_k(tensors, int((distance == distance.min()).nonzero()[0]))
 
 
 def _survey(tensors: Sequence[Tensor]) -> tuple[int, bool, Ranks]:

@@ -1,13 +1,13 @@
 """The mask that learning starts from."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from leap_pl.distributed.strategy import RankZero
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.masks.mask_set import MaskSet, pack, unpack
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from leap_pl.base_model.weights import Weight
     from leap_pl.data import TextDataModule
-    from leap_pl.gates import Gate
+    from leap_pl.gates import Gates
     from leap_pl.masks.patterns import Pattern
 
 
@@ -36,7 +36,9 @@ class Prior:
         fisher: Let the method prune each weight tensor the more, the less the loss depends on it, this far: above 0,
             and at most 1; .5 is a good start (:mod:`leap_pl.oneshot.fisher`). It runs the whole model forward and
             backward on the run's device. Not for masks of n:m form, whose sparsity is the same everywhere.
-        inner_mask: (TileGate) A MaskSet file of n:m form for the tiles that are not dense, instead of a method.
+        masks: MaskSet files instead of a method for what a kind of gate starts from beside ``mask``: form → file.
+            TileGate's ``inner``, of n:m form, is for the tiles that are not dense.
+        inner_mask: Former name of ``masks.inner``.
         sequences: Calibration sequences of the method.
         cache_dir: Where masks made from a method are kept for the next run on the same model and text.
     """
@@ -45,11 +47,22 @@ class Prior:
     mask: str | None = None
     graded: bool = False
     fisher: float | None = None
-    inner_mask: str | None = None
+    masks: dict[str, str] | None = None
+    inner_mask: InitVar[str | None] = None
     sequences: int = 128
     cache_dir: str = "~/.cache/leap_pl/priors"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, inner_mask: str | None) -> None:
+        if inner_mask is not None:
+            masks = {"inner": inner_mask} | (self.masks or {})
+            if masks["inner"] != inner_mask:
+                raise UserError(
+                    f"prior.inner_mask is {inner_mask} and prior.masks.inner {masks['inner']}, and both are one "
+                    "setting. Leave prior.inner_mask out."
+                )
+            object.__setattr__(self, "masks", masks)
+        if "prior" in (self.masks or {}):
+            raise ValueError("prior.masks is for what there is beside prior.mask. Give the prior itself as prior.mask.")
         if self.sequences < 1:
             raise ValueError(f"prior.sequences is {self.sequences}; it takes at least 1 to calibrate on.")
         if self.graded and self.method == "none" and self.mask is None:
@@ -75,8 +88,8 @@ class Prior:
         Args:
             model: The dense base model; its weights are unchanged afterwards.
             weights: The weights that will be gated.
-            forms: What the gates ask for (:meth:`leap_pl.gates.Gate.prior_forms`): ``prior``, at the target
-                sparsity or of the gates' own pattern, and, for some gates, ``inner``.
+            forms: What the gates ask for (:meth:`leap_pl.gates.Gates.prior_forms`): ``prior``, at the target
+                sparsity or of the gates' own pattern, and, for some gates, further ones.
             calibration: On what the method computes.
 
         Raises:
@@ -90,12 +103,15 @@ class Prior:
         allocation = None if self.fisher is None else FisherOptions(self.fisher)
         if allocation is not None and not isinstance(forms["prior"], Unstructured):
             raise UserError(f"prior.fisher: a mask of {forms['prior']} is equally sparse everywhere. Leave it out.")
-        if self.inner_mask is not None and "inner" not in forms:
-            raise UserError("prior.inner_mask is for gates of tiles (model.gate TileGate). Leave it out.")
-        files = {"prior": self.mask, "inner": self.inner_mask}
+        files = {"prior": self.mask} | (self.masks or {})
+        strange = [form for form in files if form not in forms]
+        if strange:
+            raise UserError(
+                f"prior.masks.{strange[0]}: these gates start from {listing([*forms])} alone. Leave it out."
+            )
         masks: dict[str, MaskSet] = {}
         for form, pattern in forms.items():
-            file = files[form]
+            file = files.get(form)
             if file is not None:
                 masks[form] = MaskSet.load(file)
                 masks[form].check(model, weights)
@@ -160,7 +176,7 @@ def make_and_share(
     settings: Prior,
     model: "PreTrainedModel",
     weights: "Mapping[str, Weight]",
-    gate: "Gate",
+    gates: "Gates[Any]",
     sparsity: float,
     calibration: Calibration,
 ) -> "SharedPrior":
@@ -170,19 +186,20 @@ def make_and_share(
         settings: Which prior.
         model: The dense base model.
         weights: Those that will be gated.
-        gate: Of one of them: its kind says in which forms it wants a prior, and takes or refuses it.
+        gates: Of some of them: their kind says in which forms it wants a prior, and takes or refuses it.
         sparsity: The target.
         calibration: On what a method computes.
 
     Raises:
         UserError: As :meth:`Prior.make` does; or the gate does not take what is asked for.
     """
-    if settings.graded and not gate.takes_grades:
-        raise UserError(f"prior.graded is for BernoulliGate, and the gate is {type(gate).__name__}. Leave it out.")
+    if settings.graded and not gates.first.takes_grades:
+        kind = gates.describe()["class_path"]
+        raise UserError(f"prior.graded is for BernoulliGate, and the gate is {kind}. Leave it out.")
 
     def make() -> tuple[dict[str, MaskSet], dict[str, torch.Tensor] | None]:
-        priors = settings.make(model, weights, gate.prior_forms(sparsity), calibration)
-        gate.check_priors(priors)
+        priors = settings.make(model, weights, gates.prior_forms(sparsity), calibration)
+        gates.check_priors(priors)
         return priors, settings.squares(model, weights, calibration)
 
     rank_zero = RankZero()

@@ -7,7 +7,8 @@ its form.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ DIGESTS = "prior_digests"  # key in a checkpoint's settings
 
 
 def prior_file(form: str) -> str:
-    """Return the name of a run's file for its prior of ``form``, which is ``prior`` or ``inner``."""
+    """Return the name of the file in which a run keeps its prior of ``form``, as ``prior`` or ``inner``."""
     return "prior.safetensors" if form == "prior" else f"prior-{form}.safetensors"
 
 
@@ -36,7 +37,7 @@ def started_prior(
 
     Args:
         stored: Settings of the run in its checkpoint: ``prior``, and the digests of the masks it resulted in.
-        forms: Forms that the gates start from (:meth:`leap_pl.gates.Gate.prior_forms`).
+        forms: Forms that the gates start from (:meth:`leap_pl.gates.Gates.prior_forms`).
         folders: Folders to search for the run's files: reading one takes seconds, recomputing the prior minutes.
         cache_dir: Folder of the cache of one-shot masks in this run.
         make: Function that recomputes a prior; called only if some mask is in none of ``folders``.
@@ -57,7 +58,7 @@ def started_prior(
     if len(found) == len(wanted):
         return found
     try:
-        known = {field.name for field in fields(Prior)}
+        known = signature(Prior).parameters
         settings = Prior(**{key: value for key, value in stored["prior"].items() if key in known})
         made = make(replace(settings, graded=False, cache_dir=cache_dir))  # only signs are needed: grades are in logits
         found |= {form: made[form] for form in wanted if form in made and made[form].digest_of_bits() == wanted[form]}

@@ -29,7 +29,7 @@ from leap_pl.distributed.strategy import (
     sharding_mesh,
 )
 from leap_pl.errors import UserError
-from leap_pl.gates import Gate, GateState, attach
+from leap_pl.gates import Gate, Gates, GateState, attach
 from leap_pl.losses.objective import split_model
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior, make_and_share
 from leap_pl.prior.started_prior import DIGESTS, started_prior
@@ -82,7 +82,7 @@ class GatedModule(L.LightningModule):
         self.state = GateState(seed=seed)
         self.model: PreTrainedModel | None = None
         self.mesh: DeviceMesh | None = None  # of the ranks that decoder blocks are sharded over
-        self.gates: dict[str, Gate] = {}
+        self.gates: Gates[Any] = Gates({})
         self.priors: dict[str, MaskSet] = {}  # on rank zero
         self.prior_digests: dict[str, str] = {}  # of the prior that the run started from, on every rank
         self.prior_folders: list[Path] = []  # where a resumed run's prior may lie, beside its checkpoint
@@ -193,8 +193,9 @@ class GatedModule(L.LightningModule):
     def _make_prior(self, model: "PreTrainedModel") -> SharedPrior:
         """The prior, or priors, made on rank zero, whose ``self.priors`` they are."""
         # First, for a prior may take minutes: can this kind of mask be what is asked of it?
-        first = self.make_gate(next(iter(self.weights.values())), self.state)
-        self.sparsity = first.exact_sparsity(self.sparsity)
+        name, weight = next(iter(self.weights.items()))
+        gates = Gates.of({name: self.make_gate(weight, self.state)})
+        self.sparsity = gates.exact_sparsity(self.sparsity)
         if not self._fitting():
             return SharedPrior({}, RankZero())
         calibration = Calibration(
@@ -204,29 +205,31 @@ class GatedModule(L.LightningModule):
             progress=self.trainer.progress_bar_callback is not None,
         )
         if self.resumes_from is not None and Path(self.resumes_from).exists():
-            return self._find_prior(Path(self.resumes_from), model, first, calibration)
-        shared = make_and_share(self.prior_settings, model, self.weights, first, self.sparsity, calibration)
+            return self._find_prior(Path(self.resumes_from), model, gates, calibration)
+        shared = make_and_share(self.prior_settings, model, self.weights, gates, self.sparsity, calibration)
         self.priors, self.prior_digests = dict(shared.priors), shared.digests
         return shared
 
-    def _find_prior(self, path: Path, model: "PreTrainedModel", first: Gate, calibration: Calibration) -> SharedPrior:
+    def _find_prior(
+        self, path: Path, model: "PreTrainedModel", gates: Gates[Any], calibration: Calibration
+    ) -> SharedPrior:
         """No prior for the gates, whose logits come from the checkpoint ``path``; ``self.priors`` are its run's."""
         found = read_identity(checkpoints.load_checkpoint(path, check_tensors=False), path)
         rank_zero = RankZero()
         shared = SharedPrior({}, rank_zero)
-        if (found.fingerprint, found.gate["class_path"]) == (self.fingerprint, type(first).__name__):
-            forms = first.prior_forms(found.sparsity)
+        if (found.fingerprint, found.gate["class_path"]) == (self.fingerprint, gates.describe()["class_path"]):
+            forms = gates.prior_forms(found.sparsity)
             make = partial(Prior.make, model=model, weights=self.weights, forms=forms, calibration=calibration)
-            rank_zero.make(lambda: self._resume(found, path, first, make))
+            rank_zero.make(lambda: self._resume(found, path, gates, make))
             if not rank_zero.here:
-                self._resume(found, path, first, None)
+                self._resume(found, path, gates, None)
         return shared
 
     def _resume(
         self,
         found: Identity,
         path: Path,
-        gate: Gate,
+        gates: Gates[Any],
         make: "Callable[[Prior], Mapping[str, MaskSet]] | None",
     ) -> None:
         """Take from the checkpoint how its run began, which is how this one did, and on rank zero find its prior."""
@@ -234,7 +237,7 @@ class GatedModule(L.LightningModule):
         self.resumed, self.prior_digests = found, dict(digests) if isinstance(digests, dict) else {}
         if make is not None:
             folders = [*dict.fromkeys([path.resolve().parent, path.parent, *self.prior_folders])]
-            forms, cache_dir = gate.prior_forms(found.sparsity), self.prior_settings.cache_dir
+            forms, cache_dir = gates.prior_forms(found.sparsity), self.prior_settings.cache_dir
             self.priors = started_prior(found.settings, forms, folders, cache_dir, make)
 
     def _fitting(self) -> bool:
@@ -260,8 +263,7 @@ class GatedModule(L.LightningModule):
 
     def _learned(self) -> dict[tuple[str, str], nn.Parameter]:
         """What is learned: (weight name, attribute of its gate) → parameter."""
-        gates = self.gates.items()
-        return {(name, part): parameter for name, gate in gates for part, parameter in gate.named_parameters()}
+        return self.gates.learned()
 
     # -- the mask -----------------------------------------------------------------------------------------
 
@@ -277,7 +279,7 @@ class GatedModule(L.LightningModule):
     def choose_hard_masks(self) -> None:
         """Give every gate its hard mask at exactly the target sparsity."""
         self.check_finite(logits=True)
-        type(next(iter(self.gates.values()))).choose(self.gates, self.sparsity)
+        self.gates.choose(self.sparsity)
 
     def mask_set(self) -> "MaskSet":
         """The hard mask at exactly the target sparsity, as it is exported: whole, on every rank."""
@@ -285,7 +287,7 @@ class GatedModule(L.LightningModule):
 
         self.choose_hard_masks()
         masks = {name: gathered(gate.hard_mask()).cpu() for name, gate in self.gates.items()}
-        return MaskSet(masks, checkpoints.provenance(self.identity()))
+        return MaskSet(masks, checkpoints.provenance(self.identity(), self.gates))
 
     def save_mask(self, path: str | Path) -> tuple[int, int]:
         """Write :meth:`mask_set` to the MaskSet file ``path``, of which no more than one weight's mask is in memory.
@@ -298,15 +300,14 @@ class GatedModule(L.LightningModule):
         from leap_pl.masks.mask_set import write_masks
 
         self.choose_hard_masks()
-        shapes = {name: list(gate.shape) for name, gate in self.gates.items()}
-        identity = self.identity()
+        provenance = checkpoints.provenance(self.identity(), self.gates)
 
         def mask(name: str) -> Tensor:
             return gathered(self.gates[name].hard_mask()).cpu()
 
         if self._trainer is None or self.trainer.is_global_zero:
-            return write_masks(path, shapes, mask, checkpoints.provenance(identity))
-        counts = [(int(part.sum()), part.numel()) for part in map(mask, sorted(shapes))]
+            return write_masks(path, self.gates.shapes, mask, provenance)
+        counts = [(int(part.sum()), part.numel()) for part in map(mask, sorted(self.gates))]
         return sum(kept for kept, _ in counts), sum(total for _, total in counts)
 
     # -- checkpoints --------------------------------------------------------------------------------------
@@ -318,15 +319,15 @@ class GatedModule(L.LightningModule):
             base_model=self.base_model,
             revision=self.revision,
             fingerprint=self.fingerprint,
-            gate=checkpoints.describe_gate(next(iter(self.gates.values()))),
+            gate=self.gates.describe(),
             sparsity=self.sparsity,
             targets=self.targets,
             ignore=self.ignore,
             max_steps=self.trainer.max_steps if self._fitting() else None,
             ranks=data_rank(self.trainer)[1] if self._fitting() else None,
             accumulation=self.trainer.accumulate_grad_batches if self._fitting() else None,
-            shapes={name: list(gate.shape) for name, gate in self.gates.items()},
-            input_dims={name: gate.input_dim for name, gate in self.gates.items()},
+            shapes=self.gates.shapes,
+            input_dims=self.gates.input_dims,
             dense_perplexity=None if dense is None else dense.value,
             dense_perplexity_of=None if dense is None else dense.of,
             settings=self.settings(),
@@ -351,7 +352,7 @@ class GatedModule(L.LightningModule):
             "model.seed": self.state.seed,
         }
         if self.gates:
-            told["model.gate"] = checkpoints.describe_gate(next(iter(self.gates.values())))
+            told["model.gate"] = self.gates.describe()
         if told["model.dtype"] == "auto":
             del told["model.dtype"]
         return taken(told)
@@ -381,8 +382,7 @@ class GatedModule(L.LightningModule):
         if saves_shards(self._trainer):
             return  # each rank its own, under this module's names: ModelParallelStrategy reads them back
         if self.mesh is None:
-            gates = self.gates.items()
-            state = {f"{part}.{name}": tensor for name, gate in gates for part, tensor in gate.stored().items()}
+            state = {checkpoints.key_of(*place): tensor for place, tensor in self.gates.stored().items()}
             names = {id(parameter): name for name, parameter in self.named_parameters()}
             groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
             numbered = [names[id(parameter)] for group in groups for parameter in group["params"]]
@@ -404,15 +404,17 @@ class GatedModule(L.LightningModule):
         if self._fitting():
             if self.resumed is None:  # a plain trainer tells the path only now: a prior was made as it was typed
                 made = self.priors
-                gate, origin = next(iter(self.gates.values())), Path(self.trainer.ckpt_path or "")
-                self._resume(found, origin, gate, (lambda _: made) if self.trainer.is_global_zero else None)
+                origin = Path(self.trainer.ckpt_path or "")
+                self._resume(found, origin, self.gates, (lambda _: made) if self.trainer.is_global_zero else None)
             checkpoints.count_for_ranks(checkpoint, found, self.identity())
-        places = [(name, part) for name, gate in self.gates.items() for part in gate.stored()]
+        places = self.gates.stored()
         if self.mesh is None:
             stored = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {checkpoints.path_of(*place): stored[".".join(place[::-1])] for place in places}
+            checkpoint["state_dict"] = {
+                checkpoints.path_of(*place): stored[checkpoints.key_of(*place)] for place in places
+            }
         elif Path(path := self.trainer.ckpt_path or "").is_file():
             # Of a folder Lightning has loaded each rank's part; of a file each rank takes its own.
             stored = checkpoints.load_checkpoint(path)["state_dict"]
-            for name, part in places:
-                copy_part_(getattr(self.gates[name], part), stored[f"{part}.{name}"])
+            for place, tensor in places.items():
+                copy_part_(tensor, stored[checkpoints.key_of(*place)])

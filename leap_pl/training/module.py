@@ -216,8 +216,8 @@ class LeapModule(GatedModule):
 
     def _harden(self, fraction: float) -> None:
         """Set α and τ to where they are at ``fraction`` of the run."""
-        told = self.annealing
-        self.state.anneal(told.alpha(fraction), told.tau(fraction), told.pattern_alpha(fraction))
+        self.state.fraction = fraction
+        self.state.anneal(**self.annealing.at(fraction))
 
     # -- learning -----------------------------------------------------------------------------------------
 
@@ -228,22 +228,17 @@ class LeapModule(GatedModule):
         self._harden(self.global_step / self.trainer.max_steps)
         rank, ranks = data_rank(self.trainer)
         self.state.micro_batch = (batch_idx % windows) * ranks + rank
-        for gate in self.gates.values():
-            gate.clear()
+        self.gates.clear()
         loss, lm, kl = self._language_losses(batch["input_ids"])
-        kept: dict[str, Tensor] = {}
-        for name, gate in self.gates.items():
-            if gate.kept is None:  # experts that no token was routed to
-                if self.mesh is not None:
-                    raise UserError(
-                        f"{name} was not used by a micro-batch, and in a sharded run each is used by every one. "
-                        "Leave it out with --model.ignore, or use --trainer.strategy ddp."
-                    )
-                gate(self.weights[name].parameter)
-            assert gate.kept is not None
-            kept[name] = gate.kept
-        budget = sparsity_budget(kept, self.sizes, 1 - self.sparsity, self.groups)
-        norm = kept_norm((gate.energy for gate in self.gates.values()), self.dense_norm)
+        for name in self.gates.unused:  # experts that no token was routed to
+            if self.mesh is not None:
+                raise UserError(
+                    f"{name} was not used by a micro-batch, and in a sharded run each is used by every one. "
+                    "Leave it out with --model.ignore, or use --trainer.strategy ddp."
+                )
+            self.gates[name](self.weights[name].parameter)
+        budget = sparsity_budget(self.gates.kept, self.sizes, 1 - self.sparsity, self.groups)
+        norm = kept_norm(self.gates.energy.values(), self.dense_norm)
         fading = 1 - self.global_step / self.trainer.max_steps
         loss = loss + self.objective.budget * budget - self.objective.weight * fading * norm
         self.terms = {"loss": loss.detach(), "lm": lm, "distillation": kl, "budget": budget.detach()}

@@ -151,6 +151,8 @@ def read_settings(identity: Identity, checkpoint: Mapping[str, Any], where: str)
     for name, value in stored.items():
         if name in TYPES:
             read(value, TYPES[name], f"{where}: {name}")
+    if "model.prior" in stored:  # by today's names
+        stored = {**stored, "model.prior": asdict(Prior(**stored["model.prior"]))}
     return taken(stored)
 
 

@@ -111,6 +111,10 @@ class Annealing:
         # No curve leaves the range between its ends.
         check_annealed("model.annealing", alpha=self.alpha, tau=self.tau, pattern_alpha=self.pattern_alpha)
 
+    def at(self, fraction: float) -> dict[str, float]:
+        """Return what each schedule has come to at ``fraction`` of the run, by its name."""
+        return {field.name: getattr(self, field.name)(fraction) for field in fields(self)}
+
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Annealing":
         """Return the schedules that plain ``settings`` describe, as ``dataclasses.asdict`` writes them.

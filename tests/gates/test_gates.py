@@ -253,7 +253,7 @@ def test_on_and_off_leaves_the_model_as_it_was(family: str) -> None:
 def test_dense_is_the_plain_model_and_hard_is_the_applied_mask(family: str) -> None:
     plain = tiny_model(family)
     model, _, gates, state = gated(family)
-    BernoulliGate.choose(gates, 0.5)
+    gates.choose(0.5)
     masks = {name: gate.hard_mask() for name, gate in gates.items()}
     pruned = MaskSet(masks, Provenance("tiny", "", "leap")).apply_(tiny_model(family), check=False)
     with torch.no_grad():

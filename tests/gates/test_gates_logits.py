@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from leap_pl.base_model.weights import find_weights
 from leap_pl.errors import UserError
-from leap_pl.gates import BernoulliGate, Gate, GateState, NMGate, Stored, TileGate, restore
+from leap_pl.gates import BernoulliGate, Gates, GateState, NMGate, Stored, TileGate, restore
 from leap_pl.gates import bernoulli as kernels
 from leap_pl.kernels.noise import columns, noise_keys
 from leap_pl.losses.objective import Objective
@@ -150,7 +150,7 @@ def with_logits(values: dict[str, list[float]]) -> dict[str, BernoulliGate]:
 def test_hard_masks_have_exactly_the_asked_sparsity(values: list[list[float]], sparsity: float) -> None:
     """Ties included; they are broken by weight and index, and no removed logit is above a kept one."""
     gates = with_logits({str(i): v for i, v in enumerate(values)})
-    BernoulliGate.choose(gates, sparsity)
+    Gates.of(gates).choose(sparsity)
     kept = torch.cat([gate.hard_mask().flatten() for gate in gates.values()])
     logits = torch.cat([gate.logits.detach().flatten() for gate in gates.values()])
     assert int((~kept).sum()) == round(sparsity * kept.numel())
@@ -166,21 +166,21 @@ def test_hard_masks_have_exactly_the_asked_sparsity(values: list[list[float]], s
 
 def test_a_hard_mask_is_chosen_over_all_weights_together() -> None:
     gates = with_logits({"high": [0.3, 0.2, 0.2, 0.1], "low": [-0.1, 0.0, -0.2, -0.3]})
-    BernoulliGate.choose(gates, 0.375)
+    Gates.of(gates).choose(0.375)
     assert gates["high"].hard_mask().flatten().tolist() == [True] * 4
     assert gates["low"].hard_mask().flatten().tolist() == [False, True, False, False]
 
 
 def test_restored_gates_choose_as_the_gates_did() -> None:
     _, weights, gates, _ = gated("mixtral")
-    BernoulliGate.choose(gates, 0.4)
+    gates.choose(0.4)
     stored = {
         name: Stored(gate.logits.detach().clone(), tuple(gate.shape), weights[name].input_dim)
         for name, gate in gates.items()
     }
     restored = restore("BernoulliGate", gate_of((1, 1), spread=0.02).settings(), stored)
     assert list(restored) == list(gates)
-    BernoulliGate.choose(restored, 0.4)
+    restored.choose(0.4)
     for name, gate in gates.items():
         assert type(restored[name]) is BernoulliGate
         assert restored[name].input_dim == gate.input_dim
@@ -198,7 +198,7 @@ def test_restored_gates_choose_as_the_gates_did() -> None:
 )
 def test_gates_restored_without_reading_choose_as_the_gates_did(kind: Any, settings: dict[str, Any]) -> None:
     weights = find_weights(tiny_model())
-    gates = {name: kind(weight, GateState(), **settings) for name, weight in weights.items()}
+    gates = Gates.of({name: kind(weight, GateState(), **settings) for name, weight in weights.items()})
     for seed, gate in enumerate(gates.values()):
         inner = wanda_mask(torch.rand(gate.shape), torch.ones(gate.shape[-1]), NM(2, 4))
         gate.start_from(None, seed, **({"inner": inner} if kind is TileGate else {}))
@@ -209,9 +209,9 @@ def test_gates_restored_without_reading_choose_as_the_gates_did(kind: Any, setti
         return Stored(logits, tuple(gate.shape), weights[name].input_dim, shapes, read)
 
     found = {name: stored(name, gate) for name, gate in gates.items()}
-    restored = restore(kind.__name__, next(iter(gates.values())).settings(), found)
+    restored = restore(kind.__name__, gates.describe()["init_args"], found)
     for side in (gates, restored):
-        kind.choose(side, 0.4)
+        side.choose(0.4)
     for name, gate in gates.items():
         assert all(tensor.is_meta for tensor in restored[name].stored().values())
         assert torch.equal(restored[name].hard_mask(), gate.hard_mask())
@@ -225,19 +225,19 @@ def test_restoring_what_does_not_fit_is_refused() -> None:
 
 
 def test_sampled_hard_masks_agree_with_the_exact_ones() -> None:
-    gates = {name: gate_of((200, 301), name=name) for name in ("a", "b")}
+    gates = Gates.of({name: gate_of((200, 301), name=name) for name in ("a", "b")})
     for name, gate in gates.items():
         gate.start_from(torch.rand(gate.shape) < {"a": 0.9, "b": 0.2}[name], seed=0)
-    BernoulliGate.choose(gates, 0.5)
+    gates.choose(0.5)
     exact = {name: gate.hard_mask().flatten() for name, gate in gates.items()}
     for stride, tolerance in ((1, 0.0), (7, 0.02), (64, 0.05)):
-        sample = BernoulliGate.sample_hard_masks(gates, 0.5, stride)
+        sample = gates.sample_hard_masks(0.5, stride)
         for name in gates:
             assert sample[name].shape == exact[name][::stride].shape
             assert (sample[name] != exact[name][::stride]).float().mean() <= tolerance
     # Sampling leaves the chosen masks alone, and the general way gives the exact ones.
     assert all(torch.equal(gate.hard_mask().flatten(), exact[name]) for name, gate in gates.items())
-    general = Gate.sample_hard_masks.__func__(BernoulliGate, gates, 0.5, 7)  # type: ignore[attr-defined]
+    general = Gates.sample_hard_masks(gates, 0.5, 7)
     assert all(torch.equal(general[name], exact[name][::7]) for name in gates)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.published_nm import PublishedNM
 from leap_pl.base_model.weights import Weight, find_weights
 from leap_pl.errors import UserError
-from leap_pl.gates import GateState, NMGate, Stored, attach, detach, restore
+from leap_pl.gates import Gates, GateState, NMGate, Stored, attach, detach, restore
 from leap_pl.gates import pattern_kernels as kernels
 from leap_pl.gates.groups import Groups, first_highest
 from leap_pl.kernels import compiled as compiling
@@ -190,9 +190,10 @@ def test_settings_that_make_no_sense() -> None:
         nm_gate((2, 16), 8, 16)
     gate = nm_gate((2, 12), 1, 3, spread=0.1, strength=2.0)
     assert gate.settings() == {"n": 1, "m": 3, "spread": 0.1, "strength": 2.0}
-    assert gate.exact_sparsity(0.667) == 1 - 1 / 3
+    gates = Gates.of({"w": gate})
+    assert gates.exact_sparsity(0.667) == 1 - 1 / 3
     with pytest.raises(UserError, match=r"sparsity is 0.5, and 1:3 gates remove 0.666667. Set --model.sparsity 0.66"):
-        gate.exact_sparsity(0.5)
+        gates.exact_sparsity(0.5)
 
 
 # -- compiled ---------------------------------------------------------------------------------------------
@@ -292,12 +293,12 @@ def gates(draw: st.DrawFn) -> NMGate:
 @settings(max_examples=150, deadline=None)
 @given(gates(), st.integers(1, 11))
 def test_hard_masks_keep_exactly_n_of_every_m(gate: NMGate, stride: int) -> None:
-    NMGate.choose({"w": gate}, 0.5)
+    Gates.of({"w": gate}).choose(0.5)
     mask = gate.hard_mask()
     assert mask.shape == gate.shape
     assert is_exact(mask, gate.input_dim, gate.n, gate.m)
     assert int(mask.sum()) == gate.groups.kept
-    sample = NMGate.sample_hard_masks({"w": gate}, 0.5, stride)["w"]
+    sample = Gates.of({"w": gate}).sample_hard_masks(0.5, stride)["w"]
     assert torch.equal(sample, mask.reshape(-1)[::stride])
     with gate.state.passing("hard"):
         assert torch.equal(gate(torch.full(gate.shape, -2.0)), torch.where(mask, -2.0, 0.0))

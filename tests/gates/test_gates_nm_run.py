@@ -12,7 +12,7 @@ from torch import Tensor
 from leap_pl.base_model.weights import find_weights
 from leap_pl.checkpoints.layout import masks_from_checkpoint
 from leap_pl.cli.main import main
-from leap_pl.gates import Gate, NMGate
+from leap_pl.gates import Gates
 from leap_pl.masks import MaskSet
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -147,5 +147,6 @@ def test_a_checkpoint_of_other_gates_is_refused(nm_folder: Path, model_folder, t
 def test_general_sampling_agrees(nm_folder: Path) -> None:
     gate = nm_gate((20, 31))
     gate.start_from(None, seed=0)
-    general = Gate.sample_hard_masks.__func__(NMGate, {"w": gate}, 0.5, 7)  # type: ignore[attr-defined]
-    assert torch.equal(general["w"], NMGate.sample_hard_masks({"w": gate}, 0.5, 7)["w"])
+    gates = Gates.of({"w": gate})
+    general = Gates.sample_hard_masks(gates, 0.5, 7)
+    assert torch.equal(general["w"], gates.sample_hard_masks(0.5, 7)["w"])

@@ -17,7 +17,7 @@ from leap_pl.base_model.weights import Weight, find_weights
 from leap_pl.checkpoints.layout import masks_from_checkpoint
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
-from leap_pl.gates import BernoulliGate, GateState, Stored, TileGate, attach, restore
+from leap_pl.gates import BernoulliGate, Gates, GateState, Stored, TileGate, attach, restore
 from leap_pl.gates.tile import PATTERNS
 from leap_pl.kernels import compiled as compiling
 from leap_pl.kernels.noise import columns, element_bits, logistic
@@ -127,8 +127,8 @@ def test_tiles_of_one_weight_over_an_all_zero_mask_are_the_bernoulli_gate() -> N
             ((masked * upstream).sum() + 0.3 * gate.kept + 0.7 * gate.energy).backward()
             found.append([masked.detach(), gate.kept.detach(), gate.energy.detach(), gate.logits.grad])
         torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5 * alpha / tau)
-        TileGate.choose({"w": tiles}, 0.6)
-        BernoulliGate.choose({"w": plain}, 0.6)
+        Gates.of({"w": tiles}).choose(0.6)
+        Gates.of({"w": plain}).choose(0.6)
         assert torch.equal(tiles.hard_mask(), plain.hard_mask())
 
 
@@ -189,9 +189,9 @@ def test_settings_that_make_no_sense() -> None:
         tile_gate((8, 8), tile=6)
     assert tile_gate((8, 8), tile=6, mode="tile").settings()["tile"] == 6
     gate = tile_gate((8, 8))
-    assert [gate.exact_sparsity(s) for s in (0.1, 0.45, 0.5)] == [0.1, 0.45, 0.5]
+    assert [Gates.of({"w": gate}).exact_sparsity(s) for s in (0.1, 0.45, 0.5)] == [0.1, 0.45, 0.5]
     with pytest.raises(UserError, match=r"dense or 2:4 remove 0.5 at most. Set --model.sparsity 0.5 or less"):
-        gate.exact_sparsity(0.6)
+        Gates.of({"w": gate}).exact_sparsity(0.6)
 
 
 # -- the start --------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_patterns_start_from_the_inner_prior(shape: tuple[int, ...], dim: int) -
 
 def test_an_inner_mask_that_is_not_nm_is_refused() -> None:
     gate = tile_gate((8, 8), mode="tile")
-    with pytest.raises(UserError, match=r"prior.inner_mask is not 2:4 in w"):
+    with pytest.raises(UserError, match=r"prior.masks.inner is not 2:4 in w"):
         gate.start_from(None, seed=0, inner=torch.ones(8, 8, dtype=torch.bool))
 
 
@@ -259,7 +259,7 @@ def several_gates(draw: st.DrawFn) -> dict[str, TileGate]:
 def test_hard_masks_are_of_the_asked_sparsity_to_one_tile(gates: dict[str, TileGate], part: float, stride: int) -> None:
     first = next(iter(gates.values()))
     sparsity = part * first.tiled.nm.sparsity
-    TileGate.choose(gates, sparsity)
+    Gates.of(gates).choose(sparsity)
     masks = {name: gate.hard_mask() for name, gate in gates.items()}
     inner = {name: gate.inner_mask() for name, gate in gates.items()}
     chosen: list[tuple[float, bool, int]] = []  # of each tile its logit, whether it is dense, what it would lose
@@ -287,7 +287,7 @@ def test_hard_masks_are_of_the_asked_sparsity_to_one_tile(gates: dict[str, TileG
         assert abs(removed - asked) <= abs(removed + losing[ranked[dense - 1]][2] - asked)
     if dense < len(ranked):
         assert abs(removed - asked) <= abs(removed - losing[ranked[dense]][2] - asked)
-    samples = TileGate.sample_hard_masks(gates, sparsity, stride)
+    samples = Gates.of(gates).sample_hard_masks(sparsity, stride)
     for name, gate in gates.items():
         assert torch.equal(samples[name], masks[name].reshape(-1)[::stride])
         with gate.state.passing("hard"):
@@ -317,15 +317,15 @@ def test_restored_gates_choose_as_the_gates_did(mode: str) -> None:
         assert logits == "logits"
         beside = {part: gate.stored()[part].clone() for part in tensors if part != "logits"}
         stored[name] = Stored(gate.stored()["logits"].clone(), tuple(gate.shape), weights[name].input_dim, beside)
-    first: Any = next(iter(gates.values()))
-    restored = restore("TileGate", first.settings(), stored)
-    TileGate.choose(gates, 0.3)
-    TileGate.choose(restored, 0.3)
+    settings = gates.describe()["init_args"]
+    restored = restore("TileGate", settings, stored)
+    gates.choose(0.3)
+    restored.choose(0.3)
     for name, gate in gates.items():
         assert torch.equal(restored[name].hard_mask(), gate.hard_mask())
     lacking = {name: Stored(one.logits, one.shape, one.input_dim) for name, one in stored.items()}
     with pytest.raises(UserError, match="are not there, and should be"):
-        restore("TileGate", first.settings(), lacking)
+        restore("TileGate", settings, lacking)
 
 
 # -- on a model -------------------------------------------------------------------------------------------
@@ -431,19 +431,21 @@ def test_validate_takes_everything_from_the_checkpoint(tile_run: tuple[str, Path
     flags = ["validate", f"--data.text={text_file}", "--data.seq_length=32", "--data.validation_sequences=4"]
     flags += ["--trainer.accelerator=cpu", "--trainer.logger=false"]
     cli = main([*flags, f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"])
-    gate = next(iter(cli.model.gates.values()))
+    gate = cli.model.gates.first
     assert isinstance(gate, TileGate)
     assert (gate.mode, gate.tiled.size) == (mode, 8)
     learned = MaskSet.load(folder / "checkpoints" / "mask.safetensors")
     assert all(torch.equal(gate.hard_mask(), learned.masks[name]) for name, gate in cli.model.gates.items())
 
 
-def test_masks_from_files_as_priors(tile_run: tuple[str, Path], model_folder, text_file, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spelling", ["masks.inner", "inner_mask"])
+def test_masks_from_files_as_priors(tile_run, model_folder, text_file, tmp_path: Path, spelling: str) -> None:
     mode, folder = tile_run
     files = [f"--model.prior.mask={folder / 'checkpoints' / 'prior.safetensors'}"]
-    files += [f"--model.prior.inner_mask={folder / 'checkpoints' / 'prior-inner.safetensors'}"]
+    files += [f"--model.prior.{spelling}={folder / 'checkpoints' / 'prior-inner.safetensors'}"]
     more = [*tile_flags(mode), *files, "--model.prior.method=none", "--trainer.max_steps=1"]
     main(fit_flags(model_folder, text_file, tmp_path, *more))
+    assert learned_with(tmp_path)["model.prior"]["masks"] == {"inner": files[1].partition("=")[2]}
     for name in ("prior", "prior-inner"):
         one, other = (MaskSet.load(path / "checkpoints" / f"{name}.safetensors") for path in (folder, tmp_path))
         assert all(torch.equal(one.masks[key], other.masks[key]) for key in one.masks)
@@ -474,7 +476,31 @@ def test_nonsense_is_refused_in_one_line(model_folder, text_file, tmp_path: Path
     assert not [*tmp_path.rglob("*.ckpt"), *tmp_path.rglob("*.safetensors")]
 
 
+def learned_with(folder: Path) -> dict[str, Any]:
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return checkpoint["leap_pl"]["learned_with"]
+
+
+def test_a_checkpoint_with_the_former_name_of_the_inner_mask_resumes(
+    tile_run: tuple[str, Path], model_folder, text_file, tmp_path: Path, capsys
+) -> None:
+    """As the setting was stored before it had a general name: taken where it is not typed, compared where it is."""
+    mode, folder = tile_run
+    inner, earlier = str(folder / "checkpoints" / "prior-inner.safetensors"), tmp_path / "earlier.ckpt"
+    checkpoint = torch.load(folder / "checkpoints" / "step=4.ckpt", weights_only=True)
+    stored = checkpoint["leap_pl"]["learned_with"]["model.prior"]
+    del stored["masks"]
+    stored["inner_mask"] = inner
+    torch.save(checkpoint, earlier)
+    flags = fit_flags(model_folder, text_file, tmp_path, *tile_flags(mode), f"--ckpt_path={earlier}")
+    other = [*flags, "--model.prior.masks.inner=other.safetensors"]
+    assert "model.prior.masks.inner was " in refused(other, capsys)
+    main(flags)
+    assert learned_with(tmp_path)["model.prior"]["masks"] == {"inner": inner}
+    main([*flags, f"--model.prior.masks.inner={inner}", f"--checkpoint.dirpath={tmp_path / 'again'}"])
+
+
 def test_an_inner_prior_for_gates_without_tiles_is_refused(tile_run, model_folder, text_file, tmp_path, capsys) -> None:
     inner = tile_run[1] / "checkpoints" / "prior-inner.safetensors"
-    flags = fit_flags(model_folder, text_file, tmp_path, f"--model.prior.inner_mask={inner}")
-    assert "prior.inner_mask is for gates of tiles" in refused(flags, capsys)
+    flags = fit_flags(model_folder, text_file, tmp_path, f"--model.prior.masks.inner={inner}")
+    assert "prior.masks.inner: these gates start from prior alone. Leave it out." in refused(flags, capsys)

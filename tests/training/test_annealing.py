@@ -110,7 +110,7 @@ def test_alpha_and_tau_are_those_of_the_step_in_training_and_in_validation(
             x = self.global_step / 6
             assert float(self.state.alpha) == pytest.approx(OTHER.alpha(x))
             assert float(self.state.tau) == pytest.approx(OTHER.tau(x))
-            assert float(self.state.pattern_alpha) == pytest.approx(OTHER.pattern_alpha(x))
+            assert float(self.state.scales["pattern_alpha"]) == pytest.approx(OTHER.pattern_alpha(x))
             seen.append((name, self.global_step))
             return result
 
@@ -224,7 +224,7 @@ def test_validate_and_load_from_checkpoint_have_them(whole: Run, text_file: Path
         assert Annealing.of(module.hparams["annealing"]) == OTHER
         assert float(module.state.alpha) == pytest.approx(OTHER.alpha(2 / 6))
         assert float(module.state.tau) == pytest.approx(OTHER.tau(2 / 6))
-        assert float(module.state.pattern_alpha) == pytest.approx(OTHER.pattern_alpha(2 / 6))
+        assert float(module.state.scales["pattern_alpha"]) == pytest.approx(OTHER.pattern_alpha(2 / 6))
 
 
 @pytest.mark.parametrize("told", [{"alpha": {"start": "1"}}, {"beta": 1}, [1], {"tau": {"start": 0, "end": 0}}])
