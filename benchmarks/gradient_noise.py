@@ -22,7 +22,8 @@ from leap_pl.base_model.loading import fast_dtype, load_model, load_tokenizer
 from leap_pl.base_model.weights import find_weights
 from leap_pl.data import calibration_blocks
 from leap_pl.gates import BernoulliGate, Gate, GateState, attach
-from leap_pl.losses.objective import Objective, language_losses
+from leap_pl.losses.language import language_losses
+from leap_pl.losses.objective import Objective
 from leap_pl.masks import MaskSet
 
 

@@ -1,4 +1,4 @@
-"""Describe an optimizer, a schedule or a gate by plain values, and find its class again among those that are known.
+"""Describe an optimizer, schedule, gate or loss term by plain values, and find its class among those that are known.
 
 A description is ``{class_path: NAME, init_args: {…}}``, as a config writes it. A class is only ever found by its name
 in a registry of classes that are imported already: a checkpoint that names another one runs nothing.
@@ -18,19 +18,22 @@ Registry = Mapping[str, type]
 ANY_CLASS = ""  # as a class path: the class is not known, and only its settings are compared
 
 
-def described(made: object, registry: Registry, values: Mapping[str, Any] | None = None) -> Spec:
+def described(
+    made: object, registry: Registry, values: Mapping[str, Any] | None = None, *, settings_only: bool = False
+) -> Spec:
     """Describe ``made`` by its class and by those arguments of its constructor that it still knows.
 
     Args:
-        made: An optimizer, a learning-rate schedule or a gate.
+        made: An optimizer, a learning-rate schedule, a gate or a term of the loss.
         registry: Classes that are described by their name alone; another is described by its whole path.
         values: Argument name → value; by default the attributes of ``made``, with or without a leading underscore.
+        settings_only: All arguments of the constructor are settings; else the first is what ``made`` was made for.
     """
     kind = type(made)
     known = registry.get(kind.__name__) is kind
     held = vars(made) if values is None else values
     arguments: dict[str, Any] = {}
-    for name in _arguments(kind):
+    for name in _arguments(kind, settings_only):
         for place in (name, f"_{name}"):
             if place in held and (plain := _plain(held[place], registry)) is not None:
                 arguments[name] = plain[0]
@@ -38,13 +41,14 @@ def described(made: object, registry: Registry, values: Mapping[str, Any] | None
     return {"class_path": kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 
-def found(spec: Any, registry: Registry, where: str) -> tuple[type, dict[str, Any]]:
+def found(spec: Any, registry: Registry, where: str, *, settings_only: bool = False) -> tuple[type, dict[str, Any]]:
     """Find the class that ``spec`` names in ``registry``, with the arguments to make one.
 
     Args:
         spec: A description; it may come from anywhere.
         registry: The classes that may be named.
         where: File and setting, for the message.
+        settings_only: As in :func:`described`.
 
     Raises:
         UserError: It is no description, names a class that is not in the registry, or an argument that its
@@ -65,7 +69,7 @@ def found(spec: Any, registry: Registry, where: str) -> tuple[type, dict[str, An
             f"({listing(sorted(registry), 4)}). If this one is yours, type --{where.split()[-1]} with its settings."
         )
     arguments = spec.get("init_args") or {}
-    taken = _arguments(kind)
+    taken = _arguments(kind, settings_only)
     strange = [word for word in arguments if word not in taken] if isinstance(arguments, dict) else [display(arguments)]
     if strange:
         raise UserError(
@@ -93,7 +97,7 @@ _KEYS = {"class_path", "init_args"}
 _FORMER = {"PackedAdamW": ("leap_pl.training.optimizers.PackedAdamW",)}
 
 
-def _arguments(kind: type) -> dict[str, bool]:
+def _arguments(kind: type, settings_only: bool) -> dict[str, bool]:
     """Name of each setting that a constructor takes → whether it takes a string that is just a word."""
     constructor: Callable[..., Any] = kind.__init__  # type: ignore[misc]
     try:
@@ -101,8 +105,8 @@ def _arguments(kind: type) -> dict[str, bool]:
     except (NameError, TypeError):  # annotations that only a type checker can read
         hints = {}
     parameters = [p for p in signature(constructor).parameters.values() if p.kind not in _STARRED]
-    # The first two are self and what it is made for; where a schedule has come to is no setting of it.
-    names = [p.name for p in parameters[2:] if p.name not in ("state", "last_epoch")]
+    # Before the settings come self and what it is made for; where a schedule has come to is no setting of it.
+    names = [p.name for p in parameters[1 if settings_only else 2 :] if p.name not in ("state", "last_epoch")]
     return {name: hints.get(name) is str or get_origin(hints.get(name)) is Literal for name in names}
 
 

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from leap_pl.base_model.weights import Weight
 from leap_pl.errors import UserError, listing
 from leap_pl.gates.gate import Gate, GateFactory, GateState
+from leap_pl.inputs.classes import imported_kinds
 
 
 def attach(
@@ -116,11 +117,7 @@ def gate_kind(name: str) -> type[Gate]:
 
 def gate_kinds() -> dict[str, type[Gate]]:
     """Return the kinds of gates by the names of their classes: those of this package, and those imported since."""
-    return {c.__name__: c for c in _subclasses(Gate)}
-
-
-def _subclasses(kind: type[Gate]) -> list[type[Gate]]:
-    return [found for c in kind.__subclasses__() for found in (c, *_subclasses(c))]
+    return imported_kinds(Gate)
 
 
 def _once_a_call(module: nn.Module, gate: Gate) -> None:
