@@ -39,7 +39,7 @@ from leap_pl.errors import UserError
 from leap_pl.escape import say
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.training.module import LeapModule
-from leap_pl.training.run_settings import find_classes, read_settings
+from leap_pl.training.run_settings import find_classes, read_settings, take_terms
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 2000,
@@ -119,7 +119,7 @@ class LeapCLI(LightningCLI):
         path = setting_of(words, "ckpt_path")
         refused: dict[str, UserError] = {}
         if path is not None and Path(path).exists():
-            refused = self._take_settings(words[0], load_checkpoint(path), path)
+            refused = self._take_settings(words[0], load_checkpoint(path), path, words)
         self._parse(parser, args, words)
         self._warn_of_former(typed)
         verb = self.config.get("subcommand")
@@ -141,7 +141,7 @@ class LeapCLI(LightningCLI):
         if self.last:
             words_of_last, newest = _find_last(verb, settings.checkpoint.dirpath)
             if newest is not None:
-                refused = self._take_settings(verb, newest[1], str(newest[0]))
+                refused = self._take_settings(verb, newest[1], str(newest[0]), words)
                 self._parse(parser, args, words)
                 if verb == "fit":
                     check_finished(self.config[verb], *newest)
@@ -174,7 +174,9 @@ class LeapCLI(LightningCLI):
 
     force = last = False  # what to do with an earlier run
 
-    def _take_settings(self, verb: str, checkpoint: dict[str, Any], path: str) -> dict[str, UserError]:
+    def _take_settings(
+        self, verb: str, checkpoint: dict[str, Any], path: str, words: list[str]
+    ) -> dict[str, UserError]:
         """Make what ``checkpoint`` was learned with the parser's defaults.
 
         Returns:
@@ -182,8 +184,11 @@ class LeapCLI(LightningCLI):
         """
         settings = read_settings(read_identity(checkpoint, path), checkpoint, path)
         classes, refused = find_classes(settings, path)
-        for name, (kind, arguments) in classes.items():
-            settings[name] = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+        settings |= {name: _as_typed(*each) for name, each in classes.items()}
+        refused |= take_terms(settings, path, _as_typed)
+        if any(word.startswith("--model.objective.extra+") for word in words):
+            # Added to none, as when the run began, and not to those of the checkpoint.
+            settings["model.objective"] = {**settings["model.objective"], "extra": []}
         linked = ("data.tokenizer", "data.tokenizer_revision")  # to the model's
         known = {name: value for name, value in settings.items() if name not in linked and name not in refused}
         if verb != "fit":  # validation has a precision of its own, and no steps
@@ -374,6 +379,11 @@ def _from_settings(error: Exception) -> bool:
     place = Path(code.co_filename)
     ours = "leap_pl" in place.parts and code.co_name in ("__init__", "__post_init__")
     return ours or place.stem in ("accelerator_connector", "callback_connector", "setup")
+
+
+def _as_typed(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A class and its settings as a config has them."""
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 
 def _find_last(verb: str, folder: str | None) -> tuple[str, tuple[Path, dict[str, Any]] | None]:

@@ -204,6 +204,7 @@ def _numbers(value: Any, path: str, shown: str) -> Iterator[tuple[str, str, floa
                 yield from _numbers(inner, f"{path}{key}", f"{shown}{key}")
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _numbers(inner, path, shown)
+            dot = "." if isinstance(inner, Mapping) else ""
+            yield from _numbers(inner, path + dot, shown + dot)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield path, shown, value
