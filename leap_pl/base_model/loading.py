@@ -190,6 +190,25 @@ def longest_sequence(config: "PreTrainedConfig") -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def check_sequence_length(config: "PreTrainedConfig", seq_length: int, model: str, setting: str) -> None:
+    """Make sure that the positions of a model reach ``seq_length`` tokens.
+
+    Args:
+        config: The model's.
+        seq_length: Tokens of a sequence.
+        model: Name of the model, for the message.
+        setting: What sets the length.
+
+    Raises:
+        UserError: They do not.
+    """
+    longest = longest_sequence(config)
+    if longest is not None and seq_length > longest:
+        raise UserError(
+            f"{setting} is {seq_length}, and {model} has positions for {longest} tokens. Give {longest} or less."
+        )
+
+
 def _locate(name: str) -> tuple[str, str | None]:
     """Split ``name`` into what transformers is given, and the GGUF file inside it if it is one."""
     path = Path(name).expanduser()

@@ -19,11 +19,10 @@ from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file, atomic_link, remove_abandoned
 from leap_pl.inputs import records
 from leap_pl.inputs import register as inputs
-from leap_pl.inputs.records import is_mask_file
+from leap_pl.inputs.records import MASK, is_mask_file
 from leap_pl.masks.mask_set import MaskSet
 
 _GROUPS = ("model", "data", "trainer")
-MASK = "mask.safetensors"
 LAST = "last.ckpt"
 
 

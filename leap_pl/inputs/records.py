@@ -18,6 +18,7 @@ from typing import Any
 
 MASK_FORMAT = "leap_pl.MaskSet"  # what the metadata of a mask says
 RECORD = "leap_pl.json"
+MASK = "mask.safetensors"  # the mask of a folder
 KEY = "folder"
 FORMAT = "leap_pl.folder"
 FORMAT_VERSION = 1
@@ -96,7 +97,7 @@ def strangers(folder: Path, verb: str | None) -> list[str]:
         return [name for name in there if not _MODEL_FILES.fullmatch(name)]
     if {"meta.pt", ".metadata"} <= {*there} and verb == "fit":
         return [name for name in there if not _PART_FILES.fullmatch(name)]
-    if "mask.safetensors" in there and "errors.json" in there:
+    if MASK in there and "errors.json" in there:
         return _strangers_of_prune(folder, there)
     return there
 
@@ -115,10 +116,10 @@ def is_mask_file(path: Path) -> bool:
 def _strangers_of_prune(folder: Path, there: list[str]) -> list[str]:
     """``OUT/mask.safetensors``, ``OUT/errors.json`` and ``OUT/model``, as prune wrote them without a record."""
     errors = _read(folder / "errors.json") or {}
-    if not is_mask_file(folder / "mask.safetensors") or "layer_error" not in errors:
+    if not is_mask_file(folder / MASK) or "layer_error" not in errors:
         return there
     inner = [name for name in there if name.startswith("model/")]
-    known = {"mask.safetensors", "errors.json"}
+    known = {MASK, "errors.json"}
     if (_read(folder / "model" / RECORD) or {}).get("provenance"):
         known |= {name for name in inner if _MODEL_FILES.fullmatch(name.removeprefix("model/"))}
     return [name for name in there if name not in known]
