@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from leap_pl.errors import UserError, listing
 from leap_pl.masks import MaskSet
-from leap_pl.prior import Prior
+from leap_pl.prior.settings import NO_METHOD, Prior
 
 DIGESTS = "prior_digests"  # of a checkpoint's settings
 
@@ -42,7 +42,7 @@ def started_prior(
     """
     digests = told.get(DIGESTS)
     if not isinstance(digests, dict):
-        if isinstance(told.get("prior"), dict) and told["prior"].get("method") != "none":
+        if isinstance(told.get("prior"), dict) and told["prior"].get("method") != NO_METHOD:
             _say_without("the checkpoint is of a version that kept no digest of it")
         return {}
     wanted = {form: digests[form] for form in forms if form in digests}
