@@ -1,7 +1,9 @@
 """A new one-shot method is one file and one row of the table: everything else derives from that."""
 
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,10 +84,7 @@ def test_the_help_has_its_name_and_its_option(capsys: pytest.CaptureFixture[str]
     ("words", "says"),
     [
         (["--power=0"], "--power is 0; give a number above 0."),
-        (
-            ["--method=wanda", "--power=2"],
-            f"--power is not for wanda but for {NAME}. Leave it out, or take another --method.",
-        ),
+        (["--method=wanda", "--power=2"], f"--power is not for wanda but for {NAME}. Leave it out, or"),
         (["--damping=.1"], f"--damping is not for {NAME} but for sparsegpt, admm. Leave it out"),
         (["--mask_target=dense"], "there is no option --mask_target."),
     ],
@@ -120,15 +119,29 @@ def test_compare_measures_against_it(folder: Path, text_file: Path, tmp_path: Pa
     results = []
     for method, mask in zip(("magnitude", NAME), masks, strict=True):
         results.append(str(tmp_path / f"{method}.json"))
-        measured = ["--seq_length=32", "--max_tokens=64", "--batch_size=1", f"--output={results[-1]}"]
-        main(
-            ["evaluate", f"--model={folder}", f"--mask={mask}/mask.safetensors", f"--perplexity={text_file}", *measured]
-        )
+        words = ["evaluate", f"--model={folder}", f"--mask={mask}/mask.safetensors", f"--perplexity={text_file}"]
+        main([*words, "--seq_length=32", "--max_tokens=64", "--batch_size=1", f"--output={results[-1]}"])
     told = json.loads(Path(results[0]).read_text())
     told["method"] = "leap"  # learned, and measured against the best of the baselines
     Path(results[0]).write_text(json.dumps(told))
     main(["compare", *results, f"--output_dir={tmp_path / 'out'}"])
     assert f"({NAME})" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_the_example_of_the_handbook_works(
+    folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handbook = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    file, row = re.findall(r"```python\n(.*?)```", handbook.partition("### Add a one-shot method")[2], re.DOTALL)
+    (tmp_path / "wanda_squared.py").write_text(file, encoding="utf-8")
+    ((name, method),) = eval(f"{{{row}}}", {"Method": Method}).items()
+    monkeypatch.setitem(METHODS, name, replace(method, solve=method.solve.removeprefix("leap_pl.oneshot.")))
+    for made in (name, "wanda"):
+        main(words_of(folder, text_file, tmp_path / made, made))
+    squared, wanda = (MaskSet.load(tmp_path / made / "mask.safetensors") for made in (name, "wanda"))
+    assert squared.provenance.method == name
+    assert squared.sparsity == wanda.sparsity
+    assert squared.digest_of_bits() != wanda.digest_of_bits()
 
 
 def test_every_row_of_the_table_holds() -> None:

@@ -340,7 +340,9 @@ def test_weights_for_a_given_mask(family: str, tmp_path: Path) -> None:
     blocks_NT = tokens(24)
     plain = tiny_model(family)
     wanda = prune(plain, blocks_NT, method="wanda", pattern=0.5, progress=False)
-    mask = MaskSet.load(wanda.masks.save(tmp_path / "mask.safetensors"))
+    earlier = {**wanda.masks.provenance.config, "weight_update": {"method": "admm", "target": "dense"}}
+    mask = MaskSet.load(wanda.masks.with_provenance(config=earlier).save(tmp_path / "mask.safetensors"))
+    assert mask.provenance.config["weight_update"]["target"] == "dense"  # a target that there was once
     model = tiny_model(family)
     updated = prune(model, blocks_NT, method="admm", mask=mask, progress=False)
     parameters = dict(model.named_parameters())
