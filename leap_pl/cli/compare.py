@@ -6,13 +6,12 @@ from typing import Any
 from leap_pl.cli.command import command
 from leap_pl.errors import UserError
 from leap_pl.escape import say
-
-BASELINES = "magnitude,wanda,sparseswaps,sparsegpt,admm"
+from leap_pl.oneshot.methods import METHODS
 
 
 @command
 def compare_command(
-    results: Sequence[str] = (), output_dir: str = "comparison", baselines: str = BASELINES, force: bool = False
+    results: Sequence[str] = (), output_dir: str = "comparison", baselines: str | None = None, force: bool = False
 ) -> dict[str, Any]:
     """Put results and masks side by side.
 
@@ -29,7 +28,8 @@ def compare_command(
             sparse.json mask.safetensors exported-folder/. A mask that a result was measured with is found by
             itself where it still is in its place.
         output_dir: Folder to write.
-        baselines: Methods, separated by commas, whose best at the same sparsity the others are measured against.
+        baselines: Methods, separated by commas, whose best at the same sparsity the others are measured against; by
+            default those of leap_pl prune.
         force: Replace output_dir if there is something in it.
 
     Returns:
@@ -53,7 +53,8 @@ def compare_command(
     from leap_pl.files import atomic_folder
 
     entries = read_entries(results)
-    measured_against = {name.strip() for name in baselines.split(",") if name.strip()}
+    named = METHODS if baselines is None else [name.strip() for name in baselines.split(",")]
+    measured_against = {name for name in named if name}
     table = make_table(entries, measured_against)
     with atomic_folder(output_dir, force=force) as folder:
         (folder / "table.md").write_text(table.markdown(), encoding="utf-8")

@@ -160,9 +160,6 @@ RANGES: dict[str, Range] = {
     "prune.owl_spread": Range(0, 1, below=True),
     "prune.fisher": SHARE,
     "prune.fisher_rows": Range(0, 1),
-    "prune.damping": NOT_NEGATIVE,
-    "prune.block_size": COUNT,
-    "prune.iterations": COUNT,
     "prune.batch_size": COUNT,
     # -- evaluate
     "evaluate.seq_length": Range(2, SEQUENCES),
