@@ -14,6 +14,8 @@ from leap_pl.errors import UserError
 
 Batch = dict[str, Any]
 
+PARALLEL = "TOKENIZERS_PARALLELISM"  # whether the tokenizer starts threads of its own
+
 
 class Progress(TypedDict):
     """How far a run has come, in plain Python, as it is stored in a checkpoint."""
@@ -124,7 +126,7 @@ class BlockLoader(DataLoader[Batch]):
             UserError: The text cannot be read on, or a worker was killed. This is said here, when the next batch is
                 asked for, and never amid a step that would be half done.
         """
-        batches = _without_interruption(super().__iter__)
+        batches = _started(super().__iter__)
         try:
             while True:
                 try:
@@ -156,21 +158,28 @@ def _of_a_dead_worker(error: Exception) -> bool:
     return not told.startswith("Caught ")  # what a living one raised, which torch passes on in its own kind
 
 
-def _without_interruption(start: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
-    """Start a loader's workers without the handler by which torch raises, wherever the process stands, when one dies.
+def _started(start: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
+    """Start a loader's workers, and leave this process's signals and environment as they were.
 
-    It looks after them as well whenever a batch is late.
+    Without the handler by which torch raises, wherever the process stands, when one dies: it looks after them as well
+    whenever a batch is late.
     """
-    before = signal.getsignal(signal.SIGCHLD)
-    batches = start()
-    if signal.getsignal(signal.SIGCHLD) != before:  # it is set in the main thread alone, once in a process
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    before, parallel = signal.getsignal(signal.SIGCHLD), os.environ.get(PARALLEL)
+    # The tokenizer's own threads do not survive a fork, of which it would warn in every worker.
+    os.environ.setdefault(PARALLEL, "false")
+    try:
+        batches = start()
+    finally:
+        if parallel is None:
+            del os.environ[PARALLEL]
+        if signal.getsignal(signal.SIGCHLD) != before:  # it is set in the main thread alone, once in a process
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
     return batches
 
 
 def _start_worker(_: int) -> None:
     # A forked worker has the tokenizer's thread pool but not its threads: to use it is to wait for ever.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ[PARALLEL] = "false"
     # A scheduler's signals, and Ctrl-C, reach every process of a job. The training process answers them, and still
     # needs its workers until then; a second SIGTERM is its own, to a worker that does not end by itself.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

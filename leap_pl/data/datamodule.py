@@ -1,7 +1,5 @@
 """Text for a training run: a stream of packed blocks that goes on exactly where it stopped."""
 
-import os
-import warnings
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -173,13 +171,6 @@ class TextDataModule(LightningDataModule):
         Each is ``{"input_ids": LongTensor[batch_size, seq_length], "position": ...}``; what is passed to
         :meth:`on_before_batch_transfer` counts as used.
         """
-        # Lightning doubts that an iterable dataset with a length deals its batches to the workers, and that it can
-        # resume. This one does both.
-        warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined")
-        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
-        if self.num_workers:
-            # The tokenizer's own threads do not survive a fork, of which it would warn in every worker.
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         dataset = RankBatches(
             self.stream, self.batch_size, batches, rank=rank, world_size=world_size, start=self._progress
         )

@@ -1,6 +1,5 @@
 """Zero-shot tasks through lm-eval's Python interface, on the model in memory."""
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ def check_tasks(tasks: Sequence[str], tasks_folder: str | Path | None = None) ->
     Raises:
         UserError: There is no such task, or its local folder does not hold what it needs.
     """
-    with LocalTasks.found_in(tasks_folder, tasks) as local, _quiet():
+    with LocalTasks.found_in(tasks_folder, tasks) as local:
         others = [task for task in tasks if task not in local and task not in STOCK]
         unknown = [task for task in others if task not in _known_names()]
     if unknown:
@@ -75,7 +74,7 @@ def evaluate_tasks(
         UserError: There is no such task, its data is neither local nor within reach, local data is not what the task
             asks for, or the model has fewer positions than an answer has tokens.
     """
-    with LocalTasks.found_in(tasks_folder, tasks) as local, _quiet():
+    with LocalTasks.found_in(tasks_folder, tasks) as local:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
@@ -252,32 +251,3 @@ def _in_reach_of(positions: int) -> Iterator[None]:
             f"the model has {positions} positions, and a question of --tasks has an answer with more tokens. "
             "Choose other tasks, or a model that reaches further."
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what speaks of lm-eval's own command line and of its copies of data, while the statement lasts."""
-    import datasets
-    from lm_eval import evaluator
-    from lm_eval.api import task as stock
-
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
-    levels = [logger.level for logger in loggers]
-    bars = datasets.are_progress_bars_disabled()
-    commit, bar = evaluator.get_git_commit_hash, stock.tqdm
-    for logger in loggers:
-        # What datasets logs of a damaged file, it raises as well.
-        logger.setLevel(logging.CRITICAL if logger.name == "datasets" else logging.ERROR)
-    datasets.disable_progress_bars()
-    # It asks git for the commit of the working directory, and git complains aloud where that is no repository.
-    evaluator.get_git_commit_hash = lambda: None
-    # A bar without a name for each task, of which MMLU has 57; those of the forward passes stay.
-    stock.tqdm = lambda questions, **_: questions
-    try:
-        yield
-    finally:
-        evaluator.get_git_commit_hash, stock.tqdm = commit, bar
-        if not bars:
-            datasets.enable_progress_bars()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -27,7 +27,6 @@ from leap_pl.losses.objective import Objective, budget_groups, kept_norm, langua
 from leap_pl.prior import Prior
 from leap_pl.training import finite
 from leap_pl.training.clipping import clip_by_norm
-from leap_pl.training.denormals import flush_denormals
 from leap_pl.training.gated_module import GatedModule
 from leap_pl.training.optimizers import check_rounding, check_settings
 from leap_pl.training.run_settings import describe_optimizer, describe_scheduler, find_classes, read_settings
@@ -197,15 +196,6 @@ class LeapModule(GatedModule):
             given = getattr(self.make_scheduler, "keywords", {})
             told["model.lr_scheduler"] = describe_scheduler(self.make_scheduler(optimizer), given)
         return super().learned_with() | taken(told)
-
-    def on_fit_start(self) -> None:
-        """Nearly shut gates make denormal numbers, and those make some processors slow: they are taken for 0."""
-        flush_denormals()
-
-    def teardown(self, stage: str) -> None:
-        """Denormal numbers are numbers again."""
-        if stage == "fit":
-            flush_denormals(False)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up a checkpoint as :class:`.GatedModule` does, and outside of a fit the place of α and τ in its run."""
