@@ -35,12 +35,13 @@ from benchmarks.published import PublishedMasks
 from benchmarks.published_nm import PublishedNM
 from benchmarks.report import Row, finish, ratio, wait_for
 from leap_pl import gates as kinds
+from leap_pl.base_model.backbone import split_model
 from leap_pl.base_model.loading import fast_dtype, load_model
 from leap_pl.base_model.weights import decoder_blocks, find_weights
 from leap_pl.callbacks.allocator import keep_freed_memory
 from leap_pl.gates import Gate, GateState, attach
 from leap_pl.kernels.compiled import compile_seconds
-from leap_pl.losses.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
+from leap_pl.losses.objective import Objective, kept_norm, language_losses, sparsity_budget
 from leap_pl.training.clipping import clip_by_norm
 from leap_pl.training.optimizers import PackedAdamW
 

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from leap_pl.base_model.backbone import split_model
 from leap_pl.base_model.loading import Dtype, fast_dtype, load_model, longest_sequence
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
@@ -30,7 +31,6 @@ from leap_pl.distributed.strategy import (
 )
 from leap_pl.errors import UserError
 from leap_pl.gates import Gate, GateState, attach
-from leap_pl.losses.objective import split_model
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior, make_and_share
 from leap_pl.prior.started_prior import DIGESTS, started_prior
 from leap_pl.training import finite, run_settings
