@@ -30,11 +30,11 @@ from leap_pl.checkpoints.run_folder import Finished, check_finished, check_setti
 from leap_pl.cli.arguments import check_classes, check_configs, check_groups, one_line, plain, setting_of
 from leap_pl.cli.former_spelling import FormerSpellingParser, advice, respelled
 from leap_pl.cli.process import UNWRITABLE, set_up_process
-from leap_pl.data import TextDataModule
 from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
 from leap_pl.escape import say
 from leap_pl.inputs.ranges import check_numbers
+from leap_pl.training.datamodule import TextDataModule
 from leap_pl.training.module import LeapModule
 from leap_pl.training.run_settings import find_classes, read_settings
 

@@ -243,6 +243,15 @@ class LeapModule(GatedModule):
             self.check_finite()
         return loss
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Look at the gradients' norms of ``trainer.log_every_n_steps`` steps, unless a callback has already.
+
+        Raises:
+            NonFiniteError: One is infinite or NaN, or a term of the loss is.
+        """
+        if self.norms and len(self.norms) >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self.check_finite()
+
     def _language_losses(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         targets = input_ids[:, 1:].reshape(-1)
         teacher = None
