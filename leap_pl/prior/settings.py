@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from leap_pl.base_model.weights import Weight
-    from leap_pl.data import TextDataModule
     from leap_pl.gates import Gates
     from leap_pl.masks.patterns import Pattern
+    from leap_pl.prior.cache import CalibrationData
 
 
 NO_METHOD = "none"  # logits that lean nowhere
@@ -161,7 +161,7 @@ class Calibration:
     """
 
     base_model: str
-    data: "TextDataModule | None"
+    data: "CalibrationData | None"
     device: torch.device
     progress: bool = True
 

@@ -33,7 +33,6 @@ from leap_pl.gates import Gate, Gates, GateState, attach
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior, make_and_share
 from leap_pl.prior.started_prior import DIGESTS, started_prior
 from leap_pl.training import finite, run_settings
-from leap_pl.training.allocator import keep_freed_memory
 from leap_pl.training.live_settings import live_settings
 from leap_pl.training.validation import Validation
 
@@ -131,7 +130,6 @@ class GatedModule(L.LightningModule):
         """Load the base model, make the prior, put the gates on. Does nothing the second time."""
         if self.model is not None:
             return
-        keep_freed_memory()
         self.mesh = sharding_mesh(self._trainer)
         dtype = self.dtype_name
         if dtype == "auto":  # measured, so that two ranks may find differently

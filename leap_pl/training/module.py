@@ -28,7 +28,6 @@ from leap_pl.losses.term import MicroBatch
 from leap_pl.prior import Prior
 from leap_pl.training import finite
 from leap_pl.training.clipping import clip_by_norm
-from leap_pl.training.denormals import flush_denormals
 from leap_pl.training.gated_module import GatedModule
 from leap_pl.training.optimizers import check_rounding, check_settings
 from leap_pl.training.run_settings import (
@@ -207,15 +206,6 @@ class LeapModule(GatedModule):
             told["model.lr_scheduler"] = describe_scheduler(self.make_scheduler(optimizer), given)
         return super().learned_with() | taken(told)
 
-    def on_fit_start(self) -> None:
-        """Nearly shut gates make denormal numbers, and those make some processors slow: they are taken for 0."""
-        flush_denormals()
-
-    def teardown(self, stage: str) -> None:
-        """Denormal numbers are numbers again."""
-        if stage == "fit":
-            flush_denormals(False)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up a checkpoint as :class:`.GatedModule` does, and outside of a fit the place of α and τ in its run."""
         super().on_load_checkpoint(checkpoint)
@@ -275,8 +265,17 @@ class LeapModule(GatedModule):
         return loss
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
-        """The last hidden states of the tokens that have a next one, (T, D)."""
+        """Return the last hidden states of the tokens that have a next one, (T, D)."""
         return self.states(input_ids)[:, :-1].flatten(0, 1)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Check the gradient norms of ``trainer.log_every_n_steps`` steps, unless a callback has already.
+
+        Raises:
+            NonFiniteError: If a norm or a term of the loss is infinite or NaN.
+        """
+        if self.norms and len(self.norms) >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self.check_finite()
 
     def mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
         """The mean of each value over the ranks of the run, every one of which makes this call."""
