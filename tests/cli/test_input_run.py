@@ -122,7 +122,7 @@ def test_aliases_that_a_person_writes(tmp_path: Path) -> None:
     [
         (
             "trainer.overfit_batches=2",
-            "trainer.overfit_batches is 2, and would validate on the text that is trained on",
+            "trainer.overfit_batches is 2, and would validate on the training text",
         ),
         ("trainer.overfit_batches=0.5", "trainer.overfit_batches is 0.5"),
         ("trainer.limit_train_batches=4", "trainer.limit_train_batches is 4, and would read the same blocks again"),
