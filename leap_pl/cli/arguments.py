@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
+from inspect import isabstract
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -164,7 +165,7 @@ def check_classes(settings: Namespace) -> None:
     """Make sure that the classes which ``settings`` name are of the kind asked for, before one is called.
 
     Raises:
-        UserError: A gate, an optimizer, a schedule or a term of the loss is a function, or a class of another kind.
+        UserError: If a gate, an optimizer, a schedule or a loss term is a function, abstract, or a class of another type.
     """
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
@@ -182,10 +183,11 @@ def check_classes(settings: Namespace) -> None:
         if one is None:
             continue
         found = locate(one["class_path"]) if isinstance(one, Namespace) else one
-        if not (isinstance(found, type) and issubclass(found, base)):
+        if not (isinstance(found, type) and issubclass(found, base)) or isabstract(found):
             what = getattr(found, "__qualname__", type(found).__name__)
             raise UserError(
-                f"model.{name} is {getattr(found, '__module__', '')}.{what}, and has to be a class of {base.__name__}. "
+                f"model.{name} is {getattr(found, '__module__', '')}.{what}, and has to be a class of {base.__name__}"
+                f"{' that is not abstract' if isabstract(found) else ''}. "
                 f"leap_pl fit --help lists those that there are."
             )
 
