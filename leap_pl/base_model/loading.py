@@ -205,7 +205,8 @@ def check_sequence_length(config: "PreTrainedConfig", seq_length: int, model: st
     longest = longest_sequence(config)
     if longest is not None and seq_length > longest:
         raise UserError(
-            f"{setting} is {seq_length}, and {model} supports at most {longest} tokens. Give {longest} or less."
+            f"{setting} is {seq_length}, and {model} supports at most {longest} tokens. "
+            f"Give {setting} {longest} or less."
         )
 
 

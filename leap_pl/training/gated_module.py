@@ -246,7 +246,7 @@ class GatedModule(L.LightningModule):
     def _check_length(self, model: "PreTrainedModel") -> None:
         asked = getattr(getattr(self._trainer, "datamodule", None), "seq_length", None)
         if asked:
-            check_sequence_length(model.config, asked, self.base_model, "data.seq_length")
+            check_sequence_length(model.config, asked, self.base_model, "--data.seq_length")
 
     def _check_vocabulary(self, model: "PreTrainedModel") -> None:
         data = getattr(self._trainer, "datamodule", None)
