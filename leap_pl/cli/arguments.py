@@ -51,7 +51,7 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
         return f"{key}: {group[1]} is no file of settings. Give one{each}."
     complaint = re.sub(r"\.? Got value: Namespace\(.*$", "", complaint)
     # A list may also be the path of a file that holds it, which is not what was meant.
-    complaint = re.sub(r"^- [Ee]xpected path but .*? either not accessible or invalid - ", "", complaint)
+    complaint = re.sub(r"^- Expected a path but .*? either not accessible or invalid - ", "", complaint)
     complaint = re.sub(r"Not of type \w+: |Type typing\..* expects a function or a callable class: ", "", complaint)
     plain = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>|typing\.(?=Literal)", r"\1", complaint)
     if re.fullmatch(r"Expected an? str\. Got value: None", plain):
