@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from leap_pl.inputs.ranges import check_numbers
+from leap_pl.losses.objective import TOTAL
 from leap_pl.training.module import LeapModule
 
 
@@ -58,7 +59,7 @@ class StepProgress(ProgressBar):
         if self.bar.last_print_n == self.bar.n or self.bar.n == self.bar.total:
             kept = pl_module.gates.kept.values()
             density = float(sum(k.detach() for k in kept)) / sum(pl_module.sizes.values())
-            shown = {"loss": f"{float(pl_module.terms['loss']):.3f}", "density": f"{density:.3f}"}
+            shown = {"loss": f"{float(pl_module.terms[TOTAL]):.3f}", "density": f"{density:.3f}"}
             if "perplexity/hard" in trainer.callback_metrics:
                 shown["perplexity"] = f"{float(trainer.callback_metrics['perplexity/hard']):.2f}"
             self.bar.set_postfix(shown, refresh=False)

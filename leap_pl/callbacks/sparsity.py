@@ -12,6 +12,7 @@ from torch import Tensor
 
 from leap_pl.distributed.shards import gathered
 from leap_pl.inputs.ranges import check_numbers
+from leap_pl.losses.objective import TOTAL
 from leap_pl.masks import split_name
 from leap_pl.training.module import LeapModule
 
@@ -137,7 +138,7 @@ class SparsityLogger(L.Callback):
     @torch.no_grad()
     def measure(self, module: LeapModule) -> dict[str, float]:
         """Every metric of the table above that does not come from validation."""
-        terms = {f"loss/{'total' if name == 'loss' else name}": float(v) for name, v in module.terms.items()}
+        terms = {f"loss/{'total' if name == TOTAL else name}": float(v) for name, v in module.terms.items()}
         metrics = module.mean_over_ranks(terms)
         if module.gradient_norm is not None:
             metrics["gradient/norm"] = float(gathered(module.gradient_norm))

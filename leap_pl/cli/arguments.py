@@ -52,7 +52,7 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
         return f"{key}: {group[1]} is no file of settings. Give one{each}."
     complaint = re.sub(r"\.? Got value: Namespace\(.*$", "", complaint)
     # A list may also be the path of a file that holds it, which is not what was meant.
-    complaint = re.sub(r"^- expected path but .*? either not accessible or invalid - ", "", complaint)
+    complaint = re.sub(r"^- Expected a path but .*? either not accessible or invalid - ", "", complaint)
     complaint = re.sub(r"Not of type \w+: |Type typing\..* expects a function or a callable class: ", "", complaint)
     plain = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>|typing\.(?=Literal)", r"\1", complaint)
     if re.fullmatch(r"Expected an? str\. Got value: None", plain):
@@ -165,7 +165,8 @@ def check_classes(settings: Namespace) -> None:
     """Make sure that the classes which ``settings`` name are of the kind asked for, before one is called.
 
     Raises:
-        UserError: If a gate, an optimizer, a schedule or a loss term is a function, abstract, or a class of another type.
+        UserError: If a gate, an optimizer, a schedule or a loss term is a function, or a class that is abstract or of
+            another type.
     """
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler

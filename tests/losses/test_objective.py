@@ -1,317 +1,14 @@
-"""The losses against the models' own and against their formulas, written out in float64."""
+"""The objective: its settings, and the terms that it lists and adds."""
 
 import re
-import warnings
-from collections.abc import Iterator
-from typing import Literal
 
 import pytest
 import torch
-from tiny import FAMILIES, VOCABULARY, tiny_model
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
-from leap_pl.base_model.backbone import split_model
-from leap_pl.losses.budget import budget_groups, kept_norm, sparsity_budget
-from leap_pl.losses.language import language_losses
+from leap_pl.losses.language import LanguageLosses
 from leap_pl.losses.objective import Objective
-
-IDS = torch.randint(0, VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def predicted(hidden: Tensor) -> Tensor:
-    return hidden[:, :-1].flatten(0, 1)
-
-
-def targets_of(ids: Tensor) -> Tensor:
-    return ids[:, 1:].reshape(-1)
-
-
-def written_out(z: Tensor, targets: Tensor, z_teacher: Tensor | None, t: float) -> tuple[Tensor, Tensor]:
-    """CE and t²·KL(teacher ‖ student), means over tokens."""
-    log_p = z - torch.logsumexp(z, -1, keepdim=True)
-    ce = -log_p[torch.arange(len(targets)), targets].mean()
-    if z_teacher is None:
-        return ce, torch.zeros_like(ce)
-    q = (z_teacher / t).exp() / (z_teacher / t).exp().sum(-1, keepdim=True)
-    p = (z / t).exp() / (z / t).exp().sum(-1, keepdim=True)
-    return ce, t**2 * (q * (q / p).log()).sum(-1).mean()
-
-
-# -- equal to the model's own -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_models_own_loss(family: str) -> None:
-    """Soft-capped logits (Gemma) and scaled ones (Granite) included; its gradient too, where the head is not tied."""
-    model = tiny_model(family)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        states, head = split_model(model)
-    embedding = model.get_input_embeddings().weight
-    model.requires_grad_(False)
-    embedding.requires_grad_(True)
-    expected = model(input_ids=IDS, labels=IDS).loss
-    expected.backward()
-    expected_grad, embedding.grad = embedding.grad, None
-    # A tied head's own part of the gradient is not taken: heads are frozen.
-    tied = model.get_output_embeddings().weight is embedding
-    loss, lm, kl = language_losses(predicted(states(IDS)), targets_of(IDS), head, Objective(chunk=7))
-    loss.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(loss.detach(), lm)
-    assert kl == 0
-    assert model(input_ids=IDS).logits.std() > 0.1  # no constant network
-    if not tied:
-        torch.testing.assert_close(embedding.grad, expected_grad, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(("family", "change"), [
-    ("gemma3", {"final_logit_softcapping": None}),
-    ("granite", {"logits_scaling": 1.0}),
-])  # fmt: skip
-def test_caps_and_scales_make_a_difference(family: str, change: dict[str, object]) -> None:
-    """What the test above tells apart."""
-    losses = [
-        language_losses(predicted(states(IDS)), targets_of(IDS), head, Objective())[0]
-        for states, head in (split_model(tiny_model(family)), split_model(tiny_model(family, **change)))
-    ]
-    assert abs(losses[0] - losses[1]) > 0.01
-
-
-class Shifted(LlamaForCausalLM):
-    """A family that adds something to its logits."""
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        labels = kwargs.pop("labels", None)
-        out = super().forward(*args, **kwargs)
-        out.logits = out.logits + torch.linspace(-2, 2, out.logits.shape[-1])
-        if labels is not None:
-            out.loss = self.loss_function(out.logits, labels, vocab_size=out.logits.shape[-1])
-        return out
-
-
-def test_an_unknown_head_is_taken_whole_with_a_warning() -> None:
-    model = tiny_model("llama")
-    model.__class__ = Shifted
-    model.train()
-    with pytest.warns(UserWarning, match=r"Shifted makes its logits in a way that is not known"):
-        states, head = split_model(model)
-    assert model.training
-    loss, lm, _ = language_losses(predicted(states(IDS)), targets_of(IDS), head, Objective(chunk=5))
-    expected = model(input_ids=IDS, labels=IDS).loss
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    assert abs(lm - tiny_model("llama")(input_ids=IDS, labels=IDS).loss) > 0.01
-    wanted = torch.autograd.grad(expected, model.model.embed_tokens.weight)
-    found = torch.autograd.grad(loss, model.model.embed_tokens.weight)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
-
-
-def test_splitting_leaves_the_mode_as_it_is() -> None:
-    for training in (True, False):
-        model = tiny_model("llama").train(training)
-        split_model(model)
-        assert all(module.training == training for module in model.modules())
-
-
-# -- equal to the formulas --------------------------------------------------------------------------------
-
-MIXES = {
-    "lm": Objective(lm=1.0),
-    "lm, weighted": Objective(lm=0.3),
-    "distillation, temperature 1": Objective(lm=0.0, distillation=1.0),
-    "distillation, temperature 2.5": Objective(lm=0.0, distillation=0.7, temperature=2.5),
-    "mixed, temperature 1": Objective(lm=0.4, distillation=1.6),
-    "mixed, temperature 2.5": Objective(lm=1.5, distillation=0.5, temperature=2.5),
-}
-
-
-def problem(tokens: int = 23, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states, targets, a head's weight and the teacher's hidden states."""
-    g = torch.Generator().manual_seed(11)
-    hidden, teacher = (torch.randn(tokens, 8, generator=g).to(dtype) for _ in range(2))
-    return hidden, torch.randint(0, 31, (tokens,), generator=g), torch.randn(31, 8, generator=g).to(dtype), teacher
-
-
-def with_chunk(objective: Objective, chunk: int) -> Objective:
-    return Objective(**{**vars(objective), "chunk": chunk})
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 23, 512])
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("capped", [False, True])
-def test_values_and_gradients_against_float64(mix: str, chunk: int, capped: bool) -> None:
-    objective = with_chunk(MIXES[mix], chunk)
-    hidden, targets, weight, teacher = problem()
-    distils = objective.distillation > 0
-
-    def head(x: Tensor) -> Tensor:
-        z = x @ weight.to(x.dtype).T
-        return 3 * torch.tanh(z / 3) if capped else z
-
-    hidden64 = hidden.double().requires_grad_()
-    teacher64 = head(teacher.double()) if distils else None
-    ce, kl = written_out(head(hidden64), targets, teacher64, objective.temperature)
-    (2.5 * (objective.lm * ce + objective.distillation * kl)).backward()
-
-    hidden.requires_grad_()
-    found = language_losses(hidden, targets, head, objective, teacher if distils else None)
-    (2.5 * found[0]).backward()
-    assert [x.dtype for x in found] == [torch.float32] * 3
-    assert [x.requires_grad for x in found] == [True, False, False]
-    expected = (objective.lm * ce + objective.distillation * kl, ce, kl)
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x.detach().double(), y.detach(), rtol=2e-6, atol=1e-6)
-    assert hidden.grad is not None
-    torch.testing.assert_close(hidden.grad.double(), hidden64.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_a_teacher_that_agrees_gives_no_loss_and_no_gradient() -> None:
-    hidden, targets, weight, _ = problem()
-    hidden.requires_grad_()
-    objective = Objective(lm=0.0, distillation=1.0, temperature=2.0)
-    loss, lm, kl = language_losses(hidden, targets, lambda x: x @ weight.T, objective, hidden.detach())
-    loss.backward()
-    assert loss.abs() < 1e-6
-    assert kl.abs() < 1e-6
-    assert lm > 1  # measured though it has no weight
-    assert hidden.grad is not None
-    assert hidden.grad.abs().max() < 1e-7
-
-
-@pytest.mark.parametrize("mix", MIXES)
-def test_bfloat16_hidden_states(mix: str) -> None:
-    """Softmaxes and sums are float32; only hidden states, logits and their gradient are rounded."""
-    objective = with_chunk(MIXES[mix], 7)
-    hidden, targets, weight, teacher = problem(dtype=torch.bfloat16)
-    teacher_or_none = teacher if objective.distillation else None
-    hidden.requires_grad_()
-    loss, lm, _ = language_losses(hidden, targets, lambda x: x @ weight.T, objective, teacher_or_none)
-    loss.backward()
-    hidden64 = hidden.detach().double().requires_grad_()
-    teacher64 = (teacher @ weight.T).double() if objective.distillation else None
-    ce, kl = written_out(hidden64 @ weight.double().T, targets, teacher64, objective.temperature)
-    (objective.lm * ce + objective.distillation * kl).backward()
-    assert loss.dtype == lm.dtype == torch.float32
-    torch.testing.assert_close(lm.double(), ce.detach(), rtol=1e-2, atol=1e-2)
-    assert hidden.grad is not None
-    assert hidden.grad.dtype == torch.bfloat16
-    assert (hidden.grad.double() - hidden64.grad).norm() < 0.02 * hidden64.grad.norm()
-
-
-@pytest.mark.parametrize("mix", ["lm", "mixed, temperature 2.5"])
-@pytest.mark.parametrize("grad", [True, False])
-def test_logits_exist_for_one_chunk_at_a_time(mix: str, grad: bool) -> None:
-    """The head is asked for ``chunk`` rows at most, once a token (twice with a teacher), and nothing is kept."""
-    objective = with_chunk(MIXES[mix], 4)
-    hidden, targets, weight, teacher = problem(tokens=23)
-    rows: list[int] = []
-
-    def head(x: Tensor) -> Tensor:
-        rows.append(len(x))
-        return x @ weight.T
-
-    sizes: list[int] = []
-
-    def pack(x: Tensor) -> Tensor:
-        sizes.append(x.numel())
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.set_grad_enabled(grad):
-        language_losses(hidden.requires_grad_(grad), targets, head, objective, teacher if mix != "lm" else None)
-    assert max(rows) == 4
-    assert sum(rows) == 23 * (1 if mix == "lm" else 2)
-    assert max(sizes, default=0) <= max(hidden.numel(), weight.numel(), 4 * 31)
-
-
-def test_without_gradient() -> None:
-    hidden, targets, weight, teacher = problem()
-    with torch.no_grad():
-        loss, _, kl = language_losses(hidden, targets, lambda x: x @ weight.T, Objective(distillation=1.0), teacher)
-    assert not loss.requires_grad
-    assert kl > 0
-
-
-def test_large_logits_stay_finite() -> None:
-    hidden, targets, weight, teacher = problem()
-    hidden = (hidden * 1000).requires_grad_()
-    loss, *_ = language_losses(hidden, targets, lambda x: x @ weight.T, Objective(distillation=1.0), teacher * 1000)
-    loss.backward()
-    assert loss.isfinite()
-    assert hidden.grad is not None
-    assert hidden.grad.isfinite().all()
-
-
-# -- regularizers -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scope", ["global", "layer"])
-def test_sparsity_budget(scope: Literal["global", "layer"]) -> None:
-    """Means are over elements, not over weights; each layer's distance by itself, then the sum."""
-    masks = {name: torch.rand(shape, dtype=torch.float64) ** power for name, shape, power in [
-        ("0.a", (8, 8), 1.0), ("0.b", (2, 3), 0.2), ("1.a", (8, 8), 3.0), ("1.b", (2, 3), 1.0),
-    ]}  # fmt: skip
-    for mask in masks.values():
-        mask.requires_grad_()
-    groups = [list(masks)] if scope == "global" else [["0.a", "0.b"], ["1.a", "1.b"]]
-    assert budget_groups({name: int(name[0]) for name in masks}, scope) == groups
-    assert budget_groups({"a": None, "0.a": 0, "b": None}, "layer") == [["a", "b"], ["0.a"]]
-    found = sparsity_budget(
-        {n: m.sum() for n, m in masks.items()}, {n: m.numel() for n, m in masks.items()}, 0.4, groups
-    )
-    expected = sum((torch.cat([masks[n].flatten() for n in group]).mean() - 0.4).abs() for group in groups)
-    assert isinstance(expected, Tensor)
-    torch.testing.assert_close(found, expected)
-    a, b = (torch.autograd.grad(x, list(masks.values()), retain_graph=True) for x in (found, expected))
-    torch.testing.assert_close(a, b)
-    if scope == "layer":  # one layer above and one below must not cancel
-        assert found > 0.1 > abs(torch.cat([m.flatten() for m in masks.values()]).mean() - 0.4)
-
-
-def test_sparsity_budget_on_both_sides_of_the_target() -> None:
-    for kept, sign in ((3.0, -1), (9.0, 1)):
-        x = torch.tensor(kept, requires_grad=True)
-        budget = sparsity_budget({"a": x}, {"a": 10}, 0.5, iter([iter(["a"])]))
-        budget.backward()
-        assert budget.item() == pytest.approx(abs(kept / 10 - 0.5))
-        assert x.grad is not None
-        assert x.grad.item() == pytest.approx(sign / 10)
-
-
-def test_kept_norm() -> None:
-    weights = [torch.randn(4, 5, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64)]
-    masks = [torch.rand_like(w).requires_grad_() for w in weights]
-    dense = sum(w.norm() for w in weights)
-    expected = sum((m * w).norm() for m, w in zip(masks, weights, strict=True)) / dense
-    assert isinstance(expected, Tensor)
-    found = kept_norm(((m * w).square().sum() for m, w in zip(masks, weights, strict=True)), float(dense))
-    torch.testing.assert_close(found, expected)
-    a, b = (torch.autograd.grad(x, masks, retain_graph=True) for x in (found, expected))
-    torch.testing.assert_close(a, b)
-    ones = kept_norm([w.square().sum() for w in weights], float(dense))
-    assert ones.item() == pytest.approx(1)
-
-
-@pytest.mark.parametrize("size", [0.0, 1e-20, 1e-12])
-def test_a_mask_of_zeros_has_a_finite_gradient(size: float) -> None:
-    w = torch.randn(3, 4)
-    mask = torch.full((3, 4), size, requires_grad=True)
-    norm = kept_norm([(mask * w).square().sum(), torch.ones(())], 2.0)
-    norm.backward()
-    assert norm.item() == pytest.approx(0.5)
-    assert mask.grad is not None
-    assert mask.grad.isfinite().all()
-
-
-# -- settings ---------------------------------------------------------------------------------------------
+from leap_pl.losses.term import MicroBatch
 
 
 def test_defaults_are_the_papers() -> None:
@@ -335,3 +32,52 @@ def test_defaults_are_the_papers() -> None:
 def test_settings_that_make_no_sense(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Objective(**settings)  # type: ignore[arg-type]
+
+
+def test_terms_are_listed_in_the_order_in_which_they_are_added() -> None:
+    assert [term.name for term in Objective().terms()] == ["lm", "distillation", "budget", "kept_norm"]
+    weights = [[term.weight_at(fraction) for term in Objective().terms()] for fraction in (0.0, 0.75)]
+    assert weights == [[1.0, 0.0, 7.0, -10.0], [1.0, 0.0, 7.0, -2.5]]
+    assert Objective(distillation=0.1).needs_teacher(0.5)
+    assert not Objective().needs_teacher(0.5)
+
+
+def micro_batch(kept: Tensor, energy: Tensor, language: LanguageLosses | None) -> MicroBatch:
+    """Of one weight of 10 elements and norm 4, at a quarter of the run, with the target density 0.5."""
+    hidden = torch.zeros(3, 2)
+    return MicroBatch(
+        input_ids=torch.zeros(1, 4, dtype=torch.long),
+        hidden=hidden,
+        targets=torch.zeros(3, dtype=torch.long),
+        teacher=None,
+        head=lambda x: x,
+        language=language,
+        gates={},
+        kept={"a": kept},
+        energy={"a": energy},
+        sizes={"a": 10},
+        layers={"a": 0},
+        density=0.5,
+        dense_norm=4.0,
+        fraction=0.25,
+    )
+
+
+@pytest.mark.parametrize(("budget", "weight"), [(7.0, 10.0), (0.0, 10.0), (7.0, 0.0), (0.0, 0.0)])
+def test_the_loss_is_the_weighted_sum(budget: float, weight: float) -> None:
+    """loss = language + budget·|3/10 − 1/2| − weight·(3/4)·(√9 / 4); where a weight is 0 the value is only shown."""
+    kept, energy = torch.tensor(3.0, requires_grad=True), torch.tensor(9.0, requires_grad=True)
+    weighted = torch.tensor(2.0, requires_grad=True)
+    language = LanguageLosses(weighted, torch.tensor(1.5), torch.tensor(0.25))
+    loss, values = Objective(budget=budget, weight=weight).loss(micro_batch(kept, energy, language))
+    loss.backward()
+    assert loss.item() == pytest.approx(2.0 + budget * 0.2 - weight * 0.75 * 0.75)
+    shown = {"loss": loss.item(), "lm": 1.5, "distillation": 0.25, "budget": 0.2, "kept_norm": 0.75}
+    assert {name: value.item() for name, value in values.items()} == pytest.approx(shown)
+    assert not any(value.requires_grad for value in values.values())
+    grads = [None if x.grad is None else x.grad.item() for x in (weighted, kept, energy)]
+    assert grads == [
+        1.0,
+        pytest.approx(-budget / 10) if budget else None,
+        pytest.approx(-weight * 0.75 / (2 * 3 * 4)) if weight else None,
+    ]

@@ -1,0 +1,47 @@
+"""A model in two parts, its hidden states and its head, where the family is not known."""
+
+import pytest
+import torch
+from tiny import VOCABULARY, tiny_model
+from transformers import LlamaForCausalLM
+
+from leap_pl.base_model.backbone import split_model
+from leap_pl.losses.language import language_losses
+from leap_pl.losses.objective import Objective
+
+IDS = torch.randint(0, VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(5))
+
+
+class Shifted(LlamaForCausalLM):
+    """A family that adds something to its logits."""
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        labels = kwargs.pop("labels", None)
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits + torch.linspace(-2, 2, out.logits.shape[-1])
+        if labels is not None:
+            out.loss = self.loss_function(out.logits, labels, vocab_size=out.logits.shape[-1])
+        return out
+
+
+def test_an_unknown_head_is_taken_whole_with_a_warning() -> None:
+    model = tiny_model("llama")
+    model.__class__ = Shifted
+    model.train()
+    with pytest.warns(UserWarning, match=r"Shifted makes its logits in a way that is not known"):
+        states, head = split_model(model)
+    assert model.training
+    loss, lm, _ = language_losses(states(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].reshape(-1), head, Objective(chunk=5))
+    expected = model(input_ids=IDS, labels=IDS).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert abs(lm - tiny_model("llama")(input_ids=IDS, labels=IDS).loss) > 0.01
+    wanted = torch.autograd.grad(expected, model.model.embed_tokens.weight)
+    found = torch.autograd.grad(loss, model.model.embed_tokens.weight)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_splitting_leaves_the_mode_as_it_is() -> None:
+    for training in (True, False):
+        model = tiny_model("llama").train(training)
+        split_model(model)
+        assert all(module.training == training for module in model.modules())

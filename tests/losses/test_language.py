@@ -1,0 +1,211 @@
+"""The LM and distillation losses against the models' own and against their formulas, written out in float64."""
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny import FAMILIES, VOCABULARY, tiny_model
+from torch import Tensor
+
+from leap_pl.base_model.backbone import split_model
+from leap_pl.losses.language import language_losses
+from leap_pl.losses.objective import Objective
+
+IDS = torch.randint(0, VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def predicted(hidden: Tensor) -> Tensor:
+    return hidden[:, :-1].flatten(0, 1)
+
+
+def targets_of(ids: Tensor) -> Tensor:
+    return ids[:, 1:].reshape(-1)
+
+
+def written_out(z: Tensor, targets: Tensor, z_teacher: Tensor | None, t: float) -> tuple[Tensor, Tensor]:
+    """CE and t²·KL(teacher ‖ student), means over tokens."""
+    log_p = z - torch.logsumexp(z, -1, keepdim=True)
+    ce = -log_p[torch.arange(len(targets)), targets].mean()
+    if z_teacher is None:
+        return ce, torch.zeros_like(ce)
+    q = (z_teacher / t).exp() / (z_teacher / t).exp().sum(-1, keepdim=True)
+    p = (z / t).exp() / (z / t).exp().sum(-1, keepdim=True)
+    return ce, t**2 * (q * (q / p).log()).sum(-1).mean()
+
+
+# -- equal to the model's own -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_models_own_loss(family: str) -> None:
+    """Soft-capped logits (Gemma) and scaled ones (Granite) included; its gradient too, where the head is not tied."""
+    model = tiny_model(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        states, head = split_model(model)
+    embedding = model.get_input_embeddings().weight
+    model.requires_grad_(False)
+    embedding.requires_grad_(True)
+    expected = model(input_ids=IDS, labels=IDS).loss
+    expected.backward()
+    expected_grad, embedding.grad = embedding.grad, None
+    # A tied head's own part of the gradient is not taken: heads are frozen.
+    tied = model.get_output_embeddings().weight is embedding
+    loss, lm, kl = language_losses(predicted(states(IDS)), targets_of(IDS), head, Objective(chunk=7))
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(loss.detach(), lm)
+    assert kl == 0
+    assert model(input_ids=IDS).logits.std() > 0.1  # no constant network
+    if not tied:
+        torch.testing.assert_close(embedding.grad, expected_grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "change"), [
+    ("gemma3", {"final_logit_softcapping": None}),
+    ("granite", {"logits_scaling": 1.0}),
+])  # fmt: skip
+def test_caps_and_scales_make_a_difference(family: str, change: dict[str, object]) -> None:
+    """What the test above tells apart."""
+    losses = [
+        language_losses(predicted(states(IDS)), targets_of(IDS), head, Objective())[0]
+        for states, head in (split_model(tiny_model(family)), split_model(tiny_model(family, **change)))
+    ]
+    assert abs(losses[0] - losses[1]) > 0.01
+
+
+# -- equal to the formulas --------------------------------------------------------------------------------
+
+MIXES = {
+    "lm": Objective(lm=1.0),
+    "lm, weighted": Objective(lm=0.3),
+    "distillation, temperature 1": Objective(lm=0.0, distillation=1.0),
+    "distillation, temperature 2.5": Objective(lm=0.0, distillation=0.7, temperature=2.5),
+    "mixed, temperature 1": Objective(lm=0.4, distillation=1.6),
+    "mixed, temperature 2.5": Objective(lm=1.5, distillation=0.5, temperature=2.5),
+}
+
+
+def problem(tokens: int = 23, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, targets, a head's weight and the teacher's hidden states."""
+    g = torch.Generator().manual_seed(11)
+    hidden, teacher = (torch.randn(tokens, 8, generator=g).to(dtype) for _ in range(2))
+    return hidden, torch.randint(0, 31, (tokens,), generator=g), torch.randn(31, 8, generator=g).to(dtype), teacher
+
+
+def with_chunk(objective: Objective, chunk: int) -> Objective:
+    return Objective(**{**vars(objective), "chunk": chunk})
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 23, 512])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("capped", [False, True])
+def test_values_and_gradients_against_float64(mix: str, chunk: int, capped: bool) -> None:
+    objective = with_chunk(MIXES[mix], chunk)
+    hidden, targets, weight, teacher = problem()
+    distils = objective.distillation > 0
+
+    def head(x: Tensor) -> Tensor:
+        z = x @ weight.to(x.dtype).T
+        return 3 * torch.tanh(z / 3) if capped else z
+
+    hidden64 = hidden.double().requires_grad_()
+    teacher64 = head(teacher.double()) if distils else None
+    ce, kl = written_out(head(hidden64), targets, teacher64, objective.temperature)
+    (2.5 * (objective.lm * ce + objective.distillation * kl)).backward()
+
+    hidden.requires_grad_()
+    found = language_losses(hidden, targets, head, objective, teacher if distils else None)
+    (2.5 * found[0]).backward()
+    assert [x.dtype for x in found] == [torch.float32] * 3
+    assert [x.requires_grad for x in found] == [True, False, False]
+    expected = (objective.lm * ce + objective.distillation * kl, ce, kl)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.detach().double(), y.detach(), rtol=2e-6, atol=1e-6)
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad.double(), hidden64.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_that_agrees_gives_no_loss_and_no_gradient() -> None:
+    hidden, targets, weight, _ = problem()
+    hidden.requires_grad_()
+    objective = Objective(lm=0.0, distillation=1.0, temperature=2.0)
+    loss, lm, kl = language_losses(hidden, targets, lambda x: x @ weight.T, objective, hidden.detach())
+    loss.backward()
+    assert loss.abs() < 1e-6
+    assert kl.abs() < 1e-6
+    assert lm > 1  # measured though it has no weight
+    assert hidden.grad is not None
+    assert hidden.grad.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_bfloat16_hidden_states(mix: str) -> None:
+    """Softmaxes and sums are float32; only hidden states, logits and their gradient are rounded."""
+    objective = with_chunk(MIXES[mix], 7)
+    hidden, targets, weight, teacher = problem(dtype=torch.bfloat16)
+    teacher_or_none = teacher if objective.distillation else None
+    hidden.requires_grad_()
+    loss, lm, _ = language_losses(hidden, targets, lambda x: x @ weight.T, objective, teacher_or_none)
+    loss.backward()
+    hidden64 = hidden.detach().double().requires_grad_()
+    teacher64 = (teacher @ weight.T).double() if objective.distillation else None
+    ce, kl = written_out(hidden64 @ weight.double().T, targets, teacher64, objective.temperature)
+    (objective.lm * ce + objective.distillation * kl).backward()
+    assert loss.dtype == lm.dtype == torch.float32
+    torch.testing.assert_close(lm.double(), ce.detach(), rtol=1e-2, atol=1e-2)
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16
+    assert (hidden.grad.double() - hidden64.grad).norm() < 0.02 * hidden64.grad.norm()
+
+
+@pytest.mark.parametrize("mix", ["lm", "mixed, temperature 2.5"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_logits_exist_for_one_chunk_at_a_time(mix: str, grad: bool) -> None:
+    """The head is asked for ``chunk`` rows at most, once a token (twice with a teacher), and nothing is kept."""
+    objective = with_chunk(MIXES[mix], 4)
+    hidden, targets, weight, teacher = problem(tokens=23)
+    rows: list[int] = []
+
+    def head(x: Tensor) -> Tensor:
+        rows.append(len(x))
+        return x @ weight.T
+
+    sizes: list[int] = []
+
+    def pack(x: Tensor) -> Tensor:
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.set_grad_enabled(grad):
+        language_losses(hidden.requires_grad_(grad), targets, head, objective, teacher if mix != "lm" else None)
+    assert max(rows) == 4
+    assert sum(rows) == 23 * (1 if mix == "lm" else 2)
+    assert max(sizes, default=0) <= max(hidden.numel(), weight.numel(), 4 * 31)
+
+
+def test_without_gradient() -> None:
+    hidden, targets, weight, teacher = problem()
+    with torch.no_grad():
+        loss, _, kl = language_losses(hidden, targets, lambda x: x @ weight.T, Objective(distillation=1.0), teacher)
+    assert not loss.requires_grad
+    assert kl > 0
+
+
+def test_large_logits_stay_finite() -> None:
+    hidden, targets, weight, teacher = problem()
+    hidden = (hidden * 1000).requires_grad_()
+    loss, *_ = language_losses(hidden, targets, lambda x: x @ weight.T, Objective(distillation=1.0), teacher * 1000)
+    loss.backward()
+    assert loss.isfinite()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
