@@ -89,7 +89,7 @@ def closest_top_k(tensors: Sequence[Tensor], removable: Iterable[Tensor], remove
 
     Args:
         tensors: Float32, few elements in all, whole; equal values rank by tensor, then by flat index.
-        removable: Of each of ``tensors``, how many weights each element removes if it is not kept, integers.
+        removable: Number of weights that each element removes if it is not kept, integers, for each of ``tensors``.
         removed: How many weights are to be removed. Of two numbers as close, more are removed.
 
     Returns:
