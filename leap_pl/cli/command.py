@@ -1,4 +1,4 @@
-"""What every verb that is a function does before its own work: know its inputs, and spare them."""
+"""Decorator of the verbs that are functions: registers their inputs, and protects them from being overwritten."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -12,15 +12,15 @@ from leap_pl.inputs import register as inputs
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-FOLDER, FILE = "output_dir", "output"  # what the options are called that say where to write
+FOLDER, FILE = "output_dir", "output"  # names of the options for the output path
 
 
 def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Make ``function`` a verb: a call of it is one command, with a register of its inputs.
+    """Make ``function`` a verb: each call of it is one command with a register of its inputs.
 
-    Each option but ``output_dir`` and ``output`` that names something on the disk, also by a pattern or in a list, is
-    an input from the start. Before ``function`` is called, the folder or file to be written is looked at: it is
-    refused where it would take an input away, or, with ``force``, what leap_pl did not write.
+    Every option except ``output_dir`` and ``output`` whose value names files on the disk, also by a pattern or in a
+    list, is registered as an input. The output folder or file is checked before ``function`` is called: it is refused
+    if writing it would remove an input or, with ``force``, files that leap_pl did not write.
 
     The function is named after its verb: ``export_command``.
     """
