@@ -22,9 +22,9 @@ from benchmarks.published_nm import PublishedNM
 from benchmarks.report import Row, finish, interleaved
 from leap_pl import gates as kinds
 from leap_pl.base_model.weights import Weight
+from leap_pl.callbacks.allocator import keep_freed_memory
 from leap_pl.gates import Gate, GateState
 from leap_pl.kernels.compiled import compile_seconds
-from leap_pl.training.allocator import keep_freed_memory
 
 
 def main(arguments: list[str] | None = None) -> None:

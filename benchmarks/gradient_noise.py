@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Row, finish
+from leap_pl.base_model.backbone import split_model
 from leap_pl.base_model.loading import fast_dtype, load_model, load_tokenizer
 from leap_pl.base_model.weights import find_weights
 from leap_pl.data import calibration_blocks
 from leap_pl.gates import BernoulliGate, Gate, GateState, attach
-from leap_pl.losses.objective import Objective, language_losses, split_model
+from leap_pl.losses.language import language_losses
+from leap_pl.losses.objective import Objective
 from leap_pl.masks import MaskSet
 
 

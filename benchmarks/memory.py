@@ -23,7 +23,7 @@ from benchmarks.report import Row, finish
 from benchmarks.step import dense_step, leap_step, published_step
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import find_weights
-from leap_pl.training.allocator import keep_freed_memory
+from leap_pl.callbacks.allocator import keep_freed_memory
 
 # Bytes that each variant holds of every gated weight: what it trains, its gradient, the two moments of AdamW, and
 # the masked weight that the backward pass needs; the base model's own two bytes are counted apart. The published

@@ -3,8 +3,8 @@
 python -m benchmarks.oneshot --model M --text FILE [--sparsities 0.5 0.6] [--methods wanda admm] [--output F.json]
 
 Calibrates on the first blocks of the text, and takes the perplexity on its last windows, which are none of
-the calibration's. There is one row for each method and sparsity. Besides the four methods
-there are ``update-layer`` and ``update-dense``: Wanda's mask with its weights solved anew.
+the calibration's. There is one row for each method and sparsity. Besides the methods of ``leap_pl prune`` there is
+``update``: Wanda's mask with its weights solved anew.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from benchmarks.report import Row, finish, table
 from leap_pl.base_model.loading import load_model, load_tokenizer
 from leap_pl.data import calibration_blocks
 from leap_pl.masks.patterns import parse_pattern
+from leap_pl.oneshot.methods import METHODS
 from leap_pl.oneshot.prune import prune
 
 if TYPE_CHECKING:
@@ -54,16 +55,15 @@ def main() -> None:
             model.load_state_dict(dense)
             shape = parse_pattern(pattern, sparsity)
             mask = None
-            if method.startswith("update"):
+            if method == "update":
                 mask = prune(model, blocks_NT, method="wanda", pattern=shape, update=False, progress=False).masks
             wall, cpu = time.monotonic(), time.process_time()
             pruned = prune(
                 model,
-                None if method == "magnitude" else blocks_NT,
+                None if method in METHODS and METHODS[method].needs is None else blocks_NT,
                 method="admm" if mask else method,
                 pattern=shape,
                 mask=mask,
-                mask_target="dense" if method == "update-dense" else "layer",
                 progress=False,
             )
             wall, cpu = time.monotonic() - wall, time.process_time() - cpu

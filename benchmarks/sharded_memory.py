@@ -26,10 +26,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.report import Row, finish
+from leap_pl.base_model.backbone import split_model
 from leap_pl.base_model.weights import decoder_blocks, find_weights
 from leap_pl.distributed.strategy import shard
 from leap_pl.gates import BernoulliGate, Gates, GateState, attach
-from leap_pl.losses.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
+from leap_pl.losses.budget import kept_norm, sparsity_budget
+from leap_pl.losses.language import language_losses
+from leap_pl.losses.objective import Objective
 from leap_pl.training.optimizers import PackedAdamW
 
 LAYERS = 8

@@ -9,7 +9,7 @@ of at most ``--seq_length``:
 dense            the same weights are trained themselves
 leap_pl          they are frozen, and the logits of their gates are trained
 published        likewise, the mask made as in benchmarks/published.py, or benchmarks/published_nm.py for NMGate
-published_kept   the same, freed memory kept as leap_pl keeps it (leap_pl/training/allocator.py), which dense has too
+published_kept   the same, freed memory kept as leap_pl keeps it (leap_pl/callbacks/allocator.py), which dense has too
 
 ``--layers`` gates and trains only so many decoder blocks of the model (the others are taken out), which shows
 how the cost grows with the number of weights. ``--clock cpu`` counts the seconds that the process computed instead
@@ -35,12 +35,15 @@ from benchmarks.published import PublishedMasks
 from benchmarks.published_nm import PublishedNM
 from benchmarks.report import Row, finish, ratio, wait_for
 from leap_pl import gates as kinds
+from leap_pl.base_model.backbone import split_model
 from leap_pl.base_model.loading import fast_dtype, load_model
 from leap_pl.base_model.weights import decoder_blocks, find_weights
+from leap_pl.callbacks.allocator import keep_freed_memory
 from leap_pl.gates import Gate, GateState, attach
 from leap_pl.kernels.compiled import compile_seconds
-from leap_pl.losses.objective import Objective, kept_norm, language_losses, sparsity_budget, split_model
-from leap_pl.training.allocator import keep_freed_memory
+from leap_pl.losses.budget import kept_norm, sparsity_budget
+from leap_pl.losses.language import language_losses
+from leap_pl.losses.objective import Objective
 from leap_pl.training.clipping import clip_by_norm
 from leap_pl.training.optimizers import PackedAdamW
 

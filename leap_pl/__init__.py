@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from leap_pl.version import __version__
 
 if TYPE_CHECKING:
-    from leap_pl.data import TextDataModule as TextDataModule
     from leap_pl.errors import UserError as UserError
     from leap_pl.masks import MaskSet as MaskSet
+    from leap_pl.training.datamodule import TextDataModule as TextDataModule
     from leap_pl.training.module import LeapModule as LeapModule
 
 _ROOMS = {
     "LeapModule": "leap_pl.training.module",
     "MaskSet": "leap_pl.masks",
-    "TextDataModule": "leap_pl.data",
+    "TextDataModule": "leap_pl.training.datamodule",
     "UserError": "leap_pl.errors",
 }
 

@@ -31,13 +31,6 @@ for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).handlers.clear()
 
 
-@pytest.fixture(autouse=True)
-def _plain_arithmetic() -> Iterator[None]:
-    """A fit that fails, as many here are made to, leaves denormal numbers flushed."""
-    yield
-    torch.set_flush_denormal(False)
-
-
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the gates uncompiled: compiling takes longer than any tiny run."""

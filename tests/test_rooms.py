@@ -14,7 +14,9 @@ ROOMS = [
     *("gates", "losses", "oneshot", "prior", "checkpoints", "training", "callbacks"),
     *("export", "evaluation", "comparison", "cli"),
 ]
-LIGHTNING_FREE = ("oneshot", "masks", "gates", "losses", "kernels", "base_model", "inputs", "evaluation", "comparison")
+LIGHTNING_FREE = (
+    *("oneshot", "masks", "gates", "losses", "kernels", "base_model", "inputs", "data", "evaluation", "comparison"),
+)
 
 
 def imported(file: Path) -> Iterator[str]:

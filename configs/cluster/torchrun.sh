@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One run on several machines with torchrun: start this on every one of them, with the same HEAD.
 #
-#   HEAD=node-0:29400 NODES=2 configs/cluster/torchrun.sh --config configs/paper/llama-3.1-8b-50.yaml \
+#   HEAD=node-0:29400 NODES=2 configs/cluster/torchrun.sh --config configs/paper/llama-3.1-8b.yaml \
 #     --config configs/cluster/fsdp2.yaml --trainer.strategy.data_parallel_size 16
 #
 # On one machine HEAD and NODES may be left out. If a rank dies, torchrun ends all others and says which one it was;

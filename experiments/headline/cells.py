@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from leap_pl.evaluation.record import read_result, write_result
 from leap_pl.files import atomic_file
+from leap_pl.oneshot.methods import DEFAULT, METHODS, method_named
 
 if TYPE_CHECKING:
     from experiments.headline.experiment import Cell, Experiment
@@ -137,10 +138,10 @@ def _calibration(progress: "Progress", cell: "Cell") -> int:
         return _calibration(progress, progress.experiment.cells[cell.prior])
     if cell.fit is not None:
         config = _settings(progress, cell)
-        prior = {"method": "wanda", "sequences": 128, **config["model"].get("prior", {})}
-        reads = prior.get("mask") is None and prior["method"] not in ("magnitude", "none")
+        prior = {"method": DEFAULT, "sequences": 128, **config["model"].get("prior", {})}
+        reads = prior.get("mask") is None and prior["method"] in METHODS and METHODS[prior["method"]].needs is not None
         return int(prior["sequences"] * config["data"]["seq_length"]) if reads else 0
-    if cell.prune is None or cell.prune.get("method") == "magnitude":
+    if cell.prune is None or method_named(cell.prune.get("method", DEFAULT)).needs is None:
         return 0
     return int(cell.prune.get("sequences", 128) * cell.prune.get("seq_length", 2048))
 

@@ -8,8 +8,8 @@ from typing import Any
 from experiments.headline.digests import digest, identity
 from experiments.headline.experiment import Cell, Experiment, laid_over
 from leap_pl.errors import UserError
+from leap_pl.oneshot.methods import DEFAULT, method_named
 
-UPDATING = ("sparsegpt", "admm")  # methods of prune that write a model
 # Settings of a fit that leave its mask as it is.
 SILENT = ("checkpoint", "mask_export", "sparsity_log", "progress")
 SILENT_TRAINER = ("logger", "log_every_n_steps", "val_check_interval", "limit_val_batches", "num_sanity_val_steps")
@@ -186,7 +186,7 @@ class Steps:
         """The flags that say what is evaluated: the model with new weights, a mask over the base model, or that."""
         if cell.prune is None and cell.fit is None:
             return ["--model", self.experiment.base_model]
-        if cell.prune is not None and cell.prune.get("method") in UPDATING:
+        if cell.prune is not None and method_named(cell.prune.get("method", DEFAULT)).updates:
             return ["--model", str(self.mask(cell).parent / "model")]
         return ["--model", self.experiment.base_model, "--mask", str(self.mask(cell))]
 

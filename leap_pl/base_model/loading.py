@@ -190,6 +190,25 @@ def longest_sequence(config: "PreTrainedConfig") -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def check_sequence_length(config: "PreTrainedConfig", seq_length: int, model: str, setting: str) -> None:
+    """Check that a model supports sequences of ``seq_length`` tokens.
+
+    Args:
+        config: Config of the model.
+        seq_length: Tokens in a sequence.
+        model: Name of the model, for error messages.
+        setting: Name of the setting that gives the length, for error messages.
+
+    Raises:
+        UserError: If the model has fewer positions.
+    """
+    longest = longest_sequence(config)
+    if longest is not None and seq_length > longest:
+        raise UserError(
+            f"{setting} is {seq_length}, and {model} supports at most {longest} tokens. Give {longest} or less."
+        )
+
+
 def _locate(name: str) -> tuple[str, str | None]:
     """Return the folder or hub id to pass to transformers, and the name of the GGUF file in it, if any."""
     path = Path(name).expanduser()

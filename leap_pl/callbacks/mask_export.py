@@ -8,10 +8,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from leap_pl.escape import terminal
+from leap_pl.inputs.records import MASK
 from leap_pl.prior.started_prior import prior_file
 from leap_pl.training.module import LeapModule
 
-MASK = "mask.safetensors"
 EARLIER = "mask-earlier.safetensors"
 
 

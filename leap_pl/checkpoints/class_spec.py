@@ -1,4 +1,4 @@
-"""Describe optimizers, schedules and gates as plain values, and look their classes up in a registry.
+"""Describe optimizers, schedules, gates and loss terms as plain values, and look their classes up in a registry.
 
 A description is ``{class_path: NAME, init_args: {…}}``, as in a config. Classes are only looked up by name, in a
 registry of classes that are already imported, so a checkpoint that names any other class cannot run code.
@@ -18,19 +18,22 @@ Registry = Mapping[str, type]
 ANY_CLASS = ""  # class path of an unknown class, of which only the settings are compared
 
 
-def described(made: object, registry: Registry, values: Mapping[str, Any] | None = None) -> Spec:
+def described(
+    made: object, registry: Registry, values: Mapping[str, Any] | None = None, *, settings_only: bool = False
+) -> Spec:
     """Return the class of ``made`` and those arguments of its constructor that it stores, as plain values.
 
     Args:
-        made: An optimizer, a learning-rate schedule or a gate.
+        made: An optimizer, a learning-rate schedule, a gate or a loss term.
         registry: Classes that are described by their name alone; any other class is described by its full path.
         values: Argument name → value; by default the attributes of ``made``, with or without a leading underscore.
+        settings_only: All arguments of the constructor are settings; else the first is what ``made`` was made for.
     """
     kind = type(made)
     known = registry.get(kind.__name__) is kind
     held = vars(made) if values is None else values
     arguments: dict[str, Any] = {}
-    for name in _arguments(kind):
+    for name in _arguments(kind, settings_only):
         for place in (name, f"_{name}"):
             if place in held and (plain := _plain(held[place], registry)) is not None:
                 arguments[name] = plain[0]
@@ -38,13 +41,14 @@ def described(made: object, registry: Registry, values: Mapping[str, Any] | None
     return {"class_path": kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 
-def found(spec: Any, registry: Registry, where: str) -> tuple[type, dict[str, Any]]:
+def found(spec: Any, registry: Registry, where: str, *, settings_only: bool = False) -> tuple[type, dict[str, Any]]:
     """Return the class that ``spec`` names in ``registry``, and the arguments of its constructor.
 
     Args:
         spec: A description from an untrusted source.
         registry: The classes that may be named.
         where: File and setting, for error messages.
+        settings_only: As in :func:`described`.
 
     Raises:
         UserError: If ``spec`` is not a description, or names a class that is not in the registry, an argument that its
@@ -63,7 +67,7 @@ def found(spec: Any, registry: Registry, where: str) -> tuple[type, dict[str, An
             f"({listing(sorted(registry), 4)}). If this one is yours, type --{where.split()[-1]} with its settings."
         )
     arguments = spec.get("init_args") or {}
-    accepted = _arguments(kind)
+    accepted = _arguments(kind, settings_only)
     extra = (
         [word for word in arguments if word not in accepted] if isinstance(arguments, dict) else [display(arguments)]
     )
@@ -95,7 +99,7 @@ _KEYS = {"class_path", "init_args"}
 _FORMER = {"PackedAdamW": ("leap_pl.training.optimizers.PackedAdamW",)}
 
 
-def _arguments(kind: type) -> dict[str, bool]:
+def _arguments(kind: type, settings_only: bool) -> dict[str, bool]:
     """Map the name of each setting of a constructor to whether it may be a string."""
     constructor: Callable[..., Any] = kind.__init__  # type: ignore[misc]
     try:
@@ -103,8 +107,8 @@ def _arguments(kind: type) -> dict[str, bool]:
     except (NameError, TypeError):  # annotations that only a type checker can read
         hints = {}
     parameters = [p for p in signature(constructor).parameters.values() if p.kind not in _STARRED]
-    # The first two are self and what it is built on (parameters, an optimizer); progress is not a setting.
-    names = [p.name for p in parameters[2:] if p.name not in ("state", "last_epoch")]
+    # The first is self, the second what it is built on (parameters, an optimizer); progress is not a setting.
+    names = [p.name for p in parameters[1 if settings_only else 2 :] if p.name not in ("state", "last_epoch")]
     return {name: hints.get(name) is str or get_origin(hints.get(name)) is Literal for name in names}
 
 

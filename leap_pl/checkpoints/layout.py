@@ -1,15 +1,15 @@
-"""What a Lightning checkpoint of leap_pl holds, and how it is read without the model.
+"""Layout of leap_pl's Lightning checkpoints, and reading them without the model.
 
-Beside Lightning's own entries (optimizer, schedules, loops, data position):
+In addition to Lightning's own entries (optimizer, schedules, loops, data position):
 
 ==================  ======================================================================================
-``state_dict``      ``logits.<weight name>`` → logits, and in the same form what else the kind of
-                    gate stores (:meth:`leap_pl.gates.Gate.stored`); nothing of the frozen model
+``state_dict``      ``logits.<weight name>`` → logits, and in the same form the other tensors that the kind
+                    of gate stores (:meth:`leap_pl.gates.Gate.stored`); nothing of the frozen model
 ``leap_pl``         the fields of :class:`leap_pl.checkpoints.identity.Identity`, plain values
 ==================  ======================================================================================
 
-The optimizer's state goes by the names of parameters, not by their numbers, so that one process and many, with
-the model sharded or not, read one another's files. Under ``ModelParallelStrategy`` with
+The optimizer state is keyed by the names of parameters, not by their indices, so that single-process and distributed
+runs, with the model sharded or not, read one another's files. Under ``ModelParallelStrategy`` with
 ``save_distributed_checkpoint`` a checkpoint is a folder instead: see :mod:`leap_pl.checkpoints.folder`.
 """
 
@@ -37,9 +37,9 @@ META = "meta.pt"  # of a folder: everything but tensors
 
 def provenance(identity: Identity, gates: Gates[Any]) -> Provenance:
     """Return the provenance of the mask that a run with this ``identity`` exports from its ``gates``."""
-    told = asdict(identity)
+    fields = asdict(identity)
     config = {"pattern": gates.form}
-    config |= {key: told[key] for key in ("gate", "targets", "ignore", "max_steps")} | identity.settings
+    config |= {key: fields[key] for key in ("gate", "targets", "ignore", "max_steps")} | identity.settings
     return Provenance(
         base_model=identity.base_model,
         revision=identity.revision,
@@ -52,12 +52,13 @@ def provenance(identity: Identity, gates: Gates[Any]) -> Provenance:
 
 
 def count_for_ranks(checkpoint: dict[str, Any], found: Identity, expected: Identity) -> None:
-    """Count the batches done as this run's ranks count them: each of fewer ranks has done more.
+    """Convert the batch counters of ``checkpoint``, in place, to this run's number of ranks.
 
-    Lightning counts those of one rank, and the position in the text is kept for all ranks together.
+    Lightning counts the batches of one rank, so that with fewer ranks each has processed more; the position in the text
+    is stored for all ranks together.
 
     Raises:
-        UserError: The number of ranks is another, and the run was stopped amid an optimizer step.
+        UserError: If the number of ranks differs, and the checkpoint was written within an optimizer step.
     """
     if found.ranks in (None, expected.ranks) or expected.ranks is None or found.accumulation is None:
         return
@@ -78,7 +79,7 @@ def count_for_ranks(checkpoint: dict[str, Any], found: Identity, expected: Ident
 
 
 def path_of(name: str, part: str = "logits") -> str:
-    """The name of the logits, or another stored ``part``, of the weight ``name`` in a LeapModule's state dict."""
+    """Return the key of the logits, or another stored ``part``, of the weight ``name`` in a LeapModule's state dict."""
     module, _, tensor = name.rpartition(".")
     return f"model.{module}.parametrizations.{tensor}.0.{part}"
 
@@ -89,20 +90,20 @@ def key_of(name: str, part: str) -> str:
 
 
 def by_weight(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a LeapModule's state dict holds of gates under the names of a checkpoint: ``<part>.<weight name>``."""
+    """Return the gates' tensors of a LeapModule's state dict by their checkpoint keys, ``<part>.<weight name>``."""
     matches = ((re.fullmatch(r"model\.(.+)\.parametrizations\.(\w+)\.0\.(\w+)", path), x) for path, x in state.items())
     return {key_of(f"{match[1]}.{match[2]}", match[3]): tensor for match, tensor in matches if match}
 
 
 def keep_gates_only(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Keep the frozen model out of a LeapModule's state dict, before a strategy gathers it from all ranks."""
+    """Remove the frozen model from a LeapModule's state dict, before a strategy gathers it from all ranks."""
     kept = {prefix + path_of(*place) for place in module.gates.stored()}
     for name in [name for name in state if name not in kept]:
         del state[name]
 
 
 def name_parameters(state: dict[str, Any], names: Sequence[str]) -> None:
-    """Let an optimizer's state dict speak of parameters by name where it numbers them as ``names`` are ordered."""
+    """Replace parameter indices in an optimizer's state dict by ``names``, in place."""
 
     def name(key: int | str) -> str:
         return names[key] if isinstance(key, int) else key
@@ -114,17 +115,20 @@ def name_parameters(state: dict[str, Any], names: Sequence[str]) -> None:
 
 
 def load_checkpoint(path: str | Path, *, mmap: bool = True, check_tensors: bool = True) -> dict[str, Any]:
-    """Read the file ``path``, or of a folder all but the tensors, into CPU memory, without running anything in it.
+    """Read a checkpoint file, or all but the tensors of a checkpoint folder, without running code from it.
 
-    Every bit of a file is checked.
+    Every bit of a file is verified by its checksum.
 
     Args:
-        path: The file.
-        mmap: Leave the tensors on the disk until they are used. The file must then stay where it is.
-        check_tensors: Check the tensors' bits too; False where only plain values are read, and takes no time then.
+        path: Checkpoint file or folder.
+        mmap: Memory-map the tensors instead of reading them. The file must then stay in place.
+        check_tensors: Verify the tensors' bits as well; False if only plain values are read, which is fast.
+
+    Returns:
+        Contents of the checkpoint, in CPU memory.
 
     Raises:
-        UserError: It is not there, truncated, damaged, or no checkpoint of leap_pl.
+        UserError: If ``path`` does not exist, is truncated or damaged, or is not a checkpoint of leap_pl.
     """
     path = Path(path)
     note_input(path)
@@ -157,7 +161,7 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True, check_tensors: bool 
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the file ``path`` is a checkpoint of leap_pl, damaged or not, as far as it can be read."""
+    """Return whether the file ``path`` can be read as a checkpoint of leap_pl, without verifying its checksums."""
     try:
         found = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception:  # what it makes the readers raise is no closed list
@@ -166,10 +170,10 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def _damaged_record(path: Path, tensors: bool) -> str | None:
-    """What is wrong with the first part of a checkpoint that does not match its checksum, if there is one.
+    """Return what is wrong with the first damaged record of a checkpoint, or None.
 
-    A checkpoint is a zip archive that stores its parts as they are, each with a CRC-32. torch.load does not
-    look at them: it would take a flipped bit for another logit.
+    A checkpoint is a zip archive of uncompressed records, each with a CRC-32. torch.load does not check these: it would
+    read a flipped bit as another logit.
     """
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
@@ -186,14 +190,14 @@ def _damaged_record(path: Path, tensors: bool) -> str | None:
 
 
 def masks_from_checkpoint(path: str | Path) -> MaskSet:
-    """The hard mask, at exactly the run's target sparsity, of the logits in the checkpoint ``path``.
+    """Return the hard mask, at exactly the run's target sparsity, of the logits in the checkpoint ``path``.
 
-    Its provenance tells the step of the checkpoint, ``steps``, which is ``max_steps`` only where learning is finished.
+    Its provenance contains the step of the checkpoint, ``steps``, which is ``max_steps`` only if learning is finished.
 
-    Of a folder no more than one weight's logits are in memory; they are read several times.
+    The logits of a folder are read one weight at a time, several times over, to save memory.
 
     Raises:
-        UserError: The checkpoint cannot be read, or lacks logits.
+        UserError: If the checkpoint cannot be read, or lacks logits.
     """
     checkpoint = load_checkpoint(path)
     identity = read_identity(checkpoint, path)
@@ -205,11 +209,13 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
             folder = StoredTensors(path)
             tensors, read = folder.shapes, folder.read
         steps = checkpoint.get("global_step")
-        told = replace(identity, settings={"steps": steps, **identity.settings}) if isinstance(steps, int) else identity
+        known = (
+            replace(identity, settings={"steps": steps, **identity.settings}) if isinstance(steps, int) else identity
+        )
         gates = _restored(tensors, identity, path, read)
         gates.choose(identity.sparsity)
         masks = PackedMasks.of((name, gate.hard_mask()) for name, gate in gates.items())
-        return MaskSet(masks, provenance(told, gates))
+        return MaskSet(masks, provenance(known, gates))
     except UserError:
         raise
     except Exception as error:  # a description that does not describe the logits can be wrong in any way
@@ -237,7 +243,7 @@ def _restored(
 
 
 def _beside(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """What is stored of the weight ``name`` beside its logits."""
+    """Return the stored tensors of the weight ``name`` except its logits."""
     parts = {key.partition(".")[0]: tensor for key, tensor in tensors.items() if key.partition(".")[2] == name}
     parts.pop("logits")
     return parts

@@ -1,10 +1,10 @@
-"""A checkpoint of any moment becomes one of the last optimizer step.
+"""Rewind a checkpoint made within an optimizer step to the end of the previous step.
 
-A checkpoint has no room for gradients that are still being accumulated, and Lightning's own goes on after them:
-the resumed step would lack them. But until the step is taken, logits, optimizer and schedules are what they were
-before its first micro-batch. So the counters and the place in the text are set back to there, and a resumed run
-does the whole step again. In a run of 256 micro-batches a step that costs at most one step's time, and a run that
-is told to stop need not finish its step first.
+A checkpoint does not contain gradients that are still being accumulated, and Lightning's own resumes after their
+micro-batches, so the resumed step would lack them. But until the step is taken, logits, optimizer and schedules are in
+the state from before its first micro-batch. The counters and the position in the text are therefore rewound to that
+point, and a resumed run repeats the whole step. This costs at most the time of one step, and a run with 256
+micro-batches a step need not finish its step when a signal stops it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def rewind(trainer: "L.Trainer", checkpoint: dict[str, Any]) -> None:
-    """Set ``checkpoint`` back to the end of the last optimizer step, where it was made amid the next one.
+    """Rewind ``checkpoint``, in place, to the end of the last optimizer step if it was made within the next one.
 
-    Lightning's counters are set to that end in any case: at a few places between two steps they are of no state
-    that it resumes from exactly.
+    Lightning's counters are set to that end in any case, because at a few points between two steps Lightning does not
+    resume from them exactly.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     if not hasattr(data, "state_before_step"):  # other data, whose place only Lightning knows
@@ -36,14 +36,14 @@ def rewind(trainer: "L.Trainer", checkpoint: dict[str, Any]) -> None:
 
 
 def _rewind_loops(loop: dict[str, Any], steps: int, micro_batches: int) -> None:
-    """Set the counters to what Lightning saves in ``on_train_batch_end`` of a step's last micro-batch.
+    """Set the counters to the values that Lightning saves in ``on_train_batch_end`` of a step's last micro-batch.
 
-    Those of validation are set to 0, wherever it is.
+    The counters of validation are set to 0 in any case.
 
     Args:
-        loop: Of the fit loop, changed in place. A run is a single epoch.
-        steps: Optimizer steps that are done, at least one.
-        micro_batches: Of this rank in one step.
+        loop: State of the fit loop, changed in place. A run is a single epoch.
+        steps: Completed optimizer steps, at least one.
+        micro_batches: Micro-batches per rank in one step.
     """
     done = steps * micro_batches
     batches = loop["epoch_loop.batch_progress"]

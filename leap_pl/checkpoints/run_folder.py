@@ -20,12 +20,11 @@ from leap_pl.files import atomic_file, atomic_link, remove_abandoned
 from leap_pl.gates import gate_kinds
 from leap_pl.inputs import records
 from leap_pl.inputs import register as inputs
-from leap_pl.inputs.records import is_mask_file
+from leap_pl.inputs.records import MASK, is_mask_file
 from leap_pl.masks.mask_set import MaskSet
 from leap_pl.prior.started_prior import prior_file
 
 _GROUPS = ("model", "data", "trainer")
-MASK = "mask.safetensors"
 LAST = "last.ckpt"
 
 

@@ -50,6 +50,8 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
         each = f", or set its options one by one: {', '.join(settings)}" if settings else ""
         return f"{key}: {group[1]} is not a file of settings. Give the path of one{each}."
     complaint = re.sub(r"\.? Got value: Namespace\(.*$", "", complaint)
+    # A list may also be the path of a file that holds it, which is not what was meant.
+    complaint = re.sub(r"^- expected path but .*? either not accessible or invalid - ", "", complaint)
     complaint = re.sub(r"Not of type \w+: |Type typing\..* expects a function or a callable class: ", "", complaint)
     plain = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>|typing\.(?=Literal)", r"\1", complaint)
     if re.fullmatch(r"Expected an? str\. Got value: None", plain):
@@ -164,18 +166,24 @@ def check_classes(settings: Namespace) -> None:
     """Check that the classes named in ``settings`` are of the required kinds, before one is called.
 
     Raises:
-        UserError: A gate, an optimizer or a schedule is a function, or a class of another kind.
+        UserError: A gate, an optimizer, a schedule or a term of the loss is a function, or a class of another kind.
     """
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
     from leap_pl.gates import Gate
+    from leap_pl.losses.term import Term
 
-    for name, base in (("gate", Gate), ("optimizer", Optimizer), ("lr_scheduler", LRScheduler)):
-        given = settings.get(f"model.{name}")
-        if given is None:
+    given: list[tuple[str, Any, type]] = [
+        ("gate", settings.get("model.gate"), Gate),
+        ("optimizer", settings.get("model.optimizer"), Optimizer),
+        ("lr_scheduler", settings.get("model.lr_scheduler"), LRScheduler),
+    ]
+    given += [("objective.extra", term, Term) for term in settings.get("model.objective.extra") or ()]
+    for name, one, base in given:
+        if one is None:
             continue
-        found = locate(given["class_path"]) if isinstance(given, Namespace) else given
+        found = locate(one["class_path"]) if isinstance(one, Namespace) else one
         if not (isinstance(found, type) and issubclass(found, base)):
             what = getattr(found, "__qualname__", type(found).__name__)
             raise UserError(

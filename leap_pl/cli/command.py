@@ -1,18 +1,22 @@
 """Decorator of the verbs that are functions: registers their inputs, and protects them from being overwritten."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import signature
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from leap_pl.files import check_folder, followed
 from leap_pl.inputs import register as inputs
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 FOLDER, FILE = "output_dir", "output"  # names of the options for the output path
+ADDED = "added_arguments"  # attribute of a verb's function
 
 
 def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -42,3 +46,28 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
             return function(*args, **kwargs)
 
     return run
+
+
+def with_arguments(
+    add: "Callable[[ArgumentParser], None]", instead_of: Sequence[str]
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Let ``add`` define options of a verb that come from a table, of which the signature does not know.
+
+    Args:
+        add: Adds them to the verb's parser.
+        instead_of: Parameters of the verb's function among them.
+    """
+
+    def mark(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        vars(function)[ADDED] = (add, {*instead_of})
+        return function
+
+    return mark
+
+
+def add_arguments(parser: "ArgumentParser", function: Callable[..., Any]) -> None:
+    """Add the options of a verb's ``function`` to ``parser``: those of its signature, and those that it adds."""
+    add, instead_of = vars(function).get(ADDED, (None, set()))
+    parser.add_function_arguments(function, as_group=False, skip=instead_of)
+    if add is not None:
+        add(parser)

@@ -6,13 +6,12 @@ from typing import Any
 from leap_pl.cli.command import command
 from leap_pl.errors import UserError
 from leap_pl.escape import say
-
-BASELINES = "magnitude,wanda,sparseswaps,sparsegpt,admm"
+from leap_pl.oneshot.methods import METHODS
 
 
 @command
 def compare_command(
-    results: Sequence[str] = (), output_dir: str = "comparison", baselines: str = BASELINES, force: bool = False
+    results: Sequence[str] = (), output_dir: str = "comparison", baselines: str | None = None, force: bool = False
 ) -> dict[str, Any]:
     """Compare results and masks.
 
@@ -30,7 +29,7 @@ def compare_command(
             automatically if it is still in its original place.
         output_dir: Folder to write.
         baselines: Methods, separated by commas; the other results are compared with the best of them at the same
-            sparsity.
+            sparsity. By default the methods of leap_pl prune.
         force: Replace output_dir if it is not empty.
 
     Returns:
@@ -54,7 +53,8 @@ def compare_command(
     from leap_pl.files import atomic_folder
 
     entries = read_entries(results)
-    measured_against = {name.strip() for name in baselines.split(",") if name.strip()}
+    named = METHODS if baselines is None else [name.strip() for name in baselines.split(",")]
+    measured_against = {name for name in named if name}
     table = make_table(entries, measured_against)
     with atomic_folder(output_dir, force=force) as folder:
         (folder / "table.md").write_text(table.markdown(), encoding="utf-8")

@@ -98,10 +98,12 @@ def evaluate_command(
         check_text(text)
     local_tasks = None
     if names:
+        from leap_pl.cli.quiet import quiet_lm_eval
         from leap_pl.evaluation.tasks import check_tasks
 
         local_tasks = _tasks_folder(tasks_folder)
-        check_tasks(names, local_tasks)
+        with quiet_lm_eval():
+            check_tasks(names, local_tasks)
     if output is not None:
         check_place(output)
     started, begin = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.monotonic()
@@ -142,16 +144,17 @@ def evaluate_command(
         from leap_pl.evaluation.tasks import evaluate_tasks, mean_accuracy
 
         mark = time.monotonic()
-        result["tasks"] = evaluate_tasks(
-            subject.model,
-            subject.tokenizer,
-            names,
-            tasks_folder=local_tasks,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            batch_size=batch_size,
-            seed=seed,
-        )
+        with quiet_lm_eval():
+            result["tasks"] = evaluate_tasks(
+                subject.model,
+                subject.tokenizer,
+                names,
+                tasks_folder=local_tasks,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                batch_size=batch_size,
+                seed=seed,
+            )
         result["mean"] = mean_accuracy(result["tasks"])
         seconds["tasks"] = round(time.monotonic() - mark, 2)
     seconds["total"] = round(time.monotonic() - begin, 2)

@@ -1,12 +1,8 @@
 """The verbs that train and validate: LightningCLI with this project's defaults."""
 
-import errno
-import logging
 import os
 import sys
-import threading
 import time
-import warnings
 from argparse import ArgumentError
 from inspect import unwrap
 from pathlib import Path
@@ -23,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from leap_pl.callbacks import Checkpoints, MaskExport, SparsityLogger, StepProgress
+from leap_pl.callbacks import Checkpoints, MaskExport, ProcessSettings, SparsityLogger, StepProgress
 from leap_pl.checkpoints.class_spec import same
 from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.folder import check_folder
@@ -33,13 +29,14 @@ from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.checkpoints.run_folder import Finished, check_finished, check_settings, replaces
 from leap_pl.cli.arguments import check_classes, check_configs, check_groups, one_line, plain, setting_of
 from leap_pl.cli.former_spelling import FormerSpellingParser, advice, respelled
-from leap_pl.data import TextDataModule
+from leap_pl.cli.process import UNWRITABLE, set_up_process
 from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
 from leap_pl.escape import say
 from leap_pl.inputs.ranges import check_numbers
+from leap_pl.training.datamodule import TextDataModule
 from leap_pl.training.module import LeapModule
-from leap_pl.training.run_settings import find_classes, read_settings
+from leap_pl.training.run_settings import find_classes, read_settings, take_terms
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 2000,
@@ -49,18 +46,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,  # its table counts parametrized weights twice
     "check_val_every_n_epoch": None,  # a run is one epoch: validation goes by steps
     "logger": lazy_instance(TensorBoardLogger, save_dir="runs", name="leap", default_hp_metric=False),
-}
-
-# What the logger and the saved config meet in a folder that cannot be written, or on a full disk.
-UNWRITABLE = {
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EEXIST,
-    errno.EFBIG,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
 }
 
 PROCESSES_A_CORE = 8  # more on one CPU can only be a slip, and takes the machine's memory
@@ -119,7 +104,7 @@ class LeapCLI(LightningCLI):
         path = setting_of(words, "ckpt_path")
         refused: dict[str, UserError] = {}
         if path is not None and Path(path).exists():
-            refused = self._take_settings(words[0], load_checkpoint(path), path)
+            refused = self._take_settings(words[0], load_checkpoint(path), path, words)
         self._parse(parser, args, words)
         self._warn_of_former(typed)
         verb = self.config.get("subcommand")
@@ -141,7 +126,7 @@ class LeapCLI(LightningCLI):
         if self.last:
             words_of_last, newest = _find_last(verb, settings.checkpoint.dirpath)
             if newest is not None:
-                refused = self._take_settings(verb, newest[1], str(newest[0]))
+                refused = self._take_settings(verb, newest[1], str(newest[0]), words)
                 self._parse(parser, args, words)
                 if verb == "fit":
                     check_finished(self.config[verb], *newest)
@@ -174,7 +159,9 @@ class LeapCLI(LightningCLI):
 
     force = last = False  # what to do with an earlier run
 
-    def _take_settings(self, verb: str, checkpoint: dict[str, Any], path: str) -> dict[str, UserError]:
+    def _take_settings(
+        self, verb: str, checkpoint: dict[str, Any], path: str, words: list[str]
+    ) -> dict[str, UserError]:
         """Make what ``checkpoint`` was learned with the parser's defaults.
 
         Returns:
@@ -182,8 +169,11 @@ class LeapCLI(LightningCLI):
         """
         settings = read_settings(read_identity(checkpoint, path), checkpoint, path)
         classes, refused = find_classes(settings, path)
-        for name, (kind, arguments) in classes.items():
-            settings[name] = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+        settings |= {name: _as_typed(*each) for name, each in classes.items()}
+        refused |= take_terms(settings, path, _as_typed)
+        if any(word.startswith("--model.objective.extra+") for word in words):
+            # Added to none, as when the run began, and not to those of the checkpoint.
+            settings["model.objective"] = {**settings["model.objective"], "extra": []}
         linked = ("data.tokenizer", "data.tokenizer_revision")  # to the model's
         known = {name: value for name, value in settings.items() if name not in linked and name not in refused}
         if verb != "fit":  # validation has a precision of its own, and no steps
@@ -249,7 +239,7 @@ def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
         args=words,
         run=run,
         seed_everything_default=0,
-        trainer_defaults=TRAINER_DEFAULTS,
+        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ProcessSettings()]},
         parser_class=LeapParser,
         auto_configure_optimizers=False,
         save_config_callback=ConfigOfFit,
@@ -264,27 +254,7 @@ def run(words: list[str]) -> LeapCLI | None:
     Raises:
         UserError: The settings do not fit together, or something they name is not there.
     """
-    # What a user can do nothing about, or is meant.
-    for pattern in (
-        ".*intended to run from within Python like if it were.*",  # main reads the verb before LightningCLI does
-        ".*does not have many workers.*",
-        ".*`isinstance\\(treespec, LeafSpec\\)`.*",
-        ".*lr_scheduler.step.*",
-        ".*smaller than the logging interval.*",  # the sparsity log has its own
-        ".*Checkpoint directory .* exists and is not empty.*",  # checkpoint.enable_version_counter says what happens
-        ".*Be aware that when using `ckpt_path`.*",
-        ".*The dirpath has changed.*",
-        ".*Converting a tensor with requires_grad=True to a scalar.*",
-        ".*Total length of `list` across ranks is zero.*",  # data.validation_sequences 0
-    ):
-        warnings.filterwarnings("ignore", message=pattern)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
-    if getattr(rank_zero_only, "rank", 0):
-        _quieten()
-    torch.set_float32_matmul_precision("high")
-    threading.excepthook = _say_nothing_twice
+    set_up_process()
     try:
         return make_cli(words)
     except Finished as done:
@@ -331,22 +301,6 @@ def run(words: list[str]) -> LeapCLI | None:
         raise UserError(told) from error
 
 
-def _say_nothing_twice(failed: threading.ExceptHookArgs) -> None:
-    """TensorBoard's writer on a full disk: the run meets the same error at its next log, and tells it."""
-    if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in UNWRITABLE):
-        threading.__excepthook__(failed)
-
-
-def _quieten() -> None:
-    """Leave it to rank zero to show progress and to warn of what holds for all ranks; errors are still told."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    warnings.filterwarnings("ignore", category=UserWarning)
-    for name in ("leap_pl", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def _check_trainer(trainer: Trainer) -> None:
     """Refuse settings that Lightning takes, and that would learn nothing or bring the machine down."""
     if trainer.accumulate_grad_batches < 1:
@@ -374,6 +328,11 @@ def _from_settings(error: Exception) -> bool:
     place = Path(code.co_filename)
     ours = "leap_pl" in place.parts and code.co_name in ("__init__", "__post_init__")
     return ours or place.stem in ("accelerator_connector", "callback_connector", "setup")
+
+
+def _as_typed(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A class and its settings as a config has them."""
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 
 def _find_last(verb: str, folder: str | None) -> tuple[str, tuple[Path, dict[str, Any]] | None]:

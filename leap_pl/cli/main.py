@@ -4,14 +4,15 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, TextIO
 
 from leap_pl.errors import UserError
 from leap_pl.escape import say, terminal
 from leap_pl.inputs.register import command_inputs
+from leap_pl.oneshot.methods import METHODS
 from leap_pl.version import __version__
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ VERBS: dict[str, tuple[str, str | None]] = {
     "fit": ("learn a mask for a model", None),
     "validate": ("perplexity of a checkpoint's hard mask on the validation text", None),
     "prune": (
-        "make a mask layer by layer: magnitude, wanda, sparseswaps, sparsegpt, admm",
+        f"make a mask layer by layer: {', '.join(METHODS)}",
         "leap_pl.cli.prune:prune_command",
     ),
     "export": ("write a sparse Hugging Face checkpoint from a mask", "leap_pl.cli.export:export_command"),
@@ -154,8 +155,8 @@ def _rank() -> int:
 
 
 def _find(function: str) -> Callable[..., Any]:
-    module, name = function.split(":")
-    return getattr(import_module(module), name)
+    found: Callable[..., Any] = resolve_name(function)
+    return found
 
 
 def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> dict[str, Any]:
@@ -171,6 +172,7 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
     from jsonargparse import ArgumentParser
 
     from leap_pl.cli.arguments import check_configs, one_line
+    from leap_pl.cli.command import add_arguments
     from leap_pl.inputs.ranges import check_numbers
 
     several = BARE.get(verb)
@@ -182,7 +184,7 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file with values for these options.")
-    parser.add_function_arguments(function, as_group=False)
+    add_arguments(parser, function)
     switches = {f"--{p.name}" for p in signature(function).parameters.values() if isinstance(p.default, bool)}
     if several:
         words = _gather(words, f"--{several}", switches)

@@ -4,20 +4,46 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
 
-from leap_pl.cli.command import command
-from leap_pl.errors import UserError
+from leap_pl.cli.command import command, with_arguments
+from leap_pl.errors import UserError, listing
 from leap_pl.escape import say
+from leap_pl.inputs.records import MASK, RECORD
+from leap_pl.oneshot.methods import DEFAULT, METHODS, method_named, settings_of, takers_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from jsonargparse import ArgumentParser
     from transformers import PreTrainedModel
 
     from leap_pl.masks import MaskSet
     from leap_pl.oneshot.prune import Pruned
 
 
+def add_arguments(parser: "ArgumentParser") -> None:
+    """Add what the table of methods says: their names, and the options that some of them take."""
+    group = parser.add_argument_group("methods")
+    described = ", ".join(f"{name} ({'; '.join(_words(name))})" for name in METHODS)
+    group.add_argument("--method", choices=list(METHODS), default=DEFAULT, help=f"{described}.")
+    kept = [name for name, method in METHODS.items() if method.solve_kept is not None]
+    told = f"({listing(kept)}) A MaskSet file: keep this mask, and solve the kept weights anew."
+    group.add_argument("--mask", type=str | None, default=None, help=told)
+    for option in dict.fromkeys(option for method in METHODS.values() for option in method.options):
+        takers = {name: METHODS[name].options[option] for name in takers_of(option)}
+        first = next(iter(takers.values()))
+        defaults = ", ".join(f"{taken.default:g} for {name}" for name, taken in takers.items())
+        told = f"({listing([*takers])}) {first.help} By default {defaults}."
+        group.add_argument(f"--{option}", type=type(first.default) | None, default=None, help=told)
+
+
+def _words(name: str) -> list[str]:
+    method = METHODS[name]
+    words = [method.help, "reads no text" if method.needs is None else "", "updates weights" if method.updates else ""]
+    return [word for word in words if word]
+
+
 @command
+@with_arguments(add_arguments, ("method", "mask"))
 def prune_command(
     model: str,
     output_dir: str,
@@ -29,7 +55,7 @@ def prune_command(
     sequences: PositiveInt = 128,
     separator: Literal["end_token", "blank_line"] = "end_token",
     seed: int = 0,
-    method: Literal["magnitude", "wanda", "sparseswaps", "sparsegpt", "admm"] = "wanda",
+    method: str = DEFAULT,
     sparsity: OpenUnitInterval = 0.5,
     pattern: str | None = None,
     layer_sparsity: str | list[float] | None = None,
@@ -39,10 +65,6 @@ def prune_command(
     fisher: float | None = None,
     fisher_rows: float = 0.25,
     mask: str | None = None,
-    mask_target: Literal["layer", "dense"] = "layer",
-    damping: float | None = None,
-    block_size: PositiveInt = 128,
-    iterations: PositiveInt = 20,
     targets: list[str] | None = None,
     ignore: list[str] | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -52,17 +74,17 @@ def prune_command(
     batch_size: PositiveInt = 4,
     offload: bool = True,
     force: bool = False,
+    **options: float | None,
 ) -> "Pruned":
     """Prune a model in one shot, layer by layer, on a little calibration text.
 
-    Writes the mask to OUTPUT_DIR/mask.safetensors, the layer errors to OUTPUT_DIR/errors.json and, by the
-    methods that change the kept weights (sparsegpt and admm), a Hugging Face folder OUTPUT_DIR/model with
-    the new weights.
+    Writes the mask to OUTPUT_DIR/mask.safetensors, the layer errors to OUTPUT_DIR/errors.json and, by
+    methods that update the kept weights, a Hugging Face folder OUTPUT_DIR/model with the new weights.
 
     Args:
         model: The base model: hub id, local folder or GGUF file.
         output_dir: Folder to write.
-        text: Calibration text: local files, or a hub dataset. Magnitude reads none.
+        text: Calibration text: local files, or a hub dataset.
         config_name: Configuration of a hub dataset.
         split: Split of a hub dataset.
         text_column: Column, or JSON key, of the text.
@@ -70,8 +92,7 @@ def prune_command(
         sequences: Number of calibration sequences.
         separator: What follows each document: the end token, or a blank line.
         seed: Of the order in which the text's files are read.
-        method: magnitude (seconds; no text), wanda (fast; weights stay), sparseswaps (wanda's mask improved by
-            swaps; weights stay), sparsegpt or admm (weights are updated; the best layer errors).
+        method: Name of the method, in the table of methods.
         sparsity: Removed weights over all, above 0 and below 1. With a pattern it follows from that.
         pattern: n:m, as in 2:4, to keep n of every m consecutive inputs; unstructured without it.
         layer_sparsity: Instead of one sparsity, one for each decoder block: a list, or a file with a JSON
@@ -81,14 +102,9 @@ def prune_command(
         owl_spread: (with owl) The blocks' sparsities lie within twice this of each other.
         fisher: Allocate the sparsity over the matrices by the Fisher information of their weights, this far: above 0,
             and at most 1; .5 is a good start. It runs the whole model forward and backward on the device.
-        fisher_rows: (with fisher; wanda and sparseswaps) Over the rows of each matrix too, this far, from 0 to 1.
-        mask: (with admm) A MaskSet file: keep this mask, and solve the kept weights anew.
-        mask_target: (with mask) Fit to each dense layer's outputs on the pruned path's inputs (layer), or to
-            the layer's outputs in the dense model (dense).
-        damping: (sparsegpt and admm) Added to the Hessian's diagonal, as a part of its mean: by default .01
-            for sparsegpt and .1 for admm. Where it does not suffice, ten times as much is tried, and said.
-        block_size: (sparsegpt) Columns whose mask is chosen together.
-        iterations: (admm) Iterations; the first three quarters of them choose the mask.
+        fisher_rows: (with fisher; methods whose weights compete within a row, such as wanda) Over the rows of each
+            matrix too, this far, from 0 to 1.
+        mask: A MaskSet file: keep this mask, and solve the kept weights anew.
         targets: Which weights: class names, module or parameter names, or re: and a regular expression. By
             default all linears and experts of the decoder blocks.
         ignore: What to leave dense, in the same form.
@@ -99,6 +115,7 @@ def prune_command(
         batch_size: Sequences in one forward of a block.
         offload: Keep the activations between blocks in CPU memory.
         force: Replace OUTPUT_DIR if there is something in it.
+        options: Of the method, as the table of methods has them.
 
     Returns:
         The masks and the layer errors.
@@ -106,23 +123,26 @@ def prune_command(
     Raises:
         UserError: What was asked cannot be done; nothing was written.
     """
-    from leap_pl.base_model.loading import load_model, load_tokenizer
+    from leap_pl.base_model.loading import check_sequence_length, load_config, load_model, load_tokenizer
     from leap_pl.base_model.weights import check_numbers, find_weights
     from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet
     from leap_pl.masks.patterns import NM, parse_pattern
     from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
-    from leap_pl.oneshot.prune import UPDATING, prune
+    from leap_pl.oneshot.prune import prune
     from leap_pl.oneshot.walk import WalkOptions
 
+    asked = method_named(method)
+    settings = settings_of(method, options)
     shape = parse_pattern(pattern, sparsity)
     if isinstance(shape, NM) and sparsity not in (0.5, shape.sparsity):
         raise UserError(
             f"--pattern {shape} has sparsity {shape.sparsity:g}, and --sparsity {sparsity:g} was given. Leave one out."
         )
-    uses_text = method != "magnitude" or owl or fisher is not None
+    uses_text = asked.needs is not None or owl or fisher is not None
     if uses_text:
-        _check_length(model, revision, trust_remote_code, seq_length)
+        config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+        check_sequence_length(config, seq_length, model, "--seq_length")
     allocated = None if fisher is None else _fisher(fisher, fisher_rows)
     per_layer = None if layer_sparsity is None else read_layer_sparsities(layer_sparsity)
     kept_mask = None if mask is None else MaskSet.load(mask)
@@ -160,9 +180,8 @@ def prune_command(
             owl=OwlOptions(owl_threshold, owl_spread) if owl else None,
             fisher=allocated,
             mask=kept_mask,
-            mask_target=mask_target,
             weights=weights,
-            options=_options(method, damping, block_size, iterations),
+            options=settings,
             walk=WalkOptions(batch_size=batch_size, device=_device(device), offload=offload),
             base_model=model,
             revision=revision,
@@ -170,31 +189,9 @@ def prune_command(
         told = {"text": text, "config_name": config_name, "split": split, "seed": seed} if uses_text else {}
         masks = pruned.masks
         pruned.masks = masks.with_provenance(config={**masks.provenance.config, **told})
-        _write(folder, pruned, base if method in UPDATING else None, model, revision, trust_remote_code)
-    _report(output_dir, pruned, method in UPDATING)
+        _write(folder, pruned, base if asked.updates else None, model, revision, trust_remote_code)
+    _report(output_dir, pruned, asked.updates)
     return pruned
-
-
-def _check_length(model: str, revision: str | None, trust_remote_code: bool, seq_length: int) -> None:
-    from leap_pl.base_model.loading import load_config, longest_sequence
-
-    longest = longest_sequence(load_config(model, revision=revision, trust_remote_code=trust_remote_code))
-    if longest is not None and seq_length > longest:
-        raise UserError(f"--seq_length is {seq_length}, and {model} reaches {longest} tokens. Lower --seq_length.")
-
-
-def _options(method: str, damping: float | None, block_size: int, iterations: int) -> Any:
-    from leap_pl.oneshot.admm import AdmmOptions
-    from leap_pl.oneshot.sparsegpt import SparseGPTOptions
-
-    if damping is not None and damping < 0:
-        raise UserError(f"--damping is {damping:g}; give 0 or more.")
-    given = {} if damping is None else {("damping" if method == "sparsegpt" else "ridge"): damping}
-    if method == "sparsegpt":
-        return SparseGPTOptions(block_size=block_size, **given)
-    if method == "admm":
-        return AdmmOptions(iterations=iterations, mask_iterations=max(3 * iterations // 4, 1), **given)
-    return None
 
 
 def _fisher(strength: float, row_strength: float) -> Any:
@@ -233,7 +230,7 @@ def _write(
     from leap_pl.base_model.loading import load_tokenizer
     from leap_pl.inputs.plain_values import plain
 
-    pruned.masks.save(folder / "mask.safetensors")
+    pruned.masks.save(folder / MASK)
     errors = json.dumps({"layer_error": pruned.errors, "damping": pruned.dampings, "unseen": pruned.unseen}, indent=1)
     (folder / "errors.json").write_text(errors, encoding="utf-8")
     if updated is not None:
@@ -242,7 +239,7 @@ def _write(
         tokenizer.save_pretrained(folder / "model")
         # Without it the folder would be taken for a base model of its own.
         told = json.dumps({"provenance": plain(asdict(pruned.masks.provenance))}, indent=2)
-        (folder / "model" / "leap_pl.json").write_text(told + "\n", encoding="utf-8")
+        (folder / "model" / RECORD).write_text(told + "\n", encoding="utf-8")
 
 
 def _report(output_dir: str, pruned: "Pruned", updated: bool) -> None:

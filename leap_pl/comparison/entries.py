@@ -12,9 +12,9 @@ from leap_pl.errors import UserError, listing
 from leap_pl.escape import terminal
 from leap_pl.evaluation.record import read_result
 from leap_pl.inputs.plain_values import shown
+from leap_pl.inputs.records import MASK
 from leap_pl.masks import MaskSet, split_name
 
-MASK = "mask.safetensors"  # in an exported folder
 MOST_CELLS = 1 << 20  # layers × projections; a hundred layers with 256 experts stored one by one have 77,000
 
 

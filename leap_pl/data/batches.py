@@ -14,6 +14,8 @@ from leap_pl.errors import UserError
 
 Batch = dict[str, Any]
 
+PARALLEL = "TOKENIZERS_PARALLELISM"  # whether the tokenizer starts threads of its own
+
 
 class Progress(TypedDict):
     """Progress of a run through its data, in plain Python, as stored in a checkpoint."""
@@ -124,7 +126,7 @@ class BlockLoader(DataLoader[Batch]):
             UserError: The text cannot be read any further, or a worker was killed. The error is raised when the next
                 batch is requested, and never in the middle of a step.
         """
-        batches = _without_signal_handler(super().__iter__)
+        batches = _start_workers(super().__iter__)
         try:
             while True:
                 try:
@@ -156,21 +158,28 @@ def _is_of_dead_worker(error: Exception) -> bool:
     return not message.startswith("Caught ")  # raised in a running worker, and raised again by torch as the same type
 
 
-def _without_signal_handler(start: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
-    """Start a loader's workers without torch's SIGCHLD handler, which raises at any point when a worker dies.
+def _start_workers(start: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
+    """Start a loader's workers, and leave this process's signal handlers and environment unchanged.
 
-    torch checks its workers whenever a batch is late as well.
+    torch's SIGCHLD handler raises at any point when a worker dies; torch checks its workers whenever a batch is late
+    as well.
     """
-    before = signal.getsignal(signal.SIGCHLD)
-    batches = start()
-    if signal.getsignal(signal.SIGCHLD) != before:  # torch sets it in the main thread only, once in a process
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    before, parallel = signal.getsignal(signal.SIGCHLD), os.environ.get(PARALLEL)
+    # The tokenizer's own threads do not survive a fork, about which it would warn in every worker.
+    os.environ.setdefault(PARALLEL, "false")
+    try:
+        batches = start()
+    finally:
+        if parallel is None:
+            del os.environ[PARALLEL]
+        if signal.getsignal(signal.SIGCHLD) != before:  # torch sets it in the main thread only, once in a process
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
     return batches
 
 
 def _start_worker(_: int) -> None:
     # A forked worker inherits the tokenizer's thread pool without its threads: using it would deadlock.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ[PARALLEL] = "false"
     # A scheduler's signals, and Ctrl-C, reach every process of a job. The training process handles them, and needs its
     # workers until then; the second SIGTERM is its own, sent to a worker that does not end by itself.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -32,7 +32,7 @@ def calibration_blocks(
     """Return the first blocks of the stream that a run on ``text`` trains on.
 
     Args:
-        text: Local files, patterns, or a hub id, as in :class:`leap_pl.data.TextDataModule`.
+        text: Local files, patterns, or a hub id, as in :class:`leap_pl.TextDataModule`.
         tokenizer: Name of a base model, or a transformers tokenizer.
         seq_length: Tokens in a block.
         sequences: Number of blocks. A text that is too short for them repeats, with a warning.
@@ -42,7 +42,7 @@ def calibration_blocks(
         text_column: Column or JSON key of the text.
         share: Part of local files; ``train`` leaves out the twentieth that a run without ``validation_text``
             validates on, ``all`` is the part that a run with ``validation_text`` trains on.
-        separator: Separator after each document, as in :class:`leap_pl.data.TextDataModule`.
+        separator: Separator after each document, as in :class:`leap_pl.TextDataModule`.
 
     Returns:
         LongTensor[sequences, seq_length].

@@ -1,10 +1,11 @@
 """Documents and shards of a text: the interface of its readers, digests, and the share held out for validation."""
 
 import hashlib
+import warnings
 from collections.abc import Generator, Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
-from lightning.pytorch.utilities import rank_zero_warn
+import torch.distributed as dist
 from torch.utils.data import get_worker_info
 
 State = dict[str, Any]
@@ -135,8 +136,9 @@ def mended(text: str) -> tuple[str, bool]:
 def warn(message: str) -> None:
     """Warn once for all readers: they read the same text, so only the first worker of rank zero warns."""
     worker = get_worker_info()
-    if worker is None or worker.id == 0:
-        rank_zero_warn(message)
+    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    if first and (worker is None or worker.id == 0):
+        warnings.warn(message, stacklevel=2)
 
 
 class Blemishes:

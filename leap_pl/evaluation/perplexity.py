@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from leap_pl.base_model.loading import longest_sequence
+from leap_pl.base_model.loading import check_sequence_length
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.errors import UserError
 
@@ -128,11 +128,7 @@ def check_windows(seq_length: int, stride: int, batch_size: int) -> None:
 
 
 def _check(model: "PreTrainedModel", tokens: Tensor, seq_length: int) -> None:
-    reach = longest_sequence(model.config)
-    if reach is not None and seq_length > reach:
-        raise UserError(
-            f"seq_length {seq_length} is longer than the model's {reach} positions. Give --seq_length {reach}."
-        )
+    check_sequence_length(model.config, seq_length, "the model", "--seq_length")
     if tokens.numel() < 2:
         raise UserError(f"the text has {tokens.numel()} tokens, and perplexity needs two. Give a longer text.")
     check_tokens(tokens, vocabulary_of(model), "the model")

@@ -18,8 +18,6 @@ from leap_pl.masks import MaskSet, split_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-RECORD = "leap_pl.json"  # provenance in an exported folder
-
 
 @dataclass
 class Subject:
@@ -140,7 +138,7 @@ def exported_record(name: str | Path) -> dict[str, Any]:
     """
     from leap_pl.masks.provenance_schema import provenance_fields
 
-    path = Path(name).expanduser() / RECORD
+    path = Path(name).expanduser() / records.RECORD
     if not os.path.lexists(path):
         return {}
     try:

@@ -1,6 +1,5 @@
 """Zero-shot tasks by lm-eval's Python API, on the model in memory."""
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ def check_tasks(tasks: Sequence[str], tasks_folder: str | Path | None = None) ->
     Raises:
         UserError: If a task does not exist, or its local folder lacks data.
     """
-    with LocalTasks.found_in(tasks_folder, tasks) as local, _quiet():
+    with LocalTasks.found_in(tasks_folder, tasks) as local:
         others = [task for task in tasks if task not in local and task not in STOCK]
         unknown = [task for task in others if task not in _known_names()]
     if unknown:
@@ -75,7 +74,7 @@ def evaluate_tasks(
         UserError: If a task does not exist, its data is neither local nor reachable, local data does not fit the task,
             or an answer has more tokens than the model has positions.
     """
-    with LocalTasks.found_in(tasks_folder, tasks) as local, _quiet():
+    with LocalTasks.found_in(tasks_folder, tasks) as local:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
@@ -251,32 +250,3 @@ def _in_reach_of(positions: int) -> Iterator[None]:
             f"the model has {positions} positions, and a question of --tasks has an answer with more tokens. "
             "Choose other tasks, or a model with more positions."
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence lm-eval's messages about its command line and data caches within the context."""
-    import datasets
-    from lm_eval import evaluator
-    from lm_eval.api import task as stock
-
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
-    levels = [logger.level for logger in loggers]
-    bars = datasets.are_progress_bars_disabled()
-    commit, bar = evaluator.get_git_commit_hash, stock.tqdm
-    for logger in loggers:
-        # datasets both logs and raises its errors on damaged files.
-        logger.setLevel(logging.CRITICAL if logger.name == "datasets" else logging.ERROR)
-    datasets.disable_progress_bars()
-    # lm-eval asks git for the commit of the working directory; outside a repository git prints an error.
-    evaluator.get_git_commit_hash = lambda: None
-    # Disable an unnamed progress bar per task, of which MMLU has 57; those of the forward passes stay.
-    stock.tqdm = lambda questions, **_: questions
-    try:
-        yield
-    finally:
-        evaluator.get_git_commit_hash, stock.tqdm = commit, bar
-        if not bars:
-            datasets.enable_progress_bars()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from leap_pl.masks.patterns import Pattern, Tiled
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
-MASK = "mask.safetensors"
 
 
 def export_model(
@@ -66,7 +65,7 @@ def export_model(
             masks.apply_(base, check=False)
             base.save_pretrained(folder)
         load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code).save_pretrained(folder)
-        masks.save(folder / MASK)
+        masks.save(folder / records.MASK)
         facts = _facts(masks, base_zeros) | ({"perplexity": dict(perplexity)} if perplexity else {})
         del base  # _verify loads the model again: do not hold two
         (folder / records.RECORD).write_text(json.dumps(plain(facts), indent=2) + "\n", encoding="utf-8")
@@ -166,7 +165,7 @@ def _card(masks: "MaskSet", facts: dict[str, Any]) -> str:
         f"{facts['zeros_of_base_model_among_kept']:,} of them were zero already. "
         f"The mask was made by {markdown_code(provenance.method)} with leap_pl "
         f"{markdown(provenance.versions.get('leap_pl', ''))}; "
-        f"`{MASK}` holds it alone.",
+        f"`{records.MASK}` holds it alone.",
         "",
         "The base model's licence and terms apply.",
     ]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from inspect import isabstract
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from leap_pl.base_model.weights import Weight
 from leap_pl.errors import UserError, listing
 from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateFactory, GateState
+from leap_pl.inputs.classes import imported_kinds
 
 
 def attach(
@@ -119,11 +119,7 @@ def gate_kind(name: str) -> type[Gate]:
 
 def gate_kinds() -> dict[str, type[Gate]]:
     """Return the kinds of gates by class name: those of this package, and those defined in other imported modules."""
-    return {kind.__name__: kind for kind in _subclasses(Gate) if not isabstract(kind)}
-
-
-def _subclasses(kind: Any) -> list[type[Gate]]:
-    return [found for c in kind.__subclasses__() for found in (c, *_subclasses(c))]
+    return imported_kinds(Gate)
 
 
 def _cache_during_calls(module: nn.Module, gate: Gate) -> None:

@@ -14,7 +14,7 @@ from leap_pl.base_model.weights import Weight
 from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateState
 from leap_pl.inputs.ranges import check_numbers
-from leap_pl.kernels.compiled import compiled
+from leap_pl.kernels.compiled import compiled, rows
 from leap_pl.kernels.noise import columns, element_bits, logistic_in_bits, noise_keys
 from leap_pl.kernels.powers import exp2
 from leap_pl.masks.top_k import Cut, exact_top_k
@@ -125,20 +125,15 @@ class MaskedWeight(torch.autograd.Function):
         """
         ctx.save_for_backward(logits, weight)
         ctx.noise = noise
-        masked_RC, kept, energy = mask_forward(_rows(logits), _rows(weight), *noise)
+        masked_RC, kept, energy = mask_forward(rows(logits), rows(weight), *noise)
         return masked_RC.view(weight.shape), kept, energy
 
     @staticmethod
     def backward(ctx: Any, grad_masked: Tensor, grad_kept: Tensor, grad_energy: Tensor) -> Any:
         """Return the gradient of the logits; the weight is frozen."""
         logits, weight = ctx.saved_tensors
-        grad_RC = mask_backward(_rows(logits), _rows(weight), _rows(grad_masked), grad_kept, grad_energy, *ctx.noise)
+        grad_RC = mask_backward(rows(logits), rows(weight), rows(grad_masked), grad_kept, grad_energy, *ctx.noise)
         return grad_RC.view(logits.shape), None, None
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` as a matrix that is no view: torch.compile specialises on the shape of a view's base."""
-    return (tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])).data
 
 
 def soft_mask(

@@ -13,7 +13,7 @@ from leap_pl.gates.bernoulli import soft_mask
 from leap_pl.gates.groups import Groups
 from leap_pl.gates.nm import flat_patterns
 from leap_pl.gates.pattern_kernels import pattern_kernels
-from leap_pl.kernels.compiled import compiled
+from leap_pl.kernels.compiled import compiled, rows
 from leap_pl.kernels.noise import columns
 
 
@@ -74,7 +74,7 @@ class SoftTiles(torch.autograd.Function):
     def forward(ctx: Any, logits_AB: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor) -> Tensor:
         """Return T, (A, B) in float32."""
         column_B = columns(logits_AB.shape[-1], logits_AB.device)
-        soft = soft_mask(_rows(logits_AB), column_B, key_0, key_1, slope, sharpness).view(logits_AB.shape)
+        soft = soft_mask(rows(logits_AB), column_B, key_0, key_1, slope, sharpness).view(logits_AB.shape)
         ctx.save_for_backward(soft, slope)
         return soft
 
@@ -104,7 +104,7 @@ class FixedTiles(torch.autograd.Function):
     def backward(ctx: Any, grad_masked: Tensor, grad_energy: Tensor) -> Any:
         """Return the gradient of T; the weight is frozen."""
         grid: TileGrid = ctx.grid
-        grad_masked_OI = _rows(grad_masked.movedim(grid.groups.input_dim, -1))
+        grad_masked_OI = rows(grad_masked.movedim(grid.groups.input_dim, -1))
         grad_OI = fixed_backward(*_elements(grid, *ctx.saved_tensors), grad_masked_OI, grad_energy)
         return grid.sums(grad_OI.view(*grid.groups.others, -1)), None, None, None
 
@@ -153,12 +153,7 @@ def _elements(grid: TileGrid, soft_AB: Tensor, weight: Tensor, inner: Tensor) ->
     """Return the arguments of both kernels, all (O, I): T, W, and m as bytes (bools would be loaded one by one)."""
     dim = grid.groups.input_dim
     inner_OI = inner.view(torch.uint8).movedim(dim, -1)
-    return _rows(grid.over_elements(soft_AB)), _rows(weight.movedim(dim, -1)), _rows(inner_OI)
-
-
-def _rows(tensor_OI: Tensor) -> Tensor:
-    """Return the tensor as a matrix that is no view: torch.compile specialises on the shape of a view's base."""
-    return tensor_OI.reshape(-1, tensor_OI.shape[-1]).data
+    return rows(grid.over_elements(soft_AB)), rows(weight.movedim(dim, -1)), rows(inner_OI)
 
 
 def _flat(tensor: Tensor) -> Tensor:

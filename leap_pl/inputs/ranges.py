@@ -160,9 +160,6 @@ RANGES: dict[str, Range] = {
     "prune.owl_spread": Range(0, 1, below=True),
     "prune.fisher": SHARE,
     "prune.fisher_rows": Range(0, 1),
-    "prune.damping": NOT_NEGATIVE,
-    "prune.block_size": COUNT,
-    "prune.iterations": COUNT,
     "prune.batch_size": COUNT,
     # -- evaluate
     "evaluate.seq_length": Range(2, SEQUENCES),
@@ -204,6 +201,7 @@ def _numbers(value: Any, path: str, shown: str) -> Iterator[tuple[str, str, floa
                 yield from _numbers(inner, f"{path}{key}", f"{shown}{key}")
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _numbers(inner, path, shown)
+            dot = "." if isinstance(inner, Mapping) else ""
+            yield from _numbers(inner, path + dot, shown + dot)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield path, shown, value

@@ -18,6 +18,7 @@ from typing import Any
 
 MASK_FORMAT = "leap_pl.MaskSet"  # `format` in the metadata of a mask file
 RECORD = "leap_pl.json"
+MASK = "mask.safetensors"  # the mask of a folder
 KEY = "folder"
 FORMAT = "leap_pl.folder"
 FORMAT_VERSION = 1
@@ -96,7 +97,7 @@ def strangers(folder: Path, verb: str | None) -> list[str]:
         return [name for name in found if not _MODEL_FILES.fullmatch(name)]
     if {"meta.pt", ".metadata"} <= {*found} and verb == "fit":
         return [name for name in found if not _PART_FILES.fullmatch(name)]
-    if "mask.safetensors" in found and "errors.json" in found:
+    if MASK in found and "errors.json" in found:
         return _strangers_of_prune(folder, found)
     return found
 
@@ -118,10 +119,10 @@ def _strangers_of_prune(folder: Path, found: list[str]) -> list[str]:
     Such a folder has ``mask.safetensors``, ``errors.json`` and ``model``.
     """
     errors = _read(folder / "errors.json") or {}
-    if not is_mask_file(folder / "mask.safetensors") or "layer_error" not in errors:
+    if not is_mask_file(folder / MASK) or "layer_error" not in errors:
         return found
     inner = [name for name in found if name.startswith("model/")]
-    known = {"mask.safetensors", "errors.json"}
+    known = {MASK, "errors.json"}
     if (_read(folder / "model" / RECORD) or {}).get("provenance"):
         known |= {name for name in inner if _MODEL_FILES.fullmatch(name.removeprefix("model/"))}
     return [name for name in found if name not in known]

@@ -59,6 +59,11 @@ def compiled(kernel: Kernel) -> Kernel:
     return call  # type: ignore[return-value]
 
 
+def rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` in two dimensions, and as no view: of a view, its base's shape would be compiled in."""
+    return (tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)).data
+
+
 def compile_seconds() -> dict[str, float]:
     """How long the first call of each kernel took, compilation included: ``name[device]`` → seconds."""
     return dict(_seconds)

@@ -1,30 +1,50 @@
-"""What a mask is learned against: LM and distillation losses, the sparsity budget, the weight term.
+"""The loss that a mask is learned by: a list of terms, and their weighted sum."""
 
-Legend of suffixes: T = predicted tokens, C = tokens of a chunk, V = vocabulary, D = hidden size.
-"""
-
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from leap_pl.base_model.backbone import Head
+from leap_pl.errors import UserError
+from leap_pl.inputs.plain_values import display
 from leap_pl.inputs.ranges import check_numbers
-from leap_pl.kernels.compiled import compiled
-from leap_pl.kernels.noise import columns
+from leap_pl.losses.budget import Budget, KeptNorm
+from leap_pl.losses.language import LanguageLosses, language_losses
+from leap_pl.losses.term import MicroBatch, Term
 
-States = Callable[[Tensor], Tensor]
-Head = Callable[[Tensor], Tensor]
+TOTAL = "loss"  # the weighted sum, among the terms by their names
+TAKEN = (TOTAL, "total", "lm", "distillation", Budget.name, KeptNorm.name)  # names
+
+
+@dataclass(frozen=True)
+class LanguageTerm(Term):
+    """A loss of the logits. Its part of the sum comes, with its gradient, from the pass that it shares with the other.
+
+    Attributes:
+        name: ``lm`` or ``distillation``.
+        weight: Factor that the pass was taken with.
+        needs_teacher: Whether it compares with the dense model.
+    """
+
+    name: str
+    weight: float
+    needs_teacher: bool = False
+    measured_at_zero = True
+
+    def value(self, batch: MicroBatch) -> Tensor:
+        """Return what the pass has measured, detached."""
+        value: Tensor = getattr(batch.language, self.name)
+        return value
 
 
 @dataclass(frozen=True)
 class Objective:
     """Weights of the terms of the training loss; the defaults are the paper's (arXiv 2605.17289).
 
-    loss = lm·CE + distillation·KL + budget·|mean M − ρ| − weight·(1 − t/T)·Σ‖M⊙W‖/Σ‖W‖
+    loss = lm·CE + distillation·KL + budget·|mean M − ρ| − weight·(1 − t/T)·Σ‖M⊙W‖/Σ‖W‖ + the terms of ``extra``
 
     Attributes:
         lm: Of the causal cross-entropy, in nats a token.
@@ -37,6 +57,7 @@ class Objective:
         weight: Of the term that favours masks that keep large weights (λ_w); it fades to 0 over the run.
         chunk: Tokens whose logits exist at the same time. Memory is about 4·chunk·V bytes, twice that with
             distillation.
+        extra: Further terms, of classes of your own: see :class:`leap_pl.losses.term.Term`.
     """
 
     lm: float = 1.0
@@ -46,224 +67,77 @@ class Objective:
     budget_scope: Literal["global", "layer"] = "global"
     weight: float = 10.0
     chunk: int = 512
+    extra: Sequence[Term] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.extra, list | tuple):
+            raise UserError(f"objective.extra is {display(self.extra)}; give a list of terms.")
+        object.__setattr__(self, "extra", tuple(self.extra))
         negative = [k for k in ("lm", "distillation", "budget", "weight") if getattr(self, k) < 0]
         if negative:
             raise ValueError(f"objective.{negative[0]} is {getattr(self, negative[0])}; a weight is 0 or more.")
-        if self.lm == 0 and self.distillation == 0:
+        if self.lm == 0 and self.distillation == 0 and not self.extra:
             raise ValueError("objective.lm and objective.distillation are both 0: nothing to learn from. Raise one.")
         if self.temperature <= 0 or self.chunk < 1:
             raise ValueError("objective.temperature must be above 0 and objective.chunk at least 1.")
-        check_numbers(asdict(self), "model.objective.", "objective.")
+        check_numbers(vars(self), "model.objective.", "objective.")
+        self.check_extra()
 
+    def check_extra(self) -> None:
+        """Make sure that the extra terms are terms, with names of their own.
 
-def language_losses(
-    hidden_TD: Tensor, targets_T: Tensor, head: Head, objective: Objective, teacher_TD: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The LM and distillation losses of some tokens, their logits made a chunk at a time.
+        Raises:
+            UserError: One is not.
+        """
+        names = set(TAKEN)
+        for term in self.extra:
+            if not isinstance(term, Term):
+                raise UserError(f"objective.extra holds {display(term)}; give objects of leap_pl.losses.term.Term.")
+            kind, name = type(term).__name__, getattr(term, "name", None)
+            if name in names or not (isinstance(name, str) and name.isidentifier()):
+                reason = "is that of another term" if name in names else "names no curve"
+                raise UserError(f"objective.extra: the name of {kind} is {display(name)}, which {reason}. Set another.")
+            names.add(name)
+            check_numbers({"weight": term.weight}, "model.objective.extra.", f"objective.extra: {kind}.")
 
-    The gradient with respect to ``hidden_TD`` is taken in the forward pass, chunk by chunk, so that logits and
-    their gradient never exist for more than ``objective.chunk`` tokens; the head is frozen and needs none.
+    def terms(self) -> tuple[Term, ...]:
+        """Return the terms in the order in which they are added."""
+        language: tuple[Term, ...] = ()
+        if self.lm or self.distillation:
+            language = LanguageTerm("lm", self.lm), LanguageTerm("distillation", self.distillation, needs_teacher=True)
+        return (*language, Budget(self.budget, self.budget_scope), KeptNorm(self.weight), *self.extra)
 
-    Args:
-        hidden_TD: Last hidden states, after the final norm.
-        targets_T: The token that follows each.
-        head: Hidden states (C, D) → logits (C, V).
-        objective: Weights, temperature and chunk.
-        teacher_TD: The dense model's hidden states, where the distillation weight is not 0.
+    def needs_teacher(self, fraction: float) -> bool:
+        """Tell whether a term that acts at ``fraction`` of the run needs the dense model's hidden states."""
+        return any(term.needs_teacher and term.weight_at(fraction) != 0 for term in self.terms())
 
-    Returns:
-        lm·CE + distillation·KL (with gradient), CE, and KL·temperature² (both detached; KL is 0 without a
-        teacher), each a float32 mean over the T tokens.
-    """
-    return _LanguageLosses.apply(hidden_TD, targets_T, head, objective, teacher_TD)
+    def language(
+        self, hidden_TD: Tensor, targets_T: Tensor, head: Head, teacher_TD: Tensor | None
+    ) -> LanguageLosses | None:
+        """Return :func:`language_losses` of some tokens; None where neither has a weight."""
+        if not (self.lm or self.distillation):
+            return None
+        return language_losses(hidden_TD, targets_T, head, self, teacher_TD if self.distillation else None)
 
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a micro-batch, and, detached, that and each term's unweighted value by its name.
 
-class _LanguageLosses(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_TD: Tensor, targets_T: Tensor, head: Head, objective: Objective, teacher_TD: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wants_grad, device = ctx.needs_input_grad[0], hidden_TD.device
-        grad_TD = torch.empty_like(hidden_TD) if wants_grad else None
-        lm = torch.zeros((), dtype=torch.float32, device=device)
-        kl = torch.zeros_like(lm)
-        scale = 1 / len(targets_T)
-        # As tensors: of Python numbers each would be compiled in.
-        weights = torch.tensor([objective.lm * scale, objective.distillation * scale, objective.temperature])
-        lm_weight, kl_weight, temperature = weights.to(device, torch.float32).unbind()
-        for start in range(0, len(targets_T), objective.chunk):
-            part = slice(start, start + objective.chunk)
-            hidden_CD = hidden_TD[part].detach().requires_grad_(wants_grad)
-            with torch.set_grad_enabled(wants_grad):
-                logits_CV = head(hidden_CD)
-            target_C, token_V = targets_T[part].int(), columns(logits_CV.shape[-1], device)
-            if teacher_TD is None:
-                lm_sum, grad_CV = lm_loss(logits_CV.detach(), target_C, token_V, lm_weight)
-            else:
-                lm_sum, kl_sum, grad_CV = distillation_loss(
-                    logits_CV.detach(), head(teacher_TD[part]), target_C, token_V, lm_weight, kl_weight, temperature
-                )
-                kl += kl_sum * scale
-            lm += lm_sum * scale
-            if grad_TD is not None:
-                (grad_TD[part],) = torch.autograd.grad(logits_CV, hidden_CD, grad_CV)
-        ctx.save_for_backward(*[] if grad_TD is None else [grad_TD])
-        ctx.mark_non_differentiable(lm, kl)
-        return objective.lm * lm + objective.distillation * kl, lm, kl
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
-        (grad_TD,) = ctx.saved_tensors
-        return grad_TD * grad_loss.to(grad_TD.dtype), None, None, None, None
-
-
-@compiled
-def lm_loss(logits_CV: Tensor, target_C: Tensor, token_V: Tensor, lm: Tensor) -> tuple[Tensor, Tensor]:
-    """ΣCE, float32, and the gradient of ``lm``·ΣCE in the dtype of the logits: ∂CE/∂z = softmax(z) − onehot.
-
-    Fused, the logits are read three times and written once, and nothing else is as large as they are.
-    """
-    z_CV = logits_CV.float()
-    log_p_CV = z_CV - z_CV.logsumexp(-1, keepdim=True)
-    grad_CV = lm * (log_p_CV.exp() - (token_V == target_C[:, None]).float())
-    return -log_p_CV.gather(1, target_C[:, None].long()).sum(), grad_CV.to(logits_CV.dtype)
-
-
-@compiled
-def distillation_loss(
-    logits_CV: Tensor,
-    teacher_CV: Tensor,
-    target_C: Tensor,
-    token_V: Tensor,
-    lm: Tensor,
-    distillation: Tensor,
-    temperature: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ΣCE, Σ KL·temperature², and the gradient of their weighted sum.
-
-    ∂CE/∂z = softmax(z) − onehot; ∂(t²·KL)/∂z = t·(softmax(z/t) − softmax(z_teacher/t)).
-    """
-    z_CV = logits_CV.float()
-    log_p_CV = z_CV - z_CV.logsumexp(-1, keepdim=True)
-    s_CV, q_CV = z_CV / temperature, teacher_CV.float() / temperature
-    log_s_CV = s_CV - s_CV.logsumexp(-1, keepdim=True)
-    log_q_CV = q_CV - q_CV.logsumexp(-1, keepdim=True)
-    kl_C = (log_q_CV.exp() * (log_q_CV - log_s_CV)).sum(-1)
-    grad_CV = lm * (log_p_CV.exp() - (token_V == target_C[:, None]).float())
-    grad_CV = grad_CV + distillation * temperature * (log_s_CV.exp() - log_q_CV.exp())
-    ce = -log_p_CV.gather(1, target_C[:, None].long()).sum()
-    return ce, kl_C.sum() * temperature**2, grad_CV.to(logits_CV.dtype)
-
-
-def sparsity_budget(
-    kept: Mapping[str, Tensor], sizes: Mapping[str, int], density: float, groups: Iterable[Iterable[str]]
-) -> Tensor:
-    """Σ over groups of |mean M − ρ|: the distance of each group's mean mask to the target density.
-
-    Args:
-        kept: Weight name → ΣM, scalars with their gradients.
-        sizes: Weight name → number of elements.
-        density: ρ.
-        groups: Names of the weights that share a mean: one group for a global budget, one for each decoder
-            block otherwise.
-    """
-    distances = []
-    for group in groups:
-        names = list(group)
-        mean = torch.stack([kept[name] for name in names]).sum() / sum(sizes[name] for name in names)
-        distances.append((mean - density).abs())
-    return torch.stack(distances).sum()
-
-
-def budget_groups(layers: Mapping[str, int | None], scope: Literal["global", "layer"]) -> list[list[str]]:
-    """The names of the weights that share a mean in :func:`sparsity_budget`.
-
-    Args:
-        layers: Weight name → index of its decoder block, or None outside the blocks.
-        scope: ``global``: all of them are one group; else those of each block are one, and those outside.
-    """
-    groups: dict[int | None, list[str]] = {}
-    for name, layer in layers.items():
-        groups.setdefault(None if scope == "global" else layer, []).append(name)
-    return list(groups.values())
-
-
-def kept_norm(energy: Iterable[Tensor], norm: float) -> Tensor:
-    """Σ_l ‖M_l ⊙ W_l‖_F / Σ_l ‖W_l‖_F, from each weight's Σ(M·W)² and the dense sum ``norm``."""
-    # The gradient of a square root at 0 is infinite: a weight whose mask is all but zero would make it NaN.
-    return torch.stack(list(energy)).clamp_min(1e-20).sqrt().sum() / norm
-
-
-def split_model(model: nn.Module) -> tuple[States, Head]:
-    """``model`` as two functions: token ids (B, L) → last hidden states (B, L, D), and those (C, D) → logits (C, V).
-
-    The second one scales and soft-caps as the families do, and is checked against the model's own logits.
-    A family that makes them in yet another way is taken whole: its logits stand in for the hidden states, at
-    the price of their memory, with a warning.
-    """
-    causal: Any = model
-    projection = causal.get_output_embeddings()
-    config = causal.config.get_text_config()
-    times = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    over = getattr(config, "logits_scaling", None) or 1.0  # Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
-
-    def states(input_ids: Tensor) -> Tensor:
-        with _unpacked():
-            return causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-
-    def head(hidden_CD: Tensor) -> Tensor:
-        logits_CV = projection(hidden_CD)
-        if times != 1 or over != 1:
-            logits_CV = logits_CV * times / over
-        return logits_CV if cap is None else cap * torch.tanh(logits_CV / cap)
-
-    if projection is not None and _agrees(causal, states, head):
-        return states, head
-    warnings.warn(
-        f"{type(model).__name__} makes its logits in a way that is not known here: the loss is taken from its own "
-        "logits, which exist whole for each micro-batch (tokens × vocabulary × 4 bytes, several times over).",
-        stacklevel=2,
-    )
-
-    def logits(input_ids: Tensor) -> Tensor:
-        with _unpacked():
-            return causal(input_ids=input_ids, use_cache=False).logits
-
-    return logits, lambda logits_CV: logits_CV
-
-
-@contextmanager
-def _unpacked() -> Iterator[None]:
-    """Spare the look at whether positions begin anew within a sequence, for which a GPU is waited for.
-
-    transformers does so in every forward pass without an attention mask. Here positions are the model's own, from 0.
-    """
-    from transformers import masking_utils  # no sooner: it takes seconds, and the loss alone needs none of it
-
-    look = getattr(masking_utils, "find_packed_sequence_indices", None)
-    if look is None:  # a version that does not look
-        yield
-        return
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = look
-
-
-@torch.no_grad()
-def _agrees(causal: Any, states: States, head: Head) -> bool:
-    ids = torch.arange(8, device=next(causal.parameters()).device)[None]
-    was_training = causal.training
-    causal.eval()
-    expected = causal(input_ids=ids, use_cache=False).logits[0].float()
-    try:
-        found = head(states(ids)[0]).float()
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    finally:
-        causal.train(was_training)
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.02, atol=0.02)
+        Raises:
+            UserError: A term's value is no scalar.
+        """
+        language = batch.language
+        total = batch.hidden.new_zeros((), dtype=torch.float32) if language is None else language.weighted
+        values: dict[str, Tensor] = {}
+        for term in self.terms():
+            weight = term.weight_at(batch.fraction)
+            if weight == 0 and not term.measured_at_zero:
+                continue
+            with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+                value = term.value(batch)
+            if not (isinstance(value, Tensor) and value.ndim == 0):
+                found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise UserError(f"the value of the loss term {term.name} is {found}; return a scalar tensor.")
+            values[term.name] = value.detach()
+            if weight != 0 and not isinstance(term, LanguageTerm):
+                total = total + weight * value
+        return total, {TOTAL: total.detach(), **values}

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file
 from leap_pl.inputs.plain_values import MOST_BYTES, plain, shown
-from leap_pl.inputs.records import MASK_FORMAT
+from leap_pl.inputs.records import MASK, MASK_FORMAT
 from leap_pl.inputs.register import note_input
 
 if TYPE_CHECKING:
@@ -246,11 +246,11 @@ class MaskSet:
 
         path = Path(path)
         if path.is_dir():
-            raise UserError(f"{path} is a folder, not a MaskSet file. Name {path}/mask.safetensors.")
+            raise UserError(f"{path} is a folder, not a MaskSet file. Name {path}/{MASK}.")
         if path.suffix == ".ckpt":
-            raise UserError(f"{path} is a checkpoint, not a MaskSet. Use --ckpt_path, or the run's mask.safetensors.")
+            raise UserError(f"{path} is a checkpoint, not a MaskSet. Use --ckpt_path, or the run's {MASK}.")
         if not path.is_file():
-            raise UserError(f"{path}: there is no such MaskSet file. Give the path of a mask.safetensors.")
+            raise UserError(f"{path}: there is no such MaskSet file. Give the path of a {MASK}.")
         note_input(path)
         try:
             with safe_open(path, framework="pt") as file:
@@ -347,7 +347,7 @@ def installed_versions() -> dict[str, str]:
 
 def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is a safetensors file but not a MaskSet. Give a mask.safetensors of leap_pl.")
+        raise UserError(f"{path} is a safetensors file but not a MaskSet. Give a {MASK} of leap_pl.")
     version = metadata.get("format_version", "")
     if version != str(FORMAT_VERSION):
         raise UserError(

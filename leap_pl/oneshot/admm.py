@@ -1,29 +1,11 @@
 """ADMM pruning and the update of kept weights for a given mask. Shapes: O outputs, I inputs."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from leap_pl.masks.patterns import Pattern, Unstructured, choose
 from leap_pl.oneshot.damping import Solution, with_damping
-
-
-@dataclass(frozen=True)
-class AdmmOptions:
-    """Settings of ADMM.
-
-    Attributes:
-        ridge: Pull towards the dense weights, as a part of the (unit) diagonal of the scaled Hessian.
-        rho: Weight of the constraint.
-        iterations: Iterations in all.
-        mask_iterations: The first so many choose the mask anew.
-    """
-
-    ridge: float = 0.1
-    rho: float = 1.0
-    iterations: int = 20
-    mask_iterations: int = 15
+from leap_pl.oneshot.options import AdmmOptions
 
 
 def admm_prune(weight_OI: Tensor, hessian_II: Tensor, pattern: Pattern, options: AdmmOptions | None = None) -> Solution:
@@ -51,19 +33,13 @@ def admm_prune(weight_OI: Tensor, hessian_II: Tensor, pattern: Pattern, options:
     options = options or AdmmOptions()
 
     def solve(ridge: float) -> tuple[Tensor, Tensor]:
-        problem = _Problem(weight_OI, hessian_II, None, ridge, options.rho)
+        problem = _Problem(weight_OI, hessian_II, ridge, options.rho)
         return problem.iterate(options.iterations, pattern, options.mask_iterations, None)
 
     return with_damping(solve, options.ridge)
 
 
-def admm_update(
-    weight_OI: Tensor,
-    hessian_II: Tensor,
-    mask_OI: Tensor,
-    options: AdmmOptions | None = None,
-    cross_II: Tensor | None = None,
-) -> Solution:
+def admm_update(weight_OI: Tensor, hessian_II: Tensor, mask_OI: Tensor, options: AdmmOptions | None = None) -> Solution:
     """Solve the kept weights of one matrix anew for a given mask: :func:`admm_prune` with the mask held.
 
     Args:
@@ -72,8 +48,6 @@ def admm_update(
             model.
         mask_OI: Bool, True where kept.
         options: Settings; None is the paper's.
-        cross_II: Sum (or mean, as ``hessian_II``) of d xᵀ, d the same inputs in the dense model: then the
-            target is the dense model's own output W d. None: it is W x.
 
     Returns:
         The new fp32 weights, the mask that was given, and the ridge used. Kept weights of inputs that are
@@ -85,7 +59,7 @@ def admm_update(
     options = options or AdmmOptions()
 
     def solve(ridge: float) -> tuple[Tensor, Tensor]:
-        problem = _Problem(weight_OI, hessian_II, cross_II, ridge, options.rho)
+        problem = _Problem(weight_OI, hessian_II, ridge, options.rho)
         return problem.iterate(options.iterations, None, 0, mask_OI)
 
     return with_damping(solve, options.ridge)
@@ -94,9 +68,7 @@ def admm_update(
 class _Problem:
     """One matrix's scaled least squares, its inverse at hand."""
 
-    def __init__(
-        self, weight_OI: Tensor, hessian_II: Tensor, cross_II: Tensor | None, ridge: float, rho: float
-    ) -> None:
+    def __init__(self, weight_OI: Tensor, hessian_II: Tensor, ridge: float, rho: float) -> None:
         self.dense_OI, self.rho = weight_OI.float(), rho
         scale_I = hessian_II.diagonal().float().clamp(min=0).sqrt()
         self.dead_I = scale_I == 0
@@ -105,8 +77,6 @@ class _Problem:
         scaled_II.diagonal().masked_fill_(self.dead_I, 1.0)
         self.start_OI = (self.dense_OI * self.scale_I).masked_fill_(self.dead_I, 0)
         self.target_OI = self.start_OI @ scaled_II
-        if cross_II is not None:
-            self.target_OI = (self.dense_OI @ cross_II.float() / self.scale_I).masked_fill_(self.dead_I, 0)
         self.target_OI += ridge * self.start_OI
         scaled_II.diagonal().add_(ridge + rho)
         self.inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(scaled_II))

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from leap_pl.base_model.backbone import split_model
 from leap_pl.errors import UserError, listing
-from leap_pl.losses.objective import Objective, language_losses, split_model
+from leap_pl.losses.language import language_losses
+from leap_pl.losses.objective import Objective
 from leap_pl.masks.patterns import ByRow
 from leap_pl.masks.top_k import exact_top_k
 from leap_pl.oneshot.inputs import Matrix, ProductWatch

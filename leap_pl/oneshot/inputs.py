@@ -72,7 +72,6 @@ class InputStatistics:
         count: Tokens so far.
         square: Σ x_j², fp32 (I,).
         gram: Σ x xᵀ, fp32 (I, I), or None.
-        cross: Σ d xᵀ (I, I) with d the same input in the dense model, or None.
         sample: Some tokens (N, I) of each batch, where there is no Hessian to measure the layer's error with.
     """
 
@@ -80,10 +79,9 @@ class InputStatistics:
     count: int = 0
     square: Tensor | None = None
     gram: Tensor | None = None
-    cross: Tensor | None = None
     sample: list[Tensor] = field(default_factory=list)
 
-    def add(self, inputs_NI: Tensor, *, sample: int, dense_NI: Tensor | None = None) -> None:
+    def add(self, inputs_NI: Tensor, *, sample: int) -> None:
         """Add tokens; keep ``sample`` of them, evenly spaced, where there is no Hessian."""
         inputs_NI = inputs_NI.float()
         square_I = inputs_NI.square().sum(0)
@@ -93,9 +91,10 @@ class InputStatistics:
             stride = max(inputs_NI.shape[0] // max(sample, 1), 1)
             self.sample.append(inputs_NI[::stride][:sample].clone())
             return
-        self.gram = _add_product(self.gram, inputs_NI, inputs_NI)
-        if dense_NI is not None:
-            self.cross = _add_product(self.cross, dense_NI.float(), inputs_NI)
+        if self.gram is None:
+            self.gram = inputs_NI.T @ inputs_NI
+        else:
+            self.gram.addmm_(inputs_NI.T, inputs_NI)
 
     @property
     def mean_square(self) -> Tensor:
@@ -116,12 +115,6 @@ class InputStatistics:
         if self.gram is not None:
             return max(float(((matrix_OI @ self.gram) * matrix_OI).sum()), 0.0)
         return sum(float((part_NI @ matrix_OI.T).square().sum()) for part_NI in self.sample)
-
-
-def _add_product(total_II: Tensor | None, left_NI: Tensor, right_NI: Tensor) -> Tensor:
-    if total_II is None:
-        return left_NI.T @ right_NI
-    return total_II.addmm_(left_NI.T, right_NI)
 
 
 Sink = Callable[[Matrix, Tensor, Tensor, int | None], None]

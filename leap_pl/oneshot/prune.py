@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,24 +15,16 @@ from leap_pl.base_model.weights import Weight, decoder_blocks, find_weights, mod
 from leap_pl.errors import UserError, listing
 from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions
 from leap_pl.masks.patterns import NM, Pattern, Unstructured
-from leap_pl.oneshot.admm import AdmmOptions, admm_prune, admm_update
 from leap_pl.oneshot.allocation import OwlOptions, owl_sparsities
 from leap_pl.oneshot.damping import NotSolvableError, Solution
 from leap_pl.oneshot.fisher import FisherOptions, fisher_allocation
 from leap_pl.oneshot.inputs import InputStatistics, Matrix
-from leap_pl.oneshot.magnitude import magnitude_mask
-from leap_pl.oneshot.sparsegpt import SparseGPTOptions, sparsegpt
-from leap_pl.oneshot.sparseswaps import sparseswaps_mask
+from leap_pl.oneshot.methods import DEFAULT, FALLBACK, METHODS, Method, method_named
+from leap_pl.oneshot.options import MethodOptions
 from leap_pl.oneshot.walk import Walk, WalkOptions
-from leap_pl.oneshot.wanda import wanda_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Method = Literal["magnitude", "wanda", "sparseswaps", "sparsegpt", "admm"]
-MethodOptions = SparseGPTOptions | AdmmOptions
-UPDATING = ("sparsegpt", "admm")  # methods that change kept weights
-HESSIAN = ("sparseswaps", *UPDATING)  # methods that see how inputs are correlated
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +53,12 @@ def prune(
     model: "PreTrainedModel",
     blocks_NT: Tensor | None,
     *,
-    method: Method = "wanda",
+    method: str = DEFAULT,
     pattern: Pattern | float = 0.5,
     layer_sparsity: Sequence[float] | None = None,
     owl: OwlOptions | None = None,
     fisher: FisherOptions | None = None,
     mask: MaskSet | None = None,
-    mask_target: Literal["layer", "dense"] = "layer",
     weights: Mapping[str, Weight] | None = None,
     options: MethodOptions | None = None,
     walk: WalkOptions | None = None,
@@ -83,20 +74,18 @@ def prune(
 
     Args:
         model: The dense base model, on one device, without gates.
-        blocks_NT: Calibration tokens, LongTensor[sequences, seq_length]; None (magnitude alone): no walk,
+        blocks_NT: Calibration tokens, LongTensor[sequences, seq_length]; None (methods that need no inputs): no walk,
             and no layer errors.
-        method: ``magnitude``, ``wanda``, ``sparseswaps``, ``sparsegpt`` or ``admm``.
+        method: Name of a method in :data:`leap_pl.oneshot.methods.METHODS`.
         pattern: ``Unstructured(sparsity)``, ``NM(n, m)``, or the sparsity alone.
         layer_sparsity: A sparsity for each decoder block instead.
         owl: Allocate the sparsity over the blocks by OWL, with these settings.
-        fisher: Allocate the sparsity over the matrices, and by Wanda and SparseSwaps over their rows, by Fisher
-            information, with these settings.
-        mask: (admm) Keep this mask, and solve the kept weights anew. ``pattern`` is not used.
-        mask_target: (with ``mask``) What the kept weights are fitted to: ``layer``, the dense layer's outputs
-            on the pruned path's inputs; ``dense``, the layer's outputs in the dense model. Experts of stacked
-            tensors are always fitted to ``layer``, since they see other tokens in the dense model.
+        fisher: Allocate the sparsity over the matrices, and by methods whose weights compete within a row over the
+            rows too, by Fisher information, with these settings.
+        mask: (methods that have ``solve_kept``) Keep this mask, and solve the kept weights anew, to fit the dense
+            layer's outputs on the pruned path's inputs. ``pattern`` is not used.
         weights: Which weights, as :func:`leap_pl.base_model.weights.find_weights` gives them; None: its default.
-        options: Settings of SparseGPT or ADMM.
+        options: Settings of the method, of its own class; None: the defaults.
         walk: Batch size and device.
         update: Write masked or updated weights into ``model``. False: ``model`` is bit-identical afterwards.
         base_model: Name of the model for the MaskSet; None: what its config says.
@@ -113,6 +102,7 @@ def prune(
     started = time.monotonic()
     pattern = Unstructured(pattern) if isinstance(pattern, float) else pattern
     weights = dict(weights) if weights is not None else find_weights(model)
+    asked = method_named(method)
     allocation = {"--layer_sparsity": layer_sparsity, "--owl": owl, "--fisher": fisher}
     _check(method, blocks_NT, pattern, [flag for flag, value in allocation.items() if value is not None], mask, options)
     if blocks_NT is not None:
@@ -131,8 +121,8 @@ def prune(
     config: dict[str, Any] = {"pattern": str(pattern)}
     if blocks_NT is not None:
         config |= {"sequences": blocks_NT.shape[0], "seq_length": blocks_NT.shape[1]}
-    if method in UPDATING:
-        options = options or (SparseGPTOptions() if method == "sparsegpt" else AdmmOptions())
+    if asked.settings is not None:
+        options = options or asked.settings()
         config |= asdict(options)
 
     if owl is not None:
@@ -158,17 +148,17 @@ def prune(
         config["fisher"] = asdict(fisher)
         logger.info("Fisher allocation: %s", ", ".join(f"{n} {p.sparsity:.4f}" for n, p in patterns.items()))
 
-    run = _Run(method, pattern, patterns, options, mask, update, weights)
+    run = _Run(asked, pattern, patterns, options, mask, update, weights)
     if blocks_NT is None:
         with torch.no_grad():
             for block in bar(matrices, progress):
                 run.block(block, {})
     else:
         walk = replace(walk or WalkOptions(), keep=not update)
-        with Walk(model, blocks_NT, walk, dense=mask is not None and mask_target == "dense") as pruned_walk:
+        with Walk(model, blocks_NT, walk) as pruned_walk:
             shown = bar(pruned_walk, progress)
             for index in shown:
-                statistics = pruned_walk.observe(index, matrices[index], gram=method in HESSIAN)
+                statistics = pruned_walk.observe(index, matrices[index], gram=asked.needs == "gram")
                 touched = {} if update else {m.weight.name: m.weight.parameter for m in matrices[index]}
                 saved = [(parameter, parameter.data) for parameter in touched.values()]
                 for parameter, dense in saved:
@@ -182,15 +172,16 @@ def prune(
                         parameter.data = dense
     if run.unseen:
         logger.warning(
-            "No calibration token reached %s: pruned by magnitude. More sequences may reach them.",
+            "No calibration token reached %s: pruned by %s. More sequences may reach them.",
             listing(run.unseen, 6),
+            FALLBACK,
         )
     if patterns is not None:
         total = sum(m.numel() for m in run.masks.values())
         kept = sum(int(m.sum()) for m in run.masks.values())
         provenance = replace(provenance, sparsity=round(1 - kept / total, 6))
     if mask is not None:
-        update_config = {"method": method, "target": mask_target, **config}
+        update_config = {"method": method, "target": "layer", **config}
         update_config.pop("pattern")
         masks = mask.with_provenance(config={**mask.provenance.config, "weight_update": update_config})
     else:
@@ -234,7 +225,7 @@ class _Run:
             if found is None and not self.update:
                 continue
             place_OI = matrix.view(matrix.weight.parameter)
-            if self.method in UPDATING and found is not None:
+            if solution.weight is not dense_OI:
                 place_OI.copy_(solution.weight)
             # Zeros by assignment: kept weights of a method that changes none keep every bit.
             place_OI.masked_fill_(~solution.mask, 0)
@@ -246,31 +237,23 @@ class _Run:
 
     def _solve(self, matrix: Matrix, dense_OI: Tensor, found: InputStatistics | None, pattern: Pattern) -> Solution:
         given_OI = None if self.mask is None else matrix.view(self.mask.masks[matrix.weight.name]).to(dense_OI.device)
-        if found is None and self.method != "magnitude":
+        unseen = found is None and self.method.needs is not None
+        if unseen:
             self.unseen.append(matrix.name)
-        if given_OI is not None and found is None:
-            return Solution(dense_OI, given_OI, 0.0)
-        if self.method == "magnitude" or found is None:
-            return Solution(dense_OI, magnitude_mask(dense_OI, pattern), 0.0)
-        if self.method == "wanda":
-            return Solution(dense_OI, wanda_mask(dense_OI, found.mean_square, pattern), 0.0)
-        assert found.gram is not None
-        if self.method == "sparseswaps":
-            return Solution(dense_OI, sparseswaps_mask(dense_OI, found.gram, pattern), 0.0)
+            if given_OI is not None:
+                return Solution(dense_OI, given_OI, 0.0)
+        method, options = (METHODS[FALLBACK], None) if unseen else (self.method, self.options)
+        inputs = () if method.needs is None else (getattr(found, method.needs),)
+        settings = () if options is None else (options,)
+        solve = method.function(kept=given_OI is not None)
         try:
-            if isinstance(self.options, SparseGPTOptions):
-                solution, asked = sparsegpt(dense_OI, found.gram, pattern, self.options), self.options.damping
-            else:
-                assert isinstance(self.options, AdmmOptions)
-                asked = self.options.ridge
-                if given_OI is not None:
-                    solution = admm_update(dense_OI, found.gram, given_OI, self.options, found.cross)
-                else:
-                    solution = admm_prune(dense_OI, found.gram, pattern, self.options)
+            answer = solve(dense_OI, *inputs, pattern if given_OI is None else given_OI, *settings)
         except NotSolvableError as error:
             raise UserError(
-                f"{matrix.name}: {error}. Its calibration inputs are too extreme; prune it with --method wanda."
+                f"{matrix.name}: {error}. Its calibration inputs are too extreme; prune it with --method {DEFAULT}."
             ) from error
+        solution: Solution = answer if method.updates else Solution(dense_OI, answer, 0.0)
+        asked = 0.0 if options is None else options.damping
         if solution.damping != asked:
             self.dampings[matrix.name] = solution.damping
             logger.warning("%s: damping %g failed, %g was used.", matrix.name, asked, solution.damping)
@@ -278,29 +261,30 @@ class _Run:
 
 
 def _check(
-    method: Method,
+    name: str,
     blocks_NT: Tensor | None,
     pattern: Pattern,
     allocation: Sequence[str],
     mask: MaskSet | None,
     options: MethodOptions | None,
 ) -> None:
-    reading = [name for flag, name in (("--owl", "OWL"), ("--fisher", "Fisher allocation")) if flag in allocation]
-    if blocks_NT is None and (method != "magnitude" or reading):
-        raise UserError(f"{reading[0] if reading else method} needs calibration text. Give --text.")
+    method = METHODS[name]
+    reading = [what for flag, what in (("--owl", "OWL"), ("--fisher", "Fisher allocation")) if flag in allocation]
+    if blocks_NT is None and (method.needs is not None or reading):
+        raise UserError(f"{reading[0] if reading else name} needs calibration text. Give --text.")
     if blocks_NT is not None and (blocks_NT.ndim != 2 or not blocks_NT.numel()):
         raise UserError(f"calibration tokens are {list(blocks_NT.shape)}, not [sequences, seq_length].")
     if len(allocation) > 1:
         raise UserError(f"Can't provide both {allocation[0]} and {allocation[1]}. Choose one.")
     if isinstance(pattern, NM) and allocation:
         raise UserError(f"pattern {pattern} has one sparsity everywhere: leave out --pattern, or {allocation[0]}.")
-    if mask is not None and method != "admm":
-        raise UserError(f"--mask keeps a mask and solves its weights anew, by --method admm and not {method}.")
+    if mask is not None and method.solve_kept is None:
+        able = listing([other for other, row in METHODS.items() if row.solve_kept is not None])
+        raise UserError(f"--mask keeps a mask and solves its weights anew, by --method {able} and not {name}.")
     if mask is not None and allocation:
         raise UserError(f"Can't provide both --mask and {allocation[0]}. Choose one.")
-    wanted = {"sparsegpt": SparseGPTOptions, "admm": AdmmOptions}.get(method)
-    if options is not None and (wanted is None or not isinstance(options, wanted)):
-        raise ValueError(f"method {method} does not take {type(options).__name__}")
+    if options is not None and (method.settings is None or not isinstance(options, method.settings)):
+        raise ValueError(f"method {name} does not take {type(options).__name__}")
 
 
 def by_block(model: "PreTrainedModel", weights: Mapping[str, Weight]) -> list[list[Matrix]]:

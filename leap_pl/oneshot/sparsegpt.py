@@ -1,26 +1,11 @@
 """SparseGPT: optimal brain surgeon, column by column. Shapes: O outputs, I inputs, B columns of a block."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from leap_pl.masks.patterns import NM, Pattern, Unstructured, choose, keep_highest
 from leap_pl.oneshot.damping import Solution, with_damping
-
-
-@dataclass(frozen=True)
-class SparseGPTOptions:
-    """Settings of SparseGPT.
-
-    Attributes:
-        damping: Added to the Hessian's diagonal, as a part of the diagonal's mean.
-        block_size: Columns whose mask is chosen together, and after which the update of the columns to
-            the right is done in one product. For N:M it is rounded down to whole groups.
-    """
-
-    damping: float = 0.01
-    block_size: int = 128
+from leap_pl.oneshot.options import SparseGPTOptions
 
 
 def sparsegpt(

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from leap_pl.base_model.weights import decoder_blocks
 from leap_pl.errors import UserError
 from leap_pl.oneshot.inputs import ERROR_TOKENS, InputStatistics, Matrix, ProductWatch
+from leap_pl.oneshot.methods import FALLBACK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,16 +90,13 @@ class Walk:
     hidden states into the block's outputs, once its weights are what its successors shall see.
     """
 
-    def __init__(
-        self, model: "PreTrainedModel", tokens_NT: Tensor, options: WalkOptions | None = None, *, dense: bool = False
-    ) -> None:
+    def __init__(self, model: "PreTrainedModel", tokens_NT: Tensor, options: WalkOptions | None = None) -> None:
         """Walk ``model`` over ``tokens_NT``.
 
         Args:
             model: A causal language model, on one device.
             tokens_NT: Calibration tokens, LongTensor.
             options: Settings.
-            dense: Also walk the dense model alongside, for :meth:`observe`'s cross products.
         """
         self.model, self.options = model, options or WalkOptions()
         self.prefix, self.blocks = decoder_blocks(model)
@@ -107,7 +105,6 @@ class Walk:
         self.storage = torch.device("cpu") if self.options.offload else self.device
         self.batches = list(tokens_NT.split(self.options.batch_size))
         self.states: list[Tensor] = []
-        self.dense_states: list[Tensor] | None = [] if dense else None
         self._calls: list[dict[int, _Call]] = [{} for _ in self.blocks]
         self._exit = ExitStack()
 
@@ -144,9 +141,6 @@ class Walk:
     ) -> dict[str, InputStatistics]:
         """Run block ``index`` as it is now and sum up the inputs of ``matrices``.
 
-        With a dense walk alongside, its hidden states advance, through the block as it is now: call this
-        before the block's weights change, and once.
-
         Args:
             index: Which block.
             matrices: Its matrices.
@@ -163,10 +157,6 @@ class Walk:
         collector = _Collector(gram, -(-ERROR_TOKENS // len(self.batches)))
         watch = ProductWatch(matrices, collector)
         for number in range(len(self.batches)):
-            if self.dense_states is not None:
-                with ProductWatch(matrices, collector.see_dense):
-                    dense_BTD = self._call(index, number, self.dense_states[number])
-                self.dense_states[number] = dense_BTD.to(self.storage)
             with watch:
                 output_BTD = self._call(index, number, self.states[number])
             if advance:
@@ -178,7 +168,7 @@ class Walk:
             if matrix.weight.name not in seen:
                 raise UserError(
                     f"{matrix.weight.name}: no product of inputs with it was seen while its block ran, so it cannot be "
-                    "calibrated. Leave it out with --ignore, or prune it with --method magnitude."
+                    f"calibrated. Leave it out with --ignore, or prune it with --method {FALLBACK}."
                 )
             if statistics is not None and not statistics.finite():
                 raise UserError(
@@ -220,8 +210,6 @@ class Walk:
             self.states.append(calls[0].hidden.to(self.storage))
             if number in full:
                 heard.append(calls)
-        if self.dense_states is not None:
-            self.dense_states.extend(self.states)
         for index in range(len(self.blocks)):
             first, last = heard[0][index], heard[-1][index]
             _check_same(f"{self.prefix}.{index}", first, last)
@@ -265,7 +253,6 @@ class _Collector:
         self.gram, self.sample = gram, sample
         self.found: dict[str, InputStatistics] = {}
         self.seen: list[tuple[Tensor, InputStatistics]] = []
-        self.dense: dict[str, Tensor] = {}
 
     def __call__(self, matrix: Matrix, inputs: Tensor, *output: Any) -> None:
         if inputs.numel() == 0:
@@ -278,18 +265,11 @@ class _Collector:
         statistics = own or InputStatistics(self.gram)
         self.found[matrix.name] = statistics
         self.seen.append((inputs, statistics))
-        dense_NI = self.dense.get(matrix.name) if matrix.expert is None else None
-        statistics.add(inputs.reshape(-1, inputs.shape[-1]), sample=self.sample, dense_NI=dense_NI)
-
-    def see_dense(self, matrix: Matrix, inputs: Tensor, *output: Any) -> None:
-        # The tokens of an expert differ between the dense and the pruned model: there is no pairing them.
-        if matrix.expert is None:
-            self.dense[matrix.name] = inputs.reshape(-1, inputs.shape[-1])
+        statistics.add(inputs.reshape(-1, inputs.shape[-1]), sample=self.sample)
 
     def end_batch(self) -> None:
         """Let go of the tensors by whose identity sharing is found."""
         self.seen.clear()
-        self.dense.clear()
 
 
 def _tensors(module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
@@ -314,7 +294,7 @@ def _check_same(block: str, first: _Call, last: _Call) -> None:
     if not same:
         raise UserError(
             f"{block} is given arguments that depend on the tokens, besides its hidden states. leap_pl cannot "
-            "walk such a model block by block; magnitude pruning needs no walk."
+            f"walk such a model block by block; {FALLBACK} pruning needs no walk."
         )
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from leap_pl.base_model.loading import longest_sequence
+from leap_pl.base_model.loading import check_sequence_length
 from leap_pl.base_model.weights import Weight, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.escape import terminal
@@ -22,10 +22,9 @@ from leap_pl.files import atomic_file
 from leap_pl.inputs.register import release_input
 from leap_pl.masks import MaskSet
 from leap_pl.masks.patterns import Pattern, Unstructured
-from leap_pl.oneshot.admm import AdmmOptions
 from leap_pl.oneshot.fisher import FisherOptions
-from leap_pl.oneshot.prune import Method, prune
-from leap_pl.oneshot.sparsegpt import SparseGPTOptions
+from leap_pl.oneshot.methods import method_named
+from leap_pl.oneshot.prune import prune
 from leap_pl.oneshot.walk import WalkOptions
 from leap_pl.prior import grading
 
@@ -55,7 +54,7 @@ class CalibrationData(Protocol):
 def one_shot_prior(
     model: "PreTrainedModel",
     weights: Mapping[str, Weight],
-    method: Method,
+    method: str,
     sparsity: float | Pattern,
     *,
     base_model: str,
@@ -76,10 +75,10 @@ def one_shot_prior(
     Args:
         model: Dense base model without gates.
         weights: Weights to prune.
-        method: ``magnitude``, ``wanda``, ``sparseswaps``, ``sparsegpt`` or ``admm``.
+        method: Name of a method in :data:`leap_pl.oneshot.methods.METHODS`.
         sparsity: Target sparsity, or a pattern.
         base_model: Name of the base model, for the MaskSet.
-        data: Calibration text; magnitude needs none, unless ``fisher`` is given.
+        data: Calibration text; a method that needs no inputs reads none, unless ``fisher`` is given.
         sequences: Number of the stream's blocks to calibrate on.
         fisher: Options to allocate the sparsity over the matrices by Fisher information; None for a uniform sparsity.
         cache_dir: Folder of the cache; None disables it.
@@ -91,13 +90,13 @@ def one_shot_prior(
         UserError: If the text cannot be read, or pruning fails (see :func:`leap_pl.oneshot.prune.prune`).
     """
     pattern = Unstructured(sparsity) if isinstance(sparsity, float | int) else sparsity
-    calibration = data if method != "magnitude" or fisher is not None else None
-    settings = {"sparsegpt": asdict(SparseGPTOptions()), "admm": asdict(AdmmOptions())}.get(method, {})
+    asked = method_named(method)
+    calibration = data if asked.needs is not None or fisher is not None else None
     tokens_NT = None if calibration is None else _tokens(model, base_model, calibration, sequences)
     key = {
         **_key(model, weights, tokens_NT),
         "method": method,
-        "settings": settings,
+        "settings": {} if asked.settings is None else asdict(asked.settings()),
         "pattern": [type(pattern).__name__, *asdict(pattern).values()],
     }
     if fisher is not None:
@@ -257,9 +256,5 @@ def _digest_of_squares(squares: Mapping[str, Tensor]) -> str:
 
 
 def _tokens(model: "PreTrainedModel", base_model: str, data: CalibrationData, sequences: int) -> Tensor:
-    longest = longest_sequence(model.config)
-    if longest is not None and data.stream.seq_length > longest:
-        raise UserError(
-            f"seq_length is {data.stream.seq_length}, and {base_model} supports at most {longest} tokens. Lower it."
-        )
+    check_sequence_length(model.config, data.stream.seq_length, base_model, "seq_length")
     return torch.tensor([list(block.tokens) for block in islice(data.stream.blocks(), sequences)])

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import InitVar, asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,14 +10,18 @@ from leap_pl.distributed.strategy import RankZero
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.masks.mask_set import MaskSet, pack, unpack
+from leap_pl.oneshot.methods import DEFAULT, FALLBACK, METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from leap_pl.base_model.weights import Weight
-    from leap_pl.data import TextDataModule
     from leap_pl.gates import Gates
     from leap_pl.masks.patterns import Pattern
+    from leap_pl.prior.cache import CalibrationData
+
+
+NO_METHOD = "none"  # logits that lean nowhere
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,9 @@ class Prior:
     """Which mask the logits lean towards at the start.
 
     Attributes:
-        method: ``wanda`` (the paper's), ``magnitude``, ``sparseswaps``, ``sparsegpt`` or ``admm``: made at the
-            target sparsity, and in the form that the gates want (unstructured, n:m or both), from the run's own
-            calibration text. ``none``: no lean at all.
+        method: Name of a one-shot method, which ``leap_pl prune --help`` lists; ``wanda`` is the paper's. The mask is
+            made at the target sparsity, and in the form that the gates want (unstructured, n:m or both), from the
+            run's own calibration text. ``none``: no lean at all.
         mask: A MaskSet file instead of a method.
         graded: (BernoulliGate) Let each logit lean the farther, the surer Wanda is of its weight, whatever the
             method of the mask: by its score's distance from the cut instead of ±1
@@ -43,7 +47,7 @@ class Prior:
         cache_dir: Where masks made from a method are kept for the next run on the same model and text.
     """
 
-    method: Literal["wanda", "magnitude", "sparseswaps", "sparsegpt", "admm", "none"] = "wanda"
+    method: str = DEFAULT
     mask: str | None = None
     graded: bool = False
     fisher: float | None = None
@@ -62,15 +66,17 @@ class Prior:
                 )
             object.__setattr__(self, "masks", masks)
         if "prior" in (self.masks or {}):
-            raise ValueError("prior.masks is for what there is beside prior.mask. Give the prior itself as prior.mask.")
+            raise ValueError("prior.masks is for masks in addition to prior.mask. Give the prior itself as prior.mask.")
+        if self.method not in (*METHODS, NO_METHOD):
+            raise ValueError(f"prior.method is {self.method!r}; give one of {', '.join((*METHODS, NO_METHOD))}.")
         if self.sequences < 1:
             raise ValueError(f"prior.sequences is {self.sequences}; it takes at least 1 to calibrate on.")
-        if self.graded and self.method == "none" and self.mask is None:
+        if self.graded and self.method == NO_METHOD and self.mask is None:
             raise ValueError("prior.graded grades a mask, and prior.method is none. Leave one of them out.")
         if self.fisher is not None and not 0 < self.fisher <= 1:
             raise ValueError(f"prior.fisher is {self.fisher:g}; give a number above 0 and at most 1, or leave it out.")
         check_numbers(asdict(self), "model.prior.", "prior.")
-        if self.fisher is not None and (self.method == "none" or self.mask is not None):
+        if self.fisher is not None and (self.method == NO_METHOD or self.mask is not None):
             given = "prior.method is none" if self.mask is None else "prior.mask is given"
             raise ValueError(
                 f"prior.fisher allocates the sparsity of prior.method, and {given}. Leave one of them out."
@@ -115,9 +121,9 @@ class Prior:
             if file is not None:
                 masks[form] = MaskSet.load(file)
                 masks[form].check(model, weights)
-            elif self.method != "none":
+            elif self.method != NO_METHOD:
                 fisher = allocation if form == "prior" else None
-                if self.method != "magnitude" or fisher is not None:
+                if METHODS[self.method].needs is not None or fisher is not None:
                     calibration.check(f"prior.method {self.method}" if fisher is None else "prior.fisher")
                 masks[form] = one_shot_prior(
                     model, weights, self.method, pattern, fisher=fisher, **vars(calibration), **self._kept()
@@ -155,7 +161,7 @@ class Calibration:
     """
 
     base_model: str
-    data: "TextDataModule | None"
+    data: "CalibrationData | None"
     device: torch.device
     progress: bool = True
 
@@ -168,7 +174,7 @@ class Calibration:
         if self.data is None:
             raise UserError(
                 f"{what} needs calibration text and there is no data module. "
-                "Give fit a TextDataModule, or take the prior 'magnitude' or a MaskSet file, without grades."
+                f"Give fit a TextDataModule, or take the prior {FALLBACK!r} or a MaskSet file, without grades."
             )
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from leap_pl.errors import UserError, listing
 from leap_pl.masks import MaskSet
-from leap_pl.prior import Prior
+from leap_pl.prior.settings import NO_METHOD, Prior
 
 DIGESTS = "prior_digests"  # key in a checkpoint's settings
 
@@ -44,7 +44,7 @@ def started_prior(
     """
     digests = stored.get(DIGESTS)
     if not isinstance(digests, dict):
-        if isinstance(stored.get("prior"), dict) and stored["prior"].get("method") != "none":
+        if isinstance(stored.get("prior"), dict) and stored["prior"].get("method") != NO_METHOD:
             _warn_unavailable("the checkpoint is of a version that stored no digest of it")
         return {}
     wanted = {form: digests[form] for form in forms if form in digests}

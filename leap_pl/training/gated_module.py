@@ -10,7 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from leap_pl.base_model.loading import Dtype, fast_dtype, load_model, longest_sequence
+from leap_pl.base_model.backbone import split_model
+from leap_pl.base_model.loading import Dtype, check_sequence_length, fast_dtype, load_model
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
 from leap_pl.checkpoints import layout as checkpoints
@@ -28,13 +29,10 @@ from leap_pl.distributed.strategy import (
     shard,
     sharding_mesh,
 )
-from leap_pl.errors import UserError
 from leap_pl.gates import Gate, Gates, GateState, attach
-from leap_pl.losses.objective import split_model
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior, make_and_share
 from leap_pl.prior.started_prior import DIGESTS, started_prior
 from leap_pl.training import finite, run_settings
-from leap_pl.training.allocator import keep_freed_memory
 from leap_pl.training.live_settings import live_settings
 from leap_pl.training.validation import Validation
 
@@ -132,7 +130,6 @@ class GatedModule(L.LightningModule):
         """Load the base model, make the prior, put the gates on. Does nothing the second time."""
         if self.model is not None:
             return
-        keep_freed_memory()
         self.mesh = sharding_mesh(self._trainer)
         dtype = self.dtype_name
         if dtype == "auto":  # measured, so that two ranks may find differently
@@ -246,14 +243,10 @@ class GatedModule(L.LightningModule):
     def _device_of_run(self) -> torch.device:
         return self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
 
-    def _check_length(self, model: nn.Module) -> None:
-        data = getattr(self._trainer, "datamodule", None)
-        asked, longest = getattr(data, "seq_length", None), longest_sequence(model.config)
-        if asked and longest and asked > longest:
-            raise UserError(
-                f"data.seq_length is {asked} and {self.base_model} has positions for {longest} tokens. "
-                f"Set --data.seq_length {longest} or less."
-            )
+    def _check_length(self, model: "PreTrainedModel") -> None:
+        asked = getattr(getattr(self._trainer, "datamodule", None), "seq_length", None)
+        if asked:
+            check_sequence_length(model.config, asked, self.base_model, "data.seq_length")
 
     def _check_vocabulary(self, model: "PreTrainedModel") -> None:
         data = getattr(self._trainer, "datamodule", None)

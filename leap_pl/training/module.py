@@ -23,14 +23,21 @@ from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, Gate, GateState
 from leap_pl.gates.gate import Mode
 from leap_pl.inputs.ranges import check_numbers
-from leap_pl.losses.objective import Objective, budget_groups, kept_norm, language_losses, sparsity_budget
+from leap_pl.losses.objective import Objective
+from leap_pl.losses.term import MicroBatch
 from leap_pl.prior import Prior
 from leap_pl.training import finite
 from leap_pl.training.clipping import clip_by_norm
-from leap_pl.training.denormals import flush_denormals
 from leap_pl.training.gated_module import GatedModule
 from leap_pl.training.optimizers import check_rounding, check_settings
-from leap_pl.training.run_settings import describe_optimizer, describe_scheduler, find_classes, read_settings
+from leap_pl.training.run_settings import (
+    describe_objective,
+    describe_optimizer,
+    describe_scheduler,
+    find_classes,
+    read_settings,
+    take_terms,
+)
 from leap_pl.training.schedules import Annealing, warmup_cosine
 from leap_pl.training.validation import described
 
@@ -125,7 +132,7 @@ class LeapModule(GatedModule):
         self.objective = Objective(**objective) if isinstance(objective, dict) else objective
         self.annealing = Annealing.of(annealing) if isinstance(annealing, dict) else annealing
         self.make_optimizer, self.make_scheduler, self.warmup_steps = optimizer, lr_scheduler, int(warmup_steps)
-        self.hparams.update(objective=asdict(self.objective), prior=asdict(prior), ignore=self.ignore)
+        self.hparams.update(objective=describe_objective(self.objective), prior=asdict(prior), ignore=self.ignore)
         self.hparams.update(annealing=asdict(self.annealing))
         self.hparams.update(sparsity=self.sparsity, warmup_steps=self.warmup_steps)
         self.terms: dict[str, Tensor] = {}
@@ -160,12 +167,13 @@ class LeapModule(GatedModule):
         checkpoint = load_checkpoint(checkpoint_path)
         stored = read_settings(read_identity(checkpoint, checkpoint_path), checkpoint, str(checkpoint_path))
         classes, refused = find_classes(stored, str(checkpoint_path))
+        refused |= take_terms(stored, str(checkpoint_path), lambda kind, arguments: kind(**arguments))
         known = {name: value for name, value in stored.items() if name.startswith("model.") and name not in refused}
         known |= {name: partial(kind, **arguments) for name, (kind, arguments) in classes.items()}
-        module = cls(**{name.removeprefix("model."): value for name, value in known.items()} | settings)
         for name, error in refused.items():
-            if name.removeprefix("model.") not in settings:
+            if name.split(".")[1] not in settings:
                 raise error
+        module = cls(**{name.removeprefix("model."): value for name, value in known.items()} | settings)
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
@@ -179,16 +187,16 @@ class LeapModule(GatedModule):
             _check_trainer(self.trainer)
             check_rounding(self._optimizer_of([nn.Parameter(torch.zeros(1, 1))]), self.logits_dtype)
         super().configure_model()
-        layers = {name: weight.layer for name, weight in self.weights.items()}
-        self.groups = budget_groups(layers, self.objective.budget_scope)
 
     def settings(self) -> dict[str, Any]:
         """What a mask's provenance tells of how it was learned: plain values."""
-        return {"objective": asdict(self.objective), "annealing": asdict(self.annealing)} | super().settings()
+        told = {"objective": describe_objective(self.objective), "annealing": asdict(self.annealing)}
+        return told | super().settings()
 
     def learned_with(self) -> Settings:
         """See :meth:`.GatedModule.learned_with`."""
-        told: Settings = {"model.objective": asdict(self.objective), "model.annealing": asdict(self.annealing)}
+        told: Settings = {"model.objective": describe_objective(self.objective)}
+        told["model.annealing"] = asdict(self.annealing)
         told["model.warmup_steps"] = self.warmup_steps
         optimizer = self._optimizer_of([nn.Parameter(torch.zeros(1, 1, dtype=self.logits_dtype))])
         told["model.optimizer"] = describe_optimizer(optimizer, getattr(self.make_optimizer, "keywords", {}))
@@ -197,15 +205,6 @@ class LeapModule(GatedModule):
             given = getattr(self.make_scheduler, "keywords", {})
             told["model.lr_scheduler"] = describe_scheduler(self.make_scheduler(optimizer), given)
         return super().learned_with() | taken(told)
-
-    def on_fit_start(self) -> None:
-        """Nearly shut gates make denormal numbers, and those make some processors slow: they are taken for 0."""
-        flush_denormals()
-
-    def teardown(self, stage: str) -> None:
-        """Denormal numbers are numbers again."""
-        if stage == "fit":
-            flush_denormals(False)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up a checkpoint as :class:`.GatedModule` does, and outside of a fit the place of α and τ in its run."""
@@ -223,13 +222,19 @@ class LeapModule(GatedModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch; ``batch["input_ids"]`` is (B, L) tokens."""
+        input_ids, fraction = batch["input_ids"], self.global_step / self.trainer.max_steps
         windows = self.trainer.accumulate_grad_batches
         self.state.step = self.global_step
-        self._harden(self.global_step / self.trainer.max_steps)
+        self._harden(fraction)
         rank, ranks = data_rank(self.trainer)
         self.state.micro_batch = (batch_idx % windows) * ranks + rank
+        teacher = None
+        if self.objective.needs_teacher(fraction):
+            with torch.no_grad(), self.state.passing("dense"):
+                teacher = self._hidden(input_ids)
         self.gates.clear()
-        loss, lm, kl = self._language_losses(batch["input_ids"])
+        hidden, targets = self._hidden(input_ids), input_ids[:, 1:].reshape(-1)
+        language = self.objective.language(hidden, targets, self.head, teacher)
         for name in self.gates.unused:  # experts that no token was routed to
             if self.mesh is not None:
                 raise UserError(
@@ -237,25 +242,40 @@ class LeapModule(GatedModule):
                     "Leave it out with --model.ignore, or use --trainer.strategy ddp."
                 )
             self.gates[name](self.weights[name].parameter)
-        budget = sparsity_budget(self.gates.kept, self.sizes, 1 - self.sparsity, self.groups)
-        norm = kept_norm(self.gates.energy.values(), self.dense_norm)
-        fading = 1 - self.global_step / self.trainer.max_steps
-        loss = loss + self.objective.budget * budget - self.objective.weight * fading * norm
-        self.terms = {"loss": loss.detach(), "lm": lm, "distillation": kl, "budget": budget.detach()}
-        self.terms["kept_norm"] = norm.detach()
+        passed = MicroBatch(
+            input_ids=input_ids,
+            hidden=hidden,
+            targets=targets,
+            teacher=teacher,
+            head=self.head,
+            language=language,
+            gates=self.gates,
+            kept=self.gates.kept,
+            energy=self.gates.energy,
+            sizes=self.sizes,
+            layers={name: weight.layer for name, weight in self.weights.items()},
+            density=1 - self.sparsity,
+            dense_norm=self.dense_norm,
+            fraction=fraction,
+        )
+        loss, self.terms = self.objective.loss(passed)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         if not self.looks_later:
             self.check_finite()
         return loss
 
-    def _language_losses(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        targets = input_ids[:, 1:].reshape(-1)
-        teacher = None
-        if self.objective.distillation:
-            with torch.no_grad(), self.state.passing("dense"):
-                teacher = self.states(input_ids)[:, :-1].flatten(0, 1)
-        hidden = self.states(input_ids)[:, :-1].flatten(0, 1)
-        return language_losses(hidden, targets, self.head, self.objective, teacher)
+    def _hidden(self, input_ids: Tensor) -> Tensor:
+        """Return the last hidden states of the tokens that have a next one, (T, D)."""
+        return self.states(input_ids)[:, :-1].flatten(0, 1)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Check the gradient norms of ``trainer.log_every_n_steps`` steps, unless a callback has already.
+
+        Raises:
+            NonFiniteError: If a norm or a term of the loss is infinite or NaN.
+        """
+        if self.norms and len(self.norms) >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self.check_finite()
 
     def mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
         """The mean of each value over the ranks of the run, every one of which makes this call."""

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from leap_pl.distributed.shards import Ranks, own_part
 from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import check_numbers
-from leap_pl.kernels.compiled import compiled
+from leap_pl.kernels.compiled import compiled, rows
 from leap_pl.kernels.noise import columns, element_bits, noise_keys
 
 RATIO_BITS = 7
@@ -134,10 +134,10 @@ class PackedAdamW(torch.optim.Optimizer):
         # Each shard has numbers of its own; ranks that hold the whole parameter have the same.
         keys = noise_keys(group["seed"], step, Ranks.of([parameter]).rank, f"rounding {place}")
         moved_RC, moments_RC = packed_step(
-            _rows(part),
-            _rows(grad),
-            _rows(moments),
-            columns(_rows(part).shape[1], part.device),
+            rows(part),
+            rows(grad),
+            rows(moments),
+            columns(rows(part).shape[1], part.device),
             torch.tensor(keys[0], dtype=torch.int32),
             torch.tensor(keys[1], dtype=torch.int32),
             *(torch.tensor(number, dtype=torch.float32) for number in numbers),
@@ -293,8 +293,3 @@ def _no_moments(parameter: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(
         zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """In two dimensions, and no view: of a view, its base's shape would be compiled in."""
-    return tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1).data

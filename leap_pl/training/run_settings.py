@@ -3,8 +3,8 @@
 What they are, and which of them a resumed run takes and compares, is the table of :mod:`leap_pl.checkpoints.settings`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,8 +16,10 @@ from leap_pl.checkpoints.identity import Identity
 from leap_pl.checkpoints.settings import DATA, MODEL, RULES, Settings, taken
 from leap_pl.errors import UserError
 from leap_pl.gates import gate_kinds
+from leap_pl.inputs.classes import imported_kinds
 from leap_pl.inputs.plain_values import read
 from leap_pl.losses.objective import Objective
+from leap_pl.losses.term import Term
 from leap_pl.prior import Prior
 from leap_pl.training.live_settings import clipping_algorithm
 from leap_pl.training.optimizers import PackedAdamW
@@ -66,13 +68,24 @@ PRECISIONS = Literal[
     "transformer-engine-float16",
 ]
 
+
+@dataclass(frozen=True)
+class StoredObjective(Objective):
+    """An objective as a checkpoint holds it: its extra terms are described."""
+
+    extra: Sequence[Spec] = ()  # type: ignore[assignment]
+
+    def check_extra(self) -> None:
+        """Do nothing: there are no terms yet."""
+
+
 # The others: the type that a checkpoint holds.
 TYPES: dict[str, Any] = {
     "model.base_model": str,
     "model.sparsity": float,
     "model.targets": list[str] | None,
     "model.ignore": list[str],
-    "model.objective": Objective,
+    "model.objective": StoredObjective,
     "model.annealing": Annealing,
     "model.prior": Prior,
     "model.warmup_steps": int,
@@ -119,6 +132,15 @@ def of_trainer(trainer: "L.Trainer", data: Any) -> Settings:
     if isinstance(tokenizer, str):
         told["data.tokenizer"] = tokenizer
     return taken(told)
+
+
+def describe_objective(objective: Objective) -> Settings:
+    """Describe an ``objective`` by its weights, and its ``extra`` terms, if there are any, by class and settings."""
+    told: Settings = {field.name: getattr(objective, field.name) for field in fields(objective)}
+    del told["extra"]
+    if objective.extra:  # by whole paths: whoever reads them may have another class of that name
+        told["extra"] = [described(term, {}, settings_only=True) for term in objective.extra]
+    return told
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, given: Mapping[str, Any]) -> Spec:
@@ -171,6 +193,32 @@ def find_classes(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Fou
         except UserError as error:
             refused[name] = error
     return classes, refused
+
+
+def take_terms(settings: Settings, where: str, make: Callable[[type, dict[str, Any]], Any]) -> dict[str, UserError]:
+    """Replace in ``settings`` the descriptions of the objective's extra terms by what is made of them.
+
+    Args:
+        settings: Those of a checkpoint; changed in place.
+        where: Its path, for messages.
+        make: Called with each term's class and the arguments to make one.
+
+    Returns:
+        Name of the setting → why it has to be typed instead, as in :func:`find_classes`; ``settings`` then have none.
+    """
+    objective, name = settings.get("model.objective"), "model.objective.extra"
+    if not (isinstance(objective, dict) and objective.get("extra")):
+        return {}
+    made, refused = [], {}
+    try:
+        kinds = [
+            found(spec, imported_kinds(Term), f"{where}: {name}", settings_only=True) for spec in objective["extra"]
+        ]
+        made = [make(*each) for each in kinds]
+    except UserError as error:
+        refused[name] = error
+    settings["model.objective"] = {**objective, "extra": made}
+    return refused
 
 
 def _of_older(identity: Identity, checkpoint: Mapping[str, Any]) -> Settings:

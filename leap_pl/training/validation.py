@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
+from leap_pl.base_model.backbone import Head
 from leap_pl.gates.gate import Mode
-from leap_pl.losses.objective import Head
 
 WORDS = 4  # of 8 bytes, in the digest of a sequence: all of SHA-256
 

@@ -220,7 +220,7 @@ def test_future_checkpoint(finished: Run, tmp_path: Path, capsys) -> None:
 
 def test_not_a_number_stops_the_run(model_folder, text_file, tmp_path: Path, capsys, monkeypatch) -> None:
     """The loss breaks in the third step: the message says so, and the checkpoint before it is whole."""
-    import leap_pl.training.module
+    import leap_pl.losses.budget
 
     norms = []
 
@@ -228,8 +228,8 @@ def test_not_a_number_stops_the_run(model_folder, text_file, tmp_path: Path, cap
         norms.append(real(*arguments))
         return norms[-1] * (float("nan") if len(norms) > 4 else 1)
 
-    real = leap_pl.training.module.kept_norm
-    monkeypatch.setattr(leap_pl.training.module, "kept_norm", breaking)
+    real = leap_pl.losses.budget.kept_norm
+    monkeypatch.setattr(leap_pl.losses.budget, "kept_norm", breaking)
     message = failing(capsys, fit_flags(model_folder, text_file, tmp_path))
     assert "step 2:" in message
     assert "kept_norm = nan" in message

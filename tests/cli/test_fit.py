@@ -264,26 +264,3 @@ def test_a_step_looks_at_no_number_on_a_device(model_folder, text_file, tmp_path
         assert not looks.found, looks.found[0][1]
     else:
         assert {at for at, _ in looks.found} == set(range(6))
-
-
-@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush them")
-def test_denormal_numbers_are_flushed_on_all_threads_during_a_fit(model_folder, text_file) -> None:
-    """Matrices of them take Intel's CPUs many times longer."""
-    import lightning as L
-
-    from leap_pl import TextDataModule
-    from leap_pl.prior import Prior
-
-    small = torch.full((1_000_000,), 1e-30)  # enough elements for every thread
-    kept = [int((small * 1e-10).count_nonzero())]
-
-    class Count(L.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            kept.append(int((small * 1e-10).count_nonzero()))
-
-    trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False,
-                        enable_model_summary=False, enable_progress_bar=False, callbacks=[Count()])  # fmt: skip
-    data = TextDataModule(str(model_folder), text=str(text_file), seq_length=32, validation_sequences=0)
-    trainer.fit(LeapModule(str(model_folder), prior=Prior(method="none")), datamodule=data)
-    kept.append(int((small * 1e-10).count_nonzero()))
-    assert kept == [small.numel(), 0, small.numel()]

@@ -9,14 +9,12 @@ import pytest
 import yaml
 from tiny_experiment import CELLS, SCORED_CELLS, cells, change, results, runner
 
-from experiments.headline import steps
 from experiments.headline.__main__ import main
 from experiments.headline.experiment import laid_over, read_experiment
 from experiments.headline.measured import Group, read_cells
 from experiments.headline.report import shared_settings, without
 from experiments.headline.tables import difference_table
 from leap_pl.cli.main import main as leap_pl
-from leap_pl.oneshot.prune import UPDATING
 
 # -- the report -----------------------------------------------------------------------------------------------
 
@@ -158,7 +156,6 @@ def test_the_shipped_definition():
     assert rows["patch"] == rows["leap-any"] == [0.45]
     assert set(experiment.tasks) == {"mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa"}
     assert {cell.tokens for cell in experiment.cells.values() if cell.fit is not None} == {500_000, 2_000_000}
-    assert steps.UPDATING == UPDATING
 
 
 @pytest.mark.parametrize(

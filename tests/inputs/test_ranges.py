@@ -4,6 +4,7 @@ import inspect
 import math
 import typing
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, GateState, NMGate, TileGate
 from leap_pl.inputs.ranges import RANGES, Range, check_numbers
 from leap_pl.losses.objective import Objective
+from leap_pl.oneshot.methods import METHODS
+from leap_pl.oneshot.methods import settings_of as settings_of_method
 from leap_pl.prior import Prior
 from leap_pl.training.module import LeapModule
 from leap_pl.training.optimizers import PackedAdamW, check_settings
@@ -133,6 +136,8 @@ OTHER_FORMS = {"trainer.plugins", "trainer.max_time"}  # that have numbers withi
 def numeric(taker: Any) -> Iterator[str]:
     """Names of the parameters that take a number, or several."""
     for name, parameter in inspect.signature(taker).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:  # options of one-shot methods, which are below
+            continue
         told = parameter.annotation
         words = str(told)
         if isinstance(told, type):
@@ -148,6 +153,13 @@ def numeric(taker: Any) -> Iterator[str]:
 CASES = [
     (path, name, make) for path, taker, make in TAKERS for name in numeric(taker) if path + name not in OTHER_FORMS
 ]
+# Options of one-shot methods have their ranges beside them.
+OF_METHODS = [
+    ("prune.", option, partial(lambda method, **given: settings_of_method(method, given), method))
+    for method, row in METHODS.items()
+    for option in row.options
+]
+CASES += OF_METHODS
 
 
 def test_the_walk_finds_the_settings() -> None:
@@ -177,6 +189,7 @@ def test_every_number_has_a_range() -> None:
     schedules = {path + end for path, _, _ in TAKERS if path.startswith("model.annealing.") for end in ("start", "end")}
     assert {path.split(".")[2] for path in schedules} == set(ANNEALED)
     unknown = {path + name for path, name, _ in CASES} - set(RANGES) - schedules
+    unknown -= {path + name for path, name, _ in OF_METHODS}
     assert unknown == set()
 
 

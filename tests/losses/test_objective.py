@@ -11,7 +11,10 @@ from tiny import FAMILIES, VOCABULARY, tiny_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from leap_pl.losses.objective import Objective, budget_groups, kept_norm, language_losses, sparsity_budget, split_model
+from leap_pl.base_model.backbone import split_model
+from leap_pl.losses.budget import budget_groups, kept_norm, sparsity_budget
+from leap_pl.losses.language import language_losses
+from leap_pl.losses.objective import Objective
 
 IDS = torch.randint(0, VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(5))
 

@@ -22,7 +22,7 @@ def within(rank: int, flags: list[str]) -> int:
     import resource
 
     # M_MMAP_THRESHOLD: what is freed goes back to the system at once, for the limit is on what is needed; and by the
-    # variable fit leaves it at that (leap_pl.training.allocator).
+    # variable fit leaves it at that (leap_pl.callbacks.allocator).
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
     os.environ["MALLOC_TRIM_THRESHOLD_"] = "131072"
     pages = int(Path("/proc/self/statm").read_text().split()[5])  # data and stack, which RLIMIT_DATA is about

@@ -1,7 +1,5 @@
 """Text for a training run: a stream of packed blocks that goes on exactly where it stopped."""
 
-import os
-import warnings
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,10 @@ from leap_pl.data.batches import BEGINNING, Batch, BlockLoader, Progress, RankBa
 from leap_pl.data.calibration import loaded_tokenizer
 from leap_pl.data.documents import Share, warn
 from leap_pl.data.packing import BlockStream, Separator, digest_of_text
-from leap_pl.data.run_length import check_run_length
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import check_numbers
+from leap_pl.training.run_length import check_run_length
 
 FORMAT = 2  # 1 had no digests of the text
 
@@ -43,7 +41,8 @@ class TextDataModule(LightningDataModule):
           batch_size: 4
 
     Args:
-        tokenizer: Base model whose tokenizer is used: hub id, local folder, or local GGUF file.
+        tokenizer: Base model whose tokenizer is used: hub id, local folder, or local GGUF file. None takes that of the
+            module that is trained or validated, with its revision.
         text: What to train on. Local files (``.jsonl``, ``.jsonl.gz``, ``.parquet``: one document a line or row;
             ``.txt``: one running text a file), patterns such as ``text/*.jsonl``, or a list of them; or the
             hub id of a dataset, which is streamed and never downloaded whole.
@@ -64,12 +63,12 @@ class TextDataModule(LightningDataModule):
             blank line (``blank_line``), as in the texts that perplexity is measured on. A mask learns to go on after
             what it has seen.
         seed: Order of the files, or of the shards of a hub dataset; validation does not depend on it.
-        tokenizer_revision: Branch, tag or commit of a tokenizer from the hub.
+        tokenizer_revision: Branch, tag or commit of a ``tokenizer`` from the hub.
     """
 
     def __init__(
         self,
-        tokenizer: str,
+        tokenizer: str | None = None,
         text: str | list[str] = "allenai/c4",
         config_name: str | None = None,
         split: str = "train",
@@ -91,6 +90,7 @@ class TextDataModule(LightningDataModule):
         numbers = {"seq_length": seq_length, "batch_size": batch_size, "validation_sequences": validation_sequences}
         check_numbers({**numbers, "num_workers": num_workers, "seed": seed}, "data.")
         self.tokenizer_name: Any = tokenizer  # Python code may pass a tokenizer instead of a name
+        self._tokenizer_of_model = tokenizer is None
         self.text = text
         self.config_name = config_name
         self.split = split
@@ -119,7 +119,16 @@ class TextDataModule(LightningDataModule):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, loaded when it is first asked for."""
+        """The tokenizer, loaded when it is first asked for.
+
+        Raises:
+            UserError: It cannot be loaded, or none was named and there is no model yet to take it from.
+        """
+        if self.tokenizer_name is None:
+            raise UserError(
+                "data.tokenizer is not given, and is then that of the LeapModule which a trainer fits or validates. "
+                "Without a trainer, name a base model: TextDataModule(tokenizer, ...)."
+            )
         if self._tokenizer is None:
             self._tokenizer = loaded_tokenizer(self.tokenizer_name, self.tokenizer_revision)
         return self._tokenizer
@@ -137,18 +146,33 @@ class TextDataModule(LightningDataModule):
         return self._stream
 
     def setup(self, stage: str) -> None:
-        """Read the first document, so that what is missing is said before anything is computed.
+        """Take the model's tokenizer where none was named, and read the first document of a fit.
+
+        So what is missing is said before anything is computed.
 
         Raises:
             UserError: The text cannot be found or read, the tokenizer has no end token, or a setting of the trainer
                 does not go with a run of one epoch.
         """
+        self._take_tokenizer()
         if stage == "fit":
             if self.trainer is not None:
                 check_run_length(self.trainer)
             self._progress = self._progress_before = BEGINNING  # what a checkpoint says comes after
             self._step = None
             next(self.stream.source.documents())
+
+    def _take_tokenizer(self) -> None:
+        """Take the base model of the trainer's module for the tokenizer, where none was named."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        name = getattr(module, "base_model", None)
+        if not self._tokenizer_of_model or name is None:
+            return
+        taken = (name, getattr(module, "revision", None))
+        if taken != (self.tokenizer_name, self.tokenizer_revision):
+            self.tokenizer_name, self.tokenizer_revision = taken
+            # What came of another model's, if the data was used with one before.
+            self._tokenizer = self._stream = self._validation = self._identity = None
 
     def train_dataloader(self) -> BlockLoader:
         """The batches of this rank in the whole run, from where it was stopped.
@@ -173,13 +197,6 @@ class TextDataModule(LightningDataModule):
         Each is ``{"input_ids": LongTensor[batch_size, seq_length], "position": ...}``; what is passed to
         :meth:`on_before_batch_transfer` counts as used.
         """
-        # Lightning doubts that an iterable dataset with a length deals its batches to the workers, and that it can
-        # resume. This one does both.
-        warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined")
-        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
-        if self.num_workers:
-            # The tokenizer's own threads do not survive a fork, of which it would warn in every worker.
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         dataset = RankBatches(
             self.stream, self.batch_size, batches, rank=rank, world_size=world_size, start=self._progress
         )

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from leap_pl.training.allocator import keep_freed_memory
+from leap_pl.callbacks.allocator import keep_freed_memory
 
 # Blocks of 4 MiB, 1,024 pages each, are taken, written and freed in turn.
 PROGRAM = """
 import resource, sys
 import torch
-from leap_pl.training.allocator import keep_freed_memory
+from leap_pl.callbacks.allocator import keep_freed_memory
 
 kept = keep_freed_memory() if sys.argv[1] == "keep" else False
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,0 +1,142 @@
+"""The LM and distillation losses of some tokens, fused, their logits made a chunk at a time.
+
+Legend of suffixes: T = predicted tokens, C = tokens of a chunk, V = vocabulary, D = hidden size.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from leap_pl.base_model.backbone import Head
+from leap_pl.kernels.compiled import compiled
+from leap_pl.kernels.noise import columns
+
+
+class Mix(Protocol):
+    """Weights and settings of the two losses: what :class:`leap_pl.losses.objective.Objective` says of them."""
+
+    @property
+    def lm(self) -> float:
+        """Weight of the cross-entropy."""
+
+    @property
+    def distillation(self) -> float:
+        """Weight of the divergence from the teacher."""
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the distillation's softmaxes."""
+
+    @property
+    def chunk(self) -> int:
+        """Number of tokens whose logits exist at the same time."""
+
+
+class LanguageLosses(NamedTuple):
+    """The result of :func:`language_losses`: float32 means over the tokens.
+
+    Attributes:
+        weighted: lm·CE + distillation·KL·temperature², with its gradient.
+        lm: CE, detached.
+        distillation: KL·temperature², detached; 0 without a teacher.
+    """
+
+    weighted: Tensor
+    lm: Tensor
+    distillation: Tensor
+
+
+def language_losses(
+    hidden_TD: Tensor, targets_T: Tensor, head: Head, mix: Mix, teacher_TD: Tensor | None = None
+) -> LanguageLosses:
+    """Return the LM and distillation losses of some tokens, their logits made a chunk at a time.
+
+    The gradient with respect to ``hidden_TD`` is taken in the forward pass, chunk by chunk, so that logits and
+    their gradient never exist for more than ``mix.chunk`` tokens; the head is frozen and needs none.
+
+    Args:
+        hidden_TD: Last hidden states, after the final norm.
+        targets_T: The token that follows each.
+        head: Hidden states (C, D) → logits (C, V).
+        mix: Weights, temperature and chunk.
+        teacher_TD: The dense model's hidden states, where the distillation weight is not 0.
+    """
+    return LanguageLosses(*_Fused.apply(hidden_TD, targets_T, head, mix, teacher_TD))
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, targets_T: Tensor, head: Head, mix: Mix, teacher_TD: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_grad, device = ctx.needs_input_grad[0], hidden_TD.device
+        grad_TD = torch.empty_like(hidden_TD) if wants_grad else None
+        lm = torch.zeros((), dtype=torch.float32, device=device)
+        kl = torch.zeros_like(lm)
+        scale = 1 / len(targets_T)
+        # As tensors: of Python numbers each would be compiled in.
+        weights = torch.tensor([mix.lm * scale, mix.distillation * scale, mix.temperature])
+        lm_weight, kl_weight, temperature = weights.to(device, torch.float32).unbind()
+        for start in range(0, len(targets_T), mix.chunk):
+            part = slice(start, start + mix.chunk)
+            hidden_CD = hidden_TD[part].detach().requires_grad_(wants_grad)
+            with torch.set_grad_enabled(wants_grad):
+                logits_CV = head(hidden_CD)
+            target_C, token_V = targets_T[part].int(), columns(logits_CV.shape[-1], device)
+            if teacher_TD is None:
+                lm_sum, grad_CV = lm_loss(logits_CV.detach(), target_C, token_V, lm_weight)
+            else:
+                lm_sum, kl_sum, grad_CV = distillation_loss(
+                    logits_CV.detach(), head(teacher_TD[part]), target_C, token_V, lm_weight, kl_weight, temperature
+                )
+                kl += kl_sum * scale
+            lm += lm_sum * scale
+            if grad_TD is not None:
+                (grad_TD[part],) = torch.autograd.grad(logits_CV, hidden_CD, grad_CV)
+        ctx.save_for_backward(*[] if grad_TD is None else [grad_TD])
+        ctx.mark_non_differentiable(lm, kl)
+        return mix.lm * lm + mix.distillation * kl, lm, kl
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
+        (grad_TD,) = ctx.saved_tensors
+        return grad_TD * grad_loss.to(grad_TD.dtype), None, None, None, None
+
+
+@compiled
+def lm_loss(logits_CV: Tensor, target_C: Tensor, token_V: Tensor, lm: Tensor) -> tuple[Tensor, Tensor]:
+    """ΣCE, float32, and the gradient of ``lm``·ΣCE in the dtype of the logits: ∂CE/∂z = softmax(z) − onehot.
+
+    Fused, the logits are read three times and written once, and nothing else is as large as they are.
+    """
+    z_CV = logits_CV.float()
+    log_p_CV = z_CV - z_CV.logsumexp(-1, keepdim=True)
+    grad_CV = lm * (log_p_CV.exp() - (token_V == target_C[:, None]).float())
+    return -log_p_CV.gather(1, target_C[:, None].long()).sum(), grad_CV.to(logits_CV.dtype)
+
+
+@compiled
+def distillation_loss(
+    logits_CV: Tensor,
+    teacher_CV: Tensor,
+    target_C: Tensor,
+    token_V: Tensor,
+    lm: Tensor,
+    distillation: Tensor,
+    temperature: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ΣCE, Σ KL·temperature², and the gradient of their weighted sum.
+
+    ∂CE/∂z = softmax(z) − onehot; ∂(t²·KL)/∂z = t·(softmax(z/t) − softmax(z_teacher/t)).
+    """
+    z_CV = logits_CV.float()
+    log_p_CV = z_CV - z_CV.logsumexp(-1, keepdim=True)
+    s_CV, q_CV = z_CV / temperature, teacher_CV.float() / temperature
+    log_s_CV = s_CV - s_CV.logsumexp(-1, keepdim=True)
+    log_q_CV = q_CV - q_CV.logsumexp(-1, keepdim=True)
+    kl_C = (log_q_CV.exp() * (log_q_CV - log_s_CV)).sum(-1)
+    grad_CV = lm * (log_p_CV.exp() - (token_V == target_C[:, None]).float())
+    grad_CV = grad_CV + distillation * temperature * (log_s_CV.exp() - log_q_CV.exp())
+    ce = -log_p_CV.gather(1, target_C[:, None].long()).sum()
+    return ce, kl_C.sum() * temperature**2, grad_CV.to(logits_CV.dtype)

@@ -1,0 +1,111 @@
+"""A plain Trainer with a LeapModule and text is all that Python needs."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from conftest import Run
+from tiny import tiny_folder
+
+import leap_pl
+from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
+from leap_pl.prior import Prior
+from leap_pl.training.finite import NonFiniteError
+
+
+def trainer(**settings: Any) -> L.Trainer:
+    """Nothing around learning: no callback, no log, no checkpoint."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return L.Trainer(accelerator="cpu", **{**quiet, **settings})
+
+
+def data(text_file: Path, **settings: Any) -> TextDataModule:
+    given = {"seq_length": 32, "batch_size": 2, "validation_sequences": 4}
+    return TextDataModule(text=str(text_file), **{**given, **settings})
+
+
+def test_it_learns_what_the_command_line_learns_bit_for_bit(
+    finished: Run, model_folder: Path, text_file: Path, tmp_path: Path, eager: None
+) -> None:
+    module = LeapModule(str(model_folder), prior=Prior(method="magnitude", cache_dir=str(tmp_path)), dtype="float32")
+    settings = {"max_steps": 6, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
+    trainer(**settings).fit(module, data(text_file))
+    learned = module.mask_set()
+    exported = MaskSet.load(finished.mask)
+    assert sorted(learned.masks) == sorted(exported.masks)
+    for name, mask in exported.masks.items():
+        assert torch.equal(learned.masks[name], mask), name
+    stored = torch.load(finished.checkpoint, weights_only=True)["state_dict"]
+    for name, gate in module.gates.items():
+        assert torch.equal(gate.logits, stored[f"logits.{name}"]), name
+
+
+def test_text_has_the_tokenizer_of_the_module_that_it_is_used_with(
+    model_folder: Path, text_file: Path, tmp_path: Path, eager: None
+) -> None:
+    text = data(text_file, validation_sequences=0)
+    with pytest.raises(UserError, match="tokenizer is not given"):
+        text.tokenizer  # noqa: B018
+    other = tiny_folder(tmp_path / "other", seed=1)
+    for folder in (model_folder, other):
+        trainer(max_steps=1).fit(LeapModule(str(folder), prior=Prior(method="none")), text)
+        assert text.tokenizer_name == str(folder)
+        assert text.tokenizer.name_or_path == str(folder)
+
+
+def test_a_tokenizer_that_is_named_stays(model_folder: Path, text_file: Path, tmp_path: Path, eager: None) -> None:
+    other = tiny_folder(tmp_path / "other", seed=1)
+    text = data(text_file, tokenizer=str(other), validation_sequences=0)
+    trainer(max_steps=1).fit(LeapModule(str(model_folder), prior=Prior(method="none")), text)
+    assert text.tokenizer_name == str(other)
+
+
+def test_the_run_is_resumed_without_naming_the_tokenizer(
+    model_folder: Path, text_file: Path, tmp_path: Path, eager: None
+) -> None:
+    def learned(steps: int, **settings: Any) -> LeapModule:
+        module = LeapModule(str(model_folder), prior=Prior(method="none"))
+        given = L.Trainer(accelerator="cpu", max_steps=3, logger=False, enable_progress_bar=False,
+                          enable_model_summary=False, callbacks=[Stop(steps)], default_root_dir=tmp_path)  # fmt: skip
+        given.fit(module, data(text_file, validation_sequences=0), **settings)
+        if steps < 3:
+            given.save_checkpoint(tmp_path / "stopped.ckpt")
+        return module
+
+    learned(1)
+    resumed, whole = learned(3, ckpt_path=tmp_path / "stopped.ckpt", weights_only=True), learned(3)
+    for name, gate in whole.gates.items():
+        assert torch.equal(gate.logits, resumed.gates[name].logits), name
+
+
+class Stop(L.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+@pytest.mark.parametrize("name", ["leap_pl.data.TextDataModule", "leap_pl.training.datamodule.TextDataModule"])
+def test_configs_name_the_class_where_it_was_and_where_it_is(name: str) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(L.LightningDataModule, "data")
+    given = parser.parse_string(f"data: {{class_path: {name}, init_args: {{text: a.jsonl, seq_length: 8}}}}")
+    assert type(parser.instantiate_classes(given).data) is leap_pl.TextDataModule
+
+
+def test_numbers_that_break_end_the_run_where_no_callback_looks(
+    model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, eager: None
+) -> None:
+    """On a device, where each look makes the host wait, they are looked at together."""
+    step = LeapModule.training_step
+    monkeypatch.setattr(LeapModule, "looks_later", True)
+    monkeypatch.setattr(LeapModule, "training_step", lambda self, *given: step(self, *given) * float("nan"))
+    module = LeapModule(str(model_folder), prior=Prior(method="none"))
+    with pytest.raises(NonFiniteError, match="at step 0"):
+        trainer(max_steps=8, log_every_n_steps=2).fit(module, data(text_file, validation_sequences=0))
+    assert module.trainer.global_step == 2
