@@ -51,11 +51,11 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 def with_arguments(
     add: "Callable[[ArgumentParser], None]", instead_of: Sequence[str]
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Let ``add`` define options of a verb that come from a table, of which the signature does not know.
+    """Return a decorator that adds options to a verb which come from a table, not from its signature.
 
     Args:
-        add: Adds them to the verb's parser.
-        instead_of: Parameters of the verb's function among them.
+        add: Function that adds the options to the verb's parser.
+        instead_of: Parameters of the verb's function that are among these options.
     """
 
     def mark(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -66,7 +66,7 @@ def with_arguments(
 
 
 def add_arguments(parser: "ArgumentParser", function: Callable[..., Any]) -> None:
-    """Add the options of a verb's ``function`` to ``parser``: those of its signature, and those that it adds."""
+    """Add the options of a verb's ``function`` to ``parser``: those of its signature and of :func:`with_arguments`."""
     add, instead_of = vars(function).get(ADDED, (None, set()))
     parser.add_function_arguments(function, as_group=False, skip=instead_of)
     if add is not None:
