@@ -297,12 +297,12 @@ def readers(every: int = 50) -> dict[str, Reader]:
     seen: Counter[str] = Counter()
 
     def result(path: Path) -> None:
-        from leap_pl.cli.evaluate import _tell
+        from leap_pl.cli.evaluate import _print_summary
         from leap_pl.cli.export import _read_results
         from leap_pl.evaluation.record import read_result, write_result
 
         told = read_result(path)
-        _tell({"mean": None, **told}, None)
+        _print_summary({"mean": None, **told}, None)
         write_result(path.with_name("again.json"), told)
         assert read_result(path.with_name("again.json")) == told
         use_entries(path, seen, every)

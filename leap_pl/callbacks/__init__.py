@@ -1,4 +1,4 @@
-"""What happens around learning: logs, progress, checkpoints, and the mask at the end."""
+"""Callbacks of the trainer: metrics, progress bar, checkpoints, and the learned mask."""
 
 from leap_pl.callbacks.annealing import Annealing
 from leap_pl.callbacks.checkpoints import Checkpoints

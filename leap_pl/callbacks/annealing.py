@@ -1,4 +1,4 @@
-"""What used to set α and τ: the module does so itself now."""
+"""Former callback for the schedules of α and τ, which are settings of the module now."""
 
 from typing import Any
 
@@ -8,16 +8,17 @@ from leap_pl.errors import UserError
 
 
 class Annealing(L.Callback):
-    """Says what to write instead: the schedules of α and τ are a setting of :class:`leap_pl.LeapModule`."""
+    """Former callback that says what to write instead: the schedules are a setting of :class:`leap_pl.LeapModule`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to be made.
+        """Raise an error that says what to write instead.
 
         Raises:
             UserError: Always.
         """
-        told = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
+        given = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
         raise UserError(
-            "the callback Annealing is no more: its schedules are the module's. Leave it out of the callbacks, and "
-            f"write LeapModule(..., annealing=Annealing({told})), with Annealing of leap_pl.training.schedules."
+            "the callback Annealing was removed: its schedules are a setting of the module. Leave it out of the "
+            f"callbacks, and write LeapModule(..., annealing=Annealing({given})), with Annealing from "
+            "leap_pl.training.schedules."
         )

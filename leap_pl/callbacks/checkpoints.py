@@ -1,4 +1,4 @@
-"""When a run writes checkpoints: every so often, at its end, and when it is told to stop."""
+"""Checkpoint callback: saves at intervals, at the end of the run, and on signals."""
 
 import os
 import subprocess
@@ -25,20 +25,20 @@ from leap_pl.inputs.ranges import check_numbers
 
 
 class Checkpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, so that a run that is stopped anywhere goes on as if it had not been.
+    """Lightning's ModelCheckpoint, extended so that a run can stop at any point and resume with the same results.
 
-    - The newest two are kept, so that one is left if the disk ruins the other; ``last.ckpt`` is a link to the
+    - The newest two checkpoints are kept, so that one is left if the other is damaged; ``last.ckpt`` is a link to the
       newest and never dangles.
-    - One is written at least every ``every_minutes``, beside what Lightning's own arguments ask for, and one at
-      the end. The one of the last step comes when all else is done, the learned mask included: whoever finds
-      it finds a finished run.
-    - SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C) are answered after the micro-batch at hand: a checkpoint is
+    - A checkpoint is written at least every ``every_minutes``, in addition to those of Lightning's arguments, and one
+      at the end. The checkpoint of the last step is written after everything else, the learned mask included: if it
+      exists, the run is finished.
+    - SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C) are handled after the current micro-batch: a checkpoint is
       written, and the process ends with status 128 + the signal's number (143, 138, 130). Under SLURM's auto-requeue
-      the job is then requeued. The same signal again, a second later or more, ends the process at once.
-    - If the text fails to come (a network that stays away), a checkpoint is written before the run ends.
-    - A validation that was due when the run was stopped is made up for when it goes on.
-    - A run that Lightning ends before its last step (``trainer.max_time``, early stopping) leaves a checkpoint of the
-      step that it has reached, and says so; there is no validation out of turn.
+      the job is then requeued. The same signal again, after a second or more, ends the process at once.
+    - If reading the text fails (such as on a network failure), a checkpoint is written before the run ends.
+    - A validation that was due when the run was stopped is run on resume.
+    - A run that Lightning ends before its last step (``trainer.max_time``, early stopping) writes a checkpoint of its
+      current step and a message, without an extra validation.
     """
 
     def __init__(
@@ -54,20 +54,20 @@ class Checkpoints(ModelCheckpoint):
         enable_version_counter: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Take the times and places; all but ``every_minutes`` are ModelCheckpoint's.
+        """Set intervals and paths; all arguments but ``every_minutes`` are ModelCheckpoint's.
 
         Args:
-            dirpath: Folder of the checkpoints. ``--ckpt_path last`` looks there.
-            filename: Of a checkpoint, from the names of metrics.
-            monitor: What is compared to keep the best; ``step`` keeps the newest.
-            mode: Whether more (``max``) or less (``min``) of it is better.
-            save_top_k: How many to keep; −1: all.
+            dirpath: Folder of the checkpoints, in which ``--ckpt_path last`` looks for the newest.
+            filename: File name of a checkpoint, a format string of metric names.
+            monitor: Metric that decides which checkpoints are kept; ``step`` keeps the newest.
+            mode: Whether a higher (``max``) or a lower (``min``) value of the metric is better.
+            save_top_k: Number of checkpoints to keep; −1: all.
             save_last: ``link``: ``last.ckpt`` is a symbolic link to the newest.
-            every_minutes: Write one at least so often; 0: only when the other arguments say so.
-            save_on_train_epoch_end: A run is one epoch.
-            enable_version_counter: Lightning's way to keep older checkpoints of the same name. It is not needed: a
-                folder that holds another run is refused.
-            kwargs: The others of ModelCheckpoint; without any of them one is written at every validation.
+            every_minutes: Maximum time between checkpoints; 0: only the other arguments decide.
+            save_on_train_epoch_end: Whether to save at the end of the epoch; a run is one epoch.
+            enable_version_counter: Whether to keep older checkpoints of the same name. Not needed: a folder that holds
+                another run is refused.
+            kwargs: Other arguments of ModelCheckpoint; by default a checkpoint is written at every validation.
         """
         check_numbers({"every_minutes": every_minutes, "save_top_k": save_top_k, **kwargs}, "checkpoint.")
         super().__init__(
@@ -86,20 +86,20 @@ class Checkpoints(ModelCheckpoint):
         self._written = time.monotonic()
         self._running = False
         self._validated_step = -1
-        # Whether to replace an earlier run in the folder, as the command line was told; None: there is no command line.
+        # Whether to replace an earlier run in the folder, as set on the command line; None: there is no command line.
         self.force: bool | None = None
-        self.last = False  # whether it was told to resume from the last one, should there be any
+        self.last = False  # whether to resume from the last checkpoint if there is one
         self._replaced: list[Leftover] = []
 
-    # -- when ---------------------------------------------------------------------------------------------
+    # -- schedule -----------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Clear away what killed runs left half-written; from here on a signal ends the run in order."""
+        """Remove incomplete files of killed runs, and install the signal handlers."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         if trainer.is_global_zero and self.dirpath is not None and "://" not in str(self.dirpath):
-            check_writable(Path(self.dirpath))  # a bad folder fails at once, and not after hours
+            check_writable(Path(self.dirpath))  # fails at once, not after hours
             if self.force is not None:
                 self._look_for_earlier_run(trainer, getattr(pl_module, "resumes_from", None))
             remove_abandoned(Path(self.dirpath))
@@ -107,20 +107,20 @@ class Checkpoints(ModelCheckpoint):
         self.signals.install()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove an earlier run that is replaced; ``last.ckpt`` is the checkpoint that is resumed from."""
-        for leftover in self._replaced:  # not before: all that could be wrong with the new run has been looked at
+        """Remove an earlier run that is replaced, and link ``last.ckpt`` to the checkpoint to resume from."""
+        for leftover in self._replaced:  # not before all checks of the new run have passed
             leftover.remove()
         self._replaced = []
         if self.save_last == "link" and trainer.ckpt_path is not None and trainer.is_global_zero:
             link_last(Path(str(self.dirpath)), Path(trainer.ckpt_path))
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning has put its own handlers over these, which write no checkpoint."""
+        """Install the signal handlers again: Lightning has replaced them with its own, which write no checkpoint."""
         self.signals.install()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate, if the run was stopped before a validation that was due."""
-        if self.force is None:  # a program has told the trainer, and nobody before, what it resumes from
+        if self.force is None:  # without a command line, only fit() gets the path of the checkpoint
             self._look_for_earlier_run(trainer, trainer.ckpt_path)
         super().on_train_start(trainer, pl_module)
         slurm = _requeuing(trainer)
@@ -134,7 +134,7 @@ class Checkpoints(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """A micro-batch begins: signals wait for its end."""
+        """Delay signals until the end of the micro-batch."""
         self.signals.at_once = False
         self.signals.word = "a checkpoint is written after this micro-batch. The same signal again ends at once."
         if batch_idx + 1 == trainer.max_steps * trainer.accumulate_grad_batches:
@@ -143,7 +143,7 @@ class Checkpoints(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write one if it is due after an optimizer step; heed a signal after any micro-batch."""
+        """Write a checkpoint if one is due after an optimizer step; handle a pending signal after any micro-batch."""
         if self._finishing(trainer):
             return
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
@@ -152,19 +152,19 @@ class Checkpoints(ModelCheckpoint):
                 self.save(trainer)
         self._heed(trainer)
         if _ends_early(trainer):
-            # Lightning would validate out of turn: a point in the curves that a run without a stop does not have.
+            # Lightning would run an extra validation: a point in the curves that an uninterrupted run does not have.
             trainer.fit_loop.epoch_loop._skip_next_val = True
-        # What follows until the next micro-batch, waiting for text, can be broken off. Several ranks stop together.
+        # Waiting for text, until the next micro-batch, can be interrupted. Several ranks have to stop together.
         self.signals.at_once = trainer.world_size == 1
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Validation in the run can be broken off after each batch."""
+        """Handle a pending signal before each batch of a validation within the run."""
         if self._running and not self._finishing(trainer):
             self.signals.at_once = False
             self._heed(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write one if one is due at validations; heed a signal."""
+        """Write a checkpoint if one is due at validations; handle a pending signal."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         self._validated_step = trainer.global_step
@@ -174,12 +174,12 @@ class Checkpoints(ModelCheckpoint):
             self.signals.at_once = trainer.world_size == 1
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the last one: all other callbacks are through."""
+        """Write the last checkpoint, after all other callbacks have finished."""
         self.save(trainer)
         self._running = False
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say of a run that was ended before its last step that it is not finished."""
+        """Print that the run is not finished, if it ended before its last step."""
         if self._finishing(trainer) or not trainer.is_global_zero:
             return
         step, saved = trainer.global_step, self._last_global_step_saved == trainer.global_step
@@ -195,11 +195,11 @@ class Checkpoints(ModelCheckpoint):
         )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write one if the run was told to stop, or its text has failed."""
-        told = isinstance(exception, Stopped)
-        waiting = self.signals.at_once and trainer.world_size == 1  # amid a micro-batch the optimizer may be half done
+        """Write a checkpoint if the run was stopped by a signal, or reading its text failed."""
+        stopped = isinstance(exception, Stopped)
+        waiting = self.signals.at_once and trainer.world_size == 1  # within a micro-batch a step may be half done
         self.signals.at_once = False
-        if self._running and not self._finishing(trainer) and (told or waiting):
+        if self._running and not self._finishing(trainer) and (stopped or waiting):
             self._running = False
             self.signals.word = "a checkpoint is being written. The same signal again ends at once."
             self.save(trainer)
@@ -210,18 +210,18 @@ class Checkpoints(ModelCheckpoint):
         self.signals.remove()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         self.signals.remove()
 
     def _look_for_earlier_run(self, trainer: L.Trainer, ckpt_path: Any) -> None:
         local = self.dirpath is not None and "://" not in str(self.dirpath)
-        if trainer.is_global_zero and local and not self._last_checkpoint_saved:  # else this object wrote what is there
+        if trainer.is_global_zero and local and not self._last_checkpoint_saved:  # else this object wrote them
             folder = Path(str(self.dirpath))
             self._replaced = earlier_run(
                 folder, mask_place(trainer), ckpt_path=ckpt_path, force=bool(self.force), last=self.last
             )
 
-    # -- how ----------------------------------------------------------------------------------------------
+    # -- writing ------------------------------------------------------------------------------------------
 
     def save(self, trainer: L.Trainer) -> None:
         """Write a checkpoint of the last optimizer step, unless there is one."""
@@ -237,7 +237,7 @@ class Checkpoints(ModelCheckpoint):
             self._save_last_checkpoint(trainer, candidates)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        """The curves up to a checkpoint are on the disk before it: a run that goes on from it does not draw them."""
+        """Write a checkpoint after flushing the curves up to it: a run that resumes from it does not log them again."""
         for logger in trainer.loggers:
             logger.save()
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
@@ -252,7 +252,7 @@ class Checkpoints(ModelCheckpoint):
         self._written = time.monotonic()
 
     def _save_folder(self, trainer: L.Trainer, filepath: str) -> None:
-        """Every rank writes its part into one folder aside, which gets its name when all of them are through."""
+        """Write a distributed checkpoint: each rank writes its part to a temporary folder, which is renamed last."""
         with ExitStack() as stack:
             aside = None
             if trainer.is_global_zero:
@@ -263,7 +263,7 @@ class Checkpoints(ModelCheckpoint):
 
     @staticmethod
     def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
-        """Lightning's own removes the old link first."""
+        """Replace the link atomically; Lightning's own method removes the old link first."""
         if trainer.is_global_zero and Path(filepath) != Path(linkpath):
             try:
                 atomic_link(Path(linkpath), Path(filepath))
@@ -273,7 +273,7 @@ class Checkpoints(ModelCheckpoint):
         trainer.strategy.barrier()
 
     def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
-        """Also the one that the run was resumed from, once newer ones stand: else each resume leaves one for ever."""
+        """Return whether to remove ``previous``; also if the run resumed from it, or each resume would leave one."""
         return previous != current and self.dirpath is not None and Path(self.dirpath) in Path(previous).parents
 
     def _time_is_up(self, trainer: L.Trainer) -> bool:
@@ -282,18 +282,18 @@ class Checkpoints(ModelCheckpoint):
         return bool(trainer.strategy.broadcast(time.monotonic() - self._written >= 60 * self.every_minutes))
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's, and the step of the last validation."""
+        """Return Lightning's state and the step of the last validation."""
         return {**super().state_dict(), "validated_step": self._validated_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them up."""
+        """Load Lightning's state and the step of the last validation."""
         super().load_state_dict(state_dict)
         self._validated_step = state_dict["validated_step"]
 
     # -- stopping -----------------------------------------------------------------------------------------
 
     def _heed(self, trainer: L.Trainer) -> None:
-        """Stop, on all ranks after the same micro-batch, if any of them was told to."""
+        """Stop if any rank received a signal, on all ranks after the same micro-batch."""
         if trainer.world_size > 1:
             asked = Tensor([self.signals.asked or 0]).to(trainer.strategy.root_device)
             self.signals.asked = int(trainer.strategy.reduce(asked, reduce_op="max")) or None
@@ -308,10 +308,10 @@ class Checkpoints(ModelCheckpoint):
         step = self._last_global_step_saved
         if step:
             what = f"stopped at step {trainer.global_step} of {trainer.max_steps}; the checkpoint of step {step} is in "
-            what += f"{self.dirpath}. Go on with --ckpt_path last."
+            what += f"{self.dirpath}. Resume with --ckpt_path last."
         else:
-            what = "stopped before the first step was done; there is nothing to write."
-        say("", sys.stderr)  # a progress bar may stand in this line
+            what = "stopped before the first step was done; no checkpoint is written."
+        say("", sys.stderr)  # a progress bar may be on this line
         say(f"leap_pl fit: {stopped.signal.name}: {what}", sys.stderr)
         slurm = _requeuing(trainer)
         if slurm and stopped.signal == slurm.requeue_signal:
@@ -321,7 +321,7 @@ class Checkpoints(ModelCheckpoint):
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         if self._validated_step == trainer.global_step or fetcher is None or not loop._should_check_val_fx(fetcher):
             return
-        # Else Lightning goes on at the batch that the checkpoint's loop stood at, without the metrics up to there.
+        # Otherwise Lightning resumes at the batch of the checkpoint's loop, without the metrics of the batches before.
         loop.val_loop.restarting = False
         trainer.validating = True
         loop.val_loop.run()
@@ -329,7 +329,7 @@ class Checkpoints(ModelCheckpoint):
 
 
 def _ends_early(trainer: L.Trainer) -> bool:
-    """Whether Lightning is about to end the run, and not because its last step is done."""
+    """Return whether Lightning is about to end the run before its last step."""
     return bool(trainer.should_stop and trainer.fit_loop._can_stop_early and trainer.global_step < trainer.max_steps)
 
 
@@ -339,12 +339,12 @@ def _requeuing(trainer: L.Trainer) -> SLURMEnvironment | None:
 
 
 def requeue() -> None:
-    """Put this SLURM job back into the queue; it goes on from its newest checkpoint."""
+    """Requeue this SLURM job, which then resumes from its newest checkpoint."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         subprocess.run(["scontrol", "requeue", job], check=True)
-        say(f"leap_pl fit: job {job} is in the queue again.", sys.stderr)
+        say(f"leap_pl fit: job {job} was requeued.", sys.stderr)
     except (OSError, subprocess.CalledProcessError) as error:
         say(f"leap_pl fit: job {job} could not be requeued ({error}).", sys.stderr)

@@ -1,6 +1,6 @@
-"""Numbers too small to be normal (below 1e-38) are taken for 0 by the CPU.
+"""Setting of the CPU to flush denormal numbers (below 1e-38) to zero.
 
-A gate that is nearly shut makes matrices of them, and Intel's processors multiply such some twenty times slower.
+A nearly closed gate gives matrices of denormals, which Intel's processors multiply some twenty times slower.
 """
 
 import ctypes
@@ -8,20 +8,20 @@ from pathlib import Path
 
 import torch
 
-_PAUSE_HARD = 2  # of omp_pause_resource_t, OpenMP 5.0
+_PAUSE_HARD = 2  # value of omp_pause_resource_t, OpenMP 5.0
 
 
 def flush_denormals(flush: bool = True) -> None:
-    """Let this process take denormal numbers for 0, or no longer do so, on all of OpenMP's threads.
+    """Set whether this process flushes denormal numbers to zero, on all OpenMP threads.
 
-    Nothing happens where the processor cannot. A thread has the setting of the one that started it, so that those
-    which are there already are ended; new ones start when they are needed.
+    Nothing happens on processors without this mode. A thread inherits the setting of the thread that started it, so
+    existing OpenMP threads are ended; new ones start when they are needed.
     """
     if not torch.set_flush_denormal(flush):
         return
     maps = Path("/proc/self/maps")
     mapped = maps.read_text(encoding="utf-8").splitlines() if maps.exists() else []
-    # The sixth column, which may hold spaces.
+    # The sixth column, which may contain spaces.
     files = {Path(line.split(maxsplit=5)[5]) for line in mapped if "/" in line}
     for file in sorted(file for file in files if "omp" in file.name and ".so" in file.name and file.exists()):
         end_threads = getattr(ctypes.CDLL(str(file)), "omp_pause_resource_all", None)

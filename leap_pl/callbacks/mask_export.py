@@ -1,4 +1,4 @@
-"""The learned mask leaves the run as a MaskSet, once it is learned."""
+"""Callback that writes the prior and the learned mask of a run as MaskSets."""
 
 from pathlib import Path
 from typing import Any
@@ -16,36 +16,36 @@ EARLIER = "mask-earlier.safetensors"
 
 
 class MaskExport(L.Callback):
-    """Write the prior at the start of fit and the learned mask at its end, beside the checkpoints.
+    """Callback that writes the prior at the start of fit and the learned mask at its end.
 
     ``prior.safetensors`` and ``mask.safetensors`` are :class:`leap_pl.masks.MaskSet` files; the second has
-    exactly the target sparsity. A kind of gate that starts from more masks than one has the
-    others in files of their own, as ``prior-inner.safetensors``.
+    exactly the target sparsity. Further masks that a kind of gate starts from have files such as
+    ``prior-inner.safetensors``.
 
     A run that ends before its last step (``trainer.max_time``, early stopping, a signal) writes no mask: its gates
-    are still soft, and its checkpoint holds all there is. ``leap_pl export --ckpt_path`` makes a mask of one all the
-    same, which tells its step. A ``mask.safetensors`` of an earlier run is set aside when learning begins, as
-    ``mask-earlier.safetensors``; one that turns out to be the same is removed again.
+    are still soft, and its checkpoint has the complete state. ``leap_pl export --ckpt_path`` can export a mask from
+    such a checkpoint, with the step in its provenance. A ``mask.safetensors`` of an earlier run is renamed to
+    ``mask-earlier.safetensors`` when learning begins, and removed at the end if it equals the new one.
     """
 
     def __init__(self, folder: str | None = None) -> None:
-        """Take the place of the files.
+        """Set the folder of the files.
 
         Args:
-            folder: By default the folder of the checkpoints.
+            folder: Folder of the files; by default that of the checkpoints.
         """
         self.folder = folder
         self._begun = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Tell the module where its run may have left the prior, if it resumes."""
+        """Give the module the folder in which a resumed run looks for its prior."""
         assert isinstance(pl_module, LeapModule)
         self._begun = False
         if stage == "fit":
             pl_module.prior_folders.append(self.place(trainer))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the prior, or the priors, if there is one. What a resumed run finds in their place stays as it is."""
+        """Write the priors, if there are any; a resumed run leaves existing files as they are."""
         assert isinstance(pl_module, LeapModule)
         if trainer.is_global_zero:
             for form, prior in pl_module.priors.items():
@@ -56,17 +56,17 @@ class MaskExport(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Set aside the mask of an earlier run, which nobody should take for this one's, when learning begins."""
+        """Rename the mask of an earlier run when learning begins, so that it cannot be mistaken for this run's."""
         if self._begun:
             return
         self._begun = True
         path = self.place(trainer) / MASK
         if trainer.is_global_zero and trainer.global_step < trainer.max_steps and path.exists():
             path.replace(path.with_name(EARLIER))
-            rank_zero_info(f"mask: {path} is of an earlier run, and is now called {EARLIER}.")
+            rank_zero_info(f"mask: {path} is from an earlier run, and was renamed to {EARLIER}.")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the learned mask, if learning is through."""
+        """Write the learned mask, if the run is finished."""
         assert isinstance(pl_module, LeapModule)
         if trainer.global_step < trainer.max_steps:
             return
@@ -74,14 +74,14 @@ class MaskExport(L.Callback):
         kept, total = pl_module.save_mask(path)
         earlier = path.with_name(EARLIER)
         if trainer.is_global_zero and earlier.exists() and earlier.read_bytes() == path.read_bytes():
-            earlier.unlink()  # this run's own: it was stopped between its mask and its last checkpoint
+            earlier.unlink()  # from this run, which was stopped between writing its mask and its last checkpoint
         rank_zero_info(
             f"mask: {terminal(path)} (after step {trainer.global_step:,} of {trainer.max_steps:,}; sparsity "
             f"{1 - kept / total:.6f}, {total - kept:,} weights removed)"
         )
 
     def place(self, trainer: L.Trainer) -> Path:
-        """The folder the files go to."""
+        """Return the folder of the files."""
         if self.folder is not None:
             return Path(self.folder)
         for callback in trainer.checkpoint_callbacks:
@@ -91,6 +91,6 @@ class MaskExport(L.Callback):
 
 
 def mask_place(trainer: L.Trainer) -> Path:
-    """The folder that prior and mask of the run go to, also where nothing exports them."""
+    """Return the folder of the run's prior and mask, with or without a MaskExport."""
     exports = [callback for callback in trainer.callbacks if isinstance(callback, MaskExport)]  # type: ignore[attr-defined]
     return (exports[0] if exports else MaskExport()).place(trainer)

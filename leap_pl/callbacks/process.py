@@ -7,25 +7,25 @@ from leap_pl.callbacks.denormals import flush_denormals
 
 
 class ProcessSettings(L.Callback):
-    """Keep freed memory, and take denormal numbers for 0 while a mask is learned.
+    """Callback that keeps freed memory, and flushes denormal numbers to zero during learning.
 
-    The command line adds it to every run. A library leaves the process alone, so that a program which wants the same
-    speed adds it to its own trainer: ``Trainer(callbacks=[ProcessSettings()])``.
+    The command line adds it to every run. The library does not change the process by itself; a program that needs the
+    same speed adds the callback to its trainer: ``Trainer(callbacks=[ProcessSettings()])``.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep what is freed from here on: the model is not loaded yet."""
+        """Keep freed memory from now on, before the model is loaded."""
         keep_freed_memory()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Flush denormal numbers, which nearly shut gates make, and which make some processors slow."""
+        """Flush denormal numbers, which nearly closed gates give, and which are slow on some processors."""
         flush_denormals()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave denormal numbers as they were; Lightning tears nothing down after an exception."""
+        """Restore denormal numbers; Lightning calls no teardown after an exception."""
         flush_denormals(False)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave denormal numbers as they were."""
+        """Restore denormal numbers."""
         if stage == "fit":
             flush_denormals(False)

@@ -1,4 +1,4 @@
-"""A progress bar that counts what a mask is learned in: optimizer steps."""
+"""Progress bar that counts optimizer steps."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from leap_pl.training.module import LeapModule
 
 
 class StepProgress(ProgressBar):
-    """One line: step, time left, the last micro-batch's loss, soft density, perplexities once measured."""
+    """Progress bar in one line: step, time left, loss of the last micro-batch, soft density, hard perplexity."""
 
     def __init__(self, refresh_seconds: float = 1.0) -> None:
-        """Take the pace.
+        """Set the refresh interval.
 
         Args:
-            refresh_seconds: Between redraws.
+            refresh_seconds: Minimum seconds between redraws.
         """
         super().__init__()
         check_numbers({"refresh_seconds": refresh_seconds}, "progress.")
@@ -27,15 +27,15 @@ class StepProgress(ProgressBar):
         self.enabled = True
 
     def disable(self) -> None:
-        """Called on all ranks but the first."""
+        """Disable the bar; Lightning calls this on all ranks but the first."""
         self.enabled = False
 
     def enable(self) -> None:
-        """Draw again."""
+        """Enable the bar."""
         self.enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the bar, at the step a resumed run begins with."""
+        """Draw the bar, starting at the current step in a resumed run."""
         if not self.enabled:
             return
         self.bar = tqdm(
@@ -50,12 +50,12 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move with the optimizer step."""
+        """Advance the bar after an optimizer step."""
         if self.bar is None or trainer.global_step == self.bar.n:
             return
         assert isinstance(pl_module, LeapModule)
         self.bar.update(trainer.global_step - self.bar.n)
-        # The numbers live on the device: they are fetched only when the line is redrawn.
+        # The values are on the device: reading them only when the line is redrawn saves host syncs.
         if self.bar.last_print_n == self.bar.n or self.bar.n == self.bar.total:
             kept = pl_module.gates.kept.values()
             density = float(sum(k.detach() for k in kept)) / sum(pl_module.sizes.values())
@@ -65,20 +65,20 @@ class StepProgress(ProgressBar):
             self.bar.set_postfix(shown, refresh=False)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what takes the time."""
+        """Show that validation is running."""
         if self.bar is not None:
             self.bar.set_description("validating")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Back to learning."""
+        """Show that learning continues."""
         if self.bar is not None:
             self.bar.set_description("learning the mask")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the last line standing."""
+        """Close the bar, leaving its last line."""
         if self.bar is not None:
             self.bar.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Do not draw over the message."""
+        """Close the bar, so that it does not overwrite the error message."""
         self.on_train_end(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""What a run shows: densities, the movement of the mask, the terms of the loss."""
+"""Sparsity logger: densities, changes of the mask, loss terms and schedules as metrics."""
 
 import math
 from typing import Any
@@ -16,9 +16,9 @@ from leap_pl.losses.objective import TOTAL
 from leap_pl.masks import split_name
 from leap_pl.training.module import LeapModule
 
-FEWEST_BITS = 256  # sampled of a weight, to say that its density is extreme
+FEWEST_BITS = 256  # samples of a weight that are needed to call its density extreme
 
-# One page that answers: does it learn, is it on budget, does the mask still move, where does it prune?
+# TensorBoard's custom-scalars page: learning, budget, changes of the mask, densities by layer and projection.
 _PAGE = {
     "run": {
         "perplexity: the exported mask against the dense model": ["Multiline", [r"perplexity/.*"]],
@@ -42,37 +42,37 @@ _PAGE = {
 
 
 class SparsityLogger(L.Callback):
-    """Log the state of the mask to every logger of the trainer, and more of it to TensorBoard.
+    """Callback that logs the state of the mask to every logger of the trainer, with histograms for TensorBoard.
 
     ==========================  ==========================================================================
     ``density/soft``            mean of the relaxed mask over all gated weights
     ``density/target``          ρ
     ``density/logits_above_0``  share of logits above 0: the density a cut at 0 would give (BernoulliGate)
-    ``patterns/confidence``     mean probability of the likeliest pattern (NMGate, TileGate in joint mode)
+    ``patterns/confidence``     mean probability of the most likely pattern (NMGate, TileGate in joint mode)
     ``tiles/logits_above_0``    share of tiles whose logit is above 0 (TileGate)
     ``loss/…``                  each term of the objective, unweighted, and their weighted sum ``total``
-    ``gradient/norm``           of the logits' gradient, before it is clipped (not with float16's scaler)
+    ``gradient/norm``           norm of the logits' gradient before clipping (not with float16's scaler)
     ``mask/changed_from_…``     share of hard mask bits that differ from the prior, and from the last log
-    ``perplexity/…``            of the hard mask and of the dense model, at validation
+    ``perplexity/…``            perplexity of the hard mask and of the dense model, at validation
     ``schedule/…``              α, τ and the learning rate
     ``weights_by_layer/…``      soft and hard density of each decoder block
     ``weights_by_projection/…`` soft and hard density of each projection, over all blocks
     ==========================  ==========================================================================
 
-    Hard quantities are of the mask at exactly the target sparsity, estimated on evenly spaced logits;
-    soft ones are of all weights, in the last micro-batch. TensorBoard also gets histograms of αθ/τ, a
-    custom-scalars page, and the hyper-parameters with the final perplexities.
+    Hard metrics describe the mask at exactly the target sparsity, estimated from evenly spaced logits;
+    soft metrics cover all weights, in the last micro-batch. TensorBoard also gets histograms of αθ/τ, a
+    custom-scalars page, and the hyperparameters with the final perplexities.
 
-    A weight of which the hard mask keeps next to nothing, or removes next to nothing, is warned of, once.
+    There is one warning for each weight of which the hard mask keeps, or removes, almost nothing.
     """
 
     def __init__(self, every_n_steps: int = 10, histogram_every_n_steps: int = 100, samples: int = 1 << 19) -> None:
-        """Take the intervals.
+        """Set the intervals.
 
         Args:
             every_n_steps: Optimizer steps between logs.
             histogram_every_n_steps: Optimizer steps between histograms.
-            samples: Logits that the hard quantities and the histograms are estimated on, over the whole model.
+            samples: Number of logits in the whole model from which hard metrics and histograms are estimated.
         """
         if min(every_n_steps, histogram_every_n_steps, samples) < 1:
             raise ValueError("sparsity_log: every_n_steps, histogram_every_n_steps and samples are at least 1.")
@@ -86,9 +86,9 @@ class SparsityLogger(L.Callback):
         self.warned: set[str] = set()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember the prior's sampled bits; lay out TensorBoard's page."""
+        """Store samples of the prior's bits, and log TensorBoard's page or the hyperparameters."""
         assert isinstance(pl_module, LeapModule)
-        # Odd, so that it does not run down a column: the widths of weights are even.
+        # Odd, so that the samples do not all fall into a few columns: the widths of weights are even.
         self.stride = max(1, sum(pl_module.sizes.values()) // self.samples) | 1
         if pl_module.prior is not None:
             self.prior_bits = {n: m.reshape(-1)[:: self.stride].clone() for n, m in pl_module.prior.masks.items()}
@@ -99,7 +99,7 @@ class SparsityLogger(L.Callback):
                 logger.log_hyperparams(_plain(dict(pl_module.hparams)))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """TensorBoard forgets what a run that was stopped drew beyond the checkpoint: this run draws it again."""
+        """Make TensorBoard drop the points that a stopped run logged after its checkpoint: they are logged again."""
         if trainer.global_step == 0 or not trainer.is_global_zero:
             return
         beyond = Event(step=trainer.global_step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -126,7 +126,7 @@ class SparsityLogger(L.Callback):
             self._histograms(trainer, pl_module, step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hyper-parameters, with the metrics the run ended on, if it is finished."""
+        """Log the hyperparameters with the final metrics to TensorBoard, if the run is finished."""
         assert isinstance(pl_module, LeapModule)
         if trainer.global_step < trainer.max_steps:
             return
@@ -137,7 +137,7 @@ class SparsityLogger(L.Callback):
 
     @torch.no_grad()
     def measure(self, module: LeapModule) -> dict[str, float]:
-        """Every metric of the table above that does not come from validation."""
+        """Compute every metric of the class's table that does not come from validation."""
         terms = {f"loss/{'total' if name == TOTAL else name}": float(v) for name, v in module.terms.items()}
         metrics = module.mean_over_ranks(terms)
         if module.gradient_norm is not None:
@@ -163,26 +163,26 @@ class SparsityLogger(L.Callback):
         return metrics
 
     def _warn_of_extremes(self, bits: dict[str, Tensor], target: float) -> None:
-        """Say of a weight, once, that its density has run to 0 or 1, and what to do about it.
+        """Warn once for each weight whose density is close to 0 or 1, with what to do about it.
 
         Args:
-            bits: Sampled hard masks by weight name.
-            target: ρ; a weight is extreme where it keeps, or removes, a hundredth of what the model does on average.
+            bits: Samples of the hard masks by weight name.
+            target: Target density ρ; a weight is extreme if it keeps, or removes, at most a hundredth of the average.
         """
         for name, mask in bits.items():
             density = float(mask.float().mean())
             if name in self.warned or mask.numel() < FEWEST_BITS:
                 continue
             if density <= target / 100:
-                what = "next to nothing is kept, and the layer may pass nothing on"
+                what = "almost nothing is kept, and the layer's output may vanish"
             elif 1 - density <= (1 - target) / 100:
-                what = "next to nothing is removed, and the other weights make up for it"
+                what = "almost nothing is removed, and other weights lose more instead"
             else:
                 continue
             self.warned.add(name)
             rank_zero_warn(
-                f"{name}: its density has run to {density:.4f}, where the model's is {target:.4f}: {what}. If that is "
-                "not meant, hold every layer to the target with --model.objective.budget_scope layer, leave this "
+                f"{name}: its density is {density:.4f}, and the model's target is {target:.4f}: {what}. If this is "
+                "not intended, hold every layer to the target with --model.objective.budget_scope layer, leave this "
                 f"weight dense with --model.ignore '[{name}]', or lower the learning rate."
             )
 
@@ -194,16 +194,16 @@ class SparsityLogger(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for projection, parts in by_projection.items():
-                    # Beyond ±20 a gate is open or shut to float32: one bin each, and the middle stays legible.
+                    # Beyond ±20 a gate is fully open or closed in float32: clamping keeps the middle readable.
                     values = torch.cat(parts).clamp(-20, 20)
                     logger.experiment.add_histogram(f"weights_alpha_theta_over_tau/{projection}", values, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The bits of the last log, so that a resumed run's curve has no gap."""
+        """Return the bits of the last log, so that the curve of a resumed run has no gap."""
         return {"last_bits": dict(self.last_bits), "last_step": self.last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the bits of the last log."""
+        """Load the bits of the last log."""
         self.last_bits, self.last_step = dict(state_dict["last_bits"]), state_dict["last_step"]
 
 
@@ -225,7 +225,7 @@ def _difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 def _plain(hparams: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings as ``a/b`` → plain values that a logger can show."""
+    """Flatten nested settings to ``a/b`` → plain values that a logger can show."""
     flat: dict[str, Any] = {}
     for key, value in hparams.items():
         if isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""Answer the command line: one file for the table of verbs, and one for each verb."""
+"""Command line: one file for the table of verbs, and one for each verb."""

@@ -1,4 +1,4 @@
-"""What the argument parser complains of, in one line that says what to type instead."""
+"""Errors of the argument parser in one line that says what to type instead, and checks of configs and classes."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -17,11 +17,11 @@ from leap_pl.inputs.yaml_input import check_yaml, guard_parser
 
 
 def one_line(error: Exception, options: Collection[str] = ()) -> str:
-    """The parser's message without its layout and its Python: which key, what was found, what would do.
+    """Return the parser's message in one line, without layout and Python: the key, what was found, what is valid.
 
     Args:
-        error: What the parser raised.
-        options: The options that there are, for what was mistyped.
+        error: Exception raised by the parser.
+        options: Existing options, to suggest one for a mistyped option.
     """
     text = " ".join(str(error).split())
     strange = re.match(r"[Uu]nrecognized arguments: (\S+)", text)
@@ -35,7 +35,7 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
     if found is None:
         return text
     key, complaint = found.groups()
-    # A key that may also be left out is of two types, and the parser tells of the failure of each.
+    # An optional key has two types, and the parser reports the failure of each.
     union = re.search(
         r"any of the Union subtypes Subtypes: .*? Errors: (.*) Given value type: .* Given value: (.*)", complaint
     )
@@ -44,12 +44,12 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
         complaint = f"{'; or '.join(dict.fromkeys(reasons))}. Got value: {union[2]}"
     absent = re.search(r"[Ee]xpected (?:an? )?dot import path string: (\S+?)\.?(?:$| )", complaint)
     if absent and "either not accessible or invalid" in complaint:
-        return f"{key}: there is no class {absent[1]} of this kind. leap_pl fit --help lists those that there are."
+        return f"{key}: there is no class {absent[1]} of this kind. leap_pl fit --help lists the available classes."
     group = re.search(r"Unable to load config ['\"](.*?)['\"](?: |$)", complaint)
     if group:
         settings = [option for option in options if option.startswith(f"--{key}.")]
-        each = f", or its settings one by one: {', '.join(settings)}" if settings else ""
-        return f"{key}: {group[1]} is no file of settings. Give one{each}."
+        each = f", or set its options one by one: {', '.join(settings)}" if settings else ""
+        return f"{key}: {group[1]} is not a file of settings. Give the path of one{each}."
     complaint = re.sub(r"\.? Got value: Namespace\(.*$", "", complaint)
     # A list may also be the path of a file that holds it, which is not what was meant.
     complaint = re.sub(r"^- Expected a path but .*? either not accessible or invalid - ", "", complaint)
@@ -61,23 +61,23 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
 
 
 def check_groups(settings: Namespace, defaults: Namespace, within: str = "") -> None:
-    """Make sure that no group of settings is null, which a YAML file says of a key with nothing after it.
+    """Check that no group of settings is null, as a YAML key without a value is.
 
     Args:
-        settings: What was given.
-        defaults: Of the same parser.
-        within: The group that both are, and a dot.
+        settings: Settings to check.
+        defaults: Default settings of the same parser.
+        within: Key of the group that both belong to, with a trailing dot.
 
     Raises:
-        UserError: One is.
+        UserError: A group is null.
     """
     for key, default in vars(defaults).items():
-        if not isinstance(default, Namespace) or "class_path" in default:  # a class may be left out by null
+        if not isinstance(default, Namespace) or "class_path" in default:  # null leaves out a class
             continue
         found = settings.get(key)
         if found is None:
             raise UserError(
-                f"{within}{key} is null, and is a group of settings. Leave it out, or set what is in it: "
+                f"{within}{key} is null, but it is a group of settings. Leave it out, or set some of its keys: "
                 f"{', '.join(vars(default))}."
             )
         if isinstance(found, Namespace):
@@ -94,21 +94,21 @@ def _unknown(word: str, options: Collection[str]) -> str:
     name = word.partition("=")[0]
     if not name.startswith("-"):
         return (
-            f"{name!r} belongs to no option. Name the option before it; an option takes one word, and a list is typed "
-            "as one: a,b or '[a, b]', as its --help says."
+            f"{name!r} does not belong to an option. Type the option before it; an option takes one word, and a "
+            "list is typed as one: a,b or '[a, b]', as its --help says."
         )
     near = get_close_matches(name, options, 1)
-    return f"there is no option {name}.{f' Did you mean {near[0]}?' if near else ''} --help lists all."
+    return f"there is no option {name}.{f' Did you mean {near[0]}?' if near else ''} --help lists all options."
 
 
 def check_configs(words: Sequence[str]) -> None:
-    """Make sure that the files named with ``--config`` hold settings, and name the one that does not.
+    """Check that the files given with ``--config`` are valid settings, and name the first that is not.
 
-    From here on the parser checks what it reads by itself, too: the files that settings name.
+    Afterwards the parser also checks the files that it reads by itself, those named by settings.
 
     Raises:
-        UserError: One is no regular file, is too long, cannot be read as YAML, stands for too many values
-            (:func:`leap_pl.inputs.yaml_input.check_yaml`), or is no mapping.
+        UserError: A file is not regular, is too long, cannot be read as YAML, expands to too many values
+            (:func:`leap_pl.inputs.yaml_input.check_yaml`), or is not a mapping.
     """
     import yaml
 
@@ -118,7 +118,7 @@ def check_configs(words: Sequence[str]) -> None:
         is_config = option == "--config"
         if word in ("-c", "--config"):
             is_config, name = True, words[place + 1] if place + 1 < len(words) else ""
-        if not name or not _exists(name):  # of what is not there the parser tells
+        if not name or not _exists(name):  # the parser reports missing files
             continue
         if not is_config:
             if name.endswith((".yaml", ".yml")):  # a group of settings, --model model.yaml
@@ -130,20 +130,22 @@ def check_configs(words: Sequence[str]) -> None:
         try:
             text = raw.decode("utf-8")
             check_yaml(text, f"--config {name}")
-            told = yaml.load(text, yaml.CSafeLoader)
+            content = yaml.load(text, yaml.CSafeLoader)
         except UserError:
             raise
         except (ValueError, RecursionError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"--config {name} is no YAML ({reason[:200]}). Mend it, or give another file.") from error
-        if told is not None and not isinstance(told, dict):
-            raise UserError(f'--config {name} holds no settings: lines such as "output_dir: sparse" are needed.')
+            raise UserError(
+                f"--config {name} is not valid YAML ({reason[:200]}). Fix it, or give another file."
+            ) from error
+        if content is not None and not isinstance(content, dict):
+            raise UserError(f'--config {name} has no settings. Write lines such as "output_dir: sparse".')
 
 
 def setting_of(words: Sequence[str], name: str) -> str | None:
-    """Return what ``words`` and the configs that they name say of ``name``, the last word of them; None: nothing.
+    """Return the last value of the setting ``name`` in ``words`` and in the configs that they name; None: not set.
 
-    For a setting that decides how the rest is parsed. Options are typed by their whole names.
+    This is for settings that decide how the others are parsed. Options must be typed with their full names.
     """
     import yaml
 
@@ -155,14 +157,14 @@ def setting_of(words: Sequence[str], name: str) -> str | None:
         if option == f"--{name}":
             found = None if value in ("null", "") else value
         elif option in ("-c", "--config") and Path(value).is_file():
-            told = yaml.load(Path(value).read_text(encoding="utf-8"), yaml.CSafeLoader)
-            if isinstance(told, dict) and name in told:
-                found = None if told[name] is None else str(told[name])
+            content = yaml.load(Path(value).read_text(encoding="utf-8"), yaml.CSafeLoader)
+            if isinstance(content, dict) and name in content:
+                found = None if content[name] is None else str(content[name])
     return found
 
 
 def check_classes(settings: Namespace) -> None:
-    """Make sure that the classes which ``settings`` name are of the kind asked for, before one is called.
+    """Check that the classes named in ``settings`` are of the required kinds, before one is called.
 
     Raises:
         UserError: If a gate, an optimizer, a schedule or a loss term is a function, or a class that is abstract or of
@@ -187,19 +189,19 @@ def check_classes(settings: Namespace) -> None:
         if not (isinstance(found, type) and issubclass(found, base)) or isabstract(found):
             what = getattr(found, "__qualname__", type(found).__name__)
             raise UserError(
-                f"model.{name} is {getattr(found, '__module__', '')}.{what}, and has to be a class of {base.__name__}"
+                f"model.{name} is {getattr(found, '__module__', '')}.{what}, but must be a subclass of {base.__name__}"
                 f"{' that is not abstract' if isabstract(found) else ''}. "
-                f"leap_pl fit --help lists those that there are."
+                "leap_pl fit --help lists the available classes."
             )
 
 
 def plain(value: Any) -> Any:
-    """Return a parsed ``value`` with dictionaries in the place of namespaces."""
+    """Return a parsed ``value`` with dictionaries instead of namespaces."""
     return value.as_dict() if isinstance(value, Namespace) else value
 
 
 def _exists(name: str) -> bool:
     try:
         return Path(name).exists()
-    except (OSError, ValueError):  # too long for a name, or with NUL in it
+    except (OSError, ValueError):  # the name is too long, or contains NUL
         return False

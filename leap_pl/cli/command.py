@@ -1,4 +1,4 @@
-"""What every verb that is a function does before its own work: know its inputs, and spare them."""
+"""Decorator of the verbs that are functions: registers their inputs, and protects them from being overwritten."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-FOLDER, FILE = "output_dir", "output"  # what the options are called that say where to write
+FOLDER, FILE = "output_dir", "output"  # names of the options for the output path
 ADDED = "added_arguments"  # attribute of a verb's function
 
 
 def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Make ``function`` a verb: a call of it is one command, with a register of its inputs.
+    """Make ``function`` a verb: each call of it is one command with a register of its inputs.
 
-    Each option but ``output_dir`` and ``output`` that names something on the disk, also by a pattern or in a list, is
-    an input from the start. Before ``function`` is called, the folder or file to be written is looked at: it is
-    refused where it would take an input away, or, with ``force``, what leap_pl did not write.
+    Every option except ``output_dir`` and ``output`` whose value names files on the disk, also by a pattern or in a
+    list, is registered as an input. The output folder or file is checked before ``function`` is called: it is refused
+    if writing it would remove an input or, with ``force``, files that leap_pl did not write.
 
     The function is named after its verb: ``export_command``.
     """
@@ -51,11 +51,11 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 def with_arguments(
     add: "Callable[[ArgumentParser], None]", instead_of: Sequence[str]
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Let ``add`` define options of a verb that come from a table, of which the signature does not know.
+    """Return a decorator that adds options to a verb which come from a table, not from its signature.
 
     Args:
-        add: Adds them to the verb's parser.
-        instead_of: Parameters of the verb's function among them.
+        add: Function that adds the options to the verb's parser.
+        instead_of: Parameters of the verb's function that are among these options.
     """
 
     def mark(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -66,7 +66,7 @@ def with_arguments(
 
 
 def add_arguments(parser: "ArgumentParser", function: Callable[..., Any]) -> None:
-    """Add the options of a verb's ``function`` to ``parser``: those of its signature, and those that it adds."""
+    """Add the options of a verb's ``function`` to ``parser``: those of its signature and of :func:`with_arguments`."""
     add, instead_of = vars(function).get(ADDED, (None, set()))
     parser.add_function_arguments(function, as_group=False, skip=instead_of)
     if add is not None:

@@ -1,4 +1,4 @@
-"""``leap_pl compare``: results and masks side by side, as a table, pictures and one page."""
+"""``leap_pl compare``: comparison of results and masks as a table, pictures and an HTML page."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,30 +13,30 @@ from leap_pl.oneshot.methods import METHODS
 def compare_command(
     results: Sequence[str] = (), output_dir: str = "comparison", baselines: str | None = None, force: bool = False
 ) -> dict[str, Any]:
-    """Put results and masks side by side.
+    """Compare results and masks.
 
-    Written to output_dir: table.md, table.csv, every picture as .png and .svg (perplexity and mean accuracy
-    against sparsity, differences to the best baseline, density by layer and projection, overlap of masks),
-    and index.html, one page with all of it that opens from disk. The table is printed as well.
+    The following files are written to output_dir: table.md, table.csv, every picture as .png and .svg (perplexity and
+    mean accuracy against sparsity, differences from the best baseline, density by layer and projection, overlap of
+    masks), and index.html, a page with all of them that can be opened from disk. The table is printed as well.
 
-    Perplexities of different texts, tokenizers, seq_length or stride are refused in one column, and so are
-    accuracies on different splits, limits or numbers of examples.
+    Perplexities measured with different texts, tokenizers, seq_length or stride cannot be in one column, nor can
+    accuracies measured on different splits, limits or numbers of examples.
 
     Args:
         results: Result files of leap_pl evaluate, MaskSet files, checkpoints of leap_pl fit, and folders that
-            leap_pl has written a mask to, in any order, typed as bare words: leap_pl compare dense.json
-            sparse.json mask.safetensors exported-folder/. A mask that a result was measured with is found by
-            itself where it still is in its place.
+            leap_pl has written a mask to, in any order, without a flag: leap_pl compare dense.json
+            sparse.json mask.safetensors exported-folder/. The mask that a result was measured with is found
+            automatically if it is still in its original place.
         output_dir: Folder to write.
-        baselines: Methods, separated by commas, whose best at the same sparsity the others are measured against; by
-            default those of leap_pl prune.
-        force: Replace output_dir if there is something in it.
+        baselines: Methods, separated by commas; the other results are compared with the best of them at the same
+            sparsity. By default the methods of leap_pl prune.
+        force: Replace output_dir if it is not empty.
 
     Returns:
-        ``table`` (the CSV's columns by name, one entry a row), ``files``.
+        ``table`` (one dictionary for each row, with the CSV's columns as keys) and ``files``.
 
     Raises:
-        UserError: Something cannot be read, figures do not compare, or the folder cannot be written.
+        UserError: A file cannot be read, results are not comparable, or the folder cannot be written.
     """
     if not results:
         raise UserError(
@@ -61,7 +61,7 @@ def compare_command(
         (folder / "table.csv").write_text(table.csv(), encoding="utf-8")
         pictures = draw_all(entries, measured_against, folder)
         (folder / "index.html").write_text(make_page(entries, table, pictures, folder), encoding="utf-8")
-    say(table.text(get_terminal_size(fallback=(0, 0)).columns or None), lines=True)  # a file has no width
+    say(table.text(get_terminal_size(fallback=(0, 0)).columns or None), lines=True)  # None: not a terminal
     say("")
     say(f"written: {Path(output_dir, 'index.html')}, table.md, table.csv and {len(pictures)} pictures")
     return {

@@ -1,4 +1,4 @@
-"""``leap_pl consolidate``: the checkpoint folder of a sharded run becomes one file."""
+"""``leap_pl consolidate``: conversion of a sharded run's checkpoint folder to one file."""
 
 from pathlib import Path
 
@@ -11,19 +11,19 @@ from leap_pl.inputs.register import current, note_input, real_path
 
 @command
 def consolidate_command(ckpt_path: str, output: str) -> None:
-    """Make one file of a distributed checkpoint, as a single process would have written it.
+    """Convert a distributed checkpoint to one file, as a single process would have written it.
 
-    Every strategy resumes from it, on any number of ranks. It takes memory for what is read, logits and the optimizer's
-    state, on one machine; a sharded run resumes from the folder itself.
+    Every strategy can resume from the file, on any number of ranks. The conversion needs memory for the logits and the
+    optimizer state on one machine. A sharded run can also resume from the folder itself.
 
     Args:
-        ckpt_path: The folder of a distributed checkpoint (step=N.ckpt), as fit writes it under ModelParallelStrategy.
-        output: The file to write. It appears whole or not at all, and replaces nothing but a checkpoint.
+        ckpt_path: Folder of a distributed checkpoint (step=N.ckpt), as fit writes it with ModelParallelStrategy.
+        output: File to write, atomically. It overwrites only checkpoints.
     """
     if Path(output).is_dir():
-        raise UserError(f"--output {output} is a folder. Name the file to write, as {Path(output) / 'one.ckpt'}.")
+        raise UserError(f"--output {output} is a folder. Name the file to write, such as {Path(output) / 'one.ckpt'}.")
     if not Path(ckpt_path).is_dir():
-        raise UserError(f"--ckpt_path {ckpt_path} is no folder. Name that of a distributed checkpoint (step=N.ckpt).")
+        raise UserError(f"--ckpt_path {ckpt_path} is not a folder. Give a distributed checkpoint (step=N.ckpt).")
     _check_place(Path(ckpt_path), Path(output))
     import torch
 
@@ -36,10 +36,10 @@ def consolidate_command(ckpt_path: str, output: str) -> None:
 
 
 def _check_place(folder: Path, file: Path) -> None:
-    """Make sure that ``file`` may be written, and takes away nothing of what is read of ``folder``.
+    """Check that writing ``file`` overwrites nothing but a checkpoint, and no part of ``folder``.
 
     Raises:
-        UserError: It is a part of the folder, or there is a file that is no checkpoint.
+        UserError: The file is a part of the folder, or exists and is not a checkpoint.
     """
     for part in folder.rglob("*"):
         note_input(part)
@@ -51,4 +51,4 @@ def _check_place(folder: Path, file: Path) -> None:
     from leap_pl.checkpoints.layout import is_checkpoint
 
     if not is_checkpoint(file):
-        raise UserError(f"{file} is there, and is no checkpoint of leap_pl. Name another file.")
+        raise UserError(f"--output {file} exists and is not a checkpoint of leap_pl. Name another file.")

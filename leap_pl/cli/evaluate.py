@@ -1,4 +1,4 @@
-"""``leap_pl evaluate``: perplexity and zero-shot tasks, into one result file that can be repeated and compared."""
+"""``leap_pl evaluate``: perplexity and zero-shot tasks of a model, in a reproducible and comparable result file."""
 
 import sys
 import time
@@ -38,45 +38,45 @@ def evaluate_command(
     seed: int = 0,
     output: str | None = None,
 ) -> dict[str, Any]:
-    """Measure a model: perplexity on texts, accuracy on zero-shot tasks.
+    """Evaluate a model: perplexity on texts, accuracy on zero-shot tasks.
 
-    What is measured is a model as it is (a base model, an exported checkpoint), a base model under a mask,
-    or what a training checkpoint has learned. Perplexity is taken as in the literature: documents joined by
-    a blank line, tokenized once, windows of seq_length tokens, the mean over all predicted tokens. A
-    perplexity is comparable only with one of the same text, tokenizer, seq_length and stride, so the result
-    holds them all.
+    The model is an unchanged one (a base model, an exported checkpoint), a base model with a mask applied, or
+    the hard mask of a training checkpoint. Perplexity is computed as in the literature: documents joined by a
+    blank line, tokenized once, windows of seq_length tokens, the mean over all predicted tokens. Perplexities
+    are comparable only for the same text, tokenizer, seq_length and stride, so the result records all of them.
 
     Args:
-        model: Hub id, local folder or GGUF file. With a mask it can be left out: the mask knows its base model.
-        mask: A MaskSet file (mask.safetensors) to put on the base model.
-        ckpt_path: A checkpoint of leap_pl fit; its hard mask is put on the base model.
+        model: Hub id, local folder or GGUF file. Optional with a mask, which records its base model.
+        mask: MaskSet file (mask.safetensors) to apply to the base model.
+        ckpt_path: Checkpoint of leap_pl fit, whose hard mask is applied to the base model.
         perplexity: Texts, separated by commas: wikitext2, c4 (both from the hub), local files (.jsonl,
             .jsonl.gz, .parquet, .txt).
         seq_length: Tokens in a window.
-        stride: From one window to the next, in tokens; default seq_length. A smaller one gives every token
-            more context and takes longer; a token counts once.
-        max_tokens: Read only the first so many tokens of each text. Part of the protocol.
-        share: Of local files, all of the text, or the held_out twentieth that training left for validation.
+        stride: Tokens from one window to the next; default: seq_length. A smaller stride gives every token
+            more context and takes longer; each token counts once.
+        max_tokens: Maximum number of tokens to read of each text. Part of the protocol.
+        share: Part of local files to use: all of the text, or the held_out twentieth that training kept for
+            validation.
         tasks: lm-eval tasks, separated by commas. The paper's: mmlu,piqa,arc_easy,arc_challenge,winogrande,openbookqa.
-        limit: Only the first so many questions of each task, for a quick look; the result is marked.
-        num_fewshot: Solved examples before each question; default: what the task says, mostly none.
-        tasks_folder: Folder with data of tasks (default: assets/tasks where it exists, as made by make
-            assets-eval). A task found there is read from there, any other from the hub.
+        limit: Maximum number of questions of each task, for a quick look; the result is marked.
+        num_fewshot: Number of solved examples before each question; default: the task's own, mostly 0.
+        tasks_folder: Folder with the data of tasks (default: assets/tasks if it exists, as made by make
+            assets-eval). Tasks that are not in it are read from the hub.
         batch_size: Windows, or requests, in a forward pass.
-        dtype: Type of the weights in memory and of the computation; auto is the one they are stored in, but float32
-            for bfloat16 where the hardware multiplies that slower.
-        device: auto is the first GPU, or the CPU where there is none.
+        dtype: Type of the weights in memory and of the computation; auto: the type they are stored in, but float32
+            for bfloat16 on hardware where float32 is faster.
+        device: Device to run on; auto: the first GPU, or the CPU without one.
         revision: Branch, tag or commit of the base model on the hub.
-        trust_remote_code: Run code that comes with the model; only of one that --model names.
-        seed: Seed of few-shot sampling, the only thing left to chance.
+        trust_remote_code: Run code that comes with the model; only for a model given with --model.
+        seed: Seed of few-shot sampling, the only random choice.
         output: Result file to write, JSON.
 
     Returns:
-        The result, as it is written to output.
+        The result, as written to output.
 
     Raises:
-        UserError: Nothing is to be measured, something cannot be found or reached, or what is given does
-            not fit together.
+        UserError: There is nothing to measure, something cannot be found or reached, or options do not fit
+            together.
     """
     texts, names = _names(perplexity, "--perplexity"), _names(tasks, "--tasks")
     if not texts and not names:
@@ -87,7 +87,7 @@ def evaluate_command(
         raise UserError(f"--max_tokens {max_tokens}: a perplexity needs at least 2 tokens.")
     if num_fewshot is not None and num_fewshot < 0:
         raise UserError(f"--num_fewshot {num_fewshot}: give a number of examples, 0 or more.")
-    # What needs no model is refused before one is loaded.
+    # Check everything that needs no model before one is loaded.
     from leap_pl.evaluation.perplexity import check_windows
     from leap_pl.evaluation.record import FORMAT, FORMAT_VERSION, check_place, environment, write_result
     from leap_pl.evaluation.subject import load_subject, realised_sparsity
@@ -111,9 +111,9 @@ def evaluate_command(
     subject = load_subject(
         model=model, mask=mask, ckpt_path=ckpt_path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    where = _place(subject, device)
+    where = _move_to_device(subject, device)
     if dtype == "auto":
-        _speed_up(subject)
+        _use_fast_dtype(subject)
     result: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -161,7 +161,7 @@ def evaluate_command(
     result["times"] = {"started": started, "seconds": seconds}
     if output is not None:
         write_result(output, result)
-    _tell(result, output)
+    _print_summary(result, output)
     return result
 
 
@@ -216,12 +216,12 @@ def _tasks_folder(given: str | None) -> str | None:
     if given is None:
         return DEFAULT_TASKS_FOLDER if Path(DEFAULT_TASKS_FOLDER).is_dir() else None
     if not Path(given).is_dir():
-        raise UserError(f"--tasks_folder {given}: there is no such folder. Lay it out with make assets-eval.")
+        raise UserError(f"--tasks_folder {given}: there is no such folder. Create it with make assets-eval.")
     return given
 
 
-def _place(subject: "Subject", device: str) -> str:
-    """Move the model; returns the name of the device."""
+def _move_to_device(subject: "Subject", device: str) -> str:
+    """Move the model, and return the name of the device."""
     import torch
 
     where = ("cuda:0" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -236,8 +236,8 @@ def _place(subject: "Subject", device: str) -> str:
     return where
 
 
-def _speed_up(subject: "Subject") -> None:
-    """Turn bfloat16 weights into float32 where the device multiplies these faster, and say so."""
+def _use_fast_dtype(subject: "Subject") -> None:
+    """Convert bfloat16 weights to float32 on a device where float32 is faster, and print a note."""
     import torch
 
     from leap_pl.base_model.loading import fast_dtype
@@ -245,8 +245,8 @@ def _speed_up(subject: "Subject") -> None:
     model = subject.model
     if model.dtype == torch.bfloat16 and fast_dtype(model.device) == "float32":
         say(
-            f"evaluated in float32, which this {model.device.type.upper()} multiplies faster than bfloat16 "
-            "(--dtype bfloat16 keeps it)",
+            f"evaluating in float32, which is faster than bfloat16 on this {model.device.type.upper()} "
+            "(--dtype bfloat16 overrides this)",
             sys.stderr,
         )
         model.float()
@@ -267,8 +267,8 @@ def _description(subject: "Subject") -> dict[str, Any]:
     }
 
 
-def _tell(result: dict[str, Any], output: str | None) -> None:
-    """The figures, for the reader of the terminal."""
+def _print_summary(result: dict[str, Any], output: str | None) -> None:
+    """Print the results on the terminal."""
     say(f"{result['method']}, {result['model']['base_model']}, sparsity {result['sparsity']['global']:.2%}")
     for text, found in result["perplexity"].items():
         error = f" ± {found['stderr']:.2f}" if found["stderr"] is not None else ""

@@ -1,4 +1,4 @@
-"""``leap_pl export``: a checkpoint or a mask becomes a sparse Hugging Face folder."""
+"""``leap_pl export``: export of a checkpoint or a mask to a sparse Hugging Face folder."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -21,24 +21,24 @@ def export_command(
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write a sparse Hugging Face checkpoint from what fit has learned, or from any MaskSet.
+    """Write a sparse Hugging Face checkpoint from a checkpoint of fit, or from any MaskSet.
 
-    The folder holds the base model with exact zeros where the mask removes a weight (safetensors, in the type
+    The folder has the base model with exact zeros where the mask removes a weight (safetensors, in the type
     the base model is stored in), its tokenizer and generation config, the mask itself (mask.safetensors), a
-    model card (README.md) and the same facts for machines (leap_pl.json). What the mask removes is zero, n:m
-    masks keep exactly n of every m, the kept weights are bit-identical to the base model's, and all of it is
-    verified by reading the folder back before it gets its name. AutoModelForCausalLM.from_pretrained loads it
-    alone.
+    model card (README.md) and the same facts in machine-readable form (leap_pl.json). Removed weights are zero,
+    n:m masks keep exactly n of every m, kept weights are bit-identical to the base model's; all of it is verified
+    by reading the folder back before it is renamed to output_dir. AutoModelForCausalLM.from_pretrained loads it
+    without leap_pl.
 
     Args:
-        output_dir: Folder to write. It appears whole or not at all, and never over another one without force.
-        ckpt_path: A checkpoint of leap_pl fit.
-        mask: A MaskSet file, instead of a checkpoint.
-        model: The base model, if it is not where the checkpoint or mask says it was.
-        revision: Of the base model on the hub; default: the one the mask was made for.
-        perplexity: A result file of leap_pl evaluate of this very mask, whose perplexities go into the model card.
-        force: Replace output_dir if there is something in it.
-        trust_remote_code: Run code that comes with the base model; only of one that --model names.
+        output_dir: Folder to write, atomically. An existing folder is replaced only with force.
+        ckpt_path: Checkpoint of leap_pl fit.
+        mask: MaskSet file, instead of a checkpoint.
+        model: Base model, if it is no longer in the place recorded in the checkpoint or mask.
+        revision: Revision of the base model on the hub; default: the one that the mask was made for.
+        perplexity: Result file of leap_pl evaluate for the same mask, whose perplexities go into the model card.
+        force: Replace output_dir if it is not empty.
+        trust_remote_code: Run code that comes with the base model; only for a model given with --model.
     """
     from leap_pl.base_model.loading import name_of_model
     from leap_pl.export.hugging_face import export_model, unfinished
@@ -66,7 +66,7 @@ def export_command(
 def _read_masks(ckpt_path: str | None, mask: str | None) -> "MaskSet":
     if (ckpt_path is None) == (mask is None):
         given = "Neither --ckpt_path nor --mask is given" if mask is None else "Both --ckpt_path and --mask are given"
-        raise UserError(f"{given}, and exactly one says what to remove. Give one of them.")
+        raise UserError(f"{given}. Give exactly one of them.")
     if mask is not None:
         from leap_pl.masks import MaskSet
 
@@ -77,7 +77,7 @@ def _read_masks(ckpt_path: str | None, mask: str | None) -> "MaskSet":
 
 
 def _read_results(path: str | None, masks: "MaskSet") -> dict[str, Any]:
-    """Read the perplexities of a result file, which is to be of ``masks``."""
+    """Read the perplexities of a result file, which must have been measured with ``masks``."""
     if path is None:
         return {}
     from leap_pl.evaluation.record import read_result
@@ -85,9 +85,11 @@ def _read_results(path: str | None, masks: "MaskSet") -> dict[str, Any]:
     result = read_result(path)
     results: dict[str, Any] = result["perplexity"]
     if not results:
-        raise UserError(f"{path} holds no perplexity. Give a result of leap_pl evaluate --perplexity TEXT.")
+        raise UserError(f"{path} has no perplexity. Give a result of leap_pl evaluate --perplexity TEXT.")
     measured = result["model"].get("mask_digest")
     if measured != masks.digest_of_bits():
-        which = "does not say of which mask it is" if measured is None else "is of another mask than the one given"
-        raise UserError(f"{path} {which}. Evaluate this mask, leap_pl evaluate --mask … --output, and give that file.")
+        fault = "does not record its mask" if measured is None else "was measured with a different mask"
+        raise UserError(
+            f"{path} {fault}. Run leap_pl evaluate --mask … --output … with this mask, and give its output."
+        )
     return results

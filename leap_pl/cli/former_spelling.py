@@ -1,4 +1,4 @@
-"""Settings that have moved: where they used to be written is still read, and one line says what to write instead."""
+"""Former spellings of settings: still accepted, with one line that says what to write instead."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,31 +12,31 @@ GROUP, FORMER = "model", "annealing"  # annealing, which was a callback's group,
 
 
 class FormerSpellingParser(ArgumentParser):
-    """A parser that takes ``annealing`` at the top of a config for ``model.annealing``.
+    """Parser that reads ``annealing`` at the top level of a config as ``model.annealing``.
 
-    In each config by itself, before it is laid over what was read until then: what comes later wins, however it is
-    spelled.
+    Each config is converted separately, before it is merged with the earlier ones: later values override earlier ones,
+    whatever the spelling.
 
     Attributes:
-        former: The configs that had it there.
+        former: Names of the configs with the former spelling.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take what jsonargparse's parser takes."""
+        """Create a parser with the arguments of jsonargparse's parser."""
         super().__init__(*args, **kwargs)
         self.former: list[str] = []
 
     def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Namespace:
-        """Parse a config; jsonargparse reads a file through this too, from within its folder.
+        """Parse a config; jsonargparse also uses this for files, with the file's folder as working directory.
 
         Raises:
-            UserError: It has both spellings, with different values.
+            UserError: The config has both spellings, with different values.
         """
         settings = _mapping(content) if FORMER in content else {}
         keys = [key for key in settings if _is_of(str(key), FORMER)]
         if not keys:
             return super().parse_string(content, path, *args, **kwargs)
-        # Apart from the rest, where the group may be the name of another file, and is then read from within its folder.
+        # Separately from the rest, where the group may be the path of another file, read relative to its folder.
         alone = {f"{GROUP}.{key}": settings.pop(key) for key in keys}
         config = super().parse_string(_text(settings), path, *args, **kwargs)
         former = super().parse_string(_text(alone), path, *args, **kwargs)
@@ -49,10 +49,10 @@ class FormerSpellingParser(ArgumentParser):
 
 
 def respelled(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return ``words`` with today's options in the place of former ones, and the former ones among them.
+    """Return ``words`` with current options instead of former ones, and the list of former options among them.
 
     Raises:
-        UserError: Both spellings are typed, with different values.
+        UserError: Both spellings are given, with different values.
     """
     former = [word.partition("=")[0] for word in words if _is_of(word, f"--{FORMER}")]
     if not former:
@@ -62,38 +62,38 @@ def respelled(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def advice(former: Sequence[str]) -> str:
-    """Return the line that says what to write instead of the ``former`` options and configs."""
+    """Return the message that says what to write instead of the ``former`` options and configs."""
     options = list(dict.fromkeys(name for name in former if name.startswith("--") and name != "--config"))
     configs = list(dict.fromkeys(name for name in former if name not in options))
     say = [f"--{GROUP}.{option[2:]} for {option}" for option in options]
     say += [f"'{FORMER}' within '{GROUP}' in {listing(configs, 4)}"] if configs else []
-    return f"{FORMER} is a setting of the {GROUP} now. What was given is taken; write {', and '.join(say)}."
+    return f"{FORMER} is a setting of the {GROUP} now. The former spelling is accepted; write {', and '.join(say)}."
 
 
 def check_agree(former: Any, now: Any, where: str) -> None:
-    """Make sure that what is given in both spellings is the same.
+    """Check that the values given in both spellings are equal.
 
     Args:
-        former: The value of ``annealing``: settings, or the name of a file of them; None if it is not there.
-        now: That of ``model.annealing``.
-        where: What says both, for the error message.
+        former: Value of ``annealing``: settings, or the path of a file with settings; None if it is not given.
+        now: Value of ``model.annealing``, likewise.
+        where: Source of both, for the error message.
 
     Raises:
-        UserError: They differ.
+        UserError: The values differ.
     """
     for one, value in _leaves(former).items():
         for other, another in _leaves(now).items():
-            # A name of a file stands for all that is in it.
+            # The path of a file stands for all settings in it.
             inside = not one or not other or f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
             if inside and (one != other or value != another):
                 old, new = (".".join(filter(None, parts)) for parts in ((FORMER, one), (GROUP, FORMER, other)))
                 raise UserError(
-                    f"{where} says {old} {value} and {new} {another}, and both are one setting. Leave {old} out."
+                    f"{where} sets {old} to {value} and {new} to {another}, but they are one setting. Leave {old} out."
                 )
 
 
 def _leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """Return each value that is no mapping by its dotted key, ``alpha.start``; of the whole by none."""
+    """Return nested values by dotted keys such as ``alpha.start``; a ``value`` that is no mapping keeps ``key``."""
     if value is None:
         return {}
     if isinstance(value, Namespace):
@@ -108,30 +108,30 @@ def _is_of(word: str, option: str) -> bool:
 
 
 def _typed(words: Sequence[str], option: str) -> dict[str, Any]:
-    """Return what is typed of ``option`` and of what is in it."""
+    """Return the values given for ``option`` and for the keys in it, by their dotted keys."""
     found: dict[str, Any] = {}
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if _is_of(word, option):
             name, given, value = word.partition("=")
             try:
-                told = get_loader("yaml")(value if given else following)
-            except yaml.YAMLError:  # which the parser tells of
+                parsed = get_loader("yaml")(value if given else following)
+            except yaml.YAMLError:  # reported by the parser
                 continue
-            found |= _leaves(told, name.removeprefix(f"{option}.").removeprefix(option))
+            found |= _leaves(parsed, name.removeprefix(f"{option}.").removeprefix(option))
     return found
 
 
 def _mapping(content: str) -> dict[Any, Any]:
-    """Return what a config says, as jsonargparse reads it; nothing of what is no mapping, which the parser tells of."""
+    """Return the settings of a config, as jsonargparse reads it; {} if it is no mapping: the parser reports that."""
     try:
-        told = get_loader("yaml")(content)
+        settings = get_loader("yaml")(content)
     except yaml.YAMLError:
         return {}
-    return told if isinstance(told, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 class _Quoting(yaml.SafeDumper):
-    """Writes every string in quotes: to another reader 1e-3 without them is a number."""
+    """YAML dumper that quotes every string: another reader would take an unquoted 1e-3 for a number."""
 
 
 _Quoting.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))

@@ -1,4 +1,4 @@
-"""The command line: one table of verbs, each a function or a run of the Lightning trainer."""
+"""Command line ``leap_pl``: the table of verbs, each a function or a run of the Lightning trainer."""
 
 import sys
 import warnings
@@ -18,7 +18,7 @@ from leap_pl.version import __version__
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
 
-# Verb → what it does, and the function behind it; the verbs without one are LightningCLI's.
+# Verb → description and function; verbs without a function are run by LightningCLI.
 VERBS: dict[str, tuple[str, str | None]] = {
     "fit": ("learn a mask for a model", None),
     "validate": ("perplexity of a checkpoint's hard mask on the validation text", None),
@@ -29,13 +29,13 @@ VERBS: dict[str, tuple[str, str | None]] = {
     "export": ("write a sparse Hugging Face checkpoint from a mask", "leap_pl.cli.export:export_command"),
     "evaluate": ("perplexity and zero-shot tasks of a model or mask", "leap_pl.cli.evaluate:evaluate_command"),
     "consolidate": (
-        "make one file of a checkpoint folder",
+        "convert a checkpoint folder to one file",
         "leap_pl.cli.consolidate:consolidate_command",
     ),
     "compare": ("tables and pictures of several results", "leap_pl.cli.compare:compare_command"),
 }
 
-# Verb → its option that takes any number of values, which are also taken as bare words: leap_pl compare a.json b.json
+# Verb → its option with any number of values, which may also be given without the flag: leap_pl compare a.json b.json
 BARE = {"compare": "results"}
 
 USAGE = f"""usage: leap_pl <verb> [options]
@@ -57,9 +57,10 @@ from a model to a sparse checkpoint:
 
 
 def main(args: "ArgsType" = None) -> Any:
-    """Run ``leap_pl`` with ``args``, or with the process's own.
+    """Run ``leap_pl`` with ``args``, by default those of the process.
 
-    A :class:`UserError` becomes one line on standard error and exit status 2; a warning of this package, one line.
+    A :class:`UserError` is printed as one line on standard error, with exit status 2; a warning of this package as one
+    line.
     """
     words = [str(word) for word in (sys.argv[1:] if args is None else args)]
     if not words or words[0] in ("-h", "--help", "help"):
@@ -90,27 +91,27 @@ def _check_working_directory() -> None:
     try:
         Path.cwd()
     except OSError as error:
-        raise UserError("the working directory is gone. Change to one that is there: cd ~") from error
+        raise UserError("the working directory no longer exists. Change to another: cd ~") from error
 
 
 def console() -> None:
-    """Run the process's own ``leap_pl``: what a verb returns is for Python, and no exit status.
+    """Run ``leap_pl`` with the arguments of the process; the verb's return value is not used as exit status.
 
-    Ctrl-C ends it with one line and status 130.
+    Ctrl-C ends the process with one line and status 130.
     """
     try:
         main()
         return
     except KeyboardInterrupt:
         pass
-    # Out here the exception is gone, and with it whatever it held open: progress bars have had their last word.
+    # Outside the except block, so that everything the exception kept alive is closed: progress bars print nothing more.
     say(f"\n{terminal(' '.join(['leap_pl', *sys.argv[1:2]]))}: stopped.", sys.stderr, lines=True)
     raise SystemExit(130)
 
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Show what this package warns of as ``warning: …``, without file and line; other warnings are shown as ever."""
+    """Show warnings of this package as ``warning: …``, without file and line; other warnings are unchanged."""
     shown, ours = warnings.showwarning, Path(__file__).parents[1]
 
     def show(
@@ -121,7 +122,7 @@ def _plain_warnings() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        # Lightning sets a format of its own when it is imported, which may be after this began.
+        # Lightning sets its own format when it is imported, which may happen within this context.
         form = warnings.formatwarning
         if Path(filename).is_relative_to(ours):
             warnings.formatwarning = _one_line
@@ -145,7 +146,7 @@ def _one_line(
 
 
 def _rank() -> int:
-    """Of this process in a run of several; it may fail before, or without, a trainer that knows it."""
+    """Return the rank of this process, also for errors before there is a trainer that knows it."""
     if "lightning" not in sys.modules:
         return 0
     from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -159,12 +160,12 @@ def _find(function: str) -> Callable[..., Any]:
 
 
 def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> dict[str, Any]:
-    """What ``words`` say to a verb's ``function``.
+    """Parse ``words`` to keyword arguments of a verb's ``function``.
 
-    Flags come from its signature, their help from its docstring, their values also from ``--config``.
+    The options come from its signature, their help from its docstring; ``--config`` also gives values.
 
     Raises:
-        UserError: They say something that the function does not take.
+        UserError: The words are not valid arguments of the function.
     """
     from argparse import ArgumentError
 
@@ -203,7 +204,7 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
 
 
 def _gather(words: list[str], option: str, switches: set[str]) -> list[str]:
-    """Bare words, wherever they stand, as values of ``option``, added to what its flag or a config says."""
+    """Convert bare words in any position to values of ``option``, in addition to those of its flag or a config."""
     flags: list[str] = []
     bare: list[str] = []
     left = list(words)
@@ -212,7 +213,7 @@ def _gather(words: list[str], option: str, switches: set[str]) -> list[str]:
         if not word.startswith("-"):
             bare.append(word)
         elif word == option and left and (not left[0].startswith(("-", "[")) or _is_path(left[0])):
-            continue  # --results a b: bare words as well
+            continue  # --results a b: its values are handled as bare words
         elif word.startswith(f"{option}=") and (not word.startswith(f"{option}=[") or _is_path(word)):
             bare.append(word.partition("=")[2])
         else:
@@ -224,7 +225,7 @@ def _gather(words: list[str], option: str, switches: set[str]) -> list[str]:
 
 
 def _spell_out(words: list[str], switches: set[str]) -> list[str]:
-    """``--force`` alone means ``--force true``."""
+    """Expand switches without a value: ``--force`` to ``--force true``."""
     spelled: list[str] = []
     for place, word in enumerate(words):
         following = words[place + 1] if place + 1 < len(words) else "--"
@@ -233,18 +234,18 @@ def _spell_out(words: list[str], switches: set[str]) -> list[str]:
 
 
 def _is_path(word: str) -> bool:
-    """Whether a word, or what follows its ``=``, is a path that exists as it is typed."""
+    """Return whether a word, or the part after its ``=``, is an existing path."""
     value = word.partition("=")[2] if word.startswith("--") else word
     try:
         return bool(value) and Path(value).exists()
-    except (OSError, ValueError):  # too long for a name, or with a NUL in it
+    except (OSError, ValueError):  # the name is too long, or contains NUL
         return False
 
 
 def _paths_aside(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The words with other ones in the place of paths that the parser would read as YAML, and those paths by them.
+    """Replace paths that the parser would read as YAML by stand-ins, and return the words and stand-in → path.
 
-    A file may be called ``[a, b]``, which is a list, or ``#1``, which is nothing.
+    A file may be named ``[a, b]``, which YAML reads as a list, or ``#1``, which YAML reads as nothing.
     """
     paths: dict[str, str] = {}
     put: list[str] = []
@@ -261,7 +262,7 @@ def _paths_aside(words: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _paths_back(value: Any, paths: dict[str, str]) -> Any:
-    """``value`` with paths where :func:`_paths_aside` put other words."""
+    """Replace the stand-ins of :func:`_paths_aside` in ``value`` by their paths."""
     if isinstance(value, dict):
         return {key: _paths_back(inner, paths) for key, inner in value.items()}
     if isinstance(value, list | tuple):

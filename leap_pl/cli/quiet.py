@@ -1,4 +1,4 @@
-"""Silence for lm-eval while a verb of the command line runs it."""
+"""Context manager that silences lm-eval."""
 
 import logging
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Silence what speaks of lm-eval's own command line and of its copies of data, while the statement lasts."""
+    """Silence messages about lm-eval's own command line and its copies of data within the context."""
     import datasets
     from lm_eval import evaluator
     from lm_eval.api import task as stock
@@ -17,12 +17,12 @@ def quiet_lm_eval() -> Iterator[None]:
     bars = datasets.are_progress_bars_disabled()
     commit, bar = evaluator.get_git_commit_hash, stock.tqdm
     for logger in loggers:
-        # What datasets logs of a damaged file, it raises as well.
+        # What datasets logs about a damaged file is also in the error that it raises.
         logger.setLevel(logging.CRITICAL if logger.name == "datasets" else logging.ERROR)
     datasets.disable_progress_bars()
-    # It asks git for the commit of the working directory, and git complains aloud where that is no repository.
+    # lm-eval asks git for the commit of the working directory, and git prints an error if that is not a repository.
     evaluator.get_git_commit_hash = lambda: None
-    # A bar without a name for each task, of which MMLU has 57; those of the forward passes stay.
+    # Removes an unnamed progress bar for each task, of which MMLU has 57; those of the forward passes stay.
     stock.tqdm = lambda questions, **_: questions
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a learnable mask is: gates on the weights of a frozen model."""
+"""Gates: learnable masks on the weights of a frozen model, as parametrizations."""
 
 from leap_pl.gates.attach import Stored, attach, detach, gate_kind, gate_kinds, restore
 from leap_pl.gates.bernoulli import BernoulliGate

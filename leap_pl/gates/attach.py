@@ -1,4 +1,4 @@
-"""Gates are put on a model's weights, and taken off again."""
+"""Attaching gates to a model's weights as parametrizations, detaching them, and restoring them from a checkpoint."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,9 +20,9 @@ def attach(
 ) -> Gates[Any]:
     """Freeze ``weights`` and register a gate on each as a parametrization.
 
-    The model stays what it was: its class, its forward, the names of its modules. Stacked experts, whose
-    module reads its weight once for each expert, have the masked weight made once for each of its calls. Logits
-    are held in ``dtype``.
+    The model keeps its class, its forward and the names of its modules. A module of stacked experts reads its weight
+    once for each expert: there the masked weight is computed once for each call of the module. Logits are held in
+    ``dtype``.
 
     Returns:
         The gates, in the order of ``weights``.
@@ -32,16 +32,16 @@ def attach(
         weight.parameter.requires_grad_(False)
         gate = make_gate(weight, state)
         gate.store_as(dtype)
-        # unsafe: no trial run of the gate. Shape and dtype are its contract, and a run costs a full pass.
+        # unsafe: skips the trial run of the gate, which costs a full pass. Shape and dtype are the gate's contract.
         parametrize.register_parametrization(weight.module, weight.tensor, gate, unsafe=True)
         gates[name] = gate
         if weight.parameter.ndim == 3:
-            _once_a_call(weight.module, gate)
+            _cache_during_calls(weight.module, gate)
     return Gates.of(gates)
 
 
 def detach(weights: Mapping[str, Weight]) -> None:
-    """Take the gates off; every weight is again the plain frozen parameter it was, bit by bit."""
+    """Remove the gates; every weight is again the plain frozen parameter it was before, bit for bit."""
     for weight in weights.values():
         if parametrize.is_parametrized(weight.module, weight.tensor):
             chains: Any = weight.module.parametrizations
@@ -53,15 +53,15 @@ def detach(weights: Mapping[str, Weight]) -> None:
 
 
 def restore(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, "Stored"]) -> Gates[Any]:
-    """Return gates without a model, from stored logits: enough to choose their hard masks.
+    """Restore gates without a model from stored logits, which suffice to choose their hard masks.
 
     Args:
         kind: Name of the gate's class.
-        settings: Its keyword arguments.
-        tensors: Weight name → what is stored of it.
+        settings: Keyword arguments of the gate's class.
+        tensors: Weight name → stored tensors of its gate.
 
     Raises:
-        UserError: There is no such kind, or the logits have not the shape it gives a weight.
+        UserError: The kind is unknown, or the tensors do not have the shapes that this kind gives them.
     """
     make = gate_kind(kind)
     gates: dict[str, Gate] = {}
@@ -74,8 +74,8 @@ def restore(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, "Store
         for part, expected in gate.stored().items():
             found = tensors_found.get(part)
             if found is None or found.shape != expected.shape:
-                shape = "not there" if found is None else tuple(found.shape)
-                raise UserError(f"{name}: its {part} are {shape}, and should be {tuple(expected.shape)}.")
+                fault = "missing" if found is None else f"of shape {tuple(found.shape)}"
+                raise UserError(f"{name}: stored {part} {fault}; expected shape {tuple(expected.shape)}.")
             if stored.read is not None:
                 continue
             learned = isinstance(getattr(gate, part), nn.Parameter)
@@ -87,14 +87,15 @@ def restore(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, "Store
 
 @dataclass(frozen=True)
 class Stored:
-    """What a checkpoint holds of one gated weight.
+    """Stored state of one gated weight, as read from a checkpoint.
 
     Attributes:
-        logits: Float32 or bfloat16, of the shape that the kind of gate gives them.
-        shape: Of the weight.
-        input_dim: Of the weight, as in :class:`leap_pl.base_model.weights.Weight`.
-        beside: What else the kind of gate stores (:meth:`Gate.stored`).
-        read: Reads one of them by its name, where the tensors here are on the meta device and only tell shapes.
+        logits: Logits in float32 or bfloat16, of the shape that the kind of gate gives them.
+        shape: Shape of the weight.
+        input_dim: Input dimension of the weight, as in :class:`leap_pl.base_model.weights.Weight`.
+        beside: Further tensors that the kind of gate stores (:meth:`Gate.stored`), by name.
+        read: Function that reads a stored tensor by its name, where the tensors here are on the meta device and only
+            give the shapes; None: the tensors here are the stored ones.
     """
 
     logits: Tensor
@@ -105,23 +106,23 @@ class Stored:
 
 
 def gate_kind(name: str) -> type[Gate]:
-    """The class of gates called ``name``.
+    """Return the class of gates named ``name``.
 
     Raises:
-        UserError: There is no such kind.
+        UserError: The kind is unknown.
     """
     kinds = gate_kinds()
     if name not in kinds:
-        raise UserError(f"gates of kind {name!r} are not known here (known: {listing(sorted(kinds))}).")
+        raise UserError(f"the kind of gate {name!r} is unknown (known: {listing(sorted(kinds))}).")
     return kinds[name]
 
 
 def gate_kinds() -> dict[str, type[Gate]]:
-    """Return the kinds of gates by the names of their classes: those of this package, and those imported since."""
+    """Return the kinds of gates by class name: those of this package, and those defined in other imported modules."""
     return imported_kinds(Gate)
 
 
-def _once_a_call(module: nn.Module, gate: Gate) -> None:
-    """Keep the gate's masked weight from the start to the end of each call of ``module``."""
+def _cache_during_calls(module: nn.Module, gate: Gate) -> None:
+    """Register hooks that cache the gate's masked weight from the start to the end of each call of ``module``."""
     gate.hooks.append(module.register_forward_pre_hook(lambda *_: gate.begin_call()))
     gate.hooks.append(module.register_forward_hook(lambda *_: gate.end_call(), always_call=True))

@@ -1,4 +1,4 @@
-"""LEAP's gate: one Bernoulli variable a weight, relaxed by a Gumbel-sigmoid.
+"""LEAP's gate: one Bernoulli variable for each weight, relaxed by a Gumbel-sigmoid.
 
 Paper: https://arxiv.org/abs/2605.17289. Legend of suffixes: R, C = rows and columns of one weight: all
 dimensions but the last, and the last.
@@ -21,7 +21,7 @@ from leap_pl.masks.top_k import Cut, exact_top_k
 
 
 class BernoulliGates(Gates["BernoulliGate"]):
-    """All Bernoulli gates of a model: one cut through the logits of them all."""
+    """All Bernoulli gates of a model: one threshold (cut) for all their logits."""
 
     def choose(self, sparsity: float) -> None:
         """Keep the round((1 − sparsity)·N) highest of the N logits of all gates, ties by index."""
@@ -30,7 +30,7 @@ class BernoulliGates(Gates["BernoulliGate"]):
             gate.cut = cut
 
     def sample_hard_masks(self, sparsity: float, stride: int) -> dict[str, Tensor]:
-        """See :meth:`.Gates.sample_hard_masks`; the cut is that of the sampled logits."""
+        """Return samples of the hard masks (:meth:`.Gates.sample_hard_masks`); the cut is that of the samples."""
         samples = self.samples(stride)
         total = sum(sample.numel() for sample in samples.values())
         cuts = exact_top_k(list(samples.values()), total - round(sparsity * total))
@@ -43,7 +43,7 @@ class BernoulliGates(Gates["BernoulliGate"]):
 
 
 class BernoulliGate(Gate):
-    """M = σ((α·θ + g)/τ), W̃ = M ⊙ W, with θ one logit a weight and g ~ Logistic(0, 1).
+    """LEAP's gate: M = σ((α·θ + g)/τ), W̃ = M ⊙ W, with one logit θ for each weight and g ~ Logistic(0, 1).
 
     .. code-block:: yaml
 
@@ -51,23 +51,23 @@ class BernoulliGate(Gate):
           class_path: BernoulliGate
           init_args: {spread: 0.014, strength: 3.0}
 
-    The noise is the difference of two Gumbel variables, as in the authors' code; one Gumbel, as printed in
-    the paper, would start the density at .534 instead of one half. The mask is soft throughout; the hard
-    mask keeps the highest logits, exactly as many as the sparsity leaves.
+    The noise is the difference of two Gumbel variables, as in the authors' code; with one Gumbel variable, as
+    printed in the paper, the density would start at .534 instead of one half. Training always uses the soft mask;
+    the hard mask keeps the highest logits, exactly as many as the sparsity leaves.
     """
 
     collection = BernoulliGates
     takes_grades = True
 
     def __init__(self, weight: Weight, state: GateState, spread: float = 0.014, strength: float = 3.0) -> None:
-        """Make a gate for ``weight``.
+        """Create a gate for ``weight``.
 
         Args:
-            weight: The weight to gate.
-            state: The state that the gates of the model share.
-            spread: Standard deviation of the logits at the start.
-            strength: How far the prior moves a logit from 0 at the start, in units of ``spread``; at most,
-                if it is graded.
+            weight: Weight to gate.
+            state: State shared by the gates of the model.
+            spread: Standard deviation of the initial logits.
+            strength: Shift of an initial logit away from 0 by the prior, in units of ``spread``; the maximum of it,
+                for a graded prior.
         """
         super().__init__(weight, state)
         if spread <= 0 or strength < 0:
@@ -78,22 +78,22 @@ class BernoulliGate(Gate):
         self.cut = Cut(0.0, 0)
 
     def settings(self) -> dict[str, Any]:
-        """See :meth:`Gate.settings`."""
+        """Return spread and strength; see :meth:`Gate.settings`."""
         return {"spread": self.spread, "strength": self.strength}
 
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See :meth:`Gate.soften`."""
+        """Return the relaxed masked weight and its sums; see :meth:`Gate.soften`."""
         state = self.state
         noise = columns(weight.shape[-1], weight.device), key_0, key_1, state.slope, state.sharpness
         return MaskedWeight.apply(self.logits, weight, noise)
 
     @torch.no_grad()
     def start_from(self, prior: Tensor | None, seed: int) -> None:
-        """θ = N(0, spread²) ± strength·spread: plus where the mask ``prior`` keeps the weight, minus elsewhere.
+        """Initialise θ = N(0, spread²) ± strength·spread, with plus where the mask ``prior`` keeps the weight.
 
-        Of a graded prior (float, −1 to 1) the logit leans by strength·spread·prior.
+        A graded prior (float, −1 to 1) shifts the logit by strength·spread·prior.
         """
-        # On the CPU, from a generator of its own: the same start on every device and in every order.
+        # On the CPU, from a generator for this weight alone: the same logits on every device and in every order.
         generator = torch.Generator().manual_seed(noise_keys(seed, -1, 0, self.name)[0])
         start = torch.randn(self.shape, generator=generator, dtype=torch.float32).mul_(self.spread)
         if prior is not None:
@@ -104,23 +104,24 @@ class BernoulliGate(Gate):
         self.logits.copy_(start)
 
     def hard_mask(self) -> Tensor:
-        """See :meth:`Gate.hard_mask`."""
+        """Return the mask of the logits above the cut; see :meth:`Gate.hard_mask`."""
         return self.cut.mask(self.held())
 
 
 class MaskedWeight(torch.autograd.Function):
-    """(θ, W) → (W̃, ΣM, Σ(M·W)²), keeping neither mask nor noise for the backward pass.
+    """Autograd function (θ, W) → (W̃, ΣM, Σ(M·W)²) whose backward pass recomputes mask and noise.
 
-    With m = M, gradients G of W̃, a of ΣM and b of Σ(M·W)²:
+    With m = M and the gradients G of W̃, a of ΣM and b of Σ(M·W)²:
     dθ = (G·W + a + 2b·m·W²) · m(1 − m) · α/τ.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, weight: Tensor, noise: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Masked weight of the weight's shape and dtype, and the two float32 sums.
+        """Return the masked weight, in the weight's shape and dtype, and the two sums in float32.
 
-        ``noise`` are the kernels' arguments from the columns on. Nothing writes to them, the columns, which all steps
-        share, included: they need not be saved, and checked for changes, as logits and weight are.
+        ``noise`` holds the kernels' arguments from the column numbers on. They are never written to, not even the
+        column numbers, which all steps share: so they need not be saved and checked for changes as logits and weight
+        are.
         """
         ctx.save_for_backward(logits, weight)
         ctx.noise = noise
@@ -129,7 +130,7 @@ class MaskedWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_masked: Tensor, grad_kept: Tensor, grad_energy: Tensor) -> Any:
-        """The gradient of the logits; the weight is frozen."""
+        """Return the gradient of the logits; the weight is frozen."""
         logits, weight = ctx.saved_tensors
         grad_RC = mask_backward(rows(logits), rows(weight), rows(grad_masked), grad_kept, grad_energy, *ctx.noise)
         return grad_RC.view(logits.shape), None, None
@@ -138,7 +139,7 @@ class MaskedWeight(torch.autograd.Function):
 def soft_mask(
     logits_RC: Tensor, column_C: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
 ) -> Tensor:
-    """M = σ((αθ + g)/τ), float32, from the ``slope`` α/τ and the ``sharpness`` 1/τ."""
+    """Compute M = σ((αθ + g)/τ) in float32, from the ``slope`` α/τ and the ``sharpness`` 1/τ."""
     noise_RC = logistic_in_bits(element_bits(logits_RC.shape[0], column_C, key_0, key_1))
     down = slope * -1.4426950408889634  # −log₂ e
     return 1 / (1 + exp2(down * logits_RC.to(torch.float32) - sharpness * noise_RC))
@@ -154,17 +155,17 @@ def mask_forward(
     slope: Tensor,
     sharpness: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W̃ in the weight's dtype, ΣM and Σ(M·W)² in float32.
+    """Compute W̃ in the weight's dtype, ΣM and Σ(M·W)² in float32.
 
-    On a CPU what follows the noise, which knows rows and columns, is flat: torch.compile makes a loop of its own of
-    each, with the x of 2ˣ between them in the cache, as it does of the backward pass unasked. In a single loop a
-    processor waits at each vector for so long a chain of operations, and the pass takes a third longer.
+    On a CPU the operations after the noise, which needs rows and columns, run on flattened tensors: torch.compile
+    then makes two loops, with the x of 2ˣ between them in the cache, as it does for the backward pass by itself.
+    A single loop would stall at each vector on the long chain of operations, and take a third longer.
     """
     mask, weight = soft_mask(logits_RC, column_C, key_0, key_1, slope, sharpness), weight_RC
     if mask.is_cpu:
         mask, weight = mask.view(-1), weight.reshape(-1)
     masked = mask * weight.to(torch.float32)
-    # First along each row, where there are rows: a sum over everything at once compiles to one that is slower.
+    # First along each row, if there are rows: a sum over all elements at once compiles to slower code.
     return masked.to(weight.dtype).view(weight_RC.shape), mask.sum(-1).sum(), (masked * masked).sum(-1).sum()
 
 
@@ -181,7 +182,7 @@ def mask_backward(
     slope: Tensor,
     sharpness: Tensor,
 ) -> Tensor:
-    """dθ in the logits' dtype; noise and mask are made again."""
+    """Compute dθ in the logits' dtype; noise and mask are recomputed."""
     kind = logits_RC.dtype
     mask_RC = soft_mask(logits_RC, column_C, key_0, key_1, slope, sharpness)
     weight_RC = weight_RC.to(torch.float32)

@@ -1,14 +1,14 @@
-"""n of every m consecutive inputs: how a weight falls into groups, and what the patterns of a group are.
+"""n:m groups of m consecutive inputs of a weight, and the patterns of a group that keep n.
 
 Legend of suffixes: P = patterns of a group, Q = groups of one weight, M = elements of a group; O = all
-dimensions of the weight but its input dimension, G = groups along that one, so that Q = O·G.
+dimensions of the weight but its input dimension, G = groups along the input dimension, so that Q = O·G.
 
-A weight is seen with its inputs last: (O, inputs) → (Q, M). Where m does not divide the inputs, the last
-group of each row is short, and filled up with zeros; of its r inputs it keeps n·r/m, rounded as one-shot
-pruning does (:class:`leap_pl.masks.patterns.NM`).
+A weight is viewed with its inputs last: (O, inputs) → (Q, M). Where m does not divide the inputs, the last
+group of each row is short and padded with zeros; of its r inputs it keeps n·r/m, rounded as in one-shot
+pruning (:class:`leap_pl.masks.patterns.NM`).
 
-The logits are (P, O, G): the softmax over patterns is then one of P long contiguous vectors, element by
-element, which is what the vector units of a CPU and the warps of a GPU both want.
+The logits are (P, O, G): the softmax over patterns then operates element-wise on P long contiguous vectors, which
+suits both the vector units of a CPU and the warps of a GPU.
 """
 
 from functools import cached_property
@@ -23,38 +23,38 @@ from torch import Tensor
 from leap_pl.errors import UserError
 from leap_pl.masks.patterns import NM
 
-MOST_PATTERNS = 1024  # of a group: 5:10 has 252, 6:12 has 924, and 8:16 has 12,870 logits for 16 weights
+MOST_PATTERNS = 1024  # for one group: 5:10 has 252, 6:12 has 924, and 8:16 has 12,870 logits for 16 weights
 
 FORBIDDEN = -1e9
-"""Logit of a pattern that a short group cannot take: its probability is exactly 0, so it gets no gradient."""
+"""Logit of a pattern that is invalid in a short group: its probability is exactly 0, so it gets no gradient."""
 
 
 class Groups:
-    """The groups of one weight.
+    """Groups of one weight.
 
     Attributes:
-        pattern: n of m.
-        shape: Of the weight.
-        input_dim: The dimension its layer's inputs run along.
-        inputs: How many there are.
-        others: The sizes of the weight's other dimensions.
-        short: Inputs of the short last group of a row; 0: all groups are whole.
-        patterns: The positions that each pattern keeps, in the order of :func:`itertools.combinations`.
-        table_PM: The same, bool.
-        allowed_P: Which patterns a short group may take, bool.
+        pattern: Sparsity pattern n:m.
+        shape: Shape of the weight.
+        input_dim: Input dimension of the weight.
+        inputs: Number of inputs.
+        others: Sizes of the weight's other dimensions.
+        short: Number of inputs in the short last group of a row; 0: all groups are whole.
+        patterns: Positions that each pattern keeps, in the order of :func:`itertools.combinations`.
+        table_PM: The same positions as a bool table.
+        allowed_P: Bool vector of the patterns that are valid in a short group.
     """
 
     def __init__(self, n: int, m: int, shape: torch.Size, input_dim: int) -> None:
-        """Take a pattern and a weight's shape.
+        """Divide a weight of the given shape into n:m groups.
 
         Raises:
-            UserError: n and m make no sense, or make more patterns than anyone has memory for.
+            UserError: n and m are invalid, or give more than MOST_PATTERNS patterns.
         """
         self.pattern = NM(n, m)
         if comb(m, n) > MOST_PATTERNS:
             raise UserError(
                 f"{n}:{m} gates need a logit for each of {comb(m, n):,} patterns of a group of {m} weights; "
-                f"{MOST_PATTERNS} are the most. Use a smaller m, as in 2:4 or 4:8."
+                f"the maximum is {MOST_PATTERNS}. Use a smaller m, as in 2:4 or 4:8."
             )
         self.patterns = tuple(combinations(range(m), n))
         self.shape, self.input_dim = shape, input_dim
@@ -66,20 +66,19 @@ class Groups:
 
     @property
     def logits_shape(self) -> tuple[int, ...]:
-        """(P, O, G), with all dimensions of O."""
+        """Return (P, O, G), with all dimensions of O."""
         return (len(self.patterns), *self.others, -(-self.inputs // self.pattern.m))
 
     @cached_property
     def kept(self) -> int:
-        """How many of the weight's elements any choice of patterns keeps."""
+        """Return the number of elements that are kept, which is the same for any choice of patterns."""
         whole, rest = divmod(self.inputs, self.pattern.m)
         return (whole * self.pattern.n + self.pattern.kept(rest)) * torch.Size(self.others).numel()
 
     def _fits(self, positions: tuple[int, ...]) -> bool:
-        """Whether a short group of r inputs may take the pattern.
+        """Return whether the pattern is valid in a short group of r inputs.
 
-        It keeps as many of them as :meth:`NM.kept` says; of the patterns that differ only beyond the r-th input,
-        one stands for all.
+        It must keep :meth:`NM.kept` of them; of patterns that differ only beyond the r-th input, one is valid.
         """
         keep = self.pattern.kept(self.short)
         beyond = tuple(range(self.short, self.short + self.pattern.n - keep))
@@ -88,26 +87,26 @@ class Groups:
     # -- layout -------------------------------------------------------------------------------------------
 
     def split(self, tensor: Tensor) -> Tensor:
-        """A tensor of the weight's shape as (Q, M), short groups filled up with zeros."""
+        """Reshape a tensor of the weight's shape to (Q, M), with short groups padded with zeros."""
         return self.split_rows(tensor.movedim(self.input_dim, -1))
 
     def split_rows(self, rows_OI: Tensor) -> Tensor:
-        """The same of a tensor that has the inputs last already."""
+        """Reshape a tensor with its inputs last to (Q, M), with short groups padded with zeros."""
         if self.short:
             rows_OI = F.pad(rows_OI, (0, self.pattern.m - self.short))
-        # No view: of a view, its base's shape would be compiled in.
+        # Not a view: torch.compile specialises on the shape of a view's base.
         return rows_OI.reshape(-1, self.pattern.m).data
 
     def join(self, tensor_QM: Tensor) -> Tensor:
-        """The inverse of :meth:`split`; contiguous."""
+        """Invert :meth:`split`; the result is contiguous."""
         return self.join_rows(tensor_QM).movedim(-1, self.input_dim).contiguous()
 
     def join_rows(self, tensor_QM: Tensor) -> Tensor:
-        """The inverse of :meth:`split_rows`."""
+        """Invert :meth:`split_rows`."""
         return tensor_QM.reshape(*self.others, -1)[..., : self.inputs]
 
     def coordinates(self, index: Tensor) -> list[Tensor]:
-        """The places, inputs last, of the elements that have the flat ``index`` in the weight."""
+        """Convert flat indices into the weight to coordinates with the input dimension last."""
         place = list(torch.unravel_index(index, self.shape))
         place.append(place.pop(self.input_dim))
         return place
@@ -115,10 +114,10 @@ class Groups:
     # -- logits -------------------------------------------------------------------------------------------
 
     def start(self, prior: Tensor | None, spread: float, strength: float, generator: torch.Generator) -> Tensor:
-        """Logits at their start: N(0, spread²) + strength·spread·(agreement − its mean over the patterns).
+        """Return initial logits N(0, spread²) + strength·spread·(agreement − its mean over the patterns).
 
-        The agreement of a pattern is how many of its kept positions the bool mask ``prior`` keeps. For 2:4
-        and a 2:4 prior that is MaskLLM's (agreement − 1): −1, 0 or 1.
+        The agreement of a pattern is the number of its kept positions that the bool mask ``prior`` keeps. For 2:4
+        and a 2:4 prior the difference is MaskLLM's (agreement − 1): −1, 0 or 1.
         """
         logits = torch.randn(self.logits_shape, generator=generator, dtype=torch.float32).mul_(spread)
         if prior is not None:
@@ -130,21 +129,21 @@ class Groups:
         return self.forbid_(logits)
 
     def forbid_(self, logits: Tensor) -> Tensor:
-        """Set the logits of what short groups cannot take to FORBIDDEN, in place; returns them."""
+        """Set the logits of patterns that are invalid in short groups to FORBIDDEN in place, and return the logits."""
         if self.short:
             logits[~self.allowed_P.to(logits.device), ..., -1] = FORBIDDEN
         return logits
 
     def best(self, logits: Tensor) -> Tensor:
-        """The bool mask, of the weight's shape, of each group's pattern of the highest logit.
+        """Return the bool mask, of the weight's shape, with the pattern of the highest logit in each group.
 
-        Of equal logits the first pattern has it.
+        Among equal logits the first pattern is chosen.
         """
         chosen_Q = first_highest(logits.reshape(len(self.patterns), -1))
         return self.join(self.table_PM.to(logits.device).index_select(0, chosen_Q))
 
     def sample_best(self, logits: Tensor, stride: int) -> Tensor:
-        """Every ``stride``-th element of :meth:`best`, flattened, without making the rest."""
+        """Return every ``stride``-th element of :meth:`best`, flattened, without computing the others."""
         size = torch.Size(self.shape).numel()
         *others, along = self.coordinates(torch.arange(0, size, stride, device=logits.device))
         group, position = along // self.pattern.m, along % self.pattern.m
@@ -154,7 +153,7 @@ class Groups:
 
 
 def first_highest(logits_PQ: Tensor) -> Tensor:
-    """The index (int32) of the highest of each column; of equal ones the lowest, which argmax does not promise."""
+    """Return the int32 index of the maximum of each column; the lowest among ties, which argmax does not guarantee."""
     highest_Q = logits_PQ.amax(0)
     index_Q = torch.full_like(highest_Q, len(logits_PQ) - 1, dtype=torch.int32)
     for p in reversed(range(len(logits_PQ) - 1)):

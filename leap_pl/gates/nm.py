@@ -1,4 +1,4 @@
-"""MaskLLM's gate: one categorical variable for each group of m weights, over its patterns that keep n.
+"""MaskLLM's gate: one categorical variable for each group of m weights, over the patterns that keep n of them.
 
 Paper: https://arxiv.org/abs/2409.17481. Legend of suffixes: P = patterns, Q = groups, M = elements of a group;
 see :mod:`leap_pl.gates.groups`.
@@ -23,11 +23,11 @@ from leap_pl.masks.patterns import NM, Pattern
 
 
 class NMGates(Gates["NMGate"]):
-    """All n:m gates of a model: every group has its n of m, so that nothing is to choose over all of them."""
+    """All n:m gates of a model; each group keeps n of m, so there is no joint choice."""
 
     @property
     def form(self) -> str:
-        """n:m."""
+        """Return the pattern, n:m."""
         return str(self.first.groups.pattern)
 
     def exact_sparsity(self, sparsity: float) -> float:
@@ -45,17 +45,17 @@ class NMGates(Gates["NMGate"]):
         return {"prior": self.first.groups.pattern}
 
     def sample_hard_masks(self, sparsity: float, stride: int) -> dict[str, Tensor]:
-        """See :meth:`.Gates.sample_hard_masks`; exact, and only the sampled groups are looked at."""
+        """Sample the hard masks exactly, computing the sampled groups only; see :meth:`.Gates.sample_hard_masks`."""
         return {name: gate.groups.sample_best(gathered(gate.logits.detach()), stride) for name, gate in self.items()}
 
     def curves(self, stride: int) -> dict[str, float]:
-        """Return how decided the groups are: the mean of the highest softmax(αθ/τ), without noise; 1 is hard."""
+        """Return the confidence of the groups: the mean of their maximum of softmax(αθ/τ), without noise; 1 is hard."""
         samples = [gathered(gate.logits.detach()).flatten(1)[:, ::stride] for gate in self.values()]
         return {"patterns/confidence": confidence(samples, self.first.state.slope)}
 
 
 class NMGate(Gate):
-    """P = softmax((α·θ + g)/τ) over the n:m patterns of each group, M = Σ_p P_p·pattern_p, W̃ = M ⊙ W.
+    """MaskLLM's gate: P = softmax((α·θ + g)/τ) over the patterns of a group, M = Σ_p P_p·pattern_p, W̃ = M ⊙ W.
 
     .. code-block:: yaml
 
@@ -64,16 +64,16 @@ class NMGate(Gate):
           gate:
             class_path: NMGate
             init_args: {n: 2, m: 4, spread: 0.01, strength: 3.0}
-          objective: {budget: 0}     # constant: every choice of patterns has one density
+          objective: {budget: 0}     # constant: every choice of patterns has the same density
           annealing:
             alpha: {start: 100, end: 500}
             tau: {start: 4, end: 0.05}
 
     θ is one logit for each of the C(m, n) patterns of each group of m consecutive inputs (6 for the 4 weights of
-    a 2:4 group), g Gumbel noise. The paper's logit scale κ is the house's α. The hard mask is the pattern of the
-    highest logit: exactly n of every m, whatever the other groups do. ΣM is constant, so the sparsity budget
-    contributes nothing. Inputs that m does not divide end in a short group: of its r inputs n·r/m are kept,
-    rounded, as in one-shot pruning.
+    a 2:4 group), g is Gumbel noise. α is the paper's logit scale κ. The hard mask is the pattern of the highest
+    logit: exactly n of every m, independently of the other groups. ΣM is constant, so the sparsity budget
+    contributes nothing. Where m does not divide the inputs, the last group is short: of its r inputs n·r/m are
+    kept, rounded, as in one-shot pruning.
     """
 
     collection = NMGates
@@ -82,21 +82,21 @@ class NMGate(Gate):
     def __init__(
         self, weight: Weight, state: GateState, n: int = 2, m: int = 4, spread: float = 0.01, strength: float = 3.0
     ) -> None:
-        """Make a gate for ``weight``.
+        """Create a gate for ``weight``.
 
         Args:
-            weight: The weight to gate.
-            state: The state that the gates of the model share.
-            n: Weights kept of each group.
-            m: Consecutive inputs that make a group.
-            spread: Standard deviation of the logits at the start.
-            strength: How far one more position shared with the prior moves a pattern's logit at the start, in
-                units of ``spread``.
+            weight: Weight to gate.
+            state: State shared by the gates of the model.
+            n: Number of weights kept in each group.
+            m: Number of consecutive inputs in a group.
+            spread: Standard deviation of the initial logits.
+            strength: Shift of a pattern's initial logit for each position it shares with the prior, in units of
+                ``spread``.
         """
         super().__init__(weight, state)
         if spread <= 0 or strength < 0:
             raise ValueError(f"spread {spread} must be above 0 and strength {strength} not below 0.")
-        NM(n, m)  # first, for it says more of what is wrong
+        NM(n, m)  # first, because its message is more specific
         check_numbers({"n": n, "m": m, "spread": spread, "strength": strength}, "model.gate.")
         self.n, self.m, self.spread, self.strength = n, m, spread, strength
         self.groups = Groups(n, m, self.shape, self.input_dim)
@@ -105,33 +105,33 @@ class NMGate(Gate):
         self.logits = nn.Parameter(self.groups.forbid_(logits))
 
     def settings(self) -> dict[str, Any]:
-        """See :meth:`Gate.settings`."""
+        """Return n, m, spread and strength; see :meth:`Gate.settings`."""
         return {"n": self.n, "m": self.m, "spread": self.spread, "strength": self.strength}
 
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See :meth:`Gate.soften`."""
+        """Return the relaxed masked weight and its sums; see :meth:`Gate.soften`."""
         state = self.state
         return MaskedGroups.apply(self.logits, weight, self.groups, key_0, key_1, state.slope, state.sharpness)
 
     @torch.no_grad()
     def start_from(self, prior: Tensor | None, seed: int) -> None:
-        """Lean towards the patterns that share positions with ``prior``; see :meth:`Groups.start`."""
+        """Initialise the logits, shifted to patterns that share positions with ``prior`` (:meth:`Groups.start`)."""
         generator = torch.Generator().manual_seed(noise_keys(seed, -1, 0, self.name)[0])
         self.logits.copy_(self.groups.start(prior, self.spread, self.strength, generator))
 
     def hard_mask(self) -> Tensor:
-        """See :meth:`Gate.hard_mask`; the logits alone decide."""
+        """Return the mask of the patterns with the highest logits; see :meth:`Gate.hard_mask`."""
         return self.groups.best(gathered(self.held()))
 
     def extra_repr(self) -> str:
-        """Shown when the model is printed."""
+        """Return the summary that is shown when the model is printed."""
         return f"{tuple(self.shape)}, {self.groups.pattern}"
 
 
 class MaskedGroups(torch.autograd.Function):
-    """(θ, W) → (W̃, ΣM, Σ(M·W)²), keeping neither mask, softmax nor noise for the backward pass.
+    """Autograd function (θ, W) → (W̃, ΣM, Σ(M·W)²) whose backward pass recomputes mask, softmax and noise.
 
-    ΣM is constant, and its gradient nothing. With gradients G of W̃ and b of Σ(M·W)², and d = G·W + 2b·M·W² that
+    ΣM is constant, so its gradient is zero. With the gradients G of W̃ and b of Σ(M·W)², and d = G·W + 2b·M·W² that
     of M: dθ_p = P_p·(Σ_{j∈p} d_j − Σ_j M_j·d_j)·α/τ.
     """
 
@@ -146,7 +146,7 @@ class MaskedGroups(torch.autograd.Function):
         slope: Tensor,
         sharpness: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Masked weight of the weight's shape and dtype, and the two float32 sums."""
+        """Return the masked weight, in the weight's shape and dtype, and the two sums in float32."""
         ctx.save_for_backward(logits, weight, key_0, key_1, slope, sharpness)
         ctx.groups = groups
         logits_PQ, weight_QM = flat_patterns(logits), groups.split(weight)
@@ -156,7 +156,7 @@ class MaskedGroups(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_masked: Tensor, grad_kept: Tensor, grad_energy: Tensor) -> Any:
-        """The gradient of the logits; the weight is frozen."""
+        """Return the gradient of the logits; the weight is frozen."""
         logits, weight, *rest = ctx.saved_tensors
         groups: Groups = ctx.groups
         logits_PQ, weight_QM = flat_patterns(logits), groups.split(weight)
@@ -168,11 +168,11 @@ class MaskedGroups(torch.autograd.Function):
 
 
 def flat_patterns(logits: Tensor) -> Tensor:
-    """Logits as (P, Q), and no view: of a view, its base's shape would be compiled in."""
+    """Return the logits as (P, Q) that is no view: torch.compile specialises on the shape of a view's base."""
     return logits.reshape(len(logits), -1).data
 
 
 def confidence(samples: Sequence[Tensor], slope: Tensor) -> float:
-    """How decided groups with the logits ``samples`` (P, any number) are: see :meth:`NMGates.curves`."""
+    """Return the confidence (:meth:`NMGates.curves`) of groups with the logits ``samples``, each (P, any number)."""
     highest = [(logits_PS.float() * slope.to(logits_PS.device)).softmax(0).amax(0) for logits_PS in samples]
     return float(torch.cat(highest).mean())

@@ -1,8 +1,8 @@
-"""The kernels of n:m groups: a softmax over patterns, alone (MaskLLM) or under the tiles of PATCH.
+"""Kernels of n:m groups: a softmax over patterns, alone (MaskLLM) or with the tiles of PATCH.
 
-Legend of suffixes: P = patterns, Q = groups, M = elements of a group; ``noise`` is the columns' numbers, the two
-keys, the slope α/τ and the sharpness 1/τ. With m_j the chance that position j is kept, Σ of the softmax over the
-patterns that keep it, and T the chance that the group's tile is dense (0 where there are no tiles), the mask is
+Legend of suffixes: P = patterns, Q = groups, M = elements of a group; ``noise`` is the column numbers, the two
+keys, the slope α/τ and the sharpness 1/τ. With m_j the probability that position j is kept, the sum of the softmax
+over the patterns that keep it, and T the probability that the group's tile is dense (0 without tiles), the mask is
 M_j = T + (1 − T)·m_j.
 """
 
@@ -20,17 +20,17 @@ from leap_pl.kernels.powers import exp2
 
 Positions = tuple[int, ...]
 
-FEW = 8  # patterns up to which they are written out in one kernel: all of m ≤ 4
+FEW = 8  # the largest number of patterns that one kernel unrolls: enough for all m ≤ 4
 
 
 class PatternKernels(NamedTuple):
-    """How a weight is masked by patterns, and how the gradients come back.
+    """Forward and backward kernels that mask a weight by patterns.
 
     ``forward(logits_PQ, weight_QM, tile_Q, *noise)`` → W̃ (Q, M) in the weight's dtype, Σ(M·W)² in float32;
     ``backward(logits_PQ, weight_QM, tile_Q, grad_masked_QM, grad_energy, *noise)`` → the gradients of θ (P, Q) and of
-    T (Q), with noise and softmax made again.
+    T (Q); noise and softmax are recomputed.
 
-    Without tiles ``tile_Q`` and its gradient are None. ΣM is no business of theirs: Σ_j m_j is n.
+    Without tiles ``tile_Q`` and its gradient are None. They do not compute ΣM: Σ_j m_j is n.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -39,12 +39,12 @@ class PatternKernels(NamedTuple):
 
 @cache
 def pattern_kernels(patterns: tuple[Positions, ...], tiled: bool = False) -> PatternKernels:
-    """The kernels for groups with these ``patterns``, of :func:`itertools.combinations`."""
+    """Return the kernels for groups with these ``patterns`` from :func:`itertools.combinations`."""
     return _few_patterns(patterns, tiled) if len(patterns) <= FEW else _many_patterns(patterns)
 
 
 def _few_patterns(patterns: tuple[Positions, ...], tiled: bool) -> PatternKernels:
-    """Everything in one pass over memory, the patterns written out one by one."""
+    """Return kernels that do everything in one pass over memory, with the patterns unrolled."""
     holders = _holders(patterns)
 
     def forward(logits_PQ: Tensor, weight_QM: Tensor, tile_Q: Tensor | None, *noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,9 +88,9 @@ def _few_patterns(patterns: tuple[Positions, ...], tiled: bool) -> PatternKernel
 
 
 def _many_patterns(patterns: tuple[Positions, ...]) -> PatternKernels:
-    """In several passes, with the softmax of this one weight in memory.
+    """Return kernels that take several passes, with the softmax of one weight in memory.
 
-    Written out one by one, 70 patterns take minutes to compile, and the backward pass is no faster.
+    Unrolled, 70 patterns take minutes to compile, and the backward pass is no faster.
     """
     holders = _holders(patterns)
     table_PM = torch.zeros(len(patterns), len(holders))
@@ -135,7 +135,7 @@ def _many_patterns(patterns: tuple[Positions, ...]) -> PatternKernels:
 def _scores(
     logits_PQ: Tensor, column_Q: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
 ) -> Tensor:
-    """(P, Q): (αθ + g)/τ, float32; the noise is that of :func:`_relax`."""
+    """Compute (αθ + g)/τ, (P, Q) in float32, with the same noise as :func:`_relax`."""
     return slope * logits_PQ.to(torch.float32) + sharpness * gumbel(
         element_bits(logits_PQ.shape[0], column_Q, key_0, key_1)
     )
@@ -144,8 +144,8 @@ def _scores(
 def _relax(
     logits_PQ: Tensor, count: int, column_Q: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
 ) -> list[Tensor]:
-    """P_p = softmax_p((αθ_p + g_p)/τ), float32, one flat tensor for each of ``count`` patterns; by powers of 2."""
-    # Row p of element_bits(count, …): with p in the key, no rows are made that would have to be kept.
+    """Compute P_p = softmax_p((αθ_p + g_p)/τ) in float32, a flat tensor for each of ``count`` patterns; base 2."""
+    # Row p of element_bits(count, …): with p in the key, the (P, Q) noise need not be stored.
     noise = [gumbel_in_bits(element_bits(1, column_Q, key_0 ^ p, key_1)[0]) for p in range(count)]
     slope = slope * 1.4426950408889634  # log₂ e
     scores = [slope * logits_PQ[p].to(torch.float32) + sharpness * noise[p] for p in range(count)]
@@ -158,23 +158,23 @@ def _relax(
 
 
 def _inclusion(probabilities: Sequence[Tensor], holders: Sequence[Positions]) -> list[Tensor]:
-    """m_j = Σ over the patterns that keep position j, one flat tensor for each position."""
+    """Compute m_j, the sum over the patterns that keep position j: one flat tensor for each position."""
     return [_added([probabilities[p] for p in keeping]) for keeping in holders]
 
 
 def _under(tile_Q: Tensor | None, inner: Sequence[Tensor]) -> list[Tensor]:
-    """M_j = T + (1 − T)·m_j."""
+    """Compute M_j = T + (1 − T)·m_j."""
     return list(inner) if tile_Q is None else [tile_Q + (1 - tile_Q) * mask_Q for mask_Q in inner]
 
 
 def _holders(patterns: Sequence[Positions]) -> tuple[Positions, ...]:
-    """For each position of a group, the numbers of the ``patterns`` that keep it."""
+    """Return, for each position of a group, the indices of the ``patterns`` that keep it."""
     size = 1 + patterns[-1][-1]  # the last of the combinations keeps the last position
     return tuple(tuple(p for p, kept in enumerate(patterns) if j in kept) for j in range(size))
 
 
 def _added(terms: Sequence[Tensor]) -> Tensor:
-    """Their sum, without the zero that sum() begins with."""
+    """Return the sum of ``terms``, without the zero that sum() starts from."""
     total = terms[0]
     for term in terms[1:]:
         total = total + term
@@ -182,10 +182,10 @@ def _added(terms: Sequence[Tensor]) -> Tensor:
 
 
 def _own_code(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """``kernel`` under another name, with a code object of its own.
+    """Return a copy of ``kernel`` with another name and its own code object.
 
-    torch.compile counts recompilations by code object, and would take the kernels of several patterns, which
-    are closures over one code, for one kernel compiled too often.
+    torch.compile counts recompilations by code object. The kernels of different patterns are closures that share one
+    code object, and together they would exceed its limit.
     """
     assert isinstance(kernel, FunctionType)
     code = kernel.__code__.replace(co_name=name)

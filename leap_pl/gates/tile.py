@@ -24,19 +24,19 @@ from leap_pl.masks.patterns import NM, Pattern, Tiled, Unstructured, follows
 from leap_pl.masks.top_k import Cut, closest_top_k
 
 PATTERN_ALPHA = "pattern_alpha"  # the schedule of the patterns' logit scale
-PATTERNS = " patterns"  # what a weight's name has behind it where the noise of its patterns is meant
+PATTERNS = " patterns"  # suffix of a weight's name in the noise keys of its patterns
 
 
 class TileGates(Gates["TileGate"]):
-    """All tile gates of a model: one cut through the logits of all tiles."""
+    """All tile gates of a model: one threshold (cut) for the logits of all tiles."""
 
     @property
     def form(self) -> str:
-        """Tiles, with their size and n:m."""
+        """Return the tiled pattern, with tile size and n:m."""
         return str(self.first.tiled)
 
     def exact_sparsity(self, sparsity: float) -> float:
-        """Take any up to 1 − n/m; see :meth:`.Gates.exact_sparsity`."""
+        """Return ``sparsity``, which may be at most 1 − n/m; see :meth:`.Gates.exact_sparsity`."""
         nm = self.first.tiled.nm
         if sparsity > nm.sparsity + 1e-9:
             raise UserError(
@@ -46,31 +46,31 @@ class TileGates(Gates["TileGate"]):
         return sparsity
 
     def prior_forms(self, sparsity: float) -> dict[str, Pattern]:
-        """Return unstructured, for the tiles, and n:m, within them; see :meth:`.Gates.prior_forms`."""
+        """Return an unstructured prior for the tiles and an n:m prior within them; see :meth:`.Gates.prior_forms`."""
         return {"prior": Unstructured(sparsity), "inner": self.first.tiled.nm}
 
     def check_priors(self, priors: Mapping[str, Any]) -> None:
-        """See :meth:`.Gates.check_priors`."""
+        """Check that tile mode has an n:m prior; see :meth:`.Gates.check_priors`."""
         if self.first.mode == "tile" and "inner" not in priors:
             raise UserError(
-                f"gates in tile mode keep the {self.first.tiled.nm} mask of the prior, and prior.method is none. "
+                f"gates in tile mode need the {self.first.tiled.nm} mask of a prior, and prior.method is none. "
                 "Set --model.prior.method or --model.prior.masks.inner, or --model.gate.mode joint."
             )
 
     def choose(self, sparsity: float) -> None:
-        """Make dense the tiles of the highest logits, ties by index, until the sparsity is closest to the asked one."""
-        logits = [gathered(tiles_AB) for tiles_AB in self.held()]  # one a tile: few
+        """Make the tiles of the highest logits dense, ties by index, as many as come closest to ``sparsity``."""
+        logits = [gathered(tiles_AB) for tiles_AB in self.held()]  # one for each tile: few
         cuts = closest_top_k(logits, self.held("removable"), round(sparsity * self.numel))
         for gate, cut in zip(self.values(), cuts, strict=True):
             gate.cut = cut
 
     def sample_hard_masks(self, sparsity: float, stride: int) -> dict[str, Tensor]:
-        """See :meth:`.Gates.sample_hard_masks`; only the sampled groups are looked at."""
+        """Return samples of the hard masks, from the sampled groups only; see :meth:`.Gates.sample_hard_masks`."""
         self.choose(sparsity)
         return {name: gate.sample_hard_mask(stride) for name, gate in self.items()}
 
     def curves(self, stride: int) -> dict[str, float]:
-        """Return the share of tiles whose logit is above 0; and how decided the patterns are, where they learn."""
+        """Return the share of tiles with a logit above 0, and in joint mode the confidence of the patterns."""
         above = torch.cat([gathered(gate.logits.detach()).flatten() for gate in self.values()]) > 0
         found = {"tiles/logits_above_0": float(above.float().mean())}
         if self.first.mode == "joint":
@@ -82,7 +82,7 @@ class TileGates(Gates["TileGate"]):
 
 
 class TileGate(Gate):
-    """T = σ((α·θ + g)/τ) for each tile, M = T + (1 − T)·m, W̃ = M ⊙ W, with m of n:m form.
+    """PATCH's gate: T = σ((α·θ + g)/τ) for each tile, M = T + (1 − T)·m, W̃ = M ⊙ W, with an n:m mask m.
 
     .. code-block:: yaml
 
@@ -92,15 +92,15 @@ class TileGate(Gate):
             class_path: TileGate
             init_args: {n: 2, m: 4, tile: 128, mode: joint}
           annealing:
-            alpha: {start: 25, end: 350}             # of the tiles
-            pattern_alpha: {start: 100, end: 500}    # of the patterns, in joint mode
+            alpha: {start: 25, end: 350}             # for the tiles
+            pattern_alpha: {start: 100, end: 500}    # for the patterns, in joint mode
             tau: {start: 4, end: 0.05}
 
-    In ``tile`` mode m is the fixed n:m mask of the prior, and one logit for each tile is all that is learned. In
-    ``joint`` mode m is relaxed and learned as by :class:`leap_pl.gates.NMGate`, along with the tiles. Tiles at
-    the edges of a weight that 128 does not divide are smaller. The hard mask makes the tiles of the highest
-    logits dense, over all weights together, as many as bring the sparsity closest to the asked one: it differs
-    by half a tile at most. Any sparsity up to 1 − n/m can be had.
+    In ``tile`` mode m is the fixed n:m mask of the prior, and only one logit for each tile is learned. In ``joint``
+    mode m is relaxed and learned together with the tiles, as in :class:`leap_pl.gates.NMGate`. Where the tile size
+    does not divide a weight's shape, the tiles at the edges are smaller. The hard mask makes the tiles of the highest
+    logits dense, over all weights together, as many as bring the sparsity closest to the target: the difference is
+    at most half a tile. The sparsity is at most 1 − n/m.
     """
 
     collection = TileGates
@@ -122,18 +122,18 @@ class TileGate(Gate):
         strength: float = 3.0,
         pattern_spread: float = 0.01,
     ) -> None:
-        """Make a gate for ``weight``.
+        """Create a gate for ``weight``.
 
         Args:
-            weight: The weight to gate.
-            state: The state that the gates of the model share.
-            n: Weights kept of each group, where a tile is not dense.
-            m: Consecutive inputs that make a group.
+            weight: Weight to gate.
+            state: State shared by the gates of the model.
+            n: Number of weights kept in each group of a tile that is not dense.
+            m: Number of consecutive inputs in a group.
             tile: Rows and columns of a tile. In joint mode a multiple of m.
             mode: ``tile``: the n:m mask of the prior is fixed. ``joint``: it is learned too.
-            spread: Standard deviation of the tiles' logits at the start.
-            strength: How far the priors move a logit at the start, in units of its spread.
-            pattern_spread: Standard deviation of the patterns' logits at the start.
+            spread: Standard deviation of the tiles' initial logits.
+            strength: Shift of an initial logit by the priors, in units of its spread.
+            pattern_spread: Standard deviation of the patterns' initial logits.
         """
         super().__init__(weight, state)
         if min(spread, pattern_spread) <= 0 or strength < 0:
@@ -146,7 +146,10 @@ class TileGate(Gate):
         check_numbers({"n": n, "m": m, "tile": tile, "spread": spread, "strength": strength}, "model.gate.")
         check_numbers({"pattern_spread": pattern_spread}, "model.gate.")
         if mode == "joint" and tile % m:
-            raise UserError(f"tile {tile} is no multiple of {m}: a {n}:{m} group would lie in two tiles. Make it one.")
+            raise UserError(
+                f"model.gate.tile is {tile}, and joint mode needs a multiple of {m}: a {n}:{m} group must not span two "
+                f"tiles. Set --model.gate.tile {-(-tile // m) * m}."
+            )
         self.groups = Groups(n, m, self.shape, self.input_dim)
         self.grid = TileGrid(self.groups, tile)
         device = weight.parameter.device
@@ -158,19 +161,19 @@ class TileGate(Gate):
             inner = self.groups.best(logits)
         else:
             self.register_buffer("inner", inner)
-        # How many weights of each tile go where it is not dense. In joint mode any choice of patterns has as many.
+        # Number of weights removed in each tile that is not dense. In joint mode it is the same for any patterns.
         self.register_buffer("removable", self.grid.count(~inner))
         self.cut = Cut(0.0, 0)
 
     def settings(self) -> dict[str, Any]:
-        """See :meth:`Gate.settings`."""
-        told = {"n": self.n, "m": self.m, "tile": self.tiled.size, "mode": self.mode, "spread": self.spread}
-        return told | {"strength": self.strength, "pattern_spread": self.pattern_spread}
+        """Return n, m, tile, mode, spreads and strength; see :meth:`Gate.settings`."""
+        settings = {"n": self.n, "m": self.m, "tile": self.tiled.size, "mode": self.mode, "spread": self.spread}
+        return settings | {"strength": self.strength, "pattern_spread": self.pattern_spread}
 
-    # -- soft ---------------------------------------------------------------------------------------------
+    # -- soft masks ---------------------------------------------------------------------------------------
 
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See :meth:`Gate.soften`."""
+        """Return the relaxed masked weight and its sums; see :meth:`Gate.soften`."""
         state = self.state
         soft_AB = SoftTiles.apply(self.logits, key_0, key_1, state.slope, state.sharpness)
         if self.mode == "joint":
@@ -181,14 +184,14 @@ class TileGate(Gate):
         always = weight.numel() - self.removable.sum()
         return masked, always + (soft_AB * self.removable).sum(), energy
 
-    # -- the start ----------------------------------------------------------------------------------------
+    # -- initial logits -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def start_from(self, prior: Tensor | None, seed: int, inner: Tensor | None = None) -> None:
-        """θ = N(0, spread²) + strength·spread·(2t − 1), with t the T that gives a tile the density of ``prior``.
+        """Initialise θ = N(0, spread²) + strength·spread·(2t − 1), t the T that gives a tile the prior's density.
 
-        A tile of density d has t = (d − n/m)/(1 − n/m), between 0 and 1. ``inner`` is the n:m mask: kept in tile
-        mode, and what the patterns lean towards in joint mode.
+        A tile of density d in ``prior`` has t = (d − n/m)/(1 − n/m), clamped to 0 … 1. ``inner`` is the n:m mask: fixed
+        in tile mode, the prior of the patterns in joint mode.
         """
         generator = torch.Generator().manual_seed(noise_keys(seed, -1, 0, self.name)[0])
         start_AB = torch.randn(self.logits.shape, generator=generator, dtype=torch.float32).mul_(self.spread)
@@ -205,24 +208,25 @@ class TileGate(Gate):
         elif inner is not None:
             if not follows(inner, self.input_dim, self.tiled.nm):
                 raise UserError(
-                    f"prior.masks.inner is not {self.tiled.nm} in {self.name}. Give one that prune made so."
+                    f"prior.masks.inner is not {self.tiled.nm} in {self.name}. Give a mask made by leap_pl prune "
+                    f"--pattern {self.tiled.nm}."
                 )
             self.inner.copy_(inner)
             self.removable.copy_(self.grid.count(~self.inner))
 
-    # -- hard ---------------------------------------------------------------------------------------------
+    # -- hard masks ---------------------------------------------------------------------------------------
 
     def hard_mask(self) -> Tensor:
-        """See :meth:`Gate.hard_mask`."""
+        """Return the mask with dense tiles above the cut and n:m elsewhere; see :meth:`Gate.hard_mask`."""
         dense_OI = self.grid.over_elements(self.cut.mask(gathered(self.held())))
         return self.inner_mask() | dense_OI.movedim(-1, self.input_dim)
 
     def inner_mask(self) -> Tensor:
-        """The n:m mask of the tiles that are not dense."""
+        """Return the n:m mask of the tiles that are not dense."""
         return self.held("inner") if self.mode == "tile" else self.groups.best(gathered(self.held("pattern_logits")))
 
     def sample_hard_mask(self, stride: int) -> Tensor:
-        """Every ``stride``-th element of :meth:`hard_mask`, flattened."""
+        """Return every ``stride``-th element of :meth:`hard_mask`, flattened."""
         if self.mode == "joint":
             inner = self.groups.sample_best(gathered(self.pattern_logits.detach()), stride)
         else:
@@ -234,5 +238,5 @@ class TileGate(Gate):
         return inner | dense_AB[*stacked, row // self.tiled.size, column // self.tiled.size]
 
     def extra_repr(self) -> str:
-        """Shown when the model is printed."""
+        """Return the summary that is shown when the model is printed."""
         return f"{tuple(self.shape)}, {self.tiled}, {self.mode} mode"

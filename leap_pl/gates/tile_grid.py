@@ -1,4 +1,4 @@
-"""The tiles of a weight, and its masks by tiles: with a fixed n:m mask in those that are not dense, or a learned one.
+"""Tile grid of a weight, and autograd functions for tiled masks with a fixed or a learned n:m mask.
 
 Legend of suffixes: O, I = outputs (all dimensions but the inputs') and inputs of one weight, inputs last; A, B = rows
 and columns of its tiles; G = groups along the inputs; P, Q, M as in :mod:`leap_pl.gates.pattern_kernels`.
@@ -18,12 +18,12 @@ from leap_pl.kernels.noise import columns
 
 
 class TileGrid:
-    """How a weight falls into square tiles of outputs and inputs; those at its edges may be smaller.
+    """Partition of a weight into square tiles of outputs and inputs; tiles at the edges may be smaller.
 
     Attributes:
-        groups: The weight's n:m groups, which know its shape.
+        groups: n:m groups of the weight, with its shape.
         size: Rows and columns of a tile.
-        shape: (A, B), with the dimensions before the outputs, of stacked experts, first.
+        shape: (A, B), after the leading dimensions of stacked experts.
     """
 
     def __init__(self, groups: Groups, size: int) -> None:
@@ -32,11 +32,11 @@ class TileGrid:
         self.shape = (*stacked, -(-outputs // size), -(-groups.inputs // size))
 
     def over_elements(self, tile_AB: Tensor) -> Tensor:
-        """A value a tile as a value an element, (O, I)."""
+        """Expand values of tiles to values of elements, (O, I)."""
         return self._spread(tile_AB, self.size, self.groups.inputs)
 
     def over_groups(self, tile_AB: Tensor) -> Tensor:
-        """A value a tile as a value a group, (O, G), where no group lies in two tiles."""
+        """Expand values of tiles to values of groups, (O, G); no group may span two tiles."""
         return self._spread(tile_AB, self.size // self.groups.pattern.m, self.groups.logits_shape[-1])
 
     def _spread(self, tile_AB: Tensor, width: int, length: int) -> Tensor:
@@ -44,15 +44,15 @@ class TileGrid:
         return tile_AI.repeat_interleave(self.size, -2)[..., : self.groups.others[-1], :]
 
     def count(self, mask: Tensor) -> Tensor:
-        """How many elements of each tile a bool mask of the weight's shape has, int32."""
+        """Count the True elements in each tile of a bool mask of the weight's shape, as int32."""
         return self.sums(mask.movedim(self.groups.input_dim, -1).to(torch.int32))
 
     def sums(self, value_OI: Tensor) -> Tensor:
-        """The sum over each tile of a value an element."""
+        """Sum values of elements over each tile."""
         return self._sums(value_OI, self.size)
 
     def group_sums(self, value_OG: Tensor) -> Tensor:
-        """The sum over each tile of a value a group."""
+        """Sum values of groups over each tile."""
         return self._sums(value_OG, self.size // self.groups.pattern.m)
 
     def _sums(self, value_OI: Tensor, width: int) -> Tensor:
@@ -64,15 +64,15 @@ class TileGrid:
 
 
 class SoftTiles(torch.autograd.Function):
-    """θ → T = σ((αθ + g)/τ), drawn as BernoulliGate draws a weight's mask; dθ = dT·T(1 − T)·α/τ.
+    """Autograd function θ → T = σ((αθ + g)/τ), sampled as in BernoulliGate; dθ = dT·T(1 − T)·α/τ.
 
-    T is of the tiles' size, so it is kept for the backward pass. (Through the kernel's own lines autograd would
-    make NaN where the exponential overflows.)
+    T has one value for each tile, so it is saved for the backward pass. (Autograd through the operations of the
+    kernel would give NaN where the exponential overflows.)
     """
 
     @staticmethod
     def forward(ctx: Any, logits_AB: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor) -> Tensor:
-        """T, float32, (A, B)."""
+        """Return T, (A, B) in float32."""
         column_B = columns(logits_AB.shape[-1], logits_AB.device)
         soft = soft_mask(rows(logits_AB), column_B, key_0, key_1, slope, sharpness).view(logits_AB.shape)
         ctx.save_for_backward(soft, slope)
@@ -80,20 +80,20 @@ class SoftTiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_AB: Tensor) -> Any:
-        """The gradient of the tiles' logits."""
+        """Return the gradient of the tiles' logits."""
         soft_AB, slope = ctx.saved_tensors
         return grad_AB * (soft_AB - soft_AB * soft_AB) * slope, None, None, None, None
 
 
 class FixedTiles(torch.autograd.Function):
-    """(T, W, m) → (W̃, Σ(M·W)²), M = T + (1 − T)·m made again for the backward pass.
+    """Autograd function (T, W, m) → (W̃, Σ(M·W)²) whose backward pass recomputes M = T + (1 − T)·m.
 
-    With gradients G of W̃ and b of Σ(M·W)²: dT = Σ over the tile of (G·W + 2b·M·W²)·(1 − m).
+    With the gradients G of W̃ and b of Σ(M·W)²: dT = Σ over the tile of (G·W + 2b·M·W²)·(1 − m).
     """
 
     @staticmethod
     def forward(ctx: Any, soft_AB: Tensor, weight: Tensor, inner: Tensor, grid: TileGrid) -> tuple[Tensor, Tensor]:
-        """Masked weight of the weight's shape and dtype, and the float32 sum."""
+        """Return the masked weight, in the weight's shape and dtype, and the sum in float32."""
         ctx.save_for_backward(soft_AB, weight, inner)
         ctx.grid = grid
         masked_OI, energy = fixed_forward(*_elements(grid, soft_AB, weight, inner))
@@ -102,7 +102,7 @@ class FixedTiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_masked: Tensor, grad_energy: Tensor) -> Any:
-        """The gradient of the tiles' chances; the weight is frozen."""
+        """Return the gradient of T; the weight is frozen."""
         grid: TileGrid = ctx.grid
         grad_masked_OI = rows(grad_masked.movedim(grid.groups.input_dim, -1))
         grad_OI = fixed_backward(*_elements(grid, *ctx.saved_tensors), grad_masked_OI, grad_energy)
@@ -110,15 +110,15 @@ class FixedTiles(torch.autograd.Function):
 
 
 class JointTiles(torch.autograd.Function):
-    """(T, θ, W) → (W̃, Σ(M·W)²) with θ of the patterns; nothing of the weight's size is kept."""
+    """Autograd function (T, θ, W) → (W̃, Σ(M·W)²), θ of the patterns; the backward pass recomputes noise and masks."""
 
     @staticmethod
     def forward(
         ctx: Any, soft_AB: Tensor, logits: Tensor, weight: Tensor, grid: TileGrid, *noise: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Masked weight of the weight's shape and dtype, and the float32 sum.
+        """Return the masked weight, in the weight's shape and dtype, and the sum in float32.
 
-        ``noise``: the two keys, the patterns' slope α/τ and the sharpness 1/τ.
+        ``noise`` is the two keys, the patterns' slope α/τ and the sharpness 1/τ.
         """
         ctx.save_for_backward(soft_AB, logits, weight, *noise)
         ctx.grid, groups = grid, grid.groups
@@ -130,7 +130,7 @@ class JointTiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_masked: Tensor, grad_energy: Tensor) -> Any:
-        """The gradients of the tiles' chances and of the patterns' logits; the weight is frozen."""
+        """Return the gradients of T and of the patterns' logits; the weight is frozen."""
         soft_AB, logits, weight, *noise = ctx.saved_tensors
         grid: TileGrid = ctx.grid
         groups = grid.groups
@@ -150,20 +150,20 @@ class JointTiles(torch.autograd.Function):
 
 
 def _elements(grid: TileGrid, soft_AB: Tensor, weight: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What both kernels take, all (O, I): T, W, and m as bytes; bools would be read one by one."""
+    """Return the arguments of both kernels, all (O, I): T, W, and m as bytes (bools would be loaded one by one)."""
     dim = grid.groups.input_dim
     inner_OI = inner.view(torch.uint8).movedim(dim, -1)
     return rows(grid.over_elements(soft_AB)), rows(weight.movedim(dim, -1)), rows(inner_OI)
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """In one dimension, and no view."""
+    """Return the tensor as a vector that is no view."""
     return tensor.reshape(-1).data
 
 
 @compiled
 def fixed_forward(soft_OI: Tensor, weight_OI: Tensor, inner_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """W̃ in the weight's dtype, Σ(M·W)² in float32."""
+    """Compute W̃ in the weight's dtype and Σ(M·W)² in float32."""
     mask_OI = soft_OI + (1 - soft_OI) * inner_OI.to(torch.float32)
     masked_OI = mask_OI * weight_OI.to(torch.float32)
     return masked_OI.to(weight_OI.dtype), (masked_OI * masked_OI).sum(-1).sum()
@@ -173,7 +173,7 @@ def fixed_forward(soft_OI: Tensor, weight_OI: Tensor, inner_OI: Tensor) -> tuple
 def fixed_backward(
     soft_OI: Tensor, weight_OI: Tensor, inner_OI: Tensor, grad_masked_OI: Tensor, grad_energy: Tensor
 ) -> Tensor:
-    """The gradient of T by element, float32."""
+    """Compute the gradient of T for each element, in float32."""
     removed_OI = 1 - inner_OI.to(torch.float32)
     mask_OI = 1 - (1 - soft_OI) * removed_OI
     weight_OI = weight_OI.to(torch.float32)

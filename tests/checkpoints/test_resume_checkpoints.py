@@ -229,7 +229,7 @@ def test_a_slurm_job_goes_back_into_the_queue_and_on(
         at_call(patch, "training_step", 5, send(signal.SIGUSR1))
         stopped(words, 138)
     assert slurm.read_text() == "requeue 17\n"
-    assert "job 17 is in the queue again" in capsys.readouterr().err
+    assert "job 17 was requeued." in capsys.readouterr().err
     assert not list(Path.cwd().glob("hpc_ckpt*"))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     main(words)

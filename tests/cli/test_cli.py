@@ -287,11 +287,14 @@ def test_tokenizer_without_end_token(model_folder, text_file, tmp_path: Path, ca
     ("words", "says"),
     [
         ("export --output-dir x", "there is no option --output-dir. Did you mean --output_dir?"),
-        ("export x", "'x' belongs to no option"),
+        ("export x", "'x' does not belong to an option"),
         ("evaluate --tasks piqa arc_easy", "a list is typed as one: a,b"),
         ("fit --base_model x", "Did you mean --model.base_model?"),
         ("fit", "model.base_model is not given"),
-        ("fit --model.base_model x --model.prior null", "model.prior: null is no file of settings. Give one, or its"),
+        (
+            "fit --model.base_model x --model.prior null",
+            "model.prior: null is not a file of settings. Give the path of one, or",
+        ),
         ("fit --model.base_model x --model.gate NoGate", "model.gate: there is no class NoGate of this kind"),
         (
             "fit --model.base_model x --model.sparsity 50",
@@ -306,7 +309,7 @@ def test_what_is_mistyped_is_told_with_what_is_meant(capsys, words: str, says: s
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ("model: {base_model: x, prior: }", "model.prior is null, and is a group of settings. Leave it out, or set"),
+        ("model: {base_model: x, prior: }", "model.prior is null, but it is a group of settings. Leave it out, or set"),
         (
             "model: {base_model: x, annealing: {alpha: }}",
             "model.annealing.alpha.start, model.annealing.alpha.end are not given",
@@ -327,7 +330,11 @@ def test_a_key_of_a_config_with_nothing_after_it(config: str, says: str, tmp_pat
 @pytest.mark.parametrize("verb", ["export", "fit"])
 def test_a_config_that_holds_no_settings(verb: str, tmp_path: Path, capsys) -> None:
     config = tmp_path / "config.yaml"
-    for content, says in ((b"a: [", "is no YAML"), (b"\xd0\xff", "is no YAML"), (b"- a\n- b", "holds no settings")):
+    for content, says in (
+        (b"a: [", "is not valid YAML"),
+        (b"\xd0\xff", "is not valid YAML"),
+        (b"- a\n- b", "has no settings"),
+    ):
         config.write_bytes(content)
         for words in ([f"--config={config}"], ["--config", str(config)]):
             message = failing(capsys, [verb, *words])

@@ -122,12 +122,12 @@ def test_the_present_spelling_is_taken_without_a_word(folder: Path, line: str) -
     [
         (
             "--annealing.alpha.start 1 --model.annealing.alpha.start 2",
-            "the command line says annealing.alpha.start 1 and model.annealing.alpha.start 2, and both are one setting",
+            "the command line sets annealing.alpha.start to 1 and model.annealing.alpha.start to 2, but they are one",
         ),
         ("--model.annealing.alpha '{start: 2, end: 3}' --annealing.alpha.start=1", "Leave annealing.alpha.start out"),
-        ("--annealing @old --model.annealing.alpha.start=1", "both are one setting. Leave annealing out"),
-        ("--config @differ", "differ.yaml says annealing.alpha.start 1.0 and model.annealing.alpha.start 2.0"),
-        ("--config @differs-inside", "annealing.tau.end 4.0 and model.annealing.tau.end 1.0"),
+        ("--annealing @old --model.annealing.alpha.start=1", "but they are one setting. Leave annealing out"),
+        ("--config @differ", "differ.yaml sets annealing.alpha.start to 1.0 and model.annealing.alpha.start to 2.0"),
+        ("--config @differs-inside", "annealing.tau.end to 4.0 and model.annealing.tau.end to 1.0"),
         ("--annealing.beta 1", "there is no option --model.annealing.beta"),
         ("--config '{annealing: {beta: 1}}'", "does not accept option 'model.annealing.beta'"),
         ("--annealing.alpha.start x", "model.annealing.alpha.start: expected float"),

@@ -245,4 +245,4 @@ def test_a_working_directory_that_is_gone(tmp_path: Path, verb: list[str]) -> No
         env={**os.environ, "PYTHONPATH": root},
     )
     assert found.returncode == 2, found.stderr
-    assert found.stderr == f"leap_pl {verb[0]}: the working directory is gone. Change to one that is there: cd ~\n"
+    assert found.stderr == f"leap_pl {verb[0]}: the working directory no longer exists. Change to another: cd ~\n"

@@ -235,9 +235,7 @@ def test_gates_of_one_model_are_of_one_kind(rows: ModuleType) -> None:
     assert gates.numel == 64
     assert gates.unused == ["a", "b"]
     for other in (nm_gate((4, 8)), gate_of((4, 8), spread=0.5)):
-        with pytest.raises(
-            UserError, match="gates of one model are of one kind and have the same settings: a has Bern"
-        ):
+        with pytest.raises(UserError, match="the gates of a model must have the same kind and settings: a has Bern"):
             gates | {"w": other}
     assert len(Gates.of({})) == 0
     with pytest.raises(ValueError, match="there are no gates"):

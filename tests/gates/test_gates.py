@@ -327,7 +327,7 @@ def test_stacked_experts_have_their_mask_made_once_a_call(monkeypatch: pytest.Mo
         made.clear()
         gradients(model, gates)
         assert sorted(made) == sorted(weights)
-    assert all(gate._made == [] for gate in gates.values())
+    assert all(gate._cached == [] for gate in gates.values())
 
 
 def test_stacked_experts_by_two_implementations() -> None:
@@ -354,4 +354,4 @@ def test_an_error_in_the_middle_of_the_experts_leaves_no_mask_behind() -> None:
         expected = model(IDS).logits
         state.step = 1
         assert not torch.equal(model(IDS).logits, expected)
-    assert all(gate._made == [] and not gate._in_call for gate in gates.values())
+    assert all(gate._cached == [] and not gate._in_call for gate in gates.values())

@@ -218,9 +218,9 @@ def test_gates_restored_without_reading_choose_as_the_gates_did(kind: Any, setti
 
 
 def test_restoring_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(UserError, match=r"kind 'Nonsense' are not known here \(known: .*BernoulliGate"):
+    with pytest.raises(UserError, match=r"the kind of gate 'Nonsense' is unknown \(known: .*BernoulliGate"):
         restore("Nonsense", {}, {})
-    with pytest.raises(UserError, match=r"w: its logits are \(2, 3\), and should be \(3, 2\)"):
+    with pytest.raises(UserError, match=r"w: stored logits of shape \(2, 3\); expected shape \(3, 2\)"):
         restore("BernoulliGate", {}, {"w": Stored(torch.zeros(2, 3), (3, 2), 1)})
 
 

@@ -322,7 +322,7 @@ def test_restored_gates_choose_as_the_gates_did() -> None:
     restored = restore("NMGate", {"n": 2, "m": 4}, stored)
     for name, gate in found.items():
         assert torch.equal(restored[name].hard_mask(), gate.hard_mask())
-    with pytest.raises(UserError, match=r"its logits are \(6, .*and should be \(4, "):
+    with pytest.raises(UserError, match=r"stored logits of shape \(6, .*; expected shape \(4, "):
         restore("NMGate", {"n": 1, "m": 4}, stored)
 
 

@@ -205,7 +205,7 @@ def test_consolidate_replaces_no_part_and_no_stranger(tmp_path: Path, capsys) ->
             cli.main(["consolidate", "--ckpt_path", str(folder), "--output", str(file)])
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1
-        assert "would be replaced" in said[0] or "is no checkpoint of leap_pl" in said[0]
+        assert "would be replaced" in said[0] or "exists and is not a checkpoint of leap_pl" in said[0]
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

@@ -181,9 +181,9 @@ def test_a_class_that_is_none_of_those_asked_for_is_refused_before_it_is_called(
     """A config is the user's own and may name classes: of the kind that is asked for."""
     call = "={class_path: os.system, init_args: {command: 'touch %s'}}"
     for words, says in {
-        f"--model.optimizer{call}": "has to be a class of Optimizer",
-        f"--model.lr_scheduler{call}": "has to be a class of LRScheduler",
-        f"--model.gate{call}": "has to be a class of Gate",
+        f"--model.optimizer{call}": "but must be a subclass of Optimizer",
+        f"--model.lr_scheduler{call}": "but must be a subclass of LRScheduler",
+        f"--model.gate{call}": "but must be a subclass of Gate",
         "--model.optimizer=torch.optim.lr_scheduler.StepLR": "model.optimizer",
         "--model.gate=torch.nn.Linear": "model.gate",
         "--model.gate=torch.optim.SGD": "model.gate",

@@ -124,7 +124,7 @@ def test_a_weight_whose_density_runs_to_an_end_is_warned_of_once(
     real = LeapModule.training_step
     monkeypatch.setattr(LeapModule, "training_step", pushing)
     main(fit_flags(model_folder, text_file, tmp_path, "--data.validation_sequences=0"))
-    (said,) = [str(w.message) for w in recwarn if "its density has run to" in str(w.message)]
-    assert f"model.layers.1.mlp.up_proj.weight: its density has run to {end}.0000, where the model's is 0.5" in said
+    (said,) = [str(w.message) for w in recwarn if "its density is" in str(w.message)]
+    assert f"model.layers.1.mlp.up_proj.weight: its density is {end}.0000, and the model's target is 0.5" in said
     assert "--model.objective.budget_scope layer" in said
     assert "--model.ignore '[model.layers.1.mlp.up_proj.weight]'" in said
