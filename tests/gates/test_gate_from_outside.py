@@ -218,7 +218,7 @@ def test_a_bad_gate_on_the_command_line_ends_in_one_line(
     message = refused(fit_flags(model_folder, text_file, tmp_path, "--model.gate=badgates.Bad"), capsys)
     assert "Bad is a kind of gate and does not define hard_mask, settings, soften, start_from" in message
     message = refused(fit_flags(model_folder, text_file, tmp_path, "--model.gate=leap_pl.gates.Gate"), capsys)
-    assert "model.gate is leap_pl.gates.gate.Gate, and has to be a class of Gate that is not abstract." in message
+    assert "model.gate is leap_pl.gates.gate.Gate, but must be a subclass of Gate that is not abstract." in message
 
 
 # -- all gates of a model ---------------------------------------------------------------------------------
