@@ -1,4 +1,4 @@
-"""ADMM pruning and the update of kept weights for a given mask. Shapes: O outputs, I inputs."""
+"""ADMM pruning, and ADMM weight update for a given mask. Shapes: O outputs, I inputs."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from leap_pl.oneshot.options import AdmmOptions
 
 
 def admm_prune(weight_OI: Tensor, hessian_II: Tensor, pattern: Pattern, options: AdmmOptions | None = None) -> Solution:
-    """Prune one matrix and update what is kept (https://arxiv.org/abs/2401.02938).
+    """Prune one matrix and update the kept weights (https://arxiv.org/abs/2401.02938).
 
     Minimises ‖XW'ᵀ − XWᵀ‖² over W' with the pattern's zeros. With XX = Σ x xᵀ scaled to unit diagonal by
     n_j = sqrt(XX_jj), W ← W·n, and the ridge λ on the diagonal (towards the dense weights), each iteration
@@ -18,17 +18,17 @@ def admm_prune(weight_OI: Tensor, hessian_II: Tensor, pattern: Pattern, options:
     over the whole matrix at the sparsity s − s(1 − k/K)³, which grows to s. The result is Z/n.
 
     Args:
-        weight_OI: The matrix, any floating type.
+        weight_OI: Weight matrix, any floating dtype.
         hessian_II: Sum (or mean) over the calibration tokens of x xᵀ.
-        pattern: Which shape the mask has; N:M is kept from the first iteration on.
+        pattern: Pattern of the mask; an N:M pattern holds from the first iteration on.
         options: Settings; None is the paper's.
 
     Returns:
-        The new fp32 weights, the mask, and the ridge used. Weights of inputs that are always zero go
-        first; those that stay are left dense.
+        The new fp32 weights, the mask, and the ridge used. Weights of inputs that are always zero are removed
+        first; those that are kept are unchanged.
 
     Raises:
-        NotSolvableError: The Hessian gives no finite answer at any ridge.
+        NotSolvableError: The Hessian gives no finite solution at any ridge.
     """
     options = options or AdmmOptions()
 
@@ -40,21 +40,21 @@ def admm_prune(weight_OI: Tensor, hessian_II: Tensor, pattern: Pattern, options:
 
 
 def admm_update(weight_OI: Tensor, hessian_II: Tensor, mask_OI: Tensor, options: AdmmOptions | None = None) -> Solution:
-    """Solve the kept weights of one matrix anew for a given mask: :func:`admm_prune` with the mask held.
+    """Update the kept weights of one matrix for a given mask: :func:`admm_prune` with a fixed mask.
 
     Args:
-        weight_OI: The dense matrix, any floating type.
-        hessian_II: Sum (or mean) over the calibration tokens of x xᵀ, x the layer's inputs in the pruned
+        weight_OI: Dense weight matrix, any floating dtype.
+        hessian_II: Sum (or mean) over the calibration tokens of x xᵀ, with x the layer's inputs in the pruned
             model.
         mask_OI: Bool, True where kept.
         options: Settings; None is the paper's.
 
     Returns:
-        The new fp32 weights, the mask that was given, and the ridge used. Kept weights of inputs that are
-        always zero are left dense.
+        The new fp32 weights, the given mask, and the ridge used. Kept weights of inputs that are always zero
+        are unchanged.
 
     Raises:
-        NotSolvableError: The Hessian gives no finite answer at any ridge.
+        NotSolvableError: The Hessian gives no finite solution at any ridge.
     """
     options = options or AdmmOptions()
 
@@ -66,7 +66,7 @@ def admm_update(weight_OI: Tensor, hessian_II: Tensor, mask_OI: Tensor, options:
 
 
 class _Problem:
-    """One matrix's scaled least squares, its inverse at hand."""
+    """Scaled least-squares problem of one matrix, with its inverse precomputed."""
 
     def __init__(self, weight_OI: Tensor, hessian_II: Tensor, ridge: float, rho: float) -> None:
         self.dense_OI, self.rho = weight_OI.float(), rho
@@ -84,7 +84,7 @@ class _Problem:
     def iterate(
         self, iterations: int, pattern: Pattern | None, mask_iterations: int, mask_OI: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Iterate; give the weights, unscaled again, and the mask."""
+        """Run the iterations, and return the weights in their original scale and the mask."""
         current_OI, dual_OI = self.start_OI, torch.zeros_like(self.start_OI)
         for k in range(1, iterations + 1):
             sum_OI = current_OI + dual_OI
@@ -101,7 +101,7 @@ class _Problem:
 
 
 def _at(pattern: Pattern, k: int, mask_iterations: int) -> Pattern:
-    """The pattern of iteration ``k`` (from 1)."""
+    """Return the pattern for iteration ``k``, counted from 1."""
     if not isinstance(pattern, Unstructured) or k >= mask_iterations:
         return pattern
     return Unstructured(pattern.sparsity * (1 - (1 - k / mask_iterations) ** 3))

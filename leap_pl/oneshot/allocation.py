@@ -1,4 +1,4 @@
-"""How sparse each decoder block is to be: given in a list or a file, or allocated by OWL."""
+"""Sparsities of the decoder blocks: read from a list or a file, or allocated by OWL."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class OwlOptions:
 
     Attributes:
         threshold: M: a weight is an outlier if its Wanda score is above M times its block's mean score.
-        spread: λ: the sparsities lie within 2λ of each other.
+        spread: λ: the sparsities differ by at most 2λ.
     """
 
     threshold: float = 5.0
@@ -32,10 +32,10 @@ class OwlOptions:
 
 
 def read_layer_sparsities(source: str | Path | Sequence[float]) -> list[float]:
-    """One sparsity a decoder block, from a list, a JSON file with a list, or a text file with a number a line.
+    """Read one sparsity for each decoder block, from a list, a JSON file with a list, or a text file of numbers.
 
     Raises:
-        UserError: The file is not there or holds something else, or a number is not from 0 to below 1.
+        UserError: The file does not exist or holds something else, or a number is not from 0 to below 1.
     """
     if isinstance(source, str | Path):
         path = Path(source)
@@ -46,14 +46,16 @@ def read_layer_sparsities(source: str | Path | Sequence[float]) -> list[float]:
             sparsities = [float(number) for number in numbers]
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"{path} gives no sparsities ({error}). Give a JSON list or a text of numbers, one a decoder block."
+                f"{path} does not hold layer sparsities ({error}). Give a JSON list or a text file, with one number "
+                "for each decoder block."
             ) from error
     else:
         sparsities = [float(number) for number in source]
     wrong = [s for s in sparsities if not 0 <= s < 1]
     if wrong or not sparsities:
         raise UserError(
-            f"layer sparsities take numbers from 0 to below 1, and {wrong[0] if wrong else 'none'} was given."
+            f"--layer_sparsity has {f'the number {wrong[0]:g}' if wrong else 'no number'}; give numbers from 0 to "
+            "below 1, one for each decoder block."
         )
     return sparsities
 
@@ -61,19 +63,19 @@ def read_layer_sparsities(source: str | Path | Sequence[float]) -> list[float]:
 def owl_sparsities(
     walk: Walk, matrices: Sequence[Sequence[Matrix]], sparsity: float, options: OwlOptions | None = None
 ) -> list[float]:
-    """Allocate ``sparsity`` over the decoder blocks by their shares of outliers.
+    """Allocate ``sparsity`` over the decoder blocks by their shares of outliers (OWL).
 
     With D_l the share of outliers among all Wanda scores of block l, the density of a block is 2λ·(D_l −
     min D)/(max D − min D), shifted so that the mean over all weights is 1 − ``sparsity``.
 
     Args:
-        walk: A walk of the dense model of its own, over the calibration tokens.
-        matrices: Of every block, those that will be pruned.
-        sparsity: Of all of them together.
+        walk: Walk of the dense model over the calibration tokens, used for nothing else.
+        matrices: Matrices that will be pruned, for each block.
+        sparsity: Sparsity over all matrices together.
         options: Settings; None is the paper's.
 
     Returns:
-        One sparsity a block.
+        One sparsity for each block.
 
     Raises:
         UserError: A block's sparsity would be below 0 or not below 1.
@@ -91,8 +93,8 @@ def owl_sparsities(
     allocated = [sparsity + mean - density for density in densities]
     if min(allocated) < 0 or max(allocated) >= 1:
         raise UserError(
-            f"OWL spreads sparsity {sparsity:g} from {min(allocated):.3f} to {max(allocated):.3f}, "
-            "and it must stay from 0 to below 1. Lower --owl_spread."
+            f"OWL allocates sparsities from {min(allocated):.3f} to {max(allocated):.3f} for --sparsity {sparsity:g}, "
+            "and a sparsity is from 0 to below 1. Lower --owl_spread."
         )
     return allocated
 

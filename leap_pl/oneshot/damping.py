@@ -1,4 +1,4 @@
-"""Solving with Hessians that may be singular: damping raised until the answer is finite."""
+"""Damping of singular Hessians: raised until the solution is finite."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -9,16 +9,16 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-TRIES = 5  # each ten times the last; at the end the diagonal outweighs any matrix of its mean
+TRIES = 5  # each with ten times the damping of the one before, until the diagonal outweighs the rest of any Hessian
 
 
 class Solution(NamedTuple):
-    """What a method that changes weights answers.
+    """Result of a method that updates weights.
 
     Attributes:
-        weight: The new weights, (O, I), fp32, zero where removed.
+        weight: New weights, (O, I), fp32, zero where removed.
         mask: Bool (O, I), True where kept.
-        damping: The damping that was used: what was asked for, or a larger one where that failed.
+        damping: Damping that was used: the requested one, or a larger one if that failed.
     """
 
     weight: Tensor
@@ -31,10 +31,10 @@ class NotSolvableError(ArithmeticError):
 
 
 def with_damping(solve: Callable[[float], tuple[Tensor, Tensor]], damping: float) -> Solution:
-    """Call ``solve(damping)`` with ten times the damping as long as it fails or answers with NaN or inf.
+    """Call ``solve(damping)``, with ten times the damping after each failure and each result with NaN or infinity.
 
     Raises:
-        NotSolvableError: All TRIES failed.
+        NotSolvableError: All :data:`TRIES` failed.
     """
     for value in _ladder(damping):
         try:

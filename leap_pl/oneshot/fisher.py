@@ -1,11 +1,12 @@
-"""How sparse each matrix and each of its rows is to be, by what its weights do to the loss: Fisher allocation.
+"""Fisher allocation: sparsities of matrices and of their rows by the effect of their weights on the loss.
 
-Layer-wise methods make all equally sparse, though some can spare far more than others. What the removal of the weight
-from input j to output i costs is, to second order, W_ij²/2 times the weight's Fisher information. With x the inputs,
-and g the gradient of the loss with respect to the outputs, that is E[x_j²·g_i²], and E[x_j²]·E[g_i²] where the two are
-independent (the diagonal of K-FAC, https://arxiv.org/abs/1503.05671). Costs in nats can be compared over the whole
-model: one cut through all of them says how dense each matrix should be, and each row. An allocation goes only a part
-of that way, for a cost is that of one weight, removed from the dense model.
+Layer-wise methods make all matrices equally sparse, although some can be pruned far more than others. To second order,
+removing the weight from input j to output i increases the loss by W_ij²/2 times the weight's Fisher information. With x
+the inputs, and g the gradient of the loss with respect to the outputs, that information is E[x_j²·g_i²], or
+E[x_j²]·E[g_i²] if the two are independent (the diagonal of K-FAC, https://arxiv.org/abs/1503.05671). Such costs, in
+nats, are comparable over the whole model: one threshold on all of them gives the density of each matrix, and of each
+row. An allocation moves only part of the way towards these densities, because each cost is that of removing a single
+weight from the dense model.
 
 Shapes: N sequences, T tokens, O outputs, I inputs.
 """
@@ -32,7 +33,7 @@ from leap_pl.oneshot.walk import WalkOptions, eager_experts, evaluating, on_devi
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_TINY = torch.finfo(torch.float32).tiny  # the logarithm of a cost of 0 is taken here
+_TINY = torch.finfo(torch.float32).tiny  # lower bound of a factor, whose logarithm is taken
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class FisherOptions:
     """Settings of :func:`fisher_allocation`; docs/oneshot.md measures them.
 
     Attributes:
-        strength: How far to go from the same sparsity of every matrix (0) to the cut's (1): the share of the log-odds
-            of its density. Above 0.
-        row_strength: The same for the rows of a matrix, by methods whose weights compete within a row.
-        sequences: Calibration sequences that are run forward and backward, at most.
+        strength: Strength in (0, 1], between the same sparsity for every matrix (0) and the densities that the
+            threshold gives (1): a factor of their log-odds.
+        row_strength: Likewise for the rows of a matrix, from 0 to 1, for methods whose weights compete within a row.
+        sequences: Largest number of calibration sequences to run forward and backward.
     """
 
     strength: float = 0.5
@@ -60,16 +61,16 @@ class FisherOptions:
 
 
 class Moments:
-    """Sums over the tokens of one matrix.
+    """Second moments of one matrix's inputs and output gradients, summed over tokens.
 
     Attributes:
         input_square_I: Σ x_j², float32.
-        gradient_square_O: Σ g_i², float32, g of the cross-entropy summed over tokens, in nats.
-        count: How many tokens.
+        gradient_square_O: Σ g_i², float32, with g the gradient of the cross-entropy summed over tokens, in nats.
+        count: Number of tokens.
     """
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Start with zero tokens."""
         self.input_square_I, self.gradient_square_O = torch.zeros(()), torch.zeros(())
         self.count = 0
 
@@ -92,33 +93,33 @@ def fisher_allocation(
     walk: WalkOptions | None = None,
     progress: bool = False,
 ) -> dict[str, ByRow]:
-    """Allocate ``sparsity`` over ``matrices``, and their rows, by the Fisher information of their weights.
+    """Allocate ``sparsity`` over ``matrices``, and over their rows, by the Fisher information of their weights.
 
-    Unlike a walk, this has the whole model on the compute device, with the activations of ``walk.batch_size``
-    sequences. Gradients of weights are not taken.
+    Unlike a walk, this needs the whole model on the compute device, with the activations of ``walk.batch_size``
+    sequences. No gradients of weights are computed.
 
     Args:
-        model: The dense base model, without gates; unchanged afterwards.
-        matrices: All that will be pruned.
+        model: Dense base model without gates; it is not changed.
+        matrices: All matrices that will be pruned.
         blocks_NT: Calibration tokens, LongTensor.
-        sparsity: Of all matrices together, above 0 and below 1.
-        options: Settings; None is the defaults.
+        sparsity: Sparsity over all matrices together, above 0 and below 1.
+        options: Settings; None: the defaults.
         walk: Batch size and device.
         progress: Show a progress bar.
 
     Returns:
-        Matrix name → its sparsity, and how many weights each row keeps: those are within half a weight of the row's
-        share. A matrix that no token reached is taken to be as sparse as all together, in every row.
+        Matrix name → its sparsity, and the number of weights that each row keeps, within half a weight of the row's
+        share. A matrix that no token reached counts as having the overall density, in every row.
 
     Raises:
-        UserError: No gradient of a matrix was seen, or one is not finite.
+        UserError: A matrix got no gradient, or its moments are not finite.
     """
     options = options or FisherOptions()
     moments = measure_moments(model, matrices, blocks_NT[: options.sequences], walk, progress)
     costs = _LogCosts([matrix for matrix in matrices if matrix.name in moments], moments)
     shapes = {matrix.name: matrix.view(matrix.weight.parameter).shape for matrix in matrices}
     kept = round((1 - sparsity) * sum(shapes[matrix.name].numel() for matrix in costs.matrices))
-    # Log-odds of the densities that the cut leaves: of each matrix, and of each of its rows.
+    # Log-odds of the densities that the threshold gives: of each matrix, and of each of its rows.
     odds = {name: torch.zeros((), dtype=torch.float64) for name in shapes}
     row_odds = {name: torch.zeros(shape[0], dtype=torch.float64) for name, shape in shapes.items()}
     for matrix, cost_OI, cut in zip(costs.matrices, costs, exact_top_k(costs, kept), strict=True):
@@ -136,24 +137,24 @@ def fisher_allocation(
 
 
 def log_cost(weight_OI: Tensor, moments: Moments) -> Tensor:
-    """``log(W_ij²·E[x_j²]·E[g_i²])``, float32 (O, I): twice a weight's cost in nats a token, in logarithms."""
-    # In logarithms: of three factors as small as these the product would leave float32.
+    """Return ``log(W_ij²·E[x_j²]·E[g_i²])``, float32 (O, I): the logarithm of twice a weight's cost in nats a token."""
+    # In logarithms: the product of three factors as small as these would underflow in float32.
     x_I, g_O = moments.input_square_I / moments.count, moments.gradient_square_O / moments.count
     weight = 2 * weight_OI.float().abs().clamp_min(_TINY).log()
     return weight + x_I.clamp_min(_TINY).log() + g_O.clamp_min(_TINY).log()[:, None]
 
 
 def balanced(log_odds: Tensor, sizes: Tensor, density: float) -> Tensor:
-    """Densities with these log-odds, all shifted alike so that together they are ``density``.
+    """Return the densities with these log-odds, shifted by one constant so that the overall density is ``density``.
 
     Args:
-        log_odds: (G,), float64.
-        sizes: How many elements each density is of, (G,), float64.
-        density: Of all elements, above 0 and below 1.
+        log_odds: Log-odds of G groups of elements, (G,), float64.
+        sizes: Number of elements of each group, (G,), float64.
+        density: Density over all elements, above 0 and below 1.
     """
     reach = float(log_odds.abs().max()) + abs(math.log(density / (1 - density))) + 1
     low, high = -reach, reach
-    for _ in range(60):  # as often as a float64 can be halved
+    for _ in range(60):  # bisection to the precision of float64
         middle = (low + high) / 2
         found = float((torch.sigmoid(log_odds + middle) * sizes).sum() / sizes.sum())
         low, high = (middle, high) if found < density else (low, middle)
@@ -161,7 +162,7 @@ def balanced(log_odds: Tensor, sizes: Tensor, density: float) -> Tensor:
 
 
 def _log_odds(kept: Tensor, size: int) -> Tensor:
-    """Of ``kept`` of ``size``, finite at none and all."""
+    """Return the log-odds of the density ``kept`` / ``size``, finite also if none or all are kept."""
     return ((kept + 0.5) / (size - kept + 0.5)).log()
 
 
@@ -172,10 +173,13 @@ def measure_moments(
     walk: WalkOptions | None = None,
     progress: bool = False,
 ) -> dict[str, Moments]:
-    """Matrix name → moments of its inputs and of the gradients of its outputs; without those that no token reached.
+    """Measure the moments of each matrix's inputs and output gradients.
+
+    Returns:
+        Matrix name → moments, without the matrices that no token reached.
 
     Raises:
-        UserError: No gradient of a weight was seen, or moments are not finite.
+        UserError: A weight got no gradient, or moments are not finite.
     """
     walk = walk or WalkOptions()
     moments: dict[str, Moments] = {}
@@ -206,8 +210,8 @@ def measure_moments(
     unseen = [matrix.weight.name for matrix in matrices if matrix.weight.name not in seen]
     if unseen:
         raise UserError(
-            f"{listing(unseen, 3)}: no product with it was seen in the forward pass, so that its Fisher information "
-            "is not known. Leave out --fisher."
+            f"{listing(unseen, 3)}: no product with it was seen in the forward pass, so its Fisher information is "
+            "unknown. Leave out --fisher."
         )
     for name, own in moments.items():
         if not (own.input_square_I.isfinite().all() and own.gradient_square_O.isfinite().all()):
@@ -216,7 +220,7 @@ def measure_moments(
 
 
 class _LogCosts(Sequence[Tensor]):
-    """Log costs of each matrix, made when asked for; no slices."""
+    """Sequence of the log costs of each matrix, computed on access; it cannot be sliced."""
 
     def __init__(self, matrices: Sequence[Matrix], moments: Mapping[str, Moments]) -> None:
         self.matrices, self.moments = matrices, moments
@@ -248,7 +252,7 @@ def _frozen(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _with_gradients(model: "PreTrainedModel") -> Iterator[None]:
-    """Gradients flow from the embeddings' outputs on, though nothing is trained."""
+    """Let gradients flow from the outputs of the embeddings on, although no parameter is trained."""
     embeddings = model.get_input_embeddings()
     assert embeddings is not None
     handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())

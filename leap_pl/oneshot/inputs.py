@@ -1,8 +1,8 @@
-"""The inputs of a block's matrices: watched while the block runs, and summed up.
+"""Input statistics of a block's matrices, collected from matrix products while the block runs.
 
-A matrix is what a pruner works on: the weight of an ``nn.Linear``, a ``Conv1D``'s seen transposed, or one
-expert of a stacked tensor. Its inputs are found by watching matrix products for an operand that is, or lies
-within, the weight tensor. That is the same for all three kinds, and sees the tokens routed to each expert.
+A matrix is the unit of pruning: the weight of an ``nn.Linear``, the transposed weight of a ``Conv1D``, or one expert of
+a stacked tensor. Its inputs are found by intercepting matrix products of which an operand is the weight tensor or a
+view into it. That works for all three kinds, and finds the tokens routed to each expert.
 
 Shapes: N tokens, O outputs, I inputs.
 """
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from leap_pl.base_model.weights import Weight
 
-ERROR_TOKENS = 2048  # tokens on which a layer's error is measured where there is no Hessian
+ERROR_TOKENS = 2048  # tokens on which a layer's error is measured without a Hessian
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Matrix:
     """One (outputs, inputs) matrix of a weight tensor.
 
     Attributes:
-        weight: The tensor.
-        expert: Index in a stacked tensor, or None where the tensor is a matrix itself.
+        weight: Weight tensor.
+        expert: Index in a stacked tensor; None if the tensor itself is a matrix.
     """
 
     weight: Weight
@@ -35,7 +35,7 @@ class Matrix:
 
     @classmethod
     def of(cls, weight: Weight) -> "list[Matrix]":
-        """All matrices of one weight tensor."""
+        """Return all matrices of one weight tensor."""
         parameter = weight.parameter
         if parameter.ndim == 2:
             return [cls(weight)]
@@ -43,23 +43,23 @@ class Matrix:
 
     @property
     def name(self) -> str:
-        """The weight's name, and the expert's number in brackets."""
+        """Return the weight's name, followed by the expert's index in brackets."""
         return self.weight.name if self.expert is None else f"{self.weight.name}[{self.expert}]"
 
     @property
     def size(self) -> int:
-        """Number of inputs."""
+        """Return the number of inputs."""
         return self.weight.parameter.shape[self.weight.input_dim]
 
     def view(self, tensor: Tensor) -> Tensor:
-        """This matrix's part (O, I) of a tensor of the weight's shape; a view."""
+        """Return the view (O, I) of this matrix into ``tensor``, which has the weight's shape."""
         if self.expert is not None:
             tensor = tensor[self.expert]
         inputs_last = self.weight.input_dim == self.weight.parameter.ndim - 1
         return tensor if inputs_last else tensor.mT
 
     def dense(self) -> Tensor:
-        """A copy of the matrix in fp32, (O, I)."""
+        """Return a copy of the matrix in fp32, (O, I)."""
         return self.view(self.weight.parameter.detach()).to(torch.float32, copy=True).contiguous()
 
 
@@ -68,11 +68,11 @@ class InputStatistics:
     """Sums over the calibration tokens of one input.
 
     Attributes:
-        wants_gram: Whether the Hessian is wanted.
-        count: Tokens so far.
+        wants_gram: Whether to compute the Hessian.
+        count: Number of tokens so far.
         square: Σ x_j², fp32 (I,).
         gram: Σ x xᵀ, fp32 (I, I), or None.
-        sample: Some tokens (N, I) of each batch, where there is no Hessian to measure the layer's error with.
+        sample: Some tokens (N, I) of each batch, on which the layer's error is measured without a Hessian.
     """
 
     wants_gram: bool
@@ -82,7 +82,7 @@ class InputStatistics:
     sample: list[Tensor] = field(default_factory=list)
 
     def add(self, inputs_NI: Tensor, *, sample: int) -> None:
-        """Add tokens; keep ``sample`` of them, evenly spaced, where there is no Hessian."""
+        """Add tokens; without a Hessian, keep ``sample`` of them, evenly spaced."""
         inputs_NI = inputs_NI.float()
         square_I = inputs_NI.square().sum(0)
         self.count += inputs_NI.shape[0]
@@ -98,16 +98,16 @@ class InputStatistics:
 
     @property
     def mean_square(self) -> Tensor:
-        """Mean over tokens of x_j²."""
+        """Return the mean over tokens of x_j²."""
         assert self.square is not None, "no token was added"
         return self.square / self.count
 
     def finite(self) -> bool:
-        """Whether nothing overflowed; the squares are the diagonal, and bound all the rest."""
+        """Return whether nothing overflowed: the squares are the Hessian's diagonal, which bounds its other entries."""
         return self.square is None or bool(torch.isfinite(self.square).all())
 
     def error(self, dense_OI: Tensor, pruned_OI: Tensor) -> float:
-        """``‖XW'ᵀ − XWᵀ‖² / ‖XWᵀ‖²``; exact with a Hessian, else over the sampled tokens."""
+        """Return ``‖XW'ᵀ − XWᵀ‖² / ‖XWᵀ‖²``: exact with a Hessian, else over the sampled tokens."""
         lost, whole = self._energy(pruned_OI - dense_OI), self._energy(dense_OI)
         return lost / whole if whole > 0 else 0.0
 
@@ -121,13 +121,14 @@ Sink = Callable[[Matrix, Tensor, Tensor, int | None], None]
 
 
 class ProductWatch(TorchFunctionMode):
-    """While active, calls ``sink(matrix, inputs, output, part)`` after every product of inputs with a watched matrix.
+    """Mode that calls ``sink(matrix, inputs, output, part)`` after every product of inputs with a watched matrix.
 
-    The output is that of the whole product, of which ``part`` is the matrix's where several experts' are one product.
+    ``output`` is that of the whole product. If that is a batched product of several experts, ``part`` is the index of
+    the matrix's output in it, else None.
     """
 
     def __init__(self, matrices: Iterable[Matrix], sink: Sink) -> None:
-        """Watch ``matrices``, whose parameters must stay where they are in memory."""
+        """Watch ``matrices``, whose parameters must keep their addresses in memory."""
         super().__init__()
         self.sink = sink
         self.stacks: dict[str, list[Matrix]] = {}
@@ -142,7 +143,7 @@ class ProductWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Let it happen; if it was a product, see its operands."""
+        """Call ``func``, and match the operands if it is a product."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         operands = _operands(func, args, kwargs)
@@ -169,7 +170,7 @@ class ProductWatch(TorchFunctionMode):
 
 
 def _operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
-    """Inputs and weight of a product, or None for any other function."""
+    """Return the inputs and the weight of a product, or None for any other function."""
     if func is F.linear:
         names, skip = ("input", "weight"), 0
     elif func in (torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm):

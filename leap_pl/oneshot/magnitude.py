@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go. Shapes: O outputs, I inputs."""
+"""Magnitude pruning: the smallest weights are removed. Shapes: O outputs, I inputs."""
 
 from torch import Tensor
 
@@ -6,14 +6,14 @@ from leap_pl.masks.patterns import Pattern, choose
 
 
 def magnitude_mask(weight_OI: Tensor, pattern: Pattern) -> Tensor:
-    """Mask of one matrix by the size of its weights (https://arxiv.org/abs/1506.02626).
+    """Return the mask of one matrix by the magnitude of its weights (https://arxiv.org/abs/1506.02626).
 
-    The score is |W|; unstructured weights compete over the whole matrix. No input is needed, and no kept
-    weight changes.
+    The score is |W|; unstructured weights compete over the whole matrix. The method needs no inputs and changes no
+    kept weight.
 
     Args:
-        weight_OI: The matrix, any floating type.
-        pattern: Which shape the mask has.
+        weight_OI: Weight matrix, any floating dtype.
+        pattern: Pattern of the mask.
 
     Returns:
         Bool (O, I), True where kept.

@@ -1,6 +1,6 @@
-"""The one-shot methods: one table, from which the command line, priors, their cache and the walk derive what they do.
+"""Table of the one-shot methods, from which the command line, priors, their cache and the walk derive their behaviour.
 
-A method is a function of a matrix in a file of its own, and a row here. Nothing heavy is imported before it is used.
+A method is a function of a matrix in a file of its own, and a row here. Heavy modules are imported only on use.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,9 +18,9 @@ class Option:
     """An option of ``leap_pl prune`` that a method takes.
 
     Attributes:
-        default: Value where it is not given, of the option's type.
-        range: Numbers that it takes.
-        help: Sentence of ``--help``; the same of all methods that take the option.
+        default: Default value, of the option's type.
+        range: Range of accepted numbers.
+        help: Sentence for ``--help``, the same for all methods that take the option.
     """
 
     default: float
@@ -33,17 +33,17 @@ class Method:
     """A one-shot method.
 
     Attributes:
-        solve: Function, as ``module:name``, of the dense matrix (O, I) in fp32; of what ``needs`` names, if anything;
-            of the :class:`leap_pl.masks.patterns.Pattern`; and of the settings, if it has any. It returns the mask,
-            bool (O, I), or, if the method updates weights, a :class:`leap_pl.oneshot.damping.Solution`.
-        help: Words of ``leap_pl prune --help``.
-        needs: Attribute of :class:`leap_pl.oneshot.inputs.InputStatistics`: the mean square of each input (I,), the
-            Hessian (I, I), or None for a method that reads no text.
-        updates: Whether kept weights change; the command then writes a model beside the mask.
-        solve_kept: Function, as ``solve``, with a given mask in the place of the pattern, whose kept weights it solves
-            anew; None for a method that cannot.
-        settings: Class of the settings; None for a method without.
-        options: Options of ``leap_pl prune`` that set them, by name: what ``settings.of`` is called with.
+        solve: Function, as ``module:name``. Its arguments are the dense matrix (O, I) in fp32; the statistic that
+            ``needs`` names, if any; the :class:`leap_pl.masks.patterns.Pattern`; and the settings, if the method has
+            any. It returns the mask, bool (O, I), or a :class:`leap_pl.oneshot.damping.Solution` if it updates weights.
+        help: Description for ``leap_pl prune --help``.
+        needs: Attribute of :class:`leap_pl.oneshot.inputs.InputStatistics`: the mean square of each input (I,), or the
+            Hessian (I, I); None for a method that reads no text.
+        updates: Whether kept weights change; the command then also writes a model.
+        solve_kept: Function like ``solve`` that takes a mask in place of the pattern and updates its kept weights; None
+            for a method that cannot.
+        settings: Class of the settings; None for a method without settings.
+        options: Options of ``leap_pl prune`` by name, which are the arguments of ``settings.of``.
     """
 
     solve: str
@@ -63,8 +63,8 @@ class Method:
 
 
 DAMPING = (
-    "Added to the Hessian's diagonal, as a part of its mean. Where it does not suffice, ten times as much is tried, "
-    "and said."
+    "Value added to the Hessian's diagonal, as a fraction of its mean. If it is too small, ten times as much is tried, "
+    "with a warning."
 )
 
 METHODS: dict[str, Method] = {
@@ -94,21 +94,21 @@ METHODS: dict[str, Method] = {
         options={
             "damping": Option(AdmmOptions.ridge, NOT_NEGATIVE, DAMPING),
             "iterations": Option(
-                AdmmOptions.iterations, COUNT, "Iterations; the first three quarters of them choose the mask."
+                AdmmOptions.iterations, COUNT, "Number of iterations; the first three quarters of them choose the mask."
             ),
         },
     ),
 }
 
 DEFAULT = "wanda"
-FALLBACK = "magnitude"  # where no token reached a matrix: it needs no inputs
+FALLBACK = "magnitude"  # for matrices that no token reached: it needs no inputs
 
 
 def method_named(name: str, option: str = "--method") -> Method:
-    """Return the method of this name.
+    """Return the method called ``name``.
 
     Raises:
-        UserError: There is none; ``option`` is where it was given.
+        UserError: No method has this name; the message names the ``option`` that gave it.
     """
     if name not in METHODS:
         raise UserError(f"{option} is {name!r}; give one of {', '.join(METHODS)}.")
@@ -116,14 +116,14 @@ def method_named(name: str, option: str = "--method") -> Method:
 
 
 def settings_of(name: str, given: Mapping[str, float | None]) -> MethodOptions | None:
-    """Return the settings of a method; None for one without.
+    """Return the settings of a method; None for a method without settings.
 
     Args:
-        name: Of the method.
-        given: Options of ``leap_pl prune`` by name; None where one is not given.
+        name: Name of the method.
+        given: Options of ``leap_pl prune`` by name; None: not given.
 
     Raises:
-        UserError: One is not for this method, or not in its range.
+        UserError: The method does not take an option, or an option is out of its range.
     """
     method = method_named(name)
     values: dict[str, float] = {option: taken.default for option, taken in method.options.items()}
@@ -132,7 +132,7 @@ def settings_of(name: str, given: Mapping[str, float | None]) -> MethodOptions |
             continue
         if option not in method.options:
             takers = listing(takers_of(option))
-            raise UserError(f"--{option} is not for {name} but for {takers}. Leave it out, or take another --method.")
+            raise UserError(f"--{option} is not for {name} but for {takers}. Leave it out, or choose another --method.")
         if value not in method.options[option].range:
             raise UserError(f"--{option} is {value:.15g}; give {method.options[option].range}.")
         values[option] = value

@@ -1,4 +1,4 @@
-"""Settings of the one-shot methods that have some; no torch is imported, so that ``--help`` answers at once."""
+"""Settings of the one-shot methods. Torch is not imported, so that ``--help`` starts fast."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -6,16 +6,16 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Settings of a method, whose values the provenance of a mask holds; none here."""
+    """Base class of a method's settings, which are recorded in a mask's provenance; it has none itself."""
 
     @classmethod
     def of(cls, **given: Any) -> Self:
-        """Return the settings that options of ``leap_pl prune`` stand for; here they have the fields' names."""
+        """Return the settings for these options of ``leap_pl prune``; by default the options have the fields' names."""
         return cls(**given)
 
     @property
     def damping(self) -> float:
-        """Damping that is asked for, to be compared with that of the solution; 0 where the method has none."""
+        """Return the requested damping, to compare with that of the solution; 0 if the method has none."""
         return 0.0
 
 
@@ -24,9 +24,9 @@ class SparseGPTOptions(MethodOptions):
     """Settings of SparseGPT.
 
     Attributes:
-        damping: Added to the Hessian's diagonal, as a part of the diagonal's mean.
-        block_size: Columns whose mask is chosen together, and after which the update of the columns to
-            the right is done in one product. For N:M it is rounded down to whole groups.
+        damping: Value added to the Hessian's diagonal, as a fraction of the diagonal's mean.
+        block_size: Number of columns whose mask is chosen together, and after which the columns to the right are
+            updated in one product. For N:M it is rounded down to whole groups.
     """
 
     damping: float = 0.01
@@ -38,10 +38,10 @@ class AdmmOptions(MethodOptions):
     """Settings of ADMM.
 
     Attributes:
-        ridge: Pull towards the dense weights, as a part of the (unit) diagonal of the scaled Hessian.
-        rho: Weight of the constraint.
-        iterations: Iterations in all.
-        mask_iterations: The first so many choose the mask anew.
+        ridge: Ridge towards the dense weights, as a fraction of the (unit) diagonal of the scaled Hessian.
+        rho: Penalty of the constraint, ρ.
+        iterations: Number of iterations.
+        mask_iterations: Number of first iterations, each of which chooses the mask again.
     """
 
     ridge: float = 0.1
@@ -51,11 +51,11 @@ class AdmmOptions(MethodOptions):
 
     @classmethod
     def of(cls, **given: Any) -> Self:
-        """Return the settings of ``--damping`` and ``--iterations``, three quarters of which choose the mask."""
+        """Return the settings for ``--damping`` and ``--iterations``; three quarters of these choose the mask."""
         iterations = given["iterations"]
         return cls(ridge=given["damping"], iterations=iterations, mask_iterations=max(3 * iterations // 4, 1))
 
     @property
     def damping(self) -> float:
-        """The ridge, by the name that all methods share."""
+        """Return the ridge, under the name that all methods share."""
         return self.ridge

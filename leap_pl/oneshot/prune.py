@@ -31,14 +31,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Pruned:
-    """What :func:`prune` answers.
+    """Result of :func:`prune`.
 
     Attributes:
-        masks: The masks of all weights.
-        errors: Matrix name → ‖XW'ᵀ − XWᵀ‖² / ‖XWᵀ‖² on the calibration inputs of the pruned path, W' as it
-            was written back. Empty where there was no calibration text.
-        dampings: Matrix name → the damping that was used where the one asked for failed.
-        unseen: Matrices that no calibration token reached, and that were pruned by magnitude.
+        masks: Masks of all weights.
+        errors: Matrix name → layer error ‖XW'ᵀ − XWᵀ‖² / ‖XWᵀ‖² on the calibration inputs in the pruned model, with
+            W' as written back. Empty without calibration text.
+        dampings: Matrix name → damping used, for matrices where the requested damping failed.
+        unseen: Names of matrices that no calibration token reached, and that were pruned by magnitude.
         seconds: Wall-clock time.
     """
 
@@ -69,35 +69,35 @@ def prune(
 ) -> Pruned:
     """Prune ``model`` in one shot.
 
-    The decoder blocks are visited in order. A block's matrices are pruned on the inputs they get when the
-    block, still dense, is given the outputs of the pruned blocks before it.
+    The decoder blocks are visited in order. A block's matrices are pruned on the inputs that they get when the block,
+    still dense, runs on the outputs of the pruned blocks before it.
 
     Args:
-        model: The dense base model, on one device, without gates.
-        blocks_NT: Calibration tokens, LongTensor[sequences, seq_length]; None (methods that need no inputs): no walk,
-            and no layer errors.
+        model: Dense base model, on one device, without gates.
+        blocks_NT: Calibration tokens, LongTensor[sequences, seq_length]; None for methods that need no inputs: there
+            is no walk then, and no layer errors.
         method: Name of a method in :data:`leap_pl.oneshot.methods.METHODS`.
-        pattern: ``Unstructured(sparsity)``, ``NM(n, m)``, or the sparsity alone.
-        layer_sparsity: A sparsity for each decoder block instead.
-        owl: Allocate the sparsity over the blocks by OWL, with these settings.
-        fisher: Allocate the sparsity over the matrices, and by methods whose weights compete within a row over the
-            rows too, by Fisher information, with these settings.
-        mask: (methods that have ``solve_kept``) Keep this mask, and solve the kept weights anew, to fit the dense
-            layer's outputs on the pruned path's inputs. ``pattern`` is not used.
-        weights: Which weights, as :func:`leap_pl.base_model.weights.find_weights` gives them; None: its default.
+        pattern: ``Unstructured(sparsity)``, ``NM(n, m)``, or a sparsity.
+        layer_sparsity: Sparsity for each decoder block, instead of the pattern's.
+        owl: Settings to allocate the sparsity over the blocks by OWL.
+        fisher: Settings to allocate the sparsity by Fisher information over the matrices and, for methods whose weights
+            compete within a row, also over the rows.
+        mask: Mask to keep, for methods that have ``solve_kept``: only its kept weights are updated, to fit the dense
+            layer's outputs on the inputs in the pruned model. ``pattern`` is not used.
+        weights: Weights to prune, as :func:`leap_pl.base_model.weights.find_weights` returns them; None: its default.
         options: Settings of the method, of its own class; None: the defaults.
         walk: Batch size and device.
         update: Write masked or updated weights into ``model``. False: ``model`` is bit-identical afterwards.
-        base_model: Name of the model for the MaskSet; None: what its config says.
-        revision: Of the base model on the hub, for the MaskSet.
+        base_model: Name of the model for the MaskSet; None: the name in its config.
+        revision: Revision of the base model on the hub, for the MaskSet.
         progress: Show a progress bar.
 
     Returns:
-        The masks, the layer errors, and what else there is to know.
+        The masks, the layer errors, and further facts of the run.
 
     Raises:
-        UserError: Settings contradict each other, the model cannot be walked, or a weight or an input is
-            not finite; the message names it.
+        UserError: Settings contradict each other, the model cannot be walked, or a weight or an input is not finite;
+            the message names it.
     """
     started = time.monotonic()
     pattern = Unstructured(pattern) if isinstance(pattern, float) else pattern
@@ -191,7 +191,7 @@ def prune(
 
 
 class _Run:
-    """Prunes the matrices of one block after another, and keeps what comes of it."""
+    """One pruning run: prunes the matrices block by block, and collects the results."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class _Run:
             place_OI = matrix.view(matrix.weight.parameter)
             if solution.weight is not dense_OI:
                 place_OI.copy_(solution.weight)
-            # Zeros by assignment: kept weights of a method that changes none keep every bit.
+            # Zeros by assignment, not by a product: kept weights that the method did not change keep every bit.
             place_OI.masked_fill_(~solution.mask, 0)
             if found is not None:
                 error = self.errors[matrix.name] = found.error(dense_OI, place_OI.float())
@@ -277,10 +277,12 @@ def _check(
     if len(allocation) > 1:
         raise UserError(f"Can't provide both {allocation[0]} and {allocation[1]}. Choose one.")
     if isinstance(pattern, NM) and allocation:
-        raise UserError(f"pattern {pattern} has one sparsity everywhere: leave out --pattern, or {allocation[0]}.")
+        raise UserError(f"pattern {pattern} has the same sparsity everywhere: leave out --pattern, or {allocation[0]}.")
     if mask is not None and method.solve_kept is None:
         able = listing([other for other, row in METHODS.items() if row.solve_kept is not None])
-        raise UserError(f"--mask keeps a mask and solves its weights anew, by --method {able} and not {name}.")
+        raise UserError(
+            f"--mask updates the kept weights of a given mask, which --method {name} cannot do. Use --method {able}."
+        )
     if mask is not None and allocation:
         raise UserError(f"Can't provide both --mask and {allocation[0]}. Choose one.")
     if options is not None and (method.settings is None or not isinstance(options, method.settings)):
@@ -288,17 +290,18 @@ def _check(
 
 
 def by_block(model: "PreTrainedModel", weights: Mapping[str, Weight]) -> list[list[Matrix]]:
-    """The matrices of ``weights``, of each decoder block in turn.
+    """Return the matrices of ``weights``, in one list for each decoder block.
 
     Raises:
-        UserError: A weight lies outside the blocks.
+        UserError: A weight is outside the decoder blocks.
     """
     from torch.nn.utils import parametrize
 
     outside = [name for name, weight in weights.items() if weight.layer is None]
     if outside:
         raise UserError(
-            f"one-shot pruning walks the decoder blocks, and {listing(outside, 3)} lies outside. Add it to --ignore."
+            f"one-shot pruning visits only the decoder blocks, and {listing(outside, 3)} is outside them. Add it to "
+            "--ignore."
         )
     gated = [name for name, w in weights.items() if parametrize.is_parametrized(w.module, w.tensor)]
     if gated:
@@ -311,5 +314,5 @@ def by_block(model: "PreTrainedModel", weights: Mapping[str, Weight]) -> list[li
 
 
 def bar(over: Any, show: bool, what: str = "pruning") -> Any:
-    """A progress bar over blocks."""
+    """Return a progress bar over blocks."""
     return tqdm(over, desc=what, unit="block", disable=not show, dynamic_ncols=True)

@@ -1,4 +1,4 @@
-"""SparseGPT: optimal brain surgeon, column by column. Shapes: O outputs, I inputs, B columns of a block."""
+"""SparseGPT: optimal brain surgeon, column by column. Shapes: O outputs, I inputs, B columns in a block."""
 
 import torch
 from torch import Tensor
@@ -11,29 +11,29 @@ from leap_pl.oneshot.options import SparseGPTOptions
 def sparsegpt(
     weight_OI: Tensor, hessian_II: Tensor, pattern: Pattern, options: SparseGPTOptions | None = None
 ) -> Solution:
-    """Prune one matrix and update what is kept (https://arxiv.org/abs/2301.00774).
+    """Prune one matrix and update the kept weights (https://arxiv.org/abs/2301.00774).
 
     With H = mean over tokens of x xᵀ plus damping, and U the upper Cholesky factor of H⁻¹ (H⁻¹ = UᵀU), the
-    columns are visited from left to right. Removing weight w of column j costs w²/U_jj², and what is lost
-    is made up for by the columns to the right: W[:, k] −= (w/U_jj)·U_jk. The mask is chosen at the start
-    of each block of columns, over all rows of the block together, by the lowest cost; for N:M, at the
-    start of each group of m columns, for each row alone.
+    columns are visited from left to right. Removing weight w of column j costs w²/U_jj², and the columns to the
+    right compensate for it: W[:, k] −= (w/U_jj)·U_jk. The mask is chosen at the start of each block of columns,
+    by the lowest cost over all rows of the block together; for N:M, at the start of each group of m columns, for
+    each row separately.
 
-    The kept weights of a block are round((1 − s)·O·(columns up to its end)) less those of the blocks
-    before, so that the matrix as a whole is exact.
+    A block keeps round((1 − s)·O·(columns up to its end)) weights minus those kept in the blocks before it, so
+    that the number over the whole matrix is exact.
 
     Args:
-        weight_OI: The matrix, any floating type.
+        weight_OI: Weight matrix, any floating dtype.
         hessian_II: Mean (or sum) over the calibration tokens of x xᵀ; its scale does not matter.
-        pattern: Which shape the mask has.
+        pattern: Pattern of the mask.
         options: Settings; None is the paper's.
 
     Returns:
         The new fp32 weights, the mask, and the damping used. Columns of inputs that are always zero are
-        zeroed.
+        set to zero.
 
     Raises:
-        NotSolvableError: The Hessian gives no finite answer at any damping.
+        NotSolvableError: The Hessian gives no finite solution at any damping.
     """
     options = options or SparseGPTOptions()
     hessian_II = hessian_II.float()
@@ -48,11 +48,11 @@ def sparsegpt(
 
 
 def _inverse_factor(hessian_II: Tensor, dead_I: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse."""
+    """Return the upper Cholesky factor of the damped Hessian's inverse."""
     damped_II = hessian_II.clone()
     diagonal_I = damped_II.diagonal()  # a view
     mean = diagonal_I.mean()
-    # A dead input is coupled to nothing: any positive diagonal leaves the others alone.
+    # A dead input is coupled to no other, so that any positive diagonal entry leaves the others unchanged.
     diagonal_I.masked_fill_(dead_I, 1.0)
     diagonal_I.add_(damping * mean)
     inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))

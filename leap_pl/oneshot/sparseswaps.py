@@ -1,4 +1,4 @@
-"""SparseSwaps: a mask made better by exchanging weights. Shapes: O outputs, I inputs, L rows still improving."""
+"""SparseSwaps: a mask improved by swapping weights. Shapes: O outputs, I inputs, L rows still improving."""
 
 import torch
 from torch import Tensor
@@ -7,30 +7,31 @@ from leap_pl.masks.patterns import NM, Pattern
 from leap_pl.oneshot.wanda import wanda_mask
 
 ROUNDS = 100
-LIVE = 0.7  # share of the rows at hand below which the finished ones are put away
+LIVE = 0.7  # finished rows are dropped once the share of rows still improving is below this
 
 
 def sparseswaps_mask(weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, rounds: int = ROUNDS) -> Tensor:
-    """Wanda's mask, improved row by row by 1-swaps (https://arxiv.org/abs/2512.10922).
+    """Return Wanda's mask, improved row by row by 1-swaps (https://arxiv.org/abs/2512.10922).
 
-    What a row loses is E = dᵀCd, with d its removed weights (0 where kept) and C = Σ x xᵀ. Removing i and putting
-    j back changes it by
+    The error of a row is E = dᵀCd, with d its removed weights (0 where kept) and C = Σ x xᵀ. Removing i and
+    restoring j changes it by
 
         ΔE = (w_i²C_ii + 2w_i(Cd)_i) + (w_j²C_jj − 2w_j(Cd)_j) − 2w_iw_jC_ij.
 
-    In each round every row takes the weight that is best alone for one side of a swap, the exact best partner
-    for it, and swaps them where E falls; which side goes first alternates, and a row is done when neither
-    order helps. (The paper tries all pairs, which costs I times as much a swap.) Wanda sees the diagonal of C
-    alone; swaps see that inputs are correlated. No kept weight changes, and each row keeps as many as before.
+    In each round every row chooses the best single weight for one side of a swap and the exact best partner for
+    it, and swaps them if that lowers E. The side that is chosen first alternates, and a row is finished when
+    neither order helps. (The paper tries all pairs, which costs I times as much per swap.) Wanda uses only the
+    diagonal of C; swaps take correlations of inputs into account. No kept weight changes, and the number of kept
+    weights of each row is unchanged.
 
     Args:
-        weight_OI: The matrix, any floating type.
+        weight_OI: Weight matrix, any floating dtype.
         gram_II: Sum (or mean) over the calibration tokens of x xᵀ.
-        pattern: Which shape the mask has; weights of an n:m pattern are swapped within their group.
-        rounds: At most so many swaps a row.
+        pattern: Pattern of the mask; weights of an n:m pattern are swapped within their group.
+        rounds: Largest number of swaps in a row.
 
     Returns:
-        Bool (O, I), True where kept; E of no row is above that of Wanda's mask.
+        Bool (O, I), True where kept; no row has a larger E than under Wanda's mask.
     """
     gram_II = gram_II.float()
     gram_II = gram_II / gram_II.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
@@ -44,7 +45,7 @@ def sparseswaps_mask(weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, round
     failed_L = torch.zeros_like(place_L)
     for number in range(rounds):
         alone_LI = weight_LI.square() * gram_II.diagonal()
-        cost_LI = alone_LI + torch.where(kept_LI, 2, -2) * weight_LI * pull_LI  # ΔE of each weight's own move
+        cost_LI = alone_LI + torch.where(kept_LI, 2, -2) * weight_LI * pull_LI  # ΔE of moving each weight alone
         side_LI = kept_LI if number % 2 else ~kept_LI
         change_L, first_L = cost_LI.masked_fill(~side_LI, float("inf")).min(1)
         weight_L1 = weight_LI.gather(1, first_L[:, None])

@@ -1,11 +1,11 @@
-"""One walk over the decoder blocks: each block's inputs are the outputs of the already pruned ones.
+"""Walk over the decoder blocks, in which each block's inputs are the outputs of the blocks already pruned.
 
-Nothing here knows a family. A forward of the model itself is listened to: what the first block is given for
-every batch, and with which other arguments each block is called (attention masks differ from block to block
-in models with sliding windows). The blocks are then called alone, one after another, with those arguments
-and the walk's own hidden states.
+Nothing here depends on the model family. A forward pass of the model is recorded: the inputs of the first block for
+every batch, and the other arguments with which each block is called (attention masks differ from block to block in
+models with sliding windows). The blocks are then called separately, one after another, with those arguments and the
+walk's own hidden states.
 
-Shapes: N sequences, B sequences of a batch, T tokens, D hidden features.
+Shapes: N sequences, B sequences in a batch, T tokens, D hidden features.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WalkOptions:
-    """How the walk computes.
+    """Batch size and devices of a walk.
 
     Attributes:
-        batch_size: Sequences in one forward of a block.
-        device: Where a block, its Hessians and the solvers are while it is its turn; None: where the model is.
+        batch_size: Number of sequences in one forward pass of a block.
+        device: Device on which a block, its Hessians and the solvers are while it is pruned; None: the model's.
         offload: Keep the activations between blocks in CPU memory.
-        keep: After its turn a block has the very tensors that it had before, whatever was written into those on
-            the compute device: nothing is copied back, and weights that are mapped from files stay so.
+        keep: Restore each block's own tensors after it was visited, and discard whatever was written into its tensors
+            on the compute device: nothing is copied back, and memory-mapped weights stay memory-mapped.
     """
 
     batch_size: int = 4
@@ -46,7 +46,13 @@ class WalkOptions:
 
 @dataclass(frozen=True)
 class _Call:
-    """The arguments of one block's call; ``place`` says which of them are the hidden states."""
+    """Arguments of one block's call.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        place: Index or name of the argument that holds the hidden states.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -59,7 +65,8 @@ class _Call:
         if isinstance(kwargs.get("hidden_states"), Tensor):
             return cls(args, kwargs, "hidden_states")
         raise UserError(
-            f"{block} is called with no hidden states first, so leap_pl cannot walk this model block by block."
+            f"{block} does not take hidden states as its first argument, so leap_pl cannot prune this model block by "
+            f"block. Use the method {FALLBACK}, which reads no text."
         )
 
     @property
@@ -78,25 +85,25 @@ class _Call:
         return replace(self, args=tree_map(move, self.args), kwargs=tree_map(move, self.kwargs))
 
 
-class _Stop(Exception):  # noqa: N818  (no error: the forward has gone as far as it is needed)
+class _Stop(Exception):  # noqa: N818  (not an error: it ends a forward pass whose rest is not needed)
     pass
 
 
 class Walk:
-    """The state of a walk: hidden states of every batch, before the block whose turn it is.
+    """State of a walk: the hidden states of every batch before the current block.
 
-    Use it as ``with Walk(model, tokens) as walk: for index in walk: ...``; within the loop the block is on
-    the compute device; :meth:`observe` sums up the inputs of its matrices, and :meth:`advance` turns the
-    hidden states into the block's outputs, once its weights are what its successors shall see.
+    Use it as ``with Walk(model, tokens) as walk: for index in walk: ...``. Within the loop the block is on the compute
+    device; :meth:`observe` collects the input statistics of its matrices, and :meth:`advance`, called once the block's
+    weights are final, replaces the hidden states by the block's outputs.
     """
 
     def __init__(self, model: "PreTrainedModel", tokens_NT: Tensor, options: WalkOptions | None = None) -> None:
-        """Walk ``model`` over ``tokens_NT``.
+        """Prepare a walk of ``model`` over ``tokens_NT``.
 
         Args:
-            model: A causal language model, on one device.
+            model: Causal language model, on one device.
             tokens_NT: Calibration tokens, LongTensor.
-            options: Settings.
+            options: Settings; None: the defaults.
         """
         self.model, self.options = model, options or WalkOptions()
         self.prefix, self.blocks = decoder_blocks(model)
@@ -109,24 +116,24 @@ class Walk:
         self._exit = ExitStack()
 
     def __enter__(self) -> "Walk":
-        """Listen to the model: the first block's inputs, every block's arguments."""
+        """Record the first block's inputs and every block's other arguments from forward passes of the model."""
         self._exit.enter_context(torch.no_grad())
         self._exit.enter_context(evaluating(self.model))
         self._exit.enter_context(eager_experts(self.model))
         try:
-            self._listen()
+            self._record()
         except BaseException:
             self._exit.close()
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Leave the model in the mode it was in, and let the activations go."""
+        """Restore the model's mode and release the activations."""
         self.states.clear()
         self._exit.close()
 
     def __iter__(self) -> Iterator[int]:
-        """The blocks' indices, each while its block is on the compute device."""
+        """Yield the index of each block, while the block is on the compute device."""
         for index, block in enumerate(self.blocks):
             with on_device(block, self.device, keep=self.options.keep):
                 yield index
@@ -134,25 +141,25 @@ class Walk:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    # -- what a pruner asks ---------------------------------------------------------------------------------
+    # -- interface for pruners ------------------------------------------------------------------------------
 
     def observe(
         self, index: int, matrices: Sequence[Matrix], *, gram: bool, advance: bool = False
     ) -> dict[str, InputStatistics]:
-        """Run block ``index`` as it is now and sum up the inputs of ``matrices``.
+        """Run block ``index`` in its current state and collect the input statistics of ``matrices``.
 
         Args:
-            index: Which block.
-            matrices: Its matrices.
-            gram: Whether Hessians are wanted, or mean squares alone.
-            advance: Whether the block stays as it is: its outputs then replace the hidden states at once.
+            index: Index of the block.
+            matrices: Matrices of the block.
+            gram: Compute Hessians, in addition to mean squares.
+            advance: Replace the hidden states by the block's outputs in the same pass; for blocks that are not changed.
 
         Returns:
-            Matrix name → its statistics. Matrices that are given one and the same tensor share one object;
-            an expert that no token was routed to is missing.
+            Matrix name → its statistics. Matrices with the same input tensor share one object; an expert that no token
+            was routed to is missing.
 
         Raises:
-            UserError: Inputs are not finite, or no product with a matrix was seen that should be.
+            UserError: Inputs are not finite, or no product with a matrix was seen.
         """
         collector = _Collector(gram, -(-ERROR_TOKENS // len(self.batches)))
         watch = ProductWatch(matrices, collector)
@@ -178,15 +185,15 @@ class Walk:
         return collector.found
 
     def advance(self, index: int) -> None:
-        """Replace the hidden states by what block ``index``, as it is now, makes of them.
+        """Replace the hidden states by the outputs of block ``index`` in its current state.
 
         Raises:
-            UserError: They are not finite.
+            UserError: The outputs are not finite.
         """
         for number, state_BTD in enumerate(self.states):
             self._keep(index, number, self._call(index, number, state_BTD))
 
-    # -- how it is done -------------------------------------------------------------------------------------
+    # -- implementation -------------------------------------------------------------------------------------
 
     def _keep(self, index: int, number: int, output_BTD: Tensor) -> None:
         if not bool(torch.isfinite(output_BTD).all()):
@@ -201,23 +208,23 @@ class Walk:
         output = self.blocks[index](*call.args, **call.kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
-    def _listen(self) -> None:
-        """Of the first and the last batch a forward through all blocks; of the others the first block's input."""
+    def _record(self) -> None:
+        """Run the first and the last batch through all blocks, and the others only up to the first block's input."""
         full = {0, len(self.batches) - 1}
-        heard: list[list[_Call]] = []
+        recorded: list[list[_Call]] = []
         for number, tokens_BT in enumerate(self.batches):
-            calls = self._hear(tokens_BT, len(self.blocks) if number in full else 1)
+            calls = self._calls_of(tokens_BT, len(self.blocks) if number in full else 1)
             self.states.append(calls[0].hidden.to(self.storage))
             if number in full:
-                heard.append(calls)
+                recorded.append(calls)
         for index in range(len(self.blocks)):
-            first, last = heard[0][index], heard[-1][index]
+            first, last = recorded[0][index], recorded[-1][index]
             _check_same(f"{self.prefix}.{index}", first, last)
             for call in (first, last):
                 self._calls[index][call.hidden.shape[0]] = call.with_hidden(None)
 
-    def _hear(self, tokens_BT: Tensor, depth: int) -> list[_Call]:
-        """Run the model as far as the inputs of block ``depth − 1``; give the arguments of the blocks so far."""
+    def _calls_of(self, tokens_BT: Tensor, depth: int) -> list[_Call]:
+        """Run the model up to the inputs of block ``depth − 1``, and return the calls of the first ``depth`` blocks."""
         calls: list[_Call] = []
         homes: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
         with ExitStack() as stack:
@@ -243,11 +250,14 @@ class Walk:
                 self.model(input_ids=tokens_BT.to(self.home), use_cache=False)
             except _Stop:
                 return calls
-        raise UserError(f"{self.prefix}: the model's forward does not run through its blocks in order.")
+        raise UserError(
+            f"{self.prefix}: the model's forward pass does not run its blocks in order, so leap_pl cannot prune it "
+            f"block by block. Use the method {FALLBACK}, which reads no text."
+        )
 
 
 class _Collector:
-    """Sums up inputs as they are seen; matrices that are given one tensor share one sum."""
+    """Accumulator of input statistics; matrices with the same input tensor share one object."""
 
     def __init__(self, gram: bool, sample: int) -> None:
         self.gram, self.sample = gram, sample
@@ -268,7 +278,7 @@ class _Collector:
         statistics.add(inputs.reshape(-1, inputs.shape[-1]), sample=self.sample)
 
     def end_batch(self) -> None:
-        """Let go of the tensors by whose identity sharing is found."""
+        """Release the input tensors, which are compared by identity within one batch."""
         self.seen.clear()
 
 
@@ -282,7 +292,7 @@ def _put_back(tensors: list[tuple[nn.Parameter, Tensor]]) -> None:
 
 
 def _check_same(block: str, first: _Call, last: _Call) -> None:
-    """Make sure that the arguments besides the hidden states do not depend on the tokens."""
+    """Check that the arguments other than the hidden states do not depend on the tokens."""
     sides = []
     for call in (first, last):
         leaves, _ = tree_flatten((call.with_hidden(None).args, call.with_hidden(None).kwargs))
@@ -293,13 +303,13 @@ def _check_same(block: str, first: _Call, last: _Call) -> None:
     )
     if not same:
         raise UserError(
-            f"{block} is given arguments that depend on the tokens, besides its hidden states. leap_pl cannot "
-            f"walk such a model block by block; {FALLBACK} pruning needs no walk."
+            f"{block} has arguments that depend on the tokens, other than its hidden states, so leap_pl cannot prune "
+            f"this model block by block. Use the method {FALLBACK}, which reads no text."
         )
 
 
 def _first(tensor: Tensor, size: int) -> Tensor:
-    """The part of an argument that belongs to the first of ``size`` sequences; biases may be (size·heads, …)."""
+    """Return the part of an argument for the first of ``size`` sequences; biases may be (size·heads, …)."""
     if tensor.ndim == 0 or tensor.shape[0] % size:
         return tensor
     return tensor[: tensor.shape[0] // size]
@@ -307,7 +317,7 @@ def _first(tensor: Tensor, size: int) -> Tensor:
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device, *, keep: bool) -> Iterator[None]:
-    """``module`` on ``device``, and afterwards where it was; with ``keep`` it has the very parameters that it had."""
+    """Move ``module`` to ``device``, and back on exit; with ``keep`` restore the same parameter tensors as before."""
     home = next(module.parameters()).device
     before = _tensors(module) if keep else []
     module.to(device)
@@ -320,7 +330,7 @@ def on_device(module: nn.Module, device: torch.device, *, keep: bool) -> Iterato
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards in its own."""
+    """Set every module to eval mode, and restore its own mode on exit."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -332,7 +342,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eager_experts(model: "PreTrainedModel") -> Iterator[None]:
-    """Stacked experts one product each: the fused implementations hide which token an expert is given."""
+    """Compute stacked experts by one product each: fused implementations hide which tokens an expert gets."""
     before = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
     if before is None or all(kind in (None, "eager") for kind in before.values()):
         yield
