@@ -1,1 +1,1 @@
-"""Compute the losses that a mask is learned by."""
+"""Training loss of a mask: language-modelling and distillation losses, sparsity budget, and further terms."""

@@ -1,4 +1,4 @@
-"""The terms of the loss that are made of the gates' sums: the sparsity budget and the kept norm."""
+"""Sparsity budget and kept norm: the terms of the loss that are computed from the gates' sums."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from leap_pl.losses.term import MicroBatch, Term
 def sparsity_budget(
     kept: Mapping[str, Tensor], sizes: Mapping[str, int], density: float, groups: Iterable[Iterable[str]]
 ) -> Tensor:
-    """Σ over groups of |mean M − ρ|: the distance of each group's mean mask to the target density.
+    """Return Σ over groups of |mean M − ρ|: the distance of each group's mean mask to the target density.
 
     Args:
         kept: Weight name → ΣM, scalars with their gradients.
         sizes: Weight name → number of elements.
-        density: ρ.
-        groups: Names of the weights that share a mean: one group for a global budget, one for each decoder
-            block otherwise.
+        density: Target density ρ.
+        groups: Names of the weights that share a mean: one group for a global budget, else one for each decoder
+            block.
     """
     distances = []
     for group in groups:
@@ -31,11 +31,11 @@ def sparsity_budget(
 
 
 def budget_groups(layers: Mapping[str, int | None], scope: Literal["global", "layer"]) -> list[list[str]]:
-    """The names of the weights that share a mean in :func:`sparsity_budget`.
+    """Return the names of the weights that share a mean in :func:`sparsity_budget`.
 
     Args:
         layers: Weight name → index of its decoder block, or None outside the blocks.
-        scope: ``global``: all of them are one group; else those of each block are one, and those outside.
+        scope: ``global``: one group for all. ``layer``: one group for each block, and one for the weights outside.
     """
     groups: dict[int | None, list[str]] = {}
     for name, layer in layers.items():
@@ -44,18 +44,18 @@ def budget_groups(layers: Mapping[str, int | None], scope: Literal["global", "la
 
 
 def kept_norm(energy: Iterable[Tensor], norm: float) -> Tensor:
-    """Σ_l ‖M_l ⊙ W_l‖_F / Σ_l ‖W_l‖_F, from each weight's Σ(M·W)² and the dense sum ``norm``."""
-    # The gradient of a square root at 0 is infinite: a weight whose mask is all but zero would make it NaN.
+    """Return Σ_l ‖M_l ⊙ W_l‖_F / Σ_l ‖W_l‖_F, from each weight's Σ(M·W)² and the dense sum ``norm``."""
+    # The gradient of a square root is infinite at 0, and NaN for a weight whose mask is nearly zero.
     return torch.stack(list(energy)).clamp_min(1e-20).sqrt().sum() / norm
 
 
 @dataclass(frozen=True)
 class Budget(Term):
-    """Hold the mean mask to the target density.
+    """Term that pulls the mean mask towards the target density.
 
     Attributes:
-        weight: λ_s.
-        scope: ``global``: one mean over all gated weights. ``layer``: one for each decoder block.
+        weight: Weight of the term, λ_s.
+        scope: Scope of the mean; ``global``: one over all gated weights. ``layer``: one for each decoder block.
     """
 
     weight: float
@@ -70,10 +70,10 @@ class Budget(Term):
 
 @dataclass(frozen=True)
 class KeptNorm(Term):
-    """Favour masks that keep large weights; less and less so over the run.
+    """Term that rewards masks which keep large weights, decaying to 0 over the run.
 
     Attributes:
-        weight: λ_w, the reward at the start of the run.
+        weight: Reward at the start of the run, λ_w.
     """
 
     weight: float
@@ -85,5 +85,5 @@ class KeptNorm(Term):
         return -(self.weight * (1 - fraction))
 
     def value(self, batch: MicroBatch) -> Tensor:
-        """Return the share of :func:`kept_norm`."""
+        """Return the share that :func:`kept_norm` computes."""
         return kept_norm(batch.energy.values(), batch.dense_norm)

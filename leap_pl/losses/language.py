@@ -1,6 +1,6 @@
-"""The LM and distillation losses of some tokens, fused, their logits made a chunk at a time.
+"""Fused LM and distillation losses, whose logits are computed one chunk of tokens at a time.
 
-Legend of suffixes: T = predicted tokens, C = tokens of a chunk, V = vocabulary, D = hidden size.
+Legend of suffixes: T = predicted tokens, C = tokens in a chunk, V = vocabulary, D = hidden size.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -14,32 +14,32 @@ from leap_pl.kernels.noise import columns
 
 
 class Mix(Protocol):
-    """Weights and settings of the two losses: what :class:`leap_pl.losses.objective.Objective` says of them."""
+    """Weights and settings of the two losses, as :class:`leap_pl.losses.objective.Objective` has them."""
 
     @property
     def lm(self) -> float:
-        """Weight of the cross-entropy."""
+        """Return the weight of the cross-entropy."""
 
     @property
     def distillation(self) -> float:
-        """Weight of the divergence from the teacher."""
+        """Return the weight of the divergence from the teacher."""
 
     @property
     def temperature(self) -> float:
-        """Temperature of the distillation's softmaxes."""
+        """Return the temperature of the distillation's softmaxes."""
 
     @property
     def chunk(self) -> int:
-        """Number of tokens whose logits exist at the same time."""
+        """Return the number of tokens whose logits exist at the same time."""
 
 
 class LanguageLosses(NamedTuple):
-    """The result of :func:`language_losses`: float32 means over the tokens.
+    """Result of :func:`language_losses`: float32 means over the tokens.
 
     Attributes:
-        weighted: lm·CE + distillation·KL·temperature², with its gradient.
-        lm: CE, detached.
-        distillation: KL·temperature², detached; 0 without a teacher.
+        weighted: Weighted sum lm·CE + distillation·KL·temperature², with its gradient.
+        lm: Cross-entropy CE, detached.
+        distillation: Divergence KL·temperature², detached; 0 without a teacher.
     """
 
     weighted: Tensor
@@ -50,17 +50,17 @@ class LanguageLosses(NamedTuple):
 def language_losses(
     hidden_TD: Tensor, targets_T: Tensor, head: Head, mix: Mix, teacher_TD: Tensor | None = None
 ) -> LanguageLosses:
-    """Return the LM and distillation losses of some tokens, their logits made a chunk at a time.
+    """Return the LM and distillation losses, computing the logits one chunk of tokens at a time.
 
-    The gradient with respect to ``hidden_TD`` is taken in the forward pass, chunk by chunk, so that logits and
-    their gradient never exist for more than ``mix.chunk`` tokens; the head is frozen and needs none.
+    The gradient with respect to ``hidden_TD`` is computed in the forward pass, chunk by chunk, so that logits and
+    their gradient never exist for more than ``mix.chunk`` tokens. The head is frozen and gets no gradient.
 
     Args:
         hidden_TD: Last hidden states, after the final norm.
-        targets_T: The token that follows each.
-        head: Hidden states (C, D) → logits (C, V).
-        mix: Weights, temperature and chunk.
-        teacher_TD: The dense model's hidden states, where the distillation weight is not 0.
+        targets_T: Token that follows each.
+        head: Function from hidden states (C, D) to logits (C, V).
+        mix: Weights, temperature and chunk size.
+        teacher_TD: Hidden states of the dense model, if the distillation weight is not 0.
     """
     return LanguageLosses(*_Fused.apply(hidden_TD, targets_T, head, mix, teacher_TD))
 
@@ -75,7 +75,7 @@ class _Fused(torch.autograd.Function):
         lm = torch.zeros((), dtype=torch.float32, device=device)
         kl = torch.zeros_like(lm)
         scale = 1 / len(targets_T)
-        # As tensors: of Python numbers each would be compiled in.
+        # As tensors: the compiled functions would be recompiled for each Python number.
         weights = torch.tensor([mix.lm * scale, mix.distillation * scale, mix.temperature])
         lm_weight, kl_weight, temperature = weights.to(device, torch.float32).unbind()
         for start in range(0, len(targets_T), mix.chunk):
@@ -106,9 +106,9 @@ class _Fused(torch.autograd.Function):
 
 @compiled
 def lm_loss(logits_CV: Tensor, target_C: Tensor, token_V: Tensor, lm: Tensor) -> tuple[Tensor, Tensor]:
-    """ΣCE, float32, and the gradient of ``lm``·ΣCE in the dtype of the logits: ∂CE/∂z = softmax(z) − onehot.
+    """Return ΣCE, float32, and the gradient of ``lm``·ΣCE in the dtype of the logits: ∂CE/∂z = softmax(z) − onehot.
 
-    Fused, the logits are read three times and written once, and nothing else is as large as they are.
+    Fused, it reads the logits three times, writes once, and allocates nothing else of their size.
     """
     z_CV = logits_CV.float()
     log_p_CV = z_CV - z_CV.logsumexp(-1, keepdim=True)
@@ -126,7 +126,7 @@ def distillation_loss(
     distillation: Tensor,
     temperature: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ΣCE, Σ KL·temperature², and the gradient of their weighted sum.
+    """Return ΣCE, Σ KL·temperature², and the gradient of their weighted sum.
 
     ∂CE/∂z = softmax(z) − onehot; ∂(t²·KL)/∂z = t·(softmax(z/t) − softmax(z_teacher/t)).
     """

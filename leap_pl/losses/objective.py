@@ -1,4 +1,4 @@
-"""The loss that a mask is learned by: a list of terms, and their weighted sum."""
+"""Training objective of a mask: a list of terms, and their weighted sum."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from leap_pl.losses.budget import Budget, KeptNorm
 from leap_pl.losses.language import LanguageLosses, language_losses
 from leap_pl.losses.term import MicroBatch, Term
 
-TOTAL = "loss"  # the weighted sum, among the terms by their names
-TAKEN = (TOTAL, "total", "lm", "distillation", Budget.name, KeptNorm.name)  # names
+TOTAL = "loss"  # key of the weighted sum, among the terms' names
+TAKEN = (TOTAL, "total", "lm", "distillation", Budget.name, KeptNorm.name)  # names that extra terms cannot have
 
 
 @dataclass(frozen=True)
 class LanguageTerm(Term):
-    """A loss of the logits. Its part of the sum comes, with its gradient, from the pass that it shares with the other.
+    """LM or distillation loss. :func:`language_losses` computes both, weighted and with their gradients, in one pass.
 
     Attributes:
-        name: ``lm`` or ``distillation``.
-        weight: Factor that the pass was taken with.
-        needs_teacher: Whether it compares with the dense model.
+        name: Name of the loss, ``lm`` or ``distillation``.
+        weight: Factor in that pass.
+        needs_teacher: Whether the loss compares with the dense model.
     """
 
     name: str
@@ -35,7 +35,7 @@ class LanguageTerm(Term):
     measured_at_zero = True
 
     def value(self, batch: MicroBatch) -> Tensor:
-        """Return what the pass has measured, detached."""
+        """Return the value that the pass computed, detached."""
         value: Tensor = getattr(batch.language, self.name)
         return value
 
@@ -47,17 +47,17 @@ class Objective:
     loss = lm·CE + distillation·KL + budget·|mean M − ρ| − weight·(1 − t/T)·Σ‖M⊙W‖/Σ‖W‖ + the terms of ``extra``
 
     Attributes:
-        lm: Of the causal cross-entropy, in nats a token.
-        distillation: Of KL(teacher ‖ student), in nats a token, times temperature²; the teacher is the dense
-            base model, which costs a forward pass and no memory for weights.
-        temperature: Of the distillation's softmaxes.
-        budget: Of the distance of the mean mask to the target density ρ (λ_s).
-        budget_scope: ``global``: one mean over all gated weights. ``layer``: one for each decoder block, the
-            distances added.
-        weight: Of the term that favours masks that keep large weights (λ_w); it fades to 0 over the run.
-        chunk: Tokens whose logits exist at the same time. Memory is about 4·chunk·V bytes, twice that with
-            distillation.
-        extra: Further terms, of classes of your own: see :class:`leap_pl.losses.term.Term`.
+        lm: Weight of the causal cross-entropy, in nats a token.
+        distillation: Weight of KL(teacher ‖ student)·temperature², in nats a token. The teacher is the dense base
+            model, which costs a forward pass and no memory for weights.
+        temperature: Temperature of the distillation's softmaxes.
+        budget: Weight of the distance of the mean mask to the target density ρ (λ_s).
+        budget_scope: Scope of that mean; ``global``: one mean over all gated weights. ``layer``: one for each decoder
+            block, and the distances are added.
+        weight: Weight of the term that rewards masks which keep large weights (λ_w); it decays to 0 over the run.
+        chunk: Number of tokens whose logits exist at the same time. They take about 4·chunk·V bytes, and twice that
+            with distillation.
+        extra: Further terms, of your own subclasses of :class:`leap_pl.losses.term.Term`.
     """
 
     lm: float = 1.0
@@ -84,10 +84,10 @@ class Objective:
         self.check_extra()
 
     def check_extra(self) -> None:
-        """Make sure that the extra terms are terms, with names of their own.
+        """Check that the extra terms are objects of :class:`Term` with valid, unique names and weights.
 
         Raises:
-            UserError: One is not.
+            UserError: A term is not.
         """
         names = set(TAKEN)
         for term in self.extra:
@@ -95,7 +95,7 @@ class Objective:
                 raise UserError(f"objective.extra holds {display(term)}; give objects of leap_pl.losses.term.Term.")
             kind, name = type(term).__name__, getattr(term, "name", None)
             if name in names or not (isinstance(name, str) and name.isidentifier()):
-                reason = "is that of another term" if name in names else "names no curve"
+                reason = "is that of another term" if name in names else "is not an identifier"
                 raise UserError(f"objective.extra: the name of {kind} is {display(name)}, which {reason}. Set another.")
             names.add(name)
             check_numbers({"weight": term.weight}, "model.objective.extra.", f"objective.extra: {kind}.")
@@ -108,22 +108,22 @@ class Objective:
         return (*language, Budget(self.budget, self.budget_scope), KeptNorm(self.weight), *self.extra)
 
     def needs_teacher(self, fraction: float) -> bool:
-        """Tell whether a term that acts at ``fraction`` of the run needs the dense model's hidden states."""
+        """Return whether a term with a weight at ``fraction`` of the run needs the dense model's hidden states."""
         return any(term.needs_teacher and term.weight_at(fraction) != 0 for term in self.terms())
 
     def language(
         self, hidden_TD: Tensor, targets_T: Tensor, head: Head, teacher_TD: Tensor | None
     ) -> LanguageLosses | None:
-        """Return :func:`language_losses` of some tokens; None where neither has a weight."""
+        """Return :func:`language_losses`, or None if neither loss has a weight."""
         if not (self.lm or self.distillation):
             return None
         return language_losses(hidden_TD, targets_T, head, self, teacher_TD if self.distillation else None)
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a micro-batch, and, detached, that and each term's unweighted value by its name.
+        """Return the loss of a micro-batch, and the detached values of it and of each term, unweighted, by name.
 
         Raises:
-            UserError: A term's value is no scalar.
+            UserError: A term's value is not a scalar tensor.
         """
         language = batch.language
         total = batch.hidden.new_zeros((), dtype=torch.float32) if language is None else language.weighted

@@ -1,6 +1,6 @@
-"""A term of the loss, and the micro-batch that its value is made of.
+"""Abstract term of the loss, and the micro-batch from which terms are computed.
 
-Letters of shapes: B = batch, L = sequence length, T = predicted tokens, C = tokens of a chunk, D = hidden size,
+Letters of shapes: B = batch, L = sequence length, T = predicted tokens, C = tokens in a chunk, D = hidden size,
 V = vocabulary.
 """
 
@@ -17,22 +17,22 @@ from leap_pl.losses.language import LanguageLosses
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """All that a term of the loss may be made of, after the forward pass of one micro-batch.
+    """Values available to the terms of the loss after the forward pass of one micro-batch.
 
     Attributes:
         input_ids: Tokens (B, L).
         hidden: Last hidden states (T, D), after the final norm, of the tokens that have a next one; with gradient.
-        targets: The token that follows each, (T).
-        teacher: Hidden states (T, D) of the dense model; None where no term needs them.
-        head: Hidden states (C, D) → logits (C, V).
-        language: LM and distillation losses; None where neither has a weight.
+        targets: Token that follows each, (T).
+        teacher: Hidden states (T, D) of the dense model; None if no term needs them.
+        head: Function from hidden states (C, D) to logits (C, V).
+        language: LM and distillation losses; None if neither has a weight.
         gates: Weight name → gate, with its logits.
         kept: Weight name → ΣM, a scalar with its gradient.
         energy: Weight name → Σ(M·W)², a scalar with its gradient.
         sizes: Weight name → number of elements.
         layers: Weight name → index of its decoder block; None outside the blocks.
         density: Target density ρ.
-        dense_norm: Σ‖W‖ over the gated weights.
+        dense_norm: Sum Σ‖W‖ over the gated weights.
         fraction: Share of the run that is done, from 0 to below 1.
     """
 
@@ -53,16 +53,16 @@ class MicroBatch:
 
 
 class Term(ABC):
-    """One term of the loss, which grows by weight · value.
+    """Abstract term of the loss, which adds weight · value.
 
-    A subclass has a ``name`` and defines :meth:`value`. Its settings are the arguments of its constructor, which it
-    keeps as attributes of the same names (a dataclass does): a checkpoint describes it by them.
+    A subclass has a ``name`` and defines :meth:`value`. Its settings are the arguments of its constructor, stored as
+    attributes of the same names (as in a dataclass), by which a checkpoint describes it.
 
     Attributes:
-        name: Name of its curve, ``loss/NAME``, and in messages.
-        weight: Factor of its value. At 0 the value is not asked for, and the term costs nothing.
-        needs_teacher: Whether the value is made of ``teacher``, which costs a forward pass.
-        measured_at_zero: Whether to measure the value for its curve, without gradient, also where the weight is 0.
+        name: Name in messages and of its curve, ``loss/NAME``.
+        weight: Factor of the value. At 0 the value is not computed, and the term costs nothing.
+        needs_teacher: Whether the value depends on ``teacher``, which costs a forward pass.
+        measured_at_zero: Whether to compute the value for its curve, without gradient, even if the weight is 0.
     """
 
     name: str
@@ -71,11 +71,11 @@ class Term(ABC):
     measured_at_zero: bool = False
 
     def __init__(self, weight: float = 1.0) -> None:
-        """Take the weight."""
+        """Set the weight."""
         self.weight = weight
 
     def weight_at(self, fraction: float) -> float:
-        """Return the factor of the value at ``fraction`` of the run; override it for one that changes."""
+        """Return the factor of the value at ``fraction`` of the run; override it for a weight that changes."""
         return self.weight
 
     @abstractmethod
