@@ -1,4 +1,4 @@
-"""The mask that learning starts from."""
+"""Prior: settings of the mask that learning starts from, its computation on rank zero, and sharing it over ranks."""
 
 from collections.abc import Mapping
 from dataclasses import InitVar, asdict, dataclass
@@ -21,30 +21,29 @@ if TYPE_CHECKING:
     from leap_pl.prior.cache import CalibrationData
 
 
-NO_METHOD = "none"  # logits that lean nowhere
+NO_METHOD = "none"  # no prior: logits without a lean
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Which mask the logits lean towards at the start.
+    """Settings of the mask towards which the initial logits lean.
 
     Attributes:
-        method: Name of a one-shot method, which ``leap_pl prune --help`` lists; ``wanda`` is the paper's. The mask is
-            made at the target sparsity, and in the form that the gates want (unstructured, n:m or both), from the
-            run's own calibration text. ``none``: no lean at all.
-        mask: A MaskSet file instead of a method.
-        graded: (BernoulliGate) Let each logit lean the farther, the surer Wanda is of its weight, whatever the
-            method of the mask: by its score's distance from the cut instead of ±1
-            (:mod:`leap_pl.prior.grading`). It takes another walk over the model, which is kept like the mask, and
-            a larger ``strength`` of the gate.
-        fisher: Let the method prune each weight tensor the more, the less the loss depends on it, this far: above 0,
-            and at most 1; .5 is a good start (:mod:`leap_pl.oneshot.fisher`). It runs the whole model forward and
-            backward on the run's device. Not for masks of n:m form, whose sparsity is the same everywhere.
-        masks: MaskSet files instead of a method for what a kind of gate starts from beside ``mask``: form → file.
-            TileGate's ``inner``, of n:m form, is for the tiles that are not dense.
+        method: Name of a one-shot method, as listed by ``leap_pl prune --help``; ``wanda`` is the paper's. The mask is
+            computed at the target sparsity, in the form that the gates need (unstructured, n:m or both), from the run's
+            calibration text. ``none``: no lean at all.
+        mask: MaskSet file to use instead of a method.
+        graded: (BernoulliGate) Scale each logit's lean by Wanda's confidence in its weight, the distance of its score
+            from the threshold, instead of ±1 (:mod:`leap_pl.prior.grading`); the mask may be of any method. It takes
+            another walk over the model, whose result is cached like the mask, and a larger ``strength`` of the gate.
+        fisher: Strength of Fisher allocation in (0, 1]: weight tensors that matter less to the loss are pruned more; .5
+            is a good start (:mod:`leap_pl.oneshot.fisher`). It runs the whole model forward and backward on the run's
+            device. Not for masks of n:m form, whose sparsity is the same everywhere.
+        masks: MaskSet files for the masks in addition to ``mask`` from which a kind of gate starts, instead of a
+            method: form → file. TileGate's ``inner``, of n:m form, is for the tiles that are not dense.
         inner_mask: Former name of ``masks.inner``.
-        sequences: Calibration sequences of the method.
-        cache_dir: Where masks made from a method are kept for the next run on the same model and text.
+        sequences: Number of calibration sequences for the method.
+        cache_dir: Folder of the cache of masks that methods computed, for later runs on the same model and text.
     """
 
     method: str = DEFAULT
@@ -70,7 +69,7 @@ class Prior:
         if self.method not in (*METHODS, NO_METHOD):
             raise ValueError(f"prior.method is {self.method!r}; give one of {', '.join((*METHODS, NO_METHOD))}.")
         if self.sequences < 1:
-            raise ValueError(f"prior.sequences is {self.sequences}; it takes at least 1 to calibrate on.")
+            raise ValueError(f"prior.sequences is {self.sequences}; give 1 or more.")
         if self.graded and self.method == NO_METHOD and self.mask is None:
             raise ValueError("prior.graded grades a mask, and prior.method is none. Leave one of them out.")
         if self.fisher is not None and not 0 < self.fisher <= 1:
@@ -89,18 +88,17 @@ class Prior:
         forms: "Mapping[str, Pattern]",
         calibration: "Calibration",
     ) -> dict[str, MaskSet]:
-        """The prior masks of ``weights``, one for each of ``forms``; none where the method is ``none``.
+        """Return the prior masks of ``weights``, one for each of ``forms``; none if the method is ``none``.
 
         Args:
-            model: The dense base model; its weights are unchanged afterwards.
-            weights: The weights that will be gated.
-            forms: What the gates ask for (:meth:`leap_pl.gates.Gates.prior_forms`): ``prior``, at the target
+            model: Dense base model; it is not changed.
+            weights: Weights that will be gated.
+            forms: Forms that the gates need (:meth:`leap_pl.gates.Gates.prior_forms`): ``prior``, at the target
                 sparsity or of the gates' own pattern, and, for some gates, further ones.
-            calibration: On what the method computes.
+            calibration: Text and device for the method.
 
         Raises:
-            UserError: The mask file belongs to another model or other weights, or there is no text to
-                calibrate on.
+            UserError: The mask file belongs to another model or other weights, or there is no calibration text.
         """
         from leap_pl.masks.patterns import Unstructured
         from leap_pl.oneshot.fisher import FisherOptions
@@ -133,10 +131,10 @@ class Prior:
     def squares(
         self, model: "PreTrainedModel", weights: "Mapping[str, Weight]", calibration: "Calibration"
     ) -> dict[str, torch.Tensor] | None:
-        """The mean squares of every weight's inputs that grade the prior; None where it is not graded.
+        """Return the mean squares of every weight's inputs, to grade the prior; None if it is not graded.
 
         Raises:
-            UserError: There is no text to calibrate on, or the model cannot be walked.
+            UserError: There is no calibration text, or the model cannot be walked.
         """
         from leap_pl.prior.cache import input_squares
 
@@ -151,12 +149,12 @@ class Prior:
 
 @dataclass(frozen=True)
 class Calibration:
-    """On what a prior is computed.
+    """Model name, text and device for the computation of a prior.
 
     Attributes:
-        base_model: The model's name, for the mask's provenance.
-        data: Where calibration text comes from.
-        device: Where the method computes.
+        base_model: Name of the model, for the mask's provenance.
+        data: Source of the calibration text; None without a data module.
+        device: Device on which the method computes.
         progress: Show a progress bar.
     """
 
@@ -166,15 +164,15 @@ class Calibration:
     progress: bool = True
 
     def check(self, what: str) -> None:
-        """Make sure that there is text.
+        """Check that there is calibration text, which ``what`` needs.
 
         Raises:
-            UserError: There is none, and ``what`` needs it.
+            UserError: There is no text.
         """
         if self.data is None:
             raise UserError(
-                f"{what} needs calibration text and there is no data module. "
-                f"Give fit a TextDataModule, or take the prior {FALLBACK!r} or a MaskSet file, without grades."
+                f"{what} needs calibration text, and there is no data module. Give fit a TextDataModule, or set "
+                f"prior.method to {FALLBACK!r} or prior.mask to a MaskSet file, without prior.graded."
             )
 
 
@@ -186,18 +184,18 @@ def make_and_share(
     sparsity: float,
     calibration: Calibration,
 ) -> "SharedPrior":
-    """What ``settings`` make of ``model`` on rank zero, for every rank to take from.
+    """Compute the prior on rank zero, and return it as an object that shares it with every rank.
 
     Args:
-        settings: Which prior.
-        model: The dense base model.
-        weights: Those that will be gated.
-        gates: Of some of them: their kind says in which forms it wants a prior, and takes or refuses it.
-        sparsity: The target.
-        calibration: On what a method computes.
+        settings: Settings of the prior.
+        model: Dense base model.
+        weights: Weights that will be gated.
+        gates: Gates of some of these weights; their kind determines the forms of the prior, and may refuse it.
+        sparsity: Target sparsity.
+        calibration: Text and device for a method.
 
     Raises:
-        UserError: As :meth:`Prior.make` does; or the gate does not take what is asked for.
+        UserError: :meth:`Prior.make` raises, or the gates do not support the prior.
     """
     if settings.graded and not gates.first.takes_grades:
         kind = gates.describe()["class_path"]
@@ -214,20 +212,20 @@ def make_and_share(
 
 
 class SharedPrior:
-    """The priors that rank zero holds, given to every rank one weight at a time, a bit an element."""
+    """Priors that rank zero holds and shares with every rank, one weight at a time, with one bit an element."""
 
     def __init__(
         self, priors: Mapping[str, MaskSet], rank_zero: RankZero, squares: Mapping[str, torch.Tensor] | None = None
     ) -> None:
-        """Take the priors of rank zero; on the other ranks there are none.
+        """Hold the priors on rank zero; the other ranks hold none.
 
         Args:
-            priors: By their forms.
-            rank_zero: Shares them.
-            squares: Mean squares of each weight's inputs, where the form ``prior`` is to be graded.
+            priors: Form → prior, empty on the other ranks.
+            rank_zero: Object that shares values of rank zero with the other ranks.
+            squares: Mean squares of each weight's inputs, if the form ``prior`` is graded.
 
         Attributes:
-            digests: Of each form, which tells it from any other mask (:meth:`MaskSet.digest_of_bits`); on every rank.
+            digests: Form → digest of its mask (:meth:`MaskSet.digest_of_bits`), on every rank.
         """
         self.priors, self.rank_zero, self.squares = priors, rank_zero, squares
         self.forms: list[str] = rank_zero.tell(list(priors))
@@ -235,10 +233,10 @@ class SharedPrior:
         self.digests: dict[str, str] = rank_zero.tell({form: mask.digest_of_bits() for form, mask in priors.items()})
 
     def of(self, name: str, weight: "Weight") -> dict[str, torch.Tensor]:
-        """What the gate of ``weight`` starts from, in each form there is; every rank asks in the same order.
+        """Return the priors of ``weight`` in each form; every rank must call this in the same order.
 
         Returns:
-            Form → bool mask of the weight's shape, or of the form ``prior`` the float32 lean where it is graded.
+            Form → bool mask of the weight's shape; for the form ``prior``, the float32 lean if it is graded.
         """
         shape = weight.parameter.shape
         found = {form: self._mask(self.priors.get(form), name, shape) for form in self.forms}
@@ -266,5 +264,5 @@ class SharedPrior:
         return unpack(self.rank_zero.share(bits, (shape.numel() + 7) // 8), list(shape))
 
     def close(self) -> None:
-        """No more masks are asked for."""
+        """End the sharing, after the last call of :meth:`of`."""
         self.rank_zero.close()
