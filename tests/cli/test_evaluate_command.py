@@ -230,4 +230,4 @@ def test_slow_bfloat16_is_not_computed_in_unless_asked(
     monkeypatch.setattr(leap_pl.base_model.loading, "fast_dtype", lambda device: fast)
     result = evaluate_command(model=str(stored), perplexity=text, dtype=typed, **SMALL)
     assert result["model"]["dtype"] == expected
-    assert ("--dtype bfloat16 keeps it" in capsys.readouterr().err) == (typed == "auto" and fast == "float32")
+    assert ("--dtype bfloat16 overrides this" in capsys.readouterr().err) == (typed == "auto" and fast == "float32")

@@ -189,7 +189,7 @@ def test_what_is_given_twice_must_agree(one: dict[Any, float], other: dict[Any, 
     if not differs:
         check_agree(nested(one), nested(other), "it")
         return
-    with pytest.raises(UserError, match=r"^it says annealing\.\w+\.\w+ [\d.]+ and model\.annealing\."):
+    with pytest.raises(UserError, match=r"^it sets annealing\.\w+\.\w+ to [\d.]+ and model\.annealing\."):
         check_agree(nested(one), nested(other), "it")
 
 

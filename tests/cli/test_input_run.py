@@ -40,12 +40,12 @@ HOSTILE = {
     "merged": ("a: &a {k: v}\n" * 1 + "".join(f"m{k}: &m{k} {{<<: *a}}\n" for k in range(20)), ""),
     "within itself": ("results: &a [one, *a]\n" + "# so long that it is looked at\n" * 9, "inside its own anchor"),
     "deep": ("results: " + "[" * 200 + "]" * 200, "nested more than 50 deep"),
-    "deeper": ("results: " + "[" * 100_000, "no YAML"),
+    "deeper": ("results: " + "[" * 100_000, "is not valid YAML"),
     "indented": ("".join(" " * k + "a:\n" for k in range(300)), "nested more than 50 deep"),
     "long": ("# nothing\n" * 200_000, "more than 1,048,576 bytes"),
     "many": ("results: [" + "a, " * (MOST_VALUES + 1) + "]", f"more than {MOST_VALUES:,} values"),
-    "no UTF-8": ("\udcff: 1" + " " * 300, "no YAML"),
-    "tag": ("!!python/object/apply:os.system ['touch ran']\n", "no YAML"),
+    "no UTF-8": ("\udcff: 1" + " " * 300, "is not valid YAML"),
+    "tag": ("!!python/object/apply:os.system ['touch ran']\n", "is not valid YAML"),
 }
 
 

@@ -198,7 +198,7 @@ def changed(whole: Path, folder: Path, extra: Any) -> Path:
         ([{"class_path": "theirs.Entropy2", "init_args": {"weight": 0.5}}], "type --model.objective.extra with its"),
         ([{"class_path": "os.system", "init_args": {"command": "true"}}], "type --model.objective.extra with its"),
         ([{"class_path": "theirs.Entropy", "init_args": {}}], "type --model.objective.extra with its settings"),
-        ([{"class_path": "mylosses.Entropy", "init_args": {"wait": 0.5}}], "Entropy takes no 'wait'"),
+        ([{"class_path": "mylosses.Entropy", "init_args": {"wait": 0.5}}], "Entropy has no argument 'wait'"),
         ([{"class_path": "mylosses.Entropy", "init_args": {"weight": "0.5"}}], "weight is '0.5'"),
         ([{"class_path": "mylosses.Entropy", "init_args": {"weight": float("nan")}}], "weight is nan"),
         ("mylosses.Entropy", "model.objective.extra is 'mylosses.Entropy'"),
