@@ -156,7 +156,7 @@ class _Reader(FileSystemReader):
                 metadata = _Records(file).load()
         except FileNotFoundError as error:
             raise UserError(
-                f"{self.path} is no complete checkpoint: it has no {INDEX}. Take the checkpoint before it."
+                f"{self.path} is not a complete checkpoint: it has no {INDEX}. Take the checkpoint before it."
             ) from error
         except pickle.UnpicklingError as error:
             raise UserError(

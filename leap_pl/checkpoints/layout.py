@@ -31,8 +31,8 @@ from leap_pl.inputs.register import note_input
 from leap_pl.masks.mask_set import MaskSet, PackedMasks, Provenance, installed_versions
 
 PREFIX = "logits."
-_FOLDER = 0x10  # of the attributes of a file in a zip archive
-META = "meta.pt"  # of a folder: everything but tensors
+_FOLDER = 0x10  # attribute bit of a zip archive's record that marks it as a folder
+META = "meta.pt"  # file in a checkpoint folder with everything but tensors
 
 
 def provenance(identity: Identity, gates: Gates[Any]) -> Provenance:
@@ -69,10 +69,10 @@ def count_for_ranks(checkpoint: dict[str, Any], found: Identity, expected: Ident
         done = counts["processed"]
         if done % found.accumulation or counts["ready"] != done:
             raise UserError(
-                f"the checkpoint was written amid an optimizer step of {found.ranks} ranks, and the sum of gradients "
-                f"so far is not in it. Resume on {found.ranks} ranks, or from a checkpoint between two steps."
+                f"the checkpoint was written within an optimizer step of {found.ranks} ranks and lacks the gradients "
+                f"accumulated so far. Resume on {found.ranks} ranks, or from a checkpoint between two steps."
             )
-        # 0 or 1: the batch whose end the checkpoint was written at is not yet completed.
+        # 0 or 1: a batch at whose end the checkpoint was written does not count as completed yet.
         open_batches = done - counts["completed"]
         done = done * found.ranks // expected.ranks
         counts.update(ready=done, started=done, processed=done, completed=done - open_batches)
@@ -136,9 +136,9 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True, check_tensors: bool 
         path = path / META
     inside = sorted(item.name for item in path.glob("*.ckpt"))
     if inside:
-        raise UserError(f"{path} is a folder and no checkpoint. Give a .ckpt in it; there are: {listing(inside, 4)}.")
+        raise UserError(f"{path} is a folder, not a checkpoint. Give one of the .ckpt in it: {listing(inside, 4)}.")
     if path.suffix == ".safetensors":
-        raise UserError(f"{path} is no checkpoint. Give a mask with --mask, or a .ckpt of the run.")
+        raise UserError(f"{path} is not a checkpoint. Give a mask with --mask, or a .ckpt of the run.")
     if not path.is_file():
         raise UserError(f"{path}: there is no such checkpoint. Give a .ckpt from a run's checkpoints folder.")
     try:
@@ -153,8 +153,8 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True, check_tensors: bool 
             f"{path} is damaged, or holds more than tensors and plain values, and leap_pl runs no code from a "
             "checkpoint. Give a .ckpt that leap_pl fit wrote."
         ) from error
-    except Exception as error:  # what damage makes the readers raise is no closed list
-        raise UserError(f"{path} is truncated, damaged or no checkpoint. Take the checkpoint before it.") from error
+    except Exception as error:  # a damaged file can make the readers raise anything
+        raise UserError(f"{path} is truncated, damaged or not a checkpoint. Take the checkpoint before it.") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is not a checkpoint of leap_pl fit. Give a .ckpt from a run's checkpoints folder.")
     return checkpoint
@@ -164,7 +164,7 @@ def is_checkpoint(path: Path) -> bool:
     """Return whether the file ``path`` can be read as a checkpoint of leap_pl, without verifying its checksums."""
     try:
         found = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except Exception:  # what it makes the readers raise is no closed list
+    except Exception:  # another file can make the readers raise anything
         return False
     return isinstance(found, dict) and KEY in found
 
@@ -178,12 +178,12 @@ def _damaged_record(path: Path, tensors: bool) -> str | None:
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED or record.external_attr & _FOLDER:
-                # Of what is marked as a folder torch.load reads nothing, and takes whatever is in the memory.
-                return f"{record.filename} is packed or marked as a folder, which torch.save never does"
+                # torch.load does not read a record that is marked as a folder, and returns uninitialized memory.
+                return f"{record.filename} is compressed or marked as a folder, which torch.save never does"
         if not tensors:
             for record in archive.infolist():
                 if not re.search(r"/data/\d+$", record.filename):
-                    archive.read(record)  # of the plain values; raises where it does not match its checksum
+                    archive.read(record)  # a record of plain values; raises if its checksum does not match
             return None
         name = archive.testzip()
     return None if name is None else f"{name} does not match its checksum"
@@ -194,7 +194,7 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
 
     Its provenance contains the step of the checkpoint, ``steps``, which is ``max_steps`` only if learning is finished.
 
-    The logits of a folder are read one weight at a time, several times over, to save memory.
+    To save memory, the logits of a folder are read one weight at a time, several times.
 
     Raises:
         UserError: If the checkpoint cannot be read, or lacks logits.
@@ -218,9 +218,9 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
         return MaskSet(masks, provenance(known, gates))
     except UserError:
         raise
-    except Exception as error:  # a description that does not describe the logits can be wrong in any way
+    except Exception as error:  # an identity that does not match the logits can make anything fail
         raise UserError(
-            f"{path} holds logits that do not fit its own description ({' '.join(str(error).split())[:120]}). "
+            f"{path} holds logits that do not fit its own settings ({' '.join(str(error).split())[:120]}). "
             "Take the checkpoint before it."
         ) from error
 
@@ -228,21 +228,21 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
 def _restored(
     logits: Mapping[str, Tensor], identity: Identity, path: str | Path, read: Callable[[str], Tensor] | None
 ) -> Gates[Any]:
-    """The gates of a checkpoint, without their model."""
+    """Return the gates of a checkpoint, without their model."""
     missing = [name for name in identity.shapes if PREFIX + name not in logits]
     if missing:
         raise UserError(f"{path} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
 
     def stored_of(name: str, shape: list[int]) -> Stored:
         reader = None if read is None else lambda part: read(key_of(name, part))
-        beside = _beside(logits, name)
-        return Stored(logits[PREFIX + name], tuple(shape), identity.input_dims[name], beside, reader)
+        others = _other_parts(logits, name)
+        return Stored(logits[PREFIX + name], tuple(shape), identity.input_dims[name], others, reader)
 
     stored = {name: stored_of(name, shape) for name, shape in identity.shapes.items()}
     return restore(identity.gate["class_path"], identity.gate["init_args"], stored)
 
 
-def _beside(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def _other_parts(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """Return the stored tensors of the weight ``name`` except its logits."""
     parts = {key.partition(".")[0]: tensor for key, tensor in tensors.items() if key.partition(".")[2] == name}
     parts.pop("logits")

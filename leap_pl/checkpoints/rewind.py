@@ -20,7 +20,7 @@ def rewind(trainer: "L.Trainer", checkpoint: dict[str, Any]) -> None:
     resume from them exactly.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
-    if not hasattr(data, "state_before_step"):  # other data, whose place only Lightning knows
+    if not hasattr(data, "state_before_step"):  # other data, whose position only Lightning knows
         return
     before = data.state_before_step()
     if before is not None:
@@ -32,7 +32,7 @@ def rewind(trainer: "L.Trainer", checkpoint: dict[str, Any]) -> None:
             for count in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
                 count.update(ready=1, started=1, processed=0, completed=0)
     else:
-        del checkpoint["loops"]  # a run that begins
+        del checkpoint["loops"]  # the run has not completed a step
 
 
 def _rewind_loops(loop: dict[str, Any], steps: int, micro_batches: int) -> None:
@@ -54,7 +54,7 @@ def _rewind_loops(loop: dict[str, Any], steps: int, micro_batches: int) -> None:
     for count in (zeroed["total"], zeroed["current"]):
         count.update(ready=steps, started=steps, completed=steps)
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - 1
-    # Of a validation that is under way nothing is kept: its metrics begin anew, so its batches do.
+    # An interrupted validation is repeated from its first batch: its metrics are not in the checkpoint.
     validated = loop["epoch_loop.val_loop.batch_progress"]
     for count in (validated["total"], validated["current"]):
         count.update(ready=0, started=0, processed=0, completed=0)

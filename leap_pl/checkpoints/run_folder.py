@@ -100,7 +100,7 @@ def earlier_run(
     foreign = [path for path in present if not is_mask_file(path)]
     if foreign:
         raise UserError(
-            f"{listing([str(path) for path in foreign])} would be replaced, and is no mask of leap_pl. Name another "
+            f"{listing([str(path) for path in foreign])} would be replaced, and is not a mask of leap_pl. Name another "
             "folder with --checkpoint.dirpath or --mask_export.folder."
         )
     if resumes or not (checkpoints or mask in present) or (last and not checkpoints):
