@@ -1,5 +1,6 @@
-"""``leap_pl prune``."""
+"""``leap_pl prune``: one-shot pruning from the command line."""
 
+from argparse import SUPPRESS
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
@@ -20,26 +21,32 @@ if TYPE_CHECKING:
     from leap_pl.oneshot.prune import Pruned
 
 
+# Defaults of earlier versions, whose --print_config wrote them for every method. Only some methods take these options
+# now, and none takes mask_target.
+FORMER = {"mask_target": "layer", "block_size": 128, "iterations": 20}
+
+
 def add_arguments(parser: "ArgumentParser") -> None:
-    """Add what the table of methods says: their names, and the options that some of them take."""
+    """Add the options that come from the table of methods: the choice of a method, and the options of each."""
     group = parser.add_argument_group("methods")
-    described = ", ".join(f"{name} ({'; '.join(_words(name))})" for name in METHODS)
+    described = ", ".join(f"{name} ({'; '.join(_facts(name))})" for name in METHODS)
     group.add_argument("--method", choices=list(METHODS), default=DEFAULT, help=f"{described}.")
     kept = [name for name, method in METHODS.items() if method.solve_kept is not None]
-    told = f"({listing(kept)}) A MaskSet file: keep this mask, and solve the kept weights anew."
-    group.add_argument("--mask", type=str | None, default=None, help=told)
+    words = f"({listing(kept)}) MaskSet file whose mask to keep: only the kept weights are updated."
+    group.add_argument("--mask", type=str | None, default=None, help=words)
     for option in dict.fromkeys(option for method in METHODS.values() for option in method.options):
         takers = {name: METHODS[name].options[option] for name in takers_of(option)}
         first = next(iter(takers.values()))
         defaults = ", ".join(f"{taken.default:g} for {name}" for name, taken in takers.items())
-        told = f"({listing([*takers])}) {first.help} By default {defaults}."
-        group.add_argument(f"--{option}", type=type(first.default) | None, default=None, help=told)
+        words = f"({listing([*takers])}) {first.help} By default {defaults}."
+        group.add_argument(f"--{option}", type=type(first.default) | None, default=None, help=words)
+    parser.add_argument("--mask_target", type=str | None, default=SUPPRESS, help=SUPPRESS)
 
 
-def _words(name: str) -> list[str]:
+def _facts(name: str) -> list[str]:
     method = METHODS[name]
-    words = [method.help, "reads no text" if method.needs is None else "", "updates weights" if method.updates else ""]
-    return [word for word in words if word]
+    facts = [method.help, "reads no text" if method.needs is None else "", "updates weights" if method.updates else ""]
+    return [fact for fact in facts if fact]
 
 
 @command
@@ -74,54 +81,55 @@ def prune_command(
     batch_size: PositiveInt = 4,
     offload: bool = True,
     force: bool = False,
-    **options: float | None,
+    **options: Any,
 ) -> "Pruned":
-    """Prune a model in one shot, layer by layer, on a little calibration text.
+    """Prune a model in one shot, layer by layer, on a small calibration text.
 
-    Writes the mask to OUTPUT_DIR/mask.safetensors, the layer errors to OUTPUT_DIR/errors.json and, by
-    methods that update the kept weights, a Hugging Face folder OUTPUT_DIR/model with the new weights.
+    Writes the mask to OUTPUT_DIR/mask.safetensors, the layer errors to OUTPUT_DIR/errors.json and, with methods that
+    update the kept weights, a Hugging Face folder OUTPUT_DIR/model with the new weights.
 
     Args:
-        model: The base model: hub id, local folder or GGUF file.
+        model: Base model: hub id, local folder or GGUF file.
         output_dir: Folder to write.
         text: Calibration text: local files, or a hub dataset.
         config_name: Configuration of a hub dataset.
         split: Split of a hub dataset.
         text_column: Column, or JSON key, of the text.
-        seq_length: Tokens in a calibration sequence.
+        seq_length: Number of tokens in a calibration sequence.
         sequences: Number of calibration sequences.
-        separator: What follows each document: the end token, or a blank line.
-        seed: Of the order in which the text's files are read.
-        method: Name of the method, in the table of methods.
-        sparsity: Removed weights over all, above 0 and below 1. With a pattern it follows from that.
-        pattern: n:m, as in 2:4, to keep n of every m consecutive inputs; unstructured without it.
-        layer_sparsity: Instead of one sparsity, one for each decoder block: a list, or a file with a JSON
-            list or a number a line.
+        separator: Separator after each document: the end token, or a blank line.
+        seed: Seed of the order in which the text's files are read.
+        method: Name of the method, one of the table of methods.
+        sparsity: Fraction of the weights to remove, above 0 and below 1. A pattern determines it.
+        pattern: Pattern n:m, as in 2:4, which keeps n of every m consecutive inputs; unstructured by default.
+        layer_sparsity: Sparsity of each decoder block, instead of one for all: a list, or a file with a JSON list or
+            one number a line.
         owl: Allocate the sparsity over the decoder blocks by their shares of outliers (OWL).
-        owl_threshold: (with owl) Wanda scores above so many times their block's mean are outliers.
-        owl_spread: (with owl) The blocks' sparsities lie within twice this of each other.
-        fisher: Allocate the sparsity over the matrices by the Fisher information of their weights, this far: above 0,
-            and at most 1; .5 is a good start. It runs the whole model forward and backward on the device.
-        fisher_rows: (with fisher; methods whose weights compete within a row, such as wanda) Over the rows of each
-            matrix too, this far, from 0 to 1.
-        mask: A MaskSet file: keep this mask, and solve the kept weights anew.
-        targets: Which weights: class names, module or parameter names, or re: and a regular expression. By
-            default all linears and experts of the decoder blocks.
-        ignore: What to leave dense, in the same form.
-        dtype: Type of the weights, and of the forwards; auto is the stored one. Hessians are float32.
-        revision: Of the model on the hub.
+        owl_threshold: (with owl) Wanda scores above this multiple of their block's mean are outliers.
+        owl_spread: (with owl) Half of the largest difference between the blocks' sparsities.
+        fisher: Strength of Fisher allocation in (0, 1]: matrices that matter less to the loss are pruned more; .5 is a
+            good start. It runs the whole model forward and backward on the device.
+        fisher_rows: (with fisher; methods whose weights compete within a row, such as wanda) Strength, from 0 to 1, of
+            Fisher allocation over the rows of each matrix.
+        mask: MaskSet file whose mask to keep: only the kept weights are updated.
+        targets: Weights to prune: class names, module or parameter names, or re: and a regular expression. By default
+            all linears and experts of the decoder blocks.
+        ignore: Weights to leave dense, in the same form.
+        dtype: Dtype of the weights and of the forward passes; auto is the stored one. Hessians are float32.
+        revision: Revision of the model on the hub.
         trust_remote_code: Run code that comes with the model.
-        device: Where one block at a time is computed: cpu, cuda …; auto takes a GPU if there is one.
-        batch_size: Sequences in one forward of a block.
+        device: Device on which one block at a time is computed: cpu, cuda …; auto uses a GPU if there is one.
+        batch_size: Number of sequences in one forward pass of a block.
         offload: Keep the activations between blocks in CPU memory.
-        force: Replace OUTPUT_DIR if there is something in it.
-        options: Of the method, as the table of methods has them.
+        force: Replace OUTPUT_DIR if it is not empty.
+        options: Options of the method, by their names in the table of methods.
 
     Returns:
         The masks and the layer errors.
 
     Raises:
-        UserError: What was asked cannot be done; nothing was written.
+        UserError: The options are invalid or contradict each other, an input cannot be read, or the folder cannot be
+            written; nothing was written.
     """
     from leap_pl.base_model.loading import check_sequence_length, load_config, load_model, load_tokenizer
     from leap_pl.base_model.weights import check_numbers, find_weights
@@ -133,7 +141,8 @@ def prune_command(
     from leap_pl.oneshot.walk import WalkOptions
 
     asked = method_named(method)
-    settings = settings_of(method, options)
+    taken = {name: value for name, value in options.items() if name in asked.options or value != FORMER.get(name)}
+    settings = settings_of(method, taken)
     shape = parse_pattern(pattern, sparsity)
     if isinstance(shape, NM) and sparsity not in (0.5, shape.sparsity):
         raise UserError(
@@ -186,9 +195,9 @@ def prune_command(
             base_model=model,
             revision=revision,
         )
-        told = {"text": text, "config_name": config_name, "split": split, "seed": seed} if uses_text else {}
+        data = {"text": text, "config_name": config_name, "split": split, "seed": seed} if uses_text else {}
         masks = pruned.masks
-        pruned.masks = masks.with_provenance(config={**masks.provenance.config, **told})
+        pruned.masks = masks.with_provenance(config={**masks.provenance.config, **data})
         _write(folder, pruned, base if asked.updates else None, model, revision, trust_remote_code)
     _report(output_dir, pruned, asked.updates)
     return pruned
@@ -237,9 +246,9 @@ def _write(
         updated.save_pretrained(folder / "model")
         tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
         tokenizer.save_pretrained(folder / "model")
-        # Without it the folder would be taken for a base model of its own.
-        told = json.dumps({"provenance": plain(asdict(pruned.masks.provenance))}, indent=2)
-        (folder / "model" / RECORD).write_text(told + "\n", encoding="utf-8")
+        # Without this record, evaluate and compare would read the folder as a dense base model.
+        record = json.dumps({"provenance": plain(asdict(pruned.masks.provenance))}, indent=2)
+        (folder / "model" / RECORD).write_text(record + "\n", encoding="utf-8")
 
 
 def _report(output_dir: str, pruned: "Pruned", updated: bool) -> None:

@@ -131,8 +131,12 @@ def settings_of(name: str, given: Mapping[str, float | None]) -> MethodOptions |
         if value is None:
             continue
         if option not in method.options:
-            takers = listing(takers_of(option))
-            raise UserError(f"--{option} is not for {name} but for {takers}. Leave it out, or choose another --method.")
+            takers = takers_of(option)
+            if not takers:
+                raise UserError(f"there is no option --{option}. Leave it out.")
+            raise UserError(
+                f"--{option} is not for {name} but for {listing(takers)}. Leave it out, or choose another --method."
+            )
         if value not in method.options[option].range:
             raise UserError(f"--{option} is {value:.15g}; give {method.options[option].range}.")
         values[option] = value

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import refused
 from tiny import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
 from leap_pl.errors import UserError
 from leap_pl.evaluation.subject import load_subject
@@ -109,6 +111,86 @@ def test_nothing_is_written_where_something_is_wrong(folder: Path, text: Path, t
     for _ in range(2):
         run(folder, text, tmp_path / "out", method="magnitude", force=True)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["errors.json", "leap_pl.json", "mask.safetensors"]
+
+
+# Printed by an earlier version, whose options of methods had their defaults in every config.
+FORMER_CONFIG = """\
+model: {model}
+output_dir: {output}
+text: {text}
+config_name: null
+split: train
+text_column: text
+seq_length: 32
+sequences: 6
+separator: end_token
+seed: 0
+method: {method}
+sparsity: 0.5
+pattern: null
+layer_sparsity: null
+owl: false
+owl_threshold: 5.0
+owl_spread: 0.08
+fisher: null
+fisher_rows: 0.25
+mask: null
+mask_target: layer
+damping: null
+block_size: 128
+iterations: 20
+targets: null
+ignore: null
+dtype: auto
+revision: null
+trust_remote_code: false
+device: cpu
+batch_size: 4
+offload: true
+force: false
+"""
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparseswaps", "sparsegpt", "admm"])
+def test_a_config_that_an_earlier_version_printed_is_read(
+    method: str, folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "former.yaml"
+    config.write_text(FORMER_CONFIG.format(model=folder, output=tmp_path / "out", text=text, method=method))
+    main(["prune", "--config", str(config)])
+    said = capsys.readouterr()
+    assert not any(word in said.out + said.err for word in ("mask_target", "block_size", "iterations"))
+    former = MaskSet.load(tmp_path / "out" / "mask.safetensors")
+    now = run(folder, text, tmp_path / "now", method=method).masks
+    assert former.digest_of_bits() == now.digest_of_bits()
+    assert former.provenance.config == now.provenance.config
+
+
+@pytest.mark.parametrize(
+    ("former", "changed", "says"),
+    [
+        ("block_size: 128", "block_size: 64", "--block_size is not for wanda but for sparsegpt. Leave it out"),
+        ("iterations: 20", "iterations: 10", "--iterations is not for wanda but for admm. Leave it out"),
+        ("damping: null", "damping: 0.01", "--damping is not for wanda but for sparsegpt, admm. Leave it out"),
+        ("mask_target: layer", "mask_target: dense", "there is no option --mask_target. Leave it out"),
+    ],
+)
+def test_a_former_option_with_another_value_is_refused(
+    former: str, changed: str, says: str, folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "former.yaml"
+    words = FORMER_CONFIG.format(model=folder, output=tmp_path / "out", text=text, method="wanda")
+    assert former in words
+    config.write_text(words.replace(former, changed))
+    assert says in refused(["prune", "--config", str(config)], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_former_options_are_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--help"], ["--model=m", "--output_dir=o", "--print_config"]):
+        with pytest.raises(SystemExit):
+            main(["prune", *words])
+        assert "mask_target" not in capsys.readouterr().out
 
 
 def test_the_commands_module_is_light() -> None:
