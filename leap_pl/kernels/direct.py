@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import config as tracing
 
-Graph = Callable[[list[Any]], Sequence[Any]]  # empties the list it is given
+from leap_pl.kernels.inductor import Graph, compile_and_note
 
 
 class DirectKernel:
@@ -28,8 +27,7 @@ class DirectKernel:
 
     def __init__(self, kernel: Callable[..., Any], options: Mapping[str, Any]) -> None:
         """Take the ``kernel``, whose arguments are positional, a tensor first, and inductor's ``options``."""
-        self._options = dict(options)
-        self._checked = torch.compile(kernel, dynamic=True, fullgraph=True, backend=self._compile)
+        self._checked = compile_and_note(kernel, options, lambda *call: self._seen.append(call))
         self._calls: dict[Hashable, _Call] = {}
         self._seen: list[tuple[Graph, Sequence[Any], Sequence[Any]]] = []  # calls of graphs: inputs, outputs
 
@@ -47,31 +45,6 @@ class DirectKernel:
         if call is not None:
             self._calls[kind] = call
         return result
-
-    def _compile(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Any:
-        from torch._inductor.compile_fx import compile_fx  # of use only where there is a compiler, and slow to import
-
-        # A graph from the cache of what is traced would come past _finish. The cache of compiled code is the other one.
-        with tracing.patch(enable_autograd_cache=False):
-            return compile_fx(graph, list(examples), inner_compile=self._finish, config_patches=self._options)
-
-    def _finish(self, *arguments: Any, **settings: Any) -> Any:
-        """Compile a graph that torch.compile has traced, and note the calls that will come down to it."""
-        from torch._inductor.compile_fx import compile_fx_inner
-
-        code: Any = compile_fx_inner(*arguments, **settings)
-        run: Graph | None = getattr(code, "current_callable", None)
-        if run is None:  # a torch that makes other code: it is called by way of torch.compile each time
-            return code
-
-        def noting(inputs: list[Any]) -> Sequence[Any]:
-            given = tuple(inputs)
-            outputs = run(inputs)
-            self._seen.append((run, given, outputs))
-            return outputs
-
-        code.current_callable = noting
-        return code
 
 
 @dataclass(frozen=True)

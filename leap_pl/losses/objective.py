@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from leap_pl.base_model.backbone import Head
+from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.compiled import compiled
 from leap_pl.kernels.noise import columns
@@ -46,11 +47,11 @@ class Objective:
     def __post_init__(self) -> None:
         negative = [k for k in ("lm", "distillation", "budget", "weight") if getattr(self, k) < 0]
         if negative:
-            raise ValueError(f"objective.{negative[0]} is {getattr(self, negative[0])}; a weight is 0 or more.")
+            raise UserError(f"objective.{negative[0]} is {getattr(self, negative[0])}; a weight is 0 or more.")
         if self.lm == 0 and self.distillation == 0:
-            raise ValueError("objective.lm and objective.distillation are both 0: nothing to learn from. Raise one.")
+            raise UserError("objective.lm and objective.distillation are both 0: nothing to learn from. Raise one.")
         if self.temperature <= 0 or self.chunk < 1:
-            raise ValueError("objective.temperature must be above 0 and objective.chunk at least 1.")
+            raise UserError("objective.temperature must be above 0 and objective.chunk at least 1.")
         check_numbers(asdict(self), "model.objective.", "objective.")
 
 

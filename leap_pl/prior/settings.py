@@ -51,17 +51,15 @@ class Prior:
 
     def __post_init__(self) -> None:
         if self.sequences < 1:
-            raise ValueError(f"prior.sequences is {self.sequences}; it takes at least 1 to calibrate on.")
+            raise UserError(f"prior.sequences is {self.sequences}; it takes at least 1 to calibrate on.")
         if self.graded and self.method == "none" and self.mask is None:
-            raise ValueError("prior.graded grades a mask, and prior.method is none. Leave one of them out.")
+            raise UserError("prior.graded grades a mask, and prior.method is none. Leave one of them out.")
         if self.fisher is not None and not 0 < self.fisher <= 1:
-            raise ValueError(f"prior.fisher is {self.fisher:g}; give a number above 0 and at most 1, or leave it out.")
+            raise UserError(f"prior.fisher is {self.fisher:g}; give a number above 0 and at most 1, or leave it out.")
         check_numbers(asdict(self), "model.prior.", "prior.")
         if self.fisher is not None and (self.method == "none" or self.mask is not None):
             given = "prior.method is none" if self.mask is None else "prior.mask is given"
-            raise ValueError(
-                f"prior.fisher allocates the sparsity of prior.method, and {given}. Leave one of them out."
-            )
+            raise UserError(f"prior.fisher allocates the sparsity of prior.method, and {given}. Leave one of them out.")
 
     def make(
         self,
