@@ -1,5 +1,8 @@
 """Errors that the user can fix, reported in one line."""
 
+import warnings
+from functools import cache
+
 
 class UserError(ValueError):
     """Error that the user can fix by changing a command, a setting or a file.
@@ -13,3 +16,9 @@ def listing(names: list[str], most: int = 12) -> str:
     """Return ``names`` as text for an error message: at most ``most`` of them, then the number of the rest."""
     shown = ", ".join(names[:most]) or "none"
     return f"{shown}, and {len(names) - most} more" if len(names) > most else shown
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Warn of ``message``, once in a process: another library is not as it was, and something else is done instead."""
+    warnings.warn(message, stacklevel=3)

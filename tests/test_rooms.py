@@ -18,6 +18,17 @@ LIGHTNING_FREE = (
     *("oneshot", "masks", "gates", "losses", "kernels", "base_model", "inputs", "data", "evaluation", "comparison"),
 )
 
+# Where what other libraries keep to themselves is used, each with what is done without it
+# (tests/system/test_private_interfaces.py). Of attributes that are written out, ruff's SLF says the same.
+FENCES = {
+    "callbacks/lightning_internals.py",  # how ModelCheckpoint saves, and when Lightning validates
+    "cli/arguments.py",  # argparse's table of options
+    "distributed/strategy.py",  # what DDP sends, and what ModelParallelStrategy was made with
+    "kernels/inductor.py",  # the code that torch.compile makes
+    "oneshot/walk.py",  # torch.utils._pytree, which half the world imports
+    "training/live_settings.py",  # the schedules within a schedule, for the provenance
+}
+
 
 def imported(file: Path) -> Iterator[str]:
     """Every module that ``file`` imports, wherever in it."""
@@ -79,3 +90,28 @@ def test_rooms_that_know_nothing_of_lightning(room: str) -> None:
 
 def test_experiments_are_not_in_the_package() -> None:
     assert not any(module.startswith("experiments") for file in PACKAGE.rglob("*.py") for module in imported(file))
+
+
+def private(tree: ast.AST) -> Iterator[str]:
+    """What a file imports or asks for by a name with an underscore before it, of other packages."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and "attr" in node.func.id:
+            names = [str(word.value) for word in node.args[1:2] if isinstance(word, ast.Constant)]
+        for name in names:
+            ours = name.startswith(("leap_pl", "__"))
+            if not ours and any(part.startswith("_") for part in name.split(".")):
+                yield name
+
+
+def test_private_interfaces_are_used_within_fences() -> None:
+    found = {
+        str(file.relative_to(PACKAGE)): [*private(ast.parse(file.read_text(encoding="utf-8")))]
+        for file in PACKAGE.rglob("*.py")
+    }
+    assert {file: names for file, names in found.items() if names and file not in FENCES} == {}
+    assert sum(map(len, found.values())) > 5  # the walk sees them at all

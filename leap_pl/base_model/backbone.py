@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leap_pl.errors import warn_once
+
+LOOK = "find_packed_sequence_indices"  # of transformers.masking_utils, which calls it by this name
+
 States = Callable[[Tensor], Tensor]
 Head = Callable[[Tensor], Tensor]
 
@@ -30,7 +34,7 @@ def split_model(model: nn.Module) -> tuple[States, Head]:
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
 
     def states(input_ids: Tensor) -> Tensor:
-        with _unpacked():
+        with _unpacked(input_ids.device):
             return causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def head(hidden_CD: Tensor) -> Tensor:
@@ -48,29 +52,36 @@ def split_model(model: nn.Module) -> tuple[States, Head]:
     )
 
     def logits(input_ids: Tensor) -> Tensor:
-        with _unpacked():
+        with _unpacked(input_ids.device):
             return causal(input_ids=input_ids, use_cache=False).logits
 
     return logits, lambda logits_CV: logits_CV
 
 
 @contextmanager
-def _unpacked() -> Iterator[None]:
+def _unpacked(device: torch.device) -> Iterator[None]:
     """Spare the look at whether positions begin anew within a sequence, for which a GPU is waited for.
 
-    transformers does so in every forward pass without an attention mask. Here positions are the model's own, from 0.
+    transformers does so in every forward pass without an attention mask, and with one it looks into the mask. Here
+    positions are the model's own, from 0. There is no public way past it that leaves causality to the kernel of
+    attention; without this one the results are the same.
     """
     from transformers import masking_utils  # no sooner: it takes seconds, and the loss alone needs none of it
 
-    look = getattr(masking_utils, "find_packed_sequence_indices", None)
-    if look is None:  # a version that does not look
+    look = getattr(masking_utils, LOOK, None)
+    if look is None:
+        if device.type != "cpu":
+            warn_once(
+                f"this version of transformers has no {LOOK}: if it looks for packed sequences in another way, the "
+                "device is waited for in every forward pass, and steps take longer."
+            )
         yield
         return
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    setattr(masking_utils, LOOK, lambda position_ids: None)
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = look
+        setattr(masking_utils, LOOK, look)
 
 
 @torch.no_grad()

@@ -158,7 +158,8 @@ def fast_dtype(device: torch.device) -> Dtype:
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type == "cpu":
-        return "bfloat16" if torch.cpu._is_amx_tile_supported() or _cpu_gains_by_bfloat16() else "float32"
+        amx = torch.cpu.get_capabilities().get("amx_tile", False)
+        return "bfloat16" if amx or _cpu_gains_by_bfloat16() else "float32"
     return "float32"
 
 
@@ -169,7 +170,7 @@ def _cpu_gains_by_bfloat16() -> bool:
     The instruction set does not decide it: with AVX512_BF16, a Zen 4 is twice as fast in bfloat16, and an Intel server
     whose AMX a hypervisor hides is twice as slow.
     """
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not torch.cpu.get_capabilities().get("avx512_bf16", False):
         return False  # emulated
 
     def seconds(dtype: torch.dtype) -> float:

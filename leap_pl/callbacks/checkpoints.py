@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from leap_pl.callbacks.lightning_internals import SavingCheckpoint, requeuing, validate_if_due
 from leap_pl.callbacks.mask_export import mask_place
 from leap_pl.checkpoints.run_folder import Leftover, earlier_run, link_last, record_checkpoint
 from leap_pl.checkpoints.signals import Stopped, StopSignals
 from leap_pl.distributed.strategy import saves_shards
 from leap_pl.escape import say
-from leap_pl.files import atomic_file, atomic_folder, atomic_link, check_writable, flush, remove_abandoned
+from leap_pl.files import atomic_folder, check_writable, flush, remove_abandoned
 from leap_pl.inputs.ranges import check_numbers
 
 
-class Checkpoints(ModelCheckpoint):
+class Checkpoints(SavingCheckpoint):
     """Lightning's ModelCheckpoint, extended so that a run can stop at any point and resume with the same results.
 
     - The newest two checkpoints are kept, so that one is left if the other is damaged; ``last.ckpt`` is a link to the
@@ -86,6 +86,7 @@ class Checkpoints(ModelCheckpoint):
         self._written = time.monotonic()
         self._running = False
         self._validated_step = -1
+        self._limit_val_batches: int | float | None = None  # the Trainer's setting, while validation is disabled
         # Whether to replace an earlier run in the folder, as set on the command line; None: there is no command line.
         self.force: bool | None = None
         self.last = False  # whether to resume from the last checkpoint if there is one
@@ -123,13 +124,14 @@ class Checkpoints(ModelCheckpoint):
         if self.force is None:  # without a command line, only fit() gets the path of the checkpoint
             self._look_for_earlier_run(trainer, trainer.ckpt_path)
         super().on_train_start(trainer, pl_module)
-        slurm = _requeuing(trainer)
+        slurm = requeuing(trainer)
         self.signals.install(*([slurm.requeue_signal] if slurm and slurm.requeue_signal else []))
         self._written, self._running = time.monotonic(), True
         if trainer.ckpt_path is not None and self.dirpath is not None:
             resumed_here = Path(trainer.ckpt_path).resolve().parent == Path(self.dirpath).resolve()
-            self._last_global_step_saved = trainer.global_step if resumed_here else 0
-            self._make_up_for_validation(trainer)
+            self.note_saved(trainer.global_step if resumed_here else 0, self.saved_path)
+            if self._validated_step != trainer.global_step:
+                validate_if_due(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -153,7 +155,7 @@ class Checkpoints(ModelCheckpoint):
         self._heed(trainer)
         if _ends_early(trainer):
             # Lightning would run an extra validation: a point in the curves that an uninterrupted run does not have.
-            trainer.fit_loop.epoch_loop._skip_next_val = True
+            self._skip_validation(trainer)
         # Waiting for text, until the next micro-batch, can be interrupted. Several ranks have to stop together.
         self.signals.at_once = trainer.world_size == 1
 
@@ -175,6 +177,7 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the last checkpoint, after all other callbacks have finished."""
+        self._validate_again(trainer)
         self.save(trainer)
         self._running = False
 
@@ -182,7 +185,7 @@ class Checkpoints(ModelCheckpoint):
         """Print that the run is not finished, if it ended before its last step."""
         if self._finishing(trainer) or not trainer.is_global_zero:
             return
-        step, saved = trainer.global_step, self._last_global_step_saved == trainer.global_step
+        step, saved = trainer.global_step, self.saved_step == trainer.global_step
         where = f"The checkpoint of step {step} is {f'in {self.dirpath}' if saved else trainer.ckpt_path}"
         remedy = "Resume with --ckpt_path last" if step else "Start it again with more time"
         if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -197,6 +200,7 @@ class Checkpoints(ModelCheckpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write a checkpoint if the run was stopped by a signal, or reading its text failed."""
         stopped = isinstance(exception, Stopped)
+        self._validate_again(trainer)
         waiting = self.signals.at_once and trainer.world_size == 1  # within a micro-batch a step may be half done
         self.signals.at_once = False
         if self._running and not self._finishing(trainer) and (stopped or waiting):
@@ -215,7 +219,7 @@ class Checkpoints(ModelCheckpoint):
 
     def _look_for_earlier_run(self, trainer: L.Trainer, ckpt_path: Any) -> None:
         local = self.dirpath is not None and "://" not in str(self.dirpath)
-        if trainer.is_global_zero and local and not self._last_checkpoint_saved:  # else this object wrote them
+        if trainer.is_global_zero and local and not self.saved_path:  # else this object wrote them
             folder = Path(str(self.dirpath))
             self._replaced = earlier_run(
                 folder, mask_place(trainer), ckpt_path=ckpt_path, force=bool(self.force), last=self.last
@@ -223,58 +227,30 @@ class Checkpoints(ModelCheckpoint):
 
     # -- writing ------------------------------------------------------------------------------------------
 
-    def save(self, trainer: L.Trainer) -> None:
-        """Write a checkpoint of the last optimizer step, unless there is one."""
-        if self._should_skip_saving_checkpoint(trainer):
-            return
-        candidates = self._monitor_candidates(trainer)
-        if self.monitor in candidates:
-            self._save_topk_checkpoint(trainer, candidates)
-        if self.save_last == "link" and self._last_global_step_saved != trainer.global_step:
-            # It was not among the best of the monitor, and the newest is wanted all the same.
-            self._save_checkpoint(trainer, self.format_checkpoint_name(candidates, self.CHECKPOINT_NAME_LAST))
-        else:
-            self._save_last_checkpoint(trainer, candidates)
-
-    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+    def write(self, trainer: L.Trainer, path: str) -> None:
         """Write a checkpoint after flushing the curves up to it: a run that resumes from it does not log them again."""
         for logger in trainer.loggers:
             logger.save()
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 for events in Path(logger.log_dir).glob("events.out.tfevents.*"):
                     flush(events)
-        if trainer.is_global_zero and "://" not in str(filepath):
-            record_checkpoint(Path(filepath).parent, Path(filepath).name)
+        if trainer.is_global_zero and "://" not in str(path):
+            record_checkpoint(Path(path).parent, Path(path).name)
         if saves_shards(trainer):
-            self._save_folder(trainer, filepath)
+            self._write_folder(trainer, path)
         else:
-            super()._save_checkpoint(trainer, filepath)
+            super().write(trainer, path)
         self._written = time.monotonic()
 
-    def _save_folder(self, trainer: L.Trainer, filepath: str) -> None:
+    def _write_folder(self, trainer: L.Trainer, path: str) -> None:
         """Write a distributed checkpoint: each rank writes its part to a temporary folder, which is renamed last."""
         with ExitStack() as stack:
             aside = None
             if trainer.is_global_zero:
-                aside = stack.enter_context(atomic_folder(filepath, force=True, own=True, verb="fit"))
-            super()._save_checkpoint(trainer, str(trainer.strategy.broadcast(aside)))
+                aside = stack.enter_context(atomic_folder(path, force=True, own=True, verb="fit"))
+            super().write(trainer, str(trainer.strategy.broadcast(aside)))
         trainer.strategy.barrier()
-        self._last_checkpoint_saved = filepath
-
-    @staticmethod
-    def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
-        """Replace the link atomically; Lightning's own method removes the old link first."""
-        if trainer.is_global_zero and Path(filepath) != Path(linkpath):
-            try:
-                atomic_link(Path(linkpath), Path(filepath))
-            except OSError:  # a file system without links
-                with atomic_file(linkpath, own=True) as temporary:
-                    temporary.write_bytes(Path(filepath).read_bytes())
-        trainer.strategy.barrier()
-
-    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
-        """Return whether to remove ``previous``; also if the run resumed from it, or each resume would leave one."""
-        return previous != current and self.dirpath is not None and Path(self.dirpath) in Path(previous).parents
+        self.note_saved(trainer.global_step, path)
 
     def _time_is_up(self, trainer: L.Trainer) -> bool:
         if not self.every_minutes:
@@ -305,7 +281,7 @@ class Checkpoints(ModelCheckpoint):
     def _tell(self, trainer: L.Trainer, stopped: Stopped) -> None:
         if not trainer.is_global_zero:
             return
-        step = self._last_global_step_saved
+        step = self.saved_step
         if step:
             what = f"stopped at step {trainer.global_step} of {trainer.max_steps}; the checkpoint of step {step} is in "
             what += f"{self.dirpath}. Resume with --ckpt_path last."
@@ -313,29 +289,24 @@ class Checkpoints(ModelCheckpoint):
             what = "stopped before the first step was done; no checkpoint is written."
         say("", sys.stderr)  # a progress bar may be on this line
         say(f"leap_pl fit: {stopped.signal.name}: {what}", sys.stderr)
-        slurm = _requeuing(trainer)
+        slurm = requeuing(trainer)
         if slurm and stopped.signal == slurm.requeue_signal:
             requeue()
 
-    def _make_up_for_validation(self, trainer: L.Trainer) -> None:
-        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        if self._validated_step == trainer.global_step or fetcher is None or not loop._should_check_val_fx(fetcher):
-            return
-        # Otherwise Lightning resumes at the batch of the checkpoint's loop, without the metrics of the batches before.
-        loop.val_loop.restarting = False
-        trainer.validating = True
-        loop.val_loop.run()
-        trainer.training = True
+    def _skip_validation(self, trainer: L.Trainer) -> None:
+        if self._limit_val_batches is None:
+            self._limit_val_batches = trainer.limit_val_batches
+            trainer.limit_val_batches = 0
+
+    def _validate_again(self, trainer: L.Trainer) -> None:
+        if self._limit_val_batches is not None:
+            trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
 
 def _ends_early(trainer: L.Trainer) -> bool:
     """Return whether Lightning is about to end the run before its last step."""
-    return bool(trainer.should_stop and trainer.fit_loop._can_stop_early and trainer.global_step < trainer.max_steps)
-
-
-def _requeuing(trainer: L.Trainer) -> SLURMEnvironment | None:
-    environment = trainer._accelerator_connector.cluster_environment
-    return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+    enough = trainer.global_step >= (trainer.min_steps or 0) and trainer.current_epoch >= (trainer.min_epochs or 0)
+    return bool(trainer.should_stop and enough and trainer.global_step < trainer.max_steps)
 
 
 def requeue() -> None:

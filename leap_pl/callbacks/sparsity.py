@@ -11,6 +11,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
 from leap_pl.distributed.shards import gathered
+from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import TOTAL
 from leap_pl.masks import split_name
@@ -75,7 +76,7 @@ class SparsityLogger(L.Callback):
             samples: Number of logits in the whole model from which hard metrics and histograms are estimated.
         """
         if min(every_n_steps, histogram_every_n_steps, samples) < 1:
-            raise ValueError("sparsity_log: every_n_steps, histogram_every_n_steps and samples are at least 1.")
+            raise UserError("sparsity_log: every_n_steps, histogram_every_n_steps and samples are at least 1.")
         numbers = {"every_n_steps": every_n_steps, "histogram_every_n_steps": histogram_every_n_steps}
         check_numbers({**numbers, "samples": samples}, "sparsity_log.")
         self.every_n_steps, self.histogram_every_n_steps = every_n_steps, histogram_every_n_steps

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.types import _PATH
 
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.states import check_states
@@ -19,7 +18,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     ``s3://…`` are left to Lightning.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write ``checkpoint`` to ``path`` atomically.
 
         Raises:
@@ -38,7 +37,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 raise
 
     def load_checkpoint(
-        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read ``path`` into CPU memory without running code from it.
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from leap_pl.checkpoints.identity import KEY, Identity, read_identity
+from leap_pl.checkpoints.rewind import batch_counts
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import Gates, Stored, restore
 from leap_pl.inputs.register import note_input
@@ -62,10 +63,7 @@ def count_for_ranks(checkpoint: dict[str, Any], found: Identity, expected: Ident
     """
     if found.ranks in (None, expected.ranks) or expected.ranks is None or found.accumulation is None:
         return
-    if "loops" not in checkpoint:  # nothing is done yet
-        return
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    for counts in (progress["total"], progress["current"]):
+    for counts in batch_counts(checkpoint):
         done = counts["processed"]
         if done % found.accumulation or counts["ready"] != done:
             raise UserError(

@@ -5,9 +5,15 @@ micro-batches, so the resumed step would lack them. But until the step is taken,
 the state from before its first micro-batch. The counters and the position in the text are therefore rewound to that
 point, and a resumed run repeats the whole step. This costs at most the time of one step, and a run with 256
 micro-batches a step need not finish its step when a signal stops it.
+
+This is the only module that knows the names of Lightning's loops in a checkpoint. If a version of Lightning uses other
+names, the checkpoint is left as Lightning made it: a run resumes from it too, but within a step not bit for bit.
 """
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
+
+from leap_pl.errors import UserError, warn_once
 
 if TYPE_CHECKING:
     import lightning as L
@@ -22,40 +28,79 @@ def rewind(trainer: "L.Trainer", checkpoint: dict[str, Any]) -> None:
     data = trainer.datamodule  # type: ignore[attr-defined]
     if not hasattr(data, "state_before_step"):  # other data, whose position only Lightning knows
         return
+    if trainer.global_step:
+        try:
+            checkpoint["loops"] = _rewound(checkpoint["loops"], trainer)
+        except (KeyError, TypeError, AttributeError):
+            warn_once(
+                "this version of Lightning counts steps in another way: a run that is stopped amid an optimizer step "
+                "is resumed without the gradients that the step had come to, and may end with other bits."
+            )
+            return
+    else:
+        checkpoint.pop("loops", None)  # a run that begins
     before = data.state_before_step()
     if before is not None:
         checkpoint[type(data).__qualname__] = before
-    if trainer.global_step:
-        loop = checkpoint["loops"]["fit_loop"]
-        _rewind_loops(loop, trainer.global_step, trainer.accumulate_grad_batches)
-        if trainer.global_step < trainer.max_steps:  # ended early, its only epoch would count as over
-            for count in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
-                count.update(ready=1, started=1, processed=0, completed=0)
-    else:
-        del checkpoint["loops"]  # the run has not completed a step
 
 
-def _rewind_loops(loop: dict[str, Any], steps: int, micro_batches: int) -> None:
-    """Set the counters to the values that Lightning saves in ``on_train_batch_end`` of a step's last micro-batch.
+def batch_counts(checkpoint: dict[str, Any]) -> list[dict[str, int]]:
+    """Return Lightning's counters of batches in ``checkpoint``, of the run and of its epoch, to be changed in place.
 
-    The counters of validation are set to 0 in any case.
+    There are none where nothing is done yet.
 
-    Args:
-        loop: State of the fit loop, changed in place. A run is a single epoch.
-        steps: Completed optimizer steps, at least one.
-        micro_batches: Micro-batches per rank in one step.
+    Raises:
+        UserError: Lightning keeps them in another way.
     """
-    done = steps * micro_batches
+    if "loops" not in checkpoint:
+        return []
+    try:
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        counts = [progress["total"], progress["current"]]
+        known = all({"ready", "started", "processed", "completed"} <= count.keys() for count in counts)
+    except (KeyError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise UserError(
+            "this version of Lightning counts batches in another way than leap_pl knows, and only resumes a run on as "
+            "many ranks as it had. Give as many, or install the version of Lightning that the run had."
+        )
+    return counts
+
+
+def _rewound(loops: dict[str, Any], trainer: "L.Trainer") -> dict[str, Any]:
+    """Return the state of ``loops`` that Lightning saves in ``on_train_batch_end`` of a step's last micro-batch.
+
+    Its counters of validation are 0, wherever that is. A run is a single epoch.
+
+    Raises:
+        KeyError: Lightning keeps them by other names.
+    """
+    loops = deepcopy(loops)
+    loop, steps = loops["fit_loop"], trainer.global_step
+    done = steps * trainer.accumulate_grad_batches
     batches = loop["epoch_loop.batch_progress"]
     for count in (batches["total"], batches["current"]):
-        count.update(ready=done, started=done, processed=done, completed=done - 1)
-    batches["is_last_batch"] = False
+        _set(count, ready=done, started=done, processed=done, completed=done - 1)
+    _set(batches, is_last_batch=False)
     zeroed = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["zero_grad"]
     for count in (zeroed["total"], zeroed["current"]):
-        count.update(ready=steps, started=steps, completed=steps)
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - 1
+        _set(count, ready=steps, started=steps, completed=steps)
+    _set(loop["epoch_loop.state_dict"], _batches_that_stepped=steps - 1)
     # An interrupted validation is repeated from its first batch: its metrics are not in the checkpoint.
     validated = loop["epoch_loop.val_loop.batch_progress"]
     for count in (validated["total"], validated["current"]):
-        count.update(ready=0, started=0, processed=0, completed=0)
-    validated["is_last_batch"] = False
+        _set(count, ready=0, started=0, processed=0, completed=0)
+    _set(validated, is_last_batch=False)
+    if steps < trainer.max_steps:  # ended early, its only epoch would count as over
+        for count in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
+            _set(count, ready=1, started=1, processed=0, completed=0)
+    return loops
+
+
+def _set(counts: dict[str, Any], **values: int) -> None:
+    """Set ``counts`` that are there already."""
+    unknown = values.keys() - counts.keys()
+    if unknown:
+        raise KeyError(*unknown)
+    counts.update(values)

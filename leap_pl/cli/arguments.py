@@ -8,7 +8,7 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from leap_pl.errors import UserError
 from leap_pl.inputs.reading import MOST_SETTINGS, check_regular, read_regular
@@ -58,6 +58,12 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
     if re.fullmatch(r"Expected an? str\. Got value: None", plain):
         return _missing([key])
     return f"{key}: {re.sub('Expected an? ', 'expected ', plain)}"
+
+
+def options_of(parser: ArgumentParser) -> list[str]:
+    """Return the options that ``parser`` takes, for one to be suggested in the place of what was mistyped."""
+    table = getattr(parser, "_option_string_actions", None)  # argparse shows it to nobody
+    return [f"--{key}" for key in parser.get_defaults().keys()] if table is None else list(table)  # noqa: SIM118
 
 
 def check_groups(settings: Namespace, defaults: Namespace, within: str = "") -> None:

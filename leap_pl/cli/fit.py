@@ -4,7 +4,6 @@ import os
 import sys
 import time
 from argparse import ArgumentError
-from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,15 @@ from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.checkpoints.run_folder import Finished, check_finished, check_settings, replaces
-from leap_pl.cli.arguments import check_classes, check_configs, check_groups, one_line, plain, setting_of
+from leap_pl.cli.arguments import (
+    check_classes,
+    check_configs,
+    check_groups,
+    one_line,
+    options_of,
+    plain,
+    setting_of,
+)
 from leap_pl.cli.former_spelling import FormerSpellingParser, advice, respelled
 from leap_pl.cli.process import UNWRITABLE, set_up_process
 from leap_pl.distributed.strategy import lost_a_rank
@@ -60,11 +67,41 @@ OPTIMIZER: dict[str, Any] = {
 
 
 class LeapParser(FormerSpellingParser, LightningArgumentParser):
-    """LightningCLI's parser, which also reads settings where they used to be."""
+    """LightningCLI's parser, which also reads settings where they used to be.
+
+    Attributes:
+        verb: The verb whose options it parses; None of the parser of the verbs themselves.
+    """
+
+    def __init__(self, *args: Any, verb: str | None = None, **kwargs: Any) -> None:
+        """Take the verb, and what LightningCLI's parser takes."""
+        super().__init__(*args, **kwargs)
+        self.verb = verb
 
 
 class LeapCLI(LightningCLI):
-    """LightningCLI with the callbacks every run has, and one tokenizer for model and data."""
+    """LightningCLI with the callbacks every run has, and one tokenizer for model and data.
+
+    Attributes:
+        parsers: Verb → its parser, and None → that of the verbs.
+        force: Whether to replace an earlier run.
+        last: Whether to resume from the last checkpoint, should there be any.
+    """
+
+    force = last = False
+    _resumes_from: str | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take what LightningCLI takes, and do all that is asked for."""
+        self.parsers: dict[str | None, LeapParser] = {}
+        super().__init__(*args, **kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser, and keep it at hand."""
+        parser = super().init_parser(**kwargs)
+        assert isinstance(parser, LeapParser)
+        self.parsers[parser.verb] = parser
+        return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -80,16 +117,12 @@ class LeapCLI(LightningCLI):
         parser.set_defaults({"model.optimizer": OPTIMIZER})
         parser.link_arguments("model.base_model", "data.tokenizer")
         parser.link_arguments("model.revision", "data.tokenizer_revision")
-
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit":
+        if parser is self.parsers.get("fit"):
             parser.add_argument(
                 "--force",
                 action="store_true",
                 help="Replace an earlier run in checkpoint.dirpath: its checkpoints, its prior and its mask.",
             )
-        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse ``args``; what is not given is taken from the checkpoint that the run resumes from.
@@ -134,19 +167,38 @@ class LeapCLI(LightningCLI):
             rank_zero_only(say)(f"leap_pl {verb}: {words_of_last}", sys.stderr)
         settings = self.config[verb]
         check_numbers(settings.as_dict())
-        check_groups(settings, self._subcommand_parsers[verb].get_defaults())
+        check_groups(settings, self.parsers[verb].get_defaults())
         for name, error in refused.items():
-            if same(plain(settings.get(name)), plain(self._subcommand_parsers[verb].get_default(name))):  # not typed
+            if same(plain(settings.get(name)), plain(self.parsers[verb].get_default(name))):  # not typed
                 raise error
         check_classes(settings)
         if verb == "fit":
             settings.force = False  # a saved config, given again, is not to replace the run that saved it
             rank_zero_only(check_settings)(settings, force=self.force, last=self.last)
+        # LightningCLI would lay the settings of a checkpoint over what was typed: it is not to see the path yet.
+        self._resumes_from, settings.ckpt_path = settings.ckpt_path, None
+
+    def before_instantiate_classes(self) -> None:
+        """Put the path of the checkpoint back, which :meth:`parse_arguments` has set aside."""
+        if self.subcommand is not None:
+            self.config[self.subcommand].ckpt_path = self._resumes_from
+
+    def instantiate_classes(self) -> None:
+        """Make the module, the data and the trainer.
+
+        Raises:
+            UserError: One of their classes, or of those that they name, refuses its settings.
+        """
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except (ValueError, MisconfigurationException) as error:
+            raise _refusal(error) from error
 
     def _warn_of_former(self, typed: list[str]) -> None:
         """Say once what to write instead of what is ``typed``, and in configs, where it used to be."""
-        parsers = (self.parser, *getattr(self, "_subcommand_parsers", {}).values())
-        former = [*typed, *(name for parser in parsers for name in parser.former)]
+        former = [*typed, *(name for parser in self.parsers.values() for name in parser.former)]
         if former:
             rank_zero_warn(advice(former))
 
@@ -154,10 +206,8 @@ class LeapCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            known = getattr(self, "_subcommand_parsers", {}).get(words[0] if words else "", parser)
-            raise UserError(one_line(error, list(known._option_string_actions))) from error
-
-    force = last = False  # what to do with an earlier run
+            known = self.parsers.get(words[0] if words else None, parser)
+            raise UserError(one_line(error, options_of(known))) from error
 
     def _take_settings(
         self, verb: str, checkpoint: dict[str, Any], path: str, words: list[str]
@@ -178,12 +228,12 @@ class LeapCLI(LightningCLI):
         known = {name: value for name, value in settings.items() if name not in linked and name not in refused}
         if verb != "fit":  # validation has a precision of its own, and no steps
             known = {name: value for name, value in known.items() if not name.startswith("trainer.")}
-        self._subcommand_parsers[verb].set_defaults(known)
+        self.parsers[verb].set_defaults(known)
         return refused
 
     def before_fit(self) -> None:
         """Tell the model what it goes on from, and refuse a form that the strategy cannot read."""
-        path = self._get(self.config_init, "ckpt_path")
+        path = self.config_init[self.subcommand].ckpt_path
         if path is None or not Path(path).exists():
             return
         self.model.resumes_from = path
@@ -198,9 +248,6 @@ class LeapCLI(LightningCLI):
             check_folder(path)
 
     before_validate = before_fit
-
-    def _parse_ckpt_path(self) -> None:
-        """Lightning's own version lays the checkpoint's settings over what was typed."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with checkpoint files that are whole and checked unless another way to store them was chosen."""
@@ -232,7 +279,7 @@ def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
     """Parse ``words`` and make trainer, module and data module; with ``run``, the first word is the verb to run."""
     # Options by their whole names only: what stands for --ckpt_path has to be known before the rest is parsed.
     settings = {"exit_on_error": False, "allow_abbrev": False}
-    verbs: dict[str, Any] = dict.fromkeys(LeapCLI.subcommands(), settings) if run else {}
+    verbs: dict[str, Any] = {verb: {**settings, "verb": verb} for verb in LeapCLI.subcommands()} if run else {}
     return LeapCLI(
         LeapModule,
         TextDataModule,
@@ -284,21 +331,24 @@ def run(words: list[str]) -> LeapCLI | None:
             f"{place} ({error.strerror}). Free space, or name other places with --checkpoint.dirpath and "
             "--trainer.logger.save_dir."
         ) from error
-    except (ValueError, MisconfigurationException) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__  # jsonargparse wraps what a class of a list of classes raises
-        if cause is not None and cause is not error:
-            raise cause from error
-        if cause is not None or not _from_settings(error):
-            raise
-        told = " ".join(str(error).split())
-        if "enable_checkpointing" in told:
-            told = (
-                "trainer.enable_checkpointing false does not go with the checkpoints that fit writes. For none, set "
-                "--checkpoint.save_top_k 0 --checkpoint.save_last false."
-            )
-        raise UserError(told) from error
+    except MisconfigurationException as error:  # what Lightning finds only when it begins
+        raise _refusal(error) from error
+
+
+def _refusal(error: Exception) -> UserError:
+    """Return what to say of ``error``, by which a class refuses its settings: its own line, or one of this package."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__  # jsonargparse wraps what a class of a list of classes raises
+    if cause is not None:
+        return cause
+    told = " ".join(str(error).split())
+    if "enable_checkpointing" in told:
+        told = (
+            "trainer.enable_checkpointing false does not go with the checkpoints that fit writes. For none, set "
+            "--checkpoint.save_top_k 0 --checkpoint.save_last false."
+        )
+    return UserError(told)
 
 
 def _check_trainer(trainer: Trainer) -> None:
@@ -313,25 +363,8 @@ def _check_trainer(trainer: Trainer) -> None:
         )
 
 
-def _from_settings(error: Exception) -> bool:
-    """Whether a constructor of this package, or the trainer when it was set up, refused its settings."""
-    if isinstance(error, MisconfigurationException):  # which says just that
-        return True
-    trace, last = error.__traceback__, None
-    while trace is not None:
-        if trace.tb_frame.f_code is unwrap(Trainer.__init__).__code__:
-            return True
-        last, trace = trace, trace.tb_next
-    if last is None:
-        return False
-    code = last.tb_frame.f_code
-    place = Path(code.co_filename)
-    ours = "leap_pl" in place.parts and code.co_name in ("__init__", "__post_init__")
-    return ours or place.stem in ("accelerator_connector", "callback_connector", "setup")
-
-
 def _as_typed(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A class and its settings as a config has them."""
+    """Return a class and its settings as in a config."""
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 

@@ -171,7 +171,7 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
 
     from jsonargparse import ArgumentParser
 
-    from leap_pl.cli.arguments import check_configs, one_line
+    from leap_pl.cli.arguments import check_configs, one_line, options_of
     from leap_pl.cli.command import add_arguments
     from leap_pl.inputs.ranges import check_numbers
 
@@ -193,7 +193,7 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
     try:
         settings = parser.parse_args(words).as_dict()
     except ArgumentError as error:
-        raise UserError(_paths_back(one_line(error, list(parser._option_string_actions)), paths)) from error
+        raise UserError(_paths_back(one_line(error, options_of(parser)), paths)) from error
     settings = _paths_back(settings, paths)
     settings.pop("config", None)
     check_numbers(settings, f"{verb}.", "--")

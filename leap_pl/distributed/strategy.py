@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError, listing, warn_once
 
 if TYPE_CHECKING:
     import lightning as L
@@ -57,7 +57,15 @@ def sharding_mesh(trainer: "L.Trainer | None") -> DeviceMesh | None:
 def saves_shards(trainer: "L.Trainer | None") -> bool:
     """Return whether checkpoints are folders in which each rank writes its own part."""
     strategy = trainer.strategy if trainer is not None else None
-    return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
+    if not isinstance(strategy, ModelParallelStrategy):
+        return False
+    told = getattr(strategy, "_save_distributed_checkpoint", None)  # what it was made with
+    if told is None:
+        warn_once(
+            "this version of Lightning does not tell the save_distributed_checkpoint of its ModelParallelStrategy: "
+            "checkpoints are written as folders, which is its default."
+        )
+    return told is not False
 
 
 def shard(
@@ -198,4 +206,11 @@ def reduce_only(module: nn.Module, names: Collection[str]) -> None:
     model, and its buffers before each forward pass.
     """
     others = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name not in names]
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, others)
+    ignore = getattr(nn.parallel.DistributedDataParallel, "_set_params_and_buffers_to_ignore_for_model", None)
+    if ignore is not None:
+        ignore(module, others)
+    elif dist.is_initialized():
+        warn_once(
+            "this version of torch sends the frozen weights from rank zero to all others when a run begins, and the "
+            "buffers in each forward pass: both take time, and change nothing."
+        )

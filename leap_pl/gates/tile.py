@@ -137,7 +137,7 @@ class TileGate(Gate):
         """
         super().__init__(weight, state)
         if min(spread, pattern_spread) <= 0 or strength < 0:
-            raise ValueError(
+            raise UserError(
                 f"spread {spread} and pattern_spread {pattern_spread} must be above 0, strength {strength} not below 0."
             )
         self.n, self.m, self.mode = n, m, mode

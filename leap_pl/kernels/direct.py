@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import config as tracing
 
-Graph = Callable[[list[Any]], Sequence[Any]]  # clears the list that it receives
+from leap_pl.kernels.inductor import Graph, compile_and_note
 
 
 class DirectKernel:
@@ -28,8 +27,7 @@ class DirectKernel:
 
     def __init__(self, kernel: Callable[..., Any], options: Mapping[str, Any]) -> None:
         """Wrap ``kernel``, which takes positional arguments, a tensor first; ``options`` are those of inductor."""
-        self._options = dict(options)
-        self._checked = torch.compile(kernel, dynamic=True, fullgraph=True, backend=self._compile)
+        self._checked = compile_and_note(kernel, options, lambda *call: self._seen.append(call))
         self._calls: dict[Hashable, _Call] = {}
         self._seen: list[tuple[Graph, Sequence[Any], Sequence[Any]]] = []  # recorded graph calls: inputs, outputs
 
@@ -47,31 +45,6 @@ class DirectKernel:
         if call is not None:
             self._calls[kind] = call
         return result
-
-    def _compile(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Any:
-        from torch._inductor.compile_fx import compile_fx  # needed only where there is a compiler, and slow to import
-
-        # A graph from the autograd cache would bypass _finish. The cache of compiled code is a different one.
-        with tracing.patch(enable_autograd_cache=False):
-            return compile_fx(graph, list(examples), inner_compile=self._finish, config_patches=self._options)
-
-    def _finish(self, *arguments: Any, **settings: Any) -> Any:
-        """Compile a graph traced by torch.compile, and record the calls to it."""
-        from torch._inductor.compile_fx import compile_fx_inner
-
-        code: Any = compile_fx_inner(*arguments, **settings)
-        run: Graph | None = getattr(code, "current_callable", None)
-        if run is None:  # another version of torch: every call goes through torch.compile
-            return code
-
-        def recording(inputs: list[Any]) -> Sequence[Any]:
-            given = tuple(inputs)
-            outputs = run(inputs)
-            self._seen.append((run, given, outputs))
-            return outputs
-
-        code.current_callable = recording
-        return code
 
 
 @dataclass(frozen=True)

@@ -75,11 +75,11 @@ class Objective:
         object.__setattr__(self, "extra", tuple(self.extra))
         negative = [k for k in ("lm", "distillation", "budget", "weight") if getattr(self, k) < 0]
         if negative:
-            raise ValueError(f"objective.{negative[0]} is {getattr(self, negative[0])}; a weight is 0 or more.")
+            raise UserError(f"objective.{negative[0]} is {getattr(self, negative[0])}; a weight is 0 or more.")
         if self.lm == 0 and self.distillation == 0 and not self.extra:
-            raise ValueError("objective.lm and objective.distillation are both 0: nothing to learn from. Raise one.")
+            raise UserError("objective.lm and objective.distillation are both 0: nothing to learn from. Raise one.")
         if self.temperature <= 0 or self.chunk < 1:
-            raise ValueError("objective.temperature must be above 0 and objective.chunk at least 1.")
+            raise UserError("objective.temperature must be above 0 and objective.chunk at least 1.")
         check_numbers(vars(self), "model.objective.", "objective.")
         self.check_extra()
 

@@ -53,11 +53,11 @@ class FisherOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
-            raise ValueError(f"Fisher allocation of strength {self.strength:g}: give a number above 0 and at most 1.")
+            raise UserError(f"Fisher allocation of strength {self.strength:g}: give a number above 0 and at most 1.")
         if not 0 <= self.row_strength <= 1:
-            raise ValueError(f"Fisher allocation of row strength {self.row_strength:g}: give a number from 0 to 1.")
+            raise UserError(f"Fisher allocation of row strength {self.row_strength:g}: give a number from 0 to 1.")
         if self.sequences < 1:
-            raise ValueError(f"Fisher allocation from {self.sequences} sequences: give at least 1.")
+            raise UserError(f"Fisher allocation from {self.sequences} sequences: give at least 1.")
 
 
 class Moments:

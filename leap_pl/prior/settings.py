@@ -65,21 +65,19 @@ class Prior:
                 )
             object.__setattr__(self, "masks", masks)
         if "prior" in (self.masks or {}):
-            raise ValueError("prior.masks is for masks in addition to prior.mask. Give the prior itself as prior.mask.")
+            raise UserError("prior.masks is for masks in addition to prior.mask. Give the prior itself as prior.mask.")
         if self.method not in (*METHODS, NO_METHOD):
-            raise ValueError(f"prior.method is {self.method!r}; give one of {', '.join((*METHODS, NO_METHOD))}.")
+            raise UserError(f"prior.method is {self.method!r}; give one of {', '.join((*METHODS, NO_METHOD))}.")
         if self.sequences < 1:
-            raise ValueError(f"prior.sequences is {self.sequences}; give 1 or more.")
+            raise UserError(f"prior.sequences is {self.sequences}; give 1 or more.")
         if self.graded and self.method == NO_METHOD and self.mask is None:
-            raise ValueError("prior.graded grades a mask, and prior.method is none. Leave one of them out.")
+            raise UserError("prior.graded grades a mask, and prior.method is none. Leave one of them out.")
         if self.fisher is not None and not 0 < self.fisher <= 1:
-            raise ValueError(f"prior.fisher is {self.fisher:g}; give a number above 0 and at most 1, or leave it out.")
+            raise UserError(f"prior.fisher is {self.fisher:g}; give a number above 0 and at most 1, or leave it out.")
         check_numbers(asdict(self), "model.prior.", "prior.")
         if self.fisher is not None and (self.method == NO_METHOD or self.mask is not None):
             given = "prior.method is none" if self.mask is None else "prior.mask is given"
-            raise ValueError(
-                f"prior.fisher allocates the sparsity of prior.method, and {given}. Leave one of them out."
-            )
+            raise UserError(f"prior.fisher allocates the sparsity of prior.method, and {given}. Leave one of them out.")
 
     def make(
         self,

@@ -90,6 +90,14 @@ class GatedModule(L.LightningModule):
         self.validation = Validation()
 
     @property
+    def attached(self) -> L.Trainer | None:
+        """The trainer that this module is run by; None where there is none."""
+        try:
+            return self.trainer
+        except RuntimeError:
+            return None
+
+    @property
     def prior(self) -> "MaskSet | None":
         """The mask that learning starts from, once the model is loaded for a fit; on rank zero.
 
@@ -130,7 +138,7 @@ class GatedModule(L.LightningModule):
         """Load the base model, make the prior, put the gates on. Does nothing the second time."""
         if self.model is not None:
             return
-        self.mesh = sharding_mesh(self._trainer)
+        self.mesh = sharding_mesh(self.attached)
         dtype = self.dtype_name
         if dtype == "auto":  # measured, so that two ranks may find differently
             dtype = as_rank_zero_has(fast_dtype(self._device_of_run()))
@@ -238,18 +246,18 @@ class GatedModule(L.LightningModule):
             self.priors = started_prior(found.settings, forms, folders, cache_dir, make)
 
     def _fitting(self) -> bool:
-        return self._trainer is not None and self.trainer.state.fn == "fit"
+        return self.attached is not None and self.trainer.state.fn == "fit"
 
     def _device_of_run(self) -> torch.device:
-        return self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+        return self.trainer.strategy.root_device if self.attached is not None else torch.device("cpu")
 
     def _check_length(self, model: "PreTrainedModel") -> None:
-        asked = getattr(getattr(self._trainer, "datamodule", None), "seq_length", None)
+        asked = getattr(getattr(self.attached, "datamodule", None), "seq_length", None)
         if asked:
             check_sequence_length(model.config, asked, self.base_model, "--data.seq_length")
 
     def _check_vocabulary(self, model: "PreTrainedModel") -> None:
-        data = getattr(self._trainer, "datamodule", None)
+        data = getattr(self.attached, "datamodule", None)
         if data is not None and hasattr(data, "vocabulary"):
             data.vocabulary = vocabulary_of(model)
             check_tokenizer(data.tokenizer, data.vocabulary, self.base_model)
@@ -298,7 +306,7 @@ class GatedModule(L.LightningModule):
         def mask(name: str) -> Tensor:
             return gathered(self.gates[name].hard_mask()).cpu()
 
-        if self._trainer is None or self.trainer.is_global_zero:
+        if self.attached is None or self.trainer.is_global_zero:
             return write_masks(path, self.gates.shapes, mask, provenance)
         counts = [(int(part.sum()), part.numel()) for part in map(mask, sorted(self.gates))]
         return sum(kept for kept, _ in counts), sum(total for _, total in counts)
@@ -307,7 +315,7 @@ class GatedModule(L.LightningModule):
 
     def identity(self) -> Identity:
         """What this run's checkpoints say of themselves."""
-        dense, data = self.validation.dense, getattr(self._trainer, "datamodule", None)
+        dense, data = self.validation.dense, getattr(self.attached, "datamodule", None)
         return Identity(
             base_model=self.base_model,
             revision=self.revision,
@@ -357,7 +365,7 @@ class GatedModule(L.LightningModule):
         told |= {DIGESTS: self.prior_digests} if self.prior_digests else {}
         told["logits_dtype"] = str(self.logits_dtype).removeprefix("torch.")
         told["dtype"] = None if self.model is None else str(self.model.dtype).removeprefix("torch.")
-        if self._trainer is None:
+        if self.attached is None:
             return told
         told |= live_settings(self.trainer)
         hard, dense = self.validation.hard, self.validation.dense
@@ -372,7 +380,7 @@ class GatedModule(L.LightningModule):
         checkpoint[KEY] = asdict(self.identity())
         checkpoint.pop("hyper_parameters", None)  # said there once, and read by a schema
         rewind(self.trainer, checkpoint)
-        if saves_shards(self._trainer):
+        if saves_shards(self.attached):
             return  # each rank its own, under this module's names: ModelParallelStrategy reads them back
         if self.mesh is None:
             state = {checkpoints.key_of(*place): tensor for place, tensor in self.gates.stored().items()}
@@ -389,7 +397,7 @@ class GatedModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or another run; map its logits to this module's names."""
         found = read_identity(checkpoint)
-        if self._trainer is not None:
+        if self.attached is not None:
             data = getattr(self.trainer, "datamodule", None)
             self.check_resume(checkpoint, "the checkpoint", self.trainer, data, fitting=self._fitting())
         check_same(found, self.identity())

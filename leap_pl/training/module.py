@@ -279,7 +279,7 @@ class LeapModule(GatedModule):
 
     def mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
         """The mean of each value over the ranks of the run, every one of which makes this call."""
-        return values if self._trainer is None else mean_over_ranks(values, self.trainer)
+        return values if self.attached is None else mean_over_ranks(values, self.trainer)
 
     def check_finite(self, *, logits: bool = False) -> None:
         """Make sure that the last micro-batch's loss, the gradients since, and the logits if asked for, are numbers.
@@ -321,10 +321,14 @@ class LeapModule(GatedModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as Lightning does, by the norm that is known already."""
-        if gradient_clip_val and self.gradient_norm is not None and gradient_clip_algorithm in (None, "norm"):
+        # Lightning's own way refuses a fused optimizer, which says that it unscales gradients itself: only those of
+        # float16 are scaled.
+        if self.gradient_norm is None or not gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm in (None, "norm"):
             clip_by_norm(optimizer, self._learned().values(), gradient_clip_val, self.gradient_norm)
         else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            self.trainer.precision_plugin.clip_grad_by_value(optimizer, gradient_clip_val)
 
     def _dtype_of_model(self) -> torch.dtype | None:
         return None if self.model is None else self.model.dtype
@@ -337,10 +341,6 @@ class LeapModule(GatedModule):
                 f"trainer.max_steps is {total}, and every schedule needs a number of steps. Add --trainer.max_steps N."
             )
         optimizer = self._optimizer_of(list(self._learned().values()))
-        if self.trainer.precision != "16-mixed":
-            # A fused optimizer says that it unscales gradients itself, and Lightning then refuses to clip them;
-            # without float16 there is no scale.
-            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if self.make_scheduler is not None:
             scheduler = self.make_scheduler(optimizer)
         else:

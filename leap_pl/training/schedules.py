@@ -40,14 +40,14 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.curve not in get_args(Curve):
-            raise ValueError(f"there is no curve {self.curve!r}. Give one of {', '.join(get_args(Curve))}.")
+            raise UserError(f"there is no curve {self.curve!r}. Give one of {', '.join(get_args(Curve))}.")
         for value in (self.start, self.end):
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise UserError(f"a schedule goes from {self.start} to {self.end}; give finite numbers.")
         if self.curve == "exponential" and (self.start <= 0 or self.end <= 0):
-            raise ValueError(f"an exponential schedule needs values above 0, not {self.start} to {self.end}.")
+            raise UserError(f"an exponential schedule needs values above 0, not {self.start} to {self.end}.")
         if self.curve == "constant" and self.start != self.end:
-            raise ValueError(f"a constant schedule cannot go from {self.start} to {self.end}; make them equal.")
+            raise UserError(f"a constant schedule cannot go from {self.start} to {self.end}; make them equal.")
 
     def __str__(self) -> str:
         """Return it as it is typed."""
