@@ -191,14 +191,17 @@ def _as_asked(name: str, stored: Any, settings: Mapping[str, Any]) -> bool:
     """Return whether a setting that affects learning is requested as it was; False if in doubt."""
     if RULES.get(name) != "fixed" or settings.get(name) == "auto":
         return True
-    return not differences(name, _by_name(stored), _by_name(settings.get(name)))
+    return not differences(name, _normal(stored), _normal(settings.get(name)))
 
 
-def _by_name(value: Any) -> Any:
-    """Return ``value`` with its class path, if it has one, reduced to the class name."""
-    if isinstance(value, dict) and isinstance(value.get("class_path"), str):
-        return {**value, "class_path": value["class_path"].rpartition(".")[2]}
-    return value
+def _normal(value: Any) -> Any:
+    """Return ``value`` without the settings that are not set, and with a class path reduced to the class name."""
+    if not isinstance(value, dict):
+        return value
+    given = {name: one for name, one in value.items() if one is not None and one != [] and one != ()}
+    if isinstance(value.get("class_path"), str):
+        given["class_path"] = value["class_path"].rpartition(".")[2]
+    return given
 
 
 def tidy(folder: Path, newest: Path) -> None:

@@ -101,7 +101,7 @@ def test_figures_that_name_their_cell_are_the_cells(document: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda cell: cell.pop("title"), "'title' (required)"),
+        (lambda cell: cell.pop("title"), "'title' is missing or invalid (required)"),
         (lambda cell: cell.update(order="first"), "'order'"),
         (lambda cell: cell.update(sparsity=50), "'sparsity'"),
         (lambda cell: cell.update(about={"class_path": "os.system"}), "'about'"),
