@@ -1,4 +1,4 @@
-"""Gradients clipped by a norm that is known already, where possible in the optimizer's own pass over them."""
+"""Clipping of gradients by a norm that is already known, in the optimizer's own pass over them if possible."""
 
 from collections.abc import Iterable
 
@@ -9,24 +9,26 @@ from torch import Tensor, nn
 def clip_by_norm(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], limit: float, norm: Tensor
 ) -> None:
-    """Let the next step of ``optimizer`` see gradients whose norm is at most ``limit``.
+    """Clip the gradients for the next step of ``optimizer`` to a norm of at most ``limit``.
 
-    To scale them is a pass over all of them, some hundredths of a step's time on a CPU. A fused Adam divides what it
-    reads by a number, meant for the scale of float16, and is given one to clip by; the gradients themselves stay as
-    they are. For others they are scaled by :func:`torch.nn.utils.clip_grads_with_norm_`.
+    Scaling the gradients takes a pass over all of them, some hundredths of a step's time on a CPU. A fused Adam divides
+    the gradients that it reads by ``grad_scale``, which is meant for the loss scale of float16; here it is set to the
+    divisor that clips them, and the gradients themselves do not change. For other optimizers
+    :func:`torch.nn.utils.clip_grads_with_norm_` scales the gradients.
 
     Args:
-        optimizer: Whose step comes next, before any other change of the gradients.
-        parameters: All that it has.
-        limit: The norm's.
-        norm: Of all gradients together, as they are.
+        optimizer: Optimizer, whose step follows before the gradients change again.
+        parameters: All parameters of the optimizer.
+        limit: Largest norm.
+        norm: Norm of all gradients together before clipping.
     """
-    if _divides(optimizer) and type(norm) is Tensor:  # and not sharded
+    if _divides(optimizer) and type(norm) is Tensor:  # not a DTensor: the norm is not sharded
         optimizer.grad_scale = ((norm.float() + 1e-6) / limit).clamp(min=1)  # type: ignore[attr-defined]
     else:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
 
 def _divides(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether ``optimizer`` divides gradients by its ``grad_scale``."""
     fused = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and optimizer.defaults.get("fused")
     return bool(fused) and all(group.get("fused") for group in optimizer.param_groups)

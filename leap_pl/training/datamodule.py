@@ -1,4 +1,4 @@
-"""Text for a training run: a stream of packed blocks that goes on exactly where it stopped."""
+"""Text for a training run: a stream of packed blocks that resumes exactly after the last one used."""
 
 from itertools import islice
 from pathlib import Path
@@ -27,11 +27,11 @@ FORMAT = 2  # 1 had no digests of the text
 class TextDataModule(LightningDataModule):
     """Packed blocks of text to learn a mask on, and held-out blocks to validate it.
 
-    Documents are joined by a ``separator`` and cut in blocks of exactly ``seq_length`` tokens. The
-    sequence of blocks follows from text, tokenizer, ``seq_length`` and ``seed`` alone; ranks and data workers
-    share it without overlap, and a resumed run goes on with the block that comes next. A run is one epoch of
-    ``trainer.max_steps`` × ``trainer.accumulate_grad_batches`` batches on every rank; a text that is shorter
-    repeats, its files in another order.
+    Documents are joined by a ``separator`` and cut into blocks of exactly ``seq_length`` tokens. The
+    sequence of blocks depends on text, tokenizer, ``seq_length`` and ``seed`` alone; ranks and data workers
+    share it without overlap, and a resumed run continues with the next block. A run is one epoch of
+    ``trainer.max_steps`` × ``trainer.accumulate_grad_batches`` batches on every rank; a shorter text is
+    repeated, with its files in another order.
 
     Sample configuration::
 
@@ -43,26 +43,26 @@ class TextDataModule(LightningDataModule):
     Args:
         tokenizer: Base model whose tokenizer is used: hub id, local folder, or local GGUF file. None takes that of the
             module that is trained or validated, with its revision.
-        text: What to train on. Local files (``.jsonl``, ``.jsonl.gz``, ``.parquet``: one document a line or row;
-            ``.txt``: one running text a file), patterns such as ``text/*.jsonl``, or a list of them; or the
+        text: Text to train on: local files (``.jsonl``, ``.jsonl.gz``, ``.parquet``: one document a line or row;
+            ``.txt``: one continuous text a file), patterns such as ``text/*.jsonl``, or a list of them; or the
             hub id of a dataset, which is streamed and never downloaded whole.
         config_name: Configuration of a hub dataset; None is its only one, and ``en`` for ``allenai/c4``.
         split: Split of a hub dataset to train on.
         text_column: Column or JSON key that holds the text.
-        validation_text: What to validate on, as ``text``. None is the ``validation_split`` of a hub dataset, and
-            of local files about one document in twenty (of a ``.txt`` file the last twentieth), which
-            training then never sees.
-        validation_config_name: Configuration of ``validation_text`` where that is a hub dataset.
+        validation_text: Text to validate on, as ``text``. None is the ``validation_split`` of a hub dataset; of local
+            files it is about one document in twenty (of a ``.txt`` file the last twentieth), which training then
+            excludes.
+        validation_config_name: Configuration of ``validation_text`` if that is a hub dataset.
         validation_split: Split of a hub dataset to validate on. If it is the same as ``split``, one document in
             twenty of it is held out.
-        seq_length: Tokens in a block. It is never taken from the model, whose longest may be far too long.
+        seq_length: Tokens in a block. It is never taken from the model, whose maximum may be far too long.
         batch_size: Blocks in a micro-batch on each rank.
-        validation_sequences: Blocks to validate on, of all ranks together; 0 holds nothing out.
+        validation_sequences: Number of blocks to validate on, over all ranks; 0 disables it and holds out no text.
         num_workers: Processes of each rank that read and tokenize ahead; 0 does it in the training process.
-        separator: What follows each document: the tokenizer's end token (``end_token``), as in pretraining, or a
-            blank line (``blank_line``), as in the texts that perplexity is measured on. A mask learns to go on after
-            what it has seen.
-        seed: Order of the files, or of the shards of a hub dataset; validation does not depend on it.
+        separator: Separator after each document: the tokenizer's end token (``end_token``), as in pretraining, or a
+            blank line (``blank_line``), as in the texts that perplexity is measured on. A mask learns to continue
+            text after the separator that it is trained with.
+        seed: Seed of the order of the files, or of the shards of a hub dataset; validation does not depend on it.
         tokenizer_revision: Branch, tag or commit of a ``tokenizer`` from the hub.
     """
 
@@ -86,7 +86,7 @@ class TextDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if seq_length < 2:
-            raise UserError(f"data.seq_length is {seq_length}, and a block of 2 tokens is the least that predicts one.")
+            raise UserError(f"data.seq_length is {seq_length}; give 2 or more, to predict a token from one before it.")
         numbers = {"seq_length": seq_length, "batch_size": batch_size, "validation_sequences": validation_sequences}
         check_numbers({**numbers, "num_workers": num_workers, "seed": seed}, "data.")
         self.tokenizer_name: Any = tokenizer  # Python code may pass a tokenizer instead of a name
@@ -98,7 +98,7 @@ class TextDataModule(LightningDataModule):
         self.validation_text = validation_text
         self.validation_config_name = validation_config_name
         self.validation_split = validation_split
-        # Plain numbers: they go into checkpoints, which are read with weights_only.
+        # Plain numbers, since checkpoints hold them and are read with weights_only.
         self.seq_length = int(seq_length)
         self.batch_size = int(batch_size)
         self.validation_sequences = int(validation_sequences)
@@ -106,28 +106,28 @@ class TextDataModule(LightningDataModule):
         self.separator: Separator = separator
         self.seed = seed
         self.tokenizer_revision = tokenizer_revision
-        self.vocabulary: int | None = None  # tokens that the model has embeddings for; it says so once it is loaded
+        self.vocabulary: int | None = None  # size of the model's embedding; the model sets it once it is loaded
         self._tokenizer: Any = None
         self._stream: BlockStream | None = None
         self._validation: Tensor | None = None
         self._identity: dict[str, Any] | None = None
-        # How far the run is after the batch in training, and after the one before it.
+        # Progress of the run after the current batch, and after the one before it.
         self._progress = self._progress_before = BEGINNING
-        # The optimizer step that is being worked on, and how far the run was before its first micro-batch.
+        # The optimizer step in progress, and the progress of the run before its first micro-batch.
         self._step: int | None = None
         self._progress_at_step = BEGINNING
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, loaded when it is first asked for.
+        """Return the tokenizer, which is loaded on first use.
 
         Raises:
-            UserError: It cannot be loaded, or none was named and there is no model yet to take it from.
+            UserError: The tokenizer cannot be loaded, or none was named and there is no model yet to take it from.
         """
         if self.tokenizer_name is None:
             raise UserError(
-                "data.tokenizer is not given, and is then that of the LeapModule which a trainer fits or validates. "
-                "Without a trainer, name a base model: TextDataModule(tokenizer, ...)."
+                "data.tokenizer is not set, and no trainer has attached a LeapModule to take it from. "
+                "Name a base model: TextDataModule(tokenizer, ...)."
             )
         if self._tokenizer is None:
             self._tokenizer = loaded_tokenizer(self.tokenizer_name, self.tokenizer_revision)
@@ -135,7 +135,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def stream(self) -> BlockStream:
-        """The blocks to train on.
+        """Return the stream of blocks to train on.
 
         Raises:
             UserError: The text cannot be found, or the tokenizer has no end token.
@@ -146,24 +146,24 @@ class TextDataModule(LightningDataModule):
         return self._stream
 
     def setup(self, stage: str) -> None:
-        """Take the model's tokenizer where none was named, and read the first document of a fit.
+        """Take the model's tokenizer if none was named, and read the first document of a fit.
 
-        So what is missing is said before anything is computed.
+        So a missing text is reported before anything is computed.
 
         Raises:
             UserError: The text cannot be found or read, the tokenizer has no end token, or a setting of the trainer
-                does not go with a run of one epoch.
+                is not compatible with a run of one epoch.
         """
         self._take_tokenizer()
         if stage == "fit":
             if self.trainer is not None:
                 check_run_length(self.trainer)
-            self._progress = self._progress_before = BEGINNING  # what a checkpoint says comes after
+            self._progress = self._progress_before = BEGINNING  # a checkpoint is loaded later
             self._step = None
             next(self.stream.source.documents())
 
     def _take_tokenizer(self) -> None:
-        """Take the base model of the trainer's module for the tokenizer, where none was named."""
+        """Take the tokenizer from the base model of the trainer's module if none was named."""
         module = None if self.trainer is None else self.trainer.lightning_module
         name = getattr(module, "base_model", None)
         if not self._tokenizer_of_model or name is None:
@@ -171,17 +171,17 @@ class TextDataModule(LightningDataModule):
         taken = (name, getattr(module, "revision", None))
         if taken != (self.tokenizer_name, self.tokenizer_revision):
             self.tokenizer_name, self.tokenizer_revision = taken
-            # What came of another model's, if the data was used with one before.
+            # Discard what was made with another model's tokenizer, if the data was used with that model before.
             self._tokenizer = self._stream = self._validation = self._identity = None
 
     def train_dataloader(self) -> BlockLoader:
-        """The batches of this rank in the whole run, from where it was stopped.
+        """Return a loader of this rank's remaining batches of the run, all of them if it is not resumed.
 
         Raises:
             UserError: The trainer has no ``max_steps``.
         """
         if self.trainer is None:
-            raise UserError("No trainer is attached to the data. Call train_loader(batches) to read it without one.")
+            raise UserError("No trainer is attached to the data module. Without one, call train_loader(batches).")
         if self.trainer.max_steps < 0:
             raise UserError(
                 "A run on streamed text has no natural end, and trainer.max_steps is not set. "
@@ -192,10 +192,10 @@ class TextDataModule(LightningDataModule):
         return self.train_loader(batches, rank=rank, world_size=world_size)
 
     def train_loader(self, batches: int, *, rank: int = 0, world_size: int = 1) -> BlockLoader:
-        """``batches`` micro-batches for one rank, less those before the state that was loaded.
+        """Return a loader of ``batches`` micro-batches for one rank, without those before a loaded state.
 
-        Each is ``{"input_ids": LongTensor[batch_size, seq_length], "position": ...}``; what is passed to
-        :meth:`on_before_batch_transfer` counts as used.
+        Each is ``{"input_ids": LongTensor[batch_size, seq_length], "position": ...}``; a batch counts as used once it
+        is passed to :meth:`on_before_batch_transfer`.
         """
         dataset = RankBatches(
             self.stream, self.batch_size, batches, rank=rank, world_size=world_size, start=self._progress
@@ -203,13 +203,13 @@ class TextDataModule(LightningDataModule):
         return BlockLoader(dataset, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The held-out blocks of this rank, ``{"input_ids": LongTensor[batch_size, seq_length]}``.
+        """Return a loader of this rank's held-out blocks, ``{"input_ids": LongTensor[batch_size, seq_length]}``.
 
-        All ranks have equally many, since sharded models need every rank in every forward pass; the few
-        blocks that do not divide are left out.
+        All ranks have the same number, since sharded models need every rank in every forward pass; the remainder is
+        dropped.
 
         Raises:
-            UserError: The text to validate on cannot be read, or makes no block for some rank.
+            UserError: The validation text cannot be read, or makes fewer blocks than there are ranks.
         """
         if not self.validation_sequences:
             return []
@@ -219,21 +219,21 @@ class TextDataModule(LightningDataModule):
         even = len(self._validation) // world_size * world_size
         if not even:
             raise UserError(
-                f"The text to validate on makes {len(self._validation)} blocks, fewer than the {world_size} ranks. "
-                "Name more with --data.validation_text, or lower --data.seq_length."
+                f"The validation text makes {len(self._validation)} blocks, fewer than the {world_size} ranks. "
+                "Give more text with --data.validation_text, or lower --data.seq_length."
             )
         blocks = [{"input_ids": block} for block in self._validation[:even]]
-        # Lightning puts a sampler of its own, which doubles blocks, only where there is none for ranks yet.
+        # Without a distributed sampler Lightning would add its own, which duplicates blocks.
         sampler = DistributedSampler[Any](blocks, world_size, rank, shuffle=False)  # type: ignore[arg-type]
         return DataLoader(blocks, batch_size=self.batch_size, sampler=sampler)  # type: ignore[arg-type]
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Note how far the run has come with ``batch``, and leave the model only its tensors.
+        """Record the progress of the run with ``batch``, and return only its tensors for the model.
 
-        Lightning calls this when a batch leaves the loader to be trained on, whatever workers have read ahead.
+        Lightning calls this when a batch is about to be trained on, so what workers have read ahead does not count.
 
         Raises:
-            UserError: It holds a token that the model has no embedding for.
+            UserError: The batch has a token that the model has no embedding for.
         """
         if self.vocabulary is not None:
             check_tokens(batch["input_ids"], self.vocabulary, "the model")
@@ -245,60 +245,62 @@ class TextDataModule(LightningDataModule):
         return {name: value for name, value in batch.items() if name != "position"}
 
     def state_dict(self) -> dict[str, Any]:
-        """Which text this is and how far it has been trained on, in plain Python."""
+        """Return the identity of the text and the progress of training on it, as plain values."""
         progress = self._progress
         if self.trainer is not None:
             counts = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            # Saved amid a step, which Lightning will do again.
+            # Saved within a step, which Lightning will repeat.
             if counts.ready > counts.processed:  # type: ignore[attr-defined]
                 progress = self._progress_before
-        return self._stated(progress)
+        return self._state_at(progress)
 
-    def _stated(self, progress: Progress) -> dict[str, Any]:
+    def _state_at(self, progress: Progress) -> dict[str, Any]:
         rereadable = self.stream.source.shards.rereadable
         return {"format": FORMAT, "data": self.identity(), "rereadable": rereadable, **progress}
 
     def state_before_step(self) -> dict[str, Any] | None:
-        """As :meth:`state_dict`, before the first micro-batch of the optimizer step that is being worked on.
+        """Return :meth:`state_dict` as of before the first micro-batch of the optimizer step in progress.
 
-        None where there is no such step: the last one is done, and no micro-batch has been used since.
+        None if no step is in progress: the last one is complete, and no micro-batch has been used since.
         """
         if self.trainer is None or self.trainer.global_step != self._step:
             return None
-        return self._stated(self._progress_at_step)
+        return self._state_at(self._progress_at_step)
 
     def record(self) -> dict[str, Any]:
-        """Return what a mask's provenance tells of the text: its name, how much of it was read, and what that was.
+        """Return the record of the text for a mask's provenance: its name, the number of tokens used, and their digest.
 
-        ``tokens`` counts those that all ranks together have been trained on up to the last optimizer step;
+        ``tokens`` counts the tokens that all ranks together have been trained on up to the last optimizer step;
         ``sha256`` is a digest of every document, or stored line, that was read for them
-        (:func:`leap_pl.data.packing.digest_of_text`), whatever the files are called; None where it is not known.
+        (:func:`leap_pl.data.packing.digest_of_text`), independent of the names of the files; None if unknown.
         """
         progress = self._progress
         if self.trainer is not None and self.trainer.global_step == self._step:
             progress = self._progress_at_step
-        told = {key: getattr(self, key) for key in ("text", "validation_text", "seq_length", "batch_size", "seed")}
+        names = ("text", "validation_text", "seq_length", "batch_size", "seed")
+        settings = {name: getattr(self, name) for name in names}
         tokens = progress["consumed"] * self.batch_size * self.seq_length
-        return {**told, "tokens": tokens, "sha256": digest_of_text(progress["position"])}
+        return {**settings, "tokens": tokens, "sha256": digest_of_text(progress["position"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on behind the last batch that was trained on; validation alone has nothing to go on with.
+        """Resume after the last batch that was trained on; do nothing if the trainer does not fit.
 
-        Files are compared by a digest of what was read so far, up to the document in which the run was stopped, and
-        not by their names, sizes and dates: a run goes on where they were moved, or have grown behind that place, and
-        ends as a run from the beginning on the files as they are now would end. Each is read once for that, without
-        being parsed. Of a hub dataset, its name and the document in which the run was stopped are compared.
+        Files are compared by a digest of the text read so far, up to the document in which the run was interrupted, and
+        not by their names, sizes and dates: a run can resume after files were moved, or have grown after that place,
+        and gives the same result as an uninterrupted run on the files as they are now. Each file is read once for the
+        digest, without being parsed. For a hub dataset, its name and the document in which the run was interrupted are
+        compared.
 
         Raises:
-            UserError: The run was on other data; with the setting, what it was and what it is, or with the file.
+            UserError: The run was on other data; the message names the setting with both values, or the file.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
         version = state_dict.get("format")
         if version not in (1, FORMAT):
             raise UserError(
-                f"The checkpoint's data position has format {version}, and this version of leap_pl reads {FORMAT}. "
-                "Resume with the version that wrote it."
+                f"The checkpoint's data position has format {version}; this version of leap_pl reads formats 1 and "
+                f"{FORMAT}. Resume with the version that wrote it."
             )
         by_content = version == FORMAT and state_dict["rereadable"] and self.stream.source.shards.rereadable
         before, now = state_dict["data"], self.identity()
@@ -309,16 +311,16 @@ class TextDataModule(LightningDataModule):
         ]
         if changed:
             raise UserError(
-                f"The run cannot go on with other data: {'; '.join(changed)}. "
-                "Set it as it was, or start a new run without --ckpt_path."
+                f"The run cannot be resumed on other data: {'; '.join(changed)}. "
+                "Restore these settings, or start a new run without --ckpt_path."
             )
         position = state_dict["position"]
         if position is not None and version == FORMAT:
             self.stream.check_unchanged(position)
         elif position is not None:
             warn(
-                "the checkpoint is of a version that kept no digest of the text: whether it is the same is told by its "
-                "name and size alone."
+                "the checkpoint is of a version that kept no digest of the text, so the text is compared by name and "
+                "size only."
             )
             position = self.stream.with_digests(position)
         self._progress = self._progress_before = Progress(
@@ -327,7 +329,7 @@ class TextDataModule(LightningDataModule):
         self._step = None
 
     def identity(self) -> dict[str, Any]:
-        """The settings that a position in the stream depends on, by name."""
+        """Return the settings that a position in the stream depends on, by name."""
         if self._identity is None:
             name = self.tokenizer_name if isinstance(self.tokenizer_name, str) else self.tokenizer.name_or_path
             shards = self.stream.source.shards
@@ -355,7 +357,7 @@ class TextDataModule(LightningDataModule):
         )
 
     def _held_out(self) -> Tensor:
-        """LongTensor[at most validation_sequences, seq_length]."""
+        """Return the validation blocks, LongTensor[at most validation_sequences, seq_length]."""
         if self.validation_text is None:
             source = self._open("held_out")
         else:
@@ -370,17 +372,17 @@ class TextDataModule(LightningDataModule):
             blocks = [block.tokens for block in islice(stream.blocks(repeat=False), self.validation_sequences)]
         except UserError as error:
             raise UserError(
-                f"No text to validate on: {error} Or name another with --data.validation_text, or go without: "
-                "--data.validation_sequences 0."
+                f"No validation text: {error} Or give another text with --data.validation_text, or disable validation "
+                "with --data.validation_sequences 0."
             ) from error
         if len(blocks) < self.validation_sequences:
             warn(
-                f"{source.name}: the text to validate on makes {len(blocks)} blocks of {self.seq_length} tokens, not "
-                f"the {self.validation_sequences} of data.validation_sequences; those are used."
+                f"{source.name}: the validation text makes {len(blocks)} blocks of {self.seq_length} tokens, fewer "
+                f"than the {self.validation_sequences} of data.validation_sequences; validation uses all of them."
             )
         return torch.tensor(blocks)
 
     def _rank(self) -> tuple[int, int]:
-        """Rank and number of ranks that need data of their own (tensor-parallel ranks share theirs)."""
+        """Return the rank among those with different data, and their number; tensor-parallel ranks share data."""
         shared = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (shared["rank"], shared["num_replicas"]) if shared else (0, 1)

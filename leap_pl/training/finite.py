@@ -1,4 +1,4 @@
-"""Numbers that go wrong in learning: found before they spoil anything, and told with their place."""
+"""Detection of infinite and NaN losses, gradients and logits before they enter a checkpoint, with their place."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,26 +13,26 @@ Place = tuple[str, str]  # a weight's name, and the attribute of its gate
 
 
 class NonFiniteError(UserError):
-    """A term of the loss, or a logit, is infinite or NaN: says at which step, and where."""
+    """Error for an infinite or NaN loss term, gradient or logit; its message has the step and the place."""
 
     def __init__(self, step: int, where: str, dtype: torch.dtype | None = None) -> None:
         remedy = "Lower the learning rate (model.optimizer.init_args.lr), or set trainer.gradient_clip_val."
         if dtype == torch.float16:
-            remedy = "float16 ends at 65504, which activations can pass: set --model.dtype bfloat16 or float32."
-        told = f"learning broke at step {step}: {where}. The run stops, and the checkpoints before that step stand."
-        super().__init__(f"{told} {remedy}")
+            remedy = "Activations can exceed 65504, the largest float16 number: set --model.dtype bfloat16 or float32."
+        found = f"training failed at step {step}: {where}. The run stops; checkpoints before that step are intact."
+        super().__init__(f"{found} {remedy}")
 
 
 def check_terms(terms: Mapping[str, Tensor], step: int, dtype: torch.dtype | None) -> None:
-    """Make sure that the terms of a loss are numbers.
+    """Check that the terms of a loss are finite.
 
     Args:
         terms: Name → scalar.
-        step: The optimizer step, for the message.
-        dtype: Of the model, for the remedy.
+        step: Optimizer step, for the message.
+        dtype: Dtype of the model, for the remedy.
 
     Raises:
-        NonFiniteError: One is infinite or NaN.
+        NonFiniteError: A term is infinite or NaN.
     """
     values = {name: float(value) for name, value in terms.items()}
     broken = [f"{name} = {value:g}" for name, value in values.items() if not math.isfinite(value)]
@@ -41,20 +41,20 @@ def check_terms(terms: Mapping[str, Tensor], step: int, dtype: torch.dtype | Non
 
 
 def check_logits(learned: Mapping[Place, Tensor], step: int) -> None:
-    """Make sure that logits are numbers, on all ranks.
+    """Check that the logits on all ranks are finite.
 
     Raises:
-        NonFiniteError: One is infinite or NaN.
+        NonFiniteError: A logit is infinite or NaN.
     """
     for name, _ in _broken({place: logits.detach() for place, logits in learned.items()}):
         raise NonFiniteError(step, f"the logits of {name} are infinite or NaN")
 
 
 def check_gradients(learned: Mapping[Place, Tensor], step: int, dtype: torch.dtype | None, norm: Tensor) -> None:
-    """Make sure that gradients are numbers, by one look at their ``norm``, of :func:`norm_of_gradients`.
+    """Check that gradients are finite, with one host sync for their ``norm`` of :func:`norm_of_gradients`.
 
     Raises:
-        NonFiniteError: A gradient is infinite or NaN, or they overflow together.
+        NonFiniteError: A gradient is infinite or NaN, or their norm overflows.
     """
     if not bool(torch.isfinite(gathered(norm))):
         broken = [name for name, _ in _broken(_gradients(learned))]
@@ -63,14 +63,14 @@ def check_gradients(learned: Mapping[Place, Tensor], step: int, dtype: torch.dty
 
 
 def check_norms(norms: Sequence[tuple[int, Tensor]], dtype: torch.dtype | None) -> None:
-    """Make sure that the gradients of steps gone by were numbers; one look at the device for all of them.
+    """Check that the gradients of past steps were finite, with one host sync for all of them.
 
     Args:
-        norms: (step, norm of its gradients).
-        dtype: Of the model, for the remedy.
+        norms: Pairs of a step and the norm of its gradients.
+        dtype: Dtype of the model, for the remedy.
 
     Raises:
-        NonFiniteError: Those of a step, of which the first is told, were not.
+        NonFiniteError: Gradients were infinite or NaN, or their norm overflowed; it names the first such step.
     """
     if norms:
         fine = torch.isfinite(torch.stack([gathered(norm) for _, norm in norms])).tolist()
@@ -80,7 +80,7 @@ def check_norms(norms: Sequence[tuple[int, Tensor]], dtype: torch.dtype | None) 
 
 
 def norm_of_gradients(learned: Mapping[Place, Tensor]) -> Tensor:
-    """The norm of all gradients, sharded as they are; the host does not wait for it."""
+    """Return the norm of all gradients, sharded as they are, without a host sync."""
     return nn.utils.get_total_norm(list(_gradients(learned).values()))
 
 
@@ -89,12 +89,12 @@ def _gradients(learned: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
 
 
 def _broken(tensors: Mapping[Place, Tensor]) -> list[Place]:
-    """The places of those with an element, on whatever rank, that is infinite or NaN."""
+    """Return the places of the tensors that have an infinite or NaN element on any rank."""
     flags = [int(not _all_finite(own_part(tensor))) for tensor in tensors.values()]
     found = Ranks.of(tensors.values()).highest(flags)
     return [place for place, flag in zip(tensors, found, strict=True) if flag]
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    # A sum that is finite has no term that is not, and takes one look at each. One that is not may have overflowed.
+    # A finite sum proves that all elements are finite, and needs one pass. Another sum may have overflowed.
     return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())

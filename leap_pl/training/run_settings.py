@@ -1,6 +1,6 @@
-"""The settings of a run as its checkpoint holds them: described from what acts, and read back by a schema.
+"""Settings of a run in its checkpoint: described from the live objects, and read back by a schema.
 
-What they are, and which of them a resumed run takes and compares, is the table of :mod:`leap_pl.checkpoints.settings`.
+The table of :mod:`leap_pl.checkpoints.settings` lists them, and says which of them a resumed run takes and compares.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 @cache
 def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
-    """Return the optimizers that a checkpoint may name: those of torch, and leap_pl's."""
+    """Return the optimizers that a checkpoint may name, by name: those of torch and of leap_pl."""
     return _kinds(vars(torch.optim), torch.optim.Optimizer) | {"PackedAdamW": PackedAdamW}
 
 
 @cache
 def schedulers() -> dict[str, type[lr_scheduler.LRScheduler]]:
-    """Return the learning-rate schedules that a checkpoint may name: those of torch."""
+    """Return the learning-rate schedulers that a checkpoint may name, by name: those of torch."""
     return _kinds(vars(lr_scheduler), lr_scheduler.LRScheduler)
 
 
@@ -46,9 +46,9 @@ def _kinds(names: Mapping[str, Any], base: type) -> dict[str, Any]:
     return {name: kind for name, kind in found.items() if kind is not base and not name.startswith("_")}
 
 
-Found = tuple[type, dict[str, Any]]  # a class, and the arguments to make one with
+Found = tuple[type, dict[str, Any]]  # a class, and the arguments for its constructor
 
-# Settings that are a class with its own settings → the classes that a checkpoint may name for it.
+# Name of a setting that is a class with its own settings → the classes that a checkpoint may name for it.
 CLASSES: dict[str, Callable[[], Registry]] = {
     "model.gate": gate_kinds,
     "model.optimizer": optimizers,
@@ -71,15 +71,15 @@ PRECISIONS = Literal[
 
 @dataclass(frozen=True)
 class StoredObjective(Objective):
-    """An objective as a checkpoint holds it: its extra terms are described."""
+    """Objective as a checkpoint holds it: its extra terms are descriptions."""
 
     extra: Sequence[Spec] = ()  # type: ignore[assignment]
 
     def check_extra(self) -> None:
-        """Do nothing: there are no terms yet."""
+        """Do nothing: the terms are not constructed yet."""
 
 
-# The others: the type that a checkpoint holds.
+# Names of the other settings → their types in a checkpoint.
 TYPES: dict[str, Any] = {
     "model.base_model": str,
     "model.sparsity": float,
@@ -117,8 +117,8 @@ TYPES: dict[str, Any] = {
 
 
 def of_trainer(trainer: "L.Trainer", data: Any) -> Settings:
-    """Return what a checkpoint holds of the settings of ``trainer`` and of its ``data`` module, where that is text."""
-    told: Settings = {
+    """Return the settings that a checkpoint holds of ``trainer``, and of ``data`` if that is a text data module."""
+    settings: Settings = {
         "trainer.max_steps": trainer.max_steps,
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.gradient_clip_val": trainer.gradient_clip_val,
@@ -127,53 +127,56 @@ def of_trainer(trainer: "L.Trainer", data: Any) -> Settings:
     }
     for name in DATA:
         if hasattr(data, name) and name != "tokenizer":
-            told[f"data.{name}"] = getattr(data, name)
+            settings[f"data.{name}"] = getattr(data, name)
     tokenizer = getattr(data, "tokenizer_name", None)
     if isinstance(tokenizer, str):
-        told["data.tokenizer"] = tokenizer
-    return taken(told)
+        settings["data.tokenizer"] = tokenizer
+    return taken(settings)
 
 
 def describe_objective(objective: Objective) -> Settings:
-    """Describe an ``objective`` by its weights, and its ``extra`` terms, if there are any, by class and settings."""
-    told: Settings = {field.name: getattr(objective, field.name) for field in fields(objective)}
-    del told["extra"]
-    if objective.extra:  # by whole paths: whoever reads them may have another class of that name
-        told["extra"] = [described(term, {}, settings_only=True) for term in objective.extra]
-    return told
+    """Describe an ``objective`` by its weights, and its ``extra`` terms, if any, by class and settings."""
+    settings: Settings = {field.name: getattr(objective, field.name) for field in fields(objective)}
+    del settings["extra"]
+    if objective.extra:  # by full import paths: the reader may have another class of the same name
+        settings["extra"] = [described(term, {}, settings_only=True) for term in objective.extra]
+    return settings
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, given: Mapping[str, Any]) -> Spec:
-    """Describe an ``optimizer`` by its class and settings; ``given`` are those that it was made with, if known."""
+    """Describe an ``optimizer`` by its class and settings; ``given`` are its constructor's arguments, if known."""
     return described(optimizer, optimizers(), {**given, **optimizer.defaults})
 
 
 def describe_scheduler(scheduler: Any, given: Mapping[str, Any]) -> Spec:
-    """Describe a learning-rate schedule by its class and settings; ``given`` are those that it was made with."""
+    """Describe a learning-rate scheduler by its class and settings; ``given`` are its constructor's arguments."""
     return described(scheduler, schedulers(), {**vars(scheduler), **given})
 
 
 def read_settings(identity: Identity, checkpoint: Mapping[str, Any], where: str) -> Settings:
-    """Return the settings that a checkpoint holds, each of its type; those of a class are still descriptions.
+    """Return the settings that a checkpoint holds, with their types checked; classes are still descriptions.
 
-    Of a checkpoint of a version that did not store them, those that it tells elsewhere.
+    For a checkpoint of a version that did not store settings, they are reconstructed from the rest of it.
 
     Args:
-        identity: What the checkpoint says of itself.
-        checkpoint: All of it.
-        where: Its path, for messages.
+        identity: Identity that the checkpoint holds.
+        checkpoint: Whole checkpoint.
+        where: Path of the checkpoint, for messages.
 
     Raises:
-        UserError: One is of another type, or of a version of leap_pl that knows more of them.
+        UserError: A setting has the wrong type, or is unknown to this version of leap_pl.
     """
-    stored = identity.learned_with or _of_older(identity, checkpoint)
-    strange = sorted(name for name in stored if name not in RULES)
-    if strange:
-        raise UserError(f"{where} has settings that are not known here ({', '.join(strange[:3])}). Update leap_pl.")
+    stored = identity.learned_with or _settings_of_older(identity, checkpoint)
+    unknown = sorted(name for name in stored if name not in RULES)
+    if unknown:
+        raise UserError(
+            f"{where} has settings that this version of leap_pl does not know ({', '.join(unknown[:3])}). "
+            "Update leap_pl: pip install --upgrade leap_pl"
+        )
     for name, value in stored.items():
         if name in TYPES:
             read(value, TYPES[name], f"{where}: {name}")
-    if "model.prior" in stored:  # by today's names
+    if "model.prior" in stored:  # under the current names
         stored = {**stored, "model.prior": asdict(Prior(**stored["model.prior"]))}
     return taken(stored)
 
@@ -182,7 +185,7 @@ def find_classes(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Fou
     """Find the classes that ``settings`` describe.
 
     Returns:
-        Name of a setting → class and its arguments; and name → why the class has to be typed instead.
+        Name of a setting → class and its arguments; and name → error that says why the class must be given instead.
     """
     classes, refused = {}, {}
     for name, registry in CLASSES.items():
@@ -196,15 +199,16 @@ def find_classes(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Fou
 
 
 def take_terms(settings: Settings, where: str, make: Callable[[type, dict[str, Any]], Any]) -> dict[str, UserError]:
-    """Replace in ``settings`` the descriptions of the objective's extra terms by what is made of them.
+    """Replace the descriptions of the objective's extra terms in ``settings`` by terms that ``make`` returns.
 
     Args:
-        settings: Those of a checkpoint; changed in place.
-        where: Its path, for messages.
-        make: Called with each term's class and the arguments to make one.
+        settings: Settings of a checkpoint; changed in place.
+        where: Path of the checkpoint, for messages.
+        make: Function of a term's class and the arguments for its constructor.
 
     Returns:
-        Name of the setting → why it has to be typed instead, as in :func:`find_classes`; ``settings`` then have none.
+        Name of the setting → error that says why it must be given instead, as in :func:`find_classes`; ``settings``
+        then have no extra terms.
     """
     objective, name = settings.get("model.objective"), "model.objective.extra"
     if not (isinstance(objective, dict) and objective.get("extra")):
@@ -221,28 +225,29 @@ def take_terms(settings: Settings, where: str, make: Callable[[type, dict[str, A
     return refused
 
 
-def _of_older(identity: Identity, checkpoint: Mapping[str, Any]) -> Settings:
-    """What a checkpoint tells that was written before settings were stored: in ``hyper_parameters`` and elsewhere."""
+def _settings_of_older(identity: Identity, checkpoint: Mapping[str, Any]) -> Settings:
+    """Reconstruct the settings from a checkpoint without stored settings: from ``hyper_parameters`` and elsewhere."""
     written = checkpoint.get("hyper_parameters")
     hyper_parameters = written if isinstance(written, Mapping) else {}
     names = ("base_model", "revision", "targets", "ignore", "sparsity")
-    told: Settings = {f"model.{name}": getattr(identity, name) for name in names}
+    settings: Settings = {f"model.{name}": getattr(identity, name) for name in names}
     plain = MODEL.keys() - CLASSES_OF_MODEL
-    told |= {f"model.{key}": value for key, value in hyper_parameters.items() if key in plain}
-    told |= {"model.gate": identity.gate, "trainer.max_steps": identity.max_steps}
-    told["trainer.accumulate_grad_batches"] = identity.accumulation
-    told["model.annealing"] = asdict(learned_by(identity.settings))
-    data = identity.settings.get("data")
-    told |= {f"data.{name}": value for name, value in (data if isinstance(data, dict) else {}).items() if name in DATA}
+    settings |= {f"model.{key}": value for key, value in hyper_parameters.items() if key in plain}
+    settings |= {"model.gate": identity.gate, "trainer.max_steps": identity.max_steps}
+    settings["trainer.accumulate_grad_batches"] = identity.accumulation
+    settings["model.annealing"] = asdict(learned_by(identity.settings))
+    recorded = identity.settings.get("data")
+    data = recorded if isinstance(recorded, dict) else {}
+    settings |= {f"data.{name}": value for name, value in data.items() if name in DATA}
     if isinstance(identity.settings.get("dtype"), str):
-        told["model.dtype"] = identity.settings["dtype"]
-    told |= _optimizer_of_older(identity, checkpoint) | _scheduler_of_older(checkpoint)
-    empty = {"model.targets", "model.revision", "model.lr_scheduler"}
-    return {name: value for name, value in told.items() if value is not None or name in empty}
+        settings["model.dtype"] = identity.settings["dtype"]
+    settings |= _optimizer_of_older(identity, checkpoint) | _scheduler_of_older(checkpoint)
+    nullable = {"model.targets", "model.revision", "model.lr_scheduler"}
+    return {name: value for name, value in settings.items() if value is not None or name in nullable}
 
 
 def _optimizer_of_older(identity: Identity, checkpoint: Mapping[str, Any]) -> Settings:
-    """Its class stood in the provenance, and its settings in its own state."""
+    """Reconstruct the optimizer from its class in the provenance and its settings in its own state."""
     made = identity.settings.get("optimizer")
     try:
         group = dict(checkpoint["optimizer_states"][0]["param_groups"][0])
@@ -261,7 +266,7 @@ def _optimizer_of_older(identity: Identity, checkpoint: Mapping[str, Any]) -> Se
 
 
 def _scheduler_of_older(checkpoint: Mapping[str, Any]) -> Settings:
-    """Its state stood there, and not its class, unless it was leap_pl's own."""
+    """Reconstruct the scheduler from its state, which names no class; leap_pl's own has ``lr_lambdas``."""
     try:
         state = dict(checkpoint["lr_schedulers"][0])
     except (KeyError, IndexError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What a run measures on its validation text, and of what each figure is."""
+"""Perplexities of a run on its validation text, with what each was measured on."""
 
 import hashlib
 import math
@@ -13,21 +13,21 @@ from torchmetrics.text import Perplexity
 from leap_pl.base_model.backbone import Head
 from leap_pl.gates.gate import Mode
 
-WORDS = 4  # of 8 bytes, in the digest of a sequence: all of SHA-256
+WORDS = 4  # 8-byte words in the digest of a sequence, a whole SHA-256
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A perplexity, and all that it is of: it stands for another measurement only where these are the same.
+    """Perplexity with the conditions of its measurement; it replaces another measurement only if they are the same.
 
     Attributes:
-        value: The perplexity.
-        tokens: Digest of the sequences that it was measured on (:meth:`Validation.measured_tokens`), 16 digits.
-        sequences: How many they are, on all ranks together.
-        seq_length: Tokens in each of them; the mean where they differ.
-        fingerprint: Of the base model's weights.
-        dtype: Of the model.
-        precision: Of the trainer.
+        value: Perplexity.
+        tokens: Digest of the measured sequences (:meth:`Validation.measured_tokens`), 16 digits.
+        sequences: Number of sequences on all ranks together.
+        seq_length: Tokens in each sequence; the mean if they differ.
+        fingerprint: Fingerprint of the base model's weights.
+        dtype: Dtype of the model.
+        precision: Precision of the trainer.
     """
 
     value: float
@@ -40,16 +40,16 @@ class Measured:
 
     @property
     def of(self) -> dict[str, Any]:
-        """All but the value, as plain values."""
+        """Return the conditions, all attributes but ``value``, as plain values."""
         return {key: value for key, value in asdict(self).items() if key != "value"}
 
     @classmethod
     def read(cls, value: Any, of: Any) -> Self | None:
-        """Return the figure that a checkpoint tells; None where it does not say of what ``value`` is, or not in full.
+        """Return the measurement that a checkpoint holds; None if its conditions are missing or incomplete.
 
         Args:
-            value: The perplexity.
-            of: As :attr:`of`; what else is in it is left out.
+            value: Perplexity.
+            of: Conditions as in :attr:`of`; other keys are ignored.
         """
         keys = {"tokens": str, "sequences": int, "seq_length": float, "fingerprint": str, "dtype": str}
         keys["precision"] = str
@@ -61,17 +61,17 @@ class Measured:
 
 
 class Validation(nn.Module):
-    """Perplexities of the hard mask, anew in every validation, and of the dense model, once for what it is of.
+    """Perplexities of the hard mask, measured in every validation, and of the dense model, measured once.
 
     Attributes:
-        hard: Of the last validation that came to its end; None before one.
-        hard_step: The optimizer steps that were done then.
-        dense: Of the dense model; None before the first validation's end.
-        batches: The tokens (B, L) that the validation at hand has measured on this rank so far.
+        hard: Measurement of the hard mask in the last complete validation; None before one.
+        hard_step: Completed optimizer steps at that validation.
+        dense: Measurement of the dense model; None before the end of the first validation.
+        batches: Tokens (B, L) that the current validation has measured on this rank so far.
     """
 
     def __init__(self) -> None:
-        """Nothing is known yet."""
+        """Initialize without measurements."""
         super().__init__()
         self.hard_metric, self.dense_metric = Perplexity(), Perplexity()
         self.hard: Measured | None = None
@@ -80,18 +80,18 @@ class Validation(nn.Module):
         self.batches: list[Tensor] = []
 
     def begin(self) -> None:
-        """Start a validation with nothing counted: the last one may have been broken off."""
+        """Start a validation with empty metrics: the last one may have been interrupted."""
         self.hard_metric.reset()
         self.dense_metric.reset()
         self.batches = []
 
     def read(self, dense: Any, dense_of: Any, settings: Mapping[str, Any]) -> None:
-        """Take up the figures of a checkpoint: those that say of what they are.
+        """Load the measurements of a checkpoint that have complete conditions.
 
         Args:
             dense: Perplexity of the dense model.
-            dense_of: What it is of.
-            settings: ``perplexity`` of the hard mask, with ``perplexity_of``.
+            dense_of: Conditions of ``dense``.
+            settings: Settings with the ``perplexity`` of the hard mask, and its conditions ``perplexity_of``.
         """
         self.dense = Measured.read(dense, dense_of)
         of = settings.get("perplexity_of")
@@ -100,19 +100,19 @@ class Validation(nn.Module):
 
     @property
     def wanted(self) -> list[Mode]:
-        """The modes that are to be measured batch by batch: the dense model while nothing is known of it."""
+        """Return the modes that each batch is to be measured in; ``dense`` only while there is no measurement of it."""
         return ["hard"] if self.dense is not None else ["hard", "dense"]
 
     @torch.no_grad()
     def update(self, mode: Mode, hidden_BLD: Tensor, ids_BL: Tensor, head: Head, chunk: int) -> None:
-        """Add what the model, with its gates in ``mode``, says of a batch.
+        """Add the model's predictions for a batch, with its gates in ``mode``, to the metric of that mode.
 
         Args:
-            mode: ``hard`` or ``dense``.
+            mode: Mode of the gates, ``hard`` or ``dense``.
             hidden_BLD: Last hidden states.
-            ids_BL: The tokens that led to them; each is predicted from those before it.
-            head: Hidden states (C, D) → logits (C, V).
-            chunk: Of so many tokens at once are there logits.
+            ids_BL: Tokens that led to them; each is predicted from those before it.
+            head: Head of the model: hidden states (C, D) → logits (C, V).
+            chunk: Number of tokens whose logits are computed at once.
         """
         metric = self.hard_metric if mode == "hard" else self.dense_metric
         hidden_ND, targets_N = hidden_BLD[:, :-1].flatten(0, 1), ids_BL[:, 1:].flatten()
@@ -121,38 +121,38 @@ class Validation(nn.Module):
             metric.update(head(hidden_ND[part]).float()[None], targets_N[None, part])
 
     def measured_tokens(self) -> Tensor:
-        """Sum up this rank's sequences so far, for ranks to add: int64 (WORDS + 2,).
+        """Return a summary of this rank's sequences so far, int64 (WORDS + 2,), whose sum over ranks is that of all.
 
-        The sum of the sequences' digests, which depends neither on their order nor on batches or ranks; how many
-        they are; how many tokens.
+        It has the sum of the sequences' digests, which depends neither on their order nor on batches or ranks; the
+        number of sequences; and the number of tokens.
         """
         total = torch.zeros(WORDS + 2, dtype=torch.int64)
         for ids_BL in self.batches:
             for ids_L in ids_BL.cpu().to(torch.int64).contiguous():
                 digest = hashlib.sha256(ids_L.numpy().tobytes()).digest()
-                # Sums wrap around.
+                # Integer overflow wraps around, so the sum is well defined.
                 total[:WORDS] += torch.frombuffer(bytearray(digest), dtype=torch.int64)
                 total[WORDS:] += torch.tensor([1, len(ids_L)])
         return total
 
     def finish(self, total: Tensor, step: int, of: Mapping[str, str]) -> tuple[Measured, Measured]:
-        """Return the perplexities of the hard mask and of the dense model, over all ranks, at a validation's end.
+        """Finish a validation, and return the perplexities of the hard mask and the dense model over all ranks.
 
         Args:
-            total: :meth:`measured_tokens`, added up over all ranks.
-            step: Optimizer steps that are done.
-            of: What else the figures are of: ``fingerprint``, ``dtype``, ``precision``.
+            total: Sum of :meth:`measured_tokens` over all ranks.
+            step: Completed optimizer steps.
+            of: Other conditions of the measurements: ``fingerprint``, ``dtype``, ``precision``.
         """
-        told = described(total) | dict(of)
-        self.hard, self.hard_step = Measured(float(self.hard_metric.compute()), **told), step
+        conditions = described(total) | dict(of)
+        self.hard, self.hard_step = Measured(float(self.hard_metric.compute()), **conditions), step
         if self.dense is None:
-            self.dense = Measured(float(self.dense_metric.compute()), **told)
+            self.dense = Measured(float(self.dense_metric.compute()), **conditions)
         self.batches = []
         return self.hard, self.dense
 
 
 def described(total: Tensor) -> dict[str, Any]:
-    """Say which sequences a sum of :meth:`Validation.measured_tokens` is of, in the words of :class:`Measured`."""
+    """Describe the sequences of a sum of :meth:`Validation.measured_tokens` by attributes of :class:`Measured`."""
     total = total.cpu()
     sequences, tokens = total[WORDS:].tolist()
     digest = hashlib.sha256(total.numpy().tobytes()).hexdigest()[:16]

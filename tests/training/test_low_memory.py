@@ -356,7 +356,7 @@ def test_an_optimizer_that_rounds_to_the_nearest_is_refused(
         main(fit_flags(model_folder, text_file, tmp_path, LOW[0]))
     said = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2
-    assert "model.logits_dtype is bfloat16 and AdamW rounds to the nearest" in said[-1]
+    assert "model.logits_dtype is bfloat16 and AdamW rounds to nearest" in said[-1]
     assert "--model.optimizer PackedAdamW" in said[-1]
     assert not list(tmp_path.rglob("prior.safetensors"))  # before the prior is made
     check_rounding(PackedAdamW([nn.Parameter(torch.zeros(1))]), torch.bfloat16)

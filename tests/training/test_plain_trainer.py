@@ -46,7 +46,7 @@ def test_text_has_the_tokenizer_of_the_module_that_it_is_used_with(
     model_folder: Path, text_file: Path, tmp_path: Path, eager: None
 ) -> None:
     text = data(text_file, validation_sequences=0)
-    with pytest.raises(UserError, match="tokenizer is not given"):
+    with pytest.raises(UserError, match="tokenizer is not set"):
         text.tokenizer  # noqa: B018
     other = tiny_folder(tmp_path / "other", seed=1)
     for folder in (model_folder, other):
