@@ -235,7 +235,7 @@ def gate_of(kind: type[Gate], **settings: Any) -> tuple[Gate, Tensor]:
     module = nn.Module()
     module.weight = nn.Parameter(torch.randn(16, 32) * 0.1, requires_grad=False)
     state = GateState()
-    state.anneal(50.0, 1.0, 100.0)
+    state.anneal(50.0, 1.0, pattern_alpha=100.0)
     gate = kind(Weight("w", module, "weight", 0, "w", 1), state, **settings)
     gate.start_from(torch.rand(16, 32) > 0.5, 0)
     return gate, module.weight
