@@ -150,8 +150,7 @@ def test_the_fast_dtype_of_a_cpu_is_the_one_it_multiplies_faster(
         time.sleep(0.02 if left.dtype == slower else 0)
         return left
 
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": False, "avx512_bf16": instructions})
     monkeypatch.setattr(torch, "mm", mm)
     leap_pl.base_model.loading._cpu_gains_by_bfloat16.cache_clear()
     try:
