@@ -68,9 +68,10 @@ def one_shot_prior(
 ) -> MaskSet:
     """Return the one-shot mask of ``weights``, from the cache if possible; ``model`` is left bit-identical.
 
-    Masks are cached in ``cache_dir`` by a hash of the model's fingerprint, the weights' names, the calibration tokens
-    themselves (not the text's name or size), the method with its settings, the sparsity and ``ALGORITHM``. The file
-    stores the hash too; a file that is damaged, or has another hash or none, is recomputed with a warning.
+    Masks are cached in ``cache_dir`` by a hash of the model's fingerprint and dtype, the weights' names, the
+    calibration tokens themselves (not the text's name or size), the method with its settings, the sparsity and
+    ``ALGORITHM``. The file stores the hash too; a file that is damaged, or has another hash or none, is recomputed with
+    a warning.
 
     Args:
         model: Dense base model without gates.
@@ -175,7 +176,8 @@ def _key(model: "PreTrainedModel", weights: Mapping[str, Weight], tokens_NT: Ten
         tokens = [list(tokens_NT.shape), hashlib.sha256(tokens_NT.contiguous().numpy().tobytes()).hexdigest()]
     return {
         "algorithm": ALGORITHM,
-        "fingerprint": model_fingerprint(model),
+        "fingerprint": model_fingerprint(model),  # of the stored weights, and the same in every dtype
+        "dtype": str(model.dtype).removeprefix("torch."),
         "weights": sorted(weights),
         "tokens": tokens,
     }

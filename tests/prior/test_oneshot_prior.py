@@ -146,6 +146,15 @@ def test_magnitude_reads_text_for_fisher_allocation(tmp_path: Path) -> None:
     assert data.stream.read == 5
 
 
+def test_a_prior_of_another_dtype_is_not_taken(tmp_path: Path) -> None:
+    """The fingerprint is the same in every dtype, and what a method computes is not."""
+    half = make(tmp_path, model=tiny_model().to(torch.bfloat16))
+    full = make(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert half.digest_of_bits() == make(None, model=tiny_model().to(torch.bfloat16)).digest_of_bits()
+    assert full.digest_of_bits() == make(None).digest_of_bits()
+
+
 def test_a_mask_of_another_slot_is_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Another valid mask of the same model, copied or renamed into the slot; or one that is of no slot."""
     first, other = make(tmp_path), make(tmp_path, sparsity=0.3)
