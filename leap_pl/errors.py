@@ -7,8 +7,8 @@ from functools import cache
 class UserError(ValueError):
     """Error that the user can fix by changing a command, a setting or a file.
 
-    The message is one sentence or two: what was wrong, what was found, what to type instead. The command
-    line prints only the message, without a traceback, and exits with status 2.
+    The message is one or two sentences: what was wrong, what was found, what to type instead. The command line prints
+    only the message, without a traceback, and exits with status 2.
     """
 
 
@@ -20,5 +20,5 @@ def listing(names: list[str], most: int = 12) -> str:
 
 @cache
 def warn_once(message: str) -> None:
-    """Warn of ``message``, once in a process: another library is not as it was, and something else is done instead."""
+    """Warn with ``message``, once per process: for fallbacks when another library has changed."""
     warnings.warn(message, stacklevel=3)

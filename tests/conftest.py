@@ -131,5 +131,5 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         main(words)
     assert caught.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("leap_pl ")]
-    assert len(lines) == 1 or lines[0].endswith("starts afresh.")
+    assert len(lines) == 1 or lines[0].endswith("starting a new run.")
     return lines[-1]

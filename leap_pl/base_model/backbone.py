@@ -1,4 +1,4 @@
-"""A causal language model in two parts: its hidden states, and the head that makes logits of them.
+"""Split of a causal language model: a function for its hidden states, and the head that computes their logits.
 
 Legend of suffixes: B = batch, L = sequence length, C = tokens of a chunk, V = vocabulary, D = hidden size.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from leap_pl.errors import warn_once
 
-LOOK = "find_packed_sequence_indices"  # of transformers.masking_utils, which calls it by this name
+LOOK = "find_packed_sequence_indices"  # private function of transformers.masking_utils
 
 States = Callable[[Tensor], Tensor]
 Head = Callable[[Tensor], Tensor]
@@ -22,9 +22,9 @@ Head = Callable[[Tensor], Tensor]
 def split_model(model: nn.Module) -> tuple[States, Head]:
     """Return ``model`` as two functions: ids (B, L) → last hidden states (B, L, D), and those (C, D) → logits (C, V).
 
-    The second one scales and soft-caps as the families do, and is checked against the model's own logits.
-    A family that makes them in yet another way is taken whole: its logits stand in for the hidden states, at
-    the price of their memory, with a warning.
+    The second function scales and soft-caps logits as known model families do, and is checked against the model's own
+    logits. If they differ, the first function returns the model's own logits instead of hidden states, with a warning,
+    since they need more memory.
     """
     causal: Any = model
     projection = causal.get_output_embeddings()
@@ -46,8 +46,8 @@ def split_model(model: nn.Module) -> tuple[States, Head]:
     if projection is not None and _agrees(causal, states, head):
         return states, head
     warnings.warn(
-        f"{type(model).__name__} makes its logits in a way that is not known here: the loss is taken from its own "
-        "logits, which exist whole for each micro-batch (tokens × vocabulary × 4 bytes, several times over).",
+        f"{type(model).__name__} computes its logits by an unknown method: the loss is computed from the model's own "
+        "logits of a whole micro-batch, which need memory (several times tokens × vocabulary × 4 bytes).",
         stacklevel=2,
     )
 
@@ -60,20 +60,20 @@ def split_model(model: nn.Module) -> tuple[States, Head]:
 
 @contextmanager
 def _unpacked(device: torch.device) -> Iterator[None]:
-    """Spare the look at whether positions begin anew within a sequence, for which a GPU is waited for.
+    """Disable the search for packed sequences, which needs a host sync on a GPU.
 
-    transformers does so in every forward pass without an attention mask, and with one it looks into the mask. Here
-    positions are the model's own, from 0. There is no public way past it that leaves causality to the kernel of
-    attention; without this one the results are the same.
+    transformers searches the positions in every forward pass without an attention mask, and with one it reads the mask.
+    Here positions are the model's own, from 0. No public setting disables the search and keeps the attention kernel's
+    own causal mask; with the search the results are the same.
     """
-    from transformers import masking_utils  # no sooner: it takes seconds, and the loss alone needs none of it
+    from transformers import masking_utils  # here, because importing takes seconds and the loss does not need it
 
     look = getattr(masking_utils, LOOK, None)
     if look is None:
         if device.type != "cpu":
             warn_once(
-                f"this version of transformers has no {LOOK}: if it looks for packed sequences in another way, the "
-                "device is waited for in every forward pass, and steps take longer."
+                f"this version of transformers has no {LOOK}: if it searches for packed sequences differently, every "
+                "forward pass has a host sync, and steps are slower."
             )
         yield
         return

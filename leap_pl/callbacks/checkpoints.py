@@ -152,7 +152,7 @@ class Checkpoints(SavingCheckpoint):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             if self._time_is_up(trainer):
                 self.save(trainer)
-        self._heed(trainer)
+        self._stop_if_signalled(trainer)
         if _ends_early(trainer):
             # Lightning would run an extra validation: a point in the curves that an uninterrupted run does not have.
             self._skip_validation(trainer)
@@ -163,7 +163,7 @@ class Checkpoints(SavingCheckpoint):
         """Handle a pending signal before each batch of a validation within the run."""
         if self._running and not self._finishing(trainer):
             self.signals.at_once = False
-            self._heed(trainer)
+            self._stop_if_signalled(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write a checkpoint if one is due at validations; handle a pending signal."""
@@ -172,7 +172,7 @@ class Checkpoints(SavingCheckpoint):
         self._validated_step = trainer.global_step
         if not self._finishing(trainer):
             super().on_validation_end(trainer, pl_module)
-            self._heed(trainer)
+            self._stop_if_signalled(trainer)
             self.signals.at_once = trainer.world_size == 1
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -210,7 +210,7 @@ class Checkpoints(SavingCheckpoint):
         else:
             super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, Stopped):
-            self._tell(trainer, exception)
+            self._report_stop(trainer, exception)
         self.signals.remove()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -268,7 +268,7 @@ class Checkpoints(SavingCheckpoint):
 
     # -- stopping -----------------------------------------------------------------------------------------
 
-    def _heed(self, trainer: L.Trainer) -> None:
+    def _stop_if_signalled(self, trainer: L.Trainer) -> None:
         """Stop if any rank received a signal, on all ranks after the same micro-batch."""
         if trainer.world_size > 1:
             asked = Tensor([self.signals.asked or 0]).to(trainer.strategy.root_device)
@@ -278,17 +278,19 @@ class Checkpoints(SavingCheckpoint):
     def _finishing(self, trainer: L.Trainer) -> bool:
         return trainer.global_step >= trainer.max_steps
 
-    def _tell(self, trainer: L.Trainer, stopped: Stopped) -> None:
+    def _report_stop(self, trainer: L.Trainer, stopped: Stopped) -> None:
         if not trainer.is_global_zero:
             return
         step = self.saved_step
         if step:
-            what = f"stopped at step {trainer.global_step} of {trainer.max_steps}; the checkpoint of step {step} is in "
-            what += f"{self.dirpath}. Resume with --ckpt_path last."
+            message = (
+                f"stopped at step {trainer.global_step} of {trainer.max_steps}; the checkpoint of step {step} is in "
+            )
+            message += f"{self.dirpath}. Resume with --ckpt_path last."
         else:
-            what = "stopped before the first step was done; no checkpoint is written."
+            message = "stopped before the first step was done; no checkpoint is written."
         say("", sys.stderr)  # a progress bar may be on this line
-        say(f"leap_pl fit: {stopped.signal.name}: {what}", sys.stderr)
+        say(f"leap_pl fit: {stopped.signal.name}: {message}", sys.stderr)
         slurm = requeuing(trainer)
         if slurm and stopped.signal == slurm.requeue_signal:
             requeue()

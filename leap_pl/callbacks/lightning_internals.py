@@ -1,7 +1,7 @@
-"""Behind Lightning's public face: how ModelCheckpoint saves, and when the training loop validates.
+"""Private interfaces of Lightning: how ModelCheckpoint saves, and when the training loop validates.
 
-The one place where callbacks use what Lightning keeps to itself. Where a version of it lacks that, a run does with what
-is public, and says once what it does without.
+No other module of the callbacks uses private interfaces of Lightning. If a version of it lacks one, the run falls back
+to public interfaces and warns once of what is missing.
 """
 
 from pathlib import Path
@@ -30,18 +30,18 @@ _STATE = ("_last_checkpoint_saved", "_last_global_step_saved")
 
 
 class SavingCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint that also saves when it is asked to, and whose every write a subclass may change.
+    """ModelCheckpoint that also saves on request, and whose writes a subclass can override.
 
-    Where Lightning's own has other methods than those known here, its regular checkpoints are written as it writes
-    them, and those that are asked for beside them, each under its step.
+    If Lightning's ModelCheckpoint lacks the methods used here, it writes its regular checkpoints itself, and requested
+    ones are written in addition, each named by its step.
 
     Attributes:
-        saved_step: Optimizer step of the newest checkpoint that this object wrote; 0 before.
-        saved_path: Its path; empty before.
+        saved_step: Optimizer step of the newest checkpoint that this object wrote; 0 if there is none.
+        saved_path: Path of that checkpoint; empty if there is none.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take what ModelCheckpoint takes."""
+        """Create the callback with the arguments of ModelCheckpoint."""
         super().__init__(*args, **kwargs)
         self.saved_step, self.saved_path = 0, ""
         missing = [name for name in _METHODS if not hasattr(ModelCheckpoint, name)]
@@ -49,12 +49,13 @@ class SavingCheckpoint(ModelCheckpoint):
         self._known = not missing
         if missing:
             warn_once(
-                f"this version of Lightning saves in another way (ModelCheckpoint has no {', '.join(missing)}): "
-                "checkpoints at signals, by the clock and at the end are written beside its own, and none is removed."
+                f"this version of Lightning saves differently (ModelCheckpoint has no {', '.join(missing)}): "
+                "checkpoints at signals, at time intervals and at the end are written in addition to its own, and are "
+                "never removed."
             )
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write a checkpoint of the last optimizer step, unless there is one."""
+        """Write a checkpoint of the last optimizer step, unless it is already written."""
         if not self._known:
             self._save_in_public(trainer)
             return
@@ -64,7 +65,7 @@ class SavingCheckpoint(ModelCheckpoint):
         if self.monitor in candidates:
             self._save_topk_checkpoint(trainer, candidates)
         if self.save_last == "link" and self.saved_step != trainer.global_step:
-            # It was not among the best of the monitor, and the newest is wanted all the same.
+            # It is not among the best of the monitored metric, but the newest checkpoint is always saved.
             self._save_checkpoint(trainer, self.format_checkpoint_name(candidates, self.CHECKPOINT_NAME_LAST))
         else:
             self._save_last_checkpoint(trainer, candidates)
@@ -78,7 +79,7 @@ class SavingCheckpoint(ModelCheckpoint):
         self.note_saved(trainer.global_step, path)
 
     def note_saved(self, step: int, path: str) -> None:
-        """Take the checkpoint ``path``, of the optimizer step ``step``, for the newest that was written."""
+        """Record ``path`` as the newest checkpoint, at the optimizer step ``step``."""
         self.saved_step, self.saved_path = step, path
         self._last_global_step_saved, self._last_checkpoint_saved = step, path
 
@@ -92,14 +93,14 @@ class SavingCheckpoint(ModelCheckpoint):
         if self.save_last == "link" and trainer.is_global_zero:
             link_last(Path(path).parent, Path(path))
 
-    # What ModelCheckpoint calls.
+    # Methods that ModelCheckpoint calls.
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         self.write(trainer, filepath)
 
     @staticmethod
     def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
-        """Lightning's own removes the old link first."""
+        """Replace the link atomically; Lightning's own method removes the old link first."""
         if trainer.is_global_zero and Path(filepath) != Path(linkpath):
             try:
                 atomic_link(Path(linkpath), Path(filepath))
@@ -109,24 +110,24 @@ class SavingCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier()
 
     def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
-        """Also the one that the run was resumed from, once newer ones stand: else each resume leaves one for ever."""
+        """Return whether to remove ``previous``, even if it is the checkpoint that the run resumed from."""
         return previous != current and self.dirpath is not None and Path(self.dirpath) in Path(previous).parents
 
 
 def validate_if_due(trainer: L.Trainer) -> None:
-    """Validate, if Lightning would do so after the step that the run was resumed at."""
+    """Validate, if Lightning would have validated after the step at which the run was stopped."""
     loop = trainer.fit_loop.epoch_loop
     try:
         fetcher = trainer.fit_loop._data_fetcher
         due = fetcher is not None and loop._should_check_val_fx(fetcher)
     except AttributeError:
         warn_once(
-            "this version of Lightning does not tell whether a validation is due: one before which the run was stopped "
-            "is not made up for."
+            "this version of Lightning does not show whether a validation is due: a validation that was due when the "
+            "run was stopped is skipped."
         )
         return
     if due:
-        # Else Lightning goes on at the batch that the checkpoint's loop stood at, without the metrics up to there.
+        # Else Lightning would resume validation at the batch in the checkpoint, without the metrics of earlier batches.
         loop.val_loop.restarting = False
         trainer.validating = True
         loop.val_loop.run()
@@ -134,13 +135,15 @@ def validate_if_due(trainer: L.Trainer) -> None:
 
 
 def requeuing(trainer: L.Trainer) -> SLURMEnvironment | None:
-    """Return the environment of a SLURM job that is put back into the queue when it is stopped; None in other runs."""
+    """Return the SLURM environment of a job with auto-requeue; None in other runs."""
     environment: Any
     try:
         environment = trainer._accelerator_connector.cluster_environment
     except AttributeError:
         if not SLURMEnvironment.detect():
             return None
-        warn_once("this version of Lightning does not tell whether the job is to be requeued: it is, at SIGUSR1.")
+        warn_once(
+            "this version of Lightning does not show whether the job has auto-requeue: it is requeued at SIGUSR1."
+        )
         environment = SLURMEnvironment()
     return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None

@@ -33,24 +33,24 @@ def rewind(trainer: "L.Trainer", checkpoint: dict[str, Any]) -> None:
             checkpoint["loops"] = _rewound(checkpoint["loops"], trainer)
         except (KeyError, TypeError, AttributeError):
             warn_once(
-                "this version of Lightning counts steps in another way: a run that is stopped amid an optimizer step "
-                "is resumed without the gradients that the step had come to, and may end with other bits."
+                "this version of Lightning counts steps differently: a run that is stopped within an optimizer step "
+                "resumes without the gradients accumulated so far, and its results may differ."
             )
             return
     else:
-        checkpoint.pop("loops", None)  # a run that begins
+        checkpoint.pop("loops", None)  # no step is completed: the run starts from the beginning
     before = data.state_before_step()
     if before is not None:
         checkpoint[type(data).__qualname__] = before
 
 
 def batch_counts(checkpoint: dict[str, Any]) -> list[dict[str, int]]:
-    """Return Lightning's counters of batches in ``checkpoint``, of the run and of its epoch, to be changed in place.
+    """Return Lightning's counters of batches in ``checkpoint``, of the run and of its epoch, to be modified in place.
 
-    There are none where nothing is done yet.
+    The list is empty if no step is completed.
 
     Raises:
-        UserError: Lightning keeps them in another way.
+        UserError: This version of Lightning stores the counters differently.
     """
     if "loops" not in checkpoint:
         return []
@@ -62,8 +62,8 @@ def batch_counts(checkpoint: dict[str, Any]) -> list[dict[str, int]]:
         known = False
     if not known:
         raise UserError(
-            "this version of Lightning counts batches in another way than leap_pl knows, and only resumes a run on as "
-            "many ranks as it had. Give as many, or install the version of Lightning that the run had."
+            "this version of Lightning counts batches differently, so that a run can resume only on as many ranks as "
+            "before. Use as many, or install the version of Lightning that wrote the checkpoint."
         )
     return counts
 
@@ -71,10 +71,10 @@ def batch_counts(checkpoint: dict[str, Any]) -> list[dict[str, int]]:
 def _rewound(loops: dict[str, Any], trainer: "L.Trainer") -> dict[str, Any]:
     """Return the state of ``loops`` that Lightning saves in ``on_train_batch_end`` of a step's last micro-batch.
 
-    Its counters of validation are 0, wherever that is. A run is a single epoch.
+    The counters of validation are always 0. A run is a single epoch.
 
     Raises:
-        KeyError: Lightning keeps them by other names.
+        KeyError: This version of Lightning uses other names.
     """
     loops = deepcopy(loops)
     loop, steps = loops["fit_loop"], trainer.global_step
@@ -92,14 +92,14 @@ def _rewound(loops: dict[str, Any], trainer: "L.Trainer") -> dict[str, Any]:
     for count in (validated["total"], validated["current"]):
         _set(count, ready=0, started=0, processed=0, completed=0)
     _set(validated, is_last_batch=False)
-    if steps < trainer.max_steps:  # ended early, its only epoch would count as over
+    if steps < trainer.max_steps:  # if the run ended early, Lightning counts its only epoch as completed
         for count in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
             _set(count, ready=1, started=1, processed=0, completed=0)
     return loops
 
 
 def _set(counts: dict[str, Any], **values: int) -> None:
-    """Set ``counts`` that are there already."""
+    """Set existing ``counts``; raise KeyError for a missing one."""
     unknown = values.keys() - counts.keys()
     if unknown:
         raise KeyError(*unknown)

@@ -51,7 +51,7 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
         each = f", or set its options one by one: {', '.join(settings)}" if settings else ""
         return f"{key}: {group[1]} is not a file of settings. Give the path of one{each}."
     complaint = re.sub(r"\.? Got value: Namespace\(.*$", "", complaint)
-    # A list may also be the path of a file that holds it, which is not what was meant.
+    # A list may also be given as the path of a file that contains it; the parser then reports a missing file too.
     complaint = re.sub(r"^- Expected a path but .*? either not accessible or invalid - ", "", complaint)
     complaint = re.sub(r"Not of type \w+: |Type typing\..* expects a function or a callable class: ", "", complaint)
     plain = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>|typing\.(?=Literal)", r"\1", complaint)
@@ -61,8 +61,8 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
 
 
 def options_of(parser: ArgumentParser) -> list[str]:
-    """Return the options that ``parser`` takes, for one to be suggested in the place of what was mistyped."""
-    table = getattr(parser, "_option_string_actions", None)  # argparse shows it to nobody
+    """Return the options of ``parser``, to suggest one for a mistyped option."""
+    table = getattr(parser, "_option_string_actions", None)  # private attribute of argparse
     return [f"--{key}" for key in parser.get_defaults().keys()] if table is None else list(table)  # noqa: SIM118
 
 

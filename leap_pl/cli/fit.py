@@ -1,4 +1,4 @@
-"""The verbs that train and validate: LightningCLI with this project's defaults."""
+"""Command line of fit and validate: LightningCLI with this project's defaults."""
 
 import os
 import sys
@@ -48,18 +48,18 @@ from leap_pl.training.run_settings import find_classes, read_settings, take_term
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 2000,
     "gradient_clip_val": 1.0,
-    "num_sanity_val_steps": -1,  # the whole validation text once: where the curves begin
+    "num_sanity_val_steps": -1,  # validate once on the whole text before training: the first point of the curves
     "log_every_n_steps": 10,
-    "enable_model_summary": False,  # its table counts parametrized weights twice
-    "check_val_every_n_epoch": None,  # a run is one epoch: validation goes by steps
+    "enable_model_summary": False,  # the summary counts parametrized weights twice
+    "check_val_every_n_epoch": None,  # a run is one epoch, and validation is scheduled by steps
     "logger": lazy_instance(TensorBoardLogger, save_dir="runs", name="leap", default_hp_metric=False),
 }
 
-PROCESSES_A_CORE = 8  # more on one CPU can only be a slip, and takes the machine's memory
+PROCESSES_A_CORE = 8  # more processes on a CPU are certainly a mistake, and use up the machine's memory
 
-SECONDS_BEHIND = 2.0  # that a rank which has lost another ends after it; launchers look several times a second
+SECONDS_BEHIND = 2.0  # delay of a rank's exit after another rank was lost; launchers poll several times a second
 
-# LeapModule's own default, in the form that a saved config can hold.
+# LeapModule's default, in a form that can be saved in a config.
 OPTIMIZER: dict[str, Any] = {
     "class_path": "torch.optim.AdamW",
     "init_args": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.0, "fused": True},
@@ -67,37 +67,37 @@ OPTIMIZER: dict[str, Any] = {
 
 
 class LeapParser(FormerSpellingParser, LightningArgumentParser):
-    """LightningCLI's parser, which also reads settings where they used to be.
+    """LightningCLI's parser, which also reads former spellings of settings.
 
     Attributes:
-        verb: The verb whose options it parses; None of the parser of the verbs themselves.
+        verb: Verb whose options it parses; None: it parses the verb itself.
     """
 
     def __init__(self, *args: Any, verb: str | None = None, **kwargs: Any) -> None:
-        """Take the verb, and what LightningCLI's parser takes."""
+        """Create a parser for ``verb`` with the arguments of LightningCLI's parser."""
         super().__init__(*args, **kwargs)
         self.verb = verb
 
 
 class LeapCLI(LightningCLI):
-    """LightningCLI with the callbacks every run has, and one tokenizer for model and data.
+    """LightningCLI with the callbacks of every run, and one tokenizer for model and data.
 
     Attributes:
-        parsers: Verb → its parser, and None → that of the verbs.
+        parsers: Verb → its parser, and None → the parser of the verb itself.
         force: Whether to replace an earlier run.
-        last: Whether to resume from the last checkpoint, should there be any.
+        last: Whether to resume from the last checkpoint, if there is one.
     """
 
     force = last = False
     _resumes_from: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take what LightningCLI takes, and do all that is asked for."""
+        """Parse the command line and run its verb, with the arguments of LightningCLI."""
         self.parsers: dict[str | None, LeapParser] = {}
         super().__init__(*args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make a parser, and keep it at hand."""
+        """Create a parser and register it in ``parsers``."""
         parser = super().init_parser(**kwargs)
         assert isinstance(parser, LeapParser)
         self.parsers[parser.verb] = parser
@@ -105,11 +105,11 @@ class LeapCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Fit and validate; what else Lightning offers, ``leap_pl evaluate`` does on any model and text."""
+        """Return Lightning's ``fit`` and ``validate``; ``leap_pl evaluate`` covers its other verbs."""
         return {verb: skipped for verb, skipped in LightningCLI.subcommands().items() if verb in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Callbacks that a config sets under names of their own."""
+        """Add the options of the callbacks, each group under its own name, and of ``fit``."""
         parser.add_lightning_class_args(SparsityLogger, "sparsity_log")
         parser.add_lightning_class_args(MaskExport, "mask_export")
         parser.add_lightning_class_args(StepProgress, "progress")
@@ -125,10 +125,10 @@ class LeapCLI(LightningCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse ``args``; what is not given is taken from the checkpoint that the run resumes from.
+        """Parse ``args``; settings that are not given are taken from the checkpoint to resume from.
 
-        ``--ckpt_path last`` becomes the newest whole checkpoint of ``checkpoint.dirpath``, or none where there is
-        none yet. A job that SLURM has put back into its queue resumes from there without being told to.
+        ``--ckpt_path last`` becomes the newest intact checkpoint in ``checkpoint.dirpath``, or None if there is none
+        yet. A job that SLURM has requeued resumes from it automatically.
         """
         words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
         check_configs(words)
@@ -173,21 +173,21 @@ class LeapCLI(LightningCLI):
                 raise error
         check_classes(settings)
         if verb == "fit":
-            settings.force = False  # a saved config, given again, is not to replace the run that saved it
+            settings.force = False  # so that a saved config, used again, does not replace the run that saved it
             rank_zero_only(check_settings)(settings, force=self.force, last=self.last)
-        # LightningCLI would lay the settings of a checkpoint over what was typed: it is not to see the path yet.
+        # LightningCLI would override typed settings by the checkpoint's: it must not see the path yet.
         self._resumes_from, settings.ckpt_path = settings.ckpt_path, None
 
     def before_instantiate_classes(self) -> None:
-        """Put the path of the checkpoint back, which :meth:`parse_arguments` has set aside."""
+        """Restore the path of the checkpoint, which :meth:`parse_arguments` has removed."""
         if self.subcommand is not None:
             self.config[self.subcommand].ckpt_path = self._resumes_from
 
     def instantiate_classes(self) -> None:
-        """Make the module, the data and the trainer.
+        """Create the module, the data module and the trainer.
 
         Raises:
-            UserError: One of their classes, or of those that they name, refuses its settings.
+            UserError: A class refuses its settings.
         """
         try:
             super().instantiate_classes()
@@ -197,7 +197,7 @@ class LeapCLI(LightningCLI):
             raise _refusal(error) from error
 
     def _warn_of_former(self, typed: list[str]) -> None:
-        """Say once what to write instead of what is ``typed``, and in configs, where it used to be."""
+        """Warn once of former spellings, ``typed`` or in configs, and say what to write instead."""
         former = [*typed, *(name for parser in self.parsers.values() for name in parser.former)]
         if former:
             rank_zero_warn(advice(former))
@@ -212,51 +212,52 @@ class LeapCLI(LightningCLI):
     def _take_settings(
         self, verb: str, checkpoint: dict[str, Any], path: str, words: list[str]
     ) -> dict[str, UserError]:
-        """Make what ``checkpoint`` was learned with the parser's defaults.
+        """Set the settings that ``checkpoint`` was learned with as defaults of the parser.
 
         Returns:
-            Name of a setting → why it cannot be taken: unless it is typed, the run is refused.
+            Name of each setting that cannot be taken → the error to raise unless the setting is typed.
         """
         settings = read_settings(read_identity(checkpoint, path), checkpoint, path)
         classes, refused = find_classes(settings, path)
         settings |= {name: _as_typed(*each) for name, each in classes.items()}
         refused |= take_terms(settings, path, _as_typed)
         if any(word.startswith("--model.objective.extra+") for word in words):
-            # Added to none, as when the run began, and not to those of the checkpoint.
+            # Typed terms are added to an empty list, as at the start of the run, not to the checkpoint's.
             settings["model.objective"] = {**settings["model.objective"], "extra": []}
-        linked = ("data.tokenizer", "data.tokenizer_revision")  # to the model's
+        linked = ("data.tokenizer", "data.tokenizer_revision")  # linked to the model's
         known = {name: value for name, value in settings.items() if name not in linked and name not in refused}
-        if verb != "fit":  # validation has a precision of its own, and no steps
+        if verb != "fit":  # validation has its own precision, and no steps
             known = {name: value for name, value in known.items() if not name.startswith("trainer.")}
         self.parsers[verb].set_defaults(known)
         return refused
 
     def before_fit(self) -> None:
-        """Tell the model what it goes on from, and refuse a form that the strategy cannot read."""
+        """Pass the checkpoint to resume from to the model, and refuse one in a format that the strategy cannot read."""
         path = self.config_init[self.subcommand].ckpt_path
         if path is None or not Path(path).exists():
             return
         self.model.resumes_from = path
-        checkpoint = load_checkpoint(path, check_tensors=False)  # its bits were checked when its settings were taken
+        checkpoint = load_checkpoint(path, check_tensors=False)  # the tensors were checked when the settings were taken
         self.model.check_resume(checkpoint, path, self.trainer, self.datamodule, fitting=self.subcommand == "fit")
         if Path(path).is_dir():
             if not isinstance(self.trainer.strategy, ModelParallelStrategy):
                 raise UserError(
-                    f"{path} is a distributed checkpoint, which ModelParallelStrategy reads on any number of ranks. "
-                    f"For another strategy make it one file: leap_pl consolidate --ckpt_path {path} --output one.ckpt"
+                    f"{path} is a distributed checkpoint, which only ModelParallelStrategy reads, on any number of "
+                    "ranks. For another strategy convert it to one file: "
+                    f"leap_pl consolidate --ckpt_path {path} --output one.ckpt"
                 )
             check_folder(path)
 
     before_validate = before_fit
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, with checkpoint files that are whole and checked unless another way to store them was chosen."""
+        """Create the trainer; its checkpoint files are atomic and verified, unless another checkpoint IO was chosen."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:
             if "devices" not in str(error):
                 raise
-            raise UserError(f"trainer.devices: {' '.join(str(error).split())} Give a number of them.") from error
+            raise UserError(f"trainer.devices: {' '.join(str(error).split())} Give a number of devices.") from error
         _check_trainer(trainer)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
@@ -267,17 +268,17 @@ class LeapCLI(LightningCLI):
 
 
 class ConfigOfFit(SaveConfigCallback):
-    """Keep the config beside the logs of a run that learns; no run leaves one in the folder it was called from."""
+    """Save the config with the logs of ``fit``, and never in the working directory."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it, if this is such a run and has logs."""
+        """Save the config, if this is ``fit`` and has a logger."""
         if stage == "fit" and trainer.loggers:
             super().setup(trainer, pl_module, stage)
 
 
 def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
-    """Parse ``words`` and make trainer, module and data module; with ``run``, the first word is the verb to run."""
-    # Options by their whole names only: what stands for --ckpt_path has to be known before the rest is parsed.
+    """Parse ``words`` and create trainer, module and data module; with ``run``, the first word is the verb to run."""
+    # No abbreviated options: --ckpt_path must be found before the rest is parsed.
     settings = {"exit_on_error": False, "allow_abbrev": False}
     verbs: dict[str, Any] = {verb: {**settings, "verb": verb} for verb in LeapCLI.subcommands()} if run else {}
     return LeapCLI(
@@ -296,10 +297,10 @@ def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
 
 
 def run(words: list[str]) -> LeapCLI | None:
-    """Run one of LightningCLI's verbs; None where there was nothing left to do.
+    """Run one of LightningCLI's verbs; return None if the run was already finished.
 
     Raises:
-        UserError: The settings do not fit together, or something they name is not there.
+        UserError: Settings contradict each other, or something that they name does not exist.
     """
     set_up_process()
     try:
@@ -317,7 +318,7 @@ def run(words: list[str]) -> LeapCLI | None:
     except RuntimeError as error:
         if not lost_a_rank(error):
             raise
-        # Whatever started the ranks takes the first to end for the one that failed: let that be the other.
+        # Launchers report the first rank that exits as the one that failed, which should be the lost rank.
         time.sleep(SECONDS_BEHIND)
         raise UserError(
             f"another rank has ended, and its own message says why ({str(error).splitlines()[0][-120:]}). "
@@ -331,68 +332,68 @@ def run(words: list[str]) -> LeapCLI | None:
             f"{place} ({error.strerror}). Free space, or name other places with --checkpoint.dirpath and "
             "--trainer.logger.save_dir."
         ) from error
-    except MisconfigurationException as error:  # what Lightning finds only when it begins
+    except MisconfigurationException as error:  # errors that Lightning finds only when a run starts
         raise _refusal(error) from error
 
 
 def _refusal(error: Exception) -> UserError:
-    """Return what to say of ``error``, by which a class refuses its settings: its own line, or one of this package."""
+    """Return the error of a class that refuses its settings as one line."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__  # jsonargparse wraps what a class of a list of classes raises
+        cause = cause.__cause__  # jsonargparse wraps the errors of classes in a list
     if cause is not None:
         return cause
-    told = " ".join(str(error).split())
-    if "enable_checkpointing" in told:
-        told = (
-            "trainer.enable_checkpointing false does not go with the checkpoints that fit writes. For none, set "
+    message = " ".join(str(error).split())
+    if "enable_checkpointing" in message:
+        message = (
+            "trainer.enable_checkpointing false conflicts with the checkpoints that fit writes. To write none, set "
             "--checkpoint.save_top_k 0 --checkpoint.save_last false."
         )
-    return UserError(told)
+    return UserError(message)
 
 
 def _check_trainer(trainer: Trainer) -> None:
-    """Refuse settings that Lightning takes, and that would learn nothing or bring the machine down."""
+    """Refuse settings that Lightning accepts, but that would learn nothing or exhaust the machine."""
     if trainer.accumulate_grad_batches < 1:
         raise UserError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; give 1 or more.")
     cores = os.cpu_count() or 1
     if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > PROCESSES_A_CORE * cores:
         raise UserError(
-            f"trainer.devices is {trainer.num_devices}: so many processes, each with the model, would be started on "
+            f"trainer.devices is {trainer.num_devices}, which would start as many processes, each with the model, on "
             f"{cores} CPU cores. Give at most {PROCESSES_A_CORE * cores}."
         )
 
 
 def _as_typed(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return a class and its settings as in a config."""
+    """Return a class and its arguments in the form of a config."""
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 
 def _find_last(verb: str, folder: str | None) -> tuple[str, tuple[Path, dict[str, Any]] | None]:
-    """The newest whole checkpoint in ``folder``, and before it the words that say which one it is, or that none is."""
+    """Return a message on what the run starts from, and the newest intact checkpoint in ``folder`` or None."""
     if folder is None:
         raise UserError(
-            "to go on from the last checkpoint (--ckpt_path last, or a requeued job) its folder must be the same in "
-            "every run. Name it with --checkpoint.dirpath."
+            "to resume from the last checkpoint (--ckpt_path last, or a requeued job), its folder must be the same in "
+            "every run. Set it with --checkpoint.dirpath."
         )
     found = newest_checkpoint(Path(folder).expanduser())
     if found is None and verb != "fit":
         raise UserError(f"there is no checkpoint in {folder}. Give another --checkpoint.dirpath, or a .ckpt file.")
     if found is None:
-        words = f"no checkpoint in {folder} yet: the run starts afresh."
+        words = f"no checkpoint in {folder} yet: starting a new run."
     else:
         file, checkpoint, damaged = found
-        words = f"going on from {file} (step {checkpoint.get('global_step')})."
+        words = f"resuming from {file} (step {checkpoint.get('global_step')})."
         if damaged:
-            words = f"{damaged[0]} So: {words}"
+            words = f"{damaged[0]} Fallback: {words}"
     return words, None if found is None else found[:2]
 
 
 def _path_of(ckpt_path: Any) -> Any:
-    """``ckpt_path`` as a path: but for ``last``, words that Lightning reads in other ways mean nothing here.
+    """Return ``ckpt_path`` as a path; Lightning's keywords other than ``last`` are refused.
 
     Raises:
-        UserError: There is no file or folder of that name.
+        UserError: The file or folder does not exist.
     """
     if not isinstance(ckpt_path, str) or ckpt_path == "last" or "://" in ckpt_path:
         return ckpt_path

@@ -59,13 +59,13 @@ def saves_shards(trainer: "L.Trainer | None") -> bool:
     strategy = trainer.strategy if trainer is not None else None
     if not isinstance(strategy, ModelParallelStrategy):
         return False
-    told = getattr(strategy, "_save_distributed_checkpoint", None)  # what it was made with
-    if told is None:
+    setting = getattr(strategy, "_save_distributed_checkpoint", None)
+    if setting is None:
         warn_once(
-            "this version of Lightning does not tell the save_distributed_checkpoint of its ModelParallelStrategy: "
-            "checkpoints are written as folders, which is its default."
+            "this version of Lightning does not expose the save_distributed_checkpoint of ModelParallelStrategy: "
+            "checkpoints are written as folders, which is the default."
         )
-    return told is not False
+    return setting is not False
 
 
 def shard(
@@ -211,6 +211,6 @@ def reduce_only(module: nn.Module, names: Collection[str]) -> None:
         ignore(module, others)
     elif dist.is_initialized():
         warn_once(
-            "this version of torch sends the frozen weights from rank zero to all others when a run begins, and the "
-            "buffers in each forward pass: both take time, and change nothing."
+            "this version of torch broadcasts the frozen weights when a run starts, and the buffers before each "
+            "forward pass, which takes time but does not change results."
         )

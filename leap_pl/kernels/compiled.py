@@ -1,9 +1,9 @@
-"""The gates' kernels, compiled where there is a compiler.
+"""Compilation of the gates' kernels, with eager execution as fallback.
 
-A gate writes its forward and its backward pass as a few lines of tensor code over flat tensors. Here
-torch.compile fuses each into one pass over memory (C++ on a CPU, Triton on a GPU). Both kernels take every
-number that changes between steps as a tensor and every length as a symbol, so that one compilation serves
-the whole run. Without a compiler the same lines run eagerly, with the same noise, many times slower.
+The forward and the backward pass of a gate are a few lines of tensor code over flat tensors. torch.compile fuses each
+into one pass over memory (C++ on a CPU, Triton on a GPU). Both kernels take every number that changes between steps as
+a tensor and every length as a symbol, so that one compilation suffices for the whole run. Without a compiler the same
+code runs eagerly, with the same noise, many times slower.
 """
 
 import os
@@ -20,19 +20,19 @@ from leap_pl.kernels.inductor import sizes_apart
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
-# Multiply and add as one instruction, rounded once: a third off the time of a gate on a CPU.
+# Multiply and add as one instruction with one rounding (FMA): a gate on a CPU takes a third less time.
 FLAGS = "fast"
 if sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512":
-    # Where a number is read as bits, torch stores a vector, copies it and loads it again. GCC, which prefers half the
-    # width on Intel's machines, copies it in two halves, for which the load must wait: gates took twice as long.
-    # There is no option of its own for it.
+    # To reinterpret a number as bits, torch stores a vector, copies it and loads it again. GCC prefers half the vector
+    # width on Intel CPUs and copies in two halves, which stalls the load: gates took twice as long. Inductor has no
+    # separate option for this flag.
     FLAGS += " -mprefer-vector-width=512"
 OPTIONS = {"cpp.enable_floating_point_contract_flag": FLAGS}
 
-Way = Callable[[Callable[..., Any], Mapping[str, Any]], Callable[..., Any]]  # a kernel and options → compiled
+Backend = Callable[[Callable[..., Any], Mapping[str, Any]], Callable[..., Any]]  # kernel and options → compiled
 
 _seconds: dict[str, float] = {}
-_ways: dict[str, Way | None] = {}  # by the type of a device; None: eager
+_backends: dict[str, Backend | None] = {}  # by device type; None: eager
 
 
 def compiled(kernel: Kernel) -> Kernel:
@@ -42,21 +42,21 @@ def compiled(kernel: Kernel) -> Kernel:
     """
 
     def call(first: torch.Tensor, *rest: Any) -> Any:
-        way = _way(first.device)
-        if way is None:
+        backend = _backend(first.device)
+        if backend is None:
             return kernel(first, *rest)
-        if way not in fused:
-            fused[way] = way(kernel, OPTIONS)
+        if backend not in fused:
+            fused[backend] = backend(kernel, OPTIONS)
         if first.device.type in timed:
-            return fused[way](first, *rest)
+            return fused[backend](first, *rest)
         start = time.perf_counter()
         with sizes_apart():
-            result = fused[way](first, *rest)
+            result = fused[backend](first, *rest)
         _seconds[f"{kernel.__name__}[{first.device.type}]"] = time.perf_counter() - start
-        timed.add(first.device.type)  # not before: what failed to compile is tried the same way again
+        timed.add(first.device.type)  # only now: after a failed compilation the next call compiles again
         return result
 
-    fused: dict[Way, Callable[..., Any]] = {}
+    fused: dict[Backend, Callable[..., Any]] = {}
     timed: set[str] = set()
     call.__name__ = kernel.__name__
     call.__doc__ = kernel.__doc__
@@ -64,43 +64,43 @@ def compiled(kernel: Kernel) -> Kernel:
 
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Return ``tensor`` in two dimensions, and as no view: of a view, its base's shape would be compiled in."""
+    """Return ``tensor`` in two dimensions and not as a view: the shape of a view's base would be compiled in."""
     return (tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)).data
 
 
 def compile_seconds() -> dict[str, float]:
-    """How long the first call of each kernel took, compilation included: ``name[device]`` → seconds."""
+    """Return the time of each kernel's first call, including compilation: ``name[device]`` → seconds."""
     return dict(_seconds)
 
 
 def can_compile(device: torch.device) -> bool:
-    """Return whether kernels for ``device`` are compiled; found out once by compiling a small one."""
-    return _way(device) is not None
+    """Return whether kernels for ``device`` are compiled; tested once with a small kernel."""
+    return _backend(device) is not None
 
 
-def _way(device: torch.device) -> Way | None:
+def _backend(device: torch.device) -> Backend | None:
     if os.environ.get("LEAP_PL_COMPILE") == "0":
         return None
-    if device.type not in _ways:
-        _ways[device.type] = _way_that_works(device)
-    return _ways[device.type]
+    if device.type not in _backends:
+        _backends[device.type] = _find_backend(device)
+    return _backends[device.type]
 
 
-def _way_that_works(device: torch.device) -> Way | None:
-    """Return the fastest way to compile for ``device`` by which a small kernel computes what it is to compute."""
+def _find_backend(device: torch.device) -> Backend | None:
+    """Return the fastest backend that computes a small kernel correctly on ``device``."""
     reasons = []
-    for way in (DirectKernel, _checked_each_time):
+    for backend in (DirectKernel, _torch_compile):
         try:
-            _try(way, device)
-        except Exception as error:  # what makes a compiler fail is no closed list
+            _try(backend, device)
+        except Exception as error:  # a compiler can fail with any exception
             reasons.append(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160])
             continue
         if reasons:
             warn_once(
-                f"Gates are called by way of torch.compile each time, which takes longer: on {device.type} their "
-                f"compiled code cannot be called directly with this torch ({reasons[0]})."
+                f"Gates are called through torch.compile each time, which is slower: on {device.type} their "
+                f"compiled code cannot be called directly with this version of torch ({reasons[0]})."
             )
-        return way
+        return backend
     warn_once(
         f"The gates run uncompiled, many times slower: torch.compile does not work for {device.type} here "
         f"({reasons[-1]}). Install a C++ compiler (apt-get install g++), or Triton for a GPU."
@@ -108,22 +108,22 @@ def _way_that_works(device: torch.device) -> Way | None:
     return None
 
 
-def _checked_each_time(kernel: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+def _torch_compile(kernel: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     return torch.compile(kernel, dynamic=True, options=dict(options))
 
 
-def _try(way: Way, device: torch.device) -> None:
-    """Make sure that kernels are computed by ``way``: when they are compiled, and after it for other numbers and sizes.
+def _try(backend: Backend, device: torch.device) -> None:
+    """Check that ``backend`` computes kernels correctly: when it compiles, and then for other values and sizes.
 
     Raises:
-        RuntimeError: They are not. What compiling raises passes.
+        RuntimeError: A result is wrong. Other errors of compiling are raised unchanged.
     """
-    kernel, ones = way(_probe, OPTIONS), torch.ones(4, 8, device=device)
+    kernel, ones = backend(_probe, OPTIONS), torch.ones(4, 8, device=device)
     with sizes_apart():
         for x in (ones, 3 * ones, torch.ones(3, 5, device=device)):
-            added, taken_off = kernel(x, 2 * x)
-            if not (torch.equal(added, 3 * x) and torch.equal(taken_off, -x)):
-                raise RuntimeError("a compiled kernel computes something else")
+            added, subtracted = kernel(x, 2 * x)
+            if not (torch.equal(added, 3 * x) and torch.equal(subtracted, -x)):
+                raise RuntimeError("a compiled kernel computes a wrong result")
 
 
 def _probe(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from leap_pl.kernels.inductor import Graph, compile_and_note
 
 
 class DirectKernel:
-    """Kernel compiled by torch.compile with dynamic sizes, called directly from the second call of a kind on.
+    """Kernel compiled by torch.compile with dynamic sizes, and called directly from the second call of a kind.
 
     Two calls are of one kind if everything that torch.compile guards is equal: class, sizes, strides, dtype, device and
     ``requires_grad`` of each tensor, every other argument, and the modes of torch that compiled code depends on. The
@@ -74,7 +74,7 @@ class _Call:
     def between(
         cls, arguments: Sequence[Any], result: Any, graph: Graph, inputs: Sequence[Any], outputs: Sequence[Any]
     ) -> "_Call | None":
-        """Return the call by which ``graph`` computed ``result``; None if more than a call of it was needed."""
+        """Return the mapping by which ``graph`` computed ``result``; None if one call of it did not suffice."""
         numbers = {id(argument): number for number, argument in enumerate(arguments)}
         single = isinstance(result, Tensor)
         returned = [result] if single else list(result)

@@ -1,7 +1,7 @@
-"""Behind torch.compile: the code that it has compiled, and what it makes of equal sizes.
+"""Private interfaces of torch.compile: its compiled graphs, and its handling of equal sizes.
 
-The one place where kernels use what torch keeps to itself. Whether it is there is found out when it is first used:
-:mod:`leap_pl.kernels.compiled` falls back on torch.compile alone.
+No other module of the kernels uses private interfaces of torch. If one is missing, its first use fails, and
+:mod:`leap_pl.kernels.compiled` falls back to plain torch.compile.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,22 +12,22 @@ import torch
 
 from leap_pl.errors import warn_once
 
-Graph = Callable[[list[Any]], Sequence[Any]]  # empties the list it is given
-Note = Callable[[Graph, Sequence[Any], Sequence[Any]], None]  # a compiled graph, its inputs, its outputs
+Graph = Callable[[list[Any]], Sequence[Any]]  # clears the list that it receives
+Note = Callable[[Graph, Sequence[Any], Sequence[Any]], None]  # called with a compiled graph, its inputs, its outputs
 
 
 def compile_and_note(kernel: Callable[..., Any], options: Mapping[str, Any], note: Note) -> Callable[..., Any]:
-    """Compile ``kernel`` by torch.compile, for every size, with inductor's ``options``.
+    """Compile ``kernel`` with torch.compile for dynamic sizes, with inductor's ``options``.
 
     Returns:
-        What torch.compile makes of it, which tells ``note`` of each call of a compiled graph that a call comes down to.
+        The compiled kernel, which calls ``note`` after each call of a compiled graph.
     """
 
     def backend(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Any:
         from torch._functorch import config as tracing
-        from torch._inductor.compile_fx import compile_fx  # of use only where there is a compiler, and slow to import
+        from torch._inductor.compile_fx import compile_fx  # slow to import, and needed only to compile
 
-        # A graph from the cache of what is traced would come past finish. The cache of compiled code is the other one.
+        # A graph from the autograd cache would bypass finish. Compiled code has a separate cache, which stays enabled.
         with tracing.patch(enable_autograd_cache=False):
             return compile_fx(graph, list(examples), inner_compile=finish, config_patches=dict(options))
 
@@ -38,8 +38,8 @@ def compile_and_note(kernel: Callable[..., Any], options: Mapping[str, Any], not
         run: Graph | None = getattr(code, "current_callable", None)
         if run is None:
             warn_once(
-                f"torch {torch.__version__} does not show the code that it compiles: gates are called by way of "
-                "torch.compile each time, which takes longer."
+                f"torch {torch.__version__} does not expose its compiled code: gates are called through "
+                "torch.compile each time, which is slower."
             )
             return code
 
@@ -56,9 +56,9 @@ def compile_and_note(kernel: Callable[..., Any], options: Mapping[str, Any], not
 
 
 def sizes_apart() -> AbstractContextManager[Any]:
-    """Let torch.compile take sizes that are equal in a call for different ones, which they may be in the next.
+    """Return a context in which torch.compile treats equal sizes as independent, since they may differ in another call.
 
-    Where it cannot be told so, it compiles anew when they are.
+    If torch does not have this setting, it recompiles when they differ.
     """
     try:
         from torch.fx.experimental import _config as symbols

@@ -1,4 +1,4 @@
-"""GatedModule: a frozen language model with gates on its weights, as Lightning holds it."""
+"""GatedModule: LightningModule of a frozen language model with gates on its weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
 
 class GatedModule(L.LightningModule):
-    """What every way to learn a mask shares: the gated model, its prior, its hard mask and its checkpoints.
+    """Base class of modules that learn a mask: the gated model, its prior, its hard mask and its checkpoints.
 
-    The model is loaded when the run begins, its weights are frozen and gated, over several ranks sharded if the
-    strategy says so, and its checkpoints hold the logits alone. How the logits are learned is the subclass's.
+    The model is loaded when the run starts; its weights are frozen and gated, and sharded over the ranks if the
+    strategy requires it; its checkpoints contain only the logits. A subclass defines how the logits are learned.
     """
 
     def __init__(
@@ -66,32 +66,32 @@ class GatedModule(L.LightningModule):
         trust_remote_code: bool = False,
         seed: int = 0,
     ) -> None:
-        """Take the settings as :class:`leap_pl.training.module.LeapModule` explains them."""
+        """Store the settings, which :class:`leap_pl.training.module.LeapModule` documents."""
         super().__init__()
         self.base_model, self.revision = base_model, revision
-        # A kind of mask may not have quite the sparsity that was asked for.
+        # Not every kind of mask can have the requested sparsity; configure_model sets the one that it has.
         self.sparsity = self.asked_sparsity = sparsity
         self.targets, self.ignore = targets, list(ignore)
         self.make_gate, self.prior_settings = gate, prior
         self.dtype_name, self.logits_dtype = dtype, logits_dtype
         self.activation_checkpointing = activation_checkpointing
         self.trust_remote_code = trust_remote_code
-        self.strict_loading = False  # checkpoints hold logits only; on_load_checkpoint compares names and shapes
+        self.strict_loading = False  # checkpoints contain only logits; on_load_checkpoint compares names and shapes
         self.state = GateState(seed=seed)
         self.model: PreTrainedModel | None = None
-        self.mesh: DeviceMesh | None = None  # of the ranks that decoder blocks are sharded over
+        self.mesh: DeviceMesh | None = None  # device mesh that decoder blocks are sharded over
         self.gates: Gates[Any] = Gates({})
         self.priors: dict[str, MaskSet] = {}  # on rank zero
         self.prior_digests: dict[str, str] = {}  # of the prior that the run started from, on every rank
-        self.prior_folders: list[Path] = []  # where a resumed run's prior may lie, beside its checkpoint
+        self.prior_folders: list[Path] = []  # where to look for a resumed run's prior, after its checkpoint's folder
         self.resumes_from: str | None = None
-        self.resumed: Identity | None = None  # what the checkpoint says that this run goes on from
+        self.resumed: Identity | None = None  # identity in the checkpoint that this run resumes from
         self.register_state_dict_post_hook(checkpoints.keep_gates_only)
         self.validation = Validation()
 
     @property
     def attached(self) -> L.Trainer | None:
-        """The trainer that this module is run by; None where there is none."""
+        """Return the trainer that runs this module, or None."""
         try:
             return self.trainer
         except RuntimeError:
@@ -99,9 +99,9 @@ class GatedModule(L.LightningModule):
 
     @property
     def prior(self) -> "MaskSet | None":
-        """The mask that learning starts from, once the model is loaded for a fit; on rank zero.
+        """Return the mask that learning starts from, on rank zero after the model was loaded for a fit; else None.
 
-        Of a resumed run, the one that it started from; None where that cannot be had.
+        For a resumed run, this is the mask that the run started from, or None if it is unavailable.
         """
         return self.priors.get("prior")
 
@@ -110,19 +110,19 @@ class GatedModule(L.LightningModule):
     def check_resume(
         self, checkpoint: dict[str, Any], path: str | Path, trainer: L.Trainer, data: Any, *, fitting: bool
     ) -> None:
-        """Make sure that this module, ``trainer`` and ``data`` have the settings that a checkpoint was learned with.
+        """Check that this module, ``trainer`` and ``data`` have the settings that a checkpoint was learned with.
 
-        A ``dtype`` of ``auto`` becomes the checkpoint's. Whose logits it holds is compared when the model is loaded.
+        A ``dtype`` of ``auto`` becomes the checkpoint's. The base models are compared when the model is loaded.
 
         Args:
-            checkpoint: What the file holds.
-            path: Of the file, for messages.
-            trainer: Of this run.
-            data: Its data module, if there is one.
-            fitting: Learning is resumed; else only the settings that the hard mask depends on have to be the same.
+            checkpoint: Contents of the checkpoint.
+            path: Path of the checkpoint, for messages.
+            trainer: Trainer of this run.
+            data: Data module of this run, or None.
+            fitting: Whether learning is resumed; else only the settings that the hard mask depends on are compared.
 
         Raises:
-            UserError: A setting that is part of what is learned differs.
+            UserError: A setting that affects what is learned differs.
         """
         stored = run_settings.read_settings(read_identity(checkpoint, path), checkpoint, str(path))
         if self.dtype_name == "auto" and self.model is None:
@@ -130,17 +130,17 @@ class GatedModule(L.LightningModule):
         here = self.learned_with()
         if fitting:
             here |= run_settings.of_trainer(trainer, data)
-        else:  # the hard mask depends on these alone
+        else:  # the hard mask depends only on these
             here = {name: here[name] for name in MASK_SETTINGS if name in here}
         check_settings(stored, here)
 
     def configure_model(self) -> None:
-        """Load the base model, make the prior, put the gates on. Does nothing the second time."""
+        """Load the base model, make the prior and attach the gates. A second call does nothing."""
         if self.model is not None:
             return
         self.mesh = sharding_mesh(self.attached)
         dtype = self.dtype_name
-        if dtype == "auto":  # measured, so that two ranks may find differently
+        if dtype == "auto":  # measured, so ranks may find different results
             dtype = as_rank_zero_has(fast_dtype(self._device_of_run()))
         model = load_model(
             self.base_model,
@@ -169,12 +169,12 @@ class GatedModule(L.LightningModule):
             self.states, self.head = split_model(model)
         if self.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        # from_pretrained leaves it in eval mode, in which activation checkpointing is silently off. There is
-        # no dropout in it: load_model removed that.
+        # from_pretrained returns the model in eval mode, which silently disables activation checkpointing. Train mode
+        # applies no dropout, because load_model has removed it.
         self.model = model.train()
         reduce_only(self, {checkpoints.path_of(*place) for place in self._learned()})
         if self.mesh is not None and self.resumes_from is not None:
-            # Lightning loads a sharded run's optimizer before it asks on_load_checkpoint.
+            # Lightning loads a sharded run's optimizer before it calls on_load_checkpoint.
             checkpoint = checkpoints.load_checkpoint(self.resumes_from)
             check_same(read_identity(checkpoint, self.resumes_from), self.identity())
 
@@ -188,7 +188,7 @@ class GatedModule(L.LightningModule):
     def _shard(self, model: "PreTrainedModel", mesh: "DeviceMesh", prior: SharedPrior) -> None:
         def prepare(index: int, block: nn.Module) -> None:
             self._put_gates({name: weight for name, weight in self.weights.items() if weight.layer == index}, prior)
-            # Lightning does so later, when FSDP2 would not notice another dtype; then nothing is left to do.
+            # Lightning converts later, when FSDP2 would not notice the new dtype; that call then changes nothing.
             convert(block)
 
         convert = self.trainer.precision_plugin.convert_module
@@ -196,8 +196,8 @@ class GatedModule(L.LightningModule):
         convert(model).to(self._device_of_run())
 
     def _make_prior(self, model: "PreTrainedModel") -> SharedPrior:
-        """The prior, or priors, made on rank zero, whose ``self.priors`` they are."""
-        # First, for a prior may take minutes: can this kind of mask be what is asked of it?
+        """Make the prior or priors on rank zero, set ``self.priors`` there, and return them for all ranks."""
+        # First, since a prior may take minutes: raises if this kind of mask cannot have the requested sparsity.
         name, weight = next(iter(self.weights.items()))
         gates = Gates.of({name: self.make_gate(weight, self.state)})
         self.sparsity = gates.exact_sparsity(self.sparsity)
@@ -218,7 +218,7 @@ class GatedModule(L.LightningModule):
     def _find_prior(
         self, path: Path, model: "PreTrainedModel", gates: Gates[Any], calibration: Calibration
     ) -> SharedPrior:
-        """No prior for the gates, whose logits come from the checkpoint ``path``; ``self.priors`` are its run's."""
+        """Return an empty prior, as the logits come from the checkpoint ``path``; set ``self.priors`` to its run's."""
         found = read_identity(checkpoints.load_checkpoint(path, check_tensors=False), path)
         rank_zero = RankZero()
         shared = SharedPrior({}, rank_zero)
@@ -237,7 +237,7 @@ class GatedModule(L.LightningModule):
         gates: Gates[Any],
         make: "Callable[[Prior], Mapping[str, MaskSet]] | None",
     ) -> None:
-        """Take from the checkpoint how its run began, which is how this one did, and on rank zero find its prior."""
+        """Set the identity and prior digests of the resumed run from its checkpoint; on rank zero find its prior."""
         digests = found.settings.get(DIGESTS)
         self.resumed, self.prior_digests = found, dict(digests) if isinstance(digests, dict) else {}
         if make is not None:
@@ -263,13 +263,13 @@ class GatedModule(L.LightningModule):
             check_tokenizer(data.tokenizer, data.vocabulary, self.base_model)
 
     def _learned(self) -> dict[tuple[str, str], nn.Parameter]:
-        """What is learned: (weight name, attribute of its gate) → parameter."""
+        """Return the learned parameters: (weight name, attribute of its gate) → parameter."""
         return self.gates.learned()
 
     # -- the mask -----------------------------------------------------------------------------------------
 
     def check_finite(self, *, logits: bool = False) -> None:
-        """Make sure that what is to be used or saved are numbers: of this class, the logits, if asked for.
+        """Check that values to be used or saved are finite; this class checks the logits, if requested.
 
         Raises:
             NonFiniteError: A logit is infinite or NaN.
@@ -278,12 +278,12 @@ class GatedModule(L.LightningModule):
             finite.check_logits(self._learned(), self.state.step)
 
     def choose_hard_masks(self) -> None:
-        """Give every gate its hard mask at exactly the target sparsity."""
+        """Choose the hard mask of every gate at exactly the target sparsity."""
         self.check_finite(logits=True)
         self.gates.choose(self.sparsity)
 
     def mask_set(self) -> "MaskSet":
-        """The hard mask at exactly the target sparsity, as it is exported: whole, on every rank."""
+        """Return the hard mask at exactly the target sparsity, as exported: complete on every rank."""
         from leap_pl.masks import MaskSet
 
         self.choose_hard_masks()
@@ -291,12 +291,12 @@ class GatedModule(L.LightningModule):
         return MaskSet(masks, checkpoints.provenance(self.identity(), self.gates))
 
     def save_mask(self, path: str | Path) -> tuple[int, int]:
-        """Write :meth:`mask_set` to the MaskSet file ``path``, of which no more than one weight's mask is in memory.
+        """Write :meth:`mask_set` to the MaskSet file ``path`` with the mask of only one weight in memory at a time.
 
-        Of several ranks, each of which makes this call, the first one writes.
+        All ranks must call this; rank zero writes the file.
 
         Returns:
-            How many gated weights are kept, and of how many.
+            Number of kept weights, and number of all gated weights.
         """
         from leap_pl.masks.mask_set import write_masks
 
@@ -314,7 +314,7 @@ class GatedModule(L.LightningModule):
     # -- checkpoints --------------------------------------------------------------------------------------
 
     def identity(self) -> Identity:
-        """What this run's checkpoints say of themselves."""
+        """Return the identity that this run's checkpoints contain."""
         dense, data = self.validation.dense, getattr(self.attached, "datamodule", None)
         return Identity(
             base_model=self.base_model,
@@ -336,11 +336,11 @@ class GatedModule(L.LightningModule):
         )
 
     def learned_with(self) -> Settings:
-        """Return the module's settings that a resumed run takes and compares, by their names in the table.
+        """Return the settings of the module that a resumed run takes and compares, by their full names.
 
-        The table is :mod:`leap_pl.checkpoints.settings`.
+        The rules are in :mod:`leap_pl.checkpoints.settings`.
         """
-        told: Settings = {
+        found: Settings = {
             "model.base_model": self.base_model,
             "model.sparsity": self.asked_sparsity,
             "model.targets": self.targets,
@@ -353,41 +353,43 @@ class GatedModule(L.LightningModule):
             "model.seed": self.state.seed,
         }
         if self.gates:
-            told["model.gate"] = self.gates.describe()
-        if told["model.dtype"] == "auto":
-            del told["model.dtype"]
-        return taken(told)
+            found["model.gate"] = self.gates.describe()
+        if found["model.dtype"] == "auto":
+            del found["model.dtype"]
+        return taken(found)
 
     def settings(self) -> dict[str, Any]:
-        """What a mask's provenance tells of how it was learned, as it acted and not as it was typed: plain values."""
+        """Return the settings for the provenance of a mask, as they were in effect and not as typed: plain values."""
         prior = None if self.resumed is None else self.resumed.settings.get("prior")
-        told: dict[str, Any] = {"prior": prior or asdict(self.prior_settings), "seed": self.state.seed}
-        told |= {DIGESTS: self.prior_digests} if self.prior_digests else {}
-        told["logits_dtype"] = str(self.logits_dtype).removeprefix("torch.")
-        told["dtype"] = None if self.model is None else str(self.model.dtype).removeprefix("torch.")
+        recorded: dict[str, Any] = {"prior": prior or asdict(self.prior_settings), "seed": self.state.seed}
+        recorded |= {DIGESTS: self.prior_digests} if self.prior_digests else {}
+        recorded["logits_dtype"] = str(self.logits_dtype).removeprefix("torch.")
+        recorded["dtype"] = None if self.model is None else str(self.model.dtype).removeprefix("torch.")
         if self.attached is None:
-            return told
-        told |= live_settings(self.trainer)
+            return recorded
+        recorded |= live_settings(self.trainer)
         hard, dense = self.validation.hard, self.validation.dense
         if hard is not None:
             of = {**hard.of, "step": self.validation.hard_step}
-            told |= {"perplexity": hard.value, "perplexity_of": of}
-        return told if dense is None else told | {"dense_perplexity": dense.value, "dense_perplexity_of": dense.of}
+            recorded |= {"perplexity": hard.value, "perplexity_of": of}
+        if dense is not None:
+            recorded |= {"dense_perplexity": dense.value, "dense_perplexity_of": dense.of}
+        return recorded
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen model out: logits by weight name, and whose they are."""
+        """Store the logits by weight name and the identity of the run, without the frozen model."""
         self.check_finite(logits=True)
         checkpoint[KEY] = asdict(self.identity())
-        checkpoint.pop("hyper_parameters", None)  # said there once, and read by a schema
+        checkpoint.pop("hyper_parameters", None)  # they are in the identity, which is read by a schema
         rewind(self.trainer, checkpoint)
         if saves_shards(self.attached):
-            return  # each rank its own, under this module's names: ModelParallelStrategy reads them back
+            return  # each rank writes its own part under this module's names, as ModelParallelStrategy reads them
         if self.mesh is None:
             state = {checkpoints.key_of(*place): tensor for place, tensor in self.gates.stored().items()}
             names = {id(parameter): name for name, parameter in self.named_parameters()}
             groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
             numbered = [names[id(parameter)] for group in groups for parameter in group["params"]]
-        else:  # gathered on rank zero; nothing on the others
+        else:  # gathered on rank zero; empty on the other ranks
             state = checkpoints.by_weight(checkpoint["state_dict"])
             numbered = [name for name, _ in self.named_parameters()]
         checkpoint["state_dict"] = state
@@ -395,7 +397,7 @@ class GatedModule(L.LightningModule):
             checkpoints.name_parameters(optimizer_state, numbered)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model or another run; map its logits to this module's names."""
+        """Map the logits of a checkpoint to this module's names; refuse one of another model or with other settings."""
         found = read_identity(checkpoint)
         if self.attached is not None:
             data = getattr(self.trainer, "datamodule", None)
@@ -403,7 +405,9 @@ class GatedModule(L.LightningModule):
         check_same(found, self.identity())
         self.validation.read(found.dense_perplexity, found.dense_perplexity_of, found.settings)
         if self._fitting():
-            if self.resumed is None:  # a plain trainer tells the path only now: a prior was made as it was typed
+            if (
+                self.resumed is None
+            ):  # a Trainer without the command line: the path is known only now, after the prior was made
                 made = self.priors
                 origin = Path(self.trainer.ckpt_path or "")
                 self._resume(found, origin, self.gates, (lambda _: made) if self.trainer.is_global_zero else None)
@@ -415,7 +419,7 @@ class GatedModule(L.LightningModule):
                 checkpoints.path_of(*place): stored[checkpoints.key_of(*place)] for place in places
             }
         elif Path(path := self.trainer.ckpt_path or "").is_file():
-            # Of a folder Lightning has loaded each rank's part; of a file each rank takes its own.
+            # From a folder Lightning has loaded each rank's part; from a file each rank takes its own part here.
             stored = checkpoints.load_checkpoint(path)["state_dict"]
             for place, tensor in places.items():
                 copy_part_(tensor, stored[checkpoints.key_of(*place)])

@@ -1,4 +1,4 @@
-"""LeapModule: a frozen language model whose mask is learned."""
+"""LeapModule: learns the mask of a frozen language model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -47,7 +47,7 @@ class LeapModule(GatedModule):
 
     Paper: https://arxiv.org/abs/2605.17289. The mask is a parametrization of the model's weights, see
     :mod:`leap_pl.gates`; the loss is :class:`leap_pl.losses.objective.Objective`; the logit scale and temperature
-    follow :class:`leap_pl.training.schedules.Annealing`. No callback is needed to learn.
+    follow :class:`leap_pl.training.schedules.Annealing`. Learning needs no callback.
 
     .. code-block:: yaml
 
@@ -58,7 +58,7 @@ class LeapModule(GatedModule):
           annealing: {alpha: {start: 25, end: 350}, tau: {start: 4, end: 0.05}}
           prior: {method: wanda}
 
-    The teacher of distillation is the same model with its gates off. Checkpoints hold the logits, not the
+    The teacher for distillation is the same model with its gates disabled. Checkpoints contain the logits, not the
     model.
     """
 
@@ -84,38 +84,39 @@ class LeapModule(GatedModule):
         trust_remote_code: bool = False,
         seed: int = 0,
     ) -> None:
-        """Take the settings; the model is loaded when the run begins.
+        """Store the settings; the model is loaded when the run starts.
 
         Args:
             base_model: Hub id, local folder or local GGUF file of a causal language model.
-            sparsity: Share of the gated weights to remove, between 0 and 1; the exported mask has exactly it.
-            gate: The kind of mask.
+            sparsity: Share of the gated weights to remove, between 0 and 1. The exported mask has exactly that share.
+            gate: Kind of gate, and so of mask.
             targets: Weights to gate: class names, module names, or ``re:`` regular expressions. By default all
-                linears and stacked experts of the decoder blocks.
+                linear layers and stacked experts of the decoder blocks.
             ignore: Weights to leave dense, in the same form.
-            objective: The terms of the loss and their weights.
-            annealing: How the mask hardens: the schedules of the logit scale α and the temperature τ.
-            prior: The mask that the logits lean towards at the start.
-            optimizer: Of the logits.
-            lr_scheduler: Stepped once an optimizer step. By default ``warmup_steps`` up, then a cosine to 0.
-            warmup_steps: Of the default schedule.
-            dtype: Of the frozen weights and the computation; ``auto`` is bfloat16 where the hardware multiplies
-                it faster, which is measured on a CPU, else float32.
-            logits_dtype: Of the logits and their gradients, whatever the precision of the rest. ``bfloat16`` takes
-                an optimizer that rounds at random (:class:`leap_pl.training.optimizers.PackedAdamW`): see
+            objective: Terms of the loss and their weights.
+            annealing: Schedules of the logit scale α and the temperature τ, which harden the mask.
+            prior: Mask that the initial logits favour.
+            optimizer: Optimizer of the logits.
+            lr_scheduler: Learning rate schedule, stepped after every optimizer step. By default a linear warmup over
+                ``warmup_steps``, then a cosine to 0.
+            warmup_steps: Number of warmup steps of the default schedule.
+            dtype: Data type of the frozen weights and of the computation; ``auto`` is bfloat16 if the hardware
+                multiplies it faster, which is measured on a CPU, else float32.
+            logits_dtype: Data type of the logits and their gradients, whatever the precision of the rest. ``bfloat16``
+                requires an optimizer with stochastic rounding (:class:`leap_pl.training.optimizers.PackedAdamW`): see
                 docs/memory.md.
             activation_checkpointing: Recompute each decoder block in the backward pass: less memory, a third
                 more time.
-            revision: Of the base model on the hub.
+            revision: Revision of the base model on the hub.
             trust_remote_code: Run code that comes with the base model.
-            seed: Of the noise and of the logits' start.
+            seed: Seed of the noise and of the initial logits.
         """
         check_numbers({"sparsity": sparsity, "warmup_steps": warmup_steps, "seed": seed}, "model.")
-        # From a checkpoint they come as plain dictionaries, and into one they go as such.
+        # Checkpoints store settings as plain dictionaries.
         prior = Prior(**prior) if isinstance(prior, dict) else prior
         super().__init__(
             base_model,
-            # Values of restricted types are no plain numbers, and a checkpoint is read with weights_only.
+            # A value of a restricted type is not a plain float, and checkpoints are read with weights_only.
             float(sparsity),
             gate,
             prior=prior,
@@ -136,8 +137,8 @@ class LeapModule(GatedModule):
         self.hparams.update(annealing=asdict(self.annealing))
         self.hparams.update(sparsity=self.sparsity, warmup_steps=self.warmup_steps)
         self.terms: dict[str, Tensor] = {}
-        self.gradient_norm: Tensor | None = None  # of the optimizer step at hand, before it is clipped
-        self.norms: list[tuple[int, Tensor]] = []  # (step, gradient norm) that were not looked at yet
+        self.gradient_norm: Tensor | None = None  # of the current optimizer step, before clipping
+        self.norms: list[tuple[int, Tensor]] = []  # (step, gradient norm) that were not checked yet
         self._harden(0.0)
 
     @classmethod
@@ -150,19 +151,19 @@ class LeapModule(GatedModule):
         weights_only: bool | None = None,
         **settings: Any,
     ) -> Self:
-        """Return the module that a checkpoint was written of, with its base model and its logits.
+        """Return the module that a checkpoint was saved from, with its base model and its logits.
 
         Args:
-            checkpoint_path: A checkpoint file.
+            checkpoint_path: Path of a checkpoint file.
             map_location: Device of the model and the logits.
-            hparams_file: Not used: a checkpoint holds its settings.
+            hparams_file: Not used: a checkpoint contains its settings.
             strict: Not used: names and shapes of logits are always compared.
-            weights_only: Not used: nothing but tensors and plain values is ever read.
-            settings: Settings of the module that replace those of the checkpoint, such as ``base_model``; and
+            weights_only: Not used: only tensors and plain values are ever read.
+            settings: Settings of the module that override those of the checkpoint, such as ``base_model``; and
                 ``trust_remote_code``, which is never taken from a file.
 
         Raises:
-            UserError: It cannot be read, or does not belong to the base model.
+            UserError: The checkpoint cannot be read, or does not belong to the base model.
         """
         checkpoint = load_checkpoint(checkpoint_path)
         stored = read_settings(read_identity(checkpoint, checkpoint_path), checkpoint, str(checkpoint_path))
@@ -180,48 +181,48 @@ class LeapModule(GatedModule):
         return module if map_location is None else module.to(map_location)
 
     def configure_model(self) -> None:
-        """Load the base model, make the prior, put the gates on. Does nothing the second time."""
+        """Load the base model, make the prior and attach the gates. A second call does nothing."""
         if self.model is not None:
             return
-        if self._fitting():  # first, for a prior may take minutes
+        if self._fitting():  # first, since a prior may take minutes
             _check_trainer(self.trainer)
             check_rounding(self._optimizer_of([nn.Parameter(torch.zeros(1, 1))]), self.logits_dtype)
         super().configure_model()
 
     def settings(self) -> dict[str, Any]:
-        """What a mask's provenance tells of how it was learned: plain values."""
-        told = {"objective": describe_objective(self.objective), "annealing": asdict(self.annealing)}
-        return told | super().settings()
+        """Return the settings for the provenance of a mask, as plain values."""
+        recorded = {"objective": describe_objective(self.objective), "annealing": asdict(self.annealing)}
+        return recorded | super().settings()
 
     def learned_with(self) -> Settings:
-        """See :meth:`.GatedModule.learned_with`."""
-        told: Settings = {"model.objective": describe_objective(self.objective)}
-        told["model.annealing"] = asdict(self.annealing)
-        told["model.warmup_steps"] = self.warmup_steps
+        """Return the settings that a resumed run takes and compares; see :meth:`.GatedModule.learned_with`."""
+        found: Settings = {"model.objective": describe_objective(self.objective)}
+        found["model.annealing"] = asdict(self.annealing)
+        found["model.warmup_steps"] = self.warmup_steps
         optimizer = self._optimizer_of([nn.Parameter(torch.zeros(1, 1, dtype=self.logits_dtype))])
-        told["model.optimizer"] = describe_optimizer(optimizer, getattr(self.make_optimizer, "keywords", {}))
-        told["model.lr_scheduler"] = None
+        found["model.optimizer"] = describe_optimizer(optimizer, getattr(self.make_optimizer, "keywords", {}))
+        found["model.lr_scheduler"] = None
         if self.make_scheduler is not None:
             given = getattr(self.make_scheduler, "keywords", {})
-            told["model.lr_scheduler"] = describe_scheduler(self.make_scheduler(optimizer), given)
-        return super().learned_with() | taken(told)
+            found["model.lr_scheduler"] = describe_scheduler(self.make_scheduler(optimizer), given)
+        return super().learned_with() | taken(found)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up a checkpoint as :class:`.GatedModule` does, and outside of a fit the place of α and τ in its run."""
+        """Load a checkpoint as :class:`.GatedModule` does and, outside a fit, set α and τ as they were in its run."""
         super().on_load_checkpoint(checkpoint)
         steps, done = read_identity(checkpoint).max_steps, checkpoint.get("global_step")
         if not self._fitting() and steps and isinstance(done, int):
             self._harden(done / steps)
 
     def _harden(self, fraction: float) -> None:
-        """Set α and τ to where they are at ``fraction`` of the run."""
+        """Set α and τ to their values at ``fraction`` of the run."""
         self.state.fraction = fraction
         self.state.anneal(**self.annealing.at(fraction))
 
     # -- learning -----------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The loss of one micro-batch; ``batch["input_ids"]`` is (B, L) tokens."""
+        """Return the loss of one micro-batch; ``batch["input_ids"]`` is (B, L) tokens."""
         input_ids, fraction = batch["input_ids"], self.global_step / self.trainer.max_steps
         windows = self.trainer.accumulate_grad_batches
         self.state.step = self.global_step
@@ -238,8 +239,8 @@ class LeapModule(GatedModule):
         for name in self.gates.unused:  # experts that no token was routed to
             if self.mesh is not None:
                 raise UserError(
-                    f"{name} was not used by a micro-batch, and in a sharded run each is used by every one. "
-                    "Leave it out with --model.ignore, or use --trainer.strategy ddp."
+                    f"{name} was not used by a micro-batch, but in a sharded run every one must use all weights. "
+                    "Exclude it with --model.ignore, or use --trainer.strategy ddp."
                 )
             self.gates[name](self.weights[name].parameter)
         passed = MicroBatch(
@@ -265,11 +266,11 @@ class LeapModule(GatedModule):
         return loss
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
-        """Return the last hidden states of the tokens that have a next one, (T, D)."""
+        """Return the last hidden states of all tokens that have a next token, (T, D)."""
         return self.states(input_ids)[:, :-1].flatten(0, 1)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Check the gradient norms of ``trainer.log_every_n_steps`` steps, unless a callback has already.
+        """Check the gradient norms of ``trainer.log_every_n_steps`` steps, unless a callback already has.
 
         Raises:
             NonFiniteError: If a norm or a term of the loss is infinite or NaN.
@@ -278,11 +279,11 @@ class LeapModule(GatedModule):
             self.check_finite()
 
     def mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
-        """The mean of each value over the ranks of the run, every one of which makes this call."""
+        """Return the mean of each value over all ranks; a collective that all ranks must call."""
         return values if self.attached is None else mean_over_ranks(values, self.trainer)
 
     def check_finite(self, *, logits: bool = False) -> None:
-        """Make sure that the last micro-batch's loss, the gradients since, and the logits if asked for, are numbers.
+        """Check that the last loss, the gradients since the last check and, if requested, the logits are finite.
 
         Raises:
             NonFiniteError: A term of the loss, a gradient or a logit is infinite or NaN.
@@ -293,16 +294,16 @@ class LeapModule(GatedModule):
         super().check_finite(logits=logits)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the norm of the gradients. On a CPU, make sure that it is a number, for else all logits are spoiled.
+        """Compute the norm of the gradients; on a CPU, check that it is finite before the step changes all logits.
 
-        Elsewhere :meth:`check_finite` does so at the next log step, and before anything is saved.
+        On other devices :meth:`check_finite` checks it at the next log step, and before anything is saved.
 
         Raises:
-            NonFiniteError: One is infinite or NaN.
+            NonFiniteError: A gradient is infinite or NaN.
         """
         self.gradient_norm = None
         if self.trainer.precision == "16-mixed":
-            return  # its scaler meets such gradients, and leaves the step out
+            return  # the gradient scaler skips steps with such gradients
         self.gradient_norm = finite.norm_of_gradients(self._learned())
         if self.looks_later:
             self.norms.append((self.state.step, self.gradient_norm))
@@ -311,7 +312,7 @@ class LeapModule(GatedModule):
 
     @property
     def looks_later(self) -> bool:
-        """Whether to look at a number makes the host wait for the device: it is then done at log steps only."""
+        """Return whether reading a number takes a host sync; numbers are then checked at log steps only."""
         return self.device.type != "cpu"
 
     def configure_gradient_clipping(
@@ -320,9 +321,9 @@ class LeapModule(GatedModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as Lightning does, by the norm that is known already."""
-        # Lightning's own way refuses a fused optimizer, which says that it unscales gradients itself: only those of
-        # float16 are scaled.
+        """Clip gradients as Lightning does, using the norm that is already known."""
+        # Lightning's own clipping refuses a fused optimizer, because it may unscale gradients itself; but only float16
+        # gradients are scaled.
         if self.gradient_norm is None or not gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_algorithm in (None, "norm"):
@@ -334,7 +335,7 @@ class LeapModule(GatedModule):
         return None if self.model is None else self.model.dtype
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over all logits, and its schedule, stepped once an optimizer step."""
+        """Return one optimizer of all logits, and its schedule, which is stepped after every optimizer step."""
         total = self.trainer.max_steps
         if total < 1:
             raise UserError(
@@ -346,12 +347,12 @@ class LeapModule(GatedModule):
         else:
             if self.warmup_steps > total:
                 rank_zero_warn(
-                    f"model.warmup_steps is {self.warmup_steps} and trainer.max_steps {total}: the learning rate does "
-                    f"not come to its full. Set --model.warmup_steps {total // 10}, or so."
+                    f"model.warmup_steps is {self.warmup_steps} and trainer.max_steps {total}: the learning rate never "
+                    f"reaches its maximum. Set --model.warmup_steps to about {total // 10}."
                 )
             factor = partial(warmup_cosine, total=total, warmup=self.warmup_steps)
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        check_settings(optimizer)  # a scheduler may have set the rate
+        check_settings(optimizer)  # a scheduler may have changed the learning rate
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _optimizer_of(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -368,17 +369,17 @@ class LeapModule(GatedModule):
     # -- validation ---------------------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """Set α and τ: a run may validate before it trains. Outside of a fit they stay where the checkpoint was."""
+        """Set α and τ, since a run may validate before it trains; outside a fit they keep the checkpoint's values."""
         if self._fitting():
             self._harden(self.global_step / self.trainer.max_steps)
 
     def on_validation_epoch_start(self) -> None:
-        """Choose the hard mask of exactly the target sparsity, which is what is validated."""
+        """Choose the hard mask at exactly the target sparsity for the validation."""
         self.choose_hard_masks()
         self.validation.begin()
 
     def validation_step(self, batch: dict[str, Any] | Tensor, batch_idx: int) -> None:
-        """Measure the perplexity of the hard mask, and, where nothing is known of it yet, of the dense model."""
+        """Measure the perplexity of the hard mask and, unless it is already known, of the dense model."""
         input_ids = batch["input_ids"] if isinstance(batch, dict) else batch
         for mode in self.validation.wanted:
             self._measure(mode, input_ids)
@@ -390,7 +391,7 @@ class LeapModule(GatedModule):
             self.validation.update(mode, self.states(input_ids), input_ids, self.head, self.objective.chunk)
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the perplexities, each with what it is of. The dense model's is measured anew where that has changed."""
+        """Record the perplexities with their provenance; recompute the dense model's if its provenance has changed."""
         total = self.validation.measured_tokens().to(self.trainer.strategy.root_device)
         total = self.trainer.strategy.reduce(total, reduce_op="sum")
         of = self._measured_model()
@@ -401,19 +402,19 @@ class LeapModule(GatedModule):
                 for input_ids in self.validation.batches:
                     self._measure("dense", input_ids)
         hard, dense = (measured.value for measured in self.validation.finish(total, self.global_step, of))
-        self.log("perplexity/dense", dense, sync_dist=True)  # equal already: Lightning would warn
+        self.log("perplexity/dense", dense, sync_dist=True)  # already equal; without it Lightning warns
         if self.trainer.sanity_checking:
-            # Lightning keeps what is measured before the first step to itself; it is where the curves begin.
+            # Lightning does not log values from before the first step, at which the curves begin.
             for logger in self.loggers:
                 logger.log_metrics({"perplexity/hard": hard, "perplexity/dense": dense}, step=0)
 
     def _measured_model(self) -> dict[str, str]:
-        """What a figure is of, beside the text, in the words of :class:`leap_pl.training.validation.Measured`."""
+        """Return the provenance of a perplexity except for the text; see :class:`.Measured` for its keys."""
         dtype = str(self._dtype_of_model()).removeprefix("torch.")
         return {"fingerprint": self.fingerprint, "dtype": dtype, "precision": str(self.trainer.precision)}
 
 
 def _check_trainer(trainer: L.Trainer) -> None:
-    """Make sure that the numbers by which ``trainer`` learns are some that can be meant, whoever made it."""
+    """Check that the numeric settings of ``trainer`` are in range, also for a Trainer made in Python."""
     names = ("gradient_clip_val", "val_check_interval", "accumulate_grad_batches", "log_every_n_steps")
     check_numbers({name: getattr(trainer, name, None) for name in names}, "trainer.")

@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the fraction t/T of the optimizer steps done."""
+"""Schedules: pure functions of the fraction t/T of completed optimizer steps."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from leap_pl.inputs.ranges import Range
 
 Curve = Literal["linear", "cosine", "exponential", "constant"]
 
-# What a value that is annealed may be. The gates compute with α/τ and 1/τ in float32.
+# Valid ranges of annealed values. The gates compute with α/τ and 1/τ in float32.
 ANNEALED = {"alpha": Range(0, 1e6), "pattern_alpha": Range(0, 1e6), "tau": Range(1e-6, 1e6)}
 WHY = {"tau": "a temperature is above 0"}
 
@@ -31,7 +31,7 @@ class Schedule:
     Attributes:
         start: Value at the first step.
         end: Value after the last step.
-        curve: How it goes from one to the other.
+        curve: Shape of the curve from ``start`` to ``end``.
     """
 
     start: float
@@ -50,11 +50,11 @@ class Schedule:
             raise UserError(f"a constant schedule cannot go from {self.start} to {self.end}; make them equal.")
 
     def __str__(self) -> str:
-        """Return it as it is typed."""
+        """Return the schedule as it is written in a config."""
         return f"{{start: {self.start}, end: {self.end}, curve: {self.curve}}}"
 
     def __call__(self, fraction: float) -> float:
-        """The value at ``fraction`` of the run, which is held within [0, 1]."""
+        """Return the value at ``fraction`` of the run, which is clamped to [0, 1]."""
         x = min(max(fraction, 0.0), 1.0)
         if self.curve == "linear":
             return self.start + (self.end - self.start) * x
@@ -66,25 +66,25 @@ class Schedule:
 
 
 def check_annealed(group: str, **schedules: Schedule) -> None:
-    """Make sure that schedules of the gates' logit scales and temperature go where these can be.
+    """Check that schedules of the gates' logit scales and temperature start and end within their valid ranges.
 
     Args:
-        group: Where they are set, for the message, as ``annealing``.
-        schedules: By the names in :data:`ANNEALED`.
+        group: Name of the group of settings, for the message, such as ``model.annealing``.
+        schedules: Schedules by the names in :data:`ANNEALED`.
 
     Raises:
-        UserError: One begins or ends elsewhere.
+        UserError: A schedule starts or ends outside its range.
     """
     for name, schedule in schedules.items():
-        taken = ANNEALED[name]
-        if schedule.start not in taken or schedule.end not in taken:
+        valid = ANNEALED[name]
+        if schedule.start not in valid or schedule.end not in valid:
             why = f"; {WHY[name]}" if name in WHY and min(schedule.start, schedule.end) <= 0 else ""
-            raise UserError(f"{group}.{name} goes from {schedule.start:g} to {schedule.end:g}{why}. Give {taken}.")
+            raise UserError(f"{group}.{name} goes from {schedule.start:g} to {schedule.end:g}{why}. Give {valid}.")
 
 
 @dataclass(frozen=True)
 class Annealing:
-    """How the gates harden over a run: the schedules of the logit scale α and of the temperature τ.
+    """Schedules of the logit scale α and the temperature τ, which harden the gates over a run.
 
     .. code-block:: yaml
 
@@ -93,9 +93,9 @@ class Annealing:
             alpha: {start: 25, end: 350, curve: linear}
             tau: {start: 4, end: 0.05, curve: linear}
 
-    All are functions of the optimizer steps done, over the number of steps of the run, so that a resumed run takes them
-    up where they were. The defaults are LEAP's. MaskLLM's α goes from 100 to 500, and so does PATCH's in tile mode; in
-    its joint mode the tiles have LEAP's and the patterns, whose scale is apart, MaskLLM's.
+    All are functions of the completed optimizer steps divided by the number of steps of the run, so that they continue
+    exactly in a resumed run. The defaults are LEAP's. In MaskLLM and in PATCH's tile mode α goes from 100 to 500; in
+    PATCH's joint mode the tiles use LEAP's α, and the patterns, which have their own scale, use MaskLLM's.
 
     Attributes:
         alpha: Logit scale α, 0 or above.
@@ -108,19 +108,19 @@ class Annealing:
     pattern_alpha: Schedule = Schedule(100.0, 500.0)
 
     def __post_init__(self) -> None:
-        # No curve leaves the range between its ends.
+        # Every curve stays between its start and its end.
         check_annealed("model.annealing", alpha=self.alpha, tau=self.tau, pattern_alpha=self.pattern_alpha)
 
     def at(self, fraction: float) -> dict[str, float]:
-        """Return what each schedule has come to at ``fraction`` of the run, by its name."""
+        """Return the value of each schedule at ``fraction`` of the run, by name."""
         return {field.name: getattr(self, field.name)(fraction) for field in fields(self)}
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Annealing":
-        """Return the schedules that plain ``settings`` describe, as ``dataclasses.asdict`` writes them.
+        """Return the schedules that plain ``settings`` describe, in the form of ``dataclasses.asdict``.
 
         Raises:
-            UserError: They describe none.
+            UserError: The settings do not describe schedules.
         """
         known = {field.name for field in fields(cls)}
         try:
@@ -133,12 +133,12 @@ class Annealing:
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = " ".join(str(error).split())
         raise UserError(
-            f"model.annealing is {str(settings)[:200]}, and no schedules ({reason[:200]}). "
+            f"model.annealing is {str(settings)[:200]}, which does not describe schedules ({reason[:200]}). "
             f"Give {', '.join(sorted(known))}, each as in {{start: 25, end: 350, curve: linear}}."
         )
 
 
-# By what a module learned before the schedules were its own, where the callback that moved α and τ was left out.
+# Constant values with which earlier versions learned if their annealing callback was left out.
 UNMOVED = Annealing(*(Schedule(value, value) for value in (25.0, 4.0, 100.0)))
 
 
@@ -146,21 +146,21 @@ def learned_by(settings: Any) -> Annealing:
     """Return the schedules of the run that wrote a checkpoint with these identity ``settings``.
 
     Raises:
-        UserError: They are damaged.
+        UserError: The settings are damaged.
     """
     if not isinstance(settings, Mapping):
-        return Annealing.of(settings)  # which refuses it
-    told = settings.get("annealing")
-    return UNMOVED if told is None else Annealing.of(told)
+        return Annealing.of(settings)  # raises
+    annealing = settings.get("annealing")
+    return UNMOVED if annealing is None else Annealing.of(annealing)
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int) -> float:
-    """Factor of the learning rate: up linearly over ``warmup`` steps, then down a cosine to 0 at ``total``.
+    """Return the factor of the learning rate: linear warmup over ``warmup`` steps, then a cosine to 0 at ``total``.
 
     Args:
-        step: Optimizer steps done.
-        total: Of the run.
-        warmup: Steps; the first of them has 1/warmup of the rate, not 0.
+        step: Number of completed optimizer steps.
+        total: Number of optimizer steps of the run.
+        warmup: Number of warmup steps; the first has 1/warmup of the rate, not 0.
     """
     if step < warmup:
         return (step + 1) / warmup

@@ -28,7 +28,7 @@ def test_an_unknown_head_is_taken_whole_with_a_warning() -> None:
     model = tiny_model("llama")
     model.__class__ = Shifted
     model.train()
-    with pytest.warns(UserWarning, match=r"Shifted makes its logits in a way that is not known"):
+    with pytest.warns(UserWarning, match=r"Shifted computes its logits by an unknown method"):
         states, head = split_model(model)
     assert model.training
     loss, lm, _ = language_losses(states(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].reshape(-1), head, Objective(chunk=5))

@@ -54,7 +54,7 @@ def test_a_damaged_newest_checkpoint(
     main(flags(model_folder, text_file, folder, "--ckpt_path=last"))
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("leap_pl fit: ")]
     assert "step=3.ckpt is " in said
-    assert said.endswith("going on from " + str(folder / "checkpoints" / "step=2.ckpt") + " (step 2).")
+    assert said.endswith("Fallback: resuming from " + str(folder / "checkpoints" / "step=2.ckpt") + " (step 2).")
     same(outcome(folder), never_stopped)
 
 
@@ -233,7 +233,7 @@ def test_a_slurm_job_goes_back_into_the_queue_and_on(
     assert not list(Path.cwd().glob("hpc_ckpt*"))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     main(words)
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
     same(outcome(tmp_path / "run"), never_stopped)
 
 

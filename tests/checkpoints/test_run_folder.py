@@ -87,7 +87,7 @@ def test_a_mask_without_a_checkpoint_is_no_end(run: Path, model_folder, text_fil
     for path in (*run.glob("*.ckpt"), run / "leap_pl.json"):
         path.unlink()
     main(short(model_folder, text_file, tmp_path, "--ckpt_path=last"))
-    assert "the run starts afresh" in capsys.readouterr().err
+    assert "yet: starting a new run." in capsys.readouterr().err
     assert (run / "step=1.ckpt").is_file()
 
 

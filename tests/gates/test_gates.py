@@ -206,7 +206,7 @@ def test_without_a_compiler_the_gates_say_so_once_and_run(monkeypatch: pytest.Mo
 
     monkeypatch.delenv("LEAP_PL_COMPILE")
     monkeypatch.setattr(torch, "compile", fail)
-    monkeypatch.setattr(compiling, "_ways", {})
+    monkeypatch.setattr(compiling, "_backends", {})
     with pytest.warns(UserWarning, match=r"uncompiled.*\(no C\+\+ compiler\)"):
         assert not compiling.can_compile(torch.device("cpu"))
     with warnings.catch_warnings():

@@ -100,11 +100,11 @@ def same_masks(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (SAVING, "saves in another way"),
-        (("_should_check_val_fx", "_data_fetcher"), "does not tell whether a validation is due"),
+        (SAVING, "saves differently"),
+        (("_should_check_val_fx", "_data_fetcher"), "does not show whether a validation is due"),
         (("_skip_next_val", "_can_stop_early", "_accelerator_connector"), None),
         (("_prepare_subcommand_parser", "_parse_ckpt_path", "_subcommand_parsers", "_get", "_trainer"), None),
-        (("_batches_that_stepped",), "counts steps in another way"),
+        (("_batches_that_stepped",), "counts steps differently"),
     ],
     ids=["saving", "validating", "stopping", "command line", "loops"],
 )
@@ -129,7 +129,7 @@ def test_sharded_checkpoints_are_folders_where_the_strategy_does_not_tell(monkey
 
     monkeypatch.setattr(strategy, "ModelParallelStrategy", Sharding)
     trainer: Any = SimpleNamespace(strategy=Sharding())
-    with warned("does not tell the save_distributed_checkpoint"):
+    with warned("does not expose the save_distributed_checkpoint"):
         assert strategy.saves_shards(trainer)
         assert strategy.saves_shards(trainer)
     trainer.strategy._save_distributed_checkpoint = False
@@ -147,22 +147,22 @@ def gate_like(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """How kernels are compiled is found out anew."""
     monkeypatch.delenv("LEAP_PL_COMPILE", raising=False)
-    monkeypatch.setattr(compiling, "_ways", {})
+    monkeypatch.setattr(compiling, "_backends", {})
     torch._dynamo.reset()
     if not compiling.can_compile(torch.device("cpu")):
         pytest.skip("torch.compile does not work here")
-    assert compiling._ways == {"cpu": compiling.DirectKernel}  # else what is taken away below was not in use
-    compiling._ways.clear()
+    assert compiling._backends == {"cpu": compiling.DirectKernel}  # else what is taken away below was not in use
+    compiling._backends.clear()
     torch._dynamo.reset()
 
 
-def computes(way: Any) -> None:
+def computes(backend: Any) -> None:
     kernel = compiling.compiled(gate_like)
     for x in (torch.ones(3, 4), 2 * torch.ones(3, 4), torch.ones(5, 6)):
         made, total = kernel(x, 2 * x)
         assert torch.equal(made, 2 * x * x + 1)
         assert float(total) == float(2 * (x * x).sum())
-    assert compiling._ways == {"cpu": way}
+    assert compiling._backends == {"cpu": backend}
 
 
 def test_kernels_where_torch_hides_its_code(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_kernels_where_torch_hides_its_code(anew: None, monkeypatch: pytest.Monk
         return call
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", hiding)
-    with warned("does not show the code that it compiles"):
+    with warned("does not expose its compiled code"):
         computes(compiling.DirectKernel)
 
 
@@ -203,7 +203,7 @@ def test_kernels_where_a_module_of_torch_is_gone(anew: None, monkeypatch: pytest
 
     monkeypatch.setattr("leap_pl.kernels.direct.compile_and_note", without)
     with warned("compiled code cannot be called directly"):
-        computes(compiling._checked_each_time)
+        computes(compiling._torch_compile)
 
 
 def test_kernels_that_would_compute_something_else_are_not_called_directly(
@@ -215,8 +215,8 @@ def test_kernels_that_would_compute_something_else_are_not_called_directly(
         return between(arguments, result, lambda _: outputs, inputs, outputs)  # always those of the first call
 
     monkeypatch.setattr("leap_pl.kernels.direct._Call.between", wrong)
-    with warned("computes something else"):
-        computes(compiling._checked_each_time)
+    with warned("computes a wrong result"):
+        computes(compiling._torch_compile)
 
 
 def test_kernels_where_sizes_cannot_be_kept_apart(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +233,7 @@ def test_ddp_sends_all_where_it_cannot_be_told_otherwise(monkeypatch: pytest.Mon
     with warned():
         strategy.reduce_only(nn.Linear(2, 2), ["weight"])
     monkeypatch.setattr(strategy.dist, "is_initialized", lambda: True)
-    with warned("sends the frozen weights"):
+    with warned("broadcasts the frozen weights"):
         strategy.reduce_only(nn.Linear(2, 2), ["weight"])
         strategy.reduce_only(nn.Linear(2, 2), ["weight"])
 
@@ -268,6 +268,6 @@ def test_counts_of_another_lightning_are_not_resumed_on_other_ranks() -> None:
     from leap_pl.errors import UserError
 
     loops: Mapping[str, Any] = {"fit_loop": {"epoch_loop.batches": {"total": {}, "current": {}}}}
-    with pytest.raises(UserError, match="counts batches in another way"):
+    with pytest.raises(UserError, match="counts batches differently"):
         batch_counts({"loops": loops})
     assert batch_counts({}) == []

@@ -51,7 +51,7 @@ def test_sigterm_in_a_micro_batch(
     assert ("a checkpoint is written after this micro-batch" in said) == (done < STEPS)
     assert f"stopped at step {done} of 4" in said or done in (0, STEPS)
     main(words)
-    assert ("starts afresh" if done == 0 else f"(step {done})") in capfd.readouterr().err
+    assert ("starting a new run" if done == 0 else f"(step {done})") in capfd.readouterr().err
     same(outcome(tmp_path), never_stopped)
 
 

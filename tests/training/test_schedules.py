@@ -180,7 +180,7 @@ def test_damaged_schedules_are_refused_in_one_line(told: Any) -> None:
 
 @pytest.mark.parametrize("settings", [None, 3, "x", [1]])
 def test_settings_of_a_checkpoint_that_are_none_are_refused(settings: Any) -> None:
-    with pytest.raises(UserError, match="no schedules"):
+    with pytest.raises(UserError, match="which does not describe schedules"):
         learned_by(settings)
 
 
