@@ -378,7 +378,7 @@ class TextDataModule(LightningDataModule):
                 f"{source.name}: the text to validate on makes {len(blocks)} blocks of {self.seq_length} tokens, not "
                 f"the {self.validation_sequences} of data.validation_sequences; those are used."
             )
-        return torch.tensor(blocks)
+        return torch.tensor(blocks, device="cpu")
 
     def _rank(self) -> tuple[int, int]:
         """Rank and number of ranks that need data of their own (tensor-parallel ranks share theirs)."""
