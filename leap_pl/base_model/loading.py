@@ -174,7 +174,7 @@ def _cpu_gains_by_bfloat16() -> bool:
         return False  # emulated
 
     def seconds(dtype: torch.dtype) -> float:
-        matrix = torch.ones(512, 512, dtype=dtype)
+        matrix = torch.ones(512, 512, dtype=dtype, device="cpu")
         took = []
         for _ in range(8):
             began = time.perf_counter()

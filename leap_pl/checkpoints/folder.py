@@ -84,7 +84,7 @@ class StoredTensors:
             UserError: If a shard is missing or damaged.
         """
         name, empty = self._names[key], self.shapes[key]
-        flat = {name: torch.empty(empty.shape, dtype=empty.dtype)}
+        flat = {name: torch.empty(empty.shape, dtype=empty.dtype, device="cpu")}
         _load(flat, self.reader, self.folder)
         return flat[name]
 
@@ -107,7 +107,7 @@ def _read(folder: str | Path, *, tensors: bool = True) -> dict[str, Any]:
         if not isinstance(what, TensorStorageMetadata):
             flat[name] = None
         elif tensors:
-            flat[name] = torch.empty(what.size, dtype=what.properties.dtype)
+            flat[name] = torch.empty(what.size, dtype=what.properties.dtype, device="cpu")
     _load(flat, reader, folder)
     nested: dict[str, Any] = {}
     for name, value in flat.items():

@@ -102,7 +102,7 @@ class RankBatches(IterableDataset[Batch]):
             for _ in range((at - micro_batch - 1) * self.batch_size):
                 last = next(blocks)
             yield {
-                "input_ids": torch.tensor([block.tokens for block in taken]),
+                "input_ids": torch.tensor([block.tokens for block in taken], device="cpu"),
                 "position": Progress(consumed=at, micro_batch=at, position=last.after),
             }
 

@@ -54,7 +54,7 @@ def calibration_blocks(
         text, config_name=config_name, split=split, text_column=text_column, share=share, seed=seed
     )
     stream = BlockStream(source, loaded_tokenizer(tokenizer), seq_length, separator)
-    return torch.tensor([block.tokens for block in islice(stream.blocks(), sequences)])
+    return torch.tensor([block.tokens for block in islice(stream.blocks(), sequences)], device="cpu")
 
 
 def held_out_tokens(
@@ -112,7 +112,7 @@ def held_out_tokens(
         enough *= 2
     if not read.strip():
         raise UserError(f"{source.name} contains no text.")
-    return torch.tensor(tokens[:most])
+    return torch.tensor(tokens[:most], device="cpu")
 
 
 def _joined(source: TextSource) -> Iterator[str]:

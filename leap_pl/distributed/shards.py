@@ -62,7 +62,7 @@ def strided_samples(tensors: Mapping[str, Tensor], stride: int) -> dict[str, Ten
     own = [own_part(tensor).reshape(-1)[-offset_of(tensor) % stride :: stride] for tensor in tensors.values()]
     if ranks.size == 1:
         return dict(zip(tensors, own, strict=True))
-    counts = torch.tensor(ranks.gather([part.numel() for part in own])).view(ranks.size, -1).tolist()
+    counts = torch.tensor(ranks.gather([part.numel() for part in own]), device="cpu").view(ranks.size, -1).tolist()
     together = torch.cat(own)
     # The collective needs equal lengths.
     padded = torch.cat([together, together.new_zeros(max(map(sum, counts)) - len(together))])
@@ -103,11 +103,13 @@ class Ranks:
 
     def any(self, value: bool) -> bool:
         """Return whether ``value`` is true on any rank."""
-        return bool(self._reduced(torch.tensor(int(value)), dist.ReduceOp.MAX))
+        return bool(self._reduced(torch.tensor(int(value), device="cpu"), dist.ReduceOp.MAX))
 
     def highest(self, numbers: Sequence[int]) -> list[int]:
         """Return the maximum of each number over all ranks."""
-        return [int(n) for n in self._reduced(torch.tensor(numbers, dtype=torch.int64), dist.ReduceOp.MAX)]
+        return [
+            int(n) for n in self._reduced(torch.tensor(numbers, dtype=torch.int64, device="cpu"), dist.ReduceOp.MAX)
+        ]
 
     def gather(self, numbers: Sequence[int]) -> list[int]:
         """Return the numbers of all ranks, in the order of ranks."""

@@ -180,7 +180,7 @@ class RankZero:
 
     def share(self, bits: Tensor | None, count: int) -> Tensor:
         """Broadcast rank zero's uint8 tensor of ``count`` elements to every rank, and return it."""
-        shared = torch.empty(count, dtype=torch.uint8) if bits is None else bits
+        shared = torch.empty(count, dtype=torch.uint8, device="cpu") if bits is None else bits
         dist.broadcast(shared, 0, group=self.group)
         return shared
 

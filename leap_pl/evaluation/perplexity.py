@@ -156,7 +156,7 @@ def _window_nll(model: "PreTrainedModel", windows: Tensor, stride: int, first: i
         start = 0 if window == 0 else max(length - 1 - stride, 0)
         targets, predictions = inputs_T[1 + start :], logits_TV[start:-1]
         step = max(1, LOSS_ELEMENTS // logits_TV.shape[-1])
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for at in range(0, len(targets), step):
             losses = nn.functional.cross_entropy(
                 predictions[at : at + step].float(), targets[at : at + step], reduction="none"

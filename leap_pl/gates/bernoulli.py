@@ -16,7 +16,7 @@ from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateState
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.compiled import compiled, rows
-from leap_pl.kernels.noise import columns, element_bits, logistic_in_bits, noise_keys
+from leap_pl.kernels.noise import columns, element_bits, initial_noise, logistic_in_bits
 from leap_pl.kernels.powers import exp2
 from leap_pl.masks.top_k import Cut, exact_top_k
 
@@ -94,9 +94,7 @@ class BernoulliGate(Gate):
 
         A graded prior (float, −1 to 1) shifts the logit by strength·spread·prior.
         """
-        # On the CPU, from a generator for this weight alone: the same logits on every device and in every order.
-        generator = torch.Generator().manual_seed(noise_keys(seed, -1, 0, self.name)[0])
-        start = torch.randn(self.shape, generator=generator, dtype=torch.float32).mul_(self.spread)
+        start = initial_noise(self.shape, self.spread, seed, self.name)
         if prior is not None:
             lean = prior.cpu().to(torch.float32)
             if prior.dtype == torch.bool:

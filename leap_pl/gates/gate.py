@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from leap_pl.base_model.weights import Weight
 from leap_pl.gates.collection import Gates
+from leap_pl.kernels.compiled import scalar
 from leap_pl.kernels.noise import noise_keys
 
 Mode = Literal["soft", "hard", "dense"]
@@ -40,8 +41,8 @@ class GateState:
     """
 
     mode: Mode = "soft"
-    alpha: Tensor = field(default_factory=lambda: torch.tensor(25.0))
-    tau: Tensor = field(default_factory=lambda: torch.tensor(4.0))
+    alpha: Tensor = field(default_factory=lambda: scalar(25.0))
+    tau: Tensor = field(default_factory=lambda: scalar(4.0))
     scales: dict[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     step: int = 0
@@ -56,8 +57,8 @@ class GateState:
 
     def anneal(self, alpha: float, tau: float, **scales: float) -> None:
         """Set α, τ and further logit ``scales``, as new tensors: those saved for a backward pass must not change."""
-        self.alpha = torch.tensor(alpha, dtype=torch.float32)
-        self.tau = torch.tensor(tau, dtype=torch.float32)
+        self.alpha = scalar(alpha)
+        self.tau = scalar(tau)
         self._set(scales)
 
     def set_defaults(self, scales: Mapping[str, float]) -> None:
@@ -65,7 +66,7 @@ class GateState:
         self._set({name: value for name, value in scales.items() if name not in self.scales})
 
     def _set(self, scales: Mapping[str, float]) -> None:
-        self.scales |= {name: torch.tensor(value, dtype=torch.float32) for name, value in scales.items()}
+        self.scales |= {name: scalar(value) for name, value in scales.items()}
         self._divide()
 
     def _divide(self) -> None:
@@ -193,7 +194,7 @@ class Gate(nn.Module, ABC):
     def keys(self, part: str = "") -> tuple[Tensor, Tensor]:
         """Return the noise keys of this weight, or a ``part`` of its gate, for this micro-batch: int32 scalars."""
         keys = noise_keys(self.state.seed, self.state.step, self.state.micro_batch, self.name + part)
-        return torch.tensor(keys[0], dtype=torch.int32), torch.tensor(keys[1], dtype=torch.int32)
+        return scalar(keys[0], torch.int32), scalar(keys[1], torch.int32)
 
     @abstractmethod
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -61,8 +61,9 @@ class Groups:
         self.inputs = shape[input_dim]
         self.others = tuple(size for dim, size in enumerate(shape) if dim != input_dim % len(shape))
         self.short = self.inputs % m
-        self.table_PM = torch.tensor([[j in positions for j in range(m)] for positions in self.patterns])
-        self.allowed_P = torch.tensor([self._fits(positions) for positions in self.patterns])
+        table = [[j in positions for j in range(m)] for positions in self.patterns]
+        self.table_PM = torch.tensor(table, device="cpu")
+        self.allowed_P = torch.tensor([self._fits(positions) for positions in self.patterns], device="cpu")
 
     @property
     def logits_shape(self) -> tuple[int, ...]:
@@ -113,17 +114,15 @@ class Groups:
 
     # -- logits -------------------------------------------------------------------------------------------
 
-    def start(self, prior: Tensor | None, spread: float, strength: float, generator: torch.Generator) -> Tensor:
-        """Return initial logits N(0, spread²) + strength·spread·(agreement − its mean over the patterns).
+    def shift_(self, logits: Tensor, prior: Tensor | None, lean: float) -> Tensor:
+        """Add ``lean``·(agreement − its mean over the patterns) to the initial ``logits``, and return them.
 
         The agreement of a pattern is the number of its kept positions that the bool mask ``prior`` keeps. For 2:4
         and a 2:4 prior the difference is MaskLLM's (agreement − 1): −1, 0 or 1.
         """
-        logits = torch.randn(self.logits_shape, generator=generator, dtype=torch.float32).mul_(spread)
         if prior is not None:
             kept_QM = self.split(prior.cpu().to(torch.float32))
             mean_Q = kept_QM.mean(1) * self.pattern.n
-            lean = strength * spread
             for logits_Q, positions in zip(logits.view(len(self.patterns), -1), self.patterns, strict=True):
                 logits_Q += (kept_QM[:, list(positions)].sum(1) - mean_Q) * lean
         return self.forbid_(logits)

@@ -18,7 +18,7 @@ from leap_pl.gates.gate import Gate, GateState
 from leap_pl.gates.groups import Groups
 from leap_pl.gates.pattern_kernels import pattern_kernels
 from leap_pl.inputs.ranges import check_numbers
-from leap_pl.kernels.noise import columns, noise_keys
+from leap_pl.kernels.noise import columns, initial_noise
 from leap_pl.masks.patterns import NM, Pattern
 
 
@@ -116,8 +116,8 @@ class NMGate(Gate):
     @torch.no_grad()
     def start_from(self, prior: Tensor | None, seed: int) -> None:
         """Initialise the logits, shifted to patterns that share positions with ``prior`` (:meth:`Groups.start`)."""
-        generator = torch.Generator().manual_seed(noise_keys(seed, -1, 0, self.name)[0])
-        self.logits.copy_(self.groups.start(prior, self.spread, self.strength, generator))
+        start = initial_noise(self.groups.logits_shape, self.spread, seed, self.name)
+        self.logits.copy_(self.groups.shift_(start, prior, self.strength * self.spread))
 
     def hard_mask(self) -> Tensor:
         """Return the mask of the patterns with the highest logits; see :meth:`Gate.hard_mask`."""
@@ -152,7 +152,7 @@ class MaskedGroups(torch.autograd.Function):
         logits_PQ, weight_QM = flat_patterns(logits), groups.split(weight)
         noise = columns(len(weight_QM), weight.device), key_0, key_1, slope, sharpness
         masked_QM, energy = pattern_kernels(groups.patterns).forward(logits_PQ, weight_QM, None, *noise)
-        return groups.join(masked_QM), energy.new_tensor(groups.kept), energy
+        return groups.join(masked_QM), torch.full_like(energy, groups.kept), energy
 
     @staticmethod
     def backward(ctx: Any, grad_masked: Tensor, grad_kept: Tensor, grad_energy: Tensor) -> Any:

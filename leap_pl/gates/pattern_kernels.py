@@ -93,12 +93,14 @@ def _many_patterns(patterns: tuple[Positions, ...]) -> PatternKernels:
     Unrolled, 70 patterns take minutes to compile, and the backward pass is no faster.
     """
     holders = _holders(patterns)
-    table_PM = torch.zeros(len(patterns), len(holders))
-    for j, keeping in enumerate(holders):
-        table_PM[list(keeping), j] = 1
+
+    @cache
+    def table_on(device: torch.device) -> Tensor:
+        table = [[float(p in keeping) for keeping in holders] for p in range(len(patterns))]
+        return torch.tensor(table, dtype=torch.float32, device=device)
 
     def relaxed(logits_PQ: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        table = table_PM.to(logits_PQ.device)
+        table = table_on(logits_PQ.device)
         P_PQ = torch.softmax(_scores(logits_PQ, *noise), 0)
         return P_PQ, (table.T @ P_PQ).T, table
 

@@ -19,7 +19,7 @@ from leap_pl.gates.groups import Groups
 from leap_pl.gates.nm import confidence
 from leap_pl.gates.tile_grid import FixedTiles, JointTiles, SoftTiles, TileGrid
 from leap_pl.inputs.ranges import check_numbers
-from leap_pl.kernels.noise import noise_keys
+from leap_pl.kernels.noise import initial_noise
 from leap_pl.masks.patterns import NM, Pattern, Tiled, Unstructured, follows
 from leap_pl.masks.top_k import Cut, closest_top_k
 
@@ -193,8 +193,7 @@ class TileGate(Gate):
         A tile of density d in ``prior`` has t = (d − n/m)/(1 − n/m), clamped to 0 … 1. ``inner`` is the n:m mask: fixed
         in tile mode, the prior of the patterns in joint mode.
         """
-        generator = torch.Generator().manual_seed(noise_keys(seed, -1, 0, self.name)[0])
-        start_AB = torch.randn(self.logits.shape, generator=generator, dtype=torch.float32).mul_(self.spread)
+        start_AB = initial_noise(self.logits.shape, self.spread, seed, self.name)
         if prior is not None:
             density_AB = self.grid.count(prior.cpu()) / self.grid.count(torch.ones_like(prior, device="cpu"))
             least = self.n / self.m
@@ -202,9 +201,8 @@ class TileGate(Gate):
             start_AB += (share_AB * 2 - 1) * (self.strength * self.spread)
         self.logits.copy_(start_AB)
         if self.mode == "joint":
-            generator.manual_seed(noise_keys(seed, -1, 0, self.name + PATTERNS)[0])
-            start = self.groups.start(inner, self.pattern_spread, self.strength, generator)
-            self.pattern_logits.copy_(start)
+            start = initial_noise(self.groups.logits_shape, self.pattern_spread, seed, self.name + PATTERNS)
+            self.pattern_logits.copy_(self.groups.shift_(start, inner, self.strength * self.pattern_spread))
         elif inner is not None:
             if not follows(inner, self.input_dim, self.tiled.nm):
                 raise UserError(

@@ -68,6 +68,14 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)).data
 
 
+def scalar(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return a number as a scalar tensor on the CPU, whatever the default device.
+
+    Kernels take such a scalar as an argument on every device: it is not copied there, so the host does not wait.
+    """
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
 def compile_seconds() -> dict[str, float]:
     """Return the time of each kernel's first call, including compilation: ``name[device]`` → seconds."""
     return dict(_seconds)

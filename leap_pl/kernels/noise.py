@@ -16,6 +16,7 @@ of elements, rows, tensors, steps and seeds.
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -36,6 +37,22 @@ def noise_keys(seed: int, step: int, micro_batch: int, tensor: str) -> tuple[int
     place = f"{seed} {step} {micro_batch} {tensor}".encode()
     first, second = struct.unpack("<ii", hashlib.blake2b(place, digest_size=8).digest())
     return first, second
+
+
+def initial_noise(shape: Sequence[int], spread: float, seed: int, tensor: str) -> Tensor:
+    """Return N(0, spread²) for the initial logits of one tensor, float32 on the CPU.
+
+    Drawn on the CPU, whatever the default device, from a generator for this tensor alone: the same logits on every
+    device and in every order.
+
+    Args:
+        shape: Shape of the logits.
+        spread: Standard deviation.
+        seed: Seed of the run.
+        tensor: Name of the weight, or of a part of its gate.
+    """
+    generator = torch.Generator("cpu").manual_seed(noise_keys(seed, -1, 0, tensor)[0])
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").mul_(spread)
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leap_pl.base_model.backbone import Head
-from leap_pl.kernels.compiled import compiled
+from leap_pl.kernels.compiled import compiled, scalar
 from leap_pl.kernels.noise import columns
 
 
@@ -76,8 +76,7 @@ class _Fused(torch.autograd.Function):
         kl = torch.zeros_like(lm)
         scale = 1 / len(targets_T)
         # As tensors: the compiled functions would be recompiled for each Python number.
-        weights = torch.tensor([mix.lm * scale, mix.distillation * scale, mix.temperature])
-        lm_weight, kl_weight, temperature = weights.to(device, torch.float32).unbind()
+        lm_weight, kl_weight, temperature = map(scalar, (mix.lm * scale, mix.distillation * scale, mix.temperature))
         for start in range(0, len(targets_T), mix.chunk):
             part = slice(start, start + mix.chunk)
             hidden_CD = hidden_TD[part].detach().requires_grad_(wants_grad)

@@ -197,7 +197,10 @@ def keep_highest(score_GS: Tensor, k: int) -> Tensor:
     G, S = score_GS.shape
     if k <= 0 or k >= S:
         return torch.full((G, S), k > 0, dtype=torch.bool, device=score_GS.device)
-    threshold_G1 = score_GS.kthvalue(S - k + 1, dim=1, keepdim=True).values
+    if score_GS.is_cpu:
+        threshold_G1 = score_GS.kthvalue(S - k + 1, dim=1, keepdim=True).values
+    else:  # CUDA's kthvalue is not deterministic, which Trainer(deterministic=True) refuses, and slower than a sort
+        threshold_G1 = score_GS.sort(dim=1).values[:, S - k, None]
     kept_GS = score_GS > threshold_G1
     missing_G1 = k - kept_GS.sum(1, keepdim=True)
     ties_GS = score_GS == threshold_G1

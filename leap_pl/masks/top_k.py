@@ -64,7 +64,7 @@ def exact_top_k(tensors: Sequence[Tensor], k: int) -> list[Cut]:
     if k == 0:
         return [Cut(float("inf"), 0)] * len(tensors)
 
-    none = torch.zeros(1 << 16, dtype=torch.int64)
+    none = torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
     counts = ranks.sum(sum((_histogram(key >> 16) for key in _keys(tensors)), none))
     high, above = _bin_of(counts, k)
     counts = ranks.sum(sum((_histogram(key[key >> 16 == high] & 0xFFFF) for key in _keys(tensors)), none))
@@ -114,7 +114,7 @@ def _survey(tensors: Sequence[Tensor]) -> tuple[int, bool, Ranks]:
 
 def _before(ranks: Ranks, own: list[int]) -> list[int]:
     """Return, for each tensor, the number of ties before this rank's part: tensor by tensor, then rank by rank."""
-    counts_RT = torch.tensor(ranks.gather(own)).view(-1, len(own))
+    counts_RT = torch.tensor(ranks.gather(own), device="cpu").view(-1, len(own))
     in_order = counts_RT.T.flatten()
     before_RT = (in_order.cumsum(0) - in_order).view(len(own), -1).T
     return [int(n) for n in before_RT[ranks.rank]]
@@ -131,7 +131,7 @@ def _keys(tensors: Sequence[Tensor]):  # type: ignore[no-untyped-def]
 
 def _value_of(key: int) -> float:
     pattern = key - (1 << 31) if key >= 1 << 31 else ~key
-    return float(torch.tensor(pattern, dtype=torch.int64).to(torch.int32).view(torch.float32))
+    return float(torch.tensor(pattern, dtype=torch.int64, device="cpu").to(torch.int32).view(torch.float32))
 
 
 def _histogram(digits: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Moments:
 
     def __init__(self) -> None:
         """Start with zero tokens."""
-        self.input_square_I, self.gradient_square_O = torch.zeros(()), torch.zeros(())
+        self.input_square_I, self.gradient_square_O = torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
         self.count = 0
 
     def add_inputs(self, x: Tensor) -> None:
@@ -120,17 +120,17 @@ def fisher_allocation(
     shapes = {matrix.name: matrix.view(matrix.weight.parameter).shape for matrix in matrices}
     kept = round((1 - sparsity) * sum(shapes[matrix.name].numel() for matrix in costs.matrices))
     # Log-odds of the densities that the threshold gives: of each matrix, and of each of its rows.
-    odds = {name: torch.zeros((), dtype=torch.float64) for name in shapes}
-    row_odds = {name: torch.zeros(shape[0], dtype=torch.float64) for name, shape in shapes.items()}
+    odds = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in shapes}
+    row_odds = {name: torch.zeros(shape[0], dtype=torch.float64, device="cpu") for name, shape in shapes.items()}
     for matrix, cost_OI, cut in zip(costs.matrices, costs, exact_top_k(costs, kept), strict=True):
         mask_OI = cut.mask(cost_OI)
         odds[matrix.name] = _log_odds(mask_OI.sum().double().cpu(), mask_OI.numel())
         row_odds[matrix.name] = _log_odds(mask_OI.sum(1).double().cpu(), mask_OI.shape[1])
-    sizes = torch.tensor([shape.numel() for shape in shapes.values()], dtype=torch.float64)
+    sizes = torch.tensor([shape.numel() for shape in shapes.values()], dtype=torch.float64, device="cpu")
     densities = balanced(options.strength * torch.stack(list(odds.values())), sizes, 1 - sparsity)
     allocated = {}
     for (name, shape), density in zip(shapes.items(), densities.tolist(), strict=True):
-        row_sizes = torch.full((shape[0],), shape[1], dtype=torch.float64)
+        row_sizes = torch.full((shape[0],), shape[1], dtype=torch.float64, device="cpu")
         of_rows = balanced(options.row_strength * row_odds[name], row_sizes, density)
         allocated[name] = ByRow(1 - density, (of_rows * shape[1]).round().long())
     return allocated

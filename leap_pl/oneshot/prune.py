@@ -205,7 +205,7 @@ class _Run:
     ) -> None:
         self.method, self.pattern, self.patterns = method, pattern, patterns
         self.options, self.mask, self.update = options, mask, update
-        self.masks = {n: torch.ones(w.parameter.shape, dtype=torch.bool) for n, w in weights.items()}
+        self.masks = {n: torch.ones(w.parameter.shape, dtype=torch.bool, device="cpu") for n, w in weights.items()}
         self.errors: dict[str, float] = {}
         self.dampings: dict[str, float] = {}
         self.unseen: list[str] = []

@@ -259,4 +259,4 @@ def _digest_of_squares(squares: Mapping[str, Tensor]) -> str:
 
 def _tokens(model: "PreTrainedModel", base_model: str, data: CalibrationData, sequences: int) -> Tensor:
     check_sequence_length(model.config, data.stream.seq_length, base_model, "seq_length")
-    return torch.tensor([list(block.tokens) for block in islice(data.stream.blocks(), sequences)])
+    return torch.tensor([list(block.tokens) for block in islice(data.stream.blocks(), sequences)], device="cpu")

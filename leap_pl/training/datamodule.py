@@ -380,7 +380,7 @@ class TextDataModule(LightningDataModule):
                 f"{source.name}: the validation text makes {len(blocks)} blocks of {self.seq_length} tokens, fewer "
                 f"than the {self.validation_sequences} of data.validation_sequences; validation uses all of them."
             )
-        return torch.tensor(blocks)
+        return torch.tensor(blocks, device="cpu")
 
     def _rank(self) -> tuple[int, int]:
         """Return the rank among those with different data, and their number; tensor-parallel ranks share data."""

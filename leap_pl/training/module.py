@@ -186,7 +186,7 @@ class LeapModule(GatedModule):
             return
         if self._fitting():  # first, since a prior may take minutes
             _check_trainer(self.trainer)
-            check_rounding(self._optimizer_of([nn.Parameter(torch.zeros(1, 1))]), self.logits_dtype)
+            check_rounding(self._optimizer_of([nn.Parameter(torch.zeros(1, 1, device="cpu"))]), self.logits_dtype)
         super().configure_model()
 
     def settings(self) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class LeapModule(GatedModule):
         found: Settings = {"model.objective": describe_objective(self.objective)}
         found["model.annealing"] = asdict(self.annealing)
         found["model.warmup_steps"] = self.warmup_steps
-        optimizer = self._optimizer_of([nn.Parameter(torch.zeros(1, 1, dtype=self.logits_dtype))])
+        optimizer = self._optimizer_of([nn.Parameter(torch.zeros(1, 1, dtype=self.logits_dtype, device="cpu"))])
         found["model.optimizer"] = describe_optimizer(optimizer, getattr(self.make_optimizer, "keywords", {}))
         found["model.lr_scheduler"] = None
         if self.make_scheduler is not None:

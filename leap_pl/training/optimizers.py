@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from leap_pl.distributed.shards import Ranks, own_part
 from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import check_numbers
-from leap_pl.kernels.compiled import compiled, rows
+from leap_pl.kernels.compiled import compiled, rows, scalar
 from leap_pl.kernels.noise import columns, element_bits, noise_keys
 
 RATIO_BITS = 7
@@ -116,7 +116,7 @@ class PackedAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         part, grad = own_part(parameter.detach()), own_part(parameter.grad)  # type: ignore[arg-type]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = scalar(0.0)
             state["moments"] = _initial_moments(parameter, part)
         state["step"] += 1
         moments, step = own_part(state["moments"]).view(torch.int16), int(state["step"])
@@ -139,9 +139,9 @@ class PackedAdamW(torch.optim.Optimizer):
             rows(grad),
             rows(moments),
             columns(rows(part).shape[1], part.device),
-            torch.tensor(keys[0], dtype=torch.int32),
-            torch.tensor(keys[1], dtype=torch.int32),
-            *(torch.tensor(number, dtype=torch.float32) for number in numbers),
+            scalar(keys[0], torch.int32),
+            scalar(keys[1], torch.int32),
+            *(scalar(number) for number in numbers),
         )
         part.copy_(moved_RC.view(part.shape))
         moments.copy_(moments_RC.view(part.shape))

@@ -126,13 +126,13 @@ class Validation(nn.Module):
         It has the sum of the sequences' digests, which depends neither on their order nor on batches or ranks; the
         number of sequences; and the number of tokens.
         """
-        total = torch.zeros(WORDS + 2, dtype=torch.int64)
+        total = torch.zeros(WORDS + 2, dtype=torch.int64, device="cpu")
         for ids_BL in self.batches:
             for ids_L in ids_BL.cpu().to(torch.int64).contiguous():
                 digest = hashlib.sha256(ids_L.numpy().tobytes()).digest()
                 # Integer overflow wraps around, so the sum is well defined.
                 total[:WORDS] += torch.frombuffer(bytearray(digest), dtype=torch.int64)
-                total[WORDS:] += torch.tensor([1, len(ids_L)])
+                total[WORDS:] += torch.tensor([1, len(ids_L)], device="cpu")
         return total
 
     def finish(self, total: Tensor, step: int, of: Mapping[str, str]) -> tuple[Measured, Measured]:
