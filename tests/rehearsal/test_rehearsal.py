@@ -25,5 +25,5 @@ def test_on_a_device(files: list[str], tmp_path: Path) -> None:
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     words += [*(str(HERE / file) for file in files), "--basetemp", str(tmp_path / "cases")]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(words, env=kept | {"LEAP_PL_COMPILE": "0"}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(words, env=kept | {"LEAP_PL_COMPILE": "0"}, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-12000:] + done.stderr[-2000:]
