@@ -34,7 +34,7 @@ def check_terms(terms: Mapping[str, Tensor], step: int, dtype: torch.dtype | Non
     Raises:
         NonFiniteError: One is infinite or NaN.
     """
-    values = {name: float(value) for name, value in terms.items()}
+    values = read_together(terms)
     broken = [f"{name} = {value:g}" for name, value in values.items() if not math.isfinite(value)]
     if broken:
         raise NonFiniteError(step, ", ".join(broken), dtype)
@@ -79,6 +79,15 @@ def check_norms(norms: Sequence[tuple[int, Tensor]], dtype: torch.dtype | None) 
                 raise NonFiniteError(step, "gradients are infinite or NaN, or overflow together", dtype)
 
 
+def read_together(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the values of ``scalars``, for which the host waits once."""
+    read = {name: float(value) for name, value in scalars.items() if value.is_cpu}
+    there = {name: value.detach().float() for name, value in scalars.items() if name not in read}
+    if there:
+        read |= dict(zip(there, torch.stack(list(there.values())).tolist(), strict=True))
+    return {name: read[name] for name in scalars}
+
+
 def norm_of_gradients(learned: Mapping[Place, Tensor]) -> Tensor:
     """The norm of all gradients, sharded as they are; the host does not wait for it."""
     return nn.utils.get_total_norm(list(_gradients(learned).values()))
@@ -90,11 +99,9 @@ def _gradients(learned: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
 
 def _broken(tensors: Mapping[Place, Tensor]) -> list[Place]:
     """The places of those with an element, on whatever rank, that is infinite or NaN."""
-    flags = [int(not _all_finite(own_part(tensor))) for tensor in tensors.values()]
+    parts = [own_part(tensor) for tensor in tensors.values()]
+    # A sum that is finite has no term that is not, and takes one look for all. One that is not may have overflowed.
+    sums = torch.stack([part.sum(dtype=torch.float32) for part in parts]).isfinite().tolist() if parts else []
+    flags = [int(not (fine or bool(part.isfinite().all()))) for part, fine in zip(parts, sums, strict=True)]
     found = Ranks.of(tensors.values()).highest(flags)
     return [place for place, flag in zip(tensors, found, strict=True) if flag]
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    # A sum that is finite has no term that is not, and takes one look at each. One that is not may have overflowed.
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
