@@ -15,6 +15,7 @@ from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import TOTAL
 from leap_pl.masks import split_name
+from leap_pl.training.finite import read_together
 from leap_pl.training.module import LeapModule
 
 FEWEST_BITS = 256  # samples of a weight that are needed to call its density extreme
@@ -139,19 +140,21 @@ class SparsityLogger(L.Callback):
     @torch.no_grad()
     def measure(self, module: LeapModule) -> dict[str, float]:
         """Compute every metric of the class's table that does not come from validation."""
-        terms = {f"loss/{'total' if name == TOTAL else name}": float(v) for name, v in module.terms.items()}
-        metrics = module.mean_over_ranks(terms)
+        terms = {f"loss/{'total' if name == TOTAL else name}": value for name, value in module.terms.items()}
+        metrics = module.mean_over_ranks(read_together(terms))
         if module.gradient_norm is not None:
             metrics["gradient/norm"] = float(gathered(module.gradient_norm))
         metrics["schedule/alpha"], metrics["schedule/tau"] = float(module.state.alpha), float(module.state.tau)
-        kept = {name: float(total) for name, total in module.gates.kept.items()}
-        kept = module.mean_over_ranks(kept)
+        kept = module.mean_over_ranks(read_together(module.gates.kept))
         metrics |= _densities("soft", kept, {name: module.sizes[name] for name in kept})
         metrics["density/soft"] = sum(kept.values()) / sum(module.sizes[name] for name in kept)
         metrics["density/target"] = 1 - module.sparsity
 
         metrics |= module.gates.curves(self.stride)
-        bits = {n: b.cpu() for n, b in module.gates.sample_hard_masks(module.sparsity, self.stride).items()}
+        samples = module.gates.sample_hard_masks(module.sparsity, self.stride)
+        # One copy from the device, and bits of their own for each weight: a checkpoint stores them.
+        parts = torch.cat(list(samples.values())).cpu().split([len(sample) for sample in samples.values()])
+        bits = {name: part.clone() for name, part in zip(samples, parts, strict=True)}
         metrics |= _densities(
             "hard", {n: int(b.sum()) for n, b in bits.items()}, {n: b.numel() for n, b in bits.items()}
         )

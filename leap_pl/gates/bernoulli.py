@@ -33,9 +33,10 @@ class BernoulliGates(Gates["BernoulliGate"]):
     def sample_hard_masks(self, sparsity: float, stride: int) -> dict[str, Tensor]:
         """Return samples of the hard masks (:meth:`.Gates.sample_hard_masks`); the cut is that of the samples."""
         samples = self.samples(stride)
-        total = sum(sample.numel() for sample in samples.values())
-        cuts = exact_top_k(list(samples.values()), total - round(sparsity * total))
-        return {name: cut.mask(sample) for (name, sample), cut in zip(samples.items(), cuts, strict=True)}
+        together = torch.cat(list(samples.values()))  # ranked as they are apart, with fewer host syncs
+        (cut,) = exact_top_k([together], len(together) - round(sparsity * len(together)))
+        masks = cut.mask(together).split([len(sample) for sample in samples.values()])
+        return dict(zip(samples, masks, strict=True))
 
     def curves(self, stride: int) -> dict[str, float]:
         """Return the share of logits above 0: the density a cut at 0 would give."""

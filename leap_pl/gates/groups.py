@@ -108,7 +108,10 @@ class Groups:
 
     def coordinates(self, index: Tensor) -> list[Tensor]:
         """Convert flat indices into the weight to coordinates with the input dimension last."""
-        place = list(torch.unravel_index(index, self.shape))
+        place: list[Tensor] = []
+        for size in reversed(self.shape):  # not by torch.unravel_index, which copies the shape to the device
+            place.insert(0, index % size)
+            index = index // size
         place.append(place.pop(self.input_dim))
         return place
 

@@ -34,7 +34,7 @@ def check_terms(terms: Mapping[str, Tensor], step: int, dtype: torch.dtype | Non
     Raises:
         NonFiniteError: A term is infinite or NaN.
     """
-    values = {name: float(value) for name, value in terms.items()}
+    values = read_together(terms)
     broken = [f"{name} = {value:g}" for name, value in values.items() if not math.isfinite(value)]
     if broken:
         raise NonFiniteError(step, ", ".join(broken), dtype)
@@ -79,6 +79,15 @@ def check_norms(norms: Sequence[tuple[int, Tensor]], dtype: torch.dtype | None) 
                 raise NonFiniteError(step, "gradients are infinite or NaN, or overflow together", dtype)
 
 
+def read_together(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the values of ``scalars``, with a single host sync."""
+    read = {name: float(value) for name, value in scalars.items() if value.is_cpu}
+    there = {name: value.detach().float() for name, value in scalars.items() if name not in read}
+    if there:
+        read |= dict(zip(there, torch.stack(list(there.values())).tolist(), strict=True))
+    return {name: read[name] for name in scalars}
+
+
 def norm_of_gradients(learned: Mapping[Place, Tensor]) -> Tensor:
     """Return the norm of all gradients, sharded as they are, without a host sync."""
     return nn.utils.get_total_norm(list(_gradients(learned).values()))
@@ -90,11 +99,9 @@ def _gradients(learned: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
 
 def _broken(tensors: Mapping[Place, Tensor]) -> list[Place]:
     """Return the places of the tensors that have an infinite or NaN element on any rank."""
-    flags = [int(not _all_finite(own_part(tensor))) for tensor in tensors.values()]
+    parts = [own_part(tensor) for tensor in tensors.values()]
+    # A finite sum proves that all elements are finite, in one pass and with one sync. Another sum may have overflowed.
+    sums = torch.stack([part.sum(dtype=torch.float32) for part in parts]).isfinite().tolist() if parts else []
+    flags = [int(not (fine or bool(part.isfinite().all()))) for part, fine in zip(parts, sums, strict=True)]
     found = Ranks.of(tensors.values()).highest(flags)
     return [place for place, flag in zip(tensors, found, strict=True) if flag]
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    # A finite sum proves that all elements are finite, and needs one pass. Another sum may have overflowed.
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
