@@ -87,8 +87,8 @@ class SavingCheckpoint(ModelCheckpoint):
         learning = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if not learning or self.saved_step == trainer.global_step:
             return
-        metrics = {**trainer.callback_metrics, "step": torch.tensor(trainer.global_step)}
-        path = self.format_checkpoint_name({**metrics, "epoch": torch.tensor(trainer.current_epoch)})
+        metrics = {**trainer.callback_metrics, "step": torch.tensor(trainer.global_step, device="cpu")}
+        path = self.format_checkpoint_name({**metrics, "epoch": torch.tensor(trainer.current_epoch, device="cpu")})
         self.write(trainer, path)
         if self.save_last == "link" and trainer.is_global_zero:
             link_last(Path(path).parent, Path(path))

@@ -22,6 +22,7 @@ from tiny import byte_tokenizer, tiny_folder, tiny_model
 from leap_pl.base_model.loading import load_config, load_model, load_tokenizer
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.cli.main import main
+from leap_pl.cli.quiet import quiet_lm_eval
 from leap_pl.comparison.entries import read_entries
 from leap_pl.comparison.table import make_table
 from leap_pl.errors import UserError
@@ -333,7 +334,7 @@ def test_a_tasks_folder_is_data(planted: Planted, tmp_path: Path, monkeypatch: p
     (place / "validation.jsonl").write_text(json.dumps(row) + "\n")
     monkeypatch.chdir(place)
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # which starts processes
-    with planted.watched():
+    with quiet_lm_eval(), planted.watched():  # as the command does, and without it lm-eval asks git for a commit
         found = evaluate_tasks(tiny_model(), byte_tokenizer(), ["piqa"], tasks_folder=place.parent)
     assert found["piqa"]["samples"] == 1
     shutil.rmtree(place)

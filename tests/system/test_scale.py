@@ -376,7 +376,7 @@ def test_an_incomplete_folder_is_told(two, place: Place, tmp_path: Path) -> None
     with pytest.raises(UserError, match="Take the checkpoint before it"):
         consolidated(folder)
     (folder / ".metadata").unlink()
-    with pytest.raises(UserError, match="no complete checkpoint"):
+    with pytest.raises(UserError, match="is not a complete checkpoint"):
         consolidated(folder)
     (folder / "meta.pt").unlink()
     with pytest.raises(UserError, match="no such checkpoint"):
