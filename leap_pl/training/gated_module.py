@@ -157,6 +157,7 @@ class GatedModule(L.LightningModule):
             check_inside_blocks(self.weights)
         self.fingerprint = model_fingerprint(model)
         self.sizes = {name: weight.parameter.numel() for name, weight in self.weights.items()}
+        self.layers = {name: weight.layer for name, weight in self.weights.items()}
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
         prior = self._make_prior(model)
         model.requires_grad_(False)

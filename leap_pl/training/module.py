@@ -254,7 +254,7 @@ class LeapModule(GatedModule):
             kept=self.gates.kept,
             energy=self.gates.energy,
             sizes=self.sizes,
-            layers={name: weight.layer for name, weight in self.weights.items()},
+            layers=self.layers,
             density=1 - self.sparsity,
             dense_norm=self.dense_norm,
             fraction=fraction,
