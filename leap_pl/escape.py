@@ -5,7 +5,6 @@ identify it: escape sequences that control a terminal, characters that reverse t
 that fetches a picture.
 """
 
-import html as _html
 import re
 import sys
 import unicodedata
@@ -27,7 +26,9 @@ def terminal(text: Any, *, lines: bool = False) -> str:
 
 def html(text: Any) -> str:
     """Return ``text`` escaped for an element or attribute of an HTML page: no markup, no invisible characters."""
-    return _html.escape(terminal(text))
+    from html import escape  # its table of entities would slow down every command
+
+    return escape(terminal(text))
 
 
 def markdown(text: Any) -> str:

@@ -7,18 +7,16 @@ The temporary path of a killed process, ``.NAME.….part``, is removed by the ne
 writer holds a lock on its temporary path, which is released when the process ends, however it ends.
 """
 
-import ctypes
 import errno
 import fcntl
 import glob
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs import records
@@ -58,7 +56,7 @@ def atomic_file(path: str | Path, *, own: bool = False) -> Iterator[Path]:
                 register.check_file(place, path)
             temporary.replace(place)
             _confirm(place)
-    except (OSError, SafetensorError) as error:
+    except _write_errors() as error:
         raise UserError(_write_failure(path, error)) from error
 
 
@@ -103,7 +101,7 @@ def atomic_folder(
             check_folder(path, force=force, own=own, verb=verb)  # hours may have passed
             _swap(temporary, place)
             _confirm(place)
-    except (OSError, SafetensorError) as error:
+    except _write_errors() as error:
         raise UserError(_write_failure(path, error)) from error
 
 
@@ -265,6 +263,8 @@ def _exchange(one: Path, other: Path) -> bool:
     Raises:
         OSError: The exchange is supported, and failed.
     """
+    import ctypes  # slow to load, as safetensors is, and not needed by --help
+
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -321,6 +321,12 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _write_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of writing: safetensors has its own, and is slow to load where nothing is written."""
+    loaded = sys.modules.get("safetensors")
+    return (OSError,) if loaded is None else (OSError, loaded.SafetensorError)
 
 
 def _write_failure(path: Path, error: Exception) -> str:

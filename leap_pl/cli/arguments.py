@@ -5,7 +5,6 @@ from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from inspect import isabstract
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -176,6 +175,8 @@ def check_classes(settings: Namespace) -> None:
         UserError: If a gate, an optimizer, a schedule or a loss term is a function, or a class that is abstract or of
             another type.
     """
+    from pydoc import locate
+
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -68,6 +68,19 @@ def with_arguments(
 def add_arguments(parser: "ArgumentParser", function: Callable[..., Any]) -> None:
     """Add the options of a verb's ``function`` to ``parser``: those of its signature and of :func:`with_arguments`."""
     add, instead_of = vars(function).get(ADDED, (None, set()))
-    parser.add_function_arguments(function, as_group=False, skip=instead_of)
+    parser.add_function_arguments(_without_rest(function), as_group=False, skip=instead_of)
     if add is not None:
         add(parser)
+
+
+def _without_rest(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a stand-in without ``**options``, for which jsonargparse would look up and parse the source."""
+
+    @wraps(function)
+    def described(**options: Any) -> Any:
+        return function(**options)
+
+    whole = signature(function)
+    named = [each for each in whole.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+    vars(described)["__signature__"] = whole.replace(parameters=named)
+    return described

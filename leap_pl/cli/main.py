@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 from leap_pl.errors import UserError
 from leap_pl.escape import say, terminal
 from leap_pl.inputs.register import command_inputs
-from leap_pl.oneshot.methods import METHODS
 from leap_pl.version import __version__
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ VERBS: dict[str, tuple[str, str | None]] = {
     "fit": ("learn a mask for a model", None),
     "validate": ("perplexity of a checkpoint's hard mask on the validation text", None),
     "prune": (
-        f"make a mask layer by layer: {', '.join(METHODS)}",
+        "make a mask in one shot, layer by layer, without learning",
         "leap_pl.cli.prune:prune_command",
     ),
     "export": ("write a sparse Hugging Face checkpoint from a mask", "leap_pl.cli.export:export_command"),
