@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import lightning  # noqa: F401
 import pytest
 import torch
+from hypothesis import settings
 from tiny import tiny_folder
 
 # Fixtures that a few test files share.
@@ -22,6 +23,10 @@ pytest_plugins = ["scaled_runs", "stopped_runs", "tiny_experiment"]
 
 WORDS = "the mask keeps a weight where text needs it and drops one that no word will miss".split()  # noqa: SIM905
 
+
+# No test is about its time, and a busy machine is no failure.
+settings.register_profile("leap_pl", deadline=None)
+settings.load_profile("leap_pl")
 
 # A shell that runs the tests in its background lets them, and what they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
