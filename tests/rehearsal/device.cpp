@@ -271,6 +271,9 @@ at::Tensor& set_tensor(at::Tensor& self, const at::Tensor& from) {
   return set_storage(self, from.storage(), from.sym_storage_offset(), from.sym_sizes(), from.sym_strides());
 }
 
+// A parameter that moves here stays the same object, as on CUDA.
+bool has_compatible_shallow_copy_type(const at::Tensor&, const at::Tensor&) { return true; }
+
 at::Tensor as_strided(const at::Tensor& self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
                       std::optional<c10::SymInt> offset) {
   auto start = offset ? std::optional<int64_t>(offset->expect_int()) : std::nullopt;
@@ -301,6 +304,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage_storage_offset", set_storage);
   m.impl("set_.source_Storage", set_whole_storage);
   m.impl("set_.source_Tensor", set_tensor);
+  m.impl("_has_compatible_shallow_copy_type", has_compatible_shallow_copy_type);
   m.impl("as_strided", as_strided);
   m.impl("view", view);
   m.impl("_reshape_alias", reshape_alias);
@@ -324,6 +328,7 @@ TORCH_LIBRARY(rehearsal, m) {
   m.def("register_hooks", []() { at::RegisterPrivateUse1HooksInterface(new Hooks()); });
   m.def("syncs", []() { return counts.copy(); });
   m.def("reset", []() { counts.clear(); });
+  m.def("as_host", as_host);
   m.def("refuse", [](bool refuse) { refusing = refuse; });
 }
 

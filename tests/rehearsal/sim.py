@@ -1,7 +1,7 @@
 """The accelerator of device.cpp as ``torch.device("sim")``: import it before the process takes its first gradient."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +30,17 @@ class Device(ModuleType):
     def set_device(self, device: Any) -> None: ...
 
     def synchronize(self, device: Any = None) -> None: ...
+
+    def Stream(self, device: Any = None, priority: int = 0) -> torch.Stream:  # noqa: N802  (torch's)
+        return torch.Stream(DEVICE)
+
+    def Event(self, **_: Any) -> torch.Event:  # noqa: N802  (torch's)
+        return torch.Event(DEVICE)
+
+    current_stream = Stream
+
+    def stream(self, stream: torch.Stream) -> Any:
+        return nullcontext()  # there is only one
 
     def manual_seed_all(self, seed: int) -> None: ...
 
