@@ -5,7 +5,7 @@ Gloo moves the bytes, for the memory is the host's.
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import sim
 import torch
@@ -37,7 +37,7 @@ class Strict(dist.ProcessGroup):
         done: Number of collectives of each name in this process, over all groups.
     """
 
-    done: dict[str, int] = {}
+    done: ClassVar[dict[str, int]] = {}
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)

@@ -10,6 +10,8 @@ from compiling import library
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from leap_pl.kernels import transfers
+
 DEVICE = "sim"
 
 
@@ -116,6 +118,7 @@ def no_syncs() -> Iterator[None]:
         torch.ops.rehearsal.refuse(False)
 
 
+transfers.ASYNCHRONOUS.add(DEVICE)
 torch.ops.load_library(library())
 torch.ops.rehearsal.register_hooks()
 torch.utils.rename_privateuse1_backend(DEVICE)
