@@ -13,14 +13,13 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks import scaling
 from benchmarks.report import Row, finish
-from benchmarks.step import dense_step, leap_step, published_step
+from benchmarks.variants import makers
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import find_weights
 from leap_pl.callbacks.allocator import keep_freed_memory
@@ -105,13 +104,7 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:
     gated = sum(weight.parameter.numel() for weight in find_weights(model).values())
     facts: dict[str, Any] = {"gated_weights": gated}
     if variant in BYTES:
-        makers: dict[str, Callable[[Any], Callable[[torch.Tensor], None]]] = {
-            "dense": dense_step,
-            "leap_pl": leap_step,
-            "low_memory": lambda model: leap_step(model, low_memory=True),
-            "published": published_step,
-        }
-        step = makers[variant](model)
+        step = makers()[variant](model)
         length = min(args.tokens[0], args.seq_length)
         ids_BL = torch.randint(0, 1000, (args.tokens[0] // length, length), device=device)
         for _ in range(3):
