@@ -12,7 +12,7 @@ import pytest
 from compiling import compiler
 
 HERE = Path(__file__).parent
-HALVES = [["cases_device.py", "cases_fit.py"], ["cases_verbs.py"]]
+HALVES = [["cases_device.py", "cases_fit.py"], ["cases_gpu.py", "cases_verbs.py"]]
 
 
 def test_no_case_is_left_out() -> None:
