@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def word_tokenizer() -> Any:
 
 def module_of(place: Place, **settings: Any) -> LeapModule:
     """A module that learns on the place's model from a prior by magnitude, in float32."""
-    prior = Prior(method="magnitude", cache_dir=str(place.model.parent / "priors"))
+    # A cache of its own: a mask that is read from a file takes pydantic.
+    prior = Prior(method="magnitude", cache_dir=tempfile.mkdtemp(dir=place.model.parent))
     given = {"prior": prior, "dtype": "float32", "warmup_steps": 0}
     kind = LeapModule if find_spec("pydantic") else Unread
     return kind(str(place.model), **{**given, **settings})
