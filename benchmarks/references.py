@@ -1,7 +1,7 @@
-"""Gates, noise and losses by their formulas in float64, written apart from the package: what kernels are compared with.
+"""Float64 references of gates, noise and losses by their formulas, independent of the kernels compared with them.
 
 On the CPU, element by element or group by group, for small sizes, and differentiable in the logits. The random bits are
-computed in 64-bit integers. A gate's own bits come from the package, for the noise is tested on its own.
+computed in 64-bit integers. A gate's noise comes from the package's eager code, which is checked on its own.
 """
 
 import math
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def soft_mask(gate: Gate, learned: dict[str, Tensor]) -> Tensor:
-    """The soft mask of a gate of this package, of the weight's shape; ``learned``: its parameters in float64."""
+    """Return the soft mask of a gate, of the weight's shape, from its ``learned`` parameters in float64."""
     if isinstance(gate, BernoulliGate):
         return logistic_mask(gate, learned["logits"])
     if isinstance(gate, NMGate):
@@ -36,19 +36,19 @@ def soft_mask(gate: Gate, learned: dict[str, Tensor]) -> Tensor:
 
 
 def logistic_mask(gate: Gate, theta: Tensor) -> Tensor:
-    """σ((αθ + g)/τ), g ~ Logistic(0, 1), for logits that lie in rows of the last dimension."""
+    """Return σ((αθ + g)/τ), g ~ Logistic(0, 1), for logits in rows of the last dimension."""
     bits = element_bits(math.prod(theta.shape[:-1]), columns(theta.shape[-1], CPU), *gate.keys())
     noise = logistic(bits).double().view(theta.shape)
     return torch.sigmoid((gate.state.alpha.double() * theta + noise) / gate.state.tau.double())
 
 
 def pattern_mask(gate: NMGate | TileGate, theta: Tensor, part: str = "", alpha: float | None = None) -> Tensor:
-    """Σ_p softmax_p((αθ + g)/τ)·pattern_p, g ~ Gumbel, group by group.
+    """Return Σ_p softmax_p((αθ + g)/τ)·pattern_p, g ~ Gumbel, group by group.
 
     Args:
         gate: Gate with the patterns.
         theta: Logits, (P, …, groups of a row).
-        part: Part of the gate, in its noise keys, that the logits are.
+        part: Name of the logits in the noise keys of the gate.
         alpha: Logit scale; None: α.
     """
     patterns = list(combinations(range(gate.m), gate.n))
@@ -77,7 +77,7 @@ def pattern_mask(gate: NMGate | TileGate, theta: Tensor, part: str = "", alpha: 
 
 
 def spread_tiles(values: Tensor, shape: Sequence[int], dim: int, size: int) -> Tensor:
-    """The value of each element's tile, of a weight whose inputs run along ``dim``."""
+    """Return the value of each element's tile, of a weight whose inputs run along ``dim``."""
     index = torch.empty(tuple(shape)).movedim(dim, -1)
     *stacked, outputs, inputs = index.shape
     row, column = torch.arange(outputs) // size, torch.arange(inputs) // size
@@ -86,7 +86,7 @@ def spread_tiles(values: Tensor, shape: Sequence[int], dim: int, size: int) -> T
 
 
 def language_losses(z: Tensor, targets: Tensor, z_teacher: Tensor | None, t: float) -> tuple[Tensor, Tensor]:
-    """CE and t²·KL(teacher ‖ student) of the logits ``z``, means over tokens."""
+    """Return CE and t²·KL(teacher ‖ student) of the logits ``z``, means over tokens."""
     log_p = z - torch.logsumexp(z, -1, keepdim=True)
     ce = -log_p[torch.arange(len(targets)), targets].mean()
     if z_teacher is None:
@@ -97,7 +97,7 @@ def language_losses(z: Tensor, targets: Tensor, z_teacher: Tensor | None, t: flo
 
 
 def random_bits(rows: int, length: int, key_0: int, key_1: int) -> Tensor:
-    """The noise's bits (R, C) by their definition: two multiply–xorshift hashes, in integers of 64 bits, as int32."""
+    """Return the random bits (R, C) by their definition, two multiply–xorshift hashes, in 64-bit integers, as int32."""
     row = _round(torch.arange(rows)[:, None] ^ _unsigned(key_0), 0x9E3779B1, 15)
     row = _round(row + _unsigned(key_1), 0x85EBCA77, 13)
     row = _round(row, 0xC2B2AE3D, 16)
@@ -115,6 +115,6 @@ def _round(x: Tensor, factor: int, shift: int) -> Tensor:
 
 
 def logistic_noise(bits: Tensor) -> Tensor:
-    """log((1 + v)/(1 − v)) of the bits as numbers of (−1, 1), in float64 from the float32 v that the package rounds."""
+    """Return log((1 + v)/(1 − v)) in float64, of the bits as float32 numbers v of (−1, 1)."""
     v = (bits.to(torch.float32) * (1 - 2.0**-23)).double() * 2.0**-31
     return torch.log1p(v) - torch.log1p(-v)

@@ -1,4 +1,4 @@
-"""What is measured: steps of a variant and shape, evaluation, pruning; each cell ends in rows of one table."""
+"""Cells of measurements: steps of each variant and shape, evaluation, pruning; each ends in rows of one table."""
 
 import gc
 import json
@@ -38,14 +38,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Bench:
-    """What cells are measured with.
+    """Settings that all cells are measured with.
 
     Attributes:
         device: Device.
         models: Models by name.
-        seq_length: Tokens in a sequence.
-        repeats: Turns of the variants; fewer where the time is up.
-        until: Time of the monotonic clock at which it is.
+        seq_length: Number of tokens in a sequence.
+        repeats: Number of turns of the variants; fewer where the time is up.
+        until: End of the time, by the monotonic clock.
         report: Function that prints a line.
     """
 
@@ -57,11 +57,11 @@ class Bench:
     report: Callable[[str], None] = print
 
     def over(self) -> bool:
-        """Whether the time is up."""
+        """Return whether the time is up."""
         return time.monotonic() > self.until
 
     def ids(self, model: Any, tokens: int) -> Tensor:
-        """Random tokens (B, L) for ``model``, of sequences of at most ``seq_length``."""
+        """Return random tokens (B, L) for ``model``, of sequences of at most ``seq_length``."""
         length = min(tokens, self.seq_length)
         draw = torch.Generator().manual_seed(0)
         return torch.randint(0, model.config.vocab_size, (tokens // length, length), generator=draw).to(self.device)
@@ -69,14 +69,14 @@ class Bench:
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps of several variants, which take turns.
+    """Time and memory of the steps of several variants, which take turns.
 
     Attributes:
         model: Name of the model.
-        tokens: Of a step.
+        tokens: Number of tokens in a step.
         variants: Names of the variants, as in :mod:`benchmarks.variants`.
-        seconds: That it takes on an H100, by an estimate that is meant to be high.
-        checkpointing: Whether each decoder block is computed again in the backward pass.
+        seconds: Time that it takes on an H100, by an estimate that is meant to be high.
+        checkpointing: Whether each decoder block is recomputed in the backward pass.
     """
 
     model: str
@@ -87,7 +87,7 @@ class Steps:
 
     @property
     def name(self) -> str:
-        """The name by which it is skipped."""
+        """Return the name by which it is reported as skipped."""
         return f"steps of {self.model} at {self.tokens} tokens"
 
     def measure(self, bench: Bench) -> list[Row]:
@@ -129,8 +129,12 @@ class Steps:
                 rows[variant]["note"] = NO_MEMORY
 
         for variant in variants:
-            if not fitting(partial(begin, variant)):
-                drop(variant)
+            try:
+                if not fitting(partial(begin, variant)):
+                    drop(variant)
+            except Exception as error:  # of one variant, which must not take the others' figures away
+                rows[variant]["note"] = one_line(error)
+            release()
         found: dict[str, list[float]] = {variant: [] for variant in running}
         for turn in range(bench.repeats):
             if turn and bench.over():
@@ -144,7 +148,7 @@ class Steps:
         for variant, each in running.items():
             median = statistics.median(found[variant])
             rows[variant] |= {"ms": median * 1e3, "tokens/s": self.tokens / median, "turns": len(found[variant])}
-            rows[variant] |= launches(each.take, bench.device)
+            rows[variant] |= fitting(partial(launches, each.take, bench.device)) or {}
             bench.report(f"        {self.name}, {variant}: {median * 1e3:.1f} ms")
         return later
 
@@ -173,7 +177,7 @@ class _Running:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Perplexity of random text."""
+    """Time of measuring the perplexity of random text."""
 
     model: str
     tokens: int
@@ -181,7 +185,7 @@ class Evaluation:
 
     @property
     def name(self) -> str:
-        """The name by which it is skipped."""
+        """Return the name by which it is reported as skipped."""
         return f"evaluation of {self.model}"
 
     def measure(self, bench: Bench) -> list[Row]:
@@ -196,7 +200,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Pruning:
-    """One-shot pruning on random text, from the first block to the last."""
+    """Time of one-shot pruning on random text, from the first block to the last."""
 
     model: str
     method: str
@@ -205,7 +209,7 @@ class Pruning:
 
     @property
     def name(self) -> str:
-        """The name by which it is skipped."""
+        """Return the name by which it is reported as skipped."""
         return f"pruning of {self.model} by {self.method}"
 
     def measure(self, bench: Bench) -> list[Row]:
@@ -220,7 +224,7 @@ Cell = Steps | Evaluation | Pruning
 
 
 def cells(*, tiny: bool) -> list[Cell]:
-    """All cells, the most important ones first."""
+    """Return all cells, the most important ones first."""
     if tiny:
         return [
             Steps("llama-3.2-1b", 64, 1),
@@ -261,15 +265,14 @@ def measure(wanted: Iterable[Cell], bench: Bench) -> tuple[list[Row], list[str],
             skipped.append(cell.name)
             continue
         start = time.monotonic()
-        noted: Row = {"cell": cell.name}
         try:
-            rows += cell.measure(bench)
-        except torch.OutOfMemoryError:
-            rows.append(noted | {"note": NO_MEMORY})
-        except Exception as error:  # of one cell, which must not take the others' figures away
-            failed.append(cell.name)
-            rows.append(noted | {"note": one_line(error)})
+            found = fitting(partial(cell.measure, bench)) or [{"cell": cell.name, "note": NO_MEMORY}]
+        except Exception as error:
+            found = [{"cell": cell.name, "note": one_line(error)}]
         release()
+        rows += found
+        if any(row.get("note", NO_MEMORY) != NO_MEMORY for row in found):
+            failed.append(cell.name)
         bench.report(f"{time.monotonic() - start:7.1f} s {cell.name}{': failed' if cell.name in failed else ''}")
     used = [column for column in COLUMNS if any(column in row for row in rows)]
     return [{column: row.get(column) for column in used} for row in rows], skipped, failed
@@ -286,14 +289,14 @@ def fitting(call: Callable[[], Result]) -> Result | None:
 
 
 def release() -> None:
-    """Give back the memory of what is not used any more: models with gates hold themselves in circles."""
+    """Free the memory of what is no longer used: models with gates are in reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def clocked(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds that ``call`` keeps the device, by CUDA's events; on other devices by the clock."""
+    """Return the seconds that ``call`` takes, by CUDA's events on a GPU, and by the clock on other devices."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -310,7 +313,7 @@ def clocked(call: Callable[[], object], device: torch.device) -> float:
 def launches(take: Callable[[], None], device: torch.device) -> Row:
     """Count the kernels that a step starts on a GPU; elsewhere the operators that the host dispatches.
 
-    Nothing is said where the profiler sees no kernel, as on a machine that keeps its counters to itself.
+    Returns nothing where the profiler sees no kernel, as on a machine without access to its counters.
     """
     if device.type != "cuda":
         with _Dispatches() as seen:
@@ -338,23 +341,23 @@ class _Dispatches(TorchDispatchMode):
 
 
 def random_logits(gate: Gate) -> None:
-    """Initial logits made on the device: a run draws the same ones on every device, one after another on the CPU."""
+    """Initialise the logits on their device; a run draws them on the CPU, which takes a minute for a large model."""
     gate.logits.data.normal_(std=0.014)
 
 
 def allocated(device: torch.device) -> int:
-    """Bytes that tensors hold on a GPU; 0 on other devices."""
+    """Return the bytes that tensors hold on a GPU; 0 on other devices."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin the peak of :func:`peak_allocated` anew."""
+    """Reset the peak of :func:`peak_allocated`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_allocated(device: torch.device) -> int | None:
-    """Largest number of bytes that tensors held on a GPU; None on other devices."""
+    """Return the largest number of bytes that tensors held on a GPU; None on other devices."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 

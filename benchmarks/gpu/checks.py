@@ -29,11 +29,11 @@ CPU = torch.device("cpu")
 
 
 class WrongError(Exception):
-    """A check failed; the message is its figure."""
+    """Error of a check that failed; the message is its figure."""
 
 
 class NotHereError(Exception):
-    """A check cannot be made on this machine; the message says why."""
+    """Reason why a check cannot be made on this machine."""
 
 
 def run(checks: Mapping[str, Check], report: Callable[[str], None] = print) -> list[Row]:
@@ -55,7 +55,7 @@ def run(checks: Mapping[str, Check], report: Callable[[str], None] = print) -> l
 
 
 def checks_of(place: Place, *, large: bool) -> dict[str, Check]:
-    """Name → check, for the device of ``place``; ``large``: noise and Bernoulli gates of a real weight's size too."""
+    """Return the checks of the device of ``place``, by name; ``large`` adds sizes of real weights."""
     found: dict[str, Check] = {
         "random bits: CPU, device and definition": partial(random_bits, place.device, large=large),
         "noise: CPU and device": partial(noise, place.device, large=large),
@@ -97,7 +97,7 @@ def _bits(device: torch.device, rows: int, length: int) -> Tensor:
 
 
 def random_bits(device: torch.device, *, large: bool) -> str:
-    """The bits are the same integers everywhere."""
+    """Check that the bits are the same integers on both devices, and those of their definition."""
     shape = (4096, 4097) if large else (96, 97)
     here, there = _bits(CPU, *shape), _bits(device, *shape).cpu()
     defined = references.random_bits(*shape, *map(int, _keys()))
@@ -105,14 +105,14 @@ def random_bits(device: torch.device, *, large: bool) -> str:
 
 
 def noise(device: torch.device, *, large: bool) -> str:
-    """Logistic and Gumbel noise have the same bits."""
+    """Check that logistic and Gumbel noise have the same bits on both devices."""
     shape = (4096, 4097) if large else (96, 97)
     here, there = _bits(CPU, *shape), _bits(device, *shape)
     return _same({kind.__name__: (kind(there).cpu(), kind(here)) for kind in (logistic, gumbel)})
 
 
 def noise_in_float64(device: torch.device) -> str:
-    """Logistic noise is the logarithm that it is defined as."""
+    """Check logistic noise against the logarithm that defines it."""
     bits = _bits(device, 96, 97)
     expected = references.logistic_noise(bits.cpu())
     return _figures({"logistic": (_furthest(logistic(bits), expected, at_least=1.0), 1e-6)})
@@ -128,7 +128,7 @@ def gate(
     logits: torch.dtype = torch.float32,
     places: list[tuple[tuple[int, ...], int]] = PLACES,
 ) -> str:
-    """Masked weight, its sums and all gradients of a gate, by autograd through the formula."""
+    """Check masked weight, sums and all gradients of a gate against autograd through its formula."""
     make = KINDS[kind].get("gate", BernoulliGate)
     worst: Figures = {}
     cases = product(places, (torch.float32, torch.bfloat16))
@@ -185,7 +185,7 @@ def _gate_case(
 
 
 def losses(device: torch.device) -> str:
-    """Cross-entropy and divergence with their gradient, of logits given as they are and made by a head."""
+    """Check cross-entropy, divergence and their gradient against autograd through their formulas."""
     draw = torch.Generator().manual_seed(0)
     targets = torch.randint(0, 503, (257,), generator=draw)
     worst: Figures = {}
@@ -213,7 +213,7 @@ def losses(device: torch.device) -> str:
 
 
 def a_fit(place: Place, kind: str) -> str:
-    """A run learns: all is finite, logits move, the hard mask is exact; on another device as on the CPU."""
+    """Check that a run learns: finite logits that move, an exact hard mask, the same way as on the CPU."""
     module = module_of(place, **KINDS[kind])
     ends = fit(place, module)
     _learned(ends, place.device)
@@ -233,7 +233,7 @@ def a_fit(place: Place, kind: str) -> str:
 
 
 def resume(place: Place, **settings: Any) -> str:
-    """A run that is stopped after half its steps, and resumed, ends with the bits of one that is not stopped."""
+    """Check that a run that is stopped after half its steps and resumed ends bit-identical."""
     given = {"dtype": "bfloat16", **settings}
     whole = fit(place, module_of(place, **given), math_attention=True)
     _learned(whole, place.device)
@@ -249,7 +249,7 @@ def resume(place: Place, **settings: Any) -> str:
 
 
 def one_rank(place: Place, strategy: str) -> str:
-    """A run under a distributed strategy with a process group of one learns the logits of one without."""
+    """Check that a run under a distributed strategy on one device learns the logits of one without."""
     backends = {"cuda": torch.distributed.is_nccl_available, "cpu": torch.distributed.is_gloo_available}
     if not (torch.distributed.is_available() and backends.get(place.device.type, lambda: False)()):
         raise NotHereError(f"torch has no process group for {place.device.type}")
@@ -270,9 +270,9 @@ def one_rank(place: Place, strategy: str) -> str:
 
 
 def no_syncs(place: Place, kind: str) -> str:
-    """No micro-batch makes the host wait for the device."""
+    """Check that no micro-batch has a host sync."""
     if place.device.type == "cpu":
-        raise NotHereError("a CPU does not wait")
+        raise NotHereError("a CPU has no host syncs")
     watch = NoSyncs(place.device)
     _learned(fit(place, module_of(place, **KINDS[kind]), watch), place.device)
     if watch.micro_batches != STEPS * WINDOW:
@@ -296,7 +296,7 @@ def _learned(ends: Ends, device: torch.device) -> None:
 
 
 def _furthest(found: Tensor, expected: Tensor, *, each: bool = False, at_least: float = 0.0) -> float:
-    """The largest error against float64, of the largest value; ``each``: of each value, but not of less than .01."""
+    """Return the largest error, relative to the largest value, or to ``each`` value, of at least .01."""
     found, expected = found.detach().cpu().double(), expected.detach()
     if found.shape != expected.shape:
         raise WrongError(f"shape {tuple(found.shape)}, not {tuple(expected.shape)}")
@@ -306,13 +306,13 @@ def _furthest(found: Tensor, expected: Tensor, *, each: bool = False, at_least: 
 
 
 def _worst(one: Figures, other: Figures) -> Figures:
-    """Of each error the one that is nearer to what passes, or further beyond it."""
+    """Return each error that is larger in proportion to what passes."""
     both = [*one.items(), *other.items()]
     return {what: max((f for name, f in both if name == what), key=lambda f: f[0] / f[1]) for what, _ in both}
 
 
 def _figures(figures: Figures) -> str:
-    """The errors in words.
+    """Return the errors as text.
 
     Raises:
         WrongError: One is greater than what passes.
@@ -327,7 +327,7 @@ def _figures(figures: Figures) -> str:
 
 
 def _same(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> str:
-    """The number of elements compared, which all have the same bits.
+    """Return the number of elements that were compared and are bit-identical, as text.
 
     Raises:
         WrongError: Some differ.

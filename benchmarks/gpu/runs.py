@@ -43,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where runs take place.
+    """Device and files of the runs.
 
     Attributes:
         device: Device that is checked.
@@ -72,7 +72,7 @@ class Place:
 
 
 def word_tokenizer() -> Any:
-    """A tokenizer of the few words of the text."""
+    """Return a tokenizer of the few words of the text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -83,7 +83,7 @@ def word_tokenizer() -> Any:
 
 
 def module_of(place: Place, **settings: Any) -> LeapModule:
-    """A module that learns on the place's model from a prior by magnitude, in float32."""
+    """Return a module that learns on the model of ``place`` from a prior by magnitude, in float32."""
     # A cache of its own: a mask that is read from a file takes pydantic.
     prior = Prior(method="magnitude", cache_dir=tempfile.mkdtemp(dir=place.model.parent))
     given = {"prior": prior, "dtype": "float32", "warmup_steps": 0}
@@ -101,7 +101,7 @@ class Unread(LeapModule):
 
 
 class Ends(L.Callback):
-    """Keeps what a run learned, before the module leaves the device; can stop it with a checkpoint.
+    """Callback that copies what a run learned before the module leaves the device, and can stop the run.
 
     Attributes:
         first: Parameters of the gates before the first step, by weight and part, on the CPU.
@@ -136,7 +136,7 @@ class Ends(L.Callback):
 
 
 class NoSyncs(L.Callback):
-    """Makes a host sync an error in every micro-batch, forward and backward, but the first.
+    """Callback that makes a host sync an error in every micro-batch, forward and backward, but the first.
 
     In the first, kernels are compiled, and Lightning makes the metrics that it logs to.
     """
@@ -165,14 +165,14 @@ def refuse_syncs(device: torch.device, *, on: bool) -> None:
 
 
 def learned(module: L.LightningModule) -> dict[str, Tensor]:
-    """Copies of the parameters of a module's gates, complete on every rank, on the CPU."""
+    """Return copies of the parameters of a module's gates, complete on every rank, on the CPU."""
     assert isinstance(module, LeapModule)
     found = module.gates.learned().items()
     return {f"{name} {part}": gathered(parameter.detach()).cpu().clone() for (name, part), parameter in found}
 
 
 def accelerator(device: torch.device) -> dict[str, Any]:
-    """Settings of the trainer for a device."""
+    """Return the settings of the trainer for a device."""
     return {"accelerator": "gpu" if device.type == "cuda" else "cpu", "devices": 1}
 
 
@@ -199,7 +199,7 @@ def fit(
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Run the gates uncompiled."""
+    """Run the gates uncompiled within the context."""
     with _environment():
         os.environ["LEAP_PL_COMPILE"] = "0"
         yield
@@ -207,7 +207,7 @@ def eager() -> Iterator[None]:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Remove the process group that a run makes, and its traces in the environment."""
+    """Remove the process group that a run makes within the context, and its variables in the environment."""
     with _environment():
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # a machine may have no other network
             os.environ.setdefault(name, "lo")

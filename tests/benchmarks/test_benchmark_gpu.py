@@ -184,16 +184,19 @@ def test_a_cell_that_fails_leaves_the_others_and_one_without_time_is_named(monke
         raise RuntimeError("\nno kernel image\nfor this device")
 
     monkeypatch.setattr(cells, "prune", fail)
-    wanted = [
+    monkeypatch.setattr(cells, "makers", lambda **_: {"dense": fail, "published": fail})
+    wanted: list[cells.Cell] = [
         cells.Pruning("qwen2.5-0.5b", "wanda", 64, 1),
         cells.Steps("llama-3.1-8b", 64, 1e6),
         cells.Evaluation("qwen2.5-0.5b", 64, 1),
+        cells.Steps("llama-3.2-1b", 64, 1, ("dense", "published")),
     ]
     rows, skipped, failed = cells.measure(wanted, bench(until=time.monotonic() + 1000))
-    assert failed == ["pruning of qwen2.5-0.5b by wanda"]
+    assert failed == ["pruning of qwen2.5-0.5b by wanda", "steps of llama-3.2-1b at 64 tokens"]
     assert skipped == ["steps of llama-3.1-8b at 64 tokens"]
     assert rows[0]["note"] == "RuntimeError: no kernel image"
     assert rows[1]["cell"] == "evaluation"
+    assert [row["note"] for row in rows[2:]] == ["RuntimeError: no kernel image"] * 2
 
 
 def test_on_a_gpu_time_is_that_of_events_and_kernels_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

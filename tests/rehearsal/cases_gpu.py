@@ -31,6 +31,7 @@ def test_every_check(tmp_path: Path) -> None:
     failed = {name: row["figure"] for name, row in rows.items() if row["result"] == "FAIL"}
     assert failed == {}
     assert "of the way" in rows["fit: BernoulliGate"]["figure"]
+    assert rows["resume: bit for bit, math attention"]["figure"].endswith("differ")  # by the settings on record too
 
 
 def test_a_sync_in_a_micro_batch_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
