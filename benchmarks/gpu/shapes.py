@@ -49,7 +49,8 @@ class Model:
         with torch.device(device):
             model: Any = AutoModelForCausalLM.from_config(self.config(), dtype=torch.bfloat16)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            named = getattr(model, "activation_checkpointing_enable", None)  # older transformers: by another name
+            (named or model.gradient_checkpointing_enable)({"use_reentrant": False})
         return model
 
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 # What leap_pl needs for other things than the benchmark, hidden as if it was not installed.
 HIDDEN = ["pydantic", "pydantic_core", "datasets", "pyarrow", "gguf", "lm_eval", "tensorboard", "matplotlib"]
-HIDDEN += ["accelerate", "pandas", "scipy", "hypothesis"]
+HIDDEN += ["accelerate", "pandas", "scipy", "hypothesis", "docstring_parser", "typeshed_client", "_jsonnet"]
 ALONE = f"""
 import runpy, sys
 class Hiding:
