@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from leap_pl.data.exchange import Exchange
 from leap_pl.data.packing import CHUNK_CHARACTERS, BlockStream, Chunk, Position
 from leap_pl.errors import UserError
 
@@ -105,18 +106,21 @@ class RankBatches:
 class _Chunks(IterableDataset[Any]):
     """Chunks of a stream, tokenized by the workers of a data loader in turn, whose round robin restores their order."""
 
-    def __init__(self, stream: BlockStream, start: Position | None) -> None:
+    def __init__(self, stream: BlockStream, start: Position | None, exchange: Exchange | None) -> None:
         self.stream = stream
         self.start = start
+        self.exchange = exchange
 
     def __iter__(self) -> Iterator[Any]:
         """Yield chunks: as they are in the training process, and as messages from a worker."""
         worker = get_worker_info()
+        turn, turns = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        chunks = self.stream.tokenized(self.start, turn=turn, turns=turns, exchange=self.exchange)
         if worker is None:
-            yield from self.stream.tokenized(self.start)
+            yield from chunks
             return
         try:
-            for chunk in self.stream.tokenized(self.start, turn=worker.id, turns=worker.num_workers):
+            for chunk in chunks:
                 # One tensor, which travels in shared memory. Of a longer message a killed worker could leave a half in
                 # the pipe, for the rest of which the training process would wait forever.
                 yield torch.frombuffer(bytearray(pickle.dumps(chunk)), dtype=torch.uint8)
@@ -129,14 +133,19 @@ class BlockLoader(DataLoader[Any]):
     """Data loader of the micro-batches of a rank.
 
     Its workers tokenize a share of the text each, ahead of the training process, which packs what they made: so the
-    blocks, and the state after each, do not depend on the number of workers. Every rank tokenizes the whole text.
+    blocks, and the state after each, do not depend on the number of workers. Every rank needs the whole text tokenized;
+    with an exchange the ranks share that, too.
+
+    Args:
+        batches: The micro-batches.
+        num_workers: Number of workers; 0 tokenizes in the training process, when a batch is requested.
+        exchange: Exchange with the loaders of other ranks, which have as many workers.
     """
 
-    def __init__(self, batches: RankBatches, num_workers: int = 0) -> None:
+    def __init__(self, batches: RankBatches, num_workers: int = 0, exchange: Exchange | None = None) -> None:
         self.batches = batches
-        start = batches.start["position"]
         super().__init__(
-            _Chunks(batches.stream, start),
+            _Chunks(batches.stream, batches.start["position"], exchange),
             batch_size=None,
             num_workers=num_workers,
             collate_fn=_identity,

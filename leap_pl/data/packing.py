@@ -7,16 +7,13 @@ from itertools import chain, islice
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
-import numpy.typing as npt
 
 from leap_pl.data.documents import Document, State, digest_in, warn
+from leap_pl.data.exchange import Exchange, Numbers
 from leap_pl.data.source import Place, TextSource
 from leap_pl.errors import UserError
 
 Separator = Literal["end_token", "blank_line"]
-
-Ids = npt.NDArray[np.int32]
-"""Tokens, as the numbers of a tokenizer's vocabulary."""
 
 PIECE_CHARACTERS = 1 << 18
 # Pieces are tokenized several at a time, which is several times as fast as one by one.
@@ -45,7 +42,7 @@ class Position(TypedDict):
 class Block(NamedTuple):
     """Block of the stream."""
 
-    ids: Ids  # seq_length of them
+    ids: Numbers  # seq_length of them
     after: Position
 
     @property
@@ -72,8 +69,7 @@ class Chunk(NamedTuple):
     """Some consecutive pieces of the text, tokenized; the unit in which readers share the work."""
 
     marks: list[Mark]
-    lengths: list[int]  # tokens of each piece, with the separator after a document
-    ids: Ids  # of all pieces
+    tokenized: Numbers  # how many tokens each piece has, with the separator after a document; then all these tokens
 
 
 class BlockStream:
@@ -121,23 +117,36 @@ class BlockStream:
         return self.packed(self.tokenized(start, repeat=repeat), start)
 
     def tokenized(
-        self, start: Position | None = None, *, repeat: bool = True, turn: int = 0, turns: int = 1
+        self,
+        start: Position | None = None,
+        *,
+        repeat: bool = True,
+        turn: int = 0,
+        turns: int = 1,
+        exchange: Exchange | None = None,
     ) -> Iterator[Chunk]:
         """Yield the chunks of the text from ``start`` on, tokenized: every one, or those of one reader among several.
 
-        Chunks depend on the text alone, so readers that start at the same position agree on them. Each reads the whole
-        text, and tokenizes its share, which takes many times as long.
+        Chunks depend on the text alone, so readers that start at the same position agree on them. Each reader reads the
+        whole text, and tokenizes its share, which takes many times as long.
 
         Args:
             start: Position from an earlier block.
             repeat: Continue with another pass after the last document, forever.
             turn: Number of this reader, whose chunks are those of index k ≡ ``turn`` (mod ``turns``).
             turns: Number of readers.
+            exchange: Exchange with readers in other processes that need the same chunks.
 
         Raises:
             UserError: The text cannot be read. It is raised after all chunks that come before.
         """
-        return map(self._tokenized, islice(_chunked(self._pieces(start, repeat=repeat)), turn, None, turns))
+        chunks = islice(_chunked(self._pieces(start, repeat=repeat)), turn, None, turns)
+        results = (
+            ((pieces, self._tokenized(pieces)) for pieces in chunks)
+            if exchange is None
+            else exchange.shared(chunks, _key, self._tokenized)
+        )
+        return (Chunk([piece.mark for piece in pieces], tokenized) for pieces, tokenized in results)
 
     def packed(self, chunks: Iterable[Chunk], start: Position | None = None) -> Iterator[Block]:
         """Yield the blocks that all ``chunks`` of the text from ``start`` on make, in their order.
@@ -147,7 +156,7 @@ class BlockStream:
                 shards.
         """
         shards = self._shards_of(start)
-        parts: list[Ids] = []
+        parts: list[Numbers] = []
         filled, of_pass, whole_pass = 0, 0, start is None
         number, skip = (0, 0) if start is None else (start["number"], start["token"])
         for mark, ids in _pieces_of(chunks):
@@ -220,7 +229,7 @@ class BlockStream:
             yield from _cut(here, document, character)
             character = 0
 
-    def _tokenized(self, pieces: list[_Piece]) -> Chunk:
+    def _tokenized(self, pieces: list[_Piece]) -> Numbers:
         encoded = self.tokenizer(
             [piece.text for piece in pieces],
             add_special_tokens=False,
@@ -229,11 +238,7 @@ class BlockStream:
             verbose=False,  # no warning that a document is longer than the model's context
         )["input_ids"]
         ids = [[*ids, *self.end] if piece.ends else ids for piece, ids in zip(pieces, encoded, strict=True)]
-        return Chunk(
-            [piece.mark for piece in pieces],
-            [len(of_piece) for of_piece in ids],
-            np.fromiter(chain.from_iterable(ids), np.int32),
-        )
+        return np.fromiter(chain(map(len, ids), *ids), np.int32)
 
 
 def _chunked(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
@@ -256,12 +261,20 @@ def _chunked(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
         raise failure
 
 
-def _pieces_of(chunks: Iterable[Chunk]) -> Iterator[tuple[Mark, Ids]]:
-    for chunk in chunks:
-        end = 0
-        for mark, length in zip(chunk.marks, chunk.lengths, strict=True):
+def _key(pieces: list[_Piece]) -> str:
+    """Return a name of a chunk, by its place in the text and its contents."""
+    number, turn, state, _ = pieces[0].mark.place
+    contents = [(piece.mark.document, piece.mark.character, len(piece.text), piece.ends) for piece in pieces]
+    return hashlib.sha256(json.dumps([number, turn, state, contents]).encode()).hexdigest()
+
+
+def _pieces_of(chunks: Iterable[Chunk]) -> Iterator[tuple[Mark, Numbers]]:
+    """Yield the pieces of all chunks: where each is, and its tokens."""
+    for marks, tokenized in chunks:
+        end = len(marks)
+        for mark, length in zip(marks, tokenized[:end].tolist(), strict=True):
             begin, end = end, end + length
-            yield mark, chunk.ids[begin:end]
+            yield mark, tokenized[begin:end]
 
 
 def _position(mark: Mark, token: int, shards: int) -> Position:
