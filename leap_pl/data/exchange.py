@@ -1,6 +1,7 @@
 """Share the tokenizing of one text between the processes of a run, through the store of their process group."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -90,17 +91,24 @@ class Exchange:
         key = f"{self.name}/{key}"
         result = None
         try:
-            try:
-                self._store.wait([key], timedelta(seconds=PATIENCE))
+            if self._came(key):
                 result = np.frombuffer(self._store.get(key), np.int32)
-            except dist.DistStoreError:  # not in time
-                pass
             if self._store.add(f"{key}/read", 1) == self.ranks - 1:  # no other process needs it
                 self._store.delete_key(key)
                 self._store.delete_key(f"{key}/read")
         except RuntimeError:
             self._store = None
         return result
+
+    def _came(self, key: str) -> bool:
+        """Return whether ``key`` is in the store within ``PATIENCE`` seconds, of which torch's own wait would warn."""
+        end, pause = time.monotonic() + PATIENCE, 0.0005
+        while not self._store.check([key]):
+            if time.monotonic() > end:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+        return True
 
 
 def _connected() -> Any:

@@ -12,6 +12,7 @@ from tiny import FAMILIES, tiny_model
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.nn.utils import parametrize
+from torch.torch_version import TorchVersion
 
 from leap_pl.base_model.weights import find_weights
 from leap_pl.gates import BernoulliGate, GateState, attach, detach
@@ -186,6 +187,8 @@ def test_compiled_kernels_are_the_eager_ones_and_compile_once(monkeypatch: pytes
 
 def test_compiled_passes_are_two_loops_over_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """One for the noise, over rows and columns, and one for what follows: in one, a pass takes a third longer."""
+    if TorchVersion(torch.__version__) < "2.13":
+        pytest.skip("torch 2.11 makes one loop of the backward pass, which computes the same in more time")
     monkeypatch.delenv("LEAP_PL_COMPILE")
     if not compiling.can_compile(torch.device("cpu")):
         pytest.skip("torch.compile does not work here")
