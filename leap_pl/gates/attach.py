@@ -14,6 +14,7 @@ from leap_pl.gates.calls import Call
 from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateFactory, GateState
 from leap_pl.inputs.classes import imported_kinds
+from leap_pl.kernels import backward_pass
 
 
 def attach(
@@ -38,9 +39,10 @@ def attach(
     callers: dict[nn.Module, dict[str, Gate]] = {}
     for name, gate in gates.items():
         weight = weights[name]
-        if weight.block is not None or weight.parameter.ndim == 3:  # stacked experts are read once for each expert
-            caller = weight.module if weight.block is None else weight.block
-            callers.setdefault(caller, {})[name] = gate
+        if weight.block is not None and backward_pass.known():
+            callers.setdefault(weight.block, {})[name] = gate
+        elif weight.parameter.ndim == 3:  # stacked experts are read once for each expert
+            callers.setdefault(weight.module, {})[name] = gate
     for module, of in callers.items():
         call = Call(module, weights, of)
         for gate in of.values():

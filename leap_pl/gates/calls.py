@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from leap_pl.base_model.weights import Weight
+from leap_pl.kernels import backward_pass
 
 if TYPE_CHECKING:
     from leap_pl.gates.gate import Gate
@@ -18,6 +19,9 @@ class Call:
     a module of stacked experts, which reads its weights once for each expert, costs one computation, and the gates of a
     decoder block cost one autograd node.
 
+    Activation checkpointing runs the forward of a decoder block again within the backward pass, and some versions of
+    transformers without the module's hooks. There the cache is kept until another module is recomputed, or called.
+
     Attributes:
         running: Whether the module is being called.
     """
@@ -27,7 +31,9 @@ class Call:
         self.running = False
         self._weights = [weights[name] for name in gates]
         self._gates = list(gates.values())
+        self._state = self._gates[0].state
         self._masked: dict[str, Tensor] = {}
+        self._task = backward_pass.NONE
         self._hooks = [
             module.register_forward_pre_hook(lambda *_: self._begin()),
             # Also after an exception: recomputation under activation checkpointing ends with one.
@@ -36,6 +42,8 @@ class Call:
 
     def masked(self, gate: "Gate", weight: Tensor) -> Tensor:
         """Return the masked weight of one of the gates, whose frozen weight is ``weight``."""
+        if not self.running and not self._recomputing():
+            return gate.masked(weight)
         found = self._masked.get(gate.name)
         if found is None:
             if gate.state.mode == "soft":
@@ -52,11 +60,30 @@ class Call:
             gate.note(kept, energy)
             self._masked[gate.name] = masked
 
+    def _recomputing(self) -> bool:
+        """Return whether this is a backward pass; the first use in it drops what is cached, here and of the last."""
+        task = backward_pass.running()
+        if task == backward_pass.NONE:
+            return False
+        last = self._state.recomputed
+        if last is not self or task != self._task:
+            if last is not None:
+                last.clear()
+            self._masked, self._task, self._state.recomputed = {}, task, self
+        return True
+
     def _begin(self) -> None:
+        last, self._state.recomputed = self._state.recomputed, None
+        if last is not None:
+            last.clear()
         self.running, self._masked = True, {}
 
     def _end(self) -> None:
         self.running, self._masked = False, {}
+
+    def clear(self) -> None:
+        """Drop the masked weights."""
+        self._masked = {}
 
     def remove(self) -> None:
         """Stop watching the module."""

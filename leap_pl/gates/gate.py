@@ -39,6 +39,7 @@ class GateState:
         slope: α/τ, computed once for all gates.
         slopes: The further scales divided by τ, by their names.
         sharpness: 1/τ.
+        recomputed: The decoder block that activation checkpointing recomputed last, with its masked weights.
     """
 
     mode: Mode = "soft"
@@ -52,6 +53,7 @@ class GateState:
     slope: Tensor = field(init=False)
     slopes: dict[str, Tensor] = field(init=False)
     sharpness: Tensor = field(init=False)
+    recomputed: Call | None = field(init=False, default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._divide()
@@ -151,7 +153,7 @@ class Gate(nn.Module, ABC):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight that the layer uses, of the same shape and dtype."""
         call = self._call()
-        return call.masked(self, weight) if call is not None and call.running else self.masked(weight)
+        return self.masked(weight) if call is None else call.masked(self, weight)
 
     def masked(self, weight: Tensor) -> Tensor:
         """Compute the weight that the layer uses, whatever a call has cached."""

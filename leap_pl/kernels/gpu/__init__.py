@@ -25,7 +25,8 @@ def has_kernels(device: torch.device) -> bool:
 @cache
 def _found() -> bool:
     if find_spec("triton") is not None:
-        importlib.import_module(f"{__name__}.masks")  # defines the operators
+        for module in ("masks", "losses"):  # define the operators
+            importlib.import_module(f"{__name__}.{module}")
         return True
     warn_once("Triton is not installed, so gates and losses run on the GPU uncompiled, many times slower: install it.")
     return False

@@ -16,7 +16,20 @@ from torch import Tensor
 from leap_pl.kernels.gpu.noise import EXACT, element_bits, exp2, logistic_in_bits
 
 ROWS, COLUMNS = 8, 256  # of a tile: a warp reads 256 consecutive columns, 16 bytes a thread of bfloat16
-UNSPECIALIZED = ["starts", "heights", "widths", "keys_0", "keys_1"]
+
+
+def plain(number: int) -> int:
+    """Return ``number``, of 32 bits, as an odd number of 64 bits.
+
+    Triton compiles a kernel again for an argument of 1 and for one that 16 divides; keys would be either now and then.
+    """
+    return ((number & 0xFFFFFFFF) << 1 | 1) + (1 << 40)
+
+
+@triton.jit
+def _number(argument):
+    """Return the number that :func:`plain` has made an argument of."""
+    return (argument >> 1).to(tl.int32)
 
 
 @triton.jit
@@ -39,7 +52,7 @@ def _tile(tile, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return row_R1, (tile % across) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit
 def _forward(
     logits, weights, masked, partials, starts, heights, widths, keys_0, keys_1, slope, sharpness,
     COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
@@ -48,7 +61,7 @@ def _forward(
     logit, weight, out = logits[0], weights[0], masked[0]
     start, height, width, key_0, key_1 = starts[0], heights[0], widths[0], keys_0[0], keys_1[0]
     for i in tl.static_range(1, COUNT):  # selects the weight of this program
-        here = program >= starts[i]
+        here = program >= _number(starts[i])
         logit, weight, out = (
             tl.where(here, logits[i], logit),
             tl.where(here, weights[i], weight),
@@ -60,6 +73,8 @@ def _forward(
             tl.where(here, widths[i], width),
         )
         key_0, key_1 = tl.where(here, keys_0[i], key_0), tl.where(here, keys_1[i], key_1)
+    start, height, width = _number(start), _number(height), _number(width)
+    key_0, key_1 = _number(key_0), _number(key_1)
     if ALIGNED:
         logit, weight, out = tl.multiple_of(logit, 16), tl.multiple_of(weight, 16), tl.multiple_of(out, 16)
         width = tl.multiple_of(width, 16)
@@ -75,13 +90,14 @@ def _forward(
     tl.store(partials + tl.num_programs(0) + program, tl.sum(masked_RC * masked_RC))
 
 
-@triton.jit(do_not_specialize=["starts", "programs"])
+@triton.jit
 def _add(partials, sums, starts, programs, COUNT: tl.constexpr, CHUNK: tl.constexpr):
     """Add the programs' partial sums of one weight, in an order that never changes."""
     weight, which = tl.program_id(0), tl.program_id(1)
     start, end = starts[0], starts[1]
     for i in tl.static_range(1, COUNT):
         start, end = tl.where(weight == i, starts[i], start), tl.where(weight == i, starts[i + 1], end)
+    start, end, programs = _number(start), _number(end), _number(programs)
     total_C = tl.zeros([CHUNK], tl.float32)
     for first in range(start, end, CHUNK):
         place_C = first + tl.arange(0, CHUNK)
@@ -89,7 +105,7 @@ def _add(partials, sums, starts, programs, COUNT: tl.constexpr, CHUNK: tl.conste
     tl.store(sums + which * COUNT + weight, tl.sum(total_C))
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit
 def _backward(
     logits, weights, grads_masked, grad_sums, grads, starts, heights, widths, keys_0, keys_1, slope, sharpness,
     COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
@@ -99,7 +115,7 @@ def _backward(
     start, height, width, key_0, key_1 = starts[0], heights[0], widths[0], keys_0[0], keys_1[0]
     which = 0
     for i in tl.static_range(1, COUNT):
-        here = program >= starts[i]
+        here = program >= _number(starts[i])
         which = tl.where(here, i, which)
         logit, weight = tl.where(here, logits[i], logit), tl.where(here, weights[i], weight)
         grad_masked, out = tl.where(here, grads_masked[i], grad_masked), tl.where(here, grads[i], out)
@@ -109,6 +125,8 @@ def _backward(
             tl.where(here, widths[i], width),
         )
         key_0, key_1 = tl.where(here, keys_0[i], key_0), tl.where(here, keys_1[i], key_1)
+    start, height, width = _number(start), _number(height), _number(width)
+    key_0, key_1 = _number(key_0), _number(key_1)
     if ALIGNED:
         logit, weight = tl.multiple_of(logit, 16), tl.multiple_of(weight, 16)
         grad_masked, out, width = tl.multiple_of(grad_masked, 16), tl.multiple_of(out, 16), tl.multiple_of(width, 16)
@@ -126,15 +144,17 @@ def _backward(
 
 
 class Plan(NamedTuple):
-    """Division of the weights of one launch into tiles; numbers of each weight are tuples.
+    """Division of the weights of one launch into tiles; numbers of each weight are tuples, made by :func:`plain`.
 
     Attributes:
+        programs: Number of programs.
         starts: First program of each weight, and the number of programs.
         heights: Rows.
         widths: Columns.
         aligned: Whether every row of every weight starts at a multiple of 16 elements.
     """
 
+    programs: int
     starts: tuple[int, ...]
     heights: tuple[int, ...]
     widths: tuple[int, ...]
@@ -151,7 +171,8 @@ def plan_of(shapes: tuple[torch.Size, ...]) -> Plan:
         starts.append(starts[-1] + -(-height // ROWS) * -(-width // COLUMNS))
     if starts[-1] >= 2**31:
         raise ValueError(f"weights of {sum(map(torch.Size.numel, shapes)):,} elements are too many for one launch")
-    return Plan(tuple(starts), heights, widths, all(width % 16 == 0 for width in widths))
+    numbers = [tuple(map(plain, some)) for some in (starts, heights, widths)]
+    return Plan(starts[-1], *numbers, all(width % 16 == 0 for width in widths))
 
 
 def mask_forward(
@@ -168,15 +189,15 @@ def mask_forward(
     """
     logits, weights = _contiguous(logits), _contiguous(weights)
     plan, masked = plan_of(tuple(weight.shape for weight in weights)), [torch.empty_like(each) for each in weights]
-    count, programs = len(weights), plan.starts[-1]
+    count, programs = len(weights), plan.programs
     partials = torch.empty(2 * programs, dtype=torch.float32, device=weights[0].device)
     sums = torch.empty(2 * count, dtype=torch.float32, device=weights[0].device)
     aligned = plan.aligned and _aligned(logits, weights, masked)
     _forward[(programs,)](
         tuple(logits), tuple(weights), tuple(masked), partials, plan.starts, plan.heights, plan.widths,
-        tuple(keys[::2]), tuple(keys[1::2]), slope, sharpness, count, ROWS, COLUMNS, aligned, **EXACT,
+        *_split(keys), slope, sharpness, count, ROWS, COLUMNS, aligned, **EXACT,
     )  # fmt: skip
-    _add[(count, 2)](partials, sums, plan.starts, programs, count, 256)
+    _add[(count, 2)](partials, sums, plan.starts, plain(programs), count, 256)
     return masked, sums
 
 
@@ -203,12 +224,15 @@ def mask_backward(
     logits, weights, grads_masked = _contiguous(logits), _contiguous(weights), _contiguous(grads_masked)
     plan, grads = plan_of(tuple(weight.shape for weight in weights)), [torch.empty_like(each) for each in logits]
     aligned = plan.aligned and _aligned(logits, weights, grads_masked, grads)
-    _backward[(plan.starts[-1],)](
+    _backward[(plan.programs,)](
         tuple(logits), tuple(weights), tuple(grads_masked), grad_sums, tuple(grads), plan.starts, plan.heights,
-        plan.widths, tuple(keys[::2]), tuple(keys[1::2]), slope, sharpness, len(weights), ROWS, COLUMNS, aligned,
-        **EXACT,
+        plan.widths, *_split(keys), slope, sharpness, len(weights), ROWS, COLUMNS, aligned, **EXACT,
     )  # fmt: skip
     return grads
+
+
+def _split(keys: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(map(plain, keys[::2])), tuple(map(plain, keys[1::2]))
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
