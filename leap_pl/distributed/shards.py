@@ -107,9 +107,7 @@ class Ranks:
 
     def highest(self, numbers: Sequence[int]) -> list[int]:
         """Return the maximum of each number over all ranks."""
-        return [
-            int(n) for n in self._reduced(torch.tensor(numbers, dtype=torch.int64, device="cpu"), dist.ReduceOp.MAX)
-        ]
+        return self._reduced(torch.tensor(numbers, dtype=torch.int64, device="cpu"), dist.ReduceOp.MAX).tolist()
 
     def gather(self, numbers: Sequence[int]) -> list[int]:
         """Return the numbers of all ranks, in the order of ranks."""
@@ -118,7 +116,7 @@ class Ranks:
             return list(numbers)
         found = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(found, own, group=self.group)
-        return [int(n) for n in torch.cat(found)]
+        return torch.cat(found).tolist()
 
     def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
         if self.size == 1:

@@ -11,7 +11,7 @@ The logits are (P, O, G): the softmax over patterns then operates element-wise o
 suits both the vector units of a CPU and the warps of a GPU.
 """
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import combinations
 from math import comb
 from typing import Any
@@ -40,7 +40,6 @@ class Groups:
         others: Sizes of the weight's other dimensions.
         short: Number of inputs in the short last group of a row; 0: all groups are whole.
         patterns: Positions that each pattern keeps, in the order of :func:`itertools.combinations`.
-        table_PM: The same positions as a bool table.
         allowed_P: Bool vector of the patterns that are valid in a short group.
     """
 
@@ -61,8 +60,6 @@ class Groups:
         self.inputs = shape[input_dim]
         self.others = tuple(size for dim, size in enumerate(shape) if dim != input_dim % len(shape))
         self.short = self.inputs % m
-        table = [[j in positions for j in range(m)] for positions in self.patterns]
-        self.table_PM = torch.tensor(table, device="cpu")
         self.allowed_P = torch.tensor([self._fits(positions) for positions in self.patterns], device="cpu")
 
     @property
@@ -142,7 +139,7 @@ class Groups:
         Among equal logits the first pattern is chosen.
         """
         chosen_Q = first_highest(logits.reshape(len(self.patterns), -1))
-        return self.join(self.table_PM.to(logits.device).index_select(0, chosen_Q))
+        return self.join(self._table(logits.device).index_select(0, chosen_Q))
 
     def sample_best(self, logits: Tensor, stride: int) -> Tensor:
         """Return every ``stride``-th element of :meth:`best`, flattened, without computing the others."""
@@ -151,7 +148,20 @@ class Groups:
         group, position = along // self.pattern.m, along % self.pattern.m
         place: tuple[Any, ...] = (slice(None), *others, group)
         chosen = first_highest(logits[place])
-        return self.table_PM.to(logits.device)[chosen, position]
+        return self._table(logits.device)[chosen, position]
+
+    def _table(self, device: torch.device) -> Tensor:
+        return pattern_table(self.pattern.n, self.pattern.m, device)
+
+
+@lru_cache(maxsize=64)
+def pattern_table(n: int, m: int, device: torch.device, dtype: torch.dtype = torch.bool) -> Tensor:
+    """Return the positions that each n:m pattern keeps as a table (P, M) of ones and zeros.
+
+    It is cached and shared by all callers: an accelerator gets one copy, not one for each weight.
+    """
+    table = [[j in kept for j in range(m)] for kept in combinations(range(m), n)]
+    return torch.tensor(table, dtype=dtype, device=device)
 
 
 def first_highest(logits_PQ: Tensor) -> Tensor:

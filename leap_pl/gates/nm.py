@@ -174,5 +174,5 @@ def flat_patterns(logits: Tensor) -> Tensor:
 
 def confidence(samples: Sequence[Tensor], slope: Tensor) -> float:
     """Return the confidence (:meth:`NMGates.curves`) of groups with the logits ``samples``, each (P, any number)."""
-    highest = [(logits_PS.float() * slope.to(logits_PS.device)).softmax(0).amax(0) for logits_PS in samples]
+    highest = [(logits_PS.float() * slope).softmax(0).amax(0) for logits_PS in samples]
     return float(torch.cat(highest).mean())

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from leap_pl.gates.groups import pattern_table
 from leap_pl.kernels.compiled import compiled
 from leap_pl.kernels.noise import element_bits, gumbel, gumbel_in_bits
 from leap_pl.kernels.powers import exp2
@@ -92,15 +93,10 @@ def _many_patterns(patterns: tuple[Positions, ...]) -> PatternKernels:
 
     Unrolled, 70 patterns take minutes to compile, and the backward pass is no faster.
     """
-    holders = _holders(patterns)
-
-    @cache
-    def table_on(device: torch.device) -> Tensor:
-        table = [[float(p in keeping) for keeping in holders] for p in range(len(patterns))]
-        return torch.tensor(table, dtype=torch.float32, device=device)
+    n, m = len(patterns[0]), len(_holders(patterns))
 
     def relaxed(logits_PQ: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        table = table_on(logits_PQ.device)
+        table = pattern_table(n, m, logits_PQ.device, torch.float32)
         P_PQ = torch.softmax(_scores(logits_PQ, *noise), 0)
         return P_PQ, (table.T @ P_PQ).T, table
 

@@ -58,9 +58,20 @@ class TileGrid:
     def _sums(self, value_OI: Tensor, width: int) -> Tensor:
         if self.size == width == 1:
             return value_OI
-        kind = value_OI.dtype
-        sums_AI = torch.stack([rows.sum(-2, dtype=kind) for rows in value_OI.split(self.size, -2)], -2)
-        return torch.stack([part.sum(-1, dtype=kind) for part in sums_AI.split(width, -1)], -1)
+        return sums_of_parts(sums_of_parts(value_OI, self.size, -2), width, -1)
+
+
+def sums_of_parts(value: Tensor, size: int, dim: int) -> Tensor:
+    """Sum each ``size`` consecutive elements along ``dim`` (−1 or −2); the last sum may be of fewer.
+
+    All whole parts are summed by one operation: one for each part would be as many launches on a GPU.
+    """
+    parts, rest = divmod(value.shape[dim], size)
+    sums = value.narrow(dim, 0, parts * size).unflatten(dim, (parts, size)).sum(dim, dtype=value.dtype)
+    if not rest:
+        return sums
+    last = value.narrow(dim, parts * size, rest).sum(dim, keepdim=True, dtype=value.dtype)
+    return torch.cat([sums, last], dim)
 
 
 class SoftTiles(torch.autograd.Function):

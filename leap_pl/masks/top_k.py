@@ -9,6 +9,7 @@ histograms are summed: two all-reduces of 512 KiB, whatever the size of the mode
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -95,11 +96,15 @@ def closest_top_k(tensors: Sequence[Tensor], removable: Iterable[Tensor], remove
     Returns:
         One :class:`Cut` for each tensor.
     """
-    sizes = torch.cat([each.flatten() for each in removable]).to(torch.int64)
-    order = torch.cat([tensor.flatten() for tensor in tensors]).argsort(descending=True, stable=True)
+    # On the CPU, for they are few: two host syncs on an accelerator, however many tensors there are.
+    together = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    sizes = torch.cat([each.flatten() for each in removable]).cpu().to(torch.int64)
+    order = together.argsort(descending=True, stable=True)
     left = sizes.sum() - torch.cat([sizes.new_zeros(1), sizes[order].cumsum(0)])
     distance = (left - removed).abs()
-    return exact_top_k(tensors, int((distance == distance.min()).nonzero()[0]))
+    (cut,) = exact_top_k([together], int((distance == distance.min()).nonzero()[0]))
+    starts = accumulate((tensor.numel() for tensor in tensors[:-1]), initial=0)
+    return [Cut(cut.value, max(cut.tie_limit - start, 0)) for start in starts]
 
 
 def _survey(tensors: Sequence[Tensor]) -> tuple[int, bool, Ranks]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from leap_pl.base_model.weights import Weight
+from leap_pl.kernels.precision import full_float32
 
 ERROR_TOKENS = 2048  # tokens on which a layer's error is measured without a Hessian
 
@@ -81,6 +82,7 @@ class InputStatistics:
     gram: Tensor | None = None
     sample: list[Tensor] = field(default_factory=list)
 
+    @full_float32()
     def add(self, inputs_NI: Tensor, *, sample: int) -> None:
         """Add tokens; without a Hessian, keep ``sample`` of them, evenly spaced."""
         inputs_NI = inputs_NI.float()

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.base_model.weights import Weight, decoder_blocks, find_weights, model_fingerprint
 from leap_pl.errors import UserError, listing
+from leap_pl.kernels.precision import full_float32
 from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions
 from leap_pl.masks.patterns import NM, Pattern, Unstructured
 from leap_pl.oneshot.allocation import OwlOptions, owl_sparsities
@@ -210,6 +211,7 @@ class _Run:
         self.dampings: dict[str, float] = {}
         self.unseen: list[str] = []
 
+    @full_float32()
     def block(self, matrices: Sequence[Matrix], statistics: Mapping[str, InputStatistics], shown: Any = None) -> None:
         """Prune the matrices of one block and write the results into the model."""
         for matrix in matrices:

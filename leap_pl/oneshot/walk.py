@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from leap_pl.base_model.weights import decoder_blocks
 from leap_pl.errors import UserError
+from leap_pl.kernels.transfers import to_device, to_host
 from leap_pl.oneshot.inputs import ERROR_TOKENS, InputStatistics, Matrix, ProductWatch
 from leap_pl.oneshot.methods import FALLBACK
 
@@ -80,7 +81,7 @@ class _Call:
 
     def to(self, device: torch.device) -> "_Call":
         def move(x: Any) -> Any:
-            return x.to(device) if isinstance(x, Tensor) else x
+            return to_device(x, device) if isinstance(x, Tensor) else x
 
         return replace(self, args=tree_map(move, self.args), kwargs=tree_map(move, self.kwargs))
 
@@ -109,7 +110,6 @@ class Walk:
         self.prefix, self.blocks = decoder_blocks(model)
         self.home = next(model.parameters()).device
         self.device = self.home if self.options.device is None else torch.device(self.options.device)
-        self.storage = torch.device("cpu") if self.options.offload else self.device
         self.batches = list(tokens_NT.split(self.options.batch_size))
         self.states: list[Tensor] = []
         self._calls: list[dict[int, _Call]] = [{} for _ in self.blocks]
@@ -201,7 +201,10 @@ class Walk:
                 f"{self.prefix}.{index}: its outputs are not finite. Load the model in another --dtype "
                 "(float16 overflows beyond 65504), and check the model."
             )
-        self.states[number] = output_BTD.to(self.storage)
+        self.states[number] = self._stored(output_BTD)
+
+    def _stored(self, state_BTD: Tensor) -> Tensor:
+        return to_host(state_BTD) if self.options.offload else to_device(state_BTD, self.device)
 
     def _call(self, index: int, number: int, state_BTD: Tensor) -> Tensor:
         call = self._calls[index][state_BTD.shape[0]].with_hidden(state_BTD).to(self.device)
@@ -214,7 +217,7 @@ class Walk:
         recorded: list[list[_Call]] = []
         for number, tokens_BT in enumerate(self.batches):
             calls = self._calls_of(tokens_BT, len(self.blocks) if number in full else 1)
-            self.states.append(calls[0].hidden.to(self.storage))
+            self.states.append(self._stored(calls[0].hidden))
             if number in full:
                 recorded.append(calls)
         for index in range(len(self.blocks)):

@@ -19,6 +19,7 @@ from leap_pl.data.packing import BlockStream, Separator, digest_of_text
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import check_numbers
+from leap_pl.kernels.transfers import pinned
 from leap_pl.training.run_length import check_run_length
 
 FORMAT = 2  # 1 had no digests of the text
@@ -228,7 +229,7 @@ class TextDataModule(LightningDataModule):
         return DataLoader(blocks, batch_size=self.batch_size, sampler=sampler)  # type: ignore[arg-type]
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Record the progress of the run with ``batch``, and return only its tensors for the model.
+        """Record the progress of the run with ``batch``, and return only its tensors for the model, ready to be copied.
 
         Lightning calls this when a batch is about to be trained on, so what workers have read ahead does not count.
 
@@ -237,12 +238,16 @@ class TextDataModule(LightningDataModule):
         """
         if self.vocabulary is not None:
             check_tokens(batch["input_ids"], self.vocabulary, "the model")
+        tensors = {name: value for name, value in batch.items() if name != "position"}
+        if self.trainer is not None:
+            device = self.trainer.strategy.root_device
+            tensors = {name: pinned(value, device) for name, value in tensors.items()}
         if "position" not in batch:
-            return batch
+            return tensors
         if self.trainer is not None and self.trainer.global_step != self._step:
             self._step, self._progress_at_step = self.trainer.global_step, self._progress
         self._progress_before, self._progress = self._progress, batch["position"]
-        return {name: value for name, value in batch.items() if name != "position"}
+        return tensors
 
     def state_dict(self) -> dict[str, Any]:
         """Return the identity of the text and the progress of training on it, as plain values."""

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, tiny_folder, tiny_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from leap_pl.base_model.weights import Weight, find_weights
 from leap_pl.checkpoints.layout import masks_from_checkpoint
@@ -175,6 +176,32 @@ def test_compiled_kernels_are_the_eager_ones(mode: str, monkeypatch: pytest.Monk
     for case, results in zip(cases, found, strict=True):
         for compiled, expected in zip(results, run(*case), strict=True):
             torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations: on a GPU each would be a launch or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("columns", [64, 66])
+def test_sums_over_tiles_take_as_many_operations_however_many_tiles_there_are(columns: int) -> None:
+    found = {}
+    for outputs in (37, 1001):
+        grid = tile_gate((outputs, columns), tile=8).grid
+        value = torch.randn(outputs, columns)
+        with Operations() as operations:
+            sums = grid.sums(value)
+        by_hand = [rows.sum(0).split(8) for rows in value.split(8)]
+        assert torch.equal(sums, torch.stack([torch.stack([part.sum() for part in row]) for row in by_hand]))
+        found[outputs] = operations.number
+    assert found[37] == found[1001]
 
 
 def test_settings_that_make_no_sense() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from leap_pl.masks import top_k as topk
-from leap_pl.masks.top_k import Cut, exact_top_k
+from leap_pl.masks.top_k import Cut, closest_top_k, exact_top_k
 
 TIED = [-math.inf, -3.4028235e38, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1.1754942e-38, 1.0, 1.0000001, 3.4028235e38, math.inf]
 values = st.one_of(st.sampled_from(TIED), st.floats(width=32, allow_nan=False))
@@ -58,6 +58,24 @@ def test_ties_are_kept_by_tensor_and_index(numbers: list[float], data: st.DataOb
     tensors = [torch.tensor(part, dtype=torch.float32) for part in (numbers[:split], numbers[split:])]
     for k in range(len(numbers) + 1):
         check(tensors, k)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(TIED), max_size=9), min_size=1, max_size=5), st.data())
+def test_the_closest_to_what_is_to_be_removed_is_kept(numbers: list[list[float]], data: st.DataObject) -> None:
+    tensors = [torch.tensor(n, dtype=torch.float32) for n in numbers]
+    total = sum(map(len, numbers))
+    sizes = [torch.tensor(data.draw(st.lists(st.integers(1, 5), min_size=len(n), max_size=len(n)))) for n in numbers]
+    removed = data.draw(st.integers(0, 5 * total))
+
+    def left(masks: list[Tensor]) -> int:
+        return sum(int(size[~mask].sum()) for size, mask in zip(sizes, masks, strict=True))
+
+    possible = [by_sorting(tensors, k) for k in range(total + 1)]
+    # Of two as close, more are removed: min takes the first.
+    closest = min(possible, key=lambda masks: abs(left(masks) - removed))
+    for cut, tensor, mask in zip(closest_top_k(tensors, sizes, removed), tensors, closest, strict=True):
+        assert torch.equal(cut.mask(tensor), mask)
 
 
 @pytest.mark.parametrize("scale", [1e-42, 0.014, 1.0, 1e30])

@@ -4,11 +4,13 @@ import copy
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from leap_pl.base_model.weights import decoder_blocks, find_weights, model_fingerprint
@@ -211,6 +213,35 @@ def test_without_update_the_model_is_bit_identical(family: str, method: str) -> 
     assert model.get_experts_implementation() == tiny_model(family).get_experts_implementation()
     updated = prune(model, tokens(), method=method, pattern=0.5, progress=False).masks
     assert all(torch.equal(masks.masks[name], updated.masks[name]) for name in masks.masks)
+
+
+class Precisions(TorchDispatchMode):
+    """The precisions of float32 products that hold where each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, set[str]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.setdefault(func.overloadpacket.__name__, set()).add(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["admm", "sparsegpt", "sparseswaps"])
+def test_hessians_and_solves_are_in_full_float32(method: str) -> None:
+    """Of all products only the model's own are as the process has set them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Precisions() as operations:
+            prune(tiny_model(), tokens(), method=method, progress=False)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    solved = {"admm": "cholesky_inverse", "sparsegpt": "addr_", "sparseswaps": "gather"}[method]
+    assert operations.found["addmm_"] == operations.found[solved] == {"highest"}  # of the Hessian, and within the solve
+    assert operations.found["mm"] == {"high", "highest"}
+    assert operations.found["silu"] == {"high"}
 
 
 def test_magnitude_needs_no_text() -> None:

@@ -1,6 +1,7 @@
 """The device itself: what it refuses and what it counts, so that the other cases mean something."""
 
 import copy
+from typing import Any
 
 import pytest
 import sim
@@ -30,6 +31,20 @@ def test_it_refuses_tensors_of_two_devices_but_for_scalars() -> None:
     assert float((here * torch.tensor(2.0)).sum()) == 6
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda here, scalar: scalar.add_(here.sum()),
+        lambda here, scalar: torch.stack([scalar, here.sum()]),
+        lambda here, scalar: here.index_select(0, scalar.long()),
+        lambda here, scalar: here.scatter(0, scalar.long(), here.sum()),
+    ],
+)
+def test_a_scalar_of_the_cpu_is_no_place_to_write_to_no_index_and_none_of_a_list(use: Any) -> None:
+    with pytest.raises(RuntimeError, match="same device"):
+        use(torch.ones(3, device=HERE), torch.tensor(1.0))
+
+
 def test_it_refuses_a_generator_of_the_cpu_and_has_its_own() -> None:
     with pytest.raises(RuntimeError, match="Expected a 'sim' device type for generator but found 'cpu'"):
         torch.randn(3, generator=torch.Generator(), device=HERE)
@@ -54,6 +69,9 @@ def test_it_refuses_what_is_not_deterministic_where_that_is_required() -> None:
     ("wait", "kind"),
     [
         (lambda here: float(here.sum()), "item"),
+        (lambda here: bool((here > 0).any()), "item"),
+        (lambda here: here.tolist(), "to the host"),
+        (lambda here: torch.tensor([1, 2], device=HERE), "to the device"),
         (lambda here: here.cpu(), "to the host"),
         (lambda here: torch.ones(2).to(HERE), "to the device"),
         (lambda here: here.new_tensor(3), "to the device"),
@@ -71,6 +89,18 @@ def test_host_syncs_are_counted_and_refused(wait: object, kind: str) -> None:
     assert sim.syncs()[kind] == 1
     with sim.no_syncs(), pytest.raises(RuntimeError, match=f"a host sync where none is allowed: {kind}"):
         wait(here)
+
+
+def test_copies_to_and_from_pinned_memory_are_no_syncs_if_asked_for() -> None:
+    host = torch.arange(3.0).pin_memory()
+    assert host.is_pinned()
+    assert not torch.ones(3).is_pinned()
+    with sim.no_syncs():
+        here = host.to(HERE, non_blocking=True)
+        back = torch.empty(3, pin_memory=True).copy_(here, non_blocking=True)
+    assert torch.equal(back, host)
+    with sim.no_syncs(), pytest.raises(RuntimeError, match="to the device"):
+        host.to(HERE)
 
 
 def test_work_on_the_device_is_no_sync() -> None:

@@ -1,17 +1,24 @@
 """The commands on the device: fit with resume, validate, prune, evaluate and export, as they are typed."""
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import sim
+import torch
 from conftest import fit_flags
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 from tiny import tiny_folder
 
+from leap_pl.base_model.loading import load_model
 from leap_pl.cli.main import main
+from leap_pl.evaluation.perplexity import perplexity
 from leap_pl.masks import MaskSet
 from leap_pl.oneshot.methods import METHODS
+from leap_pl.oneshot.prune import prune
+from leap_pl.oneshot.walk import WalkOptions
 
 AcceleratorRegistry.register(sim.DEVICE, sim.Sim)
 StrategyRegistry.register(sim.OnSim.strategy_name, sim.OnSim)
@@ -46,11 +53,54 @@ def test_validate(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "perplexity/hard" in capsys.readouterr().out
 
 
-def test_export_and_evaluate(run: Path, text_file: Path, tmp_path: Path) -> None:
+def test_export_evaluate_and_compare(run: Path, model: Path, text_file: Path, tmp_path: Path) -> None:
     main(["export", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"--output_dir={tmp_path / 'sparse'}"])
-    main(["evaluate", f"--model={tmp_path / 'sparse'}", f"--perplexity={text_file}", f"--device={sim.DEVICE}",
-          "--max_tokens=256", "--seq_length=32", f"--output={tmp_path / 'result.json'}"])  # fmt: skip
-    assert (tmp_path / "result.json").exists()
+    question = {"question": "Which is hot?", "choices": {"text": ["ice", "fire"], "label": ["A", "B"]}}
+    (tmp_path / "tasks" / "arc_easy").mkdir(parents=True)
+    questions = (json.dumps({**question, "answerKey": key}) + "\n" for key in "ABB")
+    (tmp_path / "tasks" / "arc_easy" / "validation.jsonl").write_text("".join(questions))
+    results = {}
+    for name, device in (("result", sim.DEVICE), ("host", "cpu")):
+        results[name] = tmp_path / f"{name}.json"
+        main(["evaluate", f"--model={tmp_path / 'sparse'}", f"--perplexity={text_file}", "--max_tokens=256",
+              "--seq_length=32", "--tasks=arc_easy", f"--tasks_folder={tmp_path / 'tasks'}", f"--device={device}",
+              f"--output={results[name]}"])  # fmt: skip
+    here, host = (json.loads(path.read_text()) for path in results.values())
+    assert here["tasks"]["arc_easy"]["correct"] == host["tasks"]["arc_easy"]["correct"]
+    (measured,), (expected,) = here["perplexity"].values(), host["perplexity"].values()
+    assert measured["value"] == pytest.approx(expected["value"], rel=1e-5)
+    main(["compare", str(results["result"]), str(run / "checkpoints" / "mask.safetensors"),
+          f"--output_dir={tmp_path / 'comparison'}"])  # fmt: skip
+    assert "arc_easy" in (tmp_path / "comparison" / "table.md").read_text()
+
+
+def test_mixed_precision_as_it_is_typed(model: Path, text_file: Path, tmp_path: Path) -> None:
+    """Lightning's --trainer.precision=bf16-mixed means CUDA on every device but the CPU: here its plugin is typed."""
+    main(fit_flags(model, text_file, tmp_path, *HERE, "--trainer.max_steps=1", "--data.validation_sequences=0",
+                   "--trainer.plugins=MixedPrecision", "--trainer.plugins.precision=bf16-mixed",
+                   f"--trainer.plugins.device={sim.DEVICE}"))  # fmt: skip
+    settings = MaskSet.load(tmp_path / "checkpoints" / "mask.safetensors").provenance.config
+    assert settings["precision"] == "bf16-mixed"
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_python_api_whatever_the_default_device(method: str, inside: bool, model: Path) -> None:
+    """Prune a model that is on the device, and one on the host of which one block at a time is; then measure it."""
+    tokens = torch.arange(128, device="cpu").view(4, 32)
+    masks = []
+    with torch.device(sim.DEVICE) if inside else nullcontext():
+        for home in (sim.DEVICE, "cpu"):
+            loaded = load_model(str(model), dtype="float32").to(home)
+            walk = WalkOptions(device=sim.DEVICE)
+            masks.append(prune(loaded, tokens, method=method, walk=walk, progress=False).masks)
+            found = perplexity(loaded.to(sim.DEVICE), tokens.flatten(), seq_length=32)
+            assert found.value > 1
+        assert masks[0].digest_of_bits() == masks[1].digest_of_bits()
+        on_host = load_model(str(model), dtype="float32").to("cpu")
+        expected = prune(on_host, tokens, method=method, progress=False).masks
+    differ = sum(int((expected.masks[name] != mask).sum()) for name, mask in masks[0].masks.items())
+    assert differ <= 1e-3 * sum(mask.numel() for mask in expected.masks.values())  # attention is written out there
 
 
 @pytest.mark.parametrize("pattern", [None, "2:4"])

@@ -61,6 +61,30 @@ struct Memory final : c10::Allocator {
 Memory memory;
 REGISTER_ALLOCATOR(kSim, &memory);
 
+// Pinned memory of the host, which a device copies from and to while the host goes on.
+struct PinnedMemory final : c10::Allocator {
+  static inline std::mutex guard;
+  static inline std::set<const void*> held;
+  static void release(void* data) {
+    std::lock_guard<std::mutex> lock(guard);
+    held.erase(data);
+    std::free(data);
+  }
+  static bool holds(const void* data) {
+    std::lock_guard<std::mutex> lock(guard);
+    return held.count(data) > 0;
+  }
+  c10::DataPtr allocate(size_t size) override {
+    void* data = size ? std::malloc(size) : nullptr;
+    std::lock_guard<std::mutex> lock(guard);
+    held.insert(data);
+    return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, std::size_t size) const override { default_copy_data(to, from, size); }
+};
+PinnedMemory pinned_memory;
+
 // One device with one stream.
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   static constexpr c10::DeviceType static_type = kSim;
@@ -101,6 +125,8 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
+  bool isPinnedPtr(const void* data) const override { return PinnedMemory::holds(data); }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t size) const override {
     auto* held = storage.unsafeGetStorageImpl();
     auto data = memory.allocate(size);
@@ -130,15 +156,21 @@ void check(const c10::OperatorHandle& op, const torch::jit::Stack* stack) {
   const auto& name = op.schema().name();
   bool sim = false, host = false;
   at::Tensor first;
-  auto see = [&](const at::Tensor& tensor) {
+  // A scalar of the CPU may be an argument of a kernel; it is none that is written to, indexes or is one of a list.
+  auto see = [&](const at::Tensor& tensor, bool scalars) {
     if (!tensor.defined()) return;
     if (!first.defined()) first = tensor;
     if (on_sim(tensor)) sim = true;
-    else if (tensor.dim() > 0) host = true;  // a scalar of the CPU is an argument of a kernel
+    else if (tensor.dim() > 0 || !scalars) host = true;
   };
-  for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size())) {
-    if (value.isTensor()) see(value.toTensor());
-    else if (value.isTensorList()) for (const at::Tensor& tensor : value.toTensorVector()) see(tensor);
+  const auto& arguments = op.schema().arguments();
+  const auto values = torch::jit::last(*stack, arguments.size());
+  for (size_t place = 0; place < arguments.size(); ++place) {
+    const auto& value = values[place];
+    const auto& argument = arguments[place];
+    bool written = argument.alias_info() && argument.alias_info()->isWrite();
+    if (value.isTensor()) see(value.toTensor(), !written && argument.name() != "index" && argument.name() != "indices");
+    else if (value.isTensorList()) for (const at::Tensor& tensor : value.toTensorVector()) see(tensor, false);
     else if (value.isOptionalTensorList()) {
       // Indices: the host counts what a mask selects, and moves those that are on the CPU.
       for (const auto& held : value.toListRef()) {
@@ -196,8 +228,10 @@ at::Tensor as_host(const at::Tensor& tensor) {
   return at::from_blob(data, tensor.sizes(), tensor.strides(), [](void*) {}, options);
 }
 
-at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
-  if (from.device() != to.device()) synced(on_sim(from) ? "to the host" : "to the device");
+at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  const auto& host = on_sim(from) ? to : from;
+  bool waits = !(non_blocking && PinnedMemory::holds(host.storage().data()));
+  if (from.device() != to.device() && waits) synced(on_sim(from) ? "to the host" : "to the device");
   as_host(to).copy_(as_host(from));
   return to;
 }
@@ -237,6 +271,9 @@ at::Tensor& set_tensor(at::Tensor& self, const at::Tensor& from) {
   return set_storage(self, from.storage(), from.sym_storage_offset(), from.sym_sizes(), from.sym_strides());
 }
 
+// A parameter that moves here stays the same object, as on CUDA.
+bool has_compatible_shallow_copy_type(const at::Tensor&, const at::Tensor&) { return true; }
+
 at::Tensor as_strided(const at::Tensor& self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
                       std::optional<c10::SymInt> offset) {
   auto start = offset ? std::optional<int64_t>(offset->expect_int()) : std::nullopt;
@@ -267,6 +304,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage_storage_offset", set_storage);
   m.impl("set_.source_Storage", set_whole_storage);
   m.impl("set_.source_Tensor", set_tensor);
+  m.impl("_has_compatible_shallow_copy_type", has_compatible_shallow_copy_type);
   m.impl("as_strided", as_strided);
   m.impl("view", view);
   m.impl("_reshape_alias", reshape_alias);
@@ -290,6 +328,7 @@ TORCH_LIBRARY(rehearsal, m) {
   m.def("register_hooks", []() { at::RegisterPrivateUse1HooksInterface(new Hooks()); });
   m.def("syncs", []() { return counts.copy(); });
   m.def("reset", []() { counts.clear(); });
+  m.def("as_host", as_host);
   m.def("refuse", [](bool refuse) { refusing = refuse; });
 }
 

@@ -1,7 +1,7 @@
 """The accelerator of device.cpp as ``torch.device("sim")``: import it before the process takes its first gradient."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +9,8 @@ import torch
 from compiling import library
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from leap_pl.kernels import transfers
 
 DEVICE = "sim"
 
@@ -30,6 +32,17 @@ class Device(ModuleType):
     def set_device(self, device: Any) -> None: ...
 
     def synchronize(self, device: Any = None) -> None: ...
+
+    def Stream(self, device: Any = None, priority: int = 0) -> torch.Stream:  # noqa: N802  (torch's)
+        return torch.Stream(DEVICE)
+
+    def Event(self, **_: Any) -> torch.Event:  # noqa: N802  (torch's)
+        return torch.Event(DEVICE)
+
+    current_stream = Stream
+
+    def stream(self, stream: torch.Stream) -> Any:
+        return nullcontext()  # there is only one
 
     def manual_seed_all(self, seed: int) -> None: ...
 
@@ -105,6 +118,7 @@ def no_syncs() -> Iterator[None]:
         torch.ops.rehearsal.refuse(False)
 
 
+transfers.ASYNCHRONOUS.add(DEVICE)
 torch.ops.load_library(library())
 torch.ops.rehearsal.register_hooks()
 torch.utils.rename_privateuse1_backend(DEVICE)

@@ -1,0 +1,106 @@
+"""Two ranks with a device each, whose process group refuses tensors of the host: fit and resume under DDP and FSDP2."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import group
+import pytest
+import sim
+import torch
+import torch.distributed as dist
+from conftest import fit_flags
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from ranks import run_ranks
+from tiny import tiny_folder
+
+from leap_pl.cli.main import main
+from leap_pl.distributed.shards import Ranks
+from leap_pl.masks import MaskSet
+
+SHARDED = [
+    "--trainer.strategy=ModelParallelStrategy",
+    f"--trainer.strategy.process_group_backend={group.BACKEND}",
+    "--trainer.strategy.data_parallel_size=2",
+    "--trainer.strategy.tensor_parallel_size=1",
+]
+STRATEGIES = {
+    "ddp": ["--trainer.strategy=ddp_on_sim"],
+    "folder": [*SHARDED, "--trainer.strategy.save_distributed_checkpoint=true"],
+    "file": [*SHARDED, "--trainer.strategy.save_distributed_checkpoint=false"],
+}
+FIT = [
+    *(f"--trainer.accelerator={sim.DEVICE}", "--trainer.devices=1", "--trainer.num_nodes=2"),
+    *("--model.prior.method=wanda", "--model.prior.graded=true", "--model.prior.sequences=2"),
+    *("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--checkpoint.every_n_train_steps=1"),
+    "--trainer.num_sanity_val_steps=0",
+]
+
+
+class DDPOnSim(DDPStrategy):
+    """DDP without the stream of CUDA that Lightning takes for every device but the CPU."""
+
+    def determine_ddp_device_ids(self) -> None:
+        return None
+
+
+def two_ranks(rank: int, model: Path, text: Path, root: Path) -> dict[str, Any]:
+    """Learn two steps under each strategy, and the second again; return the collectives that each took."""
+    AcceleratorRegistry.register(sim.DEVICE, sim.Sim)
+    StrategyRegistry.register("ddp_on_sim", DDPOnSim, process_group_backend=group.BACKEND)
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}  # on a machine of its own
+    done = {}
+    for name, strategy in STRATEGIES.items():
+        group.Strict.done.clear()
+        main(fit_flags(model, text, root / name, *FIT, *strategy))
+        if name == "folder":  # the others are read without a collective
+            first = next(path for path in sorted((root / name / "checkpoints").glob("*.ckpt")) if "step=1" in path.name)
+            main(fit_flags(model, text, root / "resumed", *FIT, *strategy, f"--ckpt_path={first}"))
+        done[name] = dict(group.Strict.done)
+    sim.reset()
+    assert Ranks(rank, 2, dist.group.WORLD, sim.DEVICE).gather(range(9)) == [*range(9), *range(9)]
+    return {**done, "syncs": sim.syncs()}
+
+
+@pytest.fixture(scope="module")
+def ranks(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    root = tmp_path_factory.mktemp("ranks")
+    model = tiny_folder(root / "llama", num_hidden_layers=1)
+    return root, run_ranks(2, two_ranks, model, text_file, root, folder=root / "words")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_that_ranks_exchange_is_on_their_devices(ranks: tuple[Path, list[Any]], strategy: str) -> None:
+    """The group has refused nothing."""
+    root, found = ranks
+    expected = {
+        "broadcast",
+        "allreduce",
+        *(() if strategy == "ddp" else ("all_gather_single", "reduce_scatter_single")),
+    }
+    assert all(expected <= rank[strategy].keys() for rank in found)
+    assert mask(root, strategy).sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_ranks_resume_from_parts_on_their_devices(ranks: tuple[Path, list[Any]]) -> None:
+    assert mask(ranks[0], "resumed").digest_of_bits() == mask(ranks[0], "folder").digest_of_bits()
+
+
+def mask(root: Path, name: str) -> MaskSet:
+    return MaskSet.load(root / name / "checkpoints" / "mask.safetensors")
+
+
+def test_numbers_of_all_ranks_are_read_together(ranks: tuple[Path, list[Any]]) -> None:
+    assert all(rank["syncs"] == {"to the device": 1, "to the host": 1} for rank in ranks[1])
+
+
+def test_a_tensor_of_the_host_is_refused() -> None:
+    dist.init_process_group(group.BACKEND, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="No backend type associated with device type"):
+            dist.all_reduce(torch.ones(2))
+        dist.all_reduce(here := torch.ones(2, device=sim.DEVICE))
+        assert here.tolist() == [1, 1]
+    finally:
+        dist.destroy_process_group()
