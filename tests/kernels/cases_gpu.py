@@ -131,7 +131,7 @@ def test_a_sum_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masks, "ROWS", 1)
     monkeypatch.setattr(masks, "COLUMNS", 16)
     masks.plan_of.cache_clear()
-    logits = [torch.randn(30, 170) * 0.02, torch.randn(3, 7) * 0.02]
+    logits = [torch.randn(30, 150) * 0.02, torch.randn(3, 7) * 0.02]
     weights = [torch.randn_like(logit) for logit in logits]
     masked, sums = masks.mask_forward(logits, weights, KEYS[:4], SLOPE, SHARPNESS)
     masks.plan_of.cache_clear()
@@ -184,8 +184,7 @@ def learned(model: torch.nn.Module, weights: Any, ids: Tensor, **settings: Any) 
     return {name: gate.logits.grad for name, gate in gates.items()} | {"loss": loss.detach()}
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("family", "checkpointing"), [("mixtral", False), ("llama", True)])
 def test_a_block_is_one_launch_each_way_and_learns_as_on_the_cpu(
     family: str, checkpointing: bool, on_cpu: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

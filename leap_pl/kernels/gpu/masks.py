@@ -171,8 +171,8 @@ def plan_of(shapes: tuple[torch.Size, ...]) -> Plan:
         starts.append(starts[-1] + -(-height // ROWS) * -(-width // COLUMNS))
     if starts[-1] >= 2**31:
         raise ValueError(f"weights of {sum(map(torch.Size.numel, shapes)):,} elements are too many for one launch")
-    numbers = [tuple(map(plain, some)) for some in (starts, heights, widths)]
-    return Plan(starts[-1], *numbers, all(width % 16 == 0 for width in widths))
+    firsts, tall, wide = (tuple(map(plain, some)) for some in (starts, heights, widths))
+    return Plan(starts[-1], firsts, tall, wide, all(width % 16 == 0 for width in widths))
 
 
 def mask_forward(
