@@ -13,14 +13,13 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks import scaling
 from benchmarks.report import Row, finish
-from benchmarks.step import dense_step, leap_step, published_step
+from benchmarks.variants import makers
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import find_weights
 from leap_pl.callbacks.allocator import keep_freed_memory
@@ -77,19 +76,25 @@ def main(arguments: list[str] | None = None) -> None:
 
 def paper(name: str, tokens: int) -> dict[str, Row]:
     """GiB that one GPU needs for a step on ``tokens`` tokens, by part and in all: ``leap_pl`` and ``low_memory``."""
-    shape, found = scaling.SHAPES[name], dict[str, Row]()
-    need = scaling.need(shape, 1, sharded=False, tokens=tokens)
-    for variant, transient in (("leap_pl", scaling.TRANSIENT_WHOLE), ("low_memory", scaling.TRANSIENT_LOW_MEMORY)):
-        learned = sum(size for what, size in BYTES[variant].items() if what != "masked weight")
-        parts: dict[str, float] = {
-            "base model": scaling.WEIGHT * (shape.gated + shape.others),
-            "learning": learned * shape.gated,
-        }
-        parts |= {"one block": transient * shape.block, "activations and loss": need.activations}
-        parts["outside"] = scaling.OUTSIDE
+    found: dict[str, Row] = {}
+    for variant in ("leap_pl", "low_memory"):
+        parts = paper_bytes(scaling.SHAPES[name], tokens, variant)
         found[variant] = {what: round(size / 2**30, 1) for what, size in parts.items()}
         found[variant]["GiB"] = round(sum(parts.values()) / 2**30, 1)
     return found
+
+
+def paper_bytes(shape: scaling.Shape, tokens: int, variant: str) -> dict[str, float]:
+    """Bytes of each part of :func:`paper`; ``outside`` is what torch's allocator does not see."""
+    transient = {"leap_pl": scaling.TRANSIENT_WHOLE, "low_memory": scaling.TRANSIENT_LOW_MEMORY}[variant]
+    learned = sum(size for what, size in BYTES[variant].items() if what != "masked weight")
+    return {
+        "base model": scaling.WEIGHT * (shape.gated + shape.others),
+        "learning": learned * shape.gated,
+        "one block": transient * shape.block,
+        "activations and loss": scaling.need(shape, 1, sharded=False, tokens=tokens).activations,
+        "outside": scaling.OUTSIDE,
+    }
 
 
 def accounted(variant: str, gated: int) -> float:
@@ -105,13 +110,7 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:
     gated = sum(weight.parameter.numel() for weight in find_weights(model).values())
     facts: dict[str, Any] = {"gated_weights": gated}
     if variant in BYTES:
-        makers: dict[str, Callable[[Any], Callable[[torch.Tensor], None]]] = {
-            "dense": dense_step,
-            "leap_pl": leap_step,
-            "low_memory": lambda model: leap_step(model, low_memory=True),
-            "published": published_step,
-        }
-        step = makers[variant](model)
+        step = makers()[variant](model)
         length = min(args.tokens[0], args.seq_length)
         ids_BL = torch.randint(0, 1000, (args.tokens[0] // length, length), device=device)
         for _ in range(3):

@@ -2,7 +2,9 @@
 
 import json
 import platform
+import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +22,25 @@ def machine() -> dict[str, Any]:
     """Processor, accelerator, threads and versions that a figure belongs to."""
     found: dict[str, Any] = {"cpu": _cpu(), "threads": torch.get_num_threads(), "versions": installed_versions()}
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
+        found |= {"gpu": torch.cuda.get_device_name(), "driver": _driver(), "cuda": torch.version.cuda}
     return found
+
+
+def _driver() -> str | None:
+    """Version of the GPU's driver, as its kernel module says."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    named = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", text)
+    if named:
+        return named[1]
+    try:
+        words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.split("\n")[0].strip() or None
 
 
 def _cpu() -> str:
@@ -66,6 +85,12 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def one_line(error: BaseException) -> str:
+    """The class of an error, and the beginning of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table; floats with four significant digits."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
@@ -85,6 +110,11 @@ def finish(rows: Sequence[Row], output: str | None, **facts: Any) -> None:
     about = {"machine": machine(), **facts}
     print(table(rows))
     print(json.dumps(about, indent=2))
+    write(rows, output, about)
+
+
+def write(rows: Sequence[Row], output: str | None, about: Mapping[str, Any]) -> None:
+    """Write rows and facts to the JSON file ``output`` if there is one."""
     if output:
         with atomic_file(output) as temporary:
             temporary.write_text(json.dumps({"rows": list(rows), **about}, indent=2) + "\n", encoding="utf-8")

@@ -38,6 +38,7 @@ class Shape:
         key_value: Key-value heads times their size.
         vocabulary: Tokens.
         tied: Whether the head is the embedding.
+        biased: Whether queries, keys and values have a bias.
     """
 
     layers: int
@@ -46,6 +47,7 @@ class Shape:
     key_value: int
     vocabulary: int
     tied: bool = False
+    biased: bool = False
 
     @property
     def block(self) -> int:
@@ -59,12 +61,14 @@ class Shape:
 
     @property
     def others(self) -> int:
-        """Other weights: embedding, head, norms."""
+        """Other weights: embedding, head, norms, biases."""
         norms = (2 * self.layers + 1) * self.hidden
-        return self.vocabulary * self.hidden * (1 if self.tied else 2) + norms
+        biases = self.layers * (self.hidden + 2 * self.key_value) if self.biased else 0
+        return self.vocabulary * self.hidden * (1 if self.tied else 2) + norms + biases
 
 
 SHAPES = {
+    "qwen2.5-0.5b": Shape(24, 896, 4864, 128, 151936, tied=True, biased=True),
     "llama-3.2-1b": Shape(16, 2048, 8192, 512, 128256, tied=True),
     "llama-3.2-3b": Shape(28, 3072, 8192, 1024, 128256, tied=True),
     "llama-3.1-8b": Shape(32, 4096, 14336, 1024, 128256),

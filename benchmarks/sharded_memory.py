@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.report import Row, finish
-from leap_pl.base_model.backbone import split_model
+from leap_pl.base_model.backbone import checkpoint_activations, split_model
 from leap_pl.base_model.weights import decoder_blocks, find_weights
 from leap_pl.distributed.strategy import shard
 from leap_pl.gates import BernoulliGate, Gates, GateState, attach
@@ -139,7 +139,7 @@ def make_step(model: Any, *, sharded: bool, low_memory: bool = False) -> tuple[A
             prepare(index, block)
     with state.passing("dense"):
         states, head = split_model(model)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     model.train()
     logits = [gate.logits for gate in gates.values()]
     optimizer = PackedAdamW(logits) if low_memory else torch.optim.AdamW(logits, fused=True)

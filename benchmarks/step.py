@@ -22,39 +22,26 @@ import multiprocessing
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks.published import PublishedMasks
-from benchmarks.published_nm import PublishedNM
 from benchmarks.report import Row, finish, ratio, wait_for
-from leap_pl import gates as kinds
-from leap_pl.base_model.backbone import split_model
+from benchmarks.variants import first_blocks, makers
 from leap_pl.base_model.loading import fast_dtype, load_model
-from leap_pl.base_model.weights import decoder_blocks, find_weights
+from leap_pl.base_model.weights import find_weights
 from leap_pl.callbacks.allocator import keep_freed_memory
-from leap_pl.gates import Gate, GateState, attach
 from leap_pl.kernels.compiled import compile_seconds
-from leap_pl.losses.budget import kept_norm, sparsity_budget
-from leap_pl.losses.language import language_losses
-from leap_pl.losses.objective import Objective
-from leap_pl.training.clipping import clip_by_norm
-from leap_pl.training.optimizers import PackedAdamW
 
-OBJECTIVE = Objective()
 RATIOS = (
     ("leap_pl", "dense"),
     ("published", "leap_pl"),
     ("published_kept", "leap_pl"),
     ("low_memory", "leap_pl"),
 )
-ALPHA, TAU = 200.0, 0.5
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -177,16 +164,8 @@ def work(pipe: Connection, variant: str, layers: int, args: argparse.Namespace) 
     device = torch.device(args.device)
     model = first_blocks(load_model(args.model, dtype=args.dtype, dropout=False), layers).to(device)
     gated = sum(weight.parameter.numel() for weight in find_weights(model).values())
-    kind = getattr(kinds, args.gate)
-    published = partial(leap_step, kind=PublishedNM) if args.gate == "NMGate" else published_step
-    make: dict[str, Callable[[Any], Callable[[Tensor], None]]] = {
-        "dense": dense_step,
-        "leap_pl": partial(leap_step, kind=kind),
-        "low_memory": partial(leap_step, kind=kind, low_memory=True),
-        "published": published,
-        "published_kept": published,
-    }
-    step = make[variant](model)
+    make = makers(args.gate)
+    step = (make | {"published_kept": make["published"]})[variant](model)
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     pipe.send(gated)
     while True:
@@ -205,105 +184,6 @@ def work(pipe: Connection, variant: str, layers: int, args: argparse.Namespace) 
         step(ids_BL)
         wait_for(device)
         pipe.send(clock() - start)
-
-
-def first_blocks(model: Any, layers: int) -> Any:
-    """The model with only its first decoder blocks; all of them for 0."""
-    _, blocks = decoder_blocks(model)
-    assert isinstance(blocks, nn.ModuleList)
-    if layers:
-        del blocks[layers:]
-        model.config.num_hidden_layers = len(blocks)
-    return model
-
-
-def _optimizer(parameters: list[Any], *, ours: bool = False, packed: bool = False) -> Callable[[], None]:
-    """Clip, step and drop the gradients; ``ours`` as a run of leap_pl does, else as one would with torch alone."""
-    optimizer: torch.optim.Optimizer
-    if packed:
-        optimizer = PackedAdamW(parameters, lr=1e-5)
-    else:
-        optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-    def step() -> None:
-        if ours:
-            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-            clip_by_norm(optimizer, parameters, 1.0, norm)
-        else:
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _language_loss(model: Any) -> Callable[[Tensor], Tensor]:
-    states, head = split_model(model)
-
-    def loss(ids_BL: Tensor) -> Tensor:
-        hidden = states(ids_BL)[:, :-1].flatten(0, 1)
-        return language_losses(hidden, ids_BL[:, 1:].reshape(-1), head, OBJECTIVE)[0]
-
-    return loss
-
-
-def dense_step(model: Any) -> Callable[[Tensor], None]:
-    """Fine-tuning of the weights that the others gate."""
-    weights = find_weights(model)
-    loss = _language_loss(model.train())
-    model.requires_grad_(False)
-    parameters = [weight.parameter.requires_grad_(True) for weight in weights.values()]
-    update = _optimizer(parameters)
-
-    def step(ids_BL: Tensor) -> None:
-        loss(ids_BL).backward()
-        update()
-
-    return step
-
-
-def leap_step(
-    model: Any, kind: type[Gate] = kinds.BernoulliGate, *, low_memory: bool = False
-) -> Callable[[Tensor], None]:
-    """A step of leap_pl, its objective whole, without Lightning; ``low_memory`` as configs/low_memory.yaml has it."""
-    weights = find_weights(model)
-    sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
-    norm = sum(float(weight.parameter.detach().float().norm()) for weight in weights.values())
-    loss = _language_loss(model.train())
-    model.requires_grad_(False)
-    state = GateState()
-    state.anneal(ALPHA, TAU)
-    gates = attach(weights, kind, state, torch.bfloat16 if low_memory else torch.float32)
-    for each in gates.values():
-        each.start_from(None, 0)
-    update = _optimizer([each.logits for each in gates.values()], ours=True, packed=low_memory)
-
-    def step(ids_BL: Tensor) -> None:
-        language = loss(ids_BL)
-        budget = sparsity_budget(gates.kept, sizes, 0.5, [list(sizes)])
-        size = kept_norm(gates.energy.values(), norm)
-        (language + OBJECTIVE.budget * budget - OBJECTIVE.weight * size).backward()
-        update()
-        state.step += 1
-
-    return step
-
-
-def published_step(model: Any) -> Callable[[Tensor], None]:
-    """The same with the mask as published."""
-    weights = find_weights(model)
-    loss = _language_loss(model.train())
-    model.requires_grad_(False)
-    masks = PublishedMasks(weights)
-    update = _optimizer(list(masks.logits.values()))
-
-    def step(ids_BL: Tensor) -> None:
-        density, size = masks.sample(ALPHA, TAU)
-        budget = (density - 0.5).abs()
-        (loss(ids_BL) + OBJECTIVE.budget * budget - OBJECTIVE.weight * size).backward()
-        update()
-
-    return step
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Gates outside any run: made for one weight or on a tiny model, what they hide, and the formula by hand."""
 
 import math
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from leap_pl.base_model.weights import Weight, find_weights
 from leap_pl.gates import BernoulliGate, Gate, Gates, GateState, NMGate, attach
-from leap_pl.kernels.noise import columns, element_bits, gumbel, logistic
+from leap_pl.kernels.noise import columns, element_bits, logistic
 
 IDS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 # (shape, input_dim): Linear, Conv1D, stacked experts, those stored transposed; inputs that 4 divides and not.
@@ -88,31 +87,3 @@ def groups_of(mask: Tensor, input_dim: int, m: int) -> list[Tensor]:
 def is_exact(mask: Tensor, input_dim: int, n: int, m: int) -> bool:
     """Whether every group keeps n of m; a short one of r inputs, n·r/m rounded, halves up."""
     return all(int(group.sum()) == int(n * len(group) / m + 0.5) for group in groups_of(mask, input_dim, m))
-
-
-def reference_mask(gate: NMGate, theta: Tensor) -> Tensor:
-    """The soft mask by the formula, group by group, float64, differentiable in ``theta`` of the logits' shape."""
-    key_0, key_1 = gate.keys()
-    patterns = list(combinations(range(gate.m), gate.n))
-    flat = theta.reshape(len(patterns), -1)
-    noise = gumbel(element_bits(len(patterns), columns(flat.shape[1], theta.device), key_0, key_1)).double()
-    alpha, tau = gate.state.alpha.double(), gate.state.tau.double()
-    rows, q = [], 0
-    inputs = gate.shape[gate.input_dim]
-    for _ in range(gate.logits[0].numel() // gate.logits.shape[-1]):
-        row: list[Tensor] = []
-        for start in range(0, inputs, gate.m):
-            r = min(gate.m, inputs - start)
-            keep = int(gate.n * r / gate.m + 0.5)
-            # A short group chooses among the patterns of its own inputs; each stands where the first of the whole
-            # group's patterns that begins with it stands.
-            own = list(combinations(range(r), keep))
-            whole = {p[:keep]: i for i, p in reversed(list(enumerate(patterns))) if all(x >= r for x in p[keep:])}
-            place = [whole[positions] for positions in own]
-            p = torch.softmax((alpha * flat[place, q] + noise[place, q]) / tau, 0)
-            table = torch.tensor([[float(j in o) for j in range(r)] for o in own], dtype=torch.float64)
-            row.append(p @ table)
-            q += 1
-        rows.append(torch.cat(row))
-    moved = [size for dim, size in enumerate(gate.shape) if dim != gate.input_dim]
-    return torch.stack(rows).view(*moved, inputs).movedim(-1, gate.input_dim)

@@ -44,11 +44,11 @@ def tiny_gguf(path: Path, **changes: int) -> Path:
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
     writer.add_float32("llama.rope.freq_base", 10000.0)
     # As many as the model has, the bytes first, as in byte_tokenizer().
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|end|>", "ab", "<|a|>", "<|b|>"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|end|>", "ab", "cd", "<|a|>"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3, 1, 3, 3])
-    writer.add_token_merges(["a b"])
+    writer.add_token_types([1] * 256 + [3, 1, 1, 3])
+    writer.add_token_merges(["a b", "c d"])  # two: transformers 5.17 reads a list of one as its only item
     writer.add_eos_token_id(256)
     writer.add_bos_token_id(256)
     for name, tensor in model.state_dict().items():

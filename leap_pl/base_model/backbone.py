@@ -58,6 +58,13 @@ def split_model(model: nn.Module) -> tuple[States, Head]:
     return logits, lambda logits_CV: logits_CV
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Recompute each decoder block in the backward pass instead of keeping its activations."""
+    # The older name, which transformers 5.17 has alone, is deprecated in later versions.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 @contextmanager
 def _unpacked(device: torch.device) -> Iterator[None]:
     """Disable the search for packed sequences, which needs a host sync on a GPU.

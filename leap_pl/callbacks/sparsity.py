@@ -7,7 +7,6 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
 from leap_pl.distributed.shards import gathered
@@ -104,9 +103,11 @@ class SparsityLogger(L.Callback):
         """Make TensorBoard drop the points that a stopped run logged after its checkpoint: they are logged again."""
         if trainer.global_step == 0 or not trainer.is_global_zero:
             return
-        beyond = Event(step=trainer.global_step + 1, session_log=SessionLog(status=SessionLog.START))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
+                from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # no run without it needs the package
+
+                beyond = Event(step=trainer.global_step + 1, session_log=SessionLog(status=SessionLog.START))
                 logger.experiment.file_writer.add_event(beyond)
 
     def on_train_batch_end(

@@ -1,19 +1,28 @@
 """Distribute the blocks of a run over ranks and data workers without overlap, starting at any position."""
 
+import math
 import os
+import pickle
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from traceback import clear_frames
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from leap_pl.data.packing import BlockStream, Position
+from leap_pl.data.exchange import Exchange
+from leap_pl.data.packing import CHUNK_CHARACTERS, BlockStream, Chunk, Position
 from leap_pl.errors import UserError
 
 Batch = dict[str, Any]
 
+CHARACTERS_A_TOKEN = 4  # about, of English; of other texts it is less
+MOST_AHEAD = 32  # chunks of up to about 128 KiB, in shared memory, of which containers often have 64 MiB
 PARALLEL = "TOKENIZERS_PARALLELISM"  # whether the tokenizer starts threads of its own
 
 
@@ -28,16 +37,13 @@ class Progress(TypedDict):
 BEGINNING = Progress(consumed=0, micro_batch=0, position=None)
 
 
-class RankBatches(IterableDataset[Batch]):
+class RankBatches:
     """Micro-batches of one rank.
 
     Micro-batch j of the run consists of the blocks j·B to (j+1)·B−1 of the stream; rank r of W takes those with
     j ≡ r (mod W). So W ranks that accumulate A micro-batches see, in every optimizer step, the same blocks as one
-    process that accumulates A·W. Data workers divide the micro-batches of a rank in the same way, and the round robin
-    of the data loader restores their order. Every reader walks the whole stream and keeps its own share: each tokenizes
-    all of it, which costs little compared to training, and no reader waits for another. The state after a batch is the
-    same on every rank: it is the position after the micro-batches of all ranks, so that its digests cover everything
-    that was read.
+    process that accumulates A·W. The state after a batch is the same on every rank: it is the position after the
+    micro-batches of all ranks, so that its digests cover everything that was read.
 
     Yields ``{"input_ids": LongTensor[B, seq_length], "position": Progress}``, the state after the batch.
 
@@ -79,21 +85,11 @@ class RankBatches(IterableDataset[Batch]):
         """Return the number of micro-batches of this rank in the whole run, as Lightning expects after a resume."""
         return self.batches
 
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        turn, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        try:
-            yield from self._own(turn, workers)
-        except UserError as error:
-            if worker is None:
-                raise
-            # An error raised in a worker would reach the user wrapped in the worker's traceback.
-            yield {"error": str(error)}
-
-    def _own(self, turn: int, workers: int) -> Iterator[Batch]:
-        blocks = self.stream.blocks(self.start["position"])
+    def packed(self, chunks: Iterable[Chunk]) -> Iterator[Batch]:
+        """Yield the micro-batches of this rank, made of all ``chunks`` of the stream from ``start`` on, in order."""
+        blocks = self.stream.packed(chunks, self.start["position"])
         at = self.start["micro_batch"]
-        for mine in range(self.start["consumed"] // self.world_size + turn, self.batches, workers):
+        for mine in range(self.start["consumed"] // self.world_size, self.batches):
             micro_batch = mine * self.world_size + self.rank
             for _ in range((micro_batch - at) * self.batch_size):
                 next(blocks)
@@ -102,53 +98,122 @@ class RankBatches(IterableDataset[Batch]):
             for _ in range((at - micro_batch - 1) * self.batch_size):
                 last = next(blocks)
             yield {
-                "input_ids": torch.tensor([block.tokens for block in taken], device="cpu"),
+                "input_ids": torch.from_numpy(np.stack([block.ids for block in taken]).astype(np.int64)),
                 "position": Progress(consumed=at, micro_batch=at, position=last.after),
             }
 
 
-class BlockLoader(DataLoader[Batch]):
-    """Data loader over :class:`RankBatches` that raises the errors of its workers as one line."""
+class _Chunks(IterableDataset[Any]):
+    """Chunks of a stream, tokenized by the workers of a data loader in turn, whose round robin restores their order."""
 
-    def __init__(self, dataset: RankBatches, num_workers: int = 0) -> None:
+    def __init__(self, stream: BlockStream, start: Position | None, exchange: Exchange | None) -> None:
+        self.stream = stream
+        self.start = start
+        self.exchange = exchange
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield chunks: as they are in the training process, and as messages from a worker."""
+        worker = get_worker_info()
+        turn, turns = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        chunks = self.stream.tokenized(self.start, turn=turn, turns=turns, exchange=self.exchange)
+        if worker is None:
+            yield from chunks
+            return
+        try:
+            for chunk in chunks:
+                # One tensor, which travels in shared memory. Of a longer message a killed worker could leave a half in
+                # the pipe, for the rest of which the training process would wait forever.
+                yield torch.frombuffer(bytearray(pickle.dumps(chunk)), dtype=torch.uint8)
+        except UserError as error:
+            # An error raised in a worker would reach the user wrapped in the worker's traceback.
+            yield str(error)
+
+
+class BlockLoader(DataLoader[Any]):
+    """Data loader of the micro-batches of a rank.
+
+    Its workers tokenize a share of the text each, ahead of the training process, which packs what they made: so the
+    blocks, and the state after each, do not depend on the number of workers. Every rank needs the whole text tokenized;
+    with an exchange the ranks share that, too.
+
+    Args:
+        batches: The micro-batches.
+        num_workers: Number of workers; 0 tokenizes in the training process, when a batch is requested.
+        exchange: Exchange with the loaders of other ranks, which have as many workers.
+    """
+
+    def __init__(self, batches: RankBatches, num_workers: int = 0, exchange: Exchange | None = None) -> None:
+        self.batches = batches
         super().__init__(
-            dataset,
+            _Chunks(batches.stream, batches.start["position"], exchange),
             batch_size=None,
             num_workers=num_workers,
-            collate_fn=_identity,  # type: ignore[arg-type]
+            collate_fn=_identity,
             worker_init_fn=_start_worker,
+            prefetch_factor=_ahead(batches, num_workers) if num_workers else None,
         )
 
+    def __len__(self) -> int:
+        """Return the number of micro-batches of this rank in the whole run, as Lightning expects after a resume."""
+        return len(self.batches)
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """Yield the batches.
+        """Yield the micro-batches.
 
         Raises:
             UserError: The text cannot be read any further, or a worker was killed. The error is raised when the next
                 batch is requested, and never in the middle of a step.
         """
-        batches = _start_workers(super().__iter__)
+        items, workers = _start_workers(super().__iter__)
+        chunks = self._chunks(items)
+        del items  # of which the last reference ends the workers
+        try:
+            for batch in self.batches.packed(chunks):
+                # torch looks only where it waits for a worker, long after if much has been read ahead.
+                for worker in workers:
+                    if worker.exitcode:
+                        raise self._lost(_how_it_ended(worker))
+                yield batch
+        finally:
+            chunks.close()  # ends its workers, even if the error is kept
+
+    def _chunks(self, items: Iterator[Any]) -> Generator[Chunk, None, None]:
         try:
             while True:
                 try:
-                    batch = next(batches)
+                    item = next(items)
                 except StopIteration:
                     return
                 except (RuntimeError, OSError, EOFError) as error:
-                    # Either torch has checked its workers, or a batch in a dead worker's queue could not be fetched.
+                    # Either torch has checked its workers, or an item in a dead worker's queue could not be fetched.
                     if not (self.num_workers and _is_of_dead_worker(error)):
                         raise
                     # The frames keep the loader's iterator alive, and with it the remaining workers.
                     clear_frames(error.__traceback__)
-                    reason = str(error).partition("\n")[0] or type(error).__name__
-                    raise UserError(
-                        f"a data worker has ended ({reason}): usually killed because memory ran out. Resume with "
-                        f"--ckpt_path last, with fewer --data.num_workers than {self.num_workers}, or 0."
-                    ) from error
-                if "error" in batch:
-                    raise UserError(batch["error"])
-                yield batch
+                    raise self._lost(str(error).partition("\n")[0] or type(error).__name__) from error
+                if isinstance(item, str):
+                    raise UserError(item)
+                yield pickle.loads(item.numpy().data) if isinstance(item, Tensor) else item
         finally:
-            del batches  # ends its workers, even if the error is kept
+            del items
+
+    def _lost(self, reason: str) -> UserError:
+        return UserError(
+            f"a data worker has ended ({reason}): usually killed because memory ran out. Resume with "
+            f"--ckpt_path last, with fewer --data.num_workers than {self.num_workers}, or 0."
+        )
+
+
+def _ahead(batches: RankBatches, num_workers: int) -> int:
+    """Return how many chunks each worker makes ahead: together about two micro-batches of every rank."""
+    tokens = 2 * batches.batch_size * batches.stream.seq_length * batches.world_size
+    chunks = min(tokens / (CHUNK_CHARACTERS / CHARACTERS_A_TOKEN), MOST_AHEAD)
+    return max(2, math.ceil(chunks / num_workers))
+
+
+def _how_it_ended(worker: BaseProcess) -> str:
+    code = worker.exitcode or 0
+    return f"worker {worker.pid}: {signal.strsignal(-code) if code < 0 else f'exit status {code}'}"
 
 
 def _is_of_dead_worker(error: Exception) -> bool:
@@ -158,23 +223,24 @@ def _is_of_dead_worker(error: Exception) -> bool:
     return not message.startswith("Caught ")  # raised in a running worker, and raised again by torch as the same type
 
 
-def _start_workers(start: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
+def _start_workers(start: Callable[[], Iterator[Any]]) -> tuple[Iterator[Any], list[BaseProcess]]:
     """Start a loader's workers, and leave this process's signal handlers and environment unchanged.
 
-    torch's SIGCHLD handler raises at any point when a worker dies; torch checks its workers whenever a batch is late
+    torch's SIGCHLD handler raises at any point when a worker dies; torch checks its workers whenever a chunk is late
     as well.
     """
     before, parallel = signal.getsignal(signal.SIGCHLD), os.environ.get(PARALLEL)
+    others = {*active_children()}
     # The tokenizer's own threads do not survive a fork, about which it would warn in every worker.
     os.environ.setdefault(PARALLEL, "false")
     try:
-        batches = start()
+        items = start()
     finally:
         if parallel is None:
             del os.environ[PARALLEL]
         if signal.getsignal(signal.SIGCHLD) != before:  # torch sets it in the main thread only, once in a process
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-    return batches
+    return items, [child for child in active_children() if child not in others]
 
 
 def _start_worker(_: int) -> None:
@@ -187,5 +253,5 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
-def _identity(batch: Batch) -> Batch:
-    return batch
+def _identity(item: Any) -> Any:
+    return item

@@ -2,18 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple, TypedDict
 
+import numpy as np
+
 from leap_pl.data.documents import Document, State, digest_in, warn
+from leap_pl.data.exchange import Exchange, Numbers
 from leap_pl.data.source import Place, TextSource
 from leap_pl.errors import UserError
 
 Separator = Literal["end_token", "blank_line"]
 
 PIECE_CHARACTERS = 1 << 18
-_BATCH_CHARACTERS = 1 << 17
-_BATCH_PIECES = 64
+# Pieces are tokenized several at a time, which is several times as fast as one by one.
+CHUNK_CHARACTERS = 1 << 17
+CHUNK_PIECES = 1 << 8
 
 
 class Position(TypedDict):
@@ -37,16 +42,34 @@ class Position(TypedDict):
 class Block(NamedTuple):
     """Block of the stream."""
 
-    tokens: list[int]  # seq_length of them
+    ids: Numbers  # seq_length of them
     after: Position
+
+    @property
+    def tokens(self) -> list[int]:
+        """Return the tokens as plain numbers."""
+        return self.ids.tolist()
+
+
+class Mark(NamedTuple):
+    """Place of a piece in the text."""
+
+    place: Place  # of its document
+    document: str  # digest of the document
+    character: int  # offset of the piece in the document
 
 
 class _Piece(NamedTuple):
     text: str
-    place: Place
-    document: str  # its digest
-    character: int
+    mark: Mark
     ends: bool
+
+
+class Chunk(NamedTuple):
+    """Some consecutive pieces of the text, tokenized; the unit in which readers share the work."""
+
+    marks: list[Mark]
+    tokenized: Numbers  # how many tokens each piece has, with the separator after a document; then all these tokens
 
 
 class BlockStream:
@@ -91,27 +114,66 @@ class BlockStream:
             UserError: The text cannot be read, or a whole pass does not fill one block, or ``start`` belongs to a text
                 with a different number of shards.
         """
+        return self.packed(self.tokenized(start, repeat=repeat), start)
+
+    def tokenized(
+        self,
+        start: Position | None = None,
+        *,
+        repeat: bool = True,
+        turn: int = 0,
+        turns: int = 1,
+        exchange: Exchange | None = None,
+    ) -> Iterator[Chunk]:
+        """Yield the chunks of the text from ``start`` on, tokenized: every one, or those of one reader among several.
+
+        Chunks depend on the text alone, so readers that start at the same position agree on them. Each reader reads the
+        whole text, and tokenizes its share, which takes many times as long.
+
+        Args:
+            start: Position from an earlier block.
+            repeat: Continue with another pass after the last document, forever.
+            turn: Number of this reader, whose chunks are those of index k ≡ ``turn`` (mod ``turns``).
+            turns: Number of readers.
+            exchange: Exchange with readers in other processes that need the same chunks.
+
+        Raises:
+            UserError: The text cannot be read. It is raised after all chunks that come before.
+        """
+        chunks = islice(_chunked(self._pieces(start, repeat=repeat)), turn, None, turns)
+        results = (
+            ((pieces, self._tokenized(pieces)) for pieces in chunks)
+            if exchange is None
+            else exchange.shared(chunks, _key, self._tokenized)
+        )
+        return (Chunk([piece.mark for piece in pieces], tokenized) for pieces, tokenized in results)
+
+    def packed(self, chunks: Iterable[Chunk], start: Position | None = None) -> Iterator[Block]:
+        """Yield the blocks that all ``chunks`` of the text from ``start`` on make, in their order.
+
+        Raises:
+            UserError: A whole pass does not fill one block, or ``start`` belongs to a text with a different number of
+                shards.
+        """
         shards = self._shards_of(start)
-        block: list[int] = []
-        number, of_pass, whole_pass = 0, 0, start is None
-        if start is not None:
-            number = start["number"]
-        skip = 0 if start is None else start["token"]
-        for piece, tokens in self._tokenized(self._pieces(start, repeat=repeat)):
-            if piece.place.number != number:
+        parts: list[Numbers] = []
+        filled, of_pass, whole_pass = 0, 0, start is None
+        number, skip = (0, 0) if start is None else (start["number"], start["token"])
+        for mark, ids in _pieces_of(chunks):
+            if mark.place.number != number:
                 self._end_of_pass(of_pass, whole_pass)
                 if number == 0:
                     warn(f"{self.source.name} has been read to its end, and the run continues: the text repeats.")
-                number, of_pass, whole_pass = piece.place.number, 0, True
-            of_pass += len(tokens)
+                number, of_pass, whole_pass = mark.place.number, 0, True
+            of_pass += len(ids)
             used, skip = skip, 0
-            while used < len(tokens):
-                taken = tokens[used : used + self.seq_length - len(block)]
-                used += len(taken)
-                block += taken
-                if len(block) == self.seq_length:
-                    yield Block(block, _position(piece, used, shards))
-                    block = []
+            while used < len(ids):
+                taken = ids[used : used + self.seq_length - filled]
+                used, filled = used + len(taken), filled + len(taken)
+                parts.append(taken)
+                if filled == self.seq_length:
+                    yield Block(np.concatenate(parts), _position(mark, used, shards))
+                    parts, filled = [], 0
         self._end_of_pass(of_pass, whole_pass)
 
     def check_unchanged(self, position: Position) -> None:
@@ -167,47 +229,65 @@ class BlockStream:
             yield from _cut(here, document, character)
             character = 0
 
-    def _tokenized(self, pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, list[int]]]:
-        """Tokenize several pieces at a time, which is several times as fast as one by one."""
-        failure: UserError | None = None
-        exhausted = False
-        while not (exhausted or failure):
-            batch: list[_Piece] = []
-            characters = 0
-            try:
-                while characters < _BATCH_CHARACTERS and len(batch) < _BATCH_PIECES:
-                    batch.append(next(pieces))
-                    characters += len(batch[-1].text)
-            except StopIteration:
-                exhausted = True
-            except UserError as error:
-                failure = error  # raised after the pieces that were read before it
-            if not batch:
-                continue
-            encoded = self.tokenizer(
-                [piece.text for piece in batch],
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,  # no warning that a document is longer than the model's context
-            )["input_ids"]
-            for piece, tokens in zip(batch, encoded, strict=True):
-                yield piece, [*tokens, *self.end] if piece.ends else tokens
-        if failure:
-            raise failure
+    def _tokenized(self, pieces: list[_Piece]) -> Numbers:
+        encoded = self.tokenizer(
+            [piece.text for piece in pieces],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no warning that a document is longer than the model's context
+        )["input_ids"]
+        ids = [[*ids, *self.end] if piece.ends else ids for piece, ids in zip(pieces, encoded, strict=True)]
+        return np.fromiter(chain(map(len, ids), *ids), np.int32)
 
 
-def _position(piece: _Piece, token: int, shards: int) -> Position:
-    number, turn, state, digests = piece.place
+def _chunked(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+    """Yield pieces in chunks; an error of the text is raised after what was read before it."""
+    chunk: list[_Piece] = []
+    characters = 0
+    failure: UserError | None = None
+    try:
+        for piece in pieces:
+            chunk.append(piece)
+            characters += len(piece.text)
+            if characters >= CHUNK_CHARACTERS or len(chunk) == CHUNK_PIECES:
+                yield chunk
+                chunk, characters = [], 0
+    except UserError as error:
+        failure = error
+    if chunk:
+        yield chunk
+    if failure:
+        raise failure
+
+
+def _key(pieces: list[_Piece]) -> str:
+    """Return a name of a chunk, by its place in the text and its contents."""
+    number, turn, state, _ = pieces[0].mark.place
+    contents = [(piece.mark.document, piece.mark.character, len(piece.text), piece.ends) for piece in pieces]
+    return hashlib.sha256(json.dumps([number, turn, state, contents]).encode()).hexdigest()
+
+
+def _pieces_of(chunks: Iterable[Chunk]) -> Iterator[tuple[Mark, Numbers]]:
+    """Yield the pieces of all chunks: where each is, and its tokens."""
+    for marks, tokenized in chunks:
+        end = len(marks)
+        for mark, length in zip(marks, tokenized[:end].tolist(), strict=True):
+            begin, end = end, end + length
+            yield mark, tokenized[begin:end]
+
+
+def _position(mark: Mark, token: int, shards: int) -> Position:
+    number, turn, state, digests = mark.place
     return Position(
         number=number,
         turn=turn,
         state=state,
-        character=piece.character,
+        character=mark.character,
         token=token,
         shards=shards,
         digests=list(digests),
-        document=piece.document,
+        document=mark.document,
     )
 
 
@@ -243,6 +323,6 @@ def _cut(place: Place, document: Document, character: int) -> Iterator[_Piece]:
         cut = text.rfind("\n", middle, most)
         cut = cut if cut > 0 else text.rfind(" ", middle, most)
         cut = cut if cut > 0 else most
-        yield _Piece(text[character:cut], place, digest, character, ends=False)
+        yield _Piece(text[character:cut], Mark(place, digest, character), ends=False)
         character = cut
-    yield _Piece(text[character:], place, digest, character, document.ends)
+    yield _Piece(text[character:], Mark(place, digest, character), document.ends)

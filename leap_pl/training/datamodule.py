@@ -2,9 +2,11 @@
 
 from itertools import islice
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,6 +17,7 @@ from leap_pl.base_model.vocabulary import check_tokens
 from leap_pl.data.batches import BEGINNING, Batch, BlockLoader, Progress, RankBatches
 from leap_pl.data.calibration import loaded_tokenizer
 from leap_pl.data.documents import Share, warn
+from leap_pl.data.exchange import Exchange
 from leap_pl.data.packing import BlockStream, Separator, digest_of_text
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
@@ -190,18 +193,27 @@ class TextDataModule(LightningDataModule):
             )
         rank, world_size = self._rank()
         batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches
-        return self.train_loader(batches, rank=rank, world_size=world_size)
+        return self.train_loader(batches, rank=rank, world_size=world_size, exchange=self._exchange())
 
-    def train_loader(self, batches: int, *, rank: int = 0, world_size: int = 1) -> BlockLoader:
+    def train_loader(
+        self, batches: int, *, rank: int = 0, world_size: int = 1, exchange: Exchange | None = None
+    ) -> BlockLoader:
         """Return a loader of ``batches`` micro-batches for one rank, without those before a loaded state.
 
         Each is ``{"input_ids": LongTensor[batch_size, seq_length], "position": ...}``; a batch counts as used once it
-        is passed to :meth:`on_before_batch_transfer`.
+        is passed to :meth:`on_before_batch_transfer`. With an ``exchange`` the processes of the run share the
+        tokenizing.
         """
-        dataset = RankBatches(
+        of_rank = RankBatches(
             self.stream, self.batch_size, batches, rank=rank, world_size=world_size, start=self._progress
         )
-        return BlockLoader(dataset, self.num_workers)
+        return BlockLoader(of_rank, self.num_workers, exchange)
+
+    def _exchange(self) -> Exchange | None:
+        """Return the exchange of this loader with those of the other processes; None if there are none."""
+        if self.trainer is None or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return None
+        return Exchange(self.trainer.strategy.broadcast(token_hex(8)), dist.get_rank(), dist.get_world_size())
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return a loader of this rank's held-out blocks, ``{"input_ids": LongTensor[batch_size, seq_length]}``.

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from leap_pl.base_model.backbone import split_model
+from leap_pl.base_model.backbone import checkpoint_activations, split_model
 from leap_pl.base_model.loading import Dtype, check_sequence_length, fast_dtype, load_model
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
@@ -169,7 +169,7 @@ class GatedModule(L.LightningModule):
         with self.state.passing("dense"):
             self.states, self.head = split_model(model)
         if self.activation_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         # from_pretrained returns the model in eval mode, which silently disables activation checkpointing. Train mode
         # applies no dropout, because load_model has removed it.
         self.model = model.train()

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
+from benchmarks.gpu.shapes import MODELS, Model
 from benchmarks.report import table
 from benchmarks.scaling import SHAPES, Shape, need, rows, tokens_to_hide
 from benchmarks.sharded_memory import kept_bytes
@@ -14,23 +15,11 @@ from leap_pl.base_model.weights import find_weights
 TINY = Shape(2, 32, 48, 16, 260)
 
 
-def llama(shape: Shape, head: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.hidden // head,
-        num_key_value_heads=shape.key_value // head,
-        tie_word_embeddings=shape.tied,
-    )
+@pytest.mark.parametrize("sizes", [Model(TINY, 8), *MODELS.values()])
+def test_weights_are_counted_as_the_model_has_them(sizes: Model) -> None:
+    shape = sizes.shape
     with torch.device("meta"):
-        return LlamaForCausalLM(config)
-
-
-@pytest.mark.parametrize(("shape", "head"), [(TINY, 8), (SHAPES["llama-3.1-8b"], 128), (SHAPES["llama-3.2-1b"], 64)])
-def test_weights_are_counted_as_the_model_has_them(shape: Shape, head: int) -> None:
-    model = llama(shape, head)
+        model = AutoModelForCausalLM.from_config(sizes.config())
     gated = sum(weight.parameter.numel() for weight in find_weights(model).values())
     assert shape.gated == gated
     assert shape.others == sum(parameter.numel() for parameter in model.parameters()) - gated
@@ -38,6 +27,7 @@ def test_weights_are_counted_as_the_model_has_them(shape: Shape, head: int) -> N
 
 def test_published_sizes() -> None:
     sizes = {name: (shape.gated + shape.others) / 1e9 for name, shape in SHAPES.items()}
+    assert sizes["qwen2.5-0.5b"] == pytest.approx(0.494, abs=0.001)
     assert sizes["llama-3.1-8b"] == pytest.approx(8.03, abs=0.01)
     assert sizes["llama-3.1-70b"] == pytest.approx(70.55, abs=0.01)
     assert sizes["llama-3.2-3b"] == pytest.approx(3.21, abs=0.01)

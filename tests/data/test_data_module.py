@@ -288,7 +288,7 @@ from test_data_module import Recorder, Trainer, module_for
 module = Recorder()
 Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=3, accumulate_grad_batches=2, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-).fit(module, module_for({files!r}, batch_size=1))
+).fit(module, module_for({files!r}, batch_size=1, num_workers=1))
 open({str(tmp_path)!r} + f"/rank{{module.global_rank}}.json", "w").write(json.dumps(module.seen))
 """
     )

@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,14 @@ from leap_pl.data.documents import Document, State
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_id
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_chunks() -> Iterator[None]:
+    """A few documents are several chunks, which readers share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "CHUNK_PIECES", 3)
+        yield
 
 
 class Listed:
@@ -114,7 +122,7 @@ def test_a_long_document_is_tokenized_in_pieces(monkeypatch: pytest.MonkeyPatch,
     seen.clear()
     later = blocks[500]
     assert next(stream.blocks(later.after)).tokens == whole[501]
-    assert sum(seen) < packing._BATCH_PIECES * 64  # what comes before is not tokenized again
+    assert sum(seen) < 3 * 64  # what comes before is not tokenized again
     assert len(pickle.dumps(later.after)) < 300
 
 
@@ -137,13 +145,11 @@ def test_ranks_and_workers_share_the_stream(
         got: dict[int, list[list[int]]] = {}
         for rank in range(world):
             batches = RankBatches(stream, batch_size, each, rank=rank, world_size=world, start=start)
-            turns = [batches._own(turn, workers) for turn in range(workers)]
-            index, first = 0, start["consumed"] // world
-            for index in range(each - first):  # the round robin of the data loader
-                batch = next(turns[index % workers])
-                got[(first + index) * world + rank] = batch["input_ids"].tolist()
-                states[rank, first + index] = batch["position"]
-            assert not any(list(turn) for turn in turns)
+            readers = [stream.tokenized(start["position"], turn=turn, turns=workers) for turn in range(workers)]
+            chunks = (next(readers[index % workers]) for index in count())  # the round robin of the data loader
+            for index, batch in enumerate(batches.packed(chunks), start["consumed"] // world):
+                got[index * world + rank] = batch["input_ids"].tolist()
+                states[rank, index] = batch["position"]
         return got
 
     states: dict[tuple[int, int], Any] = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bare_gates import IDS, PLACES, is_exact, nm_gate, reference_mask, state_at
+from bare_gates import IDS, PLACES, is_exact, nm_gate, state_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -15,6 +15,7 @@ from tiny import FAMILIES, tiny_model
 from torch import Tensor, nn
 
 from benchmarks.published_nm import PublishedNM
+from benchmarks.references import pattern_mask
 from leap_pl.base_model.weights import Weight, find_weights
 from leap_pl.errors import UserError
 from leap_pl.gates import Gates, GateState, NMGate, Stored, attach, detach, restore
@@ -49,7 +50,7 @@ def test_values_and_gradients_against_float64(shape: tuple[int, ...], dim: int, 
         ((masked * upstream).sum().float() + 0.3 * gate.energy).backward()
 
         theta = gate.logits.detach().double().requires_grad_()
-        mask = reference_mask(gate, theta)
+        mask = pattern_mask(gate, theta)
         expected = mask * weight.double()
         ((expected * upstream.double()).sum() + 0.3 * (expected**2).sum()).backward()
         assert (masked.dtype, masked.shape) == (dtype, torch.Size(shape))

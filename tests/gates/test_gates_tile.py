@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bare_gates import IDS, PLACES, is_exact, nm_gate, reference_mask, state_at
+from bare_gates import IDS, PLACES, is_exact, nm_gate, state_at
 from conftest import fit_flags, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +14,7 @@ from tiny import FAMILIES, tiny_folder, tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.references import pattern_mask, soft_mask
 from leap_pl.base_model.weights import Weight, find_weights
 from leap_pl.checkpoints.layout import masks_from_checkpoint
 from leap_pl.cli.main import main
@@ -90,9 +91,10 @@ def test_values_and_gradients_against_float64(mode, shape, dim: int, n: int, m: 
             inner_state = state_at(100.0, tau, seed=2, step=7, micro_batch=1)
             alone = nm_gate(shape, n, m, dim=dim, name=f"w{PATTERNS}", state=inner_state)
             learned["pattern_logits"] = gate.pattern_logits.detach().double().requires_grad_()
-            low = reference_mask(alone, learned["pattern_logits"])
+            low = pattern_mask(alone, learned["pattern_logits"])
         over = spread_by_hand(soft, shape, dim, size)
         mask = over + (1 - over) * low
+        torch.testing.assert_close(soft_mask(gate, learned), mask)  # as benchmarks.gpu has it
         expected = mask * weight.double()
         ((expected * upstream.double()).sum() + 0.2 * mask.sum() + 0.3 * (expected**2).sum()).backward()
         rounding = {torch.float32: 1e-4, torch.bfloat16: 2**-7}[dtype]

@@ -8,6 +8,7 @@ import torch
 from tiny import FAMILIES, VOCABULARY, tiny_model
 from torch import Tensor
 
+from benchmarks import references
 from leap_pl.base_model.backbone import split_model
 from leap_pl.losses.language import language_losses
 from leap_pl.losses.objective import Objective
@@ -29,17 +30,6 @@ def predicted(hidden: Tensor) -> Tensor:
 
 def targets_of(ids: Tensor) -> Tensor:
     return ids[:, 1:].reshape(-1)
-
-
-def written_out(z: Tensor, targets: Tensor, z_teacher: Tensor | None, t: float) -> tuple[Tensor, Tensor]:
-    """CE and t²·KL(teacher ‖ student), means over tokens."""
-    log_p = z - torch.logsumexp(z, -1, keepdim=True)
-    ce = -log_p[torch.arange(len(targets)), targets].mean()
-    if z_teacher is None:
-        return ce, torch.zeros_like(ce)
-    q = (z_teacher / t).exp() / (z_teacher / t).exp().sum(-1, keepdim=True)
-    p = (z / t).exp() / (z / t).exp().sum(-1, keepdim=True)
-    return ce, t**2 * (q * (q / p).log()).sum(-1).mean()
 
 
 # -- equal to the model's own -----------------------------------------------------------------------------
@@ -120,7 +110,7 @@ def test_values_and_gradients_against_float64(mix: str, chunk: int, capped: bool
 
     hidden64 = hidden.double().requires_grad_()
     teacher64 = head(teacher.double()) if distils else None
-    ce, kl = written_out(head(hidden64), targets, teacher64, objective.temperature)
+    ce, kl = references.language_losses(head(hidden64), targets, teacher64, objective.temperature)
     (2.5 * (objective.lm * ce + objective.distillation * kl)).backward()
 
     hidden.requires_grad_()
@@ -159,7 +149,7 @@ def test_bfloat16_hidden_states(mix: str) -> None:
     loss.backward()
     hidden64 = hidden.detach().double().requires_grad_()
     teacher64 = (teacher @ weight.T).double() if objective.distillation else None
-    ce, kl = written_out(hidden64 @ weight.double().T, targets, teacher64, objective.temperature)
+    ce, kl = references.language_losses(hidden64 @ weight.double().T, targets, teacher64, objective.temperature)
     (objective.lm * ce + objective.distillation * kl).backward()
     assert loss.dtype == lm.dtype == torch.float32
     torch.testing.assert_close(lm.double(), ce.detach(), rtol=1e-2, atol=1e-2)

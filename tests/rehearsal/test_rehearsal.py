@@ -12,7 +12,7 @@ import pytest
 from compiling import compiler
 
 HERE = Path(__file__).parent
-PARTS = [["cases_device.py", "cases_fit.py"], ["cases_verbs.py"], ["cases_ranks.py"]]
+PARTS = [["cases_device.py", "cases_fit.py"], ["cases_gpu.py", "cases_verbs.py"], ["cases_ranks.py"]]
 
 
 def test_no_case_is_left_out() -> None:

@@ -1,0 +1,366 @@
+"""Cells of measurements: steps of each variant and shape, evaluation, pruning; each ends in rows of one table."""
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.gpu.shapes import Model
+from benchmarks.memory import paper_bytes
+from benchmarks.report import Row, one_line, wait_for
+from benchmarks.variants import Step, makers
+from leap_pl.evaluation.perplexity import perplexity
+from leap_pl.gates import Gate
+from leap_pl.oneshot.prune import prune
+
+VARIANTS = ("dense", "leap_pl", "low_memory", "published")
+ON_PAPER = ("leap_pl", "low_memory")
+WARM_UP = 2  # steps: kernels are compiled, and the optimizer has its state
+NO_MEMORY = "out of memory"
+COLUMNS = (
+    *("cell", "model", "tokens", "variant", "checkpointing", "ms", "of dense", "tokens/s", "peak GiB", "on paper GiB"),
+    *("launches", "operators", "turns", "note"),
+)
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Settings that all cells are measured with.
+
+    Attributes:
+        device: Device.
+        models: Models by name.
+        seq_length: Number of tokens in a sequence.
+        repeats: Number of turns of the variants; fewer where the time is up.
+        until: End of the time, by the monotonic clock.
+        report: Function that prints a line.
+    """
+
+    device: torch.device
+    models: dict[str, Model]
+    seq_length: int
+    repeats: int
+    until: float
+    report: Callable[[str], None] = print
+
+    def over(self) -> bool:
+        """Return whether the time is up."""
+        return time.monotonic() > self.until
+
+    def ids(self, model: Any, tokens: int) -> Tensor:
+        """Return random tokens (B, L) for ``model``, of sequences of at most ``seq_length``."""
+        length = min(tokens, self.seq_length)
+        draw = torch.Generator().manual_seed(0)
+        return torch.randint(0, model.config.vocab_size, (tokens // length, length), generator=draw).to(self.device)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Time and memory of the steps of several variants, which take turns.
+
+    Attributes:
+        model: Name of the model.
+        tokens: Number of tokens in a step.
+        variants: Names of the variants, as in :mod:`benchmarks.variants`.
+        seconds: Time that it takes on an H100, by an estimate that is meant to be high.
+        checkpointing: Whether each decoder block is recomputed in the backward pass.
+    """
+
+    model: str
+    tokens: int
+    seconds: float
+    variants: tuple[str, ...] = VARIANTS
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return the name by which it is reported as skipped."""
+        return f"steps of {self.model} at {self.tokens} tokens"
+
+    def measure(self, bench: Bench) -> list[Row]:
+        """Return a row for each variant; those that do not fit together into the memory are measured apart."""
+        rows = {variant: self._row(bench, variant) for variant in self.variants}
+        left = list(self.variants)
+        while left:
+            left = self._together(bench, left, rows)
+            release()
+        dense = rows.get("dense", {}).get("ms")
+        for row in rows.values():
+            if dense and row.get("ms"):
+                row["of dense"] = row["ms"] / dense
+        return list(rows.values())
+
+    def _row(self, bench: Bench, variant: str) -> Row:
+        row: Row = {"cell": "step", "model": self.model, "tokens": self.tokens, "variant": variant}
+        row["checkpointing"] = "yes" if self.checkpointing else ""
+        if self.checkpointing and variant in ON_PAPER:
+            parts = paper_bytes(bench.models[self.model].shape, self.tokens, variant)
+            row["on paper GiB"] = (sum(parts.values()) - parts["outside"]) / 2**30
+        return row
+
+    def _together(self, bench: Bench, variants: list[str], rows: dict[str, Row]) -> list[str]:
+        """Measure the first of ``variants``, and with it as many others as fit; return those that do not."""
+        running: dict[str, _Running] = {}  # the only place that holds them: one that is dropped is gone
+        later: list[str] = []
+
+        def begin(variant: str) -> bool:
+            running[variant] = self._begin(bench, variant, rows[variant])
+            return True
+
+        def drop(variant: str) -> None:
+            running.pop(variant, None)
+            release()
+            if running:
+                later.append(variant)
+            else:
+                rows[variant]["note"] = NO_MEMORY
+
+        for variant in variants:
+            try:
+                if not fitting(partial(begin, variant)):
+                    drop(variant)
+            except Exception as error:  # of one variant, which must not take the others' figures away
+                rows[variant]["note"] = one_line(error)
+            release()
+        found: dict[str, list[float]] = {variant: [] for variant in running}
+        for turn in range(bench.repeats):
+            if turn and bench.over():
+                break
+            for variant in list(running):
+                taken = fitting(partial(clocked, running[variant].take, bench.device))
+                if taken is None:  # it fitted when fewer others were there
+                    drop(variant)
+                else:
+                    found[variant].append(taken)
+        for variant, each in running.items():
+            median = statistics.median(found[variant])
+            rows[variant] |= {"ms": median * 1e3, "tokens/s": self.tokens / median, "turns": len(found[variant])}
+            rows[variant] |= fitting(partial(launches, each.take, bench.device)) or {}
+            bench.report(f"        {self.name}, {variant}: {median * 1e3:.1f} ms")
+        return later
+
+    def _begin(self, bench: Bench, variant: str, row: Row) -> "_Running":
+        """Make a variant, and take its first steps; note the memory that it needs beside what is held by others."""
+        others = allocated(bench.device)
+        model = bench.models[self.model].random(bench.device, checkpointing=self.checkpointing)
+        running = _Running(makers(start=random_logits)[variant](model), bench.ids(model, self.tokens))
+        reset_peak(bench.device)
+        for _ in range(WARM_UP):
+            running.take()
+        peak = peak_allocated(bench.device)
+        if peak is not None:
+            row["peak GiB"] = (peak - others) / 2**30
+        return running
+
+
+@dataclass(frozen=True)
+class _Running:
+    step: Step
+    ids: Tensor
+
+    def take(self) -> None:
+        self.step(self.ids)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Time of measuring the perplexity of random text."""
+
+    model: str
+    tokens: int
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """Return the name by which it is reported as skipped."""
+        return f"evaluation of {self.model}"
+
+    def measure(self, bench: Bench) -> list[Row]:
+        """Return one row."""
+        model = bench.models[self.model].random(bench.device)
+        text = bench.ids(model, self.tokens).flatten().cpu()
+        windows = min(bench.seq_length, 2048)
+        perplexity(model, text[: 4 * windows], seq_length=windows)  # warm-up
+        taken = clocked(lambda: perplexity(model, text, seq_length=windows), bench.device)
+        return [_row("evaluation", self.model, self.tokens, "perplexity", taken)]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Time of one-shot pruning on random text, from the first block to the last."""
+
+    model: str
+    method: str
+    tokens: int
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """Return the name by which it is reported as skipped."""
+        return f"pruning of {self.model} by {self.method}"
+
+    def measure(self, bench: Bench) -> list[Row]:
+        """Return one row."""
+        model = bench.models[self.model].random(bench.device)
+        blocks_NT = bench.ids(model, self.tokens).cpu()
+        taken = clocked(lambda: prune(model, blocks_NT, method=self.method, progress=False), bench.device)
+        return [_row("pruning", self.model, self.tokens, self.method, taken)]
+
+
+Cell = Steps | Evaluation | Pruning
+
+
+def cells(*, tiny: bool) -> list[Cell]:
+    """Return all cells, the most important ones first."""
+    if tiny:
+        return [
+            Steps("llama-3.2-1b", 64, 1),
+            Steps("llama-3.1-8b", 64, 1, ("low_memory",), checkpointing=True),
+            Steps("qwen2.5-0.5b", 64, 1),
+            Evaluation("qwen2.5-0.5b", 256, 1),
+            Pruning("qwen2.5-0.5b", "wanda", 128, 1),
+            Pruning("qwen2.5-0.5b", "sparsegpt", 128, 1),
+            Steps("llama-3.2-1b", 128, 1, checkpointing=True),
+        ]
+    return [
+        Steps("llama-3.2-1b", 4096, 40),  # kernels that the checks did not need are compiled in the first
+        Steps("llama-3.2-1b", 16384, 40),
+        Steps("llama-3.1-8b", 4096, 25, ("low_memory",), checkpointing=True),
+        Steps("qwen2.5-0.5b", 4096, 20),
+        Steps("qwen2.5-0.5b", 16384, 30),
+        Evaluation("qwen2.5-0.5b", 131072, 15),
+        Pruning("qwen2.5-0.5b", "wanda", 65536, 20),
+        Steps("llama-3.1-8b", 32768, 60, ("low_memory",), checkpointing=True),
+        Steps("llama-3.2-1b", 32768, 60, checkpointing=True),
+        Pruning("qwen2.5-0.5b", "sparsegpt", 65536, 60),
+        Steps("qwen2.5-0.5b", 32768, 40, checkpointing=True),
+        Steps("llama-3.1-8b", 16384, 40, ("low_memory",), checkpointing=True),
+    ]
+
+
+def measure(wanted: Iterable[Cell], bench: Bench) -> tuple[list[Row], list[str], list[str]]:
+    """Measure cells while there is time.
+
+    Returns:
+        Their rows, the names of those that were skipped, and of those that failed.
+    """
+    rows: list[Row] = []
+    skipped: list[str] = []
+    failed: list[str] = []
+    for cell in wanted:
+        if time.monotonic() + cell.seconds > bench.until:
+            skipped.append(cell.name)
+            continue
+        start = time.monotonic()
+        try:
+            found = fitting(partial(cell.measure, bench)) or [{"cell": cell.name, "note": NO_MEMORY}]
+        except Exception as error:
+            found = [{"cell": cell.name, "note": one_line(error)}]
+        release()
+        rows += found
+        if any(row.get("note", NO_MEMORY) != NO_MEMORY for row in found):
+            failed.append(cell.name)
+        bench.report(f"{time.monotonic() - start:7.1f} s {cell.name}{': failed' if cell.name in failed else ''}")
+    used = [column for column in COLUMNS if any(column in row for row in rows)]
+    return [{column: row.get(column) for column in used} for row in rows], skipped, failed
+
+
+def fitting(call: Callable[[], Result]) -> Result | None:
+    """Return the result of ``call``, or None if the device has too little memory for it."""
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        pass  # outside, the error and the tensors of its frames are gone
+    release()
+    return None
+
+
+def release() -> None:
+    """Free the memory of what is no longer used: models with gates are in reference cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def clocked(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that ``call`` takes, by CUDA's events on a GPU, and by the clock on other devices."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    began.record()
+    call()
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1e3
+
+
+def launches(take: Callable[[], None], device: torch.device) -> Row:
+    """Count the kernels that a step starts on a GPU; elsewhere the operators that the host dispatches.
+
+    Returns nothing where the profiler sees no kernel, as on a machine without access to its counters.
+    """
+    if device.type != "cuda":
+        with _Dispatches() as seen:
+            take()
+        return {"operators": seen.count}
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        take()
+        wait_for(device)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        trace.export_chrome_trace(str(file))  # by far the fastest way to thousands of events
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    count = sum(event.get("cat") == "kernel" for event in events)
+    return {"launches": count} if count else {}
+
+
+class _Dispatches(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def random_logits(gate: Gate) -> None:
+    """Initialise the logits on their device; a run draws them on the CPU, which takes a minute for a large model."""
+    gate.logits.data.normal_(std=0.014)
+
+
+def allocated(device: torch.device) -> int:
+    """Return the bytes that tensors hold on a GPU; 0 on other devices."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def reset_peak(device: torch.device) -> None:
+    """Reset the peak of :func:`peak_allocated`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_allocated(device: torch.device) -> int | None:
+    """Return the largest number of bytes that tensors held on a GPU; None on other devices."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _row(cell: str, model: str, tokens: int, variant: str, seconds: float) -> Row:
+    row: Row = {"cell": cell, "model": model, "tokens": tokens, "variant": variant}
+    return row | {"ms": seconds * 1e3, "tokens/s": tokens / seconds}
