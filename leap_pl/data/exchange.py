@@ -14,7 +14,7 @@ from leap_pl.errors import UserError
 T = TypeVar("T")
 Numbers = npt.NDArray[np.int32]
 
-PATIENCE = 5.0  # seconds to wait for what another process makes, before this one makes it too
+PATIENCE = 2.0  # seconds to wait for what another process makes, before this one makes it too
 
 
 class Exchange:

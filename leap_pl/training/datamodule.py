@@ -62,7 +62,8 @@ class TextDataModule(LightningDataModule):
         seq_length: Tokens in a block. It is never taken from the model, whose maximum may be far too long.
         batch_size: Blocks in a micro-batch on each rank.
         validation_sequences: Number of blocks to validate on, over all ranks; 0 disables it and holds out no text.
-        num_workers: Processes of each rank that read and tokenize ahead; 0 does it in the training process.
+        num_workers: Processes of each rank that tokenize ahead, a share of the text each; 0 does it in the training
+            process.
         separator: Separator after each document: the tokenizer's end token (``end_token``), as in pretraining, or a
             blank line (``blank_line``), as in the texts that perplexity is measured on. A mask learns to continue
             text after the separator that it is trained with.
