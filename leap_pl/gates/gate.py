@@ -129,6 +129,9 @@ class Gate(nn.Module, ABC):
             TypeError: Something is not defined.
         """
         super().__init_subclass__(**kwargs)
+        if "soften" in vars(cls) and "soften_all" not in vars(cls):
+            # That of a base class computes what the base class defines.
+            cls.soften_all = classmethod(Gate.soften_all.__func__)  # type: ignore[assignment, attr-defined]
         lacking = [name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)]
         collection = getattr(cls, "collection", None)
         if not (isinstance(collection, type) and issubclass(collection, Gates)):
