@@ -1,11 +1,14 @@
 """Time of one gate: its forward and backward pass over one weight, in nanoseconds a weight.
 
-python -m benchmarks.gate [--shapes 576x576 1536x576] [--gates BernoulliGate] [--output F.json]
+python -m benchmarks.gate [--shapes 576x576 1536x576] [--gates BernoulliGate] [--together 7] [--output F.json]
 
 compiled    the gate as it runs
 eager       the same lines without a compiler
 published   the mask as its paper's formulas say it, materialised: for BernoulliGate that of benchmarks/published.py,
             for NMGate that of benchmarks/published_nm.py
+
+``--together 7`` passes the gates of a block of seven such weights, as in a decoder block; times are for one weight.
+On small weights, as ``--shapes 8x64``, they are the cost of Python and launches.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from benchmarks.report import Row, finish, interleaved
 from leap_pl import gates as kinds
 from leap_pl.base_model.weights import Weight
 from leap_pl.callbacks.allocator import keep_freed_memory
-from leap_pl.gates import Gate, GateState
+from leap_pl.gates import Gate, GateState, attach
 from leap_pl.kernels.compiled import compile_seconds
 
 
@@ -32,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["192x576", "576x576", "1536x576", "576x1536", "2048x2048"])
     parser.add_argument("--gates", nargs="+", default=["BernoulliGate"])
+    parser.add_argument("--together", type=int, default=1, help="weights of a block, whose gates pass together")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -48,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         upstream = torch.randn_like(weight)
         calls: dict[str, Callable[[], object]] = {}
         for gate in args.gates:
-            calls[f"{gate}, compiled"] = passes(getattr(kinds, gate), weight, upstream)
+            calls[f"{gate}, compiled"] = passes(getattr(kinds, gate), weight, upstream, args.together)
             calls[f"{gate}, eager"] = eagerly(calls[f"{gate}, compiled"])
             if gate == "BernoulliGate":
                 calls[f"{gate}, published"] = published(weight, upstream)
@@ -56,27 +60,39 @@ def main(arguments: list[str] | None = None) -> None:
                 calls[f"{gate}, published"] = passes(PublishedNM, weight, upstream)
         clock = time.process_time if args.clock == "cpu" else time.perf_counter
         for name, seconds in interleaved(calls, args.repeats, device, warm_up=2, clock=clock).items():
-            nanoseconds = statistics.median(seconds) / weight.numel() * 1e9
-            rows.append(
-                {"variant": name, "shape": shape, "ns_a_weight": nanoseconds, "ms": statistics.median(seconds) * 1e3}
-            )
+            one = statistics.median(seconds) / (1 if "published" in name else args.together)
+            rows.append({"variant": name, "shape": shape, "ns_a_weight": one / weight.numel() * 1e9, "ms": one * 1e3})
     finish(rows, args.output, dtype=args.dtype, clock=args.clock, compile_seconds=compile_seconds())
 
 
-def passes(kind: type[Gate], weight: Tensor, upstream: Tensor) -> Callable[[], None]:
-    """Forward and backward of one gate over ``weight``."""
-    module = nn.Module()
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    state = GateState()
+class Block(nn.Module):
+    """Some weights that are used in one call, as those of a decoder block."""
+
+    def __init__(self, weight: Tensor, count: int) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Module() for _ in range(count))
+        for linear in self.linears:
+            linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+
+    def forward(self) -> list[Tensor]:
+        return [linear.weight for linear in self.linears]  # type: ignore[misc]
+
+
+def passes(kind: type[Gate], weight: Tensor, upstream: Tensor, count: int = 1) -> Callable[[], None]:
+    """Forward and backward of the gates over ``count`` weights like ``weight``."""
+    block, state = Block(weight, count), GateState()
     state.anneal(200.0, 0.5)
-    gate = kind(Weight("w", module, "weight", None, "w", 1), state).to(weight.device)
-    gate.start_from(None, 0)
+    weights = {f"w{i}": Weight(f"w{i}", each, "weight", 0, f"w{i}", 1, block) for i, each in enumerate(block.linears)}
+    gates = attach(weights, kind, state)
+    for gate in gates.values():
+        gate.start_from(None, 0)
 
     def call() -> None:
-        gate.logits.grad = None
-        masked = gate(weight)
-        assert gate.kept is not None
-        torch.autograd.backward([masked, gate.kept], [upstream, torch.ones_like(gate.kept)])
+        for gate in gates.values():
+            gate.logits.grad = None
+        masked = block()
+        kept = [*gates.kept.values()]
+        torch.autograd.backward([*masked, *kept], [upstream] * count + [torch.ones_like(each) for each in kept])
         state.step += 1
 
     return call

@@ -24,6 +24,7 @@ FENCES = {
     "callbacks/lightning_internals.py",  # how ModelCheckpoint saves, and when Lightning validates
     "cli/arguments.py",  # argparse's table of options
     "distributed/strategy.py",  # what DDP sends, and what ModelParallelStrategy was made with
+    "kernels/backward_pass.py",  # the number of a backward pass
     "kernels/inductor.py",  # the code that torch.compile makes
     "oneshot/walk.py",  # torch.utils._pytree, which half the world imports
     "training/live_settings.py",  # the schedules within a schedule, for the provenance

@@ -27,6 +27,7 @@ class Weight:
         projection: Name within the block: ``self_attn.q_proj``, ``mlp.experts.down_proj``.
         input_dim: Input dimension of the tensor: 1 for ``nn.Linear`` (out, in), 0 for ``Conv1D`` (in, out), 2 for
             stacked experts (expert, out, in), or 1 where the model family stores these transposed.
+        block: The decoder block itself, or None outside the blocks.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Weight:
     layer: int | None
     projection: str
     input_dim: int
+    block: nn.Module | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -91,7 +93,7 @@ def find_weights(
     owners: dict[int, list[str]] = {}
     for name, module, tensor, parameter in _weights_of(model):
         owners.setdefault(id(parameter), []).append(name)
-        candidate = _describe(name, module, tensor, parameter, prefix, len(blocks))
+        candidate = _describe(name, module, tensor, parameter, prefix, blocks)
         if candidate is None:
             continue
         candidates[name] = candidate
@@ -154,14 +156,14 @@ def check_numbers(model: nn.Module, name: str) -> None:
 
 
 def _describe(
-    name: str, module: nn.Module, tensor: str, parameter: nn.Parameter, prefix: str, depth: int
+    name: str, module: nn.Module, tensor: str, parameter: nn.Parameter, prefix: str, blocks: nn.ModuleList
 ) -> Weight | None:
     if isinstance(module, nn.Embedding):
         return None
     layer: int | None = None
     projection = name.removesuffix(".weight")
     match = re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name)
-    if match and int(match[1]) < depth:
+    if match and int(match[1]) < len(blocks):
         layer, projection = int(match[1]), match[2].removesuffix(".weight")
     if _kind(module) == "Conv1D":
         input_dim = 0
@@ -170,7 +172,8 @@ def _describe(
         input_dim = 1 if transposed else 2
     else:
         input_dim = parameter.ndim - 1
-    return Weight(name, module, tensor, layer, projection, input_dim)
+    block = None if layer is None else blocks[layer]
+    return Weight(name, module, tensor, layer, projection, input_dim, block)
 
 
 # Experts stored as (expert, in, out) without the attribute ``is_transposed``.

@@ -10,9 +10,11 @@ from torch.nn.utils import parametrize
 
 from leap_pl.base_model.weights import Weight
 from leap_pl.errors import UserError, listing
+from leap_pl.gates.calls import Call
 from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateFactory, GateState
 from leap_pl.inputs.classes import imported_kinds
+from leap_pl.kernels import backward_pass
 
 
 def attach(
@@ -20,9 +22,8 @@ def attach(
 ) -> Gates[Any]:
     """Freeze ``weights`` and register a gate on each as a parametrization.
 
-    The model keeps its class, its forward and the names of its modules. A module of stacked experts reads its weight
-    once for each expert: there the masked weight is computed once for each call of the module. Logits are held in
-    ``dtype``.
+    The model keeps its class, its forward and the names of its modules. The masked weights of a decoder block are
+    computed once in each of its calls (:class:`.Call`). Logits are held in ``dtype``.
 
     Returns:
         The gates, in the order of ``weights``.
@@ -35,8 +36,17 @@ def attach(
         # unsafe: skips the trial run of the gate, which costs a full pass. Shape and dtype are the gate's contract.
         parametrize.register_parametrization(weight.module, weight.tensor, gate, unsafe=True)
         gates[name] = gate
-        if weight.parameter.ndim == 3:
-            _cache_during_calls(weight.module, gate)
+    callers: dict[nn.Module, dict[str, Gate]] = {}
+    for name, gate in gates.items():
+        weight = weights[name]
+        if weight.block is not None and backward_pass.known():
+            callers.setdefault(weight.block, {})[name] = gate
+        elif weight.parameter.ndim == 3:  # stacked experts are read once for each expert
+            callers.setdefault(weight.module, {})[name] = gate
+    for module, of in callers.items():
+        call = Call(module, weights, of)
+        for gate in of.values():
+            gate.share(call)
     return Gates.of(gates)
 
 
@@ -47,9 +57,8 @@ def detach(weights: Mapping[str, Weight]) -> None:
             chains: Any = weight.module.parametrizations
             gate = chains[weight.tensor][0]
             parametrize.remove_parametrizations(weight.module, weight.tensor, leave_parametrized=False)
-            for hook in gate.hooks:
-                hook.remove()
-            gate.hooks.clear()
+            if gate.call is not None:
+                gate.call.remove()
 
 
 def restore(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, "Stored"]) -> Gates[Any]:
@@ -120,9 +129,3 @@ def gate_kind(name: str) -> type[Gate]:
 def gate_kinds() -> dict[str, type[Gate]]:
     """Return the kinds of gates by class name: those of this package, and those defined in other imported modules."""
     return imported_kinds(Gate)
-
-
-def _cache_during_calls(module: nn.Module, gate: Gate) -> None:
-    """Register hooks that cache the gate's masked weight from the start to the end of each call of ``module``."""
-    gate.hooks.append(module.register_forward_pre_hook(lambda *_: gate.begin_call()))
-    gate.hooks.append(module.register_forward_hook(lambda *_: gate.end_call(), always_call=True))

@@ -4,7 +4,8 @@ Paper: https://arxiv.org/abs/2605.17289. Legend of suffixes: R, C = rows and col
 dimensions but the last, and the last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateState
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.compiled import compiled, rows
-from leap_pl.kernels.noise import columns, element_bits, initial_noise, logistic_in_bits
+from leap_pl.kernels.gpu import has_kernels
+from leap_pl.kernels.noise import columns, element_bits, initial_noise, logistic_in_bits, noise_keys
 from leap_pl.kernels.powers import exp2
 from leap_pl.masks.top_k import Cut, exact_top_k
+
+MOST = 32  # weights of one autograd node, and so of one launch
 
 
 class BernoulliGates(Gates["BernoulliGate"]):
@@ -85,9 +89,35 @@ class BernoulliGate(Gate):
 
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the relaxed masked weight and its sums; see :meth:`Gate.soften`."""
-        state = self.state
-        noise = columns(weight.shape[-1], weight.device), key_0, key_1, state.slope, state.sharpness
-        return MaskedWeight.apply(self.logits, weight, noise)
+        noise = Noise((int(key_0), int(key_1)), self.state.slope, self.state.sharpness)
+        masked, kept, energy = MaskedWeights.apply(noise, self.logits, weight)
+        return masked, kept, energy
+
+    @classmethod
+    def soften_all(
+        cls, gates: "Sequence[BernoulliGate]", weights: Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Compute the weights of a block in one autograd node, and on a GPU in one launch; see :meth:`Gate.soften_all`.
+
+        Logits of one data type and weights of one data type make one node, of at most MOST weights.
+        """
+        alike: dict[Any, list[int]] = {}
+        for index, (gate, weight) in enumerate(zip(gates, weights, strict=True)):
+            alike.setdefault((gate.logits.dtype, weight.dtype, weight.device), []).append(index)
+        softened: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for found in alike.values():
+            for start in range(0, len(found), MOST):
+                some = found[start : start + MOST]
+                softened |= zip(some, cls._soften([gates[i] for i in some], [weights[i] for i in some]), strict=True)
+        return [softened[index] for index in range(len(gates))]
+
+    @staticmethod
+    def _soften(gates: "Sequence[BernoulliGate]", weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        state, count = gates[0].state, len(gates)
+        keys = [key for gate in gates for key in noise_keys(state.seed, state.step, state.micro_batch, gate.name)]
+        noise = Noise(tuple(keys), state.slope, state.sharpness)
+        results = MaskedWeights.apply(noise, *(gate.logits for gate in gates), *weights)
+        return zip(results[:count], results[count : 2 * count], results[2 * count :], strict=True)
 
     @torch.no_grad()
     def start_from(self, prior: Tensor | None, seed: int) -> None:
@@ -108,32 +138,88 @@ class BernoulliGate(Gate):
         return self.cut.mask(self.held())
 
 
-class MaskedWeight(torch.autograd.Function):
-    """Autograd function (θ, W) → (W̃, ΣM, Σ(M·W)²) whose backward pass recomputes mask and noise.
+class Noise:
+    """Arguments of the kernels that set the noise of some weights and harden their masks.
 
-    With m = M and the gradients G of W̃, a of ΣM and b of Σ(M·W)²:
-    dθ = (G·W + a + 2b·m·W²) · m(1 − m) · α/τ.
+    Attributes:
+        keys: Two noise keys for each weight.
+        slope: α/τ, float32 scalar tensor on the CPU.
+        sharpness: 1/τ, likewise.
+    """
+
+    def __init__(self, keys: tuple[int, ...], slope: Tensor, sharpness: Tensor) -> None:
+        self.keys, self.slope, self.sharpness = keys, slope, sharpness
+
+    @cached_property
+    def scalars(self) -> tuple[Tensor, ...]:
+        """Return the keys as int32 scalar tensors on the CPU."""
+        return torch.tensor(self.keys, dtype=torch.int32, device="cpu").unbind()
+
+    def of(self, index: int, weight_RC: Tensor) -> tuple[Tensor, ...]:
+        """Return the arguments of a kernel of one weight, from the column numbers on."""
+        keys = self.scalars[2 * index : 2 * index + 2]
+        return columns(weight_RC.shape[-1], weight_RC.device), *keys, self.slope, self.sharpness
+
+
+class MaskedWeights(torch.autograd.Function):
+    """Autograd function (θ₁ … θₙ, W₁ … Wₙ) → (W̃₁ … W̃ₙ, ΣM₁ … ΣMₙ, Σ(M₁·W₁)² … Σ(Mₙ·Wₙ)²).
+
+    The backward pass recomputes masks and noise. For each weight, with m = M and the gradients G of W̃, a of ΣM and b
+    of Σ(M·W)²: dθ = (G·W + a + 2b·m·W²) · m(1 − m) · α/τ.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, weight: Tensor, noise: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the masked weight, in the weight's shape and dtype, and the two sums in float32.
-
-        ``noise`` holds the kernels' arguments from the column numbers on. They are never written to, not even the
-        column numbers, which all steps share: so they need not be saved and checked for changes as logits and weight
-        are.
-        """
-        ctx.save_for_backward(logits, weight)
+    def forward(ctx: Any, noise: Noise, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the masked weights, in their weights' shapes and dtypes, and the sums in float32."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        # Never written to, not even the column numbers, which all steps share: it need not be checked for changes.
         ctx.noise = noise
-        masked_RC, kept, energy = mask_forward(rows(logits), rows(weight), *noise)
-        return masked_RC.view(weight.shape), kept, energy
+        logits, weights = _halves(tensors)
+        if has_kernels(weights[0].device):
+            slope, sharpness = float(noise.slope), float(noise.sharpness)
+            masked, sums = torch.ops.leap_pl.mask_forward(logits, weights, noise.keys, slope, sharpness)
+            return *masked, *sums.unbind()
+        results = []
+        for index, (logit, weight) in enumerate(zip(logits, weights, strict=True)):
+            weight_RC = rows(weight)
+            masked_RC, kept, energy = mask_forward(rows(logit), weight_RC, *noise.of(index, weight_RC))
+            results.append((masked_RC.view(weight.shape), kept, energy))
+        return tuple(tensor for group in zip(*results, strict=True) for tensor in group)
 
     @staticmethod
-    def backward(ctx: Any, grad_masked: Tensor, grad_kept: Tensor, grad_energy: Tensor) -> Any:
-        """Return the gradient of the logits; the weight is frozen."""
-        logits, weight = ctx.saved_tensors
-        grad_RC = mask_backward(rows(logits), rows(weight), rows(grad_masked), grad_kept, grad_energy, *ctx.noise)
-        return grad_RC.view(logits.shape), None, None
+    def backward(ctx: Any, *given: Tensor | None) -> Any:
+        """Return the gradients of the logits; the weights are frozen."""
+        noise: Noise = ctx.noise
+        logits, weights = _halves(ctx.saved_tensors)
+        count = len(weights)
+        zeros = _zeros(2, weights[0].device)  # not one: a kernel's arguments are different tensors
+        masked = [torch.zeros_like(w) if g is None else g for g, w in zip(given, weights, strict=False)]
+        kept = [zeros[0] if grad is None else grad for grad in given[count : 2 * count]]
+        energy = [zeros[1] if grad is None else grad for grad in given[2 * count :]]
+        if has_kernels(weights[0].device):
+            slope, sharpness = float(noise.slope), float(noise.sharpness)
+            sums = torch.stack([*kept, *energy])
+            grads = torch.ops.leap_pl.mask_backward(logits, weights, masked, sums, noise.keys, slope, sharpness)
+        else:
+            grads = []
+            for index, (logit, weight) in enumerate(zip(logits, weights, strict=True)):
+                weight_RC = rows(weight)
+                grad_RC = mask_backward(
+                    rows(logit), weight_RC, rows(masked[index]), kept[index], energy[index], *noise.of(index, weight_RC)
+                )
+                grads.append(grad_RC.view(logit.shape))
+        return None, *grads, *[None] * count
+
+
+def _halves(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    half = len(tensors) // 2
+    return tensors[:half], tensors[half:]
+
+
+@lru_cache(maxsize=16)
+def _zeros(count: int, device: torch.device) -> tuple[Tensor, ...]:
+    return torch.zeros(count, dtype=torch.float32, device=device).unbind()
 
 
 def soft_mask(

@@ -1,19 +1,20 @@
 """Abstract gate: logits, state in the run, and the soft, hard and dense forward passes of a weight."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 
 from leap_pl.base_model.weights import Weight
+from leap_pl.gates.calls import Call
 from leap_pl.gates.collection import Gates
 from leap_pl.kernels.compiled import scalar
 from leap_pl.kernels.noise import noise_keys
@@ -38,6 +39,7 @@ class GateState:
         slope: α/τ, computed once for all gates.
         slopes: The further scales divided by τ, by their names.
         sharpness: 1/τ.
+        recomputed: The decoder block that activation checkpointing recomputed last, with its masked weights.
     """
 
     mode: Mode = "soft"
@@ -51,6 +53,7 @@ class GateState:
     slope: Tensor = field(init=False)
     slopes: dict[str, Tensor] = field(init=False)
     sharpness: Tensor = field(init=False)
+    recomputed: Call | None = field(init=False, default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._divide()
@@ -126,6 +129,9 @@ class Gate(nn.Module, ABC):
             TypeError: Something is not defined.
         """
         super().__init_subclass__(**kwargs)
+        if "soften" in vars(cls) and "soften_all" not in vars(cls):
+            # That of a base class computes what the base class defines.
+            cls.soften_all = classmethod(Gate.soften_all.__func__)  # type: ignore[assignment, attr-defined]
         lacking = [name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)]
         collection = getattr(cls, "collection", None)
         if not (isinstance(collection, type) and issubclass(collection, Gates)):
@@ -145,27 +151,35 @@ class Gate(nn.Module, ABC):
         state.set_defaults(self.scales)
         self.kept = None
         self.read = None
-        self.hooks: list[RemovableHandle] = []  # on the weight's module; removed with the gate
-        self._in_call = False
-        self._cached: list[Tensor] = []  # a list: as an attribute, the dense weight would register as a parameter
+        self._call: Callable[[], Call | None] = lambda: None
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight that the layer uses, of the same shape and dtype."""
-        if self._cached:
-            return self._cached[0]
-        masked = self._pass(weight)
-        if self._in_call:
-            self._cached.append(masked)
-        return masked
+        call = self._call()
+        return self.masked(weight) if call is None else call.masked(self, weight)
 
-    def _pass(self, weight: Tensor) -> Tensor:
+    def masked(self, weight: Tensor) -> Tensor:
+        """Compute the weight that the layer uses, whatever a call has cached."""
         if self.state.mode == "dense":
             return weight
         if self.state.mode == "hard":
             return weight.masked_fill(~self.hard_mask(), 0)
         masked, kept, energy = self.soften(weight, *self.keys())
-        self.__dict__.update(kept=kept, energy=energy)  # bypasses the cost of nn.Module.__setattr__
+        self.note(kept, energy)
         return masked
+
+    def note(self, kept: Tensor, energy: Tensor) -> None:
+        """Set the sums of a soft pass."""
+        self.__dict__.update(kept=kept, energy=energy)  # bypasses the cost of nn.Module.__setattr__
+
+    def share(self, call: Call | None) -> None:
+        """Take the masked weight from ``call`` while it runs; None: compute it at each use. The reference is weak."""
+        self._call = (lambda: None) if call is None else ref(call)
+
+    @property
+    def call(self) -> Call | None:
+        """Return the calls in which the masked weight is cached."""
+        return self._call()
 
     def clear(self) -> None:
         """Drop the sums of the previous pass, whose graph has been freed."""
@@ -183,14 +197,6 @@ class Gate(nn.Module, ABC):
         """Return one of the tensors of :meth:`stored`; one that is not in memory is read again at each call."""
         return getattr(self, part).detach() if self.read is None else self.read(part)
 
-    def begin_call(self) -> None:
-        """Start caching: until :meth:`end_call` the masked weight is computed once and reused."""
-        self._in_call, self._cached = True, []
-
-    def end_call(self) -> None:
-        """Stop caching, and free the masked weight."""
-        self._in_call, self._cached = False, []
-
     def keys(self, part: str = "") -> tuple[Tensor, Tensor]:
         """Return the noise keys of this weight, or a ``part`` of its gate, for this micro-batch: int32 scalars."""
         keys = noise_keys(self.state.seed, self.state.step, self.state.micro_batch, self.name + part)
@@ -199,6 +205,11 @@ class Gate(nn.Module, ABC):
     @abstractmethod
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the relaxed masked weight (shape and dtype of ``weight``), ΣM and Σ(M·W)² (float32 scalars)."""
+
+    @classmethod
+    def soften_all(cls, gates: "Sequence[Self]", weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return :meth:`soften` of each gate of a decoder block; kinds that compute them together override this."""
+        return [gate.soften(weight, *gate.keys()) for gate, weight in zip(gates, weights, strict=True)]
 
     @abstractmethod
     def start_from(self, prior: Tensor | None, seed: int) -> None:

@@ -4,6 +4,10 @@ Legend of suffixes: P = patterns, Q = groups, M = elements of a group; ``noise``
 keys, the slope α/τ and the sharpness 1/τ. With m_j the probability that position j is kept, the sum of the softmax
 over the patterns that keep it, and T the probability that the group's tile is dense (0 without tiles), the mask is
 M_j = T + (1 − T)·m_j.
+
+torch.compile makes these kernels on every device. On a GPU each weight is a launch of its own: the gates here are
+baselines, of many numbers of patterns, and Bernoulli gates are what is learned at scale
+(:mod:`leap_pl.kernels.gpu`).
 """
 
 from collections.abc import Callable, Sequence

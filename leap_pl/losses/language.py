@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leap_pl.base_model.backbone import Head
 from leap_pl.kernels.compiled import compiled, scalar
+from leap_pl.kernels.gpu import has_kernels
 from leap_pl.kernels.noise import columns
 
 
@@ -84,9 +85,9 @@ class _Fused(torch.autograd.Function):
                 logits_CV = head(hidden_CD)
             target_C, token_V = targets_T[part].int(), columns(logits_CV.shape[-1], device)
             if teacher_TD is None:
-                lm_sum, grad_CV = lm_loss(logits_CV.detach(), target_C, token_V, lm_weight)
+                lm_sum, grad_CV = _lm_loss(logits_CV.detach(), target_C, token_V, lm_weight)
             else:
-                lm_sum, kl_sum, grad_CV = distillation_loss(
+                lm_sum, kl_sum, grad_CV = _distillation_loss(
                     logits_CV.detach(), head(teacher_TD[part]), target_C, token_V, lm_weight, kl_weight, temperature
                 )
                 kl += kl_sum * scale
@@ -101,6 +102,20 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
         (grad_TD,) = ctx.saved_tensors
         return grad_TD * grad_loss.to(grad_TD.dtype), None, None, None, None
+
+
+def _lm_loss(logits_CV: Tensor, target_C: Tensor, token_V: Tensor, lm: Tensor) -> tuple[Tensor, Tensor]:
+    if has_kernels(logits_CV.device):
+        return torch.ops.leap_pl.lm_loss(logits_CV, target_C, float(lm))
+    return lm_loss(logits_CV, target_C, token_V, lm)
+
+
+def _distillation_loss(
+    logits_CV: Tensor, teacher_CV: Tensor, target_C: Tensor, token_V: Tensor, *weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if has_kernels(logits_CV.device):
+        return torch.ops.leap_pl.distillation_loss(logits_CV, teacher_CV, target_C, *map(float, weights))
+    return distillation_loss(logits_CV, teacher_CV, target_C, token_V, *weights)
 
 
 @compiled

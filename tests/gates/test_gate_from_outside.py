@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import fit_flags, refused
+from tiny import tiny_model
+from torch import Tensor
 
+from leap_pl.base_model.weights import find_weights
 from leap_pl.checkpoints.layout import masks_from_checkpoint
 from leap_pl.cli.main import main
-from leap_pl.gates import BernoulliGate, Gate, Gates, GateState, NMGate, gate_kinds
+from leap_pl.gates import BernoulliGate, Gate, Gates, GateState, NMGate, attach, detach, gate_kinds
 from leap_pl.masks import MaskSet
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -240,3 +243,27 @@ def test_gates_of_one_model_are_of_one_kind(rows: ModuleType) -> None:
     assert len(Gates.of({})) == 0
     with pytest.raises(ValueError, match="there are no gates"):
         Gates.of({}).describe()
+
+
+def test_a_kind_with_its_own_softening_is_softened_by_it_in_a_block_too() -> None:
+    class Halved(BernoulliGate):
+        def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            masked, kept, energy = super().soften(weight, key_0, key_1)
+            return masked / 2, kept, energy
+
+    class Named(BernoulliGate):
+        pass
+
+    model = tiny_model()
+    weights, state = find_weights(model), GateState()
+    seen: list[Tensor] = []
+    for kind in (Named, Halved):
+        gates = attach(weights, kind, state)
+        for gate in gates.values():
+            gate.start_from(None, 0)
+        weight = next(iter(weights.values()))
+        hook = weight.module.register_forward_hook(lambda module, *_: seen.append(module.weight.detach()))
+        model(torch.arange(8)[None])
+        hook.remove()
+        detach(weights)
+    assert torch.equal(seen[1], seen[0] / 2)

@@ -301,15 +301,16 @@ def test_activation_checkpointing_gives_the_same_mask_and_bit_equal_gradients(fa
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         passes: dict[str, list[Tensor]] = {name: [] for name in gates}
-        soften = BernoulliGate.soften
+        soften = BernoulliGate.soften_all
         with pytest.MonkeyPatch.context() as patch:
 
-            def watched(self: BernoulliGate, *args: Tensor, soften: Any = soften, passes: Any = passes) -> Any:
-                result = soften(self, *args)
-                passes[self.name].append(result[0].detach().clone())
-                return result
+            def watched(gates: Any, weights: Any, soften: Any = soften, passes: Any = passes) -> Any:
+                results = soften(gates, weights)
+                for gate, result in zip(gates, results, strict=True):
+                    passes[gate.name].append(result[0].detach().clone())
+                return results
 
-            patch.setattr(BernoulliGate, "soften", watched)
+            patch.setattr(BernoulliGate, "soften_all", watched)
             found.append((gradients(model, gates), passes))
     (plain, first), (recomputed, second) = found
     for name in plain:
@@ -324,13 +325,15 @@ def test_stacked_experts_have_their_mask_made_once_a_call(monkeypatch: pytest.Mo
     model, weights, gates, _ = gated("mixtral")
     model.set_experts_implementation(implementation)
     made: list[str] = []
-    soften = BernoulliGate.soften
-    monkeypatch.setattr(BernoulliGate, "soften", lambda self, *a: (made.append(self.name), soften(self, *a))[1])
+    soften = BernoulliGate.soften_all
+    monkeypatch.setattr(
+        BernoulliGate, "soften_all", lambda gates, w: (made.extend(gate.name for gate in gates), soften(gates, w))[1]
+    )
     for _ in range(2):
         made.clear()
         gradients(model, gates)
         assert sorted(made) == sorted(weights)
-    assert all(gate._cached == [] for gate in gates.values())
+    assert all(gate.call._masked == {} for gate in gates.values())
 
 
 def test_stacked_experts_by_two_implementations() -> None:
@@ -357,4 +360,4 @@ def test_an_error_in_the_middle_of_the_experts_leaves_no_mask_behind() -> None:
         expected = model(IDS).logits
         state.step = 1
         assert not torch.equal(model(IDS).logits, expected)
-    assert all(gate._cached == [] and not gate._in_call for gate in gates.values())
+    assert all(gate.call._masked == {} and not gate.call.running for gate in gates.values())

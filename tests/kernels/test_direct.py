@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from leap_pl.kernels import compiled as compiling
 from leap_pl.kernels.compiled import OPTIONS, can_compile
 from leap_pl.kernels.direct import DirectKernel
 
@@ -185,3 +186,11 @@ def test_of_a_torch_that_makes_other_code_every_call_goes_through_it(
     for _ in range(3):
         assert checked(kernel, torch.randn(4, 30), torch.randn(4, 30), torch.randn(()))
     assert not kernel._calls
+
+
+def test_only_code_for_a_cpu_is_called_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(compiling, "_try", lambda backend, device: tried.append((backend.__name__, device.type)))
+    assert compiling._find_backend(torch.device("cpu")) is DirectKernel
+    assert compiling._find_backend(torch.device("cuda")) is compiling._torch_compile
+    assert tried == [("DirectKernel", "cpu"), ("_torch_compile", "cuda")]

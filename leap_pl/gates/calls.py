@@ -1,0 +1,91 @@
+"""Calls of a module, such as a decoder block, during which the masked weights of its gates are computed once."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from leap_pl.base_model.weights import Weight
+from leap_pl.kernels import backward_pass
+
+if TYPE_CHECKING:
+    from leap_pl.gates.gate import Gate
+
+
+class Call:
+    """Cache of the masked weights of some gates, from the start to the end of each call of one module.
+
+    Softened weights are computed all together when the first is used (:meth:`.Gate.soften_all`), others one by one. So
+    a module of stacked experts, which reads its weights once for each expert, costs one computation, and the gates of a
+    decoder block cost one autograd node.
+
+    Activation checkpointing runs the forward of a decoder block again within the backward pass, and some versions of
+    transformers without the module's hooks. There the cache is kept until another module is recomputed, or called.
+
+    Attributes:
+        running: Whether the module is being called.
+    """
+
+    def __init__(self, module: nn.Module, weights: Mapping[str, Weight], gates: "Mapping[str, Gate]") -> None:
+        """Watch the calls of ``module``; its hooks keep this object alive, and the gates refer to it weakly."""
+        self.running = False
+        self._weights = [weights[name] for name in gates]
+        self._gates = list(gates.values())
+        self._state = self._gates[0].state
+        self._masked: dict[str, Tensor] = {}
+        self._task = backward_pass.NONE
+        self._hooks = [
+            module.register_forward_pre_hook(lambda *_: self._begin()),
+            # Also after an exception: recomputation under activation checkpointing ends with one.
+            module.register_forward_hook(lambda *_: self._end(), always_call=True),
+        ]
+
+    def masked(self, gate: "Gate", weight: Tensor) -> Tensor:
+        """Return the masked weight of one of the gates, whose frozen weight is ``weight``."""
+        if not self.running and not self._recomputing():
+            return gate.masked(weight)
+        found = self._masked.get(gate.name)
+        if found is None:
+            if gate.state.mode == "soft":
+                self._soften()
+            else:
+                self._masked[gate.name] = gate.masked(weight)
+            found = self._masked[gate.name]
+        return found
+
+    def _soften(self) -> None:
+        # Looked up in each call: a sharded run replaces its parameters.
+        softened = type(self._gates[0]).soften_all(self._gates, [weight.parameter for weight in self._weights])
+        for gate, (masked, kept, energy) in zip(self._gates, softened, strict=True):
+            gate.note(kept, energy)
+            self._masked[gate.name] = masked
+
+    def _recomputing(self) -> bool:
+        """Return whether this is a backward pass; the first use in it drops what is cached, here and of the last."""
+        task = backward_pass.running()
+        if task == backward_pass.NONE:
+            return False
+        last = self._state.recomputed
+        if last is not self or task != self._task:
+            if last is not None:
+                last.clear()
+            self._masked, self._task, self._state.recomputed = {}, task, self
+        return True
+
+    def _begin(self) -> None:
+        last, self._state.recomputed = self._state.recomputed, None
+        if last is not None:
+            last.clear()
+        self.running, self._masked = True, {}
+
+    def _end(self) -> None:
+        self.running, self._masked = False, {}
+
+    def clear(self) -> None:
+        """Drop the masked weights."""
+        self._masked = {}
+
+    def remove(self) -> None:
+        """Stop watching the module."""
+        for hook in self._hooks:
+            hook.remove()

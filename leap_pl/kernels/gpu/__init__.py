@@ -1,0 +1,32 @@
+"""Triton kernels for CUDA, each behind an operator of ``torch.ops.leap_pl`` and tested in Triton's interpreter.
+
+What torch.compile generates for a GPU can be looked at and tested only where there is one. These kernels are the same
+code everywhere: the tests run them on a CPU, bit by bit against the eager operations, and compile them for the GPUs
+of several generations. On a GPU they also launch once for all gates of a decoder block, not once for each.
+"""
+
+import importlib
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from leap_pl.errors import warn_once
+
+DEVICES = {"cuda"}  # types of the devices on which the operators run; the tests add the CPU, for the interpreter
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Return whether the operators of this package run on ``device``; with ``LEAP_PL_COMPILE=0``, none does."""
+    return device.type in DEVICES and os.environ.get("LEAP_PL_COMPILE") != "0" and _found()
+
+
+@cache
+def _found() -> bool:
+    if find_spec("triton") is not None:
+        for module in ("masks", "losses"):  # define the operators
+            importlib.import_module(f"{__name__}.{module}")
+        return True
+    warn_once("Triton is not installed, so gates and losses run on the GPU uncompiled, many times slower: install it.")
+    return False
