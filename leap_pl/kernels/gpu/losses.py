@@ -16,7 +16,8 @@ BLOCK = 4096  # tokens of the vocabulary at a time
 def _normalise(highest, total, score_B):
     """Return the maximum and Σ exp(score − maximum) after another block; −inf is a score beyond the vocabulary."""
     new = tl.maximum(highest, tl.max(score_B))
-    return new, total * tl.exp(highest - new) + tl.sum(tl.exp(score_B - new))
+    base = tl.where(new == -float("inf"), 0.0, new)  # of scores that are all −inf; −inf − −inf would be NaN
+    return new, total * tl.exp(highest - base) + tl.sum(tl.exp(score_B - base))
 
 
 @triton.jit
@@ -76,7 +77,8 @@ def lm_loss(logits_CV: Tensor, target_C: Tensor, lm: float) -> tuple[Tensor, Ten
     logits_CV = logits_CV.contiguous()
     losses_C, grad_CV = _losses_of(logits_CV), torch.empty_like(logits_CV)
     count, vocabulary = logits_CV.shape
-    _lm[(count,)](logits_CV, target_C, losses_C, grad_CV, lm, vocabulary, BLOCK, num_warps=8)
+    with torch.cuda.device_of(logits_CV):
+        _lm[(count,)](logits_CV, target_C, losses_C, grad_CV, lm, vocabulary, BLOCK, num_warps=8)
     return losses_C.sum(), grad_CV
 
 
@@ -90,10 +92,11 @@ def distillation_loss(
     logits_CV, teacher_CV = logits_CV.contiguous(), teacher_CV.contiguous()
     losses_C, divergences_C, grad_CV = _losses_of(logits_CV), _losses_of(logits_CV), torch.empty_like(logits_CV)
     count, vocabulary = logits_CV.shape
-    _distillation[(count,)](
-        logits_CV, teacher_CV, target_C, losses_C, divergences_C, grad_CV, lm, distillation, temperature, vocabulary,
-        BLOCK, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits_CV):
+        _distillation[(count,)](
+            logits_CV, teacher_CV, target_C, losses_C, divergences_C, grad_CV,
+            lm, distillation, temperature, vocabulary, BLOCK, num_warps=8,
+        )  # fmt: skip
     return losses_C.sum(), divergences_C.sum(), grad_CV
 
 

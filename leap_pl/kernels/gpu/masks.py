@@ -193,11 +193,12 @@ def mask_forward(
     partials = torch.empty(2 * programs, dtype=torch.float32, device=weights[0].device)
     sums = torch.empty(2 * count, dtype=torch.float32, device=weights[0].device)
     aligned = plan.aligned and _aligned(logits, weights, masked)
-    _forward[(programs,)](
-        tuple(logits), tuple(weights), tuple(masked), partials, plan.starts, plan.heights, plan.widths,
-        *_split(keys), slope, sharpness, count, ROWS, COLUMNS, aligned, **EXACT,
-    )  # fmt: skip
-    _add[(count, 2)](partials, sums, plan.starts, plain(programs), count, 256)
+    with torch.cuda.device_of(weights[0]):  # where kernels are launched
+        _forward[(programs,)](
+            tuple(logits), tuple(weights), tuple(masked), partials, plan.starts, plan.heights, plan.widths,
+            *_split(keys), slope, sharpness, count, ROWS, COLUMNS, aligned, **EXACT,
+        )  # fmt: skip
+        _add[(count, 2)](partials, sums, plan.starts, plain(programs), count, 256)
     return masked, sums
 
 
@@ -224,10 +225,11 @@ def mask_backward(
     logits, weights, grads_masked = _contiguous(logits), _contiguous(weights), _contiguous(grads_masked)
     plan, grads = plan_of(tuple(weight.shape for weight in weights)), [torch.empty_like(each) for each in logits]
     aligned = plan.aligned and _aligned(logits, weights, grads_masked, grads)
-    _backward[(plan.programs,)](
-        tuple(logits), tuple(weights), tuple(grads_masked), grad_sums, tuple(grads), plan.starts, plan.heights,
-        plan.widths, *_split(keys), slope, sharpness, len(weights), ROWS, COLUMNS, aligned, **EXACT,
-    )  # fmt: skip
+    with torch.cuda.device_of(weights[0]):
+        _backward[(plan.programs,)](
+            tuple(logits), tuple(weights), tuple(grads_masked), grad_sums, tuple(grads), plan.starts, plan.heights,
+            plan.widths, *_split(keys), slope, sharpness, len(weights), ROWS, COLUMNS, aligned, **EXACT,
+        )  # fmt: skip
     return grads
 
 
