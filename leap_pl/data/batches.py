@@ -23,6 +23,11 @@ Batch = dict[str, Any]
 
 CHARACTERS_A_TOKEN = 4  # about, of English; of other texts it is less
 MOST_AHEAD = 32  # chunks of up to about 128 KiB, in shared memory, of which containers often have 64 MiB
+OF_JOB = (
+    signal.SIGUSR1,
+    signal.SIGINT,
+    signal.SIGTERM,
+)  # signals that a scheduler or a terminal sends to all processes
 PARALLEL = "TOKENIZERS_PARALLELISM"  # whether the tokenizer starts threads of its own
 
 
@@ -233,9 +238,11 @@ def _start_workers(start: Callable[[], Iterator[Any]]) -> tuple[Iterator[Any], l
     others = {*active_children()}
     # The tokenizer's own threads do not survive a fork, about which it would warn in every worker.
     os.environ.setdefault(PARALLEL, "false")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_JOB)  # which a worker inherits, until it handles them
     try:
         items = start()
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if parallel is None:
             del os.environ[PARALLEL]
         if signal.getsignal(signal.SIGCHLD) != before:  # torch sets it in the main thread only, once in a process
@@ -251,6 +258,7 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_JOB)
 
 
 def _identity(item: Any) -> Any:

@@ -1,8 +1,13 @@
 """TextDataModule in a real Trainer: length, resume at the exact next block, validation, mistakes."""
 
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from tiny import byte_tokenizer
 
-from leap_pl.data import TextDataModule
+from leap_pl.data import TextDataModule, batches
 from leap_pl.errors import UserError
 
 TOKENIZER = byte_tokenizer()
@@ -311,3 +316,24 @@ def test_workers_do_not_wait_for_the_tokenizers_threads(tmp_path: Path, monkeypa
     loader = data.train_loader(4)
     loader.timeout = 60
     assert len(list(loader)) == 4
+
+
+def test_a_signal_to_all_processes_spares_workers_that_have_just_started(
+    files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They inherit no handler that spares them, and set their own only once they run."""
+    others, ready = {*multiprocessing.active_children()}, batches._start_worker
+
+    def slowly(worker: int) -> None:
+        time.sleep(1)
+        ready(worker)
+
+    def to_workers() -> None:
+        for child in {*multiprocessing.active_children()} - others:
+            os.kill(child.pid or 0, signal.SIGTERM)
+
+    monkeypatch.setattr(batches, "_start_worker", slowly)
+    timer = threading.Timer(0.5, to_workers)
+    timer.start()
+    assert len(list(module_for(files, num_workers=2).train_loader(9))) == 9
+    timer.join()
