@@ -18,7 +18,7 @@ from leap_pl.gates.gate import Gate, GateState
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.compiled import compiled, rows
 from leap_pl.kernels.gpu import has_kernels
-from leap_pl.kernels.noise import columns, element_bits, initial_noise, logistic_in_bits, noise_keys
+from leap_pl.kernels.noise import columns, element_bits, initial_noise, logistic_in_bits
 from leap_pl.kernels.powers import exp2
 from leap_pl.masks.top_k import Cut, exact_top_k
 
@@ -114,7 +114,7 @@ class BernoulliGate(Gate):
     @staticmethod
     def _soften(gates: "Sequence[BernoulliGate]", weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         state, count = gates[0].state, len(gates)
-        keys = [key for gate in gates for key in noise_keys(state.seed, state.step, state.micro_batch, gate.name)]
+        keys = [key for gate in gates for key in gate.key_numbers()]
         noise = Noise(tuple(keys), state.slope, state.sharpness)
         results = MaskedWeights.apply(noise, *(gate.logits for gate in gates), *weights)
         return zip(results[:count], results[count : 2 * count], results[2 * count :], strict=True)

@@ -198,9 +198,13 @@ class Gate(nn.Module, ABC):
         return getattr(self, part).detach() if self.read is None else self.read(part)
 
     def keys(self, part: str = "") -> tuple[Tensor, Tensor]:
-        """Return the noise keys of this weight, or a ``part`` of its gate, for this micro-batch: int32 scalars."""
-        keys = noise_keys(self.state.seed, self.state.step, self.state.micro_batch, self.name + part)
-        return scalar(keys[0], torch.int32), scalar(keys[1], torch.int32)
+        """Return the noise keys of :meth:`key_numbers` as int32 scalar tensors."""
+        first, second = self.key_numbers(part)
+        return scalar(first, torch.int32), scalar(second, torch.int32)
+
+    def key_numbers(self, part: str = "") -> tuple[int, int]:
+        """Return the noise keys of this weight, or a ``part`` of its gate, for this micro-batch."""
+        return noise_keys(self.state.seed, self.state.step, self.state.micro_batch, self.name + part)
 
     @abstractmethod
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:

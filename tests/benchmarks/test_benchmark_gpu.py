@@ -116,13 +116,13 @@ def test_another_bit_of_noise_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("eager")
 def test_a_run_that_does_not_resume_exactly_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Noise that goes by the number of passes, and not by the step."""
-    place, keys, passes = runs.Place.make(CPU, tmp_path), BernoulliGate.keys, [0]
+    place, keys, passes = runs.Place.make(CPU, tmp_path), BernoulliGate.key_numbers, [0]
 
-    def counted(self: BernoulliGate, part: str = "") -> tuple[Tensor, Tensor]:
+    def counted(self: BernoulliGate, part: str = "") -> tuple[int, int]:
         passes[0] += 1
         return keys(self, f"{part} {passes[0]}")
 
-    monkeypatch.setattr(BernoulliGate, "keys", counted)
+    monkeypatch.setattr(BernoulliGate, "key_numbers", counted)
     every = checks.checks_of(place, large=False)
     (row,) = checks.run({"resume": every["resume: bit for bit, math attention"]})
     assert row["result"] == "FAIL"
