@@ -23,11 +23,8 @@ Batch = dict[str, Any]
 
 CHARACTERS_A_TOKEN = 4  # about, of English; of other texts it is less
 MOST_AHEAD = 32  # chunks of up to about 128 KiB, in shared memory, of which containers often have 64 MiB
-OF_JOB = (
-    signal.SIGUSR1,
-    signal.SIGINT,
-    signal.SIGTERM,
-)  # signals that a scheduler or a terminal sends to all processes
+# Signals that a scheduler or a terminal sends to all processes.
+OF_JOB = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
 PARALLEL = "TOKENIZERS_PARALLELISM"  # whether the tokenizer starts threads of its own
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -30,8 +31,8 @@ class Call:
         """Watch the calls of ``module``; its hooks keep this object alive, and the gates refer to it weakly."""
         self.running = False
         self._weights = [weights[name] for name in gates]
-        self._gates = list(gates.values())
-        self._state = self._gates[0].state
+        self._gates = dict(gates)
+        self._state = next(iter(gates.values())).state
         self._masked: dict[str, Tensor] = {}
         self._task = backward_pass.NONE
         self._hooks = [
@@ -42,7 +43,8 @@ class Call:
 
     def masked(self, gate: "Gate", weight: Tensor) -> Tensor:
         """Return the masked weight of one of the gates, whose frozen weight is ``weight``."""
-        if not self.running and not self._recomputing():
+        # A gate of a deep copy of the model refers to these calls too, and its mask is another.
+        if self._gates.get(gate.name) is not gate or not (self.running or self._recomputing()):
             return gate.masked(weight)
         found = self._masked.get(gate.name)
         if found is None:
@@ -55,8 +57,9 @@ class Call:
 
     def _soften(self) -> None:
         # Looked up in each call: a sharded run replaces its parameters.
-        softened = type(self._gates[0]).soften_all(self._gates, [weight.parameter for weight in self._weights])
-        for gate, (masked, kept, energy) in zip(self._gates, softened, strict=True):
+        gates = [*self._gates.values()]
+        softened = type(gates[0]).soften_all(gates, [weight.parameter for weight in self._weights])
+        for gate, (masked, kept, energy) in zip(gates, softened, strict=True):
             gate.note(kept, energy)
             self._masked[gate.name] = masked
 
@@ -65,17 +68,18 @@ class Call:
         task = backward_pass.running()
         if task == backward_pass.NONE:
             return False
-        last = self._state.recomputed
-        if last is not self or task != self._task:
-            if last is not None:
-                last.clear()
-            self._masked, self._task, self._state.recomputed = {}, task, self
+        if self._state.recomputed() is not self or task != self._task:
+            self._forget_recomputed()
+            self._masked, self._task, self._state.recomputed = {}, task, ref(self)
         return True
 
-    def _begin(self) -> None:
-        last, self._state.recomputed = self._state.recomputed, None
+    def _forget_recomputed(self) -> None:
+        last = self._state.recomputed()
         if last is not None:
             last.clear()
+
+    def _begin(self) -> None:
+        self._forget_recomputed()
         self.running, self._masked = True, {}
 
     def _end(self) -> None:

@@ -22,6 +22,10 @@ from leap_pl.kernels.noise import noise_keys
 Mode = Literal["soft", "hard", "dense"]
 
 
+def _no_call() -> None:
+    return None
+
+
 @dataclass
 class GateState:
     """State that all gates of a model read at each forward pass; they share one instance by reference.
@@ -39,7 +43,8 @@ class GateState:
         slope: α/τ, computed once for all gates.
         slopes: The further scales divided by τ, by their names.
         sharpness: 1/τ.
-        recomputed: The decoder block that activation checkpointing recomputed last, with its masked weights.
+        recomputed: Function that returns the calls of the decoder block that activation checkpointing recomputed last,
+            with its masked weights; it holds them weakly.
     """
 
     mode: Mode = "soft"
@@ -53,7 +58,9 @@ class GateState:
     slope: Tensor = field(init=False)
     slopes: dict[str, Tensor] = field(init=False)
     sharpness: Tensor = field(init=False)
-    recomputed: Call | None = field(init=False, default=None, repr=False, compare=False)
+    recomputed: Callable[[], Call | None] = field(
+        init=False, default_factory=lambda: _no_call, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         self._divide()
@@ -151,7 +158,7 @@ class Gate(nn.Module, ABC):
         state.set_defaults(self.scales)
         self.kept = None
         self.read = None
-        self._call: Callable[[], Call | None] = lambda: None
+        self._call: Callable[[], Call | None] = _no_call
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight that the layer uses, of the same shape and dtype."""
@@ -172,9 +179,9 @@ class Gate(nn.Module, ABC):
         """Set the sums of a soft pass."""
         self.__dict__.update(kept=kept, energy=energy)  # bypasses the cost of nn.Module.__setattr__
 
-    def share(self, call: Call | None) -> None:
-        """Take the masked weight from ``call`` while it runs; None: compute it at each use. The reference is weak."""
-        self._call = (lambda: None) if call is None else ref(call)
+    def share(self, call: Call) -> None:
+        """Take the masked weight from ``call`` while it runs; the reference is weak."""
+        self._call = ref(call)
 
     @property
     def call(self) -> Call | None:

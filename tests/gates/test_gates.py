@@ -361,3 +361,31 @@ def test_an_error_in_the_middle_of_the_experts_leaves_no_mask_behind() -> None:
         state.step = 1
         assert not torch.equal(model(IDS).logits, expected)
     assert all(gate.call._masked == {} and not gate.call.running for gate in gates.values())
+
+
+def places(model: torch.nn.Module, gates: Any) -> dict[str, str]:
+    """The path of each gate in the model."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {name: paths[id(gate)] for name, gate in gates.items()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_deep_copy_uses_its_own_masks(checkpointing: bool) -> None:
+    model, _, gates, _ = gated("llama")
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    other = copy.deepcopy(model)
+    theirs = {name: other.get_submodule(path) for name, path in places(model, gates).items()}
+    with torch.no_grad():
+        for gate in gates.values():
+            gate.logits.neg_()
+    loss = other(IDS).logits.float().square().mean()
+    loss.backward()
+    alone = {name: gate.logits.grad for name, gate in theirs.items()}
+    assert all(grad is not None for grad in alone.values())
+    with torch.no_grad():
+        assert not torch.equal(other(IDS).logits, model(IDS).logits)
+        for gate in gates.values():
+            gate.logits.neg_()
+        assert torch.equal(other(IDS).logits, model(IDS).logits)

@@ -18,7 +18,7 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
     """In a process of its own: a kernel is interpreted or compiled from the moment of its definition on."""
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(HERE)]
     words += [
-        str(HERE / "cases_gpu.py"),
+        str(HERE / "cases_interpreter.py"),
         "--basetemp",
         str(tmp_path / "cases"),
         "-c",

@@ -53,37 +53,53 @@ def _tile(tile, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _own(values, starts, COUNT: tl.constexpr):
+    """Return that of ``values``, one for each weight, which belongs to the weight of this program."""
+    value = values[0]
+    for i in tl.static_range(1, COUNT):
+        value = tl.where(tl.program_id(0) >= _number(starts[i]), values[i], value)
+    return value
+
+
+@triton.jit
+def _elements(
+    starts, heights, widths, keys_0, keys_1,
+    COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Return this program's elements, (R, C): distance from the weight's first, whether there is one, random bits."""
+    start, height = _number(_own(starts, starts, COUNT)), _number(_own(heights, starts, COUNT))
+    width = _number(_own(widths, starts, COUNT))
+    if ALIGNED:
+        width = tl.multiple_of(width, 16)
+    row_R1, column_1C = _tile(tl.program_id(0) - start, width, ROWS, COLUMNS)
+    key_0, key_1 = _number(_own(keys_0, starts, COUNT)), _number(_own(keys_1, starts, COUNT))
+    inside_RC = (row_R1 < height) & (column_1C < width)
+    return _offsets(row_R1, column_1C, width), inside_RC, element_bits(row_R1, column_1C, key_0, key_1)
+
+
+@triton.jit
+def _address(tensors, starts, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the address of the one of ``tensors`` that belongs to the weight of this program."""
+    address = _own(tensors, starts, COUNT)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
+
+
+@triton.jit
 def _forward(
     logits, weights, masked, partials, starts, heights, widths, keys_0, keys_1, slope, sharpness,
     COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    logit, weight, out = logits[0], weights[0], masked[0]
-    start, height, width, key_0, key_1 = starts[0], heights[0], widths[0], keys_0[0], keys_1[0]
-    for i in tl.static_range(1, COUNT):  # selects the weight of this program
-        here = program >= _number(starts[i])
-        logit, weight, out = (
-            tl.where(here, logits[i], logit),
-            tl.where(here, weights[i], weight),
-            tl.where(here, masked[i], out),
-        )
-        start, height, width = (
-            tl.where(here, starts[i], start),
-            tl.where(here, heights[i], height),
-            tl.where(here, widths[i], width),
-        )
-        key_0, key_1 = tl.where(here, keys_0[i], key_0), tl.where(here, keys_1[i], key_1)
-    start, height, width = _number(start), _number(height), _number(width)
-    key_0, key_1 = _number(key_0), _number(key_1)
-    if ALIGNED:
-        logit, weight, out = tl.multiple_of(logit, 16), tl.multiple_of(weight, 16), tl.multiple_of(out, 16)
-        width = tl.multiple_of(width, 16)
-    row_R1, column_1C = _tile(program - start, width, ROWS, COLUMNS)
-    inside_RC = (row_R1 < height) & (column_1C < width)
-    offset_RC = _offsets(row_R1, column_1C, width)
+    logit, weight = _address(logits, starts, COUNT, ALIGNED), _address(weights, starts, COUNT, ALIGNED)
+    out = _address(masked, starts, COUNT, ALIGNED)
+    offset_RC, inside_RC, bits_RC = _elements(
+        starts, heights, widths, keys_0, keys_1, COUNT, ROWS, COLUMNS, ALIGNED
+    )  # fmt: skip
     logit_RC = tl.load(logit + offset_RC, inside_RC, 0).to(tl.float32)
     weight_RC = tl.load(weight + offset_RC, inside_RC, 0).to(tl.float32)
-    mask_RC = _mask(logit_RC, element_bits(row_R1, column_1C, key_0, key_1), slope, sharpness)
+    mask_RC = _mask(logit_RC, bits_RC, slope, sharpness)
     masked_RC = mask_RC * weight_RC
     tl.store(out + offset_RC, masked_RC.to(out.dtype.element_ty), inside_RC)
     tl.store(partials + program, tl.sum(tl.where(inside_RC, mask_RC, 0)))
@@ -110,34 +126,19 @@ def _backward(
     logits, weights, grads_masked, grad_sums, grads, starts, heights, widths, keys_0, keys_1, slope, sharpness,
     COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    logit, weight, grad_masked, out = logits[0], weights[0], grads_masked[0], grads[0]
-    start, height, width, key_0, key_1 = starts[0], heights[0], widths[0], keys_0[0], keys_1[0]
+    logit, weight = _address(logits, starts, COUNT, ALIGNED), _address(weights, starts, COUNT, ALIGNED)
+    grad_masked, out = _address(grads_masked, starts, COUNT, ALIGNED), _address(grads, starts, COUNT, ALIGNED)
     which = 0
     for i in tl.static_range(1, COUNT):
-        here = program >= _number(starts[i])
-        which = tl.where(here, i, which)
-        logit, weight = tl.where(here, logits[i], logit), tl.where(here, weights[i], weight)
-        grad_masked, out = tl.where(here, grads_masked[i], grad_masked), tl.where(here, grads[i], out)
-        start, height, width = (
-            tl.where(here, starts[i], start),
-            tl.where(here, heights[i], height),
-            tl.where(here, widths[i], width),
-        )
-        key_0, key_1 = tl.where(here, keys_0[i], key_0), tl.where(here, keys_1[i], key_1)
-    start, height, width = _number(start), _number(height), _number(width)
-    key_0, key_1 = _number(key_0), _number(key_1)
-    if ALIGNED:
-        logit, weight = tl.multiple_of(logit, 16), tl.multiple_of(weight, 16)
-        grad_masked, out, width = tl.multiple_of(grad_masked, 16), tl.multiple_of(out, 16), tl.multiple_of(width, 16)
-    row_R1, column_1C = _tile(program - start, width, ROWS, COLUMNS)
-    inside_RC = (row_R1 < height) & (column_1C < width)
-    offset_RC = _offsets(row_R1, column_1C, width)
+        which += (tl.program_id(0) >= _number(starts[i])).to(tl.int32)
+    offset_RC, inside_RC, bits_RC = _elements(
+        starts, heights, widths, keys_0, keys_1, COUNT, ROWS, COLUMNS, ALIGNED
+    )  # fmt: skip
     logit_RC = tl.load(logit + offset_RC, inside_RC, 0).to(tl.float32)
     weight_RC = tl.load(weight + offset_RC, inside_RC, 0).to(tl.float32)
     grad_RC = tl.load(grad_masked + offset_RC, inside_RC, 0).to(tl.float32)
     grad_kept, grad_energy = tl.load(grad_sums + which), tl.load(grad_sums + COUNT + which)
-    mask_RC = _mask(logit_RC, element_bits(row_R1, column_1C, key_0, key_1), slope, sharpness)
+    mask_RC = _mask(logit_RC, bits_RC, slope, sharpness)
     grad_RC = grad_RC + 2 * grad_energy * mask_RC * weight_RC
     grad_RC = (grad_RC * weight_RC + grad_kept) * (mask_RC - mask_RC * mask_RC) * slope
     tl.store(out + offset_RC, grad_RC.to(out.dtype.element_ty), inside_RC)
