@@ -180,12 +180,12 @@ class MaskedWeights(torch.autograd.Function):
             slope, sharpness = float(noise.slope), float(noise.sharpness)
             masked, sums = torch.ops.leap_pl.mask_forward(logits, weights, noise.keys, slope, sharpness)
             return *masked, *sums.unbind()
-        results = []
+        calls = []
         for index, (logit, weight) in enumerate(zip(logits, weights, strict=True)):
             weight_RC = rows(weight)
-            masked_RC, kept, energy = mask_forward(rows(logit), weight_RC, *noise.of(index, weight_RC))
-            results.append((masked_RC.view(weight.shape), kept, energy))
-        return tuple(tensor for group in zip(*results, strict=True) for tensor in group)
+            calls.append((rows(logit), weight_RC, *noise.of(index, weight_RC)))
+        masked_RC, kept, energy = zip(*mask_forward.each(calls), strict=True)
+        return *map(_shaped, masked_RC, weights), *kept, *energy
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> Any:
@@ -202,14 +202,16 @@ class MaskedWeights(torch.autograd.Function):
             sums = torch.stack([*kept, *energy])
             grads = torch.ops.leap_pl.mask_backward(logits, weights, masked, sums, noise.keys, slope, sharpness)
         else:
-            grads = []
-            for index, (logit, weight) in enumerate(zip(logits, weights, strict=True)):
-                weight_RC = rows(weight)
-                grad_RC = mask_backward(
-                    rows(logit), weight_RC, rows(masked[index]), kept[index], energy[index], *noise.of(index, weight_RC)
-                )
-                grads.append(grad_RC.view(logit.shape))
+            calls = []
+            for index, (logit, weight, *upstream) in enumerate(zip(logits, weights, masked, kept, energy, strict=True)):
+                weight_RC, grad_masked_RC = rows(weight), rows(upstream[0])
+                calls.append((rows(logit), weight_RC, grad_masked_RC, *upstream[1:], *noise.of(index, weight_RC)))
+            grads = map(_shaped, mask_backward.each(calls), logits)
         return None, *grads, *[None] * count
+
+
+def _shaped(tensor_RC: Tensor, like: Tensor) -> Tensor:
+    return tensor_RC if like.ndim == 2 else tensor_RC.view(like.shape)  # a view takes half as long as a kernel's call
 
 
 def _halves(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -9,8 +9,9 @@ code runs eagerly, with the same noise, many times slower.
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import update_wrapper
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -18,7 +19,7 @@ from leap_pl.errors import warn_once
 from leap_pl.kernels.direct import DirectKernel
 from leap_pl.kernels.inductor import sizes_apart
 
-Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+Result = TypeVar("Result")
 
 # Multiply and add as one instruction with one rounding (FMA): a gate on a CPU takes a third less time.
 FLAGS = "fast"
@@ -27,40 +28,55 @@ if sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX51
     # width on Intel CPUs and copies in two halves, which stalls the load: gates took twice as long. Inductor has no
     # separate option for this flag.
     FLAGS += " -mprefer-vector-width=512"
-OPTIONS = {"cpp.enable_floating_point_contract_flag": FLAGS}
+# Sizes need no check by the generated code: a call of other sizes is of another kind, or checked by torch.compile.
+OPTIONS = {"cpp.enable_floating_point_contract_flag": FLAGS, "size_asserts": False}
 
-Backend = Callable[[Callable[..., Any], Mapping[str, Any]], Callable[..., Any]]  # kernel and options → compiled
+# Kernel and options → function of the arguments of several calls, which returns their results.
+Backend = Callable[[Callable[..., Any], Mapping[str, Any]], Callable[[Sequence[tuple[Any, ...]]], list[Any]]]
 
 _seconds: dict[str, float] = {}
 _backends: dict[str, Backend | None] = {}  # by device type; None: eager
 
 
-def compiled(kernel: Kernel) -> Kernel:
+class Compiled(Generic[Result]):
+    """Kernel that is compiled for the device of its first argument at its first call."""
+
+    def __init__(self, kernel: Callable[..., Result]) -> None:
+        """Wrap ``kernel``, which takes positional arguments, a tensor first."""
+        update_wrapper(self, kernel)
+        self._kernel = kernel
+        self._fused: dict[Backend, Callable[..., list[Result]]] = {}
+        self._timed: set[str] = set()
+
+    def __call__(self, *arguments: Any) -> Result:
+        """Return the result of the kernel."""
+        return self.each([arguments])[0]
+
+    def each(self, calls: Sequence[tuple[Any, ...]]) -> list[Result]:
+        """Return the results of several calls on one device, such as those of the weights of a decoder block."""
+        device = calls[0][0].device
+        backend = _backend(device)
+        if backend is None:
+            return [self._kernel(*arguments) for arguments in calls]
+        if backend not in self._fused:
+            self._fused[backend] = backend(self._kernel, OPTIONS)
+        fused = self._fused[backend]
+        if device.type in self._timed:
+            return fused(calls)
+        start = time.perf_counter()
+        with sizes_apart():
+            results = fused(calls)
+        _seconds[f"{self._kernel.__name__}[{device.type}]"] = time.perf_counter() - start
+        self._timed.add(device.type)  # only now: after a failed compilation the next call compiles again
+        return results
+
+
+def compiled(kernel: Callable[..., Result]) -> Compiled[Result]:
     """Compile ``kernel`` for the device of its first argument at its first call.
 
     Set ``LEAP_PL_COMPILE=0`` to run everything eagerly.
     """
-
-    def call(first: torch.Tensor, *rest: Any) -> Any:
-        backend = _backend(first.device)
-        if backend is None:
-            return kernel(first, *rest)
-        if backend not in fused:
-            fused[backend] = backend(kernel, OPTIONS)
-        if first.device.type in timed:
-            return fused[backend](first, *rest)
-        start = time.perf_counter()
-        with sizes_apart():
-            result = fused[backend](first, *rest)
-        _seconds[f"{kernel.__name__}[{first.device.type}]"] = time.perf_counter() - start
-        timed.add(first.device.type)  # only now: after a failed compilation the next call compiles again
-        return result
-
-    fused: dict[Backend, Callable[..., Any]] = {}
-    timed: set[str] = set()
-    call.__name__ = kernel.__name__
-    call.__doc__ = kernel.__doc__
-    return call  # type: ignore[return-value]
+    return Compiled(kernel)
 
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -118,8 +134,11 @@ def _find_backend(device: torch.device) -> Backend | None:
     return None
 
 
-def _torch_compile(kernel: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    return torch.compile(kernel, dynamic=True, options=dict(options))
+def _torch_compile(
+    kernel: Callable[..., Any], options: Mapping[str, Any]
+) -> Callable[[Sequence[tuple[Any, ...]]], list[Any]]:
+    fused = torch.compile(kernel, dynamic=True, options=dict(options))
+    return lambda calls: [fused(*arguments) for arguments in calls]
 
 
 def _try(backend: Backend, device: torch.device) -> None:
@@ -131,7 +150,7 @@ def _try(backend: Backend, device: torch.device) -> None:
     kernel, ones = backend(_probe, OPTIONS), torch.ones(4, 8, device=device)
     with sizes_apart():
         for x in (ones, 3 * ones, torch.ones(3, 5, device=device)):
-            added, subtracted = kernel(x, 2 * x)
+            ((added, subtracted),) = kernel([(x, 2 * x)])
             if not (torch.equal(added, 3 * x) and torch.equal(subtracted, -x)):
                 raise RuntimeError("a compiled kernel computes a wrong result")
 

@@ -31,9 +31,14 @@ class DirectKernel:
         self._calls: dict[Hashable, _Call] = {}
         self._seen: list[tuple[Graph, Sequence[Any], Sequence[Any]]] = []  # recorded graph calls: inputs, outputs
 
-    def __call__(self, *arguments: Any) -> Any:
-        """Return the result of the kernel."""
-        kind = _kind(arguments)
+    def __call__(self, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Return the results of the kernel for the arguments of each of ``calls``, on one device."""
+        modes = _modes(calls[0][0].device.type)
+        known: dict[int, Hashable] = {}  # by the identity of a tensor, which several calls may share
+        return [self._result(arguments, modes, known) for arguments in calls]
+
+    def _result(self, arguments: tuple[Any, ...], modes: Hashable, known: dict[int, Hashable]) -> Any:
+        kind = (modes, *[_kind(argument, known) for argument in arguments])
         call = self._calls.get(kind)
         if call is not None:
             return call(arguments)
@@ -87,25 +92,28 @@ class _Call:
         return cls(graph, fixed, tuple(known), single)
 
 
-def _kind(arguments: Sequence[Any]) -> Hashable:
-    """Return the key of a call; code compiled for one call is valid for all calls with the same key."""
-    device = arguments[0].device.type
-    kind: list[Any] = [
+def _modes(device: str) -> Hashable:
+    """Return the modes of torch that compiled code depends on."""
+    return (
         torch.get_num_threads(),
         torch.is_grad_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-    ]
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            kind += (
-                type(argument),
-                argument.shape,
-                argument.stride(),
-                argument.dtype,
-                argument.device,
-                argument.requires_grad,
-            )
-        else:
-            kind.append(argument)
-    return tuple(kind)
+    )
+
+
+def _kind(argument: Any, known: dict[int, Hashable]) -> Hashable:
+    """Return the key of an argument; code compiled for one call is valid for all calls with the same keys."""
+    if not isinstance(argument, Tensor):
+        return argument
+    kind = known.get(id(argument))
+    if kind is None:
+        kind = known[id(argument)] = (
+            type(argument),
+            argument.shape,
+            argument.stride(),
+            argument.dtype,
+            argument.device,
+            argument.requires_grad,
+        )
+    return kind

@@ -58,7 +58,7 @@ def checked(kernel: DirectKernel, *arguments: Any) -> bool:
 
     kernel._checked = count
     try:
-        found = kernel(*arguments)
+        (found,) = kernel([arguments])
     finally:
         kernel._checked = before
     torch.testing.assert_close(found, scaled(*arguments))
@@ -108,30 +108,48 @@ def test_in_any_order_of_kinds_it_is_the_kernel(
     for rows, length, low, across, twice in calls:
         x = torch.randn(rows, length, dtype=torch.bfloat16 if low else torch.float32)
         y = torch.randn(length, rows).T if across else torch.randn(rows, length)
-        found = scale(x, y, torch.tensor(3.0), twice)
+        (found,) = scale([(x, y, torch.tensor(3.0), twice)])
         torch.testing.assert_close(found, scaled(x, y, torch.tensor(3.0), twice), atol=1e-3, rtol=0.01)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    calls=st.lists(st.tuples(st.integers(2, 4), st.integers(2, 9), st.booleans()), min_size=1, max_size=6),
+    shared=st.booleans(),
+)
+def test_several_calls_at_once_are_those_calls(
+    scale: DirectKernel, calls: list[tuple[int, int, bool]], shared: bool
+) -> None:
+    """Arguments that several calls share are looked at once, and calls of several kinds may stand side by side."""
+    by = torch.tensor(3.0)
+    given_calls = [
+        (torch.randn(r, c, dtype=torch.bfloat16 if low else torch.float32), torch.randn(r, c), by if shared else by * 1)
+        for r, c, low in calls
+    ]
+    for found, arguments in zip(scale(given_calls), given_calls, strict=True):
+        torch.testing.assert_close(found, scaled(*arguments), atol=1e-3, rtol=0.01)
 
 
 def test_one_output_and_two_come_back_as_the_kernel_gives_them(make: Callable[[Any], DirectKernel]) -> None:
     shift, x = make(shifted), torch.randn(4, 30)
     for by in (torch.tensor(1.0), torch.tensor(2.0)):
-        assert torch.equal(shift(x, by), x + by)
+        assert torch.equal(*shift([(x, by)]), x + by)
 
 
 def test_a_kernel_that_is_more_than_its_graph_is_never_called_directly(make: Callable[[Any], DirectKernel]) -> None:
     """An argument that is given back is no output of the graph, and one given twice could be either."""
     back, x = make(given_back), torch.randn(4, 30)
     for by in (torch.tensor(1.0), torch.tensor(2.0)):
-        first, second = back(x, by)
+        ((first, second),) = back([(x, by)])
         assert first is x
         assert torch.equal(second, x + by)
     assert not back._calls
     twice = make(scaled)
-    twice(x, x, torch.tensor(1.0))
+    twice([(x, x, torch.tensor(1.0))])
     assert not twice._calls
     y = torch.randn(4, 30)
     for _ in range(2):
-        torch.testing.assert_close(twice(x, y, torch.tensor(1.0)), scaled(x, y, torch.tensor(1.0)))
+        torch.testing.assert_close(twice([(x, y, torch.tensor(1.0))])[0], scaled(x, y, torch.tensor(1.0)))
 
 
 def files_of_python(run: Callable[[], Any]) -> set[Path]:
@@ -155,7 +173,7 @@ def test_a_direct_call_is_one_of_the_generated_code(make: Callable[[Any], Direct
     """Between a kind's lookup and the code that inductor wrote for the kernel there is no Python of torch."""
     kernel = make(scaled)
     arguments = torch.randn(4, 30), torch.randn(4, 30), torch.tensor(2.0)
-    kernel(*arguments)
+    kernel([arguments])
     (call,) = kernel._calls.values()
     inputs = list(call.inputs)
     for place, number in call.tensors:
