@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     rows: list[Row] = []
     for ranks in args.ranks:
-        narrow, wide = (_launch(ranks, LAYERS, width, low_memory=args.low_memory) for width in (256, 512))
+        narrow, wide = (_launch(ranks, LAYERS, width, low_memory=args.low_memory) for width in (512, 1024))
         weights = wide["gated"] - narrow["gated"]
         held, peak = ((wide[moment] - narrow[moment]) / weights for moment in ("held", "peak"))
         row: Row = {"ranks": ranks, "held, bytes a weight": held}

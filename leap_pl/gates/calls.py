@@ -1,7 +1,8 @@
 """Calls of a module, such as a decoder block, during which the masked weights of its gates are computed once."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class Call:
     decoder block cost one autograd node.
 
     Activation checkpointing runs the forward of a decoder block again within the backward pass, and some versions of
-    transformers without the module's hooks. There the cache is kept until another module is recomputed, or called.
+    transformers without the module's hooks. There the cache is kept until the backward pass of the gates themselves begins.
 
     Attributes:
         running: Whether the module is being called.
@@ -59,9 +60,16 @@ class Call:
         # Looked up in each call: a sharded run replaces its parameters.
         gates = [*self._gates.values()]
         softened = type(gates[0]).soften_all(gates, [weight.parameter for weight in self._weights])
+        nodes: dict[Any, list[str]] = {}
         for gate, (masked, kept, energy) in zip(gates, softened, strict=True):
             gate.note(kept, energy)
             self._masked[gate.name] = masked
+            if masked.grad_fn is not None:
+                nodes.setdefault(masked.grad_fn, []).append(gate.name)
+        # When the turn of the gates comes in the backward pass, nothing needs recomputed masked weights any more. The
+        # nodes of the backward pass are those of the forward, not those of a recomputation.
+        for node, names in nodes.items() if self.running else ():
+            node.register_prehook(partial(_drop, ref(self), names))
 
     def _recomputing(self) -> bool:
         """Return whether this is a backward pass; the first use in it drops what is cached, here and of the last."""
@@ -89,7 +97,18 @@ class Call:
         """Drop the masked weights."""
         self._masked = {}
 
+    def drop(self, names: Sequence[str]) -> None:
+        """Drop the masked weights of some gates."""
+        for name in names:
+            self._masked.pop(name, None)
+
     def remove(self) -> None:
         """Stop watching the module."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _drop(reference: "ref[Call]", names: Sequence[str], *_: Any) -> None:
+    call = reference()
+    if call is not None:
+        call.drop(names)
