@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 ARGS ?=
-.PHONY: help quickstart results test test-fast lint notebooks assets assets-eval clean
+.PHONY: help quickstart results test test-fast lint notebooks package assets assets-eval clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -37,6 +37,12 @@ lint: $(VENV)/.installed-dev ## Style and types
 notebooks: $(VENV)/.installed-dev ## Run the notebooks on the embedded model, and keep what they show
 	@$(BIN)/python -m experiments.assets quickstart
 	@$(BIN)/python notebooks/execute.py notebooks/*.ipynb
+
+package: $(VENV)/.installed-dev ## The sdist and the wheel in dist/, checked, and tried in an empty environment
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist . >$(VENV)/build.log 2>&1 || { tail -n 20 $(VENV)/build.log; exit 1; }
+	@$(BIN)/python -m twine check --strict dist/*
+	@$(BIN)/python -m experiments.package dist
 
 assets: $(VENV)/.installed ## The embedded model and text: assets/SmolLM2-135M-Instruct, assets/wikipedia
 	@$(BIN)/python -m experiments.assets quickstart
