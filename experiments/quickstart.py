@@ -134,7 +134,11 @@ def _beside(summary: dict[str, object]) -> str:
     size, dense_size = (summary[f"{name}_megabytes"] for name in ("packed", "dense"))
     speed, dense_speed = (summary[f"{name}_tokens_per_second"] for name in ("packed", "dense"))
     sizes = f"{size:,.0f} MB, dense {dense_size:,.0f} MB"
-    return sizes if speed is None or dense_speed is None else f"{sizes}; {speed:.0f} tokens a second, dense {dense_speed:.0f}"
+    return (
+        sizes
+        if speed is None or dense_speed is None
+        else f"{sizes}; {speed:.0f} tokens a second, dense {dense_speed:.0f}"
+    )
 
 
 def _bin() -> str:

@@ -85,7 +85,7 @@ def read_shapes(folder: Path) -> StoredWeights | None:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Return the safetensors files with the weights of a model folder, one or as its index names them; [] if it has none.
+    """Return the safetensors files with the weights of a model folder, one or those of its index; [] without any.
 
     Raises:
         UserError: The index is invalid, or names a file that is missing or outside the folder.

@@ -79,10 +79,10 @@ def export_command(
 def _report(output_dir: str, masks: "MaskSet | None", facts: dict[str, Any]) -> None:
     from leap_pl.export.card import unfinished
 
-    zeros = facts["zeros_of_base_model_among_kept"]
+    zeros, early = facts["zeros_of_base_model_among_kept"], "" if masks is None else unfinished(masks)
     say(
-        f"{output_dir}: {unfinished(masks) if masks is not None else ''}{facts['removed']:,} of {facts['gated']:,} gated "
-        f"weights removed (sparsity {facts['sparsity']:.6f}), {zeros:,} kept weights were zero in the base model; "
+        f"{output_dir}: {early}{facts['removed']:,} of {facts['gated']:,} gated weights removed "
+        f"(sparsity {facts['sparsity']:.6f}), {zeros:,} kept weights were zero in the base model; "
         "read back and verified."
     )
     if "packed" in facts:

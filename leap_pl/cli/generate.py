@@ -47,19 +47,15 @@ def generate_command(
     from leap_pl.evaluation.generation import bytes_in_memory, continue_prompt
 
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-    loaded = load_model(
-        model, revision=revision, dtype=dtype, memory=memory, trust_remote_code=trust_remote_code
-    )
+    loaded = load_model(model, revision=revision, dtype=dtype, memory=memory, trust_remote_code=trust_remote_code)
     where = move_to_device(loaded, device)
-    made = continue_prompt(
-        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    )
+    made = continue_prompt(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     size = bytes_in_memory(loaded)
     say(made.text, lines=True)
     rate = "" if made.tokens_per_second is None else f", the others at {made.tokens_per_second:.1f} tokens a second"
     say(
-        f"{made.tokens} tokens: the first after {made.first_seconds:.2f} s{rate}; the weights take {size / 1e6:,.0f} MB "
-        f"of memory ({where}, {str(loaded.dtype).removeprefix('torch.')})",
+        f"{made.tokens} tokens: the first after {made.first_seconds:.2f} s{rate}; the weights take "
+        f"{size / 1e6:,.0f} MB of memory ({where}, {str(loaded.dtype).removeprefix('torch.')})",
         sys.stderr,
     )
     return {

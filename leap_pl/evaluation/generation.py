@@ -81,9 +81,7 @@ def continue_prompt(
     with torch.inference_mode(), torch.random.fork_rng(devices, device_type=model.device.type):
         torch.manual_seed(seed)
         started = time.perf_counter()
-        made = model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock
-        )
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
     new = made[0, ids.shape[1] :]
     times = clock.times[1:]  # the first is that of the prompt
     return Continuation(

@@ -97,7 +97,9 @@ def card_of(masks: "MaskSet", facts: Mapping[str, Any]) -> str:
 def _kept(facts: Mapping[str, Any]) -> str:
     zeros = facts["zeros_of_base_model_among_kept"]
     if "rounded_to" in facts:
-        return f"Kept weights are the base model's, rounded to {facts['rounded_to']}; {zeros:,} of them were zero already."
+        return (
+            f"Kept weights are the base model's, rounded to {facts['rounded_to']}; {zeros:,} of them were zero already."
+        )
     return f"Kept weights are the base model's, bit for bit; {zeros:,} of them were zero already."
 
 

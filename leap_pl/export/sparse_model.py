@@ -60,7 +60,7 @@ def recorded_facts(name: str) -> dict[str, Any]:
     """Return what the record of an exported folder says of the model and its mask does not: for the next record.
 
     Returns:
-        ``perplexity``: text → figure; ``rounded_to``: data type that the weights were rounded to. Each only if recorded.
+        ``perplexity``: text → figure; ``rounded_to``: data type that weights were rounded to. Each only if recorded.
     """
     try:
         record = read_json(Path(name).expanduser() / records.RECORD)

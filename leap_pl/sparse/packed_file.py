@@ -40,8 +40,8 @@ from leap_pl.sparse.packed_weight import WORD, PackedWeight
 FORMAT = "leap_pl.packed"
 FORMAT_VERSION = 1
 LAYOUT = (
-    "NAME: values of the kept elements, row after row, by ascending column; NAME_bitmap: int32 (rows, words), bit j from "
-    "the lowest of word k in row r keeps element (r, 32 k + j); NAME_scale: float32 (rows,), factor of int8 values; "
+    "NAME: values of the kept elements, row after row, by ascending column; NAME_bitmap: int32 (rows, words), bit "
+    "j from the lowest of word k in row r keeps element (r, 32 k + j); NAME_scale: float32 (rows,), factor of int8 values; "
     "columns are the last dimension, rows the others; little-endian"
 )
 _NO_SUM = "0" * 8  # until the tensor is written
@@ -170,8 +170,9 @@ def _header(
     return len(text).to_bytes(8, "little") + text, {name: start + place for name, place in places.items()}
 
 
-def _bytes(tensor: Tensor) -> bytes | memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+def _bytes(tensor: Tensor) -> Any:
+    """Return the bytes of a tensor as an object that can be written and summed, without a copy."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
 
 
 # -- read ---------------------------------------------------------------------------------------------------

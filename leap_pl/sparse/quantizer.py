@@ -44,8 +44,8 @@ class PackedConfig(QuantizationConfigMixin):
         """
         if (format, format_version) != (FORMAT, FORMAT_VERSION):
             raise UserError(
-                f"the model is packed in format version {shown(str(format_version), 20)}, and this leap_pl reads version "
-                f"{FORMAT_VERSION}. Update leap_pl: pip install --upgrade leap_pl"
+                f"the model is packed in format version {shown(str(format_version), 20)}, and this leap_pl reads "
+                f"version {FORMAT_VERSION}. Update leap_pl: pip install --upgrade leap_pl"
             )
         if memory not in MEMORY:
             raise UserError(f"memory is {shown(str(memory), 60)}; give {', '.join(MEMORY)}.")
@@ -112,7 +112,8 @@ class PackedQuantizer(HfQuantizer):
             _, owner, tensor = _find(model, name)
             weight = _taken(name, owner, tensor, stored.shape)
             if self._stays_packed(owner, tensor, weight):
-                layer = PackedLinear(weight, owner.bias).train(owner.training)
+                bias: Any = owner.bias
+                layer = PackedLinear(weight, bias).train(owner.training)
                 model.set_submodule(name.rpartition(".")[0], layer)
                 packed += 1
             else:
@@ -142,7 +143,8 @@ class PackedQuantizer(HfQuantizer):
             if isinstance(layer, PackedLinear):
                 dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
                 dense.weight = nn.Parameter(layer.packed.unpack(dtype or self.dtypes[f"{name}.weight"]))
-                dense.bias = layer.bias
+                bias: Any = layer.bias
+                dense.bias = bias
                 model.set_submodule(name, dense.train(layer.training))
         return model
 
@@ -174,6 +176,7 @@ def _taken(name: str, owner: nn.Module, tensor: str, shape: tuple[int, ...]) -> 
     bitmap, scale = (dict(owner.named_buffers(recurse=False)).get(f"{tensor}{suffix}") for suffix in (BITMAP, SCALE))
     for suffix in (BITMAP, SCALE) if scale is not None else (BITMAP,):
         delattr(owner, f"{tensor}{suffix}")
+    assert bitmap is not None
     try:
         return PackedWeight.of(bitmap, values, scale, shape)
     except UserError as error:

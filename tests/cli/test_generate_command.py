@@ -23,7 +23,11 @@ def test_sparse_and_packed_answer_alike(folders: dict[str, Path], capsys: pytest
     made = {}
     for form, memory in (("huggingface", "auto"), ("packed", "auto"), ("packed", "packed"), ("packed", "dense")):
         made[form, memory] = generate_command(
-            str(folders[form]), "the mask", max_new_tokens=12, memory=memory, device="cpu"  # type: ignore[arg-type]
+            str(folders[form]),
+            "the mask",
+            max_new_tokens=12,
+            memory=memory,
+            device="cpu",  # type: ignore[arg-type]
         )
     assert len({one["text"] for one in made.values()}) == 1
     assert made["packed", "packed"]["bytes"] < made["packed", "dense"]["bytes"] == made["huggingface", "auto"]["bytes"]

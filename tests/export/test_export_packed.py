@@ -67,7 +67,9 @@ def test_bytes_a_weight(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "auto" / "model.safetensors")
     parts = [stored[f"{name}{suffix}"] for name in masks.masks for suffix in ("", "_bitmap")]
     assert sum(part.nbytes for part in parts) == facts["bytes"]
-    assert 32 * words == sum(-(-mask.shape[-1] // 32) * 32 * (mask.numel() // mask.shape[-1]) for mask in masks.masks.values())
+    assert 32 * words == sum(
+        -(-mask.shape[-1] // 32) * 32 * (mask.numel() // mask.shape[-1]) for mask in masks.masks.values()
+    )
     assert 2 * density < facts["bytes_per_weight"] < 2 * density + 0.25  # rows of 32 and 48 columns
 
 
@@ -107,10 +109,8 @@ def test_any_sparse_model_packs(tmp_path: Path) -> None:
 
 def test_what_prune_updated_packs_with_its_provenance(tmp_path: Path, text_file: Path) -> None:
     folder = tiny_folder(tmp_path / "base")
-    main(
-        ["prune", f"--model={folder}", "--method=sparsegpt", "--sparsity=0.6", f"--output_dir={tmp_path / 'pruned'}"]
-        + [f"--data={text_file}", "--sequences=2", "--seq_length=32"]
-    )
+    flags = ["--method=sparsegpt", "--sparsity=0.6", "--sequences=2", "--seq_length=32"]
+    main(["prune", f"--model={folder}", f"--output_dir={tmp_path / 'pruned'}", f"--text={text_file}", *flags])
     facts = export_command(str(tmp_path / "out"), model=str(tmp_path / "pruned" / "model"), format="packed")
     assert facts["provenance"]["method"] == "sparsegpt"
     assert facts["sparsity"] == pytest.approx(0.6, abs=0.02)
@@ -131,7 +131,9 @@ def test_a_model_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     masks = sparse_folder(tmp_path / "base")
     save = PreTrainedModel.save_pretrained
     monkeypatch.setattr(
-        PreTrainedModel, "save_pretrained", lambda self, folder, **more: save(self, folder, max_shard_size="9KB", **more)
+        PreTrainedModel,
+        "save_pretrained",
+        lambda self, folder, **more: save(self, folder, max_shard_size="9KB", **more),
     )
     packed(masks, tmp_path, "auto")
     assert len([*(tmp_path / "auto").glob("model-*.safetensors")]) > 2
@@ -146,7 +148,9 @@ def test_a_model_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_packed_folder_that_does_not_read_back_is_not_exported(family: str, tmp_path: Path, monkeypatch) -> None:
     masks = sparse_folder(tmp_path / "base", family)
     masks.save(tmp_path / "mask.safetensors")
-    monkeypatch.setattr(packed_export.PackedWeight, "unpack", lambda self, dtype=None: torch.zeros(self.shape, dtype=dtype))
+    monkeypatch.setattr(
+        packed_export.PackedWeight, "unpack", lambda self, dtype=None: torch.zeros(self.shape, dtype=dtype)
+    )
     words = ["export", f"--mask={tmp_path / 'mask.safetensors'}", f"--output_dir={tmp_path / 'out'}", "--format=packed"]
     with pytest.raises(SystemExit):
         main(words)
@@ -181,11 +185,21 @@ def test_sparse_and_packed_evaluate_and_compare_alike(tmp_path: Path, finished: 
     for form in ("huggingface", "packed"):
         export_command(str(tmp_path / form), mask=str(finished.mask), format=form)  # type: ignore[arg-type]
         output = tmp_path / f"{form}.json"
-        main(["evaluate", f"--model={tmp_path / form}", f"--perplexity={text_file}", "--seq_length=32", f"--output={output}"])
+        main(
+            [
+                "evaluate",
+                f"--model={tmp_path / form}",
+                f"--perplexity={text_file}",
+                "--seq_length=32",
+                f"--output={output}",
+            ]
+        )
         results.append(json.loads(output.read_text()))
     for key in ("sparsity", "method", "config"):
         assert results[0][key] == results[1][key]
     assert results[0]["perplexity"] == results[1]["perplexity"]
     assert results[0]["model"]["mask_digest"] == results[1]["model"]["mask_digest"]
-    entries = read_entries([str(tmp_path / "packed.json"), str(tmp_path / "huggingface.json"), str(tmp_path / "packed")])
+    entries = read_entries(
+        [str(tmp_path / "packed.json"), str(tmp_path / "huggingface.json"), str(tmp_path / "packed")]
+    )
     assert all(entry.mask is not None for entry in entries)

@@ -1,9 +1,9 @@
 """Packed folders in transformers: ``import leap_pl``, then from_pretrained."""
 
-import gc
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from leap_pl.base_model.loading import load_model
 from leap_pl.errors import UserError
+from leap_pl.sparse import registration
 from leap_pl.sparse.packed_linear import PackedLinear
 from leap_pl.sparse.packed_weight import PackedWeight
 
@@ -86,6 +87,7 @@ def test_small_weights_are_dense_in_memory_and_it_says_so(tmp_path: Path) -> Non
 def test_memory_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed: never more than the packed model. Dense: never more than the dense model and one packed weight."""
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # in this thread, where it is counted
+    monkeypatch.setattr("leap_pl.sparse.packed_weight._CHUNK", 64)  # as small beside these weights as beside real ones
     folder, masks = packed_folder(tmp_path)
     largest = 2 * max(mask.numel() for mask in masks.masks.values())
     size = (folder / "model.safetensors").stat().st_size
@@ -110,7 +112,10 @@ class Living(TorchDispatchMode):
         for tensor in made if isinstance(made, list | tuple) else [made]:
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
                 storage = tensor.untyped_storage()
-                self.known[storage._cdata] = (torch.multiprocessing.reductions.StorageWeakRef(storage), storage.nbytes())
+                self.known[storage._cdata] = (
+                    torch.multiprocessing.reductions.StorageWeakRef(storage),
+                    storage.nbytes(),
+                )
         self.known = {key: value for key, value in self.known.items() if not value[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.known.values()))
         return made
@@ -119,32 +124,51 @@ class Living(TorchDispatchMode):
 # -- registration -------------------------------------------------------------------------------------------
 
 
-def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-
-
-def test_import_is_cheap_and_registers_in_any_order(tmp_path: Path) -> None:
+def test_import_is_cheap_and_registers(tmp_path: Path) -> None:
+    """In a process of its own: nothing heavy is imported, and transformers loads the folder when it is imported."""
     folder, _ = packed_folder(tmp_path)
-    load = "from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
-    first = "import sys, leap_pl; assert not {'torch', 'transformers', 'numpy'} & {*sys.modules}; " + load
-    second = f"import sys; from transformers import AutoModelForCausalLM; import leap_pl; {load}"
-    for code in (first, second):
-        done = run(code, str(folder))
-        assert done.returncode == 0, done.stderr
+    code = "import sys, leap_pl; assert not {'torch', 'transformers', 'numpy'} & {*sys.modules}; "
+    code += "from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
-def test_without_leap_pl_the_folder_is_refused(tmp_path: Path) -> None:
+def test_registration_waits_for_one_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any order of imports: when the module with the table is there, or at once; and once."""
+    (tmp_path / "table_of_quantizers.py").write_text("filled = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registration, "TABLE", "table_of_quantizers")
+    registered: list[bool] = []
+    monkeypatch.setattr(registration, "_register", lambda: registered.append("table_of_quantizers" in sys.modules))
+    before = list(sys.meta_path)
+    registration.register_packed_folders()
+    registration.register_packed_folders()
+    assert len(sys.meta_path) == len(before) + 1
+    import table_of_quantizers  # type: ignore[import-not-found]
+
+    assert table_of_quantizers.filled
+    assert sys.meta_path == before
+    registration.register_packed_folders()
+    assert registered == [True, True]
+    del sys.modules["table_of_quantizers"]
+
+
+def test_without_leap_pl_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """And says what it needs: transformers names the method, and the card the command."""
+    from transformers.quantizers import auto
+
     folder, _ = packed_folder(tmp_path)
-    done = run("import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])", str(folder))
-    assert done.returncode == 1
-    assert "Unknown quantization type, got leap_pl" in done.stderr + done.stdout
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "leap_pl")
+    monkeypatch.setattr(auto.logger.parent.parent, "propagate", True)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert "Unknown quantization type, got leap_pl" in caplog.text
     assert "import leap_pl" in (folder / "README.md").read_text()
 
 
 def test_another_transformers_without_quantizers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Importing transformers does not fail because of it."""
     from leap_pl.errors import warn_once
-    from leap_pl.sparse import registration
 
     def missing(name: str) -> None:
         raise ImportError("cannot import name 'register_quantizer'")
@@ -162,21 +186,26 @@ def test_a_dense_model_is_not_packed_while_it_is_loaded(model_folder: Path) -> N
         AutoModelForCausalLM.from_pretrained(
             model_folder, quantization_config=PackedConfig(format="leap_pl.packed", format_version=1)
         )
-    with pytest.raises(UserError, match="memory is 'x'; give auto, packed, dense"):
+    with pytest.raises(UserError, match="memory is x; give auto, packed, dense"):
         PackedConfig("x", format="leap_pl.packed", format_version=1)
 
 
 def test_weights_are_unpacked_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When one is unpacked, none of the packed ones before it is left."""
     folder, masks = packed_folder(tmp_path)
-    left = []
-    unpack = PackedWeight.unpack
+    made: list[weakref.ref[PackedWeight]] = []
+    left: list[int] = []
+    checked, unpack = PackedWeight.of, PackedWeight.unpack
+
+    def kept(*parts: object) -> PackedWeight:
+        made.append(weakref.ref(packed := checked(*parts)))  # type: ignore[arg-type]
+        return packed
 
     def counted(self: PackedWeight, dtype: torch.dtype | None = None) -> torch.Tensor:
-        gc.collect()
-        left.append(sum(isinstance(each, PackedWeight) for each in gc.get_objects()))
+        left.append(sum(each() is not None for each in made))
         return unpack(self, dtype)
 
+    monkeypatch.setattr(PackedWeight, "of", kept)
     monkeypatch.setattr(PackedWeight, "unpack", counted)
     load(folder, "dense")
     assert left == [1] * len(masks.masks)

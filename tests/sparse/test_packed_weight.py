@@ -14,7 +14,7 @@ BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: 
 
 @st.composite
 def weights(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """A weight of any bits, NaN and -0 included, maybe not contiguous, and a mask of any density, maybe with empty rows."""
+    """A weight of any bits, NaN and -0 included, and a mask of any density; maybe not contiguous, with empty rows."""
     shape = draw(st.sampled_from([(1,), (33,), (1, 1), (7, 31), (5, 32), (4, 65), (2, 3, 40), (3, 96)]))
     dtype = draw(st.sampled_from(FLOATS))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -102,7 +102,7 @@ def test_tensors_that_do_not_agree(change, words: str) -> None:
 
 def test_what_cannot_be_packed() -> None:
     every = torch.ones(2, 2, dtype=torch.bool)
-    with pytest.raises(UserError, match="a weight of torch.int32 cannot be packed"):
+    with pytest.raises(UserError, match=r"a weight of torch\.int32 cannot be packed"):
         PackedWeight.pack(torch.ones(2, 2, dtype=torch.int32), every)
     with pytest.raises(UserError, match="int8 cannot represent"):
         PackedWeight.pack(torch.tensor([[1.0, torch.inf], [0, 0]]), every, int8=True)
