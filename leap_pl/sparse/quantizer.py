@@ -134,7 +134,7 @@ class PackedQuantizer(HfQuantizer):
         if self.quantization_config.memory != "dense" and packed < len(self.stored):
             warn_once(
                 f"{len(self.stored) - packed} of {len(self.stored)} packed weights of {type(model).__name__} are dense "
-                "in memory: at their size, or in their kind of layer, a packed weight is not faster."
+                "in memory: of their size, or in their kind of layer, packed ones are not faster."
             )
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -19,6 +19,7 @@ def folders(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict
     return {form: place / form for form in ("huggingface", "packed")}
 
 
+@pytest.mark.filterwarnings("ignore:14 of 14 packed weights")
 def test_sparse_and_packed_answer_alike(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     made = {}
     for form, memory in (("huggingface", "auto"), ("packed", "auto"), ("packed", "packed"), ("packed", "dense")):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leap_pl.base_model.loading import load_model
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, warn_once
 from leap_pl.sparse import registration
 from leap_pl.sparse.packed_linear import PackedLinear
 from leap_pl.sparse.packed_weight import PackedWeight
@@ -62,21 +62,21 @@ def test_a_loaded_model_unpacks(tmp_path: Path) -> None:
 def test_other_types_and_the_model_without_its_head(tmp_path: Path) -> None:
     from transformers import AutoModel
 
+    warn_once.cache_clear()
     folder, masks = packed_folder(tmp_path)
     expected = masked_base(tmp_path, masks).float()
     model = load_model(str(folder), dtype="float32", memory="packed")
     layer = model.model.layers[0].mlp.up_proj
     assert layer.values.dtype == torch.float32
     assert torch.equal(layer.packed.unpack(), expected.model.layers[0].mlp.up_proj.weight)
-    bare = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="dense in memory"):
+        bare = AutoModel.from_pretrained(folder, dtype="auto").float()
     with torch.inference_mode():
         found = bare(IDS).last_hidden_state
         assert torch.allclose(found, expected.model(IDS).last_hidden_state, atol=1e-5)
 
 
 def test_small_weights_are_dense_in_memory_and_it_says_so(tmp_path: Path) -> None:
-    from leap_pl.errors import warn_once
-
     folder, _ = packed_folder(tmp_path)
     warn_once.cache_clear()
     with pytest.warns(UserWarning, match="14 of 14 packed weights of LlamaForCausalLM are dense in memory"):
@@ -168,7 +168,6 @@ def test_without_leap_pl_the_folder_is_refused(tmp_path: Path, monkeypatch: pyte
 
 def test_another_transformers_without_quantizers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Importing transformers does not fail because of it."""
-    from leap_pl.errors import warn_once
 
     def missing(name: str) -> None:
         raise ImportError("cannot import name 'register_quantizer'")
