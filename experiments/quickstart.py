@@ -137,7 +137,7 @@ def _beside(summary: dict[str, object]) -> str:
     return (
         sizes
         if speed is None or dense_speed is None
-        else f"{sizes}; {speed:.0f} tokens a second, dense {dense_speed:.0f}"
+        else f"{sizes}; {speed:.1f} tokens a second, dense {dense_speed:.1f}"
     )
 
 

@@ -40,9 +40,9 @@ from leap_pl.sparse.packed_weight import WORD, PackedWeight
 FORMAT = "leap_pl.packed"
 FORMAT_VERSION = 1
 LAYOUT = (
-    "NAME: values of the kept elements, row after row, by ascending column; NAME_bitmap: int32 (rows, words), bit j from "
-    "the lowest of word k in row r keeps (r, 32 k + j); NAME_scale: float32 (rows,), factor of int8 values; columns are "
-    "the last dimension, rows the others; little-endian"
+    "NAME: values of the kept elements, row after row, by ascending column; NAME_bitmap: int32 (rows, words), bit j "
+    "from the lowest of word k in row r keeps (r, 32 k + j); NAME_scale: float32 (rows,), factor of int8 values; "
+    "columns are the last dimension, rows the others; little-endian"
 )
 _NO_SUM = "0" * 8  # until the tensor is written
 _NAMES = {
