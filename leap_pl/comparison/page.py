@@ -17,10 +17,10 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 .wide { overflow-x: auto; margin: 1.5rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
-th { border-bottom: 2px solid #1a1a1a; white-space: normal; vertical-align: bottom; overflow-wrap: break-word; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #ccc; text-align: right; }
+th { border-bottom: 2px solid #1a1a1a; vertical-align: bottom; overflow-wrap: anywhere; min-width: 4rem; }
 th:first-child, td:first-child { text-align: left; }
-td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
+td:first-child { overflow-wrap: anywhere; min-width: 9rem; }
 .verdict { font-size: 1.1rem; }
 figure { margin: 1.5rem 0; break-inside: avoid; } img { max-width: 100%; height: auto; }
 figcaption, .notes { color: #444; font-size: .9rem; }
@@ -61,8 +61,13 @@ def make_page(entries: Sequence[Entry], verdict: str, table: Table, pictures: Se
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:
     head = "".join(f'<th scope="col">{html(heading)}</th>' for heading in headings)
-    body = "\n".join("<tr>" + "".join(f"<td>{html(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "\n".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    """Return a cell in which a figure and its error stay in one line."""
+    return html(text).replace(" ± ", "&nbsp;±&nbsp;")
 
 
 def _figure(picture: Picture, folder: Path) -> str:

@@ -145,7 +145,7 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
     for n, (name, line) in enumerate(sorted(series.items())):
         xs, ys, errors = zip(*sorted(line), strict=True)
         # Otherwise a point, or the wide error bar of an accuracy, could hide another.
-        apart = 0.012 * reach * (n - (len(series) - 1) / 2)
+        apart = min(0.02, 0.25 / len(series)) * reach * (n - (len(series) - 1) / 2)
         bars = axes.errorbar(
             [x + apart for x in xs],
             ys,
@@ -208,7 +208,7 @@ def _differences(
     panels: list[tuple[str, list[tuple[str, Difference]], bool]] = []  # the last: relative to the baseline
     for text, name in short_names(texts).items():
         found = [(_literal(e.label), d) for e in entries if (d := perplexity_difference(e, entries, text, baselines))]
-        panels.append((f"Δ perplexity on {_literal(name)}, %\n(left is better)", found, True))
+        panels.append((f"Δ perplexity, % (left is better)\n{_literal(name)}", found, True))
     found = [(_literal(e.label), d) for e in entries if (d := accuracy_difference(e, entries, tasks, baselines))]
     mean = "mean accuracy" if len(tasks) > 1 else "accuracy"
     panels.append((f"Δ {mean}, percentage points\n(right is better)", found, False))
