@@ -14,6 +14,7 @@ from leap_pl.callbacks.mask_export import MaskExport, mask_place
 from leap_pl.distributed.strategy import data_rank
 from leap_pl.escape import markdown, say, terminal
 from leap_pl.kernels.compiled import can_compile
+from leap_pl.oneshot.methods import METHODS
 from leap_pl.prior.settings import NO_METHOD
 from leap_pl.training.memory import expected_bytes
 from leap_pl.training.module import LeapModule
@@ -165,7 +166,8 @@ def _prior(module: LeapModule) -> str:
     elif prior.method == NO_METHOD:
         return "none"
     else:
-        words = f"{prior.method} of {prior.sequences} sequences"
+        reads = METHODS[prior.method].needs is not None
+        words = f"{prior.method} of {prior.sequences} sequences" if reads else prior.method
     words += ", allocated by Fisher information" if prior.fisher is not None else ""
     return words + (", graded" if prior.graded else "")
 
