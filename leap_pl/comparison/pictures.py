@@ -145,7 +145,7 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
     for n, (name, line) in enumerate(sorted(series.items())):
         xs, ys, errors = zip(*sorted(line), strict=True)
         # Otherwise a point, or the wide error bar of an accuracy, could hide another.
-        apart = min(0.02, 0.25 / len(series)) * reach * (n - (len(series) - 1) / 2)
+        apart = 0.012 * reach * (n - (len(series) - 1) / 2)
         bars = axes.errorbar(
             [x + apart for x in xs],
             ys,
