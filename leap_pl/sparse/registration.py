@@ -9,12 +9,13 @@ touches no other module, and removes itself.
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 from leap_pl.errors import warn_once
+
+if TYPE_CHECKING:  # what every command would wait for
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 TABLE = "transformers.quantizers.auto"  # the module of register_quantizer
 
@@ -27,18 +28,20 @@ def register_packed_folders() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+        self, fullname: str, path: Sequence[str] | None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
         if fullname != TABLE:
             return None
+        from importlib.util import find_spec
+
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_register(module: ModuleType) -> None:
+            def execute_and_register(module: "ModuleType") -> None:
                 execute(module)
                 _register()
 

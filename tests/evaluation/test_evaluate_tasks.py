@@ -169,12 +169,14 @@ def test_an_answer_longer_than_the_model_reaches_is_one_line(family, folder, tmp
 
 
 def test_hub_out_of_reach_is_one_line():
-    def attempt(error, remote):
-        with room._reaching(remote):
+    def attempt(error, remote, folder=None):
+        with room._reaching(remote, folder):
             raise error
 
-    with pytest.raises(UserError, match="make assets-eval"):
+    with pytest.raises(UserError, match=r"Lay it out as FOLDER/boolq/validation.jsonl .* make assets-eval"):
         attempt(ConnectionError("no route\nto host"), ["boolq"])
+    with pytest.raises(UserError, match=r"mine has no folder of that name. Lay it out as mine/boolq/validation.jsonl"):
+        attempt(ConnectionError("no route"), ["boolq"], "mine")
     with pytest.raises(UserError, match="names a task twice"):
         attempt(ValueError("Duplicate task 'a': found in both 'b' and 'c'"), [])
     with pytest.raises(ZeroDivisionError):
