@@ -54,9 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
         # Not the repository's: an import from there would hide what the wheel lacks.
         environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
         environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
-        run = [programs / "python", "-m", "pip", "install", "--quiet", wheels[0].resolve()]
-        subprocess.run(run, check=True, env=environment, cwd=place)
-        subprocess.run([programs / "python", "-c", _MAKE], check=True, env=environment, cwd=place)
+        python = str(programs / "python")
+        install = [python, "-m", "pip", "install", "--quiet", str(wheels[0].resolve())]
+        subprocess.run(install, check=True, env=environment, cwd=place)
+        subprocess.run([python, "-c", _MAKE], check=True, env=environment, cwd=place)
         for command in _COMMANDS:
             print(f"$ {command}", flush=True)
             done = subprocess.run(command.split(), env=environment, cwd=place, capture_output=True, text=True)
