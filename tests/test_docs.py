@@ -12,7 +12,7 @@ from leap_pl.cli.fit import make_cli
 from leap_pl.cli.main import VERBS, _find, settings_of
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("dev/*.md"), *ROOT.glob("configs/*.md")])
 REFERENCE = re.compile(r"`(?:tests/(?:\w+/)?)?(test_\w+\.py|killing\.py)?(?:::)?(test_\w+)?(\[[\w.-]+\])?`")
 
 

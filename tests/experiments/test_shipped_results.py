@@ -79,7 +79,7 @@ def figures() -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/results/notes.md", "docs/tuning.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/results/notes.md", "dev/tuning.md"])
 def test_figures_that_name_their_cell_are_the_cells(document: str) -> None:
     """Rows of tables that name a cell show its figures, and so does what reads `13.54 and 27.84 (cell)`."""
     text, checked = (ROOT / document).read_text(encoding="utf-8"), 0
