@@ -98,7 +98,14 @@ SHOWN_VERBS = [(name, line) for name, line in SHOWN if re.match(r"(python -m )?l
 
 def test_commands_are_found() -> None:
     assert len(SHOWN_VERBS) > 15
-    assert {name for name, _ in SHOWN_VERBS} >= {"README.md", "scaling.md", "gates.md", "tuning.md"}
+    assert {name for name, _ in SHOWN_VERBS} >= {
+        "README.md",
+        "learn.md",
+        "recipes.md",
+        "scaling.md",
+        "gates.md",
+        "tuning.md",
+    }
 
 
 @pytest.mark.parametrize(
