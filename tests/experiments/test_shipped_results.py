@@ -29,13 +29,13 @@ def test_the_report_is_that_of_the_cells_and_the_notes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("document", "columns"), [("README.md", "mean accuracy of 6 tasks"), ("docs/gates.md", "how-to (unlike)")]
+    ("document", "column"), [("README.md", "mean accuracy of 6 tasks"), ("docs/gates.md", "how-to (unlike)")]
 )
-def test_tables_tell_figures_of_the_cells(document: str, columns: str) -> None:
+def test_tables_tell_figures_of_the_cells(document: str, column: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     tables = re.findall(r"^(\|.*\| cell \|\n\|[-|]+\n(?:\|.*\|\n)+)", text, re.MULTILINE)
     assert len(tables) == 1
-    assert columns in tables[0]
+    assert column in tables[0]
     for table in tables:
         columns, _, *rows = ([cell.strip(" *`") for cell in line.split("|")[1:-1]] for line in table.splitlines())
         assert len(rows) >= 4
