@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Both set up what they need, and both can be run again.
+# Three commands: `make quickstart`, `make packed`, `make test`. Each sets up what it needs, and can be run again.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3.11
@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 ARGS ?=
-.PHONY: help quickstart results test test-fast lint docs notebooks assets assets-eval clean
+.PHONY: help quickstart packed results test test-fast lint docs notebooks assets assets-eval clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -16,6 +16,10 @@ help: ## This list
 quickstart: $(VENV)/.installed ## Learn a mask for a real model, export it, evaluate it (about ten minutes on two cores)
 	@$(BIN)/python -m experiments.assets quickstart
 	@$(BIN)/python -m experiments.quickstart
+
+packed: $(VENV)/.installed ## Pack the model of the quickstart, and generate from it (ARGS=--prompt=...)
+	@$(BIN)/leap_pl export --model runs/quickstart/model --output_dir runs/quickstart/packed --format packed --force
+	@$(BIN)/leap_pl generate --model runs/quickstart/packed --prompt "The capital of France is" $(ARGS)
 
 results: $(VENV)/.installed ## The headline experiment: hours; stop it at any moment, run it again to go on (ARGS=--list)
 	@$(BIN)/python -m experiments.assets quickstart

@@ -1,9 +1,10 @@
-"""``make quickstart``: fit, export and evaluate the embedded default, and say where to look.
+"""``make quickstart``: fit, export, evaluate and pack the embedded default, and say where to look.
 
 Each part runs as its own command, the one the README tells, and is skipped where its output already stands.
 """
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +22,12 @@ BASE_MODEL = Path("assets/SmolLM2-135M-Instruct")
 TEXT = Path("assets/wikipedia/test.jsonl")
 WINDOW = 512  # tokens: the sequence length the mask is learned at
 TOKENS = 48 * WINDOW  # evaluated of the held-out text
+PROMPT = "The city lies on the river"
+NEW_TOKENS = 32
 
 
 def run() -> dict[str, object]:
-    """Fit, export, evaluate; write and return ``runs/quickstart/summary.json``.
+    """Fit, export, evaluate, pack, generate; write and return ``runs/quickstart/summary.json``.
 
     Raises:
         UserError: The assets or the config are not there.
@@ -57,6 +60,9 @@ def run() -> dict[str, object]:
         learned = str(RUN / "learned.json")
         _say(["export", "--mask", str(mask), "--output_dir", str(sparse), "--perplexity", learned, "--force"])
     facts = json.loads((sparse / "leap_pl.json").read_text(encoding="utf-8"))
+    packed = RUN / "packed"
+    if not (packed / "leap_pl.json").is_file() or packed.stat().st_mtime < sparse.stat().st_mtime:
+        _say(["export", "--model", str(sparse), "--output_dir", str(packed), "--format", "packed", "--force"])
     summary: dict[str, object] = {"base_model": str(BASE_MODEL)}
     for name, result in results.items():
         (figure,) = result["perplexity"].values()
@@ -64,10 +70,15 @@ def run() -> dict[str, object]:
     summary |= {
         "sparsity": facts["sparsity"],
         "checkpoint": str(sparse),
+        "packed": str(packed),
         "mask": str(mask),
         "tensorboard": str(RUN / "tensorboard"),
         "perplexity_protocol": {"text": str(TEXT), "seq_length": WINDOW, "stride": WINDOW, "tokens": TOKENS},
     }
+    for name, folder in {"dense": sparse, "packed": packed}.items():
+        made = _say(["generate", "--model", str(folder), "--prompt", PROMPT, "--max_new_tokens", str(NEW_TOKENS)])
+        summary[f"{name}_megabytes"] = sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e6
+        summary[f"{name}_tokens_per_second"] = made["tokens_per_second"]
     with atomic_file(RUN / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
@@ -84,9 +95,10 @@ def _is_of(output: Path, mask_digest: str | None) -> bool:
         return False
 
 
-def _say(words: list[str]) -> None:
+def _say(words: list[str]) -> Any:
+    """Show and run a command; return what it returns, if it runs in this process."""
     say("")
-    say(f"$ leap_pl {' '.join(words)}", sys.stdout)
+    say(f"$ leap_pl {shlex.join(words)}", sys.stdout)
     if words[0] == "fit":
         # A process of its own, so that its memory is gone afterwards.
         process = subprocess.Popen([sys.executable, "-m", "leap_pl", *words])
@@ -97,8 +109,8 @@ def _say(words: list[str]) -> None:
             raise
         if failed:
             raise UserError("leap_pl fit failed; its message is above.")
-    else:
-        main(words)  # in this one: imports take as long as the work
+        return None
+    return main(words)  # in this one: imports take as long as the work
 
 
 def report(summary: dict[str, object]) -> str:
@@ -112,8 +124,21 @@ perplexity on held-out Wikipedia ({TOKENS:,} tokens in windows of {WINDOW}), eve
 sparsity         {summary["sparsity"]:.6f}  (exactly, read back from the checkpoint)
 checkpoint       {summary["checkpoint"]}   AutoModelForCausalLM.from_pretrained("{summary["checkpoint"]}")
 mask             {summary["mask"]}
+packed           {summary["packed"]}   {_beside(summary)}
 curves           {_bin()}tensorboard --logdir {summary["tensorboard"]}
 these figures    {RUN / "summary.json"}"""
+
+
+def _beside(summary: dict[str, object]) -> str:
+    """Size and speed of the packed model, beside the dense one."""
+    size, dense_size = (summary[f"{name}_megabytes"] for name in ("packed", "dense"))
+    speed, dense_speed = (summary[f"{name}_tokens_per_second"] for name in ("packed", "dense"))
+    sizes = f"{size:,.0f} MB, dense {dense_size:,.0f} MB"
+    return (
+        sizes
+        if speed is None or dense_speed is None
+        else f"{sizes}; {speed:.0f} tokens a second, dense {dense_speed:.0f}"
+    )
 
 
 def _bin() -> str:

@@ -1,11 +1,13 @@
 """Learn which weights of a large language model to keep.
 
-The names below are imported when they are first used, so that the command line answers at once.
+The names below are imported when they are first used, so that the command line answers at once. Packed folders are
+loaded by transformers once this package is imported.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from leap_pl.sparse.registration import register_packed_folders
 from leap_pl.version import __version__
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ _MOVED = {
 }
 
 __all__ = ["LeapModule", "MaskSet", "TextDataModule", "UserError", "__version__"]
+
+register_packed_folders()
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -216,6 +217,36 @@ def mask_file(shapes: str, provenance: str, *, header: Callable[[dict[str, Any]]
     return struct.pack("<Q", len(text)) + text + b"".join(packed[name] for name in sorted(packed))
 
 
+def packed_file(shapes: str, provenance: str, draw: random.Random, *, agree: bool = True) -> bytes:
+    """Return a file of packed weights with the right sums; bits and values are drawn unless they ``agree``."""
+    sums, entries, data = {}, {}, b""
+    for name in NAMES:
+        bits = [0b101010 if agree else draw.getrandbits(draw.choice((6, 31))) for _ in range(4)]
+        values = struct.pack("<12f", *range(12)) if agree else draw.randbytes(4 * draw.randrange(20))
+        for part, kind, raw in ((f"{name}_bitmap", "I32", struct.pack("<4i", *bits)), (name, "F32", values)):
+            shape = [4, 1] if kind == "I32" else [len(raw) // 4]
+            entries[part] = {"dtype": kind, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+            sums[part] = f"{zlib.crc32(raw):08x}"
+            data += raw
+    told = {"packed_format": "leap_pl.packed", "packed_version": "1", "crc32": json.dumps(sums)}
+    metadata = {"format": "pt", **told, "shapes": shapes, "provenance": provenance}
+    text = json.dumps({"__metadata__": metadata, **entries}).encode(errors="replace")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def packed(draw: random.Random) -> bytes:
+    """Draw a damaged file of packed weights: what it says, bits and values that do not agree, or its bytes."""
+    shapes, provenance, kind = json.dumps(SHAPES), json.dumps(PROVENANCE), draw.randrange(4)
+    if kind == 0:
+        return packed_file(damaged_json(SHAPES, draw), provenance, draw)
+    if kind == 1:
+        return packed_file(shapes, damaged_json(PROVENANCE, draw), draw)
+    if kind == 2:
+        return packed_file(shapes, provenance, draw, agree=draw.randrange(4) == 0)
+    return damaged_bytes(packed_file(shapes, provenance, draw), draw)
+
+
 @dataclass
 class Reader:
     """What is fuzzed.
@@ -309,14 +340,22 @@ def readers(every: int = 50) -> dict[str, Reader]:
         _read_results(str(path), OfAny(told["model"].get("mask_digest")))
 
     def mask(path: Path) -> None:
-        from leap_pl.export.hugging_face import _card, _facts
+        from leap_pl.export.card import card_of, facts_of
         from leap_pl.masks import MaskSet
 
         loaded = MaskSet.load(path)
-        _card(loaded, {**_facts(loaded, 0), "perplexity": RESULT["perplexity"]}).encode()
+        card_of(loaded, {**facts_of(loaded, 0), "perplexity": RESULT["perplexity"]}).encode()
         again = MaskSet.load(loaded.save(path.with_name("again.safetensors")))
         assert again.provenance == loaded.provenance
         use_entries(path, seen, every)
+
+    def packed_model(path: Path) -> None:
+        from leap_pl.sparse.folder import packed_weights, read_masks
+
+        for _, weight in packed_weights(path.parent):
+            assert len(weight.values) == int(weight.starts[-1])
+            weight.unpack()
+        read_masks(path.parent)
 
     def record(path: Path) -> None:
         from leap_pl.evaluation.record import write_result
@@ -338,6 +377,7 @@ def readers(every: int = 50) -> dict[str, Reader]:
     return {
         "result": Reader(of_json(RESULT), result, "fuzzed.json"),
         "mask": Reader(masks, mask, "fuzzed.safetensors"),
+        "packed": Reader(packed, packed_model, "model.safetensors"),
         "record": Reader(of_json({"provenance": PROVENANCE, "gated": 96}), record, "leap_pl.json"),
         "questions": Reader(_questions, questions, "tasks/piqa/validation.jsonl"),
         "text": Reader(_lines, text, "fuzzed.jsonl"),

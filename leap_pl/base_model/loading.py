@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from leap_pl.base_model.gguf_structure import GgufFile, read_structure
 from leap_pl.base_model.model_sizes import check_settings, check_skeleton
-from leap_pl.base_model.stored_weights import StoredWeights, check_sizes, read_settings, read_shapes
+from leap_pl.base_model.stored_weights import PACKED_METHOD, StoredWeights, check_sizes, read_settings, read_shapes
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.register import note_input
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Memory = Literal["auto", "packed", "dense"]
 
 _CLEAR_ERRORS = OSError | ValueError | RuntimeError | SafetensorError  # messages that need no class name
 
@@ -46,6 +47,7 @@ def load_model(
     revision: str | None = None,
     dtype: Dtype = "auto",
     dropout: bool = True,
+    memory: Memory = "dense",
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load the causal language model ``name``, in eval mode, on the CPU.
@@ -56,6 +58,8 @@ def load_model(
         dtype: Data type of the weights; ``auto`` is the one they are stored in (bfloat16 for a GGUF file).
         dropout: False sets every dropout probability of the model to 0. Learning a mask of frozen weights needs
             this, since the dense teacher must be deterministic.
+        memory: Form in memory of weights that are packed in the files (leap_pl.sparse): dense, packed, or whichever
+            decodes faster. Only dense ones can be gated, pruned or saved.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
@@ -67,6 +71,8 @@ def load_model(
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     if not dropout:
         _disable_dropout(config)
+    if is_packed_config(config):
+        config.quantization_config["memory"] = memory
     with _reading("base model", name):
         check_skeleton(config, _stored(folder, gguf_file), name, trust_remote_code=trust_remote_code)
         if gguf_file is None:
@@ -94,6 +100,12 @@ def load_model(
             model.load_state_dict(quantised.state_dict())
             model.generation_config = quantised.generation_config
     return model.eval()
+
+
+def is_packed_config(config: "PreTrainedConfig") -> bool:
+    """Return whether the model of ``config`` is stored with packed weights (leap_pl.sparse)."""
+    given = getattr(config, "quantization_config", None)
+    return isinstance(given, dict) and given.get("quant_method") == PACKED_METHOD
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> "PreTrainedConfig":

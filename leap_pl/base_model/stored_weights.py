@@ -14,9 +14,12 @@ from safetensors import SafetensorError, safe_open
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.reading import MOST_DESCRIPTION, MOST_INDEX, check_regular, read_json
 
+PACKED_METHOD = "leap_pl"  # `quant_method` in the config of a model with packed weights (leap_pl.sparse)
+BITMAP, SCALE = "_bitmap", "_scale"  # of the packed weight NAME are NAME_bitmap and NAME_scale
 MOST_VOCABULARY = 1 << 28  # bytes of a tokenizer.json; those with the largest vocabularies have 35 million
 _INDICES = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
 _SHORTEST_PACKED = 8  # weights in one stored number, for weights of 4 bits packed into 32
+_WORD = 32  # weights in one number of a bitmap
 
 
 @dataclass(frozen=True)
@@ -71,20 +74,30 @@ def read_shapes(folder: Path) -> StoredWeights | None:
     Raises:
         UserError: An index is invalid, or names a file that is missing or outside the folder; or a file is damaged.
     """
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        files = [folder / single] if (folder / single).is_file() else []
-        if not files and (folder / index).is_file():
-            files = _indexed(folder, folder / index)
-        if files:
-            shapes: dict[str, tuple[int, ...]] = {}
-            packed = False
-            for file in files:
-                packed |= _read(file, shapes)
-            return StoredWeights(shapes, packed)
-    return None
+    files = model_files(folder) or _files(folder, "pytorch_model.bin")
+    if not files:
+        return None
+    shapes: dict[str, tuple[int, ...]] = {}
+    packed = False
+    for file in files:
+        packed |= _read(file, shapes)
+    return StoredWeights(shapes, packed)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return the safetensors files with the weights of a model folder, one or those of its index; [] without any.
+
+    Raises:
+        UserError: The index is invalid, or names a file that is missing or outside the folder.
+    """
+    return _files(folder, "model.safetensors")
+
+
+def _files(folder: Path, single: str) -> list[Path]:
+    if (folder / single).is_file():
+        return [folder / single]
+    index = folder / f"{single}.index.json"
+    return _indexed(folder, index) if index.is_file() else []
 
 
 def _indexed(folder: Path, index: Path) -> list[Path]:
@@ -109,10 +122,17 @@ def _read(file: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
         check_regular(file, "base model")
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  (no mapping)
-                    part = opened.get_slice(name)
-                    shapes[name] = tuple(part.get_shape())
-                    packed |= not str(part.get_dtype()).startswith(("F", "BF"))
+                names = opened.keys()
+                bitmaps = {name for name in names if name.endswith(BITMAP)}
+                scales = {f"{name.removesuffix(BITMAP)}{SCALE}" for name in bitmaps}
+                for name in names:
+                    part, bitmap = opened.get_slice(name), f"{name}{BITMAP}"
+                    if bitmap in bitmaps:  # its values are a list; the bitmap has its shape
+                        *rows, words = opened.get_slice(bitmap).get_shape() or (0,)
+                        shapes[name] = (*rows, words * _WORD)
+                    elif name not in bitmaps and name not in scales:
+                        shapes[name] = tuple(part.get_shape())
+                        packed |= not str(part.get_dtype()).startswith(("F", "BF"))
         except (SafetensorError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(

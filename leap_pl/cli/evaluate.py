@@ -88,6 +88,7 @@ def evaluate_command(
     if num_fewshot is not None and num_fewshot < 0:
         raise UserError(f"--num_fewshot {num_fewshot}: give a number of examples, 0 or more.")
     # Check everything that needs no model before one is loaded.
+    from leap_pl.cli.device import move_to_device
     from leap_pl.evaluation.perplexity import check_windows
     from leap_pl.evaluation.record import FORMAT, FORMAT_VERSION, check_place, environment, write_result
     from leap_pl.evaluation.subject import load_subject, realised_sparsity
@@ -111,7 +112,7 @@ def evaluate_command(
     subject = load_subject(
         model=model, mask=mask, ckpt_path=ckpt_path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    where = _move_to_device(subject, device)
+    where = move_to_device(subject.model, device)
     if dtype == "auto":
         _use_fast_dtype(subject)
     result: dict[str, Any] = {
@@ -218,22 +219,6 @@ def _tasks_folder(given: str | None) -> str | None:
     if not Path(given).is_dir():
         raise UserError(f"--tasks_folder {given}: there is no such folder. Create it with make assets-eval.")
     return given
-
-
-def _move_to_device(subject: "Subject", device: str) -> str:
-    """Move the model, and return the name of the device."""
-    import torch
-
-    where = ("cuda:0" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        subject.model.to(where)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {device} cannot be used ({str(error).splitlines()[0]}). Give --device cpu, or another."
-        ) from error
-    return where
 
 
 def _use_fast_dtype(subject: "Subject") -> None:

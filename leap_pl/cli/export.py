@@ -1,6 +1,7 @@
-"""``leap_pl export``: export of a checkpoint or a mask to a sparse Hugging Face folder."""
+"""``leap_pl export``: export of a checkpoint, a mask or a sparse model to a sparse Hugging Face folder."""
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from leap_pl.cli.command import command
 from leap_pl.errors import UserError
@@ -16,12 +17,14 @@ def export_command(
     ckpt_path: str | None = None,
     mask: str | None = None,
     model: str | None = None,
+    format: Literal["huggingface", "packed"] = "huggingface",
+    values: Literal["auto", "int8"] = "auto",
     revision: str | None = None,
     perplexity: str | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write a sparse Hugging Face checkpoint from a checkpoint of fit, or from any MaskSet.
+    """Write a sparse Hugging Face checkpoint from a checkpoint of fit, from any MaskSet, or from a sparse model.
 
     The folder has the base model with exact zeros where the mask removes a weight (safetensors, in the type
     the base model is stored in), its tokenizer and generation config, the mask itself (mask.safetensors), a
@@ -30,43 +33,79 @@ def export_command(
     by reading the folder back before it is renamed to output_dir. AutoModelForCausalLM.from_pretrained loads it
     without leap_pl.
 
+    With format packed, the zeros are not stored: a weight is a bitmap and the kept values, smaller on the disk and
+    in memory. Import leap_pl before from_pretrained loads such a folder. A model that is sparse already, whoever
+    pruned it, is packed with model alone; a packed folder becomes an ordinary one with model alone and format
+    huggingface.
+
     Args:
         output_dir: Folder to write, atomically. An existing folder is replaced only with force.
         ckpt_path: Checkpoint of leap_pl fit.
         mask: MaskSet file, instead of a checkpoint.
-        model: Base model, if it is no longer in the place recorded in the checkpoint or mask.
+        model: Base model, if it is no longer in the place recorded in the checkpoint or mask; or, without these, a
+            sparse model to pack, or a packed one.
+        format: Form of the weights: huggingface, zeros included, or packed.
+        values: Values of packed weights: auto, as the model has them, or int8 with a scale a row, which halves them
+            and rounds them.
         revision: Revision of the base model on the hub; default: the one that the mask was made for.
         perplexity: Result file of leap_pl evaluate for the same mask, whose perplexities go into the model card.
-        force: Replace output_dir if it is not empty.
+        force: Replace output_dir if it is not empty; and pack a model that becomes no smaller.
         trust_remote_code: Run code that comes with the base model; only for a model given with --model.
     """
+    if values != "auto" and format != "packed":
+        raise UserError(f"--values {values} is for packed weights. Add --format packed.")
+    masks = _read_masks(ckpt_path, mask, model, format)
     from leap_pl.base_model.loading import name_of_model
-    from leap_pl.export.hugging_face import export_model, unfinished
+    from leap_pl.export.hugging_face import export_model
 
-    masks = _read_masks(ckpt_path, mask)
-    name = name_of_model(model, masks.provenance.base_model, trust_remote_code=trust_remote_code)
+    if masks is None and perplexity is not None:
+        raise UserError("--perplexity is for a mask: give it with --mask or --ckpt_path.")
+    recorded = str(model) if masks is None else masks.provenance.base_model
     facts = export_model(
         masks,
         output_dir,
-        name,
-        revision=revision or (masks.provenance.revision if model is None else None),
-        perplexity=_read_results(perplexity, masks),
+        name_of_model(model, recorded, trust_remote_code=trust_remote_code),
+        format=format,
+        values=values,
+        revision=revision or (masks.provenance.revision if masks is not None and model is None else None),
+        perplexity={} if masks is None else _read_results(perplexity, masks),
         force=force,
         trust_remote_code=trust_remote_code,
     )
-    zeros = facts["zeros_of_base_model_among_kept"]
-    say(
-        f"{output_dir}: {unfinished(masks)}{facts['removed']:,} of {facts['gated']:,} gated weights removed "
-        f"(sparsity {facts['sparsity']:.6f}), {zeros:,} kept weights were zero in the base model; "
-        "read back and verified."
-    )
+    _report(output_dir, masks, facts)
     return facts
 
 
-def _read_masks(ckpt_path: str | None, mask: str | None) -> "MaskSet":
+def _report(output_dir: str, masks: "MaskSet | None", facts: dict[str, Any]) -> None:
+    from leap_pl.export.card import unfinished
+
+    zeros, early = facts["zeros_of_base_model_among_kept"], "" if masks is None else unfinished(masks)
+    say(
+        f"{output_dir}: {early}{facts['removed']:,} of {facts['gated']:,} gated weights removed "
+        f"(sparsity {facts['sparsity']:.6f}), {zeros:,} kept weights were zero in the base model; "
+        "read back and verified."
+    )
+    if "packed" in facts:
+        packed = facts["packed"]
+        size = sum(file.stat().st_size for file in Path(output_dir).glob("model*.safetensors"))
+        say(
+            f"packed: {packed['bytes_per_weight']:.3f} bytes a gated weight ({packed['values']}), dense "
+            f"{packed['dense_bytes_per_weight']:g}; the model files have {size / 1e6:,.0f} MB, dense "
+            f"{(size + packed['dense_bytes'] - packed['bytes']) / 1e6:,.0f} MB."
+        )
+
+
+def _read_masks(ckpt_path: str | None, mask: str | None, model: str | None, format: str) -> "MaskSet | None":
+    """Return the mask that the options name; None for a model that is sparse already."""
+    if ckpt_path is None and mask is None and model is not None:
+        from leap_pl.sparse.folder import is_packed
+
+        if format == "packed" or is_packed(model):
+            return None
     if (ckpt_path is None) == (mask is None):
         given = "Neither --ckpt_path nor --mask is given" if mask is None else "Both --ckpt_path and --mask are given"
-        raise UserError(f"{given}. Give exactly one of them.")
+        alone = " A sparse model needs neither: --model MODEL --format packed." if mask is None else ""
+        raise UserError(f"{given}. Give exactly one of them.{alone}")
     if mask is not None:
         from leap_pl.masks import MaskSet
 

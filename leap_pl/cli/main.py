@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str | None]] = {
     ),
     "export": ("write a sparse Hugging Face checkpoint from a mask", "leap_pl.cli.export:export_command"),
     "evaluate": ("perplexity and zero-shot tasks of a model or mask", "leap_pl.cli.evaluate:evaluate_command"),
+    "generate": ("continue a prompt, and show how fast", "leap_pl.cli.generate:generate_command"),
     "consolidate": (
         "convert a checkpoint folder to one file",
         "leap_pl.cli.consolidate:consolidate_command",

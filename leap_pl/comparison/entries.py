@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from leap_pl.evaluation.record import read_result
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import MASK
 from leap_pl.masks import MaskSet, split_name
+from leap_pl.sparse.folder import is_packed, read_masks
 
 MOST_CELLS = 1 << 20  # layers × projections; a hundred layers with 256 experts stored one by one have 77,000
 
@@ -79,6 +80,8 @@ def _read(source: str) -> Entry:
     if path.is_dir():
         if (path / MASK).is_file():
             return _of_mask(source, MaskSet.load(path / MASK))
+        if is_packed(path):
+            return _of_mask(source, read_masks(path))
         raise UserError(
             f"{source} holds no {MASK}, so it is not an exported folder. Name result files (.json), MaskSet files "
             "(.safetensors), checkpoints (.ckpt) or exported folders."
@@ -158,15 +161,22 @@ def _table_of(densities: dict[tuple[int, str], float], source: str) -> dict[tupl
 
 def _mask_at_hand(source: str, model: dict[str, Any]) -> MaskSet | None:
     """Return the mask that a result was measured with, if its file still exists and is unchanged."""
-    for place in (model["mask"], str(Path(model["name"], MASK))):
-        if place is not None and os.path.isfile(place):  # noqa: PTH113  (Path raises on what is too long for a path)
-            try:
-                mask = MaskSet.load(place)
-            except UserError as error:
-                raise UserError(f"{source} names the mask it was measured with, and {error}") from error
-            same = mask.provenance.fingerprint == model["fingerprint"]
-            # Results of older versions have no digest of their mask.
-            return mask if same and mask.digest_of_bits() == model.get("mask_digest") else None
+    named = (model["mask"], str(Path(model["name"], MASK)))
+    # os.path, because Path raises on what is too long for a path
+    found: list[tuple[str, Callable[[str], MaskSet]]] = [
+        (place, MaskSet.load)
+        for place in named
+        if place is not None and os.path.isfile(place)  # noqa: PTH113
+    ]
+    found += [(model["name"], read_masks)] if is_packed(model["name"]) else []
+    for place, read in found[:1]:
+        try:
+            mask = read(place)
+        except UserError as error:
+            raise UserError(f"{source} names the mask it was measured with, and {error}") from error
+        same = mask.provenance.fingerprint == model["fingerprint"]
+        # Results of older versions have no digest of their mask.
+        return mask if same and mask.digest_of_bits() == model.get("mask_digest") else None
     return None
 
 

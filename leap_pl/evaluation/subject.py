@@ -1,8 +1,6 @@
 """Models to evaluate: a base model, an exported folder, a MaskSet on its base model, or a training checkpoint."""
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,9 +9,8 @@ from leap_pl.base_model.loading import Dtype, load_model, load_tokenizer, name_o
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
-from leap_pl.inputs import records
-from leap_pl.inputs.plain_values import read_json
 from leap_pl.masks import MaskSet, split_name
+from leap_pl.masks.exported import exported_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -128,30 +125,6 @@ def _tokenizer_of(
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     check_tokenizer(tokenizer, vocabulary_of(model), name)
     return tokenizer
-
-
-def exported_record(name: str | Path) -> dict[str, Any]:
-    """Return the provenance in an exported folder, with its ``mask_digest``; an empty dictionary for other models.
-
-    Raises:
-        UserError: If the record cannot be read, or is no provenance.
-    """
-    from leap_pl.masks.provenance_schema import provenance_fields
-
-    path = Path(name).expanduser() / records.RECORD
-    if not os.path.lexists(path):
-        return {}
-    try:
-        record = read_json(path)
-        known = isinstance(record, dict)
-        if known and "provenance" not in record and records.KEY in record:
-            return {}  # a folder of another kind, whose record only names the command that wrote it
-        fields = provenance_fields(record.get("provenance", record) if known else record)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path} cannot be read ({reason}). Export the checkpoint again.") from error
-    digest = record.get("mask_digest")
-    return {**fields, "mask_digest": digest if isinstance(digest, str) else None}
 
 
 def realised_sparsity(model: nn.Module) -> dict[str, Any]:

@@ -169,6 +169,10 @@ RANGES: dict[str, Range] = {
     "evaluate.num_fewshot": COUNT_OR_NONE,
     "evaluate.batch_size": COUNT,
     "evaluate.seed": GENERATOR_SEED,
+    # -- generate
+    "generate.max_new_tokens": COUNT,
+    "generate.temperature": NOT_NEGATIVE,
+    "generate.seed": GENERATOR_SEED,
 }
 
 

@@ -269,7 +269,11 @@ def test_every_file_that_is_opened_is_known(
     cli.main([*evaluate, "--seq_length=32", "--max_tokens=64", f"--output={place / 'r.json'}"])
     words = ["export", f"--mask={place / 'mask.safetensors'}", f"--perplexity={place / 'r.json'}"]
     cli.main([*words, f"--output_dir={out / 'exported'}"])
-    cli.main(["compare", str(place / "r.json"), f"--output_dir={out / 'compared'}"])
+    cli.main([*words[:2], f"--output_dir={out / 'packed'}", "--format=packed"])
+    (out / "packed").rename(place / "packed")
+    cli.main(["generate", f"--model={place / 'packed'}", "--prompt=a", "--max_new_tokens=2"])
+    cli.main(["export", f"--model={place / 'packed'}", f"--output_dir={out / 'unpacked'}"])
+    cli.main(["compare", str(place / "r.json"), str(place / "packed"), f"--output_dir={out / 'compared'}"])
     cli.main(
         [
             *[w for w in fit_flags(model, place / "a.jsonl", out) if "prior.method" not in w],

@@ -23,6 +23,7 @@ from leap_pl.cli.compare import compare_command
 from leap_pl.cli.consolidate import consolidate_command
 from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.cli.export import export_command
+from leap_pl.cli.generate import generate_command
 from leap_pl.cli.main import VERBS, settings_of
 from leap_pl.cli.prune import prune_command
 from leap_pl.data import TextDataModule
@@ -72,7 +73,11 @@ def trainer(**settings: Any) -> L.Trainer:
 
 
 def flags(verb: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    needed = {"prune": ["--output_dir=x", "--model=x"], "export": ["--output_dir=x"]}.get(verb, [])
+    needed = {
+        "prune": ["--output_dir=x", "--model=x"],
+        "export": ["--output_dir=x"],
+        "generate": ["--model=x", "--prompt=x"],
+    }.get(verb, [])
 
     def parse(**settings: Any) -> None:
         spelled = {math.inf: ".inf", -math.inf: "-.inf"}
@@ -124,6 +129,7 @@ TAKERS: list[tuple[str, Any, Callable[..., Any]]] = [
     ("prune.", prune_command, flags("prune", prune_command)),
     ("evaluate.", evaluate_command, flags("evaluate", evaluate_command)),
     ("export.", export_command, flags("export", export_command)),
+    ("generate.", generate_command, flags("generate", generate_command)),
     ("compare.", compare_command, flags("compare", compare_command)),
     ("consolidate.", consolidate_command, flags("consolidate", consolidate_command)),
 ]

@@ -6,7 +6,9 @@ import fuzz_readers
 import pytest
 
 
-@pytest.mark.parametrize(("name", "inputs"), [("result", 300), ("mask", 300), ("record", 300), ("text", 100)])
+@pytest.mark.parametrize(
+    ("name", "inputs"), [("result", 300), ("mask", 300), ("packed", 300), ("record", 300), ("text", 100)]
+)
 def test_damaged_and_hostile_files(name: str, inputs: int, tmp_path: Path) -> None:
     found = fuzz_readers.fuzz(fuzz_readers.readers(every=40)[name], inputs, 1, tmp_path)
     assert not found.failures, found.failures[0]

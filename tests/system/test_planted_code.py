@@ -28,7 +28,7 @@ from leap_pl.comparison.table import make_table
 from leap_pl.errors import UserError
 from leap_pl.evaluation.subject import exported_record, load_subject
 from leap_pl.evaluation.tasks import evaluate_tasks
-from leap_pl.export.hugging_face import _card, _facts
+from leap_pl.export.card import card_of, facts_of
 from leap_pl.masks import MaskSet, Provenance
 
 EVIL = "leap_pl_evil"
@@ -139,7 +139,7 @@ def use(path: Path) -> str:
     try:
         if path.suffix == ".safetensors":
             mask = MaskSet.load(path)
-            _card(mask, _facts(mask, 0))
+            card_of(mask, facts_of(mask, 0))
         table = make_table(read_entries([str(path)]), {"wanda"})
         table.text(80), table.markdown(), table.csv()
     except UserError:

@@ -1,0 +1,68 @@
+"""``leap_pl generate``: the continuation of a prompt by any model, with its speed and its memory."""
+
+import sys
+from typing import Any, Literal
+
+from leap_pl.cli.command import command
+from leap_pl.escape import say
+
+
+@command
+def generate_command(
+    model: str,
+    prompt: str,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    memory: Literal["auto", "packed", "dense"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Continue a prompt, and show how fast the model does it and how much memory its weights take.
+
+    The model is dense, sparse with zeros, or packed; all three give the same text for the same weights, up to the
+    rounding of sums. The text is written to standard output, the figures to standard error: the time to the first
+    token, in which the prompt is read, and the rate of those after it.
+
+    Args:
+        model: Hub id, local folder or GGUF file.
+        prompt: Text to continue, as it is: no chat template is applied.
+        max_new_tokens: Maximum number of tokens to generate; the end token ends the text earlier.
+        temperature: Temperature of sampling; 0 takes the most likely token each time.
+        seed: Seed of sampling.
+        memory: Form of packed weights in memory: packed, dense (unpacked once, while loading), or auto, for each
+            weight the one that decodes faster. Other models are dense.
+        dtype: Type of the weights in memory and of the computation; auto: the type they are stored in.
+        device: Device to run on; auto: the first GPU, or the CPU without one.
+        revision: Branch, tag or commit of the model on the hub.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        The text and the figures.
+    """
+    from leap_pl.base_model.loading import load_model, load_tokenizer
+    from leap_pl.cli.device import move_to_device
+    from leap_pl.evaluation.generation import bytes_in_memory, continue_prompt
+
+    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+    loaded = load_model(model, revision=revision, dtype=dtype, memory=memory, trust_remote_code=trust_remote_code)
+    where = move_to_device(loaded, device)
+    made = continue_prompt(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    size = bytes_in_memory(loaded)
+    say(made.text, lines=True)
+    rate = "" if made.tokens_per_second is None else f", the others at {made.tokens_per_second:.1f} tokens a second"
+    say(
+        f"{made.tokens} tokens: the first after {made.first_seconds:.2f} s{rate}; the weights take "
+        f"{size / 1e6:,.0f} MB of memory ({where}, {str(loaded.dtype).removeprefix('torch.')})",
+        sys.stderr,
+    )
+    return {
+        "text": made.text,
+        "prompt_tokens": made.prompt_tokens,
+        "tokens": made.tokens,
+        "first_seconds": made.first_seconds,
+        "tokens_per_second": made.tokens_per_second,
+        "bytes": size,
+    }

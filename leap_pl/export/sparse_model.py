@@ -1,0 +1,80 @@
+"""Masks of a model that is sparse already: a packed folder, an export of leap_pl, or any model with exact zeros."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leap_pl.base_model.weights import find_weights, model_fingerprint
+from leap_pl.errors import UserError, listing
+from leap_pl.inputs import records
+from leap_pl.inputs.plain_values import read_json, shown
+from leap_pl.masks import MaskSet, PackedMasks, Provenance
+from leap_pl.masks.exported import exported_record
+from leap_pl.masks.mask_set import installed_versions
+from leap_pl.sparse.folder import is_packed, read_masks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+UNKNOWN = "unknown"  # method of a mask that was found in a model
+
+
+def masks_of(name: str, model: "PreTrainedModel") -> MaskSet:
+    """Return the mask of the sparse model ``name``.
+
+    A packed folder and an export of leap_pl record theirs. Of another model, the weights of the decoder blocks that
+    ``fit`` would gate are kept where they are not zero.
+
+    Args:
+        name: Hub id, folder or GGUF file of the model.
+        model: The same, loaded, with dense weights in memory.
+
+    Raises:
+        UserError: The recorded mask is damaged, or is not that of the model.
+    """
+    folder = Path(name).expanduser()
+    if is_packed(folder):
+        masks = read_masks(folder)
+    elif (folder / records.MASK).is_file():
+        masks = MaskSet.load(folder / records.MASK)
+    else:
+        found = PackedMasks.of((name, weight.parameter != 0) for name, weight in find_weights(model).items())
+        record = {key: value for key, value in exported_record(folder).items() if key != "mask_digest"}
+        if record:
+            return MaskSet(found, Provenance(**record))
+        return MaskSet(found, Provenance(name, model_fingerprint(model), UNKNOWN, versions=installed_versions()))
+    parameters = dict(model.named_parameters())
+    shapes = {weight: tuple(parameter.shape) for weight, parameter in parameters.items()}
+    wrong = [weight for weight, shape in masks.shapes.items() if shapes.get(weight) != shape]
+    if not wrong:
+        wrong = [weight for weight, mask in masks.masks.items() if bool(parameters[weight].detach()[~mask].any())]
+    if wrong:
+        raise UserError(
+            f"{name} records a mask of {listing([shown(weight, 200) for weight in wrong], 3)} that is not the model's. "
+            f"Remove {records.MASK} to pack what is not zero, or export the model again."
+        )
+    ordered = {weight: masks.masks[weight] for weight in parameters if weight in masks.shapes}
+    return MaskSet(PackedMasks.of(ordered.items()), masks.provenance)
+
+
+def recorded_facts(name: str) -> dict[str, Any]:
+    """Return what the record of an exported folder says of the model and its mask does not: for the next record.
+
+    Returns:
+        ``perplexity``: text → figure; ``rounded_to``: data type that weights were rounded to. Each only if recorded.
+    """
+    try:
+        record = read_json(Path(name).expanduser() / records.RECORD)
+    except (OSError, ValueError):
+        return {}
+    facts: dict[str, Any] = {}
+    figures = record.get("perplexity") if isinstance(record, dict) else None
+    if isinstance(figures, dict) and all(map(_is_figure, figures.values())):
+        facts["perplexity"] = figures
+    if isinstance(record, dict) and record.get("rounded_to") == "int8":
+        facts["rounded_to"] = "int8"
+    return facts
+
+
+def _is_figure(figure: Any) -> bool:
+    keys = ("value", "seq_length", "stride")
+    return isinstance(figure, dict) and all(isinstance(figure.get(key), int | float) for key in keys)

@@ -1,0 +1,33 @@
+"""Provenance in the record of a folder that a sparse model was exported into."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from leap_pl.errors import UserError
+from leap_pl.inputs import records
+from leap_pl.inputs.plain_values import read_json
+
+
+def exported_record(name: str | Path) -> dict[str, Any]:
+    """Return the provenance in an exported folder, with its ``mask_digest``; an empty dictionary for other models.
+
+    Raises:
+        UserError: If the record cannot be read, or is no provenance.
+    """
+    from leap_pl.masks.provenance_schema import provenance_fields
+
+    path = Path(name).expanduser() / records.RECORD
+    if not os.path.lexists(path):
+        return {}
+    try:
+        record = read_json(path)
+        known = isinstance(record, dict)
+        if known and "provenance" not in record and records.KEY in record:
+            return {}  # a folder of another kind, whose record only names the command that wrote it
+        fields = provenance_fields(record.get("provenance", record) if known else record)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path} cannot be read ({reason}). Export the checkpoint again.") from error
+    digest = record.get("mask_digest")
+    return {**fields, "mask_digest": digest if isinstance(digest, str) else None}

@@ -1,0 +1,285 @@
+"""Safetensors file with packed weights: written one weight at a time, and checked before anything is computed from it.
+
+A packed weight NAME is stored as NAME, its values; NAME_bitmap; and for int8 values NAME_scale. All other tensors are
+stored as in any model. A reader that does not know the format finds NAME in another shape than the model has it, and
+refuses the file.
+
+The metadata of each file has, besides ``format: pt``,
+
+==================  =====================================================================================
+``packed_format``   ``leap_pl.packed``
+``packed_version``  ``1``
+``packed_layout``   the layout of :mod:`leap_pl.sparse.packed_weight` in a sentence, with the order of bits
+``shapes``          JSON: name of a packed weight → its shape
+``crc32``           JSON: name of a tensor of a packed weight → CRC-32 of its bytes, eight hexadecimal digits
+``provenance``      JSON: the fields of :class:`leap_pl.masks.Provenance` of the mask
+==================  =====================================================================================
+"""
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from leap_pl.base_model.stored_weights import BITMAP, SCALE
+from leap_pl.errors import UserError
+from leap_pl.inputs.plain_values import MOST_BYTES, checked, parse_json, plain, shown
+from leap_pl.inputs.reading import check_regular
+from leap_pl.masks import MaskSet, Provenance
+from leap_pl.masks.provenance_schema import parse_provenance, parse_shapes
+from leap_pl.sparse.packed_weight import WORD, PackedWeight
+
+FORMAT = "leap_pl.packed"
+FORMAT_VERSION = 1
+LAYOUT = (
+    "NAME: values of the kept elements, row after row, by ascending column; NAME_bitmap: int32 (rows, words), bit j from "
+    "the lowest of word k in row r keeps (r, 32 k + j); NAME_scale: float32 (rows,), factor of int8 values; columns are "
+    "the last dimension, rows the others; little-endian"
+)
+_NO_SUM = "0" * 8  # until the tensor is written
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_TYPES = {name: dtype for dtype, name in _NAMES.items()}
+_SUMS: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Packed weight in a file, known by the file's header.
+
+    Attributes:
+        file: File that has all its tensors.
+        shape: Shape of the weight.
+        kept: Number of values.
+        dtype: Data type of the values.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    kept: int
+    dtype: torch.dtype
+
+    def parts(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shape and data type of each tensor by the suffix of its name; that of the values has none.
+
+        Args:
+            dtype: Data type of values that are not int8.
+        """
+        rows, words = prod(self.shape[:-1]), -(-self.shape[-1] // WORD)
+        int8 = self.dtype == torch.int8
+        parts = {"": ((self.kept,), torch.int8 if int8 else dtype), BITMAP: ((rows, words), torch.int32)}
+        return parts | ({SCALE: ((rows,), torch.float32)} if int8 else {})
+
+
+# -- write --------------------------------------------------------------------------------------------------
+
+
+def write_packed(source: Path, target: Path, masks: MaskSet, *, int8: bool) -> None:
+    """Write the tensors of the safetensors file ``source`` into ``target``, those that ``masks`` has as packed weights.
+
+    Needs memory for one weight.
+
+    Args:
+        source: File with dense weights under the names of the masks.
+        target: File to write.
+        masks: Weights to keep.
+        int8: Round the values to int8.
+
+    Raises:
+        UserError: A weight cannot be packed.
+    """
+    with safe_open(source, framework="pt") as file:
+        packed, plain_parts = {}, {}
+        shapes = masks.shapes
+        for name in file.keys():  # noqa: SIM118  (no mapping)
+            view = file.get_slice(name)
+            shape, dtype = tuple(view.get_shape()), _TYPES[view.get_dtype()]
+            if shapes.get(name) == shape:
+                stored = Stored(target, shape, int(masks.masks[name].sum()), torch.int8 if int8 else dtype)
+                packed[name] = {f"{name}{suffix}": part for suffix, part in stored.parts(dtype).items()}
+            else:
+                plain_parts[name] = (shape, dtype)
+        sums = {part: _NO_SUM for parts in packed.values() for part in parts}
+        everything = {part: of for parts in (*packed.values(), plain_parts) for part, of in parts.items()}
+        metadata = _metadata({name: list(shapes[name]) for name in packed}, masks.provenance)
+        header, places = _header(everything, metadata, sums)
+        with target.open("wb") as written:
+            written.write(header)
+            for name in (*packed, *plain_parts):
+                tensors = {name: file.get_tensor(name)}
+                if name in packed:
+                    tensors = _packed_parts(name, tensors[name], masks.masks[name], int8=int8)
+                for part, tensor in tensors.items():
+                    data = _bytes(tensor)
+                    written.seek(places[part])
+                    written.write(data)
+                    if part in sums:
+                        sums[part] = f"{zlib.crc32(data):08x}"
+            written.seek(0)
+            written.write(_header(everything, metadata, sums)[0])
+
+
+def _packed_parts(name: str, weight: Tensor, mask: Tensor, *, int8: bool) -> dict[str, Tensor]:
+    packed = PackedWeight.pack(weight, mask, int8=int8)
+    parts = {"": packed.values, BITMAP: packed.bitmap, SCALE: packed.scale}
+    return {f"{name}{suffix}": part for suffix, part in parts.items() if part is not None}
+
+
+def _metadata(shapes: Mapping[str, list[int]], provenance: Provenance) -> dict[str, str]:
+    return {
+        "format": "pt",
+        "packed_format": FORMAT,
+        "packed_version": str(FORMAT_VERSION),
+        "packed_layout": LAYOUT,
+        "shapes": json.dumps(shapes),
+        "provenance": json.dumps(plain(asdict(provenance))),
+    }
+
+
+def _header(
+    parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str], sums: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Return the header, whose length does not depend on the sums, and the place of each tensor in the file."""
+    header: dict[str, Any] = {"__metadata__": {**metadata, "crc32": json.dumps(sums)}}
+    places, end = {}, 0
+    for name in sorted(parts, key=lambda name: (-parts[name][1].itemsize, name)):  # so that all are aligned
+        shape, dtype = parts[name]
+        places[name], end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [places[name], end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + place for name, place in places.items()}
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """Return the bytes of a tensor as an object that can be written and summed, without a copy."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+
+
+# -- read ---------------------------------------------------------------------------------------------------
+
+
+def read_headers(files: Iterable[Path]) -> tuple[dict[str, Stored], Provenance | None]:
+    """Return the packed weights in ``files`` and the provenance of their mask; none and None if no weight is packed.
+
+    Raises:
+        UserError: A file is truncated or damaged, or of another version of the format.
+    """
+    found: dict[str, Stored] = {}
+    provenance = None
+    for file in files:
+        check_regular(file, "base model")
+        with _reading(file), safe_open(file, framework="pt") as opened:
+            metadata = _metadata_of(file, opened)
+            if metadata is not None:
+                found |= _packed_in(file, opened, metadata)
+                provenance = Provenance(**parse_provenance(metadata["provenance"]))
+    return found, provenance if found else None
+
+
+def _metadata_of(file: Path, opened: Any) -> dict[str, str] | None:
+    metadata: dict[str, str] = opened.metadata() or {}
+    if metadata.get("packed_format") != FORMAT:
+        return None
+    version = metadata.get("packed_version", "")
+    if version != str(FORMAT_VERSION):
+        raise UserError(
+            f"{file} is packed in format version {shown(version, 20)}, and this leap_pl reads version "
+            f"{FORMAT_VERSION}. Update leap_pl: pip install --upgrade leap_pl"
+        )
+    if any(len(text) > MOST_BYTES for text in metadata.values()):
+        raise ValueError(f"its metadata is larger than {MOST_BYTES >> 20} MiB")
+    return metadata
+
+
+def _packed_in(file: Path, opened: Any, metadata: Mapping[str, str]) -> dict[str, Stored]:
+    names = set(opened.keys())
+    found = {}
+    for name, shape in parse_shapes(metadata["shapes"]).items():
+        if name not in names:
+            raise ValueError(f"it lacks {shown(name)}")
+        values = opened.get_slice(name)
+        stored = Stored(file, tuple(shape), prod(values.get_shape()), _TYPES[values.get_dtype()])
+        for suffix, (expected, dtype) in stored.parts(stored.dtype).items():
+            part = opened.get_slice(f"{name}{suffix}")
+            if (tuple(part.get_shape()), part.get_dtype()) != (expected, _NAMES[dtype]):
+                raise ValueError(f"{shown(name + suffix)} is {part.get_dtype()} {part.get_shape()}")
+        found[name] = stored
+    return found
+
+
+def check_sums(file: Path) -> None:
+    """Check the bytes of every tensor of a packed weight in ``file`` against the sums that were written with them.
+
+    Raises:
+        UserError: They differ, or the file is damaged in another way.
+    """
+    for _ in _tensors(file):
+        pass
+
+
+def read_weights(file: Path) -> Iterator[tuple[str, PackedWeight]]:
+    """Yield the packed weights in ``file``, one at a time, each checked by its sums and :meth:`PackedWeight.of`.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    for name, shape, parts in _tensors(file):
+        with _reading(file):
+            try:
+                yield name, PackedWeight.of(parts[BITMAP], parts[""], parts.get(SCALE), shape)
+            except UserError as error:
+                raise ValueError(f"{shown(name)}: {error}") from error
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, tuple[int, ...], dict[str, Tensor]]]:
+    """Yield name, shape and the tensors, by suffix, of each packed weight in ``file``, after checking their sums."""
+    with _reading(file), safe_open(file, framework="pt") as opened:
+        metadata = _metadata_of(file, opened)
+        if metadata is None:
+            return
+        sums = checked(_SUMS, parse_json(metadata["crc32"]))
+        for name, stored in _packed_in(file, opened, metadata).items():
+            parts = {suffix: opened.get_tensor(f"{name}{suffix}") for suffix in stored.parts(stored.dtype)}
+            for suffix, tensor in parts.items():
+                if f"{zlib.crc32(_bytes(tensor)):08x}" != sums[f"{name}{suffix}"]:
+                    raise ValueError(f"{shown(name + suffix)} has other bytes than were written")
+            yield name, stored.shape, parts
+
+
+class _reading:  # noqa: N801  (reads as a statement)
+    """Context that converts the errors of reading a file into one line."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        damage = SafetensorError | OSError | ValueError | KeyError | TypeError | AttributeError | RuntimeError
+        if isinstance(error, UserError | torch.OutOfMemoryError) or not isinstance(error, damage):
+            return
+        reason = shown(" ".join(str(error).split()), 300)
+        raise UserError(
+            f"{self.file} is truncated or damaged ({reason}). Export the model again, or use another copy of the file."
+        ) from error

@@ -1,0 +1,64 @@
+"""``leap_pl generate``: dense, sparse and packed continue a prompt alike."""
+
+from pathlib import Path
+
+import pytest
+from conftest import Run, refused
+from tiny import tiny_folder
+
+from leap_pl.cli.export import export_command
+from leap_pl.cli.generate import generate_command
+from leap_pl.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def folders(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("exports")
+    for form in ("huggingface", "packed"):
+        export_command(str(place / form), mask=str(finished_run.mask), format=form)  # type: ignore[arg-type]
+    return {form: place / form for form in ("huggingface", "packed")}
+
+
+@pytest.mark.filterwarnings("ignore:14 of 14 packed weights")
+def test_sparse_and_packed_answer_alike(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    made = {}
+    for form, memory in (("huggingface", "auto"), ("packed", "auto"), ("packed", "packed"), ("packed", "dense")):
+        made[form, memory] = generate_command(
+            str(folders[form]),
+            "the mask",
+            max_new_tokens=12,
+            memory=memory,
+            device="cpu",  # type: ignore[arg-type]
+        )
+    assert len({one["text"] for one in made.values()}) == 1
+    assert made["packed", "packed"]["bytes"] < made["packed", "dense"]["bytes"] == made["huggingface", "auto"]["bytes"]
+    said = capsys.readouterr()
+    assert made["packed", "packed"]["text"].strip() in said.out
+    assert "tokens a second; the weights take" in said.err
+
+
+def test_sampling_has_a_seed(model_folder: Path) -> None:
+    made = [
+        generate_command(str(model_folder), "a", max_new_tokens=20, temperature=2.0, seed=seed, device="cpu")["text"]
+        for seed in (1, 1, 2)
+    ]
+    assert made[0] == made[1] != made[2]
+
+
+def test_what_a_model_writes_cannot_control_the_terminal(model_folder: Path, monkeypatch, capsys) -> None:
+    from leap_pl.evaluation import generation
+
+    made = generation.Continuation("\x1b[2J two\nlines", 1, 2, 0.1, 0.1)
+    monkeypatch.setattr(generation, "continue_prompt", lambda *_, **__: made)
+    main(["generate", f"--model={model_folder}", "--prompt=a", "--device=cpu"])
+    assert capsys.readouterr().out == "\\x1b[2J two\nlines\n"
+
+
+def test_what_is_refused(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", f"--model={model_folder}", "--device=cpu"]
+    assert "128 tokens" in refused([*words, "--prompt=a", "--max_new_tokens=128"], capsys)
+    assert "--max_new_tokens is 0" in refused([*words, "--prompt=a", "--max_new_tokens=0"], capsys)
+    assert "there is no such folder" in refused(["generate", "--model=./none", "--prompt=a"], capsys)
+    folder = tiny_folder(tmp_path / "cut")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-50])
+    assert "could not be read" in refused(["generate", f"--model={folder}", "--prompt=a"], capsys)

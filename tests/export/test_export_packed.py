@@ -1,0 +1,205 @@
+"""``leap_pl export --format packed``: both ways without loss, for a mask and for any sparse model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run, refused
+from packed_models import masked_base, sparse_folder
+from safetensors.torch import load_file, save_file
+from tiny import tiny_folder
+
+from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.weights import find_weights
+from leap_pl.cli.export import export_command
+from leap_pl.cli.main import main
+from leap_pl.comparison.entries import read_entries
+from leap_pl.export import packed as packed_export
+from leap_pl.masks import MaskSet
+from leap_pl.masks.patterns import choose, read_form
+from leap_pl.sparse.folder import read_masks
+
+
+def same(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_to_huggingface_and_back_without_loss(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    masks = sparse_folder(Path("base"), family)
+    masks.save("mask.safetensors")
+    main(["export", "--mask=mask.safetensors", "--output_dir=plain"])
+    main(["export", "--mask=mask.safetensors", "--output_dir=packed", "--format=packed"])
+    main(["export", "--model=packed", "--output_dir=unpacked"])
+    main(["export", "--model=unpacked", "--output_dir=again", "--format=packed"])
+    assert sorted(path.name for path in Path("unpacked").iterdir()) == sorted(p.name for p in Path("plain").iterdir())
+    for name in ("mask.safetensors", "leap_pl.json", "README.md"):
+        assert same(Path("plain", name), Path("unpacked", name)), name
+    for name in ("model.safetensors", "leap_pl.json", "README.md"):
+        assert same(Path("packed", name), Path("again", name)), name
+    before, after = load_model("plain").state_dict(), load_model("unpacked").state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_the_packed_folder(finished: Run, tmp_path: Path, capsys) -> None:
+    facts = export_command(str(tmp_path / "out"), ckpt_path=str(finished.checkpoint), format="packed")
+    said = capsys.readouterr().out
+    assert "sparsity 0.500000" in said
+    assert f"packed: {facts['packed']['bytes_per_weight']:.3f} bytes a gated weight (float32), dense 4" in said
+    assert read_masks(tmp_path / "out").digest_of_bits() == MaskSet.load(finished.mask).digest_of_bits()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "import leap_pl\nfrom transformers" in card
+    assert "the bitmaps of the packed weights hold it" in card
+    assert not (tmp_path / "out" / "mask.safetensors").exists()
+    assert json.loads((tmp_path / "out" / "leap_pl.json").read_text())["packed"] == facts["packed"]
+
+
+def test_bytes_a_weight(tmp_path: Path) -> None:
+    """At most 2ρ + 1/8 + 1% in bfloat16, padding and sums included."""
+    masks = sparse_folder(tmp_path / "base")
+    facts = packed(masks, tmp_path, "auto")["packed"]
+    density = masks.kept / masks.total
+    assert facts["dense_bytes_per_weight"] == 2
+    words = sum(mask.numel() // mask.shape[-1] * -(-mask.shape[-1] // 32) for mask in masks.masks.values())
+    assert facts["bytes"] == 2 * masks.kept + 4 * words
+    stored = load_file(tmp_path / "auto" / "model.safetensors")
+    parts = [stored[f"{name}{suffix}"] for name in masks.masks for suffix in ("", "_bitmap")]
+    assert sum(part.nbytes for part in parts) == facts["bytes"]
+    assert 32 * words == sum(
+        -(-mask.shape[-1] // 32) * 32 * (mask.numel() // mask.shape[-1]) for mask in masks.masks.values()
+    )
+    assert 2 * density < facts["bytes_per_weight"] < 2 * density + 0.25  # rows of 32 and 48 columns
+
+
+def packed(masks: MaskSet, place: Path, values: str) -> dict[str, dict[str, float]]:
+    masks.save(place / "mask.safetensors")
+    return export_command(str(place / values), mask=str(place / "mask.safetensors"), format="packed", values=values)  # type: ignore[arg-type]
+
+
+def test_int8_is_smaller_and_says_that_it_rounds(tmp_path: Path) -> None:
+    masks = sparse_folder(tmp_path / "base")
+    assert packed(masks, tmp_path, "int8")["packed"]["bytes_per_weight"] < 0.8
+    assert "rounded to int8" in (tmp_path / "int8" / "README.md").read_text()
+    exact = masked_base(tmp_path, masks).state_dict()
+    found = load_model(str(tmp_path / "int8")).state_dict()
+    for name, weight in exact.items():
+        step = 1.01 * weight.float().abs().amax() / 127 / 2 + 2**-8 * weight.float().abs() if name in masks.masks else 0
+        assert bool(((found[name].float() - weight.float()).abs() <= step).all()), name
+    export_command(str(tmp_path / "plain"), model=str(tmp_path / "int8"))
+    assert "rounded to int8" in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_any_sparse_model_packs(tmp_path: Path) -> None:
+    """Whoever pruned it: with -0 for zeros, as a product with a mask leaves them, and no record."""
+    folder = tiny_folder(tmp_path / "foreign")
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith("proj.weight"):
+            weights[name] = weight * (weight.abs() > 0.12)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    facts = export_command(str(tmp_path / "out"), model=str(folder), format="packed")
+    assert facts["provenance"]["method"] == "unknown"
+    before, after = load_model(str(folder)).state_dict(), load_model(str(tmp_path / "out")).state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    (entry,) = read_entries([str(tmp_path / "out")])
+    assert entry.sparsity == pytest.approx(facts["sparsity"])
+
+
+def test_what_prune_updated_packs_with_its_provenance(tmp_path: Path, text_file: Path) -> None:
+    folder = tiny_folder(tmp_path / "base")
+    flags = ["--method=sparsegpt", "--sparsity=0.6", "--sequences=2", "--seq_length=32"]
+    main(["prune", f"--model={folder}", f"--output_dir={tmp_path / 'pruned'}", f"--text={text_file}", *flags])
+    facts = export_command(str(tmp_path / "out"), model=str(tmp_path / "pruned" / "model"), format="packed")
+    assert facts["provenance"]["method"] == "sparsegpt"
+    assert facts["sparsity"] == pytest.approx(0.6, abs=0.02)
+
+
+def test_nm_masks_pack_the_same_way(tmp_path: Path) -> None:
+    masks = sparse_folder(tmp_path / "base")
+    weights = find_weights(load_model(str(tmp_path / "base")))
+    chosen = {n: choose(w.parameter.detach().abs().float(), read_form("2:4"), "row") for n, w in weights.items()}
+    packed(MaskSet(chosen, masks.with_provenance(config={"pattern": "2:4"}).provenance), tmp_path, "auto")
+    assert read_masks(tmp_path / "auto").provenance.config["pattern"] == "2:4"
+    assert "of every 4 consecutive inputs" in (tmp_path / "auto" / "README.md").read_text()
+
+
+def test_a_model_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import PreTrainedModel
+
+    masks = sparse_folder(tmp_path / "base")
+    save = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(
+        PreTrainedModel,
+        "save_pretrained",
+        lambda self, folder, **more: save(self, folder, max_shard_size="9KB", **more),
+    )
+    packed(masks, tmp_path, "auto")
+    assert len([*(tmp_path / "auto").glob("model-*.safetensors")]) > 2
+    index = json.loads((tmp_path / "auto" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index) >= {f"{name}_bitmap" for name in masks.masks}
+    found = load_model(str(tmp_path / "auto")).state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in masked_base(tmp_path, masks).state_dict().items())
+    assert read_masks(tmp_path / "auto").digest_of_bits() == masks.digest_of_bits()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_packed_folder_that_does_not_read_back_is_not_exported(family: str, tmp_path: Path, monkeypatch) -> None:
+    masks = sparse_folder(tmp_path / "base", family)
+    masks.save(tmp_path / "mask.safetensors")
+    monkeypatch.setattr(
+        packed_export.PackedWeight, "unpack", lambda self, dtype=None: torch.zeros(self.shape, dtype=dtype)
+    )
+    words = ["export", f"--mask={tmp_path / 'mask.safetensors'}", f"--output_dir={tmp_path / 'out'}", "--format=packed"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_refused(tmp_path: Path, model_folder: Path, finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    out = f"--output_dir={tmp_path / 'out'}"
+    line = refused(["export", f"--model={model_folder}", "--format=packed", out], capsys)
+    assert "0.0% of the weights of the decoder blocks are zero" in line
+    assert "--force" in line
+    assert "Add --format packed" in refused(["export", f"--mask={finished.mask}", "--values=int8", out], capsys)
+    assert "--model MODEL --format packed" in refused(["export", f"--model={model_folder}", out], capsys)
+    line = refused(["export", f"--model={model_folder}", "--format=packed", "--perplexity=x.json", out], capsys)
+    assert "--perplexity is for a mask" in line
+    main(["export", f"--model={model_folder}", "--format=packed", out, "--force"])
+    found = load_model(str(tmp_path / "out")).state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in load_model(str(model_folder)).state_dict().items())
+
+
+def test_a_recorded_mask_that_is_not_the_models(tmp_path: Path, finished: Run, capsys) -> None:
+    out = tmp_path / "out"
+    export_command(str(out), mask=str(finished.mask))
+    weights = load_file(out / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, out / "model.safetensors", {"format": "pt"})
+    line = refused(["export", f"--model={out}", "--format=packed", f"--output_dir={tmp_path / 'packed'}"], capsys)
+    assert "that is not the model's" in line
+
+
+def test_sparse_and_packed_evaluate_and_compare_alike(tmp_path: Path, finished: Run, text_file: Path) -> None:
+    results = []
+    for form in ("huggingface", "packed"):
+        export_command(str(tmp_path / form), mask=str(finished.mask), format=form)  # type: ignore[arg-type]
+        output = tmp_path / f"{form}.json"
+        main(
+            [
+                "evaluate",
+                f"--model={tmp_path / form}",
+                f"--perplexity={text_file}",
+                "--seq_length=32",
+                f"--output={output}",
+            ]
+        )
+        results.append(json.loads(output.read_text()))
+    for key in ("sparsity", "method", "config"):
+        assert results[0][key] == results[1][key]
+    assert results[0]["perplexity"] == results[1]["perplexity"]
+    assert results[0]["model"]["mask_digest"] == results[1]["model"]["mask_digest"]
+    entries = read_entries(
+        [str(tmp_path / "packed.json"), str(tmp_path / "huggingface.json"), str(tmp_path / "packed")]
+    )
+    assert all(entry.mask is not None for entry in entries)

@@ -1,0 +1,210 @@
+"""Packed folders in transformers: ``import leap_pl``, then from_pretrained."""
+
+import subprocess
+import sys
+import warnings
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from packed_models import masked_base, packed_folder
+from tiny import FAMILIES
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from leap_pl.base_model.loading import load_model
+from leap_pl.errors import UserError, warn_once
+from leap_pl.sparse import registration
+from leap_pl.sparse.packed_linear import PackedLinear
+from leap_pl.sparse.packed_weight import PackedWeight
+
+IDS = torch.arange(12)[None]
+
+
+def load(folder: Path, memory: str, **options: object):
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["memory"] = memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto", **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loads_and_answers_alike(family: str, tmp_path: Path) -> None:
+    folder, masks = packed_folder(tmp_path, family)
+    expected = masked_base(tmp_path, masks)
+    for memory in ("packed", "dense"):
+        model = load(folder, memory)
+        packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+        assert bool(packed) == (memory == "packed" and family != "gpt2")
+        assert not model.training
+        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        with torch.inference_mode():
+            assert torch.allclose(model(IDS).logits, expected(IDS).logits, atol=1e-2)
+    for name, weight in expected.state_dict().items():  # the last one is dense
+        assert torch.equal(model.state_dict()[name], weight), name
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_a_loaded_model_unpacks(tmp_path: Path) -> None:
+    folder, masks = packed_folder(tmp_path)
+    model = load(folder, "packed")
+    with pytest.raises(ValueError, match="leap_pl and is not serializable"):
+        model.save_pretrained(tmp_path / "saved")
+    model.dequantize()
+    for name, weight in masked_base(tmp_path, masks).state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    model.save_pretrained(tmp_path / "saved")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config.model_type == "llama"
+
+
+def test_other_types_and_the_model_without_its_head(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    warn_once.cache_clear()
+    folder, masks = packed_folder(tmp_path)
+    expected = masked_base(tmp_path, masks).float()
+    model = load_model(str(folder), dtype="float32", memory="packed")
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.values.dtype == torch.float32
+    assert torch.equal(layer.packed.unpack(), expected.model.layers[0].mlp.up_proj.weight)
+    with pytest.warns(UserWarning, match="dense in memory"):
+        bare = AutoModel.from_pretrained(folder, dtype="auto").float()
+    with torch.inference_mode():
+        found = bare(IDS).last_hidden_state
+        assert torch.allclose(found, expected.model(IDS).last_hidden_state, atol=1e-5)
+
+
+def test_small_weights_are_dense_in_memory_and_it_says_so(tmp_path: Path) -> None:
+    folder, _ = packed_folder(tmp_path)
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="14 of 14 packed weights of LlamaForCausalLM are dense in memory"):
+        model = load_model(str(folder), memory="auto")
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def test_memory_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed: never more than the packed model. Dense: never more than the dense model and one packed weight."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # in this thread, where it is counted
+    monkeypatch.setattr("leap_pl.sparse.packed_weight._CHUNK", 64)  # as small beside these weights as beside real ones
+    folder, masks = packed_folder(tmp_path)
+    largest = 2 * max(mask.numel() for mask in masks.masks.values())
+    size = (folder / "model.safetensors").stat().st_size
+    dense = (tmp_path / "base" / "model.safetensors").stat().st_size
+    for memory, most in (("packed", size + largest), ("dense", dense + largest)):
+        with Living() as living:
+            model = load(folder, memory)
+        assert living.peak > most / 3  # it sees them at all
+        assert living.peak <= most
+        del model
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive of all that torch makes, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self.known = 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                self.known[storage._cdata] = (
+                    torch.multiprocessing.reductions.StorageWeakRef(storage),
+                    storage.nbytes(),
+                )
+        self.known = {key: value for key, value in self.known.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.known.values()))
+        return made
+
+
+# -- registration -------------------------------------------------------------------------------------------
+
+
+def test_import_is_cheap_and_registers(tmp_path: Path) -> None:
+    """In a process of its own: nothing heavy is imported, and transformers loads the folder when it is imported."""
+    folder, _ = packed_folder(tmp_path)
+    code = "import sys, leap_pl; assert not {'torch', 'transformers', 'numpy'} & {*sys.modules}; "
+    code += "from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_registration_waits_for_one_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any order of imports: when the module with the table is there, or at once; and once."""
+    (tmp_path / "table_of_quantizers.py").write_text("filled = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registration, "TABLE", "table_of_quantizers")
+    registered: list[bool] = []
+    monkeypatch.setattr(registration, "_register", lambda: registered.append("table_of_quantizers" in sys.modules))
+    before = list(sys.meta_path)
+    registration.register_packed_folders()
+    registration.register_packed_folders()
+    assert len(sys.meta_path) == len(before) + 1
+    import table_of_quantizers  # type: ignore[import-not-found]
+
+    assert table_of_quantizers.filled
+    assert sys.meta_path == before
+    registration.register_packed_folders()
+    assert registered == [True, True]
+    del sys.modules["table_of_quantizers"]
+
+
+def test_without_leap_pl_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """And says what it needs: transformers names the method, and the card the command."""
+    from transformers.quantizers import auto
+
+    folder, _ = packed_folder(tmp_path)
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "leap_pl")
+    monkeypatch.setattr(auto.logger.parent.parent, "propagate", True)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert "Unknown quantization type, got leap_pl" in caplog.text
+    assert "import leap_pl" in (folder / "README.md").read_text()
+
+
+def test_another_transformers_without_quantizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing transformers does not fail because of it."""
+
+    def missing(name: str) -> None:
+        raise ImportError("cannot import name 'register_quantizer'")
+
+    warn_once.cache_clear()
+    monkeypatch.setattr(registration, "import_module", missing)
+    with pytest.warns(UserWarning, match="cannot load packed folders of leap_pl"):
+        registration._register()
+
+
+def test_a_dense_model_is_not_packed_while_it_is_loaded(model_folder: Path) -> None:
+    from leap_pl.sparse.quantizer import PackedConfig
+
+    with pytest.raises(ValueError, match="pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(
+            model_folder, quantization_config=PackedConfig(format="leap_pl.packed", format_version=1)
+        )
+    with pytest.raises(UserError, match="memory is x; give auto, packed, dense"):
+        PackedConfig("x", format="leap_pl.packed", format_version=1)
+
+
+def test_weights_are_unpacked_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When one is unpacked, none of the packed ones before it is left."""
+    folder, masks = packed_folder(tmp_path)
+    made: list[weakref.ref[PackedWeight]] = []
+    left: list[int] = []
+    checked, unpack = PackedWeight.of, PackedWeight.unpack
+
+    def kept(*parts: object) -> PackedWeight:
+        made.append(weakref.ref(packed := checked(*parts)))  # type: ignore[arg-type]
+        return packed
+
+    def counted(self: PackedWeight, dtype: torch.dtype | None = None) -> torch.Tensor:
+        left.append(sum(each() is not None for each in made))
+        return unpack(self, dtype)
+
+    monkeypatch.setattr(PackedWeight, "of", kept)
+    monkeypatch.setattr(PackedWeight, "unpack", counted)
+    load(folder, "dense")
+    assert left == [1] * len(masks.masks)
