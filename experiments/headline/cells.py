@@ -151,7 +151,7 @@ def write_overlap(mask: Path, prior: Path, output: Path) -> None:
     from leap_pl.comparison.entries import read_entries
     from leap_pl.comparison.overlap import overlap
 
-    first, second = read_entries([str(mask), str(prior)])
+    (first,), (second,) = read_entries([str(mask)]), read_entries([str(prior)])  # together, equal masks are one
     found = overlap(first, second)
     assert found is not None
     assert first.mask is not None

@@ -14,6 +14,7 @@ from leap_pl.base_model.gguf_structure import GgufFile, read_structure
 from leap_pl.base_model.model_sizes import check_settings, check_skeleton
 from leap_pl.base_model.stored_weights import PACKED_METHOD, StoredWeights, check_sizes, read_settings, read_shapes
 from leap_pl.errors import UserError, listing
+from leap_pl.inputs.hub import check_reachable
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.register import note_input
 
@@ -116,6 +117,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     _check_description(name, folder, gguf_file)
     with _reading("base model", name):
+        _check_in_reach(folder, revision)
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
     if not trust_remote_code:
         _check_plain(name, folder, revision, config)
@@ -162,6 +164,7 @@ def load_tokenizer(
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     _check_description(name, folder, gguf_file)  # transformers reads it for a tokenizer, too
     with _reading("tokenizer", name):
+        _check_in_reach(folder, revision)
         return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
 
 
@@ -251,6 +254,12 @@ def _locate(name: str) -> tuple[str, str | None]:
             f"base model {name}: there is no such folder. Give a Hugging Face model folder, a .gguf file or a hub id."
         )
     return name, None
+
+
+def _check_in_reach(folder: str, revision: str | None) -> None:
+    """Check that the hub answers, if ``folder`` is a hub id; raises the hub client's error if it does not."""
+    if not Path(folder).is_dir():
+        check_reachable(folder, revision=revision)
 
 
 def _check_description(name: str, folder: str, gguf_file: str | None) -> None:

@@ -26,6 +26,10 @@ class MaskExport(L.Callback):
     are still soft, and its checkpoint has the complete state. ``leap_pl export --ckpt_path`` can export a mask from
     such a checkpoint, with the step in its provenance. A ``mask.safetensors`` of an earlier run is renamed to
     ``mask-earlier.safetensors`` when learning begins, and removed at the end if it equals the new one.
+
+    Attributes:
+        folder: Folder of the files; None is that of the checkpoints.
+        written: Path and sparsity of the mask, once it is written.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -35,12 +39,13 @@ class MaskExport(L.Callback):
             folder: Folder of the files; by default that of the checkpoints.
         """
         self.folder = folder
+        self.written: tuple[Path, float] | None = None
         self._begun = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the module the folder in which a resumed run looks for its prior."""
         assert isinstance(pl_module, LeapModule)
-        self._begun = False
+        self._begun, self.written = False, None
         if stage == "fit":
             pl_module.prior_folders.append(self.place(trainer))
 
@@ -72,6 +77,7 @@ class MaskExport(L.Callback):
             return
         path = self.place(trainer) / MASK
         kept, total = pl_module.save_mask(path)
+        self.written = (path, 1 - kept / total)
         earlier = path.with_name(EARLIER)
         if trainer.is_global_zero and earlier.exists() and earlier.read_bytes() == path.read_bytes():
             earlier.unlink()  # from this run, which was stopped between writing its mask and its last checkpoint

@@ -1,68 +1,79 @@
-"""Progress bar that counts optimizer steps."""
+"""Progress of a run in optimizer steps: a bar in a terminal, a line every so often in a file."""
 
+import sys
+import time
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from leap_pl.escape import say
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import TOTAL
 from leap_pl.training.module import LeapModule
 
+SECONDS_A_LINE = 30.0  # least time between two lines in a file
+LINES = 100  # most lines in a file, without those after validations
+
 
 class StepProgress(ProgressBar):
-    """Progress bar in one line: step, time left, loss of the last micro-batch, soft density, hard perplexity."""
+    """Progress in one line: step, time left, LM loss of the last micro-batch, soft density, perplexities.
+
+    The perplexities are those of the last validation: of the hard mask and, in brackets, of the dense model and of the
+    prior. The time left leaves out the first step of the process, which compiles the kernels. In a terminal the line is
+    a bar; elsewhere a line is printed after each validation, and at most every half minute.
+    """
 
     def __init__(self, refresh_seconds: float = 1.0) -> None:
         """Set the refresh interval.
 
         Args:
-            refresh_seconds: Minimum seconds between redraws.
+            refresh_seconds: Minimum seconds between redraws of the bar.
         """
         super().__init__()
         check_numbers({"refresh_seconds": refresh_seconds}, "progress.")
         self.refresh_seconds = refresh_seconds
         self.bar: tqdm | None = None
         self.enabled = True
+        self._shown = (0, 0.0)  # step and time of the last line
+        self._measured: tuple[int, float] | None = None  # step and time from which the speed is measured
 
     def disable(self) -> None:
-        """Disable the bar; Lightning calls this on all ranks but the first."""
+        """Disable the display; Lightning calls this on all ranks but the first."""
         self.enabled = False
 
     def enable(self) -> None:
-        """Enable the bar."""
+        """Enable the display."""
         self.enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the bar, starting at the current step in a resumed run."""
-        if not self.enabled:
-            return
-        self.bar = tqdm(
-            total=trainer.max_steps,
-            initial=trainer.global_step,
-            desc="learning the mask",
-            unit="step",
-            mininterval=self.refresh_seconds,
-            dynamic_ncols=True,
-        )
+        """Announce the first step, starting at the current one in a resumed run."""
+        self._measured, self._shown = None, (trainer.global_step, time.monotonic())
+        if self.enabled and sys.stderr.isatty():
+            self._draw(trainer, "first step")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance the bar after an optimizer step."""
-        if self.bar is None or trainer.global_step == self.bar.n:
+        """Advance after an optimizer step."""
+        step = trainer.global_step
+        if not self.enabled or (batch_idx + 1) % trainer.accumulate_grad_batches or step == 0:
             return
         assert isinstance(pl_module, LeapModule)
-        self.bar.update(trainer.global_step - self.bar.n)
+        if self._measured is None:
+            self._measured = (step, time.monotonic())
+            if self.bar is not None:
+                self.bar.leave = False
+                self.bar.close()
+                self._draw(trainer, "learning the mask")
+        if self.bar is None:
+            self._print_if_due(trainer, pl_module)
+            return
+        self.bar.update(step - self.bar.n)
         # The values are on the device: reading them only when the line is redrawn saves host syncs.
         if self.bar.last_print_n == self.bar.n or self.bar.n == self.bar.total:
-            kept = pl_module.gates.kept.values()
-            density = float(sum(k.detach() for k in kept)) / sum(pl_module.sizes.values())
-            shown = {"loss": f"{float(pl_module.terms[TOTAL]):.3f}", "density": f"{density:.3f}"}
-            if "perplexity/hard" in trainer.callback_metrics:
-                shown["perplexity"] = f"{float(trainer.callback_metrics['perplexity/hard']):.2f}"
-            self.bar.set_postfix(shown, refresh=False)
+            self.bar.set_postfix_str(_values(pl_module), refresh=False)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show that validation is running."""
@@ -70,15 +81,64 @@ class StepProgress(ProgressBar):
             self.bar.set_description("validating")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show that learning continues."""
+        """Show the perplexities, and that learning continues."""
+        assert isinstance(pl_module, LeapModule)
         if self.bar is not None:
+            self.bar.set_postfix_str(_values(pl_module), refresh=False)
             self.bar.set_description("learning the mask")
+        elif self.enabled and self._measured is not None:
+            self._print(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar, leaving its last line."""
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Close the bar, so that it does not overwrite the error message."""
         self.on_train_end(trainer, pl_module)
+
+    def _draw(self, trainer: L.Trainer, words: str) -> None:
+        self.bar = tqdm(
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            desc=words,
+            unit="step",
+            mininterval=self.refresh_seconds,
+            smoothing=0,  # the mean speed, validations included
+            dynamic_ncols=True,
+        )
+
+    def _print_if_due(self, trainer: L.Trainer, module: LeapModule) -> None:
+        """Print a line if the last one is long ago."""
+        step, at = self._shown
+        if time.monotonic() - at >= SECONDS_A_LINE and LINES * (trainer.global_step - step) >= trainer.max_steps:
+            self._print(trainer, module)
+
+    def _print(self, trainer: L.Trainer, module: LeapModule) -> None:
+        assert self._measured is not None
+        step, now = trainer.global_step, time.monotonic()
+        from_step, start = self._measured
+        left = ""
+        if from_step < step < trainer.max_steps:
+            seconds = (now - start) / (step - from_step) * (trainer.max_steps - step)
+            left = f", {tqdm.format_interval(seconds)} left"
+        self._shown = (step, now)
+        say(f"step {step:,} of {trainer.max_steps:,}{left}: {_values(module)}", sys.stderr)
+
+
+def _values(module: LeapModule) -> str:
+    """Return the LM loss (the total without one), the soft density and the perplexities of the last validation.
+
+    The total would mislead: it rises over a good run, in which the term that rewards kept weights fades.
+    """
+    words = []
+    name = "lm" if "lm" in module.terms else TOTAL
+    if module.terms:
+        words.append(f"{'loss/lm' if name == 'lm' else 'loss'} {float(module.terms[name]):.3f}")
+    kept = module.gates.kept.values()
+    if kept:
+        words.append(f"density {float(sum(k.detach() for k in kept)) / sum(module.sizes.values()):.3f}")
+    perplexities = module.validation.summary()
+    return ", ".join([*words, *([perplexities] if perplexities else [])])

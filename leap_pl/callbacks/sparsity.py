@@ -6,15 +6,18 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from leap_pl.callbacks.density_picture import draw_densities
 from leap_pl.distributed.shards import gathered
 from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import TOTAL
 from leap_pl.masks import split_name
 from leap_pl.training.finite import read_together
+from leap_pl.training.live_settings import live_settings
 from leap_pl.training.module import LeapModule
 
 FEWEST_BITS = 256  # samples of a weight that are needed to call its density extreme
@@ -54,15 +57,17 @@ class SparsityLogger(L.Callback):
     ``loss/…``                  each term of the objective, unweighted, and their weighted sum ``total``
     ``gradient/norm``           norm of the logits' gradient before clipping (not with float16's scaler)
     ``mask/changed_from_…``     share of hard mask bits that differ from the prior, and from the last log
-    ``perplexity/…``            perplexity of the hard mask and of the dense model, at validation
+    ``perplexity/…``            perplexity of the hard mask and of the dense model, at validation (by the module)
+    ``at_a_glance/…``           the curves that decide, first in TensorBoard: perplexity of the hard mask, of the dense
+                                model and of the prior; ``density/soft`` minus its target
     ``schedule/…``              α, τ and the learning rate
     ``weights_by_layer/…``      soft and hard density of each decoder block
     ``weights_by_projection/…`` soft and hard density of each projection, over all blocks
     ==========================  ==========================================================================
 
     Hard metrics describe the mask at exactly the target sparsity, estimated from evenly spaced logits;
-    soft metrics cover all weights, in the last micro-batch. TensorBoard also gets histograms of αθ/τ, a
-    custom-scalars page, and the hyperparameters with the final perplexities.
+    soft metrics cover all weights, in the last micro-batch. TensorBoard also gets histograms of αθ/τ, pictures of the
+    density by layer and projection, a custom-scalars page, and the hyperparameters with the final perplexities.
 
     There is one warning for each weight of which the hard mask keeps, or removes, almost nothing.
     """
@@ -72,7 +77,7 @@ class SparsityLogger(L.Callback):
 
         Args:
             every_n_steps: Optimizer steps between logs.
-            histogram_every_n_steps: Optimizer steps between histograms.
+            histogram_every_n_steps: Optimizer steps between histograms, and between pictures of the density.
             samples: Number of logits in the whole model from which hard metrics and histograms are estimated.
         """
         if min(every_n_steps, histogram_every_n_steps, samples) < 1:
@@ -97,7 +102,7 @@ class SparsityLogger(L.Callback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(_PAGE)
             else:
-                logger.log_hyperparams(_plain(dict(pl_module.hparams)))
+                logger.log_hyperparams(_hyperparameters(trainer, pl_module))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make TensorBoard drop the points that a stopped run logged after its checkpoint: they are logged again."""
@@ -127,6 +132,17 @@ class SparsityLogger(L.Callback):
             logger.log_metrics(metrics, step=step)
         if step % self.histogram_every_n_steps == 0 or step in (1, trainer.max_steps):
             self._histograms(trainer, pl_module, step)
+        if step % self.histogram_every_n_steps == 0 or step == trainer.max_steps:
+            self._draw_densities(trainer, step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the perplexities that decide."""
+        assert isinstance(pl_module, LeapModule)
+        if trainer.state.fn == TrainerFn.FITTING:
+            figures = pl_module.validation.figures()
+            for logger in trainer.loggers:
+                perplexities = {f"at_a_glance/perplexity_{name}": value for name, value in figures.items()}
+                logger.log_metrics(perplexities, step=trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the hyperparameters with the final metrics to TensorBoard, if the run is finished."""
@@ -136,7 +152,8 @@ class SparsityLogger(L.Callback):
         final = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("perplexity/")}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and final:
-                logger.log_hyperparams(_plain(dict(pl_module.hparams)), {f"final_{k}": v for k, v in final.items()})
+                named = {f"final_{name}": value for name, value in final.items()}
+                logger.log_hyperparams(_hyperparameters(trainer, pl_module), named)
 
     @torch.no_grad()
     def measure(self, module: LeapModule) -> dict[str, float]:
@@ -150,6 +167,7 @@ class SparsityLogger(L.Callback):
         metrics |= _densities("soft", kept, {name: module.sizes[name] for name in kept})
         metrics["density/soft"] = sum(kept.values()) / sum(module.sizes[name] for name in kept)
         metrics["density/target"] = 1 - module.sparsity
+        metrics["at_a_glance/density_minus_target"] = metrics["density/soft"] - metrics["density/target"]
 
         metrics |= module.gates.curves(self.stride)
         samples = module.gates.sample_hard_masks(module.sparsity, self.stride)
@@ -203,6 +221,12 @@ class SparsityLogger(L.Callback):
                     values = torch.cat(parts).clamp(-20, 20)
                     logger.experiment.add_histogram(f"weights_alpha_theta_over_tau/{projection}", values, step)
 
+    def _draw_densities(self, trainer: L.Trainer, step: int) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                picture = draw_densities({name: float(bits.float().mean()) for name, bits in self.last_bits.items()})
+                logger.experiment.add_image("at_a_glance/density", picture, step, dataformats="HWC")
+
     def state_dict(self) -> dict[str, Any]:
         """Return the bits of the last log, so that the curve of a resumed run has no gap."""
         return {"last_bits": dict(self.last_bits), "last_step": self.last_step}
@@ -227,6 +251,11 @@ def _densities(kind: str, kept: dict[str, float] | dict[str, int], sizes: dict[s
 def _difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     changed = sum(int((one[name] != other[name]).sum()) for name in one)
     return changed / sum(bits.numel() for bits in one.values())
+
+
+def _hyperparameters(trainer: L.Trainer, module: LeapModule) -> dict[str, Any]:
+    """Return the settings of the module, of its optimizer and text, and the number of steps, as plain values."""
+    return _plain({**module.hparams, "max_steps": trainer.max_steps, **live_settings(trainer)})
 
 
 def _plain(hparams: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Errors of the argument parser in one line that says what to type instead, and checks of configs and classes."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import isabstract
 from pathlib import Path
@@ -10,9 +10,23 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from leap_pl.errors import UserError
+from leap_pl.inputs.plain_values import shown
+from leap_pl.inputs.ranges import INSIDE, NOT_NEGATIVE, POSITIVE, refusal
 from leap_pl.inputs.reading import MOST_SETTINGS, check_regular, read_regular
 from leap_pl.inputs.register import note_input
 from leap_pl.inputs.yaml_input import check_yaml, guard_parser
+
+# Parser's complaint that an argument of a class is missing: class, arguments.
+LACKING = r"class_path '(?:\w+\.)*(\w+)': the following arguments are required: ([\w, ]+?)(?: - |$)"
+
+# Key → Lightning's module of the classes that it takes.
+LIGHTNING = {"trainer.callbacks": "lightning.pytorch.callbacks", "trainer.logger": "lightning.pytorch.loggers"}
+
+# Restriction of a type, as the parser words it → range.
+RESTRICTIONS = {"v>0 and v<1": INSIDE, "v>0": POSITIVE, "v>=0": NOT_NEGATIVE}
+
+# Last part of a name that other tools have for a setting → that of this one.
+ELSEWHERE = {"learning_rate": "lr"}
 
 
 def one_line(error: Exception, options: Collection[str] = ()) -> str:
@@ -26,14 +40,25 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
     strange = re.match(r"[Uu]nrecognized arguments: (\S+)", text)
     if strange:
         return _unknown(strange[1], options)
+    lacking = re.search(rf'key "([^"]+)": .*{LACKING}', text)
+    if lacking:
+        key, kind, names = lacking.groups()
+        each = " ".join(f"--{key}.{name}=VALUE" for name in names.split(", "))
+        return f"{key}: {kind} needs {names}. Type --{key}+={kind} {each}, or give both in a config."
     needed = re.search(r'arguments are required: (.*)|Key "([^"]+)" not found in namespace', text)
     if needed:
         names = (needed[1] or needed[2]).split(", ")
         return _missing([re.sub(r"^(--)?((fit|validate)\.)?", "", name) for name in names])
     found = re.search(r'Parser key "([^"]+)":?\s*(.*)', text)
+    unknown = re.search(r"(?:does not accept option|Option) '([^']+)'", text)
+    if unknown:
+        return _unknown_key(f"{found[1]}." if found else "", unknown[1], options)
     if found is None:
         return text
     key, complaint = found.groups()
+    outside = re.search(r"(\S+) does not conform to restriction (.*?)\.?(?: Got value|$)", complaint)
+    if outside and outside[2] in RESTRICTIONS and _is_number(outside[1]):
+        return refusal(key, float(outside[1]), RESTRICTIONS[outside[2]])
     # An optional key has two types, and the parser reports the failure of each.
     union = re.search(
         r"any of the Union subtypes Subtypes: .*? Errors: (.*) Given value type: .* Given value: (.*)", complaint
@@ -41,9 +66,11 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
     if union:
         reasons = [reason for reason in re.split(r"(?:^| )- ", union[1]) if reason and "NoneType" not in reason]
         complaint = f"{'; or '.join(dict.fromkeys(reasons))}. Got value: {union[2]}"
-    absent = re.search(r"[Ee]xpected (?:an? )?dot import path string: (\S+?)\.?(?:$| )", complaint)
-    if absent and "either not accessible or invalid" in complaint:
-        return f"{key}: there is no class {absent[1]} of this kind. leap_pl fit --help lists the available classes."
+    absent = re.search(r"[Ee]xpected (?:an? )?dot import path string: (\S+?)[.;]?(?:$| )", complaint)
+    if absent and ("either not accessible or invalid" in complaint or key in LIGHTNING):
+        near = get_close_matches(absent[1], _classes_for(key), 1)
+        remedy = f"Did you mean {near[0]}?" if near else "leap_pl fit --help all lists the available classes."
+        return f"{key}: there is no class {absent[1]} of this kind. {remedy}"
     group = re.search(r"Unable to load config ['\"](.*?)['\"](?: |$)", complaint)
     if group:
         settings = [option for option in options if option.startswith(f"--{key}.")]
@@ -62,7 +89,8 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
 def options_of(parser: ArgumentParser) -> list[str]:
     """Return the options of ``parser``, to suggest one for a mistyped option."""
     table = getattr(parser, "_option_string_actions", None)  # private attribute of argparse
-    return [f"--{key}" for key in parser.get_defaults().keys()] if table is None else list(table)  # noqa: SIM118
+    keys = [f"--{key.replace('.init_args', '')}" for key in parser.get_defaults().keys()]  # noqa: SIM118
+    return keys if table is None else [*table, *(key for key in keys if key not in table)]
 
 
 def check_groups(settings: Namespace, defaults: Namespace, within: str = "") -> None:
@@ -95,21 +123,55 @@ def _missing(keys: Sequence[str]) -> str:
     return f"{', '.join(keys)} {are} not given, and {have} no default. Add {add}, or name a config with --config."
 
 
+def _unknown_key(within: str, name: str, options: Collection[str]) -> str:
+    """Return the message for a key of a config, ``within`` a class or at the top, that no setting has."""
+    near = _nearest(f"--{within}{name}", options)
+    return (
+        f"there is no setting {within}{name}.{f' Did you mean {near[2:]}?' if near else ''} --help lists all options."
+    )
+
+
+def _nearest(name: str, options: Collection[str]) -> str | None:
+    """Return the option that a mistyped one may mean: one of the same last name, or else one spelled similarly."""
+    last = name.rpartition(".")[2].removeprefix("--")
+    within = [option for option in options if option.endswith(f".{ELSEWHERE.get(last, last)}")]
+    near = get_close_matches(name, within, 1, 0.0) or get_close_matches(name, options, 1)
+    return near[0] if near else None
+
+
+def _classes_for(key: str) -> list[str]:
+    from importlib import import_module
+
+    return list(import_module(LIGHTNING[key]).__all__) if key in LIGHTNING else []
+
+
+def _is_number(word: str) -> bool:
+    try:
+        return bool(word) and float(word) == float(word)
+    except ValueError:
+        return False
+
+
 def _unknown(word: str, options: Collection[str]) -> str:
     name = word.partition("=")[0]
+    if name.endswith((".yaml", ".yml")):
+        return f"{name!r} does not belong to an option. To read settings from a file, type --config {name}."
     if not name.startswith("-"):
         return (
             f"{name!r} does not belong to an option. Type the option before it; an option takes one word, and a "
             "list is typed as one: a,b or '[a, b]', as its --help says."
         )
-    near = get_close_matches(name, options, 1)
-    return f"there is no option {name}.{f' Did you mean {near[0]}?' if near else ''} --help lists all options."
+    near = _nearest(name, options)
+    return f"there is no option {name}.{f' Did you mean {near}?' if near else ''} --help lists all options."
 
 
-def check_configs(words: Sequence[str]) -> None:
+def check_configs(words: Sequence[str]) -> dict[str, dict[Any, Any]]:
     """Check that the files given with ``--config`` are valid settings, and name the first that is not.
 
     Afterwards the parser also checks the files that it reads by itself, those named by settings.
+
+    Returns:
+        Name of each file → its settings.
 
     Raises:
         UserError: A file is not regular, is too long, cannot be read as YAML, expands to too many values
@@ -118,6 +180,7 @@ def check_configs(words: Sequence[str]) -> None:
     import yaml
 
     guard_parser()
+    found: dict[str, dict[Any, Any]] = {}
     for place, word in enumerate(words):
         option, _, name = word.partition("=") if word.startswith("--") else ("", "", word)
         is_config = option == "--config"
@@ -145,6 +208,29 @@ def check_configs(words: Sequence[str]) -> None:
             ) from error
         if content is not None and not isinstance(content, dict):
             raise UserError(f'--config {name} has no settings. Write lines such as "output_dir: sparse".')
+        found[name] = content or {}
+    return found
+
+
+def check_keys(configs: Mapping[str, Mapping[Any, Any]], options: Collection[str]) -> None:
+    """Check that the outermost keys of ``configs`` are settings, before the parser reports what is missing instead.
+
+    Args:
+        configs: Name of each file → its settings.
+        options: Existing options.
+
+    Raises:
+        UserError: A key is none.
+    """
+    known = {option.removeprefix("--").partition(".")[0] for option in options}
+    for name, settings in configs.items():
+        strange = [str(key) for key in settings if str(key).partition(".")[0] not in known]
+        if strange:
+            near = get_close_matches(strange[0], known, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"--config {name}: there is no setting {shown(strange[0])}.{hint} --help lists all options."
+            )
 
 
 def setting_of(words: Sequence[str], name: str) -> str | None:

@@ -50,19 +50,24 @@ def compare_command(
     from leap_pl.comparison.page import make_page
     from leap_pl.comparison.pictures import draw_all
     from leap_pl.comparison.table import make_table
+    from leap_pl.comparison.verdict import verdict
+    from leap_pl.escape import markdown
     from leap_pl.files import atomic_folder
 
     entries = read_entries(results)
     named = METHODS if baselines is None else [name.strip() for name in baselines.split(",")]
     measured_against = {name for name in named if name}
-    table = make_table(entries, measured_against)
+    table, sentence = make_table(entries, measured_against), verdict(entries, measured_against)
     with atomic_folder(output_dir, force=force) as folder:
-        (folder / "table.md").write_text(table.markdown(), encoding="utf-8")
+        top = f"{markdown(sentence)}\n\n" if sentence else ""
+        (folder / "table.md").write_text(top + table.markdown(), encoding="utf-8")
         (folder / "table.csv").write_text(table.csv(), encoding="utf-8")
         pictures = draw_all(entries, measured_against, folder)
-        (folder / "index.html").write_text(make_page(entries, table, pictures, folder), encoding="utf-8")
+        (folder / "index.html").write_text(make_page(entries, sentence, table, pictures, folder), encoding="utf-8")
     say(table.text(get_terminal_size(fallback=(0, 0)).columns or None), lines=True)  # None: not a terminal
     say("")
+    if sentence:
+        say(sentence)
     say(f"written: {Path(output_dir, 'index.html')}, table.md, table.csv and {len(pictures)} pictures")
     return {
         "table": [dict(zip(table.keys, row, strict=True)) for row in table.values],

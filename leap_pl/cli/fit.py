@@ -1,6 +1,7 @@
 """Command line of fit and validate: LightningCLI with this project's defaults."""
 
 import os
+import re
 import sys
 import time
 from argparse import ArgumentError
@@ -18,7 +19,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from leap_pl.callbacks import Checkpoints, MaskExport, ProcessSettings, SparsityLogger, StepProgress
+from leap_pl.callbacks import (
+    Checkpoints,
+    MaskExport,
+    ProcessSettings,
+    RunReport,
+    SparsityLogger,
+    StepProgress,
+    ValidationTimes,
+)
 from leap_pl.checkpoints.class_spec import same
 from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.folder import check_folder
@@ -30,13 +39,15 @@ from leap_pl.cli.arguments import (
     check_classes,
     check_configs,
     check_groups,
+    check_keys,
     one_line,
     options_of,
     plain,
     setting_of,
 )
-from leap_pl.cli.former_spelling import FormerSpellingParser, advice, respelled
+from leap_pl.cli.former_spelling import FORMER, FormerSpellingParser, advice, respelled
 from leap_pl.cli.process import UNWRITABLE, set_up_process
+from leap_pl.cli.token_budget import steps_of
 from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
 from leap_pl.escape import say
@@ -56,6 +67,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 PROCESSES_A_CORE = 8  # more processes on a CPU are certainly a mistake, and use up the machine's memory
+
+PACKAGE = re.compile(r"pip install(?: -U)? ['\"]?([\w-]+)")  # in the errors of Lightning's optional classes
 
 SECONDS_BEHIND = 2.0  # delay of a rank's exit after another rank was lost; launchers poll several times a second
 
@@ -123,6 +136,11 @@ class LeapCLI(LightningCLI):
                 action="store_true",
                 help="Replace an earlier run in checkpoint.dirpath: its checkpoints, its prior and its mask.",
             )
+            parser.add_argument(
+                "--tokens",
+                type=str | None,
+                help="Number of tokens to learn on, as in 10M, which sets trainer.max_steps.",
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse ``args``; settings that are not given are taken from the checkpoint to resume from.
@@ -131,8 +149,11 @@ class LeapCLI(LightningCLI):
         yet. A job that SLURM has requeued resumes from it automatically.
         """
         words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
-        check_configs(words)
+        configs = check_configs(words)
         words, typed = respelled(words)
+        if configs:
+            known = self.parsers.get(words[0] if words else None, parser)
+            check_keys(configs, [*options_of(known), f"--{FORMER}"])
         args = words if typed else args
         path = setting_of(words, "ckpt_path")
         refused: dict[str, UserError] = {}
@@ -147,6 +168,8 @@ class LeapCLI(LightningCLI):
             check_classes(self.config)
             return
         settings = self.config[verb]
+        if verb == "fit":
+            _take_tokens(settings, words)
         if settings.ckpt_path != path:
             raise UserError(f"ckpt_path is {settings.ckpt_path} and {path}. Give it once, as --ckpt_path PATH.")
         settings.ckpt_path = path = _path_of(path)
@@ -162,6 +185,7 @@ class LeapCLI(LightningCLI):
                 refused = self._take_settings(verb, newest[1], str(newest[0]), words)
                 self._parse(parser, args, words)
                 if verb == "fit":
+                    _take_tokens(self.config[verb], words)
                     check_finished(self.config[verb], *newest)
             self.config[verb].ckpt_path = given if newest is None else str(newest[0])
             rank_zero_only(say)(f"leap_pl {verb}: {words_of_last}", sys.stderr)
@@ -193,6 +217,10 @@ class LeapCLI(LightningCLI):
             super().instantiate_classes()
         except UserError:
             raise
+        except ModuleNotFoundError as error:  # of a logger or a device whose package is optional
+            if PACKAGE.search(str(error)) is None:
+                raise
+            raise _refusal(error) from error
         except (ValueError, MisconfigurationException) as error:
             raise _refusal(error) from error
 
@@ -252,6 +280,12 @@ class LeapCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create the trainer; its checkpoint files are atomic and verified, unless another checkpoint IO was chosen."""
+        verb = self.subcommand
+        asked = (self.config_init if verb is None else self.config_init[verb]).trainer
+        if asked.enable_progress_bar is False:
+            self.parsers[verb].callback_keys.remove("progress")
+        if asked.val_check_interval is None:
+            self.trainer_defaults["callbacks"].append(ValidationTimes())
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:
@@ -287,7 +321,7 @@ def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
         args=words,
         run=run,
         seed_everything_default=0,
-        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ProcessSettings()]},
+        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ProcessSettings(), RunReport()]},
         parser_class=LeapParser,
         auto_configure_optimizers=False,
         save_config_callback=ConfigOfFit,
@@ -349,6 +383,17 @@ def _refusal(error: Exception) -> UserError:
             "trainer.enable_checkpointing false conflicts with the checkpoints that fit writes. To write none, set "
             "--checkpoint.save_top_k 0 --checkpoint.save_last false."
         )
+    package = PACKAGE.search(message)
+    if package is not None:
+        message = (
+            f"a class of these settings needs the package {package[1]}, which is not installed. Install it (pip "
+            f"install {package[1]}), or choose another class."
+        )
+    if "No supported gpu backend" in message or "can not run on your system" in message:
+        message = (
+            "trainer.accelerator asks for a device that this machine does not have, or that its torch cannot use. Give "
+            "--trainer.accelerator cpu, or auto for what there is."
+        )
     return UserError(message)
 
 
@@ -362,6 +407,20 @@ def _check_trainer(trainer: Trainer) -> None:
             f"trainer.devices is {trainer.num_devices}, which would start as many processes, each with the model, on "
             f"{cores} CPU cores. Give at most {PROCESSES_A_CORE * cores}."
         )
+
+
+def _take_tokens(settings: Any, words: list[str]) -> None:
+    """Convert ``tokens`` in the settings of fit to the ``trainer.max_steps`` that the run has.
+
+    Raises:
+        UserError: Both are typed, or ``tokens`` is not a number.
+    """
+    if settings.tokens is None:
+        return
+    if any(word.partition("=")[0] == "--trainer.max_steps" for word in words):
+        raise UserError("--tokens and --trainer.max_steps both set the length of the run. Leave one of them out.")
+    check_numbers(settings.as_dict())  # the number of steps is computed from others
+    settings.trainer.max_steps, settings.tokens = steps_of(settings.tokens, settings), None
 
 
 def _as_typed(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:

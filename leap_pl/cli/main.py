@@ -1,5 +1,6 @@
 """Command line ``leap_pl``: the table of verbs, each a function or a run of the Lightning trainer."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ VERBS: dict[str, tuple[str, str | None]] = {
     "compare": ("tables and pictures of several results", "leap_pl.cli.compare:compare_command"),
 }
 
+ALL = "all"  # leap_pl fit --help all
+
 # Verb → its option with any number of values, which may also be given without the flag: leap_pl compare a.json b.json
 BARE = {"compare": "results"}
 
@@ -45,7 +48,7 @@ Learn which weights of a large language model to keep (LEAP, arXiv 2605.17289).
 verbs:
 {chr(10).join(f"  {verb:<11} {words}" for verb, (words, _) in VERBS.items())}
 
-  leap_pl <verb> --help     all options of a verb
+  leap_pl <verb> --help     options of a verb; of fit those that most runs need, and all with --help all
   leap_pl --version         {__version__}
 
 from a model to a sparse checkpoint:
@@ -73,18 +76,28 @@ def main(args: "ArgsType" = None) -> Any:
         if words[0] not in VERBS:
             raise UserError(f"there is no verb {words[0]!r}. The verbs are {', '.join(VERBS)}; see leap_pl --help.")
         _check_working_directory()
+        if words[0] == "fit" and _asks_first_page(words[1:]):
+            from leap_pl.cli.fit_help import FIRST_PAGE
+
+            print(FIRST_PAGE, end="")
+            raise SystemExit(0)
         with _plain_warnings(), command_inputs(words[0]):
             function = VERBS[words[0]][1]
             if function is None:
                 from leap_pl.cli.fit import run
 
-                return run(words)
+                return run(words[:-1] if words[-2:] in (["-h", ALL], ["--help", ALL]) else words)
             called = _find(function)
             return called(**settings_of(words[0], called, words[1:]))
     except UserError as error:
         rank = _rank()
         say(f"leap_pl {words[0]}{f' [rank {rank}]' if rank else ''}: {error}", sys.stderr)
         raise SystemExit(2) from None
+
+
+def _asks_first_page(words: list[str]) -> bool:
+    """Return whether ``words`` ask for help, and not for that on all options."""
+    return any(word in ("-h", "--help") for word in words) and ALL not in words
 
 
 def _check_working_directory() -> None:
@@ -99,6 +112,8 @@ def console() -> None:
 
     Ctrl-C ends the process with one line and status 130.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # a file needs no redraws; read when tqdm is imported
     try:
         main()
         return
@@ -171,7 +186,7 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
 
     from jsonargparse import ArgumentParser
 
-    from leap_pl.cli.arguments import check_configs, one_line, options_of
+    from leap_pl.cli.arguments import check_configs, check_keys, one_line, options_of
     from leap_pl.cli.command import add_arguments
     from leap_pl.inputs.ranges import check_numbers
 
@@ -188,7 +203,7 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
     switches = {f"--{p.name}" for p in signature(function).parameters.values() if isinstance(p.default, bool)}
     if several:
         words = _gather(words, f"--{several}", switches)
-    check_configs(words)
+    check_keys(check_configs(words), options_of(parser))
     words, paths = _paths_aside(_spell_out(words, switches))
     try:
         settings = parser.parse_args(words).as_dict()

@@ -22,11 +22,18 @@ class Difference:
         value: Figure minus the baseline's, in the figure's unit.
         stderr: Paired standard error; None if it is not known.
         baseline: Label of the baseline.
+        of: Figure of the baseline.
     """
 
     value: float
     stderr: float | None
     baseline: str
+    of: float
+
+    @property
+    def relative(self) -> float:
+        """Return the difference as a share of the baseline's figure."""
+        return self.value / self.of
 
 
 def perplexity_difference(
@@ -48,7 +55,7 @@ def perplexity_difference(
         # Delta method: exp(mean) is linear in small deviations of the windows, with the perplexity as slope.
         pairs = zip(windows_a, windows_b, strict=True)
         stderr = _stderr([a["value"] * (x - a["nll"]) - b["value"] * (y - b["nll"]) for x, y in pairs])
-    return Difference(a["value"] - b["value"], stderr, best.label)
+    return Difference(a["value"] - b["value"], stderr, best.label, b["value"])
 
 
 def accuracy_difference(
@@ -71,6 +78,7 @@ def accuracy_difference(
         mean_accuracy(entry, tasks) - mean_accuracy(best, tasks),
         math.sqrt(sum(e * e for e in known)) / len(tasks) if len(known) == len(errors) else None,
         best.label,
+        mean_accuracy(best, tasks),
     )
 
 

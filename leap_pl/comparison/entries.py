@@ -38,6 +38,8 @@ class Entry:
         densities: (decoder block, projection) → density; empty for a dense model.
         mask: Mask, if it is available.
         model: Short name of the base model, shared by exactly the entries with the same fingerprint.
+        bits: Digest of the mask's bits, also if the mask itself is not available; None if it is not known.
+        also: Further sources that were named and have the same mask.
     """
 
     source: str
@@ -52,6 +54,8 @@ class Entry:
     densities: dict[tuple[int, str], float] = field(default_factory=dict)
     mask: MaskSet | None = None
     model: str = ""
+    bits: str | None = None
+    also: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -59,9 +63,17 @@ class Entry:
         implied = self.pattern in self.method or not re.fullmatch(r"\d+:\d+", self.pattern)
         return self.method if implied else f"{self.method} {self.pattern}"
 
+    @property
+    def measured(self) -> bool:
+        """Return whether the entry has figures of an evaluation."""
+        return bool(self.perplexity or self.tasks)
+
 
 def read_entries(sources: Sequence[str]) -> list[Entry]:
     """Read ``sources``, assign unique labels, and check that figures in one column share a protocol.
+
+    Masks and texts are known by their content: a mask that is named beside a result measured with it makes no entry of
+    its own, and a text has one name, whatever paths the results have for it.
 
     Raises:
         UserError: If a source cannot be read, or figures were measured by different protocols.
@@ -69,7 +81,7 @@ def read_entries(sources: Sequence[str]) -> list[Entry]:
     twice = [source for source, count in Counter(sources).items() if count > 1]
     if twice:
         raise UserError(f"{listing(twice)} is named twice. Name each once.")
-    entries = _labelled(_named([_read(source) for source in sources]))
+    entries = _labelled(_named(_with_one_name_a_text(_merged([_read(source) for source in sources]))))
     entries.sort(key=lambda entry: (entry.model, entry.sparsity, entry.method, entry.source))
     check_protocols(entries)
     return entries
@@ -98,6 +110,37 @@ def _read(source: str) -> Entry:
     return entry_of_result(source, result, _mask_at_hand(source, result["model"]))
 
 
+def _merged(entries: list[Entry]) -> list[Entry]:
+    """Merge each mask into the results that were measured with it or, if there are none, into the first equal mask."""
+    measured = {(entry.fingerprint, entry.bits) for entry in entries if entry.bits and entry.measured}
+    merged: list[Entry] = []
+    for entry in sorted(entries, key=lambda entry: not entry.measured):
+        key = (entry.fingerprint, entry.bits)
+        equal = [n for n, other in enumerate(merged) if entry.bits and (other.fingerprint, other.bits) == key]
+        if entry.measured or not equal:
+            merged.append(entry)
+        for n in [] if entry.measured else equal if key in measured else equal[:1]:
+            merged[n] = replace(merged[n], mask=merged[n].mask or entry.mask, also=(*merged[n].also, entry.source))
+    return merged
+
+
+def _with_one_name_a_text(entries: list[Entry]) -> list[Entry]:
+    """Return the entries with one name for a text of one protocol: the shortest of those in the results."""
+
+    def protocol(figure: dict[str, Any]) -> str:
+        return str(_perplexity_protocol(figure))
+
+    names: dict[str, str] = {}
+    for entry in entries:
+        for name, figure in entry.perplexity.items():
+            known = names.setdefault(protocol(figure), name)
+            names[protocol(figure)] = min(known, name, key=lambda name: (len(name), name))
+    return [
+        replace(entry, perplexity={names[protocol(figure)]: figure for figure in entry.perplexity.values()})
+        for entry in entries
+    ]
+
+
 def _of_mask(source: str, mask: MaskSet) -> Entry:
     kept: dict[tuple[int, str], list[int]] = {}
     for name, bits in mask.masks.items():
@@ -118,6 +161,7 @@ def _of_mask(source: str, mask: MaskSet) -> Entry:
             {(layer, terminal(projection)): k / n for (layer, projection), (k, n) in kept.items()}, source
         ),
         mask=mask,
+        bits=mask.digest_of_bits(),
     )
 
 
@@ -141,6 +185,7 @@ def entry_of_result(source: str, result: dict[str, Any], mask: MaskSet | None = 
         tasks={terminal(name): figure for name, figure in result["tasks"].items()},
         densities=_table_of(densities, source),
         mask=mask,
+        bits=model.get("mask_digest"),
     )
 
 

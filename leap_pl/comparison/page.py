@@ -17,12 +17,14 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 .wide { overflow-x: auto; margin: 1.5rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
-th { border-bottom: 2px solid #1a1a1a; white-space: normal; vertical-align: bottom; overflow-wrap: break-word; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #ccc; text-align: right; }
+th { border-bottom: 2px solid #1a1a1a; vertical-align: bottom; overflow-wrap: anywhere; min-width: 4rem; }
 th:first-child, td:first-child { text-align: left; }
+td:first-child { overflow-wrap: anywhere; min-width: 9rem; }
+.verdict { font-size: 1.1rem; }
 figure { margin: 1.5rem 0; break-inside: avoid; } img { max-width: 100%; height: auto; }
 figcaption, .notes { color: #444; font-size: .9rem; }
-code { overflow-wrap: anywhere; }
+h1, p, li, figcaption, code { overflow-wrap: anywhere; }
 @media print {
   @page { margin: 15mm; }
   body { font-size: 12px; margin: 0; padding: 0; }
@@ -32,8 +34,8 @@ code { overflow-wrap: anywhere; }
 """
 
 
-def make_page(entries: Sequence[Entry], table: Table, pictures: Sequence[Picture], folder: Path) -> str:
-    """Return the page as HTML, with the pictures in ``folder`` embedded."""
+def make_page(entries: Sequence[Entry], verdict: str, table: Table, pictures: Sequence[Picture], folder: Path) -> str:
+    """Return the page as HTML, with the ``verdict`` at its top and the pictures in ``folder`` embedded."""
     models = sorted({entry.model for entry in entries})
     title = f"Pruning {', '.join(models)}: a comparison"
     parts = [
@@ -42,6 +44,7 @@ def make_page(entries: Sequence[Entry], table: Table, pictures: Sequence[Picture
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{html(title)}</h1>",
+        f'<p class="verdict">{html(verdict)}</p>' if verdict else "",
         *(_table(headings, rows) for headings, *rows in table.tables()),
         '<div class="notes">',
         *(f"<p>{html(note)}</p>" for note in table.notes),
@@ -50,7 +53,7 @@ def make_page(entries: Sequence[Entry], table: Table, pictures: Sequence[Picture
         *(_figure(picture, folder) for picture in pictures),
         "<h2>Sources</h2>",
         "<ul>",
-        *(f"<li>{html(e.label)}: <code>{html(e.source)}</code>, {_identity(e)}</li>" for e in entries),
+        *(f"<li>{html(e.label)}: {_sources(e)}, {_identity(e)}</li>" for e in entries),
         "</ul></body></html>",
     ]
     return "\n".join(part for part in parts if part) + "\n"
@@ -58,8 +61,13 @@ def make_page(entries: Sequence[Entry], table: Table, pictures: Sequence[Picture
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:
     head = "".join(f'<th scope="col">{html(heading)}</th>' for heading in headings)
-    body = "\n".join("<tr>" + "".join(f"<td>{html(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "\n".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    """Return a cell in which a figure and its error stay in one line."""
+    return html(text).replace(" ± ", "&nbsp;±&nbsp;")
 
 
 def _figure(picture: Picture, folder: Path) -> str:
@@ -68,6 +76,10 @@ def _figure(picture: Picture, folder: Path) -> str:
     # The same scale for all pictures, so that their text has the same size.
     image = f'<img alt="{caption}" width="{round(picture.width * PIXELS)}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _sources(entry: Entry) -> str:
+    return ", ".join(f"<code>{html(source)}</code>" for source in (entry.source, *entry.also))
 
 
 def _identity(entry: Entry) -> str:

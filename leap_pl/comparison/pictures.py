@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ CHARACTER = 0.08  # average width of a character of a label, in inches
 FARTHEST = 1e100  # largest magnitude that is drawn
 MOST_LETTERS = 60  # longest name in a picture; the middle of a longer one is omitted
 MOST_INCHES = 100.0  # largest width and height of a picture
+WIDEST = 11.5  # width of the page in inches
 LONGEST_STEM = 80  # longest name in a file name, in characters
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -65,18 +67,21 @@ def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path)
             figure = _against_sparsity(points, ylabel, logarithmic=False)
             caption = (
                 f"Accuracy ({', '.join(tasks)}) against sparsity; higher is better. Bars: one standard error. "
-                "Methods at one sparsity are drawn a little apart."
+                "Methods at one sparsity are drawn a little apart, and listed by their value there."
             )
             pictures.append(_save(figure, folder, "accuracy", caption))
         pictures += _differences(entries, baselines, texts, tasks, folder)
         uneven = [entry for entry in entries if entry.densities and not is_level(entry)]
         reach = max((_reach(entry) for entry in uneven), default=0.0)
+        # One order of rows and columns for all: results and masks list their weights differently.
+        layers = sorted({layer for entry in uneven for layer, _ in entry.densities})
+        projections = sorted({projection for entry in uneven for _, projection in entry.densities})
         for number, entry in enumerate(uneven):
             caption = (
                 f"Density (kept over all) of {entry.label} by decoder layer and projection. Every mask's scale is "
                 "centred on its own density and equally wide."
             )
-            figure = _density(entry, reach)
+            figure = _density(entry, reach, layers, projections)
             pictures.append(_save(figure, folder, f"density-{number + 1}-{_slug(entry.label)}", caption))
         for stem, overlaps in _overlaps_by_sparsity(entries).items():
             pictures += draw_overlaps(overlaps, folder, stem)
@@ -94,7 +99,10 @@ def draw_perplexities(entries: Sequence[Entry], folder: Path, stem: str = "perpl
                 if text in e.perplexity
             ]
             figure = _against_sparsity(points, f"perplexity on {_literal(name)}", logarithmic=True)
-            caption = f"Perplexity on {text} against sparsity; logarithmic, lower is better. Bars: one standard error."
+            caption = (
+                f"Perplexity on {text} against sparsity; logarithmic, lower is better. Bars: one standard error. "
+                "Methods at one sparsity are drawn a little apart, and listed by their value there."
+            )
             pictures.append(_save(figure, folder, f"{stem}-{number}-{_slug(Path(text).stem)}", caption))
     return pictures
 
@@ -112,25 +120,33 @@ def draw_overlaps(overlaps: list[Overlap], folder: Path, stem: str = "overlap") 
 
 
 def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: str, *, logarithmic: bool) -> "Figure":
-    """Draw one line per method against sparsity, and the dense model as a horizontal reference line."""
+    """Draw one line per method against sparsity, and the dense model as a horizontal reference line.
+
+    Rows of one method at one sparsity have a line each. The legend lists the lines by their last values, as they lie.
+    """
     several_models = len({entry.model for entry, _, _ in points}) > 1
+    names = {e.label: f"{e.kind}, {e.model}" if several_models else e.kind for e, _, _ in points}
+    rows = Counter((names[entry.label], f"{entry.sparsity:.0%}") for entry, _, _ in points)
     series: dict[str, list[tuple[float, float, float]]] = {}
     dense: dict[str, float] = {}
     for entry, value, stderr in points:
-        name = f"{entry.kind}, {entry.model}" if several_models else entry.kind
+        name = names[entry.label]
         if entry.method == "dense":
             dense[name] = value
         else:
+            name = name if rows[name, f"{entry.sparsity:.0%}"] == 1 else entry.label
             series.setdefault(name, []).append((100 * entry.sparsity, value, stderr or 0.0))
-    # Widen the figure for the legend, which is to the right of the axes.
-    figure, axes = _figure(max(6.4, 5.0 + CHARACTER * max(len(_literal(name)) for name in [*series, *dense])), 4.0)
+    # Large enough for the legend, which is to the right of the axes.
+    longest = max(len(_literal(name)) for name in [*series, *dense])
+    figure, axes = _figure(max(6.4, 5.0 + CHARACTER * longest), max(4.0, 0.8 + 0.22 * len({**series, **dense})))
     shown = sorted({round(x) for line in series.values() for x, _, _ in line})
     reach = max(shown, default=0) - min(shown, default=0) or 10
+    drawn: list[tuple[float, Any]] = []  # last value and line
     for n, (name, line) in enumerate(sorted(series.items())):
         xs, ys, errors = zip(*sorted(line), strict=True)
-        # Error bars of accuracies are wide and would overlap.
-        apart = 0.0 if logarithmic else 0.012 * reach * (n - (len(series) - 1) / 2)
-        axes.errorbar(
+        # Otherwise a point, or the wide error bar of an accuracy, could hide another.
+        apart = min(0.02, 0.25 / len(series)) * reach * (n - (len(series) - 1) / 2)
+        bars = axes.errorbar(
             [x + apart for x in xs],
             ys,
             yerr=errors,
@@ -144,14 +160,16 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
             elinewidth=1,
             markersize=6,
         )
+        drawn.append((ys[-1], bars))
     for n, (name, value) in enumerate(sorted(dense.items())):
-        axes.axhline(
+        rule = axes.axhline(
             value,
             color="0.35",
             linestyle=("--", ":", "-.")[n % 3],
             linewidth=1.2,
             label=f"{_literal(name)} ({spelled(value, 2)})",
         )
+        drawn.append((value, rule))
     if logarithmic:
         _logarithmic(axes, [value for _, value, _ in points])
     if series:
@@ -165,7 +183,8 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
     axes.set_xlabel("sparsity, %")
     axes.set_ylabel(ylabel)
     axes.grid(color="0.9", linewidth=0.8)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    handles = [line for _, line in sorted(drawn, key=lambda one: -one[0])]
+    axes.legend(handles=handles, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -186,13 +205,13 @@ def _logarithmic(axes: Any, values: list[float]) -> None:
 def _differences(
     entries: Sequence[Entry], baselines: Collection[str], texts: list[str], tasks: list[str], folder: Path
 ) -> list[Picture]:
-    panels: list[tuple[str, list[tuple[str, Difference]], float]] = []
+    panels: list[tuple[str, list[tuple[str, Difference]], bool]] = []  # the last: relative to the baseline
     for text, name in short_names(texts).items():
         found = [(_literal(e.label), d) for e in entries if (d := perplexity_difference(e, entries, text, baselines))]
-        panels.append((f"Δ perplexity on {_literal(name)}\n(left is better)", found, 1))
+        panels.append((f"Δ perplexity, % (left is better)\n{_literal(name)}", found, True))
     found = [(_literal(e.label), d) for e in entries if (d := accuracy_difference(e, entries, tasks, baselines))]
     mean = "mean accuracy" if len(tasks) > 1 else "accuracy"
-    panels.append((f"Δ {mean}, percentage points\n(right is better)", found, 100))
+    panels.append((f"Δ {mean}, percentage points\n(right is better)", found, False))
     panels = [panel for panel in panels if panel[1]]
     if not panels:
         return []
@@ -201,11 +220,17 @@ def _differences(
     rows = max(len(found) for _, found, _ in panels)
     longest = max(max(len(label), 2 + len(_literal(d.baseline))) for _, found, _ in panels for label, d in found)
     width = max(3.6, 2.4 + CHARACTER * longest)
-    size = (min(width * len(panels) + 1.2, MOST_INCHES), min(1.5 + 0.5 * rows, MOST_INCHES))
+    across = max(1, min(len(panels), int((WIDEST - 1.2) / width)))
+    down = -(-len(panels) // across)
+    size = (min(width * across + 1.2, MOST_INCHES), min((1.5 + 0.5 * rows) * down, MOST_INCHES))
     figure = Figure(figsize=size, layout="constrained")
-    for axes, (title, found, scale) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    places = figure.subplots(down, across, squeeze=False).flat
+    for axes in places[len(panels) :]:
+        axes.remove()
+    for axes, (title, found, relative) in zip(places[: len(panels)], panels, strict=True):
         axes.axvline(0, color="0.35", linestyle="--", linewidth=1.2)
         for row, (_, difference) in enumerate(found):
+            scale = 100 / difference.of if relative else 100
             axes.errorbar(
                 _times(difference.value, scale),
                 row,
@@ -221,7 +246,10 @@ def _differences(
         axes.set_xlabel(title)
         axes.margins(x=0.15)
         axes.grid(axis="x", color="0.9", linewidth=0.8)
-    caption = "Difference to the best baseline at the same sparsity. Bars: one standard error of the paired difference."
+    caption = (
+        "Difference to the best baseline at the same sparsity, of perplexities as a share of the baseline's. Bars: one "
+        "standard error of the paired difference."
+    )
     return [_save(figure, folder, "differences", caption)]
 
 
@@ -230,9 +258,7 @@ def _reach(entry: Entry) -> float:
     return max(abs(density - (1 - entry.sparsity)) for density in entry.densities.values())
 
 
-def _density(entry: Entry, reach: float) -> "Figure":
-    layers = sorted({layer for layer, _ in entry.densities})
-    projections = list(dict.fromkeys(projection for _, projection in entry.densities))
+def _density(entry: Entry, reach: float, layers: list[int], projections: list[str]) -> "Figure":
     grid = [[entry.densities.get((layer, projection), float("nan")) for layer in layers] for projection in projections]
     whole = 1 - entry.sparsity
     return _heat_map(

@@ -234,6 +234,12 @@ def is_level(entry: Entry) -> bool:
 def _notes(entries: Sequence[Entry], texts: list[str], tasks: list[str], baselines: Collection[str]) -> list[str]:
     """Return the notes needed to read the figures."""
     notes = []
+    models = sorted({entry.model for entry in entries})
+    if len(models) > 1:
+        notes.append(
+            f"The rows are of {len(models)} base models, {', '.join(models)}: compare rows of one model only, as the "
+            "differences do."
+        )
     for text in texts:
         found = next(entry.perplexity[text] for entry in entries if text in entry.perplexity)
         notes.append(

@@ -8,6 +8,7 @@ from typing import Any
 from leap_pl.data.documents import Document, Share, State, chained, digest_in, in_share, mended, warn
 from leap_pl.data.textless import Textless
 from leap_pl.errors import UserError, listing
+from leap_pl.inputs.hub import check_reachable
 from leap_pl.inputs.plain_values import shown
 
 DEFAULT_CONFIGS = {"allenai/c4": "en"}
@@ -157,6 +158,7 @@ class HubDataset:
         import datasets
 
         try:
+            check_reachable(self.dataset, "dataset")
             dataset = datasets.load_dataset(self.dataset, self.config_name, split=self.split, streaming=True)
         except Exception as error:
             if _is_network_error(error):

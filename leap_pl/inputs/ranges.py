@@ -190,7 +190,13 @@ def check_numbers(settings: Mapping[str, Any], within: str = "", shown: str | No
     for path, name, number in _numbers(settings, within, within if shown is None else shown):
         accepted = RANGES.get(path, FINITE)
         if number not in accepted:
-            raise UserError(f"{name} is {number:.15g}; give {accepted}.")
+            raise UserError(refusal(name, number, accepted))
+
+
+def refusal(name: str, number: float, accepted: Range) -> str:
+    """Return the message that the setting ``name`` is out of its range, with what may be meant."""
+    share = accepted.low == 0 and accepted.high == 1 and 1 < number < 100
+    return f"{name} is {number:.15g}; give {accepted}.{f' For {number:g}%, give {number / 100:g}.' if share else ''}"
 
 
 def _numbers(value: Any, path: str, shown: str) -> Iterator[tuple[str, str, float]]:

@@ -122,6 +122,14 @@ class MaskSet:
             self.masks = dict(masks)
         self.provenance = provenance
 
+    def __repr__(self) -> str:
+        """Return what the mask is: method, base model and sparsity, with the number of weights."""
+        made = self.provenance
+        return (
+            f"MaskSet({shown(made.method)} of {shown(made.base_model)}, fingerprint {shown(made.fingerprint)}: "
+            f"sparsity {self.sparsity:.6f}, {self.kept:,} of {self.total:,} weights kept, {len(self.masks)} tensors)"
+        )
+
     # -- properties ---------------------------------------------------------------------------------------
 
     @property

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from leap_pl.base_model.backbone import checkpoint_activations, split_model
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from leap_pl.masks import MaskSet
+
+
+MANY_ZEROS = 0.25  # share of zeros of a pruned model; 4-bit quantisation alone gives a tenth
 
 
 class GatedModule(L.LightningModule):
@@ -85,6 +89,7 @@ class GatedModule(L.LightningModule):
         self.prior_digests: dict[str, str] = {}  # of the prior that the run started from, on every rank
         self.prior_folders: list[Path] = []  # where to look for a resumed run's prior, after its checkpoint's folder
         self.resumes_from: str | None = None
+        self.when_loaded: list[Callable[[PreTrainedModel], object]] = []  # called for a fit, before the prior is made
         self.resumed: Identity | None = None  # identity in the checkpoint that this run resumes from
         self.register_state_dict_post_hook(checkpoints.keep_gates_only)
         self.validation = Validation()
@@ -159,6 +164,7 @@ class GatedModule(L.LightningModule):
         self.sizes = {name: weight.parameter.numel() for name, weight in self.weights.items()}
         self.layers = {name: weight.layer for name, weight in self.weights.items()}
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
+        self._warn_if_sparse(model)
         prior = self._make_prior(model)
         model.requires_grad_(False)
         if self.mesh is None:
@@ -178,6 +184,11 @@ class GatedModule(L.LightningModule):
             # Lightning loads a sharded run's optimizer before it calls on_load_checkpoint.
             checkpoint = checkpoints.load_checkpoint(self.resumes_from)
             check_same(read_identity(checkpoint, self.resumes_from), self.identity())
+
+    def probe(self) -> Gates[Any]:
+        """Return a gate for the first weight alone, which answers for its kind before all are attached."""
+        name, weight = next(iter(self.weights.items()))
+        return Gates.of({name: self.make_gate(weight, self.state)})
 
     def _put_gates(self, weights: dict[str, Weight], prior: SharedPrior) -> None:
         gates = attach(weights, self.make_gate, self.state, self.logits_dtype)
@@ -199,11 +210,12 @@ class GatedModule(L.LightningModule):
     def _make_prior(self, model: "PreTrainedModel") -> SharedPrior:
         """Make the prior or priors on rank zero, set ``self.priors`` there, and return them for all ranks."""
         # First, since a prior may take minutes: raises if this kind of mask cannot have the requested sparsity.
-        name, weight = next(iter(self.weights.items()))
-        gates = Gates.of({name: self.make_gate(weight, self.state)})
+        gates = self.probe()
         self.sparsity = gates.exact_sparsity(self.sparsity)
         if not self._fitting():
             return SharedPrior({}, RankZero())
+        for call in self.when_loaded:
+            call(model)
         calibration = Calibration(
             base_model=self.base_model,
             data=getattr(self.trainer, "datamodule", None),
@@ -251,6 +263,16 @@ class GatedModule(L.LightningModule):
 
     def _device_of_run(self) -> torch.device:
         return self.trainer.strategy.root_device if self.attached is not None else torch.device("cpu")
+
+    def _warn_if_sparse(self, model: "PreTrainedModel") -> None:
+        """Warn if many of the weights to gate are 0 already, as in an exported model."""
+        total = sum(self.sizes.values())
+        zeros = total - sum(int(weight.parameter.count_nonzero()) for weight in self.weights.values())
+        if self._fitting() and zeros > MANY_ZEROS * total:
+            rank_zero_warn(
+                f"base model {self.base_model} is sparse already: {zeros / total:.1%} of the gated weights are 0. "
+                "Learning goes on with it. To prune the dense model, name that with --model.base_model."
+            )
 
     def _check_length(self, model: "PreTrainedModel") -> None:
         asked = getattr(getattr(self.attached, "datamodule", None), "seq_length", None)

@@ -45,6 +45,13 @@ from leap_pl.training.validation import described
 class LeapModule(GatedModule):
     """Learn one mask logit for every gated weight of a frozen causal language model (LEAP).
 
+    >>> from lightning import Trainer
+    >>> from leap_pl import LeapModule, TextDataModule
+    >>> module = LeapModule("Qwen/Qwen2.5-0.5B", sparsity=0.5)
+    >>> data = TextDataModule(text="text.jsonl", seq_length=2048)
+    >>> Trainer(max_steps=2000, accumulate_grad_batches=32, gradient_clip_val=1.0).fit(module, data)
+    >>> file = module.mask_set().save("mask.safetensors")
+
     Paper: https://arxiv.org/abs/2605.17289. The mask is a parametrization of the model's weights, see
     :mod:`leap_pl.gates`; the loss is :class:`leap_pl.losses.objective.Objective`; the logit scale and temperature
     follow :class:`leap_pl.training.schedules.Annealing`. Learning needs no callback.
@@ -186,7 +193,7 @@ class LeapModule(GatedModule):
             return
         if self._fitting():  # first, since a prior may take minutes
             _check_trainer(self.trainer)
-            check_rounding(self._optimizer_of([nn.Parameter(torch.zeros(1, 1, device="cpu"))]), self.logits_dtype)
+            check_rounding(self.optimizer_of([nn.Parameter(torch.zeros(1, 1, device="cpu"))]), self.logits_dtype)
         super().configure_model()
 
     def settings(self) -> dict[str, Any]:
@@ -199,7 +206,7 @@ class LeapModule(GatedModule):
         found: Settings = {"model.objective": describe_objective(self.objective)}
         found["model.annealing"] = asdict(self.annealing)
         found["model.warmup_steps"] = self.warmup_steps
-        optimizer = self._optimizer_of([nn.Parameter(torch.zeros(1, 1, dtype=self.logits_dtype, device="cpu"))])
+        optimizer = self.optimizer_of([nn.Parameter(torch.zeros(1, 1, dtype=self.logits_dtype, device="cpu"))])
         found["model.optimizer"] = describe_optimizer(optimizer, getattr(self.make_optimizer, "keywords", {}))
         found["model.lr_scheduler"] = None
         if self.make_scheduler is not None:
@@ -341,7 +348,7 @@ class LeapModule(GatedModule):
             raise UserError(
                 f"trainer.max_steps is {total}, and every schedule needs a number of steps. Add --trainer.max_steps N."
             )
-        optimizer = self._optimizer_of(list(self._learned().values()))
+        optimizer = self.optimizer_of(list(self._learned().values()))
         if self.make_scheduler is not None:
             scheduler = self.make_scheduler(optimizer)
         else:
@@ -355,7 +362,12 @@ class LeapModule(GatedModule):
         check_settings(optimizer)  # a scheduler may have changed the learning rate
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _optimizer_of(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def optimizer_of(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimizer of ``parameters``.
+
+        Raises:
+            UserError: It refuses its settings.
+        """
         try:
             optimizer = self.make_optimizer(parameters)
             check_settings(optimizer)
@@ -384,7 +396,9 @@ class LeapModule(GatedModule):
         for mode in self.validation.wanted:
             self._measure(mode, input_ids)
         self.validation.batches.append(input_ids)
-        self.log("perplexity/hard", self.validation.hard_metric, on_epoch=True, prog_bar=True)
+        self.log(
+            "perplexity/hard", self.validation.hard_metric, on_epoch=True, prog_bar=True, logger=not self._fitting()
+        )
 
     def _measure(self, mode: Mode, input_ids: Tensor) -> None:
         with self.state.passing(mode):
@@ -402,11 +416,11 @@ class LeapModule(GatedModule):
                 for input_ids in self.validation.batches:
                     self._measure("dense", input_ids)
         hard, dense = (measured.value for measured in self.validation.finish(total, self.global_step, of))
-        self.log("perplexity/dense", dense, sync_dist=True)  # already equal; without it Lightning warns
-        if self.trainer.sanity_checking:
-            # Lightning does not log values from before the first step, at which the curves begin.
-            for logger in self.loggers:
-                logger.log_metrics({"perplexity/hard": hard, "perplexity/dense": dense}, step=0)
+        # Already equal on all ranks; without sync_dist Lightning warns.
+        self.log("perplexity/dense", dense, sync_dist=True, logger=not self._fitting())
+        # In a fit Lightning would log nothing before the first step, at which the curves begin, and a constant epoch.
+        for logger in self.loggers if self._fitting() else ():
+            logger.log_metrics({"perplexity/hard": hard, "perplexity/dense": dense}, step=self.global_step)
 
     def _measured_model(self) -> dict[str, str]:
         """Return the provenance of a perplexity except for the text; see :class:`.Measured` for its keys."""

@@ -298,7 +298,7 @@ def test_tokenizer_without_end_token(model_folder, text_file, tmp_path: Path, ca
         ("fit --model.base_model x --model.gate NoGate", "model.gate: there is no class NoGate of this kind"),
         (
             "fit --model.base_model x --model.sparsity 50",
-            "model.sparsity: 50 does not conform to restriction v>0 and v<1",
+            "model.sparsity is 50; give a number above 0 and below 1. For 50%, give 0.5.",
         ),
     ],
 )
@@ -458,3 +458,78 @@ def test_figures_that_are_none_are_not_put_into_a_card(finished: Run, tmp_path: 
         message = failing(capsys, words)
         assert "no result of leap_pl evaluate" in message or "cannot be read as a result file" in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("fit configs/debug.yaml", "To read settings from a file, type --config configs/debug.yaml."),
+        ("fit --model.base_model x --model.lr 1", "Did you mean --model.optimizer.lr?"),
+        ("fit --model.base_model x --model.learning_rate 1", "Did you mean --model.optimizer.lr?"),
+        (
+            "fit --model.base_model x --trainer.callbacks EarlyStop",
+            "no class EarlyStop of this kind. Did you mean Early",
+        ),
+        (
+            "fit --model.base_model x --trainer.logger Tensorbord",
+            "no class Tensorbord of this kind. Did you mean Tensor",
+        ),
+        (
+            "fit --model.base_model x --trainer.logger+=TensorBoardLogger --trainer.logger+=CSVLogger",
+            "trainer.logger: TensorBoardLogger needs save_dir. Type --trainer.logger+=TensorBoardLogger "
+            "--trainer.logger.save_dir=VALUE, or give both in a config.",
+        ),
+        ("fit --model.base_model x --trainer.accelerator gpu", "a device that this machine does not have"),
+        ("prune --model x --output_dir y --sparsity 50", "sparsity is 50; give a number above 0 and below 1. For 50%,"),
+    ],
+)
+def test_a_first_mistake_is_one_line_with_a_remedy(words: str, says: str, capsys) -> None:
+    message = failing(capsys, words.split())
+    assert says in message
+    assert len(message) < 250
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("model: {sparsness: 0.5}", "there is no setting model.sparsness. Did you mean model.sparsity?"),
+        (
+            "model: {prior: {sequence: 5}}",
+            "there is no setting model.prior.sequence. Did you mean model.prior.sequences?",
+        ),
+        ("trainer: {max_step: 5}", "there is no setting trainer.max_step. Did you mean trainer.max_steps?"),
+        (
+            "model: {optimizer: {class_path: torch.optim.AdamW, init_args: {learning_rate: 1}}}",
+            "there is no setting model.optimizer.learning_rate. Did you mean model.optimizer.lr?",
+        ),
+        ("modle: {sparsity: 0.5}", "c.yaml: there is no setting modle. Did you mean model?"),
+    ],
+)
+def test_a_mistyped_key_of_a_config_is_told_with_what_is_meant(config: str, says: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(config)
+    assert says in failing(capsys, ["fit", "--model.base_model=x", f"--config={path}"])
+
+
+def test_a_logger_whose_package_is_missing(model_folder, text_file, tmp_path: Path, capsys, monkeypatch) -> None:
+    from lightning.pytorch.loggers import wandb
+
+    monkeypatch.setattr(wandb, "_WANDB_AVAILABLE", Missing())
+    words = [word for word in fit_flags(model_folder, text_file, tmp_path) if not word.startswith("--trainer.logger")]
+    message = failing(capsys, [*words, "--trainer.logger=WandbLogger"])
+    assert "needs the package wandb, which is not installed. Install it (pip install wandb)" in message
+
+
+class Missing:
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return "Requirement 'wandb>=0.12.10' not met. HINT: Try running `pip install -U 'wandb>=0.12.10'`"
+
+
+def test_a_second_logger_is_added(model_folder, text_file, tmp_path: Path) -> None:
+    more = ["--trainer.logger+=CSVLogger", f"--trainer.logger.save_dir={tmp_path}", "--trainer.max_steps=1"]
+    main(fit_flags(model_folder, text_file, tmp_path, *more))
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert list(tmp_path.rglob("metrics.csv"))

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from leap_pl.cli.compare import compare_command
 from leap_pl.cli.main import main
+from leap_pl.comparison import pictures
 from leap_pl.comparison.differences import _rivals, accuracy_difference, perplexity_difference
 from leap_pl.comparison.entries import read_entries
 from leap_pl.comparison.overlap import Overlap, overlap
-from leap_pl.comparison.pictures import _overlaps
+from leap_pl.comparison.pictures import _against_sparsity, _differences, _overlaps
 from leap_pl.comparison.table import is_level, make_table
+from leap_pl.comparison.verdict import verdict
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet, Provenance
 
@@ -233,9 +236,77 @@ def test_overlap_of_masks(tmp_path):
 
 
 def test_checkpoint_is_its_hard_mask(finished):
-    first, second = read_entries([str(finished.checkpoint), str(finished.mask)])
+    (first,), (second,) = read_entries([str(finished.checkpoint)]), read_entries([str(finished.mask)])
     assert overlap(first, second).iou == 1
     assert first.sparsity == second.sparsity
+    (both,) = read_entries([str(finished.checkpoint), str(finished.mask)])
+    assert (both.source, both.also) == (str(finished.checkpoint), (str(finished.mask),))
+
+
+def test_a_mask_and_a_text_are_known_by_their_content(write, tmp_path):
+    """The mask of a result, wherever it lies, is that result's row, and a path typed otherwise no other text."""
+    path = mask_file(tmp_path / "a.safetensors", "leap", 1)
+    moved = tmp_path / "moved.safetensors"
+    learned, other = result("leap", 0.5, 14.0, mask=path), result("wanda", 0.5, 20.0)
+    other["perplexity"]["/home/me/held-out.jsonl"] = other["perplexity"].pop("held-out.jsonl")
+    sources = [write("leap", learned), write("wanda", other), str(moved)]
+    Path(path).rename(moved)
+    entries = {entry.method: entry for entry in read_entries(sources)}
+    assert len(entries) == 2
+    assert entries["leap"].mask is not None
+    assert entries["leap"].also == (str(moved),)
+    assert [[*entry.perplexity] for entry in entries.values()] == [["held-out.jsonl"]] * 2
+    compare_command(sources, output_dir=str(tmp_path / "out"))
+    assert str(moved) in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_verdict_is_the_best_at_each_sparsity(sources, write):
+    entries = read_entries([*sources, write("more", result("leap", 0.6, 30.0))])
+    said = verdict(entries, BASELINES)
+    assert said == (
+        "Lowest perplexity on held-out.jsonl: leap 50% (14.00, 30% below wanda 50%, dense 10.00); "
+        "leap 60% (30.00, dense 10.00)."
+    )
+    scored = [replace(entry, perplexity={}) for entry in entries]
+    assert verdict(scored, BASELINES).startswith("Highest mean accuracy: leap 50% (75.0%, +25.0 points against wanda")
+    assert verdict([replace(entry, tasks={}) for entry in scored], BASELINES) == ""
+
+
+def test_differences_are_drawn_relative_to_the_baseline(sources, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, folder, stem, caption: drawn.append(figure))
+    entries = read_entries(sources)
+    _differences(entries, BASELINES, ["held-out.jsonl"], ["piqa"], tmp_path)
+    perplexity, accuracy = drawn[0].axes
+    assert perplexity.lines[1].get_xdata() == pytest.approx([-30.0])  # 14 of 20
+    assert accuracy.lines[1].get_xdata() == pytest.approx([25.0])  # points
+
+
+def test_no_row_is_hidden_and_the_legend_has_the_order_of_the_lines(write):
+    """Two rows of one method and sparsity have a line each; points of one sparsity lie beside one another."""
+    paths = [write(name, result(method, 0.5, value)) for name, method, value in (
+        ("a", "leap", 14.0), ("b", "leap", 15.0), ("c", "wanda", 40.0), ("d", "admm", 14.0))]  # fmt: skip
+    paths.append(write("dense", result("dense", 0.0, 20.0)))
+    points = [(e, e.perplexity["held-out.jsonl"]["value"], None) for e in read_entries(paths)]
+    figure = _against_sparsity(points, "perplexity", logarithmic=True)
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend == ["wanda", "dense (20.00)", "leap 50% (b)", "admm", "leap 50% (a)"]
+    places = [tuple(line.get_xdata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
+    assert len({x for (x,) in places}) == 4
+
+
+def test_heat_maps_share_their_order(write, monkeypatch):
+    """A mask lists its weights by name, and a result as the model has them."""
+    grids = []
+    monkeypatch.setattr(pictures, "_heat_map", lambda grid, columns, rows, **_: grids.append((columns, rows)))
+    monkeypatch.setattr(pictures, "_save", lambda *arguments: None)
+    paths = []
+    for number, names in enumerate((NAMES, NAMES[::-1])):
+        content = result("leap", 0.5 + number / 10, 14.0)
+        content["sparsity"]["weights"] = {name: 0.3 + 0.05 * NAMES.index(name) for name in names}
+        paths.append(write(f"r{number}", content))
+    pictures.draw_all([replace(e, perplexity={}, tasks={}) for e in read_entries(paths)], BASELINES, Path())
+    assert grids == [(["0", "1", "2"], ["mlp.up_proj", "self_attn.q_proj"])] * 2
 
 
 def test_masks_and_exported_folders_alone(tmp_path):

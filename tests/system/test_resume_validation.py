@@ -69,9 +69,7 @@ def test_figures_say_of_what_they_are(whole_runs, model_folder, text_file, tmp_p
     assert settings["perplexity_of"]["seq_length"] == 32
     assert settings["perplexity_of"]["step"] == STEPS
     assert left.checkpoint["leap_pl"]["dense_perplexity_of"]["tokens"] == settings["perplexity_of"]["tokens"]
-    assert (
-        list(left.curves["perplexity/dense"]) == list(left.curves["perplexity/hard"]) == [0, 1, 3, 5]
-    )  # Lightning counts from 0
+    assert list(left.curves["perplexity/dense"]) == list(left.curves["perplexity/hard"]) == [0, 2, 4, 6]
     assert len(set(left.curves["perplexity/dense"].values())) == 1
 
 

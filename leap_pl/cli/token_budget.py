@@ -1,0 +1,55 @@
+"""Length of a run as a number of tokens: ``--tokens 10M``."""
+
+import os
+import re
+from typing import Any
+
+import torch
+
+from leap_pl.errors import UserError
+
+SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def steps_of(tokens: str, settings: Any) -> int:
+    """Return the number of optimizer steps that read ``tokens`` tokens, rounded to the nearest, at least 1.
+
+    Args:
+        tokens: Number with an optional suffix K, M, B or T: ``10M``.
+        settings: Settings of fit.
+
+    Raises:
+        UserError: ``tokens`` is not such a number.
+    """
+    data, trainer = settings.data, settings.trainer
+    a_step = data.batch_size * data.seq_length * trainer.accumulate_grad_batches * ranks_of(trainer)
+    return max(1, round(number_of(tokens) / a_step))
+
+
+def number_of(tokens: str) -> float:
+    """Return the number that ``tokens`` spells.
+
+    Raises:
+        UserError: It spells none above 0.
+    """
+    found = re.fullmatch(r"(\d[\d_]*\.?\d*(?:e\d{1,2})?)\s*([kmbt]?)", tokens.strip().lower())
+    number = float(found[1].replace("_", "")) * SUFFIXES[found[2]] if found else 0.0
+    if number < 1:
+        raise UserError(f"--tokens is {tokens}; give a number of tokens such as 500K, 10M or 1.5B.")
+    return number
+
+
+def ranks_of(trainer: Any) -> int:
+    """Return the number of processes that the settings of a trainer start, or that a launcher has started."""
+    if os.environ.get("WORLD_SIZE", "").isdigit():
+        return int(os.environ["WORLD_SIZE"])
+    devices = trainer.devices
+    if isinstance(devices, str) and "," in devices:
+        devices = [device for device in devices.split(",") if device.strip()]
+    if isinstance(devices, list):
+        count = len(devices)
+    elif str(devices).isdigit():
+        count = int(devices)
+    else:  # auto, or -1 for all
+        count = torch.cuda.device_count() if trainer.accelerator in ("auto", "cuda", "gpu") else 1
+    return max(1, count) * trainer.num_nodes

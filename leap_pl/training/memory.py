@@ -1,0 +1,40 @@
+"""Memory that a run is expected to need on each device, by the formula of docs/scaling.md."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from leap_pl.base_model.weights import decoder_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from leap_pl.training.module import LeapModule
+
+
+def expected_bytes(module: "LeapModule", model: "PreTrainedModel", logits: int, tokens: int, ranks: int) -> int:
+    """Return the expected bytes of model, learning and activations, without libraries and fragmentation.
+
+    The activations are those of a Llama with the model's dimensions. Nothing is measured.
+
+    Args:
+        module: Module that learns.
+        model: Its base model, still without gates.
+        logits: Number of logits.
+        tokens: Tokens in a micro-batch.
+        ranks: Number of devices over which decoder blocks are sharded; 1 if each holds the whole model.
+    """
+    size, config = model.dtype.itemsize, model.config.get_text_config()
+    blocks = decoder_blocks(model)[1]
+    within = sum(parameter.numel() for block in blocks for parameter in block.parameters())
+    outside = sum(parameter.numel() for parameter in model.parameters()) - within
+    optimizer = module.optimizer_of([torch.nn.Parameter(torch.zeros(1, 1, dtype=module.logits_dtype, device="cpu"))])
+    learned = 2 * module.logits_dtype.itemsize + (2 if hasattr(optimizer, "rounds_stochastically") else 8)
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    stored = (10 * hidden + 4 * inner) * size  # bytes a token and block, as measured in benchmarks/sharded_memory.py
+    activations = stored * (1 if module.activation_checkpointing else len(blocks))
+    activations += hidden * size * len(blocks) if module.activation_checkpointing else 0
+    loss = 12 * min(module.objective.chunk, tokens) * config.vocab_size
+    block = (8 if ranks == 1 else 31) * max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    return int((size * within + learned * logits) / ranks + size * outside + activations * tokens + loss + block)

@@ -1,0 +1,157 @@
+"""What a run says: its plan, its progress in a file and in a terminal, its verdict, and TensorBoard's first group."""
+
+import io
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run, fit_flags
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_model
+
+from leap_pl.callbacks import StepProgress, progress
+from leap_pl.callbacks.density_picture import draw_densities
+from leap_pl.cli.main import main
+from leap_pl.masks import MaskSet
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def test_plan_lines_and_verdict(finished: Run, model_folder, text_file, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Of a run that is resumed at its fourth step: the prior's perplexity is that of the run's beginning."""
+    monkeypatch.setattr(progress, "SECONDS_A_LINE", 0.0)
+    earlier = finished.folder / "checkpoints" / "step=2.ckpt"
+    cli = main(fit_flags(model_folder, text_file, tmp_path, "--ckpt_path", str(earlier)))
+    out, err = capsys.readouterr()
+    plan = {line.split("  ")[0]: line for line in err.splitlines() if "  " in line}
+    sizes = sum(cli.model.sizes.values())
+    assert f"{sizes:,} of " in plan["model"]
+    assert "14 tensors, and 50.0% of them will be removed (BernoulliGate)" in plan["model"]
+    assert "768 tokens, 128 a step (2 × 32 tokens × 2 micro-batches)" in plan["text"]
+    assert (
+        "6, AdamW with learning rate 0.001 (5 warm-up steps and a cosine to 0); α 25 → 350, τ 4 → 0.05" in plan["steps"]
+    )
+    assert plan["losses"].endswith("lm 1, budget 7, kept_norm -10 → 0")
+    assert "which this run resumes" in plan["prior"]
+    assert "MiB on each device" in plan["memory"]
+    assert f"{tmp_path / 'checkpoints'}; curves to {tmp_path / 'tensorboard'}" in plan["writes"]
+    assert "first step" not in plan  # nothing is compiled
+
+    measured = cli.model.validation
+    assert measured.hard_step == 6  # the last validation is after the last step
+    figures = (
+        f"perplexity {measured.hard.value:.2f} (dense {measured.dense.value:.2f}, prior {measured.start.value:.2f})"
+    )
+    mask = tmp_path / "checkpoints" / "mask.safetensors"
+    line = f"leap_pl fit: {figures}, sparsity 0.500000, mask {mask}; next: leap_pl export --mask {mask} "
+    assert out.splitlines()[-1] == f"{line}--output_dir sparse-model"
+
+    steps = re.findall(r"^step (\d+) of 6(, [\d:]+ left)?: loss/lm [\d.]+, density [\d.]+", err, re.MULTILINE)
+    assert [int(step) for step, _ in steps] == sorted([3, 4, 5, 6] * 2)[1:] or len(steps) >= 4
+    assert [bool(left) for step, left in steps if step in ("3", "6")] == [False] * sum(
+        s in ("3", "6") for s, _ in steps
+    )
+    assert any(left for _, left in steps)
+    assert err.rstrip().count(figures) >= 1
+
+
+def test_tensorboard_opens_on_what_decides(finished: Run) -> None:
+    events = EventAccumulator(str(finished.folder / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    first = sorted(tags["scalars"])[:4]
+    assert first == [
+        "at_a_glance/density_minus_target",
+        "at_a_glance/perplexity_dense",
+        "at_a_glance/perplexity_hard",
+        "at_a_glance/perplexity_prior",
+    ]
+    assert "epoch" not in tags["scalars"]
+    assert [event.step for event in events.Scalars("perplexity/hard")] == [*range(7)]
+    assert {e.value for e in events.Scalars(first[3])} == {events.Scalars("perplexity/hard")[0].value}
+    assert tags["images"] == ["at_a_glance/density"]
+    assert {"at_a_glance/plan/text_summary", "at_a_glance/verdict/text_summary"} <= {*tags["tensors"]}
+    logged = (finished.folder / "tensorboard").rglob("hparams.yaml")
+    assert all(logged)
+
+
+def test_a_picture_of_densities() -> None:
+    names = [f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in range(3) for part in ("up", "down")]
+    picture = draw_densities({**dict.fromkeys(names, 0.5), "lm_head.weight": 1.0})
+    assert picture.dtype == np.uint8
+    assert picture.shape[2] == 3
+    assert picture.std() > 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_in_a_terminal_the_bar_ends_with_the_last_validation(
+    model_folder, text_file, tmp_path: Path, monkeypatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    cli = main(fit_flags(model_folder, text_file, tmp_path, "--trainer.max_steps=2", "--progress.refresh_seconds=0"))
+    last = [line for line in terminal.getvalue().split("\r") if "learning the mask" in line][-1]
+    assert cli.model.validation.summary() in last
+    assert " 2/2 " in last
+    assert "first step" in terminal.getvalue()
+
+
+def test_the_progress_can_be_turned_off(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    cli = main(
+        fit_flags(model_folder, text_file, tmp_path, "--trainer.max_steps=1", "--trainer.enable_progress_bar=false")
+    )
+    assert not any(isinstance(callback, StepProgress) for callback in cli.trainer.callbacks)
+    out, err = capsys.readouterr()
+    assert "step 1 of 1" not in err
+    assert "next: leap_pl export" in out
+
+
+def test_learning_on_a_sparse_model_says_so_and_goes_on(text_file, tmp_path: Path, finished: Run) -> None:
+    from tiny import byte_tokenizer
+
+    model = tiny_model()
+    MaskSet.load(finished.mask).apply_(model)
+    model.save_pretrained(tmp_path / "sparse")
+    byte_tokenizer().save_pretrained(tmp_path / "sparse")
+    words = fit_flags(tmp_path / "sparse", text_file, tmp_path, "--trainer.max_steps=1", "--model.sparsity=0.6")
+    with pytest.warns(UserWarning, match=r"is sparse already: 50.0% of the gated weights are 0. Learning goes on"):
+        main(words)
+    assert MaskSet.load(tmp_path / "checkpoints" / "mask.safetensors").sparsity == pytest.approx(0.6, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["--trainer.max_steps=25", "--trainer.accumulate_grad_batches=1"], [*range(0, 25, 3), 25]),
+        (["--trainer.max_steps=3", "--data.validation_sequences=8"], [0, 3]),  # 6 micro-batches, 4 of validation
+        (["--trainer.max_steps=3", "--trainer.val_check_interval=4"], [0, 2]),
+    ],
+)
+def test_validations_are_about_ten(words, steps, model_folder, text_file, tmp_path: Path, monkeypatch) -> None:
+    from leap_pl.training.module import LeapModule
+
+    seen = []
+    end = LeapModule.on_validation_epoch_end
+    monkeypatch.setattr(
+        LeapModule, "on_validation_epoch_end", lambda self: (seen.append(self.global_step), end(self))[1]
+    )
+    main(fit_flags(model_folder, text_file, tmp_path, *words))
+    assert seen == steps
+
+
+def test_a_run_validated_another_number_of_times_learns_the_same(
+    finished: Run, model_folder, text_file, tmp_path: Path
+) -> None:
+    main(fit_flags(model_folder, text_file, tmp_path, "--trainer.val_check_interval=100"))
+    one, other = (
+        torch.load(path, weights_only=True)["state_dict"]
+        for path in (finished.checkpoint, tmp_path / "checkpoints" / "last.ckpt")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
