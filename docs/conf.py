@@ -39,7 +39,8 @@ def unlink_folders(app: "Sphinx", doctree: Any) -> None:
     """Replace links to folders of the repository, of which a site has no pages, by their text."""
     here = Path(doctree["source"]).parent
     for link in list(doctree.findall(pending_xref)):
-        if link.get("reftype") == "myst" and (here / link["reftarget"]).is_dir():
+        page = link.get("refdomain") == "doc"  # its target is without .md, as docs/results, which is a folder too
+        if link.get("reftype") == "myst" and not page and (here / link["reftarget"]).is_dir():
             link.replace_self(link.children)
 
 

@@ -36,6 +36,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for name in ("LeapModule", "TextDataModule", "MaskSet", "UserError"):
         assert f'id="leap_pl.{name}"' in page
     assert (tmp_path / "site" / "index.html").is_file()
+    readme = (tmp_path / "site" / "README.html").read_text(encoding="utf-8")
+    assert 'href="docs/results.html"' in readme  # a page beside a folder of that name
 
 
 # -- messages ---------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def test_the_run_of_the_readme_is_set_up(model_folder: Path, text_file: Path) ->
     """Its module and its text; a run like it is above."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    before, run, after = small(example, model_folder, text_file).partition("L.Trainer(")
+    before, run, after = small(example, model_folder, text_file).partition("trainer = L.Trainer(")
     names: dict[str, Any] = {}
     exec(before, names)
     assert run
