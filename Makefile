@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 ARGS ?=
-.PHONY: help quickstart packed results test test-fast lint notebooks package assets assets-eval clean
+.PHONY: help quickstart packed results test test-fast lint docs notebooks package assets assets-eval clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -37,6 +37,9 @@ lint: $(VENV)/.installed-dev ## Style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs ## The documentation site: build/site/index.html
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --conf-dir docs . build/site
 
 notebooks: $(VENV)/.installed-dev ## Run the notebooks on the embedded model, and keep what they show
 	@$(BIN)/python -m experiments.assets quickstart
@@ -69,6 +72,10 @@ endef
 
 $(VENV)/.installed: pyproject.toml
 	$(call install,)
+
+$(VENV)/.installed-docs: pyproject.toml
+	$(call install,[docs])
+	@touch $(VENV)/.installed
 
 $(VENV)/.installed-dev: pyproject.toml
 	$(call install,[dev])

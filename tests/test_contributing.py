@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md that no room's tests run: a verb, and an export format."""
+"""The examples of docs/extend.md that no room's tests run: a verb, and an export format."""
 
 import re
 from pathlib import Path
@@ -13,11 +13,11 @@ from leap_pl.cli import main as command_line
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
 
-HANDBOOK = Path(__file__).parents[1] / "CONTRIBUTING.md"
+HANDBOOK = Path(__file__).parents[1] / "docs" / "extend.md"
 
 
 def examples(title: str) -> list[str]:
-    section = HANDBOOK.read_text(encoding="utf-8").partition(f"### {title}\n")[2].partition("\n### ")[0]
+    section = HANDBOOK.read_text(encoding="utf-8").partition(f"## {title}\n")[2].partition("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 

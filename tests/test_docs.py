@@ -10,9 +10,10 @@ import pytest
 
 from leap_pl.cli.fit import make_cli
 from leap_pl.cli.main import VERBS, _find, settings_of
+from leap_pl.cli.token_budget import number_of
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("dev/*.md"), *ROOT.glob("configs/*.md")])
 REFERENCE = re.compile(r"`(?:tests/(?:\w+/)?)?(test_\w+\.py|killing\.py)?(?:::)?(test_\w+)?(\[[\w.-]+\])?`")
 
 
@@ -98,7 +99,14 @@ SHOWN_VERBS = [(name, line) for name, line in SHOWN if re.match(r"(python -m )?l
 
 def test_commands_are_found() -> None:
     assert len(SHOWN_VERBS) > 15
-    assert {name for name, _ in SHOWN_VERBS} >= {"README.md", "scaling.md", "gates.md", "tuning.md"}
+    assert {name for name, _ in SHOWN_VERBS} >= {
+        "README.md",
+        "learn.md",
+        "recipes.md",
+        "scaling.md",
+        "gates.md",
+        "tuning.md",
+    }
 
 
 @pytest.mark.parametrize(
@@ -116,6 +124,9 @@ def test_a_command_that_is_shown_parses(
         return
     if "--ckpt_path" in words:  # of the run, which is not made here
         del words[(place := words.index("--ckpt_path")) : place + 2]
+    if "--tokens" in words:  # an option of the verb, which the parser without one does not have
+        place = words.index("--tokens")
+        words[place : place + 2] = [f"--trainer.max_steps={round(number_of(words[place + 1]) / 4096)}"]
     for place, word in enumerate(words):
         if word == "--config" and not Path(words[place + 1]).exists():
             words[place + 1] = "configs/debug.yaml"  # a config of the reader's own

@@ -2,7 +2,7 @@
 
 glibc returns large freed blocks to the system. Every training step allocates and frees a gradient and a masked weight
 for each gate, and the system would clear their pages each time: on a CPU that took longer than computing them.
-docs/performance.md has measurements.
+dev/performance.md has measurements.
 """
 
 import ctypes

@@ -22,7 +22,7 @@ class Call:
     decoder block cost one autograd node.
 
     Activation checkpointing runs the forward of a decoder block again within the backward pass, and some versions of
-    transformers without the module's hooks. There the cache is kept until the backward pass of the gates themselves begins.
+    transformers without the module's hooks. There the cache is kept until the backward pass of the gates begins.
 
     Attributes:
         running: Whether the module is being called.

@@ -44,7 +44,9 @@ class LanguageTerm(Term):
 class Objective:
     """Weights of the terms of the training loss; the defaults are the paper's (arXiv 2605.17289).
 
-    loss = lm·CE + distillation·KL + budget·|mean M − ρ| − weight·(1 − t/T)·Σ‖M⊙W‖/Σ‖W‖ + the terms of ``extra``
+    The loss is, with the terms of ``extra`` added::
+
+        lm·CE + distillation·KL + budget·|mean M − ρ| − weight·(1 − t/T)·Σ‖M⊙W‖/Σ‖W‖
 
     Attributes:
         lm: Weight of the causal cross-entropy, in nats a token.

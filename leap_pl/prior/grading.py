@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LEAST = 0.08
-"""Smallest size of a lean, as a fraction of the largest, so that noise alone flips few bits (docs/tuning.md)."""
+"""Smallest size of a lean, as a fraction of the largest, so that noise alone flips few bits (dev/tuning.md)."""
 
 _TINY = torch.finfo(torch.float32).tiny  # lower bound of a score, whose logarithm is taken
 

@@ -81,6 +81,8 @@ def test_the_table_is_what_the_benchmark_prints() -> None:
     """Every row of docs/scaling.md, and 8B and 70B over 1 to 64 GPUs among them."""
     shown = Path(__file__).parents[2].joinpath("docs", "scaling.md").read_text(encoding="utf-8").lower()
     counts = {
+        "qwen2.5-0.5b": [1, 8],
+        "llama-3.2-1b": [1, 8],
         "llama-3.2-3b": [1, 8],
         "llama-3.1-8b": [1, 2, 4, 8, 16, 32, 64],
         "llama-3.1-70b": [1, 2, 4, 8, 16, 32, 64],

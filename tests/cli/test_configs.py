@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace, strip_meta
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
@@ -21,7 +22,7 @@ from leap_pl.training.optimizers import PackedAdamW
 from leap_pl.training.schedules import Annealing, Schedule
 
 ROOT = Path(__file__).parents[2] / "configs"
-APART = ("shared", "cluster")  # parts of configs, and what is laid over one
+APART = ("shared", "cluster", "recipes")  # parts of configs, what is laid over one, and what names no model
 ALONE = ("headline", "low_memory")  # no config of fit, and no whole one
 CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in APART and path.stem not in ALONE)
 
@@ -121,11 +122,42 @@ def test_rows_of_the_paper_have_its_settings(path: Path, sparsity: float, tmp_pa
 
 def test_every_config_is_in_the_table() -> None:
     table = (ROOT / "README.md").read_text()
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        assert f"recipes/{path.name}" in table
     for path in CONFIGS:
         models = "(qwen2.5-0.5b|gemma-3-1b|llama-3.2-1b)"
         name = re.sub(f"^(maskllm|patch)-{models}", r"\1-{qwen2.5-0.5b,gemma-3-1b,llama-3.2-1b}", path.stem)
         assert f"{name}.yaml" in table
         assert yaml.safe_load(path.read_text())["model"]["base_model"].split("/")[-1] in table
+
+
+def settings(path: Path, tmp_path: Path) -> Namespace:
+    """What a config comes to, whichever files its parts are in."""
+    return strip_meta(instantiate(path, tmp_path, "--model.base_model=Qwen/Qwen2.5-0.5B").config)
+
+
+def test_the_recipe_of_a_short_run_is_what_was_measured(tmp_path: Path) -> None:
+    """As `leap-both` of the headline experiment, whose prior is a row of its own there; the text is the reader's."""
+    ours, measured = (settings(ROOT / name, tmp_path) for name in ("recipes/short.yaml", "results/learn.yaml"))
+    rows = yaml.safe_load((ROOT / "results" / "headline.yaml").read_text())["rows"]
+    assert rows["leap-both"]["prior"] == "wanda-fisher"
+    prior, one_shot = ours.model.prior, rows["wanda-fisher"]["prune"]
+    assert (prior.method, prior.fisher) == (one_shot["method"], one_shot["fisher"])
+    assert (prior.graded, prior.sequences) == (measured.model.prior.graded, measured.model.prior.sequences)
+    losses = rows["leap-both"]["fit"]["model"]["objective"]
+    assert {name: ours.model.objective[name] for name in losses} == losses
+    assert ours.model.objective.weight == measured.model.objective.weight
+    for name in ("annealing", "gate", "optimizer", "warmup_steps"):
+        assert ours.model[name] == measured.model[name], name
+    for name in ("seq_length", "batch_size", "separator"):
+        assert ours.data[name] == measured.data[name], name
+    assert ours.trainer.max_steps == measured.trainer.max_steps
+
+
+def test_the_recipe_of_the_paper_is_that_of_its_rows(tmp_path: Path) -> None:
+    ours, row = (settings(ROOT / name, tmp_path) for name in ("recipes/paper.yaml", "paper/qwen2.5-0.5b.yaml"))
+    for part in ("model", "data", "trainer"):
+        assert ours[part] == row[part]
 
 
 CLUSTER = ROOT / "cluster"

@@ -28,10 +28,14 @@ def test_the_report_is_that_of_the_cells_and_the_notes(tmp_path: Path) -> None:
         assert shipped == written != set()
 
 
-def test_the_readme_tells_figures_of_the_cells() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("document", "column"), [("README.md", "mean accuracy of 6 tasks"), ("docs/gates.md", "how-to (unlike)")]
+)
+def test_tables_tell_figures_of_the_cells(document: str, column: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
     tables = re.findall(r"^(\|.*\| cell \|\n\|[-|]+\n(?:\|.*\|\n)+)", text, re.MULTILINE)
-    assert len(tables) == 2
+    assert len(tables) == 1
+    assert column in tables[0]
     for table in tables:
         columns, _, *rows = ([cell.strip(" *`") for cell in line.split("|")[1:-1]] for line in table.splitlines())
         assert len(rows) >= 4
@@ -46,6 +50,19 @@ def test_the_readme_tells_figures_of_the_cells() -> None:
                 mean = cell["mean"]  # of the sparsities that are for perplexity only there is none
                 accuracy = f"{mean['value']:.1%} ± {100 * mean['stderr']:.1f}" if mean else ""
                 assert told["mean accuracy of 6 tasks"] == accuracy
+
+
+def test_the_readme_tells_the_protocol_of_the_cells() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    cell = json.loads((RESULTS / "cells" / "leap-both-50.json").read_text(encoding="utf-8"))
+    found = re.search(r"Perplexity on ([\d,]+) tokens .* windows of (\d+); .* on ([\d,]+) questions", text)
+    assert found
+    tokens, window, asked = (int(number.replace(",", "")) for number in found.groups())
+    assert {(measured["tokens"], measured["seq_length"]) for measured in cell["perplexity"].values()} == {
+        (tokens, window)
+    }
+    assert sum(task["samples"] for task in cell["tasks"].values()) == asked
+    assert f"{cell['tasks']['piqa']['samples']} of each task and {cell['tasks']['mmlu']['samples']} of MMLU" in text
 
 
 def test_the_cells_are_those_of_the_shipped_experiment() -> None:
@@ -79,7 +96,17 @@ def figures() -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/results/notes.md", "docs/tuning.md"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        "README.md",
+        "docs/results/notes.md",
+        "docs/gates.md",
+        "docs/recipes.md",
+        "docs/after_learning.md",
+        "dev/tuning.md",
+    ],
+)
 def test_figures_that_name_their_cell_are_the_cells(document: str) -> None:
     """Rows of tables that name a cell show its figures, and so does what reads `13.54 and 27.84 (cell)`."""
     text, checked = (ROOT / document).read_text(encoding="utf-8"), 0

@@ -154,8 +154,8 @@ def test_it_resumes_bit_identical(run: tuple[Path, Any], model_folder, text_file
 
 def test_the_example_of_contributing_works(model_folder, text_file, tmp_path: Path, monkeypatch) -> None:
     """It is run as it stands there."""
-    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    section = re.search(r"\n### Add a gate\n(.*?)(\n##|\Z)", text, re.DOTALL)
+    text = (Path(__file__).parents[2] / "docs" / "extend.md").read_text(encoding="utf-8")
+    section = re.search(r"\n## Add a gate\n(.*?)(\n##|\Z)", text, re.DOTALL)
     assert section
     code = re.findall(r"```python\n# (\w+)\.py\n(.*?)```", section[1], re.DOTALL)
     for name, lines in code:

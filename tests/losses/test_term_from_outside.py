@@ -1,4 +1,4 @@
-"""A loss from outside the package: the one that CONTRIBUTING.md shows, against its closed form, and in whole runs."""
+"""A loss from outside the package: the one that docs/extend.md shows, against its closed form, and in whole runs."""
 
 import importlib
 import re
@@ -42,8 +42,8 @@ PLACES = ("--trainer.accelerator", "--trainer.logger", "--checkpoint.", "--spars
 
 @pytest.fixture(scope="module", autouse=True)
 def mylosses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The module that CONTRIBUTING.md shows, on Python's path, with two things in it that are no terms."""
-    section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("### Add a loss")[2]
+    """The module that docs/extend.md shows, on Python's path, with two things in it that are no terms."""
+    section = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8").partition("## Add a loss")[2]
     shown = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert shown
     folder = tmp_path_factory.mktemp("mine")

@@ -131,8 +131,8 @@ def test_compare_measures_against_it(folder: Path, text_file: Path, tmp_path: Pa
 def test_the_example_of_the_handbook_works(
     folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handbook = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    section = handbook.partition("### Add a one-shot method")[2].partition("\n### ")[0]
+    handbook = (Path(__file__).parents[2] / "docs" / "extend.md").read_text(encoding="utf-8")
+    section = handbook.partition("## Add a one-shot method")[2].partition("\n## ")[0]
     file, row = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     (tmp_path / "wanda_squared.py").write_text(file, encoding="utf-8")
     ((name, method),) = eval(f"{{{row}}}", {"Method": Method}).items()
