@@ -37,6 +37,7 @@ namespace {
 constexpr int64_t WORD = 32;          // columns
 constexpr int64_t MOST = 16;          // rows of input; more are multiplied with the unpacked weight
 constexpr int64_t GRAIN = 1 << 15;    // weights that are worth a thread
+constexpr int64_t PANEL = 1 << 21;    // weights that are unpacked at once, to be multiplied with many rows of input
 constexpr int64_t AHEAD = 2048;       // bytes: prefetched across pages, which the processor itself does not cross
 
 template <class Value>
@@ -300,9 +301,9 @@ namespace amx {
       "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,popcnt,bmi,bmi2,amx-tile,amx-bf16")))
 
 constexpr int SIDE = 16;   // rows of a tile, and inputs
-constexpr int DEPTH = 16;  // words that are expanded before they are multiplied
+constexpr int DEPTH = 8;   // words that are expanded before they are multiplied
 constexpr int WIDE = 64;   // bytes of a row of a tile
-constexpr int64_t FEW = 4;  // inputs, with fewer of which a tile does not pay
+constexpr int64_t FEW = 5;  // inputs, with fewer of which a tile does not pay
 
 struct alignas(64) Tiles {  // the processor's layout: product, weights, inputs
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -337,10 +338,10 @@ TARGET void groups(
       int depth = std::min<int64_t>(DEPTH, weight.words - word);
       for (int r = 0; r < SIDE; ++r) {
         const uint32_t* bitmap = weight.bitmap + (start + r) * weight.words + word;
-        __builtin_prefetch(bitmap + SIDE * weight.words, 0, 2);
+        __builtin_prefetch(bitmap + SIDE * weight.words);
         for (int d = 0; d < depth; ++d) {
           _mm512_store_si512(expanded[d][r], vbmi2::expand(values[r], bitmap[d]).part);
-          __builtin_prefetch(values[r] + ahead, 0, 2);
+          __builtin_prefetch(values[r] + ahead);
           values[r] += __builtin_popcount(bitmap[d]);
         }
       }
@@ -375,7 +376,9 @@ void multiply(const Weight<Value>& weight, const at::Tensor& input, at::BFloat16
 }
 
 template <class Value>
-void unpack(const Weight<Value>& weight, Value* out) { vbmi2::unpack(weight, out); }
+void unpack(const Weight<Value>& weight, int64_t start, int64_t end, Value* out) {
+  vbmi2::unpack(weight, start, end, out);
+}
 #undef TARGET
 }  // namespace amx
 
@@ -389,9 +392,9 @@ struct Path {
   bool here;
   void (*multiply_bf16)(const Weight<uint16_t>&, const at::Tensor&, at::BFloat16*);
   void (*multiply_int8)(const Weight<int8_t>&, const at::Tensor&, at::BFloat16*);
-  void (*unpack_1)(const Weight<int8_t>&, int8_t*);
-  void (*unpack_2)(const Weight<uint16_t>&, uint16_t*);
-  void (*unpack_4)(const Weight<uint32_t>&, uint32_t*);
+  void (*unpack_1)(const Weight<int8_t>&, int64_t, int64_t, int8_t*);
+  void (*unpack_2)(const Weight<uint16_t>&, int64_t, int64_t, uint16_t*);
+  void (*unpack_4)(const Weight<uint32_t>&, int64_t, int64_t, uint32_t*);
 };
 
 #define PATH(space, here) \
@@ -462,19 +465,30 @@ void check(const Tensor& bitmap, const Tensor& values, const Tensor& starts, con
   TORCH_CHECK(!scale || (scale->dim() == 1 && scale->numel() == rows), "scale: one for each row");
 }
 
+// Rows of the weight from ``first`` to ``last``, dense.
+Tensor unpacked(
+    const Path& by, const Tensor& bitmap, const Tensor& values, const Tensor& starts, const Maybe& scale,
+    int64_t columns, int64_t first, int64_t last, at::ScalarType dtype) {
+  Tensor out = at::empty({last - first, columns}, values.options());
+  auto unpack = [&](auto value, auto how) {
+    using Value = decltype(value);
+    how(weight_of<Value>(bitmap, values, starts, {}, {}, columns), first, last, (Value*)out.data_ptr());
+  };
+  switch (values.element_size()) {
+    case 1: unpack(int8_t(), by.unpack_1); break;
+    case 2: unpack(uint16_t(), by.unpack_2); break;
+    case 4: unpack(uint32_t(), by.unpack_4); break;
+    default: TORCH_CHECK(false, "values: of 1, 2 or 4 bytes");
+  }
+  if (scale) out = out.to(at::kFloat).mul_(scale->narrow(0, first, last - first).to(at::kFloat).unsqueeze(1));
+  return out.to(dtype);
+}
+
 Tensor packed_unpack(
     const Tensor& bitmap, const Tensor& values, const Tensor& starts, const Maybe& scale, int64_t columns,
     at::ScalarType dtype, c10::string_view path) {
   check(bitmap, values, starts, scale, columns);
-  const Path& by = path_named(path);
-  Tensor out = at::empty({bitmap.size(0), columns}, values.options());
-  switch (values.element_size()) {
-    case 1: by.unpack_1(weight_of<int8_t>(bitmap, values, starts, {}, {}, columns), (int8_t*)out.data_ptr()); break;
-    case 2: by.unpack_2(weight_of<uint16_t>(bitmap, values, starts, {}, {}, columns), (uint16_t*)out.data_ptr()); break;
-    case 4: by.unpack_4(weight_of<uint32_t>(bitmap, values, starts, {}, {}, columns), (uint32_t*)out.data_ptr()); break;
-    default: TORCH_CHECK(false, "values: of 1, 2 or 4 bytes");
-  }
-  return (scale ? out.to(at::kFloat).mul_(scale->to(at::kFloat).unsqueeze(1)) : out).to(dtype);
+  return unpacked(path_named(path), bitmap, values, starts, scale, columns, 0, bitmap.size(0), dtype);
 }
 
 Tensor packed_linear(
@@ -485,13 +499,22 @@ Tensor packed_linear(
   int64_t rows = bitmap.size(0), count = input.numel() / std::max<int64_t>(columns, 1);
   bool int8 = values.scalar_type() == at::kChar && scale, bf16 = values.scalar_type() == at::kBFloat16 && !scale;
   bool plain = !bias || (bias->scalar_type() == at::kBFloat16 && bias->numel() == rows && bias->is_contiguous());
-  if (input.scalar_type() != at::kBFloat16 || !(int8 || bf16) || !plain || count == 0 || count > MOST)
-    return at::linear(input, packed_unpack(bitmap, values, starts, scale, columns, input.scalar_type(), path), bias);
   const Path& by = path_named(path);
-  Maybe factors = scale ? Maybe(scale->to(at::kFloat).contiguous()) : Maybe();
   auto shape = input.sizes().vec();
   shape.back() = rows;
   Tensor out = at::empty(shape, input.options());
+  if (input.scalar_type() != at::kBFloat16 || !(int8 || bf16) || !plain || count == 0 || count > MOST) {
+    // By panels that stay in a cache: a whole dense weight would be memory that the system gives and takes every time.
+    int64_t panel = std::max<int64_t>(1, PANEL / std::max<int64_t>(columns, 1));
+    for (int64_t first = 0; first < rows; first += panel) {
+      int64_t last = std::min(rows, first + panel);
+      Tensor weight = unpacked(by, bitmap, values, starts, scale, columns, first, last, input.scalar_type());
+      out.narrow(-1, first, last - first)
+          .copy_(at::linear(input, weight, bias ? Maybe(bias->narrow(0, first, last - first)) : Maybe()));
+    }
+    return out;
+  }
+  Maybe factors = scale ? Maybe(scale->to(at::kFloat).contiguous()) : Maybe();
   Tensor x = input.reshape({count, columns}).contiguous();
   auto* to = (at::BFloat16*)out.data_ptr();
   if (int8)

@@ -80,13 +80,13 @@ void multiply(const Weight<Value>& weight, const at::Tensor& input, at::BFloat16
 }
 
 template <class Value>
-TARGET void unpack_rows(const Weight<Value>& weight, int64_t first, int64_t last, Value* out) {
+TARGET void unpack_rows(const Weight<Value>& weight, int64_t first, int64_t last, int64_t start, Value* out) {
   std::vector<Value> copy;
   int64_t whole = weight.columns / WORD, rest = weight.columns % WORD;
   for (int64_t r = first; r < last; ++r) {
     const uint32_t* bitmap = weight.bitmap + r * weight.words;
     const Value* values = weight.readable(r, copy);
-    Value* to = out + r * weight.columns;
+    Value* to = out + (r - start) * weight.columns;
     for (int64_t word = 0; word < whole; ++word) {
       store(to + word * WORD, values, bitmap[word]);
       values += __builtin_popcount(bitmap[word]);
@@ -99,9 +99,10 @@ TARGET void unpack_rows(const Weight<Value>& weight, int64_t first, int64_t last
   }
 }
 
+// Unpack the rows of a weight from ``start`` to ``end``.
 template <class Value>
-void unpack(const Weight<Value>& weight, Value* out) {
-  at::parallel_for(0, weight.rows, grain(weight.columns), [&](int64_t first, int64_t last) {
-    unpack_rows(weight, first, last, out);
+void unpack(const Weight<Value>& weight, int64_t start, int64_t end, Value* out) {
+  at::parallel_for(start, end, grain(weight.columns), [&](int64_t first, int64_t last) {
+    unpack_rows(weight, first, last, start, out);
   });
 }
