@@ -10,19 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "leap_pl"
 
 # From the bottom to the top: a room imports from those before it alone, also within functions and for types.
 ROOMS = [
-    *(
-        "version",
-        "errors",
-        "escape",
-        "inputs",
-        "files",
-        "kernels",
-        "base_model",
-        "distributed",
-        "data",
-        "masks",
-        "sparse",
-    ),
+    *("version", "errors", "escape", "inputs", "files", "kernels", "base_model", "distributed", "data", "masks"),
+    "sparse",
     *("gates", "losses", "oneshot", "prior", "checkpoints", "training", "callbacks"),
     *("export", "evaluation", "comparison", "cli"),
 ]

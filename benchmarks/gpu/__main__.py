@@ -4,10 +4,10 @@ python -m benchmarks.gpu [--minutes 10] [--check_only] [--tiny] [--output F.json
 
 First the checks, each of which says PASS or FAIL with its figure: noise with the same bits as on the CPU; every kind of
 gate, and the losses, against float64; fits of a tiny Llama with every kind of gate, against those on the CPU; a run
-that is stopped and resumed, bit for bit; DDP and FSDP2 of one device; no host sync in a micro-batch. Then what there
-is time for, the most important first: steps of dense fine-tuning, leap_pl, its low-memory path and the published
-formulation (benchmarks/variants.py), on random weights of the shapes of Qwen2.5-0.5B, Llama-3.2-1B and, in low memory,
-Llama-3.1-8B; evaluation and one-shot pruning.
+that is stopped and resumed, bit for bit; DDP and FSDP2 of one device; products with packed weights; no host sync in a
+micro-batch. Then what there is time for, the most important first: steps of dense fine-tuning, leap_pl, its low-memory
+path and the published formulation (benchmarks/variants.py), on random weights of the shapes of Qwen2.5-0.5B,
+Llama-3.2-1B and, in low memory, Llama-3.1-8B; evaluation, one-shot pruning, and decoding with packed weights.
 
 The variants take turns; medians of CUDA's events are shown. ``peak GiB`` is what torch allocates for a variant in a
 step; ``on paper GiB`` is what ``benchmarks.memory --paper`` says of a step with activation checkpointing, without what

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +23,8 @@ from benchmarks.variants import Step, makers
 from leap_pl.evaluation.perplexity import perplexity
 from leap_pl.gates import Gate
 from leap_pl.oneshot.prune import prune
+from leap_pl.sparse.packed_linear import PackedLinear
+from leap_pl.sparse.packed_weight import PackedWeight
 
 VARIANTS = ("dense", "leap_pl", "low_memory", "published")
 ON_PAPER = ("leap_pl", "low_memory")
@@ -220,7 +222,52 @@ class Pruning:
         return [_row("pruning", self.model, self.tokens, self.method, taken)]
 
 
-Cell = Steps | Evaluation | Pruning
+@dataclass(frozen=True)
+class Decoding:
+    """Time of one token's products with all weights of a model's blocks, dense and packed at two densities.
+
+    Attributes:
+        model: Name of the model.
+        tokens: Rows of input: sequences that are decoded together.
+        seconds: As in :class:`Steps`.
+    """
+
+    model: str
+    tokens: int
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """Return the name by which it is reported as skipped."""
+        return f"decoding of {self.model} with {self.tokens} rows"
+
+    def measure(self, bench: Bench) -> list[Row]:
+        """Return a row for each form of the weights, which take turns."""
+        model = bench.models[self.model].random(bench.device)
+        dense = [layer for layer in model.model.layers.modules() if isinstance(layer, nn.Linear)]
+        forms: dict[str, list[Any]] = {"dense": dense}
+        for density in (0.5, 0.3):
+            forms[f"packed {density}"] = [
+                PackedLinear(PackedWeight.pack(layer.weight.detach(), torch.rand_like(layer.weight) < density))
+                for layer in dense
+            ]
+        inputs = [torch.randn(self.tokens, layer.in_features, device=bench.device).bfloat16() for layer in dense]
+
+        def products(form: str) -> None:
+            for layer, x in zip(forms[form], inputs, strict=True):
+                layer(x)
+
+        found: dict[str, list[float]] = {form: [] for form in forms}
+        with torch.inference_mode():
+            for turn in range(WARM_UP + bench.repeats):
+                for form, times in found.items():
+                    taken = clocked(partial(products, form), bench.device)
+                    times += [taken] if turn >= WARM_UP else []
+        rows = [_row("decoding", self.model, self.tokens, form, statistics.median(found[form])) for form in forms]
+        return [row | {"of dense": row["ms"] / rows[0]["ms"]} for row in rows]
+
+
+Cell = Steps | Evaluation | Pruning | Decoding
 
 
 def cells(*, tiny: bool) -> list[Cell]:
@@ -232,6 +279,7 @@ def cells(*, tiny: bool) -> list[Cell]:
             Steps("qwen2.5-0.5b", 64, 1),
             Evaluation("qwen2.5-0.5b", 256, 1),
             Pruning("qwen2.5-0.5b", "wanda", 128, 1),
+            Decoding("llama-3.2-1b", 1, 1),
             Pruning("qwen2.5-0.5b", "sparsegpt", 128, 1),
             Steps("llama-3.2-1b", 128, 1, checkpointing=True),
         ]
@@ -243,6 +291,8 @@ def cells(*, tiny: bool) -> list[Cell]:
         Steps("qwen2.5-0.5b", 16384, 30),
         Evaluation("qwen2.5-0.5b", 131072, 15),
         Pruning("qwen2.5-0.5b", "wanda", 65536, 20),
+        Decoding("llama-3.2-1b", 1, 15),
+        Decoding("llama-3.2-1b", 16, 15),
         Steps("llama-3.1-8b", 32768, 60, ("low_memory",), checkpointing=True),
         Steps("llama-3.2-1b", 32768, 60, checkpointing=True),
         Pruning("qwen2.5-0.5b", "sparsegpt", 65536, 60),

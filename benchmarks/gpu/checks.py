@@ -18,6 +18,9 @@ from leap_pl.gates import BernoulliGate, Gate, GateState, TileGate
 from leap_pl.kernels.noise import columns, element_bits, gumbel, logistic, noise_keys
 from leap_pl.losses.language import language_losses
 from leap_pl.losses.objective import Objective
+from leap_pl.sparse.multiply import unpack
+from leap_pl.sparse.packed_linear import PackedLinear
+from leap_pl.sparse.packed_weight import PackedWeight
 from leap_pl.training.optimizers import PackedAdamW
 
 Check = Callable[[], str]  # returns its figure
@@ -71,6 +74,7 @@ def checks_of(place: Place, *, large: bool) -> dict[str, Check]:
             gate, place.device, "BernoulliGate", places=[((4096, 4097), 1)]
         )
     found["losses: against float64"] = partial(losses, place.device)
+    found["packed weights: against float64, and unpacked"] = partial(packed, place.device)
     for kind in KINDS:
         found[f"fit: {kind}"] = partial(a_fit, place, kind)
     found["resume: bit for bit, math attention"] = partial(resume, place)
@@ -207,6 +211,22 @@ def losses(device: torch.device) -> str:
             figures[f"dz {_short(dtype)}"] = (_furthest(hidden.grad, z.grad), max(1e-5, eps))
             worst = _worst(worst, figures)
     return _figures(worst)
+
+
+def packed(device: torch.device) -> str:
+    """Check products with packed weights against float64, and that unpacking gives every bit back."""
+    draw = torch.Generator().manual_seed(0)
+    worst: Figures = {}
+    same: dict[str, tuple[Tensor, Tensor]] = {}
+    for (shape, _), dtype, count in product(PLACES[:2], (torch.float32, torch.bfloat16), (1, 16, 17)):
+        weight, x = torch.randn(shape, generator=draw).to(dtype), torch.randn(count, shape[1], generator=draw).to(dtype)
+        kept = torch.rand(shape, generator=draw) < 0.5
+        layer = PackedLinear(PackedWeight.pack(weight, kept)).to(device)
+        error = _furthest(layer(x.to(device)), x.double() @ (weight * kept).double().T)
+        worst = _worst(worst, {f"Wx {_short(dtype)}": (error, max(1e-5, torch.finfo(dtype).eps))})
+        parts = (layer.bitmap, layer.values, layer.starts, None, shape[1], dtype)
+        same[f"{len(same)}"] = (unpack(*parts).cpu(), weight * kept)
+    return f"{_figures(worst)}; {_same(same)}"
 
 
 # -- runs -------------------------------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 """Linear layer whose weight stays packed in memory."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from leap_pl.sparse.building import has_kernels
+from leap_pl.sparse.multiply import linear
 from leap_pl.sparse.packed_weight import PackedWeight
 
 
 class PackedLinear(nn.Module):
-    """Linear layer with a packed weight, in the place of an ``nn.Linear``.
+    """Linear layer with a packed weight, in the place of an ``nn.Linear``, for inference.
 
     Attributes:
         in_features: Columns of the weight.
@@ -28,7 +31,11 @@ class PackedLinear(nn.Module):
         self.register_buffer("values", packed.values)
         self.register_buffer("scale", packed.scale)
         self.register_buffer("starts", packed.starts, persistent=False)
-        self.bias = bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_load_state_dict_post_hook(_check)
+        if self.values.device.type == "cpu" and has_kernels():
+            for tensor in (self.bitmap, self.values):
+                torch.ops.leap_pl.packed_large_pages(tensor)
 
     @property
     def packed(self) -> PackedWeight:
@@ -43,13 +50,33 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input`` (…, in) times the weight, plus the bias: (…, out)."""
-        return F.linear(input, self.packed.unpack(input.dtype), self.bias)
+        return linear(input, self.bitmap, self.values, self.starts, self.scale, self.in_features, self.bias)
 
     def extra_repr(self) -> str:
         """Return the sizes and the density."""
         return f"in_features={self.in_features}, out_features={self.out_features}, density={self.density:.3f}"
 
 
+def _check(layer: PackedLinear, keys: Any) -> None:
+    """Check the tensors of a state dict before a kernel reads them."""
+    shape = (layer.out_features, layer.in_features)
+    layer.starts = PackedWeight.of(layer.bitmap, layer.values, layer.scale, shape).starts
+
+
 def worth_packing(rows: int, columns: int, density: float, dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether decoding with a packed weight of this shape is not slower than with a dense one."""
-    return rows * columns >= 1 << 20
+    """Return whether decoding with a packed weight is not slower than with a dense one, as measured on a CPU.
+
+    Args:
+        rows: Rows of the weight.
+        columns: Columns of the weight.
+        density: Share of kept elements.
+        dtype: Data type of the computation.
+        device: Device of the model.
+    """
+    return (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and density <= 0.7
+        and rows * columns >= 1 << 18
+        and has_kernels()
+    )

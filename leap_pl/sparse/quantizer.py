@@ -111,7 +111,7 @@ class PackedQuantizer(HfQuantizer):
         for name, stored in self.stored.items():
             _, owner, tensor = _find(model, name)
             weight = _taken(name, owner, tensor, stored.shape)
-            if self._stays_packed(owner, tensor, weight):
+            if self._stays_packed(name, owner, tensor, weight):
                 bias: Any = owner.bias
                 layer = PackedLinear(weight, bias).train(owner.training)
                 model.set_submodule(name.rpartition(".")[0], layer)
@@ -122,12 +122,12 @@ class PackedQuantizer(HfQuantizer):
         self.quantization_config.dequantize = packed == 0
         return super().postprocess_model(model, **options)
 
-    def _stays_packed(self, owner: nn.Module, tensor: str, weight: PackedWeight) -> bool:
+    def _stays_packed(self, name: str, owner: nn.Module, tensor: str, weight: PackedWeight) -> bool:
         if self.quantization_config.memory == "dense" or type(owner) is not nn.Linear or tensor != "weight":
             return False
         rows, columns = weight.shape
         return self.quantization_config.memory == "packed" or worth_packing(
-            rows, columns, weight.density, weight.values.dtype, weight.values.device
+            rows, columns, weight.density, self.dtypes[name], weight.values.device
         )
 
     def _report(self, model: nn.Module, packed: int) -> None:

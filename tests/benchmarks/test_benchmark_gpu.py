@@ -70,7 +70,7 @@ def test_the_whole_command_with_few_packages(tmp_path: Path) -> None:
     assert ours["of dense"] == pytest.approx(ours["ms"] / dense["ms"])
     assert ours["tokens/s"] == pytest.approx(64e3 / ours["ms"])
     assert ours["operators"] > dense["operators"]
-    assert {row["cell"] for row in told["rows"]} == {"step", "evaluation", "pruning"}
+    assert {row["cell"] for row in told["rows"]} == {"step", "evaluation", "pruning", "decoding"}
     assert "cpu" in told["machine"]
     # The table of the rows comes last.
     last = done.stdout.rstrip().splitlines()[-len(told["rows"]) :]

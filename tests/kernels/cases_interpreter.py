@@ -20,9 +20,11 @@ from leap_pl.gates import attach
 from leap_pl.gates.bernoulli import BernoulliGate, mask_backward, mask_forward
 from leap_pl.gates.gate import GateState
 from leap_pl.kernels import noise
-from leap_pl.kernels.gpu import losses, masks
+from leap_pl.kernels.gpu import losses, masks, packed
 from leap_pl.kernels.gpu import noise as device_noise
 from leap_pl.losses import language
+from leap_pl.sparse import multiply
+from leap_pl.sparse.packed_weight import PackedWeight
 
 settings.register_profile("interpreted", deadline=None, max_examples=12)  # each program of a launch is a loop of Python
 settings.load_profile("interpreted")
@@ -155,7 +157,12 @@ class Launches:
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The operators on the CPU; returns the names of the kernels that are launched from now on."""
     made: list[str] = []
-    for module, names in ((masks, ("_forward", "_backward", "_add")), (losses, ("_lm", "_distillation"))):
+    every = (
+        (masks, ("_forward", "_backward", "_add")),
+        (losses, ("_lm", "_distillation")),
+        (packed, ("_multiply", "_unpack")),
+    )
+    for module, names in every:
         for name in names:
             monkeypatch.setattr(module, name, Launches(getattr(module, name), made))
     monkeypatch.setattr(gpu, "DEVICES", {"cpu"})
@@ -246,3 +253,60 @@ def test_operators_know_the_shapes_of_their_results() -> None:
         torch.library.opcheck(
             getattr(torch.ops.leap_pl, name).default, inputs, test_utils=("test_schema", "test_faketensor")
         )
+
+
+def random_packed(rows: int, columns: int, density: float, dtype: torch.dtype, *, int8: bool = False) -> PackedWeight:
+    torch.manual_seed(0)
+    mask = torch.rand(rows, columns) < density
+    mask[rows // 2] = False  # an empty row
+    return PackedWeight.pack(torch.randn(rows, columns).to(dtype), mask, int8=int8)
+
+
+@pytest.mark.parametrize(("rows", "columns", "density"), [(1, 1, 1), (20, 199, 0.5), (7, 64, 0.1), (3, 33, 0)])
+@pytest.mark.parametrize(
+    ("dtype", "int8", "count"),
+    [
+        (torch.bfloat16, False, 1),
+        (torch.float32, False, 1),
+        (torch.bfloat16, True, 1),
+        # In tl.dot, the interpreter takes the bits of bfloat16 for integers.
+        (torch.float16, False, 16),
+        (torch.float32, False, 3),
+        (torch.float16, True, 3),
+    ],
+    ids=str,
+)
+def test_packed_products_are_those_in_float64(
+    dtype: torch.dtype, int8: bool, count: int, rows: int, columns: int, density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts of one block of 32 columns each, as a large weight is cut; and in one part, of one block."""
+    weight, bias = random_packed(rows, columns, density, dtype, int8=int8), torch.randn(rows).to(dtype)
+    x = torch.randn(2 * count, columns).to(dtype)[::2]
+    parts = (x, weight.bitmap, weight.values, weight.starts, weight.scale, bias, columns)
+    expected = x.double() @ weight.unpack().double().T + bias.double()
+    rtol, atol = {torch.bfloat16: (1e-2, 1e-2), torch.float16: (1e-3, 1e-2), torch.float32: (1e-5, 1e-5)}[dtype]
+    monkeypatch.setattr(packed, "WORDS", 2)
+    for block in (32, 512):
+        monkeypatch.setattr(packed, "COLUMNS", block)
+        found = packed.linear(*parts)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_packed_weight_is_unpacked_bit_for_bit(dtype: torch.dtype, int8: bool) -> None:
+    for rows, columns, density in ((7, 1100, 0.5), (9, 33, 0.1), (1, 1, 1)):
+        weight = random_packed(rows, columns, density, dtype, int8=int8)
+        parts = (weight.bitmap, weight.values, weight.starts, weight.scale, columns, dtype)
+        assert torch.equal(packed.unpack(*parts), weight.unpack(dtype))
+
+
+def test_few_rows_are_multiplied_packed_and_many_unpacked(on_cpu: list[str]) -> None:
+    weight = random_packed(8, 40, 0.5, torch.float32)
+    for count, kernel in ((16, "_multiply"), (17, "_unpack")):
+        x = torch.randn(count, 40)
+        found = multiply._linear(x, weight.bitmap, weight.values, weight.starts, None, None, 40)
+        torch.testing.assert_close(found, x @ weight.unpack().T)
+        assert on_cpu.pop() == kernel
+    assert not on_cpu

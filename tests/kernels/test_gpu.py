@@ -94,6 +94,21 @@ def test_the_other_kernels_compile(generation: int) -> None:
     code(losses._distillation, names | {"BLOCK": losses.BLOCK}, generation, num_warps=8)
 
 
+@pytest.mark.parametrize(("one", "generation"), zip((True, False), GENERATIONS, strict=True))
+def test_packed_products_compile(one: bool, generation: int) -> None:
+    from leap_pl.kernels.gpu import packed
+
+    weight = {"bitmap": "*i32", "values": "*bf16", "starts": "*i64"}
+    numbers = dict.fromkeys(("rows", "columns", "words"), "i32")
+    sizes = {"ROWS": 4 if one else packed.TILE, "COLUMNS": packed.COLUMNS, "WORDS": packed.WORDS}
+    more = dict.fromkeys(("part_words", "count"), "i32") | {"ONE": one, "TILE": packed.TILE}
+    ptx = code(packed._multiply, {"x": "*bf16"} | weight | {"partials": "*fp32"} | numbers | more | sizes, generation)
+    if not one:
+        assert "mma" in ptx
+        return
+    code(packed._unpack, weight | {"out": "*bf16"} | numbers | sizes, generation)
+
+
 def test_new_keys_are_no_new_kernel() -> None:
     """Triton compiles again for an integer of 1, and for one that 16 divides, unless it is told not to."""
     from triton.backends.compiler import GPUTarget

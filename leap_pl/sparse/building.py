@@ -1,0 +1,79 @@
+"""C++ kernels of packed weights: compiled when first used, and cached for later processes.
+
+The compiler is called directly, with the paths of :mod:`torch.utils.cpp_extension`: its ``load`` needs ninja, and waits
+forever for a process that was killed while it compiled.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from leap_pl.errors import warn_once
+
+SOURCES = [Path(__file__).with_name(name) for name in ("decode.cpp", "rows.h")]
+
+
+@cache
+def has_kernels() -> bool:
+    """Return whether the operators of packed weights run compiled on a CPU; compile and load them at the first call.
+
+    Without a compiler, and with ``LEAP_PL_COMPILE=0``, they run in plain torch.
+    """
+    if os.environ.get("LEAP_PL_COMPILE") == "0":
+        return False
+    try:
+        torch.ops.load_library(library())
+    except Exception as error:  # a compiler, and a library that is loaded, can fail in any way
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
+        warn_once(
+            "Packed weights are unpacked for each multiplication, which is slower than dense weights: their kernels "
+            f"cannot be compiled here ({reason}). Install a C++ compiler (apt-get install g++)."
+        )
+        return False
+    return True
+
+
+def library() -> Path:
+    """Return the compiled library, of this version of torch and of the sources; one process compiles, others wait.
+
+    Raises:
+        RuntimeError: There is no compiler, or it failed.
+    """
+    import fcntl  # not everywhere: without it, there are no kernels
+
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise RuntimeError("no C++ compiler")
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    facts = f"{torch.__version__} {platform.machine()} {said}".encode()
+    key = hashlib.sha256(facts + b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "leap_pl" / "kernels" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / "decode.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released with the process, however that ends
+        if not made.exists():
+            _compile(compiler, made)
+    return made
+
+
+def _compile(compiler: str, made: Path) -> None:
+    from torch.utils.cpp_extension import include_paths, library_paths  # slow to import
+
+    # OpenMP is that of torch, which is loaded already: a second pool of threads would keep the cores of the first busy.
+    words = [compiler, "-shared", "-fPIC", "-O3", "-std=c++20", "-fopenmp", "-w", str(SOURCES[0])]
+    words += [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    words += ["-ltorch_cpu", "-lc10", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+        part = Path(folder) / made.name
+        done = subprocess.run([*words, "-o", str(part)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(next((line for line in done.stderr.splitlines() if "error" in line), done.stderr))
+        part.rename(made)

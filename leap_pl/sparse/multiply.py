@@ -1,0 +1,129 @@
+"""Operators of packed weights: product with a few rows of input, and unpacking.
+
+They are operators of ``torch.ops.leap_pl``, so that torch.compile takes a packed model as one graph. On a CPU they run
+compiled C++ (``decode.cpp``), on a GPU Triton (:mod:`leap_pl.kernels.gpu.packed`), elsewhere plain torch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leap_pl.kernels import gpu
+from leap_pl.sparse.building import has_kernels
+from leap_pl.sparse.packed_weight import PackedWeight
+
+DECODE = 16  # rows of input that are multiplied packed; with more, the weight is unpacked first
+
+torch.library.define(
+    "leap_pl::packed_linear",
+    "(Tensor input, Tensor bitmap, Tensor values, Tensor starts, Tensor? scale, Tensor? bias, int columns, "
+    "str path='') -> Tensor",
+)
+torch.library.define(
+    "leap_pl::packed_unpack",
+    "(Tensor bitmap, Tensor values, Tensor starts, Tensor? scale, int columns, ScalarType dtype, str path='') "
+    "-> Tensor",
+)
+torch.library.define("leap_pl::packed_large_pages", "(Tensor tensor) -> ()")
+torch.library.define("leap_pl::packed_paths", "() -> str[]")
+
+
+def linear(
+    input: Tensor,
+    bitmap: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scale: Tensor | None,
+    columns: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return ``input`` (..., columns) times the transposed packed weight, (..., rows), plus ``bias``.
+
+    Args:
+        input: Inputs.
+        bitmap: Bitmap of the weight, int32 (rows, words).
+        values: Kept values.
+        starts: Index of each row's first value, which :meth:`PackedWeight.of` has checked.
+        scale: Scale of each row, float32, of int8 values.
+        columns: Columns of the weight.
+        bias: Bias (rows).
+    """
+    if not torch.compiler.is_compiling():
+        has_kernels()
+    return torch.ops.leap_pl.packed_linear(input, bitmap, values, starts, scale, bias, columns)
+
+
+def unpack(
+    bitmap: Tensor, values: Tensor, starts: Tensor, scale: Tensor | None, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the dense weight (rows, columns) in ``dtype``; arguments as in :func:`linear`."""
+    if not torch.compiler.is_compiling():
+        has_kernels()
+    return torch.ops.leap_pl.packed_unpack(bitmap, values, starts, scale, columns, dtype)
+
+
+def _unpack(
+    bitmap: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scale: Tensor | None,
+    columns: int,
+    dtype: torch.dtype,
+    path: str = "",
+) -> Tensor:
+    if gpu.has_kernels(values.device):
+        from leap_pl.kernels.gpu import packed
+
+        return packed.unpack(bitmap, values, starts, scale, columns, dtype)
+    return PackedWeight(bitmap, values, scale, (len(bitmap), columns), starts).unpack(dtype)
+
+
+def _linear(
+    input: Tensor,
+    bitmap: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    columns: int,
+    path: str = "",
+) -> Tensor:
+    if 0 < input.numel() <= DECODE * columns and gpu.has_kernels(values.device):
+        from leap_pl.kernels.gpu import packed
+
+        return packed.linear(input, bitmap, values, starts, scale, bias, columns)
+    return F.linear(input, _unpack(bitmap, values, starts, scale, columns, input.dtype), bias)
+
+
+def _large_pages(tensor: Tensor) -> None: ...
+
+
+def _shape_linear(
+    input: Tensor,
+    bitmap: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    columns: int,
+    path: str = "",
+) -> Tensor:
+    return input.new_empty(*input.shape[:-1], bitmap.shape[0])
+
+
+def _shape_unpack(
+    bitmap: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scale: Tensor | None,
+    columns: int,
+    dtype: torch.dtype,
+    path: str = "",
+) -> Tensor:
+    return values.new_empty(bitmap.shape[0], columns, dtype=dtype)
+
+
+for _name, _plain in (("linear", _linear), ("unpack", _unpack), ("large_pages", _large_pages)):
+    torch.library.impl(f"leap_pl::packed_{_name}", "default", _plain)
+torch.library.register_fake("leap_pl::packed_linear", _shape_linear)
+torch.library.register_fake("leap_pl::packed_unpack", _shape_unpack)

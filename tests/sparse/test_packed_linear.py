@@ -1,0 +1,56 @@
+"""A layer with a packed weight, in the place of a linear one."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from leap_pl.errors import UserError
+from leap_pl.sparse.packed_linear import PackedLinear
+from leap_pl.sparse.packed_weight import PackedWeight
+
+
+def packed_linear(*, int8: bool = False) -> PackedLinear:
+    torch.manual_seed(0)
+    weight = torch.randn(24, 72).bfloat16()
+    return PackedLinear(PackedWeight.pack(weight, weight > 0, int8=int8), torch.randn(24).bfloat16())
+
+
+def test_it_is_a_linear_layer() -> None:
+    layer, x = packed_linear(), torch.randn(2, 3, 72).bfloat16()
+    torch.testing.assert_close(layer(x), F.linear(x, layer.packed.unpack(), layer.bias))
+    many = torch.randn(40, 72).bfloat16()  # unpacked, and multiplied dense
+    assert torch.equal(layer(many), F.linear(many, layer.packed.unpack(), layer.bias))
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert "in_features=72, out_features=24, density=0.5" in repr(layer)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_state_dict_holds_it(int8: bool) -> None:
+    layer, x = packed_linear(int8=int8), torch.randn(1, 72).bfloat16()
+    stored = copy.deepcopy(layer.state_dict())
+    assert set(stored) == {"bitmap", "values", "bias"} | ({"scale"} if int8 else set())
+    other = copy.deepcopy(layer)
+    other.bitmap.zero_()
+    other.load_state_dict(stored)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_a_state_dict_that_disagrees_is_refused_before_a_kernel_reads_it() -> None:
+    layer = packed_linear()
+    stored = copy.deepcopy(layer.state_dict())
+    stored["bitmap"][3, 0] ^= 1
+    with pytest.raises(UserError, match="the bitmap keeps"):
+        layer.load_state_dict(stored)
+
+
+def test_torch_compile_takes_it_as_one_graph() -> None:
+    model = nn.Sequential(packed_linear(), nn.ReLU(), nn.Linear(24, 3, dtype=torch.bfloat16))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for count in (1, 5, 30):
+            x = torch.randn(count, 72).bfloat16()
+            assert torch.equal(compiled(x), model(x))
