@@ -32,7 +32,7 @@ _COMMANDS = (
     "leap_pl --help",
     "leap_pl fit --model.base_model model --model.sparsity 0.5 --data.text text.txt --data.seq_length 32"
     " --data.batch_size 2 --trainer.max_steps 3 --trainer.accelerator cpu --checkpoint.dirpath run",
-    "leap_pl export --mask run/mask.safetensors --output sparse",
+    "leap_pl export --mask run/mask.safetensors --output_dir sparse",
     "leap_pl evaluate --model sparse --perplexity text.txt --seq_length 32",
 )
 
