@@ -174,7 +174,7 @@ def test_max_time_leaves_a_checkpoint_and_no_mask(
     assert "Resume with --ckpt_path last and a longer --trainer.max_time, which counts the time of all starts." in said
     assert f"step={step}.ckpt" in kept(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").glob("*.safetensors")] == ["prior.safetensors"]
-    assert max(curves(tmp_path / "tensorboard")["perplexity/hard"], default=0) <= 1  # none out of turn
+    assert max(curves(tmp_path / "tensorboard")["perplexity/hard"], default=0) <= 2  # none out of turn
     main([*words, "--ckpt_path=last"])
     same(outcome(tmp_path), never_stopped)
 
