@@ -38,7 +38,7 @@ constexpr int64_t WORD = 32;          // columns
 constexpr int64_t MOST = 16;          // rows of input; more are multiplied with the unpacked weight
 constexpr int64_t GRAIN = 1 << 15;    // weights that are worth a thread
 constexpr int64_t PANEL = 1 << 21;    // weights that are unpacked at once, to be multiplied with many rows of input
-constexpr int64_t AHEAD = 2048;       // bytes: prefetched across pages, which the processor itself does not cross
+constexpr int64_t AHEAD = 4096;       // bytes: prefetched across pages, which the processor itself does not cross
 
 template <class Value>
 struct Weight {

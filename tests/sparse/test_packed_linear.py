@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from leap_pl.errors import UserError
-from leap_pl.sparse.packed_linear import PackedLinear
+from leap_pl.sparse import building
+from leap_pl.sparse.packed_linear import PackedLinear, worth_packing
 from leap_pl.sparse.packed_weight import PackedWeight
 
 
@@ -54,3 +55,15 @@ def test_torch_compile_takes_it_as_one_graph() -> None:
         for count in (1, 5, 30):
             x = torch.randn(count, 72).bfloat16()
             assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.skipif(not building.has_kernels(), reason="no C++ compiler")
+def test_only_what_has_been_measured_is_worth_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, here = torch.device("cpu"), torch.ops.leap_pl.packed_paths()[0] != "portable"
+    assert worth_packing(2048, 2048, 0.5, torch.bfloat16, cpu) == here
+    assert not worth_packing(2048, 2048, 0.9, torch.bfloat16, cpu)
+    assert not worth_packing(16, 16, 0.5, torch.bfloat16, cpu)
+    assert not worth_packing(2048, 2048, 0.5, torch.float32, cpu)
+    assert not worth_packing(2048, 2048, 0.5, torch.bfloat16, torch.device("cuda"))
+    monkeypatch.setattr("leap_pl.sparse.packed_linear.has_kernels", lambda: False)
+    assert not worth_packing(2048, 2048, 0.5, torch.bfloat16, cpu)
