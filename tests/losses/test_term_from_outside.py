@@ -226,7 +226,7 @@ def test_a_class_that_is_not_imported_is_typed_again(whole: Path, tmp_path: Path
         (["--model.objective.extra+=mylosses.made"], "mylosses.made, but must be a subclass of Term"),
         (["--model.objective.extra+=mylosses.Gone"], "module 'mylosses' has no attribute 'Gone'"),
         (["--model.objective.extra+=leap_pl.losses.term.Term"], "is abstract"),
-        ([TYPED[0], "--model.objective.extra.wait=1"], "'wait' is not accepted"),
+        ([TYPED[0], "--model.objective.extra.wait=1"], "there is no setting model.objective.extra.wait"),
         (
             [TYPED[0], "--model.objective.extra.weight=.nan"],
             "extra.weight is nan; give a finite number",
