@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, refused
+from conftest import Run, fit_flags, refused
 from packed_models import masked_base, sparse_folder
 from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
@@ -178,6 +178,20 @@ def test_a_recorded_mask_that_is_not_the_models(tmp_path: Path, finished: Run, c
     save_file({name: weight + 1 for name, weight in weights.items()}, out / "model.safetensors", {"format": "pt"})
     line = refused(["export", f"--model={out}", "--format=packed", f"--output_dir={tmp_path / 'packed'}"], capsys)
     assert "that is not the model's" in line
+
+
+def test_a_packed_model_is_pruned_and_learned_as_the_one_with_its_zeros(tmp_path: Path, text_file: Path) -> None:
+    masks = sparse_folder(tmp_path / "base")
+    masks.save(tmp_path / "mask.safetensors")
+    found = []
+    for form in ("huggingface", "packed"):
+        folder, run = tmp_path / form, tmp_path / f"run-{form}"
+        export_command(str(folder), mask=str(tmp_path / "mask.safetensors"), format=form)  # type: ignore[arg-type]
+        main(["prune", f"--model={folder}", f"--output_dir={run}", "--method=magnitude", "--sparsity=0.7"])
+        main([*fit_flags(folder, text_file, run), "--trainer.max_steps=2"])
+        made = (MaskSet.load(path) for path in (run / "mask.safetensors", run / "checkpoints" / "mask.safetensors"))
+        found.append([(mask.digest_of_bits(), mask.provenance.fingerprint) for mask in made])
+    assert found[0] == found[1]
 
 
 def test_sparse_and_packed_evaluate_and_compare_alike(tmp_path: Path, finished: Run, text_file: Path) -> None:
