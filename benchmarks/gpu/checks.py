@@ -222,10 +222,11 @@ def packed(device: torch.device) -> str:
         weight, x = torch.randn(shape, generator=draw).to(dtype), torch.randn(count, shape[1], generator=draw).to(dtype)
         kept = torch.rand(shape, generator=draw) < 0.5
         layer = PackedLinear(PackedWeight.pack(weight, kept)).to(device)
-        error = _furthest(layer(x.to(device)), x.double() @ (weight * kept).double().T)
+        weight.masked_fill_(~kept, 0)
+        error = _furthest(layer(x.to(device)), x.double() @ weight.double().T)
         worst = _worst(worst, {f"Wx {_short(dtype)}": (error, max(1e-5, torch.finfo(dtype).eps))})
         parts = (layer.bitmap, layer.values, layer.starts, None, shape[1], dtype)
-        same[f"{len(same)}"] = (unpack(*parts).cpu(), weight * kept)
+        same[f"{len(same)}"] = (unpack(*parts).cpu(), weight)
     return f"{_figures(worst)}; {_same(same)}"
 
 
