@@ -300,6 +300,7 @@ def use_entries(path: Path, seen: Counter[str], every: int) -> None:
     from leap_pl.comparison.page import make_page
     from leap_pl.comparison.pictures import draw_all
     from leap_pl.comparison.table import make_table
+    from leap_pl.comparison.verdict import verdict
 
     rival = path.with_name("intact.json")
     if not rival.exists():
@@ -310,7 +311,8 @@ def use_entries(path: Path, seen: Counter[str], every: int) -> None:
     seen["accepted"] += 1
     if seen["accepted"] % every == 0:
         with tempfile.TemporaryDirectory() as folder:
-            make_page(entries, table, draw_all(entries, {"wanda"}, Path(folder)), Path(folder)).encode()
+            pictures = draw_all(entries, {"wanda"}, Path(folder))
+            make_page(entries, verdict(entries, {"wanda"}), table, pictures, Path(folder)).encode()
 
 
 class OfAny(NamedTuple):

@@ -78,7 +78,7 @@ def main(args: "ArgsType" = None) -> Any:
         if words[0] == "fit" and _asks_first_page(words[1:]):
             from leap_pl.cli.fit_help import FIRST_PAGE
 
-            print(FIRST_PAGE, end="")
+            say(FIRST_PAGE.rstrip("\n"), lines=True)
             raise SystemExit(0)
         with _plain_warnings(), command_inputs(words[0]):
             function = VERBS[words[0]][1]
