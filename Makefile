@@ -18,6 +18,7 @@ quickstart: $(VENV)/.installed ## Learn a mask for a real model, export it, eval
 	@$(BIN)/python -m experiments.quickstart
 
 packed: $(VENV)/.installed ## Pack the model of the quickstart, and generate from it (ARGS=--prompt=...)
+	@test -d runs/quickstart/model || { echo "make: the quickstart has not made its model yet. Run make quickstart first."; exit 1; }
 	@$(BIN)/leap_pl export --model runs/quickstart/model --output_dir runs/quickstart/packed --format packed --force
 	@$(BIN)/leap_pl generate --model runs/quickstart/packed --prompt "The capital of France is" $(ARGS)
 

@@ -23,6 +23,7 @@ from benchmarks.variants import makers
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import find_weights
 from leap_pl.callbacks.allocator import keep_freed_memory
+from leap_pl.training import memory
 
 # Bytes that each variant holds of every gated weight: what it trains, its gradient, the two moments of AdamW, and
 # the masked weight that the backward pass needs; the base model's own two bytes are counted apart. The published
@@ -86,7 +87,7 @@ def paper(name: str, tokens: int) -> dict[str, Row]:
 
 def paper_bytes(shape: scaling.Shape, tokens: int, variant: str) -> dict[str, float]:
     """Bytes of each part of :func:`paper`; ``outside`` is what torch's allocator does not see."""
-    transient = {"leap_pl": scaling.TRANSIENT_WHOLE, "low_memory": scaling.TRANSIENT_LOW_MEMORY}[variant]
+    transient = {"leap_pl": memory.TRANSIENT, "low_memory": memory.TRANSIENT_LOW_MEMORY}[variant]
     learned = sum(size for what, size in BYTES[variant].items() if what != "masked weight")
     return {
         "base model": scaling.WEIGHT * (shape.gated + shape.others),

@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.report import Row, table
+from leap_pl.training.memory import (
+    CHUNK_VOCABULARY,
+    KEPT_HIDDEN,
+    KEPT_INTERMEDIATE,
+    PREFETCHED,
+    TRANSIENT,
+    TRANSIENT_SHARDED,
+)
 
 # Bytes a gated weight. Weights in bfloat16; AdamW.
 WEIGHT, LOGIT, GRADIENT, OPTIMIZER = 2, 4, 4, 8
 GATHERED = WEIGHT + LOGIT  # what a rank is sent of a sharded weight before its block runs
-# Bytes a weight of one block at the peak of a backward pass, sharded and not, beside what is held.
-TRANSIENT, TRANSIENT_WHOLE = 25, 8
-TRANSIENT_LOW_MEMORY = 6  # not sharded, bfloat16 logits: 5.1 measured
-# On a GPU the next block is gathered while one computes; between processes on a CPU it is not.
-PREFETCHED = GATHERED
-# Bytes a token that one block keeps for its backward pass, times hidden size and intermediate size; likewise.
-KEPT_HIDDEN, KEPT_INTERMEDIATE = 20, 8
-CHUNK_VOCABULARY = 12  # bytes of the loss for each token of a chunk and each entry of the vocabulary
 CHUNK = 512  # tokens; model.objective.chunk
 OUTSIDE = 2 * 2**30  # driver, libraries, communication buffers, fragmentation: an allowance, not measured here
 
@@ -119,14 +119,14 @@ def need(shape: Shape, ranks: int, *, sharded: bool, tokens: int, distillation: 
         passes = 3 if distillation else 2  # forward, backward; the teacher's forward
         return Need(
             states=persistent * shape.gated / ranks + WEIGHT * shape.others,
-            transient=(TRANSIENT + PREFETCHED) * shape.block,
+            transient=(TRANSIENT_SHARDED + PREFETCHED) * shape.block,
             activations=activations,
             sent=share * shape.gated * (passes * GATHERED + GRADIENT),
             sent_step=0.0,
         )
     return Need(
         states=persistent * shape.gated + WEIGHT * shape.others,
-        transient=TRANSIENT_WHOLE * shape.block,
+        transient=TRANSIENT * shape.block,
         activations=activations,
         sent=0.0,
         sent_step=2 * share * GRADIENT * shape.gated,  # a ring: reduce and gather

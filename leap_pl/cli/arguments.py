@@ -10,9 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from leap_pl.errors import UserError
-from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.ranges import INSIDE, NOT_NEGATIVE, POSITIVE, refusal
-from leap_pl.inputs.reading import MOST_SETTINGS, check_regular, read_regular
 from leap_pl.inputs.register import note_input
 from leap_pl.inputs.yaml_input import check_yaml, guard_parser
 
@@ -179,6 +177,8 @@ def check_configs(words: Sequence[str]) -> dict[str, dict[Any, Any]]:
     """
     import yaml
 
+    from leap_pl.inputs.reading import MOST_SETTINGS, check_regular, read_regular  # --help need not wait for it
+
     guard_parser()
     found: dict[str, dict[Any, Any]] = {}
     for place, word in enumerate(words):
@@ -226,6 +226,8 @@ def check_keys(configs: Mapping[str, Mapping[Any, Any]], options: Collection[str
     for name, settings in configs.items():
         strange = [str(key) for key in settings if str(key).partition(".")[0] not in known]
         if strange:
+            from leap_pl.inputs.plain_values import shown
+
             near = get_close_matches(strange[0], known, 1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise UserError(

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from leap_pl.errors import warn_once
+from leap_pl.escape import say
 
 SOURCES = [Path(__file__).with_name(name) for name in ("decode.cpp", "rows.h")]
 
@@ -67,6 +69,7 @@ def library() -> Path:
 def _compile(compiler: str, made: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths  # slow to import
 
+    say("compiling the kernels of packed weights, once for this version of torch: about half a minute", sys.stderr)
     # OpenMP is that of torch, which is loaded already: a second pool of threads would keep the cores of the first busy.
     words = [compiler, "-shared", "-fPIC", "-O3", "-std=c++20", "-fopenmp", "-w", str(SOURCES[0])]
     words += [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]

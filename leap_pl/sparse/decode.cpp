@@ -5,7 +5,7 @@
 // multiplied with 32 inputs. How is a matter of the instruction set; what follows from it is in rows.h, once.
 //
 // Every expansion may read 32 values from where it stands. Rows too near to the end of the values are copied first, so
-// nothing is read beyond them, provided that starts are the sums of the bitmap's popcounts: see row_starts in Python.
+// nothing is read beyond them, provided that starts are the sums of the bitmap's popcounts: PackedWeight.of in Python computes them so.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

@@ -4,6 +4,8 @@ They are operators of ``torch.ops.leap_pl``, so that torch.compile takes a packe
 compiled C++ (``decode.cpp``), on a GPU Triton (:mod:`leap_pl.kernels.gpu.packed`), elsewhere plain torch.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -98,16 +100,7 @@ def _linear(
 def _large_pages(tensor: Tensor) -> None: ...
 
 
-def _shape_linear(
-    input: Tensor,
-    bitmap: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    columns: int,
-    path: str = "",
-) -> Tensor:
+def _shape_linear(input: Tensor, bitmap: Tensor, *_: Any) -> Tensor:
     return input.new_empty(*input.shape[:-1], bitmap.shape[0])
 
 
@@ -118,7 +111,7 @@ def _shape_unpack(
     scale: Tensor | None,
     columns: int,
     dtype: torch.dtype,
-    path: str = "",
+    *_: Any,
 ) -> Tensor:
     return values.new_empty(bitmap.shape[0], columns, dtype=dtype)
 

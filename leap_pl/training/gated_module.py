@@ -265,10 +265,12 @@ class GatedModule(L.LightningModule):
         return self.trainer.strategy.root_device if self.attached is not None else torch.device("cpu")
 
     def _warn_if_sparse(self, model: "PreTrainedModel") -> None:
-        """Warn if many of the weights to gate are 0 already, as in an exported model."""
+        """Warn a run that learns if many of the weights to gate are 0 already, as in an exported model."""
+        if not self._fitting():
+            return
         total = sum(self.sizes.values())
         zeros = total - sum(int(weight.parameter.count_nonzero()) for weight in self.weights.values())
-        if self._fitting() and zeros > MANY_ZEROS * total:
+        if zeros > MANY_ZEROS * total:
             rank_zero_warn(
                 f"base model {self.base_model} is sparse already: {zeros / total:.1%} of the gated weights are 0. "
                 "Learning goes on with it. To prune the dense model, name that with --model.base_model."

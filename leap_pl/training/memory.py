@@ -11,6 +11,15 @@ if TYPE_CHECKING:
 
     from leap_pl.training.module import LeapModule
 
+# Measured by benchmarks/sharded_memory.py on a CPU, with weights in bfloat16.
+# Bytes a weight of one block at the peak of a backward pass, beside what is held: on one device, on one device with
+# bfloat16 logits, and sharded.
+TRANSIENT, TRANSIENT_LOW_MEMORY, TRANSIENT_SHARDED = 8, 6, 25
+PREFETCHED = 6  # bytes a weight of the next block, which a GPU gathers while one computes
+# Bytes a token that one block keeps for its backward pass, times hidden size and intermediate size.
+KEPT_HIDDEN, KEPT_INTERMEDIATE = 20, 8
+CHUNK_VOCABULARY = 12  # bytes of the loss for each token of a chunk and each entry of the vocabulary
+
 
 def expected_bytes(module: "LeapModule", model: "PreTrainedModel", logits: int, tokens: int, ranks: int) -> int:
     """Return the expected bytes of model, learning and activations, without libraries and fragmentation.
@@ -32,9 +41,13 @@ def expected_bytes(module: "LeapModule", model: "PreTrainedModel", logits: int, 
     learned = 2 * module.logits_dtype.itemsize + (2 if hasattr(optimizer, "rounds_stochastically") else 8)
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    stored = (10 * hidden + 4 * inner) * size  # bytes a token and block, as measured in benchmarks/sharded_memory.py
+    stored = (KEPT_HIDDEN * hidden + KEPT_INTERMEDIATE * inner) * size // 2
     activations = stored * (1 if module.activation_checkpointing else len(blocks))
     activations += hidden * size * len(blocks) if module.activation_checkpointing else 0
-    loss = 12 * min(module.objective.chunk, tokens) * config.vocab_size
-    block = (8 if ranks == 1 else 31) * max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    loss = CHUNK_VOCABULARY * min(module.objective.chunk, tokens) * config.vocab_size
+    if ranks > 1:
+        transient = TRANSIENT_SHARDED + PREFETCHED
+    else:
+        transient = TRANSIENT_LOW_MEMORY if module.logits_dtype.itemsize == 2 else TRANSIENT
+    block = transient * max(sum(p.numel() for p in block.parameters()) for block in blocks)
     return int((size * within + learned * logits) / ranks + size * outside + activations * tokens + loss + block)

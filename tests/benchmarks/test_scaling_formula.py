@@ -8,9 +8,11 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu.shapes import MODELS, Model
 from benchmarks.report import table
-from benchmarks.scaling import SHAPES, Shape, need, rows, tokens_to_hide
+from benchmarks.scaling import OUTSIDE, SHAPES, Shape, need, rows, tokens_to_hide
 from benchmarks.sharded_memory import kept_bytes
 from leap_pl.base_model.weights import find_weights
+from leap_pl.training import memory
+from leap_pl.training.module import LeapModule
 
 TINY = Shape(2, 32, 48, 16, 260)
 
@@ -56,11 +58,20 @@ def test_a_ring_reduces_the_gradients() -> None:
 
 def test_what_a_block_keeps_is_what_the_formula_says() -> None:
     """Counted on a real block, at full attention heads; with fewer key-value heads it is less."""
-    from benchmarks import scaling
-
     kept = kept_bytes()
-    assert kept["hidden"] == pytest.approx(scaling.KEPT_HIDDEN, rel=0.01)
-    assert kept["intermediate"] == pytest.approx(scaling.KEPT_INTERMEDIATE, rel=0.01)
+    assert kept["hidden"] == pytest.approx(memory.KEPT_HIDDEN, rel=0.01)
+    assert kept["intermediate"] == pytest.approx(memory.KEPT_INTERMEDIATE, rel=0.01)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_run_announces_what_the_formula_says(ranks: int) -> None:
+    """But for the allowance for what is outside, and the norms of a block, which the formula leaves out."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(MODELS["llama-3.2-1b"].config(), dtype=torch.bfloat16)
+    shape, module = SHAPES["llama-3.2-1b"], LeapModule("base", activation_checkpointing=True)
+    announced = memory.expected_bytes(module, model, shape.gated, 4096, ranks)
+    expected = need(shape, ranks, sharded=True, tokens=4096).memory - OUTSIDE
+    assert announced == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_wall_of_the_tables() -> None:
