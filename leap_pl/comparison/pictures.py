@@ -194,7 +194,7 @@ def _apart(place: int, places: int, shown: list[int]) -> float:
     """
     reach = shown[-1] - shown[0] or 10
     gap = min((right - left for left, right in pairwise(shown)), default=reach)
-    return min(0.025 * reach, 0.4 * gap / max(1, places - 1)) * (place - (places - 1) / 2)
+    return min(0.02 * reach, 0.4 * gap / max(1, places - 1)) * (place - (places - 1) / 2)
 
 
 def _logarithmic(axes: Any, values: list[float]) -> None:

@@ -268,7 +268,8 @@ def test_the_verdict_is_the_best_at_each_sparsity(sources, write):
         "leap 60% with 30.00, dense 10.00."
     )
     scored = [replace(entry, perplexity={}) for entry in entries]
-    assert verdict(scored, BASELINES).startswith("Highest mean accuracy: leap 50% with 75.0%, +25.0 points against wanda")
+    said = verdict(scored, BASELINES)
+    assert said.startswith("Highest mean accuracy: leap 50% with 75.0%, +25.0 points against wanda")
     assert verdict([replace(entry, tasks={}) for entry in scored], BASELINES) == ""
 
 
@@ -297,7 +298,7 @@ def test_no_row_is_hidden_and_the_legend_has_the_order_of_the_lines(write):
     assert legend[9:] == ["wanda", "dense (20.00)", "leap 50% (b)", "admm", "leap 50% (a)"]
     places = sorted({line.get_xdata()[0] for line in figure.axes[0].lines if len(line.get_xdata()) == 1})
     assert len(places) == 4 + 9
-    assert min(right - left for left, right in pairwise(places)) >= 0.2
+    assert min(right - left for left, right in pairwise(places)) > 0.19
     assert sum(places[:4]) / 4 == pytest.approx(50)
     assert sum(places[4:]) / 9 == pytest.approx(60)
 
