@@ -189,6 +189,7 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
 
     from leap_pl.cli.arguments import check_configs, check_keys, one_line, options_of
     from leap_pl.cli.command import add_arguments
+    from leap_pl.cli.sentences import SentenceFormatter
     from leap_pl.inputs.ranges import check_numbers
 
     several = BARE.get(verb)
@@ -196,6 +197,7 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
         prog=f"leap_pl {verb}",
         usage=f"leap_pl {verb} {several} ... [options]" if several else None,
         description=(function.__doc__ or "").split("Args:")[0],
+        formatter_class=SentenceFormatter,
         exit_on_error=False,
         allow_abbrev=False,
     )
