@@ -23,8 +23,8 @@ def compare_command(
     accuracies measured on different splits, limits or numbers of examples.
 
     Args:
-        results: Result files of leap_pl evaluate, MaskSet files, checkpoints of leap_pl fit, and folders that
-            leap_pl has written a mask to, in any order, without a flag: leap_pl compare dense.json
+        results: Result files of leap_pl evaluate, MaskSet files or hub ids of them, checkpoints of leap_pl fit, and
+            folders that leap_pl has written a mask to, in any order, without a flag: leap_pl compare dense.json
             sparse.json mask.safetensors exported-folder/. The mask that a result was measured with is found
             automatically if it is still in its original place.
         output_dir: Folder to write.

@@ -47,7 +47,7 @@ def evaluate_command(
 
     Args:
         model: Hub id, local folder or GGUF file. Optional with a mask, which records its base model.
-        mask: MaskSet file (mask.safetensors) to apply to the base model.
+        mask: MaskSet file (mask.safetensors), or hub id of one, to apply to the base model.
         ckpt_path: Checkpoint of leap_pl fit, whose hard mask is applied to the base model.
         perplexity: Texts, separated by commas: wikitext2, c4 (both from the hub), local files (.jsonl,
             .jsonl.gz, .parquet, .txt).

@@ -58,7 +58,7 @@ def load_subject(
 
     Args:
         model: Hub id, folder or GGUF file.
-        mask: MaskSet file to apply.
+        mask: MaskSet file, or hub id of one, to apply.
         ckpt_path: Training checkpoint whose hard mask to apply.
         revision: Revision of ``model`` on the hub.
         dtype: Data type of the weights.
