@@ -1,4 +1,4 @@
-"""A hub on this machine: as much of the Hugging Face hub's protocol as its own client needs to upload and fetch files."""
+"""A hub on this machine: what the Hugging Face hub's own client needs to upload and fetch files."""
 
 import base64
 import hashlib
@@ -99,9 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
         exists = name in self.server.files
         if not exists:
             self.server.files[name] = {}
-            self.server.private |= (
-                {name} if asked.get("visibility", asked.get("private")) in ("private", True) else set()
-            )
+            if asked.get("visibility", asked.get("private")) in ("private", True):  # newer clients, older ones
+                self.server.private.add(name)
         self._json({"url": f"{self.server.address}/{name}"}, 409 if exists else 200)
 
     def _commit(self, name: str, lines: list[dict[str, dict[str, str]]]) -> None:

@@ -41,8 +41,7 @@ def export_command(
     pruned it, is packed with model alone; a packed folder becomes an ordinary one with model alone and format
     huggingface. With format mask, the folder has the mask, its card and its facts, and no weights.
 
-    With push, the folder is uploaded to the Hugging Face hub once it is written and verified. Everywhere that leap_pl
-    takes a mask, USER/NAME of a repository with one can then be given. Absolute paths do not get into the folder.
+    With push, the verified folder, then without absolute paths in its files, is uploaded to the Hugging Face hub.
 
     Args:
         output_dir: Folder to write, atomically. An existing folder is replaced only with force.

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Run, refused
@@ -54,9 +55,10 @@ def test_a_mask_alone(hub: Hub, finished: Run, model_folder: Path, tmp_path: Pat
     assert MaskSet.load(NAME).digest_of_bits() == MaskSet.load(finished.mask).digest_of_bits()
     code = code_of(files["README.md"]).replace("BASE_MODEL", str(model_folder))
     assert f'"{NAME}"' in code
-    scope: dict[str, object] = {}
-    exec(code, scope)
-    assert not any(bool(scope["model"].state_dict()[name][~mask].any()) for name, mask in scope["masks"].masks.items())  # type: ignore[attr-defined]
+    made: dict[str, Any] = {}
+    exec(code, made)
+    weights = made["model"].state_dict()
+    assert not any(bool(weights[name][~mask].any()) for name, mask in made["masks"].masks.items())
 
 
 @pytest.mark.parametrize("format", ["huggingface", "packed"])
