@@ -51,8 +51,8 @@ verbs:
   leap_pl --version         {__version__}
 
 from a model to a sparse checkpoint:
-  leap_pl fit --config configs/quickstart.yaml
-  leap_pl export --ckpt_path runs/quickstart/checkpoints/last.ckpt --output_dir sparse-model
+  leap_pl fit --config short --model.base_model HuggingFaceTB/SmolLM2-135M --checkpoint.dirpath run
+  leap_pl export --ckpt_path run/last.ckpt --output_dir sparse-model
   leap_pl evaluate --model sparse-model --perplexity wikitext2 --output sparse.json
   leap_pl compare dense.json sparse.json
 """
