@@ -6,8 +6,6 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from leap_pl.inputs import register as inputs
-
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -32,7 +30,8 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
     @wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        from leap_pl.files import check_folder, followed  # --help need not wait for it
+        from leap_pl.files import check_folder, followed  # help does not wait for these
+        from leap_pl.inputs import register as inputs
 
         with inputs.command_inputs(verb) as register:
             bound = parameters.bind(*args, **kwargs)

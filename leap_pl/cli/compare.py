@@ -6,7 +6,6 @@ from typing import Any
 from leap_pl.cli.command import command
 from leap_pl.errors import UserError
 from leap_pl.escape import say
-from leap_pl.oneshot.methods import METHODS
 
 
 @command
@@ -53,6 +52,7 @@ def compare_command(
     from leap_pl.comparison.verdict import verdict
     from leap_pl.escape import markdown
     from leap_pl.files import atomic_folder
+    from leap_pl.oneshot.methods import METHODS
 
     entries = read_entries(results)
     named = METHODS if baselines is None else [name.strip() for name in baselines.split(",")]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from leap_pl.cli.command import command
 from leap_pl.errors import UserError
 from leap_pl.escape import say, terminal
-from leap_pl.inputs.register import listed
 
 if TYPE_CHECKING:
     from leap_pl.evaluation.subject import Subject
@@ -207,6 +206,8 @@ def _perplexity(
 
 
 def _names(given: str | None, flag: str) -> list[str]:
+    from leap_pl.inputs.register import listed
+
     names = [] if given is None else listed(given)
     if not all(names):
         raise UserError(f"{flag} {given!r} has an empty entry. Separate entries by single commas.")

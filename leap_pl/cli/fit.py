@@ -44,6 +44,7 @@ from leap_pl.cli.arguments import (
     options_of,
     plain,
     setting_of,
+    with_recipes,
 )
 from leap_pl.cli.former_spelling import FORMER, FormerSpellingParser, advice, respelled
 from leap_pl.cli.process import UNWRITABLE, set_up_process
@@ -318,7 +319,7 @@ def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
     return LeapCLI(
         LeapModule,
         TextDataModule,
-        args=words,
+        args=with_recipes(words),
         run=run,
         seed_everything_default=0,
         trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ProcessSettings(), RunReport()]},

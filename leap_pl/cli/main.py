@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from leap_pl.errors import UserError
 from leap_pl.escape import say, terminal
-from leap_pl.inputs.register import command_inputs
 from leap_pl.version import __version__
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
     from lightning.pytorch.cli import ArgsType
 
 # Verb → description and function; verbs without a function are run by LightningCLI.
@@ -51,8 +51,8 @@ verbs:
   leap_pl --version         {__version__}
 
 from a model to a sparse checkpoint:
-  leap_pl fit --config configs/quickstart.yaml
-  leap_pl export --ckpt_path runs/quickstart/checkpoints/last.ckpt --output_dir sparse-model
+  leap_pl fit --config short --model.base_model HuggingFaceTB/SmolLM2-135M --checkpoint.dirpath run
+  leap_pl export --ckpt_path run/last.ckpt --output_dir sparse-model
   leap_pl evaluate --model sparse-model --perplexity wikitext2 --output sparse.json
   leap_pl compare dense.json sparse.json
 """
@@ -75,13 +75,13 @@ def main(args: "ArgsType" = None) -> Any:
         if words[0] not in VERBS:
             raise UserError(f"there is no verb {words[0]!r}. The verbs are {', '.join(VERBS)}; see leap_pl --help.")
         _check_working_directory()
-        if words[0] == "fit" and _asks_first_page(words[1:]):
-            from leap_pl.cli.fit_help import FIRST_PAGE
-
-            say(FIRST_PAGE.rstrip("\n"), lines=True)
+        function = VERBS[words[0]][1]
+        if _asks_for_help(words[1:]) and (function or words[0] == "fit"):
+            _show_help(words[0], function)
             raise SystemExit(0)
+        from leap_pl.inputs.register import command_inputs  # help does not wait for it
+
         with _plain_warnings(), command_inputs(words[0]):
-            function = VERBS[words[0]][1]
             if function is None:
                 from leap_pl.cli.fit import run
 
@@ -94,9 +94,19 @@ def main(args: "ArgsType" = None) -> Any:
         raise SystemExit(2) from None
 
 
-def _asks_first_page(words: list[str]) -> bool:
+def _asks_for_help(words: list[str]) -> bool:
     """Return whether ``words`` ask for help, and not for that on all options."""
     return any(word in ("-h", "--help") for word in words) and ALL not in words
+
+
+def _show_help(verb: str, function: str | None) -> None:
+    """Print the help of a verb's ``function``, or the first page of that of ``fit``."""
+    if function:
+        _parser(verb, _find(function)).print_help()
+        return
+    from leap_pl.cli.fit_help import FIRST_PAGE
+
+    say(FIRST_PAGE.rstrip("\n"), lines=True)
 
 
 def _check_working_directory() -> None:
@@ -185,22 +195,11 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
     from argparse import ArgumentError
     from inspect import signature
 
-    from jsonargparse import ArgumentParser
-
     from leap_pl.cli.arguments import check_configs, check_keys, one_line, options_of
-    from leap_pl.cli.command import add_arguments
     from leap_pl.inputs.ranges import check_numbers
 
+    parser = _parser(verb, function)
     several = BARE.get(verb)
-    parser = ArgumentParser(
-        prog=f"leap_pl {verb}",
-        usage=f"leap_pl {verb} {several} ... [options]" if several else None,
-        description=(function.__doc__ or "").split("Args:")[0],
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("-c", "--config", action="config", help="YAML file with values for these options.")
-    add_arguments(parser, function)
     switches = {f"--{p.name}" for p in signature(function).parameters.values() if isinstance(p.default, bool)}
     if several:
         words = _gather(words, f"--{several}", switches)
@@ -217,6 +216,24 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
     if empty:
         raise UserError(f"--{empty[0]} is empty. Give it a value, or leave it out.")
     return settings
+
+
+def _parser(verb: str, function: Callable[..., Any]) -> "ArgumentParser":
+    from jsonargparse import ArgumentParser
+
+    from leap_pl.cli.command import add_arguments
+
+    several = BARE.get(verb)
+    parser = ArgumentParser(
+        prog=f"leap_pl {verb}",
+        usage=f"leap_pl {verb} {several} ... [options]" if several else None,
+        description=(function.__doc__ or "").split("Args:")[0],
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="config", help="YAML file with values for these options.")
+    add_arguments(parser, function)
+    return parser
 
 
 def _gather(words: list[str], option: str, switches: set[str]) -> list[str]:

@@ -8,7 +8,6 @@ from jsonargparse.typing import OpenUnitInterval, PositiveInt
 from leap_pl.cli.command import command, with_arguments
 from leap_pl.errors import UserError, listing
 from leap_pl.escape import say
-from leap_pl.inputs.records import MASK, RECORD
 from leap_pl.oneshot.methods import DEFAULT, METHODS, method_named, settings_of, takers_of
 
 if TYPE_CHECKING:
@@ -238,6 +237,7 @@ def _write(
 
     from leap_pl.base_model.loading import load_tokenizer
     from leap_pl.inputs.plain_values import plain
+    from leap_pl.inputs.records import MASK, RECORD
 
     pruned.masks.save(folder / MASK)
     errors = json.dumps({"layer_error": pruned.errors, "damping": pruned.dampings, "unseen": pruned.unseen}, indent=1)

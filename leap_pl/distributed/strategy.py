@@ -50,7 +50,7 @@ def sharding_mesh(trainer: "L.Trainer | None") -> DeviceMesh | None:
         return None
     raise UserError(
         f"{type(strategy).__name__} does not work with gates. Use --trainer.strategy ddp, or ModelParallelStrategy "
-        "(FSDP2) for a model that does not fit one device: configs/cluster has an example of each."
+        "(FSDP2) for a model that does not fit one device: --config ddp and --config fsdp2 are recipes for each."
     )
 
 
