@@ -68,6 +68,7 @@ def test_a_model_that_replaces_an_earlier_one(format: str, hub: Hub, finished: R
     main(words(finished, tmp_path / "out", f"--format={format}", f"--push={NAME}", "--private"))
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert hub.files[NAME] == written | {"notes.txt": b"mine"}
+    assert not [name for name, content in written.items() if str(tmp_path.parent).encode() in content]
     assert NAME not in hub.private  # it was public
     exec(code_of(written["README.md"]))  # as a reader of the card would, from the hub
     assert len(capsys.readouterr().out.split("\n")[-2]) > 10
