@@ -19,13 +19,15 @@ copyright = "the authors of leap_pl"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 root_doc = "docs/index"
-include_patterns = ["*.md", "configs/*.md", "dev/*.md", "docs/*.md"]
+include_patterns = ["*.md", "configs/*.md", "dev/*.md", "docs/*.md", "docs/results/*.md"]
 # Folders that need not be searched.
-exclude_patterns = [".*", "assets", "build", "docs/results", "leap_pl", "runs", "tests"]
+exclude_patterns = [".*", "assets", "build", "docs/results/*/*", "leap_pl", "runs", "tests"]
 
 html_theme = "furo"
 html_title = "leap_pl"
 html_extra_path = ["site"]  # the first page, which leads to docs/index.html
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
 
 myst_heading_anchors = 4  # links to headings, by GitHub's rules
 

@@ -13,7 +13,8 @@ from leap_pl.cli.main import VERBS, _find, settings_of
 from leap_pl.cli.token_budget import number_of
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("dev/*.md"), *ROOT.glob("configs/*.md")])
+PLACES = ("*.md", "docs/*.md", "docs/results/*.md", "dev/*.md", "configs/*.md")
+DOCUMENTS = sorted(path for place in PLACES for path in ROOT.glob(place))
 REFERENCE = re.compile(r"`(?:tests/(?:\w+/)?)?(test_\w+\.py|killing\.py)?(?:::)?(test_\w+)?(\[[\w.-]+\])?`")
 
 

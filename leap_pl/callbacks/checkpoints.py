@@ -62,7 +62,7 @@ class Checkpoints(SavingCheckpoint):
             monitor: Metric that decides which checkpoints are kept; ``step`` keeps the newest.
             mode: Whether a higher (``max``) or a lower (``min``) value of the metric is better.
             save_top_k: Number of checkpoints to keep; −1: all.
-            save_last: ``link``: ``last.ckpt`` is a symbolic link to the newest.
+            save_last: Whether ``last.ckpt`` is written; ``link`` makes it a symbolic link to the newest.
             every_minutes: Maximum time between checkpoints; 0: only the other arguments decide.
             save_on_train_epoch_end: Whether to save at the end of the epoch; a run is one epoch.
             enable_version_counter: Whether to keep older checkpoints of the same name. Not needed: a folder that holds

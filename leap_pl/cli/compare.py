@@ -14,9 +14,9 @@ def compare_command(
 ) -> dict[str, Any]:
     """Compare results and masks.
 
-    The following files are written to output_dir: table.md, table.csv, every picture as .png and .svg (perplexity and
-    mean accuracy against sparsity, differences from the best baseline, density by layer and projection, overlap of
-    masks), and index.html, a page with all of them that can be opened from disk. The table is printed as well.
+    The following files are written to output_dir: table.md, table.csv, every picture as .svg (perplexity and mean
+    accuracy against sparsity, differences from the best baseline, density by layer and projection, overlap of masks),
+    and index.html, a page with all of them that can be opened from disk. The table is printed as well.
 
     Perplexities measured with different texts, tokenizers, seq_length or stride cannot be in one column, nor can
     accuracies measured on different splits, limits or numbers of examples.

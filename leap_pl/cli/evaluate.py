@@ -56,7 +56,8 @@ def evaluate_command(
         max_tokens: Maximum number of tokens to read of each text. Part of the protocol.
         share: Part of local files to use: all of the text, or the held_out twentieth that training kept for
             validation.
-        tasks: lm-eval tasks, separated by commas. The paper's: mmlu,piqa,arc_easy,arc_challenge,winogrande,openbookqa.
+        tasks: Tasks of lm-eval, separated by commas. The paper's:
+            mmlu,piqa,arc_easy,arc_challenge,winogrande,openbookqa.
         limit: Maximum number of questions of each task, for a quick look; the result is marked.
         num_fewshot: Number of solved examples before each question; default: the task's own, mostly 0.
         tasks_folder: Folder with the data of tasks (default: assets/tasks if it exists, as made by make

@@ -48,6 +48,7 @@ from leap_pl.cli.arguments import (
 )
 from leap_pl.cli.former_spelling import FORMER, FormerSpellingParser, advice, respelled
 from leap_pl.cli.process import UNWRITABLE, set_up_process
+from leap_pl.cli.sentences import SentenceFormatter
 from leap_pl.cli.token_budget import steps_of
 from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
@@ -89,7 +90,7 @@ class LeapParser(FormerSpellingParser, LightningArgumentParser):
 
     def __init__(self, *args: Any, verb: str | None = None, **kwargs: Any) -> None:
         """Create a parser for ``verb`` with the arguments of LightningCLI's parser."""
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, formatter_class=SentenceFormatter, **kwargs)
         self.verb = verb
 
 

@@ -222,12 +222,14 @@ def _parser(verb: str, function: Callable[..., Any]) -> "ArgumentParser":
     from jsonargparse import ArgumentParser
 
     from leap_pl.cli.command import add_arguments
+    from leap_pl.cli.sentences import SentenceFormatter
 
     several = BARE.get(verb)
     parser = ArgumentParser(
         prog=f"leap_pl {verb}",
         usage=f"leap_pl {verb} {several} ... [options]" if several else None,
         description=(function.__doc__ or "").split("Args:")[0],
+        formatter_class=SentenceFormatter,
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -29,15 +29,15 @@ def add_arguments(parser: "ArgumentParser") -> None:
     """Add the options that come from the table of methods: the choice of a method, and the options of each."""
     group = parser.add_argument_group("methods")
     described = ", ".join(f"{name} ({'; '.join(_facts(name))})" for name in METHODS)
-    group.add_argument("--method", choices=list(METHODS), default=DEFAULT, help=f"{described}.")
+    group.add_argument("--method", choices=list(METHODS), default=DEFAULT, help=f"One of {described}.")
     kept = [name for name, method in METHODS.items() if method.solve_kept is not None]
-    words = f"({listing(kept)}) MaskSet file, or hub id of one, whose mask to keep: only kept weights are updated."
+    words = f"MaskSet file, or hub id of one, whose mask to keep: only kept weights are updated. For {listing(kept)}."
     group.add_argument("--mask", type=str | None, default=None, help=words)
     for option in dict.fromkeys(option for method in METHODS.values() for option in method.options):
         takers = {name: METHODS[name].options[option] for name in takers_of(option)}
         first = next(iter(takers.values()))
         defaults = ", ".join(f"{taken.default:g} for {name}" for name, taken in takers.items())
-        words = f"({listing([*takers])}) {first.help} By default {defaults}."
+        words = f"{first.help} By default {defaults}."
         group.add_argument(f"--{option}", type=type(first.default) | None, default=None, help=words)
     parser.add_argument("--mask_target", type=str | None, default=SUPPRESS, help=SUPPRESS)
 
@@ -104,12 +104,12 @@ def prune_command(
         layer_sparsity: Sparsity of each decoder block, instead of one for all: a list, or a file with a JSON list or
             one number a line.
         owl: Allocate the sparsity over the decoder blocks by their shares of outliers (OWL).
-        owl_threshold: (with owl) Wanda scores above this multiple of their block's mean are outliers.
-        owl_spread: (with owl) Half of the largest difference between the blocks' sparsities.
+        owl_threshold: Multiple of their block's mean above which Wanda scores are outliers, with owl.
+        owl_spread: Half of the largest difference between the blocks' sparsities, with owl.
         fisher: Strength of Fisher allocation in (0, 1]: matrices that matter less to the loss are pruned more; .5 is a
             good start. It runs the whole model forward and backward on the device.
-        fisher_rows: (with fisher; methods whose weights compete within a row, such as wanda) Strength, from 0 to 1, of
-            Fisher allocation over the rows of each matrix.
+        fisher_rows: Strength, from 0 to 1, of Fisher allocation over the rows of each matrix, with fisher; for methods
+            whose weights compete within a row, such as wanda.
         mask: MaskSet file, or hub id of one, whose mask to keep: only the kept weights are updated.
         targets: Weights to prune: class names, module or parameter names, or re: and a regular expression. By default
             all linears and experts of the decoder blocks.

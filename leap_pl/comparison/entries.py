@@ -83,7 +83,7 @@ def read_entries(sources: Sequence[str]) -> list[Entry]:
     if twice:
         raise UserError(f"{listing(twice)} is named twice. Name each once.")
     entries = _labelled(_named(_with_one_name_a_text(_merged([_read(source) for source in sources]))))
-    entries.sort(key=lambda entry: (entry.model, entry.sparsity, entry.method, entry.source))
+    entries.sort(key=lambda e: (e.model, round(e.sparsity, 2), e.kind != e.method, e.kind, e.source))
     check_protocols(entries)
     return entries
 

@@ -12,24 +12,29 @@ from leap_pl.escape import html
 PIXELS = 105  # per inch of a picture
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 76rem; margin: 2rem auto;
-       padding: 0 1rem; }
+:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #444; --line: #ccc; --paper: #fff; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --soft: #b0b0b0; --line: #444; --paper: #161616; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 76rem;
+       margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 .wide { overflow-x: auto; margin: 1.5rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid #ccc; text-align: right; }
-th { border-bottom: 2px solid #1a1a1a; vertical-align: bottom; overflow-wrap: anywhere; min-width: 4rem; }
-th:first-child, td:first-child { text-align: left; }
+table { border-collapse: separate; border-spacing: 0; font: .9rem/22px system-ui, sans-serif;
+        font-variant-numeric: tabular-nums; }
+th, td { padding: 6px .5rem; border-bottom: 1px solid var(--line); text-align: right; max-width: 12rem; }
+th { border-bottom: 2px solid var(--ink); vertical-align: bottom; overflow-wrap: break-word; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 td:first-child { overflow-wrap: anywhere; min-width: 9rem; }
 .verdict { font-size: 1.1rem; }
 figure { margin: 1.5rem 0; break-inside: avoid; } img { max-width: 100%; height: auto; }
-figcaption, .notes { color: #444; font-size: .9rem; }
+figcaption, .notes { color: var(--soft); font-size: .9rem; }
 h1, p, li, figcaption, code { overflow-wrap: anywhere; }
 @media print {
   @page { margin: 15mm; }
+  :root { color-scheme: light; --ink: #1a1a1a; --soft: #444; --line: #ccc; --paper: #fff; }
   body { font-size: 12px; margin: 0; padding: 0; }
   h2 { break-after: avoid; } tr { break-inside: avoid; }
-  .wide { overflow: visible; } table { font-size: 9px; } th, td { padding: .25rem .4rem; }
+  .wide { overflow: visible; } table { font-size: 9px; line-height: 1.4; }
+  th, td { padding: .2rem .25rem; } th { overflow-wrap: anywhere; } td:first-child { min-width: 6rem; }
 }
 """
 
@@ -60,9 +65,14 @@ def make_page(entries: Sequence[Entry], verdict: str, table: Table, pictures: Se
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f'<th scope="col">{html(heading)}</th>' for heading in headings)
+    head = "".join(f'<th scope="col">{_heading(heading)}</th>' for heading in headings)
     body = "\n".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _heading(text: str) -> str:
+    """Return a heading that breaks between the folders of a path."""
+    return html(text).replace("/", "/<wbr>")
 
 
 def _cell(text: str) -> str:
@@ -71,10 +81,10 @@ def _cell(text: str) -> str:
 
 
 def _figure(picture: Picture, folder: Path) -> str:
-    data = base64.b64encode((folder / f"{picture.stem}.png").read_bytes()).decode()
+    data = base64.b64encode((folder / picture.file).read_bytes()).decode()
     caption = html(picture.caption)
     # The same scale for all pictures, so that their text has the same size.
-    image = f'<img alt="{caption}" width="{round(picture.width * PIXELS)}" src="data:image/png;base64,{data}">'
+    image = f'<img alt="{caption}" width="{round(picture.width * PIXELS)}" src="data:image/svg+xml;base64,{data}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 

@@ -1,4 +1,4 @@
-"""Plots of a comparison, as PNG and SVG, readable in greyscale and with colour blindness."""
+"""Plots of a comparison, as SVG, readable in greyscale and with colour blindness."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +43,12 @@ class Picture:
     """Picture on disk.
 
     Attributes:
-        stem: File name without the suffixes ``.png`` and ``.svg``.
+        file: File name.
         caption: Description in a sentence or more.
         width: Width in inches.
     """
 
-    stem: str
+    file: str
     caption: str
     width: float
 
@@ -140,14 +140,12 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
     longest = max(len(_literal(name)) for name in [*series, *dense])
     figure, axes = _figure(max(6.4, 5.0 + CHARACTER * longest), max(4.0, 0.8 + 0.22 * len({**series, **dense})))
     shown = sorted({round(x) for line in series.values() for x, _, _ in line})
-    reach = max(shown, default=0) - min(shown, default=0) or 10
+    beside = {x: sorted(name for name, line in series.items() if x in {round(at) for at, _, _ in line}) for x in shown}
     drawn: list[tuple[float, Any]] = []  # last value and line
     for n, (name, line) in enumerate(sorted(series.items())):
         xs, ys, errors = zip(*sorted(line), strict=True)
-        # Otherwise a point, or the wide error bar of an accuracy, could hide another.
-        apart = 0.012 * reach * (n - (len(series) - 1) / 2)
         bars = axes.errorbar(
-            [x + apart for x in xs],
+            [x + _apart(beside[round(x)].index(name), len(beside[round(x)]), shown) for x in xs],
             ys,
             yerr=errors,
             label=_literal(name),
@@ -186,6 +184,17 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
     handles = [line for _, line in sorted(drawn, key=lambda one: -one[0])]
     axes.legend(handles=handles, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _apart(place: int, places: int, shown: list[int]) -> float:
+    """Return how far from its sparsity, in percent, a point is drawn that is one of several there.
+
+    Otherwise a point, or the wide error bar of an accuracy, could hide another. A step is about a marker's width,
+    unless so many points would come near those of the next sparsity.
+    """
+    reach = shown[-1] - shown[0] or 10
+    gap = min((right - left for left, right in pairwise(shown)), default=reach)
+    return min(0.02 * reach, 0.4 * gap / max(1, places - 1)) * (place - (places - 1) / 2)
 
 
 def _logarithmic(axes: Any, values: list[float]) -> None:
@@ -349,10 +358,9 @@ def _figure(width: float, height: float) -> "tuple[Figure, Any]":
 
 
 def _save(figure: "Figure", folder: Path, stem: str, caption: str) -> Picture:
-    # Without timestamps, so that the same results give the same files.
-    figure.savefig(folder / f"{stem}.png", dpi=160, metadata={"Software": None})
-    figure.savefig(folder / f"{stem}.svg", metadata={"Date": None})
-    return Picture(stem, caption, float(figure.get_figwidth()))
+    file = f"{stem}.svg"
+    figure.savefig(folder / file, metadata={"Date": None})  # so that the same results give the same files
+    return Picture(file, caption, float(figure.get_figwidth()))
 
 
 @contextmanager

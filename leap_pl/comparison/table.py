@@ -249,7 +249,7 @@ def _notes(entries: Sequence[Entry], texts: list[str], tasks: list[str], baselin
     limits = sorted({found["limit"] for entry in entries for found in entry.tasks.values() if found["limit"]})
     if limits:
         notes.append(
-            f"Accuracy is a quick look, at the first {', '.join(map(str, limits))} questions of each task only."
+            f"Accuracy is a quick look, at the first {' or '.join(map(str, limits))} questions of each task only."
         )
     if tasks:
         splits = {task: next(e.tasks[task]["split"] for e in entries if task in e.tasks) for task in tasks}
@@ -286,7 +286,7 @@ def _difference(difference: Difference | None, scale: float) -> str:
     if difference is None:
         return ""
     error = "" if difference.stderr is None else f" ± {spelled(scale * difference.stderr, 2)}"
-    # The baseline's sparsity is omitted, since it is that of the row.
-    return (
-        f"{spelled(scale * difference.value, 2, '+')}{error} ({re.sub(r' [0-9]+%', '', difference.baseline, count=1)})"
-    )
+    # The baseline's sparsity is omitted, since it is that of the row; of a label with a file name, that is enough.
+    named = re.search(r"\((.*)\)$", difference.baseline)
+    baseline = named[1] if named else re.sub(r" [0-9]+%", "", difference.baseline, count=1)
+    return f"{spelled(scale * difference.value, 2, '+')}{error} ({baseline})"

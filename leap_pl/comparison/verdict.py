@@ -39,7 +39,7 @@ def _of_text(entries: Sequence[Entry], text: str, name: str, baselines: Collecti
         found = perplexity_difference(best, entries, text, baselines)
         words += [] if found is None else [_against(found.relative, found.baseline)]
         words += [f"dense {spelled(dense[model], 2)}"] if model in dense else []
-        parts.append(f"{best.label} ({', '.join(words)})")
+        parts.append(f"{best.label} with {', '.join(words)}")
     return f"Lowest perplexity on {name}: {'; '.join(parts)}." if parts else ""
 
 
@@ -56,7 +56,7 @@ def _of_tasks(entries: Sequence[Entry], tasks: Sequence[str], baselines: Collect
         found = accuracy_difference(best, entries, tasks, baselines)
         words += [] if found is None else [f"{100 * found.value:+.1f} points against {found.baseline}"]
         words += [f"dense {dense[model]:.1%}"] if model in dense else []
-        parts.append(f"{best.label} ({', '.join(words)})")
+        parts.append(f"{best.label} with {', '.join(words)}")
     return f"Highest mean accuracy: {'; '.join(parts)}." if parts else ""
 
 

@@ -38,14 +38,15 @@ def check_place(path: str | Path) -> None:
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
-    """Write ``result`` as JSON, atomically.
+    """Write ``result`` as JSON with one line for each of its keys, atomically.
 
     Raises:
         UserError: If the file cannot be written.
     """
-    text = json.dumps(plain(result), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    encoder = json.JSONEncoder(sort_keys=True, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    lines = (encoder.encode({key: value}).removeprefix("{").removesuffix("}") for key, value in plain(result).items())
     with atomic_file(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text("{\n" + ",\n".join(sorted(lines)) + "\n}\n", encoding="utf-8")
 
 
 def read_result(path: str | Path) -> dict[str, Any]:

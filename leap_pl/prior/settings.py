@@ -33,9 +33,10 @@ class Prior:
             computed at the target sparsity, in the form that the gates need (unstructured, n:m or both), from the run's
             calibration text. ``none``: no lean at all.
         mask: MaskSet file, or hub id of one, to use instead of a method.
-        graded: (BernoulliGate) Scale each logit's lean by Wanda's confidence in its weight, the distance of its score
-            from the threshold, instead of ±1 (:mod:`leap_pl.prior.grading`); the mask may be of any method. It takes
-            another walk over the model, whose result is cached like the mask, and a larger ``strength`` of the gate.
+        graded: Scale each logit's lean by Wanda's confidence in its weight, the distance of its score from the
+            threshold, instead of ±1 (:mod:`leap_pl.prior.grading`); the mask may be of any method. It takes another
+            walk over the model, whose result is cached like the mask, and a larger ``strength`` of the gate, which is
+            a BernoulliGate.
         fisher: Strength of Fisher allocation in (0, 1]: weight tensors that matter less to the loss are pruned more; .5
             is a good start (:mod:`leap_pl.oneshot.fisher`). It runs the whole model forward and backward on the run's
             device. Not for masks of n:m form, whose sparsity is the same everywhere.

@@ -68,11 +68,12 @@ def test_same_inputs_same_file_but_for_times(text, mask, tmp_path):
     for name in ("first.json", "second.json"):
         output = tmp_path / name
         result = evaluate_command(mask=mask, perplexity=text, output=str(output), **SMALL)
-        times = json.dumps(result["times"], indent=1, sort_keys=True).replace("\n", "\n ")
+        times = json.dumps(result["times"], sort_keys=True, separators=(",", ":"))
         written = output.read_text(encoding="utf-8")
         assert times in written
         files.append(written.replace(times, ""))
     assert files[0] == files[1]
+    assert [line.partition(":")[0] for line in written.splitlines()[1:-1]] == [f'"{key}"' for key in sorted(result)]
 
 
 def test_mask_over_base_model_is_the_exported_checkpoint(text, mask, tmp_path):

@@ -78,16 +78,16 @@ def test_writes_table_pictures_and_page(sources, tmp_path, capsys):
     found = compare_command(sources, output_dir=str(out))
     names = {path.name for path in out.iterdir()}
     for stem in ("perplexity-1-held-out", "accuracy", "differences", "density-1-leap-50", "overlap"):
-        assert {f"{stem}.png", f"{stem}.svg"} <= names
-    assert len(names) == 5 * 2 + 4  # pictures twice; table twice, page, record
+        assert f"{stem}.svg" in names
+    assert len(names) == 5 + 4  # pictures; table twice, page, record
     rows = list(csv.DictReader((out / "table.csv").open(encoding="utf-8")))
-    assert [row["label"] for row in rows] == ["dense", "magnitude 50%", "wanda 50%", "leap 50%"]
-    leap = rows[3]
+    assert [row["label"] for row in rows] == ["dense", "leap 50%", "magnitude 50%", "wanda 50%"]
+    leap = rows[1]
     assert float(leap["perplexity.held-out.jsonl.value"]) == 14.0
     assert float(leap["perplexity.held-out.jsonl.minus_baseline"]) == pytest.approx(-6.0)
     assert float(leap["accuracy.minus_baseline"]) == pytest.approx(0.25)
     assert rows[0]["perplexity.held-out.jsonl.minus_baseline"] == ""
-    assert found["table"][3]["sparsity"] == 0.501
+    assert found["table"][1]["sparsity"] == 0.501
     markdown = (out / "table.md").read_text(encoding="utf-8")
     widths = {line.count("|") for line in markdown.splitlines() if line.startswith("|")}
     assert len(widths) == 1
@@ -123,8 +123,8 @@ def test_page_is_whole_in_itself(sources, tmp_path):
     compare_command(sources, output_dir=str(tmp_path / "out"))
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     addresses = re.findall(r"(?:src|href|url|@import)\s*[=(]?\s*[\"']([^\"']*)", page)
-    assert len(addresses) == len(list((tmp_path / "out").glob("*.png")))
-    assert all(address.startswith("data:image/png;base64,") for address in addresses)
+    assert len(addresses) == len(list((tmp_path / "out").glob("*.svg")))
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in addresses)
     assert "<script" not in page
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
 
@@ -141,7 +141,7 @@ def test_an_earlier_comparison_is_replaced_only_when_asked(sources, tmp_path):
     with pytest.raises(UserError, match="--force"):
         compare_command(sources[:2], output_dir=str(tmp_path / "out"))
     compare_command(sources[:2], output_dir=str(tmp_path / "out"), force=True)
-    assert not (tmp_path / "out" / "overlap.png").exists()
+    assert not (tmp_path / "out" / "overlap.svg").exists()
 
 
 @pytest.mark.parametrize(
@@ -264,11 +264,12 @@ def test_the_verdict_is_the_best_at_each_sparsity(sources, write):
     entries = read_entries([*sources, write("more", result("leap", 0.6, 30.0))])
     said = verdict(entries, BASELINES)
     assert said == (
-        "Lowest perplexity on held-out.jsonl: leap 50% (14.00, 30% below wanda 50%, dense 10.00); "
-        "leap 60% (30.00, dense 10.00)."
+        "Lowest perplexity on held-out.jsonl: leap 50% with 14.00, 30% below wanda 50%, dense 10.00; "
+        "leap 60% with 30.00, dense 10.00."
     )
     scored = [replace(entry, perplexity={}) for entry in entries]
-    assert verdict(scored, BASELINES).startswith("Highest mean accuracy: leap 50% (75.0%, +25.0 points against wanda")
+    said = verdict(scored, BASELINES)
+    assert said.startswith("Highest mean accuracy: leap 50% with 75.0%, +25.0 points against wanda")
     assert verdict([replace(entry, tasks={}) for entry in scored], BASELINES) == ""
 
 
@@ -283,16 +284,23 @@ def test_differences_are_drawn_relative_to_the_baseline(sources, tmp_path, monke
 
 
 def test_no_row_is_hidden_and_the_legend_has_the_order_of_the_lines(write):
-    """Two rows of one method and sparsity have a line each; points of one sparsity lie beside one another."""
+    """Two rows of one method and sparsity have a line each; points of one sparsity lie beside one another.
+
+    However many methods there are at other sparsities, the step is at least a marker's width.
+    """
     paths = [write(name, result(method, 0.5, value)) for name, method, value in (
         ("a", "leap", 14.0), ("b", "leap", 15.0), ("c", "wanda", 40.0), ("d", "admm", 14.0))]  # fmt: skip
+    paths += [write(f"e{n}", result(f"other {n}", 0.6, 100.0)) for n in range(9)]
     paths.append(write("dense", result("dense", 0.0, 20.0)))
     points = [(e, e.perplexity["held-out.jsonl"]["value"], None) for e in read_entries(paths)]
     figure = _against_sparsity(points, "perplexity", logarithmic=True)
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert legend == ["wanda", "dense (20.00)", "leap 50% (b)", "admm", "leap 50% (a)"]
-    places = [tuple(line.get_xdata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
-    assert len({x for (x,) in places}) == 4
+    assert legend[9:] == ["wanda", "dense (20.00)", "leap 50% (b)", "admm", "leap 50% (a)"]
+    places = sorted({line.get_xdata()[0] for line in figure.axes[0].lines if len(line.get_xdata()) == 1})
+    assert len(places) == 4 + 9
+    assert min(right - left for left, right in pairwise(places)) > 0.19
+    assert sum(places[:4]) / 4 == pytest.approx(50)
+    assert sum(places[4:]) / 9 == pytest.approx(60)
 
 
 def test_heat_maps_share_their_order(write, monkeypatch):
@@ -314,7 +322,7 @@ def test_masks_and_exported_folders_alone(tmp_path):
     mask_file(tmp_path / "exported" / "mask.safetensors", "leap", 2, density=0.4)
     alone = mask_file(tmp_path / "wanda.safetensors", "wanda", 1)
     compare_command([alone, str(tmp_path / "exported")], output_dir=str(tmp_path / "out"))
-    stems = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    stems = {path.stem for path in (tmp_path / "out").glob("*.svg")}
     assert {"overlap", "density-1-wanda-50", "density-2-leap-59"} <= stems
     assert not any(stem.startswith("perplexity") for stem in stems)
 
@@ -358,6 +366,29 @@ def test_long_names_leave_the_numbers_of_the_layers_apart():
     boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
     assert len(boxes) == 30
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_rows_are_ordered_by_sparsity_pattern_and_method(write):
+    """A sparsity that is off by some weights is no other one."""
+    paths = []
+    for method, pattern, sparsity in (
+        ("wanda", "unstructured", 0.49999),
+        ("admm", "2:4", 0.5),
+        ("admm", "unstructured", 0.5),
+        ("admm", "unstructured", 0.6),
+    ):
+        content = result(method, sparsity, 20.0)
+        content["config"] = {"pattern": pattern}
+        paths.append(write(f"r{len(paths)}", content))
+    labels = [entry.label for entry in read_entries(paths)]
+    assert labels == ["admm 50%", "wanda 50%", "admm 2:4 50%", "admm 60%"]
+
+
+def test_a_baseline_with_a_file_name_is_that_in_a_cell(write):
+    paths = [write(name, result(name.split("-")[0], 0.5, value)) for name, value in (
+        ("leap", 14.0), ("wanda-a", 20.0), ("wanda-b", 30.0))]  # fmt: skip
+    (row,) = [row for row in make_table(read_entries(paths), BASELINES).rows if row[0] == "leap 50%"]
+    assert any(cell.endswith(" (wanda-a)") for cell in row), row
 
 
 def test_labels_are_unique(write):

@@ -12,7 +12,6 @@ from tiny_experiment import CELLS, SCORED_CELLS, cells, change, results, runner
 from experiments.headline.__main__ import main
 from experiments.headline.experiment import laid_over, read_experiment
 from experiments.headline.measured import Group, read_cells
-from experiments.headline.report import shared_settings, without
 from experiments.headline.tables import difference_table
 from leap_pl.cli.main import main as leap_pl
 
@@ -36,12 +35,14 @@ def test_figures_of_the_report_are_those_of_the_cells(experiment_done):
     found, page = cells(folder), (folder / "docs" / "results.md").read_text()
     texts = [str(folder / f"{name}.jsonl") for name in ("like", "unlike")]
     value = {name: [result["perplexity"][text]["value"] for text in texts] for name, result in found.items()}
-    main_rows, differences = section(page, "50%")
+    making = (folder / "docs" / "results" / "making.md").read_text()
+    (main_rows, differences), (costs,) = section(page, "50%"), section(making, "Cost")
     titles = {"dense": "dense", "Wanda": "wanda-50", "admm *": "admm-50"}
     titles |= {"LEAP, LM": "leap-50", "distill": "distill-50", "update": "update-50"}
     assert list(main_rows) == list(titles)
     for title, name in titles.items():
-        sparsity, tokens, calibration, like, like_gap, unlike, unlike_gap, accuracy, minutes = main_rows[title]
+        sparsity, tokens, like, unlike, accuracy = main_rows[title]
+        told_tokens, calibration, minutes, memory = costs[f"`{name}`"]
         result = found[name]
         assert number(sparsity) == pytest.approx(100 * result["sparsity"]["global"], abs=0.005)
         assert [number(like), number(unlike)] == pytest.approx(value[name], abs=0.005)
@@ -50,20 +51,19 @@ def test_figures_of_the_report_are_those_of_the_cells(experiment_done):
             assert number(accuracy) == pytest.approx(100 * result["mean"]["value"], abs=0.005)
         else:
             assert accuracy == ""
+        assert tokens == told_tokens
         assert (tokens, calibration) == tuple(
             f"{result['cell'][key]:,}" if result["cell"][key] else "" for key in ("tokens", "calibration_tokens")
         )
-        for gap, n in ((like_gap, 0), (unlike_gap, 1)):
-            if name in ("dense", "wanda-50", "admm-50"):
-                assert gap == ""
-            else:
-                reference, dense = value["admm-50"][n], value["dense"][n]
-                closed = (reference - value[name][n]) / (reference - dense)
-                assert number(gap) == pytest.approx(100 * closed, abs=0.05)
         if name != "dense":
             assert number(minutes) == pytest.approx(result["cell"]["seconds"] / 60, abs=0.05)
+            assert number(memory) == pytest.approx(result["cell"]["peak_rss"] / 2**30, abs=0.05)
     assert list(differences) == ["LEAP, LM", "distill", "update"]
-    for title, (like, _, accuracy) in differences.items():
+    for title, (like, like_gap, _, unlike_gap, accuracy) in differences.items():
+        for gap, reference, dense, of_row in zip(
+            (like_gap, unlike_gap), value["admm-50"], value["dense"], value[titles[title]], strict=True
+        ):
+            assert number(gap) == pytest.approx(100 * (reference - of_row) / (reference - dense), abs=0.05)
         best = min(value["wanda-50"][0], value["admm-50"][0])
         assert number(like) == pytest.approx(value[titles[title]][0] - best, abs=0.005)
         if title == "distill":
@@ -74,7 +74,7 @@ def test_figures_of_the_report_are_those_of_the_cells(experiment_done):
     # Without tasks, and of another pattern.
     assert list(section(page, "60%")[0]) == ["dense", "Wanda", "admm *", "LEAP, LM"]
     assert list(section(page, "50%, 2:4")[0]) == ["dense", "wanda-2of4"]
-    (learned,) = re.findall(r"while a mask was learned: float32 \((.*?)\)\.", page)
+    (learned,) = re.findall(r"while a mask was learned: float32 \((.*?)\)\.", making)
     assert set(learned.split(", ")) == {"`leap-50`", "`leap-60`", "`distill-50`"}
     (by_task,) = section(page, "Accuracy by task")
     assert number(by_task["Wanda, 50%"][1]) == pytest.approx(100 * found["wanda-50"]["tasks"]["piqa"]["acc"], abs=0.05)
@@ -96,14 +96,16 @@ def test_report_is_written_again_from_the_cells_alone(experiment_done, tmp_path)
     (docs / "notes.md").write_text("By hand: nothing helped.\n")
     assert main(["--report", "--from", str(docs / "cells"), "--docs", str(docs)]) == 0
     page, before = (tmp_path / "docs" / "results.md").read_text(), (folder / "docs" / "results.md").read_text()
-    head, _, notes = page.partition("## What did not work\n\n")
-    assert head == before.partition("## What did not work\n\n")[0]
-    assert notes == (docs / "notes.md").read_text() == "By hand: nothing helped.\n"
-    pictures = set(re.findall(r"\(results/([a-z0-9-]+\.png)\)", page))
-    assert {"perplexity-1-alike.png", "perplexity-2-unlike.png", "accuracy.png", "overlap.png"} < pictures
+    notes = " [What did not work](results/notes.md)."
+    assert notes not in before
+    assert page.replace(notes, "") == before
+    assert (docs / "notes.md").read_text() == "By hand: nothing helped.\n"
+    assert (docs / "making.md").read_text() == (folder / "docs" / "results" / "making.md").read_text()
+    pictures = set(re.findall(r"\(results/([a-z0-9-]+\.svg)\)", page))
+    assert {"perplexity-1-alike.svg", "perplexity-2-unlike.svg", "accuracy.svg", "overlap.svg"} < pictures
     forms = [(folder / "docs" / "results" / f"forms-{name}.svg").read_text() for name in ("1-alike", "2-unlike")]
     assert all("wanda-2of4 2:4" in told and "LEAP, LM" not in told for told in forms)
-    assert {"forms-1-alike.png", "forms-2-unlike.png"} < pictures
+    assert {"forms-1-alike.svg", "forms-2-unlike.svg"} < pictures
     assert len([name for name in pictures if name.startswith("density")]) == 2  # the best at each sparsity
     for name in pictures:
         assert (docs / name).read_bytes() == (folder / "docs" / "results" / name).read_bytes()
@@ -112,13 +114,12 @@ def test_report_is_written_again_from_the_cells_alone(experiment_done, tmp_path)
 def test_configs_in_the_report_are_those_that_ran(experiment_done):
     folder, _ = experiment_done
     docs = folder / "docs" / "results"
-    page = docs.with_suffix(".md").read_text()
-    parts = [yaml.safe_load(part) for part in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
-    names = re.findall(r"`(\S+)` says besides", page)
-    assert names == ["leap-50", "leap-60", "distill-50"]
-    for name, own in zip(names, parts[1:], strict=True):
+    page = (docs / "making.md").read_text()
+    links = re.findall(r"\[(\S+)\.yaml\]\((\S+)\)", page)
+    assert links == [(name, f"configs/{name}.yaml") for name in ("leap-50", "leap-60", "distill-50")]
+    for name, link in links:
         ran = yaml.safe_load((folder / "runs" / name / "fit.yaml").read_text())
-        assert laid_over(parts[0], own) == ran == yaml.safe_load((docs / "configs" / f"{name}.yaml").read_text())
+        assert yaml.safe_load((docs / link).read_text()) == ran
     for words in runner(folder).record(runner(folder).experiment.cells["leap-50"]).values():
         assert f"leap_pl {' '.join(words['words'])}" in page
 
@@ -128,13 +129,6 @@ def test_cells_can_be_compared_as_they_are(experiment_done, tmp_path, capsys):
     files = [str(path) for path in (folder / "docs" / "results" / "cells").glob("*-50.json")]
     leap_pl(["compare", *[f"--results+={path}" for path in files], "--output_dir", str(tmp_path / "page")])
     assert "leap 50% (leap-50)" in capsys.readouterr().out
-
-
-def test_shared_and_own_settings_make_the_whole():
-    settings = [{"a": {"x": 1, "y": 2}, "b": [1], "c": 3}, {"a": {"x": 1, "y": 3}, "b": [1]}]
-    shared = shared_settings(settings)
-    assert shared == {"a": {"x": 1}, "b": [1]}
-    assert [laid_over(shared, without(one, shared)) for one in settings] == settings
 
 
 # -- the definition -------------------------------------------------------------------------------------------

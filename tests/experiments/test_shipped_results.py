@@ -23,7 +23,9 @@ def test_the_report_is_that_of_the_cells_and_the_notes(tmp_path: Path) -> None:
     shutil.copy(RESULTS / "notes.md", docs)
     page = write_report(RESULTS / "cells", docs)
     assert page.read_text(encoding="utf-8") == RESULTS.with_suffix(".md").read_text(encoding="utf-8")
-    for kind in ("*.png", "*.svg", "configs/*.yaml"):
+    made = [(folder / "making.md").read_text(encoding="utf-8") for folder in (docs, RESULTS)]
+    assert made[0] == made[1]
+    for kind in ("*.svg", "configs/*.yaml"):
         shipped, written = ({path.relative_to(folder) for path in folder.glob(kind)} for folder in (RESULTS, docs))
         assert shipped == written != set()
 

@@ -1,0 +1,113 @@
+"""How the figures of the report were made: docs/results/making.md, and the configs beside it."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.headline.measured import ROLES, Measured
+from experiments.headline.tables import cost_table
+from leap_pl.files import atomic_file
+
+PAGE = "making.md"
+
+
+def write_making(found: Sequence[Measured], docs: Path) -> None:
+    """Write into ``docs`` the page of protocol, hardware, configs and commands, and the configs of learned rows."""
+    for old in docs.glob("configs/*.yaml"):
+        old.unlink()
+    parts = [
+        "# How the results were made",
+        f"Of the tables and pictures in [{docs.name}](../{docs.name}.md).",
+        *_protocol(found),
+        "## Cost",
+        cost_table(found),
+        "Calibration tokens were read by the one-shot method, or by the one that made the prior. Minutes and memory, "
+        "the most that was held, are those of making the mask, without its prior, on the cell's machine below.",
+        *_machines(found),
+        *_configs(found, docs / "configs"),
+        *_commands(found),
+    ]
+    write_page(docs / PAGE, parts)
+
+
+def write_page(path: Path, parts: Sequence[str]) -> None:
+    """Write the Markdown ``parts``, those that are empty left out, to ``path``."""
+    with atomic_file(path) as temporary:
+        temporary.write_text("\n\n".join(part.strip("\n") for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _protocol(found: Sequence[Measured]) -> Iterator[str]:
+    yield "## Protocol"
+    for role in ROLES:
+        figure, text = found[0].perplexity(role), found[0].cell["texts"][role]
+        yield (
+            f"Perplexity, {text['title']}: the first {figure['tokens']:,} tokens of `{text['text']}`, documents joined "
+            f"by a blank line, in windows of {figure['seq_length']} tokens, stride {figure['stride']}, mean over all "
+            f"predicted tokens; weights and computation of the evaluation in {found[0].result['model']['dtype']}."
+        )
+    scores: dict[str, dict[str, Any]] = {}
+    for measured in found:
+        scores |= measured.entry.tasks
+    if scores:
+        said = [
+            f"{task} {score['samples']:,} questions of {score['split']}"
+            + ("" if score["limit"] is None else f" (limit {score['limit']})")
+            for task, score in sorted(scores.items())
+        ]
+        yield (
+            "Zero-shot accuracy (`acc`) by lm-eval's own prompts; the mean gives each task the same weight. The limit "
+            f"of a group is one of each of its tasks. {'; '.join(said)}."
+        )
+    yield (
+        "A learned mask keeps exactly the asked share of the weights, and what it keeps are the base model's, bit for "
+        "bit; SparseGPT, ADMM and the weight update change what they keep. Which of several learned masks is best is "
+        "decided on the validation text, on none of the texts and tasks above."
+    )
+    for measured in found:
+        if measured.cell["kept"]:
+            yield f"{measured.entry.label}: the mask of `{measured.cell['kept']}`."
+
+
+def _machines(found: Sequence[Measured]) -> Iterator[str]:
+    yield "## Hardware and versions"
+    seen: dict[str, list[str]] = {}
+    for m in found:
+        told = m.result["hardware"]
+        where = told.get("gpu") or f"{told['processor']} ({told['cores']} cores, {told['threads']} threads)"
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(m.result["versions"].items()))
+        seen.setdefault(f"{where}; {versions}; commit {m.result['commit']}", []).append(f"`{m.cell['name']}`")
+    for said, names in seen.items():
+        yield f"{'All cells' if len(seen) == 1 else ', '.join(names)}: {said}."
+    types: dict[str, list[str]] = {}
+    for m in found:
+        if m.is_learned and "dtype" in m.result["config"]:
+            types.setdefault(m.result["config"]["dtype"], []).append(f"`{m.cell['name']}`")
+    if types:
+        by_type = [f"{dtype} ({', '.join(names)})" for dtype, names in sorted(types.items())]
+        yield f"Weights and computation while a mask was learned: {'; '.join(by_type)}."
+
+
+def _configs(found: Sequence[Measured], folder: Path) -> Iterator[str]:
+    learned = [m for m in found if m.is_learned]
+    if not learned:
+        return
+    folder.mkdir(exist_ok=True)
+    for m in learned:
+        with atomic_file(folder / f"{m.cell['name']}.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(m.cell["settings"], sort_keys=False), encoding="utf-8")
+    yield "## Configs of the learned rows"
+    yield "\n".join(f"- {m.entry.label}: [{m.cell['name']}.yaml]({folder.name}/{m.cell['name']}.yaml)" for m in learned)
+
+
+def _commands(found: Sequence[Measured]) -> Iterator[str]:
+    yield "## Commands"
+    yield (
+        "`make results` runs these, `make results ARGS='--only leap-lm-60'` a part of them. `fit.yaml` is the config "
+        "of that name above; a fit that was stopped goes on with `--ckpt_path` and its last checkpoint."
+    )
+    lines = []
+    for m in found:
+        lines += [f"# {m.cell['name']}", *(f"leap_pl {' '.join(words)}" for words in m.cell["commands"])]
+    yield "\n".join(["```bash", *lines, "```"])
