@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leap_pl.base_model.prefix import in_words
 from leap_pl.escape import markdown, markdown_code
 from leap_pl.inputs import records
 
@@ -74,15 +75,14 @@ def card_of(masks: "MaskSet", facts: Mapping[str, Any]) -> str:
     if early:
         lines += ["", f"**Learning was not finished: {early.removesuffix('; ')}.**"]
     if data:
-        lines += [
-            "",
-            f"Calibration text: {_text(data.get('text'))}, in blocks of {markdown(data.get('seq_length'))} tokens.",
-        ]
+        blocks = ", ".join([f"blocks of {markdown(data.get('seq_length'))} tokens", *in_words(data)])
+        lines += ["", f"Calibration text: {_text(data.get('text'))}, in {blocks}."]
     lines += _validation_lines(provenance.config)
     if "perplexity" in facts:
         lines += ["", "## Perplexity", "", "| text | perplexity | window, tokens | stride |", "|---|---|---|---|"]
         lines += [
-            f"| {markdown(name)} | {result['value']:.3f} | {result['seq_length']} | {result['stride']} |"
+            f"| {markdown(name)} | {result['value']:.3f} | "
+            f"{', '.join([str(result['seq_length']), *in_words(result)])} | {result['stride']} |"
             for name, result in facts["perplexity"].items()
         ]
     lines += ["", "## Sparsity by decoder layer", "", "| layer | sparsity |", "|---|---|"]
@@ -144,7 +144,8 @@ def _validation_lines(config: Mapping[str, Any]) -> list[str]:
         shown += f", {dense.value:.2f} dense"
     step, steps = dict(of or {}).get("step"), config.get("max_steps")
     when = "" if step == steps else f" after step {step} of {steps}"
-    windows = f"{hard.sequences} blocks of {hard.seq_length:g} tokens"
+    of_blocks = [f"{hard.sequences} blocks of {hard.seq_length:g} tokens", *in_words(config.get("data", {}))]
+    windows = ", ".join(of_blocks)
     return ["", f"Perplexity on the run's validation text ({windows}{when}): {shown}."]
 
 
