@@ -3,7 +3,7 @@
 ===========  =========================================================================================================
 fixed        affects what is learned: taken from the checkpoint by default; a different value is an error
 same         a name: taken from the checkpoint by default; another name is accepted for the same content, which is
-             compared by a fingerprint or a digest
+             compared by a fingerprint, a digest or what blocks begin with
 kept         does not affect what is learned: taken from the checkpoint by default; can be overridden
 free         never taken from a checkpoint
 ===========  =========================================================================================================
@@ -56,6 +56,7 @@ DATA: dict[str, Rule] = {
     "separator": "fixed",
     "seed": "fixed",
     "tokenizer_revision": "same",
+    "bos": "same",
 }
 
 TRAINER: dict[str, Rule] = {

@@ -276,7 +276,7 @@ def check_protocols(entries: Sequence[Entry]) -> None:
                 protocol = read(figure)
                 other, expected = seen.setdefault(name, (entry, protocol))
                 differing = [key for key in protocol if protocol[key] != expected[key]]
-                if "tokenizer" in differing:
+                if {"tokenizer", "bos"} & {*differing}:
                     differing = [key for key in differing if key != "text"]  # the same text may have other tokens
                 if differing:
                     settings = ", ".join(
@@ -293,6 +293,7 @@ def _perplexity_protocol(figure: dict[str, Any]) -> dict[str, Any]:
     return {
         "seq_length": figure["seq_length"],
         "stride": figure["stride"],
+        "bos": figure.get("bos", "first"),  # of earlier versions, and wherever the tokenizer puts nothing before a text
         "tokenizer": f"{tokenizer['vocabulary']:,} entries with digest {tokenizer['digest']}",
         "text": f"{figure['tokens']:,} tokens with digest {figure['text_digest']}",
     }
@@ -300,4 +301,4 @@ def _perplexity_protocol(figure: dict[str, Any]) -> dict[str, Any]:
 
 def _task_protocol(figure: dict[str, Any]) -> dict[str, Any]:
     protocol = {key: figure[key] for key in ("split", "limit", "num_fewshot", "version", "samples")}
-    return protocol | {"limit": figure["limit"] or "no limit"}
+    return protocol | {"limit": figure["limit"] or "no limit", "bos": figure.get("bos", "every")}

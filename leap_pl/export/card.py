@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from leap_pl.base_model.prefix import in_words
 from leap_pl.escape import markdown, markdown_code
 from leap_pl.export.hub import shortened
 from leap_pl.export.method import citation, decisive_settings
@@ -123,7 +124,8 @@ def _perplexities(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     table = ["| text | sparse | dense | window, tokens | stride |", "|---|---|---|---|---|"] if figures else []
     for name, figure in figures.items():
         dense = f"{figure['dense']:.3f}" if "dense" in figure else "–"
-        cells = (markdown(shortened(name)), f"{figure['value']:.3f}", dense, figure["seq_length"], figure["stride"])
+        windows = ", ".join([str(figure["seq_length"]), *in_words(figure)])
+        cells = (markdown(shortened(name)), f"{figure['value']:.3f}", dense, windows, figure["stride"])
         table.append(f"| {' | '.join(map(str, cells))} |")
     return "\n\n".join(filter(None, ("## Perplexity", "\n".join(table), validation)))
 
@@ -142,7 +144,8 @@ def _validation(config: Mapping[str, Any]) -> str:
         figures += f", {dense.value:.2f} dense"
     step, steps = dict(of or {}).get("step"), config.get("max_steps")
     when = "" if step == steps else f" after step {markdown(step)} of {markdown(steps)}"
-    windows = f"{hard.sequences} blocks of {hard.seq_length:g} tokens"
+    of_blocks = [f"{hard.sequences} blocks of {hard.seq_length:g} tokens", *in_words(config.get("data", {}))]
+    windows = ", ".join(of_blocks)
     return f"Perplexity on the run's validation text ({windows}{when}): {figures}."
 
 

@@ -39,6 +39,7 @@ def decisive_settings(made: "Provenance") -> dict[str, str]:
         "target sparsity": made.sparsity,
         "text": ", ".join(shortened(str(text)) for text in (texts if isinstance(texts, list) else [texts])),
         "block length, tokens": _within(config, "data", "seq_length") or _within(config, "seq_length"),
+        "blocks that begin with BOS": _within(config, "data", "bos") or _within(config, "bos"),
         "tokens read": _within(config, "data", "tokens"),
         "calibration sequences": _within(config, "sequences"),
         "optimizer steps": steps if steps == of or of is None else f"{steps} of {of}",

@@ -103,6 +103,11 @@ class GatedModule(L.LightningModule):
             return None
 
     @property
+    def first_target(self) -> int:
+        """Return the index of the first token of a sequence that is predicted, which the data module says, or 1."""
+        return getattr(getattr(self.attached, "datamodule", None), "first_target", 1)
+
+    @property
     def prior(self) -> "MaskSet | None":
         """Return the mask that learning starts from, on rank zero after the model was loaded for a fit; else None.
 

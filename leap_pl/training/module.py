@@ -241,7 +241,7 @@ class LeapModule(GatedModule):
             with torch.no_grad(), self.state.passing("dense"):
                 teacher = self._hidden(input_ids)
         self.gates.clear()
-        hidden, targets = self._hidden(input_ids), input_ids[:, 1:].reshape(-1)
+        hidden, targets = self._hidden(input_ids), input_ids[:, self.first_target :].reshape(-1)
         language = self.objective.language(hidden, targets, self.head, teacher)
         for name in self.gates.unused:  # experts that no token was routed to
             if self.mesh is not None:
@@ -273,8 +273,8 @@ class LeapModule(GatedModule):
         return loss
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
-        """Return the last hidden states of all tokens that have a next token, (T, D)."""
-        return self.states(input_ids)[:, :-1].flatten(0, 1)
+        """Return the last hidden states of all tokens whose next token is predicted, (T, D)."""
+        return self.states(input_ids)[:, self.first_target - 1 : -1].flatten(0, 1)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check the gradient norms of ``trainer.log_every_n_steps`` steps, unless a callback already has.
@@ -402,7 +402,9 @@ class LeapModule(GatedModule):
 
     def _measure(self, mode: Mode, input_ids: Tensor) -> None:
         with self.state.passing(mode):
-            self.validation.update(mode, self.states(input_ids), input_ids, self.head, self.objective.chunk)
+            hidden = self.states(input_ids)[:, self.first_target - 1 : -1]
+            targets = input_ids[:, self.first_target :]
+            self.validation.update(mode, hidden, targets, self.head, self.objective.chunk)
 
     def on_validation_epoch_end(self) -> None:
         """Record the perplexities with their provenance; recompute the dense model's if its provenance has changed."""
