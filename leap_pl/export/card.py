@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from leap_pl.escape import markdown, markdown_code
 from leap_pl.inputs import records
+from leap_pl.masks.kept_weights import TRAINED
 
 if TYPE_CHECKING:
     from leap_pl.masks import MaskSet
@@ -62,7 +63,7 @@ def card_of(masks: "MaskSet", facts: Mapping[str, Any]) -> str:
         f"{markdown_code(provenance.base_model)}{revision} (weights fingerprint "
         f"{markdown_code(provenance.fingerprint)}) with "
         f"{facts['removed']:,} of {facts['gated']:,} weights of its decoder blocks set to zero: "
-        f"{markdown(_words(form_of(masks), facts['sparsity']))}. {_kept(facts)} "
+        f"{markdown(_words(form_of(masks), facts['sparsity']))}. {_kept(facts, provenance.config)} "
         f"The mask was made by {markdown_code(provenance.method)} with leap_pl "
         f"{markdown(provenance.versions.get('leap_pl', ''))}; "
         f"{'the bitmaps of the packed weights hold it' if packed else f'`{records.MASK}` holds it alone'}.",
@@ -74,10 +75,8 @@ def card_of(masks: "MaskSet", facts: Mapping[str, Any]) -> str:
     if early:
         lines += ["", f"**Learning was not finished: {early.removesuffix('; ')}.**"]
     if data:
-        lines += [
-            "",
-            f"Calibration text: {_text(data.get('text'))}, in blocks of {markdown(data.get('seq_length'))} tokens.",
-        ]
+        text = "Training text" if TRAINED in provenance.config else "Calibration text"
+        lines += ["", f"{text}: {_text(data.get('text'))}, in blocks of {markdown(data.get('seq_length'))} tokens."]
     lines += _validation_lines(provenance.config)
     if "perplexity" in facts:
         lines += ["", "## Perplexity", "", "| text | perplexity | window, tokens | stride |", "|---|---|---|---|"]
@@ -94,8 +93,14 @@ def card_of(masks: "MaskSet", facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _kept(facts: Mapping[str, Any]) -> str:
-    zeros = facts["zeros_of_base_model_among_kept"]
+def _kept(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    zeros, training = facts["zeros_of_base_model_among_kept"], config.get(TRAINED)
+    if isinstance(training, dict):
+        rounded = f", then rounded to {facts['rounded_to']}" if "rounded_to" in facts else ""
+        return (
+            f"**Weights were trained** ({markdown_code(training.get('kind'))}) under the mask{rounded}; "
+            f"{zeros:,} of those that it keeps are zero."
+        )
     if "rounded_to" in facts:
         return (
             f"Kept weights are the base model's, rounded to {facts['rounded_to']}; {zeros:,} of them were zero already."
