@@ -244,9 +244,9 @@ class GatedModule(L.LightningModule):
         """Return the weights that training starts from, if they are not the base model's; a resumed run has its own."""
         if self.start_weights is None or not self._fitting() or self.resumes_from is not None:
             return StartWeights({}, "")
-        if KINDS[self.train_weights].gated is None or self.probe().learned():
+        if KINDS[self.train_weights].gated is not Master or self.probe().learned():
             raise UserError(
-                f"model.weights is {self.start_weights}, and only trained weights under a fixed mask start from others "
+                f"model.weights is {self.start_weights}, and only kept weights under a fixed mask start from others "
                 "than the base model's. Add --model.train_weights kept and --model.mask MASK, or leave it out."
             )
         return StartWeights.read(self.start_weights, trust_remote_code=self.trust_remote_code)

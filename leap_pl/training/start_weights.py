@@ -8,9 +8,10 @@ from torch import Tensor
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import Weight
 from leap_pl.errors import UserError
+from leap_pl.gates import TrainedWeight
 from leap_pl.inputs.register import note_input
 from leap_pl.sparse.folder import is_packed
-from leap_pl.training.weights import Trainable
+from leap_pl.training.weights import Master
 
 
 class StartWeights:
@@ -36,7 +37,7 @@ class StartWeights:
         model = load_model(folder, trust_remote_code=trust_remote_code)
         return cls({name: parameter.detach() for name, parameter in model.named_parameters()}, folder)
 
-    def set_(self, trained: Trainable, weight: Weight, mask: Callable[[], Tensor] | None = None) -> None:
+    def set_(self, trained: TrainedWeight, weight: Weight, mask: Callable[[], Tensor] | None = None) -> None:
         """Start the ``trained`` form of a weight from its tensor here; without tensors it stays as it is.
 
         Args:
@@ -61,4 +62,5 @@ class StartWeights:
                 f"model.weights {self.folder} has other zeros than the mask: {strange:,} weights of {weight.name}, "
                 "which the mask removes, are not 0. Give the weights that were made with this mask."
             )
+        assert isinstance(trained, Master)
         trained.start_at(found)

@@ -89,14 +89,6 @@ class Trainable(TrainedWeight, ABC):
             UserError: They do not.
         """
 
-    def start_at(self, weight: Tensor) -> None:
-        """Start from another ``weight`` than the frozen one.
-
-        Raises:
-            UserError: This kind always starts from the frozen weight.
-        """
-        raise UserError("model.weights is for --model.train_weights kept: others start from the base model's weights.")
-
 
 class Master(Trainable):
     """Weight that is trained itself: a float32 copy, rounded to the base model's dtype in every forward pass.
@@ -116,7 +108,7 @@ class Master(Trainable):
 
     @torch.no_grad()
     def start_at(self, weight: Tensor) -> None:
-        """Copy ``weight``; see :meth:`Trainable.start_at`."""
+        """Start from another ``weight`` than the frozen one."""
         self.master.copy_(weight)
 
 
