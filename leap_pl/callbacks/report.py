@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from leap_pl.callbacks.mask_export import MaskExport, mask_place
 from leap_pl.distributed.strategy import data_rank
 from leap_pl.escape import markdown, say, terminal
+from leap_pl.inputs.register import running_verb
 from leap_pl.kernels.compiled import can_compile
 from leap_pl.oneshot.methods import METHODS
 from leap_pl.prior.settings import NO_METHOD
@@ -73,7 +74,7 @@ class RunReport(L.Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if trainer.is_global_zero and isinstance(callback, MaskExport) and callback.written is not None:
                 verdict = verdict_of(pl_module, *callback.written, step=trainer.global_step)
-                say(f"leap_pl fit: {verdict}")
+                say(f"leap_pl {running_verb()}: {verdict}")
                 _log_text(trainer, "verdict", markdown(verdict))
 
     def _print_plan(self, trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") -> None:

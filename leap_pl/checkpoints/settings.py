@@ -38,6 +38,11 @@ MODEL: dict[str, Rule] = {
     "revision": "same",
     "trust_remote_code": "free",
     "seed": "fixed",
+    "train_weights": "fixed",
+    "weight_training": "fixed",
+    "weights": "fixed",
+    # Sets the gate, the prior, the sparsity and the targets, which are fixed.
+    "mask": "free",
 }
 
 DATA: dict[str, Rule] = {
@@ -115,8 +120,10 @@ RULES: dict[str, Rule] = {
 # Parts of a fixed setting that are paths, and do not affect what is learned.
 FREE_PARTS = {"model.prior": ("cache_dir",)}
 
-# Settings that determine the hard mask of given logits: those that validation must share with the run.
-MASK_SETTINGS = ("model.sparsity", "model.gate", "model.targets", "model.ignore")
+# Settings that determine the masked model of a checkpoint: those that validation must share with the run.
+MASK_SETTINGS = (
+    *("model.sparsity", "model.gate", "model.targets", "model.ignore", "model.train_weights", "model.weight_training"),
+)
 
 Settings = dict[str, Any]  # "model.sparsity" → a plain value
 

@@ -10,6 +10,7 @@ from leap_pl.escape import say
 
 if TYPE_CHECKING:
     from leap_pl.masks import MaskSet
+    from leap_pl.masks.kept_weights import KeptWeights
 
 
 @command
@@ -32,7 +33,8 @@ def export_command(
     The folder has the base model with exact zeros where the mask removes a weight (safetensors, in the type
     the base model is stored in), its tokenizer and generation config, the mask itself (mask.safetensors), a
     model card (README.md) and the same facts in machine-readable form (leap_pl.json). Removed weights are zero,
-    n:m masks keep exactly n of every m, kept weights are bit-identical to the base model's; all of it is verified
+    n:m masks keep exactly n of every m, kept weights are bit-identical to the base model's or, where a run has
+    trained them, to what was trained (weights.safetensors beside the mask, or the checkpoint); all of it is verified
     by reading the folder back before it is renamed to output_dir. AutoModelForCausalLM.from_pretrained loads it
     without leap_pl.
 
@@ -45,7 +47,7 @@ def export_command(
 
     Args:
         output_dir: Folder to write, atomically. An existing folder is replaced only with force.
-        ckpt_path: Checkpoint of leap_pl fit.
+        ckpt_path: Checkpoint of leap_pl fit or recover.
         mask: MaskSet file, or hub id of one, instead of a checkpoint.
         model: Base model, if it is no longer in the place recorded in the checkpoint or mask; or, without these, a
             sparse model to pack, or a packed one.
@@ -80,6 +82,7 @@ def export_command(
         masks,
         output_dir,
         name_of_model(model, recorded, trust_remote_code=trust_remote_code),
+        weights=None if masks is None else _read_weights(ckpt_path, mask, masks),
         format=format,
         values=values,
         revision=revision or (masks.provenance.revision if masks is not None and model is None else None),
@@ -97,11 +100,14 @@ def export_command(
 
 def _report(output_dir: str, masks: "MaskSet | None", facts: dict[str, Any]) -> None:
     from leap_pl.export.card import unfinished
+    from leap_pl.masks.kept_weights import TRAINED
 
     zeros, early = facts["zeros_of_base_model_among_kept"], "" if masks is None else unfinished(masks)
+    trained = TRAINED in facts["provenance"]["config"]
+    which = "are zero" if trained else "were zero in the base model"
     say(
         f"{output_dir}: {early}{facts['removed']:,} of {facts['gated']:,} gated weights removed "
-        f"(sparsity {facts['sparsity']:.6f}), {zeros:,} kept weights were zero in the base model; "
+        f"(sparsity {facts['sparsity']:.6f}), {zeros:,} kept weights {which}; "
         "read back and verified."
     )
     if "packed" in facts:
@@ -132,6 +138,17 @@ def _read_masks(ckpt_path: str | None, mask: str | None, model: str | None, form
     from leap_pl.checkpoints.layout import masks_from_checkpoint
 
     return masks_from_checkpoint(str(ckpt_path))
+
+
+def _read_weights(ckpt_path: str | None, mask: str | None, masks: "MaskSet") -> "KeptWeights | None":
+    """Return the weights that were trained under ``masks``, if any were."""
+    if mask is not None:
+        from leap_pl.masks.kept_weights import KeptWeights
+
+        return KeptWeights.beside(mask, masks)
+    from leap_pl.training.checkpoint_weights import weights_from_checkpoint
+
+    return weights_from_checkpoint(str(ckpt_path))
 
 
 def _check_base_name(base_model: str) -> None:

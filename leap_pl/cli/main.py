@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
     from lightning.pytorch.cli import ArgsType
 
-# Verb → description and function; verbs without a function are run by LightningCLI.
+# Verb → description and function; verbs without a function are run by LightningCLI, by ``run`` in their module.
 VERBS: dict[str, tuple[str, str | None]] = {
     "fit": ("learn a mask for a model", None),
+    "recover": ("train the weights that a mask keeps", None),
     "validate": ("perplexity of a checkpoint's hard mask on the validation text", None),
     "prune": (
         "make a mask in one shot, layer by layer, without learning",
@@ -35,6 +36,8 @@ VERBS: dict[str, tuple[str, str | None]] = {
     "compare": ("tables and pictures of several results", "leap_pl.cli.compare:compare_command"),
 }
 
+RUNS = {"fit": "leap_pl.cli.fit:run", "recover": "leap_pl.cli.recover:run", "validate": "leap_pl.cli.fit:run"}
+FIRST_PAGES = {"fit": "leap_pl.cli.fit_help:FIRST_PAGE", "recover": "leap_pl.cli.recover_help:FIRST_PAGE"}
 ALL = "all"  # leap_pl fit --help all
 
 # Verb → its option with any number of values, which may also be given without the flag: leap_pl compare a.json b.json
@@ -47,7 +50,7 @@ Learn which weights of a large language model to keep (LEAP, arXiv 2605.17289).
 verbs:
 {chr(10).join(f"  {verb:<11} {words}" for verb, (words, _) in VERBS.items())}
 
-  leap_pl <verb> --help     options of a verb; of fit those that most runs need, and all with --help all
+  leap_pl <verb> --help     options of a verb; of fit and recover those that most runs need, all with --help all
   leap_pl --version         {__version__}
 
 from a model to a sparse checkpoint:
@@ -76,15 +79,14 @@ def main(args: "ArgsType" = None) -> Any:
             raise UserError(f"there is no verb {words[0]!r}. The verbs are {', '.join(VERBS)}; see leap_pl --help.")
         _check_working_directory()
         function = VERBS[words[0]][1]
-        if _asks_for_help(words[1:]) and (function or words[0] == "fit"):
+        if _asks_for_help(words[1:]) and (function or words[0] in FIRST_PAGES):
             _show_help(words[0], function)
             raise SystemExit(0)
         from leap_pl.inputs.register import command_inputs  # help does not wait for it
 
         with _plain_warnings(), command_inputs(words[0]):
             if function is None:
-                from leap_pl.cli.fit import run
-
+                run = _find(RUNS[words[0]])
                 return run(words[:-1] if words[-2:] in (["-h", ALL], ["--help", ALL]) else words)
             called = _find(function)
             return called(**settings_of(words[0], called, words[1:]))
@@ -100,13 +102,11 @@ def _asks_for_help(words: list[str]) -> bool:
 
 
 def _show_help(verb: str, function: str | None) -> None:
-    """Print the help of a verb's ``function``, or the first page of that of ``fit``."""
+    """Print the help of a verb's ``function``, or the first page of that of a run."""
     if function:
         _parser(verb, _find(function)).print_help()
-        return
-    from leap_pl.cli.fit_help import FIRST_PAGE
-
-    say(FIRST_PAGE.rstrip("\n"), lines=True)
+    else:
+        say(_find(FIRST_PAGES[verb]).rstrip("\n"), lines=True)
 
 
 def _check_working_directory() -> None:
@@ -178,10 +178,10 @@ def _rank() -> int:
     return getattr(rank_zero_only, "rank", None) or 0
 
 
-def _find(function: str) -> Callable[..., Any]:
-    module, _, name = function.partition(":")
-    found: Callable[..., Any] = getattr(import_module(module), name)
-    return found
+def _find(place: str) -> Any:
+    """Return an object by its module and name."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from leap_pl.export.usage import Format, usage
 from leap_pl.inputs import records
 from leap_pl.inputs.hub import is_hub_id
 from leap_pl.inputs.plain_values import shown
+from leap_pl.masks.kept_weights import TRAINED
 
 if TYPE_CHECKING:
     from leap_pl.masks import MaskSet
@@ -108,13 +109,22 @@ def _summary(masks: "MaskSet", facts: Mapping[str, Any], format: Format) -> str:
             f"model. {method}.{warning}"
         )
     held = "the bitmaps of the packed weights hold it" if format == "packed" else f"`{records.MASK}` holds it alone"
-    return f"{what} with {counts} set to zero: {form}. {_kept(facts)} {method}; {held}.{warning}"
+    return f"{what} with {counts} set to zero: {form}. {_kept(facts, made.config)} {method}; {held}.{warning}"
 
 
-def _kept(facts: Mapping[str, Any]) -> str:
-    zeros = facts["zeros_of_base_model_among_kept"]
-    how = f", rounded to {facts['rounded_to']}" if "rounded_to" in facts else ", bit for bit"
-    return f"Kept weights are the base model's{how}; {zeros:,} of them were zero already."
+def _kept(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    zeros, training = facts["zeros_of_base_model_among_kept"], config.get(TRAINED)
+    if isinstance(training, dict):
+        rounded = f", then rounded to {facts['rounded_to']}" if "rounded_to" in facts else ""
+        return (
+            f"**Weights were trained** ({markdown_code(training.get('kind'))}) under the mask{rounded}; "
+            f"{zeros:,} of those that it keeps are zero."
+        )
+    if "rounded_to" in facts:
+        return (
+            f"Kept weights are the base model's, rounded to {facts['rounded_to']}; {zeros:,} of them were zero already."
+        )
+    return f"Kept weights are the base model's, bit for bit; {zeros:,} of them were zero already."
 
 
 def _perplexities(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from leap_pl.masks import MaskSet
+    from leap_pl.masks.kept_weights import KeptWeights
 
 Values = Literal["auto", "int8"]
 
@@ -28,6 +29,7 @@ def export_model(
     output_dir: str | Path,
     model: str,
     *,
+    weights: "KeptWeights | None" = None,
     format: Format = "huggingface",
     values: Values = "auto",
     revision: str | None = None,
@@ -42,6 +44,7 @@ def export_model(
         masks: Weights of the base model ``model`` to keep; None if ``model`` is sparse already, packed or with zeros.
         output_dir: Folder to write, atomically. An existing one is replaced only with ``force``.
         model: Hub id, folder or GGUF file of the base model that the masks were made for, or of the sparse model.
+        weights: Trained weights to write in place of the base model's.
         format: ``huggingface``, with exact zeros, which plain transformers loads; ``packed`` (:mod:`leap_pl.sparse`);
             or ``mask``, the masks and no weights.
         values: Values of packed weights: ``auto``, those of the model, or ``int8``, rounded.
@@ -79,6 +82,8 @@ def export_model(
             _check_form(masks, base)
             if is_hub_id(model) and not is_hub_id(masks.provenance.base_model):  # a local copy of the same weights
                 masks = masks.with_provenance(base_model=model, revision=revision)
+            if weights is not None and format != "mask":
+                weights.apply_(base, masks)
         if hub_id is not None:
             masks, known = without_paths(masks), shortened(known)
         facts = facts_of(masks, _zeros_kept(masks, base)) | known
@@ -94,7 +99,7 @@ def export_model(
             if MaskSet.load(folder / records.MASK).digest_of_bits() != facts["mask_digest"]:
                 raise UserError(f"{records.MASK} does not read back as it was written. Check the disk of {output_dir}.")
         if format == "huggingface":
-            kept_digests = _kept_digests(masks, base)
+            kept_digests = _kept_digests(masks, base, () if weights is None else weights.names)
             _write_zeros(base, masks, folder)
             del base  # _verify loads the model again: do not hold two
             _verify(folder, masks, kept_digests, trust_remote_code)
@@ -135,10 +140,11 @@ def _zeros_kept(masks: "MaskSet", base: "PreTrainedModel") -> int:
     return sum(int((parameters[name].detach()[mask] == 0).sum()) for name, mask in masks.masks.items())
 
 
-def _kept_digests(masks: "MaskSet", base: "PreTrainedModel") -> dict[str, str]:
-    """Return a digest of the bits of each weight's kept elements."""
-    parameters = dict(base.named_parameters())
-    return {name: _digest(parameters[name].detach()[mask]) for name, mask in masks.masks.items()}
+def _kept_digests(masks: "MaskSet", base: "PreTrainedModel", trained: Iterable[str]) -> dict[str, str]:
+    """Return a digest of the bits of each weight's kept elements, and of the ``trained`` weights without a mask."""
+    parameters = {name: parameter.detach() for name, parameter in base.named_parameters()}
+    digests = {name: _digest(parameters[name][mask]) for name, mask in masks.masks.items()}
+    return digests | {name: _digest(parameters[name]) for name in trained if name not in digests}
 
 
 def _digest(tensor: "Tensor") -> str:
@@ -160,7 +166,8 @@ def _verify(folder: Path, masks: "MaskSet", kept_digests: dict[str, str], trust_
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
     found = dict(model.named_parameters())
-    for name, mask in masks.masks.items():
-        weight = found[name].detach()
-        if bool(weight[~mask].count_nonzero()) or _digest(weight[mask]) != kept_digests[name]:
+    for name, digest in kept_digests.items():
+        weight, mask = found[name].detach(), masks.masks.get(name)
+        kept, removed = (weight, weight[:0]) if mask is None else (weight[mask], weight[~mask])
+        if bool(removed.count_nonzero()) or _digest(kept) != digest:
             raise UserError(f"{name} does not read back as it was written. Check the disk of {folder.parent}.")

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from leap_pl.export.hub import shortened
+from leap_pl.masks.kept_weights import TRAINED
 
 if TYPE_CHECKING:
     from leap_pl.masks import Provenance
@@ -45,6 +46,8 @@ def decisive_settings(made: "Provenance") -> dict[str, str]:
         "optimizer steps": steps if steps == of or of is None else f"{steps} of {of}",
         "optimizer": _within(config, "optimizer", "class"),
         "learning rate": _within(config, "optimizer", "lr"),
+        "trained weights": _within(config, TRAINED, "kind"),
+        "their learning rate": _within(config, TRAINED, "lr"),
         "losses": ", ".join(f"{name} {weight}" for name, weight in losses.items() if weight),
         "α": _schedule(config, "alpha"),
         "τ": _schedule(config, "tau"),

@@ -25,6 +25,7 @@ from leap_pl.prior import Prior
 from leap_pl.training.live_settings import clipping_algorithm
 from leap_pl.training.optimizers import PackedAdamW
 from leap_pl.training.schedules import Annealing, learned_by
+from leap_pl.training.weights import KINDS, WeightTraining
 
 if TYPE_CHECKING:
     import lightning as L
@@ -99,6 +100,9 @@ TYPES: dict[str, Any] = {
     "model.activation_checkpointing": bool,
     "model.revision": str | None,
     "model.seed": int,
+    "model.train_weights": Literal[*KINDS],
+    "model.weight_training": WeightTraining,
+    "model.weights": str | None,
     "data.tokenizer": str,
     "data.text": str | list[str],
     "data.config_name": str | None,
