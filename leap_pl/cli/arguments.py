@@ -25,8 +25,8 @@ LIGHTNING = {"trainer.callbacks": "lightning.pytorch.callbacks", "trainer.logger
 # Restriction of a type, as the parser words it → range.
 RESTRICTIONS = {"v>0 and v<1": INSIDE, "v>0": POSITIVE, "v>=0": NOT_NEGATIVE}
 
-# Last part of a name that other tools have for a setting → that of this one.
-ELSEWHERE = {"learning_rate": "lr"}
+# Last part of a name that other tools have for a setting → end of the name of this one.
+ELSEWHERE = {"learning_rate": "optimizer.lr"}
 
 
 def one_line(error: Exception, options: Collection[str] = ()) -> str:

@@ -306,5 +306,5 @@ def test_the_card_tells_only_perplexities_that_say_of_what_they_are(finished: Ru
     assert "under the mask." in of_other_text
     assert "after step 4 of 6): " in card(perplexity_of=config["perplexity_of"] | {"step": 4})
     begun = card(data=config["data"] | {"bos": "every"})
-    assert "in blocks of 32 tokens, each beginning with BOS." in begun
+    assert "| blocks that begin with BOS | `every` |" in begun
     assert "(4 blocks of 32 tokens, each beginning with BOS): " in begun
