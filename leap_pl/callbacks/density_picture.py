@@ -7,7 +7,7 @@ import numpy as np
 
 from leap_pl.masks import split_name
 
-DOTS = 100  # an inch
+DOTS = 160  # an inch; a card of TensorBoard is about 340 dots wide, in which the labels must still be readable
 
 
 def draw_densities(densities: Mapping[str, float]) -> Any:
@@ -17,6 +17,7 @@ def draw_densities(densities: Mapping[str, float]) -> Any:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # importing it takes time, and only pictures need it
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     cells: dict[tuple[str, int], float] = {}
     for name, density in densities.items():
@@ -26,13 +27,14 @@ def draw_densities(densities: Mapping[str, float]) -> Any:
     projections = list(dict.fromkeys(projection for projection, _ in cells))
     layers = sorted({layer for _, layer in cells})
     grid = [[cells.get((projection, layer), float("nan")) for layer in layers] for projection in projections]
-    figure = Figure(figsize=(3.5 + 0.25 * len(layers), 1.5 + 0.3 * len(projections)), dpi=DOTS, layout="constrained")
+    size = (2.8 + 0.06 * len(layers), 1.2 + 0.26 * len(projections))
+    figure = Figure(figsize=size, dpi=DOTS, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
     image = axes.imshow(grid or [[float("nan")]], cmap="cividis", aspect="auto")
     axes.set_yticks(range(len(projections)), projections)
-    step = max(1, len(layers) // 16)
+    step = max(1, len(layers) // 8)
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axes.set_xlabel("decoder layer")
-    figure.colorbar(image, ax=axes, label="density (kept over all)")
+    figure.colorbar(image, ax=axes, label="density", format=ScalarFormatter(useOffset=False))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # the canvas is freed

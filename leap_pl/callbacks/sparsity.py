@@ -25,7 +25,7 @@ FEWEST_BITS = 256  # samples of a weight that are needed to call its density ext
 # TensorBoard's custom-scalars page: learning, budget, changes of the mask, densities by layer and projection.
 _PAGE = {
     "run": {
-        "perplexity: the exported mask against the dense model": ["Multiline", [r"perplexity/.*"]],
+        "perplexity: the exported mask, the prior and the dense model": ["Multiline", [r"at_a_glance/perplexity_.*"]],
         "loss a token, nats": ["Multiline", [r"loss/(lm|distillation)"]],
         "density: the relaxed mask against the target": ["Multiline", [r"density/.*"]],
         "share of mask bits that changed": ["Multiline", [r"mask/.*"]],
@@ -67,7 +67,7 @@ class SparsityLogger(L.Callback):
 
     Hard metrics describe the mask at exactly the target sparsity, estimated from evenly spaced logits;
     soft metrics cover all weights, in the last micro-batch. TensorBoard also gets histograms of αθ/τ, pictures of the
-    density by layer and projection, a custom-scalars page, and the hyperparameters with the final perplexities.
+    soft density by layer and projection, a custom-scalars page, and the hyperparameters with the final perplexities.
 
     There is one warning for each weight of which the hard mask keeps, or removes, almost nothing.
     """
@@ -88,6 +88,7 @@ class SparsityLogger(L.Callback):
         self.samples = samples
         self.prior_bits: dict[str, Tensor] = {}
         self.last_bits: dict[str, Tensor] = {}
+        self.last_kept: dict[str, float] = {}  # sum of the relaxed mask by weight
         self.last_step = -1
         self.warned: set[str] = set()
 
@@ -133,7 +134,7 @@ class SparsityLogger(L.Callback):
         if step % self.histogram_every_n_steps == 0 or step in (1, trainer.max_steps):
             self._histograms(trainer, pl_module, step)
         if step % self.histogram_every_n_steps == 0 or step == trainer.max_steps:
-            self._draw_densities(trainer, step)
+            self._draw_densities(trainer, pl_module, step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the perplexities that decide."""
@@ -163,7 +164,7 @@ class SparsityLogger(L.Callback):
         if module.gradient_norm is not None:
             metrics["gradient/norm"] = float(gathered(module.gradient_norm))
         metrics["schedule/alpha"], metrics["schedule/tau"] = float(module.state.alpha), float(module.state.tau)
-        kept = module.mean_over_ranks(read_together(module.gates.kept))
+        kept = self.last_kept = module.mean_over_ranks(read_together(module.gates.kept))
         metrics |= _densities("soft", kept, {name: module.sizes[name] for name in kept})
         metrics["density/soft"] = sum(kept.values()) / sum(module.sizes[name] for name in kept)
         metrics["density/target"] = 1 - module.sparsity
@@ -221,10 +222,11 @@ class SparsityLogger(L.Callback):
                     values = torch.cat(parts).clamp(-20, 20)
                     logger.experiment.add_histogram(f"weights_alpha_theta_over_tau/{projection}", values, step)
 
-    def _draw_densities(self, trainer: L.Trainer, step: int) -> None:
+    def _draw_densities(self, trainer: L.Trainer, module: LeapModule, step: int) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                picture = draw_densities({name: float(bits.float().mean()) for name, bits in self.last_bits.items()})
+                # Of the relaxed mask, over all of its weights: sampled bits are off by more than masks differ.
+                picture = draw_densities({name: kept / module.sizes[name] for name, kept in self.last_kept.items()})
                 logger.experiment.add_image("at_a_glance/density", picture, step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:

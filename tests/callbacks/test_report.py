@@ -12,7 +12,7 @@ from conftest import Run, fit_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_model
 
-from leap_pl.callbacks import StepProgress, progress
+from leap_pl.callbacks import StepProgress, progress, sparsity
 from leap_pl.callbacks.density_picture import draw_densities
 from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
@@ -84,6 +84,18 @@ def test_a_picture_of_densities() -> None:
     assert picture.dtype == np.uint8
     assert picture.shape[2] == 3
     assert picture.std() > 0
+    deep = draw_densities({f"model.layers.{layer}.mlp.up_proj.weight": layer / 30 for layer in range(30)})
+    assert deep.shape[1] < 800  # a card is 340 wide, and its labels are to be readable
+
+
+def test_the_picture_is_of_all_weights(model_folder, text_file, tmp_path: Path, monkeypatch) -> None:
+    """Of the relaxed mask, whose densities are known exactly, and not of the sampled bits of the hard one."""
+    drawn = []
+    monkeypatch.setattr(sparsity, "draw_densities", lambda densities: drawn.append(densities) or np.zeros((1, 1, 3)))
+    few = ("--trainer.max_steps=1", "--trainer.enable_progress_bar=false", "--sparsity_log.samples=1")
+    module = main(fit_flags(model_folder, text_file, tmp_path, *few)).model
+    (densities,) = drawn
+    assert densities == {name: float(kept) / module.sizes[name] for name, kept in module.gates.kept.items()}
 
 
 class Terminal(io.StringIO):

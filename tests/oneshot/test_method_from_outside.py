@@ -77,7 +77,7 @@ def test_the_help_has_its_name_and_its_option(capsys: pytest.CaptureFixture[str]
         main(["prune", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert f"{NAME} (wanda with another power)" in text
-    assert f"({NAME}) Power of the size of inputs. By default 2 for {NAME}." in text
+    assert f" Power of the size of inputs. By default 2 for {NAME}." in text
 
 
 @pytest.mark.parametrize(
