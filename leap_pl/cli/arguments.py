@@ -134,8 +134,9 @@ def _unknown_key(within: str, name: str, options: Collection[str]) -> str:
 def _nearest(name: str, options: Collection[str]) -> str | None:
     """Return the option that a mistyped one may mean: one of the same last name, or else one spelled similarly."""
     last = name.rpartition(".")[2].removeprefix("--")
-    within = [option for option in options if option.endswith(f".{ELSEWHERE.get(last, last)}")]
-    near = get_close_matches(name, within, 1, 0.0) or get_close_matches(name, options, 1)
+    here = ELSEWHERE.get(last, last)
+    within = [option for option in options if option.endswith(f".{here}")]
+    near = get_close_matches(name.removesuffix(last) + here, within, 1, 0.0) or get_close_matches(name, options, 1)
     return near[0] if near else None
 
 

@@ -430,20 +430,33 @@ class GatedModule(L.LightningModule):
         All ranks must call this, after :meth:`save_mask` has written ``mask``; rank zero writes the file.
         """
         trained = self.trained
-        frozen = {name: self.weights[name] if name in self.weights else self.ungated[name].weight for name in trained}
 
         def weight(name: str) -> Tensor:
-            value = gathered(trained[name](frozen[name].parameter)).cpu()
+            value = gathered(trained[name](self._frozen(name))).cpu()
             return (
                 value if name in self.ungated else value.masked_fill(~gathered(self.gates[name].hard_mask()).cpu(), 0)
             )
 
         if self.attached is None or self.trainer.is_global_zero:
-            headers = {name: (one.parameter.dtype, one.parameter.shape) for name, one in frozen.items()}
+            headers = {name: (self._frozen(name).dtype, self._frozen(name).shape) for name in trained}
             write_weights(path, headers, weight, mask)
         else:
             for name in sorted(trained):
                 weight(name)
+
+    @torch.no_grad()
+    def movements(self) -> dict[str, tuple[float, float]]:
+        """Return, for each trained weight, Σ(W − W₀)² and ΣW₀², W₀ being the base model's; all ranks must call this."""
+        sums = []
+        for name, one in self.trained.items():
+            base = self._frozen(name)
+            sums += [(one(base) - base).float().square().sum(), base.float().square().sum()]
+        numbers = gathered(torch.stack(sums)).tolist() if sums else []
+        return dict(zip(self.trained, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
+
+    def _frozen(self, name: str) -> Tensor:
+        """Return the frozen weight ``name`` of a trained one."""
+        return (self.weights[name] if name in self.weights else self.ungated[name].weight).parameter
 
     # -- checkpoints --------------------------------------------------------------------------------------
 

@@ -21,7 +21,9 @@ KEPT_HIDDEN, KEPT_INTERMEDIATE = 20, 8
 CHUNK_VOCABULARY = 12  # bytes of the loss for each token of a chunk and each entry of the vocabulary
 
 
-def expected_bytes(module: "LeapModule", model: "PreTrainedModel", logits: int, tokens: int, ranks: int) -> int:
+def expected_bytes(
+    module: "LeapModule", model: "PreTrainedModel", logits: int, tokens: int, ranks: int, trained: int = 0
+) -> int:
     """Return the expected bytes of model, learning and activations, without libraries and fragmentation.
 
     The activations are those of a Llama with the model's dimensions. Nothing is measured.
@@ -29,9 +31,10 @@ def expected_bytes(module: "LeapModule", model: "PreTrainedModel", logits: int, 
     Args:
         module: Module that learns.
         model: Its base model, still without gates.
-        logits: Number of logits.
+        logits: Number of logits; 0 for a fixed mask, whose bits are counted.
         tokens: Tokens in a micro-batch.
         ranks: Number of devices over which decoder blocks are sharded; 1 if each holds the whole model.
+        trained: Number of parameters of trained weights.
     """
     size, config = model.dtype.itemsize, model.config.get_text_config()
     blocks = decoder_blocks(model)[1]
@@ -50,4 +53,6 @@ def expected_bytes(module: "LeapModule", model: "PreTrainedModel", logits: int, 
     else:
         transient = TRANSIENT_LOW_MEMORY if module.logits_dtype.itemsize == 2 else TRANSIENT
     block = transient * max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    return int((size * within + learned * logits) / ranks + size * outside + activations * tokens + loss + block)
+    bits = 0 if logits else sum(module.sizes.values()) // 8  # on every rank
+    held = (size * within + learned * (logits + trained)) / ranks + size * outside + bits
+    return int(held + activations * tokens + loss + block)

@@ -82,6 +82,11 @@ class Trainable(TrainedWeight, ABC):
         return True
 
     @classmethod
+    @abstractmethod
+    def parameters_of(cls, weight: Weight, settings: WeightTraining) -> int:
+        """Return the number of parameters of the trained form of ``weight``, without creating them."""
+
+    @classmethod
     def check(cls, names: Collection[str], settings: WeightTraining) -> None:
         """Check that the settings suit the gated weights ``names``.
 
@@ -105,6 +110,11 @@ class Master(Trainable):
     def value(base: Tensor, parts: Mapping[str, Tensor], settings: WeightTraining) -> Tensor:
         """Return the rounded master; see :meth:`Trainable.value`."""
         return parts["master"].to(base.dtype)
+
+    @classmethod
+    def parameters_of(cls, weight: Weight, settings: WeightTraining) -> int:
+        """Return one for each element; see :meth:`Trainable.parameters_of`."""
+        return weight.parameter.numel()
 
     @torch.no_grad()
     def start_at(self, weight: Tensor) -> None:
@@ -137,6 +147,12 @@ class LowRank(Trainable):
         with torch.autocast(base.device.type, enabled=False):
             product = parts["lora_B"].to(torch.float32) @ parts["lora_A"].to(torch.float32)
             return (base.to(torch.float32) + settings.lora_alpha / settings.r * product).to(base.dtype)
+
+    @classmethod
+    def parameters_of(cls, weight: Weight, settings: WeightTraining) -> int:
+        """Return the elements of both factors; see :meth:`Trainable.parameters_of`."""
+        *stacked, rows, columns = weight.parameter.shape
+        return math.prod(stacked) * settings.r * (rows + columns)
 
     @classmethod
     def takes(cls, name: str, settings: WeightTraining) -> bool:
@@ -192,6 +208,23 @@ def check_kind(name: str) -> None:
     """
     if name not in KINDS:
         raise UserError(f"model.train_weights is {name!r}; give one of {', '.join(KINDS)}.")
+
+
+def parameters_of(train_weights: str, settings: WeightTraining, weights: Mapping[str, Weight], model: nn.Module) -> int:
+    """Return the number of parameters that a run trains of weights and norms, without those of masks.
+
+    Args:
+        train_weights: Name of what is trained.
+        settings: Settings of the training.
+        weights: Gated weights.
+        model: Model, still without gates.
+    """
+    kind = KINDS[train_weights]
+    found = sum(norm.parameter.numel() for norm in norms_in(model)) if kind.norms else 0
+    if kind.gated is not None:
+        taken = [weight for name, weight in weights.items() if kind.gated.takes(name, settings)]
+        found += sum(kind.gated.parameters_of(weight, settings) for weight in taken)
+    return found
 
 
 def norms_in(module: nn.Module, within: str = "") -> Iterator[Weight]:
