@@ -356,6 +356,42 @@ def test_weights_and_mask_belong_together(recovered: Path, finished_run: Run, tm
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda state: state.pop("trained.master.model.layers.0.mlp.up_proj.weight"), "lacks the trained weights of"),
+        (lambda state: state.update({"trained.other.model.norm.weight": torch.zeros(1)}), None),
+        (lambda state: state.pop("bits.model.layers.0.mlp.up_proj.weight"), "lacks the logits of"),
+        (
+            lambda state: state.update({"bits.model.layers.0.mlp.up_proj.weight": torch.zeros(1)}),
+            "stored bits of shape",
+        ),
+        (
+            lambda state: state.update({"trained.master.model.norm.weight": torch.zeros(2)}),
+            "of the shape that was trained",
+        ),
+        (
+            lambda state: state.update(
+                {"trained.other.model.norm.weight": state.pop("trained.master.model.norm.weight")}
+            ),
+            "cannot be computed",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(
+    recovered: Path, tmp_path: Path, capsys, spoil: Callable[[dict[str, Any]], Any], says: str | None
+) -> None:
+    checkpoint = torch.load(recovered / "checkpoints" / "last.ckpt", weights_only=True)
+    spoil(checkpoint["state_dict"])
+    torch.save(checkpoint, tmp_path / "spoilt.ckpt")
+    words = ["export", f"--ckpt_path={tmp_path / 'spoilt.ckpt'}", f"--output_dir={tmp_path / 'model'}"]
+    if says is None:
+        main(words)
+    else:
+        assert says in refused(words, capsys)
+    assert (tmp_path / "model").exists() == (says is None)
+
+
 def test_a_checkpoint_that_lacks_what_a_module_learns(recovered: Path, finished: Run) -> None:
     with pytest.raises(UserError, match="the checkpoint lacks what this run learns of"):
         LeapModule.load_from_checkpoint(finished.checkpoint, train_weights="kept")
