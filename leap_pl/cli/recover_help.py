@@ -40,5 +40,5 @@ results
   --ckpt_path last                   Resume from the newest checkpoint in --checkpoint.dirpath, if there is one.
   --force                            Replace an earlier run in that folder.
 
-leap_pl recover --help all lists every option, leap_pl export --mask FOLDER/mask.safetensors writes the model.
+leap_pl recover --help all lists every option. leap_pl export --help says how the trained model is written.
 """

@@ -17,6 +17,7 @@ from leap_pl.gates.calls import Call
 from leap_pl.gates.collection import Gates
 from leap_pl.gates.learned import Learned
 from leap_pl.gates.trained import TrainedWeight, softened
+from leap_pl.kernels import backward_pass
 from leap_pl.kernels.compiled import scalar
 from leap_pl.kernels.noise import noise_keys
 
@@ -185,8 +186,12 @@ class Gate(Learned, ABC):
         return weight if self.trained is None else self.trained(weight)
 
     def note(self, kept: Tensor, energy: Tensor) -> None:
-        """Set the sums of a soft pass."""
-        self.__dict__.update(kept=kept, energy=energy)  # bypasses the cost of nn.Module.__setattr__
+        """Set the sums of a soft pass; those that activation checkpointing recomputes are not taken.
+
+        No backward pass goes through the graph of these, which would keep the recomputed tensors in memory.
+        """
+        if backward_pass.running() == backward_pass.NONE:
+            self.__dict__.update(kept=kept, energy=energy)  # bypasses the cost of nn.Module.__setattr__
 
     def share(self, call: Call) -> None:
         """Take the masked weight from ``call`` while it runs; the reference is weak."""

@@ -97,9 +97,7 @@ class KeptWeights:
         parameters = dict(model.named_parameters())
         for name in self.names:
             parameter = parameters.get(name)
-            value = (
-                None if parameter is None else self.value(name, parameter.detach().to(self.dtype or parameter.dtype))
-            )
+            value = None if parameter is None else self._value(name, parameter.detach())
             if parameter is None or value is None or value.shape != parameter.shape:
                 raise UserError(
                     f"the model has no weight {shown(name, 200)} of the shape that was trained. Give the base model "
@@ -110,6 +108,18 @@ class KeptWeights:
             mask = masks.masks.get(name)
             value = value.to(parameter.dtype)
             parameter.data = value if mask is None else value.masked_fill(~mask, 0)
+
+    def _value(self, name: str, base: Tensor) -> Tensor:
+        """Return one trained weight; ``base`` is the base model's."""
+        try:
+            return self.value(name, base.to(self.dtype or base.dtype))
+        except UserError:
+            raise
+        except Exception as error:  # damaged tensors can make anything fail
+            raise UserError(
+                f"the trained weight {shown(name, 200)} cannot be computed from what is stored of it "
+                f"({shown(' '.join(str(error).split()), 120)}). Take another checkpoint, or another copy of the file."
+            ) from error
 
 
 def write_weights(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import load_checkpoint
+from leap_pl.errors import UserError, listing
 from leap_pl.gates import PART
 from leap_pl.masks.kept_weights import KeptWeights
 from leap_pl.training.run_settings import read_settings
@@ -22,7 +23,7 @@ def weights_from_checkpoint(path: str | Path) -> KeptWeights | None:
     Those of a folder are read one at a time.
 
     Raises:
-        UserError: The checkpoint cannot be read.
+        UserError: The checkpoint cannot be read, or lacks trained weights.
     """
     checkpoint = load_checkpoint(path)
     identity = read_identity(checkpoint, path)
@@ -44,8 +45,15 @@ def weights_from_checkpoint(path: str | Path) -> KeptWeights | None:
             part, _, name = key.removeprefix(PART).partition(".")
             parts.setdefault(name, []).append(part)
 
+    gated = KINDS[kind].gated
+    wanted = [name for name in identity.shapes if gated is not None and gated.takes(name, settings)]
+    missing = [name for name in wanted if name not in parts]
+    if missing or not parts:
+        which = listing(missing, 3) if missing else "the norms"
+        raise UserError(f"{path} lacks the trained weights of {which}. Take the checkpoint before it.")
+
     def value(name: str, base: Tensor) -> Tensor:
-        made = KINDS[kind].gated if name in identity.shapes else None
+        made = gated if name in identity.shapes else None
         found = {part: read(f"{PART}{part}.{name}") for part in parts[name]}
         return (made or Master).value(base, found, settings)
 

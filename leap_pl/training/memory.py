@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 # Measured by benchmarks/sharded_memory.py on a CPU, with weights in bfloat16.
 # Bytes a weight of one block at the peak of a backward pass, beside what is held: on one device, on one device with
-# bfloat16 logits, and sharded.
+# bfloat16 logits, and sharded; and with weights that are trained, in addition to a learned mask and under a fixed one.
 TRANSIENT, TRANSIENT_LOW_MEMORY, TRANSIENT_SHARDED = 8, 6, 25
+TRANSIENT_WEIGHTS, TRANSIENT_FIXED = 4, 6
 PREFETCHED = 6  # bytes a weight of the next block, which a GPU gathers while one computes
 # Bytes a token that one block keeps for its backward pass, times hidden size and intermediate size.
 KEPT_HIDDEN, KEPT_INTERMEDIATE = 20, 8
@@ -52,6 +53,7 @@ def expected_bytes(
         transient = TRANSIENT_SHARDED + PREFETCHED
     else:
         transient = TRANSIENT_LOW_MEMORY if module.logits_dtype.itemsize == 2 else TRANSIENT
+        transient = (transient + TRANSIENT_WEIGHTS * bool(trained)) if logits else TRANSIENT_FIXED
     block = transient * max(sum(p.numel() for p in block.parameters()) for block in blocks)
     bits = 0 if logits else sum(module.sizes.values()) // 8  # on every rank
     held = (size * within + learned * (logits + trained)) / ranks + size * outside + bits

@@ -204,7 +204,10 @@ def test_gradients_are_the_same_under_activation_checkpointing(kind: type[Gate])
         if checkpointing:
             checkpoint_activations(model)
         loss: Any = model(input_ids=IDS, labels=IDS, use_cache=False)
+        kept = {name: gate.kept for name, gate in gates.items()}
         loss.loss.backward()
+        # The sums of a recomputation would keep its graph, and so its weights, in memory.
+        assert all(gate.kept is kept[name] for name, gate in gates.items())
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         assert all(grad is not None and bool(grad.any()) for grad in grads.values())
         assert len(grads) == 5 + len(gates) * (2 if kind is BernoulliGate else 1)

@@ -13,16 +13,17 @@ from conftest import Run, fit_flags, refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stopped_runs import curves, differences, outcome
-from tiny import tiny_folder
+from tiny import tiny_folder, tiny_model
 
 from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
+from leap_pl.base_model.weights import find_weights
 from leap_pl.checkpoints.layout import load_checkpoint, masks_from_checkpoint
 from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
 from leap_pl.training.checkpoint_weights import weights_from_checkpoint
-from leap_pl.training.weights import WeightTraining
+from leap_pl.training.weights import WeightTraining, parameters_of
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 
@@ -82,8 +83,14 @@ def test_the_mask_stays_and_what_it_keeps_moves(recovered: Path, finished_run: R
     for name, weight in weights.items():
         kept = mask.masks.get(name, torch.ones_like(weight, dtype=torch.bool))
         assert (weight[kept] != base[name][kept]).float().mean() > 0.9
-    perplexity = curves(recovered / "tensorboard")["perplexity/hard"]
-    assert perplexity[4] < 0.8 * perplexity[0]
+    drawn = curves(recovered / "tensorboard")
+    assert drawn["perplexity/hard"][4] < 0.8 * drawn["perplexity/hard"][0]
+    name = "model.layers.0.mlp.up_proj.weight"
+    one = [(weights[n] - base[n])[mask.masks[n]].norm() ** 2 for n in (name, name.replace("0", "1"))]
+    all_of = [base[n].norm() ** 2 for n in (name, name.replace("0", "1"))]
+    assert drawn["moved/by_projection/mlp.up_proj"][4] == pytest.approx(float((sum(one) / sum(all_of)) ** 0.5))
+    assert 0 < drawn["moved/by_layer/000"][1] < drawn["moved/by_layer/000"][4]
+    assert {"moved/all", "moved/by_layer/other", "moved/by_projection/model.norm"} <= drawn.keys()
     checkpoint = load_checkpoint(recovered / "checkpoints" / "last.ckpt")
     assert {key.partition(".")[0] for key in checkpoint["state_dict"]} == {"bits", "trained"}
     (groups,) = (state["param_groups"] for state in checkpoint["optimizer_states"])
@@ -129,6 +136,7 @@ def test_without_trained_weights_a_run_is_what_it_was(finished: Run) -> None:
     assert len(checkpoint["optimizer_states"][0]["param_groups"]) == 1
     assert not {"mask", "train_weights"} & checkpoint["leap_pl"]["settings"].keys()
     assert not (finished.folder / "checkpoints" / "weights.safetensors").exists()
+    assert not any(name.startswith("moved") for name in curves(finished.folder / "tensorboard"))
     assert weights_from_checkpoint(finished.checkpoint) is None
 
 
@@ -166,6 +174,18 @@ def test_python_trains_what_the_command_line_trains(
     for name, weight in loaded.trained.items():
         assert torch.equal(weight.master, module.trained[name].master)  # type: ignore[arg-type]
     assert loaded.mask_set().provenance.method == "leap"
+
+
+def test_the_plan_says_what_is_trained(recover: Flags, tmp_path: Path, capsys) -> None:
+    main(recover(tmp_path / "run", "--trainer.max_steps=1", "--model.train_weights=lora"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "weights lora, AdamW with learning rate 0.01 (1 warm-up steps)" in said
+    assert "50.0% of them are removed (FixedGate)" in said
+    for kind, parameters in (("kept", 15_360 + 5 * 32), ("norms", 5 * 32), ("none", 0)):
+        model = tiny_model()
+        assert parameters_of(kind, WeightTraining(), find_weights(model), model) == parameters
+    factors = sum(16 * sum(weight.parameter.shape) for weight in find_weights(model).values())
+    assert parameters_of("lora", WeightTraining(), find_weights(model), model) == factors
 
 
 def test_low_memory(recover: Flags, tmp_path: Path) -> None:
@@ -334,6 +354,42 @@ def test_weights_and_mask_belong_together(recovered: Path, finished_run: Run, tm
     weights.unlink()
     assert "weights.safetensors is missing" in says()
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda state: state.pop("trained.master.model.layers.0.mlp.up_proj.weight"), "lacks the trained weights of"),
+        (lambda state: state.update({"trained.other.model.norm.weight": torch.zeros(1)}), None),
+        (lambda state: state.pop("bits.model.layers.0.mlp.up_proj.weight"), "lacks the logits of"),
+        (
+            lambda state: state.update({"bits.model.layers.0.mlp.up_proj.weight": torch.zeros(1)}),
+            "stored bits of shape",
+        ),
+        (
+            lambda state: state.update({"trained.master.model.norm.weight": torch.zeros(2)}),
+            "of the shape that was trained",
+        ),
+        (
+            lambda state: state.update(
+                {"trained.other.model.norm.weight": state.pop("trained.master.model.norm.weight")}
+            ),
+            "cannot be computed",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(
+    recovered: Path, tmp_path: Path, capsys, spoil: Callable[[dict[str, Any]], Any], says: str | None
+) -> None:
+    checkpoint = torch.load(recovered / "checkpoints" / "last.ckpt", weights_only=True)
+    spoil(checkpoint["state_dict"])
+    torch.save(checkpoint, tmp_path / "spoilt.ckpt")
+    words = ["export", f"--ckpt_path={tmp_path / 'spoilt.ckpt'}", f"--output_dir={tmp_path / 'model'}"]
+    if says is None:
+        main(words)
+    else:
+        assert says in refused(words, capsys)
+    assert (tmp_path / "model").exists() == (says is None)
 
 
 def test_a_checkpoint_that_lacks_what_a_module_learns(recovered: Path, finished: Run) -> None:
