@@ -23,7 +23,7 @@ VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "AdamW not fused, clipped apart": (["--model.optimizer.fused", "false"], {}),
     "loss of all tokens at once": (["--model.objective.chunk", "1000000"], {}),
     "activation checkpointing": (["--model.activation_checkpointing", "true"], {}),
-    "low memory": (["--config", "configs/low_memory.yaml"], {}),
+    "low memory": (["--config", "low_memory"], {}),
 }
 
 

@@ -1,6 +1,6 @@
 """Bytes that the ranks of a sharded run hold, measured: processes on this machine, gloo between them.
 
-python -m benchmarks.sharded_memory [--ranks 1 2 4] [--output F.json]
+python -m benchmarks.sharded_memory [--ranks 1 2 4] [--train mask] [--output F.json]
 
 Models of random weights in bfloat16 take two steps, as leap_pl takes them, and what a process has in memory of its own
 is read from the kernel: after the first step, and at the peak of the second. Two widths tell what grows with the
@@ -29,12 +29,14 @@ from benchmarks.report import Row, finish
 from leap_pl.base_model.backbone import checkpoint_activations, split_model
 from leap_pl.base_model.weights import decoder_blocks, find_weights
 from leap_pl.distributed.strategy import shard
-from leap_pl.gates import BernoulliGate, Gates, GateState, attach
+from leap_pl.gates import BernoulliGate, FixedGate, Gates, GateState, attach
 from leap_pl.losses.budget import kept_norm, sparsity_budget
 from leap_pl.losses.language import language_losses
 from leap_pl.losses.objective import Objective
 from leap_pl.training.optimizers import PackedAdamW
+from leap_pl.training.weights import Master, WeightTraining
 
+TRAIN = ("mask", "weights", "both")
 LAYERS = 8
 TOKENS = 16
 M_MMAP_THRESHOLD = -3
@@ -46,14 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--output")
     parser.add_argument("--low_memory", action="store_true", help="bfloat16 logits and PackedAdamW; one rank")
+    parser.add_argument("--train", choices=TRAIN, default="mask", help="the mask, the weights of a fixed one, or both")
     parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
-        print(json.dumps(child(*args.child, low_memory=args.low_memory)))
+        print(json.dumps(child(*args.child, low_memory=args.low_memory, train=args.train)))
         return
     rows: list[Row] = []
     for ranks in args.ranks:
-        narrow, wide = (_launch(ranks, LAYERS, width, low_memory=args.low_memory) for width in (512, 1024))
+        flags = ["--train", args.train, *(["--low_memory"] if args.low_memory else [])]
+        narrow, wide = (_launch(ranks, LAYERS, width, flags) for width in (512, 1024))
         weights = wide["gated"] - narrow["gated"]
         held, peak = ((wide[moment] - narrow[moment]) / weights for moment in ("held", "peak"))
         row: Row = {"ranks": ranks, "held, bytes a weight": held}
@@ -63,13 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finish(rows, args.output, bytes_kept_a_token=kept_bytes())
 
 
-def _launch(ranks: int, layers: int, width: int, *, low_memory: bool) -> dict[str, float]:
+def _launch(ranks: int, layers: int, width: int, flags: Sequence[str]) -> dict[str, float]:
     """The largest of each figure over ``ranks`` processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "benchmarks.sharded_memory", "--child", str(layers), str(width)]
-    command += ["--low_memory"] if low_memory else []
+    command = [sys.executable, "-m", "benchmarks.sharded_memory", "--child", str(layers), str(width), *flags]
     base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     processes = [
         subprocess.Popen(command, env={**base, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
@@ -93,13 +96,14 @@ def model_of(layers: int, width: int) -> Any:
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def child(layers: int, width: int, *, low_memory: bool = False) -> dict[str, float]:
+def child(layers: int, width: int, *, low_memory: bool = False, train: str = "mask") -> dict[str, float]:
     """Two steps of one rank, in bytes."""
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back to the system at once
     dist.init_process_group("gloo")
     before = _own_bytes("RssAnon")
-    step, gated = make_step(model_of(layers, width), sharded=dist.get_world_size() > 1, low_memory=low_memory)
+    options: dict[str, Any] = {"low_memory": low_memory, "train": train}
+    step, gated = make_step(model_of(layers, width), sharded=dist.get_world_size() > 1, **options)
     ids_BL = torch.randint(0, 64, (1, TOKENS))
     step(ids_BL)
     held = _own_bytes("RssAnon")
@@ -115,7 +119,7 @@ def _own_bytes(name: str) -> int:
     return int(found[1]) * 1024
 
 
-def make_step(model: Any, *, sharded: bool, low_memory: bool = False) -> tuple[Any, int]:
+def make_step(model: Any, *, sharded: bool, low_memory: bool = False, train: str = "mask") -> tuple[Any, int]:
     """A step as a run of leap_pl takes it, with activation checkpointing, and the number of gated weights."""
     weights = find_weights(model)
     sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
@@ -126,9 +130,14 @@ def make_step(model: Any, *, sharded: bool, low_memory: bool = False) -> tuple[A
     def prepare(index: int, _: nn.Module) -> None:
         nonlocal gates
         inside = {name: weight for name, weight in weights.items() if weight.layer == index}
-        attached = attach(inside, BernoulliGate, state, torch.bfloat16 if low_memory else torch.float32)
-        for gate in attached.values():
-            gate.start_from(None, 0)
+        dtype = torch.bfloat16 if low_memory else torch.float32
+        attached = attach(inside, FixedGate if train == "weights" else BernoulliGate, state, dtype)
+        for name, gate in attached.items():
+            weight = inside[name]
+            gate.start_from(weight.parameter > 0 if train == "weights" else None, 0)
+            if train != "mask":
+                gate.trained = Master(weight, WeightTraining(), 0)
+                gate.trained.store_as(dtype)
         gates |= attached
 
     blocks = decoder_blocks(model)[1]
@@ -141,8 +150,8 @@ def make_step(model: Any, *, sharded: bool, low_memory: bool = False) -> tuple[A
         states, head = split_model(model)
     checkpoint_activations(model)
     model.train()
-    logits = [gate.logits for gate in gates.values()]
-    optimizer = PackedAdamW(logits) if low_memory else torch.optim.AdamW(logits, fused=True)
+    learned = list(gates.learned().values())
+    optimizer = PackedAdamW(learned) if low_memory else torch.optim.AdamW(learned, fused=True)
 
     def step(ids_BL: Tensor) -> None:
         hidden = states(ids_BL)[:, :-1].flatten(0, 1)
@@ -150,7 +159,7 @@ def make_step(model: Any, *, sharded: bool, low_memory: bool = False) -> tuple[A
         loss = loss + sparsity_budget(gates.kept, sizes, 0.5, [list(gates)])
         loss = loss - kept_norm(gates.energy.values(), norm)
         loss.backward()
-        nn.utils.clip_grad_norm_(logits, 1.0)
+        nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         # The gradients stay, as when micro-batches are accumulated.
 

@@ -109,7 +109,7 @@ def dense_step(model: Any) -> Step:
 def leap_step(
     model: Any, kind: type[Gate] = kinds.BernoulliGate, *, low_memory: bool = False, start: Start | None = None
 ) -> Step:
-    """A step of leap_pl, its objective whole, without Lightning; ``low_memory`` as configs/low_memory.yaml has it."""
+    """A step of leap_pl, its objective whole, without Lightning; ``low_memory`` as the recipe has it."""
     weights = find_weights(model)
     sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
     norm = sum(float(weight.parameter.detach().float().norm()) for weight in weights.values())

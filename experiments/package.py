@@ -30,10 +30,13 @@ open("text.txt", "w", encoding="utf-8").write("The quick brown fox jumps over th
 
 _COMMANDS = (
     "leap_pl --help",
-    "leap_pl fit --model.base_model model --model.sparsity 0.5 --data.text text.txt --data.seq_length 32"
-    " --data.batch_size 2 --trainer.max_steps 3 --trainer.accelerator cpu --checkpoint.dirpath run",
+    "leap_pl fit --config short --model.base_model model --model.prior.sequences 4 --data.text text.txt"
+    " --data.seq_length 32 --trainer.max_steps 3 --trainer.accelerator cpu --checkpoint.dirpath run",
     "leap_pl export --mask run/mask.safetensors --output_dir sparse",
-    "leap_pl evaluate --model sparse --perplexity text.txt --seq_length 32",
+    "leap_pl evaluate --model sparse --perplexity text.txt --seq_length 32 --output sparse.json",
+    "leap_pl compare sparse.json run/mask.safetensors --output_dir comparison",
+    "leap_pl export --model sparse --format packed --output_dir packed --force",
+    "leap_pl generate --model packed --prompt fox --max_new_tokens 4",
 )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from leap_pl.cli.fit import make_cli
+from leap_pl.cli.fit import LeapCLI, make_cli
 from leap_pl.cli.main import VERBS, _find, settings_of
+from leap_pl.cli.recover import RecoverCLI
 from leap_pl.cli.token_budget import number_of
 
 ROOT = Path(__file__).parents[1]
@@ -123,8 +124,8 @@ def test_a_command_that_is_shown_parses(
     if function is not None:
         assert settings_of(verb, _find(function), words)
         return
-    if "--ckpt_path" in words:  # of the run, which is not made here
-        del words[(place := words.index("--ckpt_path")) : place + 2]
+    for option in {"--ckpt_path", "--model.mask"} & {*words}:  # of a run, which is not made here
+        del words[(place := words.index(option)) : place + 2]
     if "--tokens" in words:  # an option of the verb, which the parser without one does not have
         place = words.index("--tokens")
         words[place : place + 2] = [f"--trainer.max_steps={round(number_of(words[place + 1]) / 4096)}"]
@@ -134,7 +135,8 @@ def test_a_command_that_is_shown_parses(
     if not {"--config", "--model.base_model"} & set(words):
         words = ["--config", "configs/debug.yaml", *words]
     more = ["--trainer.accelerator=cpu", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
-    assert make_cli([*words, *more], run=False).model.base_model
+    kind = RecoverCLI if verb == "recover" else LeapCLI
+    assert make_cli([*words, *more], run=False, kind=kind).model.base_model
 
 
 @pytest.mark.parametrize(

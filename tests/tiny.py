@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 260  # 256 bytes, the end token, and a few that never occur
@@ -57,18 +57,24 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **changes: object) -> Pr
     return model.eval()
 
 
-def byte_tokenizer(*, end_token: bool = True) -> PreTrainedTokenizerFast:
-    """One token a byte, and ``<|end|>`` (256) unless ``end_token`` is false."""
+def byte_tokenizer(*, end_token: bool = True, prefix: int = 0) -> PreTrainedTokenizerFast:
+    """A token a byte, ``<|end|>`` (256) unless ``end_token`` is false, and ``prefix`` tokens (from 257) put first."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = {"eos_token": "<|end|>"} if end_token else {}
+    if prefix:
+        names = [f"<|begin {k}|>" for k in range(prefix)]
+        tokenizer.add_special_tokens(["<|end|>", *names])
+        ids = [(name, tokenizer.token_to_id(name)) for name in names]
+        tokenizer.post_processor = processors.TemplateProcessing(single=[*names, "$A"], special_tokens=ids)
+        special["bos_token"] = names[0]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def tiny_folder(path: Path, family: str = "llama", *, seed: int = 0, **changes: object) -> Path:
+def tiny_folder(path: Path, family: str = "llama", *, seed: int = 0, prefix: int = 0, **changes: object) -> Path:
     """An ordinary Hugging Face folder with a tiny model and the byte tokenizer in it."""
     tiny_model(family, seed=seed, **changes).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
+    byte_tokenizer(prefix=prefix).save_pretrained(path)
     return path

@@ -2,7 +2,7 @@
 # One run on several machines with torchrun: start this on every one of them, with the same HEAD.
 #
 #   HEAD=node-0:29400 NODES=2 configs/cluster/torchrun.sh --config configs/paper/llama-3.1-8b.yaml \
-#     --config configs/cluster/fsdp2.yaml --trainer.strategy.data_parallel_size 16
+#     --config fsdp2 --trainer.strategy.data_parallel_size 16
 #
 # On one machine HEAD and NODES may be left out. If a rank dies, torchrun ends all others and says which one it was;
 # what each rank wrote lies in LOGS. A run that died is started again with --ckpt_path added.

@@ -8,6 +8,7 @@ import yaml
 
 from experiments.headline.measured import ROLES, Measured
 from experiments.headline.tables import cost_table
+from leap_pl.base_model.prefix import in_words
 from leap_pl.files import atomic_file
 
 PAGE = "making.md"
@@ -42,10 +43,11 @@ def _protocol(found: Sequence[Measured]) -> Iterator[str]:
     yield "## Protocol"
     for role in ROLES:
         figure, text = found[0].perplexity(role), found[0].cell["texts"][role]
+        begun, dtype = "".join(f", {words}" for words in in_words(figure)), found[0].result["model"]["dtype"]
         yield (
             f"Perplexity, {text['title']}: the first {figure['tokens']:,} tokens of `{text['text']}`, documents joined "
-            f"by a blank line, in windows of {figure['seq_length']} tokens, stride {figure['stride']}, mean over all "
-            f"predicted tokens; weights and computation of the evaluation in {found[0].result['model']['dtype']}."
+            f"by a blank line, in windows of {figure['seq_length']} tokens{begun}, stride {figure['stride']}, mean "
+            f"over all predicted tokens; weights and computation of the evaluation in {dtype}."
         )
     scores: dict[str, dict[str, Any]] = {}
     for measured in found:

@@ -22,6 +22,7 @@ from leap_pl.distributed.strategy import saves_shards
 from leap_pl.escape import say
 from leap_pl.files import atomic_folder, check_writable, flush, remove_abandoned
 from leap_pl.inputs.ranges import check_numbers
+from leap_pl.inputs.register import running_verb
 
 
 class Checkpoints(SavingCheckpoint):
@@ -191,8 +192,8 @@ class Checkpoints(SavingCheckpoint):
         if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             remedy += " and a longer --trainer.max_time, which counts the time of all starts" if step else ""
         print(
-            f"leap_pl fit: ended at step {step} of {trainer.max_steps}; learning is not finished, and no mask is "
-            f"written. {where if step else 'There is no checkpoint'}. {remedy}.",
+            f"leap_pl {running_verb()}: ended at step {step} of {trainer.max_steps}; learning is not finished, and no "
+            f"mask is written. {where if step else 'There is no checkpoint'}. {remedy}.",
             file=sys.stderr,
             flush=True,
         )
@@ -290,7 +291,7 @@ class Checkpoints(SavingCheckpoint):
         else:
             message = "stopped before the first step was done; no checkpoint is written."
         say("", sys.stderr)  # a progress bar may be on this line
-        say(f"leap_pl fit: {stopped.signal.name}: {message}", sys.stderr)
+        say(f"leap_pl {running_verb()}: {stopped.signal.name}: {message}", sys.stderr)
         slurm = requeuing(trainer)
         if slurm and stopped.signal == slurm.requeue_signal:
             requeue()
@@ -318,6 +319,6 @@ def requeue() -> None:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         subprocess.run(["scontrol", "requeue", job], check=True)
-        say(f"leap_pl fit: job {job} was requeued.", sys.stderr)
+        say(f"leap_pl {running_verb()}: job {job} was requeued.", sys.stderr)
     except (OSError, subprocess.CalledProcessError) as error:
-        say(f"leap_pl fit: job {job} could not be requeued ({error}).", sys.stderr)
+        say(f"leap_pl {running_verb()}: job {job} could not be requeued ({error}).", sys.stderr)

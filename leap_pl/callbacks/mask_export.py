@@ -1,5 +1,6 @@
-"""Callback that writes the prior and the learned mask of a run as MaskSets."""
+"""Callback that writes the prior and the mask of a run as MaskSets, and the weights that it has trained."""
 
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from leap_pl.escape import terminal
-from leap_pl.inputs.records import MASK
+from leap_pl.inputs.records import MASK, WEIGHTS
 from leap_pl.prior.started_prior import prior_file
 from leap_pl.training.module import LeapModule
 
-EARLIER = "mask-earlier.safetensors"
+# Names of the files of a run → those of an earlier run's in the same folder.
+EARLIER = {MASK: "mask-earlier.safetensors", WEIGHTS: "weights-earlier.safetensors"}
 
 
 class MaskExport(L.Callback):
@@ -20,12 +22,13 @@ class MaskExport(L.Callback):
 
     ``prior.safetensors`` and ``mask.safetensors`` are :class:`leap_pl.masks.MaskSet` files; the second has
     exactly the target sparsity. Further masks that a kind of gate starts from have files such as
-    ``prior-inner.safetensors``.
+    ``prior-inner.safetensors``. Trained weights are in ``weights.safetensors`` (:mod:`leap_pl.masks.kept_weights`).
 
     A run that ends before its last step (``trainer.max_time``, early stopping, a signal) writes no mask: its gates
     are still soft, and its checkpoint has the complete state. ``leap_pl export --ckpt_path`` can export a mask from
     such a checkpoint, with the step in its provenance. A ``mask.safetensors`` of an earlier run is renamed to
-    ``mask-earlier.safetensors`` when learning begins, and removed at the end if it equals the new one.
+    ``mask-earlier.safetensors`` when learning begins, and removed at the end if it equals the new one; a
+    ``weights.safetensors`` is renamed likewise.
 
     Attributes:
         folder: Folder of the files; None is that of the checkpoints.
@@ -65,10 +68,11 @@ class MaskExport(L.Callback):
         if self._begun:
             return
         self._begun = True
-        path = self.place(trainer) / MASK
-        if trainer.is_global_zero and trainer.global_step < trainer.max_steps and path.exists():
-            path.replace(path.with_name(EARLIER))
-            rank_zero_info(f"mask: {path} is from an earlier run, and was renamed to {EARLIER}.")
+        for name, earlier in EARLIER.items():
+            path = self.place(trainer) / name
+            if trainer.is_global_zero and trainer.global_step < trainer.max_steps and path.exists():
+                path.replace(path.with_name(earlier))
+                rank_zero_info(f"mask: {path} is from an earlier run, and was renamed to {earlier}.")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the learned mask, if the run is finished."""
@@ -78,9 +82,11 @@ class MaskExport(L.Callback):
         path = self.place(trainer) / MASK
         kept, total = pl_module.save_mask(path)
         self.written = (path, 1 - kept / total)
-        earlier = path.with_name(EARLIER)
-        if trainer.is_global_zero and earlier.exists() and earlier.read_bytes() == path.read_bytes():
-            earlier.unlink()  # from this run, which was stopped between writing its mask and its last checkpoint
+        if pl_module.trained:
+            pl_module.save_weights(path.with_name(WEIGHTS), path)
+        for file, earlier in ((path.with_name(name), path.with_name(then)) for name, then in EARLIER.items()):
+            if trainer.is_global_zero and earlier.exists() and file.exists() and cmp(earlier, file, shallow=False):
+                earlier.unlink()  # from this run, which was stopped between writing its mask and its last checkpoint
         rank_zero_info(
             f"mask: {terminal(path)} (after step {trainer.global_step:,} of {trainer.max_steps:,}; sparsity "
             f"{1 - kept / total:.6f}, {total - kept:,} weights removed)"

@@ -13,6 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from leap_pl.callbacks.mask_export import MaskExport, mask_place
 from leap_pl.distributed.strategy import data_rank
 from leap_pl.escape import markdown, say, terminal
+from leap_pl.inputs.records import WEIGHTS
+from leap_pl.inputs.register import running_verb
 from leap_pl.kernels.compiled import can_compile
 from leap_pl.oneshot.methods import METHODS
 from leap_pl.prior.settings import NO_METHOD
@@ -20,6 +22,7 @@ from leap_pl.training.memory import expected_bytes
 from leap_pl.training.module import LeapModule
 from leap_pl.training.schedules import Schedule
 from leap_pl.training.validation import Measured
+from leap_pl.training.weights import NONE, parameters_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +76,7 @@ class RunReport(L.Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if trainer.is_global_zero and isinstance(callback, MaskExport) and callback.written is not None:
                 verdict = verdict_of(pl_module, *callback.written, step=trainer.global_step)
-                say(f"leap_pl fit: {verdict}")
+                say(f"leap_pl {running_verb()}: {verdict}")
                 _log_text(trainer, "verdict", markdown(verdict))
 
     def _print_plan(self, trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") -> None:
@@ -96,9 +99,10 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
     gated, total = sum(module.sizes.values()), sum(parameter.numel() for parameter in model.parameters())
     probe = module.probe()
     logits = round(gated * sum(p.numel() for p in probe.first.parameters()) / module.sizes[next(iter(probe))])
+    are = "will be" if logits else "are"
     plan = {
         "model": f"{module.base_model}, {str(model.dtype).removeprefix('torch.')}: {gated:,} of {total:,} weights are "
-        f"gated, {len(module.sizes)} tensors, and {module.asked_sparsity:.1%} of them will be removed "
+        f"gated, {len(module.sizes)} tensors, and {module.asked_sparsity:.1%} of them {are} removed "
         f"({type(probe.first).__name__})"
     }
     tokens = 0
@@ -109,11 +113,14 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
         parts += "".join(f" × {count} {what}" for count, what in counts if count > 1)
         a_step = tokens * trainer.accumulate_grad_batches * data_rank(trainer)[1]
         plan["text"] = f"{getattr(data, 'text', '')}: {a_step * steps:,} tokens, {a_step:,} a step ({parts})"
-    plan["steps"] = f"{steps:,}, {_optimizer(module)}; {_annealing(module)}"
+    plan["steps"] = f"{steps:,}, {_optimizer(module)}; {_annealing(module)}" if logits else f"{steps:,}"
+    if module.train_weights != NONE:
+        plan["weights"] = _weights(module)
     plan["losses"] = _losses(module)
-    plan["prior"] = _prior(module)
+    plan["prior" if logits else "mask"] = _prior(module)
     ranks = 1 if module.mesh is None else module.mesh.size()
-    gib = expected_bytes(module, model, logits, tokens, ranks) / 2**30
+    trained = parameters_of(module.train_weights, module.weight_training, module.weights, model)
+    gib = expected_bytes(module, model, logits, tokens, ranks, trained) / 2**30
     plan["memory"] = f"about {gib:.1f} GiB on each device" if gib >= 1 else f"about {1024 * gib:.0f} MiB on each device"
     folder, curves = mask_place(trainer), [str(logger.log_dir) for logger in trainer.loggers if logger.log_dir]
     plan["writes"] = f"checkpoints, prior and mask to {folder}" + f"; curves to {', '.join(curves)}" * bool(curves)
@@ -128,7 +135,8 @@ def verdict_of(module: LeapModule, mask: Path, sparsity: float, *, step: int) ->
     at = "" if validation.hard_step == step else f" at step {validation.hard_step}"
     perplexities = f"{validation.summary()}{at}, " if validation.hard is not None else ""
     command = f"leap_pl export --mask {shlex.quote(str(mask))} --output_dir sparse-model"
-    return f"{perplexities}sparsity {sparsity:.6f}, mask {mask}; next: {command}"
+    weights = f", weights {mask.with_name(WEIGHTS)}" if module.trained else ""
+    return f"{perplexities}sparsity {sparsity:.6f}, mask {mask}{weights}; next: {command}"
 
 
 def _optimizer(module: LeapModule) -> str:
@@ -139,6 +147,15 @@ def _optimizer(module: LeapModule) -> str:
         curve = scheduler["class_path"].rpartition(".")[2]
     rate = optimizer["init_args"].get("lr")
     return f"{optimizer['class_path'].rpartition('.')[2]} with learning rate {rate} ({curve})"
+
+
+def _weights(module: LeapModule) -> str:
+    training, optimizer = module.weight_training, module.learned_with()["model.optimizer"]
+    start = "" if module.start_weights is None else f", from {module.start_weights}"
+    return (
+        f"{module.train_weights}{start}, {optimizer['class_path'].rpartition('.')[2]} with learning rate {training.lr} "
+        f"({training.warmup_steps} warm-up steps)"
+    )
 
 
 def _annealing(module: LeapModule) -> str:

@@ -45,6 +45,14 @@ _PAGE = {
 }
 
 
+_PAGE_OF_WEIGHTS = {
+    "where weights move": {
+        "relative distance from the base model by decoder layer": ["Multiline", [r"moved/by_layer/.*"]],
+        "relative distance from the base model by projection": ["Multiline", [r"moved/by_projection/.*"]],
+    }
+}
+
+
 class SparsityLogger(L.Callback):
     """Callback that logs the state of the mask to every logger of the trainer, with histograms for TensorBoard.
 
@@ -63,6 +71,8 @@ class SparsityLogger(L.Callback):
     ``schedule/…``              α, τ and the learning rate
     ``weights_by_layer/…``      soft and hard density of each decoder block
     ``weights_by_projection/…`` soft and hard density of each projection, over all blocks
+    ``moved/…``                 how far trained weights have moved, ‖W − W₀‖/‖W₀‖ with the base model's W₀: of all, by
+                                decoder block and by projection
     ==========================  ==========================================================================
 
     Hard metrics describe the mask at exactly the target sparsity, estimated from evenly spaced logits;
@@ -101,7 +111,7 @@ class SparsityLogger(L.Callback):
             self.prior_bits = {n: m.reshape(-1)[:: self.stride].clone() for n, m in pl_module.prior.masks.items()}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(_PAGE)
+                logger.experiment.add_custom_scalars(_PAGE | (_PAGE_OF_WEIGHTS if pl_module.trained else {}))
             else:
                 logger.log_hyperparams(_hyperparameters(trainer, pl_module))
 
@@ -179,6 +189,7 @@ class SparsityLogger(L.Callback):
             "hard", {n: int(b.sum()) for n, b in bits.items()}, {n: b.numel() for n, b in bits.items()}
         )
         self._warn_of_extremes(bits, 1 - module.sparsity)
+        metrics |= _movements(module.movements())
         if self.prior_bits:
             metrics["mask/changed_from_prior"] = _difference(bits, self.prior_bits)
         if self.last_bits:
@@ -248,6 +259,18 @@ def _densities(kind: str, kept: dict[str, float] | dict[str, int], sizes: dict[s
             group[0] += count
             group[1] += sizes[name]
     return {key: count / size for key, (count, size) in groups.items()}
+
+
+def _movements(sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Return the relative distances of trained weights from Σ(W − W₀)² and ΣW₀² of each."""
+    groups: dict[str, list[float]] = {}
+    for name, parts in sums.items():
+        layer, projection = split_name(name)
+        where = "other" if layer is None else f"{layer:03d}"
+        for key in ("moved/all", f"moved/by_layer/{where}", f"moved/by_projection/{projection}"):
+            group = groups.setdefault(key, [0.0, 0.0])
+            group[0], group[1] = group[0] + parts[0], group[1] + parts[1]
+    return {key: math.sqrt(moved / max(base, 1e-30)) for key, (moved, base) in groups.items()}
 
 
 def _difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from leap_pl.checkpoints.identity import read_identity
-from leap_pl.checkpoints.layout import by_weight, load_checkpoint, path_of
-from leap_pl.errors import UserError, listing
+from leap_pl.checkpoints.layout import by_weight, check_complete, load_checkpoint
+from leap_pl.errors import UserError
 
 INDEX = ".metadata"
 
@@ -42,11 +42,8 @@ def consolidated(folder: str | Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(folder)
     identity = read_identity(checkpoint, folder)
     parts = _read(folder)
-    logits = parts.get("state_dict", {})
-    missing = [name for name in identity.shapes if path_of(name) not in logits]
-    if missing:
-        raise UserError(f"{folder} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
-    checkpoint["state_dict"] = by_weight(logits)
+    checkpoint["state_dict"] = by_weight(parts.get("state_dict", {}))
+    check_complete(identity, checkpoint["state_dict"], folder)
     checkpoint["optimizer_states"] = [parts[key] for key in sorted(parts) if key != "state_dict"]
     return checkpoint
 

@@ -4,7 +4,8 @@ In addition to Lightning's own entries (optimizer, schedules, loops, data positi
 
 ==================  ======================================================================================
 ``state_dict``      ``logits.<weight name>`` → logits, and in the same form the other tensors that the kind
-                    of gate stores (:meth:`leap_pl.gates.Gate.stored`); nothing of the frozen model
+                    of gate stores (:meth:`leap_pl.gates.Gate.stored`) and the parameters of trained
+                    weights, ``trained.<part>.<weight name>``; nothing of the frozen model
 ``leap_pl``         the fields of :class:`leap_pl.checkpoints.identity.Identity`, plain values
 ==================  ======================================================================================
 
@@ -31,7 +32,8 @@ from leap_pl.gates import Gates, Stored, restore
 from leap_pl.inputs.register import note_input
 from leap_pl.masks.mask_set import MaskSet, PackedMasks, Provenance, installed_versions
 
-PREFIX = "logits."
+LOGITS = "logits"
+FIXED = "mask"  # key in a checkpoint's settings: the provenance of the mask that a run leaves as it is
 _FOLDER = 0x10  # attribute bit of a zip archive's record that marks it as a folder
 META = "meta.pt"  # file in a checkpoint folder with everything but tensors
 
@@ -41,11 +43,12 @@ def provenance(identity: Identity, gates: Gates[Any]) -> Provenance:
     fields = asdict(identity)
     config = {"pattern": gates.form}
     config |= {key: fields[key] for key in ("gate", "targets", "ignore", "max_steps")} | identity.settings
+    fixed = identity.settings.get(FIXED)
     return Provenance(
         base_model=identity.base_model,
         revision=identity.revision,
         fingerprint=identity.fingerprint,
-        method=gates.first.method,
+        method=fixed["method"] if isinstance(fixed, dict) else gates.first.method,
         sparsity=identity.sparsity,
         config=config,
         versions=installed_versions(),
@@ -89,13 +92,14 @@ def key_of(name: str, part: str) -> str:
 
 def by_weight(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the gates' tensors of a LeapModule's state dict by their checkpoint keys, ``<part>.<weight name>``."""
-    matches = ((re.fullmatch(r"model\.(.+)\.parametrizations\.(\w+)\.0\.(\w+)", path), x) for path, x in state.items())
+    form = re.compile(r"model\.(.+)\.parametrizations\.(\w+)\.0\.([\w.]+)")
+    matches = ((form.fullmatch(path), tensor) for path, tensor in state.items())
     return {key_of(f"{match[1]}.{match[2]}", match[3]): tensor for match, tensor in matches if match}
 
 
-def keep_gates_only(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+def keep_learned_only(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Remove the frozen model from a LeapModule's state dict, before a strategy gathers it from all ranks."""
-    kept = {prefix + path_of(*place) for place in module.gates.stored()}
+    kept = {prefix + path_of(*place) for place in module.stored()}
     for name in [name for name in state if name not in kept]:
         del state[name]
 
@@ -227,21 +231,34 @@ def _restored(
     logits: Mapping[str, Tensor], identity: Identity, path: str | Path, read: Callable[[str], Tensor] | None
 ) -> Gates[Any]:
     """Return the gates of a checkpoint, without their model."""
-    missing = [name for name in identity.shapes if PREFIX + name not in logits]
-    if missing:
-        raise UserError(f"{path} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
+    check_complete(identity, logits, path)
 
     def stored_of(name: str, shape: list[int]) -> Stored:
         reader = None if read is None else lambda part: read(key_of(name, part))
-        others = _other_parts(logits, name)
-        return Stored(logits[PREFIX + name], tuple(shape), identity.input_dims[name], others, reader)
+        parts = _parts(logits, name)
+        return Stored(parts.pop(LOGITS, None), tuple(shape), identity.input_dims[name], parts, reader)
 
     stored = {name: stored_of(name, shape) for name, shape in identity.shapes.items()}
     return restore(identity.gate["class_path"], identity.gate["init_args"], stored)
 
 
-def _other_parts(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the stored tensors of the weight ``name`` except its logits."""
-    parts = {key.partition(".")[0]: tensor for key, tensor in tensors.items() if key.partition(".")[2] == name}
-    parts.pop("logits")
-    return parts
+def check_complete(identity: Identity, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Check that a checkpoint holds the mask of every weight: its logits or, of a fixed mask, its bits.
+
+    Args:
+        identity: Identity in the checkpoint.
+        tensors: Its tensors, by their checkpoint keys.
+        path: Path of the checkpoint, for the message.
+
+    Raises:
+        UserError: It does not.
+    """
+    held = {key.partition(".")[2] for key in tensors}
+    missing = [name for name in identity.shapes if name not in held]
+    if missing:
+        raise UserError(f"{path} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
+
+
+def _parts(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the stored tensors of the gate of the weight ``name``, by part."""
+    return {key.partition(".")[0]: tensor for key, tensor in tensors.items() if key.partition(".")[2] == name}

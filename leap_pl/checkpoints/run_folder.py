@@ -20,7 +20,7 @@ from leap_pl.files import atomic_file, atomic_link, remove_abandoned
 from leap_pl.gates import gate_kinds
 from leap_pl.inputs import records
 from leap_pl.inputs import register as inputs
-from leap_pl.inputs.records import MASK, is_mask_file
+from leap_pl.inputs.records import MASK, WEIGHTS, is_mask_file, is_weights_file
 from leap_pl.masks.mask_set import MaskSet
 from leap_pl.prior.started_prior import prior_file
 
@@ -94,14 +94,15 @@ def earlier_run(
     # A resumed run reads the priors that it started from, and does not overwrite them.
     forms = dict.fromkeys(form for kind in gate_kinds().values() for form in kind.starts_from())
     priors = [] if resumes else [masks / prior_file(form) for form in forms]
-    mask = masks / MASK
-    _check_not_read([mask, *priors, *checkpoints])
-    present = [path for path in (mask, *priors) if os.path.lexists(path)]
-    foreign = [path for path in present if not is_mask_file(path)]
+    mask, weights = masks / MASK, masks / WEIGHTS
+    _check_not_read([mask, weights, *priors, *checkpoints])
+    present = [path for path in (mask, *priors, weights) if os.path.lexists(path)]
+    foreign = [path for path in present if not (is_weights_file(path) if path == weights else is_mask_file(path))]
     if foreign:
         raise UserError(
-            f"{listing([str(path) for path in foreign])} would be replaced, and is not a mask of leap_pl. Name another "
-            "folder with --checkpoint.dirpath or --mask_export.folder."
+            f"{listing([str(path) for path in foreign])} would be replaced, and is not a "
+            f"{'file of trained weights' if foreign == [weights] else 'mask'} of leap_pl. Name another folder with "
+            "--checkpoint.dirpath or --mask_export.folder."
         )
     if resumes or not (checkpoints or mask in present) or (last and not checkpoints):
         return []

@@ -3,7 +3,7 @@
 ===========  =========================================================================================================
 fixed        affects what is learned: taken from the checkpoint by default; a different value is an error
 same         a name: taken from the checkpoint by default; another name is accepted for the same content, which is
-             compared by a fingerprint or a digest
+             compared by a fingerprint, a digest or what blocks begin with
 kept         does not affect what is learned: taken from the checkpoint by default; can be overridden
 free         never taken from a checkpoint
 ===========  =========================================================================================================
@@ -38,6 +38,11 @@ MODEL: dict[str, Rule] = {
     "revision": "same",
     "trust_remote_code": "free",
     "seed": "fixed",
+    "train_weights": "fixed",
+    "weight_training": "fixed",
+    "weights": "fixed",
+    # Sets the gate, the prior, the sparsity and the targets, which are fixed.
+    "mask": "free",
 }
 
 DATA: dict[str, Rule] = {
@@ -56,6 +61,7 @@ DATA: dict[str, Rule] = {
     "separator": "fixed",
     "seed": "fixed",
     "tokenizer_revision": "same",
+    "bos": "same",
 }
 
 TRAINER: dict[str, Rule] = {
@@ -114,8 +120,10 @@ RULES: dict[str, Rule] = {
 # Parts of a fixed setting that are paths, and do not affect what is learned.
 FREE_PARTS = {"model.prior": ("cache_dir",)}
 
-# Settings that determine the hard mask of given logits: those that validation must share with the run.
-MASK_SETTINGS = ("model.sparsity", "model.gate", "model.targets", "model.ignore")
+# Settings that determine the masked model of a checkpoint: those that validation must share with the run.
+MASK_SETTINGS = (
+    *("model.sparsity", "model.gate", "model.targets", "model.ignore", "model.train_weights", "model.weight_training"),
+)
 
 Settings = dict[str, Any]  # "model.sparsity" → a plain value
 

@@ -17,14 +17,16 @@ from leap_pl.inputs.yaml_input import check_yaml, guard_parser
 # Parser's complaint that an argument of a class is missing: class, arguments.
 LACKING = r"class_path '(?:\w+\.)*(\w+)': the following arguments are required: ([\w, ]+?)(?: - |$)"
 
+RECIPES = Path(__file__).parents[1] / "recipes"  # files that --config also takes by their names, without suffix
+
 # Key → Lightning's module of the classes that it takes.
 LIGHTNING = {"trainer.callbacks": "lightning.pytorch.callbacks", "trainer.logger": "lightning.pytorch.loggers"}
 
 # Restriction of a type, as the parser words it → range.
 RESTRICTIONS = {"v>0 and v<1": INSIDE, "v>0": POSITIVE, "v>=0": NOT_NEGATIVE}
 
-# Last part of a name that other tools have for a setting → that of this one.
-ELSEWHERE = {"learning_rate": "lr"}
+# Last part of a name that other tools have for a setting → end of the name of this one.
+ELSEWHERE = {"learning_rate": "optimizer.lr"}
 
 
 def one_line(error: Exception, options: Collection[str] = ()) -> str:
@@ -132,8 +134,9 @@ def _unknown_key(within: str, name: str, options: Collection[str]) -> str:
 def _nearest(name: str, options: Collection[str]) -> str | None:
     """Return the option that a mistyped one may mean: one of the same last name, or else one spelled similarly."""
     last = name.rpartition(".")[2].removeprefix("--")
-    within = [option for option in options if option.endswith(f".{ELSEWHERE.get(last, last)}")]
-    near = get_close_matches(name, within, 1, 0.0) or get_close_matches(name, options, 1)
+    here = ELSEWHERE.get(last, last)
+    within = [option for option in options if option.endswith(f".{here}")]
+    near = get_close_matches(name.removesuffix(last) + here, within, 1, 0.0) or get_close_matches(name, options, 1)
     return near[0] if near else None
 
 
@@ -161,6 +164,45 @@ def _unknown(word: str, options: Collection[str]) -> str:
         )
     near = _nearest(name, options)
     return f"there is no option {name}.{f' Did you mean {near}?' if near else ''} --help lists all options."
+
+
+def with_recipes(words: Sequence[str]) -> list[str]:
+    """Replace names of recipes that ``--config`` gives by the paths of these files, which the package contains.
+
+    A file in the working directory has precedence over a recipe of its name.
+
+    Raises:
+        UserError: ``--config`` names neither a file nor a recipe.
+    """
+    found: list[str] = []
+    for place, word in enumerate(words):
+        option, equals, name = word.partition("=")
+        if place and words[place - 1] in ("-c", "--config"):
+            option, equals, name = "", "", word
+        elif option != "--config" or not equals:
+            found.append(word)
+            continue
+        if name and not name.startswith("-") and not _exists(name) and not _is_settings(name):
+            name = str(_recipe(name))
+        found.append(option + equals + name)
+    return found
+
+
+def _recipe(name: str) -> Path:
+    recipes = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    if name not in recipes:
+        near = get_close_matches(name, recipes, 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"--config {name}: there is no such file, and no recipe of this name.{hint} The recipes are "
+            f"{', '.join(recipes)}."
+        )
+    return recipes[name]
+
+
+def _is_settings(text: str) -> bool:
+    """Return whether ``text`` is settings in place of the name of a file, which the parser also accepts."""
+    return text.lstrip().startswith("{") or ": " in text or "\n" in text
 
 
 def check_configs(words: Sequence[str]) -> dict[str, dict[Any, Any]]:

@@ -6,8 +6,6 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from leap_pl.inputs import register as inputs
-
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -15,15 +13,16 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 FOLDER, FILE = "output_dir", "output"  # names of the options for the output path
+HUB = "push"  # name of the option for a repository of the hub, which no local path stands for
 ADDED = "added_arguments"  # attribute of a verb's function
 
 
 def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Make ``function`` a verb: each call of it is one command with a register of its inputs.
 
-    Every option except ``output_dir`` and ``output`` whose value names files on the disk, also by a pattern or in a
-    list, is registered as an input. The output folder or file is checked before ``function`` is called: it is refused
-    if writing it would remove an input or, with ``force``, files that leap_pl did not write.
+    Every option except ``output_dir``, ``output`` and ``push`` whose value names files on the disk, also by a pattern
+    or in a list, is registered as an input. The output folder or file is checked before ``function`` is called: it is
+    refused if writing it would remove an input or, with ``force``, files that leap_pl did not write.
 
     The function is named after its verb: ``export_command``.
     """
@@ -31,13 +30,14 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
     @wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        from leap_pl.files import check_folder, followed  # --help need not wait for it
+        from leap_pl.files import check_folder, followed  # help does not wait for these
+        from leap_pl.inputs import register as inputs
 
         with inputs.command_inputs(verb) as register:
             bound = parameters.bind(*args, **kwargs)
             bound.apply_defaults()
             options = dict(bound.arguments)
-            folder, file = options.pop(FOLDER, None), options.pop(FILE, None)
+            folder, file, _ = (options.pop(name, None) for name in (FOLDER, FILE, HUB))
             for value in options.values():
                 inputs.note_named(value)
             if folder is not None:

@@ -6,7 +6,6 @@ from typing import Any
 from leap_pl.cli.command import command
 from leap_pl.errors import UserError
 from leap_pl.escape import say
-from leap_pl.oneshot.methods import METHODS
 
 
 @command
@@ -23,8 +22,8 @@ def compare_command(
     accuracies measured on different splits, limits or numbers of examples.
 
     Args:
-        results: Result files of leap_pl evaluate, MaskSet files, checkpoints of leap_pl fit, and folders that
-            leap_pl has written a mask to, in any order, without a flag: leap_pl compare dense.json
+        results: Result files of leap_pl evaluate, MaskSet files or hub ids of them, checkpoints of leap_pl fit, and
+            folders that leap_pl has written a mask to, in any order, without a flag: leap_pl compare dense.json
             sparse.json mask.safetensors exported-folder/. The mask that a result was measured with is found
             automatically if it is still in its original place.
         output_dir: Folder to write.
@@ -53,6 +52,7 @@ def compare_command(
     from leap_pl.comparison.verdict import verdict
     from leap_pl.escape import markdown
     from leap_pl.files import atomic_folder
+    from leap_pl.oneshot.methods import METHODS
 
     entries = read_entries(results)
     named = METHODS if baselines is None else [name.strip() for name in baselines.split(",")]

@@ -5,10 +5,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from leap_pl.base_model.prefix import Bos, in_words, prefix_of, record_of
 from leap_pl.cli.command import command
 from leap_pl.errors import UserError
 from leap_pl.escape import say, terminal
-from leap_pl.inputs.register import listed
 
 if TYPE_CHECKING:
     from leap_pl.evaluation.subject import Subject
@@ -26,6 +26,7 @@ def evaluate_command(
     stride: int | None = None,
     max_tokens: int | None = None,
     share: Literal["all", "held_out"] = "all",
+    bos: Bos = "every",
     tasks: str | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
@@ -43,20 +44,23 @@ def evaluate_command(
     The model is an unchanged one (a base model, an exported checkpoint), a base model with a mask applied, or
     the hard mask of a training checkpoint. Perplexity is computed as in the literature: documents joined by a
     blank line, tokenized once, windows of seq_length tokens, the mean over all predicted tokens. Perplexities
-    are comparable only for the same text, tokenizer, seq_length and stride, so the result records all of them.
+    are comparable only for the same text, tokenizer, seq_length, stride and bos, so the result records all of them.
 
     Args:
         model: Hub id, local folder or GGUF file. Optional with a mask, which records its base model.
-        mask: MaskSet file (mask.safetensors) to apply to the base model.
+        mask: MaskSet file (mask.safetensors), or hub id of one, to apply to the base model.
         ckpt_path: Checkpoint of leap_pl fit, whose hard mask is applied to the base model.
         perplexity: Texts, separated by commas: wikitext2, c4 (both from the hub), local files (.jsonl,
             .jsonl.gz, .parquet, .txt).
-        seq_length: Tokens in a window.
-        stride: Tokens from one window to the next; default: seq_length. A smaller stride gives every token
-            more context and takes longer; each token counts once.
+        seq_length: Tokens in a window, including BOS.
+        stride: Tokens from one window to the next; default: those of text in a window. A smaller stride gives every
+            token more context and takes longer; each token counts once.
         max_tokens: Maximum number of tokens to read of each text. Part of the protocol.
         share: Part of local files to use: all of the text, or the held_out twentieth that training kept for
             validation.
+        bos: Windows that begin with what the tokenizer puts before a text, which is BOS for Llama and Gemma and nothing
+            for Qwen and SmolLM2: every; the first of a text, as in the literature; none. Questions of tasks begin with
+            it unless none is given. It is never predicted.
         tasks: Tasks of lm-eval, separated by commas. The paper's:
             mmlu,piqa,arc_easy,arc_challenge,winogrande,openbookqa.
         limit: Maximum number of questions of each task, for a quick look; the result is marked.
@@ -139,6 +143,7 @@ def evaluate_command(
             stride=stride,
             max_tokens=max_tokens,
             share=share,
+            bos=bos,
             batch_size=batch_size,
         )
         seconds[text] = round(time.monotonic() - mark, 2)
@@ -156,6 +161,7 @@ def evaluate_command(
                 num_fewshot=num_fewshot,
                 batch_size=batch_size,
                 seed=seed,
+                bos=bos,
             )
         result["mean"] = mean_accuracy(result["tasks"])
         seconds["tasks"] = round(time.monotonic() - mark, 2)
@@ -175,17 +181,20 @@ def _perplexity(
     stride: int | None,
     max_tokens: int | None,
     share: str,
+    bos: Bos,
     batch_size: int,
 ) -> dict[str, Any]:
     from leap_pl.evaluation.perplexity import perplexity
     from leap_pl.evaluation.texts import read_text, tokenizer_identity, tokens_digest
 
-    tokens = read_text(text, subject.tokenizer, seq_length=seq_length, max_tokens=max_tokens, share=share)
+    tokenizer = subject.tokenizer
+    tokens = read_text(text, tokenizer, seq_length=seq_length, max_tokens=max_tokens, share=share, bos=bos)
     found = perplexity(
         subject.model,
         tokens,
         seq_length=seq_length,
         stride=stride,
+        prefix=prefix_of(tokenizer) if bos == "every" else (),
         batch_size=batch_size,
         progress=terminal(f"perplexity of {Path(text).name}"),
     )
@@ -201,13 +210,16 @@ def _perplexity(
         "max_tokens": max_tokens,
         "share": share,
         "text_digest": tokens_digest(tokens),
-        "tokenizer": tokenizer_identity(subject.tokenizer),
+        "tokenizer": tokenizer_identity(tokenizer),
+        **record_of(bos, tokenizer),
         # Two results on the same windows can be compared window by window.
         "window_nll": [round(value, 6) for value in found.window_nll],
     }
 
 
 def _names(given: str | None, flag: str) -> list[str]:
+    from leap_pl.inputs.register import listed
+
     names = [] if given is None else listed(given)
     if not all(names):
         raise UserError(f"{flag} {given!r} has an empty entry. Separate entries by single commas.")
@@ -258,8 +270,8 @@ def _print_summary(result: dict[str, Any], output: str | None) -> None:
     say(f"{result['method']}, {result['model']['base_model']}, sparsity {result['sparsity']['global']:.2%}")
     for text, found in result["perplexity"].items():
         error = f" ± {found['stderr']:.2f}" if found["stderr"] is not None else ""
-        protocol = f"windows of {found['seq_length']}, stride {found['stride']}"
-        say(f"  perplexity on {text}: {found['value']:.3f}{error}  ({protocol})")
+        protocol = [f"windows of {found['seq_length']}", f"stride {found['stride']}", *in_words(found)]
+        say(f"  perplexity on {text}: {found['value']:.3f}{error}  ({', '.join(protocol)})")
     for task, found in result["tasks"].items():
         figures = [
             f"{k} {found[k]:.2%} ± {found.get(f'{k}_stderr') or 0:.2%}" for k in ("acc", "acc_norm") if k in found

@@ -1,5 +1,6 @@
 """``leap_pl export``: export of a checkpoint, a mask or a sparse model to a sparse Hugging Face folder."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,6 +10,7 @@ from leap_pl.escape import say
 
 if TYPE_CHECKING:
     from leap_pl.masks import MaskSet
+    from leap_pl.masks.kept_weights import KeptWeights
 
 
 @command
@@ -17,10 +19,12 @@ def export_command(
     ckpt_path: str | None = None,
     mask: str | None = None,
     model: str | None = None,
-    format: Literal["huggingface", "packed"] = "huggingface",
+    format: Literal["huggingface", "packed", "mask"] = "huggingface",
     values: Literal["auto", "int8"] = "auto",
     revision: str | None = None,
     perplexity: str | None = None,
+    push: str | None = None,
+    private: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -29,31 +33,44 @@ def export_command(
     The folder has the base model with exact zeros where the mask removes a weight (safetensors, in the type
     the base model is stored in), its tokenizer and generation config, the mask itself (mask.safetensors), a
     model card (README.md) and the same facts in machine-readable form (leap_pl.json). Removed weights are zero,
-    n:m masks keep exactly n of every m, kept weights are bit-identical to the base model's; all of it is verified
+    n:m masks keep exactly n of every m, kept weights are bit-identical to the base model's or, where a run has
+    trained them, to what was trained (weights.safetensors beside the mask, or the checkpoint); all of it is verified
     by reading the folder back before it is renamed to output_dir. AutoModelForCausalLM.from_pretrained loads it
     without leap_pl.
 
     With format packed, the zeros are not stored: a weight is a bitmap and the kept values, smaller on the disk and
     in memory. Import leap_pl before from_pretrained loads such a folder. A model that is sparse already, whoever
     pruned it, is packed with model alone; a packed folder becomes an ordinary one with model alone and format
-    huggingface.
+    huggingface. With format mask, the folder has the mask, its card and its facts, and no weights.
+
+    With push, the verified folder, then without absolute paths in its files, is uploaded to the Hugging Face hub.
 
     Args:
         output_dir: Folder to write, atomically. An existing folder is replaced only with force.
-        ckpt_path: Checkpoint of leap_pl fit.
-        mask: MaskSet file, instead of a checkpoint.
+        ckpt_path: Checkpoint of leap_pl fit or recover.
+        mask: MaskSet file, or hub id of one, instead of a checkpoint.
         model: Base model, if it is no longer in the place recorded in the checkpoint or mask; or, without these, a
             sparse model to pack, or a packed one.
-        format: Form of the weights: huggingface, zeros included, or packed.
+        format: Form of the weights: huggingface, zeros included, or packed; or the mask without them.
         values: Values of packed weights: auto, as the model has them, or int8 with a scale a row, which halves them
             and rounds them.
         revision: Revision of the base model on the hub; default: the one that the mask was made for.
-        perplexity: Result file of leap_pl evaluate for the same mask, whose perplexities go into the model card.
+        perplexity: Result files of leap_pl evaluate, separated by commas, whose perplexities go into the model card:
+            one of the same mask and, if wanted, one of the dense model.
+        push: Repository of the Hugging Face hub, USER/NAME, to upload the folder to; created if it does not exist, and
+            public.
+        private: (with push) Create a private repository.
         force: Replace output_dir if it is not empty; and pack a model that becomes no smaller.
         trust_remote_code: Run code that comes with the base model; only for a model given with --model.
     """
     if values != "auto" and format != "packed":
         raise UserError(f"--values {values} is for packed weights. Add --format packed.")
+    if push is None and private:
+        raise UserError("--private is for a repository of the hub. Add --push USER/NAME.")
+    from leap_pl.export.hub import check_push, push_folder
+
+    if push is not None:
+        check_push(push)
     masks = _read_masks(ckpt_path, mask, model, format)
     from leap_pl.base_model.loading import name_of_model
     from leap_pl.export.hugging_face import export_model
@@ -65,24 +82,32 @@ def export_command(
         masks,
         output_dir,
         name_of_model(model, recorded, trust_remote_code=trust_remote_code),
+        weights=None if masks is None else _read_weights(ckpt_path, mask, masks),
         format=format,
         values=values,
         revision=revision or (masks.provenance.revision if masks is not None and model is None else None),
         perplexity={} if masks is None else _read_results(perplexity, masks),
+        hub_id=push,
         force=force,
         trust_remote_code=trust_remote_code,
     )
     _report(output_dir, masks, facts)
+    if push is not None:
+        say(f"{push_folder(output_dir, push, private=private)}: uploaded.")
+        _check_base_name(facts["provenance"]["base_model"])
     return facts
 
 
 def _report(output_dir: str, masks: "MaskSet | None", facts: dict[str, Any]) -> None:
     from leap_pl.export.card import unfinished
+    from leap_pl.masks.kept_weights import TRAINED
 
     zeros, early = facts["zeros_of_base_model_among_kept"], "" if masks is None else unfinished(masks)
+    trained = TRAINED in facts["provenance"]["config"]
+    which = "are zero" if trained else "were zero in the base model"
     say(
         f"{output_dir}: {early}{facts['removed']:,} of {facts['gated']:,} gated weights removed "
-        f"(sparsity {facts['sparsity']:.6f}), {zeros:,} kept weights were zero in the base model; "
+        f"(sparsity {facts['sparsity']:.6f}), {zeros:,} kept weights {which}; "
         "read back and verified."
     )
     if "packed" in facts:
@@ -115,20 +140,63 @@ def _read_masks(ckpt_path: str | None, mask: str | None, model: str | None, form
     return masks_from_checkpoint(str(ckpt_path))
 
 
-def _read_results(path: str | None, masks: "MaskSet") -> dict[str, Any]:
-    """Read the perplexities of a result file, which must have been measured with ``masks``."""
-    if path is None:
-        return {}
-    from leap_pl.evaluation.record import read_result
+def _read_weights(ckpt_path: str | None, mask: str | None, masks: "MaskSet") -> "KeptWeights | None":
+    """Return the weights that were trained under ``masks``, if any were."""
+    if mask is not None:
+        from leap_pl.masks.kept_weights import KeptWeights
 
-    result = read_result(path)
-    results: dict[str, Any] = result["perplexity"]
-    if not results:
-        raise UserError(f"{path} has no perplexity. Give a result of leap_pl evaluate --perplexity TEXT.")
-    measured = result["model"].get("mask_digest")
-    if measured != masks.digest_of_bits():
-        fault = "does not record its mask" if measured is None else "was measured with a different mask"
-        raise UserError(
-            f"{path} {fault}. Run leap_pl evaluate --mask … --output … with this mask, and give its output."
+        return KeptWeights.beside(mask, masks)
+    from leap_pl.training.checkpoint_weights import weights_from_checkpoint
+
+    return weights_from_checkpoint(str(ckpt_path))
+
+
+def _check_base_name(base_model: str) -> None:
+    """Warn if others do not find the base model under the name that the published mask records."""
+    from leap_pl.inputs.hub import is_hub_id
+
+    if not is_hub_id(base_model):
+        say(
+            f"leap_pl export: the base model is recorded as {base_model}, which is no hub id: others must give it with "
+            "--model. To record its hub id, export again with --model ORG/NAME.",
+            sys.stderr,
         )
-    return results
+
+
+def _read_results(paths: str | None, masks: "MaskSet") -> dict[str, Any]:
+    """Read the perplexities of result files: one must have been measured with ``masks``, another may be dense.
+
+    Returns:
+        Text → figure under the mask, with that of the dense model by the same protocol as ``dense``.
+    """
+    if paths is None:
+        return {}
+    from leap_pl.comparison.entries import check_protocols, entry_of_result
+    from leap_pl.evaluation.record import read_result
+    from leap_pl.inputs.register import listed
+
+    results = {path: read_result(path) for path in listed(paths)}
+    digest = masks.digest_of_bits()
+    figures: dict[str, Any] = {}
+    dense: dict[str, float] = {}
+    for path, result in results.items():
+        if not result["perplexity"]:
+            raise UserError(f"{path} has no perplexity. Give a result of leap_pl evaluate --perplexity TEXT.")
+        measured = result["model"].get("mask_digest")
+        if measured == digest:
+            figures |= result["perplexity"]
+        elif len(results) > 1 and _is_dense(result, masks):
+            dense |= {text: figure["value"] for text, figure in result["perplexity"].items()}
+        else:
+            fault = "does not record its mask" if measured is None else "was measured with a different mask"
+            raise UserError(
+                f"{path} {fault}. Run leap_pl evaluate --mask … --output … with this mask, and give its output."
+            )
+    if not figures:
+        raise UserError("--perplexity names dense results alone. Add one of leap_pl evaluate --mask with this mask.")
+    check_protocols([entry_of_result(path, result) for path, result in results.items()])
+    return {text: figure | ({"dense": dense[text]} if text in dense else {}) for text, figure in figures.items()}
+
+
+def _is_dense(result: dict[str, Any], masks: "MaskSet") -> bool:
+    return bool(result["method"] == "dense" and result["model"]["fingerprint"] == masks.provenance.fingerprint)

@@ -6,7 +6,7 @@ import sys
 import time
 from argparse import ArgumentError
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jsonargparse import lazy_instance
@@ -44,6 +44,7 @@ from leap_pl.cli.arguments import (
     options_of,
     plain,
     setting_of,
+    with_recipes,
 )
 from leap_pl.cli.former_spelling import FORMER, FormerSpellingParser, advice, respelled
 from leap_pl.cli.process import UNWRITABLE, set_up_process
@@ -52,7 +53,9 @@ from leap_pl.cli.token_budget import steps_of
 from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
 from leap_pl.escape import say
+from leap_pl.gates import FixedGate
 from leap_pl.inputs.ranges import check_numbers
+from leap_pl.inputs.register import running_verb
 from leap_pl.training.datamodule import TextDataModule
 from leap_pl.training.module import LeapModule
 from leap_pl.training.run_settings import find_classes, read_settings, take_terms
@@ -97,11 +100,16 @@ class LeapCLI(LightningCLI):
     """LightningCLI with the callbacks of every run, and one tokenizer for model and data.
 
     Attributes:
+        name: Name of the verb that runs ``fit``.
+        fixes: Whether that verb leaves the mask as it is.
+        defaults: Defaults of that verb that differ from the module's: name of a setting → value.
         parsers: Verb → its parser, and None → the parser of the verb itself.
         force: Whether to replace an earlier run.
         last: Whether to resume from the last checkpoint, if there is one.
     """
 
+    name, fixes = "fit", False
+    defaults: ClassVar[dict[str, Any]] = {"model.optimizer": OPTIMIZER}
     force = last = False
     _resumes_from: str | None = None
 
@@ -128,7 +136,7 @@ class LeapCLI(LightningCLI):
         parser.add_lightning_class_args(MaskExport, "mask_export")
         parser.add_lightning_class_args(StepProgress, "progress")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        parser.set_defaults({"model.optimizer": OPTIMIZER})
+        parser.set_defaults(self.defaults)
         parser.link_arguments("model.base_model", "data.tokenizer")
         parser.link_arguments("model.revision", "data.tokenizer_revision")
         if parser is self.parsers.get("fit"):
@@ -189,7 +197,7 @@ class LeapCLI(LightningCLI):
                     _take_tokens(self.config[verb], words)
                     check_finished(self.config[verb], *newest)
             self.config[verb].ckpt_path = given if newest is None else str(newest[0])
-            rank_zero_only(say)(f"leap_pl {verb}: {words_of_last}", sys.stderr)
+            rank_zero_only(say)(f"leap_pl {running_verb()}: {words_of_last}", sys.stderr)
         settings = self.config[verb]
         check_numbers(settings.as_dict())
         check_groups(settings, self.parsers[verb].get_defaults())
@@ -198,6 +206,7 @@ class LeapCLI(LightningCLI):
                 raise error
         check_classes(settings)
         if verb == "fit":
+            self.check_kind(settings)
             settings.force = False  # so that a saved config, used again, does not replace the run that saved it
             rank_zero_only(check_settings)(settings, force=self.force, last=self.last)
         # LightningCLI would override typed settings by the checkpoint's: it must not see the path yet.
@@ -225,6 +234,18 @@ class LeapCLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:
             raise _refusal(error) from error
 
+    def check_kind(self, settings: Any) -> None:
+        """Check that the settings of a run do not fix the mask, which is for another verb.
+
+        Raises:
+            UserError: They do.
+        """
+        if settings.get("model.mask") is not None or is_fixed(settings):
+            raise UserError(
+                "leap_pl fit learns a mask, and model.mask or model.gate FixedGate leaves one as it is. To train the "
+                "weights that a mask keeps, type leap_pl recover; to start learning from a mask, --model.prior.mask."
+            )
+
     def _warn_of_former(self, typed: list[str]) -> None:
         """Warn once of former spellings, ``typed`` or in configs, and say what to write instead."""
         former = [*typed, *(name for parser in self.parsers.values() for name in parser.former)]
@@ -245,8 +266,19 @@ class LeapCLI(LightningCLI):
 
         Returns:
             Name of each setting that cannot be taken → the error to raise unless the setting is typed.
+
+        Raises:
+            UserError: The checkpoint is of another verb.
         """
-        settings = read_settings(read_identity(checkpoint, path), checkpoint, path)
+        identity = read_identity(checkpoint, path)
+        fixed = identity.gate["class_path"] == FixedGate.__name__
+        if verb == "fit" and fixed != self.fixes:
+            made, mask = ("recover", "fixed") if fixed else ("fit", "learned")
+            raise UserError(
+                f"{path} is a checkpoint of leap_pl {made}, whose mask is {mask}, and this is leap_pl {self.name}. "
+                f"To resume that run, type leap_pl {made}."
+            )
+        settings = read_settings(identity, checkpoint, path)
         classes, refused = find_classes(settings, path)
         settings |= {name: _as_typed(*each) for name, each in classes.items()}
         refused |= take_terms(settings, path, _as_typed)
@@ -311,15 +343,21 @@ class ConfigOfFit(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
+def is_fixed(settings: Any) -> bool:
+    """Return whether the gate in the settings of a run is a FixedGate."""
+    path = settings.get("model.gate.class_path") or getattr(settings.get("model.gate"), "__name__", "")
+    return str(path).rpartition(".")[2] == FixedGate.__name__
+
+
+def make_cli(words: list[str], *, run: bool = True, kind: type[LeapCLI] = LeapCLI) -> LeapCLI:
     """Parse ``words`` and create trainer, module and data module; with ``run``, the first word is the verb to run."""
     # No abbreviated options: --ckpt_path must be found before the rest is parsed.
     settings = {"exit_on_error": False, "allow_abbrev": False}
-    verbs: dict[str, Any] = {verb: {**settings, "verb": verb} for verb in LeapCLI.subcommands()} if run else {}
-    return LeapCLI(
+    verbs: dict[str, Any] = {verb: {**settings, "verb": verb} for verb in kind.subcommands()} if run else {}
+    return kind(
         LeapModule,
         TextDataModule,
-        args=words,
+        args=with_recipes(words),
         run=run,
         seed_everything_default=0,
         trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ProcessSettings(), RunReport()]},
@@ -331,17 +369,21 @@ def make_cli(words: list[str], *, run: bool = True) -> LeapCLI:
     )
 
 
-def run(words: list[str]) -> LeapCLI | None:
+def run(words: list[str], kind: type[LeapCLI] = LeapCLI) -> LeapCLI | None:
     """Run one of LightningCLI's verbs; return None if the run was already finished.
+
+    Args:
+        words: Verb and options.
+        kind: Class of the command line.
 
     Raises:
         UserError: Settings contradict each other, or something that they name does not exist.
     """
     set_up_process()
     try:
-        return make_cli(words)
+        return make_cli(words, kind=kind)
     except Finished as done:
-        rank_zero_only(say)(f"leap_pl {words[0]}: {done}", sys.stderr)
+        rank_zero_only(say)(f"leap_pl {running_verb()}: {done}", sys.stderr)
         return None
     except ArgumentError as error:
         raise UserError(one_line(error)) from error

@@ -2,10 +2,12 @@
 
 FIRST_PAGE = """\
 usage: leap_pl fit --model.base_model MODEL [options]
-       leap_pl fit --config FILE [options]
+       leap_pl fit --config FILE|RECIPE [options]
 
 Learn which weights of a language model to keep. Values shown are defaults, except those in capitals.
 
+settings
+  --config RECIPE                    Take a file or recipe: short or paper, with low_memory, ddp or fsdp2 on top.
 model
   --model.base_model MODEL           Name a hub id, a local folder or a GGUF file.
   --model.sparsity 0.5               Remove this share of the gated weights, exactly.

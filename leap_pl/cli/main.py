@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from leap_pl.errors import UserError
 from leap_pl.escape import say, terminal
-from leap_pl.inputs.register import command_inputs
 from leap_pl.version import __version__
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
     from lightning.pytorch.cli import ArgsType
 
-# Verb → description and function; verbs without a function are run by LightningCLI.
+# Verb → description and function; verbs without a function are run by LightningCLI, by ``run`` in their module.
 VERBS: dict[str, tuple[str, str | None]] = {
     "fit": ("learn a mask for a model", None),
+    "recover": ("train the weights that a mask keeps", None),
     "validate": ("perplexity of a checkpoint's hard mask on the validation text", None),
     "prune": (
         "make a mask in one shot, layer by layer, without learning",
@@ -35,6 +36,8 @@ VERBS: dict[str, tuple[str, str | None]] = {
     "compare": ("tables and pictures of several results", "leap_pl.cli.compare:compare_command"),
 }
 
+RUNS = {"fit": "leap_pl.cli.fit:run", "recover": "leap_pl.cli.recover:run", "validate": "leap_pl.cli.fit:run"}
+FIRST_PAGES = {"fit": "leap_pl.cli.fit_help:FIRST_PAGE", "recover": "leap_pl.cli.recover_help:FIRST_PAGE"}
 ALL = "all"  # leap_pl fit --help all
 
 # Verb → its option with any number of values, which may also be given without the flag: leap_pl compare a.json b.json
@@ -47,12 +50,12 @@ Learn which weights of a large language model to keep (LEAP, arXiv 2605.17289).
 verbs:
 {chr(10).join(f"  {verb:<11} {words}" for verb, (words, _) in VERBS.items())}
 
-  leap_pl <verb> --help     options of a verb; of fit those that most runs need, and all with --help all
+  leap_pl <verb> --help     options of a verb; of fit and recover those that most runs need, all with --help all
   leap_pl --version         {__version__}
 
 from a model to a sparse checkpoint:
-  leap_pl fit --config configs/quickstart.yaml
-  leap_pl export --ckpt_path runs/quickstart/checkpoints/last.ckpt --output_dir sparse-model
+  leap_pl fit --config short --model.base_model HuggingFaceTB/SmolLM2-135M --checkpoint.dirpath run
+  leap_pl export --ckpt_path run/last.ckpt --output_dir sparse-model
   leap_pl evaluate --model sparse-model --perplexity wikitext2 --output sparse.json
   leap_pl compare dense.json sparse.json
 """
@@ -75,16 +78,15 @@ def main(args: "ArgsType" = None) -> Any:
         if words[0] not in VERBS:
             raise UserError(f"there is no verb {words[0]!r}. The verbs are {', '.join(VERBS)}; see leap_pl --help.")
         _check_working_directory()
-        if words[0] == "fit" and _asks_first_page(words[1:]):
-            from leap_pl.cli.fit_help import FIRST_PAGE
-
-            say(FIRST_PAGE.rstrip("\n"), lines=True)
+        function = VERBS[words[0]][1]
+        if _asks_for_help(words[1:]) and (function or words[0] in FIRST_PAGES):
+            _show_help(words[0], function)
             raise SystemExit(0)
-        with _plain_warnings(), command_inputs(words[0]):
-            function = VERBS[words[0]][1]
-            if function is None:
-                from leap_pl.cli.fit import run
+        from leap_pl.inputs.register import command_inputs  # help does not wait for it
 
+        with _plain_warnings(), command_inputs(words[0]):
+            if function is None:
+                run = _find(RUNS[words[0]])
                 return run(words[:-1] if words[-2:] in (["-h", ALL], ["--help", ALL]) else words)
             called = _find(function)
             return called(**settings_of(words[0], called, words[1:]))
@@ -94,9 +96,17 @@ def main(args: "ArgsType" = None) -> Any:
         raise SystemExit(2) from None
 
 
-def _asks_first_page(words: list[str]) -> bool:
+def _asks_for_help(words: list[str]) -> bool:
     """Return whether ``words`` ask for help, and not for that on all options."""
     return any(word in ("-h", "--help") for word in words) and ALL not in words
+
+
+def _show_help(verb: str, function: str | None) -> None:
+    """Print the help of a verb's ``function``, or the first page of that of a run."""
+    if function:
+        _parser(verb, _find(function)).print_help()
+    else:
+        say(_find(FIRST_PAGES[verb]).rstrip("\n"), lines=True)
 
 
 def _check_working_directory() -> None:
@@ -168,10 +178,10 @@ def _rank() -> int:
     return getattr(rank_zero_only, "rank", None) or 0
 
 
-def _find(function: str) -> Callable[..., Any]:
-    module, _, name = function.partition(":")
-    found: Callable[..., Any] = getattr(import_module(module), name)
-    return found
+def _find(place: str) -> Any:
+    """Return an object by its module and name."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> dict[str, Any]:
@@ -185,24 +195,11 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
     from argparse import ArgumentError
     from inspect import signature
 
-    from jsonargparse import ArgumentParser
-
     from leap_pl.cli.arguments import check_configs, check_keys, one_line, options_of
-    from leap_pl.cli.command import add_arguments
-    from leap_pl.cli.sentences import SentenceFormatter
     from leap_pl.inputs.ranges import check_numbers
 
+    parser = _parser(verb, function)
     several = BARE.get(verb)
-    parser = ArgumentParser(
-        prog=f"leap_pl {verb}",
-        usage=f"leap_pl {verb} {several} ... [options]" if several else None,
-        description=(function.__doc__ or "").split("Args:")[0],
-        formatter_class=SentenceFormatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("-c", "--config", action="config", help="YAML file with values for these options.")
-    add_arguments(parser, function)
     switches = {f"--{p.name}" for p in signature(function).parameters.values() if isinstance(p.default, bool)}
     if several:
         words = _gather(words, f"--{several}", switches)
@@ -219,6 +216,26 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
     if empty:
         raise UserError(f"--{empty[0]} is empty. Give it a value, or leave it out.")
     return settings
+
+
+def _parser(verb: str, function: Callable[..., Any]) -> "ArgumentParser":
+    from jsonargparse import ArgumentParser
+
+    from leap_pl.cli.command import add_arguments
+    from leap_pl.cli.sentences import SentenceFormatter
+
+    several = BARE.get(verb)
+    parser = ArgumentParser(
+        prog=f"leap_pl {verb}",
+        usage=f"leap_pl {verb} {several} ... [options]" if several else None,
+        description=(function.__doc__ or "").split("Args:")[0],
+        formatter_class=SentenceFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="config", help="YAML file with values for these options.")
+    add_arguments(parser, function)
+    return parser
 
 
 def _gather(words: list[str], option: str, switches: set[str]) -> list[str]:

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
 
+from leap_pl.base_model.prefix import Bos, prefix_of, record_of
 from leap_pl.cli.command import command, with_arguments
 from leap_pl.errors import UserError, listing
 from leap_pl.escape import say
-from leap_pl.inputs.records import MASK, RECORD
 from leap_pl.oneshot.methods import DEFAULT, METHODS, method_named, settings_of, takers_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_arguments(parser: "ArgumentParser") -> None:
     described = ", ".join(f"{name} ({'; '.join(_facts(name))})" for name in METHODS)
     group.add_argument("--method", choices=list(METHODS), default=DEFAULT, help=f"One of {described}.")
     kept = [name for name, method in METHODS.items() if method.solve_kept is not None]
-    words = f"MaskSet file whose mask to keep: only the kept weights are updated. For {listing(kept)}."
+    words = f"MaskSet file, or hub id of one, whose mask to keep: only kept weights are updated. For {listing(kept)}."
     group.add_argument("--mask", type=str | None, default=None, help=words)
     for option in dict.fromkeys(option for method in METHODS.values() for option in method.options):
         takers = {name: METHODS[name].options[option] for name in takers_of(option)}
@@ -61,6 +61,7 @@ def prune_command(
     seq_length: PositiveInt = 2048,
     sequences: PositiveInt = 128,
     separator: Literal["end_token", "blank_line"] = "end_token",
+    bos: Bos = "every",
     seed: int = 0,
     method: str = DEFAULT,
     sparsity: OpenUnitInterval = 0.5,
@@ -95,9 +96,11 @@ def prune_command(
         config_name: Configuration of a hub dataset.
         split: Split of a hub dataset.
         text_column: Column, or JSON key, of the text.
-        seq_length: Number of tokens in a calibration sequence.
+        seq_length: Number of tokens in a calibration sequence, including BOS.
         sequences: Number of calibration sequences.
         separator: Separator after each document: the end token, or a blank line.
+        bos: Calibration sequences that begin with what the tokenizer puts before a text, which is BOS for Llama and
+            Gemma and nothing for Qwen and SmolLM2: every; with first and none no sequence, as in earlier versions.
         seed: Seed of the order in which the text's files are read.
         method: Name of the method, one of the table of methods.
         sparsity: Fraction of the weights to remove, above 0 and below 1. A pattern determines it.
@@ -111,7 +114,7 @@ def prune_command(
             good start. It runs the whole model forward and backward on the device.
         fisher_rows: Strength, from 0 to 1, of Fisher allocation over the rows of each matrix, with fisher; for methods
             whose weights compete within a row, such as wanda.
-        mask: MaskSet file whose mask to keep: only the kept weights are updated.
+        mask: MaskSet file, or hub id of one, whose mask to keep: only the kept weights are updated.
         targets: Weights to prune: class names, module or parameter names, or re: and a regular expression. By default
             all linears and experts of the decoder blocks.
         ignore: Weights to leave dense, in the same form.
@@ -162,7 +165,7 @@ def prune_command(
         weights = find_weights(base, targets, ignore or ())
         if kept_mask is not None:
             kept_mask.check(base, weights)
-        tokens = None
+        tokens, begun, first_target = None, {}, 1
         if uses_text:
             from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
             from leap_pl.data import calibration_blocks
@@ -179,7 +182,10 @@ def prune_command(
                 split=split,
                 text_column=text_column,
                 separator=separator,
+                bos=bos,
             )
+            begun = record_of(bos, tokenizer)
+            first_target = max(len(prefix_of(tokenizer)) if bos == "every" else 0, 1)
         pruned = prune(
             base,
             tokens,
@@ -191,11 +197,11 @@ def prune_command(
             mask=kept_mask,
             weights=weights,
             options=settings,
-            walk=WalkOptions(batch_size=batch_size, device=_device(device), offload=offload),
+            walk=WalkOptions(batch_size, _device(device), offload, first_target=first_target),
             base_model=model,
             revision=revision,
         )
-        data = {"text": text, "config_name": config_name, "split": split, "seed": seed} if uses_text else {}
+        data = {"text": text, "config_name": config_name, "split": split, "seed": seed, **begun} if uses_text else {}
         masks = pruned.masks
         pruned.masks = masks.with_provenance(config={**masks.provenance.config, **data})
         _write(folder, pruned, base if asked.updates else None, model, revision, trust_remote_code)
@@ -238,6 +244,7 @@ def _write(
 
     from leap_pl.base_model.loading import load_tokenizer
     from leap_pl.inputs.plain_values import plain
+    from leap_pl.inputs.records import MASK, RECORD
 
     pruned.masks.save(folder / MASK)
     errors = json.dumps({"layer_error": pruned.errors, "damping": pruned.dampings, "unseen": pruned.unseen}, indent=1)

@@ -11,6 +11,7 @@ from typing import Any
 from leap_pl.errors import UserError, listing
 from leap_pl.escape import terminal
 from leap_pl.evaluation.record import read_result
+from leap_pl.inputs.hub import repository_of
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import MASK
 from leap_pl.masks import MaskSet, split_name
@@ -26,7 +27,7 @@ class Entry:
     All names but ``source``, which is as typed, are plain text with terminal control characters escaped.
 
     Attributes:
-        source: File or folder that was named.
+        source: File, folder or hub repository that was named.
         label: Name in tables and plots, unique within the comparison.
         method: Pruning method: ``dense``, ``wanda``, ``leap`` …
         base_model: Recorded name of the base model.
@@ -98,8 +99,8 @@ def _read(source: str) -> Entry:
             f"{source} holds no {MASK}, so it is not an exported folder. Name result files (.json), MaskSet files "
             "(.safetensors), checkpoints (.ckpt) or exported folders."
         )
-    if path.suffix == ".safetensors":
-        return _of_mask(source, MaskSet.load(path))
+    if path.suffix == ".safetensors" or repository_of(source) is not None:
+        return _of_mask(source, MaskSet.load(source))
     if path.suffix == ".ckpt":
         from leap_pl.checkpoints.layout import masks_from_checkpoint
 
@@ -275,7 +276,7 @@ def check_protocols(entries: Sequence[Entry]) -> None:
                 protocol = read(figure)
                 other, expected = seen.setdefault(name, (entry, protocol))
                 differing = [key for key in protocol if protocol[key] != expected[key]]
-                if "tokenizer" in differing:
+                if {"tokenizer", "bos"} & {*differing}:
                     differing = [key for key in differing if key != "text"]  # the same text may have other tokens
                 if differing:
                     settings = ", ".join(
@@ -292,6 +293,7 @@ def _perplexity_protocol(figure: dict[str, Any]) -> dict[str, Any]:
     return {
         "seq_length": figure["seq_length"],
         "stride": figure["stride"],
+        "bos": figure.get("bos", "first"),  # of earlier versions, and wherever the tokenizer puts nothing before a text
         "tokenizer": f"{tokenizer['vocabulary']:,} entries with digest {tokenizer['digest']}",
         "text": f"{figure['tokens']:,} tokens with digest {figure['text_digest']}",
     }
@@ -299,4 +301,4 @@ def _perplexity_protocol(figure: dict[str, Any]) -> dict[str, Any]:
 
 def _task_protocol(figure: dict[str, Any]) -> dict[str, Any]:
     protocol = {key: figure[key] for key in ("split", "limit", "num_fewshot", "version", "samples")}
-    return protocol | {"limit": figure["limit"] or "no limit"}
+    return protocol | {"limit": figure["limit"] or "no limit", "bos": figure.get("bos", "every")}

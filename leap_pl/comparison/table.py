@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from leap_pl.base_model.prefix import in_words
 from leap_pl.comparison.differences import (
     Difference,
     accuracy_difference,
@@ -242,9 +243,9 @@ def _notes(entries: Sequence[Entry], texts: list[str], tasks: list[str], baselin
         )
     for text in texts:
         found = next(entry.perplexity[text] for entry in entries if text in entry.perplexity)
+        windows = ", ".join([f"windows of {found['seq_length']} tokens", *in_words(found)])
         notes.append(
-            f"Perplexity on {text}: windows of {found['seq_length']} tokens, stride {found['stride']}, "
-            f"{found['tokens']:,} tokens. Lower is better."
+            f"Perplexity on {text}: {windows}, stride {found['stride']}, {found['tokens']:,} tokens. Lower is better."
         )
     limits = sorted({found["limit"] for entry in entries for found in entry.tasks.values() if found["limit"]})
     if limits:

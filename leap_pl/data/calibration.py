@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leap_pl.base_model.prefix import Bos, prefix_of
 from leap_pl.data.documents import Share
 from leap_pl.data.packing import BlockStream, Separator
 from leap_pl.data.source import TextSource
@@ -28,6 +29,7 @@ def calibration_blocks(
     text_column: str = "text",
     share: Share = "train",
     separator: Separator = "end_token",
+    bos: Bos = "every",
 ) -> Tensor:
     """Return the first blocks of the stream that a run on ``text`` trains on.
 
@@ -43,6 +45,7 @@ def calibration_blocks(
         share: Part of local files; ``train`` leaves out the twentieth that a run without ``validation_text``
             validates on, ``all`` is the part that a run with ``validation_text`` trains on.
         separator: Separator after each document, as in :class:`leap_pl.TextDataModule`.
+        bos: Whether blocks begin with what the tokenizer puts before a text, as in :class:`leap_pl.TextDataModule`.
 
     Returns:
         LongTensor[sequences, seq_length].
@@ -53,7 +56,7 @@ def calibration_blocks(
     source = TextSource.open(
         text, config_name=config_name, split=split, text_column=text_column, share=share, seed=seed
     )
-    stream = BlockStream(source, loaded_tokenizer(tokenizer), seq_length, separator)
+    stream = BlockStream(source, loaded_tokenizer(tokenizer), seq_length, separator, bos)
     return torch.tensor([block.tokens for block in islice(stream.blocks(), sequences)], device="cpu")
 
 
@@ -66,11 +69,11 @@ def held_out_tokens(
     split: str = "test",
     text_column: str = "text",
     share: Share = "all",
+    bos: Bos = "first",
 ) -> Tensor:
     """Return a text as one sequence of tokens, as perplexity is measured in the pruning literature.
 
-    Documents, including empty ones, are joined by a blank line and tokenized at once, with the special
-    tokens that the tokenizer adds to any text (one at the beginning for Llama, none for GPT-2).
+    Documents, including empty ones, are joined by a blank line and tokenized at once.
 
     Args:
         text: Local files, patterns, or a hub id.
@@ -80,6 +83,8 @@ def held_out_tokens(
         split: Split of a hub dataset.
         text_column: Column or JSON key of the text.
         share: Part of local files; ``held_out`` is the part that a run without ``validation_text`` validates on.
+        bos: ``first`` begins with what the tokenizer puts before a text (a token for Llama, nothing for GPT-2);
+            ``every`` and ``none`` are the tokens of the text alone, to be cut into windows with a prefix or without.
 
     Returns:
         LongTensor[tokens].
@@ -89,6 +94,7 @@ def held_out_tokens(
     """
     source = TextSource.open(text, config_name=config_name, split=split, text_column=text_column, share=share)
     encode = loaded_tokenizer(tokenizer)
+    prefix = prefix_of(encode) if bos == "first" else []
     parts = _joined(source)
     read = ""
     enough = None if most is None else 8 * most  # characters; doubled until they give enough tokens
@@ -106,7 +112,7 @@ def held_out_tokens(
                     "a shorter text, or limit it to its beginning with --max_tokens."
                 )
         read += "".join(fresh)
-        tokens: list[int] = encode(read, verbose=False)["input_ids"]
+        tokens: list[int] = [*prefix, *encode(read, add_special_tokens=False, verbose=False)["input_ids"]]
         if enough is None or length < enough or len(tokens) > most + _EDGE:  # type: ignore[operator]
             break
         enough *= 2

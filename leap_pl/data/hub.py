@@ -8,15 +8,13 @@ from typing import Any
 from leap_pl.data.documents import Document, Share, State, chained, digest_in, in_share, mended, warn
 from leap_pl.data.textless import Textless
 from leap_pl.errors import UserError, listing
-from leap_pl.inputs.hub import check_reachable
+from leap_pl.inputs.hub import check_reachable, is_network_error
 from leap_pl.inputs.plain_values import shown
 
 DEFAULT_CONFIGS = {"allenai/c4": "en"}
 TRIES = 5
 FIRST_PAUSE = 2.0  # seconds, doubled at every further try
 _ROWS = 64
-# Packages whose errors do not all derive from OSError.
-_NETWORK_PACKAGES = {"aiohttp", "fsspec", "httpcore", "httpx", "httpx2", "huggingface_hub", "requests", "urllib3"}
 
 
 class HubDataset:
@@ -104,7 +102,7 @@ class HubDataset:
                 if isinstance(error, UserError):
                     raise
                 place = f"{self.name}, shard {shard}, row {here['row']}"
-                if not _is_network_error(error):
+                if not is_network_error(error):
                     raise UserError(f"{place}: the data cannot be read ({_short(error)}).") from error
                 tries += 1
                 if tries == TRIES:
@@ -161,7 +159,7 @@ class HubDataset:
             check_reachable(self.dataset, "dataset")
             dataset = datasets.load_dataset(self.dataset, self.config_name, split=self.split, streaming=True)
         except Exception as error:
-            if _is_network_error(error):
+            if is_network_error(error):
                 raise UserError(
                     f"The dataset {self.dataset!r} could not be reached ({_short(error)}), and there is no local "
                     "file of that name. Pass local files instead: --data.text FILE.jsonl."
@@ -181,12 +179,6 @@ class HubDataset:
             f"{self.name} has no column {self.text_column!r}; it has: {listing([shown(c) for c in columns])}. "
             "Name the column of the text with --data.text_column."
         )
-
-
-def _is_network_error(error: BaseException) -> bool:
-    if isinstance(error, OSError | EOFError):
-        return True
-    return any(base.__module__.partition(".")[0] in _NETWORK_PACKAGES for base in type(error).__mro__)
 
 
 def _short(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
+from leap_pl.base_model.prefix import Bos, prefix_of
 from leap_pl.data.documents import Document, State, digest_in, warn
 from leap_pl.data.exchange import Exchange, Numbers
 from leap_pl.data.source import Place, TextSource
@@ -42,7 +43,7 @@ class Position(TypedDict):
 class Block(NamedTuple):
     """Block of the stream."""
 
-    ids: Numbers  # seq_length of them
+    ids: Numbers  # seq_length of them, the prefix first
     after: Position
 
     @property
@@ -76,9 +77,9 @@ class BlockStream:
     """Deterministic sequence of blocks defined by a text, a tokenizer, a block length and a seed.
 
     Documents are tokenized without special tokens, each is followed by the separator, and the stream of tokens is
-    cut every ``seq_length`` tokens. The remainder of a pass over the text begins the next pass. A document of more
-    than 262,144 characters is tokenized in pieces, cut before white space, so that its length costs time
-    but no memory.
+    cut so that each part fills a block of ``seq_length`` tokens after its prefix. The remainder of a pass over the text
+    begins the next pass. A document of more than 262,144 characters is tokenized in pieces, cut before white space, so
+    that its length costs time but no memory.
 
     Args:
         source: The text.
@@ -86,12 +87,25 @@ class BlockStream:
         seq_length: Tokens in a block.
         separator: ``end_token`` is the tokenizer's end token, as in pretraining; ``blank_line`` is a blank line, as in
             measurements of perplexity.
+        bos: ``every`` begins each block with what the tokenizer puts before a text; ``first`` and ``none`` with
+            nothing, since a block is not the beginning of a text.
+
+    Attributes:
+        prefix: Tokens that each block begins with.
+        text_length: Tokens of text in a block.
 
     Raises:
-        UserError: The separator is the end token, and the tokenizer has none.
+        UserError: The separator is the end token, and the tokenizer has none; or a block has no room for text.
     """
 
-    def __init__(self, source: TextSource, tokenizer: Any, seq_length: int, separator: Separator = "end_token") -> None:
+    def __init__(
+        self,
+        source: TextSource,
+        tokenizer: Any,
+        seq_length: int,
+        separator: Separator = "end_token",
+        bos: Bos = "every",
+    ) -> None:
         if separator == "end_token" and tokenizer.eos_token_id is None:
             raise UserError(
                 f"The tokenizer {tokenizer.name_or_path or 'given'} has no end token, and packed documents are "
@@ -106,6 +120,13 @@ class BlockStream:
             if separator == "end_token"
             else tokenizer("\n\n", add_special_tokens=False, verbose=False)["input_ids"]
         )
+        self.prefix: Numbers = np.array(prefix_of(tokenizer) if bos == "every" else [], np.int32)
+        self.text_length = seq_length - len(self.prefix)
+        if self.text_length < 1:
+            raise UserError(
+                f"seq_length is {seq_length}, and the tokenizer puts {len(self.prefix)} tokens before a text. "
+                "Give more, or set bos to none."
+            )
 
     def blocks(self, start: Position | None = None, *, repeat: bool = True) -> Iterator[Block]:
         """Yield the blocks from ``start`` on: forever, or those of one pass, whose last incomplete block is dropped.
@@ -168,11 +189,11 @@ class BlockStream:
             of_pass += len(ids)
             used, skip = skip, 0
             while used < len(ids):
-                taken = ids[used : used + self.seq_length - filled]
+                taken = ids[used : used + self.text_length - filled]
                 used, filled = used + len(taken), filled + len(taken)
                 parts.append(taken)
-                if filled == self.seq_length:
-                    yield Block(np.concatenate(parts), _position(mark, used, shards))
+                if filled == self.text_length:
+                    yield Block(np.concatenate([self.prefix, *parts]), _position(mark, used, shards))
                     parts, filled = [], 0
         self._end_of_pass(of_pass, whole_pass)
 
@@ -215,10 +236,10 @@ class BlockStream:
         return shards
 
     def _end_of_pass(self, tokens: int, whole: bool) -> None:
-        if whole and tokens < self.seq_length:
+        if whole and tokens < self.text_length:
             raise UserError(
                 f"{self.source.name} is too short: the part that is read makes {tokens} tokens, and one block takes "
-                f"{self.seq_length}. Give more text, or lower --data.seq_length."
+                f"{self.text_length}. Give more text, or lower --data.seq_length."
             )
 
     def _pieces(self, start: Position | None, *, repeat: bool) -> Iterator[_Piece]:

@@ -50,7 +50,7 @@ def sharding_mesh(trainer: "L.Trainer | None") -> DeviceMesh | None:
         return None
     raise UserError(
         f"{type(strategy).__name__} does not work with gates. Use --trainer.strategy ddp, or ModelParallelStrategy "
-        "(FSDP2) for a model that does not fit one device: configs/cluster has an example of each."
+        "(FSDP2) for a model that does not fit one device: --config ddp and --config fsdp2 are recipes for each."
     )
 
 
@@ -69,12 +69,16 @@ def saves_shards(trainer: "L.Trainer | None") -> bool:
 
 
 def shard(
-    model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, prepare: Callable[[int, nn.Module], None]
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    prepare: Callable[[int, nn.Module], None],
+    others: Collection[nn.Module] = (),
 ) -> nn.Module:
     """Shard the decoder ``blocks`` of ``model`` over ``mesh``, one after another.
 
-    Modules outside the blocks (embeddings, last norm, head) stay whole on every rank: they are frozen, need no
-    gradient and no optimizer state, and the head is called chunk by chunk outside the forward pass.
+    Modules outside the blocks (embeddings, last norm, head) stay whole on every rank, unless they are trained: frozen,
+    they need no gradient and no optimizer state, and the head is called chunk by chunk outside the forward pass.
 
     Args:
         model: A causal language model, on the CPU.
@@ -82,6 +86,7 @@ def shard(
         mesh: One-dimensional device mesh.
         prepare: Function called with the index of each block and the block before it is sharded. It can register
             parameters while only this block is unsharded and in its own memory.
+        others: Modules outside the blocks to shard too, since they are trained.
 
     Raises:
         UserError: A block is stored in a form that cannot be sharded.
@@ -90,7 +95,9 @@ def shard(
     for index, block in enumerate(blocks):
         prepare(index, block)
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    for module in others:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    inside = {id(parameter) for module in (*blocks, *others) for parameter in module.parameters()}
     outside = {parameter for parameter in model.parameters() if id(parameter) not in inside}
     # Without parameters of its own, the root only orders the blocks: each is prefetched while the previous one runs.
     root = getattr(model, "base_model", model)

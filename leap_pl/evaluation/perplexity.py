@@ -3,10 +3,13 @@
 The text is tokenized once and read in windows of ``seq_length`` tokens that start every ``stride`` tokens. Each token
 of a window is predicted from the preceding ones in the window; where windows overlap, a token counts only the first
 time. Tokens after the last complete window are ignored, as in published results.
+
+A prefix, such as BOS, is part of each window and never predicted: every token of the text is then predicted, whereas
+without one the first token of each window is not.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +34,7 @@ class Perplexity:
         nll: Mean negative log-likelihood (NLL) of the predicted tokens, in nats.
         nll_stderr: Standard error of ``nll`` over windows, which are far less dependent than tokens; None for one
             window.
-        seq_length: Tokens in a window.
+        seq_length: Tokens in a window, with its prefix.
         stride: Distance between the starts of consecutive windows, in tokens.
         tokens: Length of the text, in tokens.
         predicted: Number of predicted tokens.
@@ -64,6 +67,7 @@ def perplexity(
     *,
     seq_length: int = 2048,
     stride: int | None = None,
+    prefix: Sequence[int] = (),
     batch_size: int = 4,
     progress: str | None = None,
 ) -> Perplexity:
@@ -72,25 +76,37 @@ def perplexity(
     Args:
         model: A causal language model, on its device.
         tokens: LongTensor[tokens], the whole text. A text shorter than a window is one short window.
-        seq_length: Tokens in a window.
-        stride: Distance between the starts of consecutive windows, in tokens; by default ``seq_length``, so that
-            windows do not overlap.
+        seq_length: Tokens in a window, with its prefix.
+        stride: Distance between the starts of consecutive windows, in tokens; by default their number in a window, so
+            that windows do not overlap.
+        prefix: Tokens that each window begins with (:func:`leap_pl.base_model.prefix.prefix_of`), not counted in
+            ``tokens``.
         batch_size: Windows in a forward pass; it affects the value only by rounding.
         progress: Caption of a progress bar; None for no bar.
 
     Raises:
         UserError: If ``seq_length``, ``stride`` or ``batch_size`` is out of range, ``seq_length`` exceeds the model's
-            positions, the text has fewer than two tokens, or the model's logits are not finite.
+            positions, the text has no token to predict, or the model's logits are not finite.
     """
-    stride = seq_length if stride is None else stride
-    check_windows(seq_length, stride, batch_size)
-    _check(model, tokens, seq_length)
-    length = min(seq_length, tokens.numel())
-    windows = tokens.unfold(0, length, stride)  # (window, length), a view
+    stride = seq_length - len(prefix) if stride is None else stride
+    check_windows(seq_length, stride, batch_size, len(prefix))
+    given = max(len(prefix), 1)  # tokens of a window that are never predicted
+    prefix_P = torch.tensor(prefix, dtype=tokens.dtype, device=tokens.device)
+    _check(model, tokens, prefix_P, seq_length)
+    windows = tokens.unfold(0, min(seq_length - len(prefix), tokens.numel()), stride)  # (window, length), a view
+    length = len(prefix) + windows.shape[1]
+    later = min(stride, length - given)  # predicted tokens of a window after the first; the rest is context
     was_training = model.training
     model.eval()
     sums = torch.cat(
-        [_window_nll(model, batch, stride, first) for first, batch in _batches(windows, batch_size, progress)]
+        [
+            _window_nll(
+                model,
+                torch.cat([prefix_P.expand(len(batch), -1), batch], 1),
+                [given if window == 0 else length - later for window in range(first, first + len(batch))],
+            )
+            for first, batch in _batches(windows, batch_size, progress)
+        ]
     )
     model.train(was_training)
     if not torch.isfinite(sums).all():
@@ -99,8 +115,8 @@ def perplexity(
             f"the model's logits are not finite in {bad} of {len(sums)} windows. "
             "Evaluate in another precision (--dtype float32), or check the weights."
         )
-    counts = torch.full_like(sums, min(stride, length - 1))
-    counts[0] = length - 1
+    counts = torch.full_like(sums, later)
+    counts[0] = length - given
     predicted = int(counts.sum())
     nll = float(sums.sum() / predicted)
     return Perplexity(
@@ -114,24 +130,27 @@ def perplexity(
     )
 
 
-def check_windows(seq_length: int, stride: int, batch_size: int) -> None:
-    """Check that window, stride and batch size are in range.
+def check_windows(seq_length: int, stride: int, batch_size: int, prefix: int = 0) -> None:
+    """Check that window, stride and batch size are in range, for windows that begin with ``prefix`` tokens.
 
     Raises:
         UserError: If one is not.
     """
-    if seq_length < 2 or batch_size < 1 or not 1 <= stride <= seq_length:
+    if seq_length < max(2, prefix + 1) or batch_size < 1 or not 1 <= stride <= seq_length - prefix:
+        most = f"seq_length − {prefix}, without what the tokenizer puts before a text" if prefix else "seq_length"
         raise UserError(
-            f"seq_length {seq_length}, stride {stride}, batch_size {batch_size}: seq_length must be at least 2, stride "
-            "from 1 to seq_length, and batch_size at least 1."
+            f"seq_length {seq_length}, stride {stride}, batch_size {batch_size}: seq_length must be at least "
+            f"{max(2, prefix + 1)}, stride from 1 to {most}, and batch_size at least 1."
         )
 
 
-def _check(model: "PreTrainedModel", tokens: Tensor, seq_length: int) -> None:
+def _check(model: "PreTrainedModel", tokens: Tensor, prefix: Tensor, seq_length: int) -> None:
     check_sequence_length(model.config, seq_length, "the model", "--seq_length")
-    if tokens.numel() < 2:
-        raise UserError(f"the text has {tokens.numel()} tokens, and perplexity needs two. Give a longer text.")
-    check_tokens(tokens, vocabulary_of(model), "the model")
+    least = 1 if len(prefix) else 2
+    if tokens.numel() < least:
+        needs = "one" if len(prefix) else "two"
+        raise UserError(f"the text has {tokens.numel()} tokens, and perplexity needs {needs}. Give a longer text.")
+    check_tokens(torch.cat([prefix, tokens]), vocabulary_of(model), "the model")
 
 
 def _batches(windows: Tensor, batch_size: int, progress: str | None) -> Iterator[tuple[int, Tensor]]:
@@ -145,16 +164,13 @@ def _batches(windows: Tensor, batch_size: int, progress: str | None) -> Iterator
             bar.update(len(batch))
 
 
-def _window_nll(model: "PreTrainedModel", windows: Tensor, stride: int, first: int) -> Tensor:
-    """Return the summed NLL of the predicted tokens of each window: float64 (window,) on the CPU."""
+def _window_nll(model: "PreTrainedModel", windows: Tensor, firsts: Sequence[int]) -> Tensor:
+    """Return the summed NLL of each window's tokens from the index in ``firsts`` on: float64 (window,) on the CPU."""
     inputs_BT = windows.to(model.device)
     logits_BTV = model(input_ids=inputs_BT, use_cache=False).logits
-    length = inputs_BT.shape[1]
     sums = []
-    for window, (inputs_T, logits_TV) in enumerate(zip(inputs_BT, logits_BTV, strict=True), start=first):
-        # A later window predicts only its last `stride` tokens; the rest is context.
-        start = 0 if window == 0 else max(length - 1 - stride, 0)
-        targets, predictions = inputs_T[1 + start :], logits_TV[start:-1]
+    for first, inputs_T, logits_TV in zip(firsts, inputs_BT, logits_BTV, strict=True):
+        targets, predictions = inputs_T[first:], logits_TV[first - 1 : -1]
         step = max(1, LOSS_ELEMENTS // logits_TV.shape[-1])
         total = torch.zeros((), dtype=torch.float64, device="cpu")
         for at in range(0, len(targets), step):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, ConfigDict, FailFast, Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from leap_pl.base_model.prefix import Bos
 from leap_pl.inputs.plain_values import checked, shown
 from leap_pl.masks.provenance_schema import Config, Count, Finite, Name, Share, Word
 
@@ -87,6 +88,7 @@ class Perplexity(TypedDict):
     share: NotRequired[Word]
     text_digest: Word
     tokenizer: Tokenizer
+    bos: NotRequired[Bos]
     window_nll: NotRequired[Annotated[list[Number], FailFast()]]
 
 
@@ -98,6 +100,7 @@ class _Task(TypedDict):
     version: Annotated[Any, AfterValidator(_scalar)]
     samples: Count
     source: NotRequired[Word]
+    bos: NotRequired[Bos]
     correct: NotRequired[Annotated[str, AfterValidator(_answers)]]
 
 

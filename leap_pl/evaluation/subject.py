@@ -11,6 +11,7 @@ from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet, split_name
 from leap_pl.masks.exported import exported_record
+from leap_pl.masks.kept_weights import KeptWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +59,7 @@ def load_subject(
 
     Args:
         model: Hub id, folder or GGUF file.
-        mask: MaskSet file to apply.
+        mask: MaskSet file, or hub id of one, to apply.
         ckpt_path: Training checkpoint whose hard mask to apply.
         revision: Revision of ``model`` on the hub.
         dtype: Data type of the weights.
@@ -81,6 +82,9 @@ def load_subject(
     name = name_of_model(model, provenance.base_model, trust_remote_code=trust_remote_code)
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     masks.apply_(loaded)
+    weights = KeptWeights.beside(mask, masks) if mask is not None else _weights_of_checkpoint(str(ckpt_path))
+    if weights is not None:
+        weights.apply_(loaded, masks)
     return Subject(
         model=loaded,
         tokenizer=_tokenizer_of(loaded, name, revision=revision, trust_remote_code=trust_remote_code),
@@ -99,6 +103,12 @@ def _masks_of_checkpoint(path: str) -> MaskSet:
     from leap_pl.checkpoints.layout import masks_from_checkpoint
 
     return masks_from_checkpoint(path)
+
+
+def _weights_of_checkpoint(path: str) -> KeptWeights | None:
+    from leap_pl.training.checkpoint_weights import weights_from_checkpoint
+
+    return weights_from_checkpoint(path)
 
 
 def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: bool) -> Subject:

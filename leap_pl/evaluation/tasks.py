@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leap_pl.base_model.prefix import Bos, prefix_of, record_of
 from leap_pl.errors import UserError, listing
 from leap_pl.evaluation.local_tasks import STOCK, LocalTasks
 from leap_pl.inputs.plain_values import shown
@@ -52,6 +53,7 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     batch_size: int = 4,
     seed: int = 0,
+    bos: Bos = "every",
 ) -> dict[str, dict[str, Any]]:
     """Score ``model`` on ``tasks``.
 
@@ -64,11 +66,14 @@ def evaluate_tasks(
         num_fewshot: Solved examples before each question; by default the task's own number, mostly 0.
         batch_size: Requests in a forward pass.
         seed: Seed of few-shot sampling.
+        bos: Whether requests begin with what the tokenizer puts before a text: each is a text of one window, so all do
+            but with ``none``.
 
     Returns:
         Task → its metrics (``acc``, ``acc_stderr``, ``acc_norm`` …), ``samples``, ``split``, ``num_fewshot``,
-        ``version``, ``source`` (``local`` or ``hub``), ``limit``, and ``correct``: one digit per question, in order, 1
-        if ``acc`` counts the answer as correct, so that two results can be compared question by question.
+        ``version``, ``source`` (``local`` or ``hub``), ``limit``, ``bos`` (``every`` or ``none``; only if the tokenizer
+        puts something before a text), and ``correct``: one digit per question, in order, 1 if ``acc`` counts the answer
+        as correct, so that two results can be compared question by question.
 
     Raises:
         UserError: If a task does not exist, its data is neither local nor reachable, local data does not fit the task,
@@ -85,7 +90,10 @@ def evaluate_tasks(
         unknown = [task for task in remote if task not in manager.all_tasks]
         if unknown:
             raise UserError(_unknown(unknown, manager.all_tasks))
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        begun: Bos = "none" if bos == "none" else "every"
+        # lm-eval's own default depends on its version and on the family of the model.
+        add_bos = begun == "every" and bool(prefix_of(tokenizer))
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos)
         with _questions_of(local, tasks_folder), _reaching(remote, tasks_folder), _in_reach_of(lm.max_length):
             found = simple_evaluate(
                 model=lm,
@@ -100,9 +108,8 @@ def evaluate_tasks(
                 bootstrap_iters=1000,
             )
     assert found is not None
-    return {
-        task: _scores(task, found) | {"source": "local" if task in local else "hub", "limit": limit} for task in tasks
-    }
+    shared = {"limit": limit, **record_of(begun, tokenizer)}
+    return {task: _scores(task, found) | {"source": "local" if task in local else "hub", **shared} for task in tasks}
 
 
 def mean_accuracy(scores: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

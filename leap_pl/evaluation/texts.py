@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from leap_pl.base_model.prefix import Bos, prefix_of
 from leap_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,16 +50,24 @@ def check_text(name: str) -> None:
 
 
 def read_text(
-    name: str, tokenizer: "PreTrainedTokenizerBase", *, seq_length: int, max_tokens: int | None, share: str
+    name: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    seq_length: int,
+    max_tokens: int | None,
+    share: str,
+    bos: Bos = "first",
 ) -> Tensor:
     """Return the tokens of the text ``name``: LongTensor[tokens].
 
     Args:
         name: ``wikitext2``, ``c4``, a local file, or a hub id.
         tokenizer: Tokenizer of the model.
-        seq_length: Tokens in a window; of C4, 256 windows are read.
+        seq_length: Tokens in a window, with its prefix; of C4, 256 windows are read.
         max_tokens: Maximum number of tokens, from the first; None for all.
         share: Part of a local file to read: ``held_out``, which training leaves for validation, or ``all``.
+        bos: Windows that will begin with what the tokenizer puts before a text; with ``first`` the tokens begin with
+            it.
 
     Raises:
         UserError: If the text cannot be found, fetched or read.
@@ -68,10 +77,11 @@ def read_text(
     known = TEXTS.get(name)
     if known is None:
         try:
-            return held_out_tokens(name, tokenizer, most=max_tokens, share=share)  # type: ignore[arg-type]
+            return held_out_tokens(name, tokenizer, most=max_tokens, share=share, bos=bos)  # type: ignore[arg-type]
         except UserError as error:
             raise UserError(f"--perplexity {name}: {_in_flags_of_evaluate(str(error))}") from error
-    limits = [n for n in (max_tokens, known.windows and known.windows * seq_length) if n is not None]
+    in_window = seq_length - (len(prefix_of(tokenizer)) if bos == "every" else 0)
+    limits = [n for n in (max_tokens, known.windows and known.windows * in_window) if n is not None]
     try:
         return held_out_tokens(
             known.dataset,
@@ -79,6 +89,7 @@ def read_text(
             most=min(limits, default=None),
             config_name=known.config_name,
             split=known.split,
+            bos=bos,
         )
     except UserError as error:
         raise UserError(

@@ -1,20 +1,23 @@
 """Facts of an exported model, in machine-readable form and as its model card."""
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from leap_pl.base_model.prefix import in_words
 from leap_pl.escape import markdown, markdown_code
+from leap_pl.export.hub import shortened
+from leap_pl.export.method import citation, decisive_settings
+from leap_pl.export.usage import Format, usage
 from leap_pl.inputs import records
+from leap_pl.inputs.hub import is_hub_id
+from leap_pl.inputs.plain_values import shown
+from leap_pl.masks.kept_weights import TRAINED
 
 if TYPE_CHECKING:
     from leap_pl.masks import MaskSet
     from leap_pl.masks.patterns import Pattern, Tiled
-
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def form_of(masks: "MaskSet") -> "Pattern | Tiled":
@@ -44,58 +47,79 @@ def facts_of(masks: "MaskSet", base_zeros: int) -> dict[str, Any]:
     }
 
 
-def card_of(masks: "MaskSet", facts: Mapping[str, Any]) -> str:
-    """Return the model card: base model, sparsity, method and settings, as Markdown."""
-    provenance = masks.provenance
-    is_hub_id = HUB_ID.fullmatch(provenance.base_model) and not Path(provenance.base_model).exists()
-    front = ["---", "library_name: transformers", "tags: [leap_pl, pruned, sparse]"]
-    front += [f"base_model: {provenance.base_model}"] if is_hub_id else []
-    revision = f" at revision {markdown_code(provenance.revision)}" if provenance.revision else ""
-    data = provenance.config.get("data", {})
-    packed = facts.get("packed")
-    lines = [
-        *front,
-        "---",
-        "",
-        f"# {markdown(Path(provenance.base_model).name)}, {facts['sparsity']:.0%} sparse",
-        "",
-        f"{markdown_code(provenance.base_model)}{revision} (weights fingerprint "
-        f"{markdown_code(provenance.fingerprint)}) with "
-        f"{facts['removed']:,} of {facts['gated']:,} weights of its decoder blocks set to zero: "
-        f"{markdown(_words(form_of(masks), facts['sparsity']))}. {_kept(facts)} "
-        f"The mask was made by {markdown_code(provenance.method)} with leap_pl "
-        f"{markdown(provenance.versions.get('leap_pl', ''))}; "
-        f"{'the bitmaps of the packed weights hold it' if packed else f'`{records.MASK}` holds it alone'}.",
-        *([] if packed is None else _packed_lines(packed)),
-        "",
-        "The base model's licence and terms apply.",
+def card_of(
+    masks: "MaskSet",
+    facts: Mapping[str, Any],
+    *,
+    format: Format = "huggingface",
+    hub_id: str | None = None,
+    licence: Mapping[str, str] | None = None,
+) -> str:
+    """Return the model card, as Markdown: what the export is, how to use it, figures, how it was made, and citation.
+
+    Local files and folders are named by their last part, so that a card that is published does not show the paths of
+    its author's machine.
+
+    Args:
+        masks: Masks of the export.
+        facts: Contents of its ``leap_pl.json``.
+        format: Format of the export.
+        hub_id: Repository that it will be published in, for the lines that load it.
+        licence: Licence of the base model (:func:`leap_pl.base_model.licence.licence_of`).
+    """
+    alone = format == "mask"
+    sections = [
+        _metadata(masks, alone, licence or {}),
+        f"# {'Mask of ' if alone else ''}{markdown(_base_name(masks))}, {facts['sparsity']:.0%} sparse",
+        _summary(masks, facts, format),
+        usage(masks, facts, format, hub_id or "USER/NAME"),
+        _perplexities(masks.provenance.config, facts),
+        _making(masks, facts),
+        "## Licence",
+        "The mask has none of the base model's weights. The base model's licence applies to the model it is used with."
+        if alone
+        else "The base model's licence and terms apply.",
+        citation(masks.provenance.method),
     ]
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _metadata(masks: "MaskSet", alone: bool, licence: Mapping[str, str]) -> str:
+    base = masks.provenance.base_model
+    lines = ["---", f"library_name: {'leap_pl' if alone else 'transformers'}", "pipeline_tag: text-generation"]
+    lines += [f"base_model: {base}"] if is_hub_id(base) else []
+    lines += [f"{key}: {value}" for key, value in licence.items()]
+    return "\n".join([*lines, "tags: [leap_pl, pruned, sparse]", "---"])
+
+
+def _summary(masks: "MaskSet", facts: Mapping[str, Any], format: Format) -> str:
+    made = masks.provenance
+    linked = f"[{made.base_model}](https://huggingface.co/{made.base_model})"
+    revision = f" at revision {markdown_code(made.revision)}" if made.revision else ""
+    what = f"{linked if is_hub_id(made.base_model) else markdown_code(_base_name(masks))}{revision}"
+    counts = f"{facts['removed']:,} of {facts['gated']:,} weights of its decoder blocks"
+    form = markdown(_words(form_of(masks), facts["sparsity"]))
+    version = markdown(made.versions.get("leap_pl", ""))
+    method = f"The mask was made by {markdown_code(made.method)} with leap_pl {version}".rstrip()
     early = unfinished(masks)
-    if early:
-        lines += ["", f"**Learning was not finished: {early.removesuffix('; ')}.**"]
-    if data:
-        lines += [
-            "",
-            f"Calibration text: {_text(data.get('text'))}, in blocks of {markdown(data.get('seq_length'))} tokens.",
-        ]
-    lines += _validation_lines(provenance.config)
-    if "perplexity" in facts:
-        lines += ["", "## Perplexity", "", "| text | perplexity | window, tokens | stride |", "|---|---|---|---|"]
-        lines += [
-            f"| {markdown(name)} | {result['value']:.3f} | {result['seq_length']} | {result['stride']} |"
-            for name, result in facts["perplexity"].items()
-        ]
-    lines += ["", "## Sparsity by decoder layer", "", "| layer | sparsity |", "|---|---|"]
-    lines += [f"| {markdown(layer)} | {sparsity:.4f} |" for layer, sparsity in facts["sparsity_by_layer"].items()]
-    lines += ["", "## Sparsity by projection", "", "| projection | sparsity |", "|---|---|"]
-    lines += [f"| {markdown(name)} | {sparsity:.4f} |" for name, sparsity in facts["sparsity_by_projection"].items()]
-    settings = {"sparsity": provenance.sparsity, **provenance.config, "versions": provenance.versions}
-    lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=2), "```", ""]
-    return "\n".join(lines)
+    warning = f"\n\n**Learning was not finished: {early.removesuffix('; ')}.**" if early else ""
+    if format == "mask":
+        return (
+            f"A mask for {what} that removes {counts}: {form}. It has one bit a weight, and is refused on any other "
+            f"model. {method}.{warning}"
+        )
+    held = "the bitmaps of the packed weights hold it" if format == "packed" else f"`{records.MASK}` holds it alone"
+    return f"{what} with {counts} set to zero: {form}. {_kept(facts, made.config)} {method}; {held}.{warning}"
 
 
-def _kept(facts: Mapping[str, Any]) -> str:
-    zeros = facts["zeros_of_base_model_among_kept"]
+def _kept(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    zeros, training = facts["zeros_of_base_model_among_kept"], config.get(TRAINED)
+    if isinstance(training, dict):
+        rounded = f", then rounded to {facts['rounded_to']}" if "rounded_to" in facts else ""
+        return (
+            f"**Weights were trained** ({markdown_code(training.get('kind'))}) under the mask{rounded}; "
+            f"{zeros:,} of those that it keeps are zero."
+        )
     if "rounded_to" in facts:
         return (
             f"Kept weights are the base model's, rounded to {facts['rounded_to']}; {zeros:,} of them were zero already."
@@ -103,23 +127,53 @@ def _kept(facts: Mapping[str, Any]) -> str:
     return f"Kept weights are the base model's, bit for bit; {zeros:,} of them were zero already."
 
 
-def _packed_lines(packed: Mapping[str, Any]) -> list[str]:
-    """Return lines that say how a packed folder is loaded."""
-    return [
-        "",
-        f"**These weights are packed**: {packed['bytes_per_weight']:.2f} bytes a weight of the decoder blocks, dense "
-        f"{packed['dense_bytes_per_weight']:g}. They need leap_pl (`pip install leap_pl`), which is imported first:",
-        "",
-        "```python",
-        "import leap_pl",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")',
-        "```",
-        "",
-        "`leap_pl export --model THIS_FOLDER --format huggingface --output_dir OTHER` makes a folder of it that "
-        "transformers loads alone.",
-    ]
+def _perplexities(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    figures, validation = facts.get("perplexity", {}), _validation(config)
+    if not figures and not validation:
+        return ""
+    table = ["| text | sparse | dense | window, tokens | stride |", "|---|---|---|---|---|"] if figures else []
+    for name, figure in figures.items():
+        dense = f"{figure['dense']:.3f}" if "dense" in figure else "–"
+        windows = ", ".join([str(figure["seq_length"]), *in_words(figure)])
+        cells = (markdown(shortened(name)), f"{figure['value']:.3f}", dense, windows, figure["stride"])
+        table.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n\n".join(filter(None, ("## Perplexity", "\n".join(table), validation)))
+
+
+def _validation(config: Mapping[str, Any]) -> str:
+    """Return the perplexities of the run's last validation; an empty string where their protocol is not known."""
+    from leap_pl.training.validation import Measured
+
+    of = config.get("perplexity_of")
+    hard = Measured.read(config.get("perplexity"), of)
+    dense = Measured.read(config.get("dense_perplexity"), config.get("dense_perplexity_of"))
+    if hard is None:
+        return ""
+    figures = f"{hard.value:.2f} under the mask"
+    if dense is not None and dense.of == hard.of:
+        figures += f", {dense.value:.2f} dense"
+    step, steps = dict(of or {}).get("step"), config.get("max_steps")
+    when = "" if step == steps else f" after step {markdown(step)} of {markdown(steps)}"
+    of_blocks = [f"{hard.sequences} blocks of {hard.seq_length:g} tokens", *in_words(config.get("data", {}))]
+    windows = ", ".join(of_blocks)
+    return f"Perplexity on the run's validation text ({windows}{when}): {figures}."
+
+
+def _making(masks: "MaskSet", facts: Mapping[str, Any]) -> str:
+    settings = decisive_settings(masks.provenance)
+    table = [f"| {name} | {markdown_code(shown(value, 200), cell=True)} |" for name, value in settings.items()]
+    projections = facts["sparsity_by_projection"]
+    shares = [f"| {markdown(name)} | {sparsity:.4f} |" for name, sparsity in projections.items()]
+    layers = facts["sparsity_by_layer"]
+    low, high = (extreme(layers, key=layers.__getitem__) for extreme in (min, max))
+    sections = (
+        "## How it was made",
+        "\n".join(["| setting | value |", "|---|---|", *table]),
+        "\n".join(["| projection | sparsity |", "|---|---|", *shares]),
+        f"By decoder layer, the sparsity is from {layers[low]:.4f} (layer {markdown(low)}) to {layers[high]:.4f} "
+        f"(layer {markdown(high)}). `{records.RECORD}` has that of each layer, and all settings.",
+    )
+    return "\n\n".join(sections)
 
 
 def unfinished(masks: "MaskSet") -> str:
@@ -130,22 +184,10 @@ def unfinished(masks: "MaskSet") -> str:
     return f"the mask is of step {steps:,} of {of:,}; "
 
 
-def _validation_lines(config: Mapping[str, Any]) -> list[str]:
-    """Return lines with the perplexities of the run's last validation, omitting those without a known protocol."""
-    from leap_pl.training.validation import Measured
-
-    of = config.get("perplexity_of")
-    hard = Measured.read(config.get("perplexity"), of)
-    dense = Measured.read(config.get("dense_perplexity"), config.get("dense_perplexity_of"))
-    if hard is None:
-        return []
-    shown = f"{hard.value:.2f} under the mask"
-    if dense is not None and dense.of == hard.of:
-        shown += f", {dense.value:.2f} dense"
-    step, steps = dict(of or {}).get("step"), config.get("max_steps")
-    when = "" if step == steps else f" after step {step} of {steps}"
-    windows = f"{hard.sequences} blocks of {hard.seq_length:g} tokens"
-    return ["", f"Perplexity on the run's validation text ({windows}{when}): {shown}."]
+def _base_name(masks: "MaskSet") -> str:
+    """Return the base model's name without its owner or folder."""
+    name = masks.provenance.base_model
+    return PurePath(name).name or name
 
 
 def _words(form: "Pattern | Tiled", sparsity: float) -> str:
@@ -158,7 +200,3 @@ def _words(form: "Pattern | Tiled", sparsity: float) -> str:
     if isinstance(form, Tiled):
         return f"a sparsity of {sparsity:.6f} in {form}"
     return f"an unstructured sparsity of {sparsity:.6f}"
-
-
-def _text(text: Any) -> str:
-    return ", ".join(markdown_code(name) for name in ([text] if isinstance(text, str) else text or ["unknown"]))

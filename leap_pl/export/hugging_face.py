@@ -2,22 +2,26 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from leap_pl.errors import UserError, listing
 from leap_pl.export.card import card_of, facts_of, form_of
+from leap_pl.export.hub import shortened, without_paths
+from leap_pl.export.usage import Format
 from leap_pl.inputs import records
+from leap_pl.inputs.hub import is_hub_id
 from leap_pl.inputs.plain_values import plain
+from leap_pl.masks.kept_weights import TRAINED
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from leap_pl.masks import MaskSet
+    from leap_pl.masks.kept_weights import KeptWeights
 
-Format = Literal["huggingface", "packed"]
 Values = Literal["auto", "int8"]
 
 
@@ -26,23 +30,30 @@ def export_model(
     output_dir: str | Path,
     model: str,
     *,
+    weights: "KeptWeights | None" = None,
     format: Format = "huggingface",
     values: Values = "auto",
     revision: str | None = None,
     perplexity: Mapping[str, Any] | None = None,
+    hub_id: str | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write ``model`` with the weights removed that ``masks`` remove, as exact zeros or packed, and verify the result.
+    """Write ``model`` with the weights removed that ``masks`` remove, or ``masks`` alone, and verify the result.
 
     Args:
         masks: Weights of the base model ``model`` to keep; None if ``model`` is sparse already, packed or with zeros.
         output_dir: Folder to write, atomically. An existing one is replaced only with ``force``.
         model: Hub id, folder or GGUF file of the base model that the masks were made for, or of the sparse model.
-        format: ``huggingface``, which plain transformers loads, or ``packed`` (:mod:`leap_pl.sparse`).
+        weights: Trained weights to write in place of the base model's.
+        format: ``huggingface``, with exact zeros, which plain transformers loads; ``packed`` (:mod:`leap_pl.sparse`);
+            or ``mask``, the masks and no weights.
         values: Values of packed weights: ``auto``, those of the model, or ``int8``, rounded.
         revision: Revision of ``model`` on the hub.
-        perplexity: Perplexities of the masked model for the model card, as in a result of ``leap_pl evaluate``.
+        perplexity: Perplexities of the masked model for the model card, as in a result of ``leap_pl evaluate``; with
+            ``dense`` in a figure, that of the dense model by the same protocol.
+        hub_id: Repository of the hub in which the folder will be published, for the model card. No file of the folder
+            then has an absolute path in it.
         force: Replace ``output_dir`` if leap_pl wrote its contents; and pack a model that gains nothing by it.
         trust_remote_code: Run code that comes with ``model``.
 
@@ -53,8 +64,10 @@ def export_model(
         UserError: If the masks are of another model or do not follow their pattern, the model cannot be read, packing
             gains nothing, or the folder cannot be written.
     """
+    from leap_pl.base_model.licence import licence_of
     from leap_pl.base_model.loading import load_model, load_tokenizer
     from leap_pl.files import atomic_folder
+    from leap_pl.masks import MaskSet
 
     with atomic_folder(output_dir, force=force) as folder:  # first, so that a bad folder fails before the model loads
         base = load_model(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -63,24 +76,41 @@ def export_model(
             from leap_pl.export.sparse_model import masks_of, recorded_facts
 
             masks, known = masks_of(model, base), known | recorded_facts(model)
+            if format == "mask":
+                known.pop("rounded_to", None)  # of weights
         else:
             masks.check(base)
             _check_form(masks, base)
+            if is_hub_id(model) and not is_hub_id(masks.provenance.base_model):  # a local copy of the same weights
+                masks = masks.with_provenance(base_model=model, revision=revision)
+            if weights is not None and format == "mask":  # whose users have the base model's weights
+                config = {name: value for name, value in masks.provenance.config.items() if name != TRAINED}
+                masks = masks.with_provenance(config=config)
+            elif weights is not None:
+                weights.apply_(base, masks)
+        if hub_id is not None:
+            masks, known = without_paths(masks), shortened(known)
         facts = facts_of(masks, _zeros_kept(masks, base)) | known
-        load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code).save_pretrained(folder)
+        if format != "mask":
+            load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code).save_pretrained(folder)
         if format == "packed":
             from leap_pl.export.packed import write_packed_model
 
             facts["packed"] = write_packed_model(base, masks, folder, int8=values == "int8", force=force)
             facts |= {"rounded_to": values} if values == "int8" else {}
         else:
-            kept_digests = _kept_digests(masks, base)
-            _write_zeros(base, masks, folder)
             masks.save(folder / records.MASK)
+            if MaskSet.load(folder / records.MASK).digest_of_bits() != facts["mask_digest"]:
+                raise UserError(f"{records.MASK} does not read back as it was written. Check the disk of {output_dir}.")
+        if format == "huggingface":
+            kept_digests = _kept_digests(masks, base, () if weights is None else weights.names)
+            _write_zeros(base, masks, folder)
             del base  # _verify loads the model again: do not hold two
             _verify(folder, masks, kept_digests, trust_remote_code)
         (folder / records.RECORD).write_text(json.dumps(plain(facts), indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(card_of(masks, facts), encoding="utf-8")
+        licence = {} if format == "mask" else licence_of(model, revision=revision)
+        card = card_of(masks, facts, format=format, hub_id=hub_id, licence=licence)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return facts
 
 
@@ -114,10 +144,11 @@ def _zeros_kept(masks: "MaskSet", base: "PreTrainedModel") -> int:
     return sum(int((parameters[name].detach()[mask] == 0).sum()) for name, mask in masks.masks.items())
 
 
-def _kept_digests(masks: "MaskSet", base: "PreTrainedModel") -> dict[str, str]:
-    """Return a digest of the bits of each weight's kept elements."""
-    parameters = dict(base.named_parameters())
-    return {name: _digest(parameters[name].detach()[mask]) for name, mask in masks.masks.items()}
+def _kept_digests(masks: "MaskSet", base: "PreTrainedModel", trained: Iterable[str]) -> dict[str, str]:
+    """Return a digest of the bits of each weight's kept elements, and of the ``trained`` weights without a mask."""
+    parameters = {name: parameter.detach() for name, parameter in base.named_parameters()}
+    digests = {name: _digest(parameters[name][mask]) for name, mask in masks.masks.items()}
+    return digests | {name: _digest(parameters[name]) for name in trained if name not in digests}
 
 
 def _digest(tensor: "Tensor") -> str:
@@ -139,7 +170,8 @@ def _verify(folder: Path, masks: "MaskSet", kept_digests: dict[str, str], trust_
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
     found = dict(model.named_parameters())
-    for name, mask in masks.masks.items():
-        weight = found[name].detach()
-        if bool(weight[~mask].count_nonzero()) or _digest(weight[mask]) != kept_digests[name]:
+    for name, digest in kept_digests.items():
+        weight, mask = found[name].detach(), masks.masks.get(name)
+        kept, removed = (weight, weight[:0]) if mask is None else (weight[mask], weight[~mask])
+        if bool(removed.count_nonzero()) or _digest(kept) != digest:
             raise UserError(f"{name} does not read back as it was written. Check the disk of {folder.parent}.")

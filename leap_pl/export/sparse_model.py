@@ -77,4 +77,8 @@ def recorded_facts(name: str) -> dict[str, Any]:
 
 def _is_figure(figure: Any) -> bool:
     keys = ("value", "seq_length", "stride")
-    return isinstance(figure, dict) and all(isinstance(figure.get(key), int | float) for key in keys)
+    return (
+        isinstance(figure, dict)
+        and all(isinstance(figure.get(key), int | float) for key in keys)
+        and isinstance(figure.get("dense", 0.0), int | float)
+    )

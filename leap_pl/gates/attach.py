@@ -13,6 +13,7 @@ from leap_pl.errors import UserError, listing
 from leap_pl.gates.calls import Call
 from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateFactory, GateState
+from leap_pl.gates.trained import TrainedTensor, TrainedWeight
 from leap_pl.inputs.classes import imported_kinds
 from leap_pl.kernels import backward_pass
 
@@ -48,6 +49,14 @@ def attach(
         for gate in of.values():
             gate.share(call)
     return Gates.of(gates)
+
+
+def attach_trained(weight: Weight, trained: TrainedWeight, state: GateState) -> TrainedTensor:
+    """Freeze a ``weight`` that has no gate, and register ``trained`` in its place as a parametrization."""
+    weight.parameter.requires_grad_(False)
+    tensor = TrainedTensor(weight, trained, state)
+    parametrize.register_parametrization(weight.module, weight.tensor, tensor, unsafe=True)
+    return tensor
 
 
 def detach(weights: Mapping[str, Weight]) -> None:
@@ -99,7 +108,7 @@ class Stored:
     """Stored state of one gated weight, as read from a checkpoint.
 
     Attributes:
-        logits: Logits in float32 or bfloat16, of the shape that the kind of gate gives them.
+        logits: Logits in float32 or bfloat16, of the shape that the kind of gate gives them; None: it has none.
         shape: Shape of the weight.
         input_dim: Input dimension of the weight, as in :class:`leap_pl.base_model.weights.Weight`.
         beside: Further tensors that the kind of gate stores (:meth:`Gate.stored`), by name.
@@ -107,7 +116,7 @@ class Stored:
             give the shapes; None: the tensors here are the stored ones.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     shape: tuple[int, ...]
     input_dim: int
     beside: Mapping[str, Tensor] = field(default_factory=dict)

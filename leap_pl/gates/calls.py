@@ -8,6 +8,7 @@ from weakref import ref
 from torch import Tensor, nn
 
 from leap_pl.base_model.weights import Weight
+from leap_pl.gates.trained import softened
 from leap_pl.kernels import backward_pass
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ class Call:
     def _soften(self) -> None:
         # Looked up in each call: a sharded run replaces its parameters.
         gates = [*self._gates.values()]
-        softened = type(gates[0]).soften_all(gates, [weight.parameter for weight in self._weights])
+        weights = [gate.current(weight.parameter) for gate, weight in zip(gates, self._weights, strict=True)]
         nodes: dict[Any, list[str]] = {}
-        for gate, (masked, kept, energy) in zip(gates, softened, strict=True):
+        for gate, (masked, kept, energy) in zip(gates, softened(gates, weights), strict=True):
             gate.note(kept, energy)
             self._masked[gate.name] = masked
             if masked.grad_fn is not None:

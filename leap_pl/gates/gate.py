@@ -11,11 +11,13 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from leap_pl.base_model.weights import Weight
 from leap_pl.gates.calls import Call
 from leap_pl.gates.collection import Gates
+from leap_pl.gates.learned import Learned
+from leap_pl.gates.trained import TrainedWeight, softened
+from leap_pl.kernels import backward_pass
 from leap_pl.kernels.compiled import scalar
 from leap_pl.kernels.noise import noise_keys
 
@@ -93,7 +95,7 @@ class GateState:
             self.mode = before
 
 
-class Gate(nn.Module, ABC):
+class Gate(Learned, ABC):
     """Learnable mask of one weight, registered as a parametrization of it.
 
     A kind of gate is a subclass, in one file. It sets ``logits`` (float32) in its constructor, names its
@@ -113,6 +115,7 @@ class Gate(nn.Module, ABC):
         energy: Σ(M·W)² over the weight after a soft pass, with its graph.
         read: Function that reads a stored tensor by its name, in a gate restored from a checkpoint without reading its
             tensors: those of the gate are then on the meta device. None otherwise.
+        trained: Parameters of the weight that is masked in place of the frozen one; None: the weight is frozen.
     """
 
     collection: ClassVar[type[Gates[Any]]]
@@ -124,6 +127,7 @@ class Gate(nn.Module, ABC):
     kept: Tensor | None
     energy: Tensor
     read: Callable[[str], Tensor] | None
+    trained: TrainedWeight | None
 
     def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
         """Check that a kind of gate defines everything it must define.
@@ -158,6 +162,7 @@ class Gate(nn.Module, ABC):
         state.set_defaults(self.scales)
         self.kept = None
         self.read = None
+        self.trained = None
         self._call: Callable[[], Call | None] = _no_call
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -169,15 +174,24 @@ class Gate(nn.Module, ABC):
         """Compute the weight that the layer uses, whatever a call has cached."""
         if self.state.mode == "dense":
             return weight
+        weight = self.current(weight)
         if self.state.mode == "hard":
             return weight.masked_fill(~self.hard_mask(), 0)
-        masked, kept, energy = self.soften(weight, *self.keys())
+        ((masked, kept, energy),) = softened([self], [weight])
         self.note(kept, energy)
         return masked
 
+    def current(self, weight: Tensor) -> Tensor:
+        """Return the weight to mask: the trained one, or else the frozen ``weight`` itself."""
+        return weight if self.trained is None else self.trained(weight)
+
     def note(self, kept: Tensor, energy: Tensor) -> None:
-        """Set the sums of a soft pass."""
-        self.__dict__.update(kept=kept, energy=energy)  # bypasses the cost of nn.Module.__setattr__
+        """Set the sums of a soft pass; those that activation checkpointing recomputes are not taken.
+
+        No backward pass goes through the graph of these, which would keep the recomputed tensors in memory.
+        """
+        if backward_pass.running() == backward_pass.NONE:
+            self.__dict__.update(kept=kept, energy=energy)  # bypasses the cost of nn.Module.__setattr__
 
     def share(self, call: Call) -> None:
         """Take the masked weight from ``call`` while it runs; the reference is weak."""
@@ -237,38 +251,6 @@ class Gate(nn.Module, ABC):
     @abstractmethod
     def hard_mask(self) -> Tensor:
         """Return the bool mask last chosen by :meth:`.Gates.choose`, of the weight's shape."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
-        """Move to another device with the model, but keep the dtype.
-
-        At |θ| = 0.04 a bfloat16 step is 2.4e-4: updates below half of it are lost unless they are rounded
-        stochastically (:mod:`leap_pl.training.optimizers`), and learning would stop silently.
-        """
-        if isinstance(self.logits, DTensor):
-            # A shard is on its device already, and FSDP2 refers to this parameter object.
-            shards = dict(self._parameters)
-            self._parameters.clear()
-            try:
-                super()._apply(fn, recurse)
-            finally:
-                self._parameters |= shards
-            return self
-        before = {name: (parameter.data, parameter.grad) for name, parameter in self.named_parameters()}
-        for parameter in self.parameters():
-            parameter.grad = None  # it would be cast in place, and so would the gradient to restore
-        super()._apply(fn, recurse)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                data, grad = before[name]
-                if parameter.dtype != data.dtype:
-                    parameter.data = data.to(parameter.device)
-                parameter.grad = None if grad is None else grad.to(parameter.device)
-        return self
-
-    def store_as(self, dtype: torch.dtype) -> None:
-        """Store the parameters, and so their gradients, in ``dtype``. The mask is always computed in float32."""
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype)
 
     def extra_repr(self) -> str:
         """Return the summary that is shown when the model is printed."""

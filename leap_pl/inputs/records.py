@@ -19,6 +19,8 @@ from typing import Any
 MASK_FORMAT = "leap_pl.MaskSet"  # `format` in the metadata of a mask file
 RECORD = "leap_pl.json"
 MASK = "mask.safetensors"  # the mask of a folder
+WEIGHTS_FORMAT = "leap_pl.KeptWeights"  # `format` in the metadata of a file of trained weights
+WEIGHTS = "weights.safetensors"  # the trained weights of a folder, beside the mask that they belong to
 KEY = "folder"
 FORMAT = "leap_pl.folder"
 FORMAT_VERSION = 1
@@ -104,13 +106,22 @@ def strangers(folder: Path, verb: str | None) -> list[str]:
 
 def is_mask_file(path: Path) -> bool:
     """Return whether ``path`` is a MaskSet file, of any version, according to its header."""
+    return _format_of(path) == MASK_FORMAT
+
+
+def is_weights_file(path: Path) -> bool:
+    """Return whether ``path`` is a file of trained weights, of any version, according to its header."""
+    return _format_of(path) == WEIGHTS_FORMAT
+
+
+def _format_of(path: Path) -> str | None:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == MASK_FORMAT
+            return (file.metadata() or {}).get("format")
     except (SafetensorError, OSError, ValueError, RuntimeError):
-        return False
+        return None
 
 
 def _strangers_of_prune(folder: Path, found: list[str]) -> list[str]:

@@ -102,6 +102,12 @@ def current() -> Inputs | None:
     return _registers[-1] if _registers else None
 
 
+def running_verb() -> str:
+    """Return the verb that is running, for messages; a run without a command line is one of ``fit``."""
+    register = current()
+    return "fit" if register is None else register.verb
+
+
 @contextmanager
 def command_inputs(verb: str) -> Iterator[Inputs]:
     """Open a register for the command ``verb``, or yield the one that is already open for it.

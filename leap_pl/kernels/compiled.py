@@ -30,6 +30,8 @@ if sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX51
     FLAGS += " -mprefer-vector-width=512"
 # Sizes need no check by the generated code: a call of other sizes is of another kind, or checked by torch.compile.
 OPTIONS = {"cpp.enable_floating_point_contract_flag": FLAGS, "size_asserts": False}
+# For kernels whose results are to be those of eager execution: multiplication and addition round apart.
+APART = {**OPTIONS, "cpp.enable_floating_point_contract_flag": FLAGS.replace("fast", "off")}
 
 # Kernel and options → function of the arguments of several calls, which returns their results.
 Backend = Callable[[Callable[..., Any], Mapping[str, Any]], Callable[[Sequence[tuple[Any, ...]]], list[Any]]]
@@ -41,10 +43,10 @@ _backends: dict[str, Backend | None] = {}  # by device type; None: eager
 class Compiled(Generic[Result]):
     """Kernel that is compiled for the device of its first argument at its first call."""
 
-    def __init__(self, kernel: Callable[..., Result]) -> None:
-        """Wrap ``kernel``, which takes positional arguments, a tensor first."""
+    def __init__(self, kernel: Callable[..., Result], options: Mapping[str, Any]) -> None:
+        """Wrap ``kernel``, which takes positional arguments, a tensor first; ``options`` are those of inductor."""
         update_wrapper(self, kernel)
-        self._kernel = kernel
+        self._kernel, self._options = kernel, options
         self._fused: dict[Backend, Callable[..., list[Result]]] = {}
         self._timed: set[str] = set()
 
@@ -59,7 +61,7 @@ class Compiled(Generic[Result]):
         if backend is None:
             return [self._kernel(*arguments) for arguments in calls]
         if backend not in self._fused:
-            self._fused[backend] = backend(self._kernel, OPTIONS)
+            self._fused[backend] = backend(self._kernel, self._options)
         fused = self._fused[backend]
         if device.type in self._timed:
             return fused(calls)
@@ -71,12 +73,12 @@ class Compiled(Generic[Result]):
         return results
 
 
-def compiled(kernel: Callable[..., Result]) -> Compiled[Result]:
-    """Compile ``kernel`` for the device of its first argument at its first call.
+def compiled(kernel: Callable[..., Result], options: Mapping[str, Any] = OPTIONS) -> Compiled[Result]:
+    """Compile ``kernel`` for the device of its first argument at its first call, with inductor's ``options``.
 
     Set ``LEAP_PL_COMPILE=0`` to run everything eagerly.
     """
-    return Compiled(kernel)
+    return Compiled(kernel, options)
 
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:

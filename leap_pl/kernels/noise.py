@@ -64,9 +64,13 @@ def columns(length: int, device: torch.device) -> Tensor:
     return torch.arange(length, dtype=torch.int32, device=device)
 
 
-def element_bits(rows: int, column_C: Tensor, key_0: Tensor, key_1: Tensor) -> Tensor:
-    """Return 32 well-mixed bits, int32 (R, C), for the first ``rows`` rows and the columns ``column_C`` of a weight."""
+def element_bits(rows: int, column_C: Tensor, key_0: Tensor, key_1: Tensor, first_row: Tensor | None = None) -> Tensor:
+    """Return 32 well-mixed bits, int32 (R, C), for ``rows`` rows and the columns ``column_C`` of a weight.
+
+    The rows begin with ``first_row``, an int32 scalar; None is 0.
+    """
     row_R1 = torch.arange(rows, dtype=torch.int32, device=column_C.device)[:, None]
+    row_R1 = row_R1 if first_row is None else row_R1 + first_row
     x = (column_C ^ hash_bits(row_R1, key_0, key_1)) * -1640531535  # 0x9E3779B1, odd, from the golden ratio
     x = x ^ _shift_right(x, 15)
     x = (x + key_1) * -2048144777  # 0x85EBCA77

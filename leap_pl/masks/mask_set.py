@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file
+from leap_pl.inputs.hub import fetch_file, repository_of
 from leap_pl.inputs.plain_values import MOST_BYTES, plain, shown
 from leap_pl.inputs.records import MASK, MASK_FORMAT
 from leap_pl.inputs.register import note_input
@@ -102,7 +103,7 @@ class PackedMasks(Mapping[str, Tensor]):
 class MaskSet:
     """Boolean masks by weight name (True: kept), with their provenance.
 
-    >>> mask = MaskSet.load("mask.safetensors")            # doctest: +SKIP
+    >>> mask = MaskSet.load("mask.safetensors")  # or of the hub: "USER/NAME"  # doctest: +SKIP
     >>> mask.apply_(AutoModelForCausalLM.from_pretrained(mask.provenance.base_model))  # doctest: +SKIP
     """
 
@@ -243,15 +244,23 @@ class MaskSet:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a MaskSet file.
+        """Read a MaskSet file, or the ``mask.safetensors`` of a repository of the Hugging Face hub.
+
+        Args:
+            path: The file; or, as a string that names no local path, ``USER/NAME`` of a model repository, or
+                ``USER/NAME@REVISION`` for a branch, tag or commit of it.
 
         Raises:
-            UserError: The file does not exist, or is not a MaskSet, of a newer format, truncated or damaged.
+            UserError: The file does not exist, or is not a MaskSet, of a newer format, truncated or damaged; or the hub
+                has no such mask, or cannot be reached.
         """
         from safetensors import SafetensorError, safe_open
 
         from leap_pl.masks.provenance_schema import parse_provenance, parse_shapes
 
+        repository = repository_of(path) if isinstance(path, str) else None
+        if repository is not None:
+            path = fetch_file(repository[0], MASK, repository[1], what=f"mask {path} is no local file, and")
         path = Path(path)
         if path.is_dir():
             raise UserError(f"{path} is a folder, not a MaskSet file. Name {path}/{MASK}.")

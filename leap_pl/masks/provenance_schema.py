@@ -10,6 +10,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from leap_pl.base_model.prefix import Bos
 from leap_pl.inputs.plain_values import LONGEST_NAME, checked, parse_json, plain
 from leap_pl.masks.patterns import read_form
 
@@ -47,6 +48,7 @@ class Data(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     text: Names | None
     seq_length: Count | None
+    bos: Bos
 
 
 class Config(TypedDict, total=False):

@@ -203,8 +203,8 @@ def measure_moments(
             batches = blocks_NT.to(device).split(walk.batch_size)
             for ids_BT in tqdm(batches, "Fisher information", unit="batch", disable=not progress, dynamic_ncols=True):
                 with ProductWatch(matrices, see):
-                    hidden_TD = states(ids_BT)[:, :-1].flatten(0, 1)
-                loss, _, _ = language_losses(hidden_TD, ids_BT[:, 1:].flatten(), head, Objective())
+                    hidden_TD = states(ids_BT)[:, walk.first_target - 1 : -1].flatten(0, 1)
+                loss, _, _ = language_losses(hidden_TD, ids_BT[:, walk.first_target :].flatten(), head, Objective())
                 (loss * len(hidden_TD)).backward()
     seen = {matrix.weight.name for matrix in matrices if matrix.name in moments}
     unseen = [matrix.weight.name for matrix in matrices if matrix.weight.name not in seen]

@@ -1,6 +1,7 @@
 """Prune a model in one shot, block by block."""
 
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -235,7 +236,7 @@ class _Run:
                 error = self.errors[matrix.name] = found.error(dense_OI, place_OI.float())
                 logger.debug("%s: layer error %.5f", matrix.name, error)
                 if shown is not None:
-                    shown.set_postfix_str(f"{matrix.weight.projection} error {error:.4f}")
+                    shown.set_postfix_str(f"{matrix.weight.projection} error {error:.4f}", refresh=sys.stderr.isatty())
 
     def _solve(self, matrix: Matrix, dense_OI: Tensor, found: InputStatistics | None, pattern: Pattern) -> Solution:
         given_OI = None if self.mask is None else matrix.view(self.mask.masks[matrix.weight.name]).to(dense_OI.device)

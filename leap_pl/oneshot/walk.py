@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WalkOptions:
-    """Batch size and devices of a walk.
+    """Batch size and devices of a walk, and what is predicted in it.
 
     Attributes:
         batch_size: Number of sequences in one forward pass of a block.
@@ -37,12 +37,14 @@ class WalkOptions:
         offload: Keep the activations between blocks in CPU memory.
         keep: Restore each block's own tensors after it was visited, and discard whatever was written into its tensors
             on the compute device: nothing is copied back, and memory-mapped weights stay memory-mapped.
+        first_target: Index of the first token of a sequence that is predicted, where a loss is computed.
     """
 
     batch_size: int = 4
     device: torch.device | str | None = None
     offload: bool = True
     keep: bool = False
+    first_target: int = 1
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def one_shot_prior(
         pattern=pattern,
         fisher=fisher,
         weights=weights,
-        walk=WalkOptions(device=device),
+        walk=WalkOptions(device=device, first_target=getattr(data, "first_target", 1)),
         update=False,
         base_model=base_model,
         revision=revision,

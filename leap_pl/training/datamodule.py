@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from leap_pl.base_model.prefix import Bos, record_of
 from leap_pl.base_model.vocabulary import check_tokens
 from leap_pl.data.batches import BEGINNING, Batch, BlockLoader, Progress, RankBatches
 from leap_pl.data.calibration import loaded_tokenizer
@@ -31,8 +32,9 @@ FORMAT = 2  # 1 had no digests of the text
 class TextDataModule(LightningDataModule):
     """Packed blocks of text to learn a mask on, and held-out blocks to validate it.
 
-    Documents are joined by a ``separator`` and cut into blocks of exactly ``seq_length`` tokens. The
-    sequence of blocks depends on text, tokenizer, ``seq_length`` and ``seed`` alone; ranks and data workers
+    Documents are joined by a ``separator`` and cut into blocks of exactly ``seq_length`` tokens, each beginning as
+    the tokenizer begins a text (``bos``). The sequence of blocks depends on text, tokenizer, ``seq_length``,
+    ``separator``, ``bos`` and ``seed`` alone; ranks and data workers
     share it without overlap, and a resumed run continues with the next block. A run is one epoch of
     ``trainer.max_steps`` × ``trainer.accumulate_grad_batches`` batches on every rank; a shorter text is
     repeated, with its files in another order.
@@ -59,7 +61,8 @@ class TextDataModule(LightningDataModule):
         validation_config_name: Configuration of ``validation_text`` if that is a hub dataset.
         validation_split: Split of a hub dataset to validate on. If it is the same as ``split``, one document in
             twenty of it is held out.
-        seq_length: Tokens in a block. It is never taken from the model, whose maximum may be far too long.
+        seq_length: Tokens in a block, including BOS. It is never taken from the model, whose maximum may be far too
+            long.
         batch_size: Blocks in a micro-batch on each rank.
         validation_sequences: Number of blocks to validate on, over all ranks; 0 disables it and holds out no text.
         num_workers: Processes of each rank that tokenize ahead, a share of the text each; 0 does it in the training
@@ -69,6 +72,9 @@ class TextDataModule(LightningDataModule):
             text after the separator that it is trained with.
         seed: Seed of the order of the files, or of the shards of a hub dataset; validation does not depend on it.
         tokenizer_revision: Branch, tag or commit of a ``tokenizer`` from the hub.
+        bos: Blocks that begin with what the tokenizer puts before a text, which is BOS for Llama and Gemma and nothing
+            for Qwen and SmolLM2: ``every`` block of training, calibration and validation; with ``first`` and ``none``
+            no block, as in earlier versions. It is an input and never predicted.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class TextDataModule(LightningDataModule):
         separator: Separator = "end_token",
         seed: int = 0,
         tokenizer_revision: str | None = None,
+        bos: Bos = "every",
     ) -> None:
         super().__init__()
         if seq_length < 2:
@@ -109,6 +116,7 @@ class TextDataModule(LightningDataModule):
         self.validation_sequences = int(validation_sequences)
         self.num_workers = int(num_workers)
         self.separator: Separator = separator
+        self.bos: Bos = bos
         self.seed = seed
         self.tokenizer_revision = tokenizer_revision
         self.vocabulary: int | None = None  # size of the model's embedding; the model sets it once it is loaded
@@ -147,7 +155,7 @@ class TextDataModule(LightningDataModule):
         """
         if self._stream is None:
             share: Share = "all" if self.validation_text or not self.validation_sequences else "train"
-            self._stream = BlockStream(self._open(share), self.tokenizer, self.seq_length, self.separator)
+            self._stream = self._stream_of(self._open(share))
         return self._stream
 
     def setup(self, stage: str) -> None:
@@ -296,7 +304,7 @@ class TextDataModule(LightningDataModule):
         if self.trainer is not None and self.trainer.global_step == self._step:
             progress = self._progress_at_step
         names = ("text", "validation_text", "seq_length", "batch_size", "seed")
-        settings = {name: getattr(self, name) for name in names}
+        settings = {name: getattr(self, name) for name in names} | record_of(self.bos, self.tokenizer)
         tokens = progress["consumed"] * self.batch_size * self.seq_length
         return {**settings, "tokens": tokens, "sha256": digest_of_text(progress["position"])}
 
@@ -321,7 +329,8 @@ class TextDataModule(LightningDataModule):
                 f"{FORMAT}. Resume with the version that wrote it."
             )
         by_content = version == FORMAT and state_dict["rereadable"] and self.stream.source.shards.rereadable
-        before, now = state_dict["data"], self.identity()
+        # Earlier versions had no such setting, and blocks without a prefix.
+        before, now = {"bos": "first", **state_dict["data"]}, self.identity()
         changed = [
             f"{name} was {before.get(name)!r} and is {now[name]!r}"
             for name in now
@@ -359,8 +368,17 @@ class TextDataModule(LightningDataModule):
                 "batch_size": self.batch_size,
                 "seed": self.seed,
                 "tokenizer": f"{Path(name).name} ({len(self.tokenizer)} tokens, separator {self.stream.end})",
+                "bos": "every" if len(self.stream.prefix) else "first",  # by what blocks contain: other settings agree
             }
         return self._identity
+
+    @property
+    def first_target(self) -> int:
+        """Return the index of the first token of a block that is predicted: after the first one, and the prefix."""
+        return max(len(self.stream.prefix), 1)
+
+    def _stream_of(self, source: TextSource) -> BlockStream:
+        return BlockStream(source, self.tokenizer, self.seq_length, self.separator, self.bos)
 
     def _open(self, share: Share) -> TextSource:
         held_out = share == "held_out"
@@ -385,7 +403,7 @@ class TextDataModule(LightningDataModule):
                 split=self.validation_split,
                 text_column=self.text_column,
             )
-        stream = BlockStream(source, self.tokenizer, self.seq_length, self.separator)
+        stream = self._stream_of(source)
         try:
             blocks = [block.tokens for block in islice(stream.blocks(repeat=False), self.validation_sequences)]
         except UserError as error:

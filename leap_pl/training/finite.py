@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from leap_pl.distributed.shards import Ranks, gathered, own_part
 from leap_pl.errors import UserError, listing
+from leap_pl.gates import PART
 
 Place = tuple[str, str]  # a weight's name, and the attribute of its gate
 
@@ -41,13 +42,14 @@ def check_terms(terms: Mapping[str, Tensor], step: int, dtype: torch.dtype | Non
 
 
 def check_logits(learned: Mapping[Place, Tensor], step: int) -> None:
-    """Check that the logits on all ranks are finite.
+    """Check that the logits, and the parameters of trained weights, are finite on all ranks.
 
     Raises:
-        NonFiniteError: A logit is infinite or NaN.
+        NonFiniteError: One is infinite or NaN.
     """
-    for name, _ in _broken({place: logits.detach() for place, logits in learned.items()}):
-        raise NonFiniteError(step, f"the logits of {name} are infinite or NaN")
+    for name, part in _broken({place: logits.detach() for place, logits in learned.items()}):
+        what = "trained weights" if part.startswith(PART) else "logits"
+        raise NonFiniteError(step, f"the {what} of {name} are infinite or NaN")
 
 
 def check_gradients(learned: Mapping[Place, Tensor], step: int, dtype: torch.dtype | None, norm: Tensor) -> None:

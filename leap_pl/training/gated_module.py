@@ -1,6 +1,6 @@
 """GatedModule: LightningModule of a frozen language model with gates on its weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,12 +30,25 @@ from leap_pl.distributed.strategy import (
     shard,
     sharding_mesh,
 )
-from leap_pl.gates import Gate, Gates, GateState, attach
+from leap_pl.errors import UserError, listing
+from leap_pl.gates import (
+    FixedGate,
+    Gate,
+    Gates,
+    GateState,
+    TrainedTensor,
+    TrainedWeight,
+    attach,
+    attach_trained,
+)
+from leap_pl.masks.kept_weights import TRAINED, write_weights
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior, make_and_share
 from leap_pl.prior.started_prior import DIGESTS, started_prior
 from leap_pl.training import finite, run_settings
 from leap_pl.training.live_settings import live_settings
+from leap_pl.training.start_weights import StartWeights
 from leap_pl.training.validation import Validation
+from leap_pl.training.weights import KINDS, NONE, Master, WeightTraining, check_kind, describe, norms_in
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -48,10 +61,10 @@ MANY_ZEROS = 0.25  # share of zeros of a pruned model; 4-bit quantisation alone 
 
 
 class GatedModule(L.LightningModule):
-    """Base class of modules that learn a mask: the gated model, its prior, its hard mask and its checkpoints.
+    """Base class of modules that learn a mask, or weights, or both: the gated model, its prior and its checkpoints.
 
     The model is loaded when the run starts; its weights are frozen and gated, and sharded over the ranks if the
-    strategy requires it; its checkpoints contain only the logits. A subclass defines how the logits are learned.
+    strategy requires it; its checkpoints contain only what is learned. A subclass defines how that is learned.
     """
 
     def __init__(
@@ -69,6 +82,9 @@ class GatedModule(L.LightningModule):
         revision: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
+        train_weights: str = NONE,
+        weight_training: WeightTraining = WeightTraining(),  # noqa: B008  (frozen)
+        start_weights: str | None = None,
     ) -> None:
         """Store the settings, which :class:`leap_pl.training.module.LeapModule` documents."""
         super().__init__()
@@ -80,18 +96,22 @@ class GatedModule(L.LightningModule):
         self.dtype_name, self.logits_dtype = dtype, logits_dtype
         self.activation_checkpointing = activation_checkpointing
         self.trust_remote_code = trust_remote_code
-        self.strict_loading = False  # checkpoints contain only logits; on_load_checkpoint compares names and shapes
+        self.strict_loading = False  # checkpoints lack the frozen model; on_load_checkpoint compares names and shapes
+        check_kind(train_weights)
+        self.train_weights, self.weight_training, self.start_weights = train_weights, weight_training, start_weights
         self.state = GateState(seed=seed)
         self.model: PreTrainedModel | None = None
         self.mesh: DeviceMesh | None = None  # device mesh that decoder blocks are sharded over
         self.gates: Gates[Any] = Gates({})
+        self.ungated: dict[str, TrainedTensor] = {}  # trained tensors without a gate: norms
+        self.fixed: dict[str, Any] | None = None  # provenance of the mask, if it is not learned
         self.priors: dict[str, MaskSet] = {}  # on rank zero
         self.prior_digests: dict[str, str] = {}  # of the prior that the run started from, on every rank
         self.prior_folders: list[Path] = []  # where to look for a resumed run's prior, after its checkpoint's folder
         self.resumes_from: str | None = None
         self.when_loaded: list[Callable[[PreTrainedModel], object]] = []  # called for a fit, before the prior is made
         self.resumed: Identity | None = None  # identity in the checkpoint that this run resumes from
-        self.register_state_dict_post_hook(checkpoints.keep_gates_only)
+        self.register_state_dict_post_hook(checkpoints.keep_learned_only)
         self.validation = Validation()
 
     @property
@@ -101,6 +121,11 @@ class GatedModule(L.LightningModule):
             return self.trainer
         except RuntimeError:
             return None
+
+    @property
+    def first_target(self) -> int:
+        """Return the index of the first token of a sequence that is predicted, which the data module says, or 1."""
+        return getattr(getattr(self.attached, "datamodule", None), "first_target", 1)
 
     @property
     def prior(self) -> "MaskSet | None":
@@ -165,12 +190,17 @@ class GatedModule(L.LightningModule):
         self.layers = {name: weight.layer for name, weight in self.weights.items()}
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
         self._warn_if_sparse(model)
+        kind = KINDS[self.train_weights]
+        if kind.gated is not None:
+            kind.gated.check(self.weights, self.weight_training)
         prior = self._make_prior(model)
         model.requires_grad_(False)
+        start = self._start()
         if self.mesh is None:
-            self._put_gates(self.weights, prior)
+            self._put_gates(self.weights, prior, start)
+            self._train_norms(norms_in(model), start)
         else:
-            self._shard(model, self.mesh, prior)
+            self._shard(model, self.mesh, prior, start)
         prior.close()
         with self.state.passing("dense"):
             self.states, self.head = split_model(model)
@@ -190,21 +220,55 @@ class GatedModule(L.LightningModule):
         name, weight = next(iter(self.weights.items()))
         return Gates.of({name: self.make_gate(weight, self.state)})
 
-    def _put_gates(self, weights: dict[str, Weight], prior: SharedPrior) -> None:
+    def _put_gates(self, weights: dict[str, Weight], prior: SharedPrior, start: StartWeights) -> None:
         gates = attach(weights, self.make_gate, self.state, self.logits_dtype)
+        kind = KINDS[self.train_weights].gated
         for name, gate in gates.items():
             masks = prior.of(name, weights[name])
             gate.start_from(masks.pop("prior", None), self.state.seed, **masks)
+            if kind is not None and kind.takes(name, self.weight_training):
+                trained = kind(weights[name], self.weight_training, self.state.seed)
+                start.set_(trained, weights[name], gate.hard_mask)
+                trained.store_as(self.logits_dtype)
+                gate.trained = trained
         self.gates |= gates
 
-    def _shard(self, model: "PreTrainedModel", mesh: "DeviceMesh", prior: SharedPrior) -> None:
+    def _train_norms(self, norms: Iterable[Weight], start: StartWeights) -> list[nn.Module]:
+        """Train the weights of ``norms``, if the run trains norms, and return their modules."""
+        if not KINDS[self.train_weights].norms:
+            return []
+        found = list(norms)
+        for weight in found:
+            trained = Master(weight, self.weight_training, self.state.seed)
+            start.set_(trained, weight)
+            trained.store_as(self.logits_dtype)
+            self.ungated[weight.name] = attach_trained(weight, trained, self.state)
+        return list(dict.fromkeys(weight.module for weight in found))
+
+    def _start(self) -> StartWeights:
+        """Return the weights that training starts from, if they are not the base model's; a resumed run has its own."""
+        if self.start_weights is None or not self._fitting() or self.resumes_from is not None:
+            return StartWeights({}, "")
+        if KINDS[self.train_weights].gated is not Master or self.probe().learned():
+            raise UserError(
+                f"model.weights is {self.start_weights}, and only kept weights under a fixed mask start from others "
+                "than the base model's. Add --model.train_weights kept and --model.mask MASK, or leave it out."
+            )
+        return StartWeights.read(self.start_weights, trust_remote_code=self.trust_remote_code)
+
+    def _shard(self, model: "PreTrainedModel", mesh: "DeviceMesh", prior: SharedPrior, start: StartWeights) -> None:
         def prepare(index: int, block: nn.Module) -> None:
-            self._put_gates({name: weight for name, weight in self.weights.items() if weight.layer == index}, prior)
+            weights = {name: weight for name, weight in self.weights.items() if weight.layer == index}
+            self._put_gates(weights, prior, start)
+            self._train_norms(norms_in(block, f"{name_of_blocks}.{index}"), start)
             # Lightning converts later, when FSDP2 would not notice the new dtype; that call then changes nothing.
             convert(block)
 
         convert = self.trainer.precision_plugin.convert_module
-        shard(model, decoder_blocks(model)[1], mesh, prepare)
+        name_of_blocks, blocks = decoder_blocks(model)
+        outside = (norm for norm in norms_in(model) if not norm.name.startswith(f"{name_of_blocks}."))
+        others = [convert(module) for module in self._train_norms(outside, start)]
+        shard(model, blocks, mesh, prepare, others)
         convert(model).to(self._device_of_run())
 
     def _make_prior(self, model: "PreTrainedModel") -> SharedPrior:
@@ -214,6 +278,11 @@ class GatedModule(L.LightningModule):
         self.sparsity = gates.exact_sparsity(self.sparsity)
         if not self._fitting():
             return SharedPrior({}, RankZero())
+        if self.train_weights == NONE and not gates.learned():
+            raise UserError(
+                "nothing to train: the mask is fixed, and model.train_weights is none. Set --model.train_weights kept, "
+                "or learn a mask: leap_pl fit without --model.mask."
+            )
         for call in self.when_loaded:
             call(model)
         calibration = Calibration(
@@ -226,6 +295,10 @@ class GatedModule(L.LightningModule):
             return self._find_prior(Path(self.resumes_from), model, gates, calibration)
         shared = make_and_share(self.prior_settings, model, self.weights, gates, self.sparsity, calibration)
         self.priors, self.prior_digests = dict(shared.priors), shared.digests
+        if isinstance(gates.first, FixedGate):
+            made = shared.priors["prior"].provenance if shared.rank_zero.here else None
+            fixed = None if made is None else {key: getattr(made, key) for key in ("method", "sparsity", "config")}
+            self.fixed = shared.rank_zero.tell(fixed)
         return shared
 
     def _find_prior(
@@ -289,7 +362,21 @@ class GatedModule(L.LightningModule):
 
     def _learned(self) -> dict[tuple[str, str], nn.Parameter]:
         """Return the learned parameters: (weight name, attribute of its gate) → parameter."""
-        return self.gates.learned()
+        return self.gates.learned() | {
+            (name, part): found for name, one in self.ungated.items() for part, found in one.named_parameters()
+        }
+
+    def stored(self) -> dict[tuple[str, str], Tensor]:
+        """Return the tensors that a checkpoint stores: (weight name, attribute of its gate) → tensor."""
+        return self.gates.stored() | {
+            place: found.detach() for place, found in self._learned().items() if place[0] in self.ungated
+        }
+
+    @property
+    def trained(self) -> dict[str, TrainedWeight]:
+        """Return the trained weights by name, those of gates first."""
+        gated = {name: gate.trained for name, gate in self.gates.items() if gate.trained is not None}
+        return gated | {name: one.trained for name, one in self.ungated.items()}
 
     # -- the mask -----------------------------------------------------------------------------------------
 
@@ -336,6 +423,41 @@ class GatedModule(L.LightningModule):
         counts = [(int(part.sum()), part.numel()) for part in map(mask, sorted(self.gates))]
         return sum(kept for kept, _ in counts), sum(total for _, total in counts)
 
+    @torch.no_grad()
+    def save_weights(self, path: str | Path, mask: str | Path) -> None:
+        """Write the trained weights, with exact zeros where ``mask`` removes them, beside the MaskSet file ``mask``.
+
+        All ranks must call this, after :meth:`save_mask` has written ``mask``; rank zero writes the file.
+        """
+        trained = self.trained
+
+        def weight(name: str) -> Tensor:
+            value = gathered(trained[name](self._frozen(name))).cpu()
+            return (
+                value if name in self.ungated else value.masked_fill(~gathered(self.gates[name].hard_mask()).cpu(), 0)
+            )
+
+        if self.attached is None or self.trainer.is_global_zero:
+            headers = {name: (self._frozen(name).dtype, self._frozen(name).shape) for name in trained}
+            write_weights(path, headers, weight, mask)
+        else:
+            for name in sorted(trained):
+                weight(name)
+
+    @torch.no_grad()
+    def movements(self) -> dict[str, tuple[float, float]]:
+        """Return, for each trained weight, Σ(W − W₀)² and ΣW₀², W₀ being the base model's; all ranks must call this."""
+        sums = []
+        for name, one in self.trained.items():
+            base = self._frozen(name)
+            sums += [(one(base) - base).float().square().sum(), base.float().square().sum()]
+        numbers = gathered(torch.stack(sums)).tolist() if sums else []
+        return dict(zip(self.trained, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
+
+    def _frozen(self, name: str) -> Tensor:
+        """Return the frozen weight ``name`` of a trained one."""
+        return (self.weights[name] if name in self.weights else self.ungated[name].weight).parameter
+
     # -- checkpoints --------------------------------------------------------------------------------------
 
     def identity(self) -> Identity:
@@ -376,6 +498,9 @@ class GatedModule(L.LightningModule):
             "model.activation_checkpointing": self.activation_checkpointing,
             "model.revision": self.revision,
             "model.seed": self.state.seed,
+            "model.train_weights": self.train_weights,
+            "model.weight_training": asdict(self.weight_training),
+            "model.weights": self.start_weights,
         }
         if self.gates:
             found["model.gate"] = self.gates.describe()
@@ -390,6 +515,9 @@ class GatedModule(L.LightningModule):
         recorded |= {DIGESTS: self.prior_digests} if self.prior_digests else {}
         recorded["logits_dtype"] = str(self.logits_dtype).removeprefix("torch.")
         recorded["dtype"] = None if self.model is None else str(self.model.dtype).removeprefix("torch.")
+        recorded |= {} if self.fixed is None else {checkpoints.FIXED: self.fixed}
+        training = describe(self.train_weights, self.weight_training, self.start_weights)
+        recorded |= {TRAINED: training} if training else {}
         if self.attached is None:
             return recorded
         recorded |= live_settings(self.trainer)
@@ -410,7 +538,7 @@ class GatedModule(L.LightningModule):
         if saves_shards(self.attached):
             return  # each rank writes its own part under this module's names, as ModelParallelStrategy reads them
         if self.mesh is None:
-            state = {checkpoints.key_of(*place): tensor for place, tensor in self.gates.stored().items()}
+            state = {checkpoints.key_of(*place): tensor for place, tensor in self.stored().items()}
             names = {id(parameter): name for name, parameter in self.named_parameters()}
             groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
             numbered = [names[id(parameter)] for group in groups for parameter in group["params"]]
@@ -422,8 +550,9 @@ class GatedModule(L.LightningModule):
             checkpoints.name_parameters(optimizer_state, numbered)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Map the logits of a checkpoint to this module's names; refuse one of another model or with other settings."""
+        """Map a checkpoint's tensors to this module's names; refuse one of another model or with other settings."""
         found = read_identity(checkpoint)
+        self.fixed = found.settings.get(checkpoints.FIXED)
         if self.attached is not None:
             data = getattr(self.trainer, "datamodule", None)
             self.check_resume(checkpoint, "the checkpoint", self.trainer, data, fitting=self._fitting())
@@ -437,9 +566,15 @@ class GatedModule(L.LightningModule):
                 origin = Path(self.trainer.ckpt_path or "")
                 self._resume(found, origin, self.gates, (lambda _: made) if self.trainer.is_global_zero else None)
             checkpoints.count_for_ranks(checkpoint, found, self.identity())
-        places = self.gates.stored()
+        places = self.stored()
         if self.mesh is None:
             stored = checkpoint["state_dict"]
+            absent = sorted({name for name, part in places if checkpoints.key_of(name, part) not in stored})
+            if absent:
+                raise UserError(
+                    f"the checkpoint lacks what this run learns of {listing(absent, 3)}. Use the gate and the "
+                    "train_weights that it was made with."
+                )
             checkpoint["state_dict"] = {
                 checkpoints.path_of(*place): stored[checkpoints.key_of(*place)] for place in places
             }

@@ -13,15 +13,18 @@ if TYPE_CHECKING:
 
 # Measured by benchmarks/sharded_memory.py on a CPU, with weights in bfloat16.
 # Bytes a weight of one block at the peak of a backward pass, beside what is held: on one device, on one device with
-# bfloat16 logits, and sharded.
+# bfloat16 logits, and sharded; and with weights that are trained, in addition to a learned mask and under a fixed one.
 TRANSIENT, TRANSIENT_LOW_MEMORY, TRANSIENT_SHARDED = 8, 6, 25
+TRANSIENT_WEIGHTS, TRANSIENT_FIXED = 4, 6
 PREFETCHED = 6  # bytes a weight of the next block, which a GPU gathers while one computes
 # Bytes a token that one block keeps for its backward pass, times hidden size and intermediate size.
 KEPT_HIDDEN, KEPT_INTERMEDIATE = 20, 8
 CHUNK_VOCABULARY = 12  # bytes of the loss for each token of a chunk and each entry of the vocabulary
 
 
-def expected_bytes(module: "LeapModule", model: "PreTrainedModel", logits: int, tokens: int, ranks: int) -> int:
+def expected_bytes(
+    module: "LeapModule", model: "PreTrainedModel", logits: int, tokens: int, ranks: int, trained: int = 0
+) -> int:
     """Return the expected bytes of model, learning and activations, without libraries and fragmentation.
 
     The activations are those of a Llama with the model's dimensions. Nothing is measured.
@@ -29,9 +32,10 @@ def expected_bytes(module: "LeapModule", model: "PreTrainedModel", logits: int, 
     Args:
         module: Module that learns.
         model: Its base model, still without gates.
-        logits: Number of logits.
+        logits: Number of logits; 0 for a fixed mask, whose bits are counted.
         tokens: Tokens in a micro-batch.
         ranks: Number of devices over which decoder blocks are sharded; 1 if each holds the whole model.
+        trained: Number of parameters of trained weights.
     """
     size, config = model.dtype.itemsize, model.config.get_text_config()
     blocks = decoder_blocks(model)[1]
@@ -49,5 +53,8 @@ def expected_bytes(module: "LeapModule", model: "PreTrainedModel", logits: int, 
         transient = TRANSIENT_SHARDED + PREFETCHED
     else:
         transient = TRANSIENT_LOW_MEMORY if module.logits_dtype.itemsize == 2 else TRANSIENT
+        transient = (transient + TRANSIENT_WEIGHTS * bool(trained)) if logits else TRANSIENT_FIXED
     block = transient * max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    return int((size * within + learned * logits) / ranks + size * outside + activations * tokens + loss + block)
+    bits = 0 if logits else sum(module.sizes.values()) // 8  # on every rank
+    held = (size * within + learned * (logits + trained)) / ranks + size * outside + bits
+    return int(held + activations * tokens + loss + block)

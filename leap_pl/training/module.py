@@ -1,4 +1,4 @@
-"""LeapModule: learns the mask of a frozen language model."""
+"""LeapModule: learns the mask of a language model, or trains the weights that a mask keeps, or both."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.settings import Settings, taken
 from leap_pl.distributed.strategy import data_rank, mean_over_ranks
 from leap_pl.errors import UserError
-from leap_pl.gates import BernoulliGate, Gate, GateState
+from leap_pl.gates import PART, BernoulliGate, Gate, GateState
 from leap_pl.gates.gate import Mode
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import Objective
@@ -28,6 +28,7 @@ from leap_pl.losses.term import MicroBatch
 from leap_pl.prior import Prior
 from leap_pl.training import finite
 from leap_pl.training.clipping import clip_by_norm
+from leap_pl.training.fixed_mask import FixedMask
 from leap_pl.training.gated_module import GatedModule
 from leap_pl.training.optimizers import check_rounding, check_settings
 from leap_pl.training.run_settings import (
@@ -40,6 +41,7 @@ from leap_pl.training.run_settings import (
 )
 from leap_pl.training.schedules import Annealing, warmup_cosine
 from leap_pl.training.validation import described
+from leap_pl.training.weights import NONE, WeightTraining
 
 
 class LeapModule(GatedModule):
@@ -65,8 +67,9 @@ class LeapModule(GatedModule):
           annealing: {alpha: {start: 25, end: 350}, tau: {start: 4, end: 0.05}}
           prior: {method: wanda}
 
-    The teacher for distillation is the same model with its gates disabled. Checkpoints contain the logits, not the
-    model.
+    The teacher for distillation is the same model with its gates disabled. Checkpoints contain what is learned, not the
+    model. With ``train_weights`` the weights are trained too, with ``mask`` they alone
+    (:mod:`leap_pl.training.weights`).
     """
 
     def __init__(
@@ -90,6 +93,10 @@ class LeapModule(GatedModule):
         revision: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
+        train_weights: str = NONE,
+        weight_training: WeightTraining = WeightTraining(),  # noqa: B008  (frozen)
+        mask: str | None = None,
+        weights: str | None = None,
     ) -> None:
         """Store the settings; the model is loaded when the run starts.
 
@@ -109,18 +116,31 @@ class LeapModule(GatedModule):
             warmup_steps: Number of warmup steps of the default schedule.
             dtype: Data type of the frozen weights and of the computation; ``auto`` is bfloat16 if the hardware
                 multiplies it faster, which is measured on a CPU, else float32.
-            logits_dtype: Data type of the logits and their gradients, whatever the precision of the rest. ``bfloat16``
-                requires an optimizer with stochastic rounding (:class:`leap_pl.training.optimizers.PackedAdamW`): see
-                docs/memory.md.
+            logits_dtype: Data type of the logits, of trained weights' parameters, and of the gradients of both,
+                whatever the precision of the rest. ``bfloat16`` requires an optimizer with stochastic rounding
+                (:class:`leap_pl.training.optimizers.PackedAdamW`): see docs/memory.md.
             activation_checkpointing: Recompute each decoder block in the backward pass: less memory, a third
                 more time.
             revision: Revision of the base model on the hub.
             trust_remote_code: Run code that comes with the base model.
             seed: Seed of the noise and of the initial logits.
+            train_weights: Weights to train: ``none``; ``kept``, those that the mask keeps and the norms; ``lora``,
+                low-rank updates of those that the mask keeps; or ``norms`` alone.
+            weight_training: Learning rate and further settings of the training of weights.
+            mask: MaskSet file whose mask stays as it is, or a folder with a mask.safetensors. It sets ``gate``,
+                ``prior``, ``sparsity``, ``targets`` and ``ignore``.
+            weights: Folder of a model whose weights training starts from, such as those that ``leap_pl prune`` has
+                updated for the same mask.
         """
-        check_numbers({"sparsity": sparsity, "warmup_steps": warmup_steps, "seed": seed}, "model.")
         # Checkpoints store settings as plain dictionaries.
         prior = Prior(**prior) if isinstance(prior, dict) else prior
+        if isinstance(weight_training, dict):
+            weight_training = WeightTraining(**weight_training)
+        if mask is not None:
+            fixed = FixedMask.read(mask)
+            gate, sparsity, targets, ignore = fixed.gate, fixed.sparsity, fixed.targets, ()
+            prior = Prior(mask=fixed.file, cache_dir=prior.cache_dir)
+        check_numbers({"sparsity": sparsity, "warmup_steps": warmup_steps, "seed": seed}, "model.")
         super().__init__(
             base_model,
             # A value of a restricted type is not a plain float, and checkpoints are read with weights_only.
@@ -135,13 +155,16 @@ class LeapModule(GatedModule):
             revision=revision,
             trust_remote_code=trust_remote_code,
             seed=seed,
+            train_weights=train_weights,
+            weight_training=weight_training,
+            start_weights=weights,
         )
         self.save_hyperparameters(ignore=["gate", "optimizer", "lr_scheduler"], logger=False)
         self.objective = Objective(**objective) if isinstance(objective, dict) else objective
         self.annealing = Annealing.of(annealing) if isinstance(annealing, dict) else annealing
         self.make_optimizer, self.make_scheduler, self.warmup_steps = optimizer, lr_scheduler, int(warmup_steps)
         self.hparams.update(objective=describe_objective(self.objective), prior=asdict(prior), ignore=self.ignore)
-        self.hparams.update(annealing=asdict(self.annealing))
+        self.hparams.update(annealing=asdict(self.annealing), weight_training=asdict(weight_training))
         self.hparams.update(sparsity=self.sparsity, warmup_steps=self.warmup_steps)
         self.terms: dict[str, Tensor] = {}
         self.gradient_norm: Tensor | None = None  # of the current optimizer step, before clipping
@@ -241,15 +264,16 @@ class LeapModule(GatedModule):
             with torch.no_grad(), self.state.passing("dense"):
                 teacher = self._hidden(input_ids)
         self.gates.clear()
-        hidden, targets = self._hidden(input_ids), input_ids[:, 1:].reshape(-1)
+        hidden, targets = self._hidden(input_ids), input_ids[:, self.first_target :].reshape(-1)
         language = self.objective.language(hidden, targets, self.head, teacher)
+        idle: list[Tensor] = []
         for name in self.gates.unused:  # experts that no token was routed to
             if self.mesh is not None:
                 raise UserError(
                     f"{name} was not used by a micro-batch, but in a sharded run every one must use all weights. "
                     "Exclude it with --model.ignore, or use --trainer.strategy ddp."
                 )
-            self.gates[name](self.weights[name].parameter)
+            idle.append(self.gates[name](self.weights[name].parameter))
         passed = MicroBatch(
             input_ids=input_ids,
             hidden=hidden,
@@ -267,14 +291,16 @@ class LeapModule(GatedModule):
             fraction=fraction,
         )
         loss, self.terms = self.objective.loss(passed)
+        if idle and self.train_weights != NONE:  # DDP waits for a gradient of every parameter
+            loss = loss + 0 * torch.stack([masked.sum() for masked in idle]).sum()
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         if not self.looks_later:
             self.check_finite()
         return loss
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
-        """Return the last hidden states of all tokens that have a next token, (T, D)."""
-        return self.states(input_ids)[:, :-1].flatten(0, 1)
+        """Return the last hidden states of all tokens whose next token is predicted, (T, D)."""
+        return self.states(input_ids)[:, self.first_target - 1 : -1].flatten(0, 1)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check the gradient norms of ``trainer.log_every_n_steps`` steps, unless a callback already has.
@@ -342,28 +368,42 @@ class LeapModule(GatedModule):
         return None if self.model is None else self.model.dtype
 
     def configure_optimizers(self) -> Any:
-        """Return one optimizer of all logits, and its schedule, which is stepped after every optimizer step."""
+        """Return one optimizer of all that is learned, and its schedule, stepped after every optimizer step."""
         total = self.trainer.max_steps
         if total < 1:
             raise UserError(
                 f"trainer.max_steps is {total}, and every schedule needs a number of steps. Add --trainer.max_steps N."
             )
-        optimizer = self.optimizer_of(list(self._learned().values()))
+        masks, weights = self._parts()
+        groups: list[Any] = [{"params": masks}] if masks else []
+        training = self.weight_training
+        groups.append({"params": weights, "lr": training.lr, "weight_decay": training.weight_decay})
+        optimizer = self.optimizer_of(groups if weights else masks)
         if self.make_scheduler is not None:
             scheduler = self.make_scheduler(optimizer)
         else:
-            if self.warmup_steps > total:
-                rank_zero_warn(
-                    f"model.warmup_steps is {self.warmup_steps} and trainer.max_steps {total}: the learning rate never "
-                    f"reaches its maximum. Set --model.warmup_steps to about {total // 10}."
-                )
-            factor = partial(warmup_cosine, total=total, warmup=self.warmup_steps)
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+            warmups = {"model.warmup_steps": self.warmup_steps} if masks else {}
+            warmups |= {"model.weight_training.warmup_steps": training.warmup_steps} if weights else {}
+            for name, warmup in warmups.items():
+                if warmup > total:
+                    rank_zero_warn(
+                        f"{name} is {warmup} and trainer.max_steps {total}: the learning rate never reaches its "
+                        f"maximum. Set --{name} to about {total // 10}."
+                    )
+            factors: list[Any] = [partial(warmup_cosine, total=total, warmup=warmup) for warmup in warmups.values()]
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         check_settings(optimizer)  # a scheduler may have changed the learning rate
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def optimizer_of(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimizer of ``parameters``.
+    def _parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Return the learned parameters of the masks, and those of the weights."""
+        parts: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+        for (_, part), parameter in self._learned().items():
+            parts[part.startswith(PART)].append(parameter)
+        return parts
+
+    def optimizer_of(self, parameters: list[Any]) -> torch.optim.Optimizer:
+        """Return the optimizer of ``parameters``, or of groups of them.
 
         Raises:
             UserError: It refuses its settings.
@@ -402,7 +442,9 @@ class LeapModule(GatedModule):
 
     def _measure(self, mode: Mode, input_ids: Tensor) -> None:
         with self.state.passing(mode):
-            self.validation.update(mode, self.states(input_ids), input_ids, self.head, self.objective.chunk)
+            hidden = self.states(input_ids)[:, self.first_target - 1 : -1]
+            targets = input_ids[:, self.first_target :]
+            self.validation.update(mode, hidden, targets, self.head, self.objective.chunk)
 
     def on_validation_epoch_end(self) -> None:
         """Record the perplexities with their provenance; recompute the dense model's if its provenance has changed."""

@@ -3,7 +3,8 @@
 Adam's update is the first moment m over the root of the second, v, and by the Cauchy-Schwarz inequality that ratio
 is bounded by the betas alone: |m| ≤ b·√v, b² = (1 − β₁)²/((1 − β₂)(1 − β₁²/β₂)). So the state has, instead of m, the
 ratio u = m/√v, on a uniform grid over [−b, b] that does not depend on outliers, and v as its logarithm. Neither needs
-a scale per block of elements, and every step is one elementwise pass over memory:
+a scale per block of elements, and every step is one elementwise pass over memory
+(:mod:`leap_pl.kernels.packed_adamw`), in place:
 
 =========  ====  ======================================================================================
 u = m/√v   7     k·b/63, k = −63 … 63
@@ -17,7 +18,6 @@ the gates' noise (:mod:`leap_pl.kernels.noise`): a resumed run rounds exactly li
 checkpoints hold no generator state.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -28,14 +28,12 @@ from torch.distributed.tensor import DTensor
 from leap_pl.distributed.shards import Ranks, own_part
 from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import check_numbers
-from leap_pl.kernels.compiled import compiled, rows, scalar
-from leap_pl.kernels.noise import columns, element_bits, noise_keys
+from leap_pl.kernels.compiled import rows, scalar
+from leap_pl.kernels.noise import columns, noise_keys
+from leap_pl.kernels.packed_adamw import packed_step, step_numbers
 
-RATIO_BITS = 7
-RATIO_STEPS = 63  # steps of u's grid on each side of 0
-OCTAVE_STEPS = 8  # steps of v's grid in an octave
-LOWEST_OCTAVE = -54  # log2 of the smallest v
-HIGHEST_CODE = 511
+# Elements that one call of the kernel updates: on a CPU they fit its caches, elsewhere each call costs launches.
+CHUNK, CHUNK_OF_DEVICE = 1 << 16, 1 << 22
 
 
 class PackedAdamW(torch.optim.Optimizer):
@@ -122,29 +120,29 @@ class PackedAdamW(torch.optim.Optimizer):
         moments, step = own_part(state["moments"]).view(torch.int16), int(state["step"])
         if not part.numel():  # an empty shard
             return
-        rate, (beta_1, beta_2) = float(group["lr"]), group["betas"]
-        numbers = (
-            rate / (1 - beta_1**step),
-            1 / math.sqrt(1 - beta_2**step),
-            1 - rate * group["weight_decay"],
-            beta_1,
-            beta_2,
-            group["eps"],
-            ratio_bound(beta_1, beta_2) / RATIO_STEPS,
-        )
+        beta_1, beta_2 = group["betas"]
+        numbers = step_numbers(step, float(group["lr"]), beta_1, beta_2, group["eps"], group["weight_decay"])
         # Each shard has its own random numbers; ranks that hold the whole parameter have the same.
         keys = noise_keys(group["seed"], step, Ranks.of([parameter]).rank, f"rounding {place}")
-        moved_RC, moments_RC = packed_step(
-            rows(part),
-            rows(grad),
-            rows(moments),
-            columns(rows(part).shape[1], part.device),
-            scalar(keys[0], torch.int32),
-            scalar(keys[1], torch.int32),
-            *(scalar(number) for number in numbers),
-        )
-        part.copy_(moved_RC.view(part.shape))
-        moments.copy_(moments_RC.view(part.shape))
+        updated = part.contiguous()
+        tensors = rows(updated), rows(grad.contiguous()), rows(moments)
+        height, width = tensors[0].shape
+        scalars = [scalar(number) for number in numbers]
+        some = max((CHUNK if part.device.type == "cpu" else CHUNK_OF_DEVICE) // width, 1)
+        for at in range(0, height, some):
+            parameter_RC, grad_RC, moments_RC = (tensor[at : at + some].data for tensor in tensors)
+            code_RC = moments_RC.to(torch.int32)
+            packed_step(
+                parameter_RC,
+                grad_RC,
+                code_RC,
+                columns(width, part.device),
+                *(scalar(number, torch.int32) for number in (*keys, at)),
+                *scalars,
+            )
+            moments_RC.copy_(code_RC)
+        if updated is not part:
+            part.copy_(updated)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -187,99 +185,6 @@ def check_rounding(optimizer: torch.optim.Optimizer, logits_dtype: torch.dtype) 
         f"model.logits_dtype is bfloat16 and {type(optimizer).__name__} rounds to nearest: small updates would be "
         "lost, and learning would stop unnoticed. Set --model.optimizer PackedAdamW, or --model.logits_dtype float32."
     )
-
-
-def ratio_bound(beta_1: float, beta_2: float) -> float:
-    """Return b, the largest |m|/√v that any sequence of gradients can lead to."""
-    return (1 - beta_1) / math.sqrt((1 - beta_2) * (1 - beta_1**2 / beta_2))
-
-
-def unpack(moments: Tensor, ratio_step: Tensor) -> tuple[Tensor, Tensor]:
-    """Return m and v, float32, from int16 ``moments``; ``ratio_step`` is the step of u's grid, b/63."""
-    code = moments.to(torch.int32)
-    v = _level(code >> RATIO_BITS)
-    u = ((code & (2**RATIO_BITS - 1)) ^ 64) - 64  # seven bits with a sign
-    return u.to(torch.float32) * ratio_step * torch.sqrt(v), v
-
-
-def pack(m: Tensor, v: Tensor, bits: Tensor, ratio_step: Tensor) -> Tensor:
-    """Return the int16 code of the float32 moments, rounded by the upper two bytes of the int32 ``bits``."""
-    place = ((torch.log2(v) - LOWEST_OCTAVE) * OCTAVE_STEPS).clamp(0, HIGHEST_CODE)
-    below = torch.floor(place)
-    # Position of v between two levels, in v itself: the levels are uniform in its logarithm.
-    share = (torch.exp2((place - below) * (1 / OCTAVE_STEPS)) - 1) * (1 / (2 ** (1 / OCTAVE_STEPS) - 1))
-    code = (below.to(torch.int32) + (_uniform(bits >> 16) < share).to(torch.int32)).clamp(max=HIGHEST_CODE)
-    # Divide by the root of the stored v, not of the exact one, since unpacking multiplies by it: so m is preserved.
-    u = m / (ratio_step * torch.sqrt(_level(code)))
-    u = torch.floor(u + _uniform(bits >> 24)).clamp(-RATIO_STEPS, RATIO_STEPS)
-    return ((code << RATIO_BITS) | (u.to(torch.int32) & (2**RATIO_BITS - 1))).to(torch.int16)
-
-
-def _level(code: Tensor) -> Tensor:
-    """Return v from its nine bits, the upper ones of an int16, of which the first is the sign bit."""
-    return torch.exp2((code & HIGHEST_CODE).to(torch.float32) * (1 / OCTAVE_STEPS) + LOWEST_OCTAVE)
-
-
-def _uniform(bits: Tensor) -> Tensor:
-    """Return the lowest byte as a number from 1/512 to 511/512."""
-    return ((bits & 255).to(torch.float32) + 0.5) * (1 / 256)
-
-
-def round_to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
-    """Round float32 ``x`` stochastically to one of the two bfloat16 numbers around it, with ``x`` as the mean.
-
-    A bfloat16 is the upper half of a float32: a random number is added to the lower half, which is then cut off.
-    Numbers that bfloat16 can represent do not change.
-
-    Args:
-        x: Finite numbers.
-        bits: int32 random bits of the same shape, of which the lower two bytes are used.
-    """
-    return ((x.view(torch.int32) + (bits & 0xFFFF)) & -0x10000).view(torch.float32).to(torch.bfloat16)
-
-
-@compiled
-def packed_step(
-    parameter_RC: Tensor,
-    grad_RC: Tensor,
-    moments_RC: Tensor,
-    column_C: Tensor,
-    key_0: Tensor,
-    key_1: Tensor,
-    rate: Tensor,
-    unbias: Tensor,
-    keep: Tensor,
-    beta_1: Tensor,
-    beta_2: Tensor,
-    eps: Tensor,
-    ratio_step: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return the parameter after one step of AdamW, in its own dtype, and its packed moments.
-
-    Args:
-        parameter_RC: Parameter, float32 or bfloat16.
-        grad_RC: Gradient of the parameter.
-        moments_RC: Packed moments, int16.
-        column_C: Numbers of the columns.
-        key_0: First key of the rounding.
-        key_1: Second key of the rounding.
-        rate: Learning rate over 1 − β₁ᵗ.
-        unbias: Bias correction of √v, 1/√(1 − β₂ᵗ).
-        keep: Factor of weight decay.
-        beta_1: Decay rate of m.
-        beta_2: Decay rate of v.
-        eps: Term ε added to √v.
-        ratio_step: Step of u's grid.
-    """
-    bits_RC = element_bits(parameter_RC.shape[0], column_C, key_0, key_1)
-    m_RC, v_RC = unpack(moments_RC, ratio_step)
-    grad_RC = grad_RC.to(torch.float32)
-    m_RC = beta_1 * m_RC + (1 - beta_1) * grad_RC
-    v_RC = beta_2 * v_RC + (1 - beta_2) * grad_RC * grad_RC
-    moved_RC = keep * parameter_RC.to(torch.float32) - rate * m_RC / (torch.sqrt(v_RC) * unbias + eps)
-    if parameter_RC.dtype == torch.bfloat16:
-        moved_RC = round_to_bfloat16(moved_RC, bits_RC)
-    return moved_RC, pack(m_RC, v_RC, bits_RC, ratio_step)
 
 
 def _initial_moments(parameter: Tensor, part: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.optim import lr_scheduler
 
+from leap_pl.base_model.prefix import Bos
 from leap_pl.checkpoints.class_spec import ANY_CLASS, Registry, Spec, described, found
 from leap_pl.checkpoints.identity import Identity
 from leap_pl.checkpoints.settings import DATA, MODEL, RULES, Settings, taken
@@ -24,6 +25,7 @@ from leap_pl.prior import Prior
 from leap_pl.training.live_settings import clipping_algorithm
 from leap_pl.training.optimizers import PackedAdamW
 from leap_pl.training.schedules import Annealing, learned_by
+from leap_pl.training.weights import KINDS, WeightTraining
 
 if TYPE_CHECKING:
     import lightning as L
@@ -69,6 +71,10 @@ PRECISIONS = Literal[
 ]
 
 
+# Settings that earlier versions did not have → the values that give what those versions did.
+OF_EARLIER: Settings = {"data.bos": "first"}
+
+
 @dataclass(frozen=True)
 class StoredObjective(Objective):
     """Objective as a checkpoint holds it: its extra terms are descriptions."""
@@ -94,6 +100,9 @@ TYPES: dict[str, Any] = {
     "model.activation_checkpointing": bool,
     "model.revision": str | None,
     "model.seed": int,
+    "model.train_weights": Literal[*KINDS],
+    "model.weight_training": WeightTraining,
+    "model.weights": str | None,
     "data.tokenizer": str,
     "data.text": str | list[str],
     "data.config_name": str | None,
@@ -108,6 +117,7 @@ TYPES: dict[str, Any] = {
     "data.separator": Literal["end_token", "blank_line"],
     "data.seed": int,
     "data.tokenizer_revision": str | None,
+    "data.bos": Bos,
     "trainer.max_steps": int,
     "trainer.accumulate_grad_batches": int,
     "trainer.gradient_clip_val": float | None,
@@ -166,7 +176,7 @@ def read_settings(identity: Identity, checkpoint: Mapping[str, Any], where: str)
     Raises:
         UserError: A setting has the wrong type, or is unknown to this version of leap_pl.
     """
-    stored = identity.learned_with or _settings_of_older(identity, checkpoint)
+    stored = OF_EARLIER | (identity.learned_with or _settings_of_older(identity, checkpoint))
     unknown = sorted(name for name in stored if name not in RULES)
     if unknown:
         raise UserError(

@@ -106,18 +106,18 @@ class Validation(nn.Module):
         return ["hard"] if self.dense is not None else ["hard", "dense"]
 
     @torch.no_grad()
-    def update(self, mode: Mode, hidden_BLD: Tensor, ids_BL: Tensor, head: Head, chunk: int) -> None:
+    def update(self, mode: Mode, hidden_BTD: Tensor, targets_BT: Tensor, head: Head, chunk: int) -> None:
         """Add the model's predictions for a batch, with its gates in ``mode``, to the metric of that mode.
 
         Args:
             mode: Mode of the gates, ``hard`` or ``dense``.
-            hidden_BLD: Last hidden states.
-            ids_BL: Tokens that led to them; each is predicted from those before it.
+            hidden_BTD: Last hidden states.
+            targets_BT: Token that follows each.
             head: Head of the model: hidden states (C, D) → logits (C, V).
             chunk: Number of tokens whose logits are computed at once.
         """
         metric = self.hard_metric if mode == "hard" else self.dense_metric
-        hidden_ND, targets_N = hidden_BLD[:, :-1].flatten(0, 1), ids_BL[:, 1:].flatten()
+        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
         for start in range(0, len(targets_N), chunk):
             part = slice(start, start + chunk)
             metric.update(head(hidden_ND[part]).float()[None], targets_N[None, part])

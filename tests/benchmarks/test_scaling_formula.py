@@ -74,6 +74,19 @@ def test_a_run_announces_what_the_formula_says(ranks: int) -> None:
     assert announced == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_run_announces_the_bytes_of_trained_weights() -> None:
+    """As benchmarks/sharded_memory.py measures them held: 18.13 bytes a weight with the mask fixed, 34.01 with both."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(MODELS["llama-3.2-1b"].config(), dtype=torch.bfloat16)
+    gated, module = SHAPES["llama-3.2-1b"].gated, LeapModule("base", train_weights="kept")
+    module.sizes = {"all": gated}
+    block = gated / len(model.model.layers)
+    fixed, both = (memory.expected_bytes(module, model, logits, 64, 1, trained=gated) for logits in (0, gated))
+    mask = memory.expected_bytes(module, model, gated, 64, 1)
+    assert both - mask == pytest.approx(16 * gated + memory.TRANSIENT_WEIGHTS * block, rel=1e-3)
+    assert both - fixed == pytest.approx((16 - 1 / 8) * gated + (8 + 4 - 6) * block, rel=1e-3)
+
+
 def test_the_wall_of_the_tables() -> None:
     """What docs/scaling.md says fits."""
 

@@ -12,7 +12,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from leap_pl.base_model.weights import Weight
+from leap_pl.cli.arguments import RECIPES
 from leap_pl.cli.fit import LeapCLI, make_cli
+from leap_pl.cli.main import main
 from leap_pl.data import TextDataModule
 from leap_pl.distributed.strategy import saves_shards
 from leap_pl.gates import Gate, GateState, NMGate, TileGate
@@ -22,12 +24,11 @@ from leap_pl.training.optimizers import PackedAdamW
 from leap_pl.training.schedules import Annealing, Schedule
 
 ROOT = Path(__file__).parents[2] / "configs"
-APART = ("shared", "cluster", "recipes")  # parts of configs, what is laid over one, and what names no model
-ALONE = ("headline", "low_memory")  # no config of fit, and no whole one
-CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in APART and path.stem not in ALONE)
+# Not parts of configs, and not the experiment, which is no config of fit.
+CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "shared" and path.stem != "headline")
 
 
-def instantiate(path: Path, tmp_path: Path, *more: str) -> LeapCLI:
+def instantiate(path: Path | str, tmp_path: Path, *more: str) -> LeapCLI:
     """The command line up to, and without, the run."""
     flags = [f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--trainer.accelerator=cpu"]
     return make_cli(["--config", str(path), *flags, *more], run=False)
@@ -122,8 +123,8 @@ def test_rows_of_the_paper_have_its_settings(path: Path, sparsity: float, tmp_pa
 
 def test_every_config_is_in_the_table() -> None:
     table = (ROOT / "README.md").read_text()
-    for path in (ROOT / "recipes").glob("*.yaml"):
-        assert f"recipes/{path.name}" in table
+    for path in RECIPES.glob("*.yaml"):
+        assert f"`{path.stem}`" in table
     for path in CONFIGS:
         models = "(qwen2.5-0.5b|gemma-3-1b|llama-3.2-1b)"
         name = re.sub(f"^(maskllm|patch)-{models}", r"\1-{qwen2.5-0.5b,gemma-3-1b,llama-3.2-1b}", path.stem)
@@ -131,14 +132,14 @@ def test_every_config_is_in_the_table() -> None:
         assert yaml.safe_load(path.read_text())["model"]["base_model"].split("/")[-1] in table
 
 
-def settings(path: Path, tmp_path: Path) -> Namespace:
+def settings(path: Path | str, tmp_path: Path) -> Namespace:
     """What a config comes to, whichever files its parts are in."""
     return strip_meta(instantiate(path, tmp_path, "--model.base_model=Qwen/Qwen2.5-0.5B").config)
 
 
 def test_the_recipe_of_a_short_run_is_what_was_measured(tmp_path: Path) -> None:
     """As `leap-both` of the headline experiment, whose prior is a row of its own there; the text is the reader's."""
-    ours, measured = (settings(ROOT / name, tmp_path) for name in ("recipes/short.yaml", "results/learn.yaml"))
+    ours, measured = (settings(name, tmp_path) for name in ("short", ROOT / "results" / "learn.yaml"))
     rows = yaml.safe_load((ROOT / "results" / "headline.yaml").read_text())["rows"]
     assert rows["leap-both"]["prior"] == "wanda-fisher"
     prior, one_shot = ours.model.prior, rows["wanda-fisher"]["prune"]
@@ -155,7 +156,7 @@ def test_the_recipe_of_a_short_run_is_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_the_recipe_of_the_paper_is_that_of_its_rows(tmp_path: Path) -> None:
-    ours, row = (settings(ROOT / name, tmp_path) for name in ("recipes/paper.yaml", "paper/qwen2.5-0.5b.yaml"))
+    ours, row = (settings(name, tmp_path) for name in ("paper", ROOT / "paper" / "qwen2.5-0.5b.yaml"))
     for part in ("model", "data", "trainer"):
         assert ours[part] == row[part]
 
@@ -166,7 +167,7 @@ CLUSTER = ROOT / "cluster"
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_cluster_config_is_laid_over_another(name: str, tmp_path: Path) -> None:
     path = ROOT / "paper" / "llama-3.1-8b.yaml"
-    flags = ["--config", str(CLUSTER / f"{name}.yaml"), "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    flags = ["--config", name, "--trainer.accelerator=cpu", "--trainer.logger=false"]
     cli = make_cli(["--config", str(path), *flags, f"--trainer.default_root_dir={tmp_path}"], run=False)
     trainer, strategy = cli.trainer, cli.trainer.strategy
     assert trainer.world_size == trainer.num_devices == 8
@@ -190,7 +191,7 @@ def test_cluster_config_is_laid_over_another(name: str, tmp_path: Path) -> None:
 )
 def test_low_memory_is_laid_over_another(name: str, settings: tuple[float, ...], tmp_path: Path) -> None:
     """Storage is another, and learning goes by the config beneath."""
-    flags = ["--config", str(ROOT / "low_memory.yaml"), "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    flags = ["--config", "low_memory", "--trainer.accelerator=cpu", "--trainer.logger=false"]
     words = ["--config", str(ROOT / f"{name}.yaml"), *flags, f"--trainer.default_root_dir={tmp_path}"]
     model = make_cli(words, run=False).model
     assert (model.logits_dtype, model.activation_checkpointing) == (torch.bfloat16, True)
@@ -207,7 +208,7 @@ def test_cluster_script_types_what_exists(script: str, tmp_path: Path) -> None:
         (tmp_path / launcher).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
         (tmp_path / launcher).chmod(0o755)
     variables = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NTASKS": "16", "NODES": "2"}
-    overlay = ["--config", "configs/paper/llama-3.1-8b.yaml", "--config", "configs/cluster/fsdp2.yaml"]
+    overlay = ["--config", "configs/paper/llama-3.1-8b.yaml", "--config", "fsdp2"]
     overlay += ["--trainer.strategy.data_parallel_size", "16"]
     ran = subprocess.run(
         ["bash", str(CLUSTER / script), *(overlay if script == "torchrun.sh" else [])],
@@ -224,3 +225,21 @@ def test_cluster_script_types_what_exists(script: str, tmp_path: Path) -> None:
     cli = make_cli([*paths, *flags], run=False)
     assert (cli.trainer.num_nodes, cli.trainer.num_devices, cli.trainer.world_size) == (2, 8, 16)
     assert cli.trainer.strategy._data_parallel_size == 16
+
+
+def test_a_file_has_precedence_over_a_recipe_of_its_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short").write_text("model: {sparsity: 0.25, base_model: m}\n")
+    assert instantiate("short", tmp_path).model.sparsity == 0.25
+    assert make_cli(["--config=short", "--trainer.logger=false"], run=False).model.sparsity == 0.25
+
+
+@pytest.mark.parametrize("form", [["--config", "shrot"], ["--config=shrot"], ["-c", "shrot"]])
+def test_neither_file_nor_recipe(form: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *form])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "leap_pl fit: --config shrot: there is no such file, and no recipe of this name. Did you mean short? The "
+        "recipes are ddp, fsdp2, low_memory, paper, short.\n"
+    )

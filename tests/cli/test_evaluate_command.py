@@ -103,6 +103,25 @@ def test_training_checkpoint_is_its_hard_mask(monkeypatch, mask, text):
     assert learned["model"]["ckpt_path"] == "last.ckpt"
 
 
+def test_windows_begin_as_the_tokenizer_begins_a_text(text, tmp_path, capsys):
+    base, plain = str(tiny_folder(tmp_path / "begun", prefix=1)), str(tiny_folder(tmp_path / "plain"))
+    figures = {
+        bos: evaluate_command(model=base, perplexity=text, max_tokens=96, bos=bos, **SMALL)["perplexity"][text]
+        for bos in ("every", "first", "none")
+    }
+    assert [figure["bos"] for figure in figures.values()] == ["every", "first", "none"]
+    assert [figure["stride"] for figure in figures.values()] == [31, 32, 32]
+    assert [figure["predicted"] for figure in figures.values()] == [93, 93, 93]  # 3 × 31 tokens after BOS; 3 × (32 − 1)
+    assert "windows of 32, stride 31, each beginning with BOS" in capsys.readouterr().out
+    every, none = figures["every"], figures["none"]
+    assert every["text_digest"] == none["text_digest"] != figures["first"]["text_digest"]
+    assert len({figure["value"] for figure in figures.values()}) == 3
+    without = [evaluate_command(model=plain, perplexity=text, max_tokens=96, bos=bos, **SMALL) for bos in figures]
+    assert without[0]["perplexity"] == without[1]["perplexity"] == without[2]["perplexity"]
+    (figure,) = without[0]["perplexity"].values()
+    assert {**none, "tokenizer": figure["tokenizer"]} == {**figure, "bos": "none"}
+
+
 def test_two_files_of_one_name_and_a_cap(base, text, tmp_path):
     other = tmp_path / "other" / "held-out.jsonl"
     other.parent.mkdir()

@@ -1,4 +1,4 @@
-"""The first page of ``leap_pl fit --help``: short, at once, and true."""
+"""The first pages of ``leap_pl fit --help`` and ``leap_pl recover --help``: short, at once, and true."""
 
 import re
 import subprocess
@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
-from leap_pl.cli.fit import make_cli
+from leap_pl.cli import recover_help
+from leap_pl.cli.fit import LeapCLI, make_cli
 from leap_pl.cli.fit_help import FIRST_PAGE
 from leap_pl.cli.main import main
+from leap_pl.cli.recover import RecoverCLI
 
 OPTION = re.compile(r"--([\w.]*\w)(?: ([\w./-]*\w))?(?=,|;|\.? |\n|$)")
 ADDED = {"config", "ckpt_path", "force", "help", "print_config", "tokens"}  # of the verb, not of its three classes
@@ -34,11 +36,12 @@ def test_it_imports_nothing_heavy() -> None:
     assert done.stdout.endswith("set()\n")
 
 
-def test_options_and_defaults_are_those_of_the_parser() -> None:
-    cli = make_cli(["--model.base_model=x", "--trainer.accelerator=cpu"], run=False)
+@pytest.mark.parametrize(("page", "kind"), [(FIRST_PAGE, LeapCLI), (recover_help.FIRST_PAGE, RecoverCLI)])
+def test_options_and_defaults_are_those_of_the_parser(page: str, kind: type[LeapCLI]) -> None:
+    cli = make_cli(["--model.base_model=x", "--trainer.accelerator=cpu"], run=False, kind=kind)
     defaults = cli.parser.get_defaults()
     seen = 0
-    for name, shown in OPTION.findall(FIRST_PAGE):
+    for name, shown in OPTION.findall(page):
         if name.partition(".")[0] in ADDED or name in ("tensorboard", "logdir"):
             continue
         *groups, last = name.split(".")

@@ -38,6 +38,17 @@ def run(folder: Path, text: Path, output: Path, **changes: Any) -> Any:
     return prune_command(str(folder), str(output), str(text), **settings)
 
 
+def test_calibration_begins_as_the_tokenizer_begins_a_text(
+    folder: Path, text: Path, tmp_path: Path, eager: None
+) -> None:
+    begun = tiny_folder(tmp_path / "begun", prefix=1)
+    masks = [run(begun, text, tmp_path / bos, bos=bos, fisher=0.5).masks for bos in ("every", "first")]
+    assert [mask.provenance.config["bos"] for mask in masks] == ["every", "first"]
+    plain = run(folder, text, tmp_path / "plain", fisher=0.5).masks
+    assert "bos" not in plain.provenance.config
+    assert plain.digest_of_bits() == masks[1].digest_of_bits() != masks[0].digest_of_bits()
+
+
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparseswaps", "sparsegpt", "admm"])
 def test_mask_and_model_are_written(method: str, folder: Path, text: Path, tmp_path: Path) -> None:
     run(folder, text, tmp_path / "out", method=method, sparsity=0.6)

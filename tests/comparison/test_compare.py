@@ -223,6 +223,27 @@ def test_a_mask_that_took_the_place_of_the_measured_one_is_not_taken(write, tmp_
     assert read_entries([measured])[0].mask is None
 
 
+def test_figures_share_a_column_where_sequences_begin_alike(write):
+    def begun(name, text, task):
+        content = result(name, 0.5, 20.0)
+        content["perplexity"]["held-out.jsonl"] |= {} if text is None else {"bos": text}
+        content["tasks"]["piqa"] |= {} if task is None else {"bos": task}
+        return write(f"{name}-{text}-{task}", content)
+
+    # Without the entry: of an earlier version, or of a tokenizer that puts nothing before a text.
+    earlier = begun("wanda", None, None)
+    read_entries([earlier, begun("leap", "first", "every")])
+    for other, says in (
+        (begun("admm", "every", "every"), r"perplexity on held-out\.jsonl .* they differ in bos \(every and first\)\."),
+        (begun("admm", "first", "none"), r"accuracy on piqa .* they differ in bos \(none and every\)\."),
+    ):
+        with pytest.raises(UserError, match=says):
+            read_entries([earlier, other])
+    both = read_entries([begun("wanda", "every", "every"), begun("leap", "every", "every")])
+    notes = " ".join(make_table(both, BASELINES).notes)
+    assert "windows of 512 tokens, each beginning with BOS, stride 512, 4,096 tokens" in notes
+
+
 def test_overlap_of_masks(tmp_path):
     one = mask_file(tmp_path / "a.safetensors", "wanda", 1)
     two = mask_file(tmp_path / "b.safetensors", "leap", 2)

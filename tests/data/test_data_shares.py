@@ -68,7 +68,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 class Watched:
-    """The tokenizer, which notes in a file what it tokenizes, a line a call: in workers too."""
+    """The tokenizer, which notes in a file what it tokenizes, a line for several texts: in workers too."""
 
     eos_token_id, name_or_path = TOKENIZER.eos_token_id, "watched"
 
@@ -77,8 +77,9 @@ class Watched:
         notes.touch()
 
     def __call__(self, texts: Any, **settings: Any) -> Any:
-        with self.notes.open("a") as file:
-            file.write(f"{len(''.join(texts))}\n")
+        if isinstance(texts, list):
+            with self.notes.open("a") as file:
+                file.write(f"{len(''.join(texts))}\n")
         return TOKENIZER(texts, **settings)
 
     @property

@@ -11,19 +11,19 @@ from leap_pl.evaluation import perplexity as room
 from leap_pl.evaluation.perplexity import perplexity
 
 
-def written_out(model, tokens, seq_length, stride):
+def written_out(model, tokens, seq_length, stride, prefix=()):
     """NLL of each predicted token by hand: a token counts in the first whole window that predicts it."""
-    length = min(seq_length, len(tokens))
+    length, before = min(seq_length - len(prefix), len(tokens)), len(prefix)
     losses: dict[int, float] = {}
     for start in range(0, len(tokens) - length + 1, stride):
-        ids = tokens[start : start + length]
+        ids = torch.cat([torch.tensor(prefix, dtype=torch.int64), tokens[start : start + length]])
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0].double()
-        for at in range(1, length):
-            # The first token of a window that overlaps no other is never predicted.
-            if start + at not in losses:
+        # Without a prefix, the first token of a window that overlaps no other is never predicted.
+        for at in range(max(1, before), before + length):
+            if start + at - before not in losses:
                 scores = logits[at - 1]
-                losses[start + at] = float(torch.log(torch.exp(scores).sum()) - scores[ids[at]])
+                losses[start + at - before] = float(torch.log(torch.exp(scores).sum()) - scores[ids[at]])
     return losses
 
 
@@ -41,6 +41,20 @@ def test_is_what_the_protocol_says(count, seq_length, stride):
         assert found.nll == pytest.approx(sum(losses.values()) / len(losses), rel=1e-6)
         assert found.value == pytest.approx(math.exp(found.nll))
         assert (found.tokens, found.stride) == (count, stride or seq_length)
+
+
+@pytest.mark.parametrize("prefix", [[257], [257, 258]])
+@pytest.mark.parametrize(("count", "seq_length", "stride"), [(70, 16, None), (70, 16, 4), (9, 16, None), (1, 16, None)])
+def test_every_token_of_the_windows_is_predicted_once_after_a_prefix(count, seq_length, stride, prefix):
+    model, each = tiny_model(), seq_length - len(prefix)
+    tokens = torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(1))
+    losses = written_out(model, tokens, seq_length, stride or each, prefix)
+    found = perplexity(model, tokens, seq_length=seq_length, stride=stride, prefix=prefix, batch_size=3)
+    windows = 1 + max(count - each, 0) // (stride or each)
+    assert sorted(losses) == list(range(min(count, each) + (windows - 1) * (stride or each)))
+    assert (found.predicted, found.tokens, found.stride) == (len(losses), count, stride or each)
+    assert found.nll == pytest.approx(sum(losses.values()) / len(losses), rel=1e-6)
+    assert len(found.window_nll) == windows
 
 
 def test_loss_in_pieces_is_the_loss(monkeypatch):
@@ -70,6 +84,12 @@ def test_leaves_the_mode_of_the_model_alone():
         ({"seq_length": 1}, "seq_length must be at least 2"),
         ({"seq_length": 8, "stride": 9}, "stride from 1 to seq_length"),
         ({"seq_length": 8, "batch_size": 0}, "batch_size at least 1"),
+        (
+            {"seq_length": 8, "stride": 8, "prefix": [257]},
+            "stride from 1 to seq_length − 1, without what the tokenizer",
+        ),
+        ({"seq_length": 2, "prefix": [257, 258]}, "seq_length must be at least 3"),
+        ({"seq_length": 8, "prefix": [260]}, "the text contains token 260"),
         ({"seq_length": 129}, "--seq_length 128"),
     ],
 )

@@ -65,6 +65,22 @@ def test_scores_are_complete_and_repeat(folder):
     assert not mean["paper"]
 
 
+@pytest.mark.parametrize(("prefix", "bos", "begun"), [(1, "every", True), (1, "first", True), (1, "none", False)])
+def test_requests_begin_as_the_tokenizer_begins_a_text(folder, prefix, bos, begun):
+    model, seen = tiny_model(), []
+    model.register_forward_pre_hook(
+        lambda _, inputs, named: seen.extend((*inputs, *named.values())[0]), with_kwargs=True
+    )
+    tokenizer = byte_tokenizer(prefix=prefix)
+    found = evaluate_tasks(model, tokenizer, ["arc_easy"], tasks_folder=folder, batch_size=8, limit=1, bos=bos)
+    assert found["arc_easy"]["bos"] == ("every" if begun else "none")
+    assert [int(request[0]) == 257 for request in seen] == [begun] * 2
+    assert not any(257 in request[1:] for request in seen)
+    plain = score(["arc_easy"], folder, limit=1)["arc_easy"]
+    assert "bos" not in plain
+    assert begun or plain == {key: value for key, value in found["arc_easy"].items() if key != "bos"}
+
+
 def test_limit_is_marked(folder):
     found = score(["piqa"], folder, limit=2)["piqa"]
     assert (found["samples"], found["limit"]) == (2, 2)

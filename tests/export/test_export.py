@@ -62,19 +62,78 @@ def test_checkpoint_exports_exactly_the_target(finished: Run, model_folder: Path
     assert facts["sparsity"] == 0.5
 
 
-def test_card_says_where_it_comes_from(finished: Run, model_folder: Path, tmp_path: Path) -> None:
-    export_command(str(tmp_path / "out"), ckpt_path=str(finished.checkpoint))
+@pytest.mark.parametrize("format", ["huggingface", "packed", "mask"])
+def test_card_says_where_it_comes_from(format: str, finished: Run, model_folder: Path, tmp_path: Path) -> None:
+    """In two screens, without a path of the machine that it was made on."""
+    export_command(str(tmp_path / "out"), ckpt_path=str(finished.checkpoint), format=format)  # type: ignore[arg-type]
     card = (tmp_path / "out" / "README.md").read_text()
     identity = masks_from_checkpoint(finished.checkpoint).provenance
     for fact in (
-        str(model_folder),
-        identity.fingerprint,
+        f"\n# {'Mask of ' * (format == 'mask')}{model_folder.name}, 50% sparse\n",
+        f"| fingerprint of the base model | `{identity.fingerprint}` |",
+        "pipeline_tag: text-generation",
         "`leap`",
-        "## Sparsity by decoder layer",
-        '"alpha"',
-        "text.jsonl",
+        "| α | `25.0 → 350.0` |",
+        "| text | `text.jsonl` |",
+        "| mlp.up_proj | 0.",
+        "By decoder layer, the sparsity is from 0.4",
+        "cite LEAP, [arXiv:2605.17289](https://arxiv.org/abs/2605.17289)",
     ):
         assert fact in card
+    assert str(model_folder.parent) not in card
+    assert str(finished.folder) not in card
+    assert len(card.splitlines()) < 80
+    assert ((tmp_path / "out" / "config.json").exists(), (tmp_path / "out" / "mask.safetensors").exists()) == {
+        "huggingface": (True, True),
+        "packed": (True, False),
+        "mask": (False, True),
+    }[format]
+
+
+def test_the_mask_of_a_packed_folder(finished: Run, tmp_path: Path) -> None:
+    export_command(str(tmp_path / "packed"), mask=str(finished.mask), format="packed", values="int8")
+    facts = export_command(str(tmp_path / "mask"), model=str(tmp_path / "packed"), format="mask")
+    exported, learned = MaskSet.load(tmp_path / "mask" / "mask.safetensors"), MaskSet.load(finished.mask)
+    assert exported.digest_of_bits() == learned.digest_of_bits()
+    assert exported.provenance == learned.provenance
+    assert "rounded_to" not in facts  # the mask is not
+
+
+def test_every_method_has_its_paper() -> None:
+    from leap_pl.export.method import PAPERS
+    from leap_pl.gates import BernoulliGate, NMGate, TileGate
+    from leap_pl.oneshot.methods import METHODS
+
+    assert set(PAPERS) == {*METHODS, *(gate.method for gate in (BernoulliGate, NMGate, TileGate))}
+
+
+def test_paths_are_shortened_and_stay_distinct() -> None:
+    from leap_pl.export.hub import shortened
+
+    value = {"/home/me/a.txt": ["/home/me/b", "c/d", 1], "/tmp/a.txt": {"x": "/"}, "a/b": "~/c"}
+    assert shortened(value) == {"a.txt (1)": ["b", "c/d", 1], "a.txt (2)": {"x": "/"}, "a/b": "~/c"}
+
+
+@pytest.mark.parametrize(
+    ("card", "stated"),
+    [
+        (None, {}),
+        ("license: mit\n", {}),
+        ("---\nlicense: apache-2.0\nlanguage: en\n---\nlicense: mit\n", {"license": "apache-2.0"}),
+        (
+            "---\r\nlicense: 'other'\r\nlicense_link: https://example.org/l\r\n---\r\n",
+            {"license": "other", "license_link": "https://example.org/l"},
+        ),
+        ("---\nlicense: 'mit\nlicense_name: a: b\nlicense_link: -\n---\n", {}),
+    ],
+)
+def test_the_licence_of_a_base_model(card: str | None, stated: dict[str, str], tmp_path: Path) -> None:
+    from leap_pl.base_model.licence import licence_of
+
+    if card is not None:
+        (tmp_path / "README.md").write_text(card, newline="")
+    assert licence_of(str(tmp_path)) == stated
+    assert licence_of("org/none") == {}  # out of reach
 
 
 def test_zeros_of_the_base_model_are_counted_apart(tmp_path: Path) -> None:
@@ -208,6 +267,23 @@ def test_perplexities_of_another_mask_do_not_get_into_the_card(
         out = tmp_path / f"with-{name}"
         export_command(str(out), mask=str(finished.mask), perplexity=str(tmp_path / f"{name}.json"))
         assert "## Perplexity" in (out / "README.md").read_text()
+    export_command(
+        str(tmp_path / "two"), mask=str(finished.mask), perplexity=f"{tmp_path}/own.json,{tmp_path}/dense.json"
+    )
+    figures = [next(iter(results[name]["perplexity"].values()))["value"] for name in ("own", "dense")]
+    export_command(str(tmp_path / "packed"), model=str(tmp_path / "two"), format="packed")
+    for folder in (tmp_path / "two", tmp_path / "packed"):  # and in what is made of it
+        assert f"| text.jsonl | {figures[0]:.3f} | {figures[1]:.3f} | 32 | 32 |" in (folder / "README.md").read_text()
+    shutil.copy(tmp_path / "dense.json", tmp_path / "again.json")
+    for wrong, says in (("other", "with a different mask"), ("again", "names dense results alone")):
+        with pytest.raises(UserError, match=says):
+            pair = f"{tmp_path}/dense.json,{tmp_path}/{wrong}.json"
+            export_command(str(tmp_path / "no"), mask=str(finished.mask), perplexity=pair, model="gone")
+    longer = evaluate_command(model=str(model_folder), **small | {"seq_length": 16})
+    (tmp_path / "longer.json").write_text(json.dumps(longer))
+    with pytest.raises(UserError, match="cannot share a column: they differ in seq_length"):
+        pair = f"{tmp_path}/own.json,{tmp_path}/longer.json"
+        export_command(str(tmp_path / "no"), mask=str(finished.mask), perplexity=pair, model="gone")
     exported = evaluate_command(model=str(out), **small)
     (tmp_path / "exported.json").write_text(json.dumps(exported))
     export_command(str(tmp_path / "again"), mask=str(finished.mask), perplexity=str(tmp_path / "exported.json"))
@@ -221,7 +297,7 @@ def test_the_card_tells_only_perplexities_that_say_of_what_they_are(finished: Ru
         told = {key: value for key, value in (config | changes).items() if value is not None}
         path = mask.with_provenance(config=told).save(tmp_path / "mask.safetensors")
         export_command(str(tmp_path / "out"), mask=str(path), force=True)
-        return (tmp_path / "out" / "README.md").read_text().split("## Settings")[0]
+        return (tmp_path / "out" / "README.md").read_text()
 
     assert "(4 blocks of 32 tokens): " in card()
     assert " dense." in card()
@@ -229,3 +305,6 @@ def test_the_card_tells_only_perplexities_that_say_of_what_they_are(finished: Ru
     of_other_text = card(dense_perplexity_of=config["dense_perplexity_of"] | {"tokens": "0" * 16})
     assert "under the mask." in of_other_text
     assert "after step 4 of 6): " in card(perplexity_of=config["perplexity_of"] | {"step": 4})
+    begun = card(data=config["data"] | {"bos": "every"})
+    assert "| blocks that begin with BOS | `every` |" in begun
+    assert "(4 blocks of 32 tokens, each beginning with BOS): " in begun

@@ -151,8 +151,13 @@ def test_a_model_card(finished: Run, model_folder, tmp_path: Path, capsys) -> No
     assert not unseen(said)
     card = (out / "README.md").read_text(encoding="utf-8")
     assert not unseen(card)
-    assert card.split("---\n")[1] == "library_name: transformers\ntags: [leap_pl, pruned, sparse]\n"  # no base model
-    prose = card.partition("## Settings")[0]
+    assert card.split("---\n")[1] == (  # no base model
+        "library_name: transformers\npipeline_tag: text-generation\ntags: [leap_pl, pruned, sparse]\n"
+    )
+    lines_of_code = re.search(r"^```python\n(.*?)^```\n", card, re.DOTALL | re.MULTILINE)
+    assert lines_of_code is not None
+    assert "evil" not in lines_of_code[1]
+    prose = card.replace(lines_of_code[0], "")
     without_code = re.sub(r"(?<![`\\])(`+)(?!`).*?(?<!`)\1(?!`)", "", prose)
     assert "evil" in without_code
     bare = re.sub(r"\\[^\w\s]", "", without_code)

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -444,3 +445,14 @@ def test_token_dependent_arguments_are_refused() -> None:
     model.model.layers[1].register_forward_pre_hook(add, with_kwargs=True)
     with pytest.raises(UserError, match="depend on the tokens"):
         prune(model, tokens(8), method="wanda", progress=False)
+
+
+def test_progress_in_a_file_is_not_drawn_for_every_matrix(capsys, monkeypatch) -> None:
+    """Errors of matrices are shown as they come on a terminal; a file gets what the interval lets through."""
+    drawn = {}
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda shown=terminal: shown, raising=False)
+        prune(tiny_model(), tokens(), method="wanda", pattern=0.5)
+        drawn[terminal] = capsys.readouterr().err.count("error")
+    assert drawn[True] >= 7 * 2  # of each of seven matrices in two blocks
+    assert drawn[False] <= 3  # with the last, once a block at most

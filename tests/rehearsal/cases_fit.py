@@ -14,7 +14,7 @@ from tiny import tiny_folder
 
 from leap_pl import LeapModule, TextDataModule
 from leap_pl.callbacks import SparsityLogger
-from leap_pl.gates import NMGate, TileGate
+from leap_pl.gates import FixedGate, NMGate, TileGate
 from leap_pl.losses.objective import Objective
 from leap_pl.oneshot.methods import METHODS
 from leap_pl.prior import Prior
@@ -33,7 +33,7 @@ class Watch(L.Callback):
     Attributes:
         micro_batches: Number of micro-batches.
         steps: Number of syncs in each optimizer step, without the log and the validation that may follow it.
-        devices: Where the logits were at the end of training.
+        devices: Where what was learned was at the end of training.
         log: Number of syncs of a step's log.
     """
 
@@ -59,7 +59,7 @@ class Watch(L.Callback):
         torch.ops.rehearsal.refuse(False)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.devices |= {gate.logits.device.type for gate in module.gates.values()}
+        self.devices |= {tensor.device.type for tensor in module.stored().values()}
 
 
 class Log(SparsityLogger):
@@ -129,11 +129,12 @@ GATES = {
     "many patterns": {"gate": partial(NMGate, n=3, m=7), "sparsity": 4 / 7, "objective": Objective(budget=0)},
     "joint tiles": {"gate": partial(TileGate, tile=8), "sparsity": 0.4},
     "tiles": {"gate": partial(TileGate, tile=8, mode="tile"), "sparsity": 0.4},
+    "fixed": {"gate": FixedGate, "train_weights": "kept"},
 }
 
 
 # Host syncs of a step's log, on a model of any number of weights.
-OF_A_LOG = {"bernoulli": 17, "nm": 8, "many patterns": 8, "joint tiles": 11, "tiles": 10}
+OF_A_LOG = {"bernoulli": 17, "nm": 8, "many patterns": 8, "joint tiles": 11, "tiles": 10, "fixed": 8}
 
 
 @pytest.mark.parametrize("kind", GATES)
@@ -199,6 +200,7 @@ SETTINGS = {
     "activation checkpointing": {"activation_checkpointing": True},
     "low memory": {"optimizer": partial(PackedAdamW, lr=1e-2), "logits_dtype": "bfloat16"},
     "stored in bfloat16": {"dtype": "bfloat16"},
+    "low-rank updates too": {"train_weights": "lora", "activation_checkpointing": True},
 }
 
 

@@ -30,7 +30,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"--data.text={TEXT / 'train.jsonl'}", f"--data.validation_text={TEXT / 'validation.jsonl'}",
         "--data.seq_length=256", "--data.batch_size=2", "--data.validation_sequences=4",
         "--model.annealing.alpha.start=100", "--model.annealing.tau.start=1", "--model.optimizer.init_args.lr=4e-3",
-        "--trainer.accelerator=cpu", "--trainer.max_steps=8", "--trainer.logger=TensorBoardLogger",
+        "--trainer.accelerator=cpu", "--trainer.max_steps=8", "--trainer.val_check_interval=8",
+        "--trainer.logger=TensorBoardLogger",
         f"--trainer.logger.save_dir={folder}", f"--checkpoint.dirpath={folder / 'checkpoints'}",
     ])  # fmt: skip
     return folder

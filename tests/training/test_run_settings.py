@@ -156,6 +156,9 @@ CHANGED: dict[str, list[str]] = {
     "model.dtype": ["--model.dtype=bfloat16"],
     "model.logits_dtype": ["--model.logits_dtype=bfloat16"],
     "model.seed": ["--model.seed=0"],
+    "model.train_weights": ["--model.train_weights=kept"],
+    "model.weight_training.lr": ["--model.weight_training.lr=1e-3"],
+    "model.weights": ["--model.weights=pruned/model"],
     "data.config_name": ["--data.config_name=en"],
     "data.split": ["--data.split=test"],
     "data.text_column": ["--data.text_column=content"],
@@ -205,7 +208,7 @@ def test_a_setting_changed_in_a_config_is_refused(whole: Path, tmp_path: Path, c
         [*RECIPE[:-1], "--model.objective.lm=1", "--trainer.max_steps=6"],
         ["--model.activation_checkpointing=true"],
         ["--model.dtype=auto"],
-        ["--data.num_workers=2"],
+        ["--data.num_workers=2", "--data.bos=none"],  # the tokenizer puts nothing before a text
         ["--data.validation_sequences=2"],
         ["--trainer.val_check_interval=4"],
         ["--trainer.log_every_n_steps=1", "--trainer.num_sanity_val_steps=0"],
@@ -278,6 +281,8 @@ def test_an_older_checkpoint_resumes_and_is_compared(whole: Path, tmp_path: Path
     recipe = [word for word in RECIPE if word.startswith(("--model.lr_sch", "--trainer.grad", "--trainer.prec"))]
     main(resume(tmp_path / "older", tmp_path / "again", *recipe))
     same_end(tmp_path / "again", whole)
+    resumed = load_checkpoint(tmp_path / "again" / "checkpoints" / "step=6.ckpt")["leap_pl"]["learned_with"]
+    assert resumed["data.bos"] == "first"  # of a version whose blocks had no prefix
     for words, says in {
         "--model.optimizer.lr=1e-3": "model.optimizer.lr was 0.002 and is 0.001",
         "--model.objective.lm=0.5": "model.objective.lm was 1.0 and is 0.5",

@@ -1,0 +1,34 @@
+"""Prefix of a sequence: what the model's own tokenizer puts before a text, such as BOS, and which sequences have it.
+
+Pretraining has put it before every text, and many models compute little that is useful without it. It is an input of
+the model and never predicted.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+# `every`: every sequence begins with the prefix. `first`: only the first window of a text that is read from its
+# beginning, as in the literature; blocks that are cut from packed documents have none. `none`: no sequence.
+Bos = Literal["every", "first", "none"]
+
+_PROBE = "aA0"  # of which every vocabulary encodes something
+_WORDS = {"every": "each beginning with BOS", "first": "the first beginning with BOS", "none": "without BOS"}
+
+
+def prefix_of(tokenizer: Any) -> list[int]:
+    """Return the tokens that ``tokenizer`` puts before a text: BOS for Llama and Gemma, none for Qwen and GPT-2."""
+    encoded = [tokenizer(_PROBE, add_special_tokens=special, verbose=False) for special in (True, False)]
+    whole, plain = ([*one["input_ids"]] for one in encoded)
+    places = range(len(whole) - len(plain) + 1)
+    return whole[: next((at for at in places if whole[at : at + len(plain)] == plain), 0)]
+
+
+def record_of(bos: Bos, tokenizer: Any) -> dict[str, str]:
+    """Return the entry ``bos`` of a record; empty if the tokenizer puts nothing before a text, so that none differs."""
+    return {"bos": bos} if prefix_of(tokenizer) else {}
+
+
+def in_words(record: Mapping[str, Any]) -> list[str]:
+    """Return what the entry ``bos`` of a ``record`` says of its sequences, for a list of words; empty without one."""
+    words = _WORDS.get(str(record.get("bos")))
+    return [] if words is None else [words]

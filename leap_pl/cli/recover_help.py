@@ -1,0 +1,44 @@
+"""First page of ``leap_pl recover --help``: the options that most runs need, as text, so that it is shown at once."""
+
+FIRST_PAGE = """\
+usage: leap_pl recover --model.base_model MODEL --model.mask MASK [options]
+       leap_pl recover --config FILE [options]
+
+Train the weights that a mask keeps; the mask stays as it is. Values shown are defaults, except those in capitals.
+
+model
+  --model.base_model MODEL           Name the dense model that the mask was made for.
+  --model.mask MASK                  Keep this mask: a MaskSet file, or a folder with a mask.safetensors.
+  --model.weights FOLDER             Start from the weights in a folder, as those that prune has updated.
+  --model.train_weights kept         Train all kept weights and the norms (kept), low-rank updates (lora) or norms.
+  --model.weight_training.lr 0.0001  Set the learning rate of the weights.
+  --model.weight_training.warmup_steps 5
+                                     Warm the rate up over so many steps.
+  --model.weight_training.r 16       Set the rank of lora, whose scale is --model.weight_training.lora_alpha 32.0.
+  --model.weight_training.target_modules NAMES
+                                     Update these layers alone with lora: '[q_proj, v_proj]'.
+  --model.objective.lm 0.5           Weigh the LM loss.
+  --model.objective.distillation 0.5 Weigh the distillation loss, against the dense model.
+text
+  --data.text allenai/c4             Train on files (.jsonl, .parquet, .txt), patterns of files or a hub dataset.
+  --data.validation_text TEXT        Validate on this text instead of a held-out share of the first.
+  --data.text_column text            Name the column or JSON key of the text.
+  --data.seq_length 4096             Cut the text into blocks of so many tokens.
+  --data.batch_size 1                Read so many blocks in a micro-batch.
+trainer
+  --tokens NUMBER                    Train on so many tokens, as in 10M; it sets --trainer.max_steps 2000.
+  --trainer.accumulate_grad_batches 1
+                                     Add up the gradients of so many micro-batches in a step.
+  --trainer.accelerator auto         Choose the hardware: cpu, gpu or auto.
+  --trainer.devices auto             Use so many devices.
+  --trainer.strategy auto            Spread a run over devices: ddp, or ModelParallelStrategy to shard the model.
+  --trainer.gradient_clip_val 1.0    Clip the norm of the gradient.
+  --trainer.val_check_interval N     Validate every N micro-batches instead of about ten times a run.
+results
+  --checkpoint.dirpath FOLDER        Write checkpoints, mask.safetensors and weights.safetensors there.
+  --trainer.logger.save_dir runs     Write the curves there, for tensorboard --logdir runs.
+  --ckpt_path last                   Resume from the newest checkpoint in --checkpoint.dirpath, if there is one.
+  --force                            Replace an earlier run in that folder.
+
+leap_pl recover --help all lists every option. leap_pl export --help says how the trained model is written.
+"""

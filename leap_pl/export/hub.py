@@ -1,0 +1,87 @@
+"""Publication of an exported folder on the Hugging Face hub, without the paths of the machine that it was made on."""
+
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from leap_pl.errors import UserError
+from leap_pl.inputs.hub import LOG_IN, check_reachable, hub_errors, is_hub_id
+from leap_pl.inputs.plain_values import shown
+from leap_pl.inputs.records import MASK
+
+if TYPE_CHECKING:
+    from leap_pl.masks import MaskSet
+
+_CARD = "README.md"
+_REPLACED = ["model*.safetensors", "model.safetensors.index.json", MASK]  # of an earlier export in other files
+
+
+def check_push(repository: str) -> None:
+    """Check, before anything is computed, that a folder can be uploaded to ``repository``.
+
+    Raises:
+        UserError: The name is not ``USER/NAME``, there is no access token, or the hub cannot be reached.
+    """
+    from huggingface_hub import get_token, hf_hub_url, is_offline_mode
+
+    if repository.count("/") != 1:
+        raise UserError(f"--push {shown(repository)} is no repository of the hub. Give USER/NAME.")
+    with hub_errors(f"--push {shown(repository)}"):
+        hf_hub_url(repository, _CARD)  # checks the name
+    if is_offline_mode():
+        raise UserError(f"--push {repository} uploads to the hub, and HF_HUB_OFFLINE is set. Unset it.")
+    if get_token() is None:
+        raise UserError(f"--push {repository} needs an access token of the hub that may write: {LOG_IN}.")
+    with hub_errors(f"--push {repository}"):
+        check_reachable(repository, file=_CARD)
+
+
+def push_folder(folder: str | Path, repository: str, *, private: bool = False) -> str:
+    """Upload an exported folder to a model repository of the hub, which is created if it does not exist.
+
+    An earlier export in the repository is replaced, its weights and mask included; other files there stay.
+
+    Args:
+        folder: Folder that leap_pl export wrote.
+        repository: ``USER/NAME``.
+        private: Create a private repository. One that exists stays as it is.
+
+    Returns:
+        Address of the repository.
+
+    Raises:
+        UserError: The hub refuses the upload, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api, weights = HfApi(library_name="leap_pl"), (Path(folder) / "config.json").exists()
+    then = f"{folder} is complete: upload it later with `hf upload {repository} {folder}`."
+    with hub_errors(f"{folder} could not be uploaded to {repository}", then=then):
+        address = api.create_repo(repository, private=private or None, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Upload with leap_pl export",
+            delete_patterns=_REPLACED if weights else None,  # a mask alone may be added to its model
+        )
+    return str(address)
+
+
+def without_paths(masks: "MaskSet") -> "MaskSet":
+    """Return the masks with a provenance that names local files and folders by their last part only."""
+    made = masks.provenance
+    base = made.base_model if is_hub_id(made.base_model) else PurePath(made.base_model).name
+    return masks.with_provenance(base_model=base, config=shortened(made.config))
+
+
+def shortened(value: Any) -> Any:
+    """Return a plain value in which every absolute path, also as a key, is replaced by its last part."""
+    if isinstance(value, str):
+        path = PurePath(value)
+        return path.name if path.is_absolute() and path.name else value
+    if isinstance(value, list):
+        return [shortened(item) for item in value]
+    if isinstance(value, dict):
+        keys = [shortened(key) for key in value]
+        keys = [key if keys.count(key) == 1 else f"{key} ({place})" for place, key in enumerate(keys, 1)]
+        return dict(zip(keys, map(shortened, value.values()), strict=True))
+    return value

@@ -1,0 +1,71 @@
+"""Method of a mask, for its model card: the settings that decide what it is, and the paper to cite."""
+
+from typing import TYPE_CHECKING, Any
+
+from leap_pl.export.hub import shortened
+from leap_pl.masks.kept_weights import TRAINED
+
+if TYPE_CHECKING:
+    from leap_pl.masks import Provenance
+
+PAPERS = {  # method in the provenance of a mask → name of the paper, and its number in arXiv
+    "leap": ("LEAP", "2605.17289"),
+    "maskllm": ("MaskLLM", "2409.17481"),
+    "patch": ("PATCH", "2509.23410"),
+    "magnitude": ("magnitude pruning", "1506.02626"),
+    "wanda": ("Wanda", "2306.11695"),
+    "sparseswaps": ("SparseSwaps", "2512.10922"),
+    "sparsegpt": ("SparseGPT", "2301.00774"),
+    "admm": ("ADMM", "2401.02938"),
+}
+
+
+def citation(method: str) -> str:
+    """Return the section of a model card with the paper of ``method``; an empty string if none is known."""
+    if method not in PAPERS:
+        return ""
+    name, number = PAPERS[method]
+    return f"## Citation\n\nIf you use it, cite {name}, [arXiv:{number}](https://arxiv.org/abs/{number})."
+
+
+def decisive_settings(made: "Provenance") -> dict[str, str]:
+    """Return the settings that decide what a mask is, name → value, as far as its provenance has them."""
+    config = made.config
+    steps, of = _within(config, "steps"), _within(config, "max_steps")
+    texts = _within(config, "data", "text") or _within(config, "text") or []
+    losses = {name: _within(config, "objective", name) for name in ("lm", "distillation")}
+    settings = {
+        "method": made.method,
+        "pattern": _within(config, "pattern"),
+        "target sparsity": made.sparsity,
+        "text": ", ".join(shortened(str(text)) for text in (texts if isinstance(texts, list) else [texts])),
+        "block length, tokens": _within(config, "data", "seq_length") or _within(config, "seq_length"),
+        "blocks that begin with BOS": _within(config, "data", "bos") or _within(config, "bos"),
+        "tokens read": _within(config, "data", "tokens"),
+        "calibration sequences": _within(config, "sequences"),
+        "optimizer steps": steps if steps == of or of is None else f"{steps} of {of}",
+        "optimizer": _within(config, "optimizer", "class"),
+        "learning rate": _within(config, "optimizer", "lr"),
+        "trained weights": _within(config, TRAINED, "kind"),
+        "their learning rate": _within(config, TRAINED, "lr"),
+        "losses": ", ".join(f"{name} {weight}" for name, weight in losses.items() if weight),
+        "α": _schedule(config, "alpha"),
+        "τ": _schedule(config, "tau"),
+        "prior": "a given mask" if _within(config, "prior", "mask") else _within(config, "prior", "method"),
+        "seed": _within(config, "seed"),
+        "fingerprint of the base model": made.fingerprint,
+        "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),
+    }
+    return {name: str(value) for name, value in settings.items() if value not in (None, "")}
+
+
+def _schedule(config: Any, name: str) -> str | None:
+    start, end = (_within(config, "annealing", name, end) for end in ("start", "end"))
+    return None if start is None else f"{start} → {end}"
+
+
+def _within(config: Any, *keys: str) -> Any:
+    """Return the value under nested keys; None where one is missing, as in the provenance of another version."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config

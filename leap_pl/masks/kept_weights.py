@@ -1,0 +1,155 @@
+"""Weights that were trained under a mask: a safetensors file beside the MaskSet, and their way into a model.
+
+The file has the trained tensors by the names of the base model's parameters, in the data type that the run computed
+with: gated weights with exact zeros where the mask removes them, and tensors without a mask, such as norms. The
+header's metadata has
+
+===================  ====================================================================================
+``format``           ``leap_pl.KeptWeights``
+``format_version``   ``1``
+``mask_digest``      digest of the mask's bits (:meth:`leap_pl.masks.MaskSet.digest_of_bits`)
+===================  ====================================================================================
+
+The provenance of the mask says that weights were trained, on what and how: key ``train_weights`` of its settings.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from leap_pl.errors import UserError
+from leap_pl.files import atomic_file
+from leap_pl.inputs.plain_values import shown
+from leap_pl.inputs.records import WEIGHTS, WEIGHTS_FORMAT
+from leap_pl.inputs.register import note_input
+from leap_pl.masks.mask_set import MaskSet
+
+FORMAT_VERSION = 1
+TRAINED = "train_weights"  # key in the settings of a mask's provenance
+
+_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class KeptWeights:
+    """Trained weights of a model, computed or read one at a time.
+
+    Attributes:
+        names: Names of the trained parameters.
+        dtype: Data type that they were trained for; None: that of the model.
+    """
+
+    def __init__(
+        self, names: Sequence[str], value: Callable[[str, Tensor], Tensor], dtype: torch.dtype | None = None
+    ) -> None:
+        """Hold the ``names``, and the function from a name and the base model's weight to the trained weight."""
+        self.names, self.value, self.dtype = list(names), value, dtype
+
+    @classmethod
+    def beside(cls, mask: str | Path, masks: MaskSet) -> "KeptWeights | None":
+        """Return the trained weights of the MaskSet file ``mask``, which is loaded as ``masks``; None: it has none.
+
+        Raises:
+            UserError: The mask's provenance says that weights were trained, and their file is missing, damaged, or of
+                another mask.
+        """
+        if TRAINED not in masks.provenance.config:
+            return None
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(mask).parent / WEIGHTS
+        if not path.is_file():
+            raise UserError(
+                f"weights were trained under {mask}, and {path} is missing. Put it back, or give the run's checkpoint "
+                "with --ckpt_path."
+            )
+        note_input(path)
+        try:
+            file = safe_open(path, framework="pt")
+            metadata, names = file.metadata() or {}, list(file.keys())
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{path} is truncated or damaged ({shown(' '.join(str(error).split()), 300)}). Use another copy of it, "
+                "or give the run's checkpoint with --ckpt_path."
+            ) from error
+        if metadata.get("format") != WEIGHTS_FORMAT or metadata.get("format_version") != str(FORMAT_VERSION):
+            raise UserError(
+                f"{path} has no trained weights of format version {FORMAT_VERSION}. Give the run's checkpoint with "
+                "--ckpt_path, or update leap_pl: pip install --upgrade leap_pl"
+            )
+        if metadata.get("mask_digest") != masks.digest_of_bits():
+            raise UserError(
+                f"{path} has the weights of another mask than {mask}. Keep the two files of a run together, or give "
+                "its checkpoint with --ckpt_path."
+            )
+        return cls(names, lambda name, _: file.get_tensor(name))
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module, masks: MaskSet) -> None:
+        """Set the trained weights of ``model`` in place, in its own data types, with exact zeros where masks remove.
+
+        Raises:
+            UserError: The model lacks a weight, or one is infinite or NaN.
+        """
+        parameters = dict(model.named_parameters())
+        for name in self.names:
+            parameter = parameters.get(name)
+            value = None if parameter is None else self._value(name, parameter.detach())
+            if parameter is None or value is None or value.shape != parameter.shape:
+                raise UserError(
+                    f"the model has no weight {shown(name, 200)} of the shape that was trained. Give the base model "
+                    "that the mask was made for."
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise UserError(f"the trained weight {name} has values that are infinite or NaN. Train it again.")
+            mask = masks.masks.get(name)
+            value = value.to(parameter.dtype)
+            parameter.data = value if mask is None else value.masked_fill(~mask, 0)
+
+    def _value(self, name: str, base: Tensor) -> Tensor:
+        """Return one trained weight; ``base`` is the base model's."""
+        try:
+            return self.value(name, base.to(self.dtype or base.dtype))
+        except UserError:
+            raise
+        except Exception as error:  # damaged tensors can make anything fail
+            raise UserError(
+                f"the trained weight {shown(name, 200)} cannot be computed from what is stored of it "
+                f"({shown(' '.join(str(error).split()), 120)}). Take another checkpoint, or another copy of the file."
+            ) from error
+
+
+def write_weights(
+    path: str | Path,
+    headers: Mapping[str, tuple[torch.dtype, torch.Size]],
+    weight: Callable[[str], Tensor],
+    mask: str | Path,
+) -> None:
+    """Write trained weights that are computed one at a time.
+
+    Args:
+        path: File to write, atomically; the same weights give the same bytes.
+        headers: Name → dtype and shape of the weight.
+        weight: Name → the weight; called once for each, in the order of sorted names.
+        mask: MaskSet file of the mask that they belong to.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    metadata = {"format": WEIGHTS_FORMAT, "format_version": str(FORMAT_VERSION)}
+    metadata["mask_digest"] = MaskSet.load(mask).digest_of_bits()
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name in sorted(headers):
+        dtype, shape = headers[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(headers):
+            file.write(weight(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,39 @@
+"""Mask that a run leaves as it is: what a MaskSet says of gate, sparsity and targets."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from leap_pl.gates import FixedGate
+from leap_pl.inputs.records import MASK
+from leap_pl.masks import MaskSet
+
+
+@dataclass(frozen=True)
+class FixedMask:
+    """Settings of a module whose mask is fixed.
+
+    Attributes:
+        file: MaskSet file.
+        gate: Function that makes the gate of a weight, with the form that the mask has.
+        sparsity: Share of the gated weights that the mask removes.
+        targets: Names of the weights that it covers.
+    """
+
+    file: str
+    gate: "partial[FixedGate]"
+    sparsity: float
+    targets: list[str]
+
+    @classmethod
+    def read(cls, name: str) -> "FixedMask":
+        """Read the MaskSet file ``name``, or that in a folder: of a run, of ``leap_pl prune``, or an exported one.
+
+        Raises:
+            UserError: There is no MaskSet, or it is damaged.
+        """
+        path = Path(name).expanduser()
+        file = path / MASK if path.is_dir() and (path / MASK).is_file() else path
+        masks = MaskSet.load(file)
+        pattern = str(masks.provenance.config.get("pattern", "unstructured"))
+        return cls(str(file), partial(FixedGate, pattern=pattern), masks.sparsity, list(masks.masks))

@@ -1,0 +1,66 @@
+"""Weights that training starts from in place of the base model's: a folder that a one-shot method has updated."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.weights import Weight
+from leap_pl.errors import UserError
+from leap_pl.gates import TrainedWeight
+from leap_pl.inputs.register import note_input
+from leap_pl.sparse.folder import is_packed
+from leap_pl.training.weights import Master
+
+
+class StartWeights:
+    """Tensors of another model of the same family, by the names of the base model's."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], folder: str) -> None:
+        """Hold ``tensors``, none for a run that starts from the base model's, and the name of their ``folder``."""
+        self.tensors, self.folder = tensors, folder
+
+    @classmethod
+    def read(cls, folder: str, *, trust_remote_code: bool = False) -> "StartWeights":
+        """Read the model ``folder``.
+
+        Raises:
+            UserError: It cannot be read, or is packed.
+        """
+        note_input(folder)
+        if is_packed(Path(folder)):
+            raise UserError(
+                f"model.weights {folder} is packed. Unpack it: leap_pl export --model {folder} --format huggingface "
+                "--output_dir FOLDER"
+            )
+        model = load_model(folder, trust_remote_code=trust_remote_code)
+        return cls({name: parameter.detach() for name, parameter in model.named_parameters()}, folder)
+
+    def set_(self, trained: TrainedWeight, weight: Weight, mask: Callable[[], Tensor] | None = None) -> None:
+        """Start the ``trained`` form of a weight from its tensor here; without tensors it stays as it is.
+
+        Args:
+            trained: Trained weight.
+            weight: Frozen weight.
+            mask: Function that returns its fixed mask; None: it has no gate.
+
+        Raises:
+            UserError: The tensor is missing, of another shape, or not 0 where the mask removes the weight.
+        """
+        if not self.tensors:
+            return
+        found, shape = self.tensors.get(weight.name), weight.parameter.shape
+        if found is None or found.shape != shape:
+            raise UserError(
+                f"model.weights {self.folder} has no weight {weight.name} of the shape {tuple(shape)}. Give a folder "
+                "of the same model as --model.base_model."
+            )
+        strange = 0 if mask is None else int(found[~mask().cpu()].count_nonzero())
+        if strange:
+            raise UserError(
+                f"model.weights {self.folder} has other zeros than the mask: {strange:,} weights of {weight.name}, "
+                "which the mask removes, are not 0. Give the weights that were made with this mask."
+            )
+        assert isinstance(trained, Master)
+        trained.start_at(found)

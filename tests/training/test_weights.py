@@ -1,0 +1,411 @@
+"""Runs that train weights: under a fixed mask and with a learned one, resumed, exported, and refused in one line."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from conftest import Run, fit_flags, refused
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from stopped_runs import curves, differences, outcome
+from tiny import tiny_folder, tiny_model
+
+from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
+from leap_pl.base_model.weights import find_weights
+from leap_pl.checkpoints.layout import load_checkpoint, masks_from_checkpoint
+from leap_pl.cli.evaluate import evaluate_command
+from leap_pl.cli.export import export_command
+from leap_pl.cli.main import main
+from leap_pl.cli.prune import prune_command
+from leap_pl.training.checkpoint_weights import weights_from_checkpoint
+from leap_pl.training.weights import WeightTraining, parameters_of
+
+pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
+
+FAST = ["--model.weight_training.lr=1e-2", "--model.weight_training.warmup_steps=1", "--trainer.max_steps=4"]
+
+Flags = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def recover(finished_run: Run, model_folder: Path, text_file: Path) -> Flags:
+    """The words of a tiny ``leap_pl recover`` of the finished run's mask."""
+
+    def words(folder: Path, *more: str) -> list[str]:
+        flags = [*fit_flags(model_folder, text_file, folder, *FAST, *more)]
+        flags = [word for word in flags if not word.startswith("--model.prior.method")]
+        return ["recover", *flags[1:], f"--model.mask={finished_run.mask.parent}"]
+
+    return words
+
+
+@pytest.fixture(scope="module")
+def recovered(recover: Flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps whose kept weights and norms are trained."""
+    folder = tmp_path_factory.mktemp("recovered")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEAP_PL_COMPILE", "0")
+        main(recover(folder))
+    return folder
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / "weights.safetensors")
+
+
+def exact_zeros(tensors: dict[str, torch.Tensor], masks: MaskSet) -> None:
+    """Zeros where the mask removes, and nowhere else: no weight of these models is exactly 0."""
+    for name, mask in masks.masks.items():
+        assert torch.equal(tensors[name] != 0, mask)
+
+
+# -- what a run learns, and leaves --------------------------------------------------------------------------
+
+
+def test_the_mask_stays_and_what_it_keeps_moves(recovered: Path, finished_run: Run, model_folder: Path) -> None:
+    mask, made = MaskSet.load(finished_run.mask), MaskSet.load(recovered / "checkpoints" / "mask.safetensors")
+    assert made.digest_of_bits() == mask.digest_of_bits()
+    assert (made.provenance.method, made.provenance.sparsity) == ("leap", 0.5)
+    config = made.provenance.config
+    assert config["mask"] == {"method": "leap", "sparsity": 0.5, "config": mask.provenance.config}
+    training = {"kind": "kept", "lr": 0.01, "warmup_steps": 1, "weight_decay": 0.0}
+    assert config["train_weights"] == training
+    assert "train_weights" not in mask.provenance.config
+    base, weights = load_file(model_folder / "model.safetensors"), weights_in(recovered)
+    exact_zeros(weights, mask)
+    norms = {name for name in base if "norm" in name}
+    assert weights.keys() == {*mask.masks} | norms
+    for name, weight in weights.items():
+        kept = mask.masks.get(name, torch.ones_like(weight, dtype=torch.bool))
+        assert (weight[kept] != base[name][kept]).float().mean() > 0.9
+    drawn = curves(recovered / "tensorboard")
+    assert drawn["perplexity/hard"][4] < 0.8 * drawn["perplexity/hard"][0]
+    name = "model.layers.0.mlp.up_proj.weight"
+    one = [(weights[n] - base[n])[mask.masks[n]].norm() ** 2 for n in (name, name.replace("0", "1"))]
+    all_of = [base[n].norm() ** 2 for n in (name, name.replace("0", "1"))]
+    assert drawn["moved/by_projection/mlp.up_proj"][4] == pytest.approx(float((sum(one) / sum(all_of)) ** 0.5))
+    assert 0 < drawn["moved/by_layer/000"][1] < drawn["moved/by_layer/000"][4]
+    assert {"moved/all", "moved/by_layer/other", "moved/by_projection/model.norm"} <= drawn.keys()
+    checkpoint = load_checkpoint(recovered / "checkpoints" / "last.ckpt")
+    assert {key.partition(".")[0] for key in checkpoint["state_dict"]} == {"bits", "trained"}
+    (groups,) = (state["param_groups"] for state in checkpoint["optimizer_states"])
+    assert [group["weight_decay"] for group in groups] == [0.0]
+
+
+def test_a_run_resumes_bit_for_bit(recovered: Path, recover: Flags, tmp_path: Path) -> None:
+    step = recovered / "checkpoints" / "step=2.ckpt"
+    words = [word for word in recover(tmp_path, f"--ckpt_path={step}") if not word.startswith(("--model", "--data"))]
+    main(words)  # with the settings of the checkpoint alone
+    ends = [load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (tmp_path, recovered)]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "leap_pl"):
+        assert list(differences(ends[0][part], ends[1][part])) == []
+    for file in ("mask.safetensors", "weights.safetensors"):
+        assert (tmp_path / "checkpoints" / file).read_bytes() == (recovered / "checkpoints" / file).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["kept", "lora"])
+def test_mask_and_weights_in_one_run(model_folder: Path, text_file: Path, tmp_path: Path, kind: str) -> None:
+    """Two parameter groups with rates of their own; a resumed run ends as the one that was not stopped."""
+    words = [*FAST, f"--model.train_weights={kind}", "--model.objective.distillation=0.5"]
+    main(fit_flags(model_folder, text_file, tmp_path / "whole", *words))
+    again = [*words, f"--ckpt_path={tmp_path / 'whole' / 'checkpoints' / 'step=2.ckpt'}"]
+    main(fit_flags(model_folder, text_file, tmp_path / "again", *again))
+    whole, resumed = outcome(tmp_path / "whole"), outcome(tmp_path / "again")
+    for part in ("state_dict", "optimizer_states"):
+        assert list(differences(whole.checkpoint[part], resumed.checkpoint[part])) == []
+    assert whole.mask == resumed.mask
+    masks = MaskSet.load(tmp_path / "whole" / "checkpoints" / "mask.safetensors")
+    assert masks.kept == masks.total // 2
+    exact_zeros(weights_in(tmp_path / "whole"), masks)
+    groups = whole.checkpoint["optimizer_states"][0]["param_groups"]
+    assert [group["initial_lr"] for group in groups] == [1e-3, 1e-2]
+    config = masks.provenance.config
+    assert config["train_weights"]["kind"] == kind
+    assert ("r" in config["train_weights"]) == (kind == "lora")
+    assert len(config["optimizer"]["groups"]) == 2
+
+
+def test_without_trained_weights_a_run_is_what_it_was(finished: Run) -> None:
+    checkpoint = load_checkpoint(finished.checkpoint)
+    assert {key.partition(".")[0] for key in checkpoint["state_dict"]} == {"logits"}
+    assert len(checkpoint["optimizer_states"][0]["param_groups"]) == 1
+    assert not {"mask", "train_weights"} & checkpoint["leap_pl"]["settings"].keys()
+    assert not (finished.folder / "checkpoints" / "weights.safetensors").exists()
+    assert not any(name.startswith("moved") for name in curves(finished.folder / "tensorboard"))
+    assert weights_from_checkpoint(finished.checkpoint) is None
+
+
+def test_python_trains_what_the_command_line_trains(
+    recovered: Path, finished_run: Run, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from leap_pl.losses.objective import Objective
+
+    module = LeapModule(
+        str(model_folder),
+        dtype="float32",
+        mask=str(finished_run.mask),
+        train_weights="kept",
+        weight_training=WeightTraining(lr=1e-2, warmup_steps=1),
+        objective=Objective(lm=0.5, distillation=0.5, budget=0, weight=0),
+    )
+    data = TextDataModule(str(model_folder), str(text_file), seq_length=32, batch_size=2, validation_sequences=4)
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    L.Trainer(
+        max_steps=4,
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        **options,
+    ).fit(module, data)
+    module.save_mask(tmp_path / "mask.safetensors")
+    module.save_weights(tmp_path / "weights.safetensors", tmp_path / "mask.safetensors")
+    for name, weight in weights_in(recovered).items():
+        assert torch.equal(weight, load_file(tmp_path / "weights.safetensors")[name])
+    loaded = LeapModule.load_from_checkpoint(recovered / "checkpoints" / "last.ckpt")
+    assert {name: gate.bits for name, gate in loaded.gates.items()}.keys() == MaskSet.load(
+        finished_run.mask
+    ).masks.keys()
+    for name, weight in loaded.trained.items():
+        assert torch.equal(weight.master, module.trained[name].master)  # type: ignore[arg-type]
+    assert loaded.mask_set().provenance.method == "leap"
+
+
+def test_the_plan_says_what_is_trained(recover: Flags, tmp_path: Path, capsys) -> None:
+    main(recover(tmp_path / "run", "--trainer.max_steps=1", "--model.train_weights=lora"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "weights lora, AdamW with learning rate 0.01 (1 warm-up steps)" in said
+    assert "50.0% of them are removed (FixedGate)" in said
+    for kind, parameters in (("kept", 15_360 + 5 * 32), ("norms", 5 * 32), ("none", 0)):
+        model = tiny_model()
+        assert parameters_of(kind, WeightTraining(), find_weights(model), model) == parameters
+    factors = sum(16 * sum(weight.parameter.shape) for weight in find_weights(model).values())
+    assert parameters_of("lora", WeightTraining(), find_weights(model), model) == factors
+
+
+def test_low_memory(recover: Flags, tmp_path: Path) -> None:
+    """Bfloat16 masters whose updates are rounded at random; another optimizer is refused as for logits."""
+    low = ["--model.logits_dtype=bfloat16", "--model.optimizer=PackedAdamW"]
+    main(recover(tmp_path / "whole", *low))
+    main(recover(tmp_path / "again", *low, f"--ckpt_path={tmp_path / 'whole' / 'checkpoints' / 'step=2.ckpt'}"))
+    ends = [load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "again")]
+    assert list(differences(*ends)) == []
+    assert {tensor.dtype for tensor in ends[0].values()} == {torch.bfloat16, torch.uint8}
+
+
+def test_norms_alone(recover: Flags, model_folder: Path, tmp_path: Path) -> None:
+    main(recover(tmp_path, "--model.train_weights=norms"))
+    assert all("norm" in name for name in weights_in(tmp_path))
+    export_command(str(tmp_path / "model"), mask=str(tmp_path / "checkpoints" / "mask.safetensors"))
+    base, model = (load_file(folder / "model.safetensors") for folder in (model_folder, tmp_path / "model"))
+    masks = MaskSet.load(tmp_path / "model" / "mask.safetensors").masks
+    for name, weight in model.items():
+        kept = masks.get(name, torch.ones_like(weight, dtype=torch.bool))
+        assert torch.equal(weight[kept], base[name][kept]) != ("norm" in name)
+
+
+# -- export and evaluation ----------------------------------------------------------------------------------
+
+
+def test_mask_checkpoint_and_packed_exports_are_one_model(recovered: Path, text_file: Path, tmp_path: Path) -> None:
+    folder = recovered / "checkpoints"
+    facts = export_command(str(tmp_path / "mask"), mask=str(folder / "mask.safetensors"))
+    export_command(str(tmp_path / "ckpt"), ckpt_path=str(folder / "last.ckpt"))
+    export_command(str(tmp_path / "packed"), ckpt_path=str(folder / "last.ckpt"), format="packed", force=True)
+    export_command(str(tmp_path / "unpacked"), model=str(tmp_path / "packed"))
+    found = [load_file(tmp_path / name / "model.safetensors") for name in ("mask", "ckpt", "unpacked")]
+    for name, weight in found[0].items():
+        assert all(torch.equal(weight, other[name]) for other in found[1:])
+    weights = weights_in(recovered)
+    assert all(torch.equal(found[0][name], weight) for name, weight in weights.items())
+    exact_zeros(found[0], masks_from_checkpoint(folder / "last.ckpt"))
+    assert facts["sparsity"] == 0.5
+    card = (tmp_path / "unpacked" / "README.md").read_text(encoding="utf-8")
+    assert "**Weights were trained** (`kept`) under the mask" in card
+    assert f"Training text: `{text_file}`" in card
+    ways = {"model": tmp_path / "mask", "mask": folder / "mask.safetensors", "ckpt_path": folder / "last.ckpt"}
+    said = []
+    for place, (flag, path) in enumerate(ways.items()):
+        result = tmp_path / f"{place}.json"
+        evaluate_command(**{flag: str(path)}, perplexity=str(text_file), seq_length=32, output=str(result))  # type: ignore[arg-type]
+        said.append(json.loads(result.read_text(encoding="utf-8")))
+    figures = [next(iter(one["perplexity"].values()))["value"] for one in said]
+    assert figures[0] == figures[1] == figures[2]
+    assert {one["model"]["mask_digest"] for one in said} == {facts["mask_digest"]}
+
+
+def test_validation_is_of_the_exported_model(recovered: Path, text_file: Path, tmp_path: Path, capsys) -> None:
+    """The hard mask with the weights as trained: `validate` of the checkpoint says what the run said."""
+    words = ["--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
+    main(["validate", f"--ckpt_path={recovered / 'checkpoints' / 'last.ckpt'}", *words])
+    last = curves(recovered / "tensorboard")["perplexity/hard"][4]
+    assert f"{last:.4f}"[:6] in capsys.readouterr().out
+
+
+def test_a_recovered_model_is_recovered_again(recovered: Path, recover: Flags, model_folder: Path, tmp_path: Path):
+    """From an unpacked folder, on another text, every zero is kept; and from weights of ADMM for its own mask."""
+    export_command(
+        str(tmp_path / "packed"), mask=str(recovered / "checkpoints" / "mask.safetensors"), format="packed", force=True
+    )
+    export_command(str(tmp_path / "model"), model=str(tmp_path / "packed"))
+    words = [word for word in recover(tmp_path / "again") if not word.startswith("--model.mask")]
+    main([*words, f"--model.mask={tmp_path / 'model'}", f"--model.weights={tmp_path / 'model'}"])
+    masks = MaskSet.load(tmp_path / "again" / "checkpoints" / "mask.safetensors")
+    assert masks.digest_of_bits() == MaskSet.load(recovered / "checkpoints" / "mask.safetensors").digest_of_bits()
+    exact_zeros(weights_in(tmp_path / "again"), masks)
+    assert masks.provenance.config["train_weights"]["start"] == str(tmp_path / "model")
+    first = curves(tmp_path / "again" / "tensorboard")["perplexity/hard"][0]
+    assert first == pytest.approx(curves(recovered / "tensorboard")["perplexity/hard"][4], rel=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_weights_of_admm_are_where_it_starts(
+    recover: Flags, model_folder: Path, text_file: Path, tmp_path: Path, pattern: str | None, capsys
+) -> None:
+    pruned = tmp_path / "pruned"
+    options = {"method": "admm", "pattern": pattern, "sequences": 2, "seq_length": 32, "text": str(text_file)}
+    prune_command(str(model_folder), str(pruned), **options)  # type: ignore[arg-type]
+    words = [word for word in recover(tmp_path / "run") if not word.startswith("--model.mask")]
+    words += ["--model.weight_training.lr=0"]
+    main([*words, f"--model.mask={pruned}", f"--model.weights={pruned / 'model'}"])
+    start = load_file(pruned / "model" / "model.safetensors")
+    for name, weight in weights_in(tmp_path / "run").items():
+        assert torch.equal(weight, start[name])
+    made = MaskSet.load(tmp_path / "run" / "checkpoints" / "mask.safetensors")
+    assert made.provenance.method == "admm"
+    assert made.provenance.config["pattern"] == (pattern or "unstructured")
+    export_command(str(tmp_path / "model"), mask=str(tmp_path / "run" / "checkpoints" / "mask.safetensors"))
+    if pattern is None:  # of another mask
+        line = refused([*recover(tmp_path / "no"), f"--model.weights={pruned / 'model'}"], capsys)
+        assert "has other zeros than the mask" in line
+
+
+# -- refused ------------------------------------------------------------------------------------------------
+
+
+def without(words: list[str], *starts: str) -> list[str]:
+    return [word for word in words if not word.startswith(starts)]
+
+
+def test_bad_input_is_refused_in_one_line(
+    recovered: Path, recover: Flags, finished_run: Run, model_folder: Path, tmp_path: Path, capsys
+) -> None:
+    other, last = tiny_folder(tmp_path / "other", seed=1), recovered / "checkpoints" / "last.ckpt"
+    words, masked = recover(tmp_path / "run"), "--model.mask"
+    cases = {
+        "this mask was made for": [*without(words, "--model.base_model"), f"--model.base_model={other}"],
+        "nothing to train": [*words, "--model.train_weights=none"],
+        "give one of none, kept, lora, norms": [*words, "--model.train_weights=all"],
+        "no gated layer is named zz": [
+            *words,
+            "--model.train_weights=lora",
+            "--model.weight_training.target_modules=[q_proj,zz]",
+        ],
+        "a FixedGate needs a mask": without(words, masked),
+        "type leap_pl recover": ["fit", *words[1:]],
+        "learn mask and weights together": [*words, "--model.gate=BernoulliGate"],
+        "whose mask is fixed, and this is leap_pl fit": ["fit", *without(words[1:], masked), f"--ckpt_path={last}"],
+        "whose mask is learned, and this is leap_pl recover": [*words, f"--ckpt_path={finished_run.checkpoint}"],
+        "model.train_weights was 'kept' and is 'lora'": [*words, f"--ckpt_path={last}", "--model.train_weights=lora"],
+        "has no weight model.layers.0.self_attn.q_proj.weight of the shape": [
+            *words,
+            f"--model.weights={tiny_folder(tmp_path / 'wide', hidden_size=64)}",
+        ],
+        "only kept weights under a fixed mask": [
+            *without(words, masked),
+            f"--model.mask={finished_run.mask}",
+            f"--model.weights={model_folder}",
+            "--model.train_weights=norms",
+        ],
+        "Add --model.train_weights kept": [*words, f"--model.weights={model_folder}", "--model.train_weights=lora"],
+        "model.weight_training.lr is -1": [*words, "--model.weight_training.lr=-1"],
+    }
+    for says, line in cases.items():
+        assert says in refused(line, capsys), says
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_weights_and_mask_belong_together(recovered: Path, finished_run: Run, tmp_path: Path, capsys) -> None:
+    for name in ("mask", "weights"):
+        shutil.copy(recovered / "checkpoints" / f"{name}.safetensors", tmp_path)
+    mask, weights = tmp_path / "mask.safetensors", tmp_path / "weights.safetensors"
+
+    def says() -> str:
+        return refused(["export", f"--mask={mask}", f"--output_dir={tmp_path / 'model'}", "--force"], capsys)
+
+    with safe_open(weights, framework="pt") as file:
+        metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, weights, metadata | {"mask_digest": "0"})
+    assert "has the weights of another mask" in says()
+    save_file(tensors, weights, metadata | {"format_version": "2"})
+    assert "has no trained weights of format version 1" in says()
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name] * float("nan")}, weights, metadata)
+    assert "infinite or NaN" in says()
+    save_file(tensors | {name: tensors[name][:1]}, weights, metadata)
+    assert "of the shape that was trained" in says()
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "truncated or damaged" in says()
+    weights.unlink()
+    assert "weights.safetensors is missing" in says()
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda state: state.pop("trained.master.model.layers.0.mlp.up_proj.weight"), "lacks the trained weights of"),
+        (lambda state: state.update({"trained.other.model.norm.weight": torch.zeros(1)}), None),
+        (lambda state: state.pop("bits.model.layers.0.mlp.up_proj.weight"), "lacks the logits of"),
+        (
+            lambda state: state.update({"bits.model.layers.0.mlp.up_proj.weight": torch.zeros(1)}),
+            "stored bits of shape",
+        ),
+        (
+            lambda state: state.update({"trained.master.model.norm.weight": torch.zeros(2)}),
+            "of the shape that was trained",
+        ),
+        (
+            lambda state: state.update(
+                {"trained.other.model.norm.weight": state.pop("trained.master.model.norm.weight")}
+            ),
+            "cannot be computed",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(
+    recovered: Path, tmp_path: Path, capsys, spoil: Callable[[dict[str, Any]], Any], says: str | None
+) -> None:
+    checkpoint = torch.load(recovered / "checkpoints" / "last.ckpt", weights_only=True)
+    spoil(checkpoint["state_dict"])
+    torch.save(checkpoint, tmp_path / "spoilt.ckpt")
+    words = ["export", f"--ckpt_path={tmp_path / 'spoilt.ckpt'}", f"--output_dir={tmp_path / 'model'}"]
+    if says is None:
+        main(words)
+    else:
+        assert says in refused(words, capsys)
+    assert (tmp_path / "model").exists() == (says is None)
+
+
+def test_a_checkpoint_that_lacks_what_a_module_learns(recovered: Path, finished: Run) -> None:
+    with pytest.raises(UserError, match="the checkpoint lacks what this run learns of"):
+        LeapModule.load_from_checkpoint(finished.checkpoint, train_weights="kept")
+
+
+def test_an_earlier_runs_files_are_replaced_by_force_alone(recovered: Path, recover: Flags, tmp_path: Path, capsys):
+    shutil.copytree(recovered, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    assert "holds another run" in refused(recover(tmp_path / "run"), capsys)
+    main([*recover(tmp_path / "run", "--trainer.max_steps=1"), "--force"])
+    assert sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors") == [
+        "mask.safetensors",
+        "prior.safetensors",
+        "weights.safetensors",
+    ]
+    (folder / "weights.safetensors").write_bytes((folder / "prior.safetensors").read_bytes())
+    assert "is not a file of trained weights" in refused([*recover(tmp_path / "run"), "--force"], capsys)
