@@ -10,7 +10,6 @@ from leap_pl.base_model.weights import Weight
 from leap_pl.errors import UserError
 from leap_pl.gates import TrainedWeight
 from leap_pl.inputs.register import note_input
-from leap_pl.sparse.folder import is_packed
 from leap_pl.training.weights import Master
 
 
@@ -28,6 +27,8 @@ class StartWeights:
         Raises:
             UserError: It cannot be read, or is packed.
         """
+        from leap_pl.sparse.folder import is_packed  # asks for pydantic, which learning does without
+
         note_input(folder)
         if is_packed(Path(folder)):
             raise UserError(

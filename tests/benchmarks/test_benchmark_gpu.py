@@ -82,15 +82,16 @@ def test_the_whole_command_with_few_packages(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [BernoulliGate, NMGate])
 def test_a_broken_kernel_fails(kind: type[Any], monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
     """One value of the masked weight that is wrong by 1%: the check of this kind, and no other kernel's."""
-    soften = kind.soften
+    soften_all = kind.soften_all
 
-    def broken(self: Any, weight: Tensor, *keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        masked, kept, energy = soften(self, weight, *keys)
-        wrong = torch.ones_like(masked)
-        wrong.view(-1)[7] = 1.01
-        return masked * wrong, kept, energy
+    def broken(gates: Any, weights: Any) -> list[tuple[Tensor, ...]]:
+        wrong = [torch.ones_like(weight) for weight in weights]
+        for factors in wrong:
+            factors.view(-1)[7] = 1.01
+        softened = zip(soften_all(gates, weights), wrong, strict=True)
+        return [(masked * factors, *sums) for (masked, *sums), factors in softened]
 
-    monkeypatch.setattr(kind, "soften", broken)
+    monkeypatch.setattr(kind, "soften_all", broken)
     monkeypatch.setattr(checks, "checks_of", only("float64"))
     output = tmp_path / "gpu.json"
     assert command.main(["--device", "cpu", "--tiny", "--check_only", "--output", str(output)]) == 1

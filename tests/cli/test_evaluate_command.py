@@ -96,8 +96,10 @@ def test_base_model_is_dense_and_better_known(base, text):
 
 def test_training_checkpoint_is_its_hard_mask(monkeypatch, mask, text):
     import leap_pl.checkpoints.layout
+    import leap_pl.training.checkpoint_weights
 
     monkeypatch.setattr(leap_pl.checkpoints.layout, "masks_from_checkpoint", lambda path: MaskSet.load(mask))
+    monkeypatch.setattr(leap_pl.training.checkpoint_weights, "weights_from_checkpoint", lambda path: None)
     learned = evaluate_command(ckpt_path="last.ckpt", perplexity=text, **SMALL)
     assert learned["perplexity"] == evaluate_command(mask=mask, perplexity=text, **SMALL)["perplexity"]
     assert learned["model"]["ckpt_path"] == "last.ckpt"

@@ -8,6 +8,7 @@ import pytest
 
 from leap_pl.cli.fit import LeapCLI, make_cli
 from leap_pl.cli.main import VERBS, _find, settings_of
+from leap_pl.cli.recover import RecoverCLI
 from leap_pl.cli.sentences import sentences
 
 LIGHTNING = ("trainer", "ckpt_path", "weights_only", "seed_everything")
@@ -23,7 +24,8 @@ def parsers():
     found = {}
 
     def keep(cli, parser, args):
-        found.update({verb: parser for verb, parser in cli.parsers.items() if verb is not None})
+        own = {verb: parser for verb, parser in cli.parsers.items() if verb is not None}
+        found.update({"recover": own["fit"]} if isinstance(cli, RecoverCLI) else own)
         raise StoppedError
 
     def keep_one(parser, *args, **kwargs):
@@ -34,6 +36,8 @@ def parsers():
         patch.setattr(LeapCLI, "parse_arguments", keep)
         with pytest.raises(StoppedError):
             make_cli(["fit"])
+        with pytest.raises(StoppedError):
+            make_cli(["fit"], kind=RecoverCLI)
         patch.setattr(jsonargparse.ArgumentParser, "parse_args", keep_one)
         for verb, (_, function) in VERBS.items():
             if function is not None:

@@ -79,7 +79,7 @@ def test_the_others_say_that_a_rank_is_gone(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def raises(error: Exception) -> Callable[..., None]:
-    def function(*_: object) -> None:
+    def function(*_: object, **__: object) -> None:
         raise error
 
     return function
