@@ -32,10 +32,10 @@ class WeightTraining:
         lr: Learning rate of the weights.
         warmup_steps: Number of warmup steps of the weights' rate, in the default schedule.
         weight_decay: Weight decay of the weights. In low-rank training it decays the factors.
-        r: (lora) Rank r of the factors.
-        lora_alpha: (lora) Scale: the product of the factors is multiplied by lora_alpha / r.
-        target_modules: (lora) Names of the gated layers to train, whole or their ends, such as ``q_proj``; by default
-            all gated layers.
+        r: Rank of the factors, with lora.
+        lora_alpha: Scale of the factors' product, which is multiplied by lora_alpha / r, with lora.
+        target_modules: Names of the gated layers to train, whole or their ends, such as ``q_proj``, with lora; by
+            default all gated layers.
     """
 
     lr: float = 1e-4

@@ -227,7 +227,7 @@ def test_mask_checkpoint_and_packed_exports_are_one_model(recovered: Path, text_
     assert facts["sparsity"] == 0.5
     card = (tmp_path / "unpacked" / "README.md").read_text(encoding="utf-8")
     assert "**Weights were trained** (`kept`) under the mask" in card
-    assert f"Training text: `{text_file}`" in card
+    assert f"| text | `{text_file.name}` |" in card
     ways = {"model": tmp_path / "mask", "mask": folder / "mask.safetensors", "ckpt_path": folder / "last.ckpt"}
     said = []
     for place, (flag, path) in enumerate(ways.items()):
