@@ -59,7 +59,7 @@ def export_command(
             one of the same mask and, if wanted, one of the dense model.
         push: Repository of the Hugging Face hub, USER/NAME, to upload the folder to; created if it does not exist, and
             public.
-        private: (with push) Create a private repository.
+        private: Create a private repository, with push.
         force: Replace output_dir if it is not empty; and pack a model that becomes no smaller.
         trust_remote_code: Run code that comes with the base model; only for a model given with --model.
     """

@@ -32,10 +32,10 @@ class WeightTraining:
         lr: Learning rate of the weights.
         warmup_steps: Number of warmup steps of the weights' rate, in the default schedule.
         weight_decay: Weight decay of the weights. In low-rank training it decays the factors.
-        r: (lora) Rank r of the factors.
-        lora_alpha: (lora) Scale: the product of the factors is multiplied by lora_alpha / r.
-        target_modules: (lora) Names of the gated layers to train, whole or their ends, such as ``q_proj``; by default
-            all gated layers.
+        r: Rank r of the factors of low-rank training.
+        lora_alpha: Scale of low-rank training: the product of the factors is multiplied by lora_alpha / r.
+        target_modules: Names of the gated layers whose low-rank updates to train, whole or their ends, such as
+            ``q_proj``; by default all gated layers.
     """
 
     lr: float = 1e-4

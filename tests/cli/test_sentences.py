@@ -8,6 +8,7 @@ import pytest
 
 from leap_pl.cli.fit import LeapCLI, make_cli
 from leap_pl.cli.main import VERBS, _find, settings_of
+from leap_pl.cli.recover import RecoverCLI
 from leap_pl.cli.sentences import sentences
 
 LIGHTNING = ("trainer", "ckpt_path", "weights_only", "seed_everything")
@@ -24,6 +25,7 @@ def parsers():
 
     def keep(cli, parser, args):
         found.update({verb: parser for verb, parser in cli.parsers.items() if verb is not None})
+        found[cli.name] = cli.parsers["fit"]
         raise StoppedError
 
     def keep_one(parser, *args, **kwargs):
@@ -32,8 +34,9 @@ def parsers():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LeapCLI, "parse_arguments", keep)
-        with pytest.raises(StoppedError):
-            make_cli(["fit"])
+        for kind in (RecoverCLI, LeapCLI):  # the former has a parser of fit, too
+            with pytest.raises(StoppedError):
+                make_cli([], kind=kind)
         patch.setattr(jsonargparse.ArgumentParser, "parse_args", keep_one)
         for verb, (_, function) in VERBS.items():
             if function is not None:
