@@ -65,8 +65,8 @@ def evaluate_command(
             mmlu,piqa,arc_easy,arc_challenge,winogrande,openbookqa.
         limit: Maximum number of questions of each task, for a quick look; the result is marked.
         num_fewshot: Number of solved examples before each question; default: the task's own, mostly 0.
-        tasks_folder: Folder with the data of tasks (default: assets/tasks if it exists, as made by make
-            assets-eval). Tasks that are not in it are read from the hub.
+        tasks_folder: Folder with the data of tasks; default: assets/tasks if it exists, which make assets-eval writes
+            in a clone of the repository. Tasks that are not in it are read from the hub.
         batch_size: Windows, or requests, in a forward pass.
         dtype: Type of the weights in memory and of the computation; auto: the type they are stored in, but float32
             for bfloat16 on hardware where float32 is faster.

@@ -118,7 +118,7 @@ class LeapModule(GatedModule):
                 multiplies it faster, which is measured on a CPU, else float32.
             logits_dtype: Data type of the logits, of trained weights' parameters, and of the gradients of both,
                 whatever the precision of the rest. ``bfloat16`` requires an optimizer with stochastic rounding
-                (:class:`leap_pl.training.optimizers.PackedAdamW`): see docs/memory.md.
+                (:class:`leap_pl.training.optimizers.PackedAdamW`), as the recipe low_memory does.
             activation_checkpointing: Recompute each decoder block in the backward pass: less memory, a third
                 more time.
             revision: Revision of the base model on the hub.
