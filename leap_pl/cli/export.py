@@ -74,6 +74,9 @@ def export_command(
     masks = _read_masks(ckpt_path, mask, model, format)
     from leap_pl.base_model.loading import name_of_model
     from leap_pl.export.hugging_face import export_model
+    from leap_pl.masks.kept_weights import without_weights
+
+    alone = format == "mask"
 
     if masks is None and perplexity is not None:
         raise UserError("--perplexity is for a mask: give it with --mask or --ckpt_path.")
@@ -82,11 +85,11 @@ def export_command(
         masks,
         output_dir,
         name_of_model(model, recorded, trust_remote_code=trust_remote_code),
-        weights=None if masks is None else _read_weights(ckpt_path, mask, masks),
+        weights=None if masks is None or alone else _read_weights(ckpt_path, mask, masks),
         format=format,
         values=values,
         revision=revision or (masks.provenance.revision if masks is not None and model is None else None),
-        perplexity={} if masks is None else _read_results(perplexity, masks),
+        perplexity={} if masks is None else _read_results(perplexity, without_weights(masks) if alone else masks),
         hub_id=push,
         force=force,
         trust_remote_code=trust_remote_code,
@@ -183,6 +186,11 @@ def _read_results(paths: str | None, masks: "MaskSet") -> dict[str, Any]:
         if not result["perplexity"]:
             raise UserError(f"{path} has no perplexity. Give a result of leap_pl evaluate --perplexity TEXT.")
         measured = result["model"].get("mask_digest")
+        if measured == digest and not _same_weights(result, masks):
+            raise UserError(
+                f"{path} was measured with this mask and other weights: trained ones, or those of another run. Run "
+                "leap_pl evaluate on what is exported, and give its output."
+            )
         if measured == digest:
             figures |= result["perplexity"]
         elif len(results) > 1 and _is_dense(result, masks):
@@ -200,3 +208,16 @@ def _read_results(paths: str | None, masks: "MaskSet") -> dict[str, Any]:
 
 def _is_dense(result: dict[str, Any], masks: "MaskSet") -> bool:
     return bool(result["method"] == "dense" and result["model"]["fingerprint"] == masks.provenance.fingerprint)
+
+
+def _same_weights(result: dict[str, Any], masks: "MaskSet") -> bool:
+    """Return whether a result is of the base model's weights, as ``masks`` are, or of those of the same run."""
+    from leap_pl.inputs.plain_values import plain
+    from leap_pl.masks.kept_weights import TRAINED
+
+    run = (TRAINED, "steps", "seed", "data")
+    measured, made = (
+        {name: plain(config.get(name)) for name in run} if TRAINED in config else {}
+        for config in (result.get("config") or {}, masks.provenance.config)
+    )
+    return measured == made

@@ -8,7 +8,7 @@ Train the weights that a mask keeps; the mask stays as it is. Values shown are d
 
 model
   --model.base_model MODEL           Name the dense model that the mask was made for.
-  --model.mask MASK                  Keep this mask: a MaskSet file, or a folder with a mask.safetensors.
+  --model.mask MASK                  Keep this mask: a MaskSet file, a folder that has one, or a hub id.
   --model.weights FOLDER             Start from the weights in a folder, as those that prune has updated.
   --model.train_weights kept         Train all kept weights and the norms (kept), low-rank updates (lora) or norms.
   --model.weight_training.lr 0.0001  Set the learning rate of the weights.

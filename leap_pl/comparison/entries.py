@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from leap_pl.inputs.hub import repository_of
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import MASK
 from leap_pl.masks import MaskSet, split_name
+from leap_pl.masks.kept_weights import TRAINED
 from leap_pl.sparse.folder import is_packed, read_masks
 
 MOST_CELLS = 1 << 20  # layers × projections; a hundred layers with 256 experts stored one by one have 77,000
@@ -153,7 +154,7 @@ def _of_mask(source: str, mask: MaskSet) -> Entry:
     return Entry(
         source=source,
         label="",
-        method=terminal(provenance.method),
+        method=_method(provenance.method, provenance.config),
         base_model=terminal(provenance.base_model),
         fingerprint=provenance.fingerprint,
         sparsity=mask.sparsity,
@@ -177,7 +178,7 @@ def entry_of_result(source: str, result: dict[str, Any], mask: MaskSet | None = 
     return Entry(
         source=source,
         label="",
-        method=terminal(result["method"]),
+        method=_method(result["method"], result.get("config") or {}),
         base_model=terminal(model["base_model"]),
         fingerprint=model["fingerprint"],
         sparsity=float(result["sparsity"]["global"]),
@@ -188,6 +189,11 @@ def entry_of_result(source: str, result: dict[str, Any], mask: MaskSet | None = 
         mask=mask,
         bits=model.get("mask_digest"),
     )
+
+
+def _method(name: str, config: Mapping[str, Any]) -> str:
+    """Return the name of a method; where weights were trained as well, it is no longer that method, nor a baseline."""
+    return terminal(name if TRAINED not in config else f"{name} + trained weights")
 
 
 def _table_of(densities: dict[tuple[int, str], float], source: str) -> dict[tuple[int, str], float]:

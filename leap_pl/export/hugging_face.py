@@ -13,7 +13,7 @@ from leap_pl.export.usage import Format
 from leap_pl.inputs import records
 from leap_pl.inputs.hub import is_hub_id
 from leap_pl.inputs.plain_values import plain
-from leap_pl.masks.kept_weights import TRAINED
+from leap_pl.masks.kept_weights import TRAINED, without_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,11 +83,12 @@ def export_model(
             _check_form(masks, base)
             if is_hub_id(model) and not is_hub_id(masks.provenance.base_model):  # a local copy of the same weights
                 masks = masks.with_provenance(base_model=model, revision=revision)
-            if weights is not None and format == "mask":  # whose users have the base model's weights
-                config = {name: value for name, value in masks.provenance.config.items() if name != TRAINED}
-                masks = masks.with_provenance(config=config)
+            if format == "mask":  # whose users have the base model's weights
+                masks = without_weights(masks)
             elif weights is not None:
                 weights.apply_(base, masks)
+            elif TRAINED in masks.provenance.config:
+                raise ValueError("weights were trained under these masks: pass them as weights")
         if hub_id is not None:
             masks, known = without_paths(masks), shortened(known)
         facts = facts_of(masks, _zeros_kept(masks, base)) | known

@@ -122,6 +122,15 @@ class KeptWeights:
             ) from error
 
 
+def without_weights(masks: MaskSet) -> MaskSet:
+    """Return the masks alone, whose provenance has nothing of trained weights, nor figures measured with them."""
+    config = masks.provenance.config
+    if TRAINED not in config:
+        return masks
+    dropped = {TRAINED, "perplexity", "perplexity_of"}
+    return masks.with_provenance(config={name: value for name, value in config.items() if name not in dropped})
+
+
 def write_weights(
     path: str | Path,
     headers: Mapping[str, tuple[torch.dtype, torch.Size]],

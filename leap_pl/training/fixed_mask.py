@@ -27,13 +27,14 @@ class FixedMask:
 
     @classmethod
     def read(cls, name: str) -> "FixedMask":
-        """Read the MaskSet file ``name``, or that in a folder: of a run, of ``leap_pl prune``, or an exported one.
+        """Read the MaskSet file ``name``, that in a folder of a run, of prune or of export, or that of a hub id.
 
         Raises:
             UserError: There is no MaskSet, or it is damaged.
         """
         path = Path(name).expanduser()
-        file = path / MASK if path.is_dir() and (path / MASK).is_file() else path
+        local = path / MASK if path.is_dir() and (path / MASK).is_file() else path
+        file = str(local) if local.exists() else name
         masks = MaskSet.load(file)
         pattern = str(masks.provenance.config.get("pattern", "unstructured"))
-        return cls(str(file), partial(FixedGate, pattern=pattern), masks.sparsity, list(masks.masks))
+        return cls(file, partial(FixedGate, pattern=pattern), masks.sparsity, list(masks.masks))

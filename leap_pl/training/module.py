@@ -127,7 +127,7 @@ class LeapModule(GatedModule):
             train_weights: Weights to train: ``none``; ``kept``, those that the mask keeps and the norms; ``lora``,
                 low-rank updates of those that the mask keeps; or ``norms`` alone.
             weight_training: Learning rate and further settings of the training of weights.
-            mask: MaskSet file whose mask stays as it is, or a folder with a mask.safetensors. It sets ``gate``,
+            mask: MaskSet file whose mask stays as it is, a folder that has one, or a hub id of one. It sets ``gate``,
                 ``prior``, ``sparsity``, ``targets`` and ``ignore``.
             weights: Folder of a model whose weights training starts from, such as those that ``leap_pl prune`` has
                 updated for the same mask.

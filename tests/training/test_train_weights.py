@@ -22,6 +22,7 @@ from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
+from leap_pl.comparison.entries import read_entries
 from leap_pl.training.checkpoint_weights import weights_from_checkpoint
 from leap_pl.training.weights import WeightTraining, parameters_of
 
@@ -237,6 +238,30 @@ def test_mask_checkpoint_and_packed_exports_are_one_model(recovered: Path, text_
     figures = [next(iter(one["perplexity"].values()))["value"] for one in said]
     assert figures[0] == figures[1] == figures[2]
     assert {one["model"]["mask_digest"] for one in said} == {facts["mask_digest"]}
+    for place in range(len(ways)):
+        result = str(tmp_path / f"{place}.json")
+        export_command(str(tmp_path / f"card-{place}"), mask=str(folder / "mask.safetensors"), perplexity=result)
+
+
+def test_figures_are_of_mask_and_weights(recovered: Path, finished_run: Run, text_file: Path, tmp_path: Path) -> None:
+    """One mask with the base model's weights and with trained ones: two models, in cards and in a comparison."""
+    masks = {"alone": finished_run.mask, "trained": recovered / "checkpoints" / "mask.safetensors"}
+    results = {name: str(tmp_path / f"{name}.json") for name in masks}
+    for name, mask in masks.items():
+        evaluate_command(mask=str(mask), perplexity=str(text_file), seq_length=32, output=results[name])
+    for mask, figures, form in (
+        ("trained", "alone", "packed"),
+        ("alone", "trained", "packed"),
+        ("trained",) * 2 + ("mask",),
+    ):
+        with pytest.raises(UserError, match="measured with this mask and other weights"):
+            export_command(str(tmp_path / "no"), mask=str(masks[mask]), perplexity=results[figures], format=form)
+    assert not (tmp_path / "no").exists()
+    export_command(str(tmp_path / "mask"), mask=str(masks["trained"]), perplexity=results["alone"], format="mask")
+    assert "train_weights" not in MaskSet.load(tmp_path / "mask" / "mask.safetensors").provenance.config
+    assert "validation text" not in (tmp_path / "mask" / "README.md").read_text(encoding="utf-8")
+    methods = [entry.method for entry in read_entries([*results.values(), str(masks["trained"])])]
+    assert methods == ["leap", "leap + trained weights"]
 
 
 def test_validation_is_of_the_exported_model(recovered: Path, text_file: Path, tmp_path: Path, capsys) -> None:
