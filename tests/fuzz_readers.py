@@ -26,7 +26,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from leap_pl.masks import Provenance
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -166,6 +169,9 @@ PROVENANCE = {
         "data": {"text": ["a.jsonl"], "seq_length": 32, "batch_size": 2, "seed": 0},
         "gate": {"class_path": "BernoulliGate", "init_args": {"strength": 3.0}},
         "optimizer": {"class": "AdamW", "lr": 0.1},
+        "train_weights": {"kind": "kept", "lr": 2e-5, "weights": "runs/earlier"},
+        "steps": 60,
+        "seed": 0,
         "perplexity": 20.5,
         "dense_perplexity": 12.0,
     },
@@ -316,9 +322,10 @@ def use_entries(path: Path, seen: Counter[str], every: int) -> None:
 
 
 class OfAny(NamedTuple):
-    """In the place of a mask, the one that a result says it is of."""
+    """In the place of a mask, the one that a result says it is of, made as its config says."""
 
     digest: str | None
+    provenance: "Provenance"
 
     def digest_of_bits(self) -> str | None:
         """Return the digest of its bits."""
@@ -333,13 +340,15 @@ def readers(every: int = 50) -> dict[str, Reader]:
         from leap_pl.cli.evaluate import _print_summary
         from leap_pl.cli.export import _read_results
         from leap_pl.evaluation.record import read_result, write_result
+        from leap_pl.masks import Provenance
 
         told = read_result(path)
         _print_summary({"mean": None, **told}, None)
         write_result(path.with_name("again.json"), told)
         assert read_result(path.with_name("again.json")) == told
         use_entries(path, seen, every)
-        _read_results(str(path), OfAny(told["model"].get("mask_digest")))
+        made = Provenance("org/base", "f00d", "leap", config=told["config"] or {})
+        _read_results(str(path), OfAny(told["model"].get("mask_digest"), made))
 
     def mask(path: Path) -> None:
         from leap_pl.export.card import card_of, facts_of
