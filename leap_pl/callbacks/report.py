@@ -114,12 +114,12 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
         a_step = tokens * trainer.accumulate_grad_batches * data_rank(trainer)[1]
         plan["text"] = f"{getattr(data, 'text', '')}: {a_step * steps:,} tokens, {a_step:,} a step ({parts})"
     plan["steps"] = f"{steps:,}, {_optimizer(module)}; {_annealing(module)}" if logits else f"{steps:,}"
-    if module.train_weights != NONE:
+    if module.trained.kind != NONE:
         plan["weights"] = _weights(module)
     plan["losses"] = _losses(module)
     plan["prior" if logits else "mask"] = _prior(module)
     ranks = 1 if module.mesh is None else module.mesh.size()
-    trained = parameters_of(module.train_weights, module.weight_training, module.weights, model)
+    trained = parameters_of(module.trained.kind, module.trained.settings, module.weights, model)
     gib = expected_bytes(module, model, logits, tokens, ranks, trained) / 2**30
     plan["memory"] = f"about {gib:.1f} GiB on each device" if gib >= 1 else f"about {1024 * gib:.0f} MiB on each device"
     folder, curves = mask_place(trainer), [str(logger.log_dir) for logger in trainer.loggers if logger.log_dir]
@@ -150,10 +150,10 @@ def _optimizer(module: LeapModule) -> str:
 
 
 def _weights(module: LeapModule) -> str:
-    training, optimizer = module.weight_training, module.learned_with()["model.optimizer"]
-    start = "" if module.start_weights is None else f", from {module.start_weights}"
+    training, optimizer = module.trained.settings, module.learned_with()["model.optimizer"]
+    start = "" if module.trained.start is None else f", from {module.trained.start}"
     return (
-        f"{module.train_weights}{start}, {optimizer['class_path'].rpartition('.')[2]} with learning rate {training.lr} "
+        f"{module.trained.kind}{start}, {optimizer['class_path'].rpartition('.')[2]} with learning rate {training.lr} "
         f"({training.warmup_steps} warm-up steps)"
     )
 

@@ -189,7 +189,7 @@ class SparsityLogger(L.Callback):
             "hard", {n: int(b.sum()) for n, b in bits.items()}, {n: b.numel() for n, b in bits.items()}
         )
         self._warn_of_extremes(bits, 1 - module.sparsity)
-        metrics |= _movements(module.movements())
+        metrics |= _movements(module.trained.movements())
         if self.prior_bits:
             metrics["mask/changed_from_prior"] = _difference(bits, self.prior_bits)
         if self.last_bits:

@@ -1,6 +1,6 @@
 """GatedModule: LightningModule of a frozen language model with gates on its weights."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,24 +31,15 @@ from leap_pl.distributed.strategy import (
     sharding_mesh,
 )
 from leap_pl.errors import UserError, listing
-from leap_pl.gates import (
-    FixedGate,
-    Gate,
-    Gates,
-    GateState,
-    TrainedTensor,
-    TrainedWeight,
-    attach,
-    attach_trained,
-)
-from leap_pl.masks.kept_weights import TRAINED, write_weights
+from leap_pl.gates import FixedGate, Gate, Gates, GateState, attach
+from leap_pl.masks.kept_weights import TRAINED
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior, make_and_share
 from leap_pl.prior.started_prior import DIGESTS, started_prior
 from leap_pl.training import finite, run_settings
 from leap_pl.training.live_settings import live_settings
-from leap_pl.training.start_weights import StartWeights
+from leap_pl.training.trained_weights import TrainedWeights
 from leap_pl.training.validation import Validation
-from leap_pl.training.weights import KINDS, NONE, Master, WeightTraining, check_kind, describe, norms_in
+from leap_pl.training.weights import NONE, WeightTraining, norms_in
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -97,13 +88,11 @@ class GatedModule(L.LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.trust_remote_code = trust_remote_code
         self.strict_loading = False  # checkpoints lack the frozen model; on_load_checkpoint compares names and shapes
-        check_kind(train_weights)
-        self.train_weights, self.weight_training, self.start_weights = train_weights, weight_training, start_weights
         self.state = GateState(seed=seed)
+        self.trained = TrainedWeights(train_weights, weight_training, start_weights, self.state, logits_dtype)
         self.model: PreTrainedModel | None = None
         self.mesh: DeviceMesh | None = None  # device mesh that decoder blocks are sharded over
         self.gates: Gates[Any] = Gates({})
-        self.ungated: dict[str, TrainedTensor] = {}  # trained tensors without a gate: norms
         self.fixed: dict[str, Any] | None = None  # provenance of the mask, if it is not learned
         self.priors: dict[str, MaskSet] = {}  # on rank zero
         self.prior_digests: dict[str, str] = {}  # of the prior that the run started from, on every rank
@@ -190,18 +179,19 @@ class GatedModule(L.LightningModule):
         self.layers = {name: weight.layer for name, weight in self.weights.items()}
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
         self._warn_if_sparse(model)
-        kind = KINDS[self.train_weights]
-        if kind.gated is not None:
-            kind.gated.check(self.weights, self.weight_training)
+        self.trained.check(self.weights)
         prior = self._make_prior(model)
         model.requires_grad_(False)
-        start = self._start()
+        if self._fitting() and self.resumes_from is None:  # a resumed run has its own
+            fixed = not self.probe().learned()
+            self.trained.read_start(fixed=fixed, trust_remote_code=self.trust_remote_code)
         if self.mesh is None:
-            self._put_gates(self.weights, prior, start)
-            self._train_norms(norms_in(model), start)
+            self._put_gates(self.weights, prior)
+            self.trained.train_norms(norms_in(model))
         else:
-            self._shard(model, self.mesh, prior, start)
+            self._shard(model, self.mesh, prior)
         prior.close()
+        self.trained.release_start()
         with self.state.passing("dense"):
             self.states, self.head = split_model(model)
         if self.activation_checkpointing:
@@ -220,54 +210,25 @@ class GatedModule(L.LightningModule):
         name, weight = next(iter(self.weights.items()))
         return Gates.of({name: self.make_gate(weight, self.state)})
 
-    def _put_gates(self, weights: dict[str, Weight], prior: SharedPrior, start: StartWeights) -> None:
+    def _put_gates(self, weights: dict[str, Weight], prior: SharedPrior) -> None:
         gates = attach(weights, self.make_gate, self.state, self.logits_dtype)
-        kind = KINDS[self.train_weights].gated
         for name, gate in gates.items():
             masks = prior.of(name, weights[name])
             gate.start_from(masks.pop("prior", None), self.state.seed, **masks)
-            if kind is not None and kind.takes(name, self.weight_training):
-                trained = kind(weights[name], self.weight_training, self.state.seed)
-                start.set_(trained, weights[name], gate.hard_mask)
-                trained.store_as(self.logits_dtype)
-                gate.trained = trained
+            self.trained.train(weights[name], gate)
         self.gates |= gates
 
-    def _train_norms(self, norms: Iterable[Weight], start: StartWeights) -> list[nn.Module]:
-        """Train the weights of ``norms``, if the run trains norms, and return their modules."""
-        if not KINDS[self.train_weights].norms:
-            return []
-        found = list(norms)
-        for weight in found:
-            trained = Master(weight, self.weight_training, self.state.seed)
-            start.set_(trained, weight)
-            trained.store_as(self.logits_dtype)
-            self.ungated[weight.name] = attach_trained(weight, trained, self.state)
-        return list(dict.fromkeys(weight.module for weight in found))
-
-    def _start(self) -> StartWeights:
-        """Return the weights that training starts from, if they are not the base model's; a resumed run has its own."""
-        if self.start_weights is None or not self._fitting() or self.resumes_from is not None:
-            return StartWeights({}, "")
-        if KINDS[self.train_weights].gated is not Master or self.probe().learned():
-            raise UserError(
-                f"model.weights is {self.start_weights}, and only kept weights under a fixed mask start from others "
-                "than the base model's. Add --model.train_weights kept and --model.mask MASK, or leave it out."
-            )
-        return StartWeights.read(self.start_weights, trust_remote_code=self.trust_remote_code)
-
-    def _shard(self, model: "PreTrainedModel", mesh: "DeviceMesh", prior: SharedPrior, start: StartWeights) -> None:
+    def _shard(self, model: "PreTrainedModel", mesh: "DeviceMesh", prior: SharedPrior) -> None:
         def prepare(index: int, block: nn.Module) -> None:
-            weights = {name: weight for name, weight in self.weights.items() if weight.layer == index}
-            self._put_gates(weights, prior, start)
-            self._train_norms(norms_in(block, f"{name_of_blocks}.{index}"), start)
+            self._put_gates({name: weight for name, weight in self.weights.items() if weight.layer == index}, prior)
+            self.trained.train_norms(norms_in(block, f"{name_of_blocks}.{index}"))
             # Lightning converts later, when FSDP2 would not notice the new dtype; that call then changes nothing.
             convert(block)
 
         convert = self.trainer.precision_plugin.convert_module
         name_of_blocks, blocks = decoder_blocks(model)
         outside = (norm for norm in norms_in(model) if not norm.name.startswith(f"{name_of_blocks}."))
-        others = [convert(module) for module in self._train_norms(outside, start)]
+        others = [convert(module) for module in self.trained.train_norms(outside)]
         shard(model, blocks, mesh, prepare, others)
         convert(model).to(self._device_of_run())
 
@@ -278,7 +239,7 @@ class GatedModule(L.LightningModule):
         self.sparsity = gates.exact_sparsity(self.sparsity)
         if not self._fitting():
             return SharedPrior({}, RankZero())
-        if self.train_weights == NONE and not gates.learned():
+        if self.trained.kind == NONE and not gates.learned():
             raise UserError(
                 "nothing to train: the mask is fixed, and model.train_weights is none. Set --model.train_weights kept, "
                 "or learn a mask: leap_pl fit without --model.mask."
@@ -362,21 +323,12 @@ class GatedModule(L.LightningModule):
 
     def _learned(self) -> dict[tuple[str, str], nn.Parameter]:
         """Return the learned parameters: (weight name, attribute of its gate) → parameter."""
-        return self.gates.learned() | {
-            (name, part): found for name, one in self.ungated.items() for part, found in one.named_parameters()
-        }
+        return self.gates.learned() | self.trained.without_gate()
 
     def stored(self) -> dict[tuple[str, str], Tensor]:
         """Return the tensors that a checkpoint stores: (weight name, attribute of its gate) → tensor."""
-        return self.gates.stored() | {
-            place: found.detach() for place, found in self._learned().items() if place[0] in self.ungated
-        }
-
-    @property
-    def trained(self) -> dict[str, TrainedWeight]:
-        """Return the trained weights by name, those of gates first."""
-        gated = {name: gate.trained for name, gate in self.gates.items() if gate.trained is not None}
-        return gated | {name: one.trained for name, one in self.ungated.items()}
+        without_gate = self.trained.without_gate()
+        return self.gates.stored() | {place: parameter.detach() for place, parameter in without_gate.items()}
 
     # -- the mask -----------------------------------------------------------------------------------------
 
@@ -399,7 +351,7 @@ class GatedModule(L.LightningModule):
         from leap_pl.masks import MaskSet
 
         self.choose_hard_masks()
-        masks = {name: gathered(gate.hard_mask()).cpu() for name, gate in self.gates.items()}
+        masks = {name: self._hard_mask(name) for name in self.gates}
         return MaskSet(masks, checkpoints.provenance(self.identity(), self.gates))
 
     def save_mask(self, path: str | Path) -> tuple[int, int]:
@@ -413,50 +365,24 @@ class GatedModule(L.LightningModule):
         from leap_pl.masks.mask_set import write_masks
 
         self.choose_hard_masks()
-        provenance = checkpoints.provenance(self.identity(), self.gates)
-
-        def mask(name: str) -> Tensor:
-            return gathered(self.gates[name].hard_mask()).cpu()
-
-        if self.attached is None or self.trainer.is_global_zero:
-            return write_masks(path, self.gates.shapes, mask, provenance)
-        counts = [(int(part.sum()), part.numel()) for part in map(mask, sorted(self.gates))]
+        if self._writes():
+            provenance = checkpoints.provenance(self.identity(), self.gates)
+            return write_masks(path, self.gates.shapes, self._hard_mask, provenance)
+        counts = [(int(part.sum()), part.numel()) for part in map(self._hard_mask, sorted(self.gates))]
         return sum(kept for kept, _ in counts), sum(total for _, total in counts)
 
-    @torch.no_grad()
     def save_weights(self, path: str | Path, mask: str | Path) -> None:
         """Write the trained weights, with exact zeros where ``mask`` removes them, beside the MaskSet file ``mask``.
 
         All ranks must call this, after :meth:`save_mask` has written ``mask``; rank zero writes the file.
         """
-        trained = self.trained
+        self.trained.save(path, mask, self._hard_mask, writes=self._writes())
 
-        def weight(name: str) -> Tensor:
-            value = gathered(trained[name](self._frozen(name))).cpu()
-            return (
-                value if name in self.ungated else value.masked_fill(~gathered(self.gates[name].hard_mask()).cpu(), 0)
-            )
+    def _hard_mask(self, name: str) -> Tensor:
+        return gathered(self.gates[name].hard_mask()).cpu()
 
-        if self.attached is None or self.trainer.is_global_zero:
-            headers = {name: (self._frozen(name).dtype, self._frozen(name).shape) for name in trained}
-            write_weights(path, headers, weight, mask)
-        else:
-            for name in sorted(trained):
-                weight(name)
-
-    @torch.no_grad()
-    def movements(self) -> dict[str, tuple[float, float]]:
-        """Return, for each trained weight, Σ(W − W₀)² and ΣW₀², W₀ being the base model's; all ranks must call this."""
-        sums = []
-        for name, one in self.trained.items():
-            base = self._frozen(name)
-            sums += [(one(base) - base).float().square().sum(), base.float().square().sum()]
-        numbers = gathered(torch.stack(sums)).tolist() if sums else []
-        return dict(zip(self.trained, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
-
-    def _frozen(self, name: str) -> Tensor:
-        """Return the frozen weight ``name`` of a trained one."""
-        return (self.weights[name] if name in self.weights else self.ungated[name].weight).parameter
+    def _writes(self) -> bool:
+        return self.attached is None or self.trainer.is_global_zero
 
     # -- checkpoints --------------------------------------------------------------------------------------
 
@@ -498,9 +424,9 @@ class GatedModule(L.LightningModule):
             "model.activation_checkpointing": self.activation_checkpointing,
             "model.revision": self.revision,
             "model.seed": self.state.seed,
-            "model.train_weights": self.train_weights,
-            "model.weight_training": asdict(self.weight_training),
-            "model.weights": self.start_weights,
+            "model.train_weights": self.trained.kind,
+            "model.weight_training": asdict(self.trained.settings),
+            "model.weights": self.trained.start,
         }
         if self.gates:
             found["model.gate"] = self.gates.describe()
@@ -516,7 +442,7 @@ class GatedModule(L.LightningModule):
         recorded["logits_dtype"] = str(self.logits_dtype).removeprefix("torch.")
         recorded["dtype"] = None if self.model is None else str(self.model.dtype).removeprefix("torch.")
         recorded |= {} if self.fixed is None else {checkpoints.FIXED: self.fixed}
-        training = describe(self.train_weights, self.weight_training, self.start_weights)
+        training = self.trained.describe()
         recorded |= {TRAINED: training} if training else {}
         if self.attached is None:
             return recorded

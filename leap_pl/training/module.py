@@ -291,7 +291,7 @@ class LeapModule(GatedModule):
             fraction=fraction,
         )
         loss, self.terms = self.objective.loss(passed)
-        if idle and self.train_weights != NONE:  # DDP waits for a gradient of every parameter
+        if idle and self.trained.kind != NONE:  # DDP waits for a gradient of every parameter
             loss = loss + 0 * torch.stack([masked.sum() for masked in idle]).sum()
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         if not self.looks_later:
@@ -376,7 +376,7 @@ class LeapModule(GatedModule):
             )
         masks, weights = self._parts()
         groups: list[Any] = [{"params": masks}] if masks else []
-        training = self.weight_training
+        training = self.trained.settings
         groups.append({"params": weights, "lr": training.lr, "weight_decay": training.weight_decay})
         optimizer = self.optimizer_of(groups if weights else masks)
         if self.make_scheduler is not None:

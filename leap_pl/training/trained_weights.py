@@ -1,0 +1,164 @@
+"""TrainedWeights: all weights that a run trains, those of gates and those without one."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leap_pl.base_model.weights import Weight
+from leap_pl.distributed.shards import gathered
+from leap_pl.errors import UserError
+from leap_pl.gates import Gate, GateState, TrainedTensor, TrainedWeight, attach_trained
+from leap_pl.masks.kept_weights import write_weights
+from leap_pl.training.start_weights import StartWeights
+from leap_pl.training.weights import KINDS, Master, WeightTraining, check_kind, describe
+
+
+class TrainedWeights(Mapping[str, TrainedWeight]):
+    """Trained weights of a run by name, those of gates first. Each is beside the frozen weight that it started from.
+
+    Attributes:
+        kind: Name of what is trained, a row of :data:`leap_pl.training.weights.KINDS`.
+        settings: Settings of the training.
+        start: Folder of a model whose weights training starts from; None: it starts from the base model's.
+    """
+
+    def __init__(
+        self, kind: str, settings: WeightTraining, start: str | None, state: GateState, dtype: torch.dtype
+    ) -> None:
+        """Store the settings; :meth:`train` and :meth:`train_norms` add weights.
+
+        Args:
+            kind: Name of what is trained.
+            settings: Settings of the training.
+            start: Folder of a model to start from.
+            state: State of the run's gates, whose mode ``dense`` reads the frozen weights.
+            dtype: Data type of the trained parameters.
+
+        Raises:
+            UserError: There is no such kind.
+        """
+        check_kind(kind)
+        self.kind, self.settings, self.start = kind, settings, start
+        self._state, self._dtype = state, dtype
+        self._gated: dict[str, tuple[Weight, TrainedWeight]] = {}
+        self._ungated: dict[str, TrainedTensor] = {}
+        self._start = StartWeights({}, "")
+
+    def __getitem__(self, name: str) -> TrainedWeight:
+        """Return the trained weight ``name``."""
+        return self._gated[name][1] if name in self._gated else self._ungated[name].trained
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the trained weights."""
+        return iter((*self._gated, *self._ungated))
+
+    def __len__(self) -> int:
+        """Return the number of trained weights."""
+        return len(self._gated) + len(self._ungated)
+
+    def check(self, weights: Mapping[str, Weight]) -> None:
+        """Check that the settings suit the gated ``weights``.
+
+        Raises:
+            UserError: They do not.
+        """
+        kind = KINDS[self.kind].gated
+        if kind is not None:
+            kind.check(weights, self.settings)
+
+    def read_start(self, *, fixed: bool, trust_remote_code: bool) -> None:
+        """Read the weights that training starts from, if they are not the base model's.
+
+        Args:
+            fixed: Whether the mask is fixed.
+            trust_remote_code: Whether to run code that comes with their model.
+
+        Raises:
+            UserError: They cannot be read, or this kind of run starts from the base model's alone.
+        """
+        if self.start is None:
+            return
+        if KINDS[self.kind].gated is not Master or not fixed:
+            raise UserError(
+                f"model.weights is {self.start}, and only kept weights under a fixed mask start from others than the "
+                "base model's. Add --model.train_weights kept and --model.mask MASK, or leave it out."
+            )
+        self._start = StartWeights.read(self.start, trust_remote_code=trust_remote_code)
+
+    def train(self, weight: Weight, gate: Gate) -> None:
+        """Train the ``weight`` of a ``gate`` that has its mask, if the run trains it."""
+        kind = KINDS[self.kind].gated
+        if kind is None or not kind.takes(weight.name, self.settings):
+            return
+        gate.trained = kind(weight, self.settings, self._state.seed)
+        self._start.set_(gate.trained, weight, gate.hard_mask)
+        gate.trained.store_as(self._dtype)
+        self._gated[weight.name] = weight, gate.trained
+
+    def train_norms(self, norms: Iterable[Weight]) -> list[nn.Module]:
+        """Train the weights of ``norms``, if the run trains norms, and return their modules."""
+        if not KINDS[self.kind].norms:
+            return []
+        found = list(norms)
+        for weight in found:
+            trained = Master(weight, self.settings, self._state.seed)
+            self._start.set_(trained, weight)
+            trained.store_as(self._dtype)
+            self._ungated[weight.name] = attach_trained(weight, trained, self._state)
+        return list(dict.fromkeys(weight.module for weight in found))
+
+    def release_start(self) -> None:
+        """Release the memory of the weights that training has started from."""
+        self._start = StartWeights({}, "")
+
+    def frozen(self, name: str) -> Tensor:
+        """Return the frozen weight of the trained weight ``name``."""
+        weight = self._gated[name][0] if name in self._gated else self._ungated[name].weight
+        return weight.parameter
+
+    def without_gate(self) -> dict[tuple[str, str], nn.Parameter]:
+        """Return the parameters of the trained weights that have no gate: (weight name, parameter name) → parameter."""
+        return {
+            (name, part): parameter
+            for name, tensor in self._ungated.items()
+            for part, parameter in tensor.named_parameters()
+        }
+
+    @torch.no_grad()
+    def save(self, path: str | Path, mask: str | Path, hard_mask: Callable[[str], Tensor], *, writes: bool) -> None:
+        """Write the trained weights, with exact zeros where the mask removes them; all ranks must call this.
+
+        Args:
+            path: File to write.
+            mask: MaskSet file beside it.
+            hard_mask: Function from the name of a gated weight to its whole hard mask, on the CPU.
+            writes: Whether this rank writes the file.
+        """
+
+        def weight(name: str) -> Tensor:
+            value = gathered(self[name](self.frozen(name))).cpu()
+            return value.masked_fill(~hard_mask(name), 0) if name in self._gated else value
+
+        if writes:
+            headers = {name: (self.frozen(name).dtype, self.frozen(name).shape) for name in self}
+            write_weights(path, headers, weight, mask)
+        else:
+            for name in sorted(self):
+                weight(name)
+
+    @torch.no_grad()
+    def movements(self) -> dict[str, tuple[float, float]]:
+        """Return Σ(W − W₀)² and ΣW₀² of each trained weight, W₀ being the frozen one; all ranks must call this."""
+        sums = []
+        for name, trained in self.items():
+            base = self.frozen(name)
+            sums += [(trained(base) - base).float().square().sum(), base.float().square().sum()]
+        numbers = gathered(torch.stack(sums)).tolist() if sums else []
+        return dict(zip(self, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the training for the provenance of a mask, as plain values; empty if no weights are trained."""
+        return describe(self.kind, self.settings, self.start)
