@@ -7,6 +7,7 @@ from pathlib import Path
 from leap_pl.gates import FixedGate
 from leap_pl.inputs.records import MASK
 from leap_pl.masks import MaskSet
+from leap_pl.oneshot.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class FixedMask:
         gate: Function that makes the gate of a weight, with the form that the mask has.
         sparsity: Share of the gated weights that the mask removes.
         targets: Names of the weights that it covers.
+        learned: Whether it was learned; else a one-shot method made it.
     """
 
     file: str
     gate: "partial[FixedGate]"
     sparsity: float
     targets: list[str]
+    learned: bool
 
     @classmethod
     def read(cls, name: str) -> "FixedMask":
@@ -37,4 +40,5 @@ class FixedMask:
         file = str(local) if local.exists() else name
         masks = MaskSet.load(file)
         pattern = str(masks.provenance.config.get("pattern", "unstructured"))
-        return cls(file, partial(FixedGate, pattern=pattern), masks.sparsity, list(masks.masks))
+        learned = masks.provenance.method not in METHODS
+        return cls(file, partial(FixedGate, pattern=pattern), masks.sparsity, list(masks.masks), learned)

@@ -140,6 +140,8 @@ class LeapModule(GatedModule):
             fixed = FixedMask.read(mask)
             gate, sparsity, targets, ignore = fixed.gate, fixed.sparsity, fixed.targets, ()
             prior = Prior(mask=fixed.file, cache_dir=prior.cache_dir)
+            weight_training = weight_training.with_rate(learned=fixed.learned)
+        weight_training = weight_training.with_rate(learned=False)
         check_numbers({"sparsity": sparsity, "warmup_steps": warmup_steps, "seed": seed}, "model.")
         super().__init__(
             base_model,

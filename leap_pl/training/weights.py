@@ -7,7 +7,7 @@ A trained weight is beside the frozen one of the base model, which the teacher r
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +29,8 @@ class WeightTraining:
     The weights are one parameter group of the optimizer, whose other settings they share.
 
     Attributes:
-        lr: Learning rate of the weights.
+        lr: Learning rate of the weights; by default 2e-4, and 2e-5 under a fixed mask that was learned, as few tokens
+            then only disturb what the mask was learned for.
         warmup_steps: Number of warmup steps of the weights' rate, in the default schedule.
         weight_decay: Weight decay of the weights. In low-rank training it decays the factors.
         r: Rank of the factors, with lora.
@@ -38,7 +39,7 @@ class WeightTraining:
             default all gated layers.
     """
 
-    lr: float = 1e-4
+    lr: float | None = None
     warmup_steps: int = 5
     weight_decay: float = 0.0
     r: int = 16
@@ -47,6 +48,14 @@ class WeightTraining:
 
     def __post_init__(self) -> None:
         check_numbers(asdict(self), "model.weight_training.", "weight_training.")
+
+    def with_rate(self, *, learned: bool) -> "WeightTraining":
+        """Return these settings with the default learning rate, if none is set.
+
+        Args:
+            learned: Whether the mask is fixed and was learned.
+        """
+        return self if self.lr is not None else replace(self, lr=2e-5 if learned else 2e-4)
 
 
 class Trainable(TrainedWeight, ABC):

@@ -177,6 +177,15 @@ def test_python_trains_what_the_command_line_trains(
     assert loaded.mask_set().provenance.method == "leap"
 
 
+def test_the_default_rate_is_small_under_a_learned_mask(finished_run: Run, model_folder: Path, tmp_path: Path) -> None:
+    prune_command(str(model_folder), str(tmp_path), method="magnitude")
+    rates = {str(finished_run.mask): 2e-5, str(tmp_path): 2e-4, None: 2e-4}
+    for mask, rate in rates.items():
+        assert LeapModule("base", mask=mask, train_weights="kept").trained.settings.lr == rate
+        given = LeapModule("base", mask=mask, train_weights="kept", weight_training=WeightTraining(lr=1e-3))
+        assert given.trained.settings.lr == 1e-3
+
+
 def test_the_plan_says_what_is_trained(recover: Flags, tmp_path: Path, capsys) -> None:
     main(recover(tmp_path / "run", "--trainer.max_steps=1", "--model.train_weights=lora"))
     said = " ".join(capsys.readouterr().err.split())
