@@ -16,7 +16,22 @@ from leap_pl.errors import warn_once
 LOOK = "find_packed_sequence_indices"  # private function of transformers.masking_utils
 
 States = Callable[[Tensor], Tensor]
-Head = Callable[[Tensor], Tensor]
+
+
+class Head:
+    """Function from last hidden states (C, D) to logits (C, V)."""
+
+    def __init__(self, logits_of: Callable[[Tensor], Tensor], module: nn.Module | None = None) -> None:
+        """Hold the function, and the module whose parameters it reads."""
+        self._logits_of, self._module = logits_of, module
+
+    def __call__(self, hidden_CD: Tensor) -> Tensor:
+        """Return the logits (C, V)."""
+        return self._logits_of(hidden_CD)
+
+    def learned(self) -> list[nn.Parameter]:
+        """Return the parameters of the head that are learned: the logits of its gate, or its trained weight."""
+        return [] if self._module is None else [one for one in self._module.parameters() if one.requires_grad]
 
 
 def split_model(model: nn.Module) -> tuple[States, Head]:
@@ -37,12 +52,13 @@ def split_model(model: nn.Module) -> tuple[States, Head]:
         with _unpacked(input_ids.device):
             return causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
-    def head(hidden_CD: Tensor) -> Tensor:
+    def logits_of(hidden_CD: Tensor) -> Tensor:
         logits_CV = projection(hidden_CD)
         if times != 1 or over != 1:
             logits_CV = logits_CV * times / over
         return logits_CV if cap is None else cap * torch.tanh(logits_CV / cap)
 
+    head = Head(logits_of, projection)
     if projection is not None and _agrees(causal, states, head):
         return states, head
     warnings.warn(
@@ -55,7 +71,7 @@ def split_model(model: nn.Module) -> tuple[States, Head]:
         with _unpacked(input_ids.device):
             return causal(input_ids=input_ids, use_cache=False).logits
 
-    return logits, lambda logits_CV: logits_CV
+    return logits, Head(lambda logits_CV: logits_CV)
 
 
 def checkpoint_activations(model: Any) -> None:

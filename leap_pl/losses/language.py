@@ -3,15 +3,17 @@
 Legend of suffixes: T = predicted tokens, C = tokens in a chunk, V = vocabulary, D = hidden size.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from leap_pl.base_model.backbone import Head
 from leap_pl.kernels.compiled import compiled, scalar
 from leap_pl.kernels.gpu import has_kernels
 from leap_pl.kernels.noise import columns
+
+Logits = Callable[[Tensor], Tensor]  # hidden states (C, D) → logits (C, V)
 
 
 class Mix(Protocol):
@@ -49,12 +51,18 @@ class LanguageLosses(NamedTuple):
 
 
 def language_losses(
-    hidden_TD: Tensor, targets_T: Tensor, head: Head, mix: Mix, teacher_TD: Tensor | None = None
+    hidden_TD: Tensor,
+    targets_T: Tensor,
+    head: Logits,
+    mix: Mix,
+    teacher_TD: Tensor | None = None,
+    teacher_head: Logits | None = None,
+    learned: Sequence[Tensor] = (),
 ) -> LanguageLosses:
     """Return the LM and distillation losses, computing the logits one chunk of tokens at a time.
 
-    The gradient with respect to ``hidden_TD`` is computed in the forward pass, chunk by chunk, so that logits and
-    their gradient never exist for more than ``mix.chunk`` tokens. The head is frozen and gets no gradient.
+    The gradients are computed in the forward pass, chunk by chunk, so that logits and their gradient never exist for
+    more than ``mix.chunk`` tokens.
 
     Args:
         hidden_TD: Last hidden states, after the final norm.
@@ -62,16 +70,26 @@ def language_losses(
         head: Function from hidden states (C, D) to logits (C, V).
         mix: Weights, temperature and chunk size.
         teacher_TD: Hidden states of the dense model, if the distillation weight is not 0.
+        teacher_head: Head of the dense model, by default ``head``.
+        learned: Parameters of the head that get a gradient; the others are frozen.
     """
-    return LanguageLosses(*_Fused.apply(hidden_TD, targets_T, head, mix, teacher_TD))
+    heads = head, teacher_head or head
+    return LanguageLosses(*_Fused.apply(hidden_TD, targets_T, heads, mix, teacher_TD, *learned))
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, targets_T: Tensor, head: Head, mix: Mix, teacher_TD: Tensor | None
+        ctx: Any,
+        hidden_TD: Tensor,
+        targets_T: Tensor,
+        heads: tuple[Logits, Logits],
+        mix: Mix,
+        teacher_TD: Tensor | None,
+        *learned: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wants_grad, device = ctx.needs_input_grad[0], hidden_TD.device
+        (head, teacher_head), wants_grad, device = heads, ctx.needs_input_grad[0], hidden_TD.device
+        sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in learned] if wants_grad else []
         grad_TD = torch.empty_like(hidden_TD) if wants_grad else None
         lm = torch.zeros((), dtype=torch.float32, device=device)
         kl = torch.zeros_like(lm)
@@ -87,21 +105,23 @@ class _Fused(torch.autograd.Function):
             if teacher_TD is None:
                 lm_sum, grad_CV = _lm_loss(logits_CV.detach(), target_C, token_V, lm_weight)
             else:
-                lm_sum, kl_sum, grad_CV = _distillation_loss(
-                    logits_CV.detach(), head(teacher_TD[part]), target_C, token_V, lm_weight, kl_weight, temperature
-                )
+                dense_CV, weights = teacher_head(teacher_TD[part]), (lm_weight, kl_weight, temperature)
+                lm_sum, kl_sum, grad_CV = _distillation_loss(logits_CV.detach(), dense_CV, target_C, token_V, *weights)
                 kl += kl_sum * scale
             lm += lm_sum * scale
             if grad_TD is not None:
-                (grad_TD[part],) = torch.autograd.grad(logits_CV, hidden_CD, grad_CV)
-        ctx.save_for_backward(*[] if grad_TD is None else [grad_TD])
+                grad_TD[part], *grads = torch.autograd.grad(logits_CV, (hidden_CD, *learned), grad_CV)
+                for total, grad in zip(sums, grads, strict=True):
+                    total += grad
+        grads = [total.to(parameter.dtype) for total, parameter in zip(sums, learned, strict=False)]
+        ctx.save_for_backward(*[] if grad_TD is None else [grad_TD, *grads])
         ctx.mark_non_differentiable(lm, kl)
         return mix.lm * lm + mix.distillation * kl, lm, kl
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
-        (grad_TD,) = ctx.saved_tensors
-        return grad_TD * grad_loss.to(grad_TD.dtype), None, None, None, None
+        grad_TD, *grads = (grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
+        return grad_TD, None, None, None, None, *grads
 
 
 def _lm_loss(logits_CV: Tensor, target_C: Tensor, token_V: Tensor, lm: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from leap_pl.errors import UserError
 from leap_pl.inputs.plain_values import display
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.budget import Budget, KeptNorm
-from leap_pl.losses.language import LanguageLosses, language_losses
+from leap_pl.losses.language import LanguageLosses, Logits, language_losses
 from leap_pl.losses.term import MicroBatch, Term
 
 TOTAL = "loss"  # key of the weighted sum, among the terms' names
@@ -114,12 +114,18 @@ class Objective:
         return any(term.needs_teacher and term.weight_at(fraction) != 0 for term in self.terms())
 
     def language(
-        self, hidden_TD: Tensor, targets_T: Tensor, head: Head, teacher_TD: Tensor | None
+        self,
+        hidden_TD: Tensor,
+        targets_T: Tensor,
+        head: Head,
+        teacher_TD: Tensor | None,
+        teacher_head: Logits,
     ) -> LanguageLosses | None:
         """Return :func:`language_losses`, or None if neither loss has a weight."""
         if not (self.lm or self.distillation):
             return None
-        return language_losses(hidden_TD, targets_T, head, self, teacher_TD if self.distillation else None)
+        teacher_TD = teacher_TD if self.distillation else None
+        return language_losses(hidden_TD, targets_T, head, self, teacher_TD, teacher_head, head.learned())
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a micro-batch, and the detached values of it and of each term, unweighted, by name.

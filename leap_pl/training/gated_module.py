@@ -179,7 +179,7 @@ class GatedModule(L.LightningModule):
         self.layers = {name: weight.layer for name, weight in self.weights.items()}
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
         self._warn_if_sparse(model)
-        self.trained.check(self.weights)
+        self.trained.check(self.weights, sharded=self.mesh is not None)
         prior = self._make_prior(model)
         model.requires_grad_(False)
         if self._fitting() and self.resumes_from is None:  # a resumed run has its own
@@ -188,6 +188,7 @@ class GatedModule(L.LightningModule):
         if self.mesh is None:
             self._put_gates(self.weights, prior)
             self.trained.train_norms(norms_in(model))
+            self.trained.train_embeddings(model)
         else:
             self._shard(model, self.mesh, prior)
         prior.close()

@@ -267,7 +267,7 @@ class LeapModule(GatedModule):
                 teacher = self._hidden(input_ids)
         self.gates.clear()
         hidden, targets = self._hidden(input_ids), input_ids[:, self.first_target :].reshape(-1)
-        language = self.objective.language(hidden, targets, self.head, teacher)
+        language = self.objective.language(hidden, targets, self.head, teacher, self._dense_head)
         idle: list[Tensor] = []
         for name in self.gates.unused:  # experts that no token was routed to
             if self.mesh is not None:
@@ -303,6 +303,11 @@ class LeapModule(GatedModule):
     def _hidden(self, input_ids: Tensor) -> Tensor:
         """Return the last hidden states of all tokens whose next token is predicted, (T, D)."""
         return self.states(input_ids)[:, self.first_target - 1 : -1].flatten(0, 1)
+
+    def _dense_head(self, hidden: Tensor) -> Tensor:
+        """Return the logits that the head of the dense model computes from its hidden states."""
+        with self.state.passing("dense"):
+            return self.head(hidden)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check the gradient norms of ``trainer.log_every_n_steps`` steps, unless a callback already has.

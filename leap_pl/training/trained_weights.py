@@ -1,11 +1,12 @@
 """TrainedWeights: all weights that a run trains, those of gates and those without one."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from leap_pl.base_model.weights import Weight
 from leap_pl.distributed.shards import gathered
@@ -13,7 +14,7 @@ from leap_pl.errors import UserError
 from leap_pl.gates import Gate, GateState, TrainedTensor, TrainedWeight, attach_trained
 from leap_pl.masks.kept_weights import write_weights
 from leap_pl.training.start_weights import StartWeights
-from leap_pl.training.weights import KINDS, Master, WeightTraining, check_kind, describe
+from leap_pl.training.weights import KINDS, NONE, Master, WeightTraining, check_kind, describe, embeddings_of
 
 
 class TrainedWeights(Mapping[str, TrainedWeight]):
@@ -28,7 +29,7 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
     def __init__(
         self, kind: str, settings: WeightTraining, start: str | None, state: GateState, dtype: torch.dtype
     ) -> None:
-        """Store the settings; :meth:`train` and :meth:`train_norms` add weights.
+        """Store the settings; :meth:`train`, :meth:`train_norms` and :meth:`train_embeddings` add weights.
 
         Args:
             kind: Name of what is trained.
@@ -59,12 +60,22 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         """Return the number of trained weights."""
         return len(self._gated) + len(self._ungated)
 
-    def check(self, weights: Mapping[str, Weight]) -> None:
-        """Check that the settings suit the gated ``weights``.
+    def check(self, weights: Mapping[str, Weight], *, sharded: bool) -> None:
+        """Check that the settings suit the gated ``weights``, and the strategy if it shards the model.
 
         Raises:
             UserError: They do not.
         """
+        if self.settings.embeddings and self.kind == NONE:
+            raise UserError(
+                "model.weight_training.embeddings is set, and model.train_weights is none. Add --model.train_weights "
+                "kept, or leave it out."
+            )
+        if self.settings.embeddings and sharded:
+            raise UserError(
+                "a sharded run keeps embeddings and head whole on every rank, and trains neither. Leave "
+                "--model.weight_training.embeddings out, or use --trainer.strategy ddp."
+            )
         kind = KINDS[self.kind].gated
         if kind is not None:
             kind.check(weights, self.settings)
@@ -104,11 +115,22 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
             return []
         found = list(norms)
         for weight in found:
-            trained = Master(weight, self.settings, self._state.seed)
-            self._start.set_(trained, weight)
-            trained.store_as(self._dtype)
-            self._ungated[weight.name] = attach_trained(weight, trained, self._state)
+            self._train_whole([weight])
         return list(dict.fromkeys(weight.module for weight in found))
+
+    def train_embeddings(self, model: nn.Module) -> None:
+        """Train the token embeddings and the head of ``model``, if the run trains them; tied ones stay tied."""
+        for places in embeddings_of(model) if self.settings.embeddings else ():
+            if not parametrize.is_parametrized(places[0].module):  # a head may have a gate
+                self._train_whole(places)
+
+    def _train_whole(self, places: Sequence[Weight]) -> None:
+        """Train a weight that has no gate, in all its ``places``; its name is that of the first."""
+        first = places[0]
+        trained = Master(first, self.settings, self._state.seed)
+        self._start.set_(trained, first)
+        trained.store_as(self._dtype)
+        self._ungated[first.name], *_ = [attach_trained(weight, trained, self._state) for weight in places]
 
     def release_start(self) -> None:
         """Release the memory of the weights that training has started from."""

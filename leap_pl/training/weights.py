@@ -33,6 +33,7 @@ class WeightTraining:
             then only disturb what the mask was learned for.
         warmup_steps: Number of warmup steps of the weights' rate, in the default schedule.
         weight_decay: Weight decay of the weights. In low-rank training it decays the factors.
+        embeddings: Train the token embeddings and the head as well, whole.
         r: Rank of the factors, with lora.
         lora_alpha: Scale of the factors' product, which is multiplied by lora_alpha / r, with lora.
         target_modules: Names of the gated layers to train, whole or their ends, such as ``q_proj``, with lora; by
@@ -42,6 +43,7 @@ class WeightTraining:
     lr: float | None = None
     warmup_steps: int = 5
     weight_decay: float = 0.0
+    embeddings: bool = False
     r: int = 16
     lora_alpha: float = 32.0
     target_modules: list[str] | None = None
@@ -220,7 +222,7 @@ def check_kind(name: str) -> None:
 
 
 def parameters_of(train_weights: str, settings: WeightTraining, weights: Mapping[str, Weight], model: nn.Module) -> int:
-    """Return the number of parameters that a run trains of weights and norms, without those of masks.
+    """Return the number of parameters that a run trains of weights, without those of masks.
 
     Args:
         train_weights: Name of what is trained.
@@ -229,7 +231,9 @@ def parameters_of(train_weights: str, settings: WeightTraining, weights: Mapping
         model: Model, still without gates.
     """
     kind = KINDS[train_weights]
-    found = sum(norm.parameter.numel() for norm in norms_in(model)) if kind.norms else 0
+    whole = [*(norms_in(model) if kind.norms else ())]
+    whole += [places[0] for places in embeddings_of(model)] if settings.embeddings else []
+    found = sum(weight.parameter.numel() for weight in whole)
     if kind.gated is not None:
         taken = [weight for name, weight in weights.items() if kind.gated.takes(name, settings)]
         found += sum(kind.gated.parameters_of(weight, settings) for weight in taken)
@@ -250,6 +254,19 @@ def norms_in(module: nn.Module, within: str = "") -> Iterator[Weight]:
             for tensor, parameter in inner.named_parameters(recurse=False):
                 if parameter.is_floating_point():
                     yield Weight(f"{name}.{tensor}", inner, tensor, None, name, 0)
+
+
+def embeddings_of(model: nn.Module) -> list[list[Weight]]:
+    """Return the places of the token embeddings and of the head in ``model``: of both together where they are tied."""
+    causal: Any = model
+    names = {id(module): name for name, module in model.named_modules()}
+    places: dict[int, list[Weight]] = {}
+    for module in (causal.get_input_embeddings(), causal.get_output_embeddings()):
+        if module is not None:
+            name = names[id(module)]
+            weight = Weight(f"{name}.weight", module, "weight", None, name, 0)
+            places.setdefault(id(weight.parameter), []).append(weight)
+    return list(places.values())
 
 
 def describe(train_weights: str, settings: WeightTraining, start: str | None) -> dict[str, Any]:

@@ -37,27 +37,27 @@ def targets_of(ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_models_own_loss(family: str) -> None:
-    """Soft-capped logits (Gemma) and scaled ones (Granite) included; its gradient too, where the head is not tied."""
+    """Soft-capped logits (Gemma) and scaled ones (Granite) included; the gradients of embeddings and head too."""
     model = tiny_model(family)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         states, head = split_model(model)
-    embedding = model.get_input_embeddings().weight
+    ends = {module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())}  # one, if tied
     model.requires_grad_(False)
-    embedding.requires_grad_(True)
+    assert head.learned() == []
+    for weight in ends:
+        weight.requires_grad_(True)
     expected = model(input_ids=IDS, labels=IDS).loss
-    expected.backward()
-    expected_grad, embedding.grad = embedding.grad, None
-    # A tied head's own part of the gradient is not taken: heads are frozen.
-    tied = model.get_output_embeddings().weight is embedding
-    loss, lm, kl = language_losses(predicted(states(IDS)), targets_of(IDS), head, Objective(chunk=7))
+    expected_grads = torch.autograd.grad(expected, list(ends))
+    states_T, targets_T = predicted(states(IDS)), targets_of(IDS)
+    loss, lm, kl = language_losses(states_T, targets_T, head, Objective(chunk=7), learned=head.learned())
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(loss.detach(), lm)
     assert kl == 0
     assert model(input_ids=IDS).logits.std() > 0.1  # no constant network
-    if not tied:
-        torch.testing.assert_close(embedding.grad, expected_grad, rtol=1e-4, atol=1e-6)
+    for weight, expected_grad in zip(ends, expected_grads, strict=True):
+        torch.testing.assert_close(weight.grad, expected_grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("family", "change"), [
@@ -108,21 +108,28 @@ def test_values_and_gradients_against_float64(mix: str, chunk: int, capped: bool
         z = x @ weight.to(x.dtype).T
         return 3 * torch.tanh(z / 3) if capped else z
 
-    hidden64 = hidden.double().requires_grad_()
-    teacher64 = head(teacher.double()) if distils else None
+    def dense_head(x: Tensor) -> Tensor:
+        return head(x).detach() * 0.5
+
+    hidden64, weight64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    teacher64 = dense_head(teacher.double()) if distils else None
+    weight, float32 = weight64, weight
     ce, kl = references.language_losses(head(hidden64), targets, teacher64, objective.temperature)
     (2.5 * (objective.lm * ce + objective.distillation * kl)).backward()
 
+    weight = float32.requires_grad_()
     hidden.requires_grad_()
-    found = language_losses(hidden, targets, head, objective, teacher if distils else None)
+    given = teacher if distils else None
+    found = language_losses(hidden, targets, head, objective, given, dense_head, [weight])
     (2.5 * found[0]).backward()
     assert [x.dtype for x in found] == [torch.float32] * 3
     assert [x.requires_grad for x in found] == [True, False, False]
     expected = (objective.lm * ce + objective.distillation * kl, ce, kl)
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x.detach().double(), y.detach(), rtol=2e-6, atol=1e-6)
-    assert hidden.grad is not None
-    torch.testing.assert_close(hidden.grad.double(), hidden64.grad, rtol=1e-4, atol=1e-6)
+    for x, y in ((hidden, hidden64), (weight, weight64)):
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_teacher_that_agrees_gives_no_loss_and_no_gradient() -> None:

@@ -74,7 +74,7 @@ def test_the_mask_stays_and_what_it_keeps_moves(recovered: Path, finished_run: R
     assert (made.provenance.method, made.provenance.sparsity) == ("leap", 0.5)
     config = made.provenance.config
     assert config["mask"] == {"method": "leap", "sparsity": 0.5, "config": mask.provenance.config}
-    training = {"kind": "kept", "lr": 0.01, "warmup_steps": 1, "weight_decay": 0.0}
+    training = {"kind": "kept", "lr": 0.01, "warmup_steps": 1, "weight_decay": 0.0, "embeddings": False}
     assert config["train_weights"] == training
     assert "train_weights" not in mask.provenance.config
     base, weights = load_file(model_folder / "model.safetensors"), weights_in(recovered)
