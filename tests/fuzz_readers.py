@@ -169,9 +169,6 @@ PROVENANCE = {
         "data": {"text": ["a.jsonl"], "seq_length": 32, "batch_size": 2, "seed": 0},
         "gate": {"class_path": "BernoulliGate", "init_args": {"strength": 3.0}},
         "optimizer": {"class": "AdamW", "lr": 0.1},
-        "train_weights": {"kind": "kept", "lr": 2e-5, "weights": "runs/earlier"},
-        "steps": 60,
-        "seed": 0,
         "perplexity": 20.5,
         "dense_perplexity": 12.0,
     },
@@ -179,6 +176,13 @@ PROVENANCE = {
 }
 SHAPES = {name: [4, 6] for name in NAMES}
 TASK = {"acc": 0.5, "acc_stderr": 0.2, "acc_norm": 0.25, "correct": "1100", "split": "validation", "limit": None}
+TRAINED = {
+    **PROVENANCE["config"],
+    "train_weights": {"kind": "kept", "lr": 2e-5, "start": "runs/earlier"},
+    "steps": 60,
+    "seed": 0,
+}
+
 RESULT = {
     "format": "leap_pl.evaluation",
     "format_version": 1,
@@ -347,7 +351,7 @@ def readers(every: int = 50) -> dict[str, Reader]:
         write_result(path.with_name("again.json"), told)
         assert read_result(path.with_name("again.json")) == told
         use_entries(path, seen, every)
-        made = Provenance("org/base", "f00d", "leap", config=told["config"] or {})
+        made = Provenance("org/base", "f00d", "leap", config=told.get("config") or {})
         _read_results(str(path), OfAny(told["model"].get("mask_digest"), made))
 
     def mask(path: Path) -> None:
@@ -386,7 +390,7 @@ def readers(every: int = 50) -> dict[str, Reader]:
         read_text(str(path), tiny()[1], seq_length=32, max_tokens=None, share="all")
 
     return {
-        "result": Reader(of_json(RESULT), result, "fuzzed.json"),
+        "result": Reader(of_json({**RESULT, "config": TRAINED}), result, "fuzzed.json"),
         "mask": Reader(masks, mask, "fuzzed.safetensors"),
         "packed": Reader(packed, packed_model, "model.safetensors"),
         "record": Reader(of_json({"provenance": PROVENANCE, "gated": 96}), record, "leap_pl.json"),
