@@ -34,9 +34,9 @@ from leap_pl.losses.budget import kept_norm, sparsity_budget
 from leap_pl.losses.language import language_losses
 from leap_pl.losses.objective import Objective
 from leap_pl.training.optimizers import PackedAdamW
-from leap_pl.training.weights import Master, WeightTraining
+from leap_pl.training.weights import CompactMaster, Master, WeightTraining
 
-TRAIN = ("mask", "weights", "both")
+TRAIN = ("mask", "weights", "compact", "both")
 LAYERS = 8
 TOKENS = 16
 M_MMAP_THRESHOLD = -3
@@ -48,7 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--output")
     parser.add_argument("--low_memory", action="store_true", help="bfloat16 logits and PackedAdamW; one rank")
-    parser.add_argument("--train", choices=TRAIN, default="mask", help="the mask, the weights of a fixed one, or both")
+    parser.add_argument(
+        "--train",
+        choices=TRAIN,
+        default="mask",
+        help="the mask, the weights of a fixed one of half the weights (compact: those alone), or both",
+    )
     parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
@@ -124,19 +129,20 @@ def make_step(model: Any, *, sharded: bool, low_memory: bool = False, train: str
     weights = find_weights(model)
     sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
     norm = sum(float(weight.parameter.detach().float().norm()) for weight in weights.values())
-    state, objective, gates = GateState(), Objective(), Gates[Any]({})
+    state, objective, gates, fixed = GateState(), Objective(), Gates[Any]({}), train in ("weights", "compact")
     model.requires_grad_(False)
 
     def prepare(index: int, _: nn.Module) -> None:
         nonlocal gates
         inside = {name: weight for name, weight in weights.items() if weight.layer == index}
         dtype = torch.bfloat16 if low_memory else torch.float32
-        attached = attach(inside, FixedGate if train == "weights" else BernoulliGate, state, dtype)
+        attached = attach(inside, FixedGate if fixed else BernoulliGate, state, dtype)
         for name, gate in attached.items():
             weight = inside[name]
-            gate.start_from(weight.parameter > 0 if train == "weights" else None, 0)
+            gate.start_from(weight.parameter > 0 if fixed else None, 0)
             if train != "mask":
-                gate.trained = Master(weight, WeightTraining(), 0)
+                kind = CompactMaster if train == "compact" else Master
+                gate.trained = kind(weight, WeightTraining(), 0, partial(gate.held, "bits") if fixed else None)
                 gate.trained.store_as(dtype)
         gates |= attached
 

@@ -119,7 +119,8 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
     plan["losses"] = _losses(module)
     plan["prior" if logits else "mask"] = _prior(module)
     ranks = 1 if module.mesh is None else module.mesh.size()
-    trained = parameters_of(module.trained.kind, module.trained.settings, module.weights, model)
+    training = module.trained
+    trained = parameters_of(training.kind, training.settings, module.weights, model, 1 - module.sparsity)
     gib = expected_bytes(module, model, logits, tokens, ranks, trained) / 2**30
     plan["memory"] = f"about {gib:.1f} GiB on each device" if gib >= 1 else f"about {1024 * gib:.0f} MiB on each device"
     folder, curves = mask_place(trainer), [str(logger.log_dir) for logger in trainer.loggers if logger.log_dir]

@@ -103,9 +103,7 @@ class FixedGate(Gate):
 
     def hard_mask(self) -> Tensor:
         """Return the mask; see :meth:`Gate.hard_mask`."""
-        bits = self.held("bits")
-        mask = (bits[:, None] & _eight(bits.device)).ne_(0).view(torch.bool)  # in place: a byte for each weight, once
-        return mask.view(-1)[: self.shape.numel()].view(self.shape)
+        return mask_of(self.held("bits"), self.shape)
 
     def sample_hard_mask(self, stride: int) -> Tensor:
         """Return every ``stride``-th element of :meth:`hard_mask`, flattened."""
@@ -115,6 +113,12 @@ class FixedGate(Gate):
     def extra_repr(self) -> str:
         """Return the summary that is shown when the model is printed."""
         return f"{tuple(self.shape)}, {self.pattern}"
+
+
+def mask_of(bits: Tensor, shape: torch.Size) -> Tensor:
+    """Return the bool mask of ``shape`` that the packed ``bits`` of a :class:`FixedGate` are."""
+    mask = (bits[:, None] & _eight(bits.device)).ne_(0).view(torch.bool)  # in place: a byte for each weight, once
+    return mask.view(-1)[: shape.numel()].view(shape)
 
 
 @lru_cache(maxsize=16)

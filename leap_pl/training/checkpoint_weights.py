@@ -12,7 +12,7 @@ from leap_pl.errors import UserError, listing
 from leap_pl.gates import PART
 from leap_pl.masks.kept_weights import KeptWeights
 from leap_pl.training.run_settings import read_settings
-from leap_pl.training.weights import KINDS, NONE, Master, WeightTraining
+from leap_pl.training.weights import NONE, Master, WeightTraining, kind_of
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -45,7 +45,7 @@ def weights_from_checkpoint(path: str | Path) -> KeptWeights | None:
             part, _, name = key.removeprefix(PART).partition(".")
             parts.setdefault(name, []).append(part)
 
-    gated = KINDS[kind].gated
+    gated = kind_of(kind, settings)
     wanted = [name for name in identity.shapes if gated is not None and gated.takes(name, settings)]
     missing = [name for name in wanted if name not in parts]
     if missing or not parts:
@@ -55,6 +55,7 @@ def weights_from_checkpoint(path: str | Path) -> KeptWeights | None:
     def value(name: str, base: Tensor) -> Tensor:
         made = gated if name in identity.shapes else None
         found = {part: read(f"{PART}{part}.{name}") for part in parts[name]}
+        found |= {"bits": read(f"bits.{name}")} if made is not None and made.reads_bits else {}
         return (made or Master).value(base, found, settings)
 
     return KeptWeights(list(parts), value, _DTYPES.get(str(identity.settings.get("dtype"))))

@@ -179,11 +179,11 @@ class GatedModule(L.LightningModule):
         self.layers = {name: weight.layer for name, weight in self.weights.items()}
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
         self._warn_if_sparse(model)
-        self.trained.check(self.weights, sharded=self.mesh is not None)
+        fixed = not self.probe().learned()
+        self.trained.check(self.weights, fixed=fixed, sharded=self.mesh is not None)
         prior = self._make_prior(model)
         model.requires_grad_(False)
         if self._fitting() and self.resumes_from is None:  # a resumed run has its own
-            fixed = not self.probe().learned()
             self.trained.read_start(fixed=fixed, trust_remote_code=self.trust_remote_code)
         if self.mesh is None:
             self._put_gates(self.weights, prior)
@@ -502,6 +502,7 @@ class GatedModule(L.LightningModule):
                     f"the checkpoint lacks what this run learns of {listing(absent, 3)}. Use the gate and the "
                     "train_weights that it was made with."
                 )
+            self.trained.make_room(stored)
             checkpoint["state_dict"] = {
                 checkpoints.path_of(*place): stored[checkpoints.key_of(*place)] for place in places
             }

@@ -1,6 +1,7 @@
 """TrainedWeights: all weights that a run trains, those of gates and those without one."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,23 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from leap_pl.base_model.weights import Weight
+from leap_pl.checkpoints.layout import key_of
 from leap_pl.distributed.shards import gathered
 from leap_pl.errors import UserError
-from leap_pl.gates import Gate, GateState, TrainedTensor, TrainedWeight, attach_trained
+from leap_pl.gates import PART, Gate, GateState, TrainedTensor, TrainedWeight, attach_trained
 from leap_pl.masks.kept_weights import write_weights
 from leap_pl.training.start_weights import StartWeights
-from leap_pl.training.weights import KINDS, NONE, Master, WeightTraining, check_kind, describe, embeddings_of
+from leap_pl.training.weights import (
+    KINDS,
+    NONE,
+    CompactMaster,
+    Master,
+    WeightTraining,
+    check_kind,
+    describe,
+    embeddings_of,
+    kind_of,
+)
 
 
 class TrainedWeights(Mapping[str, TrainedWeight]):
@@ -60,8 +72,13 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         """Return the number of trained weights."""
         return len(self._gated) + len(self._ungated)
 
-    def check(self, weights: Mapping[str, Weight], *, sharded: bool) -> None:
-        """Check that the settings suit the gated ``weights``, and the strategy if it shards the model.
+    def check(self, weights: Mapping[str, Weight], *, fixed: bool, sharded: bool) -> None:
+        """Check that the settings suit the run.
+
+        Args:
+            weights: Gated weights.
+            fixed: Whether the mask is fixed.
+            sharded: Whether the strategy shards the model.
 
         Raises:
             UserError: They do not.
@@ -76,7 +93,12 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
                 "a sharded run keeps embeddings and head whole on every rank, and trains neither. Leave "
                 "--model.weight_training.embeddings out, or use --trainer.strategy ddp."
             )
-        kind = KINDS[self.kind].gated
+        if self.settings.compact and (sharded or not (fixed and self.kind == "kept")):
+            raise UserError(
+                "model.weight_training.compact holds the weights alone that a fixed mask keeps: it needs "
+                "--model.train_weights kept, --model.mask MASK, and a strategy that does not shard. Leave it out."
+            )
+        kind = kind_of(self.kind, self.settings)
         if kind is not None:
             kind.check(weights, self.settings)
 
@@ -92,7 +114,7 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         """
         if self.start is None:
             return
-        if KINDS[self.kind].gated is not Master or not fixed:
+        if self.kind != "kept" or not fixed:
             raise UserError(
                 f"model.weights is {self.start}, and only kept weights under a fixed mask start from others than the "
                 "base model's. Add --model.train_weights kept and --model.mask MASK, or leave it out."
@@ -101,10 +123,11 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
 
     def train(self, weight: Weight, gate: Gate) -> None:
         """Train the ``weight`` of a ``gate`` that has its mask, if the run trains it."""
-        kind = KINDS[self.kind].gated
+        kind = kind_of(self.kind, self.settings)
         if kind is None or not kind.takes(weight.name, self.settings):
             return
-        gate.trained = kind(weight, self.settings, self._state.seed)
+        bits = partial(gate.held, "bits") if kind.reads_bits else None
+        gate.trained = kind(weight, self.settings, self._state.seed, bits)
         self._start.set_(gate.trained, weight, gate.hard_mask)
         gate.trained.store_as(self._dtype)
         self._gated[weight.name] = weight, gate.trained
@@ -131,6 +154,12 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         self._start.set_(trained, first)
         trained.store_as(self._dtype)
         self._ungated[first.name], *_ = [attach_trained(weight, trained, self._state) for weight in places]
+
+    def make_room(self, stored: Mapping[str, Tensor]) -> None:
+        """Give parameters whose size depends on the mask that of a checkpoint's ``stored`` tensors."""
+        for name, (_, trained) in self._gated.items():
+            if isinstance(trained, CompactMaster):
+                trained.resize(stored[key_of(name, f"{PART}master")].numel())
 
     def release_start(self) -> None:
         """Release the memory of the weights that training has started from."""

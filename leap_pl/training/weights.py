@@ -6,7 +6,7 @@ A trained weight is beside the frozen one of the base model, which the teacher r
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from leap_pl.base_model.weights import Weight
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import TrainedWeight
+from leap_pl.gates.fixed import mask_of
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.noise import initial_noise
 
 NONE = "none"  # all weights are frozen
+Bits = Callable[[], Tensor]  # packed bits of a fixed mask
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class WeightTraining:
         warmup_steps: Number of warmup steps of the weights' rate, in the default schedule.
         weight_decay: Weight decay of the weights. In low-rank training it decays the factors.
         embeddings: Train the token embeddings and the head as well, whole.
+        compact: Hold masters, gradients and moments of the kept weights alone: less memory, and a slower step; with
+            kept, under a fixed mask.
         r: Rank of the factors, with lora.
         lora_alpha: Scale of the factors' product, which is multiplied by lora_alpha / r, with lora.
         target_modules: Names of the gated layers to train, whole or their ends, such as ``q_proj``, with lora; by
@@ -44,6 +48,7 @@ class WeightTraining:
     warmup_steps: int = 5
     weight_decay: float = 0.0
     embeddings: bool = False
+    compact: bool = False
     r: int = 16
     lora_alpha: float = 32.0
     target_modules: list[str] | None = None
@@ -65,19 +70,29 @@ class Trainable(TrainedWeight, ABC):
 
     Attributes:
         own_settings: Names of the settings of :class:`WeightTraining` that this kind alone reads.
+        reads_bits: Whether :meth:`value` needs the packed bits of the weight's fixed mask too, as the part ``bits``.
     """
 
     own_settings: ClassVar[tuple[str, ...]] = ()
+    reads_bits: ClassVar[bool] = False
 
     @abstractmethod
-    def __init__(self, weight: Weight, settings: WeightTraining, seed: int) -> None:
-        """Create the parameters for the frozen ``weight``; random numbers depend on ``seed`` and its name alone."""
+    def __init__(self, weight: Weight, settings: WeightTraining, seed: int, bits: Bits | None = None) -> None:
+        """Create the parameters for the frozen ``weight``; random numbers depend on ``seed`` and its name alone.
+
+        Args:
+            weight: Frozen weight.
+            settings: Settings of the training.
+            seed: Seed of the run.
+            bits: Function that returns the packed bits of its mask, if this kind reads them.
+        """
         super().__init__()
-        self.settings = settings
+        self.settings, self.bits = settings, bits
 
     def forward(self, base: Tensor) -> Tensor:
         """Return :meth:`value` of the parameters; see :meth:`.TrainedWeight.forward`."""
-        return self.value(base, dict(self.named_parameters()), self.settings)
+        bits = {} if self.bits is None else {"bits": self.bits()}
+        return self.value(base, dict(self.named_parameters()) | bits, self.settings)
 
     @staticmethod
     @abstractmethod
@@ -94,8 +109,14 @@ class Trainable(TrainedWeight, ABC):
 
     @classmethod
     @abstractmethod
-    def parameters_of(cls, weight: Weight, settings: WeightTraining) -> int:
-        """Return the number of parameters of the trained form of ``weight``, without creating them."""
+    def parameters_of(cls, weight: Weight, settings: WeightTraining, density: float) -> int:
+        """Return the number of parameters of the trained form of ``weight``, without creating them.
+
+        Args:
+            weight: Weight to train.
+            settings: Settings of the training.
+            density: Share of the gated weights that the mask keeps.
+        """
 
     @classmethod
     def check(cls, names: Collection[str], settings: WeightTraining) -> None:
@@ -112,9 +133,11 @@ class Master(Trainable):
     At a rate of 1e-4 most updates of a bfloat16 weight would be lost by rounding.
     """
 
-    def __init__(self, weight: Weight, settings: WeightTraining, seed: int) -> None:
+    own_settings = ("compact",)
+
+    def __init__(self, weight: Weight, settings: WeightTraining, seed: int, bits: Bits | None = None) -> None:
         """Copy the weight; see :class:`Trainable`."""
-        super().__init__(weight, settings, seed)
+        super().__init__(weight, settings, seed, bits)
         self.master = nn.Parameter(weight.parameter.detach().to(torch.float32, copy=True))
 
     @staticmethod
@@ -123,7 +146,7 @@ class Master(Trainable):
         return parts["master"].to(base.dtype)
 
     @classmethod
-    def parameters_of(cls, weight: Weight, settings: WeightTraining) -> int:
+    def parameters_of(cls, weight: Weight, settings: WeightTraining, density: float) -> int:
         """Return one for each element; see :meth:`Trainable.parameters_of`."""
         return weight.parameter.numel()
 
@@ -131,6 +154,80 @@ class Master(Trainable):
     def start_at(self, weight: Tensor) -> None:
         """Start from another ``weight`` than the frozen one."""
         self.master.copy_(weight)
+
+
+class CompactMaster(Master):
+    """Master of the weights alone that a fixed mask keeps, in the order of their positions."""
+
+    reads_bits = True
+
+    def __init__(self, weight: Weight, settings: WeightTraining, seed: int, bits: Bits | None = None) -> None:
+        """Copy the kept weights; see :class:`Trainable`."""
+        assert bits is not None
+        Trainable.__init__(self, weight, settings, seed, bits)
+        base = weight.parameter.detach()
+        self.master = nn.Parameter(base[mask_of(bits(), base.shape)].to(torch.float32))
+
+    @staticmethod
+    def value(base: Tensor, parts: Mapping[str, Tensor], settings: WeightTraining) -> Tensor:
+        """Return ``base`` with the rounded master in the kept positions; see :meth:`Trainable.value`."""
+        value: Tensor = Placed.apply(parts["master"].to(base.dtype), parts["bits"], base)
+        return value
+
+    @classmethod
+    def parameters_of(cls, weight: Weight, settings: WeightTraining, density: float) -> int:
+        """Return one for each kept element, as of a mask that removes equal shares of all weights."""
+        return round(density * weight.parameter.numel())
+
+    @torch.no_grad()
+    def start_at(self, weight: Tensor) -> None:
+        """Start from another ``weight``; see :meth:`Master.start_at`."""
+        assert self.bits is not None
+        bits = self.bits()
+        self.master.copy_(weight.to(bits.device)[mask_of(bits, weight.shape)])
+
+    def resize(self, count: int) -> None:
+        """Make room for ``count`` kept weights, which a checkpoint has."""
+        self.master.data = self.master.data.new_zeros(count)
+
+
+class Placed(torch.autograd.Function):
+    """Autograd function (kept, bits, base) → ``base`` with the kept values where the packed mask is True.
+
+    Neither pass reads a number from the device, as masked_scatter and masked_select do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor, bits: Tensor, base: Tensor) -> Tensor:
+        """Return the tensor, of the shape of ``base``.
+
+        Raises:
+            UserError: On a CPU: the mask keeps more or fewer weights.
+        """
+        ctx.save_for_backward(bits)
+        ctx.count, ctx.shape = len(kept), base.shape
+        mask, place = _places(bits, base.shape)
+        if kept.device.type == "cpu" and int(place[-1]) + 1 != len(kept):
+            raise UserError(
+                f"there are {len(kept):,} trained weights for {int(place[-1]) + 1:,} that the mask keeps of a layer. "
+                "Take another checkpoint."
+            )
+        return torch.where(mask, kept.index_select(0, place.clamp_(0)).view(base.shape), base) if len(kept) else base
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Return the gradient in the kept positions."""
+        (bits,) = ctx.saved_tensors
+        mask, place = _places(bits, ctx.shape)
+        # The gradients of removed weights go to a place behind the others.
+        place = torch.where(mask.flatten(), place, ctx.count).long()
+        return grad.new_empty(ctx.count + 1).scatter_(0, place, grad.flatten())[:-1], None, None
+
+
+def _places(bits: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Return the mask, and for each of its elements, flat, the number of kept ones up to it, less one."""
+    mask = mask_of(bits, shape)
+    return mask, mask.flatten().cumsum(0, dtype=torch.int32).sub_(1)
 
 
 class LowRank(Trainable):
@@ -142,9 +239,9 @@ class LowRank(Trainable):
 
     own_settings = ("r", "lora_alpha", "target_modules")
 
-    def __init__(self, weight: Weight, settings: WeightTraining, seed: int) -> None:
+    def __init__(self, weight: Weight, settings: WeightTraining, seed: int, bits: Bits | None = None) -> None:
         """Create the factors; see :class:`Trainable`."""
-        super().__init__(weight, settings, seed)
+        super().__init__(weight, settings, seed, bits)
         base = weight.parameter
         *stacked, rows, columns = base.shape
         spread = 1 / math.sqrt(3 * base.shape[weight.input_dim])
@@ -160,7 +257,7 @@ class LowRank(Trainable):
             return (base.to(torch.float32) + settings.lora_alpha / settings.r * product).to(base.dtype)
 
     @classmethod
-    def parameters_of(cls, weight: Weight, settings: WeightTraining) -> int:
+    def parameters_of(cls, weight: Weight, settings: WeightTraining, density: float) -> int:
         """Return the elements of both factors; see :meth:`Trainable.parameters_of`."""
         *stacked, rows, columns = weight.parameter.shape
         return math.prod(stacked) * settings.r * (rows + columns)
@@ -221,7 +318,15 @@ def check_kind(name: str) -> None:
         raise UserError(f"model.train_weights is {name!r}; give one of {', '.join(KINDS)}.")
 
 
-def parameters_of(train_weights: str, settings: WeightTraining, weights: Mapping[str, Weight], model: nn.Module) -> int:
+def kind_of(train_weights: str, settings: WeightTraining) -> type[Trainable] | None:
+    """Return the class of the trained weights of gates, or None: they are frozen."""
+    kind = KINDS[train_weights].gated
+    return CompactMaster if kind is Master and settings.compact else kind
+
+
+def parameters_of(
+    train_weights: str, settings: WeightTraining, weights: Mapping[str, Weight], model: nn.Module, density: float = 1.0
+) -> int:
     """Return the number of parameters that a run trains of weights, without those of masks.
 
     Args:
@@ -229,14 +334,15 @@ def parameters_of(train_weights: str, settings: WeightTraining, weights: Mapping
         settings: Settings of the training.
         weights: Gated weights.
         model: Model, still without gates.
+        density: Share of the gated weights that the mask keeps.
     """
-    kind = KINDS[train_weights]
+    kind, gated = KINDS[train_weights], kind_of(train_weights, settings)
     whole = [*(norms_in(model) if kind.norms else ())]
     whole += [places[0] for places in embeddings_of(model)] if settings.embeddings else []
     found = sum(weight.parameter.numel() for weight in whole)
-    if kind.gated is not None:
-        taken = [weight for name, weight in weights.items() if kind.gated.takes(name, settings)]
-        found += sum(kind.gated.parameters_of(weight, settings) for weight in taken)
+    if gated is not None:
+        taken = [weight for name, weight in weights.items() if gated.takes(name, settings)]
+        found += sum(gated.parameters_of(weight, settings, density) for weight in taken)
     return found
 
 

@@ -23,8 +23,9 @@ from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
 from leap_pl.comparison.entries import read_entries
+from leap_pl.masks.mask_set import pack
 from leap_pl.training.checkpoint_weights import weights_from_checkpoint
-from leap_pl.training.weights import WeightTraining, parameters_of
+from leap_pl.training.weights import Placed, WeightTraining, parameters_of
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 
@@ -74,7 +75,14 @@ def test_the_mask_stays_and_what_it_keeps_moves(recovered: Path, finished_run: R
     assert (made.provenance.method, made.provenance.sparsity) == ("leap", 0.5)
     config = made.provenance.config
     assert config["mask"] == {"method": "leap", "sparsity": 0.5, "config": mask.provenance.config}
-    training = {"kind": "kept", "lr": 0.01, "warmup_steps": 1, "weight_decay": 0.0, "embeddings": False}
+    training = {
+        "kind": "kept",
+        "lr": 0.01,
+        "warmup_steps": 1,
+        "weight_decay": 0.0,
+        "embeddings": False,
+        "compact": False,
+    }
     assert config["train_weights"] == training
     assert "train_weights" not in mask.provenance.config
     base, weights = load_file(model_folder / "model.safetensors"), weights_in(recovered)
@@ -194,6 +202,8 @@ def test_the_plan_says_what_is_trained(recover: Flags, tmp_path: Path, capsys) -
     for kind, parameters in (("kept", 15_360 + 5 * 32), ("norms", 5 * 32), ("none", 0)):
         model = tiny_model()
         assert parameters_of(kind, WeightTraining(), find_weights(model), model) == parameters
+    compact = parameters_of("kept", WeightTraining(compact=True), find_weights(model), model, density=0.25)
+    assert compact == 15_360 / 4 + 5 * 32
     factors = sum(16 * sum(weight.parameter.shape) for weight in find_weights(model).values())
     assert parameters_of("lora", WeightTraining(), find_weights(model), model) == factors
 
@@ -206,6 +216,49 @@ def test_low_memory(recover: Flags, tmp_path: Path) -> None:
     ends = [load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "again")]
     assert list(differences(*ends)) == []
     assert {tensor.dtype for tensor in ends[0].values()} == {torch.bfloat16, torch.uint8}
+
+
+def test_compact_masters_learn_the_same(recovered: Path, recover: Flags, tmp_path: Path, capsys) -> None:
+    """Parameters of the kept weights alone: the same weights but for the order in which gradients are summed."""
+    compact = "--model.weight_training.compact=true"
+    main(recover(tmp_path / "whole", compact))
+    folder = tmp_path / "whole" / "checkpoints"
+    main(recover(tmp_path / "again", compact, f"--ckpt_path={folder / 'step=2.ckpt'}"))
+    file = "checkpoints/weights.safetensors"
+    assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    masks, found, expected = MaskSet.load(folder / "mask.safetensors"), weights_in(tmp_path / "whole"), recovered
+    exact_zeros(found, masks)
+    for name, weight in weights_in(expected).items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
+    ends = [curves(run / "tensorboard")["moved/all"][4] for run in (tmp_path / "whole", expected)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4)
+    state = load_checkpoint(folder / "last.ckpt")["state_dict"]
+    masters = {key: len(state[f"trained.master.{key}"]) for key in masks.masks}
+    assert masters == {key: int(mask.sum()) for key, mask in masks.masks.items()}
+    export_command(str(tmp_path / "model"), ckpt_path=str(folder / "last.ckpt"))
+    model = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(model[name], weight) for name, weight in found.items())
+    loaded = LeapModule.load_from_checkpoint(folder / "last.ckpt")
+    name = next(iter(masks.masks))
+    assert loaded.trained[name].master.equal(state[f"trained.master.{name}"])  # type: ignore[operator, union-attr]
+    spoilt = torch.load(folder / "last.ckpt", weights_only=True)
+    spoilt["state_dict"][f"trained.master.{name}"] = torch.zeros(3)
+    torch.save(spoilt, tmp_path / "spoilt.ckpt")
+    words = ["export", f"--ckpt_path={tmp_path / 'spoilt.ckpt'}", f"--output_dir={tmp_path / 'no'}"]
+    assert "there are 3 trained weights for" in refused(words, capsys)
+    lora = recover(tmp_path / "no", compact, "--model.train_weights=lora")
+    assert "compact holds the weights alone that a fixed mask keeps" in refused(lora, capsys)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5, 24])
+def test_kept_values_are_placed(kept: int) -> None:
+    """As masked_scatter does; gradients in float64, empty and full masks too."""
+    mask = torch.zeros(24, dtype=torch.bool)
+    mask[torch.randperm(24, generator=torch.Generator().manual_seed(kept))[:kept]] = True
+    mask, base = mask.view(4, 6), torch.randn(4, 6, dtype=torch.float64)
+    values = torch.randn(kept, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(Placed.apply(values, pack(mask), base), base.masked_scatter(mask, values))
+    assert torch.autograd.gradcheck(lambda values: Placed.apply(values, pack(mask), base), values)
 
 
 def test_norms_alone(recover: Flags, model_folder: Path, tmp_path: Path) -> None:
