@@ -39,14 +39,12 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "fit": Verb(
-        "learn a mask for a model", "leap_pl.cli.fit:run", run=True, first_page="leap_pl.cli.fit_help:FIRST_PAGE"
-    ),
+    "fit": Verb("learn a mask for a model", "leap_pl.cli.fit:run", run=True, first_page="leap_pl.cli.first_pages:FIT"),
     "recover": Verb(
         "train the weights that a mask keeps",
         "leap_pl.cli.recover:run",
         run=True,
-        first_page="leap_pl.cli.recover_help:FIRST_PAGE",
+        first_page="leap_pl.cli.first_pages:RECOVER",
     ),
     "validate": Verb("perplexity of a checkpoint's hard mask on the validation text", "leap_pl.cli.fit:run", run=True),
     "prune": Verb("make a mask in one shot, layer by layer, without learning", "leap_pl.cli.prune:prune_command"),
