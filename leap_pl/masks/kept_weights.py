@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_file
 from leap_pl.files.tensor_file import write_tensors
+from leap_pl.inputs.hub import repository_of
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import WEIGHTS, WEIGHTS_FORMAT
 from leap_pl.inputs.register import note_input
@@ -49,6 +50,12 @@ class KeptWeights:
     def beside(cls, mask: str | Path, masks: MaskSet) -> "KeptWeights | None":
         """Return the trained weights of the MaskSet file ``mask``, which is loaded as ``masks``; None: it has none.
 
+        An exported model has them in its own files, and not beside its mask.
+
+        Args:
+            mask: MaskSet file, or hub id of one, as given to :meth:`MaskSet.load`.
+            masks: The same, loaded.
+
         Raises:
             UserError: The mask's provenance says that weights were trained, and their file is missing, damaged, or of
                 another mask.
@@ -57,7 +64,15 @@ class KeptWeights:
             return None
         from safetensors import SafetensorError, safe_open
 
+        repository = repository_of(mask) if isinstance(mask, str) else None
         path = Path(mask).parent / WEIGHTS
+        if repository is not None or (not path.is_file() and (path.parent / "config.json").is_file()):
+            name, revision = repository or (path.parent, None)
+            model = f"--model {name}" + ("" if revision is None else f" --revision {revision}")
+            raise UserError(
+                f"weights were trained under {mask}, and the exported model that it belongs to has them. Give {model} "
+                "instead of the mask."
+            )
         if not path.is_file():
             raise UserError(
                 f"weights were trained under {mask}, and {path} is missing. Put it back, or give the run's checkpoint "
