@@ -25,9 +25,9 @@ def test_the_example_of_a_verb(finished: Run, tmp_path: Path, monkeypatch: pytes
     file, row = examples("Add a verb")
     (tmp_path / "verb_of_contributing.py").write_text(file, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    name, value = next(iter(eval(f"{{{row}}}").items()))
-    function = value[1].replace("leap_pl.cli.density", "verb_of_contributing")
-    monkeypatch.setitem(command_line.VERBS, name, (value[0], function))
+    name, verb = next(iter(eval(f"{{{row}}}", {"Verb": command_line.Verb}).items()))
+    function = verb.function.replace("leap_pl.cli.density", "verb_of_contributing")
+    monkeypatch.setitem(command_line.VERBS, name, verb._replace(function=function))
     command_line.main(["density", f"--mask={finished.mask}"])
     assert capsys.readouterr().out.strip() == "0.500000"
     with pytest.raises(SystemExit):

@@ -120,9 +120,8 @@ def test_a_command_that_is_shown_parses(
     """Every option of it exists and takes its value; nothing is run."""
     monkeypatch.chdir(ROOT)
     _, verb, *words = [word for word in shlex.split(line.removeprefix("python -m ")) if word != "..."]
-    function = VERBS[verb][1]
-    if function is not None:
-        assert settings_of(verb, _find(function), words)
+    if not VERBS[verb].run:
+        assert settings_of(verb, _find(VERBS[verb].function), words)
         return
     for option in {"--ckpt_path", "--model.mask"} & {*words}:  # of a run, which is not made here
         del words[(place := words.index(option)) : place + 2]

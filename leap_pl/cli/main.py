@@ -1,4 +1,4 @@
-"""Command line ``leap_pl``: the table of verbs, each a function or a run of the Lightning trainer."""
+"""Command line ``leap_pl``: the table of verbs, each a command or a run of the Lightning trainer."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from leap_pl.errors import UserError
 from leap_pl.escape import say, terminal
@@ -17,38 +17,52 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
     from lightning.pytorch.cli import ArgsType
 
-# Verb → description and function; verbs without a function are run by LightningCLI, by ``run`` in their module.
-VERBS: dict[str, tuple[str, str | None]] = {
-    "fit": ("learn a mask for a model", None),
-    "recover": ("train the weights that a mask keeps", None),
-    "validate": ("perplexity of a checkpoint's hard mask on the validation text", None),
-    "prune": (
-        "make a mask in one shot, layer by layer, without learning",
-        "leap_pl.cli.prune:prune_command",
+
+class Verb(NamedTuple):
+    """Row of the table of verbs.
+
+    Attributes:
+        summary: Words for it in the usage.
+        function: Module and name of its function, imported when the verb is used.
+        run: Whether the function takes the words, and LightningCLI makes a run of the Trainer of them; the options of
+            any other verb are the signature of its function.
+        first_page: Module and name of the text that ``--help`` shows instead of all options of a run.
+        several: Option with any number of values, which may also be given without the flag, as in
+            ``leap_pl compare a.json b.json``.
+    """
+
+    summary: str
+    function: str
+    run: bool = False
+    first_page: str | None = None
+    several: str | None = None
+
+
+VERBS = {
+    "fit": Verb("learn a mask for a model", "leap_pl.cli.fit:run", run=True, first_page="leap_pl.cli.first_pages:FIT"),
+    "recover": Verb(
+        "train the weights that a mask keeps",
+        "leap_pl.cli.recover:run",
+        run=True,
+        first_page="leap_pl.cli.first_pages:RECOVER",
     ),
-    "export": ("write a sparse Hugging Face checkpoint from a mask", "leap_pl.cli.export:export_command"),
-    "evaluate": ("perplexity and zero-shot tasks of a model or mask", "leap_pl.cli.evaluate:evaluate_command"),
-    "generate": ("continue a prompt, and show how fast", "leap_pl.cli.generate:generate_command"),
-    "consolidate": (
-        "convert a checkpoint folder to one file",
-        "leap_pl.cli.consolidate:consolidate_command",
-    ),
-    "compare": ("tables and pictures of several results", "leap_pl.cli.compare:compare_command"),
+    "validate": Verb("perplexity of a checkpoint's hard mask on the validation text", "leap_pl.cli.fit:run", run=True),
+    "prune": Verb("make a mask in one shot, layer by layer, without learning", "leap_pl.cli.prune:prune_command"),
+    "export": Verb("write a sparse Hugging Face checkpoint from a mask", "leap_pl.cli.export:export_command"),
+    "evaluate": Verb("perplexity and zero-shot tasks of a model or mask", "leap_pl.cli.evaluate:evaluate_command"),
+    "generate": Verb("continue a prompt, and show how fast", "leap_pl.cli.generate:generate_command"),
+    "consolidate": Verb("convert a checkpoint folder to one file", "leap_pl.cli.consolidate:consolidate_command"),
+    "compare": Verb("tables and pictures of several results", "leap_pl.cli.compare:compare_command", several="results"),
 }
 
-RUNS = {"fit": "leap_pl.cli.fit:run", "recover": "leap_pl.cli.recover:run", "validate": "leap_pl.cli.fit:run"}
-FIRST_PAGES = {"fit": "leap_pl.cli.fit_help:FIRST_PAGE", "recover": "leap_pl.cli.recover_help:FIRST_PAGE"}
 ALL = "all"  # leap_pl fit --help all
-
-# Verb → its option with any number of values, which may also be given without the flag: leap_pl compare a.json b.json
-BARE = {"compare": "results"}
 
 USAGE = f"""usage: leap_pl <verb> [options]
 
 Learn which weights of a large language model to keep (LEAP, arXiv 2605.17289).
 
 verbs:
-{chr(10).join(f"  {verb:<11} {words}" for verb, (words, _) in VERBS.items())}
+{chr(10).join(f"  {name:<11} {verb.summary}" for name, verb in VERBS.items())}
 
   leap_pl <verb> --help     options of a verb; of fit and recover those that most runs need, all with --help all
   leap_pl --version         {__version__}
@@ -75,21 +89,20 @@ def main(args: "ArgsType" = None) -> Any:
         print(f"leap_pl {__version__}")
         return None
     try:
-        if words[0] not in VERBS:
+        verb = VERBS.get(words[0])
+        if verb is None:
             raise UserError(f"there is no verb {words[0]!r}. The verbs are {', '.join(VERBS)}; see leap_pl --help.")
         _check_working_directory()
-        function = VERBS[words[0]][1]
-        if _asks_for_help(words[1:]) and (function or words[0] in FIRST_PAGES):
-            _show_help(words[0], function)
+        if _asks_for_help(words[1:]) and (verb.first_page or not verb.run):
+            _show_help(words[0], verb)
             raise SystemExit(0)
         from leap_pl.inputs.register import command_inputs  # help does not wait for it
 
         with _plain_warnings(), command_inputs(words[0]):
-            if function is None:
-                run = _find(RUNS[words[0]])
-                return run(words[:-1] if words[-2:] in (["-h", ALL], ["--help", ALL]) else words)
-            called = _find(function)
-            return called(**settings_of(words[0], called, words[1:]))
+            function = _find(verb.function)
+            if verb.run:
+                return function(words[:-1] if words[-2:] in (["-h", ALL], ["--help", ALL]) else words)
+            return function(**settings_of(words[0], function, words[1:]))
     except UserError as error:
         rank = _rank()
         say(f"leap_pl {words[0]}{f' [rank {rank}]' if rank else ''}: {error}", sys.stderr)
@@ -101,12 +114,12 @@ def _asks_for_help(words: list[str]) -> bool:
     return any(word in ("-h", "--help") for word in words) and ALL not in words
 
 
-def _show_help(verb: str, function: str | None) -> None:
-    """Print the help of a verb's ``function``, or the first page of that of a run."""
-    if function:
-        _parser(verb, _find(function)).print_help()
+def _show_help(name: str, verb: Verb) -> None:
+    """Print the first page of a verb's help, or the help that its function makes."""
+    if verb.first_page:
+        say(_find(verb.first_page).rstrip("\n"), lines=True)
     else:
-        say(_find(FIRST_PAGES[verb]).rstrip("\n"), lines=True)
+        _parser(name, _find(verb.function)).print_help()
 
 
 def _check_working_directory() -> None:
@@ -184,7 +197,7 @@ def _find(place: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> dict[str, Any]:
+def settings_of(name: str, function: Callable[..., Any], words: list[str]) -> dict[str, Any]:
     """Parse ``words`` to keyword arguments of a verb's ``function``.
 
     The options come from its signature, their help from its docstring; ``--config`` also gives values.
@@ -198,8 +211,8 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
     from leap_pl.cli.arguments import check_configs, check_keys, one_line, options_of
     from leap_pl.inputs.ranges import check_numbers
 
-    parser = _parser(verb, function)
-    several = BARE.get(verb)
+    parser = _parser(name, function)
+    several = VERBS[name].several
     switches = {f"--{p.name}" for p in signature(function).parameters.values() if isinstance(p.default, bool)}
     if several:
         words = _gather(words, f"--{several}", switches)
@@ -211,23 +224,23 @@ def settings_of(verb: str, function: Callable[..., Any], words: list[str]) -> di
         raise UserError(_paths_back(one_line(error, options_of(parser)), paths)) from error
     settings = _paths_back(settings, paths)
     settings.pop("config", None)
-    check_numbers(settings, f"{verb}.", "--")
-    empty = [name for name, value in settings.items() if value == ""]
+    check_numbers(settings, f"{name}.", "--")
+    empty = [option for option, value in settings.items() if value == ""]
     if empty:
         raise UserError(f"--{empty[0]} is empty. Give it a value, or leave it out.")
     return settings
 
 
-def _parser(verb: str, function: Callable[..., Any]) -> "ArgumentParser":
+def _parser(name: str, function: Callable[..., Any]) -> "ArgumentParser":
     from jsonargparse import ArgumentParser
 
     from leap_pl.cli.command import add_arguments
     from leap_pl.cli.sentences import SentenceFormatter
 
-    several = BARE.get(verb)
+    several = VERBS[name].several
     parser = ArgumentParser(
-        prog=f"leap_pl {verb}",
-        usage=f"leap_pl {verb} {several} ... [options]" if several else None,
+        prog=f"leap_pl {name}",
+        usage=f"leap_pl {name} {several} ... [options]" if several else None,
         description=(function.__doc__ or "").split("Args:")[0],
         formatter_class=SentenceFormatter,
         exit_on_error=False,

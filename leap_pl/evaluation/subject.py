@@ -112,14 +112,14 @@ def _weights_of_checkpoint(path: str) -> KeptWeights | None:
 
 
 def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: bool) -> Subject:
-    record = exported_record(name)  # first, so that a damaged record fails before the model loads
+    record = exported_record(name, revision=revision)  # first, so that a damaged record fails before the model loads
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     return Subject(
         model=loaded,
         tokenizer=_tokenizer_of(loaded, name, revision=revision, trust_remote_code=trust_remote_code),
         base_model=record.get("base_model", name),
         revision=record.get("revision", revision),
-        # An exported folder records the fingerprint of its base model; that of the masked weights identifies nothing.
+        # An exported model records the fingerprint of its base model; that of the masked weights identifies nothing.
         fingerprint=record.get("fingerprint") if record else model_fingerprint(loaded),
         method=record.get("method", "dense"),
         origin={"model": name, "mask": None, "ckpt_path": None},

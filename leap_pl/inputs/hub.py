@@ -1,6 +1,7 @@
 """Hugging Face hub: names of repositories, one short probe, single files, and its client's errors in one line."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -85,6 +86,25 @@ def fetch_file(name: str, file: str, revision: str | None = None, *, what: str) 
     with hub_errors(f"{what} could not be fetched from the hub", file):
         check_reachable(name, revision=revision, file=file)
         return Path(hf_hub_download(name, file, revision=revision, etag_timeout=PATIENCE))
+
+
+def fetch_optional(name: str, file: str, revision: str | None = None) -> Path | None:
+    """Return the path of ``file`` of a model repository as :func:`fetch_file` does, or None if there is none.
+
+    None as well if the hub refuses the repository or cannot be reached, which loading its model reports; with a warning
+    if the local cache has that model, since it is then loaded without the file.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+
+    try:
+        return fetch_file(name, file, revision, what=f"{file} of {name}")
+    except UserError as error:
+        if not isinstance(error.__cause__, RemoteEntryNotFoundError | HFValidationError):
+            absent = try_to_load_from_cache(name, file, revision=revision) is not None  # the hub has said so before
+            if not absent and try_to_load_from_cache(name, "config.json", revision=revision) is not None:
+                warnings.warn(f"{error} The model is used without it.", stacklevel=2)
+        return None
 
 
 @contextmanager

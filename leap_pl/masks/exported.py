@@ -1,4 +1,4 @@
-"""Provenance in the record of a folder that a sparse model was exported into."""
+"""Provenance in the record of a folder, or of a repository of the hub, that a sparse model was exported into."""
 
 import os
 from pathlib import Path
@@ -6,19 +6,27 @@ from typing import Any
 
 from leap_pl.errors import UserError
 from leap_pl.inputs import records
+from leap_pl.inputs.hub import fetch_optional, is_hub_id
 from leap_pl.inputs.plain_values import read_json
 
 
-def exported_record(name: str | Path) -> dict[str, Any]:
+def exported_record(name: str | Path, *, revision: str | None = None) -> dict[str, Any]:
     """Return the provenance in an exported folder, with its ``mask_digest``; an empty dictionary for other models.
+
+    Args:
+        name: Folder; or, as a string that names no local path, ``USER/NAME`` of a model repository of the hub.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
         UserError: If the record cannot be read, or is no provenance.
     """
     from leap_pl.masks.provenance_schema import provenance_fields
 
-    path = Path(name).expanduser() / records.RECORD
-    if not os.path.lexists(path):
+    if isinstance(name, str) and is_hub_id(name):
+        path = fetch_optional(name, records.RECORD, revision)
+    else:
+        path = Path(name).expanduser() / records.RECORD
+    if path is None or not os.path.lexists(path):
         return {}
     try:
         record = read_json(path)

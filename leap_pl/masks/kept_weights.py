@@ -13,8 +13,6 @@ header's metadata has
 The provenance of the mask says that weights were trained, on what and how: key ``train_weights`` of its settings.
 """
 
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +21,8 @@ from torch import Tensor, nn
 
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_file
+from leap_pl.files.tensor_file import write_tensors
+from leap_pl.inputs.hub import repository_of
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import WEIGHTS, WEIGHTS_FORMAT
 from leap_pl.inputs.register import note_input
@@ -30,8 +30,6 @@ from leap_pl.masks.mask_set import MaskSet
 
 FORMAT_VERSION = 1
 TRAINED = "train_weights"  # key in the settings of a mask's provenance
-
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class KeptWeights:
@@ -52,6 +50,12 @@ class KeptWeights:
     def beside(cls, mask: str | Path, masks: MaskSet) -> "KeptWeights | None":
         """Return the trained weights of the MaskSet file ``mask``, which is loaded as ``masks``; None: it has none.
 
+        An exported model has them in its own files, and not beside its mask.
+
+        Args:
+            mask: MaskSet file, or hub id of one, as given to :meth:`MaskSet.load`.
+            masks: The same, loaded.
+
         Raises:
             UserError: The mask's provenance says that weights were trained, and their file is missing, damaged, or of
                 another mask.
@@ -60,7 +64,15 @@ class KeptWeights:
             return None
         from safetensors import SafetensorError, safe_open
 
+        repository = repository_of(mask) if isinstance(mask, str) else None
         path = Path(mask).parent / WEIGHTS
+        if repository is not None or (not path.is_file() and (path.parent / "config.json").is_file()):
+            name, revision = repository or (path.parent, None)
+            model = f"--model {name}" + ("" if revision is None else f" --revision {revision}")
+            raise UserError(
+                f"weights were trained under {mask}, and the exported model that it belongs to has them. Give {model} "
+                "instead of the mask."
+            )
         if not path.is_file():
             raise UserError(
                 f"weights were trained under {mask}, and {path} is missing. Put it back, or give the run's checkpoint "
@@ -150,15 +162,7 @@ def write_weights(
     """
     metadata = {"format": WEIGHTS_FORMAT, "format_version": str(FORMAT_VERSION)}
     metadata["mask_digest"] = MaskSet.load(mask).digest_of_bits()
-    header: dict[str, object] = {"__metadata__": metadata}
-    end = 0
-    for name in sorted(headers):
-        dtype, shape = headers[name]
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in sorted(headers):
-            file.write(weight(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    names = sorted(headers)
+    with atomic_file(path) as temporary:
+        layout = {name: headers[name] for name in names}
+        write_tensors(temporary, layout, ((name, weight(name)) for name in names), lambda: metadata)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file
+from leap_pl.files.tensor_file import tensor_bytes, write_tensors
 from leap_pl.inputs.hub import fetch_file, repository_of
 from leap_pl.inputs.plain_values import MOST_BYTES, plain, shown
 from leap_pl.inputs.records import MASK, MASK_FORMAT
@@ -319,31 +320,29 @@ def write_masks(
     """
     shapes_json, provenance_json = json.dumps(shapes), json.dumps(plain(asdict(provenance)))
     digest = hashlib.sha256(f"{shapes_json}\n{provenance_json}\n".encode())
-    blank = "0" * 2 * digest.digest_size  # placeholder until the bits are known
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "shapes": shapes_json,
-        "provenance": provenance_json,
-    }
-    header: dict[str, Any] = {"__metadata__": {"digest": blank, **metadata}}
-    end = 0
-    for name in sorted(shapes):
-        start, end = end, end + (math.prod(shapes[name]) + 7) // 8
-        header[name] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     kept = 0
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+
+    def packed() -> Iterator[tuple[str, Tensor]]:
+        nonlocal kept
         for name in sorted(shapes):
-            bits = mask(name)
-            kept += int(bits.sum())
-            packed = pack(bits).numpy().tobytes()
-            digest.update(name.encode() + b"\n" + packed)
-            file.write(packed)
-        file.seek(8 + text.index(blank.encode()))  # the digest is the first key, so this is the first match
-        file.write(digest.hexdigest().encode())
+            chosen = mask(name)
+            kept += int(chosen.sum())
+            bits = pack(chosen)
+            _add_to_digest(digest, name, bits)
+            yield name, bits
+
+    def metadata() -> dict[str, str]:
+        return {
+            "digest": digest.hexdigest(),
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "shapes": shapes_json,
+            "provenance": provenance_json,
+        }
+
+    layout = {name: (torch.uint8, [(math.prod(shapes[name]) + 7) // 8]) for name in sorted(shapes)}
+    with atomic_file(path) as temporary:
+        write_tensors(temporary, layout, packed(), metadata)
     return kept, sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -402,6 +401,10 @@ def _check_packed(packed: Tensor, shape: Sequence[int]) -> int:
 def _digest(shapes: str, provenance: str, packed: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(f"{shapes}\n{provenance}\n".encode())
     for name in sorted(packed):
-        digest.update(name.encode() + b"\n")
-        digest.update(packed[name].numpy().tobytes())
+        _add_to_digest(digest, name, packed[name])
     return digest.hexdigest()
+
+
+def _add_to_digest(digest: "hashlib._Hash", name: str, bits: Tensor) -> None:
+    digest.update(name.encode() + b"\n")
+    digest.update(tensor_bytes(bits))

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from leap_pl.base_model.stored_weights import BITMAP, SCALE
 from leap_pl.errors import UserError
+from leap_pl.files.tensor_file import DTYPE_NAMES, tensor_bytes, write_tensors
 from leap_pl.inputs.plain_values import MOST_BYTES, checked, parse_json, plain, shown
 from leap_pl.inputs.reading import check_regular
 from leap_pl.masks import MaskSet, Provenance
@@ -45,19 +46,7 @@ LAYOUT = (
     "columns are the last dimension, rows the others; little-endian"
 )
 _NO_SUM = "0" * 8  # until the tensor is written
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_TYPES = {name: dtype for dtype, name in _NAMES.items()}
+_TYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _SUMS: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
 
 
@@ -77,16 +66,16 @@ class Stored:
     kept: int
     dtype: torch.dtype
 
-    def parts(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Return the shape and data type of each tensor by the suffix of its name; that of the values has none.
+    def parts(self, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return the data type and shape of each tensor by the suffix of its name; that of the values has none.
 
         Args:
             dtype: Data type of values that are not int8.
         """
         rows, words = prod(self.shape[:-1]), -(-self.shape[-1] // WORD)
         int8 = self.dtype == torch.int8
-        parts = {"": ((self.kept,), torch.int8 if int8 else dtype), BITMAP: ((rows, words), torch.int32)}
-        return parts | ({SCALE: ((rows,), torch.float32)} if int8 else {})
+        parts = {"": (torch.int8 if int8 else dtype, (self.kept,)), BITMAP: (torch.int32, (rows, words))}
+        return parts | ({SCALE: (torch.float32, (rows,))} if int8 else {})
 
 
 # -- write --------------------------------------------------------------------------------------------------
@@ -116,25 +105,21 @@ def write_packed(source: Path, target: Path, masks: MaskSet, *, int8: bool) -> N
                 stored = Stored(target, shape, int(masks.masks[name].sum()), torch.int8 if int8 else dtype)
                 packed[name] = {f"{name}{suffix}": part for suffix, part in stored.parts(dtype).items()}
             else:
-                plain_parts[name] = (shape, dtype)
-        sums = {part: _NO_SUM for parts in packed.values() for part in parts}
+                plain_parts[name] = (dtype, shape)
         everything = {part: of for parts in (*packed.values(), plain_parts) for part, of in parts.items()}
+        layout = dict(sorted(everything.items(), key=lambda part: (-part[1][0].itemsize, part[0])))  # all are aligned
         metadata = _metadata({name: list(shapes[name]) for name in packed}, masks.provenance)
-        header, places = _header(everything, metadata, sums)
-        with target.open("wb") as written:
-            written.write(header)
-            for name in (*packed, *plain_parts):
-                tensors = {name: file.get_tensor(name)}
-                if name in packed:
-                    tensors = _packed_parts(name, tensors[name], masks.masks[name], int8=int8)
-                for part, tensor in tensors.items():
-                    data = _bytes(tensor)
-                    written.seek(places[part])
-                    written.write(data)
-                    if part in sums:
-                        sums[part] = f"{zlib.crc32(data):08x}"
-            written.seek(0)
-            written.write(_header(everything, metadata, sums)[0])
+        sums = {part: _NO_SUM for parts in packed.values() for part in parts}
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name in packed:
+                for part, tensor in _packed_parts(name, file.get_tensor(name), masks.masks[name], int8=int8).items():
+                    sums[part] = f"{zlib.crc32(tensor_bytes(tensor)):08x}"
+                    yield part, tensor
+            for name in plain_parts:
+                yield name, file.get_tensor(name)
+
+        write_tensors(target, layout, tensors(), lambda: {**metadata, "crc32": json.dumps(sums)})
 
 
 def _packed_parts(name: str, weight: Tensor, mask: Tensor, *, int8: bool) -> dict[str, Tensor]:
@@ -152,27 +137,6 @@ def _metadata(shapes: Mapping[str, list[int]], provenance: Provenance) -> dict[s
         "shapes": json.dumps(shapes),
         "provenance": json.dumps(plain(asdict(provenance))),
     }
-
-
-def _header(
-    parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str], sums: Mapping[str, str]
-) -> tuple[bytes, dict[str, int]]:
-    """Return the header, whose length does not depend on the sums, and the place of each tensor in the file."""
-    header: dict[str, Any] = {"__metadata__": {**metadata, "crc32": json.dumps(sums)}}
-    places, end = {}, 0
-    for name in sorted(parts, key=lambda name: (-parts[name][1].itemsize, name)):  # so that all are aligned
-        shape, dtype = parts[name]
-        places[name], end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [places[name], end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {name: start + place for name, place in places.items()}
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """Return the bytes of a tensor as an object that can be written and summed, without a copy."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
 
 
 # -- read ---------------------------------------------------------------------------------------------------
@@ -219,9 +183,9 @@ def _packed_in(file: Path, opened: Any, metadata: Mapping[str, str]) -> dict[str
             raise ValueError(f"it lacks {shown(name)}")
         values = opened.get_slice(name)
         stored = Stored(file, tuple(shape), prod(values.get_shape()), _TYPES[values.get_dtype()])
-        for suffix, (expected, dtype) in stored.parts(stored.dtype).items():
+        for suffix, (dtype, expected) in stored.parts(stored.dtype).items():
             part = opened.get_slice(f"{name}{suffix}")
-            if (tuple(part.get_shape()), part.get_dtype()) != (expected, _NAMES[dtype]):
+            if (tuple(part.get_shape()), part.get_dtype()) != (expected, DTYPE_NAMES[dtype]):
                 raise ValueError(f"{shown(name + suffix)} is {part.get_dtype()} {part.get_shape()}")
         found[name] = stored
     return found
@@ -261,7 +225,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, tuple[int, ...], dict[str, Tenso
         for name, stored in _packed_in(file, opened, metadata).items():
             parts = {suffix: opened.get_tensor(f"{name}{suffix}") for suffix in stored.parts(stored.dtype)}
             for suffix, tensor in parts.items():
-                if f"{zlib.crc32(_bytes(tensor)):08x}" != sums[f"{name}{suffix}"]:
+                if f"{zlib.crc32(tensor_bytes(tensor)):08x}" != sums[f"{name}{suffix}"]:
                     raise ValueError(f"{shown(name + suffix)} has other bytes than were written")
             yield name, stored.shape, parts
 

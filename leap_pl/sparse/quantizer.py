@@ -98,7 +98,7 @@ class PackedQuantizer(HfQuantizer):
                     f"{list(dense.shape)}. Check that config.json belongs to the files."
                 )
             self.stored[name], self.dtypes[name] = stored, dense.dtype
-            for suffix, (shape, dtype) in stored.parts(dense.dtype).items():
+            for suffix, (dtype, shape) in stored.parts(dense.dtype).items():
                 empty = torch.empty(shape, dtype=dtype, device="meta")
                 if suffix:
                     owner.register_buffer(f"{tensor}{suffix}", empty)

@@ -388,7 +388,7 @@ def compare_command() -> None:
     warnings.warn("beside", stacklevel=1)
 
 compare.compare_command = compare_command
-cli.BARE.clear()
+cli.VERBS["compare"] = cli.VERBS["compare"]._replace(several=None)
 cli.main(["compare"])
 exec(compile("warnings.warn('later')", compare.__file__, "exec"))
 """
@@ -403,7 +403,7 @@ def test_a_warning_is_one_plain_line() -> None:
 def test_a_warning_that_is_recorded_is_recorded(monkeypatch) -> None:
     import leap_pl.cli.compare
 
-    monkeypatch.setitem(sys.modules["leap_pl.cli.main"].BARE, "compare", None)
+    monkeypatch.setitem(VERBS, "compare", VERBS["compare"]._replace(several=None))
     warn = compile("import warnings; warnings.warn('a weight is gone')", leap_pl.cli.compare.__file__, "exec")
     monkeypatch.setattr(leap_pl.cli.compare, "compare_command", lambda: exec(warn, {}))
     with pytest.warns(UserWarning, match="a weight is gone"):

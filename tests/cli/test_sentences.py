@@ -39,10 +39,10 @@ def parsers():
         with pytest.raises(StoppedError):
             make_cli(["fit"], kind=RecoverCLI)
         patch.setattr(jsonargparse.ArgumentParser, "parse_args", keep_one)
-        for verb, (_, function) in VERBS.items():
-            if function is not None:
+        for name, verb in VERBS.items():
+            if not verb.run:
                 with pytest.raises(StoppedError):
-                    settings_of(verb, _find(function), [])
+                    settings_of(name, _find(verb.function), [])
     assert found.keys() == VERBS.keys()
     return found
 

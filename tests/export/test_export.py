@@ -1,6 +1,8 @@
 """``leap_pl export``: exact zeros, every kept bit, whole or not at all."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -170,14 +172,10 @@ def test_never_over_a_full_folder(finished: Run, tmp_path: Path, capsys) -> None
 
 
 def test_full_disk_leaves_nothing(finished: Run, tmp_path: Path, monkeypatch) -> None:
-    import errno
-
-    import leap_pl.files
-
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(leap_pl.files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
         export_command(str(tmp_path / "out"), mask=str(finished.mask))
     assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from leap_pl.export.hub import check_push
 from leap_pl.inputs.hub import check_reachable
 from leap_pl.inputs.records import MASK
 from leap_pl.masks import MaskSet
+from leap_pl.masks.exported import exported_record
 
 NAME = "alice/llama-half"
 
@@ -237,3 +238,45 @@ def test_a_local_path_wins(masked: Hub, finished: Run, tmp_path: Path, monkeypat
 def test_the_name_of_a_repository(hub: Hub) -> None:
     check_push(NAME)
     assert hub.requests[-1] == f"HEAD /{NAME}/resolve/main/README.md"
+
+
+# -- models by hub id ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pushed(hub: Hub, finished: Run, tmp_path: Path) -> Path:
+    """An exported folder, and the same in a repository of the hub."""
+    folder = tmp_path / "exported"
+    main(words(finished, folder))
+    hub.files[NAME] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return folder
+
+
+def test_an_export_by_hub_id_is_known_as_its_folder_is(
+    hub: Hub, pushed: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its record; where neither the hub nor the cache says whether there is one, with a warning."""
+
+    def evaluated(name: str) -> dict[str, Any]:
+        return main(["evaluate", f"--model={name}", f"--perplexity={text_file}", "--seq_length=32", "--max_tokens=64"])
+
+    local, found = evaluated(str(pushed)), evaluated(NAME)
+    assert found["method"] == "leap"
+    assert found["model"] == local["model"] | {"name": NAME}
+    assert [found[key] for key in ("method", "config", "sparsity")] == [
+        local[key] for key in ("method", "config", "sparsity")
+    ]
+    record = hub.files[NAME].pop("leap_pl.json")
+    hub.files["alice/plain"] = dict(hub.files[NAME])
+    assert evaluated("alice/plain")["method"] == "dense"
+    hub.files["alice/damaged"] = hub.files[NAME] | {"leap_pl.json": record[:-9]}
+    with pytest.raises(SystemExit):
+        evaluated("alice/damaged")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert exported_record(NAME)["mask_digest"] == local["model"]["mask_digest"]
+    assert exported_record("alice/plain") == {}  # as the hub said before
+    assert exported_record("alice/none") == {}  # loading it says why there is none
+    (place,) = (tmp for tmp in Path(constants.HF_HUB_CACHE).glob("models--alice--plain/.no_exist/*/leap_pl.json"))
+    place.unlink()
+    with pytest.warns(UserWarning, match=r"leap_pl.json of alice/plain .* HF_HUB_OFFLINE .* used without it"):
+        assert exported_record("alice/plain") == {}

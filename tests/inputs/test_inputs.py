@@ -210,10 +210,10 @@ def test_consolidate_replaces_no_part_and_no_stranger(tmp_path: Path, capsys) ->
 
 
 def test_every_verb_that_is_a_function_is_a_command() -> None:
-    for verb, (_, function) in cli.VERBS.items():
-        if function is not None:
-            found = cli._find(function)
-            assert found.__name__ == f"{verb}_command"
+    for name, verb in cli.VERBS.items():
+        if not verb.run:
+            found = cli._find(verb.function)
+            assert found.__name__ == f"{name}_command"
             assert found.__wrapped__.__code__ is not found.__code__
 
 

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import Run, fit_flags, refused
+from hub_stand_in import Hub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stopped_runs import curves, differences, outcome
@@ -104,6 +105,20 @@ def test_the_mask_stays_and_what_it_keeps_moves(recovered: Path, finished_run: R
     assert {key.partition(".")[0] for key in checkpoint["state_dict"]} == {"bits", "trained"}
     (groups,) = (state["param_groups"] for state in checkpoint["optimizer_states"])
     assert [group["weight_decay"] for group in groups] == [0.0]
+
+
+def test_a_mask_of_the_hub(recovered: Path, recover: Flags, finished_run: Run, hub: Hub, tmp_path: Path) -> None:
+    """It is trained under, and resumed, as its file is."""
+    hub.files["alice/half"] = {"mask.safetensors": finished_run.mask.read_bytes()}
+    bits, weights = MaskSet.load(finished_run.mask).digest_of_bits(), recovered / "checkpoints" / "weights.safetensors"
+    main([*recover(tmp_path / "run")[:-1], "--model.mask=alice/half"])
+    step = tmp_path / "run" / "checkpoints" / "step=2.ckpt"
+    words = recover(tmp_path / "resumed", f"--ckpt_path={step}")
+    main([word for word in words if not word.startswith(("--model", "--data"))])
+    for run in ("run", "resumed"):
+        folder = tmp_path / run / "checkpoints"
+        assert MaskSet.load(folder / "mask.safetensors").digest_of_bits() == bits
+        assert (folder / "weights.safetensors").read_bytes() == weights.read_bytes()
 
 
 def test_a_run_resumes_bit_for_bit(recovered: Path, recover: Flags, tmp_path: Path) -> None:
@@ -303,6 +318,25 @@ def test_mask_checkpoint_and_packed_exports_are_one_model(recovered: Path, text_
     for place in range(len(ways)):
         result = str(tmp_path / f"{place}.json")
         export_command(str(tmp_path / f"card-{place}"), mask=str(folder / "mask.safetensors"), perplexity=result)
+
+
+def test_the_mask_of_an_exported_model_names_the_model(
+    recovered: Path, model_folder: Path, hub: Hub, tmp_path: Path, capsys
+) -> None:
+    """Its weights are in the model, in a folder or on the hub, and not beside the mask."""
+    folder = tmp_path / "model"
+    export_command(str(folder), mask=str(recovered / "checkpoints" / "mask.safetensors"))
+    mask = folder / "mask.safetensors"
+    hub.files["alice/trained"] = {mask.name: mask.read_bytes()}
+    for given, told in {
+        str(mask): f"--model {folder}",
+        "alice/trained": "--model alice/trained",
+        "alice/trained@v1": "--model alice/trained --revision v1",
+    }.items():
+        message = refused(["export", f"--mask={given}", f"--output_dir={tmp_path / 'out'}"], capsys)
+        assert (
+            f"trained under {given}, and the exported model that it belongs to has them. Give {told} instead" in message
+        )
 
 
 def test_figures_are_of_mask_and_weights(recovered: Path, finished_run: Run, text_file: Path, tmp_path: Path) -> None:

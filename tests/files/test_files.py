@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from leap_pl import files
 from leap_pl.errors import UserError
+from leap_pl.files import atomic as files
 from leap_pl.files import atomic_file, atomic_folder, atomic_link, remove_abandoned
 
 

@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from leap_pl.cli import recover_help
+from leap_pl.cli.first_pages import FIT, RECOVER
 from leap_pl.cli.fit import LeapCLI, make_cli
-from leap_pl.cli.fit_help import FIRST_PAGE
 from leap_pl.cli.main import main
 from leap_pl.cli.recover import RecoverCLI
 
@@ -21,8 +20,8 @@ def test_it_is_a_page_of_sentences(capsys) -> None:
         with pytest.raises(SystemExit) as stop:
             main(["fit", word])
         assert stop.value.code == 0
-        assert capsys.readouterr().out == FIRST_PAGE
-    lines = FIRST_PAGE.splitlines()
+        assert capsys.readouterr().out == FIT
+    lines = FIT.splitlines()
     assert 35 <= len(lines) <= 48
     assert max(map(len, lines)) <= 120
     told = [line for line in lines if line.startswith("  --") and not line.endswith("_grad_batches 1")]
@@ -36,7 +35,7 @@ def test_it_imports_nothing_heavy() -> None:
     assert done.stdout.endswith("set()\n")
 
 
-@pytest.mark.parametrize(("page", "kind"), [(FIRST_PAGE, LeapCLI), (recover_help.FIRST_PAGE, RecoverCLI)])
+@pytest.mark.parametrize(("page", "kind"), [(FIT, LeapCLI), (RECOVER, RecoverCLI)])
 def test_options_and_defaults_are_those_of_the_parser(page: str, kind: type[LeapCLI]) -> None:
     cli = make_cli(["--model.base_model=x", "--trainer.accelerator=cpu"], run=False, kind=kind)
     defaults = cli.parser.get_defaults()
