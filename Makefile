@@ -1,4 +1,4 @@
-# Three commands: `make quickstart`, `make packed`, `make test`. Each sets up what it needs, and can be run again.
+# `make quickstart`, `make recovered`, `make packed`, `make test`: each sets up what it needs, and can be run again.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3.11
@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 ARGS ?=
-.PHONY: help quickstart packed results test test-fast lint docs notebooks package assets assets-eval clean
+.PHONY: help quickstart packed recovered results test test-fast lint docs notebooks package assets assets-eval clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -21,6 +21,10 @@ packed: $(VENV)/.installed ## Pack the model of the quickstart, and generate fro
 	@test -d runs/quickstart/model || { echo "make: the quickstart has not made its model yet. Run make quickstart first."; exit 1; }
 	@$(BIN)/leap_pl export --model runs/quickstart/model --output_dir runs/quickstart/packed --format packed --force
 	@$(BIN)/leap_pl generate --model runs/quickstart/packed --prompt "The capital of France is" $(ARGS)
+
+recovered: $(VENV)/.installed ## Train the weights that the quickstart's mask keeps, evaluate and pack them (minutes)
+	@$(BIN)/python -m experiments.assets quickstart
+	@$(BIN)/python -m experiments.recovered
 
 results: $(VENV)/.installed ## The headline experiment: hours; stop it at any moment, run it again to go on (ARGS=--list)
 	@$(BIN)/python -m experiments.assets quickstart

@@ -7,6 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,30 +40,23 @@ def run() -> dict[str, object]:
     checkpoints, sparse = RUN / "checkpoints", RUN / "model"
     mask, prior = checkpoints / "mask.safetensors", checkpoints / "prior.safetensors"
     stamp = RUN / "config.yaml"  # of the run that is there
-    if not (mask.is_file() and stamp.is_file() and stamp.read_bytes() == CONFIG.read_bytes()):
-        _say(["fit", "--config", str(CONFIG), "--force"])  # of a run with other settings, or one that was stopped
-        with atomic_file(stamp) as temporary:
-            temporary.write_bytes(CONFIG.read_bytes())
+    if not (mask.is_file() and is_stamped(stamp, CONFIG.read_bytes())):
+        show(["fit", "--config", str(CONFIG), "--force"])  # of a run with other settings, or one that was stopped
+        write_stamp(stamp, CONFIG.read_bytes())
     results = {}
     for name, flags in {
         "dense": ["--model", str(BASE_MODEL)],
         "prior": ["--mask", str(prior)],
         "learned": ["--mask", str(mask)],
     }.items():
-        output = RUN / f"{name}.json"
-        of = None if name == "dense" else MaskSet.load(flags[1]).digest_of_bits()
-        newest = max(path.stat().st_mtime for path in (stamp, TEXT))
-        if not output.is_file() or output.stat().st_mtime < newest or not _is_of(output, of):
-            protocol = ["--perplexity", str(TEXT), "--seq_length", str(WINDOW), "--max_tokens", str(TOKENS)]
-            _say(["evaluate", *flags, *protocol, "--output", str(output)])
-        results[name] = json.loads(output.read_text(encoding="utf-8"))
+        results[name] = evaluated(flags, RUN / f"{name}.json", stamp)
     if not (sparse / "leap_pl.json").is_file() or sparse.stat().st_mtime < (RUN / "learned.json").stat().st_mtime:
         learned = str(RUN / "learned.json")
-        _say(["export", "--mask", str(mask), "--output_dir", str(sparse), "--perplexity", learned, "--force"])
+        show(["export", "--mask", str(mask), "--output_dir", str(sparse), "--perplexity", learned, "--force"])
     facts = json.loads((sparse / "leap_pl.json").read_text(encoding="utf-8"))
     packed = RUN / "packed"
     if not (packed / "leap_pl.json").is_file() or packed.stat().st_mtime < sparse.stat().st_mtime:
-        _say(["export", "--model", str(sparse), "--output_dir", str(packed), "--format", "packed", "--force"])
+        show(["export", "--model", str(sparse), "--output_dir", str(packed), "--format", "packed", "--force"])
     summary: dict[str, object] = {"base_model": str(BASE_MODEL)}
     for name, result in results.items():
         (figure,) = result["perplexity"].values()
@@ -76,12 +70,34 @@ def run() -> dict[str, object]:
         "perplexity_protocol": {"text": str(TEXT), "seq_length": WINDOW, "stride": WINDOW, "tokens": TOKENS},
     }
     for name, folder in {"dense": sparse, "packed": packed}.items():
-        made = _say(["generate", "--model", str(folder), "--prompt", PROMPT, "--max_new_tokens", str(NEW_TOKENS)])
-        summary[f"{name}_megabytes"] = sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e6
+        made = show(["generate", "--model", str(folder), "--prompt", PROMPT, "--max_new_tokens", str(NEW_TOKENS)])
+        summary[f"{name}_megabytes"] = megabytes(folder)
         summary[f"{name}_tokens_per_second"] = made["tokens_per_second"]
     with atomic_file(RUN / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def is_stamped(stamp: Path, contents: bytes) -> bool:
+    """Whether a finished run has left ``contents`` in its stamp."""
+    return stamp.is_file() and stamp.read_bytes() == contents
+
+
+def write_stamp(stamp: Path, contents: bytes) -> None:
+    """Say that a run of these settings is finished."""
+    with atomic_file(stamp) as temporary:
+        temporary.write_bytes(contents)
+
+
+def evaluated(flags: list[str], output: Path, stamp: Path) -> dict[str, Any]:
+    """The perplexity on the held-out text of what ``flags`` name, measured unless ``output`` has it already."""
+    of = MaskSet.load(flags[1]).digest_of_bits() if flags[0] == "--mask" else None
+    newest = max(path.stat().st_mtime for path in (stamp, TEXT))
+    if not output.is_file() or output.stat().st_mtime < newest or not _is_of(output, of):
+        protocol = ["--perplexity", str(TEXT), "--seq_length", str(WINDOW), "--max_tokens", str(TOKENS)]
+        show(["evaluate", *flags, *protocol, "--output", str(output)])
+    result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    return result
 
 
 def _is_of(output: Path, mask_digest: str | None) -> bool:
@@ -95,11 +111,11 @@ def _is_of(output: Path, mask_digest: str | None) -> bool:
         return False
 
 
-def _say(words: list[str]) -> Any:
+def show(words: list[str]) -> Any:
     """Show and run a command; return what it returns, if it runs in this process."""
     say("")
     say(f"$ leap_pl {shlex.join(words)}", sys.stdout)
-    if words[0] == "fit":
+    if words[0] in ("fit", "recover"):
         # A process of its own, so that its memory is gone afterwards.
         process = subprocess.Popen([sys.executable, "-m", "leap_pl", *words])
         try:
@@ -108,7 +124,7 @@ def _say(words: list[str]) -> Any:
             process.wait()  # it was told as well, and writes a checkpoint
             raise
         if failed:
-            raise UserError("leap_pl fit failed; its message is above.")
+            raise UserError(f"leap_pl {words[0]} failed; its message is above.")
         return None
     return main(words)  # in this one: imports take as long as the work
 
@@ -141,17 +157,27 @@ def _beside(summary: dict[str, object]) -> str:
     )
 
 
+def megabytes(folder: Path) -> float:
+    """Size of the weights in a model folder."""
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e6
+
+
 def _bin() -> str:
     folder = Path(sys.executable).parent
     return f"{folder.relative_to(Path.cwd())}/" if folder.is_relative_to(Path.cwd()) else ""
 
 
-if __name__ == "__main__":
+def command(name: str, closing: Callable[[], str]) -> None:
+    """Run a command of the Makefile and print its closing lines, or why there are none in one line."""
     try:
-        say(report(run()), lines=True)
+        say(closing(), lines=True)
     except UserError as failure:
-        say(f"quickstart: {failure}", sys.stderr)
+        say(f"{name}: {failure}", sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        say("\nquickstart: stopped.", sys.stderr, lines=True)
+        say(f"\n{name}: stopped.", sys.stderr, lines=True)
         raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    command("quickstart", lambda: report(run()))

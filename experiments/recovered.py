@@ -1,0 +1,75 @@
+"""``make recovered``: train the weights that the quickstart's mask keeps, evaluate, pack, and say where to look."""
+
+import json
+from pathlib import Path
+
+from experiments.quickstart import (
+    BASE_MODEL,
+    RUN,
+    TOKENS,
+    WINDOW,
+    command,
+    evaluated,
+    is_stamped,
+    megabytes,
+    show,
+    write_stamp,
+)
+from leap_pl.errors import UserError
+from leap_pl.masks import MaskSet
+
+FOLDER = Path("runs/recovered")
+MASK = RUN / "checkpoints" / "mask.safetensors"
+WORDS = [
+    "recover",
+    f"--model.base_model={BASE_MODEL}",
+    f"--model.mask={MASK}",
+    "--data.text=assets/wikipedia/train.jsonl",
+    "--data.validation_text=assets/wikipedia/validation.jsonl",
+    f"--data.seq_length={WINDOW}",
+    "--data.batch_size=2",
+    "--data.validation_sequences=8",
+    "--trainer.max_steps=48",
+    "--trainer.val_check_interval=24",
+    "--trainer.accelerator=cpu",
+    f"--trainer.logger.save_dir={FOLDER}",
+    f"--checkpoint.dirpath={FOLDER / 'checkpoints'}",
+]
+
+
+def run() -> str:
+    """Train, evaluate, pack; return the closing lines.
+
+    Raises:
+        UserError: The quickstart has not made its mask.
+    """
+    if not MASK.is_file():
+        raise UserError(f"{MASK} is not there. Run `make quickstart` first.")
+    mask, stamp, packed = FOLDER / "checkpoints" / "mask.safetensors", FOLDER / "stamp.txt", FOLDER / "packed"
+    digest = MaskSet.load(MASK).digest_of_bits()
+    contents = "\n".join([*WORDS, digest, ""]).encode()
+    if not (mask.is_file() and is_stamped(stamp, contents)):
+        show([*WORDS, "--force"])
+        write_stamp(stamp, contents)
+    dense = evaluated(["--model", str(BASE_MODEL)], RUN / "dense.json", RUN / "config.yaml")
+    before = evaluated(["--mask", str(MASK)], RUN / "learned.json", RUN / "config.yaml")
+    after = evaluated(["--mask", str(mask)], FOLDER / "recovered.json", stamp)
+    if not (packed / "leap_pl.json").is_file() or packed.stat().st_mtime < (FOLDER / "recovered.json").stat().st_mtime:
+        figures = f"{FOLDER / 'recovered.json'},{RUN / 'dense.json'}"
+        words = ["export", "--mask", str(mask), "--output_dir", str(packed), "--format", "packed"]
+        show([*words, "--perplexity", figures, "--force"])
+    facts = json.loads((packed / "leap_pl.json").read_text(encoding="utf-8"))
+    zeros = "exactly those of the mask, read back" if facts["mask_digest"] == digest else "NOT THOSE OF THE MASK"
+    figures_of = [next(iter(result["perplexity"].values()))["value"] for result in (dense, before, after)]
+    return f"""
+perplexity on held-out Wikipedia ({TOKENS:,} tokens in windows of {WINDOW}):
+  dense model      {figures_of[0]:8.2f}
+  learned mask     {figures_of[1]:8.2f}
+  trained weights  {figures_of[2]:8.2f}
+zeros            {facts["sparsity"]:.6f} of the gated weights, {zeros}
+packed           {packed}   {megabytes(packed):,.0f} MB; leap_pl generate --model {packed} --prompt TEXT
+mask, weights    {mask}, {mask.with_name("weights.safetensors").name} beside it"""
+
+
+if __name__ == "__main__":
+    command("recovered", run)
