@@ -329,7 +329,7 @@ class _reading:  # noqa: N801  (reads as a statement: with _reading("base model"
         if not isinstance(error, _CLEAR_ERRORS):
             reason = f"{type(error).__name__}: {reason}"
         reason = re.sub(r" for this kind of AutoModel.*", ", which is not a causal language model.", reason)
-        reason = reason if len(reason) <= 300 else f"{reason[:300]} …"
+        reason = f"{reason.removesuffix('.')}." if len(reason) <= 300 else f"{reason[:300]} …"
         local = Path(self.name).expanduser().exists()
         remedy = (
             "Check that the files are complete."

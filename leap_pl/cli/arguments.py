@@ -22,6 +22,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"  # files that --config also take
 # Key → Lightning's module of the classes that it takes.
 LIGHTNING = {"trainer.callbacks": "lightning.pytorch.callbacks", "trainer.logger": "lightning.pytorch.loggers"}
 
+BASES = {"Logger", "Callback", "Checkpoint", "BaseFinetuning", "BasePredictionWriter", "ProgressBar"}
+
 # Restriction of a type, as the parser words it → range.
 RESTRICTIONS = {"v>0 and v<1": INSIDE, "v>0": POSITIVE, "v>=0": NOT_NEGATIVE}
 
@@ -68,8 +70,10 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
         complaint = f"{'; or '.join(dict.fromkeys(reasons))}. Got value: {union[2]}"
     absent = re.search(r"[Ee]xpected (?:an? )?dot import path string: (\S+?)[.;]?(?:$| )", complaint)
     if absent and ("either not accessible or invalid" in complaint or key in LIGHTNING):
-        near = get_close_matches(absent[1], _classes_for(key), 1)
-        remedy = f"Did you mean {near[0]}?" if near else "leap_pl fit --help all lists the available classes."
+        classes = _classes_for(key)
+        near = get_close_matches(absent[1], classes, 1)
+        there = f"There are {', '.join(classes)}." if classes else "leap_pl fit --help all lists the available classes."
+        remedy = f"Did you mean {near[0]}?" if near else there
         return f"{key}: there is no class {absent[1]} of this kind. {remedy}"
     group = re.search(r"Unable to load config ['\"](.*?)['\"](?: |$)", complaint)
     if group:
@@ -141,9 +145,13 @@ def _nearest(name: str, options: Collection[str]) -> str | None:
 
 
 def _classes_for(key: str) -> list[str]:
+    """Return the names of Lightning's classes for a setting, without their base classes, which do nothing alone."""
     from importlib import import_module
 
-    return list(import_module(LIGHTNING[key]).__all__) if key in LIGHTNING else []
+    if key not in LIGHTNING:
+        return []
+    module = import_module(LIGHTNING[key])
+    return sorted(name for name in module.__all__ if name not in BASES)
 
 
 def _is_number(word: str) -> bool:

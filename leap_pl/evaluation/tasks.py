@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from leap_pl.base_model.prefix import Bos, prefix_of, record_of
 from leap_pl.errors import UserError, listing
 from leap_pl.evaluation.local_tasks import STOCK, LocalTasks
+from leap_pl.inputs.hub import offline_if_unreachable
 from leap_pl.inputs.plain_values import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+PROBED = "allenai/ai2_arc"  # data set that the hub is asked for, to know whether it answers
 PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")
 
 
@@ -94,7 +96,8 @@ def evaluate_tasks(
         # lm-eval's own default depends on its version and on the family of the model.
         add_bos = begun == "every" and bool(prefix_of(tokenizer))
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos)
-        with _questions_of(local, tasks_folder), _reaching(remote, tasks_folder), _in_reach_of(lm.max_length):
+        reach = offline_if_unreachable(PROBED, "dataset") if remote else nullcontext()
+        with _reaching(remote, tasks_folder), reach, _questions_of(local, tasks_folder), _in_reach_of(lm.max_length):
             found = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from leap_pl.errors import UserError
 from leap_pl.inputs.plain_values import shown
@@ -67,6 +67,39 @@ def check_reachable(
         get_hf_file_metadata(hf_hub_url(name, file, revision=revision, repo_type=kind), timeout=PATIENCE)
     except (FileMetadataError, HfHubHTTPError, HFValidationError):
         return
+
+
+@contextmanager
+def offline_if_unreachable(name: str, kind: Literal["model", "dataset"]) -> Iterator[None]:
+    """Use the hub's local caches alone within the context if the hub does not answer, without a minute of retries.
+
+    Args:
+        name: Hub id of a repository to ask for; what is answered is not judged.
+        kind: Kind of the repository.
+
+    Raises:
+        Exception: Why the hub does not answer, in place of a network error within the context.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    settings: tuple[Any, ...] = (datasets.config, constants)
+    before, unreachable = [setting.HF_HUB_OFFLINE for setting in settings], None
+    try:
+        check_reachable(name, kind)
+    except Exception as error:  # what the client raises without a connection depends on its version
+        unreachable = error
+        for setting in settings:
+            setting.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except Exception as error:
+        if unreachable is not None and is_network_error(error):
+            raise unreachable from error
+        raise
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.HF_HUB_OFFLINE = value
 
 
 def fetch_file(name: str, file: str, revision: str | None = None, *, what: str) -> Path:

@@ -471,6 +471,10 @@ def test_figures_that_are_none_are_not_put_into_a_card(finished: Run, tmp_path: 
             "no class EarlyStop of this kind. Did you mean Early",
         ),
         (
+            "fit --model.base_model x --trainer.logger Curves",
+            "no class Curves of this kind. There are CSVLogger, CometLogger, LitLogger, MLFlowLogger, ",
+        ),
+        (
             "fit --model.base_model x --trainer.logger Tensorbord",
             "no class Tensorbord of this kind. Did you mean Tensor",
         ),

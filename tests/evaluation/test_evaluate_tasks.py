@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 
@@ -10,6 +11,7 @@ from leap_pl.errors import UserError
 from leap_pl.evaluation import tasks as room
 from leap_pl.evaluation.local_tasks import LocalTasks
 from leap_pl.evaluation.tasks import evaluate_tasks, mean_accuracy
+from leap_pl.inputs import hub
 
 SUBJECTS = ("anatomy", "virology")
 
@@ -199,6 +201,27 @@ def test_hub_out_of_reach_is_one_line():
         attempt(ZeroDivisionError(), ["boolq"])
     with pytest.raises(FileNotFoundError):
         attempt(FileNotFoundError("a local file"), [])
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """The client would ask for more than a minute; what is in the caches is still read."""
+    from huggingface_hub import constants
+
+    def unreachable(name, kind):
+        raise ConnectionError(name, kind)
+
+    for setting in (datasets.config, constants):
+        monkeypatch.setattr(setting, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "check_reachable", unreachable)
+    with pytest.raises(ConnectionError, match="org/data") as caught, hub.offline_if_unreachable("org/data", "dataset"):
+        datasets.load_dataset("org/none")
+    assert "Offline" in str(caught.value.__cause__)
+    with pytest.raises(ZeroDivisionError), hub.offline_if_unreachable("org/data", "dataset"):
+        raise ZeroDivisionError
+    assert not datasets.config.HF_HUB_OFFLINE
+    monkeypatch.setattr(hub, "check_reachable", lambda name, kind: None)
+    with hub.offline_if_unreachable("org/data", "dataset"):
+        assert not constants.HF_HUB_OFFLINE
 
 
 def test_missing_tasks_folder_is_told(tmp_path):
