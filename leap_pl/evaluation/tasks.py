@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from leap_pl.base_model.prefix import Bos, prefix_of, record_of
 from leap_pl.errors import UserError, listing
 from leap_pl.evaluation.local_tasks import STOCK, LocalTasks
-from leap_pl.inputs.hub import offline_if_unreachable
+from leap_pl.inputs.hub import is_network_error, offline_if_unreachable
 from leap_pl.inputs.plain_values import shown
 
 if TYPE_CHECKING:
@@ -203,10 +203,7 @@ def _reaching(remote: list[str], folder: str | Path | None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith("Duplicate task"):
             raise UserError(f"--tasks names a task twice, alone or within a group ({error}). Name it once.") from error
-        module = type(error).__module__.split(".")[0]
-        if not remote or not (
-            isinstance(error, OSError) or module in ("datasets", "huggingface_hub", "httpx", "requests")
-        ):
+        if not remote or not (is_network_error(error) or type(error).__module__.split(".")[0] == "datasets"):
             raise
         reason = " ".join(str(error).split())[:200]
         local = "" if folder is None else f", and {folder} has no folder of that name"
