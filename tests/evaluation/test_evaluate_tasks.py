@@ -193,7 +193,7 @@ def test_hub_out_of_reach_is_one_line():
 
     with pytest.raises(UserError, match=r"Lay it out as FOLDER/boolq/validation.jsonl .* make assets-eval"):
         attempt(ConnectionError("no route\nto host"), ["boolq"])
-    another = type("ConnectError", (Exception,), {"__module__": "httpx2._exceptions"})  # of the hub's client, by version
+    another = type("ConnectError", (Exception,), {"__module__": "httpx2._exceptions"})
     with pytest.raises(UserError, match="could not be fetched from the hub"):
         attempt(another("no route"), ["boolq"])
     with pytest.raises(UserError, match=r"mine has no folder of that name. Lay it out as mine/boolq/validation.jsonl"):
