@@ -33,7 +33,7 @@ results: $(VENV)/.installed ## The headline experiment: hours; stop it at any mo
 
 test: $(VENV)/.installed-dev ## All tests, those on the real model in a short form
 	@$(BIN)/python -m experiments.assets quickstart
-	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/.installed-dev ## The tests that need no model
 	@$(BIN)/python -m pytest -m "not real"

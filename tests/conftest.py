@@ -36,6 +36,29 @@ for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).handlers.clear()
 
 
+# Files that take longest, first: with two workers none is left alone with one of them at the end.
+LONGEST = (
+    "test_real.py",
+    "test_planted_in_checkpoints.py",
+    "test_rehearsal.py",
+    "test_private_interfaces.py",
+    "test_gpu.py",
+    "test_notebooks.py",
+    "test_benchmark_gpu.py",
+    "test_resume.py",
+    "test_resume_validation.py",
+    "test_killing.py",
+    "test_scale.py",
+    "test_library_process.py",
+    "test_gates_tile.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the gates uncompiled: compiling takes longer than any tiny run."""

@@ -66,30 +66,43 @@ class Finder(PathFinder):
         return spec
 
 sys.meta_path.insert(0, Finder)
+import os, signal
+import leap_pl.cli.fit, transformers.models.llama.modeling_llama  # once for both runs
+from leap_pl import LeapModule
 from leap_pl.cli.main import main
-stop = int(sys.argv.pop(1))
-if stop:  # within a step, and before its validation
-    import os, signal
-    from leap_pl import LeapModule
-    before = LeapModule.on_before_zero_grad
-    def on_before_zero_grad(self, optimizer):
-        if self.global_step == stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return before(self, optimizer)
-    LeapModule.on_before_zero_grad = on_before_zero_grad
-main(sys.argv[1:])
+
+before = LeapModule.on_before_zero_grad
+
+def stopped(self, optimizer):  # within a step, and before its validation
+    if self.global_step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return before(self, optimizer)
+
+for stop, words in ((stopped, sys.argv[1:]), (before, [*sys.argv[1:], "--ckpt_path", "last"])):
+    run = os.fork()
+    if not run:
+        LeapModule.on_before_zero_grad = stop
+        try:
+            main(words)
+        except SystemExit as end:
+            sys.stderr.flush()
+            os._exit(end.code)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(run, 0)[1])
+    print(f"ended with {code};", file=sys.stderr, flush=True)
 """
 
 SAVING = (*lightning_internals._METHODS, *lightning_internals._STATE)
 
 
-def fit(names: tuple[str, ...], flags: list[str], *, stop: int = 0) -> str:
-    """Run ``fit`` where Lightning has other ``names``; what it says to standard error."""
+def fit_twice(names: tuple[str, ...], flags: list[str]) -> tuple[str, str]:
+    """What ``fit`` says where Lightning has other ``names``: stopped at step 3, and resumed."""
     environment = os.environ | {"LEAP_PL_COMPILE": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", ANOTHER_LIGHTNING, ",".join(names), str(stop), *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == (143 if stop else 0), done.stderr
-    return done.stderr
+    command = [sys.executable, "-c", ANOTHER_LIGHTNING, ",".join(names), *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    stopped, _, resumed = done.stderr.partition("ended with 143;")
+    assert resumed.endswith("ended with 0;\n"), done.stderr
+    return stopped, resumed
 
 
 def same_masks(one: Path, other: Path) -> bool:
@@ -112,9 +125,8 @@ def test_a_run_is_stopped_and_resumed_with_another_lightning(
     names: tuple[str, ...], says: str | None, finished: Run, model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     flags = [*fit_flags(model_folder, text_file, tmp_path), "--trainer.val_check_interval=4"]
-    said = fit(names, flags, stop=3)
+    said, resumed = fit_twice(names, flags)
     assert "the checkpoint of step 3 is in" in said
-    resumed = fit(names, [*flags, "--ckpt_path", "last"])
     for told in (said, resumed):
         assert told.count("this version of Lightning") <= 1
     assert (says or "this version of Lightning") in said + resumed or says is None
