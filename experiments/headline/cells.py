@@ -28,6 +28,8 @@ def collect(progress: "Progress", folder: Path) -> int:
         path = folder / f"{cell.name}.json"
         if progress.is_finished(cell):
             write_cell(progress, cell, path)
+        elif not progress.is_within_reach(cell):
+            continue  # whether its file is of today's settings cannot be said
         elif is_current(progress, cell, folder):
             result = read_result(path)
             shown = result["cell"] | _shown(progress.experiment, cell)
@@ -104,7 +106,7 @@ def _shown(experiment: "Experiment", cell: "Cell") -> dict[str, Any]:
         "table": cell.table,
         "baseline": cell.baseline,
         "reference": cell.reference,
-        "about": experiment.about,
+        "about": cell.model.about,
         "texts": {role: {"text": text.text, "title": text.title or role} for role, text in experiment.texts.items()},
     }
 

@@ -75,7 +75,7 @@ class Steps:
         return None if cell.prune is None else self._prune(cell, cell.prune, kept)
 
     def _prune(self, cell: Cell, options: dict[str, Any], kept: Cell | None) -> Step:
-        options = {"model": self.experiment.base_model, **options}
+        options = {"model": cell.model.base_model, **options}
         options |= {} if options.get("pattern") else {"sparsity": cell.sparsity}
         told = dict(options)
         if kept is not None:
@@ -112,7 +112,7 @@ class Steps:
         experiment = self.experiment
         config = laid_over(experiment.learn, cell.fit or {})
         model, data, trainer = (config.setdefault(part, {}) for part in ("model", "data", "trainer"))
-        model["base_model"] = experiment.base_model
+        model["base_model"] = cell.model.base_model
         model.setdefault("sparsity", cell.sparsity)
         if cell.prior is not None:
             model["prior"] = {**model.get("prior", {}), "mask": str(self.mask(experiment.cells[cell.prior]))}
@@ -163,15 +163,15 @@ class Steps:
         for task, limit in experiment.tasks.items() if cell.tasks else ():
             by_limit.setdefault(limit, []).append(task)
         for limit, tasks in by_limit.items():
-            folder = experiment.evaluate.get("tasks_folder")
+            folder = cell.model.evaluate.get("tasks_folder")
             data = [] if folder is None else [str(Path(folder, task)) for task in tasks]
             steps.append(self._evaluate(cell, made, f"tasks-{limit or 'all'}", {"tasks": tasks, "limit": limit}, data))
         return steps
 
     def _evaluate(self, cell: Cell, made: str | None, name: str, what: dict[str, Any], reads: list[str]) -> Step:
         options = {key: value for key, value in what.items() if value is not None}
-        options |= {key: value for key, value in self.experiment.evaluate.items() if self._fits(key, what)}
-        told = ["evaluate", options, made or identity(self.experiment.base_model), [identity(item) for item in reads]]
+        options |= {key: value for key, value in cell.model.evaluate.items() if self._fits(key, what)}
+        told = ["evaluate", options, made or identity(cell.model.base_model), [identity(item) for item in reads]]
         output = self.place(cell) / "measured" / f"{name}.json"
         words = ["evaluate", *self.subject(cell), *_flags(options), "--output", str(output)]
         return Step(name, digest(told), output, words, options)
@@ -185,10 +185,10 @@ class Steps:
     def subject(self, cell: Cell) -> list[str]:
         """The flags that say what is evaluated: the model with new weights, a mask over the base model, or that."""
         if cell.prune is None and cell.fit is None:
-            return ["--model", self.experiment.base_model]
+            return ["--model", cell.model.base_model]
         if cell.prune is not None and method_named(cell.prune.get("method", DEFAULT)).updates:
             return ["--model", str(self.mask(cell).parent / "model")]
-        return ["--model", self.experiment.base_model, "--mask", str(self.mask(cell))]
+        return ["--model", cell.model.base_model, "--mask", str(self.mask(cell))]
 
 
 def _flags(options: dict[str, Any]) -> list[str]:

@@ -40,7 +40,8 @@ def test_every_cell_is_made_and_measured(experiment_done):
         assert result["perplexity"][like]["seq_length"] == 32
         tasks = {"piqa": 4, "arc_easy": None} if name in SCORED_CELLS else {}
         assert {task: score["limit"] for task, score in result["tasks"].items()} == tasks
-        assert result["model"]["fingerprint"] == found["dense"]["model"]["fingerprint"]
+        dense = found["other-dense" if name.startswith("other") else "dense"]
+        assert result["model"]["fingerprint"] == dense["model"]["fingerprint"]
         assert result["sparsity"]["global"] == pytest.approx(result["cell"]["sparsity"] or 0, abs=0.02)
     assert (found["leap-50"]["cell"]["tokens"], found["distill-50"]["cell"]["tokens"]) == (6 * STEP, 4 * STEP)
     assert found["leap-50"]["cell"]["calibration_tokens"] == found["wanda-50"]["cell"]["calibration_tokens"] == 4 * 32
@@ -100,6 +101,7 @@ def test_a_second_run_runs_nothing_and_writes_the_same(experiment_done, monkeypa
 
 MEASURED = ["perplexity-256", "perplexity-192"]
 SCORED = ["tasks-4", "tasks-all"]
+REMADE = ["make", *MEASURED]
 
 
 @pytest.mark.parametrize(
@@ -129,8 +131,13 @@ SCORED = ["tasks-4", "tasks-all"]
             "tiny.yaml",
             ("rows", "wanda", "each"),
             {0.6: {"prune": {"sequences": 3}}},
-            {"wanda-60": ["make", *MEASURED], "leap-60": ["make", "overlap", *MEASURED]},
+            {
+                "wanda-60": ["make", *MEASURED],
+                "leap-60": ["make", "overlap", *MEASURED],
+                "other-wanda-60": ["make", *MEASURED],  # laid over that row
+            },
         ),
+        ("tiny.yaml", ("models", "other", "rows", "wanda", "prune"), {"sequences": 3}, {"other-wanda-60": REMADE}),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
 )
@@ -173,10 +180,10 @@ def test_only_some_cells_and_what_they_need(again, capsys):
     capsys.readouterr()
     assert results(folder, "--list") == 0
     said = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert said["leap-60"].endswith(f"{6 * STEP + 5:,} tokens  done")
+    assert said["leap-60"].split()[1:] == [f"{6 * STEP + 5:,}", "tokens", "0", "min", "done"]
     assert said["admm-60"].endswith("left: make, perplexity-256, perplexity-192")
     assert said["update-50"].endswith("waits for leap-50, distill-50")
-    assert said[f"{6 * STEP + 5 + 4 * STEP:,}"]
+    assert said[f"{6 * STEP + 5 + 4 * STEP:,}"].endswith("; about 3 minutes")  # of which one row alone says any
     assert results(folder, "--only", "nothing") == 2
     assert "fits no cell" in capsys.readouterr().err
 
@@ -236,6 +243,22 @@ def test_a_cell_made_elsewhere_is_shown_as_the_experiment_shows_it_today(again):
         shown = {"title": title, "order": experiment.index(name)}
         assert told == before[name] | {"cell": before[name]["cell"] | shown}
     assert "another name" in (folder / "docs" / "results.md").read_text()
+
+
+def test_a_model_that_is_not_there_is_left_out_and_its_cells_stay(again, capsys):
+    folder, ran = again
+    change(folder / "tiny.yaml", "models", "other", "base_model", to=str(folder / "nowhere"))
+    before = cells(folder)
+    assert results(folder) == 0
+    said = f"2 cells of other are left out: {folder / 'nowhere'} is not there. Lay it out with make assets-other."
+    assert said in capsys.readouterr().err
+    assert cells(folder) == before
+    assert results(folder, "--only", "other-*") == 1
+    assert ran == []
+    capsys.readouterr()
+    assert results(folder, "--list") == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert "other-wanda-60 3 min needs make assets-other" in [" ".join(line.split()) for line in listed]
 
 
 def test_one_that_fails_stops_only_what_needs_it(again, capsys):
