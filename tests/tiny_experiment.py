@@ -20,7 +20,7 @@ from leap_pl.errors import UserError
 STEP = 2 * 32  # tokens
 SCORED_CELLS = ("dense", "wanda-50", "admm-50", "leap-50", "update-50")
 CELLS = "dense wanda-50 wanda-60 admm-50 admm-60 wanda-2of4-50 leap-50 leap-60 distill-50 update-50".split()  # noqa: SIM905
-CELLS += ["other-dense", "other-wanda-60"]
+CELLS += ["recover-60", "other-dense", "other-wanda-60"]
 
 
 def definition(folder, model, text):
@@ -78,6 +78,13 @@ def definition(folder, model, text):
                         "gate": {"class_path": "leap_pl.gates.BernoulliGate"},
                     }
                 },
+            },
+            # Weights are trained under the learned mask.
+            "recover": {
+                "sparsity": [0.6],
+                "mask": "leap",
+                "tokens": 2 * STEP,
+                "fit": {"model": {"weight_training": {"lr": 0.01}}},
             },
             "update": {"sparsity": [0.5], "best_of": ["leap", "distill"], "prune": {"method": "admm"}},
         },
@@ -173,7 +180,7 @@ def verbs(ran):
     for words in ran:
         output = (
             words[words.index("--output" if "--output" in words else "--output_dir") + 1]
-            if words[0] != "fit"
+            if words[0] not in ("fit", "recover")
             else words[2]
         )
         found.append((words[0], Path(output).parts[Path(output).parts.index("runs") + 1]))

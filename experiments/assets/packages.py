@@ -112,7 +112,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def write_sources(folder: Path, packages: Sequence[Package], licence: str, notes: str) -> None:
     """Write ``SOURCES.md`` into ``folder``: what it was made from, its licence, and what results should say of it."""
-    origins = ("the package " if len(packages) == 1 else "the packages ") + ", ".join(p.origin for p in packages)
+    origins = ("the package " if len(packages) == 1 else "the packages ") + ",\n".join(p.origin for p in packages)
     (folder / "SOURCES.md").write_text(
         f"# Sources\n\nMade by `python -m experiments.assets` from {origins}.\n\n{licence}\n\n{notes}\n",
         encoding="utf-8",

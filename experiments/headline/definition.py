@@ -127,6 +127,7 @@ def _cell(experiment: Experiment, model: Model, name: str, row: Row, sparsity: f
         table=row.table,
         prune=None if row.prune is None else laid_over(experiment.prune, row.prune),
         fit=row.fit,
+        mask=row.mask and beginning + row.mask + ending,
         prior=row.prior and beginning + row.prior + ending,
         tokens=row.tokens or experiment.tokens,
         best_of=tuple(beginning + other + ending for other in row.best_of),
@@ -150,7 +151,14 @@ def _check_needs(cell: Cell, experiment: Experiment, where: str) -> None:
         raise UserError(
             f"{cell.name} in {where}: a prior is a one-shot row's mask, for a learned row. Name another row."
         )
-    if cell.best_of and (cell.prune is None or any(cells[name].fit is None for name in cell.best_of)):
+    if cell.mask and (cell.fit is None or cell.prior or cells[cell.mask].mask or cells[cell.mask].best_of):
+        raise UserError(
+            f"{cell.name} in {where}: mask is a one-shot or learned row's, for a row with fit and without a prior. "
+            "Name another row, or leave the prior out."
+        )
+    if cell.best_of and (
+        cell.prune is None or any(cells[name].fit is None or cells[name].mask for name in cell.best_of)
+    ):
         raise UserError(f"{cell.name} in {where}: best_of names learned rows, for a row with prune. Name other rows.")
 
 

@@ -54,8 +54,10 @@ class Row:
             the pattern (``2:4``).
         prune: Options of ``leap_pl prune``, over the experiment's; makes the cell a one-shot one.
         fit: Settings of ``leap_pl fit``, over the shared config; makes it a learned one.
+        mask: (with fit) The row whose mask of the same sparsity stays as it is, while weights are trained; the settings
+            are those of ``leap_pl recover``.
         prior: (with fit) The row whose mask of the same sparsity learning starts from. None: what the config says.
-        tokens: (with fit) Training tokens. None: the experiment's.
+        tokens: (with fit) Training tokens, those of ``mask`` not included. None: the experiment's.
         best_of: (with prune) Learned rows; the mask of the one with the lowest validation perplexity is kept,
             and its weights are solved anew.
         tasks: Whether the zero-shot tasks are measured. None: at the sparsities of ``tasks_at``.
@@ -70,6 +72,7 @@ class Row:
     table: str = UNSTRUCTURED
     prune: dict[str, Any] | None = None
     fit: dict[str, Any] | None = None
+    mask: str | None = None
     prior: str | None = None
     tokens: int | None = None
     best_of: tuple[str, ...] = ()
@@ -84,7 +87,7 @@ class Row:
 class Cell:
     """A row of a model at one sparsity: what is made and measured.
 
-    Attributes are the row's, with what the experiment says laid under; ``prior`` and ``best_of`` name cells.
+    Attributes are the row's, with what the experiment says laid under; ``mask``, ``prior`` and ``best_of`` name cells.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Cell:
     table: str
     prune: dict[str, Any] | None
     fit: dict[str, Any] | None
+    mask: str | None
     prior: str | None
     tokens: int
     best_of: tuple[str, ...]
@@ -106,7 +110,7 @@ class Cell:
     @property
     def needs(self) -> tuple[str, ...]:
         """The cells that must be there first."""
-        return self.best_of + ((self.prior,) if self.prior else ())
+        return self.best_of + tuple(name for name in (self.mask, self.prior) if name is not None)
 
 
 @dataclass(frozen=True)

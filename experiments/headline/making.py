@@ -65,12 +65,14 @@ def _protocol(found: Sequence[Measured]) -> Iterator[str]:
         )
     yield (
         "A learned mask keeps exactly the asked share of the weights, and what it keeps are the base model's, bit for "
-        "bit; SparseGPT, ADMM and the weight update change what they keep. Which of several learned masks is best is "
-        "decided on the validation text, on none of the texts and tasks above."
+        "bit; SparseGPT, ADMM, the weight update and training weights change what they keep. Which of several learned "
+        "masks is best is decided on the validation text, on none of the texts and tasks above."
     )
     for measured in found:
         if measured.cell["kept"]:
             yield f"{measured.entry.label}: the mask of `{measured.cell['kept']}`."
+        if measured.cell.get("mask_of"):
+            yield f"{measured.entry.label}: the mask of `{measured.cell['mask_of']}`."
 
 
 def _perplexity_protocol(measured: Measured, role: str) -> str:
@@ -95,7 +97,7 @@ def _machines(found: Sequence[Measured]) -> Iterator[str]:
         yield f"{'All cells' if len(seen) == 1 else ', '.join(names)}: {said}."
     types: dict[str, list[str]] = {}
     for m in found:
-        if m.is_learned and "dtype" in m.result["config"]:
+        if m.has_config and "dtype" in m.result["config"]:
             types.setdefault(m.result["config"]["dtype"], []).append(f"`{m.cell['name']}`")
     if types:
         by_type = [f"{dtype} ({', '.join(names)})" for dtype, names in sorted(types.items())]
@@ -103,7 +105,7 @@ def _machines(found: Sequence[Measured]) -> Iterator[str]:
 
 
 def _configs(found: Sequence[Measured], folder: Path) -> Iterator[str]:
-    learned = [m for m in found if m.is_learned]
+    learned = [m for m in found if m.has_config]
     if not learned:
         return
     folder.mkdir(exist_ok=True)
@@ -117,8 +119,8 @@ def _configs(found: Sequence[Measured], folder: Path) -> Iterator[str]:
 def _commands(found: Sequence[Measured]) -> Iterator[str]:
     yield "## Commands"
     yield (
-        "`make results` runs these, `make results ARGS='--only leap-lm-60'` a part of them. `fit.yaml` is the config "
-        "of that name above; a fit that was stopped goes on with `--ckpt_path` and its last checkpoint."
+        "`make results` runs these, `make results ARGS='--only leap-lm-60'` a part of them. `fit.yaml` and "
+        "`recover.yaml` are the configs above; one that was stopped goes on with `--ckpt_path` and its last checkpoint."
     )
     lines = []
     for m in found:

@@ -39,14 +39,20 @@ class Measured:
         return self.cell["sparsity"] is None
 
     @property
-    def is_learned(self) -> bool:
-        """Whether its mask was learned here, and not taken from another cell."""
+    def has_config(self) -> bool:
+        """Whether a config was run: of ``leap_pl fit`` or ``leap_pl recover``."""
         return "trainer" in self.cell["settings"]
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether its mask was learned here, and not taken from another cell, and nothing else was."""
+        model = self.cell["settings"].get("model", {})
+        return self.has_config and "mask" not in model and model.get("train_weights", "none") == "none"
 
     @property
     def dtypes(self) -> list[str]:
         """Data types of weights and computation while it was made and while it was measured."""
-        made = self.result["config"].get("dtype") if self.is_learned else self.cell["settings"].get("dtype")
+        made = self.result["config"].get("dtype") if self.has_config else self.cell["settings"].get("dtype")
         return [dtype for dtype in (made, self.result["model"]["dtype"]) if dtype is not None]
 
     def perplexity(self, role: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from experiments.headline.experiment import Cell, Experiment, laid_over
 from leap_pl.errors import UserError
 from leap_pl.oneshot.methods import DEFAULT, method_named
 
+# Settings of a model that are of learning a mask alone: recover has its own, or none.
+OF_MASKS = ("gate", "annealing", "prior", "objective")
 # Settings of a fit that leave its mask as it is.
 SILENT = ("checkpoint", "mask_export", "sparsity_log", "progress")
 SILENT_TRAINER = ("logger", "log_every_n_steps", "val_check_interval", "limit_val_batches", "num_sanity_val_steps")
@@ -52,6 +54,14 @@ class Steps:
     def mask(self, cell: Cell) -> Path:
         """The mask of ``cell``, once it is made."""
         return self.place(cell) / "made" / "mask.safetensors"
+
+    def config(self, cell: Cell) -> Path:
+        """The config of ``cell`` that ``leap_pl fit`` or ``leap_pl recover`` reads."""
+        return self.place(cell) / f"{self._verb(cell)}.yaml"
+
+    @staticmethod
+    def _verb(cell: Cell) -> str:
+        return "fit" if cell.mask is None else "recover"
 
     def checkpoint(self, cell: Cell) -> Path | None:
         """The newest checkpoint of a learned cell that is not finished; None where nothing is saved.
@@ -99,8 +109,11 @@ class Steps:
                 told["data"][name] = identity(told["data"][name])
         if cell.prior is not None:
             told["model"]["prior"]["mask"] = self._digest_of_mask(self.experiment.cells[cell.prior])
-        words = ["fit", "--config", str(self.place(cell) / "fit.yaml")]
-        return Step("make", digest(["fit", told]), self.mask(cell), words, config)
+        if cell.mask is not None:
+            told["model"]["mask"] = self._digest_of_mask(self.experiment.cells[cell.mask])
+        verb = self._verb(cell)
+        words = [verb, "--config", str(self.config(cell))]
+        return Step("make", digest([verb, told]), self.mask(cell), words, config)
 
     def _digest_of_mask(self, cell: Cell) -> str:
         step = self.make(cell)
@@ -108,12 +121,18 @@ class Steps:
         return step.digest
 
     def fit_config(self, cell: Cell, *, silent: bool = False) -> dict[str, Any]:
-        """The whole config of a learned cell; with ``silent``, without what does not change its mask."""
+        """The whole config of a learned cell; with ``silent``, without what does not change its mask or weights."""
         experiment = self.experiment
-        config = laid_over(experiment.learn, cell.fit or {})
+        shared = dict(experiment.learn)
+        if cell.mask is not None:
+            shared["model"] = {key: value for key, value in shared.get("model", {}).items() if key not in OF_MASKS}
+        config = laid_over(shared, cell.fit or {})
         model, data, trainer = (config.setdefault(part, {}) for part in ("model", "data", "trainer"))
         model["base_model"] = cell.model.base_model
-        model.setdefault("sparsity", cell.sparsity)
+        if cell.mask is None:
+            model.setdefault("sparsity", cell.sparsity)
+        else:
+            model["mask"] = str(self.mask(experiment.cells[cell.mask]))
         if cell.prior is not None:
             model["prior"] = {**model.get("prior", {}), "mask": str(self.mask(experiment.cells[cell.prior]))}
         if "seq_length" not in data:

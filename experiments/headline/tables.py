@@ -17,9 +17,10 @@ OVERVIEW = (0.5, 0.6)  # sparsities
 _ERROR = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"  # keeps a figure and its error in one line
 KEY = (
     "Perplexity: lower is better. Gap closed: the part of the reference's distance to the dense model that a row "
-    "makes up for, (reference − row) / (reference − dense); the reference is marked *. Training tokens are those a "
-    "mask was learned from. ± is one standard error; that of a difference is of paired windows or questions. "
-    "Differences are to the best baseline of the same pattern; a row that has none is not among them."
+    "makes up for, (reference − row) / (reference − dense); the reference is marked *. Training tokens are those that "
+    "a mask, and weights under it, were learned from. ± is one standard error; that of a difference is of paired "
+    "windows or questions. Differences are to the best baseline of the same pattern; a row that has none is not among "
+    "them."
 )
 
 
@@ -130,7 +131,7 @@ def _perplexities(measured: Measured) -> list[str]:
 def _seconds_in_all(measured: Measured, cells: Mapping[str, Measured]) -> float | None:
     """Seconds that making a cell took, with those that it is made from; None where one of them is not known."""
     own = measured.cell["seconds"]
-    before = [name for name in (measured.cell["prior"], measured.cell["kept"]) if name is not None]
+    before = [name for name in map(measured.cell.get, ("prior", "mask_of", "kept")) if name is not None]
     others = [_seconds_in_all(cells[name], cells) if name in cells else None for name in before]
     return None if own is None or None in others else own + sum(other for other in others if other is not None)
 

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import yaml
 from tiny_experiment import (
     CELLS,
     SCORED_CELLS,
@@ -87,6 +88,30 @@ def test_weights_are_updated_under_the_better_mask(experiment_done):
     assert found["update-50"]["perplexity"][like]["value"] != found[better]["perplexity"][like]["value"]
 
 
+def test_weights_are_trained_under_the_mask_of_another_row(experiment_done):
+    folder, ran = experiment_done
+    assert [verb for verb, cell in verbs(ran) if cell == "recover-60"] == ["recover", "evaluate", "evaluate"]
+    found, made = cells(folder), folder / "runs" / "recover-60" / "made"
+    names = ("leap-60", "recover-60")
+    mask, trained = (MaskSet.load(folder / "runs" / name / "made" / "mask.safetensors") for name in names)
+    assert trained.digest_of_bits() == mask.digest_of_bits()
+    assert (made / "weights.safetensors").is_file()
+    told, of_mask = found["recover-60"]["cell"], found["leap-60"]["cell"]
+    assert (told["mask_of"], told["prior"], told["overlap"]) == ("leap-60", None, None)
+    assert told["tokens"] == of_mask["tokens"] + 2 * STEP  # in all
+    assert told["calibration_tokens"] == of_mask["calibration_tokens"]
+    settings = yaml.safe_load((folder / "runs" / "recover-60" / "recover.yaml").read_text())["model"]
+    # Of the shared config, what is not of learning a mask; no sparsity, which is the mask's.
+    assert settings == {
+        "base_model": of_mask["settings"]["model"]["base_model"],
+        "dtype": "float32",
+        "mask": str(folder / "runs" / "leap-60" / "made" / "mask.safetensors"),
+        "weight_training": {"lr": 0.01},
+    }
+    like = str(folder / "like.jsonl")
+    assert found["recover-60"]["perplexity"][like]["value"] != found["leap-60"]["perplexity"][like]["value"]
+
+
 def test_a_second_run_runs_nothing_and_writes_the_same(experiment_done, monkeypatch):
     folder, _ = experiment_done
     ran = in_this_process(monkeypatch)
@@ -124,7 +149,7 @@ REMADE = ["make", *MEASURED]
             "tiny.yaml",
             ("rows", "leap", "each"),
             {0.6: {"fit": {"data": {"seed": 3}}}},
-            {"leap-60": ["make", "overlap", *MEASURED]},
+            {"leap-60": ["make", "overlap", *MEASURED], "recover-60": REMADE},
         ),
         # A prior takes with it what was learned from it.
         (
@@ -134,7 +159,8 @@ REMADE = ["make", *MEASURED]
             {
                 "wanda-60": ["make", *MEASURED],
                 "leap-60": ["make", "overlap", *MEASURED],
-                "other-wanda-60": ["make", *MEASURED],  # laid over that row
+                "recover-60": REMADE,  # and a mask the weights under it
+                "other-wanda-60": REMADE,  # laid over that row
             },
         ),
         ("tiny.yaml", ("models", "other", "rows", "wanda", "prune"), {"sequences": 3}, {"other-wanda-60": REMADE}),
@@ -183,7 +209,8 @@ def test_only_some_cells_and_what_they_need(again, capsys):
     assert said["leap-60"].split()[1:] == [f"{6 * STEP + 5:,}", "tokens", "0", "min", "done"]
     assert said["admm-60"].endswith("left: make, perplexity-256, perplexity-192")
     assert said["update-50"].endswith("waits for leap-50, distill-50")
-    assert said[f"{6 * STEP + 5 + 4 * STEP:,}"].endswith("; about 3 minutes")  # of which one row alone says any
+    # A row alone says how many minutes it takes.
+    assert said[f"{(6 + 4 + 2) * STEP + 5:,}"].endswith("; about 3 minutes")
     assert results(folder, "--only", "nothing") == 2
     assert "fits no cell" in capsys.readouterr().err
 

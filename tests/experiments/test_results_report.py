@@ -62,7 +62,7 @@ def test_figures_of_the_report_are_those_of_the_cells(experiment_done):
             assert number(memory) == pytest.approx(result["cell"]["peak_rss"] / 2**30, abs=0.05)
         if name == "leap-50":
             assert number(of_a_step) == pytest.approx(result["cell"]["seconds"] / 6, abs=0.005)
-        elif not name.startswith(("leap", "distill")):
+        elif not name.startswith(("leap", "distill", "recover")):
             assert of_a_step == ""
     assert list(differences) == ["LEAP, LM", "distill", "update"]
     for title, (like, like_gap, _, unlike_gap, accuracy) in differences.items():
@@ -78,10 +78,14 @@ def test_figures_of_the_report_are_those_of_the_cells(experiment_done):
         mean = max(found[name]["mean"]["value"] for name in ("wanda-50", "admm-50"))
         assert number(accuracy) == pytest.approx(100 * (found[titles[title]]["mean"]["value"] - mean), abs=0.005)
     # Without tasks, and of another pattern.
-    assert list(section(page, "60%")[0]) == ["dense", "Wanda", "admm *", "LEAP, LM"]
+    of_60, differences = section(page, "60%")
+    assert list(of_60) == ["dense", "Wanda", "admm *", "LEAP, LM", "recover"]
+    assert of_60["recover"][1] == f"{8 * STEP}"
+    assert list(differences) == ["LEAP, LM", "recover"]
+    assert "recover, 60%: the mask of `leap-60`." in making
     assert list(section(page, "50%, 2:4")[0]) == ["dense", "wanda-2of4"]
     (learned,) = re.findall(r"while a mask was learned: float32 \((.*?)\)\.", making)
-    assert set(learned.split(", ")) == {"`leap-50`", "`leap-60`", "`distill-50`"}
+    assert set(learned.split(", ")) == {"`leap-50`", "`leap-60`", "`distill-50`", "`recover-60`"}
     (by_task,) = section(page, "Accuracy by task")
     assert number(by_task["Wanda, 50%"][1]) == pytest.approx(100 * found["wanda-50"]["tasks"]["piqa"]["acc"], abs=0.05)
 
@@ -160,9 +164,10 @@ def test_configs_in_the_report_are_those_that_ran(experiment_done):
     docs = folder / "docs" / "results"
     page = (docs / "making.md").read_text()
     links = re.findall(r"\[(\S+)\.yaml\]\((\S+)\)", page)
-    assert links == [(name, f"configs/{name}.yaml") for name in ("leap-50", "leap-60", "distill-50")]
+    assert links == [(name, f"configs/{name}.yaml") for name in ("leap-50", "leap-60", "distill-50", "recover-60")]
     for name, link in links:
-        ran = yaml.safe_load((folder / "runs" / name / "fit.yaml").read_text())
+        verb = "recover" if name == "recover-60" else "fit"
+        ran = yaml.safe_load((folder / "runs" / name / f"{verb}.yaml").read_text())
         assert yaml.safe_load((docs / link).read_text()) == ran
     for words in runner(folder).record(runner(folder).experiment.cells["leap-50"]).values():
         assert f"leap_pl {' '.join(words['words'])}" in page
@@ -199,7 +204,12 @@ def test_the_shipped_definition():
         assert experiment.cells[f"{row}-50"].table == "2:4"
     assert rows["patch"] == rows["leap-any"] == [0.45]
     assert set(experiment.tasks) == {"mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa"}
-    assert {cell.tokens for cell in experiment.cells.values() if cell.fit is not None} == {500_000, 2_000_000}
+    assert {cell.tokens for cell in experiment.cells.values() if cell.fit is not None} == {250_000, 500_000, 2_000_000}
+    half, then = (experiment.cells[f"{row}-60"] for row in ("leap-half", "leap-then-weights"))
+    assert (half.tokens, then.tokens, then.mask) == (250_000, 250_000, "leap-half-60")
+    for row in ("recover-wanda-fisher", "lora-wanda-fisher"):
+        assert experiment.cells[f"{row}-60"].mask == "wanda-fisher-60"
+    assert experiment.cells["leap-with-weights-60"].fit["model"]["train_weights"] == "kept"
 
 
 @pytest.mark.parametrize(
@@ -215,6 +225,9 @@ def test_the_shipped_definition():
         (("rows", "leap", "prior"), "distill", "needs distill-60|a prior is a one-shot row's mask"),
         (("rows", "update", "best_of"), ["wanda"], "best_of names learned rows"),
         (("rows", "leap", "tokens"), -1, "at least 1"),
+        (("rows", "recover", "mask"), "nothing", "needs nothing-60, which no row makes"),
+        (("rows", "recover", "prior"), "wanda", "leave the prior out"),
+        (("rows", "update", "best_of"), ["recover"], "needs recover-50, which no row makes"),
         (("rows", "Big"), {}, "small letters"),
         (("learn", "tokens"), "many", "number of tokens"),
         (("learn", "config"), "nowhere.yaml", "nowhere.yaml cannot be read"),
