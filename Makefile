@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 ARGS ?=
-.PHONY: help quickstart packed recovered results test test-fast lint docs notebooks package assets assets-eval clean
+.PHONY: help quickstart packed recovered results test test-fast lint docs notebooks package assets assets-eval assets-gemma assets-qwen clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -61,6 +61,12 @@ assets: $(VENV)/.installed ## The embedded model and text: assets/SmolLM2-135M-I
 
 assets-eval: $(VENV)/.installed ## The zero-shot tasks, for evaluation without a hub: assets/tasks, assets/howto
 	@$(BIN)/python -m experiments.assets eval
+
+assets-gemma: $(VENV)/.installed ## Gemma 3 270M, under Gemma's terms of use: assets/gemma-3-270m
+	@$(BIN)/python -m experiments.assets gemma
+
+assets-qwen: $(VENV)/.installed ## Qwen2.5-Coder 1.5B (a download of 1 GB, 3 GB in the folder): assets/Qwen2.5-Coder-1.5B-Instruct
+	@$(BIN)/python -m experiments.assets qwen
 
 clean: ## Remove what runs have written; models, text and the environment stay
 	rm -rf runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis

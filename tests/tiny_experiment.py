@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import tiny_folder
 
 from experiments.headline import report, running
 from experiments.headline.__main__ import main
-from experiments.headline.experiment import read_experiment
+from experiments.headline.definition import read_experiment
 from experiments.headline.runner import Runner
 from experiments.headline.running import Ran
 from leap_pl.cli.main import main as leap_pl
@@ -19,6 +20,7 @@ from leap_pl.errors import UserError
 STEP = 2 * 32  # tokens
 SCORED_CELLS = ("dense", "wanda-50", "admm-50", "leap-50", "update-50")
 CELLS = "dense wanda-50 wanda-60 admm-50 admm-60 wanda-2of4-50 leap-50 leap-60 distill-50 update-50".split()  # noqa: SIM905
+CELLS += ["recover-60", "other-dense", "other-wanda-60"]
 
 
 def definition(folder, model, text):
@@ -77,7 +79,23 @@ def definition(folder, model, text):
                     }
                 },
             },
+            # Weights are trained under the learned mask.
+            "recover": {
+                "sparsity": [0.6],
+                "mask": "leap",
+                "tokens": 2 * STEP,
+                "fit": {"model": {"weight_training": {"lr": 0.01}}},
+            },
             "update": {"sparsity": [0.5], "best_of": ["leap", "distill"], "prune": {"method": "admm"}},
+        },
+        "models": {
+            "other": {
+                "base_model": str(tiny_folder(folder / "other-model", seed=1, prefix=1)),
+                "target": "assets-other",
+                "about": ["Another tiny random model, whose texts begin with a token."],
+                "evaluate": {"batch_size": 2},
+                "rows": {"dense": {"tasks": False}, "wanda": {"sparsity": [0.6], "minutes": 3}},
+            }
         },
     }
     write(folder / "learn.yaml", learn)
@@ -152,7 +170,7 @@ def again(experiment_done, tmp_path, monkeypatch):
     for name in ("runs", "docs"):
         shutil.copytree(experiment_done[0] / name, tmp_path / name)
     # Pictures take seconds.
-    monkeypatch.setattr(report, "_pictures", lambda found, docs: iter(()))
+    monkeypatch.setattr(report, "_pictures", lambda *_: iter(()))
     return tmp_path, in_this_process(monkeypatch)
 
 
@@ -162,7 +180,7 @@ def verbs(ran):
     for words in ran:
         output = (
             words[words.index("--output" if "--output" in words else "--output_dir") + 1]
-            if words[0] != "fit"
+            if words[0] not in ("fit", "recover")
             else words[2]
         )
         found.append((words[0], Path(output).parts[Path(output).parts.index("runs") + 1]))

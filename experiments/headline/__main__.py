@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from experiments.headline.experiment import read_experiment
+    from experiments.headline.definition import read_experiment
     from experiments.headline.runner import Runner
 
     if options.cells is not None:
@@ -59,13 +59,16 @@ def _run(options: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(runner.lines(cells)))
         return 0
+    left_out = list(runner.left_out(cells))
+    for line in left_out:
+        print(line, file=sys.stderr)
     failed = {} if options.report else runner.run(runner.left(cells))
     from experiments.headline.cells import collect
 
     finished = collect(runner, options.docs / "cells")
     print(f"{finished} of {len(runner.experiment.cells)} cells are finished")
     status = _report(options.docs / "cells", options.docs) if finished else 0
-    return 1 if failed else status
+    return 1 if failed or (left_out and options.only) else status
 
 
 def _report(cells: Path, docs: Path) -> int:

@@ -1,7 +1,7 @@
 """The schema of what a finished cell says of its making, beside what ``leap_pl evaluate`` says of it."""
 
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -43,6 +43,7 @@ class Cell(TypedDict):
     texts: dict[Word, Text]
     settings: dict[Name, Any]
     prior: Name | None
+    mask_of: NotRequired[Name | None]
     kept: Name | None
     tokens: Count | None
     calibration_tokens: Count | None

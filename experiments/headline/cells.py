@@ -28,6 +28,8 @@ def collect(progress: "Progress", folder: Path) -> int:
         path = folder / f"{cell.name}.json"
         if progress.is_finished(cell):
             write_cell(progress, cell, path)
+        elif not progress.is_within_reach(cell):
+            continue  # whether its file is of today's settings cannot be said
         elif is_current(progress, cell, folder):
             result = read_result(path)
             shown = result["cell"] | _shown(progress.experiment, cell)
@@ -81,6 +83,7 @@ def _told(progress: "Progress", cell: "Cell", steps: "list[Step]") -> dict[str, 
         **_shown(experiment, cell),
         "settings": _settings(progress, cell),
         "prior": cell.prior,
+        "mask_of": cell.mask,
         "kept": kept and kept.name,
         "tokens": _tokens(progress, kept or cell),
         "calibration_tokens": _calibration(progress, cell),
@@ -104,7 +107,7 @@ def _shown(experiment: "Experiment", cell: "Cell") -> dict[str, Any]:
         "table": cell.table,
         "baseline": cell.baseline,
         "reference": cell.reference,
-        "about": experiment.about,
+        "about": cell.model.about,
         "texts": {role: {"text": text.text, "title": text.title or role} for role, text in experiment.texts.items()},
     }
 
@@ -125,17 +128,19 @@ def _settings(progress: "Progress", cell: "Cell") -> dict[str, Any]:
 
 
 def _tokens(progress: "Progress", cell: "Cell") -> int:
-    """Tokens that a mask was learned from."""
+    """Tokens that a mask, and weights under it, were learned from."""
     if cell.fit is None:
         return 0
     config = _settings(progress, cell)
-    return int(config["trainer"]["max_steps"] * progress.steps.tokens_of_step(config))
+    before = 0 if cell.mask is None else _tokens(progress, progress.experiment.cells[cell.mask])
+    return before + int(config["trainer"]["max_steps"] * progress.steps.tokens_of_step(config))
 
 
 def _calibration(progress: "Progress", cell: "Cell") -> int:
-    """Tokens that the one-shot part of ``cell`` read: its own, or its prior's."""
-    if cell.prior is not None:
-        return _calibration(progress, progress.experiment.cells[cell.prior])
+    """Tokens that the one-shot part of ``cell`` read: its own, or that of its prior or mask."""
+    source = cell.prior or cell.mask
+    if source is not None:
+        return _calibration(progress, progress.experiment.cells[source])
     if cell.fit is not None:
         config = _settings(progress, cell)
         prior = {"method": DEFAULT, "sequences": 128, **config["model"].get("prior", {})}

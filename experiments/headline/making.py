@@ -6,9 +6,10 @@ from typing import Any
 
 import yaml
 
-from experiments.headline.measured import ROLES, Measured
+from experiments.headline.measured import ROLES, Measured, by_model
 from experiments.headline.tables import cost_table
 from leap_pl.base_model.prefix import in_words
+from leap_pl.errors import listing
 from leap_pl.files import atomic_file
 
 PAGE = "making.md"
@@ -25,7 +26,8 @@ def write_making(found: Sequence[Measured], docs: Path) -> None:
         "## Cost",
         cost_table(found),
         "Calibration tokens were read by the one-shot method, or by the one that made the prior. Minutes and memory, "
-        "the most that was held, are those of making the mask, without its prior, on the cell's machine below.",
+        "the most that was held, are those of making the mask, without its prior, on the cell's machine below. Seconds "
+        "a step are those minutes by optimizer steps, start and validations included.",
         *_machines(found),
         *_configs(found, docs / "configs"),
         *_commands(found),
@@ -42,34 +44,45 @@ def write_page(path: Path, parts: Sequence[str]) -> None:
 def _protocol(found: Sequence[Measured]) -> Iterator[str]:
     yield "## Protocol"
     for role in ROLES:
-        figure, text = found[0].perplexity(role), found[0].cell["texts"][role]
-        begun, dtype = "".join(f", {words}" for words in in_words(figure)), found[0].result["model"]["dtype"]
-        yield (
-            f"Perplexity, {text['title']}: the first {figure['tokens']:,} tokens of `{text['text']}`, documents joined "
-            f"by a blank line, in windows of {figure['seq_length']} tokens{begun}, stride {figure['stride']}, mean "
-            f"over all predicted tokens; weights and computation of the evaluation in {dtype}."
-        )
+        said: dict[str, list[str]] = {}
+        for model, rows in by_model(found).items():
+            said.setdefault(_perplexity_protocol(rows[0], role), []).append(model)
+        title = found[0].cell["texts"][role]["title"]
+        for words, models in said.items():
+            yield f"Perplexity, {title}{f', {listing(models)}' if len(said) > 1 else ''}: {words}"
     scores: dict[str, dict[str, Any]] = {}
     for measured in found:
         scores |= measured.entry.tasks
     if scores:
-        said = [
+        limits = [
             f"{task} {score['samples']:,} questions of {score['split']}"
             + ("" if score["limit"] is None else f" (limit {score['limit']})")
             for task, score in sorted(scores.items())
         ]
         yield (
             "Zero-shot accuracy (`acc`) by lm-eval's own prompts; the mean gives each task the same weight. The limit "
-            f"of a group is one of each of its tasks. {'; '.join(said)}."
+            f"of a group is one of each of its tasks. {'; '.join(limits)}."
         )
     yield (
         "A learned mask keeps exactly the asked share of the weights, and what it keeps are the base model's, bit for "
-        "bit; SparseGPT, ADMM and the weight update change what they keep. Which of several learned masks is best is "
-        "decided on the validation text, on none of the texts and tasks above."
+        "bit; SparseGPT, ADMM, the weight update and training weights change what they keep. Which of several learned "
+        "masks is best is decided on the validation text, on none of the texts and tasks above."
     )
     for measured in found:
         if measured.cell["kept"]:
             yield f"{measured.entry.label}: the mask of `{measured.cell['kept']}`."
+        if measured.cell.get("mask_of"):
+            yield f"{measured.entry.label}: the mask of `{measured.cell['mask_of']}`."
+
+
+def _perplexity_protocol(measured: Measured, role: str) -> str:
+    figure, text = measured.perplexity(role), measured.cell["texts"][role]["text"]
+    begun, dtype = "".join(f", {words}" for words in in_words(figure)), measured.result["model"]["dtype"]
+    return (
+        f"the first {figure['tokens']:,} tokens of `{text}`, documents joined by a blank line, in windows of "
+        f"{figure['seq_length']} tokens{begun}, stride {figure['stride']}, mean over all predicted tokens; weights and "
+        f"computation of the evaluation in {dtype}."
+    )
 
 
 def _machines(found: Sequence[Measured]) -> Iterator[str]:
@@ -84,7 +97,7 @@ def _machines(found: Sequence[Measured]) -> Iterator[str]:
         yield f"{'All cells' if len(seen) == 1 else ', '.join(names)}: {said}."
     types: dict[str, list[str]] = {}
     for m in found:
-        if m.is_learned and "dtype" in m.result["config"]:
+        if m.has_config and "dtype" in m.result["config"]:
             types.setdefault(m.result["config"]["dtype"], []).append(f"`{m.cell['name']}`")
     if types:
         by_type = [f"{dtype} ({', '.join(names)})" for dtype, names in sorted(types.items())]
@@ -92,7 +105,7 @@ def _machines(found: Sequence[Measured]) -> Iterator[str]:
 
 
 def _configs(found: Sequence[Measured], folder: Path) -> Iterator[str]:
-    learned = [m for m in found if m.is_learned]
+    learned = [m for m in found if m.has_config]
     if not learned:
         return
     folder.mkdir(exist_ok=True)
@@ -106,8 +119,8 @@ def _configs(found: Sequence[Measured], folder: Path) -> Iterator[str]:
 def _commands(found: Sequence[Measured]) -> Iterator[str]:
     yield "## Commands"
     yield (
-        "`make results` runs these, `make results ARGS='--only leap-lm-60'` a part of them. `fit.yaml` is the config "
-        "of that name above; a fit that was stopped goes on with `--ckpt_path` and its last checkpoint."
+        "`make results` runs these, `make results ARGS='--only leap-lm-60'` a part of them. `fit.yaml` and "
+        "`recover.yaml` are the configs above; one that was stopped goes on with `--ckpt_path` and its last checkpoint."
     )
     lines = []
     for m in found:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,31 @@ class Measured:
         return str(self.cell["title"])
 
     @property
+    def model(self) -> str:
+        """The base model's name in tables."""
+        return Path(self.result["model"]["base_model"]).name
+
+    @property
     def is_dense(self) -> bool:
         """Whether nothing was removed."""
         return self.cell["sparsity"] is None
 
     @property
-    def is_learned(self) -> bool:
-        """Whether its mask was learned here, and not taken from another cell."""
+    def has_config(self) -> bool:
+        """Whether a config was run: of ``leap_pl fit`` or ``leap_pl recover``."""
         return "trainer" in self.cell["settings"]
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether its mask was learned here, and not taken from another cell, and nothing else was."""
+        model = self.cell["settings"].get("model", {})
+        return self.has_config and "mask" not in model and model.get("train_weights", "none") == "none"
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Data types of weights and computation while it was made and while it was measured."""
+        made = self.result["config"].get("dtype") if self.has_config else self.cell["settings"].get("dtype")
+        return [dtype for dtype in (made, self.result["model"]["dtype"]) if dtype is not None]
 
     def perplexity(self, role: str) -> dict[str, Any]:
         """What was measured on the text of ``role``."""
@@ -46,7 +64,7 @@ def read_cells(folder: Path) -> list[Measured]:
     """The cells in ``folder``, in the order of the experiment.
 
     Raises:
-        UserError: There is none, one cannot be read, or two were measured in different ways.
+        UserError: There is none, one cannot be read, or two of a model were measured in different ways.
     """
     found = []
     for path in sorted(folder.glob("*.json")):
@@ -60,8 +78,18 @@ def read_cells(folder: Path) -> list[Measured]:
         found.append(Measured(result, _entry(path, result), result["cell"]))
     if not found:
         raise UserError(f"{folder} holds no finished cell. Run make results first.")
-    check_protocols([measured.entry for measured in found])
-    return sorted(found, key=lambda measured: measured.cell["order"])
+    found = sorted(found, key=lambda measured: measured.cell["order"])
+    for rows in by_model(found).values():
+        check_protocols([measured.entry for measured in rows])
+    return found
+
+
+def by_model(found: Sequence[Measured]) -> dict[str, list[Measured]]:
+    """The cells of each model, in the order of the experiment."""
+    models: dict[str, list[Measured]] = {}
+    for measured in found:
+        models.setdefault(measured.model, []).append(measured)
+    return models
 
 
 def _entry(path: Path, result: dict[str, Any]) -> Entry:
@@ -110,10 +138,24 @@ class Group:
         return {measured.title for measured in self.rows if measured.cell["baseline"]}
 
     @property
+    def best_baseline(self) -> Measured | None:
+        """The baseline with the lowest geometric mean of the perplexities on both texts."""
+        baselines = [measured for measured in self.rows if measured.cell["baseline"]]
+        return min(baselines, key=lambda m: prod(m.perplexity(role)["value"] for role in ROLES), default=None)
+
+    @property
     def best_learned(self) -> Measured | None:
         """The learned row with the lowest perplexity on the validation text."""
-        learned = [measured for measured in self.rows if measured.is_learned]
-        return min(learned, key=lambda m: float(m.perplexity("validation")["value"]), default=None)
+        return min(self.best_learned_by_tokens, key=_validation, default=None)
+
+    @property
+    def best_learned_by_tokens(self) -> list[Measured]:
+        """Of each number of training tokens the learned row with the lowest perplexity on the validation text."""
+        by_tokens: dict[int, list[Measured]] = {}
+        for measured in self.rows:
+            if measured.is_learned:
+                by_tokens.setdefault(measured.cell["tokens"], []).append(measured)
+        return [min(rows, key=_validation) for _, rows in sorted(by_tokens.items())]
 
     @property
     def reference(self) -> Measured | None:
@@ -132,8 +174,12 @@ class Group:
         return (far - near) / (far - dense)
 
 
+def _validation(measured: Measured) -> float:
+    return float(measured.perplexity("validation")["value"])
+
+
 def groups(found: Sequence[Measured]) -> list[Group]:
-    """The tables, in the order of the experiment, those of one pattern by sparsity."""
+    """The tables of the cells of one model, in the order of the experiment, those of one pattern by sparsity."""
     dense = next((measured for measured in found if measured.is_dense), None)
     by_table: dict[str, dict[float, list[Measured]]] = {}
     for measured in found:

@@ -123,9 +123,23 @@ class Progress:
         """Whether the file of ``cell``, made here or elsewhere, tells all of it with today's settings."""
         return self.told is not None and is_current(self, cell, self.told)
 
+    def is_within_reach(self, cell: Cell) -> bool:
+        """Whether the base model of ``cell`` is here, where a target of make lays it out."""
+        return cell.model.target is None or Path(cell.model.base_model).exists()
+
+    def left_out(self, cells: Sequence[Cell]) -> Iterator[str]:
+        """A line a model that is not here: how many of ``cells`` cannot be run, and how it is laid out."""
+        models = {cell.model.name: cell.model for cell in cells if not self.is_within_reach(cell)}
+        for name, model in models.items():
+            number = sum(cell.model.name == name for cell in cells)
+            yield (
+                f"{number} cells of {name} are left out: {model.base_model} is not there. Lay it out with make "
+                f"{model.target}."
+            )
+
     def left(self, cells: Sequence[Cell]) -> list[Cell]:
         """Those of ``cells`` that are to be run: not told of yet, or needed, here, by one that is not."""
-        wanted = {cell.name for cell in cells if not self.is_told(cell)}
+        wanted = {cell.name for cell in cells if self.is_within_reach(cell) and not self.is_told(cell)}
         reached = list(wanted)
         while reached:
             others = set(self._reads(self.experiment.cells[reached.pop()])) - wanted
@@ -137,23 +151,34 @@ class Progress:
         return self.folder / SUPERSEDED / f"{cell.name}-{made}"
 
     def lines(self, cells: Sequence[Cell]) -> Iterator[str]:
-        """A line a cell: what is done, what is left, with the token budget."""
-        left = 0
+        """A line a cell: what is done, what is left, with the token budget and the minutes that it took or may take."""
+        left = minutes = 0
         for cell in cells:
             steps = self.all_steps(cell)
             budget = "" if cell.fit is None else f"{cell.tokens:,} tokens"
-            if self.is_told(cell):
+            takes = self._minutes(cell)
+            if not self.is_within_reach(cell):
+                state = f"needs make {cell.model.target}"
+            elif self.is_told(cell):
                 state = "done"
             elif steps is None:
                 state = f"waits for {listing(list(cell.best_of))}"
             else:
                 undone = [step.name for step in steps if not self.is_done(cell, step)]
                 state = f"left: {', '.join(undone)}" if undone else "done"
+                minutes += takes or 0 if undone else 0
                 if "make" in undone and cell.fit is not None:
                     left += cell.tokens
                     state += self._begun(cell, steps[0])
-            yield f"{cell.name:<24} {budget:>18}  {state}".rstrip()
-        yield f"{left:,} training tokens are left, those of interrupted cells counted whole"
+            yield f"{cell.name:<32} {budget:>16} {'' if takes is None else f'{takes} min':>8}  {state}".rstrip()
+        yield f"{left:,} training tokens are left, those of interrupted cells counted whole; about {minutes} minutes"
+
+    def _minutes(self, cell: Cell) -> int | None:
+        """Minutes that making and measuring ``cell`` took, or an estimate of them; None without one."""
+        if self.told is None or not self.is_told(cell):
+            return cell.minutes
+        told = read_result(self.told / f"{cell.name}.json")
+        return round(((told["cell"]["seconds"] or 0) + told["times"]["seconds"]["total"]) / 60)
 
     def _begun(self, cell: Cell, step: Step) -> str:
         told = self.record(cell).get("make")

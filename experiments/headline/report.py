@@ -6,8 +6,8 @@ from pathlib import Path
 
 from experiments.headline import making
 from experiments.headline.experiment import UNSTRUCTURED
-from experiments.headline.measured import ROLES, Measured, groups, read_cells
-from experiments.headline.tables import KEY, difference_table, main_table, task_table
+from experiments.headline.measured import ROLES, Measured, by_model, groups, read_cells
+from experiments.headline.tables import KEY, difference_table, main_table, overview_table, task_table
 
 FAR_OFF = 10  # times the reference's perplexity
 NOTES = "notes.md"  # what did not work; written by hand
@@ -25,33 +25,41 @@ def write_report(cells: Path, docs: Path) -> Path:
     """
     found = read_cells(cells)
     docs.mkdir(parents=True, exist_ok=True)
-    for old in docs.glob("*.svg"):
-        old.unlink()
     notes = f" [What did not work]({docs.name}/{NOTES})." if (docs / NOTES).is_file() else ""
     parts = [
         "# Results",
         f"Written by `make results`; every figure is from the files in [`{docs.name}/cells`]({docs.name}/cells), and "
         "`python -m experiments.headline --report --from docs/results/cells` writes this page again from them.",
         f"[Protocol, hardware, configs and commands]({docs.name}/{making.PAGE}).{notes}",
-        *found[0].cell["about"],
-        *_tables(found, docs),
-        *_pictures(found, docs),
+        *dict.fromkeys(sentence for measured in found for sentence in measured.cell["about"]),
+        *_overview(found),
     ]
+    for number, (model, rows) in enumerate(by_model(found).items()):
+        parts += [f"## {model}", *_tables(rows, docs), *_pictures(rows, docs, docs / model if number else docs)]
     path = docs.with_suffix(".md")
     making.write_page(path, parts)
     making.write_making(found, docs)
     return path
 
 
+def _overview(found: Sequence[Measured]) -> Iterator[str]:
+    yield overview_table(found)
+    yield (
+        "Of what is not learned, the method with the lowest geometric mean of the two perplexities; of the masks that "
+        "were learned from as many tokens, the best on the validation text. Minutes are those of making the mask, that "
+        "which it starts from included. Data types are those in which a row was made and measured."
+    )
+    yield KEY
+
+
 def _tables(found: Sequence[Measured], docs: Path) -> Iterator[str]:
     for group in groups(found):
-        yield f"## {group.heading}"
+        yield f"### {group.heading}"
         yield main_table(group)
         yield difference_table(group)
-    yield KEY
     scores = task_table(found)
     if scores:
-        yield "## Accuracy by task"
+        yield "### Accuracy by task"
         yield scores
         yield (
             f"A quick look where [the protocol]({docs.name}/{making.PAGE}#protocol) names a limit: the first questions "
@@ -62,10 +70,14 @@ def _tables(found: Sequence[Measured], docs: Path) -> Iterator[str]:
 # -- pictures -------------------------------------------------------------------------------------------------
 
 
-def _pictures(found: Sequence[Measured], docs: Path) -> Iterator[str]:
+def _pictures(found: Sequence[Measured], docs: Path, folder: Path) -> Iterator[str]:
+    """Pictures of the cells of one model, which are drawn into ``folder``: ``docs``, or one in it."""
     from leap_pl.comparison.overlap import Overlap
     from leap_pl.comparison.pictures import draw_all, draw_overlaps, draw_perplexities
 
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.svg"):
+        old.unlink()
     tables = groups(found)
     best = [group.best_learned for group in tables if group.table == UNSTRUCTURED]
     far = _far_off(found)
@@ -78,11 +90,11 @@ def _pictures(found: Sequence[Measured], docs: Path) -> Iterator[str]:
         for m in sorted(found, key=lambda m: m.cell["sparsity"] or 0)
         if m.cell["table"] == UNSTRUCTURED
     ]
-    pictures = draw_all(entries, {title for group in tables for title in group.baselines}, docs)
+    pictures = draw_all(entries, {title for group in tables for title in group.baselines}, folder)
     formed = [m for m in found if m.cell["table"] != UNSTRUCTURED]
     if formed:
         dense = [m for m in found if m.is_dense]
-        drawn = draw_perplexities([near[m.cell["name"]] for m in dense + formed], docs, "forms")
+        drawn = draw_perplexities([near[m.cell["name"]] for m in dense + formed], folder, "forms")
         names = " and ".join(dict.fromkeys(m.cell["table"] for m in formed))
         pictures += [replace(picture, caption=f"{picture.caption} Tables: {names}.") for picture in drawn]
     labels = {m.cell["name"]: m.entry.label for m in found}
@@ -92,8 +104,8 @@ def _pictures(found: Sequence[Measured], docs: Path) -> Iterator[str]:
         told, prior = m.cell["overlap"], m.cell["prior"]
         layers = {int(layer): value for layer, value in told["layers"].items()}
         overlaps.append(Overlap(m.entry.label, labels.get(prior, prior), told["iou"], told["chance"], layers))
-    pictures += draw_overlaps(overlaps, docs)
-    yield "## Pictures"
+    pictures += draw_overlaps(overlaps, folder)
+    yield "### Pictures"
     yield "Densities are those of the best learned mask of each sparsity, by validation text."
     if far:
         yield (
@@ -101,7 +113,7 @@ def _pictures(found: Sequence[Measured], docs: Path) -> Iterator[str]:
             "reference's everywhere, and would press the others together."
         )
     for picture in pictures:
-        yield f"![{picture.caption}]({docs.name}/{picture.file})"
+        yield f"![{picture.caption}]({(folder / picture.file).relative_to(docs.parent).as_posix()})"
         yield picture.caption
     if agreeing:
         shares = [f"{m.entry.label}: {m.cell['overlap']['changed']:.2%}" for m in agreeing]

@@ -120,7 +120,7 @@ class Runner(Progress):
         seconds, peak = told.get("seconds", 0.0), told.get("peak_rss", 0)
         words, checkpoint = list(step.words), None
         if cell.fit is not None:
-            with atomic_file(place / "fit.yaml") as temporary:
+            with atomic_file(self.steps.config(cell)) as temporary:
                 temporary.write_text(yaml.safe_dump(step.settings, sort_keys=False), encoding="utf-8")
             checkpoint = self.steps.checkpoint(cell)
             # Without a checkpoint, a mask may be there all the same: killed between the two, the run begins anew.

@@ -10,6 +10,8 @@ from experiments.headline.experiment import Cell, Experiment, laid_over
 from leap_pl.errors import UserError
 from leap_pl.oneshot.methods import DEFAULT, method_named
 
+# Settings of a model that are of learning a mask alone: recover has its own, or none.
+OF_MASKS = ("gate", "annealing", "prior", "objective")
 # Settings of a fit that leave its mask as it is.
 SILENT = ("checkpoint", "mask_export", "sparsity_log", "progress")
 SILENT_TRAINER = ("logger", "log_every_n_steps", "val_check_interval", "limit_val_batches", "num_sanity_val_steps")
@@ -53,6 +55,14 @@ class Steps:
         """The mask of ``cell``, once it is made."""
         return self.place(cell) / "made" / "mask.safetensors"
 
+    def config(self, cell: Cell) -> Path:
+        """The config of ``cell`` that ``leap_pl fit`` or ``leap_pl recover`` reads."""
+        return self.place(cell) / f"{self._verb(cell)}.yaml"
+
+    @staticmethod
+    def _verb(cell: Cell) -> str:
+        return "fit" if cell.mask is None else "recover"
+
     def checkpoint(self, cell: Cell) -> Path | None:
         """The newest checkpoint of a learned cell that is not finished; None where nothing is saved.
 
@@ -75,7 +85,7 @@ class Steps:
         return None if cell.prune is None else self._prune(cell, cell.prune, kept)
 
     def _prune(self, cell: Cell, options: dict[str, Any], kept: Cell | None) -> Step:
-        options = {"model": self.experiment.base_model, **options}
+        options = {"model": cell.model.base_model, **options}
         options |= {} if options.get("pattern") else {"sparsity": cell.sparsity}
         told = dict(options)
         if kept is not None:
@@ -99,8 +109,11 @@ class Steps:
                 told["data"][name] = identity(told["data"][name])
         if cell.prior is not None:
             told["model"]["prior"]["mask"] = self._digest_of_mask(self.experiment.cells[cell.prior])
-        words = ["fit", "--config", str(self.place(cell) / "fit.yaml")]
-        return Step("make", digest(["fit", told]), self.mask(cell), words, config)
+        if cell.mask is not None:
+            told["model"]["mask"] = self._digest_of_mask(self.experiment.cells[cell.mask])
+        verb = self._verb(cell)
+        words = [verb, "--config", str(self.config(cell))]
+        return Step("make", digest([verb, told]), self.mask(cell), words, config)
 
     def _digest_of_mask(self, cell: Cell) -> str:
         step = self.make(cell)
@@ -108,12 +121,18 @@ class Steps:
         return step.digest
 
     def fit_config(self, cell: Cell, *, silent: bool = False) -> dict[str, Any]:
-        """The whole config of a learned cell; with ``silent``, without what does not change its mask."""
+        """The whole config of a learned cell; with ``silent``, without what does not change its mask or weights."""
         experiment = self.experiment
-        config = laid_over(experiment.learn, cell.fit or {})
+        shared = dict(experiment.learn)
+        if cell.mask is not None:
+            shared["model"] = {key: value for key, value in shared.get("model", {}).items() if key not in OF_MASKS}
+        config = laid_over(shared, cell.fit or {})
         model, data, trainer = (config.setdefault(part, {}) for part in ("model", "data", "trainer"))
-        model["base_model"] = experiment.base_model
-        model.setdefault("sparsity", cell.sparsity)
+        model["base_model"] = cell.model.base_model
+        if cell.mask is None:
+            model.setdefault("sparsity", cell.sparsity)
+        else:
+            model["mask"] = str(self.mask(experiment.cells[cell.mask]))
         if cell.prior is not None:
             model["prior"] = {**model.get("prior", {}), "mask": str(self.mask(experiment.cells[cell.prior]))}
         if "seq_length" not in data:
@@ -163,15 +182,15 @@ class Steps:
         for task, limit in experiment.tasks.items() if cell.tasks else ():
             by_limit.setdefault(limit, []).append(task)
         for limit, tasks in by_limit.items():
-            folder = experiment.evaluate.get("tasks_folder")
+            folder = cell.model.evaluate.get("tasks_folder")
             data = [] if folder is None else [str(Path(folder, task)) for task in tasks]
             steps.append(self._evaluate(cell, made, f"tasks-{limit or 'all'}", {"tasks": tasks, "limit": limit}, data))
         return steps
 
     def _evaluate(self, cell: Cell, made: str | None, name: str, what: dict[str, Any], reads: list[str]) -> Step:
         options = {key: value for key, value in what.items() if value is not None}
-        options |= {key: value for key, value in self.experiment.evaluate.items() if self._fits(key, what)}
-        told = ["evaluate", options, made or identity(self.experiment.base_model), [identity(item) for item in reads]]
+        options |= {key: value for key, value in cell.model.evaluate.items() if self._fits(key, what)}
+        told = ["evaluate", options, made or identity(cell.model.base_model), [identity(item) for item in reads]]
         output = self.place(cell) / "measured" / f"{name}.json"
         words = ["evaluate", *self.subject(cell), *_flags(options), "--output", str(output)]
         return Step(name, digest(told), output, words, options)
@@ -185,10 +204,10 @@ class Steps:
     def subject(self, cell: Cell) -> list[str]:
         """The flags that say what is evaluated: the model with new weights, a mask over the base model, or that."""
         if cell.prune is None and cell.fit is None:
-            return ["--model", self.experiment.base_model]
+            return ["--model", cell.model.base_model]
         if cell.prune is not None and method_named(cell.prune.get("method", DEFAULT)).updates:
             return ["--model", str(self.mask(cell).parent / "model")]
-        return ["--model", self.experiment.base_model, "--mask", str(self.mask(cell))]
+        return ["--model", cell.model.base_model, "--mask", str(self.mask(cell))]
 
 
 def _flags(options: dict[str, Any]) -> list[str]:

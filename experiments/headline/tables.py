@@ -1,8 +1,9 @@
 """The tables of the report, in Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from experiments.headline.measured import ROLES, Group, Measured, groups
+from experiments.headline.experiment import UNSTRUCTURED
+from experiments.headline.measured import ROLES, Group, Measured, by_model, groups
 from leap_pl.comparison.differences import (
     Difference,
     accuracy_difference,
@@ -12,12 +13,14 @@ from leap_pl.comparison.differences import (
     shared_tasks,
 )
 
+OVERVIEW = (0.5, 0.6)  # sparsities
 _ERROR = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"  # keeps a figure and its error in one line
 KEY = (
     "Perplexity: lower is better. Gap closed: the part of the reference's distance to the dense model that a row "
-    "makes up for, (reference − row) / (reference − dense); the reference is marked *. Training tokens are those a "
-    "mask was learned from. ± is one standard error; that of a difference is of paired windows or questions. "
-    "Differences are to the best baseline of the same pattern; a row that has none is not among them."
+    "makes up for, (reference − row) / (reference − dense); the reference is marked *. Training tokens are those that "
+    "a mask, and weights under it, were learned from. ± is one standard error; that of a difference is of paired "
+    "windows or questions. Differences are to the best baseline of the same pattern; a row that has none is not among "
+    "them."
 )
 
 
@@ -30,11 +33,8 @@ def main_table(group: Group) -> str:
     heading += [f"mean accuracy of {len(tasks)}, %"] * bool(tasks)
     rows = []
     for m in [*([group.dense] if group.dense else []), *group.rows]:
-        row = [m.title + " *" * bool(m.cell["reference"]), f"{100 * m.entry.sparsity:.2f}"]
-        row.append(f"{m.cell['tokens']:,}" if m.cell["tokens"] else "")
-        row += [_figure(m.perplexity(role)["value"], m.perplexity(role)["stderr"]) for role in ROLES]
-        row += [_accuracy(m, tasks)] * bool(tasks)
-        rows.append(row)
+        row = [m.title + " *" * bool(m.cell["reference"]), f"{100 * m.entry.sparsity:.2f}", _tokens(m)]
+        rows.append([*row, *_perplexities(m), *[_accuracy(m, tasks)] * bool(tasks)])
     return markdown(heading, rows)
 
 
@@ -81,17 +81,59 @@ def cost_table(found: Sequence[Measured]) -> str:
     """What each cell took to make."""
     rows = []
     for m in found:
-        row = [f"`{m.cell['name']}`"]
-        row += [f"{m.cell[key]:,}" if m.cell[key] else "" for key in ("tokens", "calibration_tokens")]
-        row.append("" if m.cell["seconds"] is None else f"{m.cell['seconds'] / 60:.1f}")
-        rows.append([*row, f"{m.cell['peak_rss'] / 2**30:.1f}" if m.cell["peak_rss"] else ""])
-    return markdown(["cell", "training tokens", "calibration tokens", "minutes", "memory, GiB"], rows)
+        calibration, seconds, peak = (m.cell[key] for key in ("calibration_tokens", "seconds", "peak_rss"))
+        row = [f"`{m.cell['name']}`", m.model, _tokens(m), f"{calibration:,}" if calibration else ""]
+        row += ["" if seconds is None else f"{seconds / 60:.1f}", f"{peak / 2**30:.1f}" if peak else ""]
+        steps = m.cell["settings"].get("trainer", {}).get("max_steps")
+        rows.append([*row, f"{seconds / steps:.2f}" if seconds and steps else ""])
+    heading = ["cell", "model", "training tokens", "calibration tokens", "minutes", "memory, GiB", "seconds a step"]
+    return markdown(heading, rows)
+
+
+def overview_table(found: Sequence[Measured]) -> str:
+    """Of every model the dense one and, at the sparsities of :data:`OVERVIEW`, the best baseline and learned rows."""
+    scored = [m.entry for m in found if m.entry.tasks]
+    tasks = shared_tasks(scored) if scored else []
+    heading = ["model", "sparsity, %", "method"]
+    heading += [f"perplexity, {found[0].cell['texts'][role]['title']}" for role in ROLES]
+    heading += [f"mean accuracy of {len(tasks)}, %"] * bool(tasks)
+    heading += ["training tokens", "minutes", "seed", "data types"]
+    cells, rows = {m.cell["name"]: m for m in found}, []
+    for model, of_model in by_model(found).items():
+        shown = [m for m in of_model if m.is_dense]
+        for group in groups(of_model):
+            if group.table == UNSTRUCTURED and group.sparsity in OVERVIEW:
+                shown += [m for m in (group.best_baseline, *group.best_learned_by_tokens) if m is not None]
+        for m in shown:
+            seconds = _seconds_in_all(m, cells)
+            row = [model, f"{100 * (m.cell['sparsity'] or 0):g}", m.title, *_perplexities(m)]
+            row += [_accuracy(m, tasks)] * bool(tasks)
+            row += [_tokens(m), "" if seconds is None else f"{seconds / 60:.0f}", str(m.result.get("seed", ""))]
+            rows.append([*row, ", ".join(m.dtypes)])
+    return markdown(heading, rows)
 
 
 def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, the first column to the left."""
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _tokens(measured: Measured) -> str:
+    return f"{measured.cell['tokens']:,}" if measured.cell["tokens"] else ""
+
+
+def _perplexities(measured: Measured) -> list[str]:
+    figures = [measured.perplexity(role) for role in ROLES]
+    return [_figure(figure["value"], figure["stderr"]) for figure in figures]
+
+
+def _seconds_in_all(measured: Measured, cells: Mapping[str, Measured]) -> float | None:
+    """Seconds that making a cell took, with those that it is made from; None where one of them is not known."""
+    own = measured.cell["seconds"]
+    before = [name for name in map(measured.cell.get, ("prior", "mask_of", "kept")) if name is not None]
+    others = [_seconds_in_all(cells[name], cells) if name in cells else None for name in before]
+    return None if own is None or None in others else own + sum(other for other in others if other is not None)
 
 
 def _accuracy(measured: Measured, tasks: list[str]) -> str:

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_experiment import definition
 
+from experiments.headline.definition import read_experiment
 from experiments.headline.digests import digest, identity
-from experiments.headline.experiment import read_experiment
 from experiments.headline.steps import Steps
 from leap_pl.cli.fit import LeapCLI, make_cli
 from leap_pl.cli.former_spelling import FormerSpellingParser, check_agree, respelled

