@@ -34,6 +34,7 @@ from leap_pl.kernels.packed_adamw import packed_step, step_numbers
 
 # Elements that one call of the kernel updates: on a CPU they fit its caches, elsewhere each call costs launches.
 CHUNK, CHUNK_OF_DEVICE = 1 << 16, 1 << 22
+LINE = 1 << 16  # a longer vector is updated as rows of this length, so that it is no single row
 
 
 class PackedAdamW(torch.optim.Optimizer):
@@ -125,22 +126,23 @@ class PackedAdamW(torch.optim.Optimizer):
         # Each shard has its own random numbers; ranks that hold the whole parameter have the same.
         keys = noise_keys(group["seed"], step, Ranks.of([parameter]).rank, f"rounding {place}")
         updated = part.contiguous()
-        tensors = rows(updated), rows(grad.contiguous()), rows(moments)
-        height, width = tensors[0].shape
         scalars = [scalar(number) for number in numbers]
-        some = max((CHUNK if part.device.type == "cpu" else CHUNK_OF_DEVICE) // width, 1)
-        for at in range(0, height, some):
-            parameter_RC, grad_RC, moments_RC = (tensor[at : at + some].data for tensor in tensors)
-            code_RC = moments_RC.to(torch.int32)
-            packed_step(
-                parameter_RC,
-                grad_RC,
-                code_RC,
-                columns(width, part.device),
-                *(scalar(number, torch.int32) for number in (*keys, at)),
-                *scalars,
-            )
-            moments_RC.copy_(code_RC)
+        for first, tensors in _in_rows(updated, grad.contiguous(), moments):
+            height, width = tensors[0].shape
+            column_C = columns(LINE if first else width, part.device)
+            some = max((CHUNK if part.device.type == "cpu" else CHUNK_OF_DEVICE) // width, 1)
+            for at in range(0, height, some):
+                parameter_RC, grad_RC, moments_RC = (tensor[at : at + some].data for tensor in tensors)
+                code_RC = moments_RC.to(torch.int32)
+                packed_step(
+                    parameter_RC,
+                    grad_RC,
+                    code_RC,
+                    column_C[:width].data,
+                    *(scalar(number, torch.int32) for number in (*keys, first + at)),
+                    *scalars,
+                )
+                moments_RC.copy_(code_RC)
         if updated is not part:
             part.copy_(updated)
 
@@ -185,6 +187,21 @@ def check_rounding(optimizer: torch.optim.Optimizer, logits_dtype: torch.dtype) 
         f"model.logits_dtype is bfloat16 and {type(optimizer).__name__} rounds to nearest: small updates would be "
         "lost, and learning would stop unnoticed. Set --model.optimizer PackedAdamW, or --model.logits_dtype float32."
     )
+
+
+def _in_rows(*tensors: Tensor) -> list[tuple[int, tuple[Tensor, ...]]]:
+    """Return ``tensors`` of equal shape in two dimensions, with the number of their first row: in parts if necessary.
+
+    A long vector is rows of :data:`LINE` elements, and a shorter last one.
+    """
+    count = tensors[0].numel()
+    if tensors[0].ndim != 1 or count <= LINE:
+        return [(0, tuple(map(rows, tensors)))]
+    whole = count // LINE
+    parts = [(0, tuple(tensor[: whole * LINE].view(whole, LINE) for tensor in tensors))]
+    if count % LINE:
+        parts.append((whole, tuple(tensor[whole * LINE :].view(1, -1) for tensor in tensors)))
+    return parts
 
 
 def _initial_moments(parameter: Tensor, part: Tensor) -> Tensor:

@@ -83,3 +83,24 @@ def test_a_call_is_for_some_rows_and_changes_no_bit(
     found = optimized(start.clone(), gradients)
     assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))
     assert max(sizes) <= 40
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_long_vector_is_updated_as_rows(dtype: torch.dtype, eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a matrix of so many columns, whose last row is not full; no tensor of the vector's size is allocated."""
+    sizes: list[int] = []
+
+    def watched(*arguments: Tensor) -> Any:
+        sizes.extend(tensor.numel() for tensor in arguments)
+        return packed_step(*arguments)
+
+    monkeypatch.setattr(optimizers, "packed_step", watched)
+    monkeypatch.setattr(optimizers, "LINE", 40)
+    monkeypatch.setattr(optimizers, "CHUNK", 40)
+    matrix, gradients = torch.full((3, 40), 0.04, dtype=dtype), [gradient((3, 40), step).to(dtype) for step in (1, 2)]
+    vectors = [each.flatten()[:100].clone() for each in (matrix, *gradients)]
+    found, moments = optimized(vectors[0], vectors[1:])
+    assert max(sizes) <= 40
+    expected, expected_moments = optimized(matrix, gradients)
+    assert torch.equal(found, expected.flatten()[:100])
+    assert torch.equal(moments, expected_moments.flatten()[:200])
