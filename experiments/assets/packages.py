@@ -14,6 +14,8 @@ from typing import Any
 from leap_pl.errors import UserError
 from leap_pl.escape import say
 
+SOURCES = "SOURCES.md"  # file of a folder that says what it was made from
+
 
 @dataclass(frozen=True)
 class Package:
@@ -95,7 +97,7 @@ def finished(destination: Path) -> bool:
     Raises:
         UserError: The folder is of something else.
     """
-    if (destination / "SOURCES.md").is_file():
+    if (destination / SOURCES).is_file():
         report(f"{destination} is there already")
         return True
     if destination.is_dir() and any(destination.iterdir()):
@@ -113,7 +115,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def write_sources(folder: Path, packages: Sequence[Package], licence: str, notes: str) -> None:
     """Write ``SOURCES.md`` into ``folder``: what it was made from, its licence, and what results should say of it."""
     origins = ("the package " if len(packages) == 1 else "the packages ") + ",\n".join(p.origin for p in packages)
-    (folder / "SOURCES.md").write_text(
+    (folder / SOURCES).write_text(
         f"# Sources\n\nMade by `python -m experiments.assets` from {origins}.\n\n{licence}\n\n{notes}\n",
         encoding="utf-8",
     )

@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from experiments.assets.packages import SOURCES
+
 
 def digest(value: Any) -> str:
     """16 hexadecimal digits of plain ``value``, whatever the order of its keys."""
@@ -15,12 +17,14 @@ def digest(value: Any) -> str:
 def identity(name: Any) -> Any:
     """What stands for a model or text in a digest: the content of a local file or folder, else the name.
 
-    A hub id stands for itself: pin its revision where it matters. A list stands for its members'.
+    A hub id stands for itself: pin its revision where it matters. A list stands for its members'. How a folder was
+    made, which its file of sources says, is no content.
     """
     if isinstance(name, list):
         return [identity(item) for item in name]
     path = Path(str(name)).expanduser()
-    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+    within = (item for item in path.rglob("*") if item.is_file() and item.name != SOURCES) if path.is_dir() else (path,)
+    files = sorted(within)
     if not path.exists():
         return name
     return digest([[str(file.relative_to(path)), _content(file, _state(file))] for file in files])

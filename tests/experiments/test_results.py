@@ -19,6 +19,7 @@ from tiny_experiment import (
 )
 
 from experiments.headline import running
+from experiments.headline.digests import identity
 from experiments.headline.running import last_line, run_command
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
@@ -355,3 +356,12 @@ def test_two_at_once_are_refused(again, capsys):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert results(folder) == 2
     assert "another process works in" in capsys.readouterr().err
+
+
+def test_how_a_folder_was_made_is_no_content_of_it(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = identity(str(tmp_path))
+    (tmp_path / "SOURCES.md").write_text("made by a later version", encoding="utf-8")
+    assert identity(str(tmp_path)) == before
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert identity(str(tmp_path)) != before
