@@ -22,6 +22,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"  # files that --config also take
 # Key → Lightning's module of the classes that it takes.
 LIGHTNING = {"trainer.callbacks": "lightning.pytorch.callbacks", "trainer.logger": "lightning.pytorch.loggers"}
 
+# Base classes among them, which do nothing alone.
 BASES = {"Logger", "Callback", "Checkpoint", "BaseFinetuning", "BasePredictionWriter", "ProgressBar"}
 
 # Restriction of a type, as the parser words it → range.
@@ -145,7 +146,7 @@ def _nearest(name: str, options: Collection[str]) -> str | None:
 
 
 def _classes_for(key: str) -> list[str]:
-    """Return the names of Lightning's classes for a setting, without their base classes, which do nothing alone."""
+    """Return the names of Lightning's classes for a setting, without their base classes."""
     from importlib import import_module
 
     if key not in LIGHTNING:

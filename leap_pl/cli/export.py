@@ -215,7 +215,7 @@ def _same_weights(result: dict[str, Any], masks: "MaskSet") -> bool:
     from leap_pl.inputs.plain_values import plain
     from leap_pl.masks.kept_weights import TRAINED
 
-    run = (TRAINED, "steps", "seed", "data")
+    run = (TRAINED, "objective", "steps", "seed", "data")
     measured, made = (
         {name: plain(config.get(name)) for name in run} if TRAINED in config else {}
         for config in (result.get("config") or {}, masks.provenance.config)

@@ -179,9 +179,10 @@ class GatedModule(L.LightningModule):
         self.layers = {name: weight.layer for name, weight in self.weights.items()}
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
         self._warn_if_sparse(model)
-        fixed = not self.probe().learned()
+        probe = self.probe()
+        fixed = not probe.learned()
         self.trained.check(self.weights, fixed=fixed, sharded=self.mesh is not None)
-        prior = self._make_prior(model)
+        prior = self._make_prior(model, probe)
         model.requires_grad_(False)
         if self._fitting() and self.resumes_from is None:  # a resumed run has its own
             self.trained.read_start(fixed=fixed, trust_remote_code=self.trust_remote_code)
@@ -233,10 +234,9 @@ class GatedModule(L.LightningModule):
         shard(model, blocks, mesh, prepare, others)
         convert(model).to(self._device_of_run())
 
-    def _make_prior(self, model: "PreTrainedModel") -> SharedPrior:
+    def _make_prior(self, model: "PreTrainedModel", gates: Gates[Any]) -> SharedPrior:
         """Make the prior or priors on rank zero, set ``self.priors`` there, and return them for all ranks."""
         # First, since a prior may take minutes: raises if this kind of mask cannot have the requested sparsity.
-        gates = self.probe()
         self.sparsity = gates.exact_sparsity(self.sparsity)
         if not self._fitting():
             return SharedPrior({}, RankZero())
