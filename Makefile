@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 ARGS ?=
-.PHONY: help quickstart packed recovered results test test-fast lint docs notebooks package assets assets-eval assets-gemma assets-qwen clean
+.PHONY: help quickstart packed recovered results test test-fast lint docs notebooks package assets assets-eval assets-mixture assets-gemma assets-qwen clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -29,6 +29,7 @@ recovered: $(VENV)/.installed ## Train the weights that the quickstart's one-sho
 results: $(VENV)/.installed ## The headline experiment: hours; stop it at any moment, run it again to go on (ARGS=--list)
 	@$(BIN)/python -m experiments.assets quickstart
 	@$(BIN)/python -m experiments.assets eval
+	@$(BIN)/python -m experiments.assets mixture
 	@$(BIN)/python -m experiments.headline $(ARGS)
 
 test: $(VENV)/.installed-dev ## All tests, those on the real model in a short form
@@ -61,6 +62,9 @@ assets: $(VENV)/.installed ## The embedded model and text: assets/SmolLM2-135M-I
 
 assets-eval: $(VENV)/.installed ## The zero-shot tasks, for evaluation without a hub: assets/tasks, assets/howto
 	@$(BIN)/python -m experiments.assets eval
+
+assets-mixture: $(VENV)/.installed ## A text of several kinds, to learn on: assets/brown, assets/mixture
+	@$(BIN)/python -m experiments.assets mixture
 
 assets-gemma: $(VENV)/.installed ## Gemma 3 270M, under Gemma's terms of use: assets/gemma-3-270m
 	@$(BIN)/python -m experiments.assets gemma

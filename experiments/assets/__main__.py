@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import experiments.assets
+from experiments.assets.mixture import make_mixture
 from experiments.assets.models import GEMMA, QWEN, SMOLLM2, make_model
 from experiments.assets.packages import report
 from experiments.assets.texts import make_howto, make_tasks, make_text
@@ -15,6 +16,7 @@ from leap_pl.errors import UserError
 ASSETS: dict[str, tuple[Callable[[Path], Path], ...]] = {
     "quickstart": (partial(make_model, SMOLLM2), make_text),
     "eval": (make_tasks, make_howto),
+    "mixture": (make_mixture,),
     "gemma": (partial(make_model, GEMMA),),
     "qwen": (partial(make_model, QWEN),),
 }
@@ -27,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "which",
         choices=sorted(ASSETS),
-        help="quickstart: model and text; eval: zero-shot tasks and a second held-out text; gemma, qwen: other models",
+        help="quickstart: model and text; eval: zero-shot tasks and a second held-out text; mixture: "
+        "a text of several kinds; gemma, qwen: other models",
     )
     parser.add_argument("--folder", type=Path, default=Path("assets"), help="where they go (default: assets)")
     options = parser.parse_args(arguments)

