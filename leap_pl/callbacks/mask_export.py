@@ -50,15 +50,15 @@ class MaskExport(L.Callback):
         assert isinstance(pl_module, LeapModule)
         self._begun, self.written = False, None
         if stage == "fit":
-            pl_module.prior_folders.append(self.place(trainer))
+            pl_module.run_prior.folders.append(self.place(trainer))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the priors, if there are any; a resumed run leaves existing files as they are."""
         assert isinstance(pl_module, LeapModule)
         if trainer.is_global_zero:
-            for form, prior in pl_module.priors.items():
+            for form, prior in pl_module.run_prior.masks.items():
                 path = self.place(trainer) / prior_file(form)
-                if pl_module.resumed is None or not path.exists():
+                if pl_module.run_prior.resumed is None or not path.exists():
                     prior.save(path)
 
     def on_train_batch_start(

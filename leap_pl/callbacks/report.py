@@ -176,7 +176,7 @@ def _losses(module: LeapModule) -> str:
 
 
 def _prior(module: LeapModule) -> str:
-    prior = module.prior_settings
+    prior = module.run_prior.settings
     if module.resumes_from is not None:
         return f"as in {module.resumes_from}, which this run resumes"
     if prior.mask is not None:

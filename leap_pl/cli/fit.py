@@ -1,14 +1,11 @@
 """Command line of fit and validate: LightningCLI with this project's defaults."""
 
 import os
-import re
 import sys
-import time
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from jsonargparse import lazy_instance
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -33,7 +30,6 @@ from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.folder import check_folder
 from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import load_checkpoint
-from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.checkpoints.run_folder import Finished, check_finished, check_settings, replaces
 from leap_pl.cli.arguments import (
     check_classes,
@@ -47,10 +43,11 @@ from leap_pl.cli.arguments import (
     with_recipes,
 )
 from leap_pl.cli.former_spelling import FORMER, FormerSpellingParser, advice, respelled
-from leap_pl.cli.process import UNWRITABLE, set_up_process
+from leap_pl.cli.process import set_up_process
+from leap_pl.cli.resume import checkpoint_path, find_last
+from leap_pl.cli.run_errors import errors_of_run, package_in, refusal
 from leap_pl.cli.sentences import SentenceFormatter
 from leap_pl.cli.token_budget import steps_of
-from leap_pl.distributed.strategy import lost_a_rank
 from leap_pl.errors import UserError
 from leap_pl.escape import say
 from leap_pl.gates import FixedGate
@@ -71,10 +68,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 PROCESSES_A_CORE = 8  # more processes on a CPU are certainly a mistake, and use up the machine's memory
-
-PACKAGE = re.compile(r"pip install(?: -U)? ['\"]?([\w-]+)")  # in the errors of Lightning's optional classes
-
-SECONDS_BEHIND = 2.0  # delay of a rank's exit after another rank was lost; launchers poll several times a second
 
 # LeapModule's default, in a form that can be saved in a config.
 OPTIMIZER: dict[str, Any] = {
@@ -181,7 +174,7 @@ class LeapCLI(LightningCLI):
             _take_tokens(settings, words)
         if settings.ckpt_path != path:
             raise UserError(f"ckpt_path is {settings.ckpt_path} and {path}. Give it once, as --ckpt_path PATH.")
-        settings.ckpt_path = path = _path_of(path)
+        settings.ckpt_path = path = checkpoint_path(path)
         given = None if path == "last" else path
         requeued = verb == "fit" and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
         if verb == "fit":
@@ -189,7 +182,7 @@ class LeapCLI(LightningCLI):
         newest = None
         self.last = path == "last" or (requeued and not self.force)
         if self.last:
-            words_of_last, newest = _find_last(verb, settings.checkpoint.dirpath)
+            words_of_last, newest = find_last(verb, settings.checkpoint.dirpath)
             if newest is not None:
                 refused = self._take_settings(verb, newest[1], str(newest[0]), words)
                 self._parse(parser, args, words)
@@ -228,11 +221,11 @@ class LeapCLI(LightningCLI):
         except UserError:
             raise
         except ModuleNotFoundError as error:  # of a logger or a device whose package is optional
-            if PACKAGE.search(str(error)) is None:
+            if package_in(error) is None:
                 raise
-            raise _refusal(error) from error
+            raise refusal(error) from error
         except (ValueError, MisconfigurationException) as error:
-            raise _refusal(error) from error
+            raise refusal(error) from error
 
     def check_kind(self, settings: Any) -> None:
         """Check that the settings of a run do not fix the mask, which is for another verb.
@@ -381,63 +374,11 @@ def run(words: list[str], kind: type[LeapCLI] = LeapCLI) -> LeapCLI | None:
     """
     set_up_process()
     try:
-        return make_cli(words, kind=kind)
+        with errors_of_run():
+            return make_cli(words, kind=kind)
     except Finished as done:
         rank_zero_only(say)(f"leap_pl {running_verb()}: {done}", sys.stderr)
         return None
-    except ArgumentError as error:
-        raise UserError(one_line(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory on the device: {str(error).splitlines()[0]} Lower data.batch_size or data.seq_length and "
-            "raise trainer.accumulate_grad_batches, or set model.activation_checkpointing."
-        ) from error
-    except RuntimeError as error:
-        if not lost_a_rank(error):
-            raise
-        # Launchers report the first rank that exits as the one that failed, which should be the lost rank.
-        time.sleep(SECONDS_BEHIND)
-        raise UserError(
-            f"another rank has ended, and its own message says why ({str(error).splitlines()[0][-120:]}). "
-            "Resume from the last checkpoint with --ckpt_path."
-        ) from error
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        place = f"{error.filename} cannot be written" if error.filename else "a file of the run cannot be written"
-        raise UserError(
-            f"{place} ({error.strerror}). Free space, or name other places with --checkpoint.dirpath and "
-            "--trainer.logger.save_dir."
-        ) from error
-    except MisconfigurationException as error:  # errors that Lightning finds only when a run starts
-        raise _refusal(error) from error
-
-
-def _refusal(error: Exception) -> UserError:
-    """Return the error of a class that refuses its settings as one line."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__  # jsonargparse wraps the errors of classes in a list
-    if cause is not None:
-        return cause
-    message = " ".join(str(error).split())
-    if "enable_checkpointing" in message:
-        message = (
-            "trainer.enable_checkpointing false conflicts with the checkpoints that fit writes. To write none, set "
-            "--checkpoint.save_top_k 0 --checkpoint.save_last false."
-        )
-    package = PACKAGE.search(message)
-    if package is not None:
-        message = (
-            f"a class of these settings needs the package {package[1]}, which is not installed. Install it (pip "
-            f"install {package[1]}), or choose another class."
-        )
-    if "No supported gpu backend" in message or "can not run on your system" in message:
-        message = (
-            "trainer.accelerator asks for a device that this machine does not have, or that its torch cannot use. Give "
-            "--trainer.accelerator cpu, or auto for what there is."
-        )
-    return UserError(message)
 
 
 def _check_trainer(trainer: Trainer) -> None:
@@ -469,42 +410,3 @@ def _take_tokens(settings: Any, words: list[str]) -> None:
 def _as_typed(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return a class and its arguments in the form of a config."""
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
-
-
-def _find_last(verb: str, folder: str | None) -> tuple[str, tuple[Path, dict[str, Any]] | None]:
-    """Return a message on what the run starts from, and the newest intact checkpoint in ``folder`` or None."""
-    if folder is None:
-        raise UserError(
-            "to resume from the last checkpoint (--ckpt_path last, or a requeued job), its folder must be the same in "
-            "every run. Set it with --checkpoint.dirpath."
-        )
-    found = newest_checkpoint(Path(folder).expanduser())
-    if found is None and verb != "fit":
-        raise UserError(f"there is no checkpoint in {folder}. Give another --checkpoint.dirpath, or a .ckpt file.")
-    if found is None:
-        words = f"no checkpoint in {folder} yet: starting a new run."
-    else:
-        file, checkpoint, damaged = found
-        words = f"resuming from {file} (step {checkpoint.get('global_step')})."
-        if damaged:
-            words = f"{damaged[0]} Fallback: {words}"
-    return words, None if found is None else found[:2]
-
-
-def _path_of(ckpt_path: Any) -> Any:
-    """Return ``ckpt_path`` as a path; Lightning's keywords other than ``last`` are refused.
-
-    Raises:
-        UserError: The file or folder does not exist.
-    """
-    if not isinstance(ckpt_path, str) or ckpt_path == "last" or "://" in ckpt_path:
-        return ckpt_path
-    keyword = ckpt_path in ("best", "hpc") or ckpt_path.startswith("registry")
-    if Path(ckpt_path).exists():
-        return str(Path(ckpt_path).absolute()) if keyword else ckpt_path
-    if not keyword:
-        raise UserError(f"{ckpt_path}: there is no such checkpoint. Give a .ckpt from a run's checkpoints folder.")
-    raise UserError(
-        f"--ckpt_path {ckpt_path} is no checkpoint. Give a .ckpt from a run's checkpoints folder, or last for the "
-        "newest in --checkpoint.dirpath."
-    )

@@ -1,8 +1,7 @@
 """GatedModule: LightningModule of a frozen language model with gates on its weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +30,12 @@ from leap_pl.distributed.strategy import (
     sharding_mesh,
 )
 from leap_pl.errors import UserError, listing
-from leap_pl.gates import FixedGate, Gate, Gates, GateState, attach
+from leap_pl.gates import Gate, Gates, GateState, attach
 from leap_pl.masks.kept_weights import TRAINED
-from leap_pl.prior.settings import Calibration, Prior, SharedPrior, make_and_share
-from leap_pl.prior.started_prior import DIGESTS, started_prior
+from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.training import finite, run_settings
 from leap_pl.training.live_settings import live_settings
+from leap_pl.training.run_prior import RunPrior
 from leap_pl.training.trained_weights import TrainedWeights
 from leap_pl.training.validation import Validation
 from leap_pl.training.weights import NONE, WeightTraining, norms_in
@@ -83,7 +82,7 @@ class GatedModule(L.LightningModule):
         # Not every kind of mask can have the requested sparsity; configure_model sets the one that it has.
         self.sparsity = self.asked_sparsity = sparsity
         self.targets, self.ignore = targets, list(ignore)
-        self.make_gate, self.prior_settings = gate, prior
+        self.make_gate, self.run_prior = gate, RunPrior(prior)
         self.dtype_name, self.logits_dtype = dtype, logits_dtype
         self.activation_checkpointing = activation_checkpointing
         self.trust_remote_code = trust_remote_code
@@ -93,13 +92,8 @@ class GatedModule(L.LightningModule):
         self.model: PreTrainedModel | None = None
         self.mesh: DeviceMesh | None = None  # device mesh that decoder blocks are sharded over
         self.gates: Gates[Any] = Gates({})
-        self.fixed: dict[str, Any] | None = None  # provenance of the mask, if it is not learned
-        self.priors: dict[str, MaskSet] = {}  # on rank zero
-        self.prior_digests: dict[str, str] = {}  # of the prior that the run started from, on every rank
-        self.prior_folders: list[Path] = []  # where to look for a resumed run's prior, after its checkpoint's folder
         self.resumes_from: str | None = None
         self.when_loaded: list[Callable[[PreTrainedModel], object]] = []  # called for a fit, before the prior is made
-        self.resumed: Identity | None = None  # identity in the checkpoint that this run resumes from
         self.register_state_dict_post_hook(checkpoints.keep_learned_only)
         self.validation = Validation()
 
@@ -122,7 +116,7 @@ class GatedModule(L.LightningModule):
 
         For a resumed run, this is the mask that the run started from, or None if it is unavailable.
         """
-        return self.priors.get("prior")
+        return self.run_prior.masks.get("prior")
 
     # -- the gated model ----------------------------------------------------------------------------------
 
@@ -235,7 +229,7 @@ class GatedModule(L.LightningModule):
         convert(model).to(self._device_of_run())
 
     def _make_prior(self, model: "PreTrainedModel", gates: Gates[Any]) -> SharedPrior:
-        """Make the prior or priors on rank zero, set ``self.priors`` there, and return them for all ranks."""
+        """Return the prior that the gates start from, for all ranks: an empty one if they do not start here."""
         # First, since a prior may take minutes: raises if this kind of mask cannot have the requested sparsity.
         self.sparsity = gates.exact_sparsity(self.sparsity)
         if not self._fitting():
@@ -254,44 +248,9 @@ class GatedModule(L.LightningModule):
             progress=self.trainer.progress_bar_callback is not None,
         )
         if self.resumes_from is not None and Path(self.resumes_from).exists():
-            return self._find_prior(Path(self.resumes_from), model, gates, calibration)
-        shared = make_and_share(self.prior_settings, model, self.weights, gates, self.sparsity, calibration)
-        self.priors, self.prior_digests = dict(shared.priors), shared.digests
-        if isinstance(gates.first, FixedGate):
-            made = shared.priors["prior"].provenance if shared.rank_zero.here else None
-            fixed = None if made is None else {key: getattr(made, key) for key in ("method", "sparsity", "config")}
-            self.fixed = shared.rank_zero.tell(fixed)
-        return shared
-
-    def _find_prior(
-        self, path: Path, model: "PreTrainedModel", gates: Gates[Any], calibration: Calibration
-    ) -> SharedPrior:
-        """Return an empty prior, as the logits come from the checkpoint ``path``; set ``self.priors`` to its run's."""
-        found = read_identity(checkpoints.load_checkpoint(path, check_tensors=False), path)
-        rank_zero = RankZero()
-        shared = SharedPrior({}, rank_zero)
-        if (found.fingerprint, found.gate["class_path"]) == (self.fingerprint, gates.describe()["class_path"]):
-            forms = gates.prior_forms(found.sparsity)
-            make = partial(Prior.make, model=model, weights=self.weights, forms=forms, calibration=calibration)
-            rank_zero.make(lambda: self._resume(found, path, gates, make))
-            if not rank_zero.here:
-                self._resume(found, path, gates, None)
-        return shared
-
-    def _resume(
-        self,
-        found: Identity,
-        path: Path,
-        gates: Gates[Any],
-        make: "Callable[[Prior], Mapping[str, MaskSet]] | None",
-    ) -> None:
-        """Set the identity and prior digests of the resumed run from its checkpoint; on rank zero find its prior."""
-        digests = found.settings.get(DIGESTS)
-        self.resumed, self.prior_digests = found, dict(digests) if isinstance(digests, dict) else {}
-        if make is not None:
-            folders = [*dict.fromkeys([path.resolve().parent, path.parent, *self.prior_folders])]
-            forms, cache_dir = gates.prior_forms(found.sparsity), self.prior_settings.cache_dir
-            self.priors = started_prior(found.settings, forms, folders, cache_dir, make)
+            path = Path(self.resumes_from)
+            return self.run_prior.find(path, model, self.weights, gates, self.fingerprint, calibration)
+        return self.run_prior.make(model, self.weights, gates, self.sparsity, calibration)
 
     def _fitting(self) -> bool:
         return self.attached is not None and self.trainer.state.fn == "fit"
@@ -419,7 +378,7 @@ class GatedModule(L.LightningModule):
             "model.sparsity": self.asked_sparsity,
             "model.targets": self.targets,
             "model.ignore": self.ignore,
-            "model.prior": asdict(self.prior_settings),
+            "model.prior": asdict(self.run_prior.settings),
             "model.dtype": self.dtype_name if self.model is None else str(self.model.dtype).removeprefix("torch."),
             "model.logits_dtype": str(self.logits_dtype).removeprefix("torch."),
             "model.activation_checkpointing": self.activation_checkpointing,
@@ -437,12 +396,9 @@ class GatedModule(L.LightningModule):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings for the provenance of a mask, as they were in effect and not as typed: plain values."""
-        prior = None if self.resumed is None else self.resumed.settings.get("prior")
-        recorded: dict[str, Any] = {"prior": prior or asdict(self.prior_settings), "seed": self.state.seed}
-        recorded |= {DIGESTS: self.prior_digests} if self.prior_digests else {}
+        recorded: dict[str, Any] = {**self.run_prior.record(), "seed": self.state.seed}
         recorded["logits_dtype"] = str(self.logits_dtype).removeprefix("torch.")
         recorded["dtype"] = None if self.model is None else str(self.model.dtype).removeprefix("torch.")
-        recorded |= {} if self.fixed is None else {checkpoints.FIXED: self.fixed}
         training = self.trained.describe()
         recorded |= {TRAINED: training} if training else {}
         if self.attached is None:
@@ -479,19 +435,18 @@ class GatedModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Map a checkpoint's tensors to this module's names; refuse one of another model or with other settings."""
         found = read_identity(checkpoint)
-        self.fixed = found.settings.get(checkpoints.FIXED)
+        self.run_prior.fixed = found.settings.get(checkpoints.FIXED)
         if self.attached is not None:
             data = getattr(self.trainer, "datamodule", None)
             self.check_resume(checkpoint, "the checkpoint", self.trainer, data, fitting=self._fitting())
         check_same(found, self.identity())
         self.validation.read(found.dense_perplexity, found.dense_perplexity_of, found.settings)
         if self._fitting():
-            if (
-                self.resumed is None
-            ):  # a Trainer without the command line: the path is known only now, after the prior was made
-                made = self.priors
-                origin = Path(self.trainer.ckpt_path or "")
-                self._resume(found, origin, self.gates, (lambda _: made) if self.trainer.is_global_zero else None)
+            if self.run_prior.resumed is None:
+                # A Trainer without the command line: the path is known only now, after the prior was made.
+                made, origin = self.run_prior.masks, Path(self.trainer.ckpt_path or "")
+                make = (lambda _: made) if self.trainer.is_global_zero else None
+                self.run_prior.resume(found, origin, self.gates, make)
             checkpoints.count_for_ranks(checkpoint, found, self.identity())
         places = self.stored()
         if self.mesh is None:
