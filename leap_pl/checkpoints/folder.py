@@ -86,6 +86,16 @@ class StoredTensors:
         return flat[name]
 
 
+def state_keys(folder: str | Path) -> set[str]:
+    """Return the keys of what optimizers have of a parameter in ``folder``, such as ``exp_avg``.
+
+    Raises:
+        UserError: If ``folder`` is not a distributed checkpoint, or its index is damaged.
+    """
+    places = _Reader(folder).read_metadata().planner_data.values()
+    return {str(place[-1]) for place in places if len(place) > 2 and place[1] == "state"}
+
+
 def check_folder(folder: str | Path) -> None:
     """Check that everything in ``folder`` but tensors is a plain value, before other code unpickles it.
 

@@ -1,8 +1,7 @@
 """Arithmetic of AdamW with both moments in 16 bits and stochastic rounding, in place.
 
 What is stored, and why, is said in :mod:`leap_pl.training.optimizers`. The kernel is compiled without fused
-multiply-adds, so that it rounds as in eager execution. The last bits of roots and logarithms still depend on the
-library that computes them, which rounding to 16 bits hides but for about one element in a million.
+multiply-adds, and roots and divisions are correctly rounded everywhere, so that it rounds as in eager execution.
 
 The kernel is called for some rows of a parameter at a time, since what torch.compile keeps between its loops, and eager
 execution between its operations, is of the size of what it is called for.
@@ -21,9 +20,10 @@ from leap_pl.kernels.noise import element_bits
 
 RATIO_BITS = 7
 RATIO_STEPS = 63  # steps of u's grid on each side of 0
-OCTAVE_STEPS = 8  # steps of v's grid in an octave
 LOWEST_OCTAVE = -54  # log2 of the smallest v
 HIGHEST_CODE = 511
+LOWEST = (LOWEST_OCTAVE + 127) << 23  # bits of the smallest v as a float32
+CUT = 20  # bits of a float32's fraction that v is stored without
 
 
 def ratio_bound(beta_1: float, beta_2: float) -> float:
@@ -56,11 +56,9 @@ def unpack(moments: Tensor, ratio_step: Tensor) -> tuple[Tensor, Tensor]:
 
 def pack(m: Tensor, v: Tensor, bits: Tensor, ratio_step: Tensor) -> Tensor:
     """Return the float32 moments as int32 below 2¹⁶, rounded by the upper two bytes of the int32 ``bits``."""
-    place = ((torch.log2(v) - LOWEST_OCTAVE) * OCTAVE_STEPS).clamp(0, HIGHEST_CODE)
-    below = torch.floor(place)
-    # Position of v between two levels, in v itself: the levels are uniform in its logarithm.
-    share = (torch.exp2((place - below) * (1 / OCTAVE_STEPS)) - 1) * (1 / (2 ** (1 / OCTAVE_STEPS) - 1))
-    code = (below.to(torch.int32) + (_uniform(bits >> 16) < share).to(torch.int32)).clamp(max=HIGHEST_CODE)
+    # Within an octave a float32 is uniform in its bits: a random number is added to those that are cut off.
+    between = ((bits >> (24 - CUT)) & (255 << (CUT - 8))) | (1 << (CUT - 9))  # byte 2, and half of one more
+    code = ((v.view(torch.int32) - LOWEST + between) >> CUT).clamp(0, HIGHEST_CODE)
     # Divide by the root of the stored v, not of the exact one, since unpacking multiplies by it: so m is preserved.
     u = m / (ratio_step * torch.sqrt(_level(code)))
     u = torch.floor(u + _uniform(bits >> 24)).clamp(-RATIO_STEPS, RATIO_STEPS)
@@ -68,8 +66,8 @@ def pack(m: Tensor, v: Tensor, bits: Tensor, ratio_step: Tensor) -> Tensor:
 
 
 def _level(code: Tensor) -> Tensor:
-    """Return v from its nine bits, the lowest of ``code``."""
-    return torch.exp2((code & HIGHEST_CODE).to(torch.float32) * (1 / OCTAVE_STEPS) + LOWEST_OCTAVE)
+    """Return v from its nine bits, the lowest of ``code``: the exponent and three bits of a float32's fraction."""
+    return (((code & HIGHEST_CODE) << CUT) + LOWEST).view(torch.float32)
 
 
 def _uniform(bits: Tensor) -> Tensor:

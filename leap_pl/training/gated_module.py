@@ -35,6 +35,7 @@ from leap_pl.masks.kept_weights import TRAINED
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.training import finite, run_settings
 from leap_pl.training.live_settings import live_settings
+from leap_pl.training.optimizers import check_state
 from leap_pl.training.run_prior import RunPrior
 from leap_pl.training.trained_weights import TrainedWeights
 from leap_pl.training.validation import Validation
@@ -142,6 +143,7 @@ class GatedModule(L.LightningModule):
             self.dtype_name = stored.get("model.dtype", "auto")
         here = self.learned_with()
         if fitting:
+            check_state(checkpoint, path, trainer.strategy)
             here |= run_settings.of_trainer(trainer, data)
         else:  # the hard mask depends only on these
             here = {name: here[name] for name in MASK_SETTINGS if name in here}

@@ -2,14 +2,17 @@
 
 Adam's update is the first moment m over the root of the second, v, and by the Cauchy-Schwarz inequality that ratio
 is bounded by the betas alone: |m| ≤ b·√v, b² = (1 − β₁)²/((1 − β₂)(1 − β₁²/β₂)). So the state has, instead of m, the
-ratio u = m/√v, on a uniform grid over [−b, b] that does not depend on outliers, and v as its logarithm. Neither needs
-a scale per block of elements, and every step is one elementwise pass over memory
+ratio u = m/√v, on a uniform grid over [−b, b] that does not depend on outliers, and v as a short floating-point
+number. Neither needs a scale per block of elements, and every step is one elementwise pass over memory
 (:mod:`leap_pl.kernels.packed_adamw`), in place:
 
 =========  ====  ======================================================================================
 u = m/√v   7     k·b/63, k = −63 … 63
-v          9     2^(k/8 − 54), k = 0 … 511: its root from 7e-9, below Adam's ε, to 31
+v          9     2^(e − 54)·(1 + f/8), e = 0 … 63, f = 0 … 7: its root from 7e-9, below Adam's ε, to 31
 =========  ====  ======================================================================================
+
+Up to version 0.1.0 the nine bits were those of a logarithm, 2^(k/8 − 54), for which a step computed a logarithm and
+three powers. Such a state is converted when it is loaded.
 
 Stored values are rounded stochastically: up or down, with probabilities that make the mean the exact value. Rounding
 to nearest would stop v as soon as the change of its average is less than half a step of the grid. bfloat16 parameters
@@ -18,22 +21,27 @@ the gates' noise (:mod:`leap_pl.kernels.noise`): a resumed run rounds exactly li
 checkpoints hold no generator state.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from leap_pl.checkpoints.folder import state_keys
 from leap_pl.distributed.shards import Ranks, own_part
 from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.compiled import rows, scalar
 from leap_pl.kernels.noise import columns, noise_keys
-from leap_pl.kernels.packed_adamw import packed_step, step_numbers
+from leap_pl.kernels.packed_adamw import CUT, HIGHEST_CODE, LOWEST, LOWEST_OCTAVE, RATIO_BITS, packed_step, step_numbers
+
+MOMENTS, FORMER_MOMENTS = "packed_moments", "moments"  # keys of the state; the latter up to version 0.1.0
 
 # Elements that one call of the kernel updates: on a CPU they fit its caches, elsewhere each call costs launches.
-CHUNK, CHUNK_OF_DEVICE = 1 << 16, 1 << 22
+CHUNK, CHUNK_OF_DEVICE = 1 << 18, 1 << 22
 LINE = 1 << 16  # a longer vector is updated as rows of this length, so that it is no single row
 
 
@@ -102,23 +110,23 @@ class PackedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        place = 0
+        place, room = 0, _Room()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step(parameter, group, place)
+                    self._step(parameter, group, place, room)
                 place += 1
         return loss
 
-    def _step(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
-        """Update one ``parameter``, which has index ``place`` among all."""
+    def _step(self, parameter: Tensor, group: dict[str, Any], place: int, room: "_Room") -> None:
+        """Update one ``parameter``, which has index ``place`` among all, with codes in ``room``."""
         state = self.state[parameter]
         part, grad = own_part(parameter.detach()), own_part(parameter.grad)  # type: ignore[arg-type]
         if not state:
             state["step"] = scalar(0.0)
-            state["moments"] = _initial_moments(parameter, part)
+            state[MOMENTS] = _initial_moments(parameter, part)
         state["step"] += 1
-        moments, step = own_part(state["moments"]).view(torch.int16), int(state["step"])
+        moments, step = own_part(state[MOMENTS]).view(torch.int16), int(state["step"])
         if not part.numel():  # an empty shard
             return
         beta_1, beta_2 = group["betas"]
@@ -133,7 +141,7 @@ class PackedAdamW(torch.optim.Optimizer):
             some = max((CHUNK if part.device.type == "cpu" else CHUNK_OF_DEVICE) // width, 1)
             for at in range(0, height, some):
                 parameter_RC, grad_RC, moments_RC = (tensor[at : at + some].data for tensor in tensors)
-                code_RC = moments_RC.to(torch.int32)
+                code_RC = room.like(moments_RC).copy_(moments_RC)
                 packed_step(
                     parameter_RC,
                     grad_RC,
@@ -148,19 +156,63 @@ class PackedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; torch's own method would convert the codes to bfloat16."""
-        if any("moments" not in state for state in state_dict["state"].values()):
+        """Load a state, also one of version 0.1.0; torch's own method would convert the codes to bfloat16."""
+        states = {name: _of_this_version(state) for name, state in state_dict["state"].items()}
+        if any(MOMENTS not in state for state in states.values()):
             raise UserError(
                 "the checkpoint has the state of another optimizer, not of PackedAdamW. Set model.optimizer and "
                 "model.logits_dtype to the values at the start of the run."
             )
-        super().load_state_dict(state_dict)
+        super().load_state_dict({**state_dict, "state": states})
         saved = [name for group in state_dict["param_groups"] for name in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for name, parameter in zip(saved, parameters, strict=True):
-            if name in state_dict["state"]:
-                moments = state_dict["state"][name]["moments"]
-                self.state[parameter]["moments"] = moments.to(parameter.device, copy=True)
+            if name in states:
+                self.state[parameter][MOMENTS] = states[name][MOMENTS].to(parameter.device, copy=True)
+
+
+class _Room:
+    """Memory for the codes of one call of the kernel, which the calls of an optimizer step share."""
+
+    def __init__(self) -> None:
+        self._codes = torch.empty(0, dtype=torch.int32)
+
+    def like(self, moments_RC: Tensor) -> Tensor:
+        """Return an int32 tensor of the shape of ``moments_RC``, on its device."""
+        count, device = moments_RC.numel(), moments_RC.device
+        if count > self._codes.numel() or device != self._codes.device:
+            self._codes = torch.empty(count, dtype=torch.int32, device=device)
+        return self._codes[:count].view(moments_RC.shape).data
+
+
+def _of_this_version(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a parameter with v as it is stored now: the nearest of its levels."""
+    if FORMER_MOMENTS not in state:
+        return state
+    former = state[FORMER_MOMENTS].view(torch.int16).to(torch.int32)
+    levels = 2 ** (torch.arange(HIGHEST_CODE + 1, device=former.device) / 8 + LOWEST_OCTAVE)
+    nearest = ((levels.view(torch.int32) - LOWEST + (1 << (CUT - 1))) >> CUT).clamp(max=HIGHEST_CODE)
+    v, u = nearest[(former >> RATIO_BITS) & HIGHEST_CODE], former & (2**RATIO_BITS - 1)
+    moments = ((v << RATIO_BITS) | u).to(torch.int16).view(torch.uint8)
+    return {name: value for name, value in state.items() if name != FORMER_MOMENTS} | {MOMENTS: moments}
+
+
+def check_state(checkpoint: Mapping[str, Any], path: str | Path, strategy: object) -> None:
+    """Check that the optimizer states of ``checkpoint`` can be loaded by a run with ``strategy``.
+
+    Raises:
+        UserError: They are of PackedAdamW of version 0.1.0, and the strategy shards, whose loader asks for each part of
+            a state by its name.
+    """
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    optimizers = checkpoint.get("optimizer_states", [])
+    keys = {key for optimizer in optimizers for state in optimizer["state"].values() for key in state}
+    if FORMER_MOMENTS in (state_keys(path) if Path(path).is_dir() else keys):
+        raise UserError(
+            f"{path} has moments of PackedAdamW as leap_pl 0.1.0 packed them, which a sharded run cannot convert. "
+            "Resume it with leap_pl 0.1.0, or without ModelParallelStrategy."
+        )
 
 
 def check_settings(optimizer: torch.optim.Optimizer) -> None:

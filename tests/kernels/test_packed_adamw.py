@@ -26,7 +26,7 @@ def optimized(parameter: Tensor, gradients: list[Tensor]) -> tuple[Tensor, Tenso
     for each in gradients:
         learned.grad = each
         optimizer.step()
-    return learned.detach(), optimizer.state[learned]["moments"]
+    return learned.detach(), optimizer.state[learned]["packed_moments"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

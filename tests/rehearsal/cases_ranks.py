@@ -19,19 +19,24 @@ from leap_pl.cli.main import main
 from leap_pl.distributed.shards import Ranks
 from leap_pl.masks import MaskSet
 
-SHARDED = [
-    "--trainer.strategy=ModelParallelStrategy",
-    f"--trainer.strategy.process_group_backend={group.BACKEND}",
-    "--trainer.strategy.data_parallel_size=2",
-    "--trainer.strategy.tensor_parallel_size=1",
-]
-STRATEGIES = {
-    "ddp": ["--trainer.strategy=ddp_on_sim"],
-    "folder": [*SHARDED, "--trainer.strategy.save_distributed_checkpoint=true"],
-    "file": [*SHARDED, "--trainer.strategy.save_distributed_checkpoint=false"],
-}
+
+def strategies(ranks: int) -> dict[str, list[str]]:
+    sharded = [
+        "--trainer.strategy=ModelParallelStrategy",
+        f"--trainer.strategy.process_group_backend={group.BACKEND}",
+        f"--trainer.strategy.data_parallel_size={ranks}",
+        "--trainer.strategy.tensor_parallel_size=1",
+    ]
+    return {
+        "ddp": ["--trainer.strategy=ddp_on_sim"],
+        "folder": [*sharded, "--trainer.strategy.save_distributed_checkpoint=true"],
+        "file": [*sharded, "--trainer.strategy.save_distributed_checkpoint=false"],
+    }
+
+
+STRATEGIES = strategies(2)
 FIT = [
-    *(f"--trainer.accelerator={sim.DEVICE}", "--trainer.devices=1", "--trainer.num_nodes=2"),
+    *(f"--trainer.accelerator={sim.DEVICE}", "--trainer.devices=1"),
     *("--model.prior.method=wanda", "--model.prior.graded=true", "--model.prior.sequences=2"),
     *("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--checkpoint.every_n_train_steps=1"),
     "--trainer.num_sanity_val_steps=0",
@@ -45,18 +50,23 @@ class DDPOnSim(DDPStrategy):
         return None
 
 
-def two_ranks(rank: int, model: Path, text: Path, root: Path) -> dict[str, Any]:
-    """Learn two steps under each strategy, and the second again; return the collectives that each took."""
+def put_on_a_machine_of_its_own(rank: int) -> None:
     AcceleratorRegistry.register(sim.DEVICE, sim.Sim)
     StrategyRegistry.register("ddp_on_sim", DDPOnSim, process_group_backend=group.BACKEND)
-    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}  # on a machine of its own
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
+
+
+def two_ranks(rank: int, model: Path, text: Path, root: Path) -> dict[str, Any]:
+    """Learn two steps under each strategy, and the second again; return the collectives that each took."""
+    put_on_a_machine_of_its_own(rank)
     done = {}
     for name, strategy in STRATEGIES.items():
         group.Strict.done.clear()
-        main(fit_flags(model, text, root / name, *FIT, *strategy))
+        main(fit_flags(model, text, root / name, *FIT, "--trainer.num_nodes=2", *strategy))
         if name == "folder":  # the others are read without a collective
             first = next(path for path in sorted((root / name / "checkpoints").glob("*.ckpt")) if "step=1" in path.name)
-            main(fit_flags(model, text, root / "resumed", *FIT, *strategy, f"--ckpt_path={first}"))
+            again = [*FIT, "--trainer.num_nodes=2", *strategy, f"--ckpt_path={first}"]
+            main(fit_flags(model, text, root / "resumed", *again))
         done[name] = dict(group.Strict.done)
     sim.reset()
     assert Ranks(rank, 2, dist.group.WORLD, sim.DEVICE).gather(range(9)) == [*range(9), *range(9)]
@@ -89,6 +99,27 @@ def test_ranks_resume_from_parts_on_their_devices(ranks: tuple[Path, list[Any]])
 
 def mask(root: Path, name: str) -> MaskSet:
     return MaskSet.load(root / name / "checkpoints" / "mask.safetensors")
+
+
+def one_rank(rank: int, model: Path, text: Path, root: Path) -> dict[str, int]:
+    """Learn two steps on one rank, without a strategy and under each; return how many collectives each took."""
+    put_on_a_machine_of_its_own(rank)
+    done = {}
+    for name, strategy in {"none": [], **strategies(1)}.items():
+        group.Strict.done.clear()
+        main(fit_flags(model, text, root / name, *FIT, *strategy))
+        done[name] = sum(group.Strict.done.values())
+    return done
+
+
+def test_one_rank_learns_what_none_does(text_file: Path, tmp_path: Path) -> None:
+    """As a job of one GPU under torchrun: what is exchanged is the rank's own, and changes nothing."""
+    model = tiny_folder(tmp_path / "llama", num_hidden_layers=1)
+    (done,) = run_ranks(1, one_rank, model, text_file, tmp_path, folder=tmp_path / "words")
+    assert done.pop("none") == 0
+    assert all(done.values())
+    digests = {mask(tmp_path, name).digest_of_bits() for name in ("none", *done)}
+    assert len(digests) == 1
 
 
 def test_numbers_of_all_ranks_are_read_together(ranks: tuple[Path, list[Any]]) -> None:

@@ -83,7 +83,7 @@ def test_moments_come_back_in_the_mean(log_v: float, share: float) -> None:
     v = 10.0**log_v
     m = share * ratio_bound(*BETAS) * math.sqrt(v) * 0.95
     back_m, back_v = in_the_mean(m, v)
-    level = 2 ** (1 / 8)
+    level = 1 + 1 / 8  # the widest step of the grid
     assert float(back_v.min()) >= v / level * 0.999
     assert float(back_v.max()) <= v * level * 1.001
     # A byte of chance: half a 256th of a step.
@@ -95,13 +95,36 @@ def test_moments_come_back_in_the_mean(log_v: float, share: float) -> None:
 
 def test_every_code_is_read_as_it_was_written() -> None:
     ratio = torch.arange(-RATIO_STEPS, RATIO_STEPS + 1, dtype=torch.float64)
-    v = 2 ** (torch.arange(HIGHEST_CODE + 1, dtype=torch.float64) / 8 + LOWEST_OCTAVE)
+    codes = torch.arange(HIGHEST_CODE + 1, dtype=torch.float64)
+    v = 2 ** ((codes / 8).floor() + LOWEST_OCTAVE) * (1 + codes % 8 / 8)
     m = ratio[None] * float(RATIO_STEP) * v[:, None].sqrt()
     code = torch.arange(HIGHEST_CODE + 1)[:, None] * 128 + (torch.arange(-RATIO_STEPS, RATIO_STEPS + 1)[None] & 127)
     back_m, back_v = unpack(code.to(torch.int16), RATIO_STEP)
     torch.testing.assert_close(back_m.double(), m, rtol=1e-5, atol=0)
     torch.testing.assert_close(back_v.double(), v[:, None].expand_as(m), rtol=1e-5, atol=0)
     assert torch.equal(unpack(torch.zeros(1, dtype=torch.int16), RATIO_STEP)[0], torch.zeros(1))  # how it begins
+
+
+def test_moments_of_version_0_1_are_converted_to_the_nearest() -> None:
+    """All 2¹⁶ codes: the same ratio u, and the level of v that is nearest."""
+    former = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    v = 2 ** (((former.int() >> 7) & 511).double() / 8 + LOWEST_OCTAVE)
+    parameter = nn.Parameter(torch.zeros(256, 256))
+    optimizer = PackedAdamW([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    del saved["state"][0]["packed_moments"]
+    saved["state"][0]["moments"] = former.view(256, 256).view(torch.uint8)
+    optimizer.load_state_dict(saved)
+    state = optimizer.state[parameter]
+    assert set(state) == {"step", "packed_moments"}
+    now = state["packed_moments"].view(torch.int16).flatten()
+    back_v = unpack(now, RATIO_STEP)[1]
+    assert torch.equal(now & 127, former & 127)
+    levels = unpack((torch.arange(512) << 7).to(torch.int16), RATIO_STEP)[1].double()
+    nearest = (levels[None, :] - v[:, None]).abs().min(1).values
+    assert torch.equal((back_v.double() - v).abs(), nearest)
 
 
 @given(
@@ -197,7 +220,7 @@ def test_a_step_after_saving_is_the_step_without() -> None:
                 optimizer.load_state_dict(saved)
             parameter.grad = gradient
             optimizer.step()
-        ends.append((parameter.detach(), optimizer.state[parameter]["moments"]))
+        ends.append((parameter.detach(), optimizer.state[parameter]["packed_moments"]))
     assert torch.equal(ends[0][0], ends[1][0])
     assert torch.equal(ends[0][1], ends[1][1])
 
@@ -303,7 +326,7 @@ def test_a_run(model_folder: Path, text_file: Path, tmp_path: Path, gate: list[s
     stored = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert {tensor.dtype for tensor in stored["state_dict"].values()} == {torch.bfloat16}
     states = stored["optimizer_states"][0]["state"]
-    assert {state["moments"].dtype for state in states.values()} == {torch.uint8}
+    assert {state["packed_moments"].dtype for state in states.values()} == {torch.uint8}
     mask = MaskSet.load(tmp_path / "checkpoints" / "mask.safetensors")
     again = masks_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert all(torch.equal(mask.masks[name], again.masks[name]) for name in mask.masks)
