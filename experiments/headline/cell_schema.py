@@ -37,6 +37,7 @@ class Cell(TypedDict):
     order: Count
     sparsity: Share | None
     table: Word
+    text: NotRequired[Word | None]
     baseline: bool
     reference: bool
     about: list[Name]

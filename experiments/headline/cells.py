@@ -105,6 +105,7 @@ def _shown(experiment: "Experiment", cell: "Cell") -> dict[str, Any]:
         "order": list(experiment.cells).index(cell.name),
         "sparsity": cell.sparsity,
         "table": cell.table,
+        "text": cell.text,
         "baseline": cell.baseline,
         "reference": cell.reference,
         "about": cell.model.about,

@@ -125,6 +125,7 @@ def _cell(experiment: Experiment, model: Model, name: str, row: Row, sparsity: f
         title=row.title or name,
         sparsity=sparsity,
         table=row.table,
+        text=row.text,
         prune=None if row.prune is None else laid_over(experiment.prune, row.prune),
         fit=row.fit,
         mask=row.mask and beginning + row.mask + ending,

@@ -52,6 +52,7 @@ class Row:
         sparsity: The sparsities it is made at; none for the dense model.
         table: Rows stand in one table with those of their sparsity and the same word here: ``unstructured``, or
             the pattern (``2:4``).
+        text: What tables call the text that it reads, if that is not the one of the experiment: another table.
         prune: Options of ``leap_pl prune``, over the experiment's; makes the cell a one-shot one.
         fit: Settings of ``leap_pl fit``, over the shared config; makes it a learned one.
         mask: (with fit) The row whose mask of the same sparsity stays as it is, while weights are trained; the settings
@@ -70,6 +71,7 @@ class Row:
     title: str | None = None
     sparsity: tuple[float, ...] = ()
     table: str = UNSTRUCTURED
+    text: str | None = None
     prune: dict[str, Any] | None = None
     fit: dict[str, Any] | None = None
     mask: str | None = None
@@ -96,6 +98,7 @@ class Cell:
     title: str
     sparsity: float | None
     table: str
+    text: str | None
     prune: dict[str, Any] | None
     fit: dict[str, Any] | None
     mask: str | None

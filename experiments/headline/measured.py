@@ -96,36 +96,41 @@ def _entry(path: Path, result: dict[str, Any]) -> Entry:
     """The cell as a comparison takes it: by its row's title, and with the texts by theirs."""
     cell, told = result["cell"], entry_of_result(str(path), result)
     label = (
-        cell["title"] if cell["sparsity"] is None else f"{cell['title']}, {_heading(cell['sparsity'], cell['table'])}"
+        cell["title"]
+        if cell["sparsity"] is None
+        else f"{cell['title']}, {_heading(cell['sparsity'], cell['table'], cell.get('text'))}"
     )
     texts = {cell["texts"][role]["title"]: told.perplexity[cell["texts"][role]["text"]] for role in ROLES}
     return replace(told, label=label, method=cell["title"], perplexity=texts)
 
 
-def _heading(sparsity: float, table: str) -> str:
-    return f"{100 * sparsity:g}%" + ("" if table == UNSTRUCTURED else f", {table}")
+def _heading(sparsity: float, table: str, text: str | None) -> str:
+    form = "" if table == UNSTRUCTURED else f", {table}"
+    return f"{100 * sparsity:g}%{form}" + ("" if text is None else f", from {text}")
 
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one table: one sparsity, one pattern.
+    """The rows of one table: one sparsity, one pattern, one text that they read.
 
     Attributes:
         sparsity: That was asked for.
         table: ``unstructured``, or the pattern.
+        text: What tables call the text; None: it is the experiment's.
         rows: All but the dense model.
         dense: That.
     """
 
     sparsity: float
     table: str
+    text: str | None
     rows: list[Measured]
     dense: Measured | None
 
     @property
     def heading(self) -> str:
         """What the table is called."""
-        return _heading(self.sparsity, self.table)
+        return _heading(self.sparsity, self.table, self.text)
 
     @property
     def entries(self) -> list[Entry]:
@@ -181,12 +186,13 @@ def _validation(measured: Measured) -> float:
 def groups(found: Sequence[Measured]) -> list[Group]:
     """The tables of the cells of one model, in the order of the experiment, those of one pattern by sparsity."""
     dense = next((measured for measured in found if measured.is_dense), None)
-    by_table: dict[str, dict[float, list[Measured]]] = {}
+    by_table: dict[tuple[str, str | None], dict[float, list[Measured]]] = {}
     for measured in found:
         if not measured.is_dense:
-            by_table.setdefault(measured.cell["table"], {}).setdefault(measured.cell["sparsity"], []).append(measured)
+            kind = (measured.cell["table"], measured.cell.get("text"))
+            by_table.setdefault(kind, {}).setdefault(measured.cell["sparsity"], []).append(measured)
     return [
-        Group(sparsity, table, rows, dense)
-        for table, by_sparsity in by_table.items()
+        Group(sparsity, table, text, rows, dense)
+        for (table, text), by_sparsity in by_table.items()
         for sparsity, rows in sorted(by_sparsity.items())
     ]

@@ -79,7 +79,7 @@ def _pictures(found: Sequence[Measured], docs: Path, folder: Path) -> Iterator[s
     for old in folder.glob("*.svg"):
         old.unlink()
     tables = groups(found)
-    best = [group.best_learned for group in tables if group.table == UNSTRUCTURED]
+    best = [group.best_learned for group in tables if group.table == UNSTRUCTURED and group.text is None]
     far = _far_off(found)
     near = {
         m.cell["name"]: replace(m.entry, perplexity={} if m.title in far else m.entry.perplexity, densities={})
@@ -88,7 +88,7 @@ def _pictures(found: Sequence[Measured], docs: Path, folder: Path) -> Iterator[s
     entries = [
         replace(near[m.cell["name"]], densities=m.entry.densities if m in best else {})
         for m in sorted(found, key=lambda m: m.cell["sparsity"] or 0)
-        if m.cell["table"] == UNSTRUCTURED
+        if m.cell["table"] == UNSTRUCTURED and m.cell.get("text") is None
     ]
     pictures = draw_all(entries, {title for group in tables for title in group.baselines}, folder)
     formed = [m for m in found if m.cell["table"] != UNSTRUCTURED]

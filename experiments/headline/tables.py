@@ -98,10 +98,12 @@ def overview_table(found: Sequence[Measured]) -> str:
     heading += [f"perplexity, {found[0].cell['texts'][role]['title']}" for role in ROLES]
     heading += [f"mean accuracy of {len(tasks)}, %"] * bool(tasks)
     heading += ["training tokens", "minutes", "seed", "data types"]
+    texts = any(m.cell.get("text") is not None for m in found)
+    heading += ["text"] * texts
     cells, rows = {m.cell["name"]: m for m in found}, []
     for model, of_model in by_model(found).items():
         shown = [m for m in of_model if m.is_dense]
-        for group in groups(of_model):
+        for group in sorted(groups(of_model), key=lambda group: group.sparsity):
             if group.table == UNSTRUCTURED and group.sparsity in OVERVIEW:
                 shown += [m for m in (group.best_baseline, *group.best_learned_by_tokens) if m is not None]
         for m in shown:
@@ -109,7 +111,8 @@ def overview_table(found: Sequence[Measured]) -> str:
             row = [model, f"{100 * (m.cell['sparsity'] or 0):g}", m.title, *_perplexities(m)]
             row += [_accuracy(m, tasks)] * bool(tasks)
             row += [_tokens(m), "" if seconds is None else f"{seconds / 60:.0f}", str(m.result.get("seed", ""))]
-            rows.append([*row, ", ".join(m.dtypes)])
+            text = "" if m.is_dense else m.cell.get("text") or m.cell["texts"]["like"]["title"].split(" (")[0]
+            rows.append([*row, ", ".join(m.dtypes), *[text] * texts])
     return markdown(heading, rows)
 
 

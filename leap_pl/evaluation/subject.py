@@ -76,13 +76,14 @@ def load_subject(
             raise UserError("Nothing to evaluate. Give --model (hub id, folder, GGUF file), --mask or --ckpt_path.")
         return _plain(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     masks = MaskSet.load(mask) if mask is not None else _masks_of_checkpoint(str(ckpt_path))
+    # Before the model is loaded, so that missing weights are found in time.
+    weights = KeptWeights.beside(mask, masks) if mask is not None else _weights_of_checkpoint(str(ckpt_path))
     provenance = masks.provenance
     # The recorded revision is valid for the recorded name only.
     revision = revision or provenance.revision if model is None else revision
     name = name_of_model(model, provenance.base_model, trust_remote_code=trust_remote_code)
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     masks.apply_(loaded)
-    weights = KeptWeights.beside(mask, masks) if mask is not None else _weights_of_checkpoint(str(ckpt_path))
     if weights is not None:
         weights.apply_(loaded, masks)
     return Subject(

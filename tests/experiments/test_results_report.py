@@ -15,6 +15,7 @@ from experiments.headline.experiment import laid_over
 from experiments.headline.measured import Group, read_cells
 from experiments.headline.tables import difference_table
 from leap_pl.cli.main import main as leap_pl
+from leap_pl.evaluation.record import read_result, write_result
 
 # -- the report -----------------------------------------------------------------------------------------------
 
@@ -94,9 +95,9 @@ def test_a_row_without_a_baseline_of_its_pattern_has_no_difference(experiment_do
     folder, _ = experiment_done
     found = {measured.cell["name"]: measured for measured in read_cells(folder / "docs" / "results" / "cells")}
     rows = [found[name] for name in ("wanda-50", "leap-50", "wanda-2of4-50")]
-    table = difference_table(Group(0.5, "unstructured", rows, found["dense"])).splitlines()
+    table = difference_table(Group(0.5, "unstructured", None, rows, found["dense"])).splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == ["LEAP, LM"]
-    assert difference_table(Group(0.5, "2:4", rows[2:], found["dense"])) == ""
+    assert difference_table(Group(0.5, "2:4", None, rows[2:], found["dense"])) == ""
 
 
 def test_models_are_apart_below_one_table_of_all(experiment_done):
@@ -130,6 +131,25 @@ def test_models_are_apart_below_one_table_of_all(experiment_done):
     making = (folder / "docs" / "results" / "making.md").read_text()
     assert re.search(r"Perplexity, alike, llama: .* windows of 32 tokens, stride 32,", making)
     assert re.search(r"Perplexity, alike, other-model: .* each beginning with BOS, stride 31,", making)
+
+
+def test_rows_from_another_text_are_a_table_of_their_own(experiment_done, tmp_path):
+    folder, _ = experiment_done
+    docs = tmp_path / "docs" / "results"
+    shutil.copytree(folder / "docs" / "results" / "cells", docs / "cells")
+    for name in ("admm-50", "distill-50"):
+        result = read_result(docs / "cells" / f"{name}.json")
+        result["cell"]["text"] = "prose"
+        write_result(docs / "cells" / f"{name}.json", result)
+    assert main(["--report", "--from", str(docs / "cells"), "--docs", str(docs)]) == 0
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert list(section(page, "50%, from prose")[0]) == ["dense", "admm *", "distill"]
+    assert "distill" not in section(page, "50%")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    assert rows[0][-1] == "text"
+    assert [(row[2], row[-1]) for row in rows[2:7]] == [
+        ("dense", ""), ("Wanda", "alike"), ("LEAP, LM", "alike"), ("admm", "prose"), ("distill", "prose")
+    ]  # fmt: skip
 
 
 def mean_of_texts(result, folder):
@@ -209,6 +229,11 @@ def test_the_shipped_definition():
     assert (half.tokens, then.tokens, then.mask) == (250_000, 250_000, "leap-half-60")
     for row in ("recover-wanda-fisher", "lora-wanda-fisher"):
         assert experiment.cells[f"{row}-60"].mask == "wanda-fisher-60"
+    for row in ("wanda-fisher", "admm", "leap-both"):
+        mixed, ours = (experiment.cells[f"{name}-60"] for name in (f"{row}-mixture", row))
+        assert (mixed.text, ours.text, mixed.table) == ("Wikipedia and Brown", None, ours.table)
+    assert mixed.fit == {**ours.fit, "data": {"text": "assets/mixture/train.jsonl"}}
+    assert mixed.prior == "wanda-fisher-mixture-60"
     assert experiment.cells["leap-with-weights-60"].fit["model"]["train_weights"] == "kept"
 
 
