@@ -30,7 +30,8 @@ from leap_pl.checkpoints.rewind import batch_counts
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import Gates, Stored, restore
 from leap_pl.inputs.register import note_input
-from leap_pl.masks.mask_set import MaskSet, PackedMasks, Provenance, installed_versions
+from leap_pl.masks import MaskSet, PackedMasks, Provenance
+from leap_pl.masks.mask_set import installed_versions
 
 LOGITS = "logits"
 FIXED = "mask"  # key in a checkpoint's settings: the provenance of the mask that a run leaves as it is

@@ -11,7 +11,7 @@ from leap_pl.base_model.weights import Weight
 from leap_pl.errors import UserError
 from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateState
-from leap_pl.masks.mask_set import pack
+from leap_pl.masks.bits import pack
 from leap_pl.masks.patterns import NM, Pattern, Unstructured, read_form
 
 
@@ -123,5 +123,5 @@ def mask_of(bits: Tensor, shape: torch.Size) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _eight(device: torch.device) -> Tensor:
-    """Return the bits of a byte, the lowest first, as :func:`leap_pl.masks.mask_set.pack` orders them."""
+    """Return the bits of a byte, the lowest first, as :func:`leap_pl.masks.bits.pack` orders them."""
     return torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=device)

@@ -20,12 +20,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +35,7 @@ from leap_pl.inputs.hub import fetch_file, repository_of
 from leap_pl.inputs.plain_values import MOST_BYTES, plain, shown
 from leap_pl.inputs.records import MASK, MASK_FORMAT
 from leap_pl.inputs.register import note_input
+from leap_pl.masks.bits import PackedMasks, pack
 
 if TYPE_CHECKING:
     from leap_pl.base_model.weights import Weight
@@ -65,40 +65,6 @@ class Provenance:
     revision: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-
-
-class PackedMasks(Mapping[str, Tensor]):
-    """Mapping of masks stored as bits, an eighth of the memory of bool tensors; each access unpacks a mask."""
-
-    def __init__(self, packed: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
-        """Hold bits packed by :func:`pack`.
-
-        Raises:
-            ValueError: They are not packed bits, or do not fit their shapes.
-        """
-        for name, bits in packed.items():
-            _check_packed(bits, shapes[name])
-        self.packed, self.shapes = dict(packed), {name: tuple(shapes[name]) for name in packed}
-
-    @classmethod
-    def of(cls, masks: Iterable[tuple[str, Tensor]]) -> "PackedMasks":
-        """Pack masks one at a time, as the iterable yields them."""
-        packed, shapes = {}, {}
-        for name, mask in masks:
-            packed[name], shapes[name] = pack(mask), tuple(mask.shape)
-        return cls(packed, shapes)
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Return the bool mask of the weight ``name`` as a new tensor."""
-        return unpack(self.packed[name], self.shapes[name])
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names of the weights."""
-        return iter(self.packed)
-
-    def __len__(self) -> int:
-        """Return the number of weights."""
-        return len(self.packed)
 
 
 class MaskSet:
@@ -370,32 +336,6 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
             f"{path} is a MaskSet of format version {shown(version, 20)}, and this leap_pl reads version "
             f"{FORMAT_VERSION}. Update leap_pl: pip install --upgrade leap_pl"
         )
-
-
-def pack(mask: Tensor) -> Tensor:
-    """Pack a bool mask into bits: uint8, flat, the first element in the lowest bit of the first byte."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
-
-
-def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Unpack the bits made by :func:`pack` into a bool mask of ``shape``.
-
-    Raises:
-        ValueError: They are not packed bits, or do not fit ``shape``.
-    """
-    count = _check_packed(packed, shape)
-    bits = np.unpackbits(packed.numpy(), count=count, bitorder="little")
-    return torch.from_numpy(bits.view(np.bool_)).view(tuple(shape))
-
-
-def _check_packed(packed: Tensor, shape: Sequence[int]) -> int:
-    """Return the number of elements of a packed mask; raise a ValueError if it is not packed bits of ``shape``."""
-    if packed.dtype != torch.uint8 or packed.ndim != 1 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError("a mask is not packed bits")
-    count = math.prod(shape)
-    if packed.numel() != (count + 7) // 8:
-        raise ValueError("a mask has another length than its shape")
-    return count
 
 
 def _digest(shapes: str, provenance: str, packed: Mapping[str, Tensor]) -> str:

@@ -9,7 +9,8 @@ import torch
 from leap_pl.distributed.strategy import RankZero
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.ranges import check_numbers
-from leap_pl.masks.mask_set import MaskSet, pack, unpack
+from leap_pl.masks import MaskSet
+from leap_pl.masks.bits import pack, unpack
 from leap_pl.oneshot.methods import DEFAULT, FALLBACK, METHODS
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from leap_pl.base_model.weights import Weight, find_weights
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, FixedGate, Gate, Gates, GateState, NMGate, TileGate, attach, restore
 from leap_pl.gates.attach import Stored, attach_trained
-from leap_pl.masks.mask_set import pack
+from leap_pl.masks.bits import pack
 from leap_pl.training.weights import LowRank, Master, WeightTraining, norms_in
 
 pytestmark = pytest.mark.usefixtures("eager")

@@ -17,7 +17,8 @@ from tiny import FAMILIES, tiny_model
 
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
-from leap_pl.masks.mask_set import MaskSet, PackedMasks, Provenance, installed_versions, split_name
+from leap_pl.masks.bits import PackedMasks
+from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions, split_name
 
 ORIGIN = Provenance(
     "some/model",

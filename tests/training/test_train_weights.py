@@ -24,7 +24,7 @@ from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
 from leap_pl.comparison.entries import read_entries
-from leap_pl.masks.mask_set import pack
+from leap_pl.masks.bits import pack
 from leap_pl.training.checkpoint_weights import weights_from_checkpoint
 from leap_pl.training.weights import Placed, WeightTraining, parameters_of
 
