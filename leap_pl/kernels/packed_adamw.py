@@ -134,6 +134,7 @@ def packed_step(
     key_0: Tensor,
     key_1: Tensor,
     first_row: Tensor,
+    share: Tensor,
     *numbers: Tensor,
 ) -> tuple[()]:
     """Update some rows of a parameter and their packed moments in place.
@@ -149,10 +150,11 @@ def packed_step(
         key_0: First key of the rounding.
         key_1: Second key of the rounding.
         first_row: Number of the first row, int32.
+        share: Factor of the gradient, float32, by which it is clipped.
         numbers: Scalars of :func:`adamw`.
     """
     bits_RC = element_bits(parameter_RC.shape[0], column_C, key_0, key_1, first_row)
-    x_RC, grad_RC = parameter_RC.to(torch.float32), grad_RC.to(torch.float32)
+    x_RC, grad_RC = parameter_RC.to(torch.float32), grad_RC.to(torch.float32) * share
     moved_RC, packed_RC = adamw(x_RC, grad_RC, code_RC, bits_RC, *numbers)
     if parameter_RC.dtype == torch.bfloat16:
         moved_RC = round_to_bfloat16(moved_RC, bits_RC)

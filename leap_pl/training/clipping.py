@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from leap_pl.training.optimizers import PackedAdamW
+
 
 def clip_by_norm(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], limit: float, norm: Tensor
@@ -13,7 +15,7 @@ def clip_by_norm(
 
     Scaling the gradients takes a pass over all of them, some hundredths of a step's time on a CPU. A fused Adam divides
     the gradients that it reads by ``grad_scale``, which is meant for the loss scale of float16; here it is set to the
-    divisor that clips them, and the gradients themselves do not change. For other optimizers
+    divisor that clips them, and the gradients themselves do not change. So does PackedAdamW. For other optimizers
     :func:`torch.nn.utils.clip_grads_with_norm_` scales the gradients.
 
     Args:
@@ -30,5 +32,7 @@ def clip_by_norm(
 
 def _divides(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether ``optimizer`` divides gradients by its ``grad_scale``."""
+    if isinstance(optimizer, PackedAdamW):
+        return True
     fused = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and optimizer.defaults.get("fused")
     return bool(fused) and all(group.get("fused") for group in optimizer.param_groups)

@@ -64,6 +64,9 @@ class PackedAdamW(torch.optim.Optimizer):
     # LeapModule requires this of an optimizer of bfloat16 logits, so that small updates are not lost.
     rounds_stochastically: ClassVar[bool] = True
 
+    grad_scale: Tensor | None = None
+    """Divisor of all gradients in the next step, as of a fused Adam; :mod:`leap_pl.training.clipping` sets it."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -111,15 +114,17 @@ class PackedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         place, room = 0, _Room()
+        share = scalar(1.0) if self.grad_scale is None else 1 / self.grad_scale
+        self.grad_scale = None
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step(parameter, group, place, room)
+                    self._step(parameter, group, place, room, share)
                 place += 1
         return loss
 
-    def _step(self, parameter: Tensor, group: dict[str, Any], place: int, room: "_Room") -> None:
-        """Update one ``parameter``, which has index ``place`` among all, with codes in ``room``."""
+    def _step(self, parameter: Tensor, group: dict[str, Any], place: int, room: "_Room", share: Tensor) -> None:
+        """Update one ``parameter``, which has index ``place`` among all, by a ``share`` of its gradient."""
         state = self.state[parameter]
         part, grad = own_part(parameter.detach()), own_part(parameter.grad)  # type: ignore[arg-type]
         if not state:
@@ -148,6 +153,7 @@ class PackedAdamW(torch.optim.Optimizer):
                     code_RC,
                     column_C[:width].data,
                     *(scalar(number, torch.int32) for number in (*keys, first + at)),
+                    share,
                     *scalars,
                 )
                 moments_RC.copy_(code_RC)

@@ -1,5 +1,7 @@
 """Clipping in the optimizer's own pass against torch's, which scales the gradients first."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,16 +9,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from leap_pl.training.clipping import clip_by_norm
+from leap_pl.training.optimizers import PackedAdamW
 
 
-def pair(seed: int, scale: float) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def pair(seed: int, scale: float, dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Two equal lists of parameters, all 0, with equal gradients."""
     generator = torch.Generator().manual_seed(seed)
     lists: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for shape in ((7, 33), (5,), (1, 1)):
-        gradient = torch.randn(shape, generator=generator) * scale
+        gradient = (torch.randn(shape, generator=generator) * scale).to(dtype)
         for each in lists:
-            each.append(nn.Parameter(torch.zeros(shape)))
+            each.append(nn.Parameter(torch.zeros(shape, dtype=dtype)))
             each[-1].grad = gradient.clone()
     return lists
 
@@ -46,8 +49,28 @@ def test_a_step_is_as_by_torch(make, fused: bool, seed: int, scale: float, limit
             other.grad = one.grad.clone()
 
 
-def test_a_fused_adam_takes_no_pass_over_the_gradients() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("eager")
+def test_a_packed_step_is_that_of_smaller_gradients(dtype: torch.dtype) -> None:
+    """By a power of 2, so that what other optimizers would do first is exact; and the step after it is not clipped."""
+    ours, theirs = pair(3, 1.0, dtype)
+    first, second = PackedAdamW(ours, eps=1.0), PackedAdamW(theirs, eps=1.0)
+    for divisor in (8.0, None):
+        if divisor is not None:
+            clip_by_norm(first, ours, 1.0, torch.tensor(divisor) - 1e-6)
+        for parameter in theirs:
+            parameter.grad = parameter.grad / (divisor or 1.0)
+        first.step()
+        second.step()
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one, other)
+            assert torch.equal(first.state[one]["packed_moments"], second.state[other]["packed_moments"])
+            other.grad = one.grad.clone()
+
+
+@pytest.mark.parametrize("make", [partial(torch.optim.AdamW, fused=True), PackedAdamW])
+def test_no_pass_over_the_gradients_is_taken(make) -> None:
     ours, _ = pair(0, 1.0)
     kept = [parameter.grad.clone() for parameter in ours]
-    clip_by_norm(torch.optim.AdamW(ours, fused=True), ours, 0.1, nn.utils.get_total_norm(kept))
+    clip_by_norm(make(ours), ours, 0.1, nn.utils.get_total_norm(kept))
     assert all(torch.equal(parameter.grad, before) for parameter, before in zip(ours, kept, strict=True))
