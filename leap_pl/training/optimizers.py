@@ -113,18 +113,17 @@ class PackedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        place, room = 0, _Room()
-        share = scalar(1.0) if self.grad_scale is None else 1 / self.grad_scale
+        place, shared = 0, _Shared(self.grad_scale)
         self.grad_scale = None
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step(parameter, group, place, room, share)
+                    self._step(parameter, group, place, shared)
                 place += 1
         return loss
 
-    def _step(self, parameter: Tensor, group: dict[str, Any], place: int, room: "_Room", share: Tensor) -> None:
-        """Update one ``parameter``, which has index ``place`` among all, by a ``share`` of its gradient."""
+    def _step(self, parameter: Tensor, group: dict[str, Any], place: int, shared: "_Shared") -> None:
+        """Update one ``parameter``, which has index ``place`` among all."""
         state = self.state[parameter]
         part, grad = own_part(parameter.detach()), own_part(parameter.grad)  # type: ignore[arg-type]
         if not state:
@@ -134,26 +133,27 @@ class PackedAdamW(torch.optim.Optimizer):
         moments, step = own_part(state[MOMENTS]).view(torch.int16), int(state["step"])
         if not part.numel():  # an empty shard
             return
-        beta_1, beta_2 = group["betas"]
-        numbers = step_numbers(step, float(group["lr"]), beta_1, beta_2, group["eps"], group["weight_decay"])
         # Each shard has its own random numbers; ranks that hold the whole parameter have the same.
         keys = noise_keys(group["seed"], step, Ranks.of([parameter]).rank, f"rounding {place}")
-        updated = part.contiguous()
-        scalars = [scalar(number) for number in numbers]
+        updated, scalars = part.contiguous(), shared.numbers(step, group)
         for first, tensors in _in_rows(updated, grad.contiguous(), moments):
             height, width = tensors[0].shape
             column_C = columns(LINE if first else width, part.device)
             some = max((CHUNK if part.device.type == "cpu" else CHUNK_OF_DEVICE) // width, 1)
-            for at in range(0, height, some):
+            places = range(0, height, some)
+            key_0, key_1, *rows_before = _integers(*keys, *(first + at for at in places))
+            for at, row in zip(places, rows_before, strict=True):
                 parameter_RC, grad_RC, moments_RC = (tensor[at : at + some].data for tensor in tensors)
-                code_RC = room.like(moments_RC).copy_(moments_RC)
+                code_RC = shared.room_like(moments_RC).copy_(moments_RC)
                 packed_step(
                     parameter_RC,
                     grad_RC,
                     code_RC,
                     column_C[:width].data,
-                    *(scalar(number, torch.int32) for number in (*keys, first + at)),
-                    share,
+                    key_0,
+                    key_1,
+                    row,
+                    shared.share,
                     *scalars,
                 )
                 moments_RC.copy_(code_RC)
@@ -177,18 +177,38 @@ class PackedAdamW(torch.optim.Optimizer):
                 self.state[parameter][MOMENTS] = states[name][MOMENTS].to(parameter.device, copy=True)
 
 
-class _Room:
-    """Memory for the codes of one call of the kernel, which the calls of an optimizer step share."""
+class _Shared:
+    """Arguments of the kernel that its calls in one optimizer step share.
 
-    def __init__(self) -> None:
-        self._codes = torch.empty(0, dtype=torch.int32)
+    Attributes:
+        share: Factor of all gradients, by which they are clipped.
+    """
 
-    def like(self, moments_RC: Tensor) -> Tensor:
-        """Return an int32 tensor of the shape of ``moments_RC``, on its device."""
+    def __init__(self, grad_scale: Tensor | None) -> None:
+        self.share = scalar(1.0) if grad_scale is None else 1 / grad_scale
+        self._codes = torch.empty(0, dtype=torch.int32, device="cpu")
+        self._numbers: dict[tuple[int, int], list[Tensor]] = {}
+
+    def numbers(self, step: int, group: dict[str, Any]) -> list[Tensor]:
+        """Return the scalars of :func:`step_numbers` for a group of parameters."""
+        key = step, id(group)
+        if key not in self._numbers:
+            rate, (beta_1, beta_2) = float(group["lr"]), group["betas"]
+            numbers = step_numbers(step, rate, beta_1, beta_2, group["eps"], group["weight_decay"])
+            self._numbers[key] = [scalar(number) for number in numbers]
+        return self._numbers[key]
+
+    def room_like(self, moments_RC: Tensor) -> Tensor:
+        """Return an int32 tensor of the shape and device of ``moments_RC``, in memory that all calls use."""
         count, device = moments_RC.numel(), moments_RC.device
         if count > self._codes.numel() or device != self._codes.device:
             self._codes = torch.empty(count, dtype=torch.int32, device=device)
         return self._codes[:count].view(moments_RC.shape).data
+
+
+def _integers(*numbers: int) -> tuple[Tensor, ...]:
+    """Return int32 scalar tensors on the CPU."""
+    return torch.tensor(numbers, dtype=torch.int32, device="cpu").unbind()
 
 
 def _of_this_version(state: dict[str, Any]) -> dict[str, Any]:
