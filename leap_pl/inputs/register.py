@@ -176,8 +176,13 @@ def listed(text: str) -> list[str]:
     >>> listed("wikitext2, c4")
     ['wikitext2', 'c4']
 
+    A list in the brackets of YAML is one too, as ``--data.text`` takes it: ``[wikitext2, c4]``.
+
     Where several names with commas exist, the longest one is taken. Entries may be empty.
     """
+    bracketed = text.strip()
+    if bracketed[:1] + bracketed[-1:] == "[]" and not _found(text):
+        return [entry.strip("'\"") for entry in listed(bracketed[1:-1])]
     pieces = text.split(",")
     entries: list[str] = []
     while pieces:

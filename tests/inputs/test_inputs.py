@@ -439,6 +439,14 @@ def test_a_list_of_what_is_not_there_is_split_at_every_comma(entries: list[str])
     assert inputs.listed(text) == [piece.strip() for piece in text.split(",")]
 
 
+@given(
+    st.lists(st.text(st.sampled_from("ab"), min_size=1, max_size=6), min_size=1, max_size=5), st.sampled_from("'\" ")
+)
+def test_a_list_in_brackets_is_one(entries: list[str], quote: str) -> None:
+    text = ", ".join(f"{quote}{entry}{quote}" for entry in entries)
+    assert inputs.listed(f"[{text}]") == entries
+
+
 NAMES = st.text(st.sampled_from("ab,[]*"), min_size=1, max_size=5).map(lambda name: f"{name}.txt")
 
 
