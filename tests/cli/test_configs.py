@@ -115,7 +115,11 @@ def test_rows_of_the_paper_have_its_settings(path: Path, sparsity: float, tmp_pa
     model = cli.model
     objective = model.objective
     assert (objective.lm, objective.distillation, objective.budget, objective.weight) == (1, 0, 7, 10)
-    assert (model.run_prior.settings.method, model.prior_settings.sequences, model.warmup_steps) == ("wanda", 128, 5)
+    assert (model.run_prior.settings.method, model.run_prior.settings.sequences, model.warmup_steps) == (
+        "wanda",
+        128,
+        5,
+    )
     assert annealing.alpha == Schedule(25, 350, "linear")
     settings = cli.config.model.optimizer.init_args
     assert (settings.lr, tuple(settings.betas), settings.weight_decay) == (1e-3, (0.9, 0.95), 0)
