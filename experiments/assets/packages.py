@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from leap_pl.errors import UserError
 from leap_pl.escape import say
+from leap_pl.files import atomic_folder
 
 NPM_REGISTRY = "https://registry.npmjs.org"
 SOURCES = "SOURCES.md"  # file of a folder that says what it was made from
@@ -146,6 +147,27 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_texts(
+    destination: Path, splits: Mapping[str, Sequence[str]], packages: Sequence[Package], licence: str, notes: str
+) -> None:
+    """Write a text: the documents of each split into ``<split>.jsonl``, and what they are into ``SOURCES.md``.
+
+    Args:
+        destination: Folder, which appears when it is complete.
+        splits: Split → its documents, in order.
+        packages: Packages that they were made from.
+        licence: Sentence on authors and licence.
+        notes: Sentences on how they were made.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    with atomic_folder(destination, force=True) as part:
+        for split, documents in splits.items():
+            write_jsonl(part / f"{split}.jsonl", ({"text": document} for document in documents))
+        write_sources(part, packages, licence, notes)
 
 
 def write_sources(folder: Path, packages: Sequence[Package], licence: str, notes: str) -> None:

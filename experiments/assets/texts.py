@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments.assets.packages import Package, finished, wheel, write_jsonl, write_sources
+from experiments.assets.packages import Package, finished, wheel, write_jsonl, write_sources, write_texts
 from leap_pl.files import atomic_folder
 
 HELD_OUT_ARTICLES = 500  # articles in each of validation and test
@@ -59,16 +59,14 @@ def make_text(folder: Path) -> Path:
         "test": documents[held_out : 2 * held_out],
         "train": documents[2 * held_out :],
     }
-    with atomic_folder(destination, force=True) as part:
-        for split, rows in splits.items():
-            write_jsonl(part / f"{split}.jsonl", ({"text": row} for row in rows))
-        write_sources(
-            part,
-            [TEXT],
-            "Text of English Wikipedia by its authors, CC BY-SA 4.0.",
-            f"Title and lead section of {len(documents)} articles, from `{TEXT_FILE}`, shuffled with seed "
-            f"{SHUFFLE_SEED}; " + ", ".join(f"{len(rows)} in {split}" for split, rows in splits.items()) + ".",
-        )
+    write_texts(
+        destination,
+        splits,
+        [TEXT],
+        "Text of English Wikipedia by its authors, CC BY-SA 4.0.",
+        f"Title and lead section of {len(documents)} articles, from `{TEXT_FILE}`, shuffled with seed "
+        f"{SHUFFLE_SEED}; " + ", ".join(f"{len(rows)} in {split}" for split, rows in splits.items()) + ".",
+    )
     return destination
 
 
@@ -115,16 +113,15 @@ def make_howto(folder: Path) -> Path:
     # By text: no passage twice.
     documents = list(dict.fromkeys(_passage(item) for item in sorted(items, key=lambda item: int(item["ind"]))))
     random.Random(SHUFFLE_SEED).shuffle(documents)
-    with atomic_folder(destination, force=True) as part:
-        write_jsonl(part / "test.jsonl", ({"text": document} for document in documents))
-        write_sources(
-            part,
-            [TASKS],
-            "HellaSwag by Zellers et al., MIT; its passages come from WikiHow, CC BY-NC-SA 3.0.",
-            f"{len(documents)} passages: the WikiHow items of HellaSwag's validation split, each with its right "
-            "ending; a blank line where its marks say [title], a space for [step] and [substeps]; shuffled with "
-            f"seed {SHUFFLE_SEED}. The words and their spacing are the data set's.",
-        )
+    write_texts(
+        destination,
+        {"test": documents},
+        [TASKS],
+        "HellaSwag by Zellers et al., MIT; its passages come from WikiHow, CC BY-NC-SA 3.0.",
+        f"{len(documents)} passages: the WikiHow items of HellaSwag's validation split, each with its right "
+        "ending; a blank line where its marks say [title], a space for [step] and [substeps]; shuffled with "
+        f"seed {SHUFFLE_SEED}. The words and their spacing are the data set's.",
+    )
     return destination
 
 

@@ -1,7 +1,8 @@
 """Arithmetic of AdamW with both moments in 16 bits and stochastic rounding, in place.
 
 What is stored, and why, is said in :mod:`leap_pl.training.optimizers`. The kernel is compiled without fused
-multiply-adds, and roots and divisions are correctly rounded everywhere, so that it rounds as in eager execution.
+multiply-adds, so that it rounds as in eager execution; the last bit of a float32 may differ, which rounding to 16 bits
+hides.
 
 The kernel is called for some rows of a parameter at a time, since what torch.compile keeps between its loops, and eager
 execution between its operations, is of the size of what it is called for.
