@@ -15,6 +15,7 @@ from leap_pl.errors import UserError, listing
 
 NAME = r"[a-z0-9][a-z0-9._-]*"
 MODEL_KEYS = {"base_model", "about", "evaluate", "target", "rows"}
+MAPPINGS = ("texts", "rows", "learn", "evaluate", "tasks", "prune", "models")
 KEYS = MODEL_KEYS | {"texts", "tasks", "tasks_at", "prune", "learn", "models"}
 
 
@@ -25,9 +26,9 @@ def read_experiment(path: str | Path) -> Experiment:
         UserError: It is not there, not YAML, or says something that cannot be.
     """
     path = Path(path)
-    told = _yaml(path)
+    told = _told(path)
     _check(told, str(path), KEYS, {"base_model", "texts", "rows", "learn"})
-    _check_mappings(told, ("texts", "rows", "learn", "evaluate", "tasks", "prune", "models"), str(path))
+    _check_mappings(told, MAPPINGS, str(path))
     _check(told["learn"], f"learn in {path}", {"config", "tokens", "checkpoint_tokens"}, {"config", "tokens"})
     _check(told["texts"], f"texts in {path}", set(ROLES), set(ROLES))
     tokens = _positive(told["learn"]["tokens"], f"learn.tokens in {path}")
@@ -53,6 +54,29 @@ def read_experiment(path: str | Path) -> Experiment:
     for cell in experiment.cells.values():
         _check_needs(cell, experiment, str(path))
     return experiment
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """Return what ``path`` says, over what the definition beside it says that it is ``like``.
+
+    Of that one's rows and models, those that are named again stay.
+    """
+    told = _yaml(path)
+    if "like" not in told:
+        return told
+    other = path.parent / str(told.pop("like"))
+    below = _yaml(other)
+    if "like" in below:
+        raise UserError(f"{path} is like {other}, which is like another. Name that one.")
+    _check_mappings(told, MAPPINGS, str(path))
+    for part in ("rows", "models"):
+        kept = told.setdefault(part, {})
+        unknown = sorted(set(kept) - set(below.get(part, {})))
+        if unknown:
+            raise UserError(f"{part} of {path} names {listing(unknown)}, which {other} has not. Name some that it has.")
+        below[part] = {name: below[part][name] for name in below.get(part, {}) if name in kept}
+        told[part] = {name: changes or {} for name, changes in kept.items()}
+    return laid_over(below, told)
 
 
 def _model(name: str, told: dict[str, Any]) -> Model:

@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments.assets.packages import SOURCES
+from leap_pl.inputs.records import RECORD
+
+# Of a folder, what tells how it was made.
+MADE = {SOURCES, RECORD}
+# Of a model's settings, the key that tells with which release of transformers they were saved.
+SAVED_BY = "transformers_version"
 
 
 def digest(value: Any) -> str:
@@ -18,12 +24,14 @@ def identity(name: Any) -> Any:
     """What stands for a model or text in a digest: the content of a local file or folder, else the name.
 
     A hub id stands for itself: pin its revision where it matters. A list stands for its members'. How a folder was
-    made, which its file of sources says, is no content.
+    made, which its records say, is no content, and neither is the release of transformers that saved it.
     """
     if isinstance(name, list):
         return [identity(item) for item in name]
     path = Path(str(name)).expanduser()
-    within = (item for item in path.rglob("*") if item.is_file() and item.name != SOURCES) if path.is_dir() else (path,)
+    within = (
+        (item for item in path.rglob("*") if item.is_file() and item.name not in MADE) if path.is_dir() else (path,)
+    )
     files = sorted(within)
     if not path.exists():
         return name
@@ -37,5 +45,8 @@ def _state(file: Path) -> tuple[int, int]:
 
 @cache
 def _content(file: Path, state: tuple[int, int]) -> str:
+    if file.name in ("config.json", "generation_config.json"):
+        settings = json.loads(file.read_bytes())
+        return digest({key: value for key, value in settings.items() if key != SAVED_BY})
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -37,30 +37,13 @@ class Head:
 def split_model(model: nn.Module) -> tuple[States, Head]:
     """Return ``model`` as two functions: ids (B, L) → last hidden states (B, L, D), and those (C, D) → logits (C, V).
 
-    The second function scales and soft-caps logits as known model families do, and is checked against the model's own
-    logits. If they differ, the first function returns the model's own logits instead of hidden states, with a warning,
-    since they need more memory.
+    If :func:`head_of` does not know the second, the first function returns the model's own logits instead of hidden
+    states, with a warning, since they need more memory.
     """
     causal: Any = model
-    projection = causal.get_output_embeddings()
-    config = causal.config.get_text_config()
-    times = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    over = getattr(config, "logits_scaling", None) or 1.0  # Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
-
-    def states(input_ids: Tensor) -> Tensor:
-        with _unpacked(input_ids.device):
-            return causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-
-    def logits_of(hidden_CD: Tensor) -> Tensor:
-        logits_CV = projection(hidden_CD)
-        if times != 1 or over != 1:
-            logits_CV = logits_CV * times / over
-        return logits_CV if cap is None else cap * torch.tanh(logits_CV / cap)
-
-    head = Head(logits_of, projection)
-    if projection is not None and _agrees(causal, states, head):
-        return states, head
+    head = head_of(causal)
+    if head is not None:
+        return lambda input_ids: _hidden(causal, input_ids), head
     warnings.warn(
         f"{type(model).__name__} computes its logits by an unknown method: the loss is computed from the model's own "
         "logits of a whole micro-batch, which need memory (several times tokens × vocabulary × 4 bytes).",
@@ -72,6 +55,33 @@ def split_model(model: nn.Module) -> tuple[States, Head]:
             return causal(input_ids=input_ids, use_cache=False).logits
 
     return logits, Head(lambda logits_CV: logits_CV)
+
+
+def head_of(model: Any) -> Head | None:
+    """Return the function from last hidden states (C, D) to logits (C, V).
+
+    It scales and soft-caps logits as known model families do. None if it does not give the model's own logits.
+    """
+    projection = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    times = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    over = getattr(config, "logits_scaling", None) or 1.0  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
+
+    def logits_of(hidden_CD: Tensor) -> Tensor:
+        logits_CV = projection(hidden_CD)
+        if times != 1 or over != 1:
+            logits_CV = logits_CV * times / over
+        return logits_CV if cap is None else cap * torch.tanh(logits_CV / cap)
+
+    head = Head(logits_of, projection)
+    return head if projection is not None and _agrees(model, head) else None
+
+
+def _hidden(causal: Any, input_ids: Tensor) -> Tensor:
+    with _unpacked(input_ids.device):
+        hidden_BLD: Tensor = causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return hidden_BLD
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -108,13 +118,13 @@ def _unpacked(device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _agrees(causal: Any, states: States, head: Head) -> bool:
+def _agrees(causal: Any, head: Head) -> bool:
     ids = torch.arange(8, device=next(causal.parameters()).device)[None]
     was_training = causal.training
     causal.eval()
     expected = causal(input_ids=ids, use_cache=False).logits[0].float()
     try:
-        found = head(states(ids)[0]).float()
+        found = head(_hidden(causal, ids)[0]).float()
     except (AttributeError, RuntimeError, TypeError):
         return False
     finally:

@@ -67,7 +67,7 @@ def evaluate_command(
         num_fewshot: Number of solved examples before each question; default: the task's own, mostly 0.
         tasks_folder: Folder with the data of tasks; default: assets/tasks if it exists, which make assets-eval writes
             in a clone of the repository. Tasks that are not in it are read from the hub.
-        batch_size: Windows, or requests, in a forward pass.
+        batch_size: Windows in a forward pass; of the answers of tasks, as many as have 512 tokens for each of them.
         dtype: Type of the weights in memory and of the computation; auto: the type they are stored in, but float32
             for bfloat16 on hardware where float32 is faster.
         device: Device to run on; auto: the first GPU, or the CPU without one.

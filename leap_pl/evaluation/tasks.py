@@ -66,7 +66,8 @@ def evaluate_tasks(
         tasks_folder: Folder of local data; the tasks in it are read from there, with lm-eval's own prompts.
         limit: Number of questions of each task (of each subject of a group), from the first; None for all.
         num_fewshot: Solved examples before each question; by default the task's own number, mostly 0.
-        batch_size: Requests in a forward pass.
+        batch_size: Windows of 512 tokens that a forward pass may take: of answers as many as fit, those of a question
+            with their common beginning once. Where the model cannot share it, requests in a forward pass.
         seed: Seed of few-shot sampling.
         bos: Whether requests begin with what the tokenizer puts before a text: each is a text of one window, so all do
             but with ``none``.
@@ -83,8 +84,9 @@ def evaluate_tasks(
     """
     with LocalTasks.found_in(tasks_folder, tasks) as local:
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
+
+        from leap_pl.evaluation.harness import PrefixSharingLM
 
         remote = [task for task in tasks if task not in local]
         # Indexing lm-eval's own tasks reads fourteen thousand files: skip it if all tasks are local.
@@ -95,7 +97,7 @@ def evaluate_tasks(
         begun: Bos = "none" if bos == "none" else "every"
         # lm-eval's own default depends on its version and on the family of the model.
         add_bos = begun == "every" and bool(prefix_of(tokenizer))
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos)
+        lm = PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos)
         reach = offline_if_unreachable(PROBED, "dataset") if remote else nullcontext()
         with _reaching(remote, tasks_folder), reach, _questions_of(local, tasks_folder), _in_reach_of(lm.max_length):
             found = simple_evaluate(

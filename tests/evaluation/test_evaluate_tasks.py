@@ -8,8 +8,10 @@ from tiny import byte_tokenizer, tiny_folder, tiny_model
 
 from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.errors import UserError
+from leap_pl.evaluation import answers
 from leap_pl.evaluation import tasks as room
 from leap_pl.evaluation.local_tasks import LocalTasks
+from leap_pl.evaluation.prefix_rows import arrange
 from leap_pl.evaluation.tasks import evaluate_tasks, mean_accuracy
 from leap_pl.inputs import hub
 
@@ -68,15 +70,18 @@ def test_scores_are_complete_and_repeat(folder):
 
 
 @pytest.mark.parametrize(("prefix", "bos", "begun"), [(1, "every", True), (1, "first", True), (1, "none", False)])
-def test_requests_begin_as_the_tokenizer_begins_a_text(folder, prefix, bos, begun):
-    model, seen = tiny_model(), []
-    model.register_forward_pre_hook(
-        lambda _, inputs, named: seen.extend((*inputs, *named.values())[0]), with_kwargs=True
-    )
+def test_requests_begin_as_the_tokenizer_begins_a_text(folder, prefix, bos, begun, monkeypatch):
+    seen = []
+
+    def spied(answers, longest):
+        seen.extend(answer.tokens for answer in answers)
+        return arrange(answers, longest)
+
+    monkeypatch.setattr(answers, "arrange", spied)
     tokenizer = byte_tokenizer(prefix=prefix)
-    found = evaluate_tasks(model, tokenizer, ["arc_easy"], tasks_folder=folder, batch_size=8, limit=1, bos=bos)
+    found = evaluate_tasks(tiny_model(), tokenizer, ["arc_easy"], tasks_folder=folder, batch_size=8, limit=1, bos=bos)
     assert found["arc_easy"]["bos"] == ("every" if begun else "none")
-    assert [int(request[0]) == 257 for request in seen] == [begun] * 2
+    assert [request[0] == 257 for request in seen] == [begun] * 2
     assert not any(257 in request[1:] for request in seen)
     plain = score(["arc_easy"], folder, limit=1)["arc_easy"]
     assert "bos" not in plain

@@ -1,0 +1,196 @@
+"""Answers that begin alike are read once, and score what they score one by one."""
+
+import warnings
+from collections.abc import Sequence
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from lm_eval.models.huggingface import HFLM
+from tiny import FAMILIES, byte_tokenizer, tiny_model
+from torch import nn
+
+from leap_pl.base_model.backbone import head_of
+from leap_pl.errors import warn_once
+from leap_pl.evaluation import answers as room
+from leap_pl.evaluation.answers import SharedPrefixes, reads_rows
+from leap_pl.evaluation.harness import PrefixSharingLM
+from leap_pl.evaluation.prefix_rows import Answer, arrange, batches
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+def question(seed: int, context: int, answers: Sequence[int]) -> list[Request]:
+    """One context with answers of the given lengths."""
+    drawn = torch.Generator().manual_seed(seed)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, 256, (count,), generator=drawn).tolist()
+
+    shared = tokens(context)
+    return [((str(seed), str(n)), shared, tokens(length)) for n, length in enumerate(answers)]
+
+
+# Answers of several tokens, of one, that differ at the last alone, with nothing in common, longer than a sliding window
+# of 16.
+REQUESTS = [
+    *question(1, 7, [3, 1, 5]),
+    *question(2, 9, [1, 1, 1, 1]),
+    *question(3, 1, [2]),
+    *(((str(n), "x"), [5, 6, 7, n], [9, 8]) for n in range(3)),
+    *(((str(n), "y"), [5, 6, 7], [1, 2, n]) for n in range(3)),
+    *question(4, 20, [2, 30]),
+    *question(5, 2, [1, 1]),
+]
+
+
+def scored(lm: HFLM, requests: list[Request]) -> list[tuple[float, bool]]:
+    found: list[tuple[float, bool]] = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    return found
+
+
+def close(found: list[tuple[float, bool]], expected: list[tuple[float, bool]], **tolerance: float) -> None:
+    assert [likely for _, likely in found] == [likely for _, likely in expected]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], **tolerance)
+
+
+def most_likely(model: nn.Module, context: list[int], length: int) -> list[int]:
+    """Greedy continuation."""
+    tokens = list(context)
+    for _ in range(length):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(context) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_scores_are_those_of_each_answer_alone(family: str, attention: str) -> None:
+    model = tiny_model(family)
+    model.set_attn_implementation(attention)
+    assert SharedPrefixes.of(model) is not None
+    best = [(None, [3, 4, 5], most_likely(model, [3, 4, 5], 4))]
+    requests = [*REQUESTS, *best]
+    tokenizer = byte_tokenizer()
+    expected = scored(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), requests)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = scored(PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=2), requests)
+    close(found, expected, rel=1e-5, abs=1e-4)
+    assert found[-1][1]
+    assert not all(likely for _, likely in found)
+
+
+def test_a_common_beginning_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = tiny_model(), []
+    states = room.row_states
+
+    def counted(model: nn.Module, rows: Sequence[object]) -> torch.Tensor:
+        read.append(sum(row.length for row in rows))  # type: ignore[attr-defined]
+        return states(model, rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(room, "row_states", counted)
+    requests = question(0, 40, [1, 1, 1, 1])
+    lm = PrefixSharingLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1)
+    scored(lm, requests)
+    assert read[-1] == 40  # after the probe: the answers are never inputs
+    scored(lm, question(0, 40, [3, 4]))
+    assert read[-1] == 40 + 2 + 3
+
+
+def test_bfloat16_is_near_float32() -> None:
+    model = tiny_model()
+    exact = scored(PrefixSharingLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=2), REQUESTS)
+    rounded = scored(PrefixSharingLM(pretrained=model.bfloat16(), tokenizer=byte_tokenizer(), batch_size=2), REQUESTS)
+    tokens = [len(answer) for _, _, answer in REQUESTS]
+    for (value, _), (near, _), count in zip(exact, rounded, tokens, strict=True):
+        assert near == pytest.approx(value, abs=0.15 * count)
+
+
+def mamba() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=258, hidden_size=32, state_size=4, num_hidden_layers=2)
+    return transformers.MambaForCausalLM(config).eval()
+
+
+def blind_to(argument: str) -> nn.Module:
+    """A model that takes an argument, and does without it."""
+    model = tiny_model("gpt2")
+    forward = model.transformer.forward
+
+    def without(*inputs: object, **given: object) -> object:
+        return forward(*inputs, **{name: value for name, value in given.items() if name != argument})
+
+    model.transformer.forward = without
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(mamba, "Mamba"), (lambda: blind_to("attention_mask"), "GPT2"), (lambda: blind_to("position_ids"), "GPT2")],
+    ids=["no attention", "mask ignored", "positions ignored"],
+)
+def test_a_model_that_cannot_read_rows_is_scored_one_by_one_with_a_warning(make, name) -> None:
+    warn_once.cache_clear()
+    model = make()
+    assert not reads_rows(model)
+    tokenizer = byte_tokenizer()
+    with pytest.warns(UserWarning, match=rf"{name}\w* cannot read several answers at once"):
+        found = scored(PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=2), REQUESTS[:8])
+    assert found == scored(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2), REQUESTS[:8])
+
+
+def test_what_lm_eval_truncates_is_left_to_it() -> None:
+    model = tiny_model(max_position_embeddings=64)
+    requests = [*question(0, 80, [2, 3]), *question(1, 5, [2, 3])]
+    assert SharedPrefixes.of(model) is not None
+    expected = scored(HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1), requests)
+    close(scored(PrefixSharingLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1), requests), expected)
+
+
+def test_an_unknown_head_is_not_taken() -> None:
+    model = tiny_model()
+    forward = model.forward
+
+    def doubled(*inputs: object, **named: object) -> object:
+        found = forward(*inputs, **named)
+        found.logits = 2 * found.logits
+        return found
+
+    model.forward = doubled
+    assert head_of(model) is None
+    assert SharedPrefixes.of(model) is None
+
+
+answers = st.lists(
+    st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=8), st.lists(st.integers(0, 2), min_size=1, max_size=4)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(answers, st.integers(1, 40), st.integers(1, 60))
+def test_rows_hold_every_answer_once_and_no_more_tokens(
+    drawn: list[tuple[list[int], list[int]]], longest: int, budget: int
+) -> None:
+    given_ = [Answer(n, (*context, *answer), len(answer)) for n, (context, answer) in enumerate(drawn)]
+    rows = arrange(given_, longest)
+    seen = []
+    for row in rows:
+        tokens, positions, branches = row.tokens(), row.positions(), row.branches()
+        assert len(tokens) == len(positions) == len(branches) == row.length
+        assert len(row.answers) == 1 or row.length <= longest
+        for answer, places in row.scored():
+            seen.append(answer.index)
+            for place, target in zip(places, answer.tokens[-answer.scored :], strict=True):
+                # What the place attends to is the answer before its target: the prefix and its own branch, in order.
+                before = [at for at in range(place + 1) if branches[at] in (0, branches[place])]
+                assert [positions[at] for at in before] == list(range(len(before)))
+                history = [tokens[at] for at in before]
+                assert (*history, target) == answer.tokens[: len(history) + 1]
+    assert sorted(seen) == list(range(len(given_)))
+    assert sum(row.length for row in rows) <= sum(len(answer.inputs) for answer in given_)
+    together = list(batches(rows, budget))
+    assert [row for batch in together for row in batch] == rows
+    assert all(len(batch) == 1 or len(batch) * batch[0].length <= budget for batch in together)
