@@ -94,6 +94,7 @@ def definition(folder, model, text):
                 "target": "assets-other",
                 "about": ["Another tiny random model, whose texts begin with a token."],
                 "evaluate": {"batch_size": 2},
+                "prune": {"sequences": 2},
                 "rows": {"dense": {"tasks": False}, "wanda": {"sparsity": [0.6], "minutes": 3}},
             }
         },

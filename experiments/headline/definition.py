@@ -14,9 +14,9 @@ from leap_pl.cli.former_spelling import FORMER, GROUP, advice, check_agree
 from leap_pl.errors import UserError, listing
 
 NAME = r"[a-z0-9][a-z0-9._-]*"
-MODEL_KEYS = {"base_model", "about", "evaluate", "target", "rows"}
+MODEL_KEYS = {"base_model", "about", "evaluate", "prune", "target", "rows"}
 MAPPINGS = ("texts", "rows", "learn", "evaluate", "tasks", "prune", "models")
-KEYS = MODEL_KEYS | {"texts", "tasks", "tasks_at", "prune", "learn", "models"}
+KEYS = MODEL_KEYS | {"texts", "tasks", "tasks_at", "learn", "models"}
 
 
 def read_experiment(path: str | Path) -> Experiment:
@@ -37,7 +37,6 @@ def read_experiment(path: str | Path) -> Experiment:
         texts={role: _text(text, f"{role} in {path}") for role, text in told["texts"].items()},
         tasks=dict(told.get("tasks", {})),
         tasks_at=tuple(told.get("tasks_at", ())),
-        prune=dict(told.get("prune", {})),
         learn=_respelled(_yaml(path.parent / str(told["learn"]["config"])), str(told["learn"]["config"])),
         tokens=tokens,
         checkpoint_tokens=saved,
@@ -47,8 +46,9 @@ def read_experiment(path: str | Path) -> Experiment:
         where = f"model {name} in {path}"
         _check_name(str(name), where)
         _check(more, where, MODEL_KEYS, {"base_model", "rows"})
-        _check_mappings(more, ("rows", "evaluate"), where)
-        model = _model(str(name), {**more, "evaluate": told.get("evaluate", {}) | more.get("evaluate", {})})
+        _check_mappings(more, ("rows", "evaluate", "prune"), where)
+        shared = {verb: told.get(verb, {}) | more.get(verb, {}) for verb in ("evaluate", "prune")}
+        model = _model(str(name), {**more, **shared})
         rows = {row: laid_over(told["rows"].get(row) or {}, changes or {}) for row, changes in more["rows"].items()}
         _add_cells(experiment, model, rows, where)
     for cell in experiment.cells.values():
@@ -81,7 +81,8 @@ def _told(path: Path) -> dict[str, Any]:
 
 def _model(name: str, told: dict[str, Any]) -> Model:
     about = [str(sentence) for sentence in told.get("about", [])]
-    return Model(name, str(told["base_model"]), about, dict(told.get("evaluate", {})), told.get("target"))
+    evaluate, prune = dict(told.get("evaluate", {})), dict(told.get("prune", {}))
+    return Model(name, str(told["base_model"]), about, evaluate, prune, told.get("target"))
 
 
 def _add_cells(experiment: Experiment, model: Model, rows: dict[str, Any], where: str) -> None:
@@ -150,7 +151,7 @@ def _cell(experiment: Experiment, model: Model, name: str, row: Row, sparsity: f
         sparsity=sparsity,
         table=row.table,
         text=row.text,
-        prune=None if row.prune is None else laid_over(experiment.prune, row.prune),
+        prune=None if row.prune is None else laid_over(model.prune, row.prune),
         fit=row.fit,
         mask=row.mask and beginning + row.mask + ending,
         prior=row.prior and beginning + row.prior + ending,

@@ -33,6 +33,7 @@ class Model:
         base_model: Hub id, local folder or GGUF file.
         about: Sentences on the model and the texts that belong beside every figure.
         evaluate: Options of ``leap_pl evaluate`` for every cell.
+        prune: Options of ``leap_pl prune`` for every cell.
         target: Target of ``make`` that lays the model out. Where that has not been done, its cells are left out.
     """
 
@@ -40,6 +41,7 @@ class Model:
     base_model: str
     about: list[str]
     evaluate: dict[str, Any]
+    prune: dict[str, Any]
     target: str | None = None
 
 
@@ -125,7 +127,6 @@ class Experiment:
             chooses.
         tasks: Zero-shot task → limit of questions (of a group: of each of its tasks; None: all).
         tasks_at: Sparsities at which they are measured; 0 is the dense model.
-        prune: Options of ``leap_pl prune`` for every cell.
         learn: The shared config of ``leap_pl fit``, as it is written.
         tokens: Training tokens of a learned cell.
         checkpoint_tokens: A learned cell saves a checkpoint each so many tokens.
@@ -135,7 +136,6 @@ class Experiment:
     texts: dict[str, Text]
     tasks: dict[str, int | None]
     tasks_at: tuple[float, ...]
-    prune: dict[str, Any]
     learn: dict[str, Any]
     tokens: int
     checkpoint_tokens: int

@@ -49,6 +49,7 @@ def test_every_cell_is_made_and_measured(experiment_done):
         assert result["sparsity"]["global"] == pytest.approx(result["cell"]["sparsity"] or 0, abs=0.02)
     assert (found["leap-50"]["cell"]["tokens"], found["distill-50"]["cell"]["tokens"]) == (6 * STEP, 4 * STEP)
     assert found["leap-50"]["cell"]["calibration_tokens"] == found["wanda-50"]["cell"]["calibration_tokens"] == 4 * 32
+    assert found["other-wanda-60"]["cell"]["calibration_tokens"] == 2 * 32
     assert found["distill-50"]["cell"]["settings"]["model"]["objective"] == {"lm": 0, "distillation": 1}
     assert [found[name]["method"] for name in ("dense", "wanda-50", "admm-50", "leap-50")] == [
         "dense",
