@@ -24,8 +24,8 @@ from leap_pl.training.optimizers import PackedAdamW
 from leap_pl.training.schedules import Annealing, Schedule
 
 ROOT = Path(__file__).parents[2] / "configs"
-# Not parts of configs, and not the experiment, which is no config of fit.
-CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "shared" and path.stem != "headline")
+EXPERIMENTS = {"headline", "in_full"}  # no configs of fit
+CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "shared" and path.stem not in EXPERIMENTS)
 
 
 def instantiate(path: Path | str, tmp_path: Path, *more: str) -> LeapCLI:

@@ -12,6 +12,7 @@ from experiments.headline.definition import read_experiment
 from experiments.headline.measured import read_cells
 from experiments.headline.report import write_report
 from leap_pl.errors import UserError
+from leap_pl.evaluation.tasks import PAPER_TASKS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -79,6 +80,19 @@ def test_the_cells_are_those_of_the_shipped_experiment() -> None:
     assert {cell["name"]: (cell["order"], cell["title"]) for cell in told} == {
         name: shown for name, shown in expected.items() if name not in left_out
     }
+
+
+def test_the_tasks_in_full_are_asked_of_rows_of_the_shipped_experiment() -> None:
+    folder = ROOT / "configs" / "results"
+    headline, full = (read_experiment(folder / f"{name}.yaml") for name in ("headline", "in_full"))
+    assert set(full.tasks) == set(PAPER_TASKS)
+    assert set(full.tasks.values()) == {None}
+    for name, cell in full.cells.items():
+        other = headline.cells[name]
+        assert (cell.prune, cell.fit, cell.prior, cell.mask) == (other.prune, other.fit, other.prior, other.mask)
+        assert cell.tasks
+    # Steps are told apart by the number of tokens in their names.
+    assert not {text.max_tokens for text in full.texts.values()} & {t.max_tokens for t in headline.texts.values()}
 
 
 @cache
