@@ -3,6 +3,9 @@
 Importing this module imports lm-eval, which takes seconds.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from lm_eval.models.huggingface import HFLM
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
@@ -14,17 +17,42 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
-    """``HFLM`` for a model in memory. Prompts, tokens, truncation and generation are lm-eval's.
+    """``HFLM`` for a model in memory. Prompts, tokens and generation are lm-eval's.
 
-    Log-likelihoods are in float32 from the model's last hidden states on; lm-eval's are in the model's data type.
+    Log-likelihoods are in float32 from the model's last hidden states on; lm-eval's are in the model's data type. Each
+    sequence begins with ``prefix`` once, also one that is truncated and each window of a long text; lm-eval truncates
+    the prefix away, and puts it before the first window twice.
     """
+
+    def __init__(self, prefix: Sequence[int] = (), **settings: Any) -> None:
+        """Take ``prefix``, the tokens that requests begin with, and the settings of ``HFLM``."""
+        super().__init__(add_bos_token=bool(prefix), **settings)
+        self._prefix = list(prefix)
+        self._rolling = False
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **more: Any) -> list[int]:
+        """Return the tokens of ``string``, without a prefix if they become windows, which lm-eval begins with one."""
+        if self._rolling and add_special_tokens is None:
+            add_special_tokens = False
+        tokens: list[int] = super().tok_encode(string, add_special_tokens, **more)
+        return tokens
+
+    def loglikelihood_rolling(self, *requests: Any, **options: Any) -> list[float]:
+        """Return the log-likelihood of each text, read in windows."""
+        self._rolling = True
+        try:
+            found: list[float] = super().loglikelihood_rolling(*requests, **options)
+        finally:
+            self._rolling = False
+        return found
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        # What lm-eval must truncate, or what does not fit into a sliding window, is left to lm-eval.
+        requests = [(text, self._truncated(context, answer), answer) for text, context, answer in requests]
+        # What is longer than the model's positions, or does not fit into a sliding window, is left to lm-eval.
         most = min(self.max_length, attention_span(self.model))
-        short = [n for n, (_, context, answer) in enumerate(requests) if len(context) + len(answer) <= most]
+        short = [n for n, (_, context, answer) in enumerate(requests) if len(context) + len(answer) - 1 <= most]
         scores = SharedPrefixes.of(self.model) if short else None
         if scores is None:
             if short:
@@ -48,6 +76,15 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
             if requests[n][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[n][0], found[n])
         return [found[n] for n in range(len(requests))]
+
+    def _truncated(self, context: list[int], answer: list[int]) -> list[int]:
+        """Return ``context`` without its earliest tokens but the prefix, so that it and ``answer`` fit the model."""
+        excess = len(context) + len(answer) - 1 - self.max_length
+        kept = len(self._prefix)
+        # An answer that does not fit at all is an error, which lm-eval raises.
+        if excess <= 0 or excess + kept >= len(context) or context[:kept] != self._prefix:
+            return context
+        return self._prefix + context[kept + excess :]
 
     def _one_by_one(
         self, requests: list[Request], disable_tqdm: bool, override_bs: int | None

@@ -70,7 +70,7 @@ def evaluate_tasks(
             with their common beginning once. Where the model cannot share it, requests in a forward pass.
         seed: Seed of few-shot sampling.
         bos: Whether requests begin with what the tokenizer puts before a text: each is a text of one window, so all do
-            but with ``none``.
+            but with ``none``. Windows of a text whose likelihood is a task begin as lm-eval begins them.
 
     Returns:
         Task → its metrics (``acc``, ``acc_stderr``, ``acc_norm`` …), ``samples``, ``split``, ``num_fewshot``,
@@ -96,8 +96,8 @@ def evaluate_tasks(
             raise UserError(_unknown(unknown, manager.all_tasks))
         begun: Bos = "none" if bos == "none" else "every"
         # lm-eval's own default depends on its version and on the family of the model.
-        add_bos = begun == "every" and bool(prefix_of(tokenizer))
-        lm = PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos)
+        prefix = prefix_of(tokenizer) if begun == "every" else ()
+        lm = PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix=prefix)
         reach = offline_if_unreachable(PROBED, "dataset") if remote else nullcontext()
         with _reaching(remote, tasks_folder), reach, _questions_of(local, tasks_folder), _in_reach_of(lm.max_length):
             found = simple_evaluate(

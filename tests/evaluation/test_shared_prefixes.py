@@ -8,6 +8,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tiny import FAMILIES, byte_tokenizer, tiny_model
 from torch import nn
@@ -141,12 +142,44 @@ def test_a_model_that_cannot_read_rows_is_scored_one_by_one_with_a_warning(make,
     assert found == scored(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2), REQUESTS[:8])
 
 
-def test_what_lm_eval_truncates_is_left_to_it() -> None:
+def test_a_context_that_is_too_long_loses_its_earliest_tokens_and_keeps_the_prefix() -> None:
     model = tiny_model(max_position_embeddings=64)
-    requests = [*question(0, 80, [2, 3]), *question(1, 5, [2, 3])]
-    assert SharedPrefixes.of(model) is not None
-    expected = scored(HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1), requests)
-    close(scored(PrefixSharingLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1), requests), expected)
+    tokenizer = byte_tokenizer(prefix=1)
+    requests: list[Request] = [
+        (text, [257, *context], answer)
+        for text, context, answer in [*question(0, 80, [1, 3]), *question(1, 61, [3]), *question(2, 5, [2, 3])]
+    ]
+    lm = PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=1, prefix=[257])
+    # 64 positions: all tokens but the last of an answer are read.
+    fitted = [(text, [257, *context[1:][-(64 - len(answer)) :]], answer) for text, context, answer in requests]
+    assert [len(context) + len(answer) for _, context, answer in fitted][:3] == [65, 65, 65]
+    expected = scored(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), fitted)
+    close(scored(lm, requests), expected, abs=1e-4)
+    without = PrefixSharingLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1)
+    plain = scored(HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1), requests)
+    close(scored(without, requests), plain, abs=1e-4)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_the_windows_of_a_text_begin_with_one_prefix(prefix: int) -> None:
+    model = tiny_model(max_position_embeddings=16)
+    tokenizer = byte_tokenizer(prefix=prefix)
+    text = "a text longer than the window"
+    lm = PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=2, prefix=[257] * prefix)
+    (found,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
+    tokens, begin = tokenizer(text, add_special_tokens=False).input_ids, lm.prefix_token_id
+    expected = log_likelihood(model, [begin, *tokens[:16]], 16)
+    # The last window has as many tokens as the model has positions, and counts those that no other one has.
+    rest = len(tokens) - 16
+    expected += log_likelihood(model, tokens[-17:], rest)
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def log_likelihood(model: nn.Module, tokens: list[int], count: int) -> float:
+    """Of the last ``count`` tokens."""
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens[:-1]])).logits[0].log_softmax(-1)
+    return float(sum(logits[at - 1, tokens[at]] for at in range(len(tokens) - count, len(tokens))))
 
 
 def test_an_unknown_head_is_not_taken() -> None:
