@@ -11,6 +11,7 @@ Legend of suffixes: R, C = rows and columns.
 """
 
 import math
+import sys
 from functools import partial
 
 import torch
@@ -24,6 +25,7 @@ RATIO_STEPS = 63  # steps of u's grid on each side of 0
 LOWEST_OCTAVE = -54  # log2 of the smallest v
 HIGHEST_CODE = 511
 LOWEST = (LOWEST_OCTAVE + 127) << 23  # bits of the smallest v as a float32
+_LITTLE = sys.byteorder == "little"  # the first of two neighbours is the lower half of their word
 CUT = 20  # bits of a float32's fraction that v is stored without
 
 
@@ -162,3 +164,58 @@ def packed_step(
     parameter_RC.copy_(moved_RC)
     code_RC.copy_(packed_RC)
     return ()
+
+
+@partial(compiled, options=APART)
+def packed_words_step(
+    parameter_RW: Tensor,
+    grad_RW: Tensor,
+    moments_RW: Tensor,
+    column_W: Tensor,
+    key_0: Tensor,
+    key_1: Tensor,
+    first_row: Tensor,
+    share: Tensor,
+    *numbers: Tensor,
+) -> tuple[()]:
+    """Update some rows of a bfloat16 parameter and their packed moments in place, two elements at a time.
+
+    An int32 word holds two neighbours, the first in its lower half, as :func:`as_words` takes them. So no tensor of 16
+    bits is read or written, and nothing is converted. Rounding is that of :func:`packed_step`, bit for bit.
+
+    Args:
+        parameter_RW: Words of the parameter.
+        grad_RW: Words of its gradient, bfloat16.
+        moments_RW: Words of the packed moments.
+        column_W: Numbers from 0 on, of the words of a row.
+        key_0: First key of the rounding.
+        key_1: Second key of the rounding.
+        first_row: Number of the first row, int32.
+        share: Factor of the gradient, float32, by which it is clipped.
+        numbers: Scalars of :func:`adamw`.
+    """
+    halves = []
+    for half in (0, 1):
+        bits_RW = element_bits(parameter_RW.shape[0], 2 * column_W + half, key_0, key_1, first_row)
+        x_RW, grad_half_RW = (_half(words_RW, half).view(torch.float32) for words_RW in (parameter_RW, grad_RW))
+        code_RW = moments_RW >> 16 if half else moments_RW
+        moved_RW, packed_RW = adamw(x_RW, grad_half_RW * share, code_RW, bits_RW, *numbers)
+        halves.append((round_to_bfloat16(moved_RW, bits_RW).view(torch.int32), packed_RW))
+    (lower_RW, lower_code_RW), (upper_RW, upper_code_RW) = halves
+    parameter_RW.copy_(upper_RW | ((lower_RW >> 16) & 0xFFFF))
+    moments_RW.copy_(lower_code_RW | (upper_code_RW << 16))
+    return ()
+
+
+def as_words(*tensors: Tensor) -> tuple[Tensor, ...] | None:
+    """Return contiguous tensors of 16 bits as int32 words, each of two neighbours in a row; None if they are not."""
+    if not _LITTLE or any(
+        tensor.element_size() != 2 or tensor.shape[-1] % 2 or tensor.storage_offset() % 2 for tensor in tensors
+    ):
+        return None
+    return tuple(tensor.view(torch.int32) for tensor in tensors)
+
+
+def _half(words: Tensor, half: int) -> Tensor:
+    """Return the lower (0) or upper (1) half of words as the upper half of others: bfloat16 as the bits of float32."""
+    return words & -0x10000 if half else words << 16

@@ -36,12 +36,24 @@ from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.compiled import rows, scalar
 from leap_pl.kernels.noise import columns, noise_keys
-from leap_pl.kernels.packed_adamw import CUT, HIGHEST_CODE, LOWEST, LOWEST_OCTAVE, RATIO_BITS, packed_step, step_numbers
+from leap_pl.kernels.packed_adamw import (
+    CUT,
+    HIGHEST_CODE,
+    LOWEST,
+    LOWEST_OCTAVE,
+    RATIO_BITS,
+    as_words,
+    packed_step,
+    packed_words_step,
+    step_numbers,
+)
 
 MOMENTS, FORMER_MOMENTS = "packed_moments", "moments"  # keys of the state; the latter up to version 0.1.0
 
 # Elements that one call of the kernel updates: on a CPU they fit its caches, elsewhere each call costs launches.
 CHUNK, CHUNK_OF_DEVICE = 1 << 18, 1 << 22
+# Of words, which need no buffer: eager execution keeps some ten tensors of this size between its operations.
+CHUNK_OF_WORDS = 1 << 20
 LINE = 1 << 16  # a longer vector is updated as rows of this length, so that it is no single row
 
 
@@ -137,25 +149,22 @@ class PackedAdamW(torch.optim.Optimizer):
         keys = noise_keys(group["seed"], step, Ranks.of([parameter]).rank, f"rounding {place}")
         updated, scalars = part.contiguous(), shared.numbers(step, group)
         for first, tensors in _in_rows(updated, grad.contiguous(), moments):
+            words = as_words(*tensors) if updated.dtype == grad.dtype == torch.bfloat16 else None
             height, width = tensors[0].shape
             column_C = columns(LINE if first else width, part.device)
-            some = max((CHUNK if part.device.type == "cpu" else CHUNK_OF_DEVICE) // width, 1)
+            size = CHUNK_OF_DEVICE if part.device.type != "cpu" else CHUNK if words is None else CHUNK_OF_WORDS
+            some = max(size // width, 1)
             places = range(0, height, some)
             key_0, key_1, *rows_before = _integers(*keys, *(first + at for at in places))
             for at, row in zip(places, rows_before, strict=True):
+                numbers = key_0, key_1, row, shared.share, *scalars
+                if words is not None:
+                    parameter_RW, grad_RW, moments_RW = (tensor[at : at + some].data for tensor in words)
+                    packed_words_step(parameter_RW, grad_RW, moments_RW, column_C[: width // 2].data, *numbers)
+                    continue
                 parameter_RC, grad_RC, moments_RC = (tensor[at : at + some].data for tensor in tensors)
                 code_RC = shared.room_like(moments_RC).copy_(moments_RC)
-                packed_step(
-                    parameter_RC,
-                    grad_RC,
-                    code_RC,
-                    column_C[:width].data,
-                    key_0,
-                    key_1,
-                    row,
-                    shared.share,
-                    *scalars,
-                )
+                packed_step(parameter_RC, grad_RC, code_RC, column_C[:width].data, *numbers)
                 moments_RC.copy_(code_RC)
         if updated is not part:
             part.copy_(updated)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from leap_pl.kernels.compiled import can_compile
-from leap_pl.kernels.packed_adamw import packed_step
+from leap_pl.kernels.packed_adamw import packed_step, packed_words_step
 from leap_pl.training import optimizers
 from leap_pl.training.optimizers import PackedAdamW
 
@@ -34,8 +34,9 @@ def test_compiled_and_not_are_the_same_step(dtype: torch.dtype, monkeypatch: pyt
     monkeypatch.delenv("LEAP_PL_COMPILE", raising=False)
     if not can_compile(torch.device("cpu")):
         pytest.skip("torch.compile does not work here")
-    monkeypatch.setattr(optimizers, "CHUNK", 4096)
-    for shape in ((160, 71), (5, 48, 64)):
+    for name in ("CHUNK", "CHUNK_OF_WORDS"):
+        monkeypatch.setattr(optimizers, name, 4096)
+    for shape in ((160, 71), (160, 72), (5, 48, 64)):
         gradients = [gradient(shape, step).to(dtype) for step in range(STEPS)]
         start = (torch.randn(shape, generator=torch.Generator().manual_seed(9)) * 0.04).to(dtype)
         compiled = optimized(start.clone(), gradients)
@@ -45,6 +46,44 @@ def test_compiled_and_not_are_the_same_step(dtype: torch.dtype, monkeypatch: pyt
         # The last bit of a float32 may differ, for a vector's root and a number's may be computed by two libraries.
         torch.testing.assert_close(compiled[0], eager[0], rtol=1e-6 if dtype == torch.float32 else 0, atol=1e-8)
         assert float((compiled[1] != eager[1]).float().mean()) < 1e-4
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of all that the kernels take from now on."""
+    sizes: list[int] = []
+
+    def watch(kernel: Any) -> Any:
+        def call(*arguments: Tensor) -> Any:
+            sizes.extend(tensor.numel() for tensor in arguments)
+            return kernel(*arguments)
+
+        return call
+
+    for name, kernel in (("packed_step", packed_step), ("packed_words_step", packed_words_step)):
+        monkeypatch.setattr(optimizers, name, watch(kernel))
+    return sizes
+
+
+@pytest.mark.parametrize("compile_", ["0", "1"])
+def test_words_of_two_elements_take_the_same_step(compile_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of float32 and odd widths, and that of words: bit for bit, from any moments."""
+    monkeypatch.setenv("LEAP_PL_COMPILE", compile_)
+    shape = (37, 130)
+    drawn = torch.Generator().manual_seed(0)
+    found = []
+    start = (torch.randn(shape, generator=drawn) * 0.04).bfloat16()
+    gradients = [gradient(shape, step).bfloat16() for step in range(STEPS)]
+    for words in (True, False):
+        with monkeypatch.context() as patch:
+            taken = watched(patch)
+            if not words:
+                patch.setattr(optimizers, "as_words", lambda *_: None)
+            found.append(optimized(start.clone(), gradients))
+        assert (max(taken) == start.numel() // 2) == words
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    codes = found[0][1].view(torch.int16)
+    assert codes.min() < 0 < codes.max()  # both signs of a half, so that a shift of the wrong kind shows
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (2, 3, 7)])
@@ -71,14 +110,9 @@ def test_a_call_is_for_some_rows_and_changes_no_bit(
     """What a kernel keeps beside its arguments is of their size, and so never of that of a large parameter."""
     start, gradients = torch.full((9, 16), 0.04, dtype=dtype), [gradient((9, 16), step).to(dtype) for step in (1, 2)]
     whole = optimized(start.clone(), gradients)
-    sizes: list[int] = []
-
-    def watched(*arguments: Tensor) -> Any:
-        sizes.extend(tensor.numel() for tensor in arguments)
-        return packed_step(*arguments)
-
-    monkeypatch.setattr(optimizers, "packed_step", watched)
-    monkeypatch.setattr(optimizers, "CHUNK", 40)
+    sizes = watched(monkeypatch)
+    for name in ("CHUNK", "CHUNK_OF_WORDS"):
+        monkeypatch.setattr(optimizers, name, 40)
     found = optimized(start.clone(), gradients)
     assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))
     assert max(sizes) <= 40
@@ -87,15 +121,10 @@ def test_a_call_is_for_some_rows_and_changes_no_bit(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_long_vector_is_updated_as_rows(dtype: torch.dtype, eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a matrix of so many columns, whose last row is not full; no tensor of the vector's size is allocated."""
-    sizes: list[int] = []
-
-    def watched(*arguments: Tensor) -> Any:
-        sizes.extend(tensor.numel() for tensor in arguments)
-        return packed_step(*arguments)
-
-    monkeypatch.setattr(optimizers, "packed_step", watched)
+    sizes = watched(monkeypatch)
     monkeypatch.setattr(optimizers, "LINE", 40)
-    monkeypatch.setattr(optimizers, "CHUNK", 40)
+    for name in ("CHUNK", "CHUNK_OF_WORDS"):
+        monkeypatch.setattr(optimizers, name, 40)
     matrix, gradients = torch.full((3, 40), 0.04, dtype=dtype), [gradient((3, 40), step).to(dtype) for step in (1, 2)]
     vectors = [each.flatten()[:100].clone() for each in (matrix, *gradients)]
     found, moments = optimized(vectors[0], vectors[1:])
