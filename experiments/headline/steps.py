@@ -111,6 +111,7 @@ class Steps:
             told["model"]["prior"]["mask"] = self._digest_of_mask(self.experiment.cells[cell.prior])
         if cell.mask is not None:
             told["model"]["mask"] = self._digest_of_mask(self.experiment.cells[cell.mask])
+            told["model"].pop("weights", None)  # of that cell too
         verb = self._verb(cell)
         words = [verb, "--config", str(self.config(cell))]
         return Step("make", digest([verb, told]), self.mask(cell), words, config)
@@ -132,7 +133,10 @@ class Steps:
         if cell.mask is None:
             model.setdefault("sparsity", cell.sparsity)
         else:
-            model["mask"] = str(self.mask(experiment.cells[cell.mask]))
+            kept = experiment.cells[cell.mask]
+            model["mask"] = str(self.mask(kept))
+            if self._updates(kept):
+                model["weights"] = str(self.mask(kept).parent / "model")
         if cell.prior is not None:
             model["prior"] = {**model.get("prior", {}), "mask": str(self.mask(experiment.cells[cell.prior]))}
         if "seq_length" not in data:
@@ -205,9 +209,14 @@ class Steps:
         """The flags that say what is evaluated: the model with new weights, a mask over the base model, or that."""
         if cell.prune is None and cell.fit is None:
             return ["--model", cell.model.base_model]
-        if cell.prune is not None and method_named(cell.prune.get("method", DEFAULT)).updates:
+        if self._updates(cell):
             return ["--model", str(self.mask(cell).parent / "model")]
         return ["--model", cell.model.base_model, "--mask", str(self.mask(cell))]
+
+    @staticmethod
+    def _updates(cell: Cell) -> bool:
+        """Whether ``cell`` changes the weights that it keeps, once and for all: whether it writes a model."""
+        return cell.prune is not None and bool(method_named(cell.prune.get("method", DEFAULT)).updates)
 
 
 def _flags(options: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -114,6 +115,17 @@ def test_weights_are_trained_under_the_mask_of_another_row(experiment_done):
     }
     like = str(folder / "like.jsonl")
     assert found["recover-60"]["perplexity"][like]["value"] != found["leap-60"]["perplexity"][like]["value"]
+
+
+def test_weights_are_trained_from_those_that_the_row_of_the_mask_wrote(again):
+    folder, ran = again
+    change(folder / "tiny.yaml", "rows", "recover", "mask", to="admm")
+    assert results(folder, "--only", "recover-60") == 0
+    assert next(verb for verb, _ in verbs(ran)) == "recover"
+    cell = cells(folder)["recover-60"]
+    weights = folder / "runs" / "admm-60" / "made" / "model"
+    assert Path(cell["cell"]["settings"]["model"]["weights"]) == weights
+    assert cell["cell"]["mask"] == cells(folder)["admm-60"]["cell"]["mask"]
 
 
 def test_a_second_run_runs_nothing_and_writes_the_same(experiment_done, monkeypatch):
