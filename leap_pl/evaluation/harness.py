@@ -4,6 +4,7 @@ Importing this module imports lm-eval, which takes seconds.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
@@ -53,29 +54,33 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
         # What is longer than the model's positions, or does not fit into a sliding window, is left to lm-eval.
         most = min(self.max_length, attention_span(self.model))
         short = [n for n, (_, context, answer) in enumerate(requests) if len(context) + len(answer) - 1 <= most]
-        scores = SharedPrefixes.of(self.model) if short else None
+        scores = self._scores if short else None
         if scores is None:
-            if short:
-                warn_once(
-                    f"{type(self.model).__name__} cannot read several answers at once: each is scored alone, which "
-                    "takes longer."
-                )
             return self._one_by_one(requests, disable_tqdm, override_bs)
-        found: dict[int, tuple[float, bool]] = {}
+        # First the others: an answer that fits no model is an error.
+        others = sorted({*range(len(requests))}.difference(short))
+        alone = self._one_by_one([requests[n] for n in others], disable_tqdm, override_bs) if others else []
+        found = dict(zip(others, alone, strict=True))
         answers = [Answer(n, (*requests[n][1], *requests[n][2]), len(requests[n][2])) for n in short]
-        batch_size = override_bs or int(self.batch_size)
-        with tqdm(total=len(requests), desc="Answers", unit="answer", disable=disable_tqdm) as bar:
-            for answer, likelihood, most_likely in scores.score(answers, batch_size):
+        with tqdm(total=len(answers), desc="Answers", unit="answer", disable=disable_tqdm) as bar:
+            for answer, likelihood, most_likely in scores.score(answers, override_bs or int(self.batch_size)):
                 found[answer.index] = (likelihood, most_likely)
                 bar.update()
-        rest = [n for n in range(len(requests)) if n not in found]
-        if rest:
-            others = self._one_by_one([requests[n] for n in rest], disable_tqdm, override_bs)
-            found.update(zip(rest, others, strict=True))
         for n in short:
             if requests[n][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[n][0], found[n])
         return [found[n] for n in range(len(requests))]
+
+    @cached_property
+    def _scores(self) -> SharedPrefixes | None:
+        """Scores by the model; None, with a warning, if it cannot read several answers at once."""
+        scores = SharedPrefixes.of(self.model)
+        if scores is None:
+            warn_once(
+                f"{type(self.model).__name__} cannot read several answers at once: each is scored alone, which takes "
+                "longer."
+            )
+        return scores
 
     def _truncated(self, context: list[int], answer: list[int]) -> list[int]:
         """Return ``context`` without its earliest tokens but the prefix, so that it and ``answer`` fit the model."""
