@@ -19,9 +19,9 @@ copyright = "the authors of leap_pl"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 root_doc = "docs/index"
-include_patterns = ["*.md", "configs/*.md", "dev/*.md", "docs/*.md", "docs/results/*.md"]
+include_patterns = ["*.md", "configs/*.md", "dev/*.md", "docs/*.md", "docs/results/*.md", "docs/tasks_in_full/*.md"]
 # Folders that need not be searched.
-exclude_patterns = [".*", "assets", "build", "docs/results/*/*", "leap_pl", "runs", "tests"]
+exclude_patterns = [".*", "assets", "build", "docs/results/*/*", "docs/tasks_in_full/*/*", "leap_pl", "runs", "tests"]
 
 html_theme = "furo"
 html_title = "leap_pl"

@@ -14,7 +14,7 @@ from leap_pl.cli.recover import RecoverCLI
 from leap_pl.cli.token_budget import number_of
 
 ROOT = Path(__file__).parents[1]
-PLACES = ("*.md", "docs/*.md", "docs/results/*.md", "dev/*.md", "configs/*.md")
+PLACES = ("*.md", "docs/*.md", "docs/results/*.md", "docs/tasks_in_full/*.md", "dev/*.md", "configs/*.md")
 DOCUMENTS = sorted(path for place in PLACES for path in ROOT.glob(place))
 REFERENCE = re.compile(r"`(?:tests/(?:\w+/)?)?(test_\w+\.py|killing\.py)?(?:::)?(test_\w+)?(\[[\w.-]+\])?`")
 

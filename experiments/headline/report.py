@@ -26,10 +26,11 @@ def write_report(cells: Path, docs: Path) -> Path:
     found = read_cells(cells)
     docs.mkdir(parents=True, exist_ok=True)
     notes = f" [What did not work]({docs.name}/{NOTES})." if (docs / NOTES).is_file() else ""
+    again = f"--report --from docs/{docs.name}/cells" + ("" if docs.name == "results" else f" --docs docs/{docs.name}")
     parts = [
-        "# Results",
+        f"# {docs.name.replace('_', ' ').capitalize()}",
         f"Written by `make results`; every figure is from the files in [`{docs.name}/cells`]({docs.name}/cells), and "
-        "`python -m experiments.headline --report --from docs/results/cells` writes this page again from them.",
+        f"`python -m experiments.headline {again}` writes this page again from them.",
         f"[Protocol, hardware, configs and commands]({docs.name}/{making.PAGE}).{notes}",
         *dict.fromkeys(sentence for measured in found for sentence in measured.cell["about"]),
         *_overview(found),

@@ -93,11 +93,9 @@ def row_states(model: Any, rows: Sequence[Row]) -> Tensor:
 def reads_rows(model: Any) -> bool:
     """Return whether ``model`` can read rows: whether a row gives what its sequences give one by one.
 
-    It is tried on the model itself. State-space layers, for example, have no attention mask.
+    It is tried on the model itself: state-space layers, for example, have no attention mask, and not every
+    implementation of attention takes one for each pair of tokens.
     """
-    text = model.config.get_text_config()
-    if getattr(text, "_attn_implementation", None) not in ("sdpa", "eager"):
-        return False
     try:
         error, wrong = _probe(model)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):

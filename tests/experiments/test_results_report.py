@@ -206,9 +206,10 @@ def test_cells_can_be_compared_as_they_are(experiment_done, tmp_path, capsys):
 def test_the_shipped_definition():
     folder = Path(__file__).parents[2] / "configs" / "results"
     experiment = read_experiment(folder / "headline.yaml")
-    rows, gemma = {}, {}
+    models = {"": {}, "gemma": {}, "qwen": {}}
     for cell in experiment.cells.values():
-        (gemma if cell.model.name else rows).setdefault(cell.row, []).append(cell.sparsity)
+        models[cell.model.name].setdefault(cell.row, []).append(cell.sparsity)
+    rows, gemma, qwen = models.values()
     for row in ("magnitude", "wanda", "sparsegpt", "admm", "leap-lm", "leap-distill", "leap-update"):
         assert rows[row] == [0.5, 0.6, 0.7]
     methods = ("wanda", "wanda-fisher", "sparsegpt", "admm", "admm-fisher", "leap-both")
@@ -216,19 +217,29 @@ def test_the_shipped_definition():
     leap, without = (experiment.cells[f"gemma-{row}-60"] for row in ("leap-both", "leap-both-without-bos"))
     assert leap.prior == without.prior == "gemma-wanda-fisher-60"
     assert without.fit == {**leap.fit, "data": {"bos": "none"}}
-    assert leap.model.evaluate == {**experiment.cells["dense"].model.evaluate, "batch_size": 2}
+    assert leap.model.evaluate == {**experiment.cells["dense"].model.evaluate, "batch_size": 2, "dtype": "bfloat16"}
+    assert qwen == {"dense": [None], **{row: [0.6] for row in ("wanda-fisher", "admm", "leap-both")}}
+    largest = experiment.cells["qwen-leap-both-60"]
+    assert (largest.tokens, largest.fit["model"]["logits_dtype"], largest.prior) == (
+        100_000,
+        "bfloat16",
+        "qwen-wanda-fisher-60",
+    )
     tasks = {cell.name for cell in experiment.cells.values() if not cell.tasks}
-    assert tasks == {name for name in experiment.cells if name.endswith(("-70", "-45"))}
+    assert tasks == {name for name in experiment.cells if name.endswith(("-70", "-45")) or name.startswith("qwen")}
     for row in ("magnitude-2of4", "wanda-2of4", "sparsegpt-2of4", "admm-2of4", "maskllm"):
         assert rows[row] == [0.5]
         assert experiment.cells[f"{row}-50"].table == "2:4"
     assert rows["patch"] == rows["leap-any"] == [0.45]
     assert set(experiment.tasks) == {"mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa"}
-    assert {cell.tokens for cell in experiment.cells.values() if cell.fit is not None} == {250_000, 500_000, 2_000_000}
-    half, then = (experiment.cells[f"{row}-60"] for row in ("leap-half", "leap-then-weights"))
-    assert (half.tokens, then.tokens, then.mask) == (250_000, 250_000, "leap-half-60")
-    for row in ("recover-wanda-fisher", "lora-wanda-fisher"):
+    thousands = {cell.tokens // 1000 for cell in experiment.cells.values() if cell.fit is not None}
+    assert thousands == {100, 125, 250, 375, 500, 2000}
+    for first, second in (("leap-half", "leap-then-weights"), ("leap-three-quarters", "leap-then-weights-quarter")):
+        learned, trained = (experiment.cells[f"{row}-60"] for row in (first, second))
+        assert (learned.tokens + trained.tokens, trained.mask) == (500_000, learned.name)
+    for row in ("recover-wanda-fisher", "recover-wanda-fisher-longer", "lora-wanda-fisher"):
         assert experiment.cells[f"{row}-60"].mask == "wanda-fisher-60"
+    assert rows["recover-wanda-fisher"] == rows["recover-admm"] == rows["leap-with-weights"] == [0.5, 0.6, 0.7]
     for row in ("wanda-fisher", "admm", "leap-both"):
         mixed, ours = (experiment.cells[f"{name}-60"] for name in (f"{row}-mixture", row))
         assert (mixed.text, ours.text, mixed.table) == ("Wikipedia and Brown", None, ours.table)

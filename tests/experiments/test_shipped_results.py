@@ -18,17 +18,19 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
 
 
-def test_the_report_is_that_of_the_cells_and_the_notes(tmp_path: Path) -> None:
-    docs = tmp_path / "results"
+@pytest.mark.parametrize("page", ["results", "tasks_in_full"])
+def test_the_report_is_that_of_the_cells_and_the_notes(tmp_path: Path, page: str) -> None:
+    docs, shipped = tmp_path / page, ROOT / "docs" / page
     docs.mkdir()
-    shutil.copy(RESULTS / "notes.md", docs)
-    page = write_report(RESULTS / "cells", docs)
-    assert page.read_text(encoding="utf-8") == RESULTS.with_suffix(".md").read_text(encoding="utf-8")
-    made = [(folder / "making.md").read_text(encoding="utf-8") for folder in (docs, RESULTS)]
+    for notes in shipped.glob("notes.md"):
+        shutil.copy(notes, docs)
+    written = write_report(shipped / "cells", docs)
+    assert written.read_text(encoding="utf-8") == shipped.with_suffix(".md").read_text(encoding="utf-8")
+    made = [(folder / "making.md").read_text(encoding="utf-8") for folder in (docs, shipped)]
     assert made[0] == made[1]
     for kind in ("*.svg", "configs/*.yaml"):
-        shipped, written = ({path.relative_to(folder) for path in folder.glob(kind)} for folder in (RESULTS, docs))
-        assert shipped == written != set()
+        here, there = ({path.relative_to(folder) for path in folder.glob(kind)} for folder in (shipped, docs))
+        assert here == there != set()
 
 
 @pytest.mark.parametrize(
