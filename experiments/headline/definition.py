@@ -68,7 +68,8 @@ def _told(path: Path) -> dict[str, Any]:
     below = _yaml(other)
     if "like" in below:
         raise UserError(f"{path} is like {other}, which is like another. Name that one.")
-    _check_mappings(told, MAPPINGS, str(path))
+    for definition, where in ((told, path), (below, other)):
+        _check_mappings(definition, MAPPINGS, str(where))
     for part in ("rows", "models"):
         kept = told.setdefault(part, {})
         unknown = sorted(set(kept) - set(below.get(part, {})))

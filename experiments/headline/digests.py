@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def _state(file: Path) -> tuple[int, int]:
 @cache
 def _content(file: Path, state: tuple[int, int]) -> str:
     if file.name in ("config.json", "generation_config.json"):
-        settings = json.loads(file.read_bytes())
-        return digest({key: value for key, value in settings.items() if key != SAVED_BY})
+        with suppress(ValueError, AttributeError):  # damaged settings are what they are: bytes
+            settings = json.loads(file.read_bytes())
+            return digest({key: value for key, value in settings.items() if key != SAVED_BY})
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from leap_pl.base_model.backbone import Head, head_of
 from leap_pl.base_model.vocabulary import vocabulary_of
+from leap_pl.evaluation.perplexity import LOSS_ELEMENTS
 from leap_pl.evaluation.prefix_rows import Answer, Row, arrange, batches
 
 ROW_TOKENS = 512  # of a forward pass, for each unit of the batch size
-LOSS_ELEMENTS = 1 << 25  # fp32 logits per chunk: 128 MiB
 PROBED = 16  # tokens of the prefix and of each branch of the probe, at most
 # Largest error of a row against its sequences one by one, as a share of the error with a branch that sees the others.
 # Rounding of bfloat16 makes .05 of it; a model that ignores the mask or the positions is at .9 or more.

@@ -20,9 +20,9 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
     """``HFLM`` for a model in memory. Prompts, tokens and generation are lm-eval's.
 
-    Log-likelihoods are in float32 from the model's last hidden states on; lm-eval's are in the model's data type. Each
-    sequence begins with ``prefix`` once, also one that is truncated and each window of a long text; lm-eval truncates
-    the prefix away, and puts it before the first window twice.
+    Log-likelihoods are in float32 from the model's last hidden states on; lm-eval's are in the model's data type. A
+    question begins with ``prefix`` once, also if it is truncated, and so does the first window of a text; lm-eval
+    truncates the prefix away, and puts it before that window twice.
     """
 
     def __init__(self, prefix: Sequence[int] = (), **settings: Any) -> None:

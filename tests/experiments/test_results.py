@@ -393,9 +393,11 @@ def test_a_definition_may_be_like_another(again):
     ran.clear()
     assert results(folder) == 0
     assert ran == []
+    write(folder / "damaged.yaml", {"rows": ["dense"]})
     for like, rows, words in (
         ("tiny.yaml", {"gone": None}, "rows of .*other.yaml names gone, which .*tiny.yaml has not"),
         ("full.yaml", {"dense": None}, "like another. Name that one"),
+        ("damaged.yaml", {"dense": None}, "rows in .*damaged.yaml is to be a mapping"),
     ):
         write(folder / "other.yaml", {"like": like, "rows": rows})
         with pytest.raises(UserError, match=words):
@@ -415,3 +417,6 @@ def test_how_a_folder_was_made_is_no_content_of_it(tmp_path):
     assert identity(str(tmp_path)) == with_settings
     (tmp_path / "config.json").write_text('{"rope_theta": 2.0, "transformers_version": "5.24.0"}', encoding="utf-8")
     assert identity(str(tmp_path)) != with_settings
+    for damaged in ("{", "[1]"):
+        (tmp_path / "config.json").write_text(damaged, encoding="utf-8")
+        assert identity(str(tmp_path)) not in (before, with_settings)
