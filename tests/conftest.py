@@ -19,7 +19,7 @@ from hypothesis import settings
 from tiny import tiny_folder
 
 # Fixtures that a few test files share.
-pytest_plugins = ["hub_stand_in", "scaled_runs", "stopped_runs", "tiny_experiment"]
+pytest_plugins = ["hub_stand_in", "recovered_runs", "scaled_runs", "stopped_runs", "tiny_experiment"]
 
 WORDS = "the mask keeps a weight where text needs it and drops one that no word will miss".split()  # noqa: SIM905
 
@@ -150,6 +150,19 @@ def _listing(folder: Path) -> dict[Path, tuple[int, int]]:
     """Return size and time of every file but those of the cache of priors, which tests share by their keys."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "priors"]
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def failing(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    """The message of a command that must end in status 2: its last line, with no traceback above it."""
+    from leap_pl.cli.main import main
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text.strip().splitlines()[-1]
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -71,13 +71,22 @@ def _told(path: Path) -> dict[str, Any]:
     for definition, where in ((told, path), (below, other)):
         _check_mappings(definition, MAPPINGS, str(where))
     for part in ("rows", "models"):
-        kept = told.setdefault(part, {})
-        unknown = sorted(set(kept) - set(below.get(part, {})))
-        if unknown:
-            raise UserError(f"{part} of {path} names {listing(unknown)}, which {other} has not. Name some that it has.")
-        below[part] = {name: below[part][name] for name in below.get(part, {}) if name in kept}
-        told[part] = {name: changes or {} for name, changes in kept.items()}
+        _keep_named(part, told, below, f"{part} of {path}", str(other))
+    for name, model in told["models"].items():
+        _check(model, f"model {name} in {path}", MODEL_KEYS)
+        _check_mappings(model, ("rows",), f"model {name} in {path}")
+        _keep_named("rows", model, below["models"][name], f"rows of model {name} in {path}", str(other))
     return laid_over(below, told)
+
+
+def _keep_named(part: str, told: dict[str, Any], below: dict[str, Any], where: str, other: str) -> None:
+    """Leave of a ``part`` of ``below`` what ``told`` names there; what has no changes gets empty ones."""
+    kept = told.setdefault(part, {})
+    unknown = sorted(set(kept) - set(below.get(part, {})))
+    if unknown:
+        raise UserError(f"{where} names {listing(unknown)}, which {other} has not. Name some that it has.")
+    below[part] = {name: of for name, of in below.get(part, {}).items() if name in kept}
+    told[part] = {name: changes or {} for name, changes in kept.items()}
 
 
 def _model(name: str, told: dict[str, Any]) -> Model:

@@ -17,12 +17,9 @@ from tiny_experiment import (
     results,
     runner,
     verbs,
-    write,
 )
 
 from experiments.headline import running
-from experiments.headline.definition import read_experiment
-from experiments.headline.digests import identity
 from experiments.headline.running import last_line, run_command
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
@@ -371,52 +368,3 @@ def test_two_at_once_are_refused(again, capsys):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert results(folder) == 2
     assert "another process works in" in capsys.readouterr().err
-
-
-def test_a_definition_may_be_like_another(again):
-    folder, ran = again
-    rows = {"dense": None, "wanda": {"sparsity": [0.6]}, "leap": {"sparsity": [0.6]}}
-    told = {"like": "tiny.yaml", "evaluate": {"dtype": "bfloat16"}, "tasks": {"piqa": None}, "rows": rows}
-    told["texts"] = {role: {"max_tokens": 128} for role in ("like", "unlike", "validation")}
-    write(folder / "full.yaml", told | {"tasks_at": [0, 0.6]})
-    experiment = read_experiment(folder / "full.yaml")
-    assert list(experiment.cells) == ["dense", "wanda-60", "leap-60"]
-    assert experiment.tasks == {"piqa": None, "arc_easy": None}
-    assert experiment.cells["dense"].model.evaluate["dtype"] == "bfloat16"
-    assert experiment.cells["leap-60"].fit == read_experiment(folder / "tiny.yaml").cells["leap-60"].fit
-    # Masks of the other one are not made again, and its measurements stay.
-    more = ("--config", str(folder / "full.yaml"), "--docs", str(folder / "docs" / "full"))
-    assert results(folder, *more) == 0
-    assert {verb for verb, _ in verbs(ran)} == {"evaluate"}
-    found = json.loads((folder / "docs" / "full" / "cells" / "leap-60.json").read_text())
-    assert (found["tasks"]["piqa"]["limit"], found["model"]["dtype"]) == (None, "bfloat16")
-    ran.clear()
-    assert results(folder) == 0
-    assert ran == []
-    write(folder / "damaged.yaml", {"rows": ["dense"]})
-    for like, rows, words in (
-        ("tiny.yaml", {"gone": None}, "rows of .*other.yaml names gone, which .*tiny.yaml has not"),
-        ("full.yaml", {"dense": None}, "like another. Name that one"),
-        ("damaged.yaml", {"dense": None}, "rows in .*damaged.yaml is to be a mapping"),
-    ):
-        write(folder / "other.yaml", {"like": like, "rows": rows})
-        with pytest.raises(UserError, match=words):
-            read_experiment(folder / "other.yaml")
-
-
-def test_how_a_folder_was_made_is_no_content_of_it(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    before = identity(str(tmp_path))
-    (tmp_path / "SOURCES.md").write_text("made by a later version", encoding="utf-8")
-    (tmp_path / "leap_pl.json").write_text("{}", encoding="utf-8")
-    assert identity(str(tmp_path)) == before
-    (tmp_path / "config.json").write_text('{"rope_theta": 1.0, "transformers_version": "5.24.0"}', encoding="utf-8")
-    with_settings = identity(str(tmp_path))
-    assert with_settings != before
-    (tmp_path / "config.json").write_text('{"rope_theta": 1.0, "transformers_version": "5.30"}', encoding="utf-8")
-    assert identity(str(tmp_path)) == with_settings
-    (tmp_path / "config.json").write_text('{"rope_theta": 2.0, "transformers_version": "5.24.0"}', encoding="utf-8")
-    assert identity(str(tmp_path)) != with_settings
-    for damaged in ("{", "[1]"):
-        (tmp_path / "config.json").write_text(damaged, encoding="utf-8")
-        assert identity(str(tmp_path)) not in (before, with_settings)

@@ -1,17 +1,14 @@
-"""The report of the headline experiment: its figures are those of the cells; and what a definition may say."""
+"""The report of the headline experiment: its figures are those of the cells."""
 
 import re
 import shutil
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import yaml
-from tiny_experiment import CELLS, SCORED_CELLS, STEP, cells, change, results, runner
+from tiny_experiment import SCORED_CELLS, STEP, cells, runner
 
 from experiments.headline.__main__ import main
-from experiments.headline.definition import read_experiment
-from experiments.headline.experiment import laid_over
 from experiments.headline.measured import Group, read_cells
 from experiments.headline.tables import difference_table
 from leap_pl.cli.main import main as leap_pl
@@ -198,105 +195,3 @@ def test_cells_can_be_compared_as_they_are(experiment_done, tmp_path, capsys):
     files = [str(path) for path in (folder / "docs" / "results" / "cells").glob("*-50.json")]
     leap_pl(["compare", *[f"--results+={path}" for path in files], "--output_dir", str(tmp_path / "page")])
     assert "leap 50% (leap-50)" in capsys.readouterr().out
-
-
-# -- the definition -------------------------------------------------------------------------------------------
-
-
-def test_the_shipped_definition():
-    folder = Path(__file__).parents[2] / "configs" / "results"
-    experiment = read_experiment(folder / "headline.yaml")
-    models = {"": {}, "gemma": {}, "qwen": {}}
-    for cell in experiment.cells.values():
-        models[cell.model.name].setdefault(cell.row, []).append(cell.sparsity)
-    rows, gemma, qwen = models.values()
-    for row in ("magnitude", "wanda", "sparsegpt", "admm", "leap-lm", "leap-distill", "leap-update"):
-        assert rows[row] == [0.5, 0.6, 0.7]
-    methods = ("wanda", "wanda-fisher", "sparsegpt", "admm", "admm-fisher", "leap-both")
-    assert gemma == {"dense": [None], **{row: [0.5, 0.6] for row in methods}, "leap-both-without-bos": [0.6]}
-    leap, without = (experiment.cells[f"gemma-{row}-60"] for row in ("leap-both", "leap-both-without-bos"))
-    assert leap.prior == without.prior == "gemma-wanda-fisher-60"
-    assert without.fit == {**leap.fit, "data": {"bos": "none"}}
-    assert leap.model.evaluate == {**experiment.cells["dense"].model.evaluate, "batch_size": 2, "dtype": "bfloat16"}
-    assert qwen == {"dense": [None], **{row: [0.6] for row in ("wanda-fisher", "admm", "leap-both")}}
-    largest = experiment.cells["qwen-leap-both-60"]
-    assert (largest.tokens, largest.fit["model"]["logits_dtype"], largest.prior) == (
-        100_000,
-        "bfloat16",
-        "qwen-wanda-fisher-60",
-    )
-    tasks = {cell.name for cell in experiment.cells.values() if not cell.tasks}
-    assert tasks == {name for name in experiment.cells if name.endswith(("-70", "-45")) or name.startswith("qwen")}
-    for row in ("magnitude-2of4", "wanda-2of4", "sparsegpt-2of4", "admm-2of4", "maskllm"):
-        assert rows[row] == [0.5]
-        assert experiment.cells[f"{row}-50"].table == "2:4"
-    assert rows["patch"] == rows["leap-any"] == [0.45]
-    assert set(experiment.tasks) == {"mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa"}
-    thousands = {cell.tokens // 1000 for cell in experiment.cells.values() if cell.fit is not None}
-    assert thousands == {100, 125, 250, 375, 500, 2000}
-    for first, second in (("leap-half", "leap-then-weights"), ("leap-three-quarters", "leap-then-weights-quarter")):
-        learned, trained = (experiment.cells[f"{row}-60"] for row in (first, second))
-        assert (learned.tokens + trained.tokens, trained.mask) == (500_000, learned.name)
-    for row in ("recover-wanda-fisher", "recover-wanda-fisher-longer", "lora-wanda-fisher"):
-        assert experiment.cells[f"{row}-60"].mask == "wanda-fisher-60"
-    assert rows["recover-wanda-fisher"] == rows["recover-admm"] == rows["leap-with-weights"] == [0.5, 0.6, 0.7]
-    for row in ("wanda-fisher", "admm", "leap-both"):
-        mixed, ours = (experiment.cells[f"{name}-60"] for name in (f"{row}-mixture", row))
-        assert (mixed.text, ours.text, mixed.table) == ("Wikipedia and Brown", None, ours.table)
-    assert mixed.fit == {**ours.fit, "data": {"text": "assets/mixture/train.jsonl"}}
-    assert mixed.prior == "wanda-fisher-mixture-60"
-    assert experiment.cells["leap-with-weights-60"].fit["model"]["train_weights"] == "kept"
-
-
-@pytest.mark.parametrize(
-    ("keys", "to", "said"),
-    [
-        (("rows", "wanda", "sparsty"), [0.5], "row wanda in .* says sparsty"),
-        (("rows", "wanda", "sparsity"), 0.5, "Give a list of numbers"),
-        (("rows", "wanda", "sparsity"), [50], "between 0 and 1"),
-        (("rows", "wanda", "fit"), {}, "both prune and fit"),
-        (("rows", "dense", "sparsity"), [0.5], "has prune or fit"),
-        (("rows", "wanda-2of4", "prune", "pattern"), 124, "in quotes"),
-        (("rows", "leap", "prior"), "sparsegpt", "needs sparsegpt-50, which no row makes"),
-        (("rows", "leap", "prior"), "distill", "needs distill-60|a prior is a one-shot row's mask"),
-        (("rows", "update", "best_of"), ["wanda"], "best_of names learned rows"),
-        (("rows", "leap", "tokens"), -1, "at least 1"),
-        (("rows", "recover", "mask"), "nothing", "needs nothing-60, which no row makes"),
-        (("rows", "recover", "prior"), "wanda", "leave the prior out"),
-        (("rows", "update", "best_of"), ["recover"], "needs recover-50, which no row makes"),
-        (("rows", "Big"), {}, "small letters"),
-        (("learn", "tokens"), "many", "number of tokens"),
-        (("learn", "config"), "nowhere.yaml", "nowhere.yaml cannot be read"),
-        (("texts", "like"), {"max_tokens": 5}, "lacks text"),
-        (("texts", "other"), "x", "says other"),
-        (("tasks",), ["piqa"], "is to be a mapping"),
-        (("models", "other", "rows", "wanda", "minutes"), "long", "row wanda in model other in .* whole number"),
-        (("models", "other", "row"), {}, "model other in .* says row"),
-        (("models", "Big"), {"base_model": "x", "rows": {}}, "small letters"),
-    ],
-)
-def test_mistakes_in_a_definition_are_told_in_one_line(again, capsys, keys, to, said):
-    folder, ran = again
-    change(folder / "tiny.yaml", *keys, to=to)
-    assert results(folder, "--list") == 2
-    message = capsys.readouterr().err
-    assert re.search(said, message)
-    assert message.count("\n") == 1
-    assert not ran
-
-
-def test_a_missing_text_is_named_and_nothing_is_lost(again, capsys):
-    folder, _ = again
-    change(folder / "tiny.yaml", "texts", "like", "text", to="nowhere.jsonl")
-    assert results(folder, "--report") == 2
-    assert "make assets assets-eval" in capsys.readouterr().err
-    assert sorted(cells(folder)) == sorted(CELLS)
-
-
-def test_another_class_brings_its_own_settings():
-    below = {"gate": {"class_path": "A", "init_args": {"a": 1}}, "x": {"y": 1}}
-    same = laid_over(below, {"gate": {"class_path": "A", "init_args": {"b": 2}}})
-    other = laid_over(below, {"gate": {"class_path": "B"}})
-    assert same["gate"] == {"class_path": "A", "init_args": {"a": 1, "b": 2}}
-    assert other == {"gate": {"class_path": "B"}, "x": {"y": 1}}
-    assert below["gate"]["class_path"] == "A"

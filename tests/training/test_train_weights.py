@@ -1,8 +1,6 @@
-"""Runs that train weights: under a fixed mask and with a learned one, resumed, exported, and refused in one line."""
+"""Runs that train weights: under a fixed mask and with a learned one, resumed and exported."""
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,10 @@ import pytest
 import torch
 from conftest import Run, fit_flags, refused
 from hub_stand_in import Hub
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from recovered_runs import FAST, Flags
+from safetensors.torch import load_file
 from stopped_runs import curves, differences, outcome
-from tiny import tiny_folder, tiny_model
+from tiny import tiny_model
 
 from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
 from leap_pl.base_model.weights import find_weights
@@ -29,32 +27,6 @@ from leap_pl.training.checkpoint_weights import weights_from_checkpoint
 from leap_pl.training.weights import Placed, WeightTraining, parameters_of
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
-
-FAST = ["--model.weight_training.lr=1e-2", "--model.weight_training.warmup_steps=1", "--trainer.max_steps=4"]
-
-Flags = Callable[..., list[str]]
-
-
-@pytest.fixture(scope="module")
-def recover(finished_run: Run, model_folder: Path, text_file: Path) -> Flags:
-    """The words of a tiny ``leap_pl recover`` of the finished run's mask."""
-
-    def words(folder: Path, *more: str) -> list[str]:
-        flags = [*fit_flags(model_folder, text_file, folder, *FAST, *more)]
-        flags = [word for word in flags if not word.startswith("--model.prior.method")]
-        return ["recover", *flags[1:], f"--model.mask={finished_run.mask.parent}"]
-
-    return words
-
-
-@pytest.fixture(scope="module")
-def recovered(recover: Flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of four steps whose kept weights and norms are trained."""
-    folder = tmp_path_factory.mktemp("recovered")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEAP_PL_COMPILE", "0")
-        main(recover(folder))
-    return folder
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -409,129 +381,3 @@ def test_weights_of_admm_are_where_it_starts(
     if pattern is None:  # of another mask
         line = refused([*recover(tmp_path / "no"), f"--model.weights={pruned / 'model'}"], capsys)
         assert "has other zeros than the mask" in line
-
-
-# -- refused ------------------------------------------------------------------------------------------------
-
-
-def without(words: list[str], *starts: str) -> list[str]:
-    return [word for word in words if not word.startswith(starts)]
-
-
-def test_bad_input_is_refused_in_one_line(
-    recovered: Path, recover: Flags, finished_run: Run, model_folder: Path, tmp_path: Path, capsys
-) -> None:
-    other, last = tiny_folder(tmp_path / "other", seed=1), recovered / "checkpoints" / "last.ckpt"
-    words, masked = recover(tmp_path / "run"), "--model.mask"
-    cases = {
-        "this mask was made for": [*without(words, "--model.base_model"), f"--model.base_model={other}"],
-        "nothing to train": [*words, "--model.train_weights=none"],
-        "give one of none, kept, lora, norms": [*words, "--model.train_weights=all"],
-        "no gated layer is named zz": [
-            *words,
-            "--model.train_weights=lora",
-            "--model.weight_training.target_modules=[q_proj,zz]",
-        ],
-        "a FixedGate needs a mask": without(words, masked),
-        "type leap_pl recover": ["fit", *words[1:]],
-        "learn mask and weights together": [*words, "--model.gate=BernoulliGate"],
-        "whose mask is fixed, and this is leap_pl fit": ["fit", *without(words[1:], masked), f"--ckpt_path={last}"],
-        "whose mask is learned, and this is leap_pl recover": [*words, f"--ckpt_path={finished_run.checkpoint}"],
-        "model.train_weights was 'kept' and is 'lora'": [*words, f"--ckpt_path={last}", "--model.train_weights=lora"],
-        "has no weight model.layers.0.self_attn.q_proj.weight of the shape": [
-            *words,
-            f"--model.weights={tiny_folder(tmp_path / 'wide', hidden_size=64)}",
-        ],
-        "only kept weights under a fixed mask": [
-            *without(words, masked),
-            f"--model.mask={finished_run.mask}",
-            f"--model.weights={model_folder}",
-            "--model.train_weights=norms",
-        ],
-        "Add --model.train_weights kept": [*words, f"--model.weights={model_folder}", "--model.train_weights=lora"],
-        "model.weight_training.lr is -1": [*words, "--model.weight_training.lr=-1"],
-    }
-    for says, line in cases.items():
-        assert says in refused(line, capsys), says
-    assert not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_weights_and_mask_belong_together(recovered: Path, finished_run: Run, tmp_path: Path, capsys) -> None:
-    for name in ("mask", "weights"):
-        shutil.copy(recovered / "checkpoints" / f"{name}.safetensors", tmp_path)
-    mask, weights = tmp_path / "mask.safetensors", tmp_path / "weights.safetensors"
-
-    def says() -> str:
-        return refused(["export", f"--mask={mask}", f"--output_dir={tmp_path / 'model'}", "--force"], capsys)
-
-    with safe_open(weights, framework="pt") as file:
-        metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(tensors, weights, metadata | {"mask_digest": "0"})
-    assert "has the weights of another mask" in says()
-    save_file(tensors, weights, metadata | {"format_version": "2"})
-    assert "has no trained weights of format version 1" in says()
-    name = next(iter(tensors))
-    save_file(tensors | {name: tensors[name] * float("nan")}, weights, metadata)
-    assert "infinite or NaN" in says()
-    save_file(tensors | {name: tensors[name][:1]}, weights, metadata)
-    assert "of the shape that was trained" in says()
-    weights.write_bytes(weights.read_bytes()[:100])
-    assert "truncated or damaged" in says()
-    weights.unlink()
-    assert "weights.safetensors is missing" in says()
-    assert not (tmp_path / "model").exists()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    [
-        (lambda state: state.pop("trained.master.model.layers.0.mlp.up_proj.weight"), "lacks the trained weights of"),
-        (lambda state: state.update({"trained.other.model.norm.weight": torch.zeros(1)}), None),
-        (lambda state: state.pop("bits.model.layers.0.mlp.up_proj.weight"), "lacks the logits of"),
-        (
-            lambda state: state.update({"bits.model.layers.0.mlp.up_proj.weight": torch.zeros(1)}),
-            "stored bits of shape",
-        ),
-        (
-            lambda state: state.update({"trained.master.model.norm.weight": torch.zeros(2)}),
-            "of the shape that was trained",
-        ),
-        (
-            lambda state: state.update(
-                {"trained.other.model.norm.weight": state.pop("trained.master.model.norm.weight")}
-            ),
-            "cannot be computed",
-        ),
-    ],
-)
-def test_a_damaged_checkpoint_is_refused(
-    recovered: Path, tmp_path: Path, capsys, spoil: Callable[[dict[str, Any]], Any], says: str | None
-) -> None:
-    checkpoint = torch.load(recovered / "checkpoints" / "last.ckpt", weights_only=True)
-    spoil(checkpoint["state_dict"])
-    torch.save(checkpoint, tmp_path / "spoilt.ckpt")
-    words = ["export", f"--ckpt_path={tmp_path / 'spoilt.ckpt'}", f"--output_dir={tmp_path / 'model'}"]
-    if says is None:
-        main(words)
-    else:
-        assert says in refused(words, capsys)
-    assert (tmp_path / "model").exists() == (says is None)
-
-
-def test_a_checkpoint_that_lacks_what_a_module_learns(recovered: Path, finished: Run) -> None:
-    with pytest.raises(UserError, match="the checkpoint lacks what this run learns of"):
-        LeapModule.load_from_checkpoint(finished.checkpoint, train_weights="kept")
-
-
-def test_an_earlier_runs_files_are_replaced_by_force_alone(recovered: Path, recover: Flags, tmp_path: Path, capsys):
-    shutil.copytree(recovered, tmp_path / "run")
-    folder = tmp_path / "run" / "checkpoints"
-    assert "holds another run" in refused(recover(tmp_path / "run"), capsys)
-    main([*recover(tmp_path / "run", "--trainer.max_steps=1"), "--force"])
-    assert sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors") == [
-        "mask.safetensors",
-        "prior.safetensors",
-        "weights.safetensors",
-    ]
-    (folder / "weights.safetensors").write_bytes((folder / "prior.safetensors").read_bytes())
-    assert "is not a file of trained weights" in refused([*recover(tmp_path / "run"), "--force"], capsys)
