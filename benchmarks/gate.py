@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,22 @@ class Block(nn.Module):
         return [linear.weight for linear in self.linears]  # type: ignore[misc]
 
 
+class Upstream(torch.autograd.Function):
+    """Function of tensors that gives them the gradients it is told, as the layers and the loss do in a step.
+
+    ``torch.autograd.backward`` with gradients checks each of them in Python, which a step does not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.grads = grads
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        return None, *ctx.grads
+
+
 def passes(kind: type[Gate], weight: Tensor, upstream: Tensor, count: int = 1) -> Callable[[], None]:
     """Forward and backward of the gates over ``count`` weights like ``weight``."""
     block, state = Block(weight, count), GateState()
@@ -86,13 +103,14 @@ def passes(kind: type[Gate], weight: Tensor, upstream: Tensor, count: int = 1) -
     gates = attach(weights, kind, state)
     for gate in gates.values():
         gate.start_from(None, 0)
+    logits = [gate.logits for gate in gates.values()]
+    grads = [upstream] * count + [torch.ones((), device=weight.device)] * count
 
     def call() -> None:
-        for gate in gates.values():
-            gate.logits.grad = None
+        for each in logits:
+            each.grad = None
         masked = block()
-        kept = [*gates.kept.values()]
-        torch.autograd.backward([*masked, *kept], [upstream] * count + [torch.ones_like(each) for each in kept])
+        Upstream.apply(grads, *masked, *gates.kept.values()).backward()
         state.step += 1
 
     return call

@@ -42,9 +42,15 @@ class Weight:
     def parameter(self) -> nn.Parameter:
         """Return the weight itself; under a gate, the frozen weight."""
         if parametrize.is_parametrized(self.module, self.tensor):
-            chains: Any = self.module.parametrizations
-            return chains[self.tensor].original
+            frozen: Any = self.chain.original
+            return frozen
         return getattr(self.module, self.tensor)
+
+    @property
+    def chain(self) -> parametrize.ParametrizationList:
+        """Return torch's module of the parametrizations of a gated weight, with the frozen weight as ``original``."""
+        chains: Any = self.module.parametrizations
+        return chains[self.tensor]
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -63,8 +63,7 @@ def detach(weights: Mapping[str, Weight]) -> None:
     """Remove the gates; every weight is again the plain frozen parameter it was before, bit for bit."""
     for weight in weights.values():
         if parametrize.is_parametrized(weight.module, weight.tensor):
-            chains: Any = weight.module.parametrizations
-            gate = chains[weight.tensor][0]
+            gate: Any = weight.chain[0]
             parametrize.remove_parametrizations(weight.module, weight.tensor, leave_parametrized=False)
             if gate.call is not None:
                 gate.call.remove()

@@ -5,7 +5,7 @@ dimensions but the last, and the last.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -101,23 +101,19 @@ class BernoulliGate(Gate):
 
         Logits of one data type and weights of one data type make one node, of at most MOST weights.
         """
+        logits = [gate.logits for gate in gates]
         alike: dict[Any, list[int]] = {}
-        for index, (gate, weight) in enumerate(zip(gates, weights, strict=True)):
-            alike.setdefault((gate.logits.dtype, weight.dtype, weight.device), []).append(index)
+        for index, (logit, weight) in enumerate(zip(logits, weights, strict=True)):
+            alike.setdefault((logit.dtype, weight.dtype, weight.device), []).append(index)
+        if len(alike) == 1 and len(gates) <= MOST:
+            return list(_softened(gates, [*logits, *weights]))
         softened: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for found in alike.values():
             for start in range(0, len(found), MOST):
                 some = found[start : start + MOST]
-                softened |= zip(some, cls._soften([gates[i] for i in some], [weights[i] for i in some]), strict=True)
+                tensors = [*(logits[i] for i in some), *(weights[i] for i in some)]
+                softened |= zip(some, _softened([gates[i] for i in some], tensors), strict=True)
         return [softened[index] for index in range(len(gates))]
-
-    @staticmethod
-    def _soften(gates: "Sequence[BernoulliGate]", weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        state, count = gates[0].state, len(gates)
-        keys = [key for gate in gates for key in gate.key_numbers()]
-        noise = Noise(tuple(keys), state.slope, state.sharpness)
-        results = MaskedWeights.apply(noise, *(gate.logits for gate in gates), *weights)
-        return zip(results[:count], results[count : 2 * count], results[2 * count :], strict=True)
 
     @torch.no_grad()
     def start_from(self, prior: Tensor | None, seed: int) -> None:
@@ -138,6 +134,14 @@ class BernoulliGate(Gate):
         return self.cut.mask(self.held())
 
 
+def _softened(gates: Sequence[BernoulliGate], tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield masked weight and sums of each gate from one autograd node; ``tensors`` are logits, then weights."""
+    state, count = gates[0].state, len(gates)
+    keys = [key for gate in gates for key in gate.key_numbers()]
+    results = MaskedWeights.apply(Noise(tuple(keys), state.slope, state.sharpness), *tensors)
+    return zip(results[:count], results[count : 2 * count], results[2 * count :], strict=True)
+
+
 class Noise:
     """Arguments of the kernels that set the noise of some weights and harden their masks.
 
@@ -151,14 +155,9 @@ class Noise:
         self.keys, self.slope, self.sharpness = keys, slope, sharpness
 
     @cached_property
-    def scalars(self) -> tuple[Tensor, ...]:
-        """Return the keys as int32 scalar tensors on the CPU."""
-        return torch.tensor(self.keys, dtype=torch.int32, device="cpu").unbind()
-
-    def of(self, index: int, weight_RC: Tensor) -> tuple[Tensor, ...]:
-        """Return the arguments of a kernel of one weight, from the column numbers on."""
-        keys = self.scalars[2 * index : 2 * index + 2]
-        return columns(weight_RC.shape[-1], weight_RC.device), *keys, self.slope, self.sharpness
+    def pairs(self) -> tuple[Tensor, ...]:
+        """Return the two keys of each weight as an int32 tensor on the CPU."""
+        return torch.tensor(self.keys, dtype=torch.int32, device="cpu").view(-1, 2).unbind()
 
 
 class MaskedWeights(torch.autograd.Function):
@@ -180,11 +179,11 @@ class MaskedWeights(torch.autograd.Function):
             slope, sharpness = float(noise.slope), float(noise.sharpness)
             masked, sums = torch.ops.leap_pl.mask_forward(logits, weights, noise.keys, slope, sharpness)
             return *masked, *sums.unbind()
-        calls = []
-        for index, (logit, weight) in enumerate(zip(logits, weights, strict=True)):
-            weight_RC = rows(weight)
-            calls.append((rows(logit), weight_RC, *noise.of(index, weight_RC)))
-        masked_RC, kept, energy = zip(*mask_forward.each(calls), strict=True)
+        calls = [
+            (rows(logit), rows(weight), columns(weight.shape[-1], weight.device), keys)
+            for logit, weight, keys in zip(logits, weights, noise.pairs, strict=True)
+        ]
+        masked_RC, kept, energy = zip(*mask_forward.each(calls, (noise.slope, noise.sharpness)), strict=True)
         return *map(_shaped, masked_RC, weights), *kept, *energy
 
     @staticmethod
@@ -202,11 +201,13 @@ class MaskedWeights(torch.autograd.Function):
             sums = torch.stack([*kept, *energy])
             grads = torch.ops.leap_pl.mask_backward(logits, weights, masked, sums, noise.keys, slope, sharpness)
         else:
-            calls = []
-            for index, (logit, weight, *upstream) in enumerate(zip(logits, weights, masked, kept, energy, strict=True)):
-                weight_RC, grad_masked_RC = rows(weight), rows(upstream[0])
-                calls.append((rows(logit), weight_RC, grad_masked_RC, *upstream[1:], *noise.of(index, weight_RC)))
-            grads = map(_shaped, mask_backward.each(calls), logits)
+            calls = [
+                (rows(logit), rows(weight), rows(grad), *sums, columns(weight.shape[-1], weight.device), keys)
+                for logit, weight, grad, keys, *sums in zip(
+                    logits, weights, masked, noise.pairs, kept, energy, strict=True
+                )
+            ]
+            grads = map(_shaped, mask_backward.each(calls, (noise.slope, noise.sharpness)), logits)
         return None, *grads, *[None] * count
 
 
@@ -233,13 +234,12 @@ def soft_mask(
     return 1 / (1 + exp2(down * logits_RC.to(torch.float32) - sharpness * noise_RC))
 
 
-@compiled
+@partial(compiled, varying=2)
 def mask_forward(
     logits_RC: Tensor,
     weight_RC: Tensor,
     column_C: Tensor,
-    key_0: Tensor,
-    key_1: Tensor,
+    keys: Tensor,
     slope: Tensor,
     sharpness: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,7 +249,7 @@ def mask_forward(
     then makes two loops, with the x of 2ˣ between them in the cache, as it does for the backward pass by itself.
     A single loop would stall at each vector on the long chain of operations, and take a third longer.
     """
-    mask, weight = soft_mask(logits_RC, column_C, key_0, key_1, slope, sharpness), weight_RC
+    mask, weight = soft_mask(logits_RC, column_C, keys[0], keys[1], slope, sharpness), weight_RC
     if mask.is_cpu:
         mask, weight = mask.view(-1), weight.reshape(-1)
     masked = mask * weight.to(torch.float32)
@@ -257,7 +257,7 @@ def mask_forward(
     return masked.to(weight.dtype).view(weight_RC.shape), mask.sum(-1).sum(), (masked * masked).sum(-1).sum()
 
 
-@compiled
+@partial(compiled, varying=3)  # autograd makes gradients of the dtypes and sizes of what they belong to
 def mask_backward(
     logits_RC: Tensor,
     weight_RC: Tensor,
@@ -265,14 +265,13 @@ def mask_backward(
     grad_kept: Tensor,
     grad_energy: Tensor,
     column_C: Tensor,
-    key_0: Tensor,
-    key_1: Tensor,
+    keys: Tensor,
     slope: Tensor,
     sharpness: Tensor,
 ) -> Tensor:
     """Compute dθ in the logits' dtype; noise and mask are recomputed."""
     kind = logits_RC.dtype
-    mask_RC = soft_mask(logits_RC, column_C, key_0, key_1, slope, sharpness)
+    mask_RC = soft_mask(logits_RC, column_C, keys[0], keys[1], slope, sharpness)
     weight_RC = weight_RC.to(torch.float32)
     grad_masked_RC = grad_masked_RC.to(torch.float32) + 2 * grad_energy * mask_RC * weight_RC
     return ((grad_masked_RC * weight_RC + grad_kept) * (mask_RC - mask_RC * mask_RC) * slope).to(kind)

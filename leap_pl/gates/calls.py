@@ -32,7 +32,7 @@ class Call:
     def __init__(self, module: nn.Module, weights: Mapping[str, Weight], gates: "Mapping[str, Gate]") -> None:
         """Watch the calls of ``module``; its hooks keep this object alive, and the gates refer to it weakly."""
         self.running = False
-        self._weights = [weights[name] for name in gates]
+        self._chains = [weights[name].chain for name in gates]
         self._gates = dict(gates)
         self._state = next(iter(gates.values())).state
         self._masked: dict[str, Tensor] = {}
@@ -58,9 +58,9 @@ class Call:
         return found
 
     def _soften(self) -> None:
-        # Looked up in each call: a sharded run replaces its parameters.
         gates = [*self._gates.values()]
-        weights = [gate.current(weight.parameter) for gate, weight in zip(gates, self._weights, strict=True)]
+        # Frozen weights are looked up in each call: a sharded run replaces its parameters.
+        weights = [gate.current(chain.original) for gate, chain in zip(gates, self._chains, strict=True)]
         nodes: dict[Any, list[str]] = {}
         for gate, (masked, kept, energy) in zip(gates, softened(gates, weights), strict=True):
             gate.note(kept, energy)

@@ -33,8 +33,9 @@ OPTIONS = {"cpp.enable_floating_point_contract_flag": FLAGS, "size_asserts": Fal
 # For kernels whose results are to be those of eager execution: multiplication and addition round apart.
 APART = {**OPTIONS, "cpp.enable_floating_point_contract_flag": FLAGS.replace("fast", "off")}
 
-# Kernel and options → function of the arguments of several calls, which returns their results.
-Backend = Callable[[Callable[..., Any], Mapping[str, Any]], Callable[[Sequence[tuple[Any, ...]]], list[Any]]]
+# Function of the arguments of several calls, and of those that all share, which returns the calls' results.
+Fused = Callable[[Sequence[tuple[Any, ...]], tuple[Any, ...]], list[Any]]
+Backend = Callable[[Callable[..., Any], Mapping[str, Any], int | None], Fused]
 
 _seconds: dict[str, float] = {}
 _backends: dict[str, Backend | None] = {}  # by device type; None: eager
@@ -43,42 +44,56 @@ _backends: dict[str, Backend | None] = {}  # by device type; None: eager
 class Compiled(Generic[Result]):
     """Kernel that is compiled for the device of its first argument at its first call."""
 
-    def __init__(self, kernel: Callable[..., Result], options: Mapping[str, Any]) -> None:
-        """Wrap ``kernel``, which takes positional arguments, a tensor first; ``options`` are those of inductor."""
+    def __init__(self, kernel: Callable[..., Result], options: Mapping[str, Any], varying: int | None) -> None:
+        """Wrap ``kernel``; see :func:`compiled`."""
         update_wrapper(self, kernel)
-        self._kernel, self._options = kernel, options
-        self._fused: dict[Backend, Callable[..., list[Result]]] = {}
+        self._kernel, self._options, self._varying = kernel, options, varying
+        self._fused: dict[Backend, Fused] = {}
         self._timed: set[str] = set()
 
     def __call__(self, *arguments: Any) -> Result:
         """Return the result of the kernel."""
         return self.each([arguments])[0]
 
-    def each(self, calls: Sequence[tuple[Any, ...]]) -> list[Result]:
-        """Return the results of several calls on one device, such as those of the weights of a decoder block."""
+    def each(self, calls: Sequence[tuple[Any, ...]], shared: tuple[Any, ...] = ()) -> list[Result]:
+        """Return the results of several calls on one device, such as those of the weights of a decoder block.
+
+        Args:
+            calls: Arguments of each call, a tensor first.
+            shared: Arguments of all calls, which come after their own.
+        """
         device = calls[0][0].device
         backend = _backend(device)
         if backend is None:
-            return [self._kernel(*arguments) for arguments in calls]
+            return [self._kernel(*arguments, *shared) for arguments in calls]
         if backend not in self._fused:
-            self._fused[backend] = backend(self._kernel, self._options)
+            self._fused[backend] = backend(self._kernel, self._options, self._varying)
         fused = self._fused[backend]
         if device.type in self._timed:
-            return fused(calls)
+            return fused(calls, shared)
         start = time.perf_counter()
         with sizes_apart():
-            results = fused(calls)
+            results = fused(calls, shared)
         _seconds[f"{self._kernel.__name__}[{device.type}]"] = time.perf_counter() - start
         self._timed.add(device.type)  # only now: after a failed compilation the next call compiles again
         return results
 
 
-def compiled(kernel: Callable[..., Result], options: Mapping[str, Any] = OPTIONS) -> Compiled[Result]:
-    """Compile ``kernel`` for the device of its first argument at its first call, with inductor's ``options``.
+def compiled(
+    kernel: Callable[..., Result], options: Mapping[str, Any] = OPTIONS, varying: int | None = None
+) -> Compiled[Result]:
+    """Compile ``kernel`` for the device of its first argument at its first call.
 
     Set ``LEAP_PL_COMPILE=0`` to run everything eagerly.
+
+    Args:
+        kernel: Function of positional arguments, a tensor first.
+        options: Options of inductor.
+        varying: Number of arguments, counted from the first, that determine the sizes, strides and dtypes of the others
+            but those that several calls share (:meth:`Compiled.each`); None: none does. Looking at fewer makes a call
+            cheaper.
     """
-    return Compiled(kernel, options)
+    return Compiled(kernel, options, varying)
 
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -136,11 +151,9 @@ def _find_backend(device: torch.device) -> Backend | None:
     return None
 
 
-def _torch_compile(
-    kernel: Callable[..., Any], options: Mapping[str, Any]
-) -> Callable[[Sequence[tuple[Any, ...]]], list[Any]]:
+def _torch_compile(kernel: Callable[..., Any], options: Mapping[str, Any], _: int | None = None) -> Fused:
     fused = torch.compile(kernel, dynamic=True, options=dict(options))
-    return lambda calls: [fused(*arguments) for arguments in calls]
+    return lambda calls, shared: [fused(*arguments, *shared) for arguments in calls]
 
 
 def _try(backend: Backend, device: torch.device) -> None:
@@ -149,10 +162,10 @@ def _try(backend: Backend, device: torch.device) -> None:
     Raises:
         RuntimeError: A result is wrong. Other errors of compiling are raised unchanged.
     """
-    kernel, ones = backend(_probe, OPTIONS), torch.ones(4, 8, device=device)
+    kernel, ones = backend(_probe, OPTIONS, 1), torch.ones(4, 8, device=device)
     with sizes_apart():
         for x in (ones, 3 * ones, torch.ones(3, 5, device=device)):
-            ((added, subtracted),) = kernel([(x, 2 * x)])
+            ((added, subtracted),) = kernel([(x,)], (2 * x,))
             if not (torch.equal(added, 3 * x) and torch.equal(subtracted, -x)):
                 raise RuntimeError("a compiled kernel computes a wrong result")
 

@@ -7,7 +7,7 @@ cached.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -25,71 +25,81 @@ class DirectKernel:
     with its inputs arranged as recorded from the first.
     """
 
-    def __init__(self, kernel: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        """Wrap ``kernel``, which takes positional arguments, a tensor first; ``options`` are those of inductor."""
+    def __init__(self, kernel: Callable[..., Any], options: Mapping[str, Any], varying: int | None = None) -> None:
+        """Wrap ``kernel``; see :func:`leap_pl.kernels.compiled.compiled`."""
+        self._varying = slice(varying)
         self._checked = compile_and_note(kernel, options, lambda *call: self._seen.append(call))
-        self._calls: dict[Hashable, _Call] = {}
+        self._calls: dict[Hashable, dict[Hashable, _Call]] = {}  # by the kinds of what calls share, and of the others
         self._seen: list[tuple[Graph, Sequence[Any], Sequence[Any]]] = []  # recorded graph calls: inputs, outputs
 
-    def __call__(self, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Return the results of the kernel for the arguments of each of ``calls``, on one device."""
-        modes = _modes(calls[0][0].device.type)
-        known: dict[int, Hashable] = {}  # by the identity of a tensor, which several calls may share
-        return [self._result(arguments, modes, known) for arguments in calls]
+    def __call__(self, calls: Sequence[tuple[Any, ...]], shared: tuple[Any, ...] = ()) -> list[Any]:
+        """Return the kernel's results for the arguments of each of ``calls`` and then ``shared``, on one device."""
+        alike, varying = (_modes(calls[0][0].device.type), *map(_kind, shared)), self._varying
+        known = self._calls.setdefault(alike, {})
+        results = []
+        for arguments in calls:
+            kind = tuple(map(_kind, arguments[varying]))
+            call = known.get(kind)
+            whole = arguments + shared
+            results.append(self._first(whole, known, kind) if call is None else call(whole))
+        return results
 
-    def _result(self, arguments: tuple[Any, ...], modes: Hashable, known: dict[int, Hashable]) -> Any:
-        kind = (modes, *[_kind(argument, known) for argument in arguments])
-        call = self._calls.get(kind)
-        if call is not None:
-            return call(arguments)
+    def _first(self, arguments: tuple[Any, ...], known: "dict[Hashable, _Call]", kind: Hashable) -> Any:
+        """Return the result of the first call of a kind, and note how to make the next ones."""
         try:
             result = self._checked(*arguments)
             call = _Call.between(arguments, result, *self._seen[-1]) if self._seen else None
         finally:
             self._seen.clear()  # it keeps the arguments alive
         if call is not None:
-            self._calls[kind] = call
+            known[kind] = call
         return result
 
 
-@dataclass(frozen=True)
 class _Call:
     """Mapping of a kernel's arguments to the inputs of its compiled graph.
 
     Attributes:
         graph: The compiled graph.
-        inputs: Inputs other than tensors: sizes, the same for all calls of a kind.
-        tensors: Pairs of an input's index and the index of its argument, for each tensor.
+        fixed: Inputs other than tensors: sizes, the same for all calls of a kind.
+        order: Function that takes the inputs from the arguments followed by ``fixed``.
         single: Whether the kernel returns a single tensor instead of a tuple.
     """
 
-    graph: Graph
-    inputs: tuple[Any, ...]
-    tensors: tuple[tuple[int, int], ...]
-    single: bool
+    __slots__ = ("fixed", "graph", "order", "single")
 
-    def __call__(self, arguments: Sequence[Any]) -> Any:
-        inputs = list(self.inputs)
-        for place, number in self.tensors:
-            inputs[place] = arguments[number]
-        outputs = self.graph(inputs)
+    def __init__(self, graph: Graph, places: Sequence[int], fixed: tuple[Any, ...], single: bool) -> None:
+        """Map arguments to the inputs of ``graph``: ``places`` are their places among arguments and ``fixed``."""
+        self.graph, self.fixed, self.single = graph, fixed, single
+        self.order = itemgetter(*places) if len(places) > 1 else lambda given: (given[places[0]],)
+
+    def __call__(self, arguments: tuple[Any, ...]) -> Any:
+        outputs = self.graph(list(self.order(arguments + self.fixed)))
         return outputs[0] if self.single else tuple(outputs)
 
     @classmethod
     def between(
-        cls, arguments: Sequence[Any], result: Any, graph: Graph, inputs: Sequence[Any], outputs: Sequence[Any]
+        cls, arguments: tuple[Any, ...], result: Any, graph: Graph, inputs: Sequence[Any], outputs: Sequence[Any]
     ) -> "_Call | None":
         """Return the mapping by which ``graph`` computed ``result``; None if one call of it did not suffice."""
         numbers = {id(argument): number for number, argument in enumerate(arguments)}
         single = isinstance(result, Tensor)
         returned = [result] if single else list(result)
-        same = len(returned) == len(outputs) and all(a is b for a, b in zip(returned, outputs, strict=True))
-        tensors = [(place, numbers.get(id(given))) for place, given in enumerate(inputs) if isinstance(given, Tensor)]
-        known = [(place, number) for place, number in tensors if number is not None]
-        if not same or len(known) < len(tensors) or len(numbers) < len(arguments):
+        if len(returned) != len(outputs) or any(a is not b for a, b in zip(returned, outputs, strict=True)):
             return None
-        fixed = tuple(None if isinstance(given, Tensor) else given for given in inputs)
-        return cls(graph, fixed, tuple(known), single)
+        if len(numbers) < len(arguments):
+            return None
+        places: list[int] = []
+        fixed: list[Any] = []
+        for given in inputs:
+            if not isinstance(given, Tensor):
+                places.append(len(arguments) + len(fixed))
+                fixed.append(given)
+            elif id(given) in numbers:
+                places.append(numbers[id(given)])
+            else:
+                return None
+        return cls(graph, places, tuple(fixed), single)
 
 
 def _modes(device: str) -> Hashable:
@@ -102,18 +112,16 @@ def _modes(device: str) -> Hashable:
     )
 
 
-def _kind(argument: Any, known: dict[int, Hashable]) -> Hashable:
+def _kind(argument: Any) -> Hashable:
     """Return the key of an argument; code compiled for one call is valid for all calls with the same keys."""
-    if not isinstance(argument, Tensor):
-        return argument
-    kind = known.get(id(argument))
-    if kind is None:
-        kind = known[id(argument)] = (
+    # As few values as will do, and no device but whether it is a CPU: their hashes are most of the cost of a call.
+    if isinstance(argument, Tensor):
+        return (
             type(argument),
             argument.shape,
             argument.stride(),
             argument.dtype,
-            argument.device,
             argument.requires_grad,
+            argument.is_cpu,
         )
-    return kind
+    return argument

@@ -95,8 +95,8 @@ KEYS = [key for index in range(len(SHAPES)) for key in noise.noise_keys(0, 1, 2,
 
 
 def arguments(index: int, width: int) -> tuple[Tensor, ...]:
-    keys = (scalar(key, torch.int32) for key in KEYS[2 * index : 2 * index + 2])
-    return noise.columns(width, CPU), *keys, scalar(SLOPE), scalar(SHARPNESS)
+    keys = torch.tensor(KEYS[2 * index : 2 * index + 2], dtype=torch.int32)
+    return noise.columns(width, CPU), keys, scalar(SLOPE), scalar(SHARPNESS)
 
 
 def same(found: Tensor, expected: Tensor) -> bool:

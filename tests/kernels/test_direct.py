@@ -121,13 +121,34 @@ def test_several_calls_at_once_are_those_calls(
     scale: DirectKernel, calls: list[tuple[int, int, bool]], shared: bool
 ) -> None:
     """Arguments that several calls share are looked at once, and calls of several kinds may stand side by side."""
-    by = torch.tensor(3.0)
-    given_calls = [
-        (torch.randn(r, c, dtype=torch.bfloat16 if low else torch.float32), torch.randn(r, c), by if shared else by * 1)
-        for r, c, low in calls
+    by = (torch.tensor(3.0),)
+    given_calls: list[tuple[Any, ...]] = [
+        (torch.randn(r, c, dtype=torch.bfloat16 if low else torch.float32), torch.randn(r, c)) for r, c, low in calls
     ]
-    for found, arguments in zip(scale(given_calls), given_calls, strict=True):
-        torch.testing.assert_close(found, scaled(*arguments), atol=1e-3, rtol=0.01)
+    results = scale(given_calls, by) if shared else scale([(*arguments, by[0] * 1) for arguments in given_calls])
+    for found, arguments in zip(results, given_calls, strict=True):
+        torch.testing.assert_close(found, scaled(*arguments, *by), atol=1e-3, rtol=0.01)
+
+
+def test_only_the_arguments_that_vary_make_another_kind(make: Callable[[Any], DirectKernel]) -> None:
+    kernel = DirectKernel(scaled, OPTIONS, varying=1)
+    for rows, length, again in ((3, 20, False), (5, 20, False), (3, 20, True)):
+        kind = torch.randn(rows, length), torch.randn(rows, length), torch.randn(())
+        assert checked(kernel, *kind) is not again
+    by = torch.tensor(2.0)
+    double = by.double()
+    for shared, again in ((by, False), (by, True), (double, False), (double, True)):  # what calls share is looked at
+        before = kernel._checked
+        kernel._checked = fail if again else before
+        try:
+            ((found, _),) = kernel([(torch.ones(3, 20), torch.ones(3, 20))], (shared,))
+        finally:
+            kernel._checked = before
+        assert torch.equal(found, torch.full((3, 20), 2.0))
+
+
+def fail(*_: Any) -> None:
+    raise AssertionError("checked again")
 
 
 def test_one_output_and_two_come_back_as_the_kernel_gives_them(make: Callable[[Any], DirectKernel]) -> None:
@@ -143,10 +164,10 @@ def test_a_kernel_that_is_more_than_its_graph_is_never_called_directly(make: Cal
         ((first, second),) = back([(x, by)])
         assert first is x
         assert torch.equal(second, x + by)
-    assert not back._calls
+    assert not any(back._calls.values())
     twice = make(scaled)
     twice([(x, x, torch.tensor(1.0))])
-    assert not twice._calls
+    assert not any(twice._calls.values())
     y = torch.randn(4, 30)
     for _ in range(2):
         torch.testing.assert_close(twice([(x, y, torch.tensor(1.0))])[0], scaled(x, y, torch.tensor(1.0)))
@@ -174,10 +195,8 @@ def test_a_direct_call_is_one_of_the_generated_code(make: Callable[[Any], Direct
     kernel = make(scaled)
     arguments = torch.randn(4, 30), torch.randn(4, 30), torch.tensor(2.0)
     kernel([arguments])
-    (call,) = kernel._calls.values()
-    inputs = list(call.inputs)
-    for place, number in call.tensors:
-        inputs[place] = arguments[number]
+    ((call,),) = (known.values() for known in kernel._calls.values())
+    inputs = list(call.order(arguments + call.fixed))
     (generated,) = files_of_python(lambda: call.graph(inputs))
     assert "cpp_fused" in generated.read_text(encoding="utf-8")
 
@@ -203,7 +222,7 @@ def test_of_a_torch_that_makes_other_code_every_call_goes_through_it(
     kernel = make(scaled)
     for _ in range(3):
         assert checked(kernel, torch.randn(4, 30), torch.randn(4, 30), torch.randn(()))
-    assert not kernel._calls
+    assert not any(kernel._calls.values())
 
 
 def test_only_code_for_a_cpu_is_called_directly(monkeypatch: pytest.MonkeyPatch) -> None:
