@@ -109,9 +109,10 @@ def figures() -> dict[str, list[str]]:
     for name, result in read.items():
         if result.get("mean"):
             found[name].append(f"{100 * result['mean']['value']:.1f}%")
-        reference = f"admm-{name.rpartition('-')[2]}"
-        if reference in read and result["cell"]["table"] == "unstructured":
-            for value, dense, admm in zip(*(perplexity[cell] for cell in (name, "dense", reference)), strict=True):
+        model = next((f"{model}-" for model in ("gemma", "qwen") if name.startswith(f"{model}-")), "")
+        compared = (name, f"{model}dense", f"{model}admm-{name.rpartition('-')[2]}")
+        if set(compared) <= set(read) and result["cell"]["table"] == "unstructured":
+            for value, dense, admm in zip(*(perplexity[cell] for cell in compared), strict=True):
                 found[name].append(f"{(admm - value) / (admm - dense):.1%}")
         if result["cell"]["overlap"]:
             found[name].append(f"{result['cell']['overlap']['changed']:.1%}")
