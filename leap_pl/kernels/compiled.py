@@ -89,9 +89,9 @@ def compiled(
     Args:
         kernel: Function of positional arguments, a tensor first.
         options: Options of inductor.
-        varying: Number of arguments, counted from the first, that determine the sizes, strides and dtypes of the others
-            but those that several calls share (:meth:`Compiled.each`); None: none does. Looking at fewer makes a call
-            cheaper.
+        varying: Number of arguments, counted from the first, that determine sizes, strides and dtypes of all that are
+            not shared (:meth:`Compiled.each`); only these and the shared ones are looked at, which is faster.
+            None: all are looked at.
     """
     return Compiled(kernel, options, varying)
 
