@@ -14,6 +14,8 @@ from leap_pl.kernels import backward_pass
 if TYPE_CHECKING:
     from leap_pl.gates.gate import Gate
 
+Place = tuple[int, str]  # identity of a module, name of its tensor
+
 
 class Call:
     """Cache of the masked weights of some gates, from the start to the end of each call of one module.
@@ -34,8 +36,12 @@ class Call:
         self.running = False
         self._chains = [weights[name].chain for name in gates]
         self._gates = dict(gates)
+        self._places = [(id(weights[name].module), weights[name].tensor) for name in gates]
         self._state = next(iter(gates.values())).state
         self._masked: dict[str, Tensor] = {}
+        self._ready: dict[Place, Tensor] = {}
+        for name in gates:
+            _serve(weights[name], self._ready)
         self._task = backward_pass.NONE
         self._hooks = [
             module.register_forward_pre_hook(lambda *_: self._begin()),
@@ -62,9 +68,12 @@ class Call:
         # Frozen weights are looked up in each call: a sharded run replaces its parameters.
         weights = [gate.current(chain.original) for gate, chain in zip(gates, self._chains, strict=True)]
         nodes: dict[Any, list[str]] = {}
-        for gate, (masked, kept, energy) in zip(gates, softened(gates, weights), strict=True):
+        places = zip(self._places, self._chains, strict=True)
+        for gate, (masked, kept, energy), (place, chain) in zip(gates, softened(gates, weights), places, strict=True):
             gate.note(kept, energy)
             self._masked[gate.name] = masked
+            if self.running and len(chain) == 1:
+                self._ready[place] = masked
             if masked.grad_fn is not None:
                 nodes.setdefault(masked.grad_fn, []).append(gate.name)
         # When the turn of the gates comes in the backward pass, nothing needs recomputed masked weights any more. The
@@ -90,9 +99,11 @@ class Call:
     def _begin(self) -> None:
         self._forget_recomputed()
         self.running, self._masked = True, {}
+        self._ready.clear()
 
     def _end(self) -> None:
         self.running, self._masked = False, {}
+        self._ready.clear()
 
     def clear(self) -> None:
         """Drop the masked weights."""
@@ -113,3 +124,18 @@ def _drop(reference: "ref[Call]", names: Sequence[str], *_: Any) -> None:
     call = reference()
     if call is not None:
         call.drop(names)
+
+
+def _serve(weight: Weight, ready: Mapping[Place, Tensor]) -> None:
+    """Take ``weight`` from ``ready`` while it is there, and else from its parametrization.
+
+    The property of torch passes through a dozen functions for each weight, whatever the parametrization does.
+    """
+    kind, tensor = type(weight.module), weight.tensor  # a class for this module, made by torch
+    known = vars(kind)[tensor]
+
+    def get(module: nn.Module) -> Any:
+        found = ready.get((id(module), tensor))  # a deep copy has the same class
+        return known.fget(module) if found is None else found
+
+    setattr(kind, tensor, property(get, known.fset))

@@ -313,7 +313,7 @@ def test_activation_checkpointing_gives_the_same_mask_and_bit_equal_gradients(fa
             patch.setattr(BernoulliGate, "soften_all", watched)
             found.append((gradients(model, gates), passes))
         # Else two bytes for each weight of a block would stay in memory to the next step.
-        assert all(gate.call is None or gate.call._masked == {} for gate in gates.values())
+        assert all(gate.call is None or gate.call._masked == gate.call._ready == {} for gate in gates.values())
     (plain, first), (recomputed, second) = found
     for name in plain:
         assert torch.equal(plain[name], recomputed[name]), name
@@ -335,7 +335,43 @@ def test_stacked_experts_have_their_mask_made_once_a_call(monkeypatch: pytest.Mo
         made.clear()
         gradients(model, gates)
         assert sorted(made) == sorted(weights)
-    assert all(gate.call._masked == {} for gate in gates.values())
+    assert all(gate.call._masked == gate.call._ready == {} for gate in gates.values())
+
+
+def test_a_block_asks_one_parametrization_and_takes_the_other_weights_as_they_are_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, weights, gates, state = gated("llama")
+    asked: list[parametrize.ParametrizationList] = []
+    forward = parametrize.ParametrizationList.forward
+    monkeypatch.setattr(
+        parametrize.ParametrizationList, "forward", lambda chain: (asked.append(chain), forward(chain))[1]
+    )
+    for mode in ("soft", "hard", "dense"):
+        asked.clear()
+        with state.passing(mode):
+            model(IDS)
+        assert len(asked) == (len({weight.layer for weight in weights.values()}) if mode == "soft" else len(gates))
+    asked.clear()
+    for weight in weights.values():  # no block is running
+        getattr(weight.module, weight.tensor)
+    assert asked == [weight.chain for weight in weights.values()]
+
+
+def test_a_further_parametrization_of_a_gated_weight_is_obeyed() -> None:
+    class Twice(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    model, weights, _, _ = gated("llama")
+    weight = weights["model.layers.1.mlp.up_proj.weight"]
+    seen: list[Tensor] = []
+    weight.module.register_forward_hook(lambda _, given, out: seen.append(out))
+    with torch.no_grad():
+        model(IDS)
+        parametrize.register_parametrization(weight.module, weight.tensor, Twice())
+        model(IDS)
+    assert torch.equal(seen[1], 2 * seen[0])
 
 
 def test_stacked_experts_by_two_implementations() -> None:
@@ -362,7 +398,7 @@ def test_an_error_in_the_middle_of_the_experts_leaves_no_mask_behind() -> None:
         expected = model(IDS).logits
         state.step = 1
         assert not torch.equal(model(IDS).logits, expected)
-    assert all(gate.call._masked == {} and not gate.call.running for gate in gates.values())
+    assert all(gate.call._masked == gate.call._ready == {} and not gate.call.running for gate in gates.values())
 
 
 def places(model: torch.nn.Module, gates: Any) -> dict[str, str]:
