@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_readers import NAMES, PROVENANCE, RESULT, SHAPES, mask_file
+from hostile_files import NAMES, PROVENANCE, RESULT, SHAPES, mask_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_readers import PROVENANCE, RESULT, SHAPES, mask_file
+from hostile_files import PROVENANCE, RESULT, SHAPES, mask_file
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 
 from leap_pl.base_model.loading import load_config, load_model, load_tokenizer
