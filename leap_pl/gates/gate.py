@@ -165,6 +165,10 @@ class Gate(Learned, ABC):
         self.trained = None
         self._call: Callable[[], Call | None] = _no_call
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a deep copy of the gate has: all but the sums, whose graph is that of the original's pass."""
+        return {name: value for name, value in vars(self).items() if name != "energy"} | {"kept": None}
+
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight that the layer uses, of the same shape and dtype."""
         call = self._call()
