@@ -72,8 +72,7 @@ class Compiled(Generic[Result]):
         if device.type in self._timed:
             return fused(calls, shared)
         start = time.perf_counter()
-        with sizes_apart():
-            results = fused(calls, shared)
+        results = fused(calls, shared)
         _seconds[f"{self._kernel.__name__}[{device.type}]"] = time.perf_counter() - start
         self._timed.add(device.type)  # only now: after a failed compilation the next call compiles again
         return results
@@ -153,7 +152,12 @@ def _find_backend(device: torch.device) -> Backend | None:
 
 def _torch_compile(kernel: Callable[..., Any], options: Mapping[str, Any], _: int | None = None) -> Fused:
     fused = torch.compile(kernel, dynamic=True, options=dict(options))
-    return lambda calls, shared: [fused(*arguments, *shared) for arguments in calls]
+
+    def each(calls: Sequence[tuple[Any, ...]], shared: tuple[Any, ...] = ()) -> list[Any]:
+        with sizes_apart():  # any call may be the first of a kind, which compiles
+            return [fused(*arguments, *shared) for arguments in calls]
+
+    return each
 
 
 def _try(backend: Backend, device: torch.device) -> None:
@@ -163,11 +167,10 @@ def _try(backend: Backend, device: torch.device) -> None:
         RuntimeError: A result is wrong. Other errors of compiling are raised unchanged.
     """
     kernel, ones = backend(_probe, OPTIONS, 1), torch.ones(4, 8, device=device)
-    with sizes_apart():
-        for x in (ones, 3 * ones, torch.ones(3, 5, device=device)):
-            ((added, subtracted),) = kernel([(x,)], (2 * x,))
-            if not (torch.equal(added, 3 * x) and torch.equal(subtracted, -x)):
-                raise RuntimeError("a compiled kernel computes a wrong result")
+    for x in (ones, 3 * ones, torch.ones(3, 5, device=device)):
+        ((added, subtracted),) = kernel([(x,)], (2 * x,))
+        if not (torch.equal(added, 3 * x) and torch.equal(subtracted, -x)):
+            raise RuntimeError("a compiled kernel computes a wrong result")
 
 
 def _probe(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leap_pl.kernels.inductor import Graph, compile_and_note
+from leap_pl.kernels.inductor import Graph, compile_and_note, sizes_apart
 
 
 class DirectKernel:
@@ -48,7 +48,8 @@ class DirectKernel:
     def _first(self, arguments: tuple[Any, ...], known: "dict[Hashable, _Call]", kind: Hashable) -> Any:
         """Return the result of the first call of a kind, and note how to make the next ones."""
         try:
-            result = self._checked(*arguments)
+            with sizes_apart():
+                result = self._checked(*arguments)
             call = _Call.between(arguments, result, *self._seen[-1]) if self._seen else None
         finally:
             self._seen.clear()  # it keeps the arguments alive
