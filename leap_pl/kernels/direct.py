@@ -21,9 +21,9 @@ class DirectKernel:
 
     Two calls are of one kind if everything that torch.compile guards is equal: class, sizes, strides, dtype, device and
     ``requires_grad`` of each tensor, every other argument, and the modes of torch that compiled code depends on. Of the
-    arguments of a call only the first ``varying`` are looked at, and those that all calls share. The
-    first call of a kind goes through torch.compile, which compiles if necessary. Later calls run the compiled graph
-    with its inputs arranged as recorded from the first.
+    arguments of a call only the first ``varying`` are looked at, and those that all calls share. The first call of a
+    kind goes through torch.compile, which compiles if necessary. Later calls run the compiled graph with its inputs
+    arranged as recorded from the first.
     """
 
     def __init__(self, kernel: Callable[..., Any], options: Mapping[str, Any], varying: int | None = None) -> None:
