@@ -133,8 +133,16 @@ class MaskSet:
             count[1] += mask.numel()
         return {key: kept / total for key, (kept, total) in counts.items()}
 
-    def check(self, model: nn.Module, weights: Mapping[str, "Weight"] | None = None) -> None:
+    def check(
+        self, model: nn.Module, weights: Mapping[str, "Weight"] | None = None, *, or_applied: bool = False
+    ) -> None:
         """Check that this mask belongs to ``model`` and, if given, to exactly these ``weights``.
+
+        Args:
+            model: Model to check.
+            weights: Gated weights of ``model``.
+            or_applied: Accept also a model that this mask was applied to: all weights that it removes are 0 there,
+                and those that it keeps may be others than the base model's.
 
         Raises:
             UserError: The fingerprint of the model differs, or the model lacks some of the weights, or the names or
@@ -143,11 +151,12 @@ class MaskSet:
         from leap_pl.base_model.weights import model_fingerprint
 
         found = model_fingerprint(model)
-        if found != self.provenance.fingerprint:
+        if found != self.provenance.fingerprint and not (or_applied and self.is_applied_to(model)):
             raise UserError(
                 f"this mask was made for {shown(self.provenance.base_model, 400)} with fingerprint "
                 f"{shown(self.provenance.fingerprint)}, and the given model has {found}. "
-                "Give the base model it was made for (unpruned, the same revision)."
+                "Give the base model it was made for (unpruned, the same revision)"
+                + (", or a model that it was applied to." if or_applied else ".")
             )
         if weights is None:
             existing = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -166,6 +175,17 @@ class MaskSet:
                 f"{listing([shown(name, 200) for name in sorted(wrong)], 4)}. Use the targets and ignore that the mask "
                 "was made with."
             )
+
+    @torch.no_grad()
+    def is_applied_to(self, model: nn.Module) -> bool:
+        """Return whether ``model`` has all weights of this mask, and every one that it removes is 0."""
+        parameters, shapes = dict(model.named_parameters()), self.shapes
+        if any(name not in parameters or tuple(parameters[name].shape) != shapes[name] for name in shapes):
+            return False
+        return not any(
+            bool(parameters[name].masked_select(~mask.to(parameters[name].device)).any())
+            for name, mask in self.masks.items()
+        )
 
     # -- operations ---------------------------------------------------------------------------------------
 

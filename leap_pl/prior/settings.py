@@ -118,7 +118,7 @@ class Prior:
             file = files.get(form)
             if file is not None:
                 masks[form] = MaskSet.load(file)
-                masks[form].check(model, weights)
+                masks[form].check(model, weights, or_applied=True)  # a sparse model's own mask is a start, too
             elif self.method != NO_METHOD:
                 fisher = allocation if form == "prior" else None
                 if METHODS[self.method].needs is not None or fisher is not None:

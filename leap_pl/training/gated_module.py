@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from leap_pl.base_model.backbone import checkpoint_activations, split_model
-from leap_pl.base_model.loading import Dtype, check_sequence_length, fast_dtype, load_model
-from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
+from leap_pl.base_model.loading import Dtype, fast_dtype, load_model
 from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
 from leap_pl.checkpoints import layout as checkpoints
 from leap_pl.checkpoints.identity import KEY, Identity, check_same, read_identity
@@ -34,6 +32,7 @@ from leap_pl.gates import Gate, Gates, GateState, attach
 from leap_pl.masks.kept_weights import TRAINED
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.training import finite, run_settings
+from leap_pl.training.base_model_checks import check_data, warn_if_sparse, warn_of_start
 from leap_pl.training.live_settings import live_settings
 from leap_pl.training.optimizers import check_state
 from leap_pl.training.run_prior import RunPrior
@@ -46,9 +45,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from leap_pl.masks import MaskSet
-
-
-MANY_ZEROS = 0.25  # share of zeros of a pruned model; 4-bit quantisation alone gives a tenth
 
 
 class GatedModule(L.LightningModule):
@@ -165,8 +161,7 @@ class GatedModule(L.LightningModule):
             trust_remote_code=self.trust_remote_code,
         )
         check_numbers(model, self.base_model)
-        self._check_length(model)
-        self._check_vocabulary(model)
+        check_data(getattr(self.attached, "datamodule", None), model, self.base_model)
         self.weights = find_weights(model, self.targets, self.ignore)
         if self.mesh is not None:
             check_inside_blocks(self.weights)
@@ -174,11 +169,14 @@ class GatedModule(L.LightningModule):
         self.sizes = {name: weight.parameter.numel() for name, weight in self.weights.items()}
         self.layers = {name: weight.layer for name, weight in self.weights.items()}
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
-        self._warn_if_sparse(model)
         probe = self.probe()
         fixed = not probe.learned()
         self.trained.check(self.weights, fixed=fixed, sharded=self.mesh is not None)
+        if self._fitting() and not fixed:  # first, since a prior may take minutes
+            warn_if_sparse(self.weights, self.base_model)
         prior = self._make_prior(model, probe)
+        if self._fitting() and fixed and self.resumes_from is None:  # last, since the mask may be refused
+            warn_of_start(self.weights, self.base_model, self.prior, self.trained.start)
         model.requires_grad_(False)
         if self._fitting() and self.resumes_from is None:  # a resumed run has its own
             self.trained.read_start(fixed=fixed, trust_remote_code=self.trust_remote_code)
@@ -259,29 +257,6 @@ class GatedModule(L.LightningModule):
 
     def _device_of_run(self) -> torch.device:
         return self.trainer.strategy.root_device if self.attached is not None else torch.device("cpu")
-
-    def _warn_if_sparse(self, model: "PreTrainedModel") -> None:
-        """Warn a run that learns if many of the weights to gate are 0 already, as in an exported model."""
-        if not self._fitting():
-            return
-        total = sum(self.sizes.values())
-        zeros = total - sum(int(weight.parameter.count_nonzero()) for weight in self.weights.values())
-        if zeros > MANY_ZEROS * total:
-            rank_zero_warn(
-                f"base model {self.base_model} is sparse already: {zeros / total:.1%} of the gated weights are 0. "
-                "Learning goes on with it. To prune the dense model, name that with --model.base_model."
-            )
-
-    def _check_length(self, model: "PreTrainedModel") -> None:
-        asked = getattr(getattr(self.attached, "datamodule", None), "seq_length", None)
-        if asked:
-            check_sequence_length(model.config, asked, self.base_model, "--data.seq_length")
-
-    def _check_vocabulary(self, model: "PreTrainedModel") -> None:
-        data = getattr(self.attached, "datamodule", None)
-        if data is not None and hasattr(data, "vocabulary"):
-            data.vocabulary = vocabulary_of(model)
-            check_tokenizer(data.tokenizer, data.vocabulary, self.base_model)
 
     def _learned(self) -> dict[tuple[str, str], nn.Parameter]:
         """Return the learned parameters: (weight name, attribute of its gate) → parameter."""

@@ -356,6 +356,19 @@ def test_a_pruned_model_is_not_the_base_model() -> None:
         llama_mask().apply_(llama_mask().apply_(tiny_model("llama")))
 
 
+def test_a_model_that_the_mask_was_applied_to_is_accepted_on_request() -> None:
+    """Whatever it keeps; but not with one removed weight that is not 0, and not another model."""
+    mask, model = llama_mask(), tiny_model("llama", seed=1)
+    mask.apply_(model, check=False)
+    mask.check(model, find_weights(model), or_applied=True)
+    name, kept = next(iter(mask.masks.items()))
+    with torch.no_grad():
+        model.get_parameter(name)[tuple((~kept).nonzero()[-1])] = 1e-30
+    for other in (model, tiny_model("gpt2")):
+        with pytest.raises(UserError, match="or a model that it was applied to"):
+            mask.check(other, or_applied=True)
+
+
 def test_the_check_can_be_left_out_but_names_must_be_there() -> None:
     llama_mask().apply_(tiny_model("llama", seed=1), check=False)
     with pytest.raises(UserError, match="has no weight"):
