@@ -71,7 +71,7 @@ def export_command(
 
     if push is not None:
         check_push(push)
-    masks = _read_masks(ckpt_path, mask, model, format)
+    masks = _read_masks(ckpt_path, mask, model, format, revision)
     from leap_pl.base_model.loading import name_of_model
     from leap_pl.export.hugging_face import export_model
     from leap_pl.masks.kept_weights import without_weights
@@ -123,12 +123,15 @@ def _report(output_dir: str, masks: "MaskSet | None", facts: dict[str, Any]) -> 
         )
 
 
-def _read_masks(ckpt_path: str | None, mask: str | None, model: str | None, format: str) -> "MaskSet | None":
+def _read_masks(
+    ckpt_path: str | None, mask: str | None, model: str | None, format: str, revision: str | None
+) -> "MaskSet | None":
     """Return the mask that the options name; None for a model that is sparse already."""
     if ckpt_path is None and mask is None and model is not None:
+        from leap_pl.inputs.hub import local_folder
         from leap_pl.sparse.folder import is_packed
 
-        if format == "packed" or is_packed(model):
+        if format == "packed" or is_packed(local_folder(model, revision=revision)):
             return None
     if (ckpt_path is None) == (mask is None):
         given = "Neither --ckpt_path nor --mask is given" if mask is None else "Both --ckpt_path and --mask are given"

@@ -75,7 +75,8 @@ def export_model(
         if masks is None:
             from leap_pl.export.sparse_model import masks_of, recorded_facts
 
-            masks, known = masks_of(model, base), known | recorded_facts(model)
+            masks = masks_of(model, base, revision=revision)
+            known |= recorded_facts(model, revision=revision)
             if format == "mask":
                 known.pop("rounded_to", None)  # of weights
         else:

@@ -1,11 +1,11 @@
 """Masks of a model that is sparse already: a packed folder, an export of leap_pl, or any model with exact zeros."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs import records
+from leap_pl.inputs.hub import local_folder
 from leap_pl.inputs.plain_values import read_json, shown
 from leap_pl.masks import MaskSet, PackedMasks, Provenance
 from leap_pl.masks.exported import exported_record
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 UNKNOWN = "unknown"  # method of a mask that was found in a model
 
 
-def masks_of(name: str, model: "PreTrainedModel") -> MaskSet:
+def masks_of(name: str, model: "PreTrainedModel", *, revision: str | None = None) -> MaskSet:
     """Return the mask of the sparse model ``name``.
 
     A packed folder and an export of leap_pl record theirs. Of another model, the weights of the decoder blocks that
@@ -27,11 +27,12 @@ def masks_of(name: str, model: "PreTrainedModel") -> MaskSet:
     Args:
         name: Hub id, folder or GGUF file of the model.
         model: The same, loaded, with dense weights in memory.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
         UserError: The recorded mask is damaged, or is not that of the model.
     """
-    folder = Path(name).expanduser()
+    folder = local_folder(name, records.MASK, records.RECORD, revision=revision)
     if is_packed(folder):
         masks = read_masks(folder)
     elif (folder / records.MASK).is_file():
@@ -41,7 +42,8 @@ def masks_of(name: str, model: "PreTrainedModel") -> MaskSet:
         record = {key: value for key, value in exported_record(folder).items() if key != "mask_digest"}
         if record:
             return MaskSet(found, Provenance(**record))
-        return MaskSet(found, Provenance(name, model_fingerprint(model), UNKNOWN, versions=installed_versions()))
+        made_by = Provenance(name, model_fingerprint(model), UNKNOWN, revision=revision, versions=installed_versions())
+        return MaskSet(found, made_by)
     parameters = dict(model.named_parameters())
     shapes = {weight: tuple(parameter.shape) for weight, parameter in parameters.items()}
     wrong = [weight for weight, shape in masks.shapes.items() if shapes.get(weight) != shape]
@@ -56,14 +58,18 @@ def masks_of(name: str, model: "PreTrainedModel") -> MaskSet:
     return MaskSet(PackedMasks.of(ordered.items()), masks.provenance)
 
 
-def recorded_facts(name: str) -> dict[str, Any]:
-    """Return what the record of an exported folder says of the model and its mask does not: for the next record.
+def recorded_facts(name: str, *, revision: str | None = None) -> dict[str, Any]:
+    """Return what the record of an exported model says of it and its mask does not: for the next record.
+
+    Args:
+        name: Hub id, folder or GGUF file of the model.
+        revision: Branch, tag or commit on the hub.
 
     Returns:
         ``perplexity``: text → figure; ``rounded_to``: data type that weights were rounded to. Each only if recorded.
     """
     try:
-        record = read_json(Path(name).expanduser() / records.RECORD)
+        record = read_json(local_folder(name, records.RECORD, revision=revision) / records.RECORD)
     except (OSError, ValueError):
         return {}
     facts: dict[str, Any] = {}

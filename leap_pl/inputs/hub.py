@@ -140,6 +140,25 @@ def fetch_optional(name: str, file: str, revision: str | None = None) -> Path | 
         return None
 
 
+def local_folder(name: str, *files: str, revision: str | None = None) -> Path:
+    """Return the folder of the model ``name``: of a hub id, that in the hub's local cache.
+
+    Args:
+        name: Folder, or hub id of a model repository.
+        files: Files, beside ``config.json``, that a hub id's folder has if its repository has them. What else it has
+            was fetched before, such as the weights by loading the model.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        UserError: The hub has no such model, refuses it, or cannot be reached.
+    """
+    if not is_hub_id(name):
+        return Path(name).expanduser()
+    for file in files:
+        fetch_optional(name, file, revision)
+    return fetch_file(name, "config.json", revision, what=f"base model {name}").parent
+
+
 @contextmanager
 def hub_errors(failed: str, file: str = "file", then: str = "") -> Iterator[None]:
     """Convert the errors of the hub's client into one line that says what to do.

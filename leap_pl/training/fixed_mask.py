@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from leap_pl.errors import UserError
 from leap_pl.gates import FixedGate
 from leap_pl.inputs.records import MASK
 from leap_pl.masks import MaskSet
@@ -33,9 +34,15 @@ class FixedMask:
         """Read the MaskSet file ``name``, that in a folder of a run, of prune or of export, or that of a hub id.
 
         Raises:
-            UserError: There is no MaskSet, or it is damaged.
+            UserError: There is no MaskSet, or it is damaged; or the folder is packed.
         """
+        from leap_pl.sparse.folder import is_packed  # asks for pydantic, which learning does without
+
         path = Path(name).expanduser()
+        if is_packed(path):
+            raise UserError(
+                f"model.mask {name} is packed. Unpack it: leap_pl export --model {name} --output_dir FOLDER"
+            )
         local = path / MASK if path.is_dir() and (path / MASK).is_file() else path
         file = str(local) if local.exists() else name
         masks = MaskSet.load(file)

@@ -1,7 +1,6 @@
 """Weights that training starts from in place of the base model's: a folder that a one-shot method has updated."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from torch import Tensor
 
@@ -9,6 +8,7 @@ from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import Weight
 from leap_pl.errors import UserError
 from leap_pl.gates import TrainedWeight
+from leap_pl.inputs.hub import local_folder
 from leap_pl.inputs.register import note_input
 from leap_pl.training.weights import Master
 
@@ -30,10 +30,9 @@ class StartWeights:
         from leap_pl.sparse.folder import is_packed  # asks for pydantic, which learning does without
 
         note_input(folder)
-        if is_packed(Path(folder)):
+        if is_packed(local_folder(folder)):
             raise UserError(
-                f"model.weights {folder} is packed. Unpack it: leap_pl export --model {folder} --format huggingface "
-                "--output_dir FOLDER"
+                f"model.weights {folder} is packed. Unpack it: leap_pl export --model {folder} --output_dir FOLDER"
             )
         model = load_model(folder, trust_remote_code=trust_remote_code)
         return cls({name: parameter.detach() for name, parameter in model.named_parameters()}, folder)

@@ -280,3 +280,17 @@ def test_an_export_by_hub_id_is_known_as_its_folder_is(
     place.unlink()
     with pytest.warns(UserWarning, match=r"leap_pl.json of alice/plain .* HF_HUB_OFFLINE .* used without it"):
         assert exported_record("alice/plain") == {}
+
+
+def test_a_sparse_model_of_the_hub_is_packed_as_its_folder_is(hub: Hub, pushed: Path, tmp_path: Path) -> None:
+    """Method, mask and base model are those of its record; and a packed one of the hub is unpacked."""
+    main(["export", f"--model={NAME}", f"--output_dir={tmp_path / 'packed'}", "--format=packed"])
+    main(["export", f"--model={pushed}", f"--output_dir={tmp_path / 'local'}", "--format=packed"])
+    files = [{path.name: path.read_bytes() for path in (tmp_path / of).iterdir()} for of in ("packed", "local")]
+    assert files[0].keys() == files[1].keys()
+    differ = [name for name in files[0] if files[0][name] != files[1][name]]
+    assert differ in ([], ["tokenizer_config.json"])  # transformers notes in it whether the tokenizer is local
+    hub.files["alice/packed"] = files[0]
+    main(["export", "--model=alice/packed", f"--output_dir={tmp_path / 'unpacked'}"])
+    for name in ("mask.safetensors", "model.safetensors", "leap_pl.json"):
+        assert (tmp_path / "unpacked" / name).read_bytes() == (pushed / name).read_bytes()

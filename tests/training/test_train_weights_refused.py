@@ -26,10 +26,16 @@ def without(words: list[str], *starts: str) -> list[str]:
 def test_bad_input_is_refused_in_one_line(
     recovered: Path, recover: Flags, finished_run: Run, model_folder: Path, tmp_path: Path, capsys
 ) -> None:
+    packed = tmp_path / "packed"
+    main(["export", f"--mask={finished_run.mask}", f"--output_dir={packed}", "--format=packed"])
     other, last = tiny_folder(tmp_path / "other", seed=1), recovered / "checkpoints" / "last.ckpt"
     words, masked = recover(tmp_path / "run"), "--model.mask"
     cases = {
         "this mask was made for": [*without(words, "--model.base_model"), f"--model.base_model={other}"],
+        f"model.mask {packed} is packed. Unpack it: leap_pl export --model": [
+            *without(words, masked),
+            f"{masked}={packed}",
+        ],
         "nothing to train": [*words, "--model.train_weights=none"],
         "give one of none, kept, lora, norms": [*words, "--model.train_weights=all"],
         "no gated layer is named zz": [
@@ -47,6 +53,7 @@ def test_bad_input_is_refused_in_one_line(
             *words,
             f"--model.weights={tiny_folder(tmp_path / 'wide', hidden_size=64)}",
         ],
+        f"model.weights {packed} is packed. Unpack it:": [*words, f"--model.weights={packed}"],
         "only kept weights under a fixed mask": [
             *without(words, masked),
             f"--model.mask={finished_run.mask}",
