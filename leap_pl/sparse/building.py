@@ -31,7 +31,12 @@ def has_kernels() -> bool:
     if os.environ.get("LEAP_PL_COMPILE") == "0":
         return False
     try:
-        torch.ops.load_library(library())
+        made = library()
+        try:
+            torch.ops.load_library(made)
+        except OSError:  # damaged on the disk, or of other system libraries than those here: compile it once more
+            made.unlink(missing_ok=True)
+            torch.ops.load_library(library())
     except Exception as error:  # a compiler, and a library that is loaded, can fail in any way
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
         warn_once(

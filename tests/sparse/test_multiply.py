@@ -229,3 +229,25 @@ def test_one_process_compiles_and_the_others_wait(tmp_path: Path, monkeypatch: p
     assert [path.read_text() for path in made] == ["made\n"]
     assert len(calls.read_text()) == 2
     assert {path.name for path in made.pop().parent.iterdir()} == {"decode.so", "lock"}
+
+
+def test_a_damaged_library_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tmp_path / "decode.so"
+    loaded: list[str] = []
+
+    def compiled() -> Path:
+        if not made.exists():
+            made.write_text("whole")
+        return made
+
+    def load(path: Path) -> None:
+        loaded.append(path.read_text())
+        if loaded[-1] != "whole":
+            raise OSError("file too short")
+
+    monkeypatch.delenv("LEAP_PL_COMPILE", raising=False)
+    monkeypatch.setattr(building, "library", compiled)
+    monkeypatch.setattr(torch.ops, "load_library", load)
+    made.write_text("dam")
+    assert building.has_kernels.__wrapped__()
+    assert loaded == ["dam", "whole"]
