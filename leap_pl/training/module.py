@@ -10,7 +10,6 @@ import lightning as L
 import torch
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from leap_pl.base_model.loading import Dtype
@@ -26,20 +25,18 @@ from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import MicroBatch
 from leap_pl.prior import Prior
-from leap_pl.training import finite
+from leap_pl.training import finite, optimization
 from leap_pl.training.clipping import clip_by_norm
 from leap_pl.training.fixed_mask import FixedMask
 from leap_pl.training.gated_module import GatedModule
-from leap_pl.training.optimizers import check_rounding, check_settings
+from leap_pl.training.optimizers import check_rounding
 from leap_pl.training.run_settings import (
     describe_objective,
-    describe_optimizer,
-    describe_scheduler,
     find_classes,
     read_settings,
     take_terms,
 )
-from leap_pl.training.schedules import Annealing, warmup_cosine
+from leap_pl.training.schedules import Annealing
 from leap_pl.training.validation import described
 from leap_pl.training.weights import NONE, WeightTraining
 
@@ -231,12 +228,7 @@ class LeapModule(GatedModule):
         found: Settings = {"model.objective": describe_objective(self.objective)}
         found["model.annealing"] = asdict(self.annealing)
         found["model.warmup_steps"] = self.warmup_steps
-        optimizer = self.optimizer_of([nn.Parameter(torch.zeros(1, 1, dtype=self.logits_dtype, device="cpu"))])
-        found["model.optimizer"] = describe_optimizer(optimizer, getattr(self.make_optimizer, "keywords", {}))
-        found["model.lr_scheduler"] = None
-        if self.make_scheduler is not None:
-            given = getattr(self.make_scheduler, "keywords", {})
-            found["model.lr_scheduler"] = describe_scheduler(self.make_scheduler(optimizer), given)
+        found |= optimization.describe(self.make_optimizer, self.make_scheduler, self.logits_dtype)
         return super().learned_with() | taken(found)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -386,20 +378,9 @@ class LeapModule(GatedModule):
         training = self.trained.settings
         groups.append({"params": weights, "lr": training.lr, "weight_decay": training.weight_decay})
         optimizer = self.optimizer_of(groups if weights else masks)
-        if self.make_scheduler is not None:
-            scheduler = self.make_scheduler(optimizer)
-        else:
-            warmups = {"model.warmup_steps": self.warmup_steps} if masks else {}
-            warmups |= {"model.weight_training.warmup_steps": training.warmup_steps} if weights else {}
-            for name, warmup in warmups.items():
-                if warmup > total:
-                    rank_zero_warn(
-                        f"{name} is {warmup} and trainer.max_steps {total}: the learning rate never reaches its "
-                        f"maximum. Set --{name} to about {total // 10}."
-                    )
-            factors: list[Any] = [partial(warmup_cosine, total=total, warmup=warmup) for warmup in warmups.values()]
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-        check_settings(optimizer)  # a scheduler may have changed the learning rate
+        warmups = {"model.warmup_steps": self.warmup_steps} if masks else {}
+        warmups |= {"model.weight_training.warmup_steps": training.warmup_steps} if weights else {}
+        scheduler = optimization.make_scheduler(self.make_scheduler, optimizer, warmups, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -415,15 +396,7 @@ class LeapModule(GatedModule):
         Raises:
             UserError: It refuses its settings.
         """
-        try:
-            optimizer = self.make_optimizer(parameters)
-            check_settings(optimizer)
-            return optimizer
-        except UserError:
-            raise
-        except (ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"model.optimizer does not take its settings: {reason}.") from error
+        return optimization.make_optimizer(self.make_optimizer, parameters)
 
     # -- validation ---------------------------------------------------------------------------------------
 

@@ -1,0 +1,82 @@
+"""Optimizer and learning-rate schedule of a run: made from its settings, checked, and described."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from leap_pl.checkpoints.settings import Settings
+from leap_pl.errors import UserError
+from leap_pl.training.optimizers import check_settings
+from leap_pl.training.run_settings import describe_optimizer, describe_scheduler
+from leap_pl.training.schedules import warmup_cosine
+
+
+def make_optimizer(make: OptimizerCallable, parameters: list[Any]) -> torch.optim.Optimizer:
+    """Return the optimizer of ``parameters``, or of groups of them.
+
+    Raises:
+        UserError: It refuses its settings.
+    """
+    try:
+        optimizer = make(parameters)
+        check_settings(optimizer)
+        return optimizer
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.optimizer does not take its settings: {reason}.") from error
+
+
+def make_scheduler(
+    make: LRSchedulerCallable | None, optimizer: torch.optim.Optimizer, warmups: Mapping[str, int], total: int
+) -> Any:
+    """Return the learning-rate schedule of ``optimizer``.
+
+    Args:
+        make: Function that makes it; None: a linear warmup and a cosine to 0.
+        optimizer: Optimizer whose groups are in the order of ``warmups``.
+        warmups: Name of the setting → steps of warmup of the default schedule, of each parameter group.
+        total: Steps of the run.
+
+    Raises:
+        UserError: The learning rate that the schedule begins with is out of range.
+    """
+    if make is not None:
+        scheduler = make(optimizer)
+    else:
+        for name, warmup in warmups.items():
+            if warmup > total:
+                rank_zero_warn(
+                    f"{name} is {warmup} and trainer.max_steps {total}: the learning rate never reaches its "
+                    f"maximum. Set --{name} to about {total // 10}."
+                )
+        factors: list[Any] = [partial(warmup_cosine, total=total, warmup=warmup) for warmup in warmups.values()]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    check_settings(optimizer)  # a scheduler may have changed the learning rate
+    return scheduler
+
+
+def describe(optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None, dtype: torch.dtype) -> Settings:
+    """Return the settings ``model.optimizer`` and ``model.lr_scheduler`` of a run, for its checkpoints.
+
+    Args:
+        optimizer: Function that makes the optimizer.
+        scheduler: Function that makes the schedule; None: the default one.
+        dtype: Data type of what is learned.
+
+    Raises:
+        UserError: The optimizer refuses its settings.
+    """
+    made = make_optimizer(optimizer, [nn.Parameter(torch.zeros(1, 1, dtype=dtype, device="cpu"))])
+    found: Settings = {"model.optimizer": describe_optimizer(made, getattr(optimizer, "keywords", {}))}
+    found["model.lr_scheduler"] = None
+    if scheduler is not None:
+        given = getattr(scheduler, "keywords", {})
+        found["model.lr_scheduler"] = describe_scheduler(scheduler(made), given)
+    return found
