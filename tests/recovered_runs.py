@@ -1,10 +1,14 @@
-"""Fixtures for tests of runs that train weights: a finished one, and the words that start another."""
+"""Runs that train weights: a finished one, the words that start another, and what is asked of their weights."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Run, fit_flags
+from safetensors.torch import load_file
+
+from leap_pl import MaskSet
 
 FAST = ["--model.weight_training.lr=1e-2", "--model.weight_training.warmup_steps=1", "--trainer.max_steps=4"]
 
@@ -33,3 +37,13 @@ def recovered(recover: Flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("LEAP_PL_COMPILE", "0")
         main(recover(folder))
     return folder
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / "weights.safetensors")
+
+
+def exact_zeros(tensors: dict[str, torch.Tensor], masks: MaskSet) -> None:
+    """Zeros where the mask removes, and nowhere else: no weight of these models is exactly 0."""
+    for name, mask in masks.masks.items():
+        assert torch.equal(tensors[name] != 0, mask)
