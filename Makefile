@@ -63,7 +63,7 @@ assets: $(VENV)/.installed ## The embedded model and text: assets/SmolLM2-135M-I
 assets-eval: $(VENV)/.installed ## The zero-shot tasks, for evaluation without a hub: assets/tasks, assets/howto
 	@$(BIN)/python -m experiments.assets eval
 
-assets-mixture: $(VENV)/.installed ## A text of several kinds, to learn on: assets/brown, assets/mixture
+assets-mixture: $(VENV)/.installed ## A text of several kinds, to learn on: assets/brown, assets/manuals, assets/mixture
 	@$(BIN)/python -m experiments.assets mixture
 
 assets-gemma: $(VENV)/.installed ## Gemma 3 270M, under Gemma's terms of use: assets/gemma-3-270m

@@ -1,12 +1,14 @@
-"""Text of several kinds: the Brown corpus, and a mixture of it with Wikipedia."""
+"""Text of several kinds: the Brown corpus, and a mixture of it with Wikipedia and manuals."""
 
 import json
 import random
 import re
 import tarfile
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
+from experiments.assets.manuals import GNOME, make_manuals
 from experiments.assets.packages import Package, finished, tarball, write_texts
 from experiments.assets.texts import SHUFFLE_SEED, TEXT, make_text
 
@@ -16,6 +18,9 @@ BROWN = Package(
 SAMPLE = re.compile(r"package/(c[a-r]\d\d)")
 HELD_OUT_ONE_IN = 10  # samples of each genre
 PASSAGE = 1500  # characters of a passage, at least: a sample has 12,000
+
+# Characters of each text in the mixture, of those of Wikipedia: dev/tuning.md says what the manuals are worth.
+OF_WIKIPEDIA = {"brown": 1 / 4, "manuals": 1 / 4}
 
 # What the corpus has in place of a formula: a sentence with one is not English.
 FORMULA = re.compile(r"\*\*|\bAf\b|[{}]")
@@ -67,7 +72,7 @@ def make_brown(folder: Path) -> Path:
 
 
 def make_mixture(folder: Path) -> Path:
-    """Write ``folder/mixture/train.jsonl``: the training texts of Wikipedia and Brown, shuffled together.
+    """Write ``folder/mixture/train.jsonl``: the training text of Wikipedia, and some of Brown and of manuals.
 
     Raises:
         UserError: A package cannot be fetched or is not the expected one, or the folder not written.
@@ -75,8 +80,10 @@ def make_mixture(folder: Path) -> Path:
     destination = folder / "mixture"
     if finished(destination):
         return destination
-    parts = {source.name: source / "train.jsonl" for source in (make_text(folder), make_brown(folder))}
-    documents = {name: _texts(path) for name, path in parts.items()}
+    sources = (make_text(folder), make_brown(folder), make_manuals(folder))
+    documents = {source.name: _texts(source / "train.jsonl") for source in sources}
+    size = sum(map(len, documents["wikipedia"]))
+    documents |= {name: _as_many(documents[name], share * size) for name, share in OF_WIKIPEDIA.items()}
     mixed = [text for texts in documents.values() for text in texts]
     random.Random(SHUFFLE_SEED).shuffle(mixed)
     counts = "; ".join(
@@ -86,11 +93,24 @@ def make_mixture(folder: Path) -> Path:
     write_texts(
         destination,
         {"train": mixed},
-        [TEXT, BROWN],
-        "Each document keeps the licence of its text: see SOURCES.md in ../wikipedia and ../brown.",
-        f"The training texts of both, whole ({counts}), shuffled with seed {SHUFFLE_SEED}.",
+        [TEXT, BROWN, GNOME],
+        "Each document keeps the licence of its text: see SOURCES.md in ../wikipedia, ../brown and ../manuals.",
+        f"The training text of Wikipedia, whole, and as many documents of the others, repeated where there are fewer "
+        f"({counts}), shuffled with seed {SHUFFLE_SEED}.",
     )
     return destination
+
+
+def _as_many(documents: list[str], characters: float) -> list[str]:
+    """Return the first documents that make as many characters; from the start again where there are fewer."""
+    found: list[str] = []
+    size = 0
+    for document in cycle(documents):
+        if size >= characters:
+            return found
+        found.append(document)
+        size += len(document)
+    return found
 
 
 def passages(sample: str) -> Iterator[str]:

