@@ -54,7 +54,7 @@ def make_scheduler(
             if warmup > total:
                 rank_zero_warn(
                     f"{name} is {warmup} and trainer.max_steps {total}: the learning rate never reaches its "
-                    f"maximum. Set --{name} to about {total // 10}."
+                    f"maximum. Set --{name} to about {max(total // 10, 1)}."
                 )
         factors: list[Any] = [partial(warmup_cosine, total=total, warmup=warmup) for warmup in warmups.values()]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
