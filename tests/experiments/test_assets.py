@@ -330,6 +330,9 @@ def test_the_mixture_has_all_of_wikipedia_and_shares_of_the_others(monkeypatch, 
     assert set(parts["manuals"]) == set(manual)  # and each several times
     assert "wikipedia: 100 documents" in (folder / "SOURCES.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["brown", "manuals", "mixture", "wikipedia"]
+    packages.write_texts(folder, {"train": []}, [texts.TEXT, mixture.BROWN], "", "")
+    with pytest.raises(UserError, match=r"made by another version, without gnome-user-docs=48.2-1\. Remove it"):
+        mixture.make_mixture(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_the_shipped_definition():
     assert rows["recover-wanda-fisher"] == rows["recover-admm"] == rows["leap-with-weights"] == [0.5, 0.6, 0.7]
     for row in ("wanda-fisher", "admm", "leap-both"):
         mixed, ours = (experiment.cells[f"{name}-60"] for name in (f"{row}-mixture", row))
-        assert (mixed.text, ours.text, mixed.table) == ("several kinds", None, ours.table)
+        assert (mixed.text, ours.text, mixed.table) == ("text of several kinds", None, ours.table)
     assert mixed.fit == {**ours.fit, "data": {"text": "assets/mixture/train.jsonl"}}
     assert mixed.prior == "wanda-fisher-mixture-60"
     assert experiment.cells["leap-with-weights-60"].fit["model"]["train_weights"] == "kept"
