@@ -1,12 +1,14 @@
-"""A package registry on this machine that answers every request alike."""
+"""A package registry on this machine that answers every request alike, and what it may answer."""
 
+import io
 import json
+import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -37,6 +39,20 @@ def answering(monkeypatch: pytest.MonkeyPatch, variable: str, data: bytes, statu
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def tarball(content: Mapping[str, bytes], mode: Literal["w:gz", "w:xz"] = "w:gz") -> bytes:
+    """The bytes of a tarball of name → content; a content that begins with ``-> `` is a link to the rest of it."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        for name, data in content.items():
+            member = tarfile.TarInfo(name)
+            if data.startswith(b"-> "):
+                member.type, member.linkname = tarfile.SYMTYPE, data[3:].decode()
+            else:
+                member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
 
 
 def lines(path: Path) -> list[Any]:

