@@ -141,6 +141,19 @@ class Experiment:
     checkpoint_tokens: int
     cells: dict[str, Cell] = field(default_factory=dict)
 
+    @property
+    def reads(self) -> list[str]:
+        """All texts that are read, each once: measured on, calibrated on or trained on."""
+        settings = [self.learn.get("data", {})]
+        for cell in self.cells.values():
+            settings += [cell.prune or {}, (cell.fit or {}).get("data", {})]
+        found = [text.text for text in self.texts.values()]
+        for told in settings:
+            for key in ("text", "validation_text"):
+                texts = told.get(key) or []
+                found += texts if isinstance(texts, list) else [texts]
+        return list(dict.fromkeys(found))
+
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """``above`` over ``below``, mapping by mapping; another ``class_path`` brings its own ``init_args``."""

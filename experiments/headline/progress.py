@@ -35,9 +35,12 @@ class Progress:
         """
         self.experiment, self.folder, self.steps = experiment, folder, Steps(experiment, folder)
         self.told = told
-        for text in experiment.texts.values():
-            if Path(text.text).suffix and not Path(text.text).is_file():
-                raise UserError(f"{text.text} is not there. Lay texts and tasks out with make assets assets-eval.")
+        # Without one, cells that were made with it would be taken for cells of other settings, and be removed.
+        for text in experiment.reads:
+            if Path(text).suffix and not Path(text).is_file():
+                raise UserError(
+                    f"{text} is not there. Lay texts and tasks out with make assets assets-eval assets-mixture."
+                )
 
     def chosen(self, patterns: Sequence[str]) -> list[Cell]:
         """The cells whose name fits one of ``patterns`` (none: all), each after those that it needs.

@@ -95,11 +95,24 @@ def test_mistakes_in_a_definition_are_told_in_one_line(again, capsys, keys, to, 
     assert not ran
 
 
-def test_a_missing_text_is_named_and_nothing_is_lost(again, capsys):
+@pytest.mark.parametrize(
+    ("keys", "to"),
+    [
+        (("texts", "like", "text"), "nowhere.jsonl"),
+        (("prune", "text"), "nowhere.jsonl"),
+        (("rows", "wanda", "prune", "text"), "nowhere.jsonl"),
+        (("rows", "leap", "fit", "data"), {"text": ["nowhere.jsonl"]}),
+        (("rows", "leap", "fit", "data"), {"validation_text": "nowhere.jsonl"}),
+        (("models", "other", "prune", "text"), "nowhere.jsonl"),
+    ],
+)
+def test_a_missing_text_is_named_and_nothing_is_lost(again, capsys, monkeypatch, keys, to):
     folder, _ = again
-    change(folder / "tiny.yaml", "texts", "like", "text", to="nowhere.jsonl")
+    monkeypatch.chdir(folder)
+    change(folder / "tiny.yaml", *keys, to=to)
     assert results(folder, "--report") == 2
-    assert "make assets assets-eval" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nowhere.jsonl is not there. Lay texts and tasks out with make assets assets-eval assets-mixture." in said
     assert sorted(cells(folder)) == sorted(CELLS)
 
 
