@@ -1,5 +1,6 @@
 """What a result depends on, in sixteen digits."""
 
+import glob
 import hashlib
 import json
 from contextlib import suppress
@@ -24,12 +25,15 @@ def digest(value: Any) -> str:
 def identity(name: Any) -> Any:
     """What stands for a model or text in a digest: the content of a local file or folder, else the name.
 
-    A hub id stands for itself: pin its revision where it matters. A list stands for its members'. How a folder was
-    made, which its records say, is no content, and neither is the release of transformers that saved it.
+    A hub id stands for itself: pin its revision where it matters. A list stands for its members', a pattern for the
+    files that it matches. How a folder was made, which its records say, is no content, and neither is the release of
+    transformers that saved it.
     """
     if isinstance(name, list):
         return [identity(item) for item in name]
     path = Path(str(name)).expanduser()
+    if not path.exists() and glob.has_magic(str(name)):
+        return [identity(found) for found in sorted(glob.glob(str(path), recursive=True))] or name  # noqa: PTH207
     within = (
         (item for item in path.rglob("*") if item.is_file() and item.name not in MADE) if path.is_dir() else (path,)
     )

@@ -11,8 +11,10 @@ from experiments.headline.cells import is_current, write_overlap
 from experiments.headline.digests import digest
 from experiments.headline.experiment import Cell, Experiment
 from experiments.headline.steps import Step, Steps
+from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError, listing
 from leap_pl.evaluation.record import read_result
+from leap_pl.evaluation.texts import TEXTS
 
 RECORD = "steps.json"  # in a cell's folder: step → what is known of it
 SUPERSEDED = "superseded"  # folder of learned cells that other settings have taken the place of
@@ -37,10 +39,13 @@ class Progress:
         self.told = told
         # Without one, cells that were made with it would be taken for cells of other settings, and be removed.
         for text in experiment.reads:
-            if Path(text).suffix and not Path(text).is_file():
+            try:
+                if text not in TEXTS:
+                    TextSource.open(text)
+            except UserError as error:
                 raise UserError(
-                    f"{text} is not there. Lay texts and tasks out with make assets assets-eval assets-mixture."
-                )
+                    f"{error} Texts and tasks are laid out by make assets assets-eval assets-mixture."
+                ) from error
 
     def chosen(self, patterns: Sequence[str]) -> list[Cell]:
         """The cells whose name fits one of ``patterns`` (none: all), each after those that it needs.

@@ -10,6 +10,7 @@ from tiny_experiment import CELLS, cells, change, results, verbs, write
 from experiments.headline.definition import read_experiment
 from experiments.headline.digests import identity
 from experiments.headline.experiment import laid_over
+from experiments.headline.runner import Runner
 from leap_pl.errors import UserError
 
 
@@ -100,6 +101,7 @@ def test_mistakes_in_a_definition_are_told_in_one_line(again, capsys, keys, to, 
     [
         (("texts", "like", "text"), "nowhere.jsonl"),
         (("prune", "text"), "nowhere.jsonl"),
+        (("prune", "text"), "nowhere*.jsonl"),
         (("rows", "wanda", "prune", "text"), "nowhere.jsonl"),
         (("rows", "leap", "fit", "data"), {"text": ["nowhere.jsonl"]}),
         (("rows", "leap", "fit", "data"), {"validation_text": "nowhere.jsonl"}),
@@ -112,8 +114,21 @@ def test_a_missing_text_is_named_and_nothing_is_lost(again, capsys, monkeypatch,
     change(folder / "tiny.yaml", *keys, to=to)
     assert results(folder, "--report") == 2
     said = capsys.readouterr().err
-    assert "nowhere.jsonl is not there. Lay texts and tasks out with make assets assets-eval assets-mixture." in said
+    assert re.search(r"nowhere.*\. Texts and tasks are laid out by make assets assets-eval assets-mixture\.$", said)
+    assert said.count("\n") == 1
     assert sorted(cells(folder)) == sorted(CELLS)
+
+
+def test_texts_may_be_patterns_and_of_the_hub(again):
+    folder, _ = again
+    change(folder / "tiny.yaml", "rows", "wanda", "prune", "text", to=str(folder / "*.yaml.jsonl"))
+    change(folder / "tiny.yaml", "rows", "admm", "prune", "text", to="user/text-v1.5")
+    change(folder / "tiny.yaml", "texts", "like", "text", to="wikitext2")
+    (folder / "a.yaml.jsonl").write_text('{"text": "a"}\n')
+    experiment = read_experiment(folder / "tiny.yaml")
+    before = Runner(experiment, folder / "runs").steps.make(experiment.cells["wanda-50"]).digest
+    (folder / "a.yaml.jsonl").write_text('{"text": "b"}\n')
+    assert Runner(experiment, folder / "runs").steps.make(experiment.cells["wanda-50"]).digest != before
 
 
 def test_another_class_brings_its_own_settings():

@@ -126,6 +126,8 @@ def figures() -> dict[str, list[str]]:
         "docs/results/notes.md",
         "docs/gates.md",
         "docs/recipes.md",
+        "docs/text.md",
+        "docs/learn_weights.md",
         "docs/after_learning.md",
         "dev/tuning.md",
     ],
