@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import cells, checks, runs
+from benchmarks.gpu import cells, checks, device, runs
 from benchmarks.gpu.shapes import MODELS, TINY
 from leap_pl.gates import BernoulliGate, NMGate
 
@@ -231,11 +231,11 @@ def test_on_a_gpu_time_is_that_of_events_and_kernels_are_counted(monkeypatch: py
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(cells, "profile", Trace)
-    assert cells.clocked(lambda: said.append("step"), cuda) == 0.25
+    monkeypatch.setattr(device, "profile", Trace)
+    assert device.clocked(lambda: said.append("step"), cuda) == 0.25
     assert said == ["record", "step", "record", "wait"]
-    assert cells.launches(lambda: None, cuda) == {"launches": 2}
-    assert cells.launches(lambda: torch.ones(3).add_(1), CPU) == {"operators": 2}
+    assert device.launches(lambda: None, cuda) == {"launches": 2}
+    assert device.launches(lambda: torch.ones(3).add_(1), CPU) == {"operators": 2}
 
 
 def test_cells_fit_ten_minutes_and_name_known_models() -> None:
