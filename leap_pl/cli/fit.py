@@ -6,13 +6,10 @@ from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, ClassVar
 
-from jsonargparse import lazy_instance
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
@@ -44,10 +41,11 @@ from leap_pl.cli.arguments import (
 )
 from leap_pl.cli.former_spelling import FORMER, FormerSpellingParser, advice, respelled
 from leap_pl.cli.process import set_up_process
-from leap_pl.cli.resume import checkpoint_path, find_last
+from leap_pl.cli.resume import check_verb, checkpoint_path, find_last, settings_of
 from leap_pl.cli.run_errors import errors_of_run, package_in, refusal
 from leap_pl.cli.sentences import SentenceFormatter
-from leap_pl.cli.token_budget import steps_of
+from leap_pl.cli.token_budget import take_tokens
+from leap_pl.cli.trainer import TRAINER_DEFAULTS, ConfigOfFit, check_trainer
 from leap_pl.errors import UserError
 from leap_pl.escape import say
 from leap_pl.gates import FixedGate
@@ -55,19 +53,6 @@ from leap_pl.inputs.ranges import check_numbers
 from leap_pl.inputs.register import running_verb
 from leap_pl.training.datamodule import TextDataModule
 from leap_pl.training.module import LeapModule
-from leap_pl.training.run_settings import find_classes, read_settings, take_terms
-
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_steps": 2000,
-    "gradient_clip_val": 1.0,
-    "num_sanity_val_steps": -1,  # validate once on the whole text before training: the first point of the curves
-    "log_every_n_steps": 10,
-    "enable_model_summary": False,  # the summary counts parametrized weights twice
-    "check_val_every_n_epoch": None,  # a run is one epoch, and validation is scheduled by steps
-    "logger": lazy_instance(TensorBoardLogger, save_dir="runs", name="leap", default_hp_metric=False),
-}
-
-PROCESSES_A_CORE = 8  # more processes on a CPU are certainly a mistake, and use up the machine's memory
 
 # LeapModule's default, in a form that can be saved in a config.
 OPTIMIZER: dict[str, Any] = {
@@ -171,37 +156,19 @@ class LeapCLI(LightningCLI):
             return
         settings = self.config[verb]
         if verb == "fit":
-            _take_tokens(settings, words)
+            take_tokens(settings, words)
         if settings.ckpt_path != path:
             raise UserError(f"ckpt_path is {settings.ckpt_path} and {path}. Give it once, as --ckpt_path PATH.")
         settings.ckpt_path = path = checkpoint_path(path)
-        given = None if path == "last" else path
         requeued = verb == "fit" and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
         if verb == "fit":
             self.force = replaces(settings, requeued=requeued)
-        newest = None
         self.last = path == "last" or (requeued and not self.force)
         if self.last:
-            words_of_last, newest = find_last(verb, settings.checkpoint.dirpath)
-            if newest is not None:
-                refused = self._take_settings(verb, newest[1], str(newest[0]), words)
-                self._parse(parser, args, words)
-                if verb == "fit":
-                    _take_tokens(self.config[verb], words)
-                    check_finished(self.config[verb], *newest)
-            self.config[verb].ckpt_path = given if newest is None else str(newest[0])
-            rank_zero_only(say)(f"leap_pl {running_verb()}: {words_of_last}", sys.stderr)
+            found = self._parse_for_last(verb, parser, args, words)
+            refused = refused if found is None else found
+        self._check_settings(verb, refused)
         settings = self.config[verb]
-        check_numbers(settings.as_dict())
-        check_groups(settings, self.parsers[verb].get_defaults())
-        for name, error in refused.items():
-            if same(plain(settings.get(name)), plain(self.parsers[verb].get_default(name))):  # not typed
-                raise error
-        check_classes(settings)
-        if verb == "fit":
-            self.check_kind(settings)
-            settings.force = False  # so that a saved config, used again, does not replace the run that saved it
-            rank_zero_only(check_settings)(settings, force=self.force, last=self.last)
         # LightningCLI would override typed settings by the checkpoint's: it must not see the path yet.
         self._resumes_from, settings.ckpt_path = settings.ckpt_path, None
 
@@ -252,6 +219,29 @@ class LeapCLI(LightningCLI):
             known = self.parsers.get(words[0] if words else None, parser)
             raise UserError(one_line(error, options_of(known))) from error
 
+    def _parse_for_last(
+        self, verb: str, parser: LightningArgumentParser, args: ArgsType, words: list[str]
+    ) -> dict[str, UserError] | None:
+        """Parse again with the settings of the newest checkpoint in ``checkpoint.dirpath``, and resume from it.
+
+        Returns:
+            None if there is no checkpoint yet; else as :meth:`_take_settings`.
+        """
+        typed = self.config[verb].ckpt_path
+        refused: dict[str, UserError] | None = None
+        message, newest = find_last(verb, self.config[verb].checkpoint.dirpath)
+        if newest is not None:
+            refused = self._take_settings(verb, newest[1], str(newest[0]), words)
+            self._parse(parser, args, words)
+            if verb == "fit":
+                take_tokens(self.config[verb], words)
+                check_finished(self.config[verb], *newest)
+            self.config[verb].ckpt_path = str(newest[0])
+        elif typed == "last":
+            self.config[verb].ckpt_path = None
+        rank_zero_only(say)(f"leap_pl {running_verb()}: {message}", sys.stderr)
+        return refused
+
     def _take_settings(
         self, verb: str, checkpoint: dict[str, Any], path: str, words: list[str]
     ) -> dict[str, UserError]:
@@ -264,26 +254,31 @@ class LeapCLI(LightningCLI):
             UserError: The checkpoint is of another verb.
         """
         identity = read_identity(checkpoint, path)
-        fixed = identity.gate["class_path"] == FixedGate.__name__
-        if verb == "fit" and fixed != self.fixes:
-            made, mask = ("recover", "fixed") if fixed else ("fit", "learned")
-            raise UserError(
-                f"{path} is a checkpoint of leap_pl {made}, whose mask is {mask}, and this is leap_pl {self.name}. "
-                f"To resume that run, type leap_pl {made}."
-            )
-        settings = read_settings(identity, checkpoint, path)
-        classes, refused = find_classes(settings, path)
-        settings |= {name: _as_typed(*each) for name, each in classes.items()}
-        refused |= take_terms(settings, path, _as_typed)
-        if any(word.startswith("--model.objective.extra+") for word in words):
-            # Typed terms are added to an empty list, as at the start of the run, not to the checkpoint's.
-            settings["model.objective"] = {**settings["model.objective"], "extra": []}
-        linked = ("data.tokenizer", "data.tokenizer_revision")  # linked to the model's
-        known = {name: value for name, value in settings.items() if name not in linked and name not in refused}
+        if verb == "fit":
+            check_verb(identity, path, self.name, fixes=self.fixes)
+        settings, refused = settings_of(identity, checkpoint, path, words)
         if verb != "fit":  # validation has its own precision, and no steps
-            known = {name: value for name, value in known.items() if not name.startswith("trainer.")}
-        self.parsers[verb].set_defaults(known)
+            settings = {name: value for name, value in settings.items() if not name.startswith("trainer.")}
+        self.parsers[verb].set_defaults(settings)
         return refused
+
+    def _check_settings(self, verb: str, refused: dict[str, UserError]) -> None:
+        """Check the settings of ``verb``, of which those in ``refused`` must be typed; see :meth:`_take_settings`.
+
+        Raises:
+            UserError: A setting is wrong, or a run in the same folder would be overwritten.
+        """
+        settings, defaults = self.config[verb], self.parsers[verb].get_defaults()
+        check_numbers(settings.as_dict())
+        check_groups(settings, defaults)
+        for name, error in refused.items():
+            if same(plain(settings.get(name)), plain(self.parsers[verb].get_default(name))):  # not typed
+                raise error
+        check_classes(settings)
+        if verb == "fit":
+            self.check_kind(settings)
+            settings.force = False  # so that a saved config, used again, does not replace the run that saved it
+            rank_zero_only(check_settings)(settings, force=self.force, last=self.last)
 
     def before_fit(self) -> None:
         """Pass the checkpoint to resume from to the model, and refuse one in a format that the strategy cannot read."""
@@ -318,22 +313,13 @@ class LeapCLI(LightningCLI):
             if "devices" not in str(error):
                 raise
             raise UserError(f"trainer.devices: {' '.join(str(error).split())} Give a number of devices.") from error
-        _check_trainer(trainer)
+        check_trainer(trainer)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
                 callback.force, callback.last = self.force, self.last
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
-
-
-class ConfigOfFit(SaveConfigCallback):
-    """Save the config with the logs of ``fit``, and never in the working directory."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save the config, if this is ``fit`` and has a logger."""
-        if stage == "fit" and trainer.loggers:
-            super().setup(trainer, pl_module, stage)
 
 
 def is_fixed(settings: Any) -> bool:
@@ -379,34 +365,3 @@ def run(words: list[str], kind: type[LeapCLI] = LeapCLI) -> LeapCLI | None:
     except Finished as done:
         rank_zero_only(say)(f"leap_pl {running_verb()}: {done}", sys.stderr)
         return None
-
-
-def _check_trainer(trainer: Trainer) -> None:
-    """Refuse settings that Lightning accepts, but that would learn nothing or exhaust the machine."""
-    if trainer.accumulate_grad_batches < 1:
-        raise UserError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; give 1 or more.")
-    cores = os.cpu_count() or 1
-    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > PROCESSES_A_CORE * cores:
-        raise UserError(
-            f"trainer.devices is {trainer.num_devices}, which would start as many processes, each with the model, on "
-            f"{cores} CPU cores. Give at most {PROCESSES_A_CORE * cores}."
-        )
-
-
-def _take_tokens(settings: Any, words: list[str]) -> None:
-    """Convert ``tokens`` in the settings of fit to the ``trainer.max_steps`` that the run has.
-
-    Raises:
-        UserError: Both are typed, or ``tokens`` is not a number.
-    """
-    if settings.tokens is None:
-        return
-    if any(word.partition("=")[0] == "--trainer.max_steps" for word in words):
-        raise UserError("--tokens and --trainer.max_steps both set the length of the run. Leave one of them out.")
-    check_numbers(settings.as_dict())  # the number of steps is computed from others
-    settings.trainer.max_steps, settings.tokens = steps_of(settings.tokens, settings), None
-
-
-def _as_typed(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return a class and its arguments in the form of a config."""
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}

@@ -7,8 +7,27 @@ from typing import Any
 import torch
 
 from leap_pl.errors import UserError
+from leap_pl.inputs.ranges import check_numbers
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def take_tokens(settings: Any, words: list[str]) -> None:
+    """Convert ``tokens`` in the settings of fit to the ``trainer.max_steps`` that the run has.
+
+    Args:
+        settings: Settings of fit, which are changed.
+        words: Words of the command line.
+
+    Raises:
+        UserError: Both are typed, or ``tokens`` is not a number.
+    """
+    if settings.tokens is None:
+        return
+    if any(word.partition("=")[0] == "--trainer.max_steps" for word in words):
+        raise UserError("--tokens and --trainer.max_steps both set the length of the run. Leave one of them out.")
+    check_numbers(settings.as_dict())  # the number of steps is computed from others
+    settings.trainer.max_steps, settings.tokens = steps_of(settings.tokens, settings), None
 
 
 def steps_of(tokens: str, settings: Any) -> int:

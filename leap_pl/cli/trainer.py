@@ -1,0 +1,49 @@
+"""The trainer of fit: its defaults, the config that it saves, and what is refused."""
+
+import os
+from typing import Any
+
+from jsonargparse import lazy_instance
+from lightning import LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from leap_pl.errors import UserError
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_steps": 2000,
+    "gradient_clip_val": 1.0,
+    "num_sanity_val_steps": -1,  # validate once on the whole text before training: the first point of the curves
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,  # the summary counts parametrized weights twice
+    "check_val_every_n_epoch": None,  # a run is one epoch, and validation is scheduled by steps
+    "logger": lazy_instance(TensorBoardLogger, save_dir="runs", name="leap", default_hp_metric=False),
+}
+
+PROCESSES_A_CORE = 8  # more processes on a CPU are certainly a mistake, and use up the machine's memory
+
+
+class ConfigOfFit(SaveConfigCallback):
+    """Save the config with the logs of ``fit``, and never in the working directory."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the config, if this is ``fit`` and has a logger."""
+        if stage == "fit" and trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse settings that Lightning accepts, but that would learn nothing or exhaust the machine.
+
+    Raises:
+        UserError: A setting does.
+    """
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; give 1 or more.")
+    cores = os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > PROCESSES_A_CORE * cores:
+        raise UserError(
+            f"trainer.devices is {trainer.num_devices}, which would start as many processes, each with the model, on "
+            f"{cores} CPU cores. Give at most {PROCESSES_A_CORE * cores}."
+        )
