@@ -28,6 +28,9 @@ WORDS = "the mask keeps a weight where text needs it and drops one that no word 
 settings.register_profile("leap_pl", deadline=None)
 settings.load_profile("leap_pl")
 
+# As many workers as there are cores share the tests, and matrices are tiny.
+torch.set_num_threads(1)
+
 # A shell that runs the tests in its background lets them, and what they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -7,6 +7,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # What no writer of leap_pl writes, as JSON spells it; some cannot be made of Python's own values.
@@ -56,6 +57,16 @@ SPELLED = (
     '"' + "9" * 50 + ":" + "9" * 60 + '"',
 )
 HOLE = "\ue000"  # is replaced by what is spelled
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
 
 
 def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

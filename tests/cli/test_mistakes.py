@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Run, failing, fit_flags
+from hostile_files import Trap
 from tiny import byte_tokenizer, tiny_folder
 
 from leap_pl.checkpoints.layout import masks_from_checkpoint
@@ -107,11 +108,7 @@ def test_truncated_checkpoint(finished: Run, tmp_path: Path, capsys, kept: float
 
 
 def test_pickle_is_not_run(finished: Run, tmp_path: Path, capsys) -> None:
-    class Trap:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "ran",))
-
-    torch.save({"state_dict": Trap()}, tmp_path / "trap.ckpt")
+    torch.save({"state_dict": Trap(tmp_path / "ran")}, tmp_path / "trap.ckpt")
     message = failing(capsys, ["export", f"--ckpt_path={tmp_path / 'trap.ckpt'}", f"--output_dir={tmp_path / 'o'}"])
     assert "runs no code" in message
     assert not (tmp_path / "ran").exists()

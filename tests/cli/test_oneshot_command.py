@@ -18,8 +18,6 @@ from leap_pl.errors import UserError
 from leap_pl.evaluation.subject import load_subject
 from leap_pl.masks import MaskSet
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

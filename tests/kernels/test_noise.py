@@ -1,7 +1,6 @@
 """The gates' noise: its distribution, its independence in every direction, and that it never changes silently."""
 
 import math
-from collections.abc import Iterator
 from itertools import combinations
 
 import numpy as np
@@ -30,14 +29,6 @@ def bits_of(place: tuple[int, int, int, str], rows: int = ROWS, length: int = CO
     """Of the first rows and columns of the weight, one row after the other."""
     keys = [torch.tensor(key, dtype=torch.int32) for key in noise_keys(*place)]
     return element_bits(rows, columns(length, torch.device("cpu")), *keys).flatten()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The LM and distillation losses against the models' own and against their formulas, written out in float64."""
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,14 +13,6 @@ from leap_pl.losses.language import language_losses
 from leap_pl.losses.objective import Objective
 
 IDS = torch.randint(0, VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def predicted(hidden: Tensor) -> Tensor:

@@ -4,12 +4,12 @@ import functools
 import json
 import pickle
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hostile_files import Trap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, safe_open, save_file
@@ -29,14 +29,6 @@ ORIGIN = Provenance(
     config={"sequences": 128, "targets": None, "text": 'Zürich "C4"', "nested": {"a": [1, 2.5]}},
     versions={"torch": "2.13"},
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small_mask(seed: int = 0) -> MaskSet:
@@ -285,11 +277,7 @@ def test_a_plain_safetensors_file(tmp_path: Path) -> None:
 def test_a_pickle_file(tmp_path: Path) -> None:
     """Nothing in it is run."""
 
-    class Trap:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (Path.touch, (tmp_path / "sprung",))
-
-    (tmp_path / "m").write_bytes(pickle.dumps(Trap()))
+    (tmp_path / "m").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     refused(tmp_path / "m")
     torch.save({"w": torch.ones(4)}, tmp_path / "m")
     refused(tmp_path / "m")

@@ -1,7 +1,6 @@
 """The exact k highest, against a stable sort."""
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,14 +15,6 @@ from leap_pl.masks.top_k import Cut, closest_top_k, exact_top_k
 TIED = [-math.inf, -3.4028235e38, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1.1754942e-38, 1.0, 1.0000001, 3.4028235e38, math.inf]
 values = st.one_of(st.sampled_from(TIED), st.floats(width=32, allow_nan=False))
 lists = st.lists(st.lists(values, max_size=30), max_size=5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def by_sorting(tensors: list[Tensor], k: int) -> list[Tensor]:

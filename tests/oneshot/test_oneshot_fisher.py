@@ -15,8 +15,6 @@ from leap_pl.oneshot.inputs import Matrix
 from leap_pl.oneshot.prune import prune
 from leap_pl.oneshot.walk import WalkOptions
 
-torch.set_num_threads(1)
-
 
 def tokens(sequences: int = 5, length: int = 24) -> Tensor:
     return torch.randint(0, 256, (sequences, length), generator=torch.Generator().manual_seed(0))

@@ -15,8 +15,6 @@ from leap_pl.oneshot.sparsegpt import SparseGPTOptions, sparsegpt
 from leap_pl.oneshot.sparseswaps import sparseswaps_mask
 from leap_pl.oneshot.wanda import wanda_mask
 
-torch.set_num_threads(1)
-
 
 def correlated(tokens: int = 400, inputs: int = 48, outputs: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Inputs with strong correlations and unequal sizes, and a matrix."""

@@ -26,8 +26,6 @@ from leap_pl.oneshot.prune import prune
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions
 from leap_pl.oneshot.walk import Walk, WalkOptions
 
-torch.set_num_threads(1)
-
 
 def tokens(sequences: int = 5, length: int = 40, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (sequences, length), generator=torch.Generator().manual_seed(seed))

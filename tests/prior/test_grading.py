@@ -33,8 +33,6 @@ from leap_pl.prior.cache import input_squares
 from leap_pl.prior.grading import LEAST, graded_lean
 from leap_pl.prior.settings import Prior, SharedPrior
 
-torch.set_num_threads(1)
-
 
 def by_hand(mask: list[bool], weight: list[float], squares: list[float]) -> list[float]:
     """One row, in Python's own floats."""

@@ -18,8 +18,6 @@ from leap_pl.oneshot.prune import prune
 from leap_pl.prior import cache as prior_module
 from leap_pl.prior.cache import one_shot_prior
 
-torch.set_num_threads(1)
-
 
 class Block:
     def __init__(self, tokens: list[int]) -> None:

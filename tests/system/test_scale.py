@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hostile_files import Trap
 from lightning.pytorch.strategies import FSDPStrategy
 from ranks import run_ranks
 from scaled_runs import BRIEF, Place, ddp, learn, sharded
@@ -337,15 +338,10 @@ def test_a_damaged_part_is_told_where_it_is_read(two, place: Place, tmp_path: Pa
 
 def test_no_code_runs_from_a_folder(two, place: Place, tmp_path: Path) -> None:
     """A pickle in the index, and one in the place of a plain value."""
-
-    class Hostile:
-        def __reduce__(self) -> Any:
-            return Path.touch, (tmp_path / "ran",)
-
     folder = shutil.copytree(place.checkpoint("folder", "step=2.ckpt"), tmp_path / "step.ckpt")
     check_folder(folder)
     index = (folder / ".metadata").read_bytes()
-    (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    (folder / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
     with pytest.raises(UserError, match=r"\.metadata holds more than an index does .*Path\.touch|getattr"):
         check_folder(folder)
     for cut in (0, 1, len(index) // 2, len(index) - 1):
@@ -356,7 +352,7 @@ def test_no_code_runs_from_a_folder(two, place: Place, tmp_path: Path) -> None:
     metadata = pickle.loads(index)
     stored = next(place for at, place in metadata.storage_data.items() if at.fqn.endswith("param_groups.0.lr"))
     hostile = io.BytesIO()
-    torch.save(Hostile(), hostile)
+    torch.save(Trap(tmp_path / "ran"), hostile)
     part = folder / stored.relative_path
     content = part.read_bytes()
     stored.offset, stored.length = len(content), len(hostile.getvalue())
