@@ -155,6 +155,13 @@ def _listing(folder: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
+def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
+    """The message of an error, which must be one line."""
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
 def failing(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
     """The message of a command that must end in status 2: its last line, with no traceback above it."""
     from leap_pl.cli.main import main

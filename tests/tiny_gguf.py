@@ -1,5 +1,6 @@
-"""The tiny Llama and the byte tokenizer in one GGUF file."""
+"""The tiny Llama and the byte tokenizer in one GGUF file, and the parts of such a file as bytes."""
 
+import struct
 from pathlib import Path
 
 import gguf
@@ -60,3 +61,18 @@ def tiny_gguf(path: Path, **changes: int) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def gguf_header(*, tensors: int = 0, keys: int = 0, version: int = 3) -> bytes:
+    """The start of a file that declares so many tensors and keys."""
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, keys)
+
+
+def gguf_string(text: bytes, length: int | None = None) -> bytes:
+    """A string, with another length than its own if ``length`` is given."""
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+def gguf_tensor(name: bytes = b"a", shape: tuple[int, ...] = (8,), kind: int = 0, offset: int = 0) -> bytes:
+    """The description of a tensor."""
+    return gguf_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)

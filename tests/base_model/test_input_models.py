@@ -5,18 +5,16 @@ import shutil
 import struct
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from bounded import measured
-from conftest import fit_flags, refused
+from conftest import fit_flags, one_line, refused
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, byte_tokenizer, tiny_folder, tiny_model
-from tiny_gguf import tiny_gguf
+from tiny_gguf import gguf_header, gguf_string
 from transformers import PreTrainedTokenizerFast
 
-from leap_pl.base_model.gguf_structure import read_structure
 from leap_pl.base_model.loading import load_config, load_model, load_tokenizer
 from leap_pl.base_model.stored_weights import StoredWeights, read_shapes
 from leap_pl.base_model.vocabulary import check_tokenizer, check_tokens
@@ -33,12 +31,6 @@ load_model(sys.argv[1])
 for name in sys.argv[2:]:
     told(lambda: (load_config(name), load_model(name), load_tokenizer(name)))
 """
-
-
-def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 def changed(folder: Path, copy: Path, **changes: object) -> Path:
@@ -100,7 +92,9 @@ def test_a_config_that_lies(tmp_path: Path) -> None:
     folders = [changed(folder, tmp_path / f"lie-{place}", **lie) for place, lie in enumerate(LIES)]
     # And lists in a GGUF file of 30 MB, whose reader makes an array of each byte.
     file = tmp_path / "long.gguf"
-    file.write_bytes(header(keys=1) + string(b"a") + struct.pack("<IIQ", 9, 0, 30_000_000) + bytes(30_000_000))
+    file.write_bytes(
+        gguf_header(keys=1) + gguf_string(b"a") + struct.pack("<IIQ", 9, 0, 30_000_000) + bytes(30_000_000)
+    )
     *found, (message, grown) = measured(LOAD, folder, *folders, file)
     assert "its lists have more than 4,194,304 items" in message
     assert grown < 200
@@ -246,117 +240,6 @@ def test_headers_of_weights_that_lie(tmp_path: Path, header: bytes, length: int 
     with pytest.raises(UserError) as caught:
         load_model(str(folder))
     assert str(file) in one_line(caught)
-
-
-# -- GGUF -----------------------------------------------------------------------------------------------------
-
-
-def test_a_gguf_file_is_read_as_its_structure_says(tmp_path: Path) -> None:
-    file = tiny_gguf(tmp_path / "tiny.gguf")
-    found, reader = read_structure(file), gguf.GGUFReader(file)
-    assert found.stored.shapes == {tensor.name: tuple(tensor.shape.tolist()[::-1]) for tensor in reader.tensors}
-    for key, value in found.metadata.items():
-        told = reader.fields[key].contents()
-        assert value == (len(told) if isinstance(told, list) else told) or value[1] == len(told), key
-    assert len(found.metadata) == len([key for key in reader.fields if not key.startswith("GGUF.")])
-    model, expected = load_model(str(file), dtype="float32"), tiny_model()
-    # Queries and keys are turned in GGUF files, which the maker of this one leaves out.
-    for name, tensor in expected.state_dict().items():
-        if not ("q_proj" in name or "k_proj" in name):
-            assert torch.equal(model.state_dict()[name], tensor), name
-    assert load_tokenizer(str(file)).encode("abc") == [257, byte_tokenizer().encode("c")[0]]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"block_count": 1_000_000}, "block_count as 1000000, and the names of the weights count to 2"),
-        ({"embedding_length": 10**9}, "embedding_length as 1000000000, and the largest dimension of a weight is 260"),
-        ({"attention.head_count": 4_000_000_000}, "attention.head_count as 4000000000"),
-        ({"vocab_size": 300}, "vocab_size as 300"),
-        ({"feed_forward_length": 260}, ""),
-        ({"attention.head_count": 0}, ""),
-        ({"attention.head_count_kv": 3}, ""),
-        ({"block_count": 1}, None),
-    ],
-)
-def test_settings_of_a_gguf_file_that_lie(tmp_path: Path, change: dict[str, int], words: str | None) -> None:
-    file = tiny_gguf(tmp_path / "tiny.gguf", **change)
-    if words is None:  # the first blocks of a model are a model
-        assert load_model(str(file)).config.num_hidden_layers == 1
-        return
-    with pytest.raises(UserError) as caught:
-        load_model(str(file))
-    assert words in one_line(caught)
-    assert str(file) in str(caught.value)
-
-
-def header(*, tensors: int = 0, keys: int = 0, version: int = 3) -> bytes:
-    return b"GGUF" + struct.pack("<IQQ", version, tensors, keys)
-
-
-def string(text: bytes, length: int | None = None) -> bytes:
-    return struct.pack("<Q", len(text) if length is None else length) + text
-
-
-def tensor(name: bytes = b"a", shape: tuple[int, ...] = (8,), kind: int = 0, offset: int = 0) -> bytes:
-    return string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "is truncated"),
-        (b"GGML", "does not start with GGUF"),
-        (header(version=1), "its version is 1"),
-        (header(version=3 << 24), "its version is"),
-        (header(tensors=1 << 60), "declares 1,152,921,504,606,846,976 tensors"),
-        (header(keys=1 << 63), "keys"),
-        (header(keys=1) + string(b"a", 1 << 62), "a string in it has"),
-        (header(keys=1) + string(b"a", 1 << 20), "is truncated"),
-        (header(keys=1) + string(b"\xff") + struct.pack("<IB", 0, 0), "utf-8"),
-        (header(keys=1) + string(b"a") + struct.pack("<I", 13), "unknown kind 13"),
-        (header(keys=1) + string(b"a") + struct.pack("<IIQ", 9, 0, 1 << 60), "lists have more than"),
-        (header(keys=1) + string(b"a") + struct.pack("<IIQ", 9, 9, 5), "list has items of the unknown kind 9"),
-        (header(keys=1) + string(b"a") + struct.pack("<IIQ", 9, 12, 1 << 20), "is truncated"),
-        (header(keys=2) + (string(b"a") + struct.pack("<IB", 0, 0)) * 2, "the key 'a' occurs twice"),
-        (header(keys=1) + string(b"general.alignment") + struct.pack("<II", 4, 0), "its alignment is 0"),
-        (header(keys=1) + string(b"general.alignment") + struct.pack("<II", 4, 48), "its alignment is 48"),
-        (header(keys=1) + string(b"general.alignment") + struct.pack("<I", 8) + string(b"a"), "its alignment is 'a'"),
-        (header(tensors=1) + tensor(shape=(8,) * 5), "has 5 dimensions"),
-        (header(tensors=1) + tensor(shape=()), "has 0 dimensions"),
-        (header(tensors=1) + tensor(shape=(1 << 63, 4)), "has the shape"),
-        (header(tensors=1) + tensor(shape=(0,)), "has the shape"),
-        (header(tensors=1) + tensor(shape=(1 << 39,)), "ends after the file"),
-        (header(tensors=1) + tensor(kind=99), "unknown type 99"),
-        (header(tensors=1) + tensor(kind=2, shape=(33,)), "rows of 33, and its type has blocks of 32"),
-        (header(tensors=1) + tensor(offset=1), "is not aligned"),
-        (header(tensors=1) + tensor(offset=1 << 63), "ends after the file"),
-        (header(tensors=2) + tensor() * 2, "'a' occurs twice"),
-        (header(tensors=2) + tensor() + tensor(b"b") + bytes(96), "'b' overlaps another"),
-        (header(tensors=1) + tensor(), "ends after the file, which may be truncated"),
-    ],
-)
-def test_gguf_structures_that_cannot_be(tmp_path: Path, content: bytes, words: str) -> None:
-    file = tmp_path / "bad.gguf"
-    file.write_bytes(content)
-    for load in (load_config, load_model, load_tokenizer):
-        with pytest.raises(UserError) as caught:
-            load(str(file))
-        assert words in one_line(caught)
-        assert f"{file} could not be read: it is not a valid GGUF file" in str(caught.value)
-
-
-def test_a_gguf_file_that_lacks_a_weight(tmp_path: Path) -> None:
-    """Which transformers would make up."""
-    whole, file = gguf.GGUFReader(tiny_gguf(tmp_path / "tiny.gguf")), tmp_path / "less.gguf"
-    raw = bytearray((tmp_path / "tiny.gguf").read_bytes())
-    place = bytes(raw).index(b"blk.1.ffn_up.weight")
-    raw[place : place + 4] = b"xyz."
-    file.write_bytes(raw)
-    assert len(whole.tensors) == 21
-    with pytest.raises(UserError, match=r"lacks the weights model\.layers\.1\.mlp\.up_proj\.weight"):
-        load_model(str(file))
 
 
 # -- the tokenizer --------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from conftest import one_line
 from tiny import tiny_folder, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,12 +31,6 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     yield
     assert not attempts
-
-
-def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma3", "opt"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import one_line
 from tiny import FAMILIES, tiny_folder, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -34,12 +35,6 @@ PROJECTIONS = {
     "gpt2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
     "mixtral": [*ATTENTION, "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }
-
-
-def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import all_matrices, tokens
 from tiny import FAMILIES, tiny_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -11,17 +12,10 @@ from transformers.pytorch_utils import Conv1D
 from leap_pl.base_model.weights import find_weights
 from leap_pl.errors import UserError
 from leap_pl.oneshot.fisher import FisherOptions, Moments, balanced, fisher_allocation, log_cost, measure_moments
-from leap_pl.oneshot.inputs import Matrix
 from leap_pl.oneshot.prune import prune
 from leap_pl.oneshot.walk import WalkOptions
 
-
-def tokens(sequences: int = 5, length: int = 24) -> Tensor:
-    return torch.randint(0, 256, (sequences, length), generator=torch.Generator().manual_seed(0))
-
-
-def all_matrices(model: nn.Module) -> list[Matrix]:
-    return [matrix for weight in find_weights(model).values() for matrix in Matrix.of(weight)]
+BLOCKS = tokens(5, 24)
 
 
 def by_hooks(model: nn.Module, blocks_NT: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -56,8 +50,8 @@ def by_hooks(model: nn.Module, blocks_NT: Tensor) -> dict[str, tuple[Tensor, Ten
 def test_moments_against_hooks(family: str) -> None:
     model = tiny_model(family)
     matrices = all_matrices(model)
-    found = measure_moments(model, matrices, tokens(), WalkOptions(batch_size=2))
-    expected = by_hooks(tiny_model(family), tokens())
+    found = measure_moments(model, matrices, BLOCKS, WalkOptions(batch_size=2))
+    expected = by_hooks(tiny_model(family), BLOCKS)
     assert expected
     for name, (x, g) in expected.items():
         assert found[name].count == 5 * 24
@@ -69,7 +63,7 @@ def test_moments_of_stacked_experts() -> None:
     """Each token goes to two of three experts; gradients of their outputs are not all alike."""
     model = tiny_model("mixtral")
     stacked = [matrix for matrix in all_matrices(model) if matrix.expert is not None]
-    found = measure_moments(model, stacked, tokens())
+    found = measure_moments(model, stacked, BLOCKS)
     for part in ("gate_up_proj", "down_proj"):
         of_layer = [found[m.name] for m in stacked if m.weight.layer == 0 and part in m.name]
         assert sum(m.count for m in of_layer) == 2 * 5 * 24
@@ -108,7 +102,7 @@ def test_the_model_is_as_it_was() -> None:
     model = tiny_model().train()
     model.lm_head.requires_grad_(False)
     before = {name: (p.data_ptr(), p.clone(), p.requires_grad) for name, p in model.named_parameters()}
-    measure_moments(model, all_matrices(model), tokens())
+    measure_moments(model, all_matrices(model), BLOCKS)
     assert model.training
     for name, parameter in model.named_parameters():
         place, value, learned = before[name]
@@ -138,20 +132,20 @@ def test_balanced(odds: list[float], density: float, data: st.DataObject) -> Non
 def test_strength_runs_from_even_to_one_cut_through_all_costs() -> None:
     model = tiny_model()
     matrices = all_matrices(model)
-    moments = measure_moments(model, matrices, tokens())
+    moments = measure_moments(model, matrices, BLOCKS)
     costs = {m.name: log_cost(m.dense(), moments[m.name]) for m in matrices}
     cut = torch.cat([cost.flatten() for cost in costs.values()]).quantile(0.6)
-    whole = fisher_allocation(model, matrices, tokens(), 0.6, FisherOptions(1.0, 1.0))
+    whole = fisher_allocation(model, matrices, BLOCKS, 0.6, FisherOptions(1.0, 1.0))
     for name, cost_OI in costs.items():
         assert whole[name].sparsity == pytest.approx(float((cost_OI <= cut).float().mean()), abs=2 / cost_OI.numel())
         # Half a weight for the finite log-odds of rows that keep all or nothing, half for the rounding.
         assert int((whole[name].kept_rows - (cost_OI > cut).sum(1)).abs().max()) <= 1
     sparsities = [pattern.sparsity for pattern in whole.values()]
     assert max(sparsities) - min(sparsities) > 0.05
-    nearly = fisher_allocation(model, matrices, tokens(), 0.6, FisherOptions(1e-6, 0.0))
+    nearly = fisher_allocation(model, matrices, BLOCKS, 0.6, FisherOptions(1e-6, 0.0))
     assert all(pattern.sparsity == pytest.approx(0.6, abs=1e-4) for pattern in nearly.values())
     assert all(len(set(pattern.kept_rows.tolist())) == 1 for pattern in nearly.values())
-    half = fisher_allocation(model, matrices, tokens(), 0.6)
+    half = fisher_allocation(model, matrices, BLOCKS, 0.6)
     for name, pattern in half.items():
         ends = (0.6, whole[name].sparsity)
         assert min(ends) - 0.05 < pattern.sparsity < max(ends) + 0.05
@@ -163,7 +157,7 @@ def test_what_does_not_reach_the_loss_goes_first() -> None:
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.mul_(1e-3)
-    allocated = fisher_allocation(model, all_matrices(model), tokens(), 0.5)
+    allocated = fisher_allocation(model, all_matrices(model), BLOCKS, 0.5)
     sparsest = max(allocated, key=lambda name: allocated[name].sparsity)
     assert sparsest.startswith("model.layers.1.self_attn")
 
@@ -172,8 +166,8 @@ def test_what_does_not_reach_the_loss_goes_first() -> None:
 def test_pruned_to_the_allocation(method) -> None:
     model = tiny_model()
     matrices = all_matrices(model)
-    allocated = fisher_allocation(model, matrices, tokens(), 0.5)
-    masks = prune(model, tokens(), method=method, pattern=0.5, fisher=FisherOptions(), progress=False).masks
+    allocated = fisher_allocation(model, matrices, BLOCKS, 0.5)
+    masks = prune(model, BLOCKS, method=method, pattern=0.5, fisher=FisherOptions(), progress=False).masks
     for matrix in matrices:
         mask_OI = masks.masks[matrix.name]
         if method == "wanda":
@@ -188,8 +182,8 @@ def test_pruned_to_the_allocation(method) -> None:
 def test_sequences_are_a_limit() -> None:
     model = tiny_model()
     matrices = all_matrices(model)
-    some = fisher_allocation(model, matrices, tokens(), 0.5, FisherOptions(sequences=2))
-    fewer, more = (fisher_allocation(model, matrices, blocks, 0.5) for blocks in (tokens()[:2], tokens()))
+    some = fisher_allocation(model, matrices, BLOCKS, 0.5, FisherOptions(sequences=2))
+    fewer, more = (fisher_allocation(model, matrices, blocks, 0.5) for blocks in (BLOCKS[:2], BLOCKS))
     assert [p.sparsity for p in some.values()] == [p.sparsity for p in fewer.values()]
     assert [p.sparsity for p in some.values()] != [p.sparsity for p in more.values()]
 
@@ -199,7 +193,7 @@ def test_weights_whose_products_are_not_seen() -> None:
     matrices = all_matrices(model)
     with pytest.raises(UserError, match=r"layers\.0.*no product with it was seen.*Leave out --fisher"):
         model.model.layers[0].self_attn.q_proj.forward = lambda x: x
-        measure_moments(model, matrices, tokens())
+        measure_moments(model, matrices, BLOCKS)
 
 
 def test_gradients_that_are_not_finite() -> None:
@@ -207,7 +201,7 @@ def test_gradients_that_are_not_finite() -> None:
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("inf")
     with pytest.raises(UserError, match="not finite"):
-        measure_moments(model, all_matrices(model), tokens())
+        measure_moments(model, all_matrices(model), BLOCKS)
 
 
 @pytest.mark.parametrize("changes", [{"strength": 0.0}, {"strength": 1.1}, {"row_strength": -0.1}, {"sequences": 0}])

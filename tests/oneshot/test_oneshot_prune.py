@@ -1,6 +1,5 @@
-"""The walk and ``prune`` on every family's tiny model."""
+"""``prune`` on every family's tiny model."""
 
-import copy
 import json
 import logging
 import sys
@@ -9,146 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from matrices import all_matrices, tokens
 from tiny import FAMILIES, tiny_model
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForCausalLM
 
-from leap_pl.base_model.weights import decoder_blocks, find_weights, model_fingerprint
+from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
 from leap_pl.masks.patterns import NM, Pattern, Unstructured
 from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
 from leap_pl.oneshot.fisher import FisherOptions
-from leap_pl.oneshot.inputs import Matrix
 from leap_pl.oneshot.methods import METHODS
 from leap_pl.oneshot.prune import prune
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions
-from leap_pl.oneshot.walk import Walk, WalkOptions
-
-
-def tokens(sequences: int = 5, length: int = 40, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (sequences, length), generator=torch.Generator().manual_seed(seed))
-
-
-def all_matrices(model: torch.nn.Module) -> list[Matrix]:
-    return [matrix for weight in find_weights(model).values() for matrix in Matrix.of(weight)]
-
-
-def of_layer(model: torch.nn.Module, index: int) -> list[Matrix]:
-    return [m for m in all_matrices(model) if m.weight.layer == index]
-
-
-def rows_kept(matrix: Matrix, masks: MaskSet) -> Tensor:
-    return matrix.view(masks.masks[matrix.weight.name]).sum(1)
-
-
-# -- the walk -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_walk_replays_the_models_own_forward(family: str) -> None:
-    model = tiny_model(family)
-    blocks_NT = tokens()  # 5 sequences in batches of 2: the last batch is smaller
-    expected: list[Tensor] = []
-    _, blocks = decoder_blocks(model)
-    hook = blocks[-1].register_forward_hook(
-        lambda module, args, output: expected.append(output if isinstance(output, Tensor) else output[0])
-    )
-    with torch.no_grad():
-        model(input_ids=blocks_NT, use_cache=False)
-    hook.remove()
-    with Walk(model, blocks_NT, WalkOptions(batch_size=2)) as walk:
-        for index in walk:
-            walk.advance(index)
-        final = torch.cat(walk.states)
-    torch.testing.assert_close(final, expected[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_statistics_are_those_of_the_layers_inputs(family: str) -> None:
-    model, blocks_NT = tiny_model(family), tokens()
-    seen: dict[str, list[Tensor]] = {}
-    weights = find_weights(model)
-    for name, weight in weights.items():
-        if weight.parameter.ndim == 2:
-            weight.module.register_forward_pre_hook(
-                lambda module, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2).double())
-            )
-    with torch.no_grad():
-        model(input_ids=blocks_NT, use_cache=False)
-    expected = {name: torch.cat(parts) for name, parts in seen.items()}
-    with Walk(model, blocks_NT, WalkOptions(batch_size=2)) as walk:
-        for index in walk:
-            found = walk.observe(index, of_layer(model, index), gram=True)
-            for matrix in of_layer(model, index):
-                if matrix.expert is None:
-                    x = expected[matrix.weight.name]
-                    statistics = found[matrix.name]
-                    assert statistics.count == len(x)
-                    assert statistics.gram is not None
-                    torch.testing.assert_close(statistics.gram.double(), x.T @ x, rtol=1e-4, atol=1e-3)
-                    torch.testing.assert_close(
-                        statistics.mean_square.double(), x.square().mean(0), rtol=1e-4, atol=1e-6
-                    )
-            walk.advance(index)
-
-
-def test_experts_see_the_tokens_that_are_routed_to_them() -> None:
-    model, blocks_NT = tiny_model("mixtral"), tokens()
-    _, blocks = decoder_blocks(model)
-    moe = blocks[0].mlp
-    inputs: list[Tensor] = []
-    moe.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, 1)))
-    with Walk(model, blocks_NT) as walk:
-        for index in walk:
-            inputs.clear()
-            found = walk.observe(index, of_layer(model, index), gram=True)
-            break
-    x = torch.cat(inputs)
-    _, _, routes = moe.gate(x)
-    for expert in range(3):
-        routed = x[(routes == expert).any(1)].double()
-        statistics = found[f"model.layers.0.mlp.experts.gate_up_proj[{expert}]"]
-        assert statistics.count == len(routed)
-        assert statistics.gram is not None
-        torch.testing.assert_close(statistics.gram.double(), routed.T @ routed, rtol=1e-4, atol=1e-3)
-        down = found[f"model.layers.0.mlp.experts.down_proj[{expert}]"]
-        assert down.count == len(routed)
-
-
-def test_matrices_with_one_input_share_their_statistics() -> None:
-    model = tiny_model("llama")
-    with Walk(model, tokens()) as walk:
-        for index in walk:
-            found = walk.observe(index, of_layer(model, index), gram=True)
-    q, k, v, o, gate, up, down = (
-        found[f"model.layers.1.{name}.weight"]
-        for name in (
-            *(f"self_attn.{x}_proj" for x in "qkvo"),
-            *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
-        )
-    )
-    assert q is k is v
-    assert gate is up
-    assert len({id(s) for s in (q, o, gate, down)}) == 4
-
-
-def test_later_blocks_see_the_pruned_ones() -> None:
-    model = tiny_model("llama")
-    dense, blocks_NT = copy.deepcopy(model), tokens()
-    prune(model, blocks_NT, method="wanda", pattern=0.5, progress=False)
-    half = copy.deepcopy(dense)
-    half.model.layers[0].load_state_dict(model.model.layers[0].state_dict())
-    x: list[Tensor] = []
-    half.model.layers[1].mlp.gate_proj.register_forward_pre_hook(lambda module, args: x.append(args[0].flatten(0, 1)))
-    with torch.no_grad():
-        half(input_ids=blocks_NT)
-    weight = dense.model.layers[1].mlp.gate_proj.weight
-    scores = weight.detach().abs() * x[0].square().mean(0).sqrt()
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(16).indices, True)
-    assert torch.equal(model.model.layers[1].mlp.gate_proj.weight != 0, kept)
-
+from leap_pl.oneshot.walk import WalkOptions
 
 # -- prune --------------------------------------------------------------------------------------------------
 

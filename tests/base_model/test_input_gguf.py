@@ -1,0 +1,119 @@
+"""What a GGUF file says of itself is checked before it is believed."""
+
+import struct
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from conftest import one_line
+from tiny import byte_tokenizer, tiny_model
+from tiny_gguf import gguf_header, gguf_string, gguf_tensor, tiny_gguf
+
+from leap_pl.base_model.gguf_structure import read_structure
+from leap_pl.base_model.loading import load_config, load_model, load_tokenizer
+from leap_pl.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def test_a_gguf_file_is_read_as_its_structure_says(tmp_path: Path) -> None:
+    file = tiny_gguf(tmp_path / "tiny.gguf")
+    found, reader = read_structure(file), gguf.GGUFReader(file)
+    assert found.stored.shapes == {tensor.name: tuple(tensor.shape.tolist()[::-1]) for tensor in reader.tensors}
+    for key, value in found.metadata.items():
+        told = reader.fields[key].contents()
+        assert value == (len(told) if isinstance(told, list) else told) or value[1] == len(told), key
+    assert len(found.metadata) == len([key for key in reader.fields if not key.startswith("GGUF.")])
+    model, expected = load_model(str(file), dtype="float32"), tiny_model()
+    # Queries and keys are turned in GGUF files, which the maker of this one leaves out.
+    for name, tensor in expected.state_dict().items():
+        if not ("q_proj" in name or "k_proj" in name):
+            assert torch.equal(model.state_dict()[name], tensor), name
+    assert load_tokenizer(str(file)).encode("abc") == [257, byte_tokenizer().encode("c")[0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"block_count": 1_000_000}, "block_count as 1000000, and the names of the weights count to 2"),
+        ({"embedding_length": 10**9}, "embedding_length as 1000000000, and the largest dimension of a weight is 260"),
+        ({"attention.head_count": 4_000_000_000}, "attention.head_count as 4000000000"),
+        ({"vocab_size": 300}, "vocab_size as 300"),
+        ({"feed_forward_length": 260}, ""),
+        ({"attention.head_count": 0}, ""),
+        ({"attention.head_count_kv": 3}, ""),
+        ({"block_count": 1}, None),
+    ],
+)
+def test_settings_of_a_gguf_file_that_lie(tmp_path: Path, change: dict[str, int], words: str | None) -> None:
+    file = tiny_gguf(tmp_path / "tiny.gguf", **change)
+    if words is None:  # the first blocks of a model are a model
+        assert load_model(str(file)).config.num_hidden_layers == 1
+        return
+    with pytest.raises(UserError) as caught:
+        load_model(str(file))
+    assert words in one_line(caught)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is truncated"),
+        (b"GGML", "does not start with GGUF"),
+        (gguf_header(version=1), "its version is 1"),
+        (gguf_header(version=3 << 24), "its version is"),
+        (gguf_header(tensors=1 << 60), "declares 1,152,921,504,606,846,976 tensors"),
+        (gguf_header(keys=1 << 63), "keys"),
+        (gguf_header(keys=1) + gguf_string(b"a", 1 << 62), "a string in it has"),
+        (gguf_header(keys=1) + gguf_string(b"a", 1 << 20), "is truncated"),
+        (gguf_header(keys=1) + gguf_string(b"\xff") + struct.pack("<IB", 0, 0), "utf-8"),
+        (gguf_header(keys=1) + gguf_string(b"a") + struct.pack("<I", 13), "unknown kind 13"),
+        (gguf_header(keys=1) + gguf_string(b"a") + struct.pack("<IIQ", 9, 0, 1 << 60), "lists have more than"),
+        (
+            gguf_header(keys=1) + gguf_string(b"a") + struct.pack("<IIQ", 9, 9, 5),
+            "list has items of the unknown kind 9",
+        ),
+        (gguf_header(keys=1) + gguf_string(b"a") + struct.pack("<IIQ", 9, 12, 1 << 20), "is truncated"),
+        (gguf_header(keys=2) + (gguf_string(b"a") + struct.pack("<IB", 0, 0)) * 2, "the key 'a' occurs twice"),
+        (gguf_header(keys=1) + gguf_string(b"general.alignment") + struct.pack("<II", 4, 0), "its alignment is 0"),
+        (gguf_header(keys=1) + gguf_string(b"general.alignment") + struct.pack("<II", 4, 48), "its alignment is 48"),
+        (
+            gguf_header(keys=1) + gguf_string(b"general.alignment") + struct.pack("<I", 8) + gguf_string(b"a"),
+            "its alignment is 'a'",
+        ),
+        (gguf_header(tensors=1) + gguf_tensor(shape=(8,) * 5), "has 5 dimensions"),
+        (gguf_header(tensors=1) + gguf_tensor(shape=()), "has 0 dimensions"),
+        (gguf_header(tensors=1) + gguf_tensor(shape=(1 << 63, 4)), "has the shape"),
+        (gguf_header(tensors=1) + gguf_tensor(shape=(0,)), "has the shape"),
+        (gguf_header(tensors=1) + gguf_tensor(shape=(1 << 39,)), "ends after the file"),
+        (gguf_header(tensors=1) + gguf_tensor(kind=99), "unknown type 99"),
+        (gguf_header(tensors=1) + gguf_tensor(kind=2, shape=(33,)), "rows of 33, and its type has blocks of 32"),
+        (gguf_header(tensors=1) + gguf_tensor(offset=1), "is not aligned"),
+        (gguf_header(tensors=1) + gguf_tensor(offset=1 << 63), "ends after the file"),
+        (gguf_header(tensors=2) + gguf_tensor() * 2, "'a' occurs twice"),
+        (gguf_header(tensors=2) + gguf_tensor() + gguf_tensor(b"b") + bytes(96), "'b' overlaps another"),
+        (gguf_header(tensors=1) + gguf_tensor(), "ends after the file, which may be truncated"),
+    ],
+)
+def test_gguf_structures_that_cannot_be(tmp_path: Path, content: bytes, words: str) -> None:
+    file = tmp_path / "bad.gguf"
+    file.write_bytes(content)
+    for load in (load_config, load_model, load_tokenizer):
+        with pytest.raises(UserError) as caught:
+            load(str(file))
+        assert words in one_line(caught)
+        assert f"{file} could not be read: it is not a valid GGUF file" in str(caught.value)
+
+
+def test_a_gguf_file_that_lacks_a_weight(tmp_path: Path) -> None:
+    """Which transformers would make up."""
+    whole, file = gguf.GGUFReader(tiny_gguf(tmp_path / "tiny.gguf")), tmp_path / "less.gguf"
+    raw = bytearray((tmp_path / "tiny.gguf").read_bytes())
+    place = bytes(raw).index(b"blk.1.ffn_up.weight")
+    raw[place : place + 4] = b"xyz."
+    file.write_bytes(raw)
+    assert len(whole.tensors) == 21
+    with pytest.raises(UserError, match=r"lacks the weights model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(str(file))
