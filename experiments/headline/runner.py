@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import shutil
 import sys
 import time
@@ -126,11 +127,17 @@ class Runner(Progress):
             # Without a checkpoint, a mask may be there all the same: killed between the two, the run begins anew.
             words += ["--force"] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
         if "began" in told and checkpoint is not None:
-            # The last session did not come to its end: what counts of it is what it saved.
-            seconds += max(checkpoint.stat().st_mtime - told["began"], 0)
+            # The last session did not come to its end: what counts of it is what it saved. A copy of a checkpoint has a
+            # date of its own, so no more counts than the session lasted, where it could say.
+            saved = min(checkpoint.stat().st_mtime, told.get("ended", math.inf))
+            seconds += max(saved - told["began"], 0)
         begun = {"settings": step.settings, "seconds": seconds, "peak_rss": peak, "began": time.time()}
         self._write(cell, step, begun, finished=False)
-        ran = running.run_command(words, place / f"{words[0]}.log", caption, self.lock)
+        try:
+            ran = running.run_command(words, place / f"{words[0]}.log", caption, self.lock)
+        except BaseException:
+            self._write(cell, step, begun | {"ended": time.time()}, finished=False)
+            raise
         done = {"settings": step.settings, "seconds": seconds + ran.seconds, "peak_rss": max(peak, ran.peak_rss)}
         self._write(cell, step, done)
         # A checkpoint holds three float32 numbers a weight, the mask one bit.
