@@ -45,7 +45,8 @@ class Prior:
             method: form → file. TileGate's ``inner``, of n:m form, is for the tiles that are not dense.
         inner_mask: Former name of ``masks.inner``.
         sequences: Number of calibration sequences for the method.
-        cache_dir: Folder of the cache of masks that methods computed, for later runs on the same model and text.
+        cache_dir: Folder of the cache of masks that methods computed, for later runs on the same model and text; None:
+            nothing is cached.
     """
 
     method: str = DEFAULT
@@ -55,7 +56,7 @@ class Prior:
     masks: dict[str, str] | None = None
     inner_mask: InitVar[str | None] = None
     sequences: int = 128
-    cache_dir: str = "~/.cache/leap_pl/priors"
+    cache_dir: str | None = "~/.cache/leap_pl/priors"
 
     def __post_init__(self, inner_mask: str | None) -> None:
         if inner_mask is not None:

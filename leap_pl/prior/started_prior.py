@@ -30,7 +30,7 @@ def started_prior(
     stored: Mapping[str, Any],
     forms: Iterable[str],
     folders: Iterable[Path],
-    cache_dir: str,
+    cache_dir: str | None,
     make: Callable[[Prior], Mapping[str, MaskSet]],
 ) -> dict[str, MaskSet]:
     """Return the masks that a run started from, by form, omitting unavailable ones with one warning.
@@ -39,7 +39,7 @@ def started_prior(
         stored: Settings of the run in its checkpoint: ``prior``, and the digests of the masks it resulted in.
         forms: Forms that the gates start from (:meth:`leap_pl.gates.Gates.prior_forms`).
         folders: Folders to search for the run's files: reading one takes seconds, recomputing the prior minutes.
-        cache_dir: Folder of the cache of one-shot masks in this run.
+        cache_dir: Folder of the cache of one-shot masks in this run; None: there is none.
         make: Function that recomputes a prior; called only if some mask is in none of ``folders``.
     """
     digests = stored.get(DIGESTS)

@@ -1,15 +1,18 @@
 """Priors: masks alone, and their cache."""
 
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import fit_flags
 from tiny import tiny_model
 
 from leap_pl.base_model.weights import find_weights
+from leap_pl.cli.main import main
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
 from leap_pl.masks.patterns import NM
@@ -176,3 +179,23 @@ def test_a_mask_from_the_cache_is_the_one_that_was_made_with_its_provenance(tmp_
     made, read, uncached = make(tmp_path / "cache"), make(tmp_path / "cache"), make(None)
     files = [mask.save(tmp_path / f"{name}.safetensors") for name, mask in enumerate((made, read, uncached))]
     assert len({file.read_bytes() for file in files}) == 1
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_run_without_a_cache_resumes_and_makes_its_prior_again(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    asked = ["--model.prior.method=wanda", "--model.prior.sequences=2", "--model.prior.cache_dir=null"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    main(fit_flags(model_folder, text_file, whole, *asked))
+    alone = tmp_path / "step=2.ckpt"  # without the prior beside it
+    shutil.copy(whole / "checkpoints" / alone.name, alone)
+    main(fit_flags(model_folder, text_file, resumed, *asked, f"--ckpt_path={alone}"))
+    for name in ("prior.safetensors", "mask.safetensors"):
+        one, other = (MaskSet.load(folder / "checkpoints" / name) for folder in (whole, resumed))
+        assert one.digest_of_bits() == other.digest_of_bits()
+    assert list(here.iterdir()) == []  # null is no folder's name
