@@ -1,4 +1,4 @@
-"""Gates: the formula and its gradients, on and off a model, hard masks, and logits that stay float32."""
+"""Bernoulli gates by themselves: the formula and its gradients against float64, noise, and compiled kernels."""
 
 import warnings
 from typing import Any
