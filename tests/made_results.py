@@ -1,8 +1,12 @@
-"""The content of result files, made up."""
+"""Result files and masks, made up."""
 
+import json
 import math
 
-from leap_pl.masks import MaskSet
+import pytest
+import torch
+
+from leap_pl.masks import MaskSet, Provenance
 
 PROJECTIONS = ("self_attn.q_proj", "mlp.up_proj")
 NAMES = [f"model.layers.{layer}.{projection}.weight" for layer in range(3) for projection in PROJECTIONS]
@@ -37,3 +41,34 @@ def result(method, sparsity, value, correct="1100", *, mask=None):
         },
         "tasks": {"piqa": task},
     }
+
+
+@pytest.fixture
+def write_result(tmp_path):
+    """Writes a result file: its name without ``.json``, its content → its path."""
+
+    def write(name, content):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(content))
+        return str(path)
+
+    return write
+
+
+def mask_file(path, method, seed, density=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    masks = {name: torch.rand(16, 16, generator=generator) < density for name in NAMES}
+    return str(MaskSet(masks, Provenance("org/base", "f00d", method, 1 - density)).save(path))
+
+
+@pytest.fixture
+def four_results(write_result, tmp_path):
+    wanda, leap = (mask_file(tmp_path / f"{m}.safetensors", m, n) for n, m in enumerate(("wanda", "leap")))
+    learned = result("leap", 0.501, 14.0, "1110", mask=leap)
+    learned["sparsity"]["weights"] |= {NAMES[0]: 0.4, NAMES[1]: 0.602}
+    return [
+        write_result("dense", result("dense", 0.0, 10.0, "1111")),
+        write_result("magnitude", result("magnitude", 0.5, 60.0, "1000")),
+        write_result("wanda", result("wanda", 0.5, 20.0, "1100", mask=wanda)),
+        write_result("leap", learned),
+    ]
