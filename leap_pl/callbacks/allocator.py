@@ -1,8 +1,8 @@
-"""Setting of glibc's allocator to keep freed memory for the next step.
+"""Settings of glibc's allocator: freed memory is kept for the next step, and returned before the first one.
 
 glibc returns large freed blocks to the system. Every training step allocates and frees a gradient and a masked weight
 for each gate, and the system would clear their pages each time: on a CPU that took longer than computing them.
-dev/performance.md has measurements.
+dev/performance.md has measurements. What was freed before the first step, in making the prior, no step may need.
 """
 
 import ctypes
@@ -27,3 +27,13 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     # -1 is converted to the largest size: never trim. Setting either also disables glibc's dynamic adjustment of both.
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def release_freed_memory() -> bool:
+    """Return freed memory to the system once, whatever :func:`keep_freed_memory` has set, and say whether any was.
+
+    With another allocator than glibc's nothing is returned.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    return bool(ctypes.CDLL(None).malloc_trim(0))

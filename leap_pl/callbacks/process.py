@@ -2,12 +2,12 @@
 
 import lightning as L
 
-from leap_pl.callbacks.allocator import keep_freed_memory
+from leap_pl.callbacks.allocator import keep_freed_memory, release_freed_memory
 from leap_pl.callbacks.denormals import flush_denormals
 
 
 class ProcessSettings(L.Callback):
-    """Callback that keeps freed memory, and flushes denormal numbers to zero during learning.
+    """Callback that keeps freed memory for the next step, and flushes denormal numbers to zero during learning.
 
     The command line adds it to every run. The library does not change the process by itself; a program that needs the
     same speed adds the callback to its trainer: ``Trainer(callbacks=[ProcessSettings()])``.
@@ -18,7 +18,11 @@ class ProcessSettings(L.Callback):
         keep_freed_memory()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Flush denormal numbers, which nearly closed gates give, and which are slow on some processors."""
+        """Return to the system what loading and the prior have freed, and flush denormal numbers.
+
+        Nearly closed gates give denormal numbers, which are slow on some processors.
+        """
+        release_freed_memory()
         flush_denormals()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

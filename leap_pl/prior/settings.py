@@ -205,7 +205,8 @@ def make_and_share(
     def make() -> tuple[dict[str, MaskSet], dict[str, torch.Tensor] | None]:
         priors = settings.make(model, weights, gates.prior_forms(sparsity), calibration)
         gates.check_priors(priors)
-        return priors, settings.squares(model, weights, calibration)
+        packed = {form: mask.packed() for form, mask in priors.items()}  # the run holds them to its end
+        return packed, settings.squares(model, weights, calibration)
 
     rank_zero = RankZero()
     priors, squares = rank_zero.make(make) or ({}, None)

@@ -61,7 +61,8 @@ def started_prior(
         known = signature(Prior).parameters
         settings = Prior(**{key: value for key, value in stored["prior"].items() if key in known})
         made = make(replace(settings, graded=False, cache_dir=cache_dir))  # only signs are needed: grades are in logits
-        found |= {form: made[form] for form in wanted if form in made and made[form].digest_of_bits() == wanted[form]}
+        made = {form: made[form].packed() for form in wanted if form in made}
+        found |= {form: mask for form, mask in made.items() if mask.digest_of_bits() == wanted[form]}
     except (UserError, ValueError, TypeError, KeyError, AttributeError) as error:
         _warn_unavailable(" ".join(str(error).split()))
         return found

@@ -1,4 +1,4 @@
-"""Freed memory is kept: counted by the pages that the system has to hand out."""
+"""Freed memory is kept, by the pages that the system has to hand out, and returned before the first step."""
 
 import os
 import platform
@@ -27,11 +27,14 @@ print(kept, faults() - before)
 """
 
 
+def _clean() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+
+
 def run(what: str) -> tuple[bool, int]:
     """Whether memory is kept, and the page faults of 128 MiB taken again."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-c", PROGRAM, what]
-    told = subprocess.run(command, env=clean, check=True, capture_output=True, text=True).stdout
+    told = subprocess.run(command, env=_clean(), check=True, capture_output=True, text=True).stdout
     kept, faults = told.split()
     return kept == "True", int(faults)
 
@@ -43,6 +46,37 @@ def test_freed_memory_is_kept_and_not_faulted_in_again() -> None:
     assert (kept, not_kept) == (True, False)
     assert faults_as_it_comes >= 8 * 1024  # of 32 blocks, or glibc has changed and this is no longer needed
     assert faults < faults_as_it_comes / 2
+
+
+# What is freed lies below what stays, so that nothing is returned by itself.
+BEFORE_THE_FIRST_STEP = """
+import torch
+from leap_pl.callbacks import ProcessSettings
+
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) // 1024 for line in status if line.startswith("RssAnon"))
+
+callback = ProcessSettings()
+callback.setup(None, None, "fit")
+start = resident()
+blocks = [torch.ones(2**20) for _ in range(64)]
+stays = torch.ones(2**18)
+del blocks
+freed = resident()
+callback.on_fit_start(None, None)
+print(freed - start, resident() - start)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc")
+def test_what_was_freed_before_the_first_step_is_returned() -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", BEFORE_THE_FIRST_STEP], env=_clean(), check=True, capture_output=True, text=True
+    ).stdout
+    kept, left = map(int, told.split())
+    assert kept >= 200, told  # MiB of 256, or nothing was kept that could be returned
+    assert left < 40, told
 
 
 @pytest.mark.parametrize(
