@@ -377,10 +377,13 @@ def test_check_compares_names_and_shapes_with_the_gated_weights() -> None:
         turned.check(model, find_weights(model))
 
 
-def test_a_loaded_mask_is_kept_as_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["loaded", "packed"])
+def test_a_loaded_or_packed_mask_is_kept_as_bits(tmp_path: Path, how: str) -> None:
     mask = small_mask()
     mask.save(tmp_path / "mask.safetensors")
-    loaded = MaskSet.load(tmp_path / "mask.safetensors")
+    loaded = MaskSet.load(tmp_path / "mask.safetensors") if how == "loaded" else mask.packed()
+    assert loaded.packed().masks is loaded.masks
+    assert (loaded.digest_of_bits(), loaded.provenance) == (mask.digest_of_bits(), mask.provenance)
     assert isinstance(loaded.masks, PackedMasks)
     held = sum(bits.numel() for bits in loaded.masks.packed.values())
     assert held <= mask.total / 8 + len(mask.masks)

@@ -11,6 +11,7 @@ from tiny import tiny_folder
 
 import leap_pl
 from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
+from leap_pl.masks.bits import PackedMasks
 from leap_pl.prior import Prior
 from leap_pl.training.finite import NonFiniteError
 
@@ -33,6 +34,8 @@ def test_it_learns_what_the_command_line_learns_bit_for_bit(
     settings = {"max_steps": 6, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
     trainer(**settings).fit(module, data(text_file))
     learned = module.mask_set()
+    assert module.prior is not None
+    assert isinstance(module.prior.masks, PackedMasks)  # held to the end of the run
     exported = MaskSet.load(finished.mask)
     assert sorted(learned.masks) == sorted(exported.masks)
     for name, mask in exported.masks.items():
