@@ -15,6 +15,7 @@ from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.base_model.weights import Weight, decoder_blocks, find_weights, model_fingerprint
 from leap_pl.errors import UserError, listing
 from leap_pl.kernels.precision import full_float32
+from leap_pl.masks.bits import PackedMasks, pack
 from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions
 from leap_pl.masks.patterns import NM, Pattern, Unstructured
 from leap_pl.oneshot.allocation import OwlOptions, owl_sparsities
@@ -179,16 +180,13 @@ def prune(
             FALLBACK,
         )
     if patterns is not None:
-        total = sum(m.numel() for m in run.masks.values())
-        kept = sum(int(m.sum()) for m in run.masks.values())
-        provenance = replace(provenance, sparsity=round(1 - kept / total, 6))
+        provenance = replace(provenance, sparsity=round(MaskSet(run.masks(), provenance).sparsity, 6))
     if mask is not None:
         update_config = {"method": method, "target": "layer", **config}
         update_config.pop("pattern")
         masks = mask.with_provenance(config={**mask.provenance.config, "weight_update": update_config})
     else:
-        ordered = {name: run.masks[name] for name in weights}
-        masks = MaskSet(ordered, replace(provenance, config=config))
+        masks = MaskSet(run.masks(), replace(provenance, config=config))
     return Pruned(masks, run.errors, run.dampings, run.unseen, time.monotonic() - started)
 
 
@@ -207,7 +205,8 @@ class _Run:
     ) -> None:
         self.method, self.pattern, self.patterns = method, pattern, patterns
         self.options, self.mask, self.update = options, mask, update
-        self.masks = {n: torch.ones(w.parameter.shape, dtype=torch.bool, device="cpu") for n, w in weights.items()}
+        self.shapes = {name: tuple(weight.parameter.shape) for name, weight in weights.items()}
+        self.bits: dict[str, Tensor] = {}
         self.errors: dict[str, float] = {}
         self.dampings: dict[str, float] = {}
         self.unseen: list[str] = []
@@ -215,6 +214,9 @@ class _Run:
     @full_float32()
     def block(self, matrices: Sequence[Matrix], statistics: Mapping[str, InputStatistics], shown: Any = None) -> None:
         """Prune the matrices of one block and write the results into the model."""
+        names = {matrix.weight.name for matrix in matrices}
+        masks = {name: torch.empty(self.shapes[name], dtype=torch.bool, device="cpu") for name in names}
+        given = {} if self.mask is None else {name: self.mask.masks[name] for name in names}
         for matrix in matrices:
             pattern = self.pattern if self.patterns is None else self.patterns[matrix.name]
             dense_OI = matrix.dense()
@@ -223,8 +225,9 @@ class _Run:
                     f"{matrix.name} holds NaN or infinity. Check the model's file, or load another --dtype."
                 )
             found = statistics.get(matrix.name)
-            solution = self._solve(matrix, dense_OI, found, pattern)
-            matrix.view(self.masks[matrix.weight.name]).copy_(solution.mask)
+            given_OI = matrix.view(given[matrix.weight.name]).to(dense_OI.device) if given else None
+            solution = self._solve(matrix, dense_OI, found, pattern, given_OI)
+            matrix.view(masks[matrix.weight.name]).copy_(solution.mask)
             if found is None and not self.update:
                 continue
             place_OI = matrix.view(matrix.weight.parameter)
@@ -237,9 +240,20 @@ class _Run:
                 logger.debug("%s: layer error %.5f", matrix.name, error)
                 if shown is not None:
                     shown.set_postfix_str(f"{matrix.weight.projection} error {error:.4f}", refresh=sys.stderr.isatty())
+        self.bits |= {name: pack(mask) for name, mask in masks.items()}
 
-    def _solve(self, matrix: Matrix, dense_OI: Tensor, found: InputStatistics | None, pattern: Pattern) -> Solution:
-        given_OI = None if self.mask is None else matrix.view(self.mask.masks[matrix.weight.name]).to(dense_OI.device)
+    def masks(self) -> PackedMasks:
+        """Return the masks of all blocks, in the order of the weights."""
+        return PackedMasks({name: self.bits[name] for name in self.shapes}, self.shapes)
+
+    def _solve(
+        self,
+        matrix: Matrix,
+        dense_OI: Tensor,
+        found: InputStatistics | None,
+        pattern: Pattern,
+        given_OI: Tensor | None,
+    ) -> Solution:
         unseen = found is None and self.method.needs is not None
         if unseen:
             self.unseen.append(matrix.name)

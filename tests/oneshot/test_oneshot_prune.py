@@ -16,11 +16,12 @@ from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForC
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
+from leap_pl.masks.bits import PackedMasks
 from leap_pl.masks.patterns import NM, Pattern, Unstructured
 from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
 from leap_pl.oneshot.fisher import FisherOptions
 from leap_pl.oneshot.methods import METHODS
-from leap_pl.oneshot.prune import prune
+from leap_pl.oneshot.prune import _Run, prune
 from leap_pl.oneshot.sparsegpt import SparseGPTOptions
 from leap_pl.oneshot.walk import WalkOptions
 
@@ -261,6 +262,29 @@ def test_weights_for_a_given_mask(family: str, tmp_path: Path) -> None:
         expected = tiny_model(family)(input_ids=blocks_NT).logits
         distance = [float((m(input_ids=blocks_NT).logits - expected).square().mean()) for m in (plain, model)]
     assert distance[1] < distance[0]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_masks_are_bits_as_soon_as_their_block_is_pruned(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, block = [], _Run.block
+
+    def counted(run: _Run, *arguments: Any) -> None:
+        block(run, *arguments)
+        held.append(sum(bits.nbytes for bits in run.bits.values()))
+
+    monkeypatch.setattr(_Run, "block", counted)
+    masks = prune(tiny_model("mixtral"), tokens(), method=method, progress=False).masks
+    assert isinstance(masks.masks, PackedMasks)
+    each = masks.total // 8 // len(held)
+    assert held == [each * (index + 1) for index in range(len(held))]
+
+
+def test_a_given_mask_is_unpacked_once_for_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = prune(tiny_model("mixtral"), tokens(), method="wanda", progress=False).masks
+    unpacked, read = [], PackedMasks.__getitem__
+    monkeypatch.setattr(PackedMasks, "__getitem__", lambda masks, name: unpacked.append(name) or read(masks, name))
+    prune(tiny_model("mixtral"), tokens(), method="admm", mask=mask, progress=False)
+    assert sorted(unpacked) == sorted(mask.masks)
 
 
 # -- what is refused ----------------------------------------------------------------------------------------
