@@ -60,7 +60,7 @@ package: $(VENV)/.installed-dev ## The sdist and the wheel in dist/, checked, an
 assets: $(VENV)/.installed ## The embedded model and text: assets/SmolLM2-135M-Instruct, assets/wikipedia
 	@$(BIN)/python -m experiments.assets quickstart
 
-assets-eval: $(VENV)/.installed ## The zero-shot tasks, for evaluation without a hub: assets/tasks, assets/howto
+assets-eval: $(VENV)/.installed ## The zero-shot tasks, for evaluation without a hub: assets/tasks, assets/howto, assets/science
 	@$(BIN)/python -m experiments.assets eval
 
 assets-mixture: $(VENV)/.installed ## A text of several kinds, to learn on: assets/brown, assets/manuals, assets/mixture

@@ -3,7 +3,7 @@
 ::
 
     python -m experiments.assets quickstart      # assets/SmolLM2-135M-Instruct/, assets/wikipedia/
-    python -m experiments.assets eval            # assets/tasks/, assets/howto/
+    python -m experiments.assets eval            # assets/tasks/, assets/howto/, assets/science/
     python -m experiments.assets mixture         # assets/brown/, assets/manuals/, assets/mixture/
     python -m experiments.assets gemma           # assets/gemma-3-270m/
     python -m experiments.assets qwen            # assets/Qwen2.5-Coder-1.5B-Instruct/

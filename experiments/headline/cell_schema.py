@@ -55,14 +55,21 @@ class Cell(TypedDict):
     overlap: Overlap | None
 
 
-def checked_cell(result: dict[str, Any], roles: tuple[str, ...]) -> dict[str, Any]:
-    """Return the ``cell`` of ``result``, whose texts of ``roles`` are all measured.
+def checked_cell(result: dict[str, Any], roles: tuple[str, ...], unmeasured: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the ``cell`` of ``result``, which has texts of ``roles``, and all of whose texts are measured.
+
+    Args:
+        result: What the file holds.
+        roles: Texts that it has.
+        unmeasured: Texts that need not be measured.
 
     Raises:
         ValueError: Something is missing or has another type or range; the message is one line that names it.
     """
     cell: dict[str, Any] = checked(_schema(), result["cell"])
-    for role in roles:
+    for role in dict.fromkeys((*roles, *cell["texts"])):
+        if role in unmeasured:
+            continue
         if role not in cell["texts"] or cell["texts"][role]["text"] not in result["perplexity"]:
             raise ValueError(f"it lacks the perplexity on the text of '{role}'")
     return cell

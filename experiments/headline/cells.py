@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.headline.experiment import ROLES
 from leap_pl.evaluation.record import read_result, write_result
 from leap_pl.files import atomic_file
 from leap_pl.oneshot.methods import DEFAULT, METHODS, method_named
@@ -98,6 +99,7 @@ def _told(progress: "Progress", cell: "Cell", steps: "list[Step]") -> dict[str, 
 
 def _shown(experiment: "Experiment", cell: "Cell") -> dict[str, Any]:
     """How the experiment of today names ``cell`` and where it puts it in the report."""
+    texts = experiment.texts
     return {
         "name": cell.name,
         "row": cell.row,
@@ -108,8 +110,8 @@ def _shown(experiment: "Experiment", cell: "Cell") -> dict[str, Any]:
         "text": cell.text,
         "baseline": cell.baseline,
         "reference": cell.reference,
-        "about": cell.model.about,
-        "texts": {role: {"text": text.text, "title": text.title or role} for role, text in experiment.texts.items()},
+        "about": [*cell.model.about, *filter(None, (texts[role].about for role in cell.texts))],
+        "texts": {role: {"text": texts[role].text, "title": texts[role].title or role} for role in ROLES + cell.texts},
     }
 
 

@@ -15,6 +15,7 @@ from leap_pl.errors import UserError, listing
 
 NAME = r"[a-z0-9][a-z0-9._-]*"
 MODEL_KEYS = {"base_model", "about", "evaluate", "prune", "target", "rows"}
+LISTS = ("sparsity", "best_of", "texts")  # of a row
 MAPPINGS = ("texts", "rows", "learn", "evaluate", "tasks", "prune", "models")
 KEYS = MODEL_KEYS | {"texts", "tasks", "tasks_at", "learn", "models"}
 
@@ -30,7 +31,9 @@ def read_experiment(path: str | Path) -> Experiment:
     _check(told, str(path), KEYS, {"base_model", "texts", "rows", "learn"})
     _check_mappings(told, MAPPINGS, str(path))
     _check(told["learn"], f"learn in {path}", {"config", "tokens", "checkpoint_tokens"}, {"config", "tokens"})
-    _check(told["texts"], f"texts in {path}", set(ROLES), set(ROLES))
+    _check(told["texts"], f"texts in {path}", told["texts"], set(ROLES))
+    for role in told["texts"]:
+        _check_name(str(role), f"text {role} in {path}")
     tokens = _positive(told["learn"]["tokens"], f"learn.tokens in {path}")
     saved = _positive(told["learn"].get("checkpoint_tokens", tokens), f"learn.checkpoint_tokens in {path}")
     experiment = Experiment(
@@ -126,6 +129,10 @@ def _row(name: str, told: dict[str, Any], where: str) -> Row:
             f"sparsity of {where} is {sparsity!r}. Give a list of numbers between 0 and 1, as in [0.5, 0.6]."
         )
     for settings in (told, *told.get("each", {}).values()):
+        for key in ("best_of", "texts"):
+            names = settings.get(key, [])
+            if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+                raise UserError(f"{key} of {where} is {names!r}. Give a list of names, as in [name].")
         if isinstance(settings.get("fit"), dict):
             settings["fit"] = _respelled(settings["fit"], f"fit of {where}")
         if "tokens" in settings:
@@ -135,7 +142,7 @@ def _row(name: str, told: dict[str, Any], where: str) -> Row:
         if not isinstance((settings.get("prune") or {}).get("pattern", ""), str):
             # YAML reads 2:4 as a time of day: 124 minutes.
             raise UserError(f'pattern of {where} is {settings["prune"]["pattern"]!r}. Put it in quotes: "2:4".')
-    lists: dict[str, Any] = {key: tuple(told[key]) for key in ("sparsity", "best_of") if key in told}
+    lists: dict[str, Any] = {key: tuple(told[key]) for key in LISTS if key in told}
     row = Row(**(told | lists))
     if row.prune is not None and row.fit is not None:
         raise UserError(f"{where} has both prune and fit. A cell is made by one of them: choose.")
@@ -161,6 +168,7 @@ def _cell(experiment: Experiment, model: Model, name: str, row: Row, sparsity: f
         sparsity=sparsity,
         table=row.table,
         text=row.text,
+        texts=tuple(row.texts),
         prune=None if row.prune is None else laid_over(model.prune, row.prune),
         fit=row.fit,
         mask=row.mask and beginning + row.mask + ending,
@@ -183,6 +191,11 @@ def _check_needs(cell: Cell, experiment: Experiment, where: str) -> None:
     missing = [name for name in cell.needs if name not in cells]
     if missing:
         raise UserError(f"{cell.name} in {where} needs {listing(missing)}, which no row makes. Add it to a row.")
+    further = set(experiment.texts) - set(ROLES)
+    unknown = sorted(set(cell.texts) - further)
+    if unknown:
+        known = f"Further texts are {listing(sorted(further))}" if further else "It has no further texts"
+        raise UserError(f"{cell.name} in {where} names the text {listing(unknown)}. {known}.")
     if cell.prior and (cell.fit is None or cells[cell.prior].prune is None or cells[cell.prior].best_of):
         raise UserError(
             f"{cell.name} in {where}: a prior is a one-shot row's mask, for a learned row. Name another row."

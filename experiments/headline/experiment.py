@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 UNSTRUCTURED = "unstructured"
-ROLES = ("validation", "like", "unlike")
+ROLES = ("validation", "like", "unlike")  # the texts that an experiment has; it may have more
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,13 @@ class Text:
         text: As ``leap_pl evaluate --perplexity`` takes it.
         max_tokens: Only the first so many tokens of it. None: all.
         title: What tables call it. None: its role.
+        about: A sentence on it that belongs beside every figure.
     """
 
     text: str
     max_tokens: int | None = None
     title: str | None = None
+    about: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Row:
         table: Rows stand in one table with those of their sparsity and the same word here: ``unstructured``, or
             the pattern (``2:4``).
         text: What tables call the text that it reads, if that is not the one of the experiment: another table.
+        texts: Roles of further texts that its perplexity is measured on, beside ``like`` and ``unlike``.
         prune: Options of ``leap_pl prune``, over the experiment's; makes the cell a one-shot one.
         fit: Settings of ``leap_pl fit``, over the shared config; makes it a learned one.
         mask: (with fit) The row whose mask of the same sparsity stays as it is, while weights are trained; the settings
@@ -74,6 +77,7 @@ class Row:
     sparsity: tuple[float, ...] = ()
     table: str = UNSTRUCTURED
     text: str | None = None
+    texts: tuple[str, ...] = ()
     prune: dict[str, Any] | None = None
     fit: dict[str, Any] | None = None
     mask: str | None = None
@@ -101,6 +105,7 @@ class Cell:
     sparsity: float | None
     table: str
     text: str | None
+    texts: tuple[str, ...]
     prune: dict[str, Any] | None
     fit: dict[str, Any] | None
     mask: str | None
@@ -124,7 +129,7 @@ class Experiment:
 
     Attributes:
         texts: Role → text: ``like`` and ``unlike`` the calibration text, and ``validation``, by which ``best_of``
-            chooses.
+            chooses. Texts of other roles are measured of the rows that name them.
         tasks: Zero-shot task → limit of questions (of a group: of each of its tasks; None: all).
         tasks_at: Sparsities at which they are measured; 0 is the dense model.
         learn: The shared config of ``leap_pl fit``, as it is written.

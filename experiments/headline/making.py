@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from experiments.headline.measured import ROLES, Measured, by_model
+from experiments.headline.measured import Measured, by_model, titles_of
 from experiments.headline.tables import cost_table
 from leap_pl.base_model.prefix import in_words
 from leap_pl.errors import listing
@@ -43,11 +43,12 @@ def write_page(path: Path, parts: Sequence[str]) -> None:
 
 def _protocol(found: Sequence[Measured]) -> Iterator[str]:
     yield "## Protocol"
-    for role in ROLES:
+    for role, title in titles_of(found).items():
         said: dict[str, list[str]] = {}
         for model, rows in by_model(found).items():
-            said.setdefault(_perplexity_protocol(rows[0], role), []).append(model)
-        title = found[0].cell["texts"][role]["title"]
+            measured = next((row for row in rows if role in row.titles), None)
+            if measured is not None:
+                said.setdefault(_perplexity_protocol(measured, role), []).append(model)
         for words, models in said.items():
             yield f"Perplexity, {title}{f', {listing(models)}' if len(said) > 1 else ''}: {words}"
     scores: dict[str, dict[str, Any]] = {}

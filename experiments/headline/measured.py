@@ -12,7 +12,8 @@ from leap_pl.comparison.entries import Entry, check_protocols, entry_of_result
 from leap_pl.errors import UserError
 from leap_pl.evaluation.record import read_result
 
-ROLES = ("like", "unlike")  # the calibration text
+VALIDATION = "validation"
+ROLES = ("like", "unlike")  # the calibration text; every cell is measured on them
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Measured:
         made = self.result["config"].get("dtype") if self.has_config else self.cell["settings"].get("dtype")
         return [dtype for dtype in (made, self.result["model"]["dtype"]) if dtype is not None]
 
+    @property
+    def titles(self) -> dict[str, str]:
+        """Role → what tables call the text, of the texts that tables show: ROLES first, then further ones."""
+        texts = self.cell["texts"]
+        return {role: texts[role]["title"] for role in dict.fromkeys((*ROLES, *texts)) if role != VALIDATION}
+
     def perplexity(self, role: str) -> dict[str, Any]:
         """What was measured on the text of ``role``."""
         return dict(self.result["perplexity"][self.cell["texts"][role]["text"]])
@@ -72,7 +79,7 @@ def read_cells(folder: Path) -> list[Measured]:
         if "cell" not in result:
             raise UserError(f"{path} is a result, but of no cell of the experiment. Take it out of {folder}.")
         try:
-            result["cell"] = checked_cell(result, ROLES)
+            result["cell"] = checked_cell(result, ROLES, (VALIDATION,))
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}. Make the cell again, or take the file out.") from error
         found.append(Measured(result, _entry(path, result), result["cell"]))
@@ -100,7 +107,8 @@ def _entry(path: Path, result: dict[str, Any]) -> Entry:
         if cell["sparsity"] is None
         else f"{cell['title']}, {_heading(cell['sparsity'], cell['table'], cell.get('text'))}"
     )
-    texts = {cell["texts"][role]["title"]: told.perplexity[cell["texts"][role]["text"]] for role in ROLES}
+    shown = [text for role, text in cell["texts"].items() if role != VALIDATION]
+    texts = {text["title"]: told.perplexity[text["text"]] for text in shown}
     return replace(told, label=label, method=cell["title"], perplexity=texts)
 
 
@@ -170,17 +178,26 @@ class Group:
     def gap_closed(self, row: Measured, role: str) -> float | None:
         """(reference − row) / (reference − dense) in perplexity.
 
-        None for the dense model and the baselines, or where the reference or the dense model is not there.
+        None for the dense model and the baselines, or where the reference or the dense model is not there, or one of
+        the three was not measured on that text.
         """
         reference = self.reference
         if reference is None or self.dense is None or row is self.dense or row.cell["baseline"]:
             return None
-        far, near, dense = (float(m.perplexity(role)["value"]) for m in (reference, row, self.dense))
+        three = (reference, row, self.dense)
+        if not all(role in m.titles for m in three):
+            return None
+        far, near, dense = (float(m.perplexity(role)["value"]) for m in three)
         return (far - near) / (far - dense)
 
 
 def _validation(measured: Measured) -> float:
-    return float(measured.perplexity("validation")["value"])
+    return float(measured.perplexity(VALIDATION)["value"])
+
+
+def titles_of(found: Sequence[Measured]) -> dict[str, str]:
+    """Role → what tables call the text, of all texts that tables of ``found`` show."""
+    return {role: title for measured in found for role, title in measured.titles.items()}
 
 
 def groups(found: Sequence[Measured]) -> list[Group]:

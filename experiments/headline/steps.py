@@ -182,6 +182,10 @@ class Steps:
             self._evaluate(cell, made, f"perplexity-{most or 'all'}", {"perplexity": texts, "max_tokens": most}, texts)
             for most, texts in by_length.items()
         ]
+        for role in cell.texts:
+            text = experiment.texts[role]
+            what = {"perplexity": [text.text], "max_tokens": text.max_tokens}
+            steps.append(self._evaluate(cell, made, f"text-{role}-{text.max_tokens or 'all'}", what, [text.text]))
         by_limit: dict[int | None, list[str]] = {}
         for task, limit in experiment.tasks.items() if cell.tasks else ():
             by_limit.setdefault(limit, []).append(task)

@@ -1,9 +1,9 @@
 """The tables of the report, in Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from experiments.headline.experiment import UNSTRUCTURED
-from experiments.headline.measured import ROLES, Group, Measured, by_model, groups
+from experiments.headline.measured import Group, Measured, by_model, groups, titles_of
 from leap_pl.comparison.differences import (
     Difference,
     accuracy_difference,
@@ -26,15 +26,14 @@ KEY = (
 
 def main_table(group: Group) -> str:
     """One row a method: what it learned from, perplexities and mean accuracy."""
-    titles = [group.rows[0].cell["texts"][role]["title"] for role in ROLES]
-    tasks = shared_tasks(group.entries)
+    titles, tasks = titles_of(group.rows), shared_tasks(group.entries)
     heading = ["method", "sparsity, %", "training tokens"]
-    heading += [f"perplexity, {title}" for title in titles]
+    heading += [f"perplexity, {title}" for title in titles.values()]
     heading += [f"mean accuracy of {len(tasks)}, %"] * bool(tasks)
     rows = []
     for m in [*([group.dense] if group.dense else []), *group.rows]:
         row = [m.title + " *" * bool(m.cell["reference"]), f"{100 * m.entry.sparsity:.2f}", _tokens(m)]
-        rows.append([*row, *_perplexities(m), *[_accuracy(m, tasks)] * bool(tasks)])
+        rows.append([*row, *_perplexities(m, titles), *[_accuracy(m, tasks)] * bool(tasks)])
     return markdown(heading, rows)
 
 
@@ -43,7 +42,7 @@ def difference_table(group: Group) -> str:
 
     Beside each difference is the part of the reference's gap that is closed, where the group has a reference.
     """
-    titles = {role: group.rows[0].cell["texts"][role]["title"] for role in ROLES}
+    titles = titles_of([m for m in group.rows if not m.cell["baseline"]])
     gaps = bool(group.reference and group.dense)
     tasks, names = shared_tasks(group.entries), {m.entry.label: m.title for m in group.rows}
     rows = []
@@ -95,7 +94,8 @@ def overview_table(found: Sequence[Measured]) -> str:
     scored = [m.entry for m in found if m.entry.tasks]
     tasks = shared_tasks(scored) if scored else []
     heading = ["model", "sparsity, %", "method"]
-    heading += [f"perplexity, {found[0].cell['texts'][role]['title']}" for role in ROLES]
+    titles = titles_of(found)
+    heading += [f"perplexity, {title}" for title in titles.values()]
     heading += [f"mean accuracy of {len(tasks)}, %"] * bool(tasks)
     heading += ["training tokens", "minutes", "seed", "data types"]
     texts = any(m.cell.get("text") is not None for m in found)
@@ -108,7 +108,7 @@ def overview_table(found: Sequence[Measured]) -> str:
                 shown += [m for m in (group.best_baseline, *group.best_learned_by_tokens) if m is not None]
         for m in shown:
             seconds = _seconds_in_all(m, cells)
-            row = [model, f"{100 * (m.cell['sparsity'] or 0):g}", m.title, *_perplexities(m)]
+            row = [model, f"{100 * (m.cell['sparsity'] or 0):g}", m.title, *_perplexities(m, titles)]
             row += [_accuracy(m, tasks)] * bool(tasks)
             row += [_tokens(m), "" if seconds is None else f"{seconds / 60:.0f}", str(m.result.get("seed", ""))]
             text = "" if m.is_dense else m.cell.get("text") or m.cell["texts"]["like"]["title"].split(" (")[0]
@@ -126,9 +126,9 @@ def _tokens(measured: Measured) -> str:
     return f"{measured.cell['tokens']:,}" if measured.cell["tokens"] else ""
 
 
-def _perplexities(measured: Measured) -> list[str]:
-    figures = [measured.perplexity(role) for role in ROLES]
-    return [_figure(figure["value"], figure["stderr"]) for figure in figures]
+def _perplexities(measured: Measured, roles: Iterable[str]) -> list[str]:
+    figures = [measured.perplexity(role) if role in measured.titles else {} for role in roles]
+    return [_figure(figure.get("value"), figure.get("stderr")) for figure in figures]
 
 
 def _seconds_in_all(measured: Measured, cells: Mapping[str, Measured]) -> float | None:

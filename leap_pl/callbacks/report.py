@@ -122,7 +122,8 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
     training = module.trained
     trained = parameters_of(training.kind, training.settings, module.weights, model, 1 - module.sparsity)
     gib = expected_bytes(module, model, logits, tokens, ranks, trained) / 2**30
-    plan["memory"] = f"about {gib:.1f} GiB on each device" if gib >= 1 else f"about {1024 * gib:.0f} MiB on each device"
+    size = f"{gib:.1f} GiB" if gib >= 1 else f"{1024 * gib:.0f} MiB"
+    plan["memory"] = f"about {size} on each device, without libraries and fragmentation"
     folder, curves = mask_place(trainer), [str(logger.log_dir) for logger in trainer.loggers if logger.log_dir]
     plan["writes"] = f"checkpoints, prior and mask to {folder}" + f"; curves to {', '.join(curves)}" * bool(curves)
     if can_compile(trainer.strategy.root_device):

@@ -267,6 +267,20 @@ def test_howto_passages_are_plain_prose_in_a_fixed_order(monkeypatch, tmp_path):
     assert len(calls) == 2  # what is finished is not made again
 
 
+def test_science_passages_are_each_once_in_a_fixed_order(monkeypatch, tmp_path):
+    items = [{"question": "What?", "support": f"Rocks  of kind {n % 12} sink. \n"} for n in range(20)]
+    items.append({"question": "Who?", "support": " "})
+    name = f"{texts.TASKS_ROOT}sciq/none/validation/data-00000-of-00001.arrow"
+    registry(monkeypatch, ("TASKS", {name: arrow(items)}))
+    first, second = (
+        [row["text"] for row in lines(texts.make_science(tmp_path / place) / "test.jsonl")] for place in ("a", "b")
+    )
+    assert first == second
+    assert sorted(first) == sorted(f"Rocks of kind {n} sink." for n in range(12))
+    assert first != [f"Rocks of kind {n} sink." for n in range(12)]
+    assert "SciQ" in (tmp_path / "a" / "science" / "SOURCES.md").read_text()
+
+
 SAMPLE = """
 
 \tThe/at jury/nn said/vbd :/: ``/`` No/at evidence/nn ''/'' ,/, and/cc ``/`` none/pn ''/'' ./.
