@@ -36,7 +36,7 @@ def test_plan_lines_and_verdict(finished: Run, model_folder, text_file, tmp_path
     )
     assert plan["losses"].endswith("lm 1, budget 7, kept_norm -10 → 0")
     assert "which this run resumes" in plan["prior"]
-    assert re.fullmatch(r"about \d+ MiB on each device, without libraries and fragmentation", plan["memory"])
+    assert re.fullmatch(r"memory\s+about \d+ MiB on each device, without libraries and fragmentation", plan["memory"])
     assert f"{tmp_path / 'checkpoints'}; curves to {tmp_path / 'tensorboard'}" in plan["writes"]
     assert "first step" not in plan  # nothing is compiled
 
