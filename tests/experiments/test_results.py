@@ -210,46 +210,6 @@ def test_other_settings_put_a_learned_cell_away_and_the_old_ones_take_it_back(ag
     assert cells(folder)["leap-60"] == before
 
 
-def test_further_texts_are_measured_of_the_rows_that_name_them(again):
-    folder, ran = again
-    before = {path.name: path.read_bytes() for path in (folder / "docs" / "results" / "cells").glob("*.json")}
-    more = {"text": str(folder / "docs" / "more.jsonl"), "max_tokens": 128, "title": "more", "about": "A third text."}
-    Path(more["text"]).write_text(
-        "".join(json.dumps({"text": f"number {n} " * 20}) + "\n" for n in range(9)), encoding="utf-8"
-    )
-    change(folder / "tiny.yaml", "texts", "more", to=more)
-    for row, share in (("leap", {0.5: {"texts": ["more"]}}), ("admm", {0.5: {"texts": ["more"]}})):
-        change(folder / "tiny.yaml", "rows", row, "each", to=share)
-    change(folder / "tiny.yaml", "rows", "dense", "texts", to=["more"])
-    assert results(folder) == 0
-    measured = ["dense", "admm-50", "leap-50", "other-dense"]  # rows of further models are as those of their names
-    assert verbs(ran) == [("evaluate", name) for name in measured]
-    after = {path.name: path.read_bytes() for path in (folder / "docs" / "results" / "cells").glob("*.json")}
-    assert {name for name in before if before[name] != after[name]} == {f"{name}.json" for name in measured}
-    found, page = cells(folder), (folder / "docs" / "results.md").read_text()
-    value = {name: found[name]["perplexity"][more["text"]]["value"] for name in measured}
-    assert all(found[name]["perplexity"][more["text"]]["tokens"] == 128 for name in measured)
-    assert "A third text." in page.split("\n## ")[0]
-    overview, differences = (rows_below(page, f"| {first} |") for first in ("model", "minus the best baseline"))
-    assert [row["perplexity, more"].split("\N{NO-BREAK SPACE}")[0] for row in overview[:4]] == [
-        f"{value['dense']:.2f}",
-        f"{value['admm-50']:.2f}" if overview[1]["method"] == "admm" else "",
-        "",  # distill-50
-        f"{value['leap-50']:.2f}",
-    ]
-    of_leap = next(row for row in differences if row["minus the best baseline"] == "LEAP, LM")
-    assert of_leap["perplexity, more"].startswith(f"{value['leap-50'] - value['admm-50']:+.2f}")
-    assert "perplexity, more" not in page.split("\n### 60%")[1].split("\n### ")[0]
-    assert "Perplexity, more, llama: the first 128 tokens" in (folder / "docs" / "results" / "making.md").read_text()
-
-
-def rows_below(page, heading):
-    """The rows of the first table whose heading begins so, as mappings."""
-    lines = page[page.index(f"\n{heading}") + 1 :].split("\n\n")[0].splitlines()
-    heads, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    return [dict(zip(heads, row, strict=True)) for row in rows]
-
-
 def test_only_some_cells_and_what_they_need(again, capsys):
     folder, ran = again
     shutil.rmtree(folder / "runs")

@@ -1,12 +1,14 @@
 """The report of the headline experiment: its figures are those of the cells."""
 
+import json
 import re
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import yaml
-from tiny_experiment import SCORED_CELLS, STEP, cells, runner
+from tiny_experiment import SCORED_CELLS, STEP, cells, change, results, runner, verbs
 
 from experiments.headline.__main__ import main
 from experiments.headline.measured import Group, read_cells
@@ -21,10 +23,15 @@ def number(cell):
     return float(re.match(r"[-+]?[\d.,]+", cell)[0].replace(",", ""))
 
 
+def table_rows(page):
+    """The cells of all lines of all tables, headings and rules too."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+
+
 def section(page, heading):
     """The rows of the tables below a heading: first cell → cells, as the page shows them."""
     text = re.split(r"\n###? ", page.split(f"# {heading}\n")[1])[0]
-    parts = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    parts = table_rows(text)
     ends = [n for n, row in enumerate(parts) if row[0] == "---"] + [len(parts) + 1]
     return [{row[0]: row[1:] for row in parts[start + 1 : end - 1]} for start, end in pairwise(ends)]
 
@@ -104,7 +111,7 @@ def test_models_are_apart_below_one_table_of_all(experiment_done):
     assert ours.startswith("llama\n")
     assert other.startswith("other-model\n")
     assert all(sentence in opening for cell in found.values() for sentence in cell["cell"]["about"])
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in opening.splitlines() if line.startswith("|")]
+    rows = table_rows(opening)
     assert [row[:3] for row in rows[2:]] == [
         ["llama", "0", "dense"],
         ["llama", "50", min(("Wanda", "admm"), key=lambda row: mean_of_texts(found[f"{row.lower()}-50"], folder))],
@@ -142,11 +149,49 @@ def test_rows_from_another_text_are_a_table_of_their_own(experiment_done, tmp_pa
     page = (tmp_path / "docs" / "results.md").read_text()
     assert list(section(page, "50%, from prose")[0]) == ["dense", "admm *", "distill"]
     assert "distill" not in section(page, "50%")[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    rows = table_rows(page)
     assert rows[0][-1] == "text"
     assert [(row[2], row[-1]) for row in rows[2:7]] == [
         ("dense", ""), ("Wanda", "alike"), ("LEAP, LM", "alike"), ("admm", "prose"), ("distill", "prose")
     ]  # fmt: skip
+
+
+def test_further_texts_are_measured_of_the_rows_that_name_them(again):
+    folder, ran = again
+    before = {path.name: path.read_bytes() for path in (folder / "docs" / "results" / "cells").glob("*.json")}
+    more = {"text": str(folder / "docs" / "more.jsonl"), "max_tokens": 128, "title": "more", "about": "A third text."}
+    Path(more["text"]).write_text(
+        "".join(json.dumps({"text": f"number {n} " * 20}) + "\n" for n in range(9)), encoding="utf-8"
+    )
+    change(folder / "tiny.yaml", "texts", "more", to=more)
+    for row, share in (("leap", {0.5: {"texts": ["more"]}}), ("admm", {0.5: {"texts": ["more"]}})):
+        change(folder / "tiny.yaml", "rows", row, "each", to=share)
+    change(folder / "tiny.yaml", "rows", "dense", "texts", to=["more"])
+    assert results(folder) == 0
+    measured = ["dense", "admm-50", "leap-50", "other-dense"]  # rows of further models are as those of their names
+    assert verbs(ran) == [("evaluate", name) for name in measured]
+    after = {path.name: path.read_bytes() for path in (folder / "docs" / "results" / "cells").glob("*.json")}
+    assert {name for name in before if before[name] != after[name]} == {f"{name}.json" for name in measured}
+    found, page = cells(folder), (folder / "docs" / "results.md").read_text()
+    value = {name: found[name]["perplexity"][more["text"]]["value"] for name in measured}
+    assert all(found[name]["perplexity"][more["text"]]["tokens"] == 128 for name in measured)
+    assert "A third text." in page.split("\n## ")[0]
+    headings, _, *overview = table_rows(page)
+    shown = {row[2]: row[headings.index("perplexity, more")] for row in overview[:4]}  # at 50%
+    expected = {"dense": value["dense"], "Wanda": None, "admm": value["admm-50"], "distill": None}
+    expected["LEAP, LM"] = value["leap-50"]
+    assert {"dense", "distill", "LEAP, LM"} < set(shown)
+    assert {title: number(cell) if cell else None for title, cell in shown.items()} == {
+        title: expected[title] and pytest.approx(expected[title], abs=0.005) for title in shown
+    }
+    main_rows, differences = section(page, "50%")
+    assert number(main_rows["admm *"][4]) == pytest.approx(value["admm-50"], abs=0.005)
+    assert main_rows["Wanda"][4] == main_rows["distill"][4] == ""
+    assert number(differences["LEAP, LM"][4]) == pytest.approx(value["leap-50"] - value["admm-50"], abs=0.005)
+    gap = (value["admm-50"] - value["leap-50"]) / (value["admm-50"] - value["dense"])
+    assert number(differences["LEAP, LM"][5]) == pytest.approx(100 * gap, abs=0.05)
+    assert "perplexity, more" not in re.split(r"\n### ", page.split("\n### 60%\n")[1])[0]
+    assert "Perplexity, more, llama: the first 128 tokens" in (folder / "docs" / "results" / "making.md").read_text()
 
 
 def mean_of_texts(result, folder):
