@@ -1,4 +1,5 @@
-# `make quickstart`, `make recovered`, `make packed`, `make test`: each sets up what it needs, and can be run again.
+# `make quickstart` and `make test` set up all that they need; `make recovered` and `make packed` use what the quickstart
+# made. Each can be run again.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3.11

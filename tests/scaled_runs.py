@@ -73,6 +73,7 @@ def learn(flags: list[str]) -> dict[str, Any]:
         "metrics": {name: float(value) for name, value in cli.trainer.callback_metrics.items()},
         "held": sum(held(parameter) for parameter in cli.model.parameters()),
         "prior": cli.model.prior is not None,
+        "figures": cli.model.validation.figures(),
     }
 
 

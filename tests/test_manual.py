@@ -1,10 +1,12 @@
 """The manual: its site builds, its Python runs, and the messages that it explains are those of the package."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from conftest import Run
 
-from leap_pl import MaskSet
+from leap_pl import LeapModule, MaskSet
+from leap_pl.losses.objective import Objective
+from leap_pl.prior import Prior
+from leap_pl.training.schedules import Annealing
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,7 +117,8 @@ def test_a_mask_is_read_without_leap_pl(finished: Run, monkeypatch: pytest.Monke
 
 def small(example: str, model: Path, text: Path) -> str:
     """An example on a tiny model, and with fewer and shorter steps."""
-    smaller = {"max_steps=976": "max_steps=2", "max_steps=1000": "max_steps=2", "2048": "32", "batches=4": "batches=1"}
+    smaller = {"max_steps=1000": "max_steps=2", "2048": "32", "batches=4": "batches=1"}
+    smaller |= {"max_steps=244": "max_steps=2", "seq_length=512": "seq_length=32", "batch_size=4": "batch_size=1"}
     for large, little in {**smaller, "Qwen/Qwen2.5-0.5B": str(model), "text.jsonl": str(text)}.items():
         example = example.replace(large, little)
     return example
@@ -123,9 +130,26 @@ def test_a_run_from_python(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))  # the cache of priors
     (example,) = shown("python.md")
-    exec(small(example, model_folder, text_file), {})
+    names: dict[str, Any] = {}
+    exec(small(example, model_folder, text_file), names)
     mask = MaskSet.load("mask.safetensors")
     assert mask.kept == mask.total // 2
+    assert_is_recipe("short", example, names["module"])
+
+
+def assert_is_recipe(name: str, example: str, module: LeapModule) -> None:
+    """What the page says of its example."""
+    recipe = yaml.safe_load((ROOT / "leap_pl" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
+    model, data = recipe["model"], recipe["data"]
+    gate = [f"{key}={value}" for key, value in model["gate"]["init_args"].items()]
+    assert f"partial({model['gate']['class_path']}, {', '.join(gate)})" in example
+    assert module.sparsity == model["sparsity"]
+    assert module.objective == Objective(**model["objective"])
+    assert module.annealing == Annealing.of(model["annealing"])
+    assert module.hparams["prior"] == asdict(Prior(**model["prior"]))
+    for key, value in data.items():
+        assert f"{key}={json.dumps(value)}" in example
+    assert f"max_steps={recipe['trainer']['max_steps']}" in example
 
 
 def test_the_run_of_the_readme_is_set_up(model_folder: Path, text_file: Path) -> None:

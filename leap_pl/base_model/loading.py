@@ -3,7 +3,7 @@
 import pickle
 import re
 import time
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from leap_pl.base_model.gguf_structure import GgufFile, read_structure
 from leap_pl.base_model.model_sizes import check_settings, check_skeleton
 from leap_pl.base_model.stored_weights import PACKED_METHOD, StoredWeights, check_sizes, read_settings, read_shapes
+from leap_pl.base_model.weights import STORED, model_fingerprint
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.hub import check_reachable
 from leap_pl.inputs.plain_values import shown
@@ -66,6 +67,13 @@ def load_model(
     Raises:
         UserError: The model does not exist, or cannot be reached or read.
     """
+    load = _load_float16 if dtype == "float16" else partial(_load, dtype=dtype)
+    return load(name, revision=revision, dropout=dropout, memory=memory, trust_remote_code=trust_remote_code)
+
+
+def _load(
+    name: str, *, revision: str | None, dtype: Dtype, dropout: bool, memory: Memory, trust_remote_code: bool
+) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM, GgufConfig
 
     folder, gguf_file = _locate(name)
@@ -96,11 +104,36 @@ def load_model(
                 output_loading_info=True,
             )
             _check_complete(found, name)
-            # transformers refuses to save a model loaded from a GGUF file, so its weights move to an ordinary model.
-            model = AutoModelForCausalLM.from_config(config, dtype=resolved)
-            model.load_state_dict(quantised.state_dict())
+            # transformers refuses to save a model loaded from a GGUF file, so its weights move to an ordinary model:
+            # one without weights of its own, since initialising and copying them takes twice the memory and a while.
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=resolved)
+            model.load_state_dict(quantised.state_dict(), assign=True)
+            _take_buffers(model, quantised)
+            model.tie_weights()
             model.generation_config = quantised.generation_config
     return model.eval()
+
+
+def _take_buffers(model: "PreTrainedModel", other: "PreTrainedModel") -> None:
+    """Give ``model`` the buffers of ``other`` that a state dict does not have, such as the rotary frequencies."""
+    stored = model.state_dict().keys()
+    for name, buffer in other.named_buffers():
+        if name not in stored:
+            owner, _, tensor = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(tensor, buffer, persistent=False)
+
+
+def _load_float16(name: str, **options: Any) -> "PreTrainedModel":
+    """Load a model in float16, with the fingerprint of its weights as they are stored.
+
+    float16 rounds what is small in bfloat16, so that the fingerprint of the rounded weights would be another model's.
+    """
+    stored = _load(name, dtype="auto", **options)
+    model = stored if stored.dtype == torch.float16 else _load(name, dtype="float16", **options)
+    if model is not stored:
+        setattr(model, STORED, model_fingerprint(stored))
+    return model
 
 
 def is_packed_config(config: "PreTrainedConfig") -> bool:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from leap_pl.errors import UserError, listing
 
 FINGERPRINT_SAMPLES = 4096  # elements hashed of each tensor: all of a tiny one, evenly spaced in a large one
+STORED = "_fingerprint_as_stored"  # attribute of a model in float16, which loses the small bits of other types
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,8 @@ def _kind(module: nn.Module) -> str:
 
 
 def _is_projection(weight: Weight, parameter: nn.Parameter) -> bool:
+    if isinstance(weight.module, nn.Conv1d):  # (channel, 1, tap): three dimensions, and no experts
+        return False
     linear = isinstance(weight.module, nn.Linear) or _kind(weight.module) == "Conv1D"
     return (linear and weight.tensor == "weight") or parameter.ndim == 3
 
@@ -245,7 +248,11 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 def model_fingerprint(model: nn.Module) -> str:
     """Return the fingerprint of all weights (two or more dimensions) inside the decoder blocks of ``model``.
 
-    It covers gated and other weights, each under its own name, and so does not depend on ``targets``.
+    It covers gated and other weights, each under its own name, and so does not depend on ``targets``. A model that
+    :func:`leap_pl.base_model.loading.load_model` has rounded to float16 has the one of its files.
     """
+    stored = getattr(model, STORED, None)
+    if stored is not None:
+        return str(stored)
     prefix, _ = decoder_blocks(model)
     return fingerprint({name: weight for name, *_, weight in _weights_of(model) if name.startswith(f"{prefix}.")})

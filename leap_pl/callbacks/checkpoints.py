@@ -109,21 +109,22 @@ class Checkpoints(SavingCheckpoint):
         self.signals.install()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove an earlier run that is replaced, and link ``last.ckpt`` to the checkpoint to resume from."""
+        """Remove an earlier run that is replaced."""
         for leftover in self._replaced:  # not before all checks of the new run have passed
             leftover.remove()
         self._replaced = []
-        if self.save_last == "link" and trainer.ckpt_path is not None and trainer.is_global_zero:
-            link_last(Path(str(self.dirpath)), Path(trainer.ckpt_path))
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Install the signal handlers again: Lightning has replaced them with its own, which write no checkpoint."""
         self.signals.install()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate, if the run was stopped before a validation that was due."""
+        """Link ``last.ckpt`` to the checkpoint that the run resumes from; validate, if a validation was due then."""
         if self.force is None:  # without a command line, only fit() gets the path of the checkpoint
             self._look_for_earlier_run(trainer, trainer.ckpt_path)
+        # Not on_fit_start: Lightning loads the checkpoint of a sharded run after it, and sets its path then.
+        if self.save_last == "link" and trainer.ckpt_path is not None and trainer.is_global_zero:
+            link_last(Path(str(self.dirpath)), Path(trainer.ckpt_path))
         super().on_train_start(trainer, pl_module)
         slurm = requeuing(trainer)
         self.signals.install(*([slurm.requeue_signal] if slurm and slurm.requeue_signal else []))

@@ -52,33 +52,50 @@ class MaskExport(L.Callback):
         if stage == "fit":
             pl_module.run_prior.folders.append(self.place(trainer))
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the priors, if there are any; a resumed run leaves existing files as they are."""
-        assert isinstance(pl_module, LeapModule)
-        if trainer.is_global_zero:
-            for form, prior in pl_module.run_prior.masks.items():
-                path = self.place(trainer) / prior_file(form)
-                if pl_module.run_prior.resumed is None or not path.exists():
-                    prior.save(path)
-
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Rename the mask of an earlier run when learning begins, so that it cannot be mistaken for this run's."""
+        """Write the priors when learning begins, and rename the mask of an earlier run, which is then not this run's.
+
+        Not before: until then the run can be refused, and must leave another run's files as they are.
+        """
+        assert isinstance(pl_module, LeapModule)
         if self._begun:
             return
         self._begun = True
-        for name, earlier in EARLIER.items():
-            path = self.place(trainer) / name
-            if trainer.is_global_zero and trainer.global_step < trainer.max_steps and path.exists():
-                path.replace(path.with_name(earlier))
-                rank_zero_info(f"mask: {path} is from an earlier run, and was renamed to {earlier}.")
+        if trainer.is_global_zero:
+            self._write_priors(trainer, pl_module)
+            self._set_aside(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the learned mask, if the run is finished."""
         assert isinstance(pl_module, LeapModule)
-        if trainer.global_step < trainer.max_steps:
-            return
+        if trainer.global_step >= trainer.max_steps:
+            self._write_mask(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the mask of a finished run that has lost it: Lightning trains no step, and calls no other hook."""
+        assert isinstance(pl_module, LeapModule)
+        if trainer.global_step >= trainer.max_steps and self.written is None:
+            if trainer.is_global_zero:
+                self._set_aside(trainer)
+            self._write_mask(trainer, pl_module)
+
+    def _write_priors(self, trainer: L.Trainer, module: LeapModule) -> None:
+        """Write the priors, if there are any; a resumed run leaves existing files as they are."""
+        for form, prior in module.run_prior.masks.items():
+            path = self.place(trainer) / prior_file(form)
+            if module.run_prior.resumed is None or not path.exists():
+                prior.save(path)
+
+    def _set_aside(self, trainer: L.Trainer) -> None:
+        for name, earlier in EARLIER.items():
+            path = self.place(trainer) / name
+            if path.exists():
+                path.replace(path.with_name(earlier))
+                rank_zero_info(f"mask: {path} is from an earlier run, and was renamed to {earlier}.")
+
+    def _write_mask(self, trainer: L.Trainer, pl_module: LeapModule) -> None:
         path = self.place(trainer) / MASK
         kept, total = pl_module.save_mask(path)
         self.written = (path, 1 - kept / total)

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from leap_pl.escape import say
+from leap_pl.gates import FixedGate
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import TOTAL
 from leap_pl.training.module import LeapModule
@@ -66,7 +67,7 @@ class StepProgress(ProgressBar):
             if self.bar is not None:
                 self.bar.leave = False
                 self.bar.close()
-                self._draw(trainer, "learning the mask")
+                self._draw(trainer, _doing(pl_module))
         if self.bar is None:
             self._print_if_due(trainer, pl_module)
             return
@@ -85,7 +86,7 @@ class StepProgress(ProgressBar):
         assert isinstance(pl_module, LeapModule)
         if self.bar is not None:
             self.bar.set_postfix_str(_values(pl_module), refresh=False)
-            self.bar.set_description("learning the mask")
+            self.bar.set_description(_doing(pl_module))
         elif self.enabled and self._measured is not None:
             self._print(trainer, pl_module)
 
@@ -126,6 +127,14 @@ class StepProgress(ProgressBar):
             left = f", {tqdm.format_interval(seconds)} left"
         self._shown = (step, now)
         say(f"step {step:,} of {trainer.max_steps:,}{left}: {_values(module)}", sys.stderr)
+
+
+def _doing(module: L.LightningModule) -> str:
+    """Return what learns, for the bar."""
+    assert isinstance(module, LeapModule)
+    if isinstance(module.gates.first, FixedGate):
+        return "training the weights"
+    return "learning mask and weights" if module.trained else "learning the mask"
 
 
 def _values(module: LeapModule) -> str:

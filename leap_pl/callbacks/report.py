@@ -49,12 +49,15 @@ class RunReport(L.Callback):
             pl_module.when_loaded.append(lambda model: self._print_plan(trainer, pl_module, model))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the plan; in a resumed run set the perplexity of the prior, which its checkpoint holds."""
-        assert isinstance(pl_module, LeapModule)
-        pl_module.validation.start = self._start
+        """Log the plan."""
         _log_text(
             trainer, "plan", "\n".join(f"- {markdown(name)}: {markdown(line)}" for name, line in self.plan.items())
         )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Set the perplexity of the prior, which the checkpoint of a resumed run holds, and which is loaded by now."""
+        assert isinstance(pl_module, LeapModule)
+        pl_module.validation.start = self._start
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the perplexity of the prior, for checkpoints."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from leap_pl.callbacks.density_picture import draw_densities
 from leap_pl.distributed.shards import gathered
 from leap_pl.errors import UserError
+from leap_pl.gates import FixedGate
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import TOTAL
 from leap_pl.masks import split_name
@@ -98,6 +99,7 @@ class SparsityLogger(L.Callback):
         self.samples = samples
         self.prior_bits: dict[str, Tensor] = {}
         self.last_bits: dict[str, Tensor] = {}
+        self.last_stride: int | None = None  # of last_bits, which a run with other ``samples`` may have taken
         self.last_kept: dict[str, float] = {}  # sum of the relaxed mask by weight
         self.last_step = -1
         self.warned: set[str] = set()
@@ -188,13 +190,14 @@ class SparsityLogger(L.Callback):
         metrics |= _densities(
             "hard", {n: int(b.sum()) for n, b in bits.items()}, {n: b.numel() for n, b in bits.items()}
         )
-        self._warn_of_extremes(bits, 1 - module.sparsity)
+        if not isinstance(module.gates.first, FixedGate):  # of which no setting of the run says anything
+            self._warn_of_extremes(bits, 1 - module.sparsity)
         metrics |= _movements(module.trained.movements())
         if self.prior_bits:
             metrics["mask/changed_from_prior"] = _difference(bits, self.prior_bits)
-        if self.last_bits:
+        if self.last_bits and self.last_stride == self.stride:
             metrics["mask/changed_since_last_log"] = _difference(bits, self.last_bits)
-        self.last_bits = bits
+        self.last_bits, self.last_stride = bits, self.stride
         return metrics
 
     def _warn_of_extremes(self, bits: dict[str, Tensor], target: float) -> None:
@@ -242,11 +245,12 @@ class SparsityLogger(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the bits of the last log, so that the curve of a resumed run has no gap."""
-        return {"last_bits": dict(self.last_bits), "last_step": self.last_step}
+        return {"last_bits": dict(self.last_bits), "last_stride": self.last_stride, "last_step": self.last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the bits of the last log."""
         self.last_bits, self.last_step = dict(state_dict["last_bits"]), state_dict["last_step"]
+        self.last_stride = state_dict.get("last_stride")  # which earlier versions did not save
 
 
 def _densities(kind: str, kept: dict[str, float] | dict[str, int], sizes: dict[str, int]) -> dict[str, float]:

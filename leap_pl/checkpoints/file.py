@@ -1,7 +1,7 @@
 """Checkpoint I/O for the Trainer: atomic, flushed writes, and reads that verify every bit."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -9,6 +9,20 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.states import check_states
 from leap_pl.files import atomic_file
+
+
+def write_archive(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    """Write ``checkpoint`` into an open file.
+
+    Raises:
+        OSError: If the disk is full, for example.
+    """
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch reports its archive, not the full disk behind it
+            raise error.__context__ from None
+        raise
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -29,12 +43,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             return
         # Directly into the file: a copy in memory would double the memory that a large run needs.
         with atomic_file(path, own=True) as temporary, temporary.open("wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # torch reports its archive, not the full disk behind it
-                    raise error.__context__ from None
-                raise
+            write_archive(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None

@@ -10,7 +10,7 @@ from leap_pl.errors import UserError
 from leap_pl.inputs.plain_values import display, read
 
 _Number = bool | int | float | None
-_Setting = _Number | list[_Number]
+_Setting = _Number | str | list[_Number]
 
 
 @dataclass

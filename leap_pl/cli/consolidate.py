@@ -25,13 +25,12 @@ def consolidate_command(ckpt_path: str, output: str) -> None:
     if not Path(ckpt_path).is_dir():
         raise UserError(f"--ckpt_path {ckpt_path} is not a folder. Give a distributed checkpoint (step=N.ckpt).")
     _check_place(Path(ckpt_path), Path(output))
-    import torch
-
+    from leap_pl.checkpoints.file import write_archive
     from leap_pl.checkpoints.folder import consolidated
 
     checkpoint = consolidated(ckpt_path)
-    with atomic_file(output) as temporary:
-        torch.save(checkpoint, temporary)
+    with atomic_file(output) as temporary, temporary.open("wb") as file:
+        write_archive(checkpoint, file)
     say(f"{output}: step {checkpoint['global_step']} of {ckpt_path}")
 
 

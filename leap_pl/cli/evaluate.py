@@ -26,6 +26,7 @@ def evaluate_command(
     stride: int | None = None,
     max_tokens: int | None = None,
     share: Literal["all", "held_out"] = "all",
+    text_column: str = "text",
     bos: Bos = "every",
     tasks: str | None = None,
     limit: int | None = None,
@@ -42,14 +43,16 @@ def evaluate_command(
     """Evaluate a model: perplexity on texts, accuracy on zero-shot tasks.
 
     The model is an unchanged one (a base model, an exported checkpoint), a base model with a mask applied, or
-    the hard mask of a training checkpoint. Perplexity is computed as in the literature: documents joined by a
-    blank line, tokenized once, windows of seq_length tokens, the mean over all predicted tokens. Perplexities
-    are comparable only for the same text, tokenizer, seq_length, stride and bos, so the result records all of them.
+    the hard mask of a training checkpoint. Perplexity is computed as in the literature, but for BOS (--bos): documents
+    joined by a blank line, tokenized once, windows of seq_length tokens, the mean over all predicted tokens.
+    Perplexities are comparable only for the same text, tokenizer, seq_length, stride and bos, so the result records
+    all of them.
 
     Args:
         model: Hub id, local folder or GGUF file. Optional with a mask, which records its base model.
         mask: MaskSet file (mask.safetensors), or hub id of one, to apply to the base model.
-        ckpt_path: Checkpoint of leap_pl fit, whose hard mask is applied to the base model.
+        ckpt_path: Checkpoint of leap_pl fit, such as RUN/checkpoints/last.ckpt, whose hard mask is applied to the base
+            model.
         perplexity: Texts, separated by commas: wikitext2, c4 (both from the hub), local files (.jsonl,
             .jsonl.gz, .parquet, .txt).
         seq_length: Tokens in a window, including BOS.
@@ -58,6 +61,7 @@ def evaluate_command(
         max_tokens: Maximum number of tokens to read of each text. Part of the protocol.
         share: Part of local files to use: all of the text, or the held_out twentieth that training kept for
             validation.
+        text_column: Column, or JSON key, of the text in local files and hub datasets.
         bos: Windows that begin with what the tokenizer puts before a text, which is BOS for Llama and Gemma and nothing
             for Qwen and SmolLM2: every; the first of a text, as in the literature; none. Questions of tasks begin with
             it unless none is given. It is never predicted.
@@ -101,7 +105,7 @@ def evaluate_command(
 
     check_windows(seq_length, seq_length if stride is None else stride, batch_size)
     for text in texts:
-        check_text(text)
+        check_text(text, text_column)
     local_tasks = None
     if names:
         from leap_pl.cli.quiet import quiet_lm_eval
@@ -143,6 +147,7 @@ def evaluate_command(
             stride=stride,
             max_tokens=max_tokens,
             share=share,
+            text_column=text_column,
             bos=bos,
             batch_size=batch_size,
         )
@@ -181,6 +186,7 @@ def _perplexity(
     stride: int | None,
     max_tokens: int | None,
     share: str,
+    text_column: str,
     bos: Bos,
     batch_size: int,
 ) -> dict[str, Any]:
@@ -188,7 +194,15 @@ def _perplexity(
     from leap_pl.evaluation.texts import read_text, tokenizer_identity, tokens_digest
 
     tokenizer = subject.tokenizer
-    tokens = read_text(text, tokenizer, seq_length=seq_length, max_tokens=max_tokens, share=share, bos=bos)
+    tokens = read_text(
+        text,
+        tokenizer,
+        seq_length=seq_length,
+        max_tokens=max_tokens,
+        share=share,
+        text_column=text_column,
+        bos=bos,
+    )
     found = perplexity(
         subject.model,
         tokens,

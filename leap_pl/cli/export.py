@@ -47,7 +47,7 @@ def export_command(
 
     Args:
         output_dir: Folder to write, atomically. An existing folder is replaced only with force.
-        ckpt_path: Checkpoint of leap_pl fit or recover.
+        ckpt_path: Checkpoint of leap_pl fit or recover, such as RUN/checkpoints/last.ckpt.
         mask: MaskSet file, or hub id of one, instead of a checkpoint.
         model: Base model, if it is no longer in the place recorded in the checkpoint or mask; or, without these, a
             sparse model to pack, or a packed one.
@@ -106,8 +106,8 @@ def _report(output_dir: str, masks: "MaskSet | None", facts: dict[str, Any]) -> 
     from leap_pl.masks.kept_weights import TRAINED
 
     zeros, early = facts["zeros_of_base_model_among_kept"], "" if masks is None else unfinished(masks)
-    trained = TRAINED in facts["provenance"]["config"]
-    which = "are zero" if trained else "were zero in the base model"
+    changed = TRAINED in facts["provenance"]["config"] or "updated_by" in facts
+    which = "are zero" if changed else "were zero in the base model"
     say(
         f"{output_dir}: {early}{facts['removed']:,} of {facts['gated']:,} gated weights removed "
         f"(sparsity {facts['sparsity']:.6f}), {zeros:,} kept weights {which}; "

@@ -24,7 +24,7 @@ from leap_pl.callbacks import (
 )
 from leap_pl.checkpoints.class_spec import same
 from leap_pl.checkpoints.file import WholeCheckpointIO
-from leap_pl.checkpoints.folder import check_folder
+from leap_pl.checkpoints.folder import check_folder, not_one_file
 from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.run_folder import Finished, check_finished, check_settings, replaces
@@ -43,7 +43,7 @@ from leap_pl.cli.former_spelling import FORMER, FormerSpellingParser, advice, re
 from leap_pl.cli.process import set_up_process
 from leap_pl.cli.resume import check_verb, checkpoint_path, find_last, settings_of
 from leap_pl.cli.run_errors import errors_of_run, package_in, refusal
-from leap_pl.cli.sentences import SentenceFormatter
+from leap_pl.cli.sentences import RunFormatter
 from leap_pl.cli.token_budget import take_tokens
 from leap_pl.cli.trainer import TRAINER_DEFAULTS, ConfigOfFit, check_trainer
 from leap_pl.errors import UserError
@@ -70,7 +70,7 @@ class LeapParser(FormerSpellingParser, LightningArgumentParser):
 
     def __init__(self, *args: Any, verb: str | None = None, **kwargs: Any) -> None:
         """Create a parser for ``verb`` with the arguments of LightningCLI's parser."""
-        super().__init__(*args, formatter_class=SentenceFormatter, **kwargs)
+        super().__init__(*args, formatter_class=RunFormatter, **kwargs)
         self.verb = verb
 
 
@@ -290,11 +290,7 @@ class LeapCLI(LightningCLI):
         self.model.check_resume(checkpoint, path, self.trainer, self.datamodule, fitting=self.subcommand == "fit")
         if Path(path).is_dir():
             if not isinstance(self.trainer.strategy, ModelParallelStrategy):
-                raise UserError(
-                    f"{path} is a distributed checkpoint, which only ModelParallelStrategy reads, on any number of "
-                    "ranks. For another strategy convert it to one file: "
-                    f"leap_pl consolidate --ckpt_path {path} --output one.ckpt"
-                )
+                raise not_one_file(path)
             check_folder(path)
 
     before_validate = before_fit

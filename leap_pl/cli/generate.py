@@ -33,7 +33,7 @@ def generate_command(
         temperature: Temperature of sampling; 0 takes the most likely token each time.
         seed: Seed of sampling.
         memory: Form of packed weights in memory: packed, dense (unpacked once, while loading), or auto, for each
-            weight the one that decodes faster. Other models are dense.
+            weight the one that decodes faster, which on a GPU is dense. Other models are dense.
         dtype: Type of the weights in memory and of the computation; auto: the type they are stored in.
         device: Device to run on; auto: the first GPU, or the CPU without one.
         revision: Branch, tag or commit of the model on the hub.
@@ -43,10 +43,12 @@ def generate_command(
         The text and the figures.
     """
     from leap_pl.base_model.loading import load_model, load_tokenizer
-    from leap_pl.cli.device import move_to_device
+    from leap_pl.cli.device import device_name, move_to_device
     from leap_pl.evaluation.generation import bytes_in_memory, continue_prompt
 
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+    if memory == "auto" and not device_name(device).startswith("cpu"):
+        memory = "dense"  # packed weights were measured on CPUs alone, and a model is loaded on the CPU
     loaded = load_model(model, revision=revision, dtype=dtype, memory=memory, trust_remote_code=trust_remote_code)
     where = move_to_device(loaded, device)
     made = continue_prompt(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)

@@ -172,18 +172,21 @@ def prune_command(
 
             tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
             check_tokenizer(tokenizer, vocabulary_of(base), model)
-            tokens = calibration_blocks(
-                text,
-                tokenizer,
-                seq_length=seq_length,
-                sequences=sequences,
-                seed=seed,
-                config_name=config_name,
-                split=split,
-                text_column=text_column,
-                separator=separator,
-                bos=bos,
-            )
+            try:
+                tokens = calibration_blocks(
+                    text,
+                    tokenizer,
+                    seq_length=seq_length,
+                    sequences=sequences,
+                    seed=seed,
+                    config_name=config_name,
+                    split=split,
+                    text_column=text_column,
+                    separator=separator,
+                    bos=bos,
+                )
+            except UserError as error:  # which names the options of fit
+                raise UserError(str(error).replace("--data.", "--")) from error
             begun = record_of(bos, tokenizer)
             first_target = max(len(prefix_of(tokenizer)) if bos == "every" else 0, 1)
         pruned = prune(
@@ -204,7 +207,7 @@ def prune_command(
         data = {"text": text, "config_name": config_name, "split": split, "seed": seed, **begun} if uses_text else {}
         masks = pruned.masks
         pruned.masks = masks.with_provenance(config={**masks.provenance.config, **data})
-        _write(folder, pruned, base if asked.updates else None, model, revision, trust_remote_code)
+        _write(folder, pruned, base if asked.updates else None, method, model, revision, trust_remote_code)
     _report(output_dir, pruned, asked.updates)
     return pruned
 
@@ -235,6 +238,7 @@ def _write(
     folder: "Path",
     pruned: "Pruned",
     updated: "PreTrainedModel | None",
+    method: str,
     model: str,
     revision: str | None,
     trust_remote_code: bool,
@@ -254,7 +258,8 @@ def _write(
         tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
         tokenizer.save_pretrained(folder / "model")
         # Without this record, evaluate and compare would read the folder as a dense base model.
-        record = json.dumps({"provenance": plain(asdict(pruned.masks.provenance))}, indent=2)
+        facts = {"provenance": plain(asdict(pruned.masks.provenance)), "updated_by": method}
+        record = json.dumps(facts, indent=2)
         (folder / "model" / RECORD).write_text(record + "\n", encoding="utf-8")
 
 

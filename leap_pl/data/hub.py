@@ -107,8 +107,8 @@ class HubDataset:
                 tries += 1
                 if tries == TRIES:
                     raise UserError(
-                        f"{place}: the network failed {TRIES} times in a row ({_short(error)}). Resume from the last "
-                        "checkpoint when it is back (--ckpt_path), or pass local files: --data.text FILE.jsonl."
+                        f"{place}: the network failed {TRIES} times in a row ({_short(error)}). When it is back, run "
+                        "the command again (fit with --ckpt_path last), or pass local files: --data.text FILE.jsonl."
                     ) from error
                 pause = FIRST_PAUSE * 2 ** (tries - 1)
                 warn(f"{place}: {_short(error)}; next try in {pause:.0f} s.")

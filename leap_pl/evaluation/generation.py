@@ -1,6 +1,8 @@
 """Continuation of a prompt by a model, with the time that its tokens take."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +56,8 @@ def continue_prompt(
         tokenizer: Tokenizer of the model.
         prompt: Text to continue, as it is: no chat template is applied.
         max_new_tokens: Maximum number of tokens.
-        temperature: Temperature of sampling from the model's distribution; 0 takes the most likely token.
+        temperature: Temperature of sampling from the model's distribution; 0 takes the most likely token. Of the
+            model's generation config only the end token is read: no penalty of repetition, no truncated sampling.
         seed: Seed of sampling. The random state of the process is restored.
 
     Raises:
@@ -78,7 +81,7 @@ def continue_prompt(
     )
     clock = _clock()
     devices = [model.device] if model.device.type != "cpu" else []
-    with torch.inference_mode(), torch.random.fork_rng(devices, device_type=model.device.type):
+    with torch.inference_mode(), _neutral(model), torch.random.fork_rng(devices, device_type=model.device.type):
         torch.manual_seed(seed)
         started = time.perf_counter()
         made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
@@ -91,6 +94,19 @@ def continue_prompt(
         first_seconds=times[0] - started,
         next_seconds=times[-1] - times[0],
     )
+
+
+@contextmanager
+def _neutral(model: "PreTrainedModel") -> Iterator[None]:
+    """Take the model's own settings of generation away, from which transformers fills in all that a call leaves out."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def bytes_in_memory(model: nn.Module) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from leap_pl.base_model.backbone import Head, States, split_model
 from leap_pl.base_model.loading import check_sequence_length
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.errors import UserError
@@ -98,12 +99,15 @@ def perplexity(
     later = min(stride, length - given)  # predicted tokens of a window after the first; the rest is context
     was_training = model.training
     model.eval()
+    states, head = split_model(model)
     sums = torch.cat(
         [
             _window_nll(
-                model,
-                torch.cat([prefix_P.expand(len(batch), -1), batch], 1),
+                states,
+                head,
+                torch.cat([prefix_P.expand(len(batch), -1), batch], 1).to(model.device),
                 [given if window == 0 else length - later for window in range(first, first + len(batch))],
+                max(1, LOSS_ELEMENTS // vocabulary_of(model)),
             )
             for first, batch in _batches(windows, batch_size, progress)
         ]
@@ -164,19 +168,15 @@ def _batches(windows: Tensor, batch_size: int, progress: str | None) -> Iterator
             bar.update(len(batch))
 
 
-def _window_nll(model: "PreTrainedModel", windows: Tensor, firsts: Sequence[int]) -> Tensor:
+def _window_nll(states: States, head: Head, inputs_BT: Tensor, firsts: Sequence[int], step: int) -> Tensor:
     """Return the summed NLL of each window's tokens from the index in ``firsts`` on: float64 (window,) on the CPU."""
-    inputs_BT = windows.to(model.device)
-    logits_BTV = model(input_ids=inputs_BT, use_cache=False).logits
     sums = []
-    for first, inputs_T, logits_TV in zip(firsts, inputs_BT, logits_BTV, strict=True):
-        targets, predictions = inputs_T[first:], logits_TV[first - 1 : -1]
-        step = max(1, LOSS_ELEMENTS // logits_TV.shape[-1])
+    for first, inputs_T, states_TD in zip(firsts, inputs_BT, states(inputs_BT), strict=True):
+        targets, before_TD = inputs_T[first:], states_TD[first - 1 : -1]
         total = torch.zeros((), dtype=torch.float64, device="cpu")
         for at in range(0, len(targets), step):
-            losses = nn.functional.cross_entropy(
-                predictions[at : at + step].float(), targets[at : at + step], reduction="none"
-            )
+            logits_CV = head(before_TD[at : at + step]).float()
+            losses = nn.functional.cross_entropy(logits_CV, targets[at : at + step], reduction="none")
             total += losses.double().sum().cpu()
         sums.append(total)
     return torch.stack(sums)

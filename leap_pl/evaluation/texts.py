@@ -33,7 +33,7 @@ TEXTS = {
 }
 
 
-def check_text(name: str) -> None:
+def check_text(name: str, text_column: str = "text") -> None:
     """Check that ``name`` is a named text, an existing local file, or a possible hub id.
 
     Raises:
@@ -44,7 +44,7 @@ def check_text(name: str) -> None:
     from leap_pl.data.source import TextSource
 
     try:
-        TextSource.open(name)
+        TextSource.open(name, text_column=text_column)
     except UserError as error:
         raise UserError(f"--perplexity {name}: {_in_flags_of_evaluate(str(error))}") from error
 
@@ -56,6 +56,7 @@ def read_text(
     seq_length: int,
     max_tokens: int | None,
     share: str,
+    text_column: str = "text",
     bos: Bos = "first",
 ) -> Tensor:
     """Return the tokens of the text ``name``: LongTensor[tokens].
@@ -66,6 +67,7 @@ def read_text(
         seq_length: Tokens in a window, with its prefix; of C4, 256 windows are read.
         max_tokens: Maximum number of tokens, from the first; None for all.
         share: Part of a local file to read: ``held_out``, which training leaves for validation, or ``all``.
+        text_column: Column or JSON key of the text, except of ``wikitext2`` and ``c4``.
         bos: Windows that will begin with what the tokenizer puts before a text; with ``first`` the tokens begin with
             it.
 
@@ -77,7 +79,14 @@ def read_text(
     known = TEXTS.get(name)
     if known is None:
         try:
-            return held_out_tokens(name, tokenizer, most=max_tokens, share=share, bos=bos)  # type: ignore[arg-type]
+            return held_out_tokens(
+                name,
+                tokenizer,
+                most=max_tokens,
+                text_column=text_column,
+                share=share,  # type: ignore[arg-type]
+                bos=bos,
+            )
         except UserError as error:
             raise UserError(f"--perplexity {name}: {_in_flags_of_evaluate(str(error))}") from error
     in_window = seq_length - (len(prefix_of(tokenizer)) if bos == "every" else 0)
@@ -99,10 +108,9 @@ def read_text(
 
 
 def _in_flags_of_evaluate(message: str) -> str:
-    """Return the data room's ``message`` without its sentences on the flags of ``leap_pl fit``."""
-    sentences = re.split(r"(?<=\.) ", message)
-    kept = " ".join(sentence for sentence in sentences if "--data." not in sentence)
-    return kept + (" The text is read from the column 'text'." if "--data.text_column" in message else "")
+    """Return the data room's ``message`` without its sentences on those flags of ``fit`` that ``evaluate`` lacks."""
+    sentences = re.split(r"(?<=\.) ", message.replace("--data.text_column", "--text_column"))
+    return " ".join(sentence for sentence in sentences if "--data." not in sentence)
 
 
 def tokens_digest(tokens: Tensor) -> str:

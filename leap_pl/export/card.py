@@ -120,6 +120,10 @@ def _kept(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
             f"**Weights were trained** ({markdown_code(training.get('kind'))}) under the mask{rounded}; "
             f"{zeros:,} of those that it keeps are zero."
         )
+    if "updated_by" in facts:
+        rounded = f", then rounded to {facts['rounded_to']}" if "rounded_to" in facts else ""
+        by = markdown_code(facts["updated_by"])
+        return f"**Kept weights were changed** by {by}{rounded}; {zeros:,} of them are zero."
     if "rounded_to" in facts:
         return (
             f"Kept weights are the base model's, rounded to {facts['rounded_to']}; {zeros:,} of them were zero already."

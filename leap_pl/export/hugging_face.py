@@ -77,8 +77,12 @@ def export_model(
 
             masks = masks_of(model, base, revision=revision)
             known |= recorded_facts(model, revision=revision)
-            if format == "mask":
-                known.pop("rounded_to", None)  # of weights
+            if format == "mask":  # nothing of the weights, nor of what was measured with them
+                if TRAINED in masks.provenance.config or "updated_by" in known:
+                    known.pop("perplexity", None)
+                known.pop("rounded_to", None)
+                known.pop("updated_by", None)
+                masks = without_weights(masks)
         else:
             masks.check(base)
             _check_form(masks, base)

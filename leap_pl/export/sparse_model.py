@@ -10,6 +10,7 @@ from leap_pl.inputs.plain_values import read_json, shown
 from leap_pl.masks import MaskSet, PackedMasks, Provenance
 from leap_pl.masks.exported import exported_record
 from leap_pl.masks.mask_set import installed_versions
+from leap_pl.oneshot.methods import METHODS
 from leap_pl.sparse.folder import is_packed, read_masks
 
 if TYPE_CHECKING:
@@ -66,19 +67,37 @@ def recorded_facts(name: str, *, revision: str | None = None) -> dict[str, Any]:
         revision: Branch, tag or commit on the hub.
 
     Returns:
-        ``perplexity``: text → figure; ``rounded_to``: data type that weights were rounded to. Each only if recorded.
+        ``perplexity``: text → figure; ``rounded_to``: data type that weights were rounded to; ``updated_by``: one-shot
+        method that changed the kept weights. Each only if recorded.
     """
     try:
         record = read_json(local_folder(name, records.RECORD, revision=revision) / records.RECORD)
     except (OSError, ValueError):
         return {}
+    if not isinstance(record, dict):
+        return {}
     facts: dict[str, Any] = {}
-    figures = record.get("perplexity") if isinstance(record, dict) else None
+    figures = record.get("perplexity")
     if isinstance(figures, dict) and all(map(_is_figure, figures.values())):
         facts["perplexity"] = figures
-    if isinstance(record, dict) and record.get("rounded_to") == "int8":
+    if record.get("rounded_to") == "int8":
         facts["rounded_to"] = "int8"
+    if (updated_by := _updated_by(record)) in METHODS:
+        facts["updated_by"] = updated_by
     return facts
+
+
+def _updated_by(record: dict[str, Any]) -> Any:
+    """Return the one-shot method that changed the kept weights of the model with this record; None if none did."""
+    if "updated_by" in record or "removed" in record:
+        return record.get("updated_by")
+    # What prune wrote beside updated weights in earlier versions: provenance alone.
+    made = record.get("provenance")
+    config = made.get("config") if isinstance(made, dict) else None
+    again = config.get("weight_update") if isinstance(config, dict) else None
+    if isinstance(again, dict):
+        return again.get("method")
+    return made.get("method") if isinstance(made, dict) else None
 
 
 def _is_figure(figure: Any) -> bool:

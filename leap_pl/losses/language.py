@@ -88,7 +88,7 @@ class _Fused(torch.autograd.Function):
         teacher_TD: Tensor | None,
         *learned: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        (head, teacher_head), wants_grad, device = heads, ctx.needs_input_grad[0], hidden_TD.device
+        (head, teacher_head), wants_grad, device = heads, any(ctx.needs_input_grad), hidden_TD.device
         sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in learned] if wants_grad else []
         grad_TD = torch.empty_like(hidden_TD) if wants_grad else None
         lm = torch.zeros((), dtype=torch.float32, device=device)
@@ -110,7 +110,9 @@ class _Fused(torch.autograd.Function):
                 kl += kl_sum * scale
             lm += lm_sum * scale
             if grad_TD is not None:
-                grad_TD[part], *grads = torch.autograd.grad(logits_CV, (hidden_CD, *learned), grad_CV)
+                # The graph of a gated head is also that of its budget, whose backward pass is still to come.
+                found = torch.autograd.grad(logits_CV, (hidden_CD, *learned), grad_CV, retain_graph=bool(learned))
+                grad_TD[part], *grads = found
                 for total, grad in zip(sums, grads, strict=True):
                     total += grad
         grads = [total.to(parameter.dtype) for total, parameter in zip(sums, learned, strict=False)]

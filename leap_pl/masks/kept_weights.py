@@ -136,11 +136,14 @@ class KeptWeights:
 
 def without_weights(masks: MaskSet) -> MaskSet:
     """Return the masks alone, whose provenance has nothing of trained weights, nor figures measured with them."""
-    config = masks.provenance.config
-    if TRAINED not in config:
-        return masks
+    return for_other_weights(masks) if TRAINED in masks.provenance.config else masks
+
+
+def for_other_weights(masks: MaskSet) -> MaskSet:
+    """Return the masks without what their provenance says of the weights under them and of figures of both."""
     dropped = {TRAINED, "perplexity", "perplexity_of"}
-    return masks.with_provenance(config={name: value for name, value in config.items() if name not in dropped})
+    config = {name: value for name, value in masks.provenance.config.items() if name not in dropped}
+    return masks.with_provenance(config=config)
 
 
 def write_weights(

@@ -16,6 +16,7 @@ from leap_pl.base_model.weights import Weight, decoder_blocks, find_weights, mod
 from leap_pl.errors import UserError, listing
 from leap_pl.kernels.precision import full_float32
 from leap_pl.masks.bits import PackedMasks, pack
+from leap_pl.masks.kept_weights import for_other_weights
 from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions
 from leap_pl.masks.patterns import NM, Pattern, Unstructured
 from leap_pl.oneshot.allocation import OwlOptions, owl_sparsities
@@ -184,7 +185,8 @@ def prune(
     if mask is not None:
         update_config = {"method": method, "target": "layer", **config}
         update_config.pop("pattern")
-        masks = mask.with_provenance(config={**mask.provenance.config, "weight_update": update_config})
+        masks = for_other_weights(mask)
+        masks = masks.with_provenance(config={**masks.provenance.config, "weight_update": update_config})
     else:
         masks = MaskSet(run.masks(), replace(provenance, config=config))
     return Pruned(masks, run.errors, run.dampings, run.unseen, time.monotonic() - started)

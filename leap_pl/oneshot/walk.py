@@ -9,7 +9,7 @@ Shapes: N sequences, B sequences in a batch, T tokens, D hidden features.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,18 +55,20 @@ class _Call:
         args: Positional arguments.
         kwargs: Keyword arguments.
         place: Index or name of the argument that holds the hidden states.
+        size: Number of sequences.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     place: int | str
+    size: int
 
     @classmethod
     def of(cls, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call":
         if args and isinstance(args[0], Tensor):
-            return cls(args, kwargs, 0)
+            return cls(args, kwargs, 0, args[0].shape[0])
         if isinstance(kwargs.get("hidden_states"), Tensor):
-            return cls(args, kwargs, "hidden_states")
+            return cls(args, kwargs, "hidden_states", kwargs["hidden_states"].shape[0])
         raise UserError(
             f"{block} does not take hidden states as its first argument, so leap_pl cannot prune this model block by "
             f"block. Use the method {FALLBACK}, which reads no text."
@@ -215,33 +217,41 @@ class Walk:
 
     def _record(self) -> None:
         """Run the first and the last batch through all blocks, and the others only up to the first block's input."""
-        full = {0, len(self.batches) - 1}
-        recorded: list[list[_Call]] = []
-        for number, tokens_BT in enumerate(self.batches):
-            calls = self._calls_of(tokens_BT, len(self.blocks) if number in full else 1)
-            self.states.append(self._stored(calls[0].hidden))
-            if number in full:
-                recorded.append(calls)
+        first_BT, *others = self.batches
+        first = self._calls_of(first_BT)
+        # Two batches of different tokens must give the same arguments: a single one is run in reverse as well.
+        last = self._calls_of(others[-1] if others else first_BT.flip(1))
+        self.states.append(self._stored(first[0].hidden))
+        for tokens_BT in others[:-1]:
+            self.states.append(self._stored(self._calls_of(tokens_BT, whole=False)[0].hidden))
+        if others:
+            self.states.append(self._stored(last[0].hidden))
         for index in range(len(self.blocks)):
-            first, last = recorded[0][index], recorded[-1][index]
-            _check_same(f"{self.prefix}.{index}", first, last)
-            for call in (first, last):
-                self._calls[index][call.hidden.shape[0]] = call.with_hidden(None)
+            _check_same(f"{self.prefix}.{index}", first[index], last[index])
+            for call in (first[index], last[index]):
+                self._calls[index][call.size] = call.with_hidden(None)
 
-    def _calls_of(self, tokens_BT: Tensor, depth: int) -> list[_Call]:
-        """Run the model up to the inputs of block ``depth − 1``, and return the calls of the first ``depth`` blocks."""
+    def _calls_of(self, tokens_BT: Tensor, *, whole: bool = True) -> list[_Call]:
+        """Run the model, and return the calls of its blocks, or of the first alone; the first has its hidden states.
+
+        Raises:
+            UserError: The blocks are not called once each, in order.
+        """
         calls: list[_Call] = []
+        order: list[int] = []
         homes: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
         with ExitStack() as stack:
-            for index, block in enumerate(self.blocks[:depth]):
+            for index, block in enumerate(self.blocks):
 
                 def before(module: nn.Module, args: Any, kwargs: Any, index: int = index) -> Any:
-                    calls.append(_Call.of(f"{self.prefix}.{index}", args, kwargs))
-                    if index == depth - 1:
+                    call = _Call.of(f"{self.prefix}.{index}", args, kwargs)
+                    calls.append(call.with_hidden(None) if order else call)  # the states of all blocks are many
+                    order.append(index)
+                    if not whole:
                         raise _Stop
                     homes[module] = _tensors(module)
                     module.to(self.device)
-                    moved = calls[-1].to(self.device)
+                    moved = call.to(self.device)
                     return moved.args, moved.kwargs
 
                 def after(module: nn.Module, args: Any, output: Any) -> Any:
@@ -251,14 +261,14 @@ class Walk:
 
                 stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(after).remove)
-            try:
-                self.model(input_ids=tokens_BT.to(self.home), use_cache=False)
-            except _Stop:
-                return calls
-        raise UserError(
-            f"{self.prefix}: the model's forward pass does not run its blocks in order, so leap_pl cannot prune it "
-            f"block by block. Use the method {FALLBACK}, which reads no text."
-        )
+            with suppress(_Stop):  # without the head, whose logits are many
+                self.model.base_model(input_ids=tokens_BT.to(self.home), use_cache=False)
+        if order != list(range(len(self.blocks) if whole else 1)):
+            raise UserError(
+                f"{self.prefix}: the model's forward pass does not run its blocks once each, in order, so leap_pl "
+                f"cannot prune it block by block. Use the method {FALLBACK}, which reads no text."
+            )
+        return calls
 
 
 class _Collector:
@@ -300,8 +310,9 @@ def _check_same(block: str, first: _Call, last: _Call) -> None:
     """Check that the arguments other than the hidden states do not depend on the tokens."""
     sides = []
     for call in (first, last):
-        leaves, _ = tree_flatten((call.with_hidden(None).args, call.with_hidden(None).kwargs))
-        sides.append([(x, call.hidden.shape[0]) for x in leaves if isinstance(x, Tensor)])
+        others = call.with_hidden(None)
+        leaves, _ = tree_flatten((others.args, others.kwargs))
+        sides.append([(x, call.size) for x in leaves if isinstance(x, Tensor)])
     same = len(sides[0]) == len(sides[1]) and all(
         torch.equal(a, b) if a.shape == b.shape else torch.equal(_first(a, size_a), _first(b, size_b))
         for (a, size_a), (b, size_b) in zip(*sides, strict=True)

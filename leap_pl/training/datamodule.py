@@ -159,7 +159,7 @@ class TextDataModule(LightningDataModule):
         return self._stream
 
     def setup(self, stage: str) -> None:
-        """Take the model's tokenizer if none was named, and read the first document of a fit.
+        """Take the model's tokenizer if none was named; for a fit, read the first document and the validation text.
 
         So a missing text is reported before anything is computed.
 
@@ -174,6 +174,8 @@ class TextDataModule(LightningDataModule):
             self._progress = self._progress_before = BEGINNING  # a checkpoint is loaded later
             self._step = None
             next(self.stream.source.documents())
+            if self.trainer is not None and self.trainer.limit_val_batches:
+                self._held_out_blocks()
 
     def _take_tokenizer(self) -> None:
         """Take the tokenizer from the base model of the trainer's module if none was named."""
@@ -235,16 +237,15 @@ class TextDataModule(LightningDataModule):
         """
         if not self.validation_sequences:
             return []
-        if self._validation is None:
-            self._validation = self._held_out()
+        held_out = self._held_out_blocks()
         rank, world_size = self._rank()
-        even = len(self._validation) // world_size * world_size
+        even = len(held_out) // world_size * world_size
         if not even:
             raise UserError(
-                f"The validation text makes {len(self._validation)} blocks, fewer than the {world_size} ranks. "
+                f"The validation text makes {len(held_out)} blocks, fewer than the {world_size} ranks. "
                 "Give more text with --data.validation_text, or lower --data.seq_length."
             )
-        blocks = [{"input_ids": block} for block in self._validation[:even]]
+        blocks = [{"input_ids": block} for block in held_out[:even]]
         # Without a distributed sampler Lightning would add its own, which duplicates blocks.
         sampler = DistributedSampler[Any](blocks, world_size, rank, shuffle=False)  # type: ignore[arg-type]
         return DataLoader(blocks, batch_size=self.batch_size, sampler=sampler)  # type: ignore[arg-type]
@@ -392,8 +393,15 @@ class TextDataModule(LightningDataModule):
             seed=None if held_out else self.seed,
         )
 
+    def _held_out_blocks(self) -> Tensor:
+        """Return the validation blocks, LongTensor[at most validation_sequences, seq_length]; they are read once."""
+        if self._validation is None:
+            self._validation = self._held_out()
+        return self._validation
+
     def _held_out(self) -> Tensor:
-        """Return the validation blocks, LongTensor[at most validation_sequences, seq_length]."""
+        if not self.validation_sequences:
+            return torch.empty(0, self.seq_length, dtype=torch.int64, device="cpu")
         if self.validation_text is None:
             source = self._open("held_out")
         else:

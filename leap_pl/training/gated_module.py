@@ -13,6 +13,7 @@ from leap_pl.base_model.backbone import checkpoint_activations, split_model
 from leap_pl.base_model.loading import Dtype, fast_dtype, load_model
 from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
 from leap_pl.checkpoints import layout as checkpoints
+from leap_pl.checkpoints.folder import not_one_file
 from leap_pl.checkpoints.identity import KEY, Identity, check_same, read_identity
 from leap_pl.checkpoints.rewind import rewind
 from leap_pl.checkpoints.settings import MASK_SETTINGS, Settings, check_settings, taken
@@ -411,6 +412,8 @@ class GatedModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Map a checkpoint's tensors to this module's names; refuse one of another model or with other settings."""
+        if self.mesh is None and "state_dict" not in checkpoint:
+            raise not_one_file(self.trainer.ckpt_path or "the checkpoint")
         found = read_identity(checkpoint)
         self.run_prior.fixed = found.settings.get(checkpoints.FIXED)
         if self.attached is not None:

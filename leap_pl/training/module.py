@@ -195,6 +195,10 @@ class LeapModule(GatedModule):
             UserError: The checkpoint cannot be read, or does not belong to the base model.
         """
         checkpoint = load_checkpoint(checkpoint_path)
+        if Path(checkpoint_path).is_dir():
+            from leap_pl.checkpoints.folder import learned_tensors
+
+            checkpoint["state_dict"] = learned_tensors(checkpoint_path)
         stored = read_settings(read_identity(checkpoint, checkpoint_path), checkpoint, str(checkpoint_path))
         classes, refused = find_classes(stored, str(checkpoint_path))
         refused |= take_terms(stored, str(checkpoint_path), lambda kind, arguments: kind(**arguments))
@@ -215,7 +219,9 @@ class LeapModule(GatedModule):
             return
         if self._fitting():  # first, since a prior may take minutes
             _check_trainer(self.trainer)
-            check_rounding(self.optimizer_of([nn.Parameter(torch.zeros(1, 1, device="cpu"))]), self.logits_dtype)
+            probe = self.optimizer_of([nn.Parameter(torch.zeros(1, 1, device="cpu"))])
+            check_rounding(probe, self.logits_dtype)
+            _check_clipping(self.trainer, probe)
         super().configure_model()
 
     def settings(self) -> dict[str, Any]:
@@ -448,6 +454,20 @@ class LeapModule(GatedModule):
         """Return the provenance of a perplexity except for the text; see :class:`.Measured` for its keys."""
         dtype = str(self._dtype_of_model()).removeprefix("torch.")
         return {"fingerprint": self.fingerprint, "dtype": dtype, "precision": str(self.trainer.precision)}
+
+
+def _check_clipping(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
+    """Check that gradients that a scaler multiplies can be clipped, for which a fused optimizer unscales them too late.
+
+    Raises:
+        UserError: They cannot.
+    """
+    if trainer.precision == "16-mixed" and trainer.gradient_clip_val and optimizer.defaults.get("fused"):
+        raise UserError(
+            "trainer.precision 16-mixed scales the gradients, and a fused optimizer unscales them within its step, so "
+            "that they cannot be clipped before. Add --model.optimizer.fused false, or use --trainer.precision "
+            "bf16-mixed."
+        )
 
 
 def _check_trainer(trainer: L.Trainer) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import transformers
 from conftest import one_line
 from tiny import byte_tokenizer, tiny_model
 from tiny_gguf import gguf_header, gguf_string, gguf_tensor, tiny_gguf
@@ -30,6 +31,12 @@ def test_a_gguf_file_is_read_as_its_structure_says(tmp_path: Path) -> None:
     for name, tensor in expected.state_dict().items():
         if not ("q_proj" in name or "k_proj" in name):
             assert torch.equal(model.state_dict()[name], tensor), name
+    dequantised = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, quantization_config=transformers.GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    ids = torch.arange(24)[None]
+    assert torch.equal(model(input_ids=ids).logits, dequantised(input_ids=ids).logits)
+    assert not any(one.is_meta for one in (*model.parameters(), *model.buffers()))
     assert load_tokenizer(str(file)).encode("abc") == [257, byte_tokenizer().encode("c")[0]]
 
 

@@ -222,6 +222,30 @@ def test_one_checkpoint_in_two_precisions_has_one_fingerprint(tmp_path: Path) ->
     assert len({model_fingerprint(m) for m in (*loaded.values(), tiny_model("llama"))}) == 1
 
 
+def test_float16_which_rounds_small_weights_keeps_the_fingerprint(tmp_path: Path) -> None:
+    folder, model = str(tmp_path / "m"), tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0] *= 2.0**-17  # float16 is 2**-24 apart there
+    model.to(torch.bfloat16).save_pretrained(folder)
+    stored, rounded = load_model(folder), load_model(folder, dtype="float16")
+    assert (stored.dtype, rounded.dtype) == (torch.bfloat16, torch.float16)
+    one, other = (each.model.layers[0].mlp.up_proj.weight for each in (rounded, stored))
+    assert not torch.equal(one.bfloat16(), other)
+    assert model_fingerprint(rounded) == model_fingerprint(stored)
+    again = str(tmp_path / "rounded")  # saved, it is another model
+    rounded.save_pretrained(again)
+    assert model_fingerprint(load_model(again, dtype="float16")) != model_fingerprint(stored)
+
+
+@pytest.mark.parametrize("module", [torch.nn.Conv1d(4, 4, 3, groups=4), torch.nn.Conv1d(4, 8, 1)])
+def test_a_convolution_is_no_projection(module: torch.nn.Module) -> None:
+    """Of hybrid models: three dimensions, as stacked experts have."""
+    model = tiny_model("llama")
+    before = find_weights(model)
+    model.model.layers[0].conv = module
+    assert find_weights(model).keys() == before.keys()
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_one_changed_weight_changes_the_fingerprint(family: str) -> None:
     """First and last of every tensor, and every element of a tiny one, targeted or not."""

@@ -17,7 +17,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from leap_pl.callbacks.checkpoints import requeue
 from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.newest import newest_checkpoint
+from leap_pl.checkpoints.states import check_states
 from leap_pl.cli.main import main
+from leap_pl.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 
@@ -74,6 +76,26 @@ def test_last_needs_a_folder_that_stays(model_folder, text_file, tmp_path: Path,
     words = [word for word in flags(model_folder, text_file, tmp_path) if not word.startswith("--checkpoint.dirpath")]
     stopped([*words, "--ckpt_path=last"], 2)
     assert "--checkpoint.dirpath" in capsys.readouterr().err
+
+
+def test_states_of_any_optimizer_of_torch_are_read() -> None:
+    """Some have words among their settings."""
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    state = torch.optim.Muon([parameter], adjust_lr_fn="match_rms_adamw").state_dict()
+    check_states({"optimizer_states": [state]}, "a.ckpt")
+    state["param_groups"][0]["lr"] = {"a": 1}
+    with pytest.raises(UserError, match=r"a\.ckpt: optimizer_states.*lr"):
+        check_states({"optimizer_states": [state]}, "a.ckpt")
+
+
+def test_another_number_of_samples_leaves_a_gap_in_one_curve(
+    run_of_three: Path, model_folder, text_file, tmp_path: Path
+) -> None:
+    """Bits of the mask that the run was stopped with are then other bits than those of the next log."""
+    stopped_at = run_of_three / "checkpoints" / "step=2.ckpt"
+    main(flags(model_folder, text_file, tmp_path, f"--ckpt_path={stopped_at}", "--sparsity_log.samples=500"))
+    whole, resumed = (curves(run / "tensorboard")["mask/changed_since_last_log"] for run in (run_of_three, tmp_path))
+    assert (list(whole)[-2:], list(resumed)) == ([3, 4], [4])
 
 
 def test_last_in_a_config_and_for_validation(run_of_three: Path, model_folder, text_file, tmp_path: Path, capsys):

@@ -50,6 +50,20 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("leap_pl.training.gated_module.load_model", load)
 
 
+def test_validation_text_is_looked_at_before_a_model_is_loaded(
+    model_folder, text_file, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    no_model(monkeypatch)
+    (tmp_path / "short.txt").write_text("short")
+    words = fit_flags(model_folder, text_file, tmp_path)
+    for file, said in (("nowhere.jsonl", "nowhere.jsonl"), ("short.txt", "short.txt is too short")):
+        told = refused([*words, f"--data.validation_text={tmp_path / file}"], capsys)
+        assert said in told
+    for off in ("--trainer.limit_val_batches=0", "--data.validation_sequences=0"):
+        with pytest.raises(AssertionError, match="a model is loaded"):
+            main([*words, f"--data.validation_text={tmp_path / 'short.txt'}", off])
+
+
 def test_a_run_keeps_a_record_of_its_checkpoints(finished: Run) -> None:
     told = json.loads((finished.checkpoint.parent / "leap_pl.json").read_text())["folder"]
     names = ["last.ckpt", "leap_pl.json", "step=2.ckpt", "step=4.ckpt", "step=6.ckpt"]
@@ -166,6 +180,22 @@ def test_what_is_not_finished_goes_on(run: Path, model_folder, text_file, capsys
     said = capsys.readouterr().err
     assert "is finished" not in said
     assert "model.seed was 0 and is 7" in said
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_a_finished_run_that_has_lost_its_mask_writes_it_again(
+    run: Path, model_folder, text_file, capsys, another: bool
+) -> None:
+    mask = run / "mask.safetensors"
+    before = mask.read_bytes()
+    other = MaskSet.load(mask).with_provenance(sparsity=0.6)
+    mask.unlink()
+    if another:
+        other.save(mask)
+    main(fit_flags(model_folder, text_file, run.parent, "--ckpt_path=last"))
+    assert mask.read_bytes() == before
+    assert (run / "mask-earlier.safetensors").exists() == another
+    assert f"mask {mask}; next: leap_pl export" in capsys.readouterr().out
 
 
 def test_the_end_of_a_killed_run_is_tidied(run: Path, model_folder, text_file) -> None:

@@ -124,6 +124,14 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(text, tmp_path, capsys):
     assert {**none, "tokenizer": figure["tokenizer"]} == {**figure, "bos": "none"}
 
 
+def test_text_of_another_column(base, text, tmp_path):
+    body = tmp_path / "body.jsonl"
+    body.write_text(Path(text).read_text().replace('"text":', '"body":'))
+    named = evaluate_command(model=base, perplexity=str(body), text_column="body", **SMALL)
+    plain = evaluate_command(model=base, perplexity=text, **SMALL)
+    assert named["perplexity"][str(body)] == plain["perplexity"][text]
+
+
 def test_two_files_of_one_name_and_a_cap(base, text, tmp_path):
     other = tmp_path / "other" / "held-out.jsonl"
     other.parent.mkdir()
@@ -179,7 +187,7 @@ def test_refuses_the_mask_of_another_model_and_a_missing_text(base, mask, tmp_pa
     with pytest.raises(UserError, match=r"gone\.txt"):
         evaluate_command(model=base, perplexity="gone.txt", **SMALL)
     (tmp_path / "words.jsonl").write_text('{"words": "one"}\n')
-    with pytest.raises(UserError, match=r"it has: words\. The text is read from the column 'text'\.$"):
+    with pytest.raises(UserError, match=r"it has: words\. Name the column of the text with --text_column\.$"):
         evaluate_command(model=base, perplexity=str(tmp_path / "words.jsonl"), **SMALL)
     with pytest.raises(UserError, match="--device"):
         evaluate_command(model=base, perplexity="a.txt", device="nowhere")

@@ -1,5 +1,7 @@
 """``leap_pl generate``: dense, sparse and packed continue a prompt alike."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from tiny import tiny_folder
 from leap_pl.cli.export import export_command
 from leap_pl.cli.generate import generate_command
 from leap_pl.cli.main import main
+from leap_pl.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,39 @@ def test_sampling_has_a_seed(model_folder: Path) -> None:
         for seed in (1, 1, 2)
     ]
     assert made[0] == made[1] != made[2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_the_models_own_settings_of_generation_are_not_read(
+    temperature: float, model_folder: Path, tmp_path: Path
+) -> None:
+    """But for the end token: the continuation is the model's, of the likeliest tokens or of its distribution."""
+    folder = shutil.copytree(model_folder, tmp_path / "m")
+    own = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 2, "top_p": 0.1, "top_k": 1, "min_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 256, "do_sample": True, **own}))
+    texts = [
+        generate_command(str(place), "a", max_new_tokens=20, temperature=temperature, device="cpu")["text"]
+        for place in (model_folder, folder)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_packed_weights_are_dense_on_another_device(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from leap_pl.base_model import loading
+    from leap_pl.cli import device
+
+    asked = []
+
+    def load(*args: object, memory: str, **options: object) -> None:
+        asked.append(memory)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: True)
+    for memory, where in (("auto", "auto"), ("auto", "cuda:1"), ("packed", "auto"), ("auto", "cpu")):
+        with pytest.raises(UserError, match="far enough"):
+            generate_command(str(model_folder), "a", memory=memory, device=where)  # type: ignore[arg-type]
+    assert asked == ["dense", "dense", "packed", "auto"]
 
 
 def test_what_a_model_writes_cannot_control_the_terminal(model_folder: Path, monkeypatch, capsys) -> None:

@@ -122,6 +122,24 @@ def test_nothing_is_written_where_something_is_wrong(folder: Path, text: Path, t
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["errors.json", "leap_pl.json", "mask.safetensors"]
 
 
+def test_what_is_wrong_with_the_text_is_said_in_the_options_of_prune(folder: Path, text: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"body": line}) + "\n" for line in text.read_text().split("\n\n")))
+    for given, message in (
+        (rows, r"has no column 'text'; it has: body\. Name the column of the text with --text_column\.$"),
+        (tmp_path / "none.jsonl", r"There is no file"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            run(folder, given, tmp_path / "out")
+        assert "--data." not in str(caught.value)
+    (tmp_path / "short.txt").write_text("a")
+    with pytest.raises(UserError, match=r"Give more text, or lower --seq_length\.$"):
+        run(folder, tmp_path / "short.txt", tmp_path / "out")
+    named = run(folder, rows, tmp_path / "out", text_column="body").masks
+    rows.write_text(rows.read_text().replace('{"body":', '{"text":'))
+    assert named.digest_of_bits() == run(folder, rows, tmp_path / "text").masks.digest_of_bits()
+
+
 # Printed by an earlier version, whose options of methods had their defaults in every config.
 FORMER_CONFIG = """\
 model: {model}

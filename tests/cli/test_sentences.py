@@ -66,8 +66,10 @@ def test_every_help_is_sentences(parsers):
             assert text.endswith((".", ":")), (verb, name, text)
         assert not re.search(r"``|:\w+:`", "".join(shown.values()))
         assert " ".join(shown["help"].split()) in " ".join(page.split())
-    path = helps(parsers["fit"])["ckpt_path"]
-    assert path.startswith("Checkpoint to resume")
+    paths = {verb: helps(parser)["ckpt_path"] for verb, parser in parsers.items() if "ckpt_path" in helps(parser)}
+    resuming = {verb for verb, path in paths.items() if path.startswith("Checkpoint to resume")}
+    assert resuming == {"fit", "validate", "recover"}
+    assert {"export", "evaluate"} <= paths.keys()
     assert "Default:" not in helps(parsers["fit"])["trainer.logger"]  # Lightning's, which is not the one here
 
 

@@ -64,6 +64,16 @@ def test_loss_in_pieces_is_the_loss(monkeypatch):
     assert perplexity(model, tokens, seq_length=32).nll == pytest.approx(whole.nll, rel=1e-12)
 
 
+def test_logits_of_a_piece_are_all_that_is_in_memory(monkeypatch):
+    """Those of a batch would be larger than the model: 8 GiB for Gemma's vocabulary and the default windows."""
+    model, tokens, rows = tiny_model(), torch.arange(64) * 7 % 256, []
+    monkeypatch.setattr(room, "LOSS_ELEMENTS", 5 * 260)
+    model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output[..., 0].numel()))
+    perplexity(model, tokens, seq_length=32, stride=8)
+    assert max(rows) <= 8  # with which the head is compared with the model's own logits; of the text, 5
+    assert sum(row for row in rows if row <= 5) == 31 + 4 * 8  # none for tokens that are context alone
+
+
 def test_standard_error_is_that_of_window_means():
     found = perplexity(tiny_model(), torch.arange(96) * 7 % 256, seq_length=16)
     windows = torch.tensor(found.window_nll, dtype=torch.float64)

@@ -112,8 +112,23 @@ def test_what_prune_updated_packs_with_its_provenance(tmp_path: Path, text_file:
     flags = ["--method=sparsegpt", "--sparsity=0.6", "--sequences=2", "--seq_length=32"]
     main(["prune", f"--model={folder}", f"--output_dir={tmp_path / 'pruned'}", f"--text={text_file}", *flags])
     facts = export_command(str(tmp_path / "out"), model=str(tmp_path / "pruned" / "model"), format="packed")
-    assert facts["provenance"]["method"] == "sparsegpt"
+    assert (facts["provenance"]["method"], facts["updated_by"]) == ("sparsegpt", "sparsegpt")
     assert facts["sparsity"] == pytest.approx(0.6, abs=0.02)
+    said = "**Kept weights were changed** by `sparsegpt`;"
+    assert said in (tmp_path / "out" / "README.md").read_text()
+    again = export_command(str(tmp_path / "again"), model=str(tmp_path / "out"))  # and when it is unpacked
+    assert again["updated_by"] == "sparsegpt"
+    assert said in (tmp_path / "again" / "README.md").read_text()
+    record = tmp_path / "pruned" / "model" / "leap_pl.json"
+    record.write_text(json.dumps({"provenance": json.loads(record.read_text())["provenance"]}))  # of earlier versions
+    former = export_command(str(tmp_path / "former"), model=str(record.parent), format="packed")
+    assert former["updated_by"] == "sparsegpt"
+    # The mask, for the base model's weights, says nothing of the others.
+    mask = export_command(str(tmp_path / "mask"), model=str(tmp_path / "out"), format="mask")
+    own = export_command(str(tmp_path / "own"), mask=str(tmp_path / "pruned" / "mask.safetensors"), format="packed")
+    assert "updated_by" not in mask
+    assert "updated_by" not in own
+    assert "Kept weights are the base model's, bit for bit" in (tmp_path / "own" / "README.md").read_text()
 
 
 def test_nm_masks_pack_the_same_way(tmp_path: Path) -> None:

@@ -339,8 +339,9 @@ def test_token_dependent_arguments_are_refused() -> None:
         return args, {**kwargs, "seen": args[0].clone()}  # type: ignore[index]
 
     model.model.layers[1].register_forward_pre_hook(add, with_kwargs=True)
-    with pytest.raises(UserError, match="depend on the tokens"):
-        prune(model, tokens(8), method="wanda", progress=False)
+    for sequences in (8, 2):  # in two batches, and in one
+        with pytest.raises(UserError, match="depend on the tokens"):
+            prune(model, tokens(sequences), method="wanda", progress=False)
 
 
 def test_progress_in_a_file_is_not_drawn_for_every_matrix(capsys, monkeypatch) -> None:

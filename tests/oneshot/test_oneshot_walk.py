@@ -1,6 +1,7 @@
 """The walk over a model's blocks: its own forward replayed, and the statistics of every layer's inputs."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny import FAMILIES, tiny_model
 from torch import Tensor
 
 from leap_pl.base_model.weights import decoder_blocks, find_weights
+from leap_pl.errors import UserError
 from leap_pl.oneshot.inputs import Matrix
 from leap_pl.oneshot.prune import prune
 from leap_pl.oneshot.walk import Walk, WalkOptions
@@ -87,6 +89,43 @@ def test_experts_see_the_tokens_that_are_routed_to_them() -> None:
         torch.testing.assert_close(statistics.gram.double(), routed.T @ routed, rtol=1e-4, atol=1e-3)
         down = found[f"model.layers.0.mlp.experts.down_proj[{expert}]"]
         assert down.count == len(routed)
+
+
+@pytest.mark.parametrize("again", [(0, 1), (1,), ()])
+def test_blocks_that_do_not_run_once_each_are_refused(again: tuple[int, ...]) -> None:
+    """A model that runs some of its blocks twice, or not all."""
+    model = tiny_model("llama")
+    inner, layers = model.model, list(model.model.layers)
+    own = inner.forward
+
+    def forward(*args: object, **kwargs: object) -> object:
+        inner.layers = torch.nn.ModuleList(layers if again else layers[:1])
+        output = own(*args, **kwargs)
+        if again:
+            inner.layers = torch.nn.ModuleList([layers[index] for index in again])
+            own(*args, **kwargs)
+        return output
+
+    walk = Walk(model, tokens())
+    inner.forward = forward
+    with pytest.raises(UserError, match="does not run its blocks once each, in order"), walk:
+        pass
+
+
+def test_recording_holds_the_states_of_one_block() -> None:
+    model = tiny_model("llama", num_hidden_layers=6)
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def note(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(weakref.ref(args[0]))
+        alive.append(sum(one() is not None for one in seen))
+
+    for block in model.model.layers:
+        block.register_forward_pre_hook(note)
+    with Walk(model, tokens(), WalkOptions(batch_size=5)):
+        assert len(seen) == 12  # of two passes: the second has other tokens
+        assert max(alive) <= 4  # the inputs of the first blocks, and those of the block that runs and of the one before
 
 
 def test_matrices_with_one_input_share_their_statistics() -> None:

@@ -7,7 +7,8 @@ import pickle
 import resource
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import tiny_folder, tiny_model
 
+from leap_pl.checkpoints import folder
 from leap_pl.checkpoints.file import WholeCheckpointIO
+from leap_pl.cli.consolidate import consolidate_command
 from leap_pl.cli.main import main
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
@@ -197,6 +200,20 @@ def test_a_prior_that_cannot_be_kept_is_still_a_prior(
     assert "The prior was not cached for the next run" in caplog.text
 
 
+FULL = "could not be written (File too large). Nothing was left behind; free space or name another path."
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Let writes beyond a limit fail."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     """Writes beyond a limit fail as on a full disk."""
     origin = Provenance("a", "b", "c")
@@ -207,18 +224,22 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
     said = {}
     for name in writers:
         (tmp_path / name).write_text("the old one")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    try:
-        for name, write in writers.items():
-            with pytest.raises(UserError) as caught:
-                write(tmp_path / name)
-            said[name] = str(caught.value)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    reason = "could not be written (File too large). Nothing was left behind; free space or name another path."
-    assert said == {name: f"{tmp_path / name} {reason}" for name in writers}
+    for name, write in writers.items():
+        with full_disk(), pytest.raises(UserError) as caught:
+            write(tmp_path / name)
+        said[name] = str(caught.value)
+    assert said == {name: f"{tmp_path / name} {FULL}" for name in writers}
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(writers, "the old one")
+
+
+def test_a_disk_that_is_full_before_a_folder_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "consolidated", lambda _: {"a": torch.zeros(300_000), "global_step": 2})
+    (tmp_path / "step=2.ckpt").mkdir()
+    file = tmp_path / "one.ckpt"
+    with full_disk(), pytest.raises(UserError) as caught:
+        consolidate_command(str(tmp_path / "step=2.ckpt"), str(file))
+    assert str(caught.value) == f"{file} {FULL}"
+    assert [path.name for path in tmp_path.iterdir()] == ["step=2.ckpt"]
 
 
 def test_a_disk_that_fills_up_while_learning(model_folder, text_file, tmp_path: Path, capsys, monkeypatch) -> None:

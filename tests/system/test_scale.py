@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 import torch
 from hostile_files import Trap
+from lightning import Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from ranks import run_ranks
 from scaled_runs import BRIEF, Place, ddp, learn, sharded
 from tiny import tiny_model
 from torch import Tensor
 
+from leap_pl import LeapModule, TextDataModule
+from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.folder import StoredTensors, check_folder, consolidated
 from leap_pl.checkpoints.layout import masks_from_checkpoint, path_of
 from leap_pl.checkpoints.newest import newest_checkpoint
@@ -31,6 +34,7 @@ from leap_pl.distributed.strategy import sharding_mesh
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
 from leap_pl.oneshot.prune import prune
+from leap_pl.prior import Prior
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -279,6 +283,28 @@ def test_two_ranks_go_on(two, one, name: str) -> None:
 def test_resume_on_the_same_ranks_is_exact(two) -> None:
     expected = two[0]["folder"]["logits"]
     assert all(torch.equal(logits, expected[name]) for name, logits in two[0]["of-folder"]["logits"].items())
+    figures = two[0]["folder"]["figures"]
+    assert figures.keys() == {"hard", "dense", "prior"}
+    assert two[0]["of-folder"]["figures"] == figures
+
+
+def test_python_reads_a_folder_and_one_device_does_not_go_on_from_it(two, place: Place, tmp_path: Path) -> None:
+    folder = place.checkpoint("folder")
+    module = LeapModule.load_from_checkpoint(folder)
+    for name, logits in two[0]["folder"]["logits"].items():
+        assert torch.equal(module.gates[name].logits, logits)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=4,
+        accumulate_grad_batches=4,
+        default_root_dir=tmp_path,
+        plugins=[WholeCheckpointIO()],
+        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False),
+    )
+    again = LeapModule(str(place.llama), prior=Prior(method="none"), dtype="float32")
+    data = TextDataModule(text=str(place.text), seq_length=32, validation_sequences=0)
+    with pytest.raises(UserError, match=r"is a distributed checkpoint.*leap_pl consolidate --ckpt_path .*last\.ckpt"):
+        trainer.fit(again, data, ckpt_path=folder)
 
 
 def test_four_ranks_go_on_where_two_stopped(four, one) -> None:

@@ -136,6 +136,33 @@ def test_a_gate_of_the_head_learns_and_the_teacher_has_none(text_file: Path, tmp
     torch.testing.assert_close(seen["found"], seen["grad"], rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("targets", ["Linear", "lm_head"])
+def test_a_gated_head_also_has_the_gradient_of_its_budget(text_file: Path, tmp_path: Path, targets: str) -> None:
+    """Gradients add up: those of both losses and the budget, less the budget's, are those of the losses."""
+    folder = tiny_folder(tmp_path / "model", tie_word_embeddings=False)
+    gradients: dict[tuple[float, float], Tensor] = {}
+    for scale, budget in ((1.0, 0.0), (1.0, 7.0), (2.0, 7.0)):
+        module = LeapModule(
+            str(folder),
+            dtype="float32",
+            targets=[targets],
+            objective=Objective(lm=0.5 * scale, distillation=0.5 * scale, budget=budget, weight=budget, chunk=7),
+            prior=Prior(method="none"),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        )
+
+        def keep(_: Any, module: LeapModule = module, place: tuple[float, float] = (scale, budget)) -> None:
+            gradients[place] = module.gates["lm_head.weight"].logits.grad.double()
+
+        module.on_before_optimizer_step = keep  # type: ignore[method-assign]
+        data = TextDataModule(text=str(text_file), seq_length=16, batch_size=2, validation_sequences=0)
+        Trainer(accelerator="cpu", max_steps=1, default_root_dir=tmp_path, **QUIET).fit(module, data)
+    losses = gradients[2.0, 7.0] - gradients[1.0, 7.0]
+    assert losses.abs().max() > 1e-6
+    torch.testing.assert_close(losses, gradients[1.0, 0.0], rtol=1e-3, atol=1e-7)
+    assert (gradients[1.0, 7.0] - gradients[1.0, 0.0]).abs().max() > 1e-6  # of the budget and the weights
+
+
 def test_refused_in_one_line(model_folder: Path, text_file: Path, tmp_path: Path, capsys) -> None:
     words = fit_flags(model_folder, text_file, tmp_path, "--model.weight_training.embeddings=true")
     assert "Add --model.train_weights kept" in refused(words, capsys)

@@ -1,5 +1,6 @@
 """A plain Trainer with a LeapModule and text is all that Python needs."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tiny import tiny_folder
 
 import leap_pl
 from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
+from leap_pl.callbacks import Checkpoints, MaskExport
 from leap_pl.masks.bits import PackedMasks
 from leap_pl.prior import Prior
 from leap_pl.training.finite import NonFiniteError
@@ -63,6 +65,40 @@ def test_a_tokenizer_that_is_named_stays(model_folder: Path, text_file: Path, tm
     text = data(text_file, tokenizer=str(other), validation_sequences=0)
     trainer(max_steps=1).fit(LeapModule(str(model_folder), prior=Prior(method="none")), text)
     assert text.tokenizer_name == str(other)
+
+
+def test_a_run_that_is_refused_leaves_the_earlier_ones_files(
+    finished: Run, model_folder: Path, text_file: Path, tmp_path: Path, eager: None
+) -> None:
+    folder = shutil.copytree(finished.checkpoint.parent, tmp_path / "checkpoints", symlinks=True)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    module = LeapModule(str(model_folder), prior=Prior(method="wanda", sequences=2, cache_dir=str(tmp_path)))
+    given = trainer(max_steps=2, callbacks=[MaskExport(), Checkpoints(dirpath=str(folder))], enable_checkpointing=True)
+    with pytest.raises(UserError, match="holds another run"):
+        given.fit(module, data(text_file))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_gradients_of_a_fused_optimizer_that_are_scaled_cannot_be_clipped(
+    refused: bool, model_folder: Path, text_file: Path, tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning refuses it too, at the first step, after the prior was made."""
+    module = LeapModule(
+        str(model_folder),
+        prior=Prior(method="none"),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=refused),
+    )
+    given = trainer(max_steps=1, gradient_clip_val=1.0)
+    monkeypatch.setattr(type(given), "precision", "16-mixed")
+    monkeypatch.setattr(module, "_fitting", lambda: True)
+    module.trainer = given
+    if refused:
+        with pytest.raises(UserError, match=r"cannot be clipped.*--model\.optimizer\.fused false"):
+            module.configure_model()
+    else:
+        module.configure_model()
+    assert (module.model is None) == refused
 
 
 def test_the_run_is_resumed_without_naming_the_tokenizer(

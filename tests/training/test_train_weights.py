@@ -69,6 +69,20 @@ def test_the_mask_stays_and_what_it_keeps_moves(recovered: Path, finished_run: R
     assert [group["weight_decay"] for group in groups] == [0.0]
 
 
+def test_weights_that_are_fitted_again_are_not_those_that_were_trained(
+    recovered: Path, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """The mask is used alone: of the run's weights, and of figures measured with them, its record says nothing."""
+    mask = recovered / "checkpoints" / "mask.safetensors"
+    settings = {"method": "admm", "mask": str(mask), "seq_length": 32, "sequences": 4, "device": "cpu"}
+    made = prune_command(str(model_folder), str(tmp_path / "out"), str(text_file), **settings).masks
+    assert made.digest_of_bits() == MaskSet.load(mask).digest_of_bits()
+    assert made.provenance.config["weight_update"]["method"] == "admm"
+    assert not {"train_weights", "perplexity", "perplexity_of"} & made.provenance.config.keys()
+    facts = export_command(str(tmp_path / "sparse"), mask=str(tmp_path / "out" / "mask.safetensors"))
+    assert facts["mask_digest"] == made.digest_of_bits()
+
+
 def test_a_mask_of_the_hub(recovered: Path, recover: Flags, finished_run: Run, hub: Hub, tmp_path: Path) -> None:
     """It is trained under, and resumed, as its file is."""
     hub.files["alice/half"] = {"mask.safetensors": finished_run.mask.read_bytes()}
