@@ -51,6 +51,7 @@ class Cell(TypedDict):
     seconds: Seconds | None
     peak_rss: Count | None
     digests: dict[Name, Word]
+    commits: NotRequired[dict[Name, Word]]
     commands: list[list[Name]]
     overlap: Overlap | None
 

@@ -63,15 +63,16 @@ def write_cell(progress: "Progress", cell: "Cell", path: Path) -> None:
 
     steps = progress.all_steps(cell)
     assert steps is not None
-    results = [read_result(step.output) for step in steps if step.words[:1] == ["evaluate"]]
-    merged = results[0]
-    for result in results[1:]:
+    measured = {step.name: read_result(step.output) for step in steps if step.words[:1] == ["evaluate"]}
+    merged, *others = measured.values()
+    commits = {name: str(result["commit"]) for name, result in measured.items()}
+    for result in others:
         merged["perplexity"] |= result["perplexity"]
         merged["tasks"] |= result["tasks"]
         for name, seconds in result["times"]["seconds"].items():
             merged["times"]["seconds"][name] = round(merged["times"]["seconds"].get(name, 0) + seconds, 2)
     merged["mean"] = mean_accuracy(merged["tasks"])
-    merged["cell"] = _told(progress, cell, steps)
+    merged["cell"] = _told(progress, cell, steps) | {"commits": commits}
     write_result(path, merged)
 
 

@@ -93,7 +93,7 @@ def _machines(found: Sequence[Measured]) -> Iterator[str]:
         told = m.result["hardware"]
         where = told.get("gpu") or f"{told['processor']} ({told['cores']} cores, {told['threads']} threads)"
         versions = ", ".join(f"{name} {version}" for name, version in sorted(m.result["versions"].items()))
-        seen.setdefault(f"{where}; {versions}; commit {m.result['commit']}", []).append(f"`{m.cell['name']}`")
+        seen.setdefault(f"{where}; {versions}; {_commits(m)}", []).append(f"`{m.cell['name']}`")
     for said, names in seen.items():
         yield f"{'All cells' if len(seen) == 1 else ', '.join(names)}: {said}."
     types: dict[str, list[str]] = {}
@@ -103,6 +103,13 @@ def _machines(found: Sequence[Measured]) -> Iterator[str]:
     if types:
         by_type = [f"{dtype} ({', '.join(names)})" for dtype, names in sorted(types.items())]
         yield f"Weights and computation while a mask was learned: {'; '.join(by_type)}."
+
+
+def _commits(measured: Measured) -> str:
+    """The commit that a cell was measured with; if not all of it was at once, which step with which."""
+    commit = measured.result["commit"]
+    others = {step: other for step, other in measured.cell.get("commits", {}).items() if other != commit}
+    return ", ".join([f"commit {commit}", *(f"{step} with {other}" for step, other in others.items())])
 
 
 def _configs(found: Sequence[Measured], folder: Path) -> Iterator[str]:

@@ -110,8 +110,10 @@ def test_aliases_that_a_person_writes(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("a: &a {lr: 0.1, betas: [0.9, 0.95]}\nb: {<<: *a, lr: 0.2}\nc: [*a, *a]\n" + "# why\n" * 50)
     check_configs([f"--config={config}"])
-    for shipped in (Path(__file__).parent.parent / "configs").rglob("*.yaml"):
-        check_configs(["--config", str(shipped)])
+    shipped = [*(Path(__file__).parents[2] / "configs").rglob("*.yaml")]
+    assert len(shipped) > 5
+    for one in shipped:
+        check_configs(["--config", str(one)])
 
 
 # -- settings that do not go with one epoch ---------------------------------------------------------------------

@@ -243,3 +243,23 @@ def test_fisher_allocation_by_command(folder, text, tmp_path) -> None:
     pruned = run(folder, text, tmp_path / "out", fisher=0.5)
     assert pruned.masks.provenance.config["fisher"]["strength"] == 0.5
     assert abs(pruned.masks.sparsity - 0.5) < 0.02
+    kept = [mask.sum(1) for mask in pruned.masks.masks.values()]
+    assert any(len(rows.unique()) > 1 for rows in kept)
+    even = run(folder, text, tmp_path / "even", fisher=0.5, fisher_rows=0).masks.masks.values()
+    assert all(len(mask.sum(1).unique()) == 1 for mask in even)
+    assert len({int(mask.sum(1)[0]) / mask.shape[1] for mask in even}) > 1  # by matrices it goes on
+
+
+def test_activations_between_blocks_stay_on_the_device(folder: Path, text: Path, tmp_path: Path) -> None:
+    masks = [run(folder, text, tmp_path / str(offload), offload=offload).masks for offload in (True, False)]
+    assert masks[0].digest_of_bits() == masks[1].digest_of_bits()
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.2])
+def test_outliers_move_the_sparsity_of_blocks_by_the_spread(
+    folder: Path, text: Path, tmp_path: Path, spread: float
+) -> None:
+    made = run(folder, text, tmp_path / "out", owl=True, owl_spread=spread).masks
+    densities = made.densities("layer").values()
+    assert max(densities) - min(densities) == pytest.approx(2 * spread, abs=1 / 32)  # rows have 32 inputs
+    assert made.sparsity == pytest.approx(0.5, abs=0.01)

@@ -221,6 +221,21 @@ def test_report_is_written_again_from_the_cells_alone(experiment_done, tmp_path)
         assert (docs / name).read_bytes() == (folder / "docs" / "results" / name).read_bytes()
 
 
+def test_a_step_that_was_measured_with_another_commit_is_named(experiment_done, tmp_path):
+    folder, _ = experiment_done
+    docs = tmp_path / "docs" / "results"
+    shutil.copytree(folder / "docs" / "results" / "cells", docs / "cells")
+    path = docs / "cells" / "leap-50.json"
+    result = json.loads(path.read_text())
+    assert len(result["cell"]["commits"]) > 1
+    assert set(result["cell"]["commits"].values()) == {result["commit"]}
+    result["cell"]["commits"] |= {"text-more": "another"}
+    path.write_text(json.dumps(result))
+    assert main(["--report", "--from", str(docs / "cells"), "--docs", str(docs)]) == 0
+    (line,) = [line for line in (docs / "making.md").read_text().splitlines() if line.startswith("`leap-50`: ")]
+    assert line.endswith(f"commit {result['commit']}, text-more with another.")
+
+
 def test_configs_in_the_report_are_those_that_ran(experiment_done):
     folder, _ = experiment_done
     docs = folder / "docs" / "results"

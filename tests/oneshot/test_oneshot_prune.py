@@ -214,6 +214,7 @@ def test_sparsity_per_layer(method: str, tmp_path: Path) -> None:
     (tmp_path / "s.txt").write_text("0.25\n0.75\n")
     for source in ([0.25, 0.75], tmp_path / "s.json", str(tmp_path / "s.txt")):
         sparsities = read_layer_sparsities(source)
+        assert sparsities == [0.25, 0.75]
     pruned = prune(tiny_model(), tokens(), method=method, layer_sparsity=sparsities, progress=False)
     assert pruned.masks.densities("layer") == pytest.approx({"0": 0.75, "1": 0.25})
     assert pruned.masks.provenance.sparsity == pytest.approx(0.5)
