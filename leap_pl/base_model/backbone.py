@@ -85,10 +85,16 @@ def _hidden(causal: Any, input_ids: Tensor) -> Tensor:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recompute each decoder block in the backward pass instead of keeping its activations."""
+    """Recompute each decoder block in the backward pass instead of keeping its activations.
+
+    transformers does so only for blocks in train mode. All else stays in eval mode, since train mode makes some models
+    random although no dropout is left: experts that are sampled (Phi-MoE), noise on routers.
+    """
     # The older name, which transformers 5.17 has alone, is deprecated in later versions.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    for module in model.modules():
+        module.training = hasattr(module, "gradient_checkpointing")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import shutil
 import time
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from leap_pl.base_model.model_sizes import check_settings, check_skeleton
 from leap_pl.base_model.stored_weights import PACKED_METHOD, StoredWeights, check_sizes, read_settings, read_shapes
 from leap_pl.base_model.weights import STORED, model_fingerprint
 from leap_pl.errors import UserError, listing
-from leap_pl.inputs.hub import check_reachable
+from leap_pl.inputs.hub import check_reachable, fetch_optional, is_hub_id
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.register import note_input
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Memory = Literal["auto", "packed", "dense"]
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _CLEAR_ERRORS = OSError | ValueError | RuntimeError | SafetensorError  # messages that need no class name
 
 
@@ -82,6 +84,8 @@ def _load(
         _disable_dropout(config)
     if is_packed_config(config):
         config.quantization_config["memory"] = memory
+    elif isinstance(stored := getattr(config, "quantization_config", None), dict):
+        stored["dequantize"] = True  # for the formats that can be, on every host alike
     with _reading("base model", name):
         check_skeleton(config, _stored(folder, gguf_file), name, trust_remote_code=trust_remote_code)
         if gguf_file is None:
@@ -94,6 +98,12 @@ def _load(
                 output_loading_info=True,
             )
             _check_complete(found, name)
+            if getattr(model, "is_quantized", False) and not is_packed_config(config):
+                method = (getattr(config, "quantization_config", None) or {}).get("quant_method", "of some kind")
+                raise UserError(
+                    f"base model {name}: its weights are quantised ({shown(str(method))}), so that they cannot be "
+                    "gated, pruned or measured as they are. Give the model that it was made from."
+                )
         else:
             resolved = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
             quantised, found = AutoModelForCausalLM.from_pretrained(
@@ -201,6 +211,23 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
 
 
+def save_tokenizer(
+    name: str, folder: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> None:
+    """Write the tokenizer of the base model ``name`` into ``folder``, and the processors of a multimodal model.
+
+    Raises:
+        UserError: As :func:`load_model` does.
+    """
+    load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code).save_pretrained(folder)
+    source, gguf_file = _locate(name)
+    for file in () if gguf_file is not None else PROCESSORS:
+        found = fetch_optional(source, file, revision) if is_hub_id(source) else Path(source) / file
+        if found is not None and found.is_file():
+            note_input(found)
+            shutil.copyfile(found, Path(folder) / file)
+
+
 def fast_dtype(device: torch.device) -> Dtype:
     """Return bfloat16 if ``device`` multiplies it fast (on a CPU: measurably faster than float32), else float32."""
     if device.type == "cuda":
@@ -236,7 +263,8 @@ def _cpu_gains_by_bfloat16() -> bool:
 
 def longest_sequence(config: "PreTrainedConfig") -> int | None:
     """Return the maximum sequence length of the model in tokens, or None if the configuration sets no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # the second: MPT
 
 
 def check_sequence_length(config: "PreTrainedConfig", seq_length: int, model: str, setting: str) -> None:

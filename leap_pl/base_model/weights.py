@@ -95,6 +95,7 @@ def find_weights(
             module, as a head tied to the embeddings.
     """
     prefix, blocks = decoder_blocks(model)
+    experts = _numbers_of_experts(model)
     found: dict[str, Weight] = {}
     candidates: dict[str, Weight] = {}
     owners: dict[int, list[str]] = {}
@@ -105,7 +106,7 @@ def find_weights(
             continue
         candidates[name] = candidate
         wanted = (
-            candidate.layer is not None and _is_projection(candidate, parameter)
+            candidate.layer is not None and _is_projection(candidate, parameter, experts)
             if targets is None
             else _matches(targets, candidate)
         )
@@ -193,11 +194,29 @@ def _kind(module: nn.Module) -> str:
     return kind.__mro__[1].__name__ if parametrize.is_parametrized(module) else kind.__name__
 
 
-def _is_projection(weight: Weight, parameter: nn.Parameter) -> bool:
-    if isinstance(weight.module, nn.Conv1d):  # (channel, 1, tap): three dimensions, and no experts
+_ROUTER = re.compile(r"router|shared_expert_gate|(^|\.)gate\.wg$", re.IGNORECASE)
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # in configs of families
+
+
+def _numbers_of_experts(model: nn.Module) -> set[int]:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return {number for name in _EXPERTS if isinstance(number := getattr(text, name, None), int)}
+
+
+def _is_projection(weight: Weight, parameter: nn.Parameter, experts: set[int]) -> bool:
+    """Return whether the default selects ``weight``: of a linear layer that routes no tokens, or stacked experts.
+
+    Convolutions, and gates and mixing coefficients of recurrent layers, have three dimensions as stacked experts have,
+    whose class is called so in every family of transformers.
+    """
+    if parameter.ndim == 3:
+        return "expert" in _kind(weight.module).lower()
+    if weight.tensor != "weight" or not (isinstance(weight.module, nn.Linear) or _kind(weight.module) == "Conv1D"):
         return False
-    linear = isinstance(weight.module, nn.Linear) or _kind(weight.module) == "Conv1D"
-    return (linear and weight.tensor == "weight") or parameter.ndim == 3
+    # A linear called gate is a router if it has an output for each expert; in other models it is a projection.
+    gate = weight.projection.rpartition(".")[2] == "gate" and parameter.shape[0] in experts
+    return not gate and _ROUTER.search(weight.projection) is None
 
 
 def _matches(patterns: Sequence[str], weight: Weight) -> bool:

@@ -246,7 +246,7 @@ def _write(
     import json
     from dataclasses import asdict
 
-    from leap_pl.base_model.loading import load_tokenizer
+    from leap_pl.base_model.loading import save_tokenizer
     from leap_pl.inputs.plain_values import plain
     from leap_pl.inputs.records import MASK, RECORD
 
@@ -255,8 +255,7 @@ def _write(
     (folder / "errors.json").write_text(errors, encoding="utf-8")
     if updated is not None:
         updated.save_pretrained(folder / "model")
-        tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-        tokenizer.save_pretrained(folder / "model")
+        save_tokenizer(model, folder / "model", revision=revision, trust_remote_code=trust_remote_code)
         # Without this record, evaluate and compare would read the folder as a dense base model.
         facts = {"provenance": plain(asdict(pruned.masks.provenance)), "updated_by": method}
         record = json.dumps(facts, indent=2)

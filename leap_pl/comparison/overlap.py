@@ -1,9 +1,11 @@
 """Overlap (IoU) of two masks of one base model."""
 
 from dataclasses import dataclass
+from math import prod
 
 from leap_pl.comparison.entries import Entry
 from leap_pl.masks import split_name
+from leap_pl.masks.bits import PackedMasks, count
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ def overlap(a: Entry, b: Entry) -> Overlap | None:
         return None
     both, either, expected_both, expected_either = 0, 0, 0.0, 0.0
     layers: dict[int, list[int]] = {}
-    for name, mask_a in a.mask.masks.items():
-        mask_b = b.mask.masks.get(name)
-        if mask_b is None or mask_b.shape != mask_a.shape:
+    masks_a, masks_b = a.mask.packed().masks, b.mask.packed().masks
+    assert isinstance(masks_a, PackedMasks)
+    assert isinstance(masks_b, PackedMasks)
+    for name, shape in masks_a.shapes.items():
+        if masks_b.shapes.get(name) != shape:
             continue
-        kept_a, kept_b, total = int(mask_a.sum()), int(mask_b.sum()), mask_a.numel()
-        shared = int((mask_a & mask_b).sum())
+        bits_a, bits_b, total = masks_a.packed[name], masks_b.packed[name], prod(shape)
+        kept_a, kept_b, shared = (count(bits, shape) for bits in (bits_a, bits_b, bits_a & bits_b))
         joined = kept_a + kept_b - shared
         both, either = both + shared, either + joined
         expected = kept_a * kept_b / total

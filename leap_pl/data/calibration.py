@@ -131,10 +131,16 @@ def _joined(source: TextSource) -> Iterator[str]:
             first, ends = False, document.ends
 
 
-def loaded_tokenizer(tokenizer: Any, revision: str | None = None) -> Any:
-    """Load the tokenizer of the base model of that name; return any other object, a tokenizer, as it is."""
+def loaded_tokenizer(tokenizer: Any, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of the base model of that name; return any other object, a tokenizer, as it is.
+
+    Args:
+        tokenizer: Name of a base model, or a tokenizer.
+        revision: Branch, tag or commit of the base model on the hub.
+        trust_remote_code: Run code that comes with the tokenizer.
+    """
     if not isinstance(tokenizer, str):
         return tokenizer
     from leap_pl.base_model.loading import load_tokenizer
 
-    return load_tokenizer(tokenizer, revision=revision)
+    return load_tokenizer(tokenizer, revision=revision, trust_remote_code=trust_remote_code)

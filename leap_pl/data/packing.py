@@ -73,6 +73,17 @@ class Chunk(NamedTuple):
     tokenized: Numbers  # how many tokens each piece has, with the separator after a document; then all these tokens
 
 
+def _blank_line(tokenizer: Any) -> list[int]:
+    """Return the tokens of a blank line behind a text: alone it may get a space that is put before every text."""
+
+    def tokens(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    before, both = tokens("a"), tokens("a\n\n")
+    return both[len(before) :] if both[: len(before)] == before else tokens("\n\n")
+
+
 class BlockStream:
     """Deterministic sequence of blocks defined by a text, a tokenizer, a block length and a seed.
 
@@ -115,11 +126,7 @@ class BlockStream:
         self.source = source
         self.tokenizer = tokenizer
         self.seq_length = seq_length
-        self.end: list[int] = (
-            [int(tokenizer.eos_token_id)]
-            if separator == "end_token"
-            else tokenizer("\n\n", add_special_tokens=False, verbose=False)["input_ids"]
-        )
+        self.end: list[int] = [int(tokenizer.eos_token_id)] if separator == "end_token" else _blank_line(tokenizer)
         self.prefix: Numbers = np.array(prefix_of(tokenizer) if bos == "every" else [], np.int32)
         self.text_length = seq_length - len(self.prefix)
         if self.text_length < 1:

@@ -96,6 +96,8 @@ def reads_rows(model: Any) -> bool:
     It is tried on the model itself: state-space layers, for example, have no attention mask, and not every
     implementation of attention takes one for each pair of tokens.
     """
+    if "local" in (getattr(model.config.get_text_config(), "attention_layers", None) or ()):
+        return False  # GPT-Neo: windows of its own, by the place in a row, that a short row does not show
     try:
         error, wrong = _probe(model)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):

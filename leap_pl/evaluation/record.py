@@ -25,7 +25,7 @@ def check_place(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"--output {path} is a folder. Name a file in it: --output {path / 'result.json'}")
-    if path.is_file() and path.stat().st_size and FORMAT not in path.read_bytes()[:1_000_000].decode(errors="replace"):
+    if path.is_file() and path.stat().st_size and not _is_result(path):
         raise UserError(f"--output {path} exists and is no result of leap_pl evaluate. Name another file.")
     try:
         parents = followed(path).absolute().parents
@@ -35,6 +35,12 @@ def check_place(path: str | Path) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         reason = "is not writable" if folder.is_dir() else "is a file"
         raise UserError(f"--output {path} cannot be written: {folder} {reason}. Name another place.")
+
+
+def _is_result(path: Path) -> bool:
+    """Return whether the file ``path``, which may be of any size, begins as a result does."""
+    with path.open("rb") as file:
+        return FORMAT in file.read(1_000_000).decode(errors="replace")
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ def export_model(
             gains nothing, or the folder cannot be written.
     """
     from leap_pl.base_model.licence import licence_of
-    from leap_pl.base_model.loading import load_model, load_tokenizer
+    from leap_pl.base_model.loading import load_model, save_tokenizer
     from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet
 
@@ -98,7 +98,7 @@ def export_model(
             masks, known = without_paths(masks), shortened(known)
         facts = facts_of(masks, _zeros_kept(masks, base)) | known
         if format != "mask":
-            load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code).save_pretrained(folder)
+            save_tokenizer(model, folder, revision=revision, trust_remote_code=trust_remote_code)
         if format == "packed":
             from leap_pl.export.packed import write_packed_model
 

@@ -292,10 +292,13 @@ def _swap_in_two_steps(new: Path, path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush the file or folder ``path`` to the disk."""
+    """Flush the file or folder ``path`` to the disk; a folder only where the file system can flush folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -309,8 +312,6 @@ def _confirm(path: Path) -> None:
     try:
         flush(path.parent)
     except OSError as error:
-        if error.errno in _NOT_SUPPORTED:  # a file system that cannot flush folders
-            return
         raise UserError(
             f"{path} was written, but the disk does not confirm that it would survive a power cut "
             f"({error.strerror}). Check the disk, and write it again or copy it elsewhere."

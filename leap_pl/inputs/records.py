@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 # Files that transformers writes for a model and its tokenizer, and those that an export adds.
 _MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template"
-    r"|preprocessor_config|processor_config)\.json|(model|pytorch_model)[\w.-]*\.(safetensors|bin|json)|merges\.txt"
+    r"|preprocessor_config|processor_config|video_preprocessor_config)\.json|(model|pytorch_model)[\w.-]*\.(safetensors|bin|json)|merges\.txt"
     r"|vocab\.txt|[\w-]+\.model|chat_template\.jinja|additional_chat_templates/[\w.-]+\.jinja|[\w-]+\.py"
     r"|README\.md|mask\.safetensors|leap_pl\.json"
 )

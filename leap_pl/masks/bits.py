@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+
 
 class PackedMasks(Mapping[str, Tensor]):
     """Mapping of masks stored as bits, an eighth of the memory of bool tensors; each access unpacks a mask."""
@@ -56,6 +58,19 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     count = _check_packed(packed, shape)
     bits = np.unpackbits(packed.numpy(), count=count, bitorder="little")
     return torch.from_numpy(bits.view(np.bool_)).view(tuple(shape))
+
+
+def count(packed: Tensor, shape: Sequence[int]) -> int:
+    """Return the number of kept weights of a mask of ``shape`` that :func:`pack` packed.
+
+    Raises:
+        ValueError: They are not packed bits, or do not fit ``shape``.
+    """
+    total = _check_packed(packed, shape)
+    counts = _ONES[packed.numpy()]
+    beyond = total % 8  # elements in the last byte, if it is not full; whatever its other bits are
+    last = 0 if not beyond else int(counts[-1]) - int(_ONES[int(packed[-1]) & ((1 << beyond) - 1)])
+    return int(counts.sum(dtype=np.int64)) - last
 
 
 def _check_packed(packed: Tensor, shape: Sequence[int]) -> int:

@@ -209,9 +209,10 @@ class MaskSet:
 
     def digest_of_bits(self) -> str:
         """Return the SHA-256 of names, shapes and bits without provenance, the same for equal masks."""
-        return _digest(
-            json.dumps(self.shapes, sort_keys=True), "", {name: pack(mask) for name, mask in self.masks.items()}
-        )
+        digest = hashlib.sha256(f"{json.dumps(self.shapes, sort_keys=True)}\n\n".encode())
+        for name in sorted(self.masks):
+            _add_to_digest(digest, name, pack(self.masks[name]))
+        return digest.hexdigest()
 
     def packed(self) -> Self:
         """Return the same masks as bits, an eighth of the memory of bool tensors; each access unpacks a mask."""

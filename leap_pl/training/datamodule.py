@@ -103,6 +103,7 @@ class TextDataModule(LightningDataModule):
         check_numbers({**numbers, "num_workers": num_workers, "seed": seed}, "data.")
         self.tokenizer_name: Any = tokenizer  # Python code may pass a tokenizer instead of a name
         self._tokenizer_of_model = tokenizer is None
+        self._trusts_code = False  # set with the name of the model's tokenizer, by a user who trusts the model's
         self.text = text
         self.config_name = config_name
         self.split = split
@@ -143,7 +144,9 @@ class TextDataModule(LightningDataModule):
                 "Name a base model: TextDataModule(tokenizer, ...)."
             )
         if self._tokenizer is None:
-            self._tokenizer = loaded_tokenizer(self.tokenizer_name, self.tokenizer_revision)
+            self._tokenizer = loaded_tokenizer(
+                self.tokenizer_name, self.tokenizer_revision, trust_remote_code=self._trusts_code
+            )
         return self._tokenizer
 
     @property
@@ -184,6 +187,7 @@ class TextDataModule(LightningDataModule):
         if not self._tokenizer_of_model or name is None:
             return
         taken = (name, getattr(module, "revision", None))
+        self._trusts_code = bool(getattr(module, "trust_remote_code", False))
         if taken != (self.tokenizer_name, self.tokenizer_revision):
             self.tokenizer_name, self.tokenizer_revision = taken
             # Discard what was made with another model's tokenizer, if the data was used with that model before.

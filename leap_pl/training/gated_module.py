@@ -193,9 +193,7 @@ class GatedModule(L.LightningModule):
             self.states, self.head = split_model(model)
         if self.activation_checkpointing:
             checkpoint_activations(model)
-        # from_pretrained returns the model in eval mode, which silently disables activation checkpointing. Train mode
-        # applies no dropout, because load_model has removed it.
-        self.model = model.train()
+        self.model = model
         reduce_only(self, {checkpoints.path_of(*place) for place in self._learned()})
         if self.mesh is not None and self.resumes_from is not None:
             # Lightning loads a sharded run's optimizer before it calls on_load_checkpoint.

@@ -5,7 +5,7 @@ import torch
 from tiny import VOCABULARY, tiny_model
 from transformers import LlamaForCausalLM
 
-from leap_pl.base_model.backbone import split_model
+from leap_pl.base_model.backbone import checkpoint_activations, split_model
 from leap_pl.losses.language import language_losses
 from leap_pl.losses.objective import Objective
 
@@ -38,6 +38,28 @@ def test_an_unknown_head_is_taken_whole_with_a_warning() -> None:
     wanted = torch.autograd.grad(expected, model.model.embed_tokens.weight)
     found = torch.autograd.grad(loss, model.model.embed_tokens.weight)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointed_models_are_not_random() -> None:
+    """In train mode Phi-MoE samples its experts; blocks alone are in train mode, without which none is recomputed."""
+    import transformers
+
+    config = transformers.PhimoeConfig(
+        **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    )
+    torch.manual_seed(0)
+    model = transformers.PhimoeForCausalLM(config)
+    ids = torch.randint(0, 64, (4, 32))
+    with torch.no_grad():
+        assert not torch.equal(*(model.train()(ids).logits for _ in range(2)))
+    checkpoint_activations(model)
+    runs: list[int] = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(lambda module, args: runs.append(1))
+    passes = [model(ids).logits for _ in range(2)]
+    assert torch.equal(*passes)
+    passes[0].sum().backward()
+    assert len(runs) == 3  # both passes, and once again in the backward one
 
 
 def test_splitting_leaves_the_mode_as_it_is() -> None:

@@ -1,5 +1,6 @@
 """Base models: found and loaded."""
 
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -8,13 +9,24 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from conftest import one_line
+from safetensors.torch import load_file, save_file
 from tiny import tiny_folder, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
 import leap_pl.base_model.loading
-from leap_pl.base_model.loading import fast_dtype, load_config, load_model, load_tokenizer, longest_sequence
+from leap_pl.base_model.loading import (
+    check_sequence_length,
+    fast_dtype,
+    load_config,
+    load_model,
+    load_tokenizer,
+    longest_sequence,
+    save_tokenizer,
+)
+from leap_pl.base_model.weights import model_fingerprint
 from leap_pl.errors import UserError
 
 
@@ -45,6 +57,58 @@ def test_a_saved_folder(tmp_path: Path, family: str) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
     assert longest_sequence(load_config(folder)) == 128
     assert load_tokenizer(folder).encode("ab", add_special_tokens=False)
+
+
+def test_an_older_name_of_the_longest_sequence(tmp_path: Path) -> None:
+    config = transformers.MptConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=16, vocab_size=64)
+    with pytest.raises(UserError, match="supports at most 16 tokens"):
+        check_sequence_length(config, 32, "the model", "--seq_length")
+
+
+def test_float8_is_dequantised_on_every_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers keeps it on a GPU that multiplies it, so that a mask would fit on one host and not on another."""
+    model = tiny_model("llama", hidden_size=128, intermediate_size=128, num_attention_heads=4).bfloat16()
+    model.save_pretrained(tmp_path)
+    state, scales = load_file(tmp_path / "model.safetensors"), {}
+    for name in [name for name in state if "proj" in name]:
+        scales[f"{name}_scale_inv"] = torch.ones(-(-state[name].shape[0] // 128), 1)
+        state[name] = state[name].to(torch.float8_e4m3fn)
+    save_file(state | scales, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    here = load_model(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    there = load_model(str(tmp_path))
+    assert {parameter.dtype for parameter in there.parameters()} == {torch.bfloat16}
+    assert model_fingerprint(here) == model_fingerprint(there)
+    assert torch.equal(there.model.layers[0].mlp.up_proj.weight, state["model.layers.0.mlp.up_proj.weight"].bfloat16())
+
+
+def test_other_quantised_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_folder(tmp_path / "m")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def quantised(*args: object, **options: object) -> object:
+        model, found = load(*args, **options)
+        options["config"].quantization_config = {"quant_method": "gptq"}  # type: ignore[attr-defined]
+        model.is_quantized = True
+        return model, found
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", quantised)
+    with pytest.raises(UserError, match=r"its weights are quantised \(gptq\).*Give the model that it was made from\."):
+        load_model(str(folder))
+
+
+def test_the_processors_of_a_multimodal_model_go_with_its_tokenizer(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "m")
+    (folder / "preprocessor_config.json").write_text('{"image_size": 8}')
+    (tmp_path / "out").mkdir()
+    save_tokenizer(str(folder), tmp_path / "out")
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"image_size": 8}'
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert not (tmp_path / "out" / "processor_config.json").exists()
 
 
 def test_a_relative_folder_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

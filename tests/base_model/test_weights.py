@@ -237,6 +237,49 @@ def test_float16_which_rounds_small_weights_keeps_the_fingerprint(tmp_path: Path
     assert model_fingerprint(load_model(again, dtype="float16")) != model_fingerprint(stored)
 
 
+SMALL = {
+    **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("stem", "more", "routers"),
+    [
+        ("Llama4", {"intermediate_size_mlp": 24, "interleave_moe_layer_step": 1, **EXPERTS}, ["feed_forward.router"]),
+        ("Qwen2Moe", {"shared_expert_intermediate_size": 8, **EXPERTS}, ["mlp.shared_expert_gate"]),
+        ("Phimoe", EXPERTS, ["mlp.router"]),
+    ],
+)
+def test_a_router_is_no_projection(stem: str, more: dict[str, object], routers: list[str]) -> None:
+    """Pruning one sends tokens to other experts; by name it can be chosen all the same."""
+    name = f"{stem}TextConfig" if stem == "Llama4" else f"{stem}Config"
+    model = getattr(transformers, f"{stem}ForCausalLM")(getattr(transformers, name)(**SMALL, **more))
+    found = {weight.projection for weight in find_weights(model).values()}
+    assert any("experts" in projection for projection in found)
+    assert not found & set(routers)
+    named = {weight.projection for weight in find_weights(model, [f"re:.*{router}" for router in routers]).values()}
+    assert named >= set(routers)
+
+
+@pytest.mark.parametrize(("outputs", "selected"), [(3, False), (48, True)])
+def test_a_linear_called_gate_is_a_router_if_it_has_an_output_for_each_expert(outputs: int, selected: bool) -> None:
+    model = tiny_model("mixtral")  # of three experts
+    model.model.layers[0].extra = torch.nn.ModuleDict({"gate": torch.nn.Linear(32, outputs)})
+    assert ("model.layers.0.extra.gate.weight" in find_weights(model)) == selected
+
+
+def test_other_weights_of_three_dimensions_are_no_experts() -> None:
+    """Mixing coefficients and gates of recurrent layers."""
+    rwkv = transformers.RwkvForCausalLM(
+        transformers.RwkvConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, context_length=32)
+    )
+    found = find_weights(rwkv).values()
+    assert {weight.parameter.ndim for weight in found} == {2}
+    assert any(parameter.ndim == 3 for parameter in rwkv.parameters())
+
+
 @pytest.mark.parametrize("module", [torch.nn.Conv1d(4, 4, 3, groups=4), torch.nn.Conv1d(4, 8, 1)])
 def test_a_convolution_is_no_projection(module: torch.nn.Module) -> None:
     """Of hybrid models: three dimensions, as stacked experts have."""

@@ -10,6 +10,7 @@ import threading
 import time
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -17,7 +18,7 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from tiny import byte_tokenizer
+from tiny import byte_tokenizer, tiny_folder
 
 from leap_pl.data import TextDataModule, batches
 from leap_pl.errors import UserError
@@ -337,3 +338,28 @@ def test_a_signal_to_all_processes_spares_workers_that_have_just_started(
     timer.start()
     assert len(list(module_for(files, num_workers=2).train_loader(9))) == 9
     timer.join()
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_of_the_models_tokenizer_runs_if_that_of_the_model_may(tmp_path: Path, trusted: bool) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    (folder / "mine.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass Mine(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    path = folder / "tokenizer_config.json"
+    told = json.loads(path.read_text()) | {
+        "tokenizer_class": "Mine",
+        "auto_map": {"AutoTokenizer": [None, "mine.Mine"]},
+    }
+    path.write_text(json.dumps(told))
+    (tmp_path / "a.txt").write_text("text of a file")
+    data = TextDataModule(text=str(tmp_path / "a.txt"), seq_length=4)
+    module = SimpleNamespace(base_model=str(folder), revision=None, trust_remote_code=trusted)
+    data.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
+    if trusted:
+        data.setup("validate")
+        assert type(data.tokenizer).__name__ == "Mine"
+    else:
+        with pytest.raises(UserError, match="tokenizer"):
+            data.setup("validate")
+            assert data.tokenizer

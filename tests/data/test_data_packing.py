@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer
+from tokenizers import normalizers
 
 from leap_pl.data import BlockStream, TextSource, calibration_blocks, held_out_tokens, packing
 from leap_pl.data.batches import BEGINNING, BlockLoader, RankBatches
@@ -27,6 +28,18 @@ def _small_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "CHUNK_PIECES", 3)
         yield
+
+
+def test_a_blank_line_is_that_of_a_text_and_not_a_text_of_its_own() -> None:
+    """Tokenizers made of SentencePiece's put a space before every text, and so before a blank line alone."""
+    tokenizer = byte_tokenizer()
+    plain = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    made = [BlockStream(TextSource(Listed(["a", "b"])), tokenizer, 8, "blank_line").end]
+    spaced = byte_tokenizer()
+    spaced.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    assert spaced("\n\n", add_special_tokens=False)["input_ids"] != plain
+    made.append(BlockStream(TextSource(Listed(["a", "b"])), spaced, 8, "blank_line").end)
+    assert made == [plain, plain]
 
 
 class Listed:

@@ -47,6 +47,19 @@ REQUESTS = [
 ]
 
 
+def test_windows_that_a_short_row_does_not_show() -> None:
+    """GPT-Neo's local layers see the last tokens of the row, whichever branch they are of."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=64,
+    )
+    assert not reads_rows(transformers.GPTNeoForCausalLM(config).eval())
+
+
 def scored(lm: HFLM, requests: list[Request]) -> list[tuple[float, bool]]:
     found: list[tuple[float, bool]] = lm._loglikelihood_tokens(requests, disable_tqdm=True)
     return found

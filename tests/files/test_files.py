@@ -370,7 +370,11 @@ def test_a_file_system_that_flushes_no_folders(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", flush)
     with atomic_file(tmp_path / "a") as temporary:
         temporary.write_text("new")
-    assert contents(tmp_path) == {"a": "new"}
+    with atomic_folder(tmp_path / "b") as temporary:
+        (temporary / "c").mkdir()
+        (temporary / "c" / "d").write_text("new")
+    found = contents(tmp_path)
+    assert (found["a"], found["b/c/d"]) == ("new", "new")
 
 
 # -- links, and what killed processes leave ----------------------------------------------------------------

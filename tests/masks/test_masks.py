@@ -17,7 +17,7 @@ from tiny import FAMILIES, tiny_model
 
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
-from leap_pl.masks.bits import PackedMasks
+from leap_pl.masks.bits import PackedMasks, count, pack
 from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions, split_name
 
 ORIGIN = Provenance(
@@ -393,6 +393,15 @@ def test_a_loaded_or_packed_mask_is_kept_as_bits(tmp_path: Path, how: str) -> No
     loaded.masks[name].fill_(False)  # of a new tensor
     assert torch.equal(loaded.masks[name], mask.masks[name])
     assert {**loaded.masks}.keys() == mask.masks.keys()
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=70), st.integers(0, 255))
+def test_kept_weights_are_counted_in_bits(kept: list[bool], beyond: int) -> None:
+    """Whatever the bits behind the last weight are, which files of others may set."""
+    bits = pack(torch.tensor(kept))
+    if rest := len(kept) % 8:
+        bits[-1] |= (beyond << rest) & 0xFF
+    assert count(bits, [len(kept)]) == sum(kept)
 
 
 def test_packed_masks_refuse_what_is_no_bits() -> None:
