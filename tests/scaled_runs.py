@@ -74,6 +74,7 @@ def learn(flags: list[str]) -> dict[str, Any]:
         "held": sum(held(parameter) for parameter in cli.model.parameters()),
         "prior": cli.model.prior is not None,
         "figures": cli.model.validation.figures(),
+        "frequencies": cli.model.model.model.rotary_emb.inv_freq.clone(),
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError, listing, warn_once
 
 FINGERPRINT_SAMPLES = 4096  # elements hashed of each tensor: all of a tiny one, evenly spaced in a large one
 STORED = "_fingerprint_as_stored"  # attribute of a model in float16, which loses the small bits of other types
@@ -83,16 +83,16 @@ def find_weights(
         model: A causal language model.
         targets: Weights to select. None: every ``nn.Linear`` and ``Conv1D`` weight, and every tensor of stacked
             experts, inside the decoder blocks (never embeddings, norms, routers or the head). Otherwise each entry is
-            a class name (``Linear``), a module or parameter name, or ``re:`` followed by a regular expression that
-            matches a module or parameter name from its start, such as ``re:.*\.mlp\..*``.
+            a class name (``Linear``), the name of a parameter, or of a module for all in it, or ``re:`` followed by a
+            regular expression that matches a module or parameter name from its start, such as ``re:.*\.mlp\..*``.
         ignore: Entries of the same form; matching weights stay dense.
 
     Returns:
         Parameter name → :class:`Weight`.
 
     Raises:
-        UserError: Nothing matches (the message lists the available names), or a matching weight is shared with another
-            module, as a head tied to the embeddings.
+        UserError: Nothing matches (the message lists the available names), an entry of ``targets`` matches nothing, or
+            a matching weight is shared with another module, as a head tied to the embeddings.
     """
     prefix, blocks = decoder_blocks(model)
     experts = _numbers_of_experts(model)
@@ -112,6 +112,8 @@ def find_weights(
         )
         if wanted and not _matches(ignore, candidate):
             found[name] = candidate
+    if found:  # else nothing matches, which is said below
+        _check_each_matches(targets or (), ignore, candidates, type(model).__name__)
     if not found:
         asked = "the default (linears of the decoder blocks)" if targets is None else ", ".join(targets)
         projections = sorted({f"re:.*{re.escape(w.projection)}" for w in candidates.values() if w.layer is not None})
@@ -126,6 +128,24 @@ def find_weights(
                 f"{name} is the same tensor as {', '.join(sharers)}: gating it would prune both. Add it to ignore."
             )
     return found
+
+
+def _check_each_matches(
+    targets: Sequence[str], ignore: Sequence[str], candidates: Mapping[str, Weight], model: str
+) -> None:
+    """Refuse an entry of ``targets`` that selects nothing, and warn of one of ``ignore``, as for several families."""
+    idle, spared = (
+        [one for one in entries if not any(_matches([one], weight) for weight in candidates.values())]
+        for entries in (targets, ignore)
+    )
+    if idle:
+        raise UserError(
+            f"--model.targets: {listing(idle, 4)} matches no weight of {model}. Name a class (Linear), a module or "
+            f"parameter ({next(iter(candidates))}), or re: and an expression that matches its name from the start "
+            "(re:.*q_proj)."
+        )
+    if spared:
+        warn_once(f"--model.ignore: {listing(spared, 4)} matches no weight of {model}, and nothing stays dense by it.")
 
 
 def _weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -220,7 +240,8 @@ def _is_projection(weight: Weight, parameter: nn.Parameter, experts: set[int]) -
 
 
 def _matches(patterns: Sequence[str], weight: Weight) -> bool:
-    names = (weight.name, weight.name.removesuffix(f".{weight.tensor}"))
+    module = weight.name.removesuffix(f".{weight.tensor}")
+    names = (weight.name, module)
     for pattern in patterns:
         if pattern.startswith("re:"):
             try:
@@ -229,7 +250,7 @@ def _matches(patterns: Sequence[str], weight: Weight) -> bool:
                 raise UserError(f"{pattern} is not a regular expression: {error}.") from error
             if any(expression.match(name) for name in names):
                 return True
-        elif pattern in names or pattern == _kind(weight.module):
+        elif pattern in names or pattern == _kind(weight.module) or module.startswith(f"{pattern}."):
             return True
     return False
 

@@ -1,6 +1,7 @@
 """Checkpoint callback: saves at intervals, at the end of the run, and on signals."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from leap_pl.callbacks.mask_export import mask_place
 from leap_pl.checkpoints.run_folder import Leftover, earlier_run, link_last, record_checkpoint
 from leap_pl.checkpoints.signals import Stopped, StopSignals
 from leap_pl.distributed.strategy import saves_shards
+from leap_pl.errors import UserError
 from leap_pl.escape import say
 from leap_pl.files import atomic_folder, check_writable, flush, remove_abandoned
 from leap_pl.inputs.ranges import check_numbers
@@ -70,6 +72,7 @@ class Checkpoints(SavingCheckpoint):
                 another run is refused.
             kwargs: Other arguments of ModelCheckpoint; by default a checkpoint is written at every validation.
         """
+        _check_filename(filename, inserts_names=kwargs.get("auto_insert_metric_name", True))
         check_numbers({"every_minutes": every_minutes, "save_top_k": save_top_k, **kwargs}, "checkpoint.")
         super().__init__(
             dirpath,
@@ -305,6 +308,21 @@ class Checkpoints(SavingCheckpoint):
     def _validate_again(self, trainer: L.Trainer) -> None:
         if self._limit_val_batches is not None:
             trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
+
+
+def _check_filename(filename: str, *, inserts_names: bool) -> None:
+    """Check that checkpoints lie in their folder, where a resumed run looks for them.
+
+    Raises:
+        UserError: Their names have a slash, as the names of metrics have.
+    """
+    without_fields = re.sub(r"\{[^}]*\}", "", filename)
+    if "/" in (filename if inserts_names else without_fields):
+        raise UserError(
+            f"checkpoint.filename {filename} makes folders in checkpoint.dirpath, where no checkpoint is looked for. "
+            "For a metric whose name has a slash: --checkpoint.auto_insert_metric_name false --checkpoint.filename "
+            "'step={step}-perplexity={perplexity/hard:.2f}'."
+        )
 
 
 def _ends_early(trainer: L.Trainer) -> bool:

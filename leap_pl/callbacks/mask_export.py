@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from leap_pl.callbacks.lightning_internals import SavingCheckpoint
 from leap_pl.escape import terminal
 from leap_pl.inputs.records import MASK, WEIGHTS
 from leap_pl.prior.started_prior import prior_file
@@ -112,8 +113,9 @@ class MaskExport(L.Callback):
     def place(self, trainer: L.Trainer) -> Path:
         """Return the folder of the files."""
         if self.folder is not None:
-            return Path(self.folder)
-        for callback in trainer.checkpoint_callbacks:
+            return Path(self.folder).expanduser()
+        # Those of the run first: another ModelCheckpoint may keep the best of a metric elsewhere.
+        for callback in sorted(trainer.checkpoint_callbacks, key=lambda one: not isinstance(one, SavingCheckpoint)):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
                 return Path(callback.dirpath)
         return Path(trainer.log_dir or trainer.default_root_dir)

@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from leap_pl.callbacks.lightning_internals import SavingCheckpoint
 from leap_pl.callbacks.mask_export import MaskExport, mask_place
 from leap_pl.distributed.strategy import data_rank
 from leap_pl.escape import markdown, say, terminal
@@ -128,7 +129,10 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
     size = f"{gib:.1f} GiB" if gib >= 1 else f"{1024 * gib:.0f} MiB"
     plan["memory"] = f"about {size} on each device, without libraries and fragmentation"
     folder, curves = mask_place(trainer), [str(logger.log_dir) for logger in trainer.loggers if logger.log_dir]
-    plan["writes"] = f"checkpoints, prior and mask to {folder}" + f"; curves to {', '.join(curves)}" * bool(curves)
+    saving = (one for one in trainer.checkpoint_callbacks if isinstance(one, SavingCheckpoint))
+    saved = next((Path(one.dirpath) for one in saving if one.dirpath is not None), folder)
+    what = "checkpoints, prior and mask" if saved == folder else f"checkpoints to {saved}, prior and mask"
+    plan["writes"] = f"{what} to {folder}" + f"; curves to {', '.join(curves)}" * bool(curves)
     if can_compile(trainer.strategy.root_device):
         plan["first step"] = "takes up to some minutes longer: the gates' kernels are compiled"
     return plan

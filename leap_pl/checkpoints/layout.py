@@ -133,7 +133,7 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True, check_tensors: bool 
     Raises:
         UserError: If ``path`` does not exist, is truncated or damaged, or is not a checkpoint of leap_pl.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     note_input(path)
     if (path / META).is_file():
         path = path / META

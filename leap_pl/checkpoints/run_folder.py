@@ -266,4 +266,4 @@ def check_finished(settings: Any, newest: Path, checkpoint: dict[str, Any]) -> N
 
 def masks_of(settings: Any) -> Path:
     """Return the folder of the prior and mask of a run whose settings have a ``checkpoint.dirpath``."""
-    return Path(settings.mask_export.folder or Path(settings.checkpoint.dirpath).expanduser())
+    return Path(settings.mask_export.folder or settings.checkpoint.dirpath).expanduser()

@@ -22,6 +22,17 @@ RECIPES = Path(__file__).parents[1] / "recipes"  # files that --config also take
 # Key → Lightning's module of the classes that it takes.
 LIGHTNING = {"trainer.callbacks": "lightning.pytorch.callbacks", "trainer.logger": "lightning.pytorch.loggers"}
 
+# Lightning's callbacks that would change the weights, the length of a run or its settings → what to do instead.
+UNSUITABLE = {
+    "BatchSizeFinder": "Set --data.batch_size",
+    "LearningRateFinder": "Set --model.optimizer.lr",
+    "GradientAccumulationScheduler": "Set --trainer.accumulate_grad_batches",
+    "ModelPruning": "leap_pl prunes already",
+    "StochasticWeightAveraging": "Leave it out",
+    "WeightAveraging": "Leave it out",
+    "EMAWeightAveraging": "Leave it out",
+}
+
 # Base classes among them, which do nothing alone.
 BASES = {"Logger", "Callback", "Checkpoint", "BaseFinetuning", "BasePredictionWriter", "ProgressBar"}
 
@@ -152,7 +163,7 @@ def _classes_for(key: str) -> list[str]:
     if key not in LIGHTNING:
         return []
     module = import_module(LIGHTNING[key])
-    return sorted(name for name in module.__all__ if name not in BASES)
+    return sorted(name for name in module.__all__ if name not in {*BASES, *UNSUITABLE})
 
 
 def _is_number(word: str) -> bool:
@@ -287,7 +298,7 @@ def check_keys(configs: Mapping[str, Mapping[Any, Any]], options: Collection[str
 
 
 def setting_of(words: Sequence[str], name: str) -> str | None:
-    """Return the last value of the setting ``name`` in ``words`` and in the configs that they name; None: not set.
+    """Return the last value of the setting ``name`` in ``words`` and the configs that they name; None if it is not set.
 
     This is for settings that decide how the others are parsed. Options must be typed with their full names.
     """
@@ -302,8 +313,11 @@ def setting_of(words: Sequence[str], name: str) -> str | None:
             found = None if value in ("null", "") else value
         elif option in ("-c", "--config") and Path(value).is_file():
             content = yaml.load(Path(value).read_text(encoding="utf-8"), yaml.CSafeLoader)
-            if isinstance(content, dict) and name in content:
-                found = None if content[name] is None else str(content[name])
+            *groups, last = name.split(".")
+            for group in groups:
+                content = content.get(group) if isinstance(content, dict) else None
+            if isinstance(content, dict) and last in content:
+                found = None if content[last] is None else str(content[last])
     return found
 
 

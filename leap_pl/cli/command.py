@@ -36,6 +36,10 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
         with inputs.command_inputs(verb) as register:
             bound = parameters.bind(*args, **kwargs)
             bound.apply_defaults()
+            for name in (FOLDER, FILE):  # inputs may begin with ~ too, which a shell leaves in --output_dir=~/out
+                given = bound.arguments.get(name)
+                if isinstance(given, str):
+                    bound.arguments[name] = str(Path(given).expanduser()) if given.startswith("~") else given
             options = dict(bound.arguments)
             folder, file, _ = (options.pop(name, None) for name in (FOLDER, FILE, HUB))
             for value in options.values():
@@ -44,7 +48,7 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
                 check_folder(folder, force=bool(options.get("force")), verb=verb)
             if file is not None and Path(file).exists():
                 register.check_file(followed(Path(file)), file)
-            return function(*args, **kwargs)
+            return function(*bound.args, **bound.kwargs)
 
     return run
 

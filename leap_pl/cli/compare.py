@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from leap_pl.cli.command import command
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 from leap_pl.escape import say
 
 
@@ -57,6 +57,11 @@ def compare_command(
     entries = read_entries(results)
     named = METHODS if baselines is None else [name.strip() for name in baselines.split(",")]
     measured_against = {name for name in named if name}
+    methods = {*METHODS, *(entry.method for entry in entries)}
+    if unknown := sorted(measured_against - methods):
+        raise UserError(
+            f"--baselines {baselines}: there is no method {listing(unknown)}. There are {listing(sorted(methods))}."
+        )
     table, sentence = make_table(entries, measured_against), verdict(entries, measured_against)
     with atomic_folder(output_dir, force=force) as folder:
         top = f"{markdown(sentence)}\n\n" if sentence else ""

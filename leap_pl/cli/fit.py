@@ -136,6 +136,7 @@ class LeapCLI(LightningCLI):
         yet. A job that SLURM has requeued resumes from it automatically.
         """
         words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
+        self._last_of: dict[str | None, tuple[str, tuple[Path, dict[str, Any]] | None]] = {}
         configs = check_configs(words)
         words, typed = respelled(words)
         if configs:
@@ -144,8 +145,10 @@ class LeapCLI(LightningCLI):
         args = words if typed else args
         path = setting_of(words, "ckpt_path")
         refused: dict[str, UserError] = {}
-        if path is not None and Path(path).exists():
+        if path is not None and Path(path).expanduser().exists():
             refused = self._take_settings(words[0], load_checkpoint(path), path, words)
+        elif path == "last" and words[0] in self.parsers:  # settings that it has need not be typed
+            refused = self._take_last(words)
         self._parse(parser, args, words)
         self._warn_of_former(typed)
         verb = self.config.get("subcommand")
@@ -160,6 +163,11 @@ class LeapCLI(LightningCLI):
         if settings.ckpt_path != path:
             raise UserError(f"ckpt_path is {settings.ckpt_path} and {path}. Give it once, as --ckpt_path PATH.")
         settings.ckpt_path = path = checkpoint_path(path)
+        if verb == "validate" and path is None:
+            raise UserError(
+                "leap_pl validate measures the mask in a checkpoint of a run. Name it with --ckpt_path FILE, or take "
+                "the newest in --checkpoint.dirpath: --ckpt_path last."
+            )
         requeued = verb == "fit" and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
         if verb == "fit":
             self.force = replaces(settings, requeued=requeued)
@@ -219,6 +227,22 @@ class LeapCLI(LightningCLI):
             known = self.parsers.get(words[0] if words else None, parser)
             raise UserError(one_line(error, options_of(known))) from error
 
+    def _take_last(self, words: list[str]) -> dict[str, UserError]:
+        """Take the settings of the newest checkpoint in the ``checkpoint.dirpath`` of ``words``, if they name one.
+
+        Raises:
+            UserError: There is no checkpoint to validate.
+        """
+        folder = setting_of(words, "checkpoint.dirpath")
+        newest = None if folder is None else self._find_last(words[0], folder)[1]
+        return {} if newest is None else self._take_settings(words[0], newest[1], str(newest[0]), words)
+
+    def _find_last(self, verb: str, folder: str | None) -> tuple[str, tuple[Path, dict[str, Any]] | None]:
+        """Return what :func:`find_last` does, whose reading of every bit takes a while, once for a folder."""
+        if folder not in self._last_of:
+            self._last_of[folder] = find_last(verb, folder)
+        return self._last_of[folder]
+
     def _parse_for_last(
         self, verb: str, parser: LightningArgumentParser, args: ArgsType, words: list[str]
     ) -> dict[str, UserError] | None:
@@ -229,7 +253,7 @@ class LeapCLI(LightningCLI):
         """
         typed = self.config[verb].ckpt_path
         refused: dict[str, UserError] | None = None
-        message, newest = find_last(verb, self.config[verb].checkpoint.dirpath)
+        message, newest = self._find_last(verb, self.config[verb].checkpoint.dirpath)
         if newest is not None:
             refused = self._take_settings(verb, newest[1], str(newest[0]), words)
             self._parse(parser, args, words)
@@ -293,7 +317,16 @@ class LeapCLI(LightningCLI):
                 raise not_one_file(path)
             check_folder(path)
 
-    before_validate = before_fit
+    def before_validate(self) -> None:
+        """Do the same for a validation, and refuse one that would measure nothing."""
+        self.before_fit()
+        sequences, batches = self.datamodule.validation_sequences, self.trainer.limit_val_batches
+        if not sequences or not batches:
+            off = "data.validation_sequences is 0" if not sequences else "trainer.limit_val_batches is 0"
+            raise UserError(
+                f"{off}, so that nothing would be measured. Add --data.validation_sequences 64, and where the run has "
+                "held out no text --data.validation_text FILE.jsonl; or leave --trainer.limit_val_batches out."
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create the trainer; its checkpoint files are atomic and verified, unless another checkpoint IO was chosen."""

@@ -151,6 +151,18 @@ def prune_command(
         raise UserError(
             f"--pattern {shape} has sparsity {shape.sparsity:g}, and --sparsity {sparsity:g} was given. Leave one out."
         )
+    _check_together(
+        mask is not None and (sparsity != 0.5 or pattern is not None),
+        "--mask sets which weights are kept",
+        "--sparsity and --pattern",
+    )
+    _check_together(layer_sparsity is not None and sparsity != 0.5, "--layer_sparsity sets the sparsity", "--sparsity")
+    _check_together(fisher is None and fisher_rows != 0.25, "Only --fisher allocates over rows", "--fisher_rows")
+    _check_together(
+        not owl and (owl_threshold != 5.0 or owl_spread != 0.08),
+        "Only --owl true counts outliers",
+        "--owl_threshold and --owl_spread",
+    )
     uses_text = asked.needs is not None or owl or fisher is not None
     if uses_text:
         config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -206,10 +218,25 @@ def prune_command(
         )
         data = {"text": text, "config_name": config_name, "split": split, "seed": seed, **begun} if uses_text else {}
         masks = pruned.masks
-        pruned.masks = masks.with_provenance(config={**masks.provenance.config, **data})
+        made: dict[str, Any] = dict(masks.provenance.config)
+        if kept_mask is None:
+            made |= data
+        else:  # of the weights; the mask has its own
+            made["weight_update"] = {**made["weight_update"], **data}
+        pruned.masks = masks.with_provenance(config=made)
         _write(folder, pruned, base if asked.updates else None, method, model, revision, trust_remote_code)
     _report(output_dir, pruned, asked.updates)
     return pruned
+
+
+def _check_together(contradicts: bool, what: str, which: str) -> None:
+    """Refuse options that would be overruled, or not used.
+
+    Raises:
+        UserError: They are given.
+    """
+    if contradicts:
+        raise UserError(f"{what}, and {which} would not be used. Leave out what is not meant.")
 
 
 def _fisher(strength: float, row_strength: float) -> Any:

@@ -41,8 +41,9 @@ def checkpoint_path(ckpt_path: Any) -> Any:
     if not isinstance(ckpt_path, str) or ckpt_path == "last" or "://" in ckpt_path:
         return ckpt_path
     keyword = ckpt_path in ("best", "hpc") or ckpt_path.startswith("registry")
-    if Path(ckpt_path).exists():
-        return str(Path(ckpt_path).absolute()) if keyword else ckpt_path
+    place = Path(ckpt_path).expanduser()
+    if place.exists():
+        return str(place.absolute()) if keyword or ckpt_path.startswith("~") else ckpt_path
     if not keyword:
         raise UserError(f"{ckpt_path}: there is no such checkpoint. Give a .ckpt from a run's checkpoints folder.")
     raise UserError(

@@ -90,8 +90,8 @@ def read_entries(sources: Sequence[str]) -> list[Entry]:
 
 
 def _read(source: str) -> Entry:
-    path = Path(source)
-    if path.is_dir():
+    path = Path(source).expanduser()
+    if path.is_dir() and path.suffix != ".ckpt":
         if (path / MASK).is_file():
             return _of_mask(source, MaskSet.load(path / MASK))
         if is_packed(path):

@@ -54,6 +54,14 @@ def sharding_mesh(trainer: "L.Trainer | None") -> DeviceMesh | None:
     )
 
 
+def has_buckets(trainer: "L.Trainer | None") -> bool:
+    """Return whether the gradients are views of DDP's buckets, if they are zeroed and not freed between steps.
+
+    Freed, those of micro-batches that are not reduced are tensors of their own, beside the buckets: 4 bytes a weight.
+    """
+    return trainer is not None and isinstance(trainer.strategy, DDPStrategy)
+
+
 def saves_shards(trainer: "L.Trainer | None") -> bool:
     """Return whether checkpoints are folders in which each rank writes its own part."""
     strategy = trainer.strategy if trainer is not None else None

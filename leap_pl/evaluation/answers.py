@@ -72,7 +72,7 @@ class SharedPrefixes:
             targets_N = wanted_N[start : start + step]
             likely.append(-nn.functional.cross_entropy(logits_NV, targets_N, reduction="none"))
             first.append(logits_NV.argmax(-1) == targets_N)
-        return torch.cat(likely).double().tolist(), torch.cat(first).tolist()
+        return torch.cat(likely).cpu().double().tolist(), torch.cat(first).tolist()
 
 
 def row_states(model: Any, rows: Sequence[Row]) -> Tensor:

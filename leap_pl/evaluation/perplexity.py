@@ -177,7 +177,7 @@ def _window_nll(states: States, head: Head, inputs_BT: Tensor, firsts: Sequence[
         for at in range(0, len(targets), step):
             logits_CV = head(before_TD[at : at + step]).float()
             losses = nn.functional.cross_entropy(logits_CV, targets[at : at + step], reduction="none")
-            total += losses.double().sum().cpu()
+            total += losses.cpu().double().sum()  # not every device has float64
         sums.append(total)
     return torch.stack(sums)
 

@@ -63,7 +63,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """
     from leap_pl.evaluation.result_schema import checked_result
 
-    path = Path(path)
+    path = Path(path).expanduser()
     note_input(path)
     try:
         result = read_json(path)

@@ -254,7 +254,7 @@ class MaskSet:
         repository = repository_of(path) if isinstance(path, str) else None
         if repository is not None:
             path = fetch_file(repository[0], MASK, repository[1], what=f"mask {path} is no local file, and")
-        path = Path(path)
+        path = Path(path).expanduser()
         if path.is_dir():
             raise UserError(f"{path} is a folder, not a MaskSet file. Name {path}/{MASK}.")
         if path.suffix == ".ckpt":

@@ -124,8 +124,8 @@ def fisher_allocation(
     row_odds = {name: torch.zeros(shape[0], dtype=torch.float64, device="cpu") for name, shape in shapes.items()}
     for matrix, cost_OI, cut in zip(costs.matrices, costs, exact_top_k(costs, kept), strict=True):
         mask_OI = cut.mask(cost_OI)
-        odds[matrix.name] = _log_odds(mask_OI.sum().double().cpu(), mask_OI.numel())
-        row_odds[matrix.name] = _log_odds(mask_OI.sum(1).double().cpu(), mask_OI.shape[1])
+        odds[matrix.name] = _log_odds(mask_OI.sum().cpu().double(), mask_OI.numel())
+        row_odds[matrix.name] = _log_odds(mask_OI.sum(1).cpu().double(), mask_OI.shape[1])
     sizes = torch.tensor([shape.numel() for shape in shapes.values()], dtype=torch.float64, device="cpu")
     densities = balanced(options.strength * torch.stack(list(odds.values())), sizes, 1 - sparsity)
     allocated = {}

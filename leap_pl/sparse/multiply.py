@@ -50,8 +50,8 @@ def linear(
         columns: Columns of the weight.
         bias: Bias (rows).
     """
-    if not torch.compiler.is_compiling():
-        has_kernels()
+    if not torch.compiler.is_compiling() and values.device.type == "cpu":
+        has_kernels()  # compiles them
     return torch.ops.leap_pl.packed_linear(input, bitmap, values, starts, scale, bias, columns)
 
 
@@ -59,8 +59,8 @@ def unpack(
     bitmap: Tensor, values: Tensor, starts: Tensor, scale: Tensor | None, columns: int, dtype: torch.dtype
 ) -> Tensor:
     """Return the dense weight (rows, columns) in ``dtype``; arguments as in :func:`linear`."""
-    if not torch.compiler.is_compiling():
-        has_kernels()
+    if not torch.compiler.is_compiling() and values.device.type == "cpu":
+        has_kernels()  # compiles them
     return torch.ops.leap_pl.packed_unpack(bitmap, values, starts, scale, columns, dtype)
 
 

@@ -1,10 +1,11 @@
 """Mask that a run leaves as it is: what a MaskSet says of gate, sparsity and targets."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 from leap_pl.gates import FixedGate
 from leap_pl.inputs.records import MASK
 from leap_pl.masks import MaskSet
@@ -28,6 +29,23 @@ class FixedMask:
     sparsity: float
     targets: list[str]
     learned: bool
+
+    def check_settings(self, sparsity: float, targets: Sequence[str] | None, ignore: Sequence[str]) -> None:
+        """Check that no setting contradicts what the mask says; those of a resumed run are the mask's.
+
+        Raises:
+            UserError: One does.
+        """
+        contrary = [
+            *(["model.sparsity"] if sparsity not in (0.5, self.sparsity) else []),
+            *(["model.targets"] if targets is not None and list(targets) != self.targets else []),
+            *(["model.ignore"] if ignore else []),
+        ]
+        if contrary:
+            raise UserError(
+                f"model.mask sets which weights are kept, and {listing(contrary)} would not be used. Leave out what is "
+                "not meant."
+            )
 
     @classmethod
     def read(cls, name: str) -> "FixedMask":

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from leap_pl.base_model.backbone import checkpoint_activations, split_model
+from leap_pl.base_model.buffers import keeping_buffers
 from leap_pl.base_model.loading import Dtype, fast_dtype, load_model
 from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
 from leap_pl.checkpoints import layout as checkpoints
@@ -23,6 +24,7 @@ from leap_pl.distributed.strategy import (
     as_rank_zero_has,
     check_inside_blocks,
     data_rank,
+    has_buckets,
     reduce_only,
     saves_shards,
     shard,
@@ -194,7 +196,11 @@ class GatedModule(L.LightningModule):
         if self.activation_checkpointing:
             checkpoint_activations(model)
         self.model = model
-        reduce_only(self, {checkpoints.path_of(*place) for place in self._learned()})
+        learned = self._learned()
+        reduce_only(self, {checkpoints.path_of(*place) for place in learned})
+        if has_buckets(self.attached):
+            for parameter in learned.values():  # which DDP makes views of its buckets
+                parameter.grad = torch.zeros_like(parameter)
         if self.mesh is not None and self.resumes_from is not None:
             # Lightning loads a sharded run's optimizer before it calls on_load_checkpoint.
             checkpoint = checkpoints.load_checkpoint(self.resumes_from)
@@ -220,12 +226,20 @@ class GatedModule(L.LightningModule):
             # Lightning converts later, when FSDP2 would not notice the new dtype; that call then changes nothing.
             convert(block)
 
-        convert = self.trainer.precision_plugin.convert_module
+        def convert(module: nn.Module) -> nn.Module:
+            with keeping_buffers(module):
+                return self.trainer.precision_plugin.convert_module(module)
+
         name_of_blocks, blocks = decoder_blocks(model)
         outside = (norm for norm in norms_in(model) if not norm.name.startswith(f"{name_of_blocks}."))
         others = [convert(module) for module in self.trained.train_norms(outside)]
         shard(model, blocks, mesh, prepare, others)
         convert(model).to(self._device_of_run())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert the module, but keep the precision of the base model's buffers, as transformers does."""
+        with keeping_buffers(self):
+            return super()._apply(fn, recurse)
 
     def _make_prior(self, model: "PreTrainedModel", gates: Gates[Any]) -> SharedPrior:
         """Return the prior that the gates start from, for all ranks: an empty one if they do not start here."""

@@ -57,4 +57,9 @@ def expected_bytes(
     block = transient * max(sum(p.numel() for p in block.parameters()) for block in blocks)
     bits = 0 if logits else sum(module.sizes.values()) // 8  # on every rank
     held = (size * within + learned * (logits + trained)) / ranks + size * outside + bits
+    if not module.activation_checkpointing:
+        # Each layer keeps its masked weight for the backward pass, on every rank all of it; where the weight is trained
+        # under a mask that is learned, its rounded copy too.
+        masked = sum(module.sizes.values())
+        held += size * masked * (2 if logits and trained else 1)
     return int(held + activations * tokens + loss + block)

@@ -17,7 +17,7 @@ from leap_pl.base_model.weights import Weight
 from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.settings import Settings, taken
-from leap_pl.distributed.strategy import data_rank, mean_over_ranks
+from leap_pl.distributed.strategy import data_rank, has_buckets, mean_over_ranks
 from leap_pl.errors import UserError
 from leap_pl.gates import PART, BernoulliGate, Gate, GateState
 from leap_pl.gates.gate import Mode
@@ -135,6 +135,7 @@ class LeapModule(GatedModule):
             weight_training = WeightTraining(**weight_training)
         if mask is not None:
             fixed = FixedMask.read(mask)
+            fixed.check_settings(sparsity, targets, ignore)
             gate, sparsity, targets, ignore = fixed.gate, fixed.sparsity, fixed.targets, ()
             prior = Prior(mask=fixed.file, cache_dir=prior.cache_dir)
             weight_training = weight_training.with_rate(learned=fixed.learned)
@@ -347,6 +348,14 @@ class LeapModule(GatedModule):
             self.norms.append((self.state.step, self.gradient_norm))
         else:
             finite.check_gradients(self._learned(), self.state.step, self._dtype_of_model(), self.gradient_norm)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Free the gradients, or zero those that are views of DDP's buckets."""
+        optimizer.zero_grad(set_to_none=not has_buckets(self.attached))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Free all gradients, or zero them likewise: Lightning calls this before a run, and before each validation."""
+        super().zero_grad(set_to_none and not has_buckets(self.attached))
 
     @property
     def looks_later(self) -> bool:

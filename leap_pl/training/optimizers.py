@@ -34,7 +34,7 @@ from leap_pl.checkpoints.folder import state_keys
 from leap_pl.distributed.shards import Ranks, own_part
 from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import check_numbers
-from leap_pl.kernels.compiled import rows, scalar
+from leap_pl.kernels.compiled import can_compile, rows, scalar
 from leap_pl.kernels.noise import columns, noise_keys
 from leap_pl.kernels.packed_adamw import (
     CUT,
@@ -152,8 +152,7 @@ class PackedAdamW(torch.optim.Optimizer):
             words = as_words(*tensors) if updated.dtype == grad.dtype == torch.bfloat16 else None
             height, width = tensors[0].shape
             column_C = columns(LINE if first else width, part.device)
-            size = CHUNK_OF_DEVICE if part.device.type != "cpu" else CHUNK if words is None else CHUNK_OF_WORDS
-            some = max(size // width, 1)
+            some = max(_elements_a_call(part, words is not None) // width, 1)
             places = range(0, height, some)
             key_0, key_1, *rows_before = _integers(*keys, *(first + at for at in places))
             for at, row in zip(places, rows_before, strict=True):
@@ -184,6 +183,14 @@ class PackedAdamW(torch.optim.Optimizer):
         for name, parameter in zip(saved, parameters, strict=True):
             if name in states:
                 self.state[parameter][MOMENTS] = states[name][MOMENTS].to(parameter.device, copy=True)
+
+
+def _elements_a_call(part: Tensor, words: bool) -> int:
+    """Return how many elements of ``part`` one call of the kernel updates."""
+    if part.device.type == "cpu":
+        return CHUNK_OF_WORDS if words else CHUNK
+    # As one kernel, words need no buffer: a call for each part would cost more time than its arithmetic.
+    return part.numel() if words and can_compile(part.device) else CHUNK_OF_DEVICE
 
 
 class _Shared:

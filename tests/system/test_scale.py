@@ -28,6 +28,7 @@ from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.folder import StoredTensors, check_folder, consolidated
 from leap_pl.checkpoints.layout import masks_from_checkpoint, path_of
 from leap_pl.checkpoints.newest import newest_checkpoint
+from leap_pl.cli.compare import compare_command
 from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.distributed.strategy import sharding_mesh
@@ -62,6 +63,20 @@ def failure(flags: list[str]) -> str:
     except UserError as error:
         return str(error)
     return "it ran"
+
+
+def gradient_storages(flags: list[str]) -> list[int]:
+    """In how many places the gradient of each weight's logits was: DDP makes new buckets after the first step."""
+    seen: dict[str, set[int]] = {}
+
+    def note(module: LeapModule) -> None:
+        for name, gate in module.gates.items():
+            seen.setdefault(name, set()).add(gate.logits.grad.untyped_storage().data_ptr())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LeapModule, "on_after_backward", note)
+        learn(flags)
+    return [len(places) for places in seen.values()]
 
 
 def highest(rank: int) -> list[bool]:
@@ -111,6 +126,7 @@ def two_ranks(rank: int, place: Place) -> dict[str, Any]:
     fit("of-folder", *sharded(2, folder=True), f"--ckpt_path={place.checkpoint('folder', 'step=2.ckpt')}")
     fit("of-one", *sharded(2), f"--ckpt_path={place.checkpoint('one', 'step=2.ckpt')}")
     fit("ddp-of-sharded", *ddp(2), f"--ckpt_path={place.checkpoint('sharded', 'step=2.ckpt')}")
+    found["buckets"] = gradient_storages(place.flags("buckets", *ddp(2)[:1], *VIEWS, *BRIEF))
     found["top-k"] = highest(rank)
     found["refused"] = {
         "tensor-parallel": failure(
@@ -213,6 +229,11 @@ def test_ddp_reduces_logits_alone(two) -> None:
     assert two[0]["ddp"]["reduced"] == [path_of(name) for name in two[0]["ddp"]["logits"]]
 
 
+def test_ddp_holds_the_gradients_once(two) -> None:
+    """In its buckets, also those of micro-batches that are not reduced."""
+    assert [max(rank["buckets"]) for rank in two] == [2, 2]
+
+
 def test_other_strategies_are_refused() -> None:
     assert sharding_mesh(None) is None
     with pytest.raises(UserError, match=r"FSDPStrategy does not work with gates\. Use --trainer\.strategy ddp"):
@@ -253,6 +274,9 @@ def test_sharded_logits_stay_float32(two, place: Place, name: str) -> None:
         # Adam's first steps are the sign of a gradient that is rounded to bfloat16.
         assert float(((logits - expected[weight]).abs() > 1e-4).float().mean()) < 0.02
     assert any(not torch.equal(x, x.bfloat16().float()) for x in two[0][name]["logits"].values())
+    expected = tiny_model().model.rotary_emb.inv_freq
+    assert not torch.equal(expected, expected.bfloat16().float())
+    assert torch.equal(two[0][name]["frequencies"].float(), expected)
 
 
 def test_top_k_of_shards_is_that_of_the_whole(two, four) -> None:
@@ -293,6 +317,8 @@ def test_python_reads_a_folder_and_one_device_does_not_go_on_from_it(two, place:
     module = LeapModule.load_from_checkpoint(folder)
     for name, logits in two[0]["folder"]["logits"].items():
         assert torch.equal(module.gates[name].logits, logits)
+    (row,) = compare_command([str(folder)], output_dir=str(tmp_path / "compared"))["table"]
+    assert row["sparsity"] == pytest.approx(0.5)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=4,

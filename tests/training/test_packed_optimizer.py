@@ -17,6 +17,7 @@ from leap_pl.kernels.packed_adamw import (
     round_to_bfloat16,
     unpack,
 )
+from leap_pl.training import optimizers
 from leap_pl.training.optimizers import PackedAdamW
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -217,3 +218,12 @@ def test_parameters_of_equal_shape_round_apart() -> None:
     optimizer.step()
     one, other = (parameter.detach() == 0.04 for parameter in parameters)
     assert 0.3 < float((parameters[0] == parameters[1]).float().mean()) < 0.7, (one, other)
+
+
+def test_words_are_one_call_where_they_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device; on a CPU the parts fit the caches, and without a compiler the temporaries are that small."""
+    large = torch.empty(1 << 24, device="meta")
+    for compiles, words, elements in ((True, True, 1 << 24), (True, False, 1 << 22), (False, True, 1 << 22)):
+        monkeypatch.setattr(optimizers, "can_compile", lambda device, compiles=compiles: compiles)
+        assert optimizers._elements_a_call(large, words) == elements
+    assert optimizers._elements_a_call(torch.empty(1 << 21), True) == 1 << 20

@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import Run
-from tiny import tiny_folder
+from tiny import tiny_folder, tiny_model
 
 import leap_pl
 from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
@@ -99,6 +99,21 @@ def test_gradients_of_a_fused_optimizer_that_are_scaled_cannot_be_clipped(
     else:
         module.configure_model()
     assert (module.model is None) == refused
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "32-true"])
+def test_positions_are_those_of_the_base_model_in_every_precision(
+    precision: Any, model_folder: Path, text_file: Path, eager: None
+) -> None:
+    """transformers holds their frequencies in float32; rounded, they are another model's."""
+    module = LeapModule(str(model_folder), prior=Prior(method="none"), dtype="float32")
+    trainer(max_steps=1, precision=precision).fit(module, data(text_file, validation_sequences=0))
+    assert module.model is not None
+    found, expected = module.model.model.rotary_emb.inv_freq, tiny_model().model.rotary_emb.inv_freq
+    types = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "32-true": torch.float32}
+    assert module.model.model.norm.weight.dtype == types[precision]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 def test_the_run_is_resumed_without_naming_the_tokenizer(
