@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def keeping_buffers(module: nn.Module) -> Iterator[None]:
-    """Within, floating-point buffers of ``module`` move to other devices, and keep their data type.
+    """Keep the data type of the floating-point buffers of ``module`` while it is moved or converted within.
 
     transformers holds rotary frequencies in float32, whatever the data type of a model. Rounded to bfloat16, positions
     are off by a radian after a thousand tokens, and the model is another one.

@@ -219,8 +219,10 @@ class Walk:
         """Run the first and the last batch through all blocks, and the others only up to the first block's input."""
         first_BT, *others = self.batches
         first = self._calls_of(first_BT)
-        # Two batches of different tokens must give the same arguments: a single one is run in reverse as well.
-        last = self._calls_of(others[-1] if others else first_BT.flip(1))
+        # Two batches of different tokens must give the same arguments: a single one is also run with its text reversed.
+        given = self.options.first_target
+        reversed_BT = torch.cat([first_BT[:, :given], first_BT[:, given:].flip(1)], 1)
+        last = self._calls_of(others[-1] if others else reversed_BT)
         self.states.append(self._stored(first[0].hidden))
         for tokens_BT in others[:-1]:
             self.states.append(self._stored(self._calls_of(tokens_BT, whole=False)[0].hidden))
