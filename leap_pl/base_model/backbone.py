@@ -85,16 +85,19 @@ def _hidden(causal: Any, input_ids: Tensor) -> Tensor:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recompute each decoder block in the backward pass instead of keeping its activations.
-
-    transformers does so only for blocks in train mode. All else stays in eval mode, since train mode makes some models
-    random although no dropout is left: experts that are sampled (Phi-MoE), noise on routers.
-    """
+    """Recompute each decoder block in the backward pass instead of keeping its activations, if it is in train mode."""
     # The older name, which transformers 5.17 has alone, is deprecated in later versions.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def set_modes(model: nn.Module, *, recomputing: bool) -> None:
+    """Set eval mode for learning, and train mode for the blocks that are recomputed, which transformers asks for.
+
+    Train mode makes some models random although no dropout is left: sampled experts (Phi-MoE), noise on routers.
+    """
     for module in model.modules():
-        module.training = hasattr(module, "gradient_checkpointing")
+        module.training = recomputing and hasattr(module, "gradient_checkpointing")
 
 
 @contextmanager

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Memory = Literal["auto", "packed", "dense"]
 
+DEQUANTIZED = ("fp8", "mxfp4", "mxfp8", "compressed-tensors")  # formats that transformers can turn into plain weights
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _CLEAR_ERRORS = OSError | ValueError | RuntimeError | SafetensorError  # messages that need no class name
 
@@ -84,8 +85,9 @@ def _load(
         _disable_dropout(config)
     if is_packed_config(config):
         config.quantization_config["memory"] = memory
-    elif isinstance(stored := getattr(config, "quantization_config", None), dict):
-        stored["dequantize"] = True  # for the formats that can be, on every host alike
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("quant_method") in DEQUANTIZED:
+        stored["dequantize"] = True  # on every host alike
     with _reading("base model", name):
         check_skeleton(config, _stored(folder, gguf_file), name, trust_remote_code=trust_remote_code)
         if gguf_file is None:
@@ -139,10 +141,13 @@ def _load_float16(name: str, **options: Any) -> "PreTrainedModel":
 
     float16 rounds what is small in bfloat16, so that the fingerprint of the rounded weights would be another model's.
     """
-    stored = _load(name, dtype="auto", **options)
-    model = stored if stored.dtype == torch.float16 else _load(name, dtype="float16", **options)
-    if model is not stored:
-        setattr(model, STORED, model_fingerprint(stored))
+    model = _load(name, dtype="auto", **options)
+    if model.dtype == torch.float16:
+        return model
+    fingerprint = model_fingerprint(model)
+    del model  # do not hold two
+    model = _load(name, dtype="float16", **options)
+    setattr(model, STORED, fingerprint)
     return model
 
 
@@ -221,7 +226,9 @@ def save_tokenizer(
     """
     load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code).save_pretrained(folder)
     source, gguf_file = _locate(name)
-    for file in () if gguf_file is not None else PROCESSORS:
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    several = gguf_file is None and any(hasattr(config, f"{kind}_config") for kind in ("vision", "audio", "video"))
+    for file in PROCESSORS if several else ():
         found = fetch_optional(source, file, revision) if is_hub_id(source) else Path(source) / file
         if found is not None and found.is_file():
             note_input(found)

@@ -140,12 +140,12 @@ def _check_each_matches(
     )
     if idle:
         raise UserError(
-            f"--model.targets: {listing(idle, 4)} matches no weight of {model}. Name a class (Linear), a module or "
+            f"targets: {listing(idle, 4)} matches no weight of {model}. Name a class (Linear), a module or "
             f"parameter ({next(iter(candidates))}), or re: and an expression that matches its name from the start "
             "(re:.*q_proj)."
         )
     if spared:
-        warn_once(f"--model.ignore: {listing(spared, 4)} matches no weight of {model}, and nothing stays dense by it.")
+        warn_once(f"ignore: {listing(spared, 4)} matches no weight of {model}, and nothing stays dense by it.")
 
 
 def _weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

@@ -77,6 +77,7 @@ class RunReport(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print and log the verdict, if the run is finished and its mask is written."""
         assert isinstance(pl_module, LeapModule)
+        pl_module.validation.start = self._start  # also of a run that was finished before, which has no first step
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if trainer.is_global_zero and isinstance(callback, MaskExport) and callback.written is not None:
                 verdict = verdict_of(pl_module, *callback.written, step=trainer.global_step)

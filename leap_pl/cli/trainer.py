@@ -36,9 +36,9 @@ class ConfigOfFit(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the config, if this is ``fit`` and has a logger."""
         if stage == "fit" and trainer.loggers:
-            # A config that is used again starts a run of its own.
-            self.config = self.config.clone()
-            self.config.ckpt_path = None
+            if "ckpt_path" in self.config:  # used again, a config starts a run of its own
+                self.config = self.config.clone()
+                self.config.ckpt_path = None
             super().setup(trainer, pl_module, stage)
 
 

@@ -59,7 +59,9 @@ def has_buckets(trainer: "L.Trainer | None") -> bool:
 
     Freed, those of micro-batches that are not reduced are tensors of their own, beside the buckets: 4 bytes a weight.
     """
-    return trainer is not None and isinstance(trainer.strategy, DDPStrategy)
+    strategy = trainer.strategy if trainer is not None else None
+    views = getattr(strategy, "_ddp_kwargs", {}).get("gradient_as_bucket_view", False)
+    return isinstance(strategy, DDPStrategy) and bool(views)
 
 
 def saves_shards(trainer: "L.Trainer | None") -> bool:

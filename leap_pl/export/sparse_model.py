@@ -82,7 +82,8 @@ def recorded_facts(name: str, *, revision: str | None = None) -> dict[str, Any]:
         facts["perplexity"] = figures
     if record.get("rounded_to") == "int8":
         facts["rounded_to"] = "int8"
-    if (updated_by := _updated_by(record)) in METHODS:
+    updated_by = _updated_by(record)
+    if isinstance(updated_by, str) and updated_by in METHODS:
         facts["updated_by"] = updated_by
     return facts
 

@@ -184,10 +184,11 @@ class TextDataModule(LightningDataModule):
         """Take the tokenizer from the base model of the trainer's module if none was named."""
         module = None if self.trainer is None else self.trainer.lightning_module
         name = getattr(module, "base_model", None)
+        if name is not None and (self._tokenizer_of_model or self.tokenizer_name == name):
+            self._trusts_code = bool(getattr(module, "trust_remote_code", False))
         if not self._tokenizer_of_model or name is None:
             return
         taken = (name, getattr(module, "revision", None))
-        self._trusts_code = bool(getattr(module, "trust_remote_code", False))
         if taken != (self.tokenizer_name, self.tokenizer_revision):
             self.tokenizer_name, self.tokenizer_revision = taken
             # Discard what was made with another model's tokenizer, if the data was used with that model before.

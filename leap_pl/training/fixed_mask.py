@@ -20,6 +20,7 @@ class FixedMask:
         file: MaskSet file.
         gate: Function that makes the gate of a weight, with the form that the mask has.
         sparsity: Share of the gated weights that the mask removes.
+        asked: The one that it was made for, which rows may not divide into; None if it is not known.
         targets: Names of the weights that it covers.
         learned: Whether it was learned; else a one-shot method made it.
     """
@@ -27,6 +28,7 @@ class FixedMask:
     file: str
     gate: "partial[FixedGate]"
     sparsity: float
+    asked: float | None
     targets: list[str]
     learned: bool
 
@@ -37,7 +39,7 @@ class FixedMask:
             UserError: One does.
         """
         contrary = [
-            *(["model.sparsity"] if sparsity not in (0.5, self.sparsity) else []),
+            *(["model.sparsity"] if sparsity not in (0.5, self.sparsity, self.asked) else []),
             *(["model.targets"] if targets is not None and list(targets) != self.targets else []),
             *(["model.ignore"] if ignore else []),
         ]
@@ -66,4 +68,5 @@ class FixedMask:
         masks = MaskSet.load(file)
         pattern = str(masks.provenance.config.get("pattern", "unstructured"))
         learned = masks.provenance.method not in METHODS
-        return cls(file, partial(FixedGate, pattern=pattern), masks.sparsity, list(masks.masks), learned)
+        asked = masks.provenance.sparsity
+        return cls(file, partial(FixedGate, pattern=pattern), masks.sparsity, asked, list(masks.masks), learned)

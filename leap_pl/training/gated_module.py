@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from leap_pl.base_model.backbone import checkpoint_activations, split_model
+from leap_pl.base_model.backbone import checkpoint_activations, set_modes, split_model
 from leap_pl.base_model.buffers import keeping_buffers
 from leap_pl.base_model.loading import Dtype, fast_dtype, load_model
 from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
@@ -93,6 +93,7 @@ class GatedModule(L.LightningModule):
         self.mesh: DeviceMesh | None = None  # device mesh that decoder blocks are sharded over
         self.gates: Gates[Any] = Gates({})
         self.resumes_from: str | None = None
+        self.gated_before: list[str] = []  # names of the weights that the run gates whose checkpoint was read
         self.when_loaded: list[Callable[[PreTrainedModel], object]] = []  # called for a fit, before the prior is made
         self.register_state_dict_post_hook(checkpoints.keep_learned_only)
         self.validation = Validation()
@@ -137,7 +138,9 @@ class GatedModule(L.LightningModule):
         Raises:
             UserError: A setting that affects what is learned differs.
         """
-        stored = run_settings.read_settings(read_identity(checkpoint, path), checkpoint, str(path))
+        identity = read_identity(checkpoint, path)
+        stored = run_settings.read_settings(identity, checkpoint, str(path))
+        self.gated_before = list(identity.shapes)
         if self.dtype_name == "auto" and self.model is None:
             self.dtype_name = stored.get("model.dtype", "auto")
         here = self.learned_with()
@@ -165,7 +168,7 @@ class GatedModule(L.LightningModule):
         )
         check_numbers(model, self.base_model)
         check_data(getattr(self.attached, "datamodule", None), model, self.base_model)
-        self.weights = find_weights(model, self.targets, self.ignore)
+        self.weights = self._gated_of(model)
         if self.mesh is not None:
             check_inside_blocks(self.weights)
         self.fingerprint = model_fingerprint(model)
@@ -195,10 +198,10 @@ class GatedModule(L.LightningModule):
             self.states, self.head = split_model(model)
         if self.activation_checkpointing:
             checkpoint_activations(model)
-        self.model = model
+        self.model = model.train()  # until on_train_start: Lightning warns of modules in eval mode
         learned = self._learned()
         reduce_only(self, {checkpoints.path_of(*place) for place in learned})
-        if has_buckets(self.attached):
+        if self._fitting() and has_buckets(self.attached):
             for parameter in learned.values():  # which DDP makes views of its buckets
                 parameter.grad = torch.zeros_like(parameter)
         if self.mesh is not None and self.resumes_from is not None:
@@ -206,10 +209,22 @@ class GatedModule(L.LightningModule):
             checkpoint = checkpoints.load_checkpoint(self.resumes_from)
             check_same(read_identity(checkpoint, self.resumes_from), self.identity())
 
+    def on_train_start(self) -> None:
+        """Set the modes in which the base model computes the same in every pass."""
+        assert self.model is not None
+        set_modes(self.model, recomputing=self.activation_checkpointing)
+
     def probe(self) -> Gates[Any]:
         """Return a gate for the first weight alone, which answers for its kind before all are attached."""
         name, weight = next(iter(self.weights.items()))
         return Gates.of({name: self.make_gate(weight, self.state)})
+
+    def _gated_of(self, model: "PreTrainedModel") -> dict[str, Weight]:
+        """Return the weights to gate: in a resumed run with default targets, those that an earlier version gated."""
+        weights, parameters = find_weights(model, self.targets, self.ignore), dict(model.named_parameters())
+        if self.targets is None and self.gated_before and set(self.gated_before) <= set(parameters):
+            return find_weights(model, self.gated_before)
+        return weights
 
     def _put_gates(self, weights: dict[str, Weight], prior: SharedPrior) -> None:
         gates = attach(weights, self.make_gate, self.state, self.logits_dtype)

@@ -209,6 +209,7 @@ class LeapModule(GatedModule):
             if name.split(".")[1] not in settings:
                 raise error
         module = cls(**{name.removeprefix("model."): value for name, value in known.items()} | settings)
+        module.gated_before = list(read_identity(checkpoint, checkpoint_path).shapes)
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=False)

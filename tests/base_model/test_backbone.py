@@ -5,7 +5,7 @@ import torch
 from tiny import VOCABULARY, tiny_model
 from transformers import LlamaForCausalLM
 
-from leap_pl.base_model.backbone import checkpoint_activations, split_model
+from leap_pl.base_model.backbone import checkpoint_activations, set_modes, split_model
 from leap_pl.losses.language import language_losses
 from leap_pl.losses.objective import Objective
 
@@ -54,6 +54,7 @@ def test_checkpointed_models_are_not_random() -> None:
     with torch.no_grad():
         assert not torch.equal(*(model.train()(ids).logits for _ in range(2)))
     checkpoint_activations(model)
+    set_modes(model, recomputing=True)
     runs: list[int] = []
     model.model.layers[0].self_attn.register_forward_pre_hook(lambda module, args: runs.append(1))
     passes = [model(ids).logits for _ in range(2)]

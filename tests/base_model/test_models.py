@@ -104,6 +104,8 @@ def test_other_quantised_weights_are_refused(tmp_path: Path, monkeypatch: pytest
 def test_the_processors_of_a_multimodal_model_go_with_its_tokenizer(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m")
     (folder / "preprocessor_config.json").write_text('{"image_size": 8}')
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vision_config": {"hidden_size": 8}}))
     (tmp_path / "out").mkdir()
     save_tokenizer(str(folder), tmp_path / "out")
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"image_size": 8}'

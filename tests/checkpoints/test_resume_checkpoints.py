@@ -13,13 +13,19 @@ import pytest
 import torch
 from stopped_runs import STEPS, Outcome, at_call, curves, flags, kept, outcome, same, send, stopped
 from tensorboard.summary.writer.record_writer import RecordWriter
+from tiny import tiny_folder, tiny_model
 
+from leap_pl import LeapModule
+from leap_pl.base_model import weights
+from leap_pl.base_model.weights import find_weights
 from leap_pl.callbacks.checkpoints import requeue
 from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.checkpoints.states import check_states
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
+from leap_pl.masks import MaskSet
+from leap_pl.training import gated_module
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 
@@ -76,6 +82,22 @@ def test_last_needs_a_folder_that_stays(model_folder, text_file, tmp_path: Path,
     words = [word for word in flags(model_folder, text_file, tmp_path) if not word.startswith("--checkpoint.dirpath")]
     stopped([*words, "--ckpt_path=last"], 2)
     assert "--checkpoint.dirpath" in capsys.readouterr().err
+
+
+def test_a_run_of_a_version_that_gated_more_goes_on_with_it(text_file: Path, tmp_path: Path, monkeypatch) -> None:
+    """Routers that are linear layers were among the default."""
+    base = tiny_folder(tmp_path / "model", tie_word_embeddings=False)
+    former = list(find_weights(tiny_model("llama", tie_word_embeddings=False)))[:-1]
+    with monkeypatch.context() as patch:  # a default of other weights
+        every = weights.find_weights
+        patch.setattr(gated_module, "find_weights", lambda model, targets=None, ignore=(): every(model, former, ignore))
+        main(flags(base, text_file, tmp_path / "run", "--checkpoint.every_n_train_steps=1"))
+    step = tmp_path / "run" / "checkpoints" / "step=2.ckpt"
+    main(flags(base, text_file, tmp_path / "again", f"--ckpt_path={step}"))
+    masks = [MaskSet.load(tmp_path / run / "checkpoints" / "mask.safetensors") for run in ("run", "again")]
+    assert list(masks[0].masks) == list(masks[1].masks) == former
+    assert masks[0].digest_of_bits() == masks[1].digest_of_bits()
+    assert list(LeapModule.load_from_checkpoint(step).gates) == former
 
 
 def test_states_of_any_optimizer_of_torch_are_read() -> None:

@@ -195,7 +195,9 @@ def test_a_finished_run_that_has_lost_its_mask_writes_it_again(
     main(fit_flags(model_folder, text_file, run.parent, "--ckpt_path=last"))
     assert mask.read_bytes() == before
     assert (run / "mask-earlier.safetensors").exists() == another
-    assert f"mask {mask}; next: leap_pl export" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"mask {mask}; next: leap_pl export" in said
+    assert ", prior " in said
 
 
 def test_the_end_of_a_killed_run_is_tidied(run: Path, model_folder, text_file) -> None:

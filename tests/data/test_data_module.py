@@ -340,8 +340,9 @@ def test_a_signal_to_all_processes_spares_workers_that_have_just_started(
     timer.join()
 
 
+@pytest.mark.parametrize("named", [True, False])  # as the command line names it
 @pytest.mark.parametrize("trusted", [True, False])
-def test_code_of_the_models_tokenizer_runs_if_that_of_the_model_may(tmp_path: Path, trusted: bool) -> None:
+def test_code_of_the_models_tokenizer_runs_if_that_of_the_model_may(tmp_path: Path, trusted: bool, named: bool) -> None:
     folder = tiny_folder(tmp_path / "model")
     (folder / "mine.py").write_text(
         "from transformers import PreTrainedTokenizerFast\n\n\nclass Mine(PreTrainedTokenizerFast):\n    pass\n"
@@ -353,7 +354,7 @@ def test_code_of_the_models_tokenizer_runs_if_that_of_the_model_may(tmp_path: Pa
     }
     path.write_text(json.dumps(told))
     (tmp_path / "a.txt").write_text("text of a file")
-    data = TextDataModule(text=str(tmp_path / "a.txt"), seq_length=4)
+    data = TextDataModule(str(folder) if named else None, text=str(tmp_path / "a.txt"), seq_length=4)
     module = SimpleNamespace(base_model=str(folder), revision=None, trust_remote_code=trusted)
     data.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
     if trusted:

@@ -67,6 +67,27 @@ def test_a_tokenizer_that_is_named_stays(model_folder: Path, text_file: Path, tm
     assert text.tokenizer_name == str(other)
 
 
+@pytest.mark.parametrize("recomputing", [True, False])
+def test_a_run_warns_of_no_modes_and_learns_in_eval_mode(
+    recomputing: bool, model_folder: Path, text_file: Path, eager: None, recwarn: pytest.WarningsRecorder
+) -> None:
+    """But for what is recomputed: train mode makes some models random."""
+    module = LeapModule(str(model_folder), prior=Prior(method="none"), activation_checkpointing=recomputing)
+    training: list[str] = []
+    step = module.training_step
+
+    def note(batch: Any, batch_idx: int) -> Any:
+        assert module.model is not None
+        training.extend(name for name, one in module.model.named_modules() if one.training)
+        return step(batch, batch_idx)
+
+    module.training_step = note  # type: ignore[method-assign]
+    trainer(max_steps=1).fit(module, data(text_file))
+    blocks = {"model.layers.0", "model.layers.1"}
+    assert {name for name in training if "layers" in name} == (blocks if recomputing else set())
+    assert not [warning for warning in recwarn if "eval mode" in str(warning.message)]
+
+
 def test_a_run_that_is_refused_leaves_the_earlier_ones_files(
     finished: Run, model_folder: Path, text_file: Path, tmp_path: Path, eager: None
 ) -> None:
