@@ -252,11 +252,15 @@ def validate(model: Path, text: Path, *more: str) -> list[str]:
 
 
 def test_a_dense_perplexity_is_used_only_for_what_it_is_of(
-    finished, model_folder, text_file, other_text, monkeypatch
+    finished, model_folder, text_file, other_text, tmp_path: Path, monkeypatch
 ) -> None:
     """Of the same text, windows, dtype and weights; whatever the batches. Else it is measured anew."""
     ckpt = f"--ckpt_path={finished.checkpoint}"
-    stored = torch.load(finished.checkpoint, weights_only=True)["leap_pl"]
+    checkpoint = torch.load(finished.checkpoint, weights_only=True)
+    stored = dict(checkpoint["leap_pl"])
+    checkpoint["leap_pl"]["dense_perplexity_of"] = None
+    torch.save(checkpoint, tmp_path / "without.ckpt")
+    without = f"--ckpt_path={tmp_path / 'without.ckpt'}"
     for more, batches in (([], 0), (["--data.batch_size=1"], 0)):
         found, count = measured(validate(model_folder, text_file, ckpt, *more), monkeypatch)
         assert found["perplexity/dense"] == pytest.approx(stored["dense_perplexity"], rel=1e-6)
@@ -268,7 +272,7 @@ def test_a_dense_perplexity_is_used_only_for_what_it_is_of(
         ["--model.dtype=bfloat16"],
         ["--trainer.precision=bf16-mixed"],
     ):
-        fresh, whole = measured(validate(model_folder, text_file, *more), monkeypatch)  # nothing is stored
+        fresh, whole = measured(validate(model_folder, text_file, without, *more), monkeypatch)  # nothing is stored
         found, count = measured(validate(model_folder, text_file, ckpt, *more), monkeypatch)
         assert found["perplexity/dense"] == fresh["perplexity/dense"], more
         assert count == whole == 2, more
