@@ -1,11 +1,16 @@
 """Clipping of gradients by a norm that is already known, in the optimizer's own pass over them if possible."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from leap_pl.errors import UserError
 from leap_pl.training.optimizers import PackedAdamW
+
+if TYPE_CHECKING:
+    import lightning as L
 
 
 def clip_by_norm(
@@ -36,3 +41,17 @@ def _divides(optimizer: torch.optim.Optimizer) -> bool:
         return True
     fused = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and optimizer.defaults.get("fused")
     return bool(fused) and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def check_clipping(trainer: "L.Trainer", optimizer: torch.optim.Optimizer) -> None:
+    """Check that gradients that a scaler multiplies can be clipped, for which a fused optimizer unscales them too late.
+
+    Raises:
+        UserError: They cannot.
+    """
+    if trainer.precision == "16-mixed" and trainer.gradient_clip_val and optimizer.defaults.get("fused"):
+        raise UserError(
+            "trainer.precision 16-mixed scales the gradients, and a fused optimizer unscales them within its step, so "
+            "that they cannot be clipped before. Add --model.optimizer.fused false, or use --trainer.precision "
+            "bf16-mixed."
+        )

@@ -26,7 +26,7 @@ from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import MicroBatch
 from leap_pl.prior import Prior
 from leap_pl.training import finite, optimization
-from leap_pl.training.clipping import clip_by_norm
+from leap_pl.training.clipping import check_clipping, clip_by_norm
 from leap_pl.training.fixed_mask import FixedMask
 from leap_pl.training.gated_module import GatedModule
 from leap_pl.training.optimizers import check_rounding
@@ -223,7 +223,7 @@ class LeapModule(GatedModule):
             _check_trainer(self.trainer)
             probe = self.optimizer_of([nn.Parameter(torch.zeros(1, 1, device="cpu"))])
             check_rounding(probe, self.logits_dtype)
-            _check_clipping(self.trainer, probe)
+            check_clipping(self.trainer, probe)
         super().configure_model()
 
     def settings(self) -> dict[str, Any]:
@@ -464,20 +464,6 @@ class LeapModule(GatedModule):
         """Return the provenance of a perplexity except for the text; see :class:`.Measured` for its keys."""
         dtype = str(self._dtype_of_model()).removeprefix("torch.")
         return {"fingerprint": self.fingerprint, "dtype": dtype, "precision": str(self.trainer.precision)}
-
-
-def _check_clipping(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
-    """Check that gradients that a scaler multiplies can be clipped, for which a fused optimizer unscales them too late.
-
-    Raises:
-        UserError: They cannot.
-    """
-    if trainer.precision == "16-mixed" and trainer.gradient_clip_val and optimizer.defaults.get("fused"):
-        raise UserError(
-            "trainer.precision 16-mixed scales the gradients, and a fused optimizer unscales them within its step, so "
-            "that they cannot be clipped before. Add --model.optimizer.fused false, or use --trainer.precision "
-            "bf16-mixed."
-        )
 
 
 def _check_trainer(trainer: L.Trainer) -> None:
