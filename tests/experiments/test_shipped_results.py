@@ -5,6 +5,7 @@ import re
 import shutil
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,6 +96,12 @@ def test_the_tasks_in_full_are_asked_of_rows_of_the_shipped_experiment() -> None
     assert not {text.max_tokens for text in full.texts.values()} & {t.max_tokens for t in headline.texts.values()}
 
 
+def group_of(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What a gap is closed within: model, form, text and sparsity."""
+    cell = result["cell"]
+    return (result["model"]["base_model"], cell["table"], cell.get("text"), cell["sparsity"])
+
+
 @cache
 def figures() -> dict[str, list[str]]:
     """Of every cell of the headline experiment the perplexities of its two texts as documents show them, and then the
@@ -110,9 +117,11 @@ def figures() -> dict[str, list[str]]:
         if result.get("mean"):
             found[name].append(f"{100 * result['mean']['value']:.1f}%")
         model = next((f"{model}-" for model in ("gemma", "qwen") if name.startswith(f"{model}-")), "")
-        compared = (name, f"{model}dense", f"{model}admm-{name.rpartition('-')[2]}")
-        if set(compared) <= set(read) and result["cell"]["table"] == "unstructured":
-            for value, dense, admm in zip(*(perplexity[cell] for cell in compared), strict=True):
+        group = [other for other, one in read.items() if one["cell"]["reference"] and group_of(one) == group_of(result)]
+        assert len(group) <= 1, group
+        for reference in group:
+            compared = (perplexity[cell] for cell in (name, f"{model}dense", reference))
+            for value, dense, admm in zip(*compared, strict=True):
                 found[name].append(f"{(admm - value) / (admm - dense):.1%}")
         if result["cell"]["overlap"]:
             found[name].append(f"{result['cell']['overlap']['changed']:.1%}")
@@ -143,6 +152,8 @@ def test_figures_that_name_their_cell_are_the_cells(document: str) -> None:
             numbers = [found[0] for found in shown if found and "." in found[0]]
             assert numbers, line
             assert set(numbers) <= set(figures()[named[0]]), line
+            perplexities = [number for number in numbers if not number.endswith("%")]
+            assert perplexities == [one for one in figures()[named[0]][:2] if one in perplexities], line
             checked += 1
     for like, unlike, name in re.findall(r"([\d.]+)\s+and\s+([\d.]+)\s+\(`([\w-]+)`", text):
         assert [like, unlike] == figures()[name][:2], name
