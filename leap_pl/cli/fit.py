@@ -125,7 +125,7 @@ class LeapCLI(LightningCLI):
             )
             parser.add_argument(
                 "--tokens",
-                type=str | None,
+                type=str | int | float | None,  # a config may have a plain number
                 help="Number of tokens to learn on, as in 10M, which sets trainer.max_steps.",
             )
 

@@ -27,7 +27,7 @@ def take_tokens(settings: Any, words: list[str]) -> None:
     if any(word.partition("=")[0] == "--trainer.max_steps" for word in words):
         raise UserError("--tokens and --trainer.max_steps both set the length of the run. Leave one of them out.")
     check_numbers(settings.as_dict())  # the number of steps is computed from others
-    settings.trainer.max_steps, settings.tokens = steps_of(settings.tokens, settings), None
+    settings.trainer.max_steps, settings.tokens = steps_of(str(settings.tokens), settings), None
 
 
 def steps_of(tokens: str, settings: Any) -> int:

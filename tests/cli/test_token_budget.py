@@ -52,6 +52,8 @@ def test_a_run_of_so_many_tokens(model_folder, text_file, tmp_path: Path, capsys
     cli = main([*words, f"--config={config}", "--tokens=0.26K"])
     assert cli.trainer.global_step == cli.config.fit.trainer.max_steps == 2
     assert cli.config.fit.tokens is None  # a saved config has the steps
+    config.write_text("tokens: 256\n")
+    assert main([*words, f"--config={config}", "--force"]).trainer.max_steps == 2
     assert "Leave one of them out" in refused([*words, "--tokens=1K", "--trainer.max_steps=2"], capsys)
     with pytest.raises(SystemExit):  # finished with another length
         main([*words, "--tokens=1K", "--ckpt_path=last"])
