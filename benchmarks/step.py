@@ -31,7 +31,8 @@ import torch
 
 from benchmarks.report import Row, finish, ratio, wait_for
 from benchmarks.variants import first_blocks, makers
-from leap_pl.base_model.loading import fast_dtype, load_model
+from leap_pl.base_model.fast_dtype import fast_dtype
+from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import find_weights
 from leap_pl.callbacks.allocator import keep_freed_memory
 from leap_pl.kernels.compiled import compile_seconds

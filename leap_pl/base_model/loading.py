@@ -3,8 +3,7 @@
 import pickle
 import re
 import shutil
-import time
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,7 +67,8 @@ def load_model(
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UserError: The model does not exist, or cannot be reached or read.
+        UserError: The model does not exist, cannot be reached or read, or is quantised in a format that transformers
+            does not turn into plain weights.
     """
     load = _load_float16 if dtype == "float16" else partial(_load, dtype=dtype)
     return load(name, revision=revision, dropout=dropout, memory=memory, trust_remote_code=trust_remote_code)
@@ -233,65 +233,6 @@ def save_tokenizer(
         if found is not None and found.is_file():
             note_input(found)
             shutil.copyfile(found, Path(folder) / file)
-
-
-def fast_dtype(device: torch.device) -> Dtype:
-    """Return bfloat16 if ``device`` multiplies it fast (on a CPU: measurably faster than float32), else float32."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device.type == "cpu":
-        amx = torch.cpu.get_capabilities().get("amx_tile", False)
-        return "bfloat16" if amx or _cpu_gains_by_bfloat16() else "float32"
-    return "float32"
-
-
-@cache
-def _cpu_gains_by_bfloat16() -> bool:
-    """Measure whether bfloat16 matrices are multiplied faster than float32 ones; takes some hundredths of a second.
-
-    The instruction set does not decide it: with AVX512_BF16, a Zen 4 is twice as fast in bfloat16, and an Intel server
-    whose AMX a hypervisor hides is twice as slow.
-    """
-    if not torch.cpu.get_capabilities().get("avx512_bf16", False):
-        return False  # emulated
-
-    def seconds(dtype: torch.dtype) -> float:
-        matrix = torch.ones(512, 512, dtype=dtype, device="cpu")
-        took = []
-        for _ in range(8):
-            began = time.perf_counter()
-            torch.mm(matrix, matrix)
-            took.append(time.perf_counter() - began)
-        return min(took)
-
-    with torch.inference_mode():
-        return seconds(torch.bfloat16) < seconds(torch.float32)
-
-
-def longest_sequence(config: "PreTrainedConfig") -> int | None:
-    """Return the maximum sequence length of the model in tokens, or None if the configuration sets no limit."""
-    text = config.get_text_config()
-    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # the second: MPT
-
-
-def check_sequence_length(config: "PreTrainedConfig", seq_length: int, model: str, setting: str) -> None:
-    """Check that a model supports sequences of ``seq_length`` tokens.
-
-    Args:
-        config: Config of the model.
-        seq_length: Tokens in a sequence.
-        model: Name of the model, for error messages.
-        setting: Name of the setting that gives the length, for error messages.
-
-    Raises:
-        UserError: If the model has fewer positions.
-    """
-    longest = longest_sequence(config)
-    if longest is not None and seq_length > longest:
-        raise UserError(
-            f"{setting} is {seq_length}, and {model} supports at most {longest} tokens. "
-            f"Give {setting} {longest} or less."
-        )
 
 
 def _locate(name: str) -> tuple[str, str | None]:

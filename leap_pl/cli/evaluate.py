@@ -223,6 +223,7 @@ def _perplexity(
         "predicted": found.predicted,
         "max_tokens": max_tokens,
         "share": share,
+        **({"text_column": text_column} if text_column != "text" else {}),
         "text_digest": tokens_digest(tokens),
         "tokenizer": tokenizer_identity(tokenizer),
         **record_of(bos, tokenizer),
@@ -252,7 +253,7 @@ def _use_fast_dtype(subject: "Subject") -> None:
     """Convert bfloat16 weights to float32 on a device where float32 is faster, and print a note."""
     import torch
 
-    from leap_pl.base_model.loading import fast_dtype
+    from leap_pl.base_model.fast_dtype import fast_dtype
 
     model = subject.model
     if model.dtype == torch.bfloat16 and fast_dtype(model.device) == "float32":

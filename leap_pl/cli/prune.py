@@ -1,6 +1,8 @@
 """``leap_pl prune``: one-shot pruning from the command line."""
 
 from argparse import SUPPRESS
+from collections.abc import Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
@@ -134,7 +136,8 @@ def prune_command(
         UserError: The options are invalid or contradict each other, an input cannot be read, or the folder cannot be
             written; nothing was written.
     """
-    from leap_pl.base_model.loading import check_sequence_length, load_config, load_model, load_tokenizer
+    from leap_pl.base_model.loading import load_config, load_model, load_tokenizer
+    from leap_pl.base_model.sequence_length import check_sequence_length
     from leap_pl.base_model.weights import check_numbers, find_weights
     from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet
@@ -151,18 +154,13 @@ def prune_command(
         raise UserError(
             f"--pattern {shape} has sparsity {shape.sparsity:g}, and --sparsity {sparsity:g} was given. Leave one out."
         )
-    _check_together(
-        mask is not None and (sparsity != 0.5 or pattern is not None),
-        "--mask sets which weights are kept",
-        "--sparsity and --pattern",
-    )
-    _check_together(layer_sparsity is not None and sparsity != 0.5, "--layer_sparsity sets the sparsity", "--sparsity")
-    _check_together(fisher is None and fisher_rows != 0.25, "Only --fisher allocates over rows", "--fisher_rows")
-    _check_together(
-        not owl and (owl_threshold != 5.0 or owl_spread != 0.08),
-        "Only --owl true counts outliers",
-        "--owl_threshold and --owl_spread",
-    )
+    given = {"sparsity": sparsity, "pattern": pattern, "fisher_rows": fisher_rows}
+    given |= {"owl_threshold": owl_threshold, "owl_spread": owl_spread}
+    typed = [name for name, value in given.items() if value != PARAMETERS[name].default]
+    _check_used(mask is not None, "--mask sets which weights are kept", typed, "sparsity", "pattern")
+    _check_used(layer_sparsity is not None, "--layer_sparsity sets the sparsity", typed, "sparsity")
+    _check_used(fisher is None, "only --fisher allocates over rows", typed, "fisher_rows")
+    _check_used(not owl, "only --owl true counts outliers", typed, "owl_threshold", "owl_spread")
     uses_text = asked.needs is not None or owl or fisher is not None
     if uses_text:
         config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -181,6 +179,7 @@ def prune_command(
         if uses_text:
             from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
             from leap_pl.data import calibration_blocks
+            from leap_pl.data.messages import for_options
 
             tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
             check_tokenizer(tokenizer, vocabulary_of(base), model)
@@ -198,7 +197,7 @@ def prune_command(
                     bos=bos,
                 )
             except UserError as error:  # which names the options of fit
-                raise UserError(str(error).replace("--data.", "--")) from error
+                raise UserError(for_options(str(error), PARAMETERS)) from error
             begun = record_of(bos, tokenizer)
             first_target = max(len(prefix_of(tokenizer)) if bos == "every" else 0, 1)
         pruned = prune(
@@ -229,14 +228,15 @@ def prune_command(
     return pruned
 
 
-def _check_together(contradicts: bool, what: str, which: str) -> None:
-    """Refuse options that would be overruled, or not used.
+def _check_used(overruled: bool, why: str, typed: Sequence[str], *names: str) -> None:
+    """Refuse those of ``names`` that are ``typed`` where they would be overruled, or not used.
 
     Raises:
-        UserError: They are given.
+        UserError: One is.
     """
-    if contradicts:
-        raise UserError(f"{what}, and {which} would not be used. Leave out what is not meant.")
+    idle = [f"--{name}" for name in names if name in typed]
+    if overruled and idle:
+        raise UserError(f"{listing(idle)} would not be used: {why}. Leave out what is not meant.")
 
 
 def _fisher(strength: float, row_strength: float) -> Any:
@@ -295,3 +295,6 @@ def _report(output_dir: str, pruned: "Pruned", updated: bool) -> None:
     if pruned.errors:
         line += f", mean layer error {sum(pruned.errors.values()) / len(pruned.errors):.4f}"
     say(f"{line}{', and the model with its updated weights' if updated else ''}, in {pruned.seconds:.0f} s")
+
+
+PARAMETERS = signature(prune_command).parameters  # name of each option → with its default

@@ -26,7 +26,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 PROCESSES_A_CORE = 8  # more processes on a CPU are certainly a mistake, and use up the machine's memory
 
-
 METRICS = ["loss", "perplexity/hard", "perplexity/dense", "step", "epoch"]  # that a callback of Lightning can monitor
 
 

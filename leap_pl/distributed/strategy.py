@@ -60,6 +60,7 @@ def has_buckets(trainer: "L.Trainer | None") -> bool:
     Freed, those of micro-batches that are not reduced are tensors of their own, beside the buckets: 4 bytes a weight.
     """
     strategy = trainer.strategy if trainer is not None else None
+    # Private, and no public name says it before the model is wrapped; without it gradients are freed, which needs more.
     views = getattr(strategy, "_ddp_kwargs", {}).get("gradient_as_bucket_view", False)
     return isinstance(strategy, DDPStrategy) and bool(views)
 

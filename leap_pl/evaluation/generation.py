@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from leap_pl.base_model.loading import check_sequence_length
+from leap_pl.base_model.sequence_length import check_sequence_length
 from leap_pl.errors import UserError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from leap_pl.base_model.backbone import Head, States, split_model
-from leap_pl.base_model.loading import check_sequence_length
+from leap_pl.base_model.sequence_length import check_sequence_length
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.errors import UserError
 

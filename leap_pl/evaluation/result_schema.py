@@ -86,6 +86,7 @@ class Perplexity(TypedDict):
     predicted: NotRequired[Positive]
     max_tokens: NotRequired[Positive | None]
     share: NotRequired[Word]
+    text_column: NotRequired[Word]
     text_digest: Word
     tokenizer: Tokenizer
     bos: NotRequired[Bos]

@@ -2,18 +2,19 @@
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from leap_pl.base_model.prefix import Bos, prefix_of
+from leap_pl.data.messages import for_options
 from leap_pl.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OPTIONS = ("text_column",)  # of those that messages on a text name, the ones that evaluate has
 C4_WINDOWS = 256  # windows of C4's validation split, from the first, in the standard protocol
 
 
@@ -46,7 +47,7 @@ def check_text(name: str, text_column: str = "text") -> None:
     try:
         TextSource.open(name, text_column=text_column)
     except UserError as error:
-        raise UserError(f"--perplexity {name}: {_in_flags_of_evaluate(str(error))}") from error
+        raise UserError(f"--perplexity {name}: {for_options(str(error), OPTIONS)}") from error
 
 
 def read_text(
@@ -88,7 +89,7 @@ def read_text(
                 bos=bos,
             )
         except UserError as error:
-            raise UserError(f"--perplexity {name}: {_in_flags_of_evaluate(str(error))}") from error
+            raise UserError(f"--perplexity {name}: {for_options(str(error), OPTIONS)}") from error
     in_window = seq_length - (len(prefix_of(tokenizer)) if bos == "every" else 0)
     limits = [n for n in (max_tokens, known.windows and known.windows * in_window) if n is not None]
     try:
@@ -102,15 +103,9 @@ def read_text(
         )
     except UserError as error:
         raise UserError(
-            f"--perplexity {name} could not be read from the hub: {_in_flags_of_evaluate(str(error))} If the hub is "
+            f"--perplexity {name} could not be read from the hub: {for_options(str(error), OPTIONS)} If the hub is "
             "not reachable, give a local file: --perplexity FILE.jsonl (or .txt, .parquet)."
         ) from error
-
-
-def _in_flags_of_evaluate(message: str) -> str:
-    """Return the data room's ``message`` without its sentences on those flags of ``fit`` that ``evaluate`` lacks."""
-    sentences = re.split(r"(?<=\.) ", message.replace("--data.text_column", "--text_column"))
-    return " ".join(sentence for sentence in sentences if "--data." not in sentence)
 
 
 def tokens_digest(tokens: Tensor) -> str:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from leap_pl.base_model.loading import check_sequence_length
+from leap_pl.base_model.sequence_length import check_sequence_length
 from leap_pl.base_model.weights import Weight, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.escape import terminal

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from leap_pl.base_model.backbone import checkpoint_activations, set_modes, split_model
 from leap_pl.base_model.buffers import keeping_buffers
-from leap_pl.base_model.loading import Dtype, fast_dtype, load_model
+from leap_pl.base_model.fast_dtype import fast_dtype
+from leap_pl.base_model.loading import Dtype, load_model
 from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
 from leap_pl.checkpoints import layout as checkpoints
 from leap_pl.checkpoints.folder import not_one_file
@@ -440,7 +441,7 @@ class GatedModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Map a checkpoint's tensors to this module's names; refuse one of another model or with other settings."""
         if self.mesh is None and "state_dict" not in checkpoint:
-            raise not_one_file(self.trainer.ckpt_path or "the checkpoint")
+            raise not_one_file(getattr(self.attached, "ckpt_path", None) or "FOLDER")
         found = read_identity(checkpoint)
         self.run_prior.fixed = found.settings.get(checkpoints.FIXED)
         if self.attached is not None:

@@ -200,7 +200,8 @@ class LeapModule(GatedModule):
             from leap_pl.checkpoints.folder import learned_tensors
 
             checkpoint["state_dict"] = learned_tensors(checkpoint_path)
-        stored = read_settings(read_identity(checkpoint, checkpoint_path), checkpoint, str(checkpoint_path))
+        identity = read_identity(checkpoint, checkpoint_path)
+        stored = read_settings(identity, checkpoint, str(checkpoint_path))
         classes, refused = find_classes(stored, str(checkpoint_path))
         refused |= take_terms(stored, str(checkpoint_path), lambda kind, arguments: kind(**arguments))
         known = {name: value for name, value in stored.items() if name.startswith("model.") and name not in refused}
@@ -209,7 +210,7 @@ class LeapModule(GatedModule):
             if name.split(".")[1] not in settings:
                 raise error
         module = cls(**{name.removeprefix("model."): value for name, value in known.items()} | settings)
-        module.gated_before = list(read_identity(checkpoint, checkpoint_path).shapes)
+        module.gated_before = list(identity.shapes)
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=False)

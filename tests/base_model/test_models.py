@@ -16,16 +16,11 @@ from tiny import tiny_folder, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
+import leap_pl.base_model.fast_dtype
 import leap_pl.base_model.loading
-from leap_pl.base_model.loading import (
-    check_sequence_length,
-    fast_dtype,
-    load_config,
-    load_model,
-    load_tokenizer,
-    longest_sequence,
-    save_tokenizer,
-)
+from leap_pl.base_model.fast_dtype import fast_dtype
+from leap_pl.base_model.loading import load_config, load_model, load_tokenizer, save_tokenizer
+from leap_pl.base_model.sequence_length import check_sequence_length, longest_sequence
 from leap_pl.base_model.weights import model_fingerprint
 from leap_pl.errors import UserError
 
@@ -213,10 +208,10 @@ def test_the_fast_dtype_of_a_cpu_is_the_one_it_multiplies_faster(
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": False, "avx512_bf16": instructions})
     monkeypatch.setattr(torch, "mm", mm)
-    leap_pl.base_model.loading._cpu_gains_by_bfloat16.cache_clear()
+    leap_pl.base_model.fast_dtype._cpu_gains_by_bfloat16.cache_clear()
     try:
         assert [fast_dtype(torch.device("cpu")) for _ in range(2)] == [expected] * 2
     finally:
-        leap_pl.base_model.loading._cpu_gains_by_bfloat16.cache_clear()
+        leap_pl.base_model.fast_dtype._cpu_gains_by_bfloat16.cache_clear()
     # What is emulated is not even tried, and nothing is tried twice.
     assert len(multiplied) == (16 if instructions else 0)

@@ -29,18 +29,18 @@ pytestmark = pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"mask": "MASK", "sparsity": 0.9, "method": "admm"}, "--mask sets which weights are kept"),
-        ({"mask": "MASK", "pattern": "2:4", "method": "admm"}, "--mask sets which weights are kept"),
-        ({"layer_sparsity": [0.2, 0.9], "sparsity": 0.7}, "--layer_sparsity sets the sparsity, and --sparsity"),
-        ({"fisher_rows": 0.9}, "Only --fisher allocates over rows"),
-        ({"owl_spread": 0.2}, "Only --owl true counts outliers"),
+        ({"mask": "MASK", "sparsity": 0.9, "method": "admm"}, "--sparsity would not be used: --mask sets which"),
+        ({"mask": "MASK", "pattern": "2:4", "method": "admm"}, "--pattern would not be used: --mask sets which"),
+        ({"layer_sparsity": [0.2, 0.9], "sparsity": 0.7}, "--sparsity would not be used: --layer_sparsity sets"),
+        ({"fisher_rows": 0.9}, "--fisher_rows would not be used: only --fisher allocates"),
+        ({"owl_spread": 0.2, "owl_threshold": 4.0}, "--owl_threshold, --owl_spread would not be used: only --owl true"),
     ],
 )
 def test_what_would_be_overruled_is_refused(
     options: dict[str, Any], says: str, finished: Run, model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     given = {name: str(finished.mask) if value == "MASK" else value for name, value in options.items()}
-    with pytest.raises(UserError, match=f"{says}.*would not be used"):
+    with pytest.raises(UserError, match=says):
         prune_command(str(model_folder), str(tmp_path / "out"), str(text_file), seq_length=32, sequences=2, **given)
     assert not (tmp_path / "out").exists()
 
