@@ -9,8 +9,8 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -r
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY leap_pl leap_pl
-# The wheel of torch on PyPI brings its own CUDA and Triton. ninja builds the kernels of packed models.
-RUN pip install --no-cache-dir . ninja && rm -rf /src
+# The wheel of torch on PyPI brings its own CUDA and Triton.
+RUN pip install --no-cache-dir . && rm -rf /src
 
 WORKDIR /work
 ENTRYPOINT ["leap_pl"]

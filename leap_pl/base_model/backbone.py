@@ -101,6 +101,18 @@ def set_modes(model: nn.Module, *, recomputing: bool) -> None:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set every module to eval mode, and restore its own mode on exit."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def _unpacked(device: torch.device) -> Iterator[None]:
     """Disable the search for packed sequences, which needs a host sync on a GPU.
 
@@ -129,13 +141,10 @@ def _unpacked(device: torch.device) -> Iterator[None]:
 @torch.no_grad()
 def _agrees(causal: Any, head: Head) -> bool:
     ids = torch.arange(8, device=next(causal.parameters()).device)[None]
-    was_training = causal.training
-    causal.eval()
-    expected = causal(input_ids=ids, use_cache=False).logits[0].float()
-    try:
-        found = head(_hidden(causal, ids)[0]).float()
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    finally:
-        causal.train(was_training)
+    with evaluating(causal):
+        expected = causal(input_ids=ids, use_cache=False).logits[0].float()
+        try:
+            found = head(_hidden(causal, ids)[0]).float()
+        except (AttributeError, RuntimeError, TypeError):
+            return False
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.02, atol=0.02)

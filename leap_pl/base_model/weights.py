@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from leap_pl.errors import UserError, listing, warn_once
 
+MANY_ZEROS = 0.25  # share of zeros of a pruned model; 4-bit quantisation alone gives a tenth
 FINGERPRINT_SAMPLES = 4096  # elements hashed of each tensor: all of a tiny one, evenly spaced in a large one
 STORED = "_fingerprint_as_stored"  # attribute of a model in float16, which loses the small bits of other types
 
@@ -257,6 +258,12 @@ def _matches(patterns: Sequence[str], weight: Weight) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------
 # Fingerprint
+
+
+def share_of_zeros(weights: Mapping[str, Weight]) -> float:
+    """Return the share of the elements of ``weights`` that are 0; above :data:`MANY_ZEROS` in a pruned model."""
+    total = sum(weight.parameter.numel() for weight in weights.values())
+    return 1 - sum(int(weight.parameter.count_nonzero()) for weight in weights.values()) / total
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

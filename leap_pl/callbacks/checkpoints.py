@@ -123,6 +123,8 @@ class Checkpoints(SavingCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Link ``last.ckpt`` to the checkpoint that the run resumes from; validate, if a validation was due then."""
+        if trainer.ckpt_path is None:
+            self.note_saved(0, "")  # what this object may have saved was of another run
         if self.force is None:  # without a command line, only fit() gets the path of the checkpoint
             self._look_for_earlier_run(trainer, trainer.ckpt_path)
         # Not on_fit_start: Lightning loads the checkpoint of a sharded run after it, and sets its path then.
@@ -195,11 +197,10 @@ class Checkpoints(SavingCheckpoint):
         remedy = "Resume with --ckpt_path last" if step else "Start it again with more time"
         if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             remedy += " and a longer --trainer.max_time, which counts the time of all starts" if step else ""
-        print(
+        say(
             f"leap_pl {running_verb()}: ended at step {step} of {trainer.max_steps}; learning is not finished, and no "
             f"mask is written. {where if step else 'There is no checkpoint'}. {remedy}.",
-            file=sys.stderr,
-            flush=True,
+            sys.stderr,
         )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

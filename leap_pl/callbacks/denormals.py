@@ -11,6 +11,11 @@ import torch
 _PAUSE_HARD = 2  # value of omp_pause_resource_t, OpenMP 5.0
 
 
+def flushes_denormals() -> bool:
+    """Return whether this thread flushes denormal numbers to zero."""
+    return float(torch.full((), 1e-40, dtype=torch.float32, device="cpu") * 1.0) == 0
+
+
 def flush_denormals(flush: bool = True) -> None:
     """Set whether this process flushes denormal numbers to zero, on all OpenMP threads.
 

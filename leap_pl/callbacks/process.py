@@ -3,7 +3,7 @@
 import lightning as L
 
 from leap_pl.callbacks.allocator import keep_freed_memory, release_freed_memory
-from leap_pl.callbacks.denormals import flush_denormals
+from leap_pl.callbacks.denormals import flush_denormals, flushes_denormals
 
 
 class ProcessSettings(L.Callback):
@@ -12,6 +12,8 @@ class ProcessSettings(L.Callback):
     The command line adds it to every run. The library does not change the process by itself; a program that needs the
     same speed adds the callback to its trainer: ``Trainer(callbacks=[ProcessSettings()])``.
     """
+
+    _flushed = False  # whether denormal numbers were flushed before
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Keep freed memory from now on, before the model is loaded."""
@@ -23,13 +25,18 @@ class ProcessSettings(L.Callback):
         Nearly closed gates give denormal numbers, which are slow on some processors.
         """
         release_freed_memory()
+        self._flushed = flushes_denormals()
         flush_denormals()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Restore denormal numbers; Lightning calls no teardown after an exception."""
-        flush_denormals(False)
+        self._restore()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore denormal numbers."""
         if stage == "fit":
+            self._restore()
+
+    def _restore(self) -> None:
+        if not self._flushed:
             flush_denormals(False)

@@ -47,6 +47,7 @@ class RunReport(L.Callback):
         """Ask the module to call back when its base model is loaded."""
         assert isinstance(pl_module, LeapModule)
         if stage == "fit":
+            self._start = None  # that of a checkpoint is loaded later
             pl_module.when_loaded.append(lambda model: self._print_plan(trainer, pl_module, model))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

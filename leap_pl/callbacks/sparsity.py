@@ -104,6 +104,12 @@ class SparsityLogger(L.Callback):
         self.last_step = -1
         self.warned: set[str] = set()
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget the curves of an earlier run; those of a checkpoint are loaded later."""
+        if stage == "fit":
+            self.prior_bits, self.last_bits, self.last_kept = {}, {}, {}
+            self.last_stride, self.last_step, self.warned = None, -1, set()
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Store samples of the prior's bits, and log TensorBoard's page or the hyperparameters."""
         assert isinstance(pl_module, LeapModule)

@@ -13,6 +13,7 @@ from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import INSIDE, NOT_NEGATIVE, POSITIVE, refusal
 from leap_pl.inputs.register import note_input
 from leap_pl.inputs.yaml_input import check_yaml, guard_parser
+from leap_pl.training.trainer_checks import UNSUITABLE
 
 # Parser's complaint that an argument of a class is missing: class, arguments.
 LACKING = r"class_path '(?:\w+\.)*(\w+)': the following arguments are required: ([\w, ]+?)(?: - |$)"
@@ -21,17 +22,6 @@ RECIPES = Path(__file__).parents[1] / "recipes"  # files that --config also take
 
 # Key → Lightning's module of the classes that it takes.
 LIGHTNING = {"trainer.callbacks": "lightning.pytorch.callbacks", "trainer.logger": "lightning.pytorch.loggers"}
-
-# Lightning's callbacks that would change the weights, the length of a run or its settings → what to do instead.
-UNSUITABLE = {
-    "BatchSizeFinder": "Set --data.batch_size",
-    "LearningRateFinder": "Set --model.optimizer.lr",
-    "GradientAccumulationScheduler": "Set --trainer.accumulate_grad_batches",
-    "ModelPruning": "leap_pl prunes already",
-    "StochasticWeightAveraging": "Leave it out",
-    "WeightAveraging": "Leave it out",
-    "EMAWeightAveraging": "Leave it out",
-}
 
 # Base classes among them, which do nothing alone.
 BASES = {"Logger", "Callback", "Checkpoint", "BaseFinetuning", "BasePredictionWriter", "ProgressBar"}

@@ -1,18 +1,16 @@
 """The trainer of fit: its defaults, the config that it saves, and what is refused."""
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import lazy_instance
 from lightning import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from leap_pl.cli.arguments import UNSUITABLE
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError
+from leap_pl.training import trainer_checks
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 2000,
@@ -25,8 +23,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 PROCESSES_A_CORE = 8  # more processes on a CPU are certainly a mistake, and use up the machine's memory
-
-METRICS = ["loss", "perplexity/hard", "perplexity/dense", "step", "epoch"]  # that a callback of Lightning can monitor
 
 
 class ConfigOfFit(SaveConfigCallback):
@@ -47,28 +43,10 @@ def check_trainer(trainer: Trainer) -> None:
     Raises:
         UserError: A setting does.
     """
-    if trainer.accumulate_grad_batches < 1:
-        raise UserError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; give 1 or more.")
-    _check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
+    trainer_checks.check_trainer(trainer)
     cores = os.cpu_count() or 1
     if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > PROCESSES_A_CORE * cores:
         raise UserError(
             f"trainer.devices is {trainer.num_devices}, which would start as many processes, each with the model, on "
             f"{cores} CPU cores. Give at most {PROCESSES_A_CORE * cores}."
         )
-
-
-def _check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Refuse callbacks of Lightning that a run cannot have, or that monitor what is not measured.
-
-    Raises:
-        UserError: One does.
-    """
-    places = {type(callback).__module__.partition(".")[0] for callback in callbacks}
-    for callback in callbacks:
-        kind, monitor = type(callback).__name__, getattr(callback, "monitor", None)
-        if kind in UNSUITABLE and type(callback).__module__.startswith("lightning."):
-            raise UserError(f"trainer.callbacks: {kind} does not suit a run of leap_pl. {UNSUITABLE[kind]}.")
-        # Callbacks from elsewhere may log more.
-        if monitor is not None and monitor not in METRICS and places <= {"lightning", "leap_pl"}:
-            raise UserError(f"{kind} monitors {monitor}, which is not measured. Give one of {listing(METRICS)}.")

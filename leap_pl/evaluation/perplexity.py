@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from leap_pl.base_model.backbone import Head, States, split_model
+from leap_pl.base_model.backbone import Head, States, evaluating, split_model
 from leap_pl.base_model.sequence_length import check_sequence_length
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.errors import UserError
@@ -97,22 +97,20 @@ def perplexity(
     windows = tokens.unfold(0, min(seq_length - len(prefix), tokens.numel()), stride)  # (window, length), a view
     length = len(prefix) + windows.shape[1]
     later = min(stride, length - given)  # predicted tokens of a window after the first; the rest is context
-    was_training = model.training
-    model.eval()
-    states, head = split_model(model)
-    sums = torch.cat(
-        [
-            _window_nll(
-                states,
-                head,
-                torch.cat([prefix_P.expand(len(batch), -1), batch], 1).to(model.device),
-                [given if window == 0 else length - later for window in range(first, first + len(batch))],
-                max(1, LOSS_ELEMENTS // vocabulary_of(model)),
-            )
-            for first, batch in _batches(windows, batch_size, progress)
-        ]
-    )
-    model.train(was_training)
+    with evaluating(model):
+        states, head = split_model(model)
+        sums = torch.cat(
+            [
+                _window_nll(
+                    states,
+                    head,
+                    torch.cat([prefix_P.expand(len(batch), -1), batch], 1).to(model.device),
+                    [given if window == 0 else length - later for window in range(first, first + len(batch))],
+                    max(1, LOSS_ELEMENTS // vocabulary_of(model)),
+                )
+                for first, batch in _batches(windows, batch_size, progress)
+            ]
+        )
     if not torch.isfinite(sums).all():
         bad = int((~torch.isfinite(sums)).sum())
         raise UserError(

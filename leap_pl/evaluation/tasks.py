@@ -1,12 +1,14 @@
 """Zero-shot tasks by lm-eval's Python API, on the model in memory."""
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leap_pl.base_model.backbone import evaluating
 from leap_pl.base_model.prefix import Bos, prefix_of, record_of
 from leap_pl.errors import UserError, listing
 from leap_pl.evaluation.local_tasks import STOCK, LocalTasks
@@ -99,7 +101,14 @@ def evaluate_tasks(
         prefix = prefix_of(tokenizer) if begun == "every" else ()
         lm = PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix=prefix)
         reach = offline_if_unreachable(PROBED, "dataset") if remote else nullcontext()
-        with _reaching(remote, tasks_folder), reach, _questions_of(local, tasks_folder), _in_reach_of(lm.max_length):
+        with (
+            evaluating(model),
+            _keeping_random_state(),
+            _reaching(remote, tasks_folder),
+            reach,
+            _questions_of(local, tasks_folder),
+            _in_reach_of(lm.max_length),
+        ):
             found = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),
@@ -195,6 +204,21 @@ def _unknown(names: list[str], known: Sequence[str]) -> str:
     near = [match for name in names for match in get_close_matches(name, known, 3)]
     hint = f" Similar names: {', '.join(near)}." if near else ""
     return f"lm-eval has no task {listing(names)}.{hint} To list all tasks: lm_eval ls tasks"
+
+
+@contextmanager
+def _keeping_random_state() -> Iterator[None]:
+    """Restore the states of the random generators of Python, NumPy and torch on exit: lm-eval seeds them."""
+    import numpy as np
+    import torch
+
+    python, numpy, devices = random.getstate(), np.random.get_state(), range(torch.cuda.device_count())
+    try:
+        with torch.random.fork_rng([*devices]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager

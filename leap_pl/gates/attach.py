@@ -1,5 +1,6 @@
 """Attaching gates to a model's weights as parametrizations, detaching them, and restoring them from a checkpoint."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,8 @@ def attach(
     for name, weight in weights.items():
         weight.parameter.requires_grad_(False)
         gate = make_gate(weight, state)
+        if not gates:
+            _check_settings(gate)
         gate.store_as(dtype)
         # unsafe: skips the trial run of the gate, which costs a full pass. Shape and dtype are the gate's contract.
         parametrize.register_parametrization(weight.module, weight.tensor, gate, unsafe=True)
@@ -49,6 +52,22 @@ def attach(
         for gate in of.values():
             gate.share(call)
     return Gates.of(gates)
+
+
+def _check_settings(gate: Gate) -> None:
+    """Check that the settings of ``gate``, which checkpoints store, have every argument of its constructor.
+
+    Raises:
+        TypeError: One is missing, for example that of a subclass which does not extend ``settings``.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    arguments = [name for name, found in inspect.signature(type(gate)).parameters.items() if found.kind in kinds]
+    lacking = [name for name in arguments[2:] if name not in gate.settings()]  # after weight and state
+    if lacking:
+        raise TypeError(
+            f"{type(gate).__name__}.settings() lacks {', '.join(lacking)}: checkpoints would not say with what the "
+            "gates were made. Return them too."
+        )
 
 
 def attach_trained(weight: Weight, trained: TrainedWeight, state: GateState) -> TrainedTensor:

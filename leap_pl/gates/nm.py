@@ -115,7 +115,7 @@ class NMGate(Gate):
 
     @torch.no_grad()
     def start_from(self, prior: Tensor | None, seed: int) -> None:
-        """Initialise the logits, shifted to patterns that share positions with ``prior`` (:meth:`Groups.start`)."""
+        """Initialise the logits, shifted to patterns that share positions with ``prior`` (:meth:`Groups.shift_`)."""
         start = initial_noise(self.groups.logits_shape, self.spread, seed, self.name)
         self.logits.copy_(self.groups.shift_(start, prior, self.strength * self.spread))
 

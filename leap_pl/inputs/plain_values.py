@@ -1,9 +1,9 @@
 """Read untrusted JSON as plain values: bounded in size, depth and numbers, and validated by a schema.
 
-Everything that leap_pl reads back from JSON (results, the metadata of masks, the records of model folders) goes
-through here before it is used. The result consists of dictionaries, lists, strings, booleans, None, integers of at
-most 64 bits and finite floats; a strict pydantic schema defines their names, types and ranges. No name from the JSON
-is ever imported, called or looked up.
+What leap_pl reads back from JSON (results, the metadata of masks, the facts of model folders) goes through here before
+it is used. The result consists of dictionaries, lists, strings, booleans, None, integers of at most 64 bits and finite
+floats; a strict pydantic schema defines their names, types and ranges. No name from the JSON is ever imported, called
+or looked up.
 """
 
 import json

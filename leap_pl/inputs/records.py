@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from leap_pl.inputs.reading import MOST_DESCRIPTION, read_json
+
 MASK_FORMAT = "leap_pl.MaskSet"  # `format` in the metadata of a mask file
 RECORD = "leap_pl.json"
 MASK = "mask.safetensors"  # the mask of a folder
@@ -161,7 +163,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     if path.is_symlink() or not path.is_file():
         return None
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        facts = read_json(path, most=MOST_DESCRIPTION)
+    except ValueError:
         return None
     return facts if isinstance(facts, dict) else None

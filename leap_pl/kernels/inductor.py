@@ -1,7 +1,7 @@
 """Private interfaces of torch.compile: its compiled graphs, and its handling of equal sizes.
 
-No other module of the kernels uses private interfaces of torch. If one is missing, its first use fails, and
-:mod:`leap_pl.kernels.compiled` falls back to plain torch.compile.
+No other module of the kernels but :mod:`leap_pl.kernels.backward_pass` uses private interfaces of torch. If one is
+missing, its first use fails, and :mod:`leap_pl.kernels.compiled` falls back to plain torch.compile.
 """
 
 from collections.abc import Callable, Mapping, Sequence

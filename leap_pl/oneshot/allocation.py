@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from leap_pl.errors import UserError
+from leap_pl.inputs.reading import MOST_SETTINGS, read_regular
 from leap_pl.inputs.register import note_input
 from leap_pl.oneshot.inputs import Matrix
 from leap_pl.oneshot.walk import Walk
@@ -40,11 +41,12 @@ def read_layer_sparsities(source: str | Path | Sequence[float]) -> list[float]:
     if isinstance(source, str | Path):
         path = Path(source)
         note_input(path)
+        read = read_regular(path, most=MOST_SETTINGS, what="--layer_sparsity")
         try:
-            text = path.read_text(encoding="utf-8").strip()
+            text = read.decode("utf-8").strip()
             numbers = json.loads(text) if text.startswith("[") else text.split()
             sparsities = [float(number) for number in numbers]
-        except (OSError, ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path} does not hold layer sparsities ({error}). Give a JSON list or a text file, with one number "
                 "for each decoder block."

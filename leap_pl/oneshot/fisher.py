@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from leap_pl.base_model.backbone import split_model
+from leap_pl.base_model.backbone import evaluating, split_model
 from leap_pl.errors import UserError, listing
 from leap_pl.losses.language import language_losses
 from leap_pl.losses.objective import Objective
 from leap_pl.masks.patterns import ByRow
 from leap_pl.masks.top_k import exact_top_k
 from leap_pl.oneshot.inputs import Matrix, ProductWatch
-from leap_pl.oneshot.walk import WalkOptions, eager_experts, evaluating, on_device
+from leap_pl.oneshot.walk import WalkOptions, eager_experts, on_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +66,7 @@ class Moments:
     Attributes:
         input_square_I: Σ x_j², float32.
         gradient_square_O: Σ g_i², float32, with g the gradient of the cross-entropy summed over tokens, in nats.
-        count: Number of tokens.
+        count: Number of tokens that the matrix saw: of an expert, those that were routed to it.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,8 @@ def fisher_allocation(
     """
     options = options or FisherOptions()
     moments = measure_moments(model, matrices, blocks_NT[: options.sequences], walk, progress)
-    costs = _LogCosts([matrix for matrix in matrices if matrix.name in moments], moments)
+    tokens = blocks_NT[: options.sequences].numel()
+    costs = _LogCosts([matrix for matrix in matrices if matrix.name in moments], moments, tokens)
     shapes = {matrix.name: matrix.view(matrix.weight.parameter).shape for matrix in matrices}
     kept = round((1 - sparsity) * sum(shapes[matrix.name].numel() for matrix in costs.matrices))
     # Log-odds of the densities that the threshold gives: of each matrix, and of each of its rows.
@@ -136,10 +137,14 @@ def fisher_allocation(
     return allocated
 
 
-def log_cost(weight_OI: Tensor, moments: Moments) -> Tensor:
-    """Return ``log(W_ij²·E[x_j²]·E[g_i²])``, float32 (O, I): the logarithm of twice a weight's cost in nats a token."""
+def log_cost(weight_OI: Tensor, moments: Moments, tokens: int) -> Tensor:
+    """Return ``log(W_ij²·E[x_j²]·Σg_i²/tokens)``, float32 (O, I): the logarithm of twice a weight's cost.
+
+    The cost is in nats a token of the text. The mean of x_j² is over the tokens that the matrix saw, and that of g_i²
+    over all ``tokens``: a weight of an expert costs nothing on tokens that are routed to others.
+    """
     # In logarithms: the product of three factors as small as these would underflow in float32.
-    x_I, g_O = moments.input_square_I / moments.count, moments.gradient_square_O / moments.count
+    x_I, g_O = moments.input_square_I / moments.count, moments.gradient_square_O / tokens
     weight = 2 * weight_OI.float().abs().clamp_min(_TINY).log()
     return weight + x_I.clamp_min(_TINY).log() + g_O.clamp_min(_TINY).log()[:, None]
 
@@ -222,8 +227,8 @@ def measure_moments(
 class _LogCosts(Sequence[Tensor]):
     """Sequence of the log costs of each matrix, computed on access; it cannot be sliced."""
 
-    def __init__(self, matrices: Sequence[Matrix], moments: Mapping[str, Moments]) -> None:
-        self.matrices, self.moments = matrices, moments
+    def __init__(self, matrices: Sequence[Matrix], moments: Mapping[str, Moments], tokens: int) -> None:
+        self.matrices, self.moments, self.tokens = matrices, moments, tokens
 
     def __len__(self) -> int:
         return len(self.matrices)
@@ -231,7 +236,7 @@ class _LogCosts(Sequence[Tensor]):
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         matrix = self.matrices[index]
         moments = self.moments[matrix.name]
-        return log_cost(matrix.dense().to(moments.input_square_I.device), moments)
+        return log_cost(matrix.dense().to(moments.input_square_I.device), moments, self.tokens)
 
 
 def _square_sum(x: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Self
 
+from leap_pl.errors import UserError
+
 
 @dataclass(frozen=True)
 class MethodOptions:
@@ -41,13 +43,24 @@ class AdmmOptions(MethodOptions):
         ridge: Ridge towards the dense weights, as a fraction of the (unit) diagonal of the scaled Hessian.
         rho: Penalty of the constraint, ρ.
         iterations: Number of iterations.
-        mask_iterations: Number of first iterations, each of which chooses the mask again.
+        mask_iterations: Number of first iterations, each of which chooses the mask again; the last of them reaches the
+            sparsity.
+
+    Raises:
+        UserError: ``mask_iterations`` is not from 1 to ``iterations``.
     """
 
     ridge: float = 0.1
     rho: float = 1.0
     iterations: int = 20
     mask_iterations: int = 15
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.mask_iterations <= self.iterations:
+            raise UserError(
+                f"AdmmOptions: mask_iterations is {self.mask_iterations}, and iterations {self.iterations}; give 1 to "
+                "that many, of which the last reaches the sparsity."
+            )
 
     @classmethod
     def of(cls, **given: Any) -> Self:

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
-from leap_pl.base_model.weights import Weight, decoder_blocks, find_weights, model_fingerprint
+from leap_pl.base_model.weights import (
+    MANY_ZEROS,
+    Weight,
+    decoder_blocks,
+    find_weights,
+    model_fingerprint,
+    share_of_zeros,
+)
 from leap_pl.errors import UserError, listing
 from leap_pl.kernels.precision import full_float32
 from leap_pl.masks.bits import PackedMasks, pack
 from leap_pl.masks.kept_weights import for_other_weights
 from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions
-from leap_pl.masks.patterns import NM, Pattern, Unstructured
+from leap_pl.masks.patterns import NM, Pattern, Unstructured, parse_pattern
 from leap_pl.oneshot.allocation import OwlOptions, owl_sparsities
 from leap_pl.oneshot.damping import NotSolvableError, Solution
 from leap_pl.oneshot.fisher import FisherOptions, fisher_allocation
@@ -58,7 +66,7 @@ def prune(
     blocks_NT: Tensor | None,
     *,
     method: str = DEFAULT,
-    pattern: Pattern | float = 0.5,
+    pattern: Pattern | float | str = 0.5,
     layer_sparsity: Sequence[float] | None = None,
     owl: OwlOptions | None = None,
     fisher: FisherOptions | None = None,
@@ -81,7 +89,7 @@ def prune(
         blocks_NT: Calibration tokens, LongTensor[sequences, seq_length]; None for methods that need no inputs: there
             is no walk then, and no layer errors.
         method: Name of a method in :data:`leap_pl.oneshot.methods.METHODS`.
-        pattern: ``Unstructured(sparsity)``, ``NM(n, m)``, or a sparsity.
+        pattern: ``Unstructured(sparsity)`` or ``NM(n, m)``; or a sparsity, or ``2:4``.
         layer_sparsity: Sparsity for each decoder block, instead of the pattern's.
         owl: Settings to allocate the sparsity over the blocks by OWL.
         fisher: Settings to allocate the sparsity by Fisher information over the matrices and, for methods whose weights
@@ -100,11 +108,14 @@ def prune(
         The masks, the layer errors, and further facts of the run.
 
     Raises:
-        UserError: Settings contradict each other, the model cannot be walked, or a weight or an input is not finite;
-            the message names it.
+        UserError: A setting is invalid or contradicts another, the model cannot be walked, or a weight or an input is
+            not finite; the message names it.
     """
     started = time.monotonic()
-    pattern = Unstructured(pattern) if isinstance(pattern, float) else pattern
+    if isinstance(pattern, str):
+        pattern = parse_pattern(pattern, 0.0)
+    elif not isinstance(pattern, Unstructured | NM):
+        pattern = Unstructured(float(pattern))
     weights = dict(weights) if weights is not None else find_weights(model)
     asked = method_named(method)
     allocation = {"--layer_sparsity": layer_sparsity, "--owl": owl, "--fisher": fisher}
@@ -114,6 +125,12 @@ def prune(
     matrices = by_block(model, weights)
     if mask is not None:
         mask.check(model, weights)
+    elif (share := share_of_zeros(weights)) > MANY_ZEROS:
+        warnings.warn(
+            f"this model is sparse already: {share:.1%} of the weights to prune are 0. To prune the dense model, load "
+            "that again; prune(..., update=False) leaves a model as it is.",
+            stacklevel=2,
+        )
     provenance = Provenance(
         base_model=base_model or getattr(model.config, "name_or_path", "") or type(model).__name__,
         fingerprint=model_fingerprint(model),

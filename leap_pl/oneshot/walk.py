@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from leap_pl.base_model.backbone import evaluating
 from leap_pl.base_model.weights import decoder_blocks
 from leap_pl.errors import UserError
 from leap_pl.kernels.transfers import to_device, to_host
@@ -344,18 +345,6 @@ def on_device(module: nn.Module, device: torch.device, *, keep: bool) -> Iterato
     finally:
         _put_back(before)
         module.to(home)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set every module to eval mode, and restore its own mode on exit."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Cache of one-shot priors, computed once for a model and a calibration text."""
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -70,8 +72,8 @@ def one_shot_prior(
 
     Masks are cached in ``cache_dir`` by a hash of the model's fingerprint and dtype, the weights' names, the
     calibration tokens themselves (not the text's name or size), the method with its settings, the sparsity and
-    ``ALGORITHM``. The file stores the hash too; a file that is damaged, or has another hash or none, is recomputed with
-    a warning.
+    ``ALGORITHM``; for a method from elsewhere also of the file of its function, without which nothing is cached. The
+    file stores the hash too; a file that is damaged, or has another hash or none, is recomputed with a warning.
 
     Args:
         model: Dense base model without gates.
@@ -101,7 +103,13 @@ def one_shot_prior(
         "pattern": [type(pattern).__name__, *asdict(pattern).values()],
     }
     if fisher is not None:
-        key["fisher"] = asdict(fisher)
+        key["fisher"] = asdict(fisher) | {"costs": "per token of the text"}  # of experts they were otherwise, before
+    function, source = asked.function(), None
+    if not function.__module__.startswith("leap_pl."):  # one's own method, whose code may change from run to run
+        with suppress(TypeError, OSError):
+            source = hashlib.sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()
+        key["source"] = source
+        cache_dir = cache_dir if source is not None else None
     path = None
     if cache_dir is not None:
         path = _place(cache_dir, method, key)

@@ -84,10 +84,16 @@ def measure_input_squares(
             found = dense_walk.observe(index, matrices[index], gram=False, advance=True)
             for matrix in matrices[index]:
                 statistics = found.get(matrix.name)
-                square_I = torch.ones(matrix.size, device="cpu") if statistics is None else statistics.mean_square.cpu()
+                square_I = (
+                    torch.ones(matrix.size, dtype=torch.float32, device="cpu")
+                    if statistics is None
+                    else statistics.mean_square.cpu()
+                )
                 if matrix.expert is None:
                     squares[matrix.weight.name] = square_I
                 else:
                     shape = (matrix.weight.parameter.shape[0], matrix.size)
-                    squares.setdefault(matrix.weight.name, torch.empty(shape, device="cpu"))[matrix.expert] = square_I
+                    squares.setdefault(matrix.weight.name, torch.empty(shape, dtype=torch.float32, device="cpu"))[
+                        matrix.expert
+                    ] = square_I
     return {name: squares[name] for name in weights}

@@ -170,9 +170,12 @@ class Calibration:
         Raises:
             UserError: There is no text.
         """
-        if self.data is None:
+        if self.data is None or not hasattr(self.data, "stream"):
+            found = (
+                "there is no data module" if self.data is None else f"{type(self.data).__name__} has no stream of it"
+            )
             raise UserError(
-                f"{what} needs calibration text, and there is no data module. Give fit a TextDataModule, or set "
+                f"{what} needs calibration text, and {found}. Give fit a TextDataModule, or set "
                 f"prior.method to {FALLBACK!r} or prior.mask to a MaskSet file, without prior.graded."
             )
 

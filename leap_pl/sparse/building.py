@@ -40,8 +40,8 @@ def has_kernels() -> bool:
     except Exception as error:  # a compiler, and a library that is loaded, can fail in any way
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
         warn_once(
-            "Packed weights are unpacked for each multiplication, which is slower than dense weights: their kernels "
-            f"cannot be compiled here ({reason}). Install a C++ compiler (apt-get install g++)."
+            f"The kernels of packed weights cannot be compiled here ({reason}): weights are dense in memory, and with "
+            "--memory packed slower than dense ones. Install a C++ compiler (apt-get install g++)."
         )
         return False
     return True

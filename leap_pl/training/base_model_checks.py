@@ -7,16 +7,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from leap_pl.base_model.sequence_length import check_sequence_length
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
-from leap_pl.base_model.weights import Weight
+from leap_pl.base_model.weights import MANY_ZEROS, Weight, share_of_zeros
 from leap_pl.masks.kept_weights import TRAINED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from leap_pl.masks import MaskSet
-
-
-MANY_ZEROS = 0.25  # share of zeros of a pruned model; 4-bit quantisation alone gives a tenth
 
 
 def check_data(data: Any, model: "PreTrainedModel", base_model: str) -> None:
@@ -45,7 +42,7 @@ def warn_if_sparse(weights: Mapping[str, Weight], base_model: str) -> None:
         weights: Weights to gate.
         base_model: Name of the base model.
     """
-    share = _zeros(weights)
+    share = share_of_zeros(weights)
     if share > MANY_ZEROS:
         rank_zero_warn(
             f"base model {base_model} is sparse already: {share:.1%} of the gated weights are 0. Learning goes on with "
@@ -64,7 +61,7 @@ def warn_of_start(weights: Mapping[str, Weight], base_model: str, mask: "MaskSet
     """
     if start is not None:
         return
-    share = _zeros(weights)
+    share = share_of_zeros(weights)
     trained = mask is not None and TRAINED in mask.provenance.config
     if share > MANY_ZEROS:
         rank_zero_warn(
@@ -77,8 +74,3 @@ def warn_of_start(weights: Mapping[str, Weight], base_model: str, mask: "MaskSet
             "the weights that this mask keeps were trained before, and this run starts from the base model's. To start "
             "from the trained ones, add --model.weights with the folder of the exported model."
         )
-
-
-def _zeros(weights: Mapping[str, Weight]) -> float:
-    total = sum(weight.parameter.numel() for weight in weights.values())
-    return 1 - sum(int(weight.parameter.count_nonzero()) for weight in weights.values()) / total

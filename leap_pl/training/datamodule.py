@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from leap_pl.base_model.prefix import Bos, record_of
 from leap_pl.base_model.vocabulary import check_tokens
+from leap_pl.checkpoints.settings import DATA
 from leap_pl.data.batches import BEGINNING, Batch, BlockLoader, Progress, RankBatches
 from leap_pl.data.calibration import loaded_tokenizer
 from leap_pl.data.documents import Share, warn
@@ -130,6 +131,12 @@ class TextDataModule(LightningDataModule):
         # The optimizer step in progress, and the progress of the run before its first micro-batch.
         self._step: int | None = None
         self._progress_at_step = BEGINNING
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; after a setting has changed, the text is opened again when it is next used."""
+        if name in DATA and getattr(self, name, None) != value and getattr(self, "_stream", None) is not None:
+            self._stream = self._validation = self._identity = None
+        super().__setattr__(name, value)
 
     @property
     def tokenizer(self) -> Any:

@@ -98,6 +98,7 @@ class GatedModule(L.LightningModule):
         self.when_loaded: list[Callable[[PreTrainedModel], object]] = []  # called for a fit, before the prior is made
         self.register_state_dict_post_hook(checkpoints.keep_learned_only)
         self.validation = Validation()
+        self.finished: Identity | None = None  # of the fit that this module was learned in, if that is over
 
     @property
     def attached(self) -> L.Trainer | None:
@@ -119,6 +120,16 @@ class GatedModule(L.LightningModule):
         For a resumed run, this is the mask that the run started from, or None if it is unavailable.
         """
         return self.run_prior.masks.get("prior")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state to copy or pickle, without the functions that run this module's own model."""
+        return {name: value for name, value in super().__getstate__().items() if name not in ("states", "head")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a copied state, and make the functions that run the copied model."""
+        super().__setstate__(state)
+        if self.model is not None:
+            self._split()
 
     # -- the gated model ----------------------------------------------------------------------------------
 
@@ -195,11 +206,11 @@ class GatedModule(L.LightningModule):
             self._shard(model, self.mesh, prior)
         prior.close()
         self.trained.release_start()
-        with self.state.passing("dense"):
-            self.states, self.head = split_model(model)
+        self.model = model
+        self._split()
         if self.activation_checkpointing:
             checkpoint_activations(model)
-        self.model = model.train()  # until on_train_start: Lightning warns of modules in eval mode
+        model.train()  # until on_train_start: Lightning warns of modules in eval mode
         learned = self._learned()
         reduce_only(self, {checkpoints.path_of(*place) for place in learned})
         if self._fitting() and has_buckets(self.attached):
@@ -209,6 +220,11 @@ class GatedModule(L.LightningModule):
             # Lightning loads a sharded run's optimizer before it calls on_load_checkpoint.
             checkpoint = checkpoints.load_checkpoint(self.resumes_from)
             check_same(read_identity(checkpoint, self.resumes_from), self.identity())
+
+    def _split(self) -> None:
+        assert self.model is not None
+        with self.state.passing("dense"):
+            self.states, self.head = split_model(self.model)
 
     def on_train_start(self) -> None:
         """Set the modes in which the base model computes the same in every pass."""
@@ -268,7 +284,8 @@ class GatedModule(L.LightningModule):
                 "nothing to train: the mask is fixed, and model.train_weights is none. Set --model.train_weights kept, "
                 "or learn a mask: leap_pl fit without --model.mask."
             )
-        for call in self.when_loaded:
+        calls, self.when_loaded = self.when_loaded, []
+        for call in calls:
             call(model)
         calibration = Calibration(
             base_model=self.base_model,
@@ -313,9 +330,17 @@ class GatedModule(L.LightningModule):
         self.gates.choose(self.sparsity)
 
     def mask_set(self) -> "MaskSet":
-        """Return the hard mask at exactly the target sparsity, as exported: complete on every rank."""
+        """Return the hard mask at exactly the target sparsity, as exported: complete on every rank.
+
+        Raises:
+            UserError: Nothing was learned: the model is not loaded.
+        """
         from leap_pl.masks import MaskSet
 
+        if self.model is None:
+            raise UserError(
+                "this module has no mask before a fit. Fit it, or load one: LeapModule.load_from_checkpoint."
+            )
         self.choose_hard_masks()
         masks = {name: self._hard_mask(name) for name in self.gates}
         return MaskSet(masks, checkpoints.provenance(self.identity(), self.gates))
@@ -353,7 +378,9 @@ class GatedModule(L.LightningModule):
     # -- checkpoints --------------------------------------------------------------------------------------
 
     def identity(self) -> Identity:
-        """Return the identity that this run's checkpoints contain."""
+        """Return the identity that this run's checkpoints contain; after a fit, that of the fit."""
+        if self.finished is not None and not self._fitting():
+            return self.finished
         dense, data = self.validation.dense, getattr(self.attached, "datamodule", None)
         return Identity(
             base_model=self.base_model,
@@ -373,6 +400,10 @@ class GatedModule(L.LightningModule):
             settings=self.settings(),
             learned_with=self.learned_with() | (run_settings.of_trainer(self.trainer, data) if self._fitting() else {}),
         )
+
+    def on_fit_end(self) -> None:
+        """Hold the identity of the run, for a mask that is saved after another trainer has validated this module."""
+        self.finished = self.identity()
 
     def learned_with(self) -> Settings:
         """Return the settings of the module that a resumed run takes and compares, by their full names.

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import lightning as L
 import torch
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -19,13 +18,14 @@ from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.settings import Settings, taken
 from leap_pl.distributed.strategy import data_rank, has_buckets, mean_over_ranks
 from leap_pl.errors import UserError
-from leap_pl.gates import PART, BernoulliGate, Gate, GateState
+from leap_pl.gates import PART, BernoulliGate, FixedGate, Gate, GateState
 from leap_pl.gates.gate import Mode
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import MicroBatch
 from leap_pl.prior import Prior
 from leap_pl.training import finite, optimization
+from leap_pl.training.batch import input_ids_of
 from leap_pl.training.clipping import check_clipping, clip_by_norm
 from leap_pl.training.fixed_mask import FixedMask
 from leap_pl.training.gated_module import GatedModule
@@ -37,6 +37,7 @@ from leap_pl.training.run_settings import (
     take_terms,
 )
 from leap_pl.training.schedules import Annealing
+from leap_pl.training.trainer_checks import check_trainer, check_unused
 from leap_pl.training.validation import described
 from leap_pl.training.weights import NONE, WeightTraining
 
@@ -168,6 +169,7 @@ class LeapModule(GatedModule):
         self.hparams.update(sparsity=self.sparsity, warmup_steps=self.warmup_steps)
         self.terms: dict[str, Tensor] = {}
         self.gradient_norm: Tensor | None = None  # of the current optimizer step, before clipping
+        self._loaded_before = False  # whether the model was there when this run began
         self.norms: list[tuple[int, Tensor]] = []  # (step, gradient norm) that were not checked yet
         self._harden(0.0)
 
@@ -217,15 +219,34 @@ class LeapModule(GatedModule):
         return module if map_location is None else module.to(map_location)
 
     def configure_model(self) -> None:
-        """Load the base model, make the prior and attach the gates. A second call does nothing."""
-        if self.model is not None:
-            return
+        """Load the base model, make the prior and attach the gates. A second call loads nothing.
+
+        Raises:
+            UserError: Settings of the trainer, the optimizer or the schedule do not suit a run.
+        """
+        self._loaded_before = self.model is not None
         if self._fitting():  # first, since a prior may take minutes
-            _check_trainer(self.trainer)
+            check_trainer(self.trainer)
             probe = self.optimizer_of([nn.Parameter(torch.zeros(1, 1, device="cpu"))])
             check_rounding(probe, self.logits_dtype)
             check_clipping(self.trainer, probe)
+            self._described_optimizer()
         super().configure_model()
+
+    def on_fit_start(self) -> None:
+        """Check that a run which does not resume begins with a new trainer and a new module."""
+        if not self.trainer.strategy.restore_checkpoint_after_setup:
+            self._check_unused()
+
+    def on_train_start(self) -> None:
+        """Set the modes of learning; check the same of a sharded run, whose checkpoint is only known now."""
+        if self.trainer.strategy.restore_checkpoint_after_setup:
+            self._check_unused()
+        super().on_train_start()
+
+    def _check_unused(self) -> None:
+        if self.trainer.ckpt_path is None:
+            check_unused(self.trainer, loaded=self._loaded_before)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings for the provenance of a mask, as plain values."""
@@ -237,8 +258,13 @@ class LeapModule(GatedModule):
         found: Settings = {"model.objective": describe_objective(self.objective)}
         found["model.annealing"] = asdict(self.annealing)
         found["model.warmup_steps"] = self.warmup_steps
-        found |= optimization.describe(self.make_optimizer, self.make_scheduler, self.logits_dtype)
-        return super().learned_with() | taken(found)
+        return super().learned_with() | taken(found | self._described_optimizer())
+
+    def _described_optimizer(self) -> Settings:
+        kind = getattr(self.make_gate, "func", self.make_gate)
+        fixed = isinstance(kind, type) and issubclass(kind, FixedGate)
+        groups = int(not fixed) + int(self.trained.kind != NONE)  # as configure_optimizers makes them
+        return optimization.describe(self.make_optimizer, self.make_scheduler, self.logits_dtype, max(groups, 1))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load a checkpoint as :class:`.GatedModule` does and, outside a fit, set α and τ as they were in its run."""
@@ -254,9 +280,9 @@ class LeapModule(GatedModule):
 
     # -- learning -----------------------------------------------------------------------------------------
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch; ``batch["input_ids"]`` is (B, L) tokens."""
-        input_ids, fraction = batch["input_ids"], self.global_step / self.trainer.max_steps
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch, as :func:`.input_ids_of` takes it."""
+        input_ids, fraction = input_ids_of(batch), self.global_step / self.trainer.max_steps
         windows = self.trainer.accumulate_grad_batches
         self.state.step = self.global_step
         self._harden(fraction)
@@ -427,9 +453,9 @@ class LeapModule(GatedModule):
         self.choose_hard_masks()
         self.validation.begin()
 
-    def validation_step(self, batch: dict[str, Any] | Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the perplexity of the hard mask and, unless it is already known, of the dense model."""
-        input_ids = batch["input_ids"] if isinstance(batch, dict) else batch
+        input_ids = input_ids_of(batch)
         for mode in self.validation.wanted:
             self._measure(mode, input_ids)
         self.validation.batches.append(input_ids)
@@ -465,9 +491,3 @@ class LeapModule(GatedModule):
         """Return the provenance of a perplexity except for the text; see :class:`.Measured` for its keys."""
         dtype = str(self._dtype_of_model()).removeprefix("torch.")
         return {"fingerprint": self.fingerprint, "dtype": dtype, "precision": str(self.trainer.precision)}
-
-
-def _check_trainer(trainer: L.Trainer) -> None:
-    """Check that the numeric settings of ``trainer`` are in range, also for a Trainer made in Python."""
-    names = ("gradient_clip_val", "val_check_interval", "accumulate_grad_batches", "log_every_n_steps")
-    check_numbers({name: getattr(trainer, name, None) for name in names}, "trainer.")

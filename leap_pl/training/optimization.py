@@ -45,10 +45,19 @@ def make_scheduler(
         total: Steps of the run.
 
     Raises:
-        UserError: The learning rate that the schedule begins with is out of range.
+        UserError: The learning rate that the schedule begins with is out of range; or the schedule refuses its
+            settings, or needs a metric.
     """
     if make is not None:
-        scheduler = make(optimizer)
+        try:
+            scheduler = make(optimizer)
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"model.lr_scheduler does not take its settings: {reason}.") from error
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise UserError(
+                "model.lr_scheduler: ReduceLROnPlateau needs a metric after every step. Give a schedule by steps."
+            )
     else:
         for name, warmup in warmups.items():
             if warmup > total:
@@ -62,21 +71,27 @@ def make_scheduler(
     return scheduler
 
 
-def describe(optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None, dtype: torch.dtype) -> Settings:
+def describe(
+    optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None, dtype: torch.dtype, groups: int = 1
+) -> Settings:
     """Return the settings ``model.optimizer`` and ``model.lr_scheduler`` of a run, for its checkpoints.
 
     Args:
         optimizer: Function that makes the optimizer.
         scheduler: Function that makes the schedule; None: the default one.
         dtype: Data type of what is learned.
+        groups: Number of parameter groups of the run's optimizer, for schedules with a function for each.
 
     Raises:
-        UserError: The optimizer refuses its settings.
+        UserError: The optimizer or the schedule refuses its settings.
     """
-    made = make_optimizer(optimizer, [nn.Parameter(torch.zeros(1, 1, dtype=dtype, device="cpu"))])
+    probes: list[Any] = [
+        {"params": [nn.Parameter(torch.zeros(1, 1, dtype=dtype, device="cpu"))]} for _ in range(groups)
+    ]
+    made = make_optimizer(optimizer, probes)
     found: Settings = {"model.optimizer": describe_optimizer(made, getattr(optimizer, "keywords", {}))}
     found["model.lr_scheduler"] = None
     if scheduler is not None:
         given = getattr(scheduler, "keywords", {})
-        found["model.lr_scheduler"] = describe_scheduler(scheduler(made), given)
+        found["model.lr_scheduler"] = describe_scheduler(make_scheduler(scheduler, made, {}, 1), given)
     return found

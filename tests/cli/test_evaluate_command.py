@@ -9,11 +9,14 @@ import pytest
 import torch
 from tiny import tiny_folder
 
-from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.loading import load_model, load_tokenizer
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.cli.evaluate import evaluate_command
+from leap_pl.data import held_out_tokens
+from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
 from leap_pl.evaluation.record import read_result
+from leap_pl.evaluation.texts import tokens_digest
 from leap_pl.masks import MaskSet, Provenance
 
 TEXT = "The mask keeps what the model needs, and the rest of its weights are zero.\n" * 8
@@ -130,6 +133,19 @@ def test_text_of_another_column(base, text, tmp_path):
     named = evaluate_command(model=base, perplexity=str(body), text_column="body", **SMALL)
     plain = evaluate_command(model=base, perplexity=text, **SMALL)
     assert named["perplexity"][str(body)] == {**plain["perplexity"][text], "text_column": "body"}
+
+
+def test_the_held_out_share_is_measured_and_no_other_text(base, tmp_path):
+    """The twentieth of its documents that a run without a validation text does not train on."""
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {n} of {n * n} words"}) + "\n" for n in range(400)))
+    documents = [text.text for _, text in TextSource.open(str(path), share="held_out").documents(repeat=False)]
+    assert 5 < len(documents) < 60
+    tokens = torch.tensor(load_tokenizer(base)("\n\n".join(documents))["input_ids"])
+    assert held_out_tokens(str(path), base, share="held_out").tolist() == tokens.tolist()
+    figure = evaluate_command(base, perplexity=str(path), share="held_out", **SMALL)["perplexity"][str(path)]
+    assert (figure["share"], figure["tokens"]) == ("held_out", len(tokens))
+    assert figure["text_digest"] == tokens_digest(tokens)
 
 
 def test_two_files_of_one_name_and_a_cap(base, text, tmp_path):

@@ -82,6 +82,19 @@ def test_standard_error_is_that_of_window_means():
     assert perplexity(tiny_model(), torch.arange(16), seq_length=16).stderr is None
 
 
+def test_standard_error_of_windows_that_predict_unequal_numbers_is_that_of_a_ratio():
+    """With a stride the first window predicts more tokens than any other."""
+    tokens = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(2))
+    found = perplexity(tiny_model(), tokens, seq_length=16, stride=4)
+    counts = torch.tensor([15.0] + [4.0] * (len(found.window_nll) - 1), dtype=torch.float64)
+    assert int(counts.sum()) == found.predicted
+    sums = torch.tensor(found.window_nll, dtype=torch.float64) * counts
+    residuals = sums - sums.sum() / counts.sum() * counts
+    n = len(counts)
+    expected = (residuals.square().sum() / (n - 1) / n).sqrt() / counts.mean()
+    assert found.nll_stderr == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_leaves_the_mode_of_the_model_alone():
     model = tiny_model().train()
     perplexity(model, torch.arange(16), seq_length=8)

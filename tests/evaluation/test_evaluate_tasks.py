@@ -93,6 +93,30 @@ def test_limit_is_marked(folder):
     assert (found["samples"], found["limit"]) == (2, 2)
 
 
+def test_solved_examples_come_before_a_question(folder, monkeypatch):
+    """One of the training split, chosen by the seed, and the result says how many."""
+    told = folder / "piqa" / "train.jsonl"
+    rows(told, [{"goal": f"solve {n}", "sol1": "right", "sol2": "wrong", "label": 0} for n in range(9)])
+    seen = []
+
+    def spied(answers, longest):
+        seen.extend(byte_tokenizer().decode(answer.tokens) for answer in answers)
+        return arrange(answers, longest)
+
+    monkeypatch.setattr(answers, "arrange", spied)
+    try:
+        found = score(["piqa"], folder, num_fewshot=1, limit=3, seed=0)["piqa"]
+        first = list(seen)
+        seen.clear()
+        others = [score(["piqa"], folder, num_fewshot=1, limit=3, seed=seed) for seed in (1, 2, 3)]
+        assert others
+    finally:
+        told.unlink()
+    assert found["num_fewshot"] == 1
+    assert all("solve" in text and text.index("solve") < text.index("cut") for text in first)
+    assert {text.partition("cut")[0] for text in seen} - {text.partition("cut")[0] for text in first}
+
+
 def test_task_of_a_group_is_found_in_the_groups_folder(folder):
     scores = score([f"mmlu_{subject}" for subject in SUBJECTS], folder)
     for found in scores.values():

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.torch_version import TorchVersion
 
+from leap_pl.gates import Gates
 from leap_pl.kernels import compiled as compiling
+from leap_pl.masks.patterns import Unstructured
 
 pytestmark = pytest.mark.usefixtures("eager")  # compiling takes its time; one test below does
 
@@ -203,3 +205,35 @@ def test_without_a_compiler_the_gates_say_so_once_and_run(monkeypatch: pytest.Mo
         warnings.simplefilter("error")
         assert not compiling.can_compile(torch.device("cpu"))
         assert gate_of((2, 2))(torch.ones(2, 2)).shape == (2, 2)
+
+
+# -- what all gates of a model say together, at a sparsity other than one half ------------------------------
+
+
+def two_gates() -> Any:
+    generator = torch.Generator().manual_seed(4)
+    gates = {name: gate_of((5, 8), name=name) for name in ("a", "b")}
+    for gate in gates.values():
+        gate.logits.data.copy_(torch.randn(5, 8, generator=generator) - 0.7)
+    return Gates.of(gates)
+
+
+def test_samples_of_hard_masks_keep_what_the_sparsity_leaves() -> None:
+    gates = two_gates()
+    samples = gates.sample_hard_masks(0.7, 1)
+    assert sum(int(sample.sum()) for sample in samples.values()) == 24
+    gates.choose(0.7)
+    for name, gate in gates.items():
+        assert torch.equal(samples[name], gate.hard_mask().flatten())
+    assert int(torch.cat([*gates.sample_hard_masks(0.7, 2).values()]).sum()) == 12
+
+
+def test_the_share_of_logits_above_zero() -> None:
+    gates = two_gates()
+    above = torch.cat([gate.logits.detach().flatten() for gate in gates.values()]) > 0
+    assert 0.1 < float(above.float().mean()) < 0.4
+    assert gates.curves(1) == {"density/logits_above_0": pytest.approx(float(above.float().mean()))}
+
+
+def test_the_prior_has_the_sparsity_of_the_run() -> None:
+    assert two_gates().prior_forms(0.7) == {"prior": Unstructured(0.7)}

@@ -247,6 +247,13 @@ def test_the_start_leans_towards_the_patterns_that_share_positions_with_the_prio
     assert stats.kstest(gate.logits.detach().flatten().double() / 0.02, stats.norm.cdf).pvalue > 1e-3
 
 
+def test_the_confidence_of_patterns_is_at_the_slope_of_the_state() -> None:
+    gate = nm_gate((6, 16), state=state_at(7.0, 0.5))
+    gate.logits.data.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
+    confident = (gate.logits.detach().reshape(6, -1) * 7.0 / 0.5).softmax(0).amax(0).mean()
+    assert Gates.of({"w": gate}).curves(1) == {"patterns/confidence": pytest.approx(float(confident), rel=1e-5)}
+
+
 @pytest.mark.parametrize(("shape", "dim"), PLACES)
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (2, 5), (4, 8)])
 def test_a_strong_prior_is_the_hard_mask_at_the_start(shape: tuple[int, ...], dim: int, n: int, m: int) -> None:

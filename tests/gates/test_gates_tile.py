@@ -1,6 +1,6 @@
 """TileGate: the formula and its gradients in both modes, its limits, exact hard masks, the whole run."""
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -246,6 +246,33 @@ def test_patterns_start_from_the_inner_prior(shape: tuple[int, ...], dim: int) -
         assert torch.equal(gate.inner_mask(), inner)
         removed = torch.tensor([int((~tile).sum()) for tile in tiles_of(inner, dim, 4)])
         assert torch.equal(gate.removable.flatten(), removed.to(torch.int32))
+
+
+def test_patterns_lean_by_a_spread_of_their_own() -> None:
+    """By strength·pattern_spread·(shared positions − 1) from a 2:4 prior, whatever the spread of the tiles."""
+    inner = nm_mask((8, 12), 1)
+    gates = [tile_gate((8, 12), strength=2.0, spread=0.5, pattern_spread=0.01) for _ in range(2)]
+    for gate, mask in zip(gates, (inner, None), strict=True):
+        gate.start_from(None, seed=0, inner=mask)
+    kept = inner.view(-1, 4)
+    shared = torch.stack([kept[:, list(p)].sum(1) for p in combinations(range(4), 2)])
+    lean = (gates[0].pattern_logits - gates[1].pattern_logits).detach().reshape(6, -1)
+    torch.testing.assert_close(lean, 2.0 * 0.01 * (shared - 1), rtol=1e-4, atol=1e-6)
+    assert torch.equal(gates[0].logits, gates[1].logits)
+
+
+def test_curves_of_tiles_and_of_their_patterns() -> None:
+    """Each at its own scale: tiles above 0, and the patterns' largest softmax at pattern_alpha/τ."""
+    state = GateState()
+    state.anneal(3.0, 0.5, pattern_alpha=7.0)
+    gate = tile_gate((8, 12), state=state)
+    gate.logits.data.copy_(torch.tensor([[1.0, -1.0, -2.0], [-0.5, 2.0, -1.0]]))
+    gate.pattern_logits.data.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
+    curves = Gates.of({"w": gate}).curves(1)
+    assert curves["tiles/logits_above_0"] == pytest.approx(2 / 6)
+    confident = (gate.pattern_logits.detach().reshape(6, -1) * 7.0 / 0.5).softmax(0).amax(0).mean()
+    assert curves["patterns/confidence"] == pytest.approx(float(confident), rel=1e-5)
+    assert Gates.of({"w": gate}).prior_forms(0.3) == {"prior": Unstructured(0.3), "inner": NM(2, 4)}
 
 
 def test_an_inner_mask_that_is_not_nm_is_refused() -> None:

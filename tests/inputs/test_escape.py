@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_results import result
 
+import leap_pl
 from leap_pl.cli import main as cli
 from leap_pl.cli.compare import compare_command
 from leap_pl.escape import html, markdown, markdown_code, terminal
@@ -194,8 +195,8 @@ def test_errors_and_warnings_are_one_line(finished: Run, tmp_path: Path, capsys)
 
 def test_nothing_is_printed_past_it() -> None:
     """What this package says goes through one function; its experiments print their own figures."""
-    allowed = {"escape.py", "runner.py", "running.py", "__main__.py"}
-    package = Path(cli.__file__).parent
+    allowed = {"escape.py", "runner.py", "running.py", "__main__.py", "usage.py"}
+    package = Path(leap_pl.__file__).parent
     for file in package.rglob("*.py"):
         calls = re.findall(
             r"(?<![\w.])print\((?!USAGE|f\"leap_pl \{__version__\}|\"usage: )", file.read_text(encoding="utf-8")

@@ -95,7 +95,35 @@ def test_cost_of_a_weight_is_its_gradient_times_the_weight() -> None:
     moments.add_inputs(x)
     moments.add_gradients(y.grad)
     expected = (weight.grad * weight.detach()).square().log()
-    torch.testing.assert_close(log_cost(weight.detach(), moments), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_cost(weight.detach(), moments, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_cost_of_a_weight_is_per_token_of_the_text() -> None:
+    """A matrix that saw 5 of 20 tokens: means of the inputs are over the 5, and of the gradients over the 20."""
+    generator = torch.Generator().manual_seed(1)
+    weight, x, g = (torch.randn(rows, 6, generator=generator, dtype=torch.float64) for rows in (4, 5, 5))
+    moments = Moments()
+    moments.add_inputs(x)
+    moments.add_gradients(g[:, :4])
+    expected = weight**2 * (x**2).mean(0) * ((g[:, :4] ** 2).sum(0) / 20)[:, None]
+    torch.testing.assert_close(log_cost(weight, moments, 20), expected.log().float(), rtol=1e-5, atol=1e-5)
+
+
+def test_an_expert_that_few_tokens_reach_is_pruned_more() -> None:
+    """Two experts with the same weights, of which the router sends nearly all tokens to the first."""
+    model = tiny_model("mixtral", seed=4, num_local_experts=2, num_experts_per_tok=1)
+    with torch.no_grad():
+        for block in model.model.layers:
+            for stacked in (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj):
+                stacked[1] = stacked[0]
+    stacked = [matrix for matrix in all_matrices(model) if matrix.expert is not None and matrix.weight.layer == 1]
+    moments = measure_moments(model, all_matrices(model), BLOCKS)
+    counts = {matrix.expert: moments[matrix.name].count for matrix in stacked}
+    assert min(counts.values()) < 0.3 * BLOCKS.numel()
+    allocated = fisher_allocation(model, all_matrices(model), BLOCKS, 0.5)
+    fewer = min(counts, key=lambda expert: counts[expert])
+    of = {matrix.expert: allocated[matrix.name].sparsity for matrix in stacked if "down" in matrix.name}
+    assert of[fewer] > of[1 - fewer]
 
 
 def test_the_model_is_as_it_was() -> None:
@@ -133,7 +161,7 @@ def test_strength_runs_from_even_to_one_cut_through_all_costs() -> None:
     model = tiny_model()
     matrices = all_matrices(model)
     moments = measure_moments(model, matrices, BLOCKS)
-    costs = {m.name: log_cost(m.dense(), moments[m.name]) for m in matrices}
+    costs = {m.name: log_cost(m.dense(), moments[m.name], BLOCKS.numel()) for m in matrices}
     cut = torch.cat([cost.flatten() for cost in costs.values()]).quantile(0.6)
     whole = fisher_allocation(model, matrices, BLOCKS, 0.6, FisherOptions(1.0, 1.0))
     for name, cost_OI in costs.items():

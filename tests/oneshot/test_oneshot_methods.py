@@ -205,6 +205,36 @@ def test_the_update_for_a_mask_is_least_squares(sparsity: float) -> None:
     assert not updated[~mask].any()
 
 
+@pytest.mark.parametrize("iterations", [1, 5, 20])
+def test_the_last_iteration_that_chooses_reaches_the_sparsity(iterations: int) -> None:
+    x, weight = correlated()
+    solution = admm_prune(weight, x.T @ x, Unstructured(0.6), AdmmOptions.of(damping=0.1, iterations=iterations))
+    assert int(solution.mask.sum()) == weight.numel() - round(0.6 * weight.numel())
+    assert int((solution.weight != 0).sum()) <= int(solution.mask.sum())
+
+
+def test_settings_of_admm_by_its_options() -> None:
+    assert AdmmOptions.of(damping=0.3, iterations=8) == AdmmOptions(ridge=0.3, iterations=8, mask_iterations=6)
+    assert AdmmOptions.of(damping=0.3, iterations=1).mask_iterations == 1
+    assert (AdmmOptions().ridge, AdmmOptions().rho, AdmmOptions().iterations, AdmmOptions().mask_iterations) == (
+        0.1, 1.0, 20, 15,
+    )  # fmt: skip
+    for wrong in ({"iterations": 5}, {"mask_iterations": 0}):  # its schedule would end before the sparsity
+        with pytest.raises(UserError, match=r"mask_iterations is (15|0), and iterations (5|20)"):
+            AdmmOptions(**wrong)
+
+
+def test_weights_of_inputs_that_are_always_zero_are_kept_as_they_are() -> None:
+    """If the mask keeps them: nothing in the text says what they should be."""
+    x, weight = correlated()
+    x[:, ::3] = 0
+    mask = wanda_mask(weight, x.square().mean(0), Unstructured(0.5))
+    mask[:, ::3] = torch.arange(mask.shape[0])[:, None] % 2 == 0
+    updated = admm_update(weight, x.T @ x, mask).weight
+    assert torch.equal(updated[:, ::3], (weight * mask)[:, ::3].float())
+    assert weight[::2, ::3].abs().min() > 0
+
+
 def test_the_update_goes_to_least_squares_without_a_ridge() -> None:
     x, weight = correlated()
     mask = wanda_mask(weight, x.square().mean(0), Unstructured(0.5))

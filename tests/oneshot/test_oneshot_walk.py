@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leap_pl.base_model.weights import decoder_blocks, find_weights
 from leap_pl.errors import UserError
-from leap_pl.oneshot.inputs import Matrix
+from leap_pl.oneshot.inputs import InputStatistics, Matrix
 from leap_pl.oneshot.prune import prune
 from leap_pl.oneshot.walk import Walk, WalkOptions
 
@@ -159,3 +159,16 @@ def test_later_blocks_see_the_pruned_ones() -> None:
     scores = weight.detach().abs() * x[0].square().mean(0).sqrt()
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(16).indices, True)
     assert torch.equal(model.model.layers[1].mlp.gate_proj.weight != 0, kept)
+
+
+@pytest.mark.parametrize("gram", [True, False])
+def test_error_of_a_matrix_is_what_its_outputs_lose(gram: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, pruned = (torch.randn(rows, 12, generator=generator) for rows in (30, 7, 7))
+    statistics = InputStatistics(wants_gram=gram)
+    for part in x.split(10):
+        statistics.add(part, sample=10)
+    expected = (x.double() @ (pruned - weight).double().T).square().sum() / (
+        x.double() @ weight.double().T
+    ).square().sum()
+    assert statistics.error(weight, pruned) == pytest.approx(float(expected), rel=1e-4)

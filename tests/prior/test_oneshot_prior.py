@@ -15,11 +15,13 @@ from leap_pl.base_model.weights import find_weights
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
-from leap_pl.masks.patterns import NM
+from leap_pl.masks.patterns import NM, Unstructured
 from leap_pl.oneshot.fisher import FisherOptions
 from leap_pl.oneshot.prune import prune
+from leap_pl.prior import Prior
 from leap_pl.prior import cache as prior_module
 from leap_pl.prior.cache import one_shot_prior
+from leap_pl.prior.settings import Calibration
 
 
 class Block:
@@ -199,3 +201,15 @@ def test_a_run_without_a_cache_resumes_and_makes_its_prior_again(
         one, other = (MaskSet.load(folder / "checkpoints" / name) for folder in (whole, resumed))
         assert one.digest_of_bits() == other.digest_of_bits()
     assert list(here.iterdir()) == []  # null is no folder's name
+
+
+@pytest.mark.parametrize("sequences", [2, 3])
+def test_the_settings_of_a_prior_are_what_it_is_made_with(sequences: int, tmp_path: Path) -> None:
+    """Its Fisher strength, and as many blocks of the stream as it names."""
+    model, data = tiny_model(), Data()
+    settings = Prior(method="wanda", fisher=0.9, sequences=sequences, cache_dir=str(tmp_path))
+    calibration = Calibration("tiny", data, torch.device("cpu"), progress=False)  # type: ignore[arg-type]
+    made = settings.make(model, find_weights(model), {"prior": Unstructured(0.6)}, calibration)["prior"]
+    assert made.provenance.config["fisher"]["strength"] == 0.9
+    assert data.stream.read == sequences
+    assert made.sparsity == pytest.approx(0.6, abs=1e-3)

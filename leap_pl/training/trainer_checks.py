@@ -1,0 +1,91 @@
+"""Checks of the trainer of a run before anything is loaded: what Lightning accepts, and a run cannot have."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from leap_pl.errors import UserError, listing
+from leap_pl.inputs.ranges import check_numbers
+
+if TYPE_CHECKING:
+    from lightning import Callback, Trainer
+
+# Lightning's callbacks that would change the weights, the length of a run or its settings → what to do instead.
+UNSUITABLE = {
+    "BatchSizeFinder": "Set --data.batch_size",
+    "LearningRateFinder": "Set --model.optimizer.lr",
+    "GradientAccumulationScheduler": "Set --trainer.accumulate_grad_batches",
+    "ModelPruning": "leap_pl prunes already",
+    "StochasticWeightAveraging": "Leave it out",
+    "WeightAveraging": "Leave it out",
+    "EMAWeightAveraging": "Leave it out",
+}
+
+# Lightning's plugins of precision that replace the linear layers, and with them their gates.
+REPLACING = {"TransformerEnginePrecision", "BitsandbytesPrecision"}
+
+METRICS = ["loss", "perplexity/hard", "perplexity/dense", "step", "epoch"]  # that a callback of Lightning can monitor
+
+NUMBERS = ("gradient_clip_val", "val_check_interval", "accumulate_grad_batches", "log_every_n_steps")
+
+
+def check_trainer(trainer: "Trainer") -> None:
+    """Check that ``trainer``, of the command line or made in Python, can run a fit.
+
+    Raises:
+        UserError: A number is out of range; or a callback, a plugin or the way in which processes are started does not
+            suit a run.
+    """
+    numbers = {name: getattr(trainer, name, None) for name in NUMBERS}
+    if not numbers["log_every_n_steps"]:  # as Trainer(barebones=True) sets it
+        del numbers["log_every_n_steps"]
+    check_numbers(numbers, "trainer.")
+    _check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
+    plugin = type(trainer.precision_plugin).__name__
+    if plugin in REPLACING:
+        raise UserError(
+            f"trainer.precision: {plugin} replaces the linear layers, which have the gates. Set --trainer.precision "
+            "bf16-true or 32-true."
+        )
+    if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
+        raise UserError(
+            f"trainer.strategy: {type(trainer.strategy).__name__} by fork or spawn learns in copies of this process, "
+            "which end with what they have learned. Use one device here, or start a script, or leap_pl fit, with ddp."
+        )
+
+
+def check_unused(trainer: "Trainer", *, loaded: bool) -> None:
+    """Check that a fit that does not resume begins with a new trainer and a new module.
+
+    Args:
+        trainer: Trainer of the fit.
+        loaded: Whether the module has loaded its model before.
+
+    Raises:
+        UserError: One of them has been used.
+    """
+    if trainer.global_step > 0:
+        raise UserError(
+            f"this trainer is at step {trainer.global_step} of an earlier fit, whose text, schedules and optimizer are "
+            "not continued. Make a new Trainer, or resume with trainer.fit(..., ckpt_path=CHECKPOINT)."
+        )
+    if loaded:
+        raise UserError(
+            "this module was validated, fitted or loaded before, and a fit begins at the prior. Make a new LeapModule, "
+            "or resume with trainer.fit(..., ckpt_path=CHECKPOINT)."
+        )
+
+
+def _check_callbacks(callbacks: Sequence["Callback"]) -> None:
+    """Refuse callbacks of Lightning that a run cannot have, or that monitor what is not measured.
+
+    Raises:
+        UserError: One does.
+    """
+    places = {type(callback).__module__.partition(".")[0] for callback in callbacks}
+    for callback in callbacks:
+        kind, monitor = type(callback).__name__, getattr(callback, "monitor", None)
+        if kind in UNSUITABLE and type(callback).__module__.startswith("lightning."):
+            raise UserError(f"trainer.callbacks: {kind} does not suit a run of leap_pl. {UNSUITABLE[kind]}.")
+        # Callbacks from elsewhere may log more.
+        if monitor is not None and monitor not in METRICS and places <= {"lightning", "leap_pl"}:
+            raise UserError(f"{kind} monitors {monitor}, which is not measured. Give one of {listing(METRICS)}.")

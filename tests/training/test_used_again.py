@@ -1,0 +1,260 @@
+"""From Python: objects that are used twice, and trainers, batches and schedules that a run cannot have."""
+
+import copy
+import pickle
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
+from tiny import byte_tokenizer, tiny_model
+from torch.utils.data import DataLoader
+
+from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
+from leap_pl.callbacks import Checkpoints, RunReport, SparsityLogger
+from leap_pl.gates import BernoulliGate
+from leap_pl.oneshot.prune import prune
+from leap_pl.prior import Prior
+from leap_pl.training.batch import input_ids_of
+from leap_pl.training.trainer_checks import check_trainer
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+
+def trainer(*callbacks: L.Callback, **settings: Any) -> L.Trainer:
+    given = {**QUIET, **settings}
+    if any(isinstance(callback, Checkpoints) for callback in callbacks):
+        del given["enable_checkpointing"]
+    return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **given)
+
+
+def data(text: Path | str, **settings: Any) -> TextDataModule:
+    return TextDataModule(text=str(text), **{"seq_length": 32, "batch_size": 2, "validation_sequences": 2, **settings})
+
+
+@pytest.fixture
+def module(model_folder: Path, tmp_path: Path) -> LeapModule:
+    return LeapModule(
+        str(model_folder), dtype="float32", prior=Prior(method="magnitude", cache_dir=str(tmp_path / "p"))
+    )
+
+
+def again(module: LeapModule) -> LeapModule:
+    return LeapModule(module.base_model, dtype="float32", prior=module.run_prior.settings)
+
+
+# -- modules and trainers -----------------------------------------------------------------------------------
+
+
+def test_a_module_that_was_used_does_not_start_silently_without_its_prior(module: LeapModule, text_file: Path) -> None:
+    """A validation loads the model, without a prior, and a fit would go on from there."""
+    text = data(text_file)
+    trainer().validate(module, text, verbose=False)
+    with pytest.raises(UserError, match=r"was validated, fitted or loaded before.*Make a new LeapModule, or resume"):
+        trainer(max_steps=1).fit(module, text)
+    fresh = again(module)
+    trainer(max_steps=1).fit(fresh, text)
+    with pytest.raises(UserError, match=r"was validated, fitted or loaded before"):
+        trainer(max_steps=1).fit(fresh, text)
+
+
+def test_a_trainer_that_was_used_is_refused(module: LeapModule, text_file: Path) -> None:
+    """Its step goes on, but text, optimizer and learning rate would begin again, or nothing would be learned."""
+    used = trainer(max_steps=2)
+    used.fit(module, data(text_file))
+    with pytest.raises(UserError, match=r"this trainer is at step 2 of an earlier fit.*Make a new Trainer, or resume"):
+        used.fit(again(module), data(text_file))
+
+
+def test_a_used_module_and_trainer_resume(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
+    saved = Checkpoints(str(tmp_path / "run"), every_n_train_steps=1, save_top_k=-1)
+    text = data(text_file)
+    trainer(saved, max_steps=2).fit(module, text)
+    first = min((tmp_path / "run").glob("*step=1*.ckpt"), default=None) or min((tmp_path / "run").glob("*.ckpt"))
+    learned = {name: gate.logits.detach().clone() for name, gate in module.gates.items()}
+    trainer(max_steps=2).fit(module, text, ckpt_path=str(first))
+    for name, gate in module.gates.items():
+        assert torch.equal(gate.logits, learned[name])
+
+
+def test_a_copy_runs_its_own_model(module: LeapModule, text_file: Path) -> None:
+    trainer(max_steps=1).fit(module, data(text_file))
+    ids = torch.arange(24).view(1, -1)
+    copied = copy.deepcopy(module)
+    with torch.no_grad():
+        for gate in copied.gates.values():
+            gate.logits.neg_()
+        for one in (copied, module):
+            one.choose_hard_masks()
+        with copied.state.passing("hard"), module.state.passing("hard"):
+            own = copied.head(copied.states(ids).flatten(0, 1))
+            expected = copied.model(input_ids=ids, use_cache=False).logits[0]
+            other = module.head(module.states(ids).flatten(0, 1))
+    torch.testing.assert_close(own, expected)
+    assert not torch.allclose(own, other, atol=1e-2)
+
+
+def test_a_mask_before_a_fit_is_one_line(module: LeapModule) -> None:
+    with pytest.raises(UserError, match="has no mask before a fit"):
+        module.mask_set()
+
+
+def test_what_a_mask_says_of_its_run_outlasts_a_validation(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
+    trainer(max_steps=2, accumulate_grad_batches=2, gradient_clip_val=0.7).fit(module, data(text_file))
+    before = module.mask_set().provenance
+    assert (before.config["steps"], before.config["max_steps"]) == (2, 2)
+    other = tmp_path / "other.jsonl"
+    other.write_text(text_file.read_text())
+    trainer().validate(module, data(other), verbose=False)
+    assert module.mask_set().provenance == before
+
+
+def test_callbacks_of_two_runs_tell_of_one_each(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
+    saved, curves, report = Checkpoints(str(tmp_path / "first")), SparsityLogger(every_n_steps=1), RunReport()
+    trainer(saved, curves, report, max_steps=2).fit(module, data(text_file))
+    assert curves.last_bits
+    newest = (tmp_path / "first" / "last.ckpt").resolve()
+    assert newest.exists()
+    second = again(module)
+    with pytest.raises(UserError, match="holds another run"):
+        trainer(saved, curves, report, max_steps=2).fit(second, data(text_file))
+    assert (tmp_path / "first" / "last.ckpt").resolve() == newest
+    curves.setup(trainer(), second, "fit")
+    assert (curves.last_bits, curves.prior_bits, curves.last_step) == ({}, {}, -1)
+    report.setup(trainer(), second, "fit")
+    assert report.state_dict() == {"start": None}
+
+
+def test_a_plan_is_told_once_after_a_fit_that_failed(module: LeapModule, tmp_path: Path, capsys: Any) -> None:
+    text = tmp_path / "none.jsonl"
+    with pytest.raises(UserError):
+        trainer(RunReport(), max_steps=1).fit(module, data(text))
+    assert len(module.when_loaded) <= 1
+    text.write_text('{"text": "one two three four five six seven eight nine ten eleven twelve"}\n' * 20)
+    capsys.readouterr()
+    trainer(RunReport(), max_steps=1).fit(module, data(text, validation_sequences=0))
+    assert module.when_loaded == []
+
+
+# -- text ---------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_text_that_change_after_its_use_are_used(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = data(text_file, tokenizer=str(model_folder))
+    before = next(iter(text.stream.blocks())).tokens
+    text.seq_length = 16
+    assert next(iter(text.stream.blocks())).tokens == before[:16]
+    other = tmp_path / "other.txt"
+    other.write_text("something else " * 40)
+    text.text = str(other)
+    assert next(iter(text.stream.blocks())).tokens == byte_tokenizer()("something else s")["input_ids"]
+
+
+def test_batches_of_other_loaders(module: LeapModule) -> None:
+    ids = torch.arange(64).view(4, 16)
+    module = LeapModule(module.base_model, dtype="float32", prior=Prior(method="none"))
+    trainer(max_steps=2).fit(module, DataLoader(ids, batch_size=2))
+    for wrong in ([ids], {"tokens": ids}, 3):
+        with pytest.raises(UserError, match=r"a micro-batch is a (list|dict|int); give tokens"):
+            input_ids_of(wrong)
+    from transformers import BatchEncoding
+
+    ones = torch.ones_like(ids)
+    assert input_ids_of(BatchEncoding({"input_ids": ids, "attention_mask": ones, "labels": ids})) is ids
+    padded, hidden = ones.clone(), ids.clone()
+    padded[0, -1], hidden[0, 0] = 0, -100
+    for wrong in ({"attention_mask": padded}, {"labels": hidden}):
+        with pytest.raises(UserError, match=r"has padding.*Pack documents"):
+            input_ids_of({"input_ids": ids, **wrong})
+
+
+def test_own_data_has_no_text_for_a_prior(module: LeapModule, model_folder: Path) -> None:
+    class Own(L.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return DataLoader(torch.arange(64).view(4, 16), batch_size=2)
+
+    module = LeapModule(str(model_folder), dtype="float32", prior=Prior(method="wanda", cache_dir=None))
+    with pytest.raises(UserError, match=r"needs calibration text, and Own has no stream of it. Give fit a TextDataM"):
+        trainer(max_steps=1).fit(module, Own())
+
+
+# -- what a run cannot have ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("callback", "remedy"),
+    [
+        (GradientAccumulationScheduler({0: 2}), "Set --trainer.accumulate_grad_batches"),
+        (StochasticWeightAveraging(swa_lrs=1e-3), "Leave it out"),
+    ],
+)
+def test_callbacks_that_change_the_run(callback: L.Callback, remedy: str, module: LeapModule, text_file: Path) -> None:
+    with pytest.raises(UserError, match=rf"{type(callback).__name__} does not suit a run of leap_pl. {remedy}"):
+        trainer(callback, max_steps=1).fit(module, data(text_file))
+
+
+def test_precisions_that_replace_layers_and_copies_of_the_process() -> None:
+    fitting = trainer(max_steps=1)
+    check_trainer(fitting)
+    plugin = type("TransformerEnginePrecision", (MixedPrecision,), {"__init__": lambda self: None})()
+    fitting.strategy._precision_plugin = plugin
+    with pytest.raises(UserError, match="TransformerEnginePrecision replaces the linear layers, which have the gates"):
+        check_trainer(fitting)
+    with pytest.raises(UserError, match=r"DDPStrategy by fork or spawn learns in copies of this process"):
+        check_trainer(trainer(max_steps=1, strategy="ddp_fork", devices=2))
+    check_trainer(L.Trainer(accelerator="cpu", barebones=True, max_steps=1))
+
+
+def test_schedules_of_each_group_and_by_a_metric(model_folder: Path, text_file: Path) -> None:
+    def one(step: int) -> float:
+        return 1.0
+
+    given: dict[str, Any] = {"dtype": "float32", "prior": Prior(method="none"), "train_weights": "kept"}
+    pair = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=[one, one])
+    module = LeapModule(str(model_folder), lr_scheduler=pair, **given)
+    trainer(max_steps=1).fit(module, data(text_file))
+    assert module.mask_set().sparsity == pytest.approx(0.5, abs=1e-3)
+    single = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=[one])
+    with pytest.raises(UserError, match=r"model.lr_scheduler does not take its settings: Expected 2 lr_lambdas"):
+        trainer(max_steps=1).fit(LeapModule(str(model_folder), lr_scheduler=single, **given), data(text_file))
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    with pytest.raises(UserError, match="ReduceLROnPlateau needs a metric after every step"):
+        trainer(max_steps=1).fit(LeapModule(str(model_folder), lr_scheduler=plateau, **given), data(text_file))
+
+
+class Power(BernoulliGate):
+    """A gate with an argument that its settings do not have."""
+
+    def __init__(self, weight: Any, state: Any, power: float = 1.0) -> None:
+        super().__init__(weight, state)
+        self.power = power
+
+
+def test_a_gate_whose_settings_lack_an_argument(model_folder: Path, text_file: Path) -> None:
+    module = LeapModule(str(model_folder), gate=partial(Power, power=3.0), dtype="float32", prior=Prior(method="none"))
+    with pytest.raises(TypeError, match=r"Power.settings\(\) lacks power"):
+        trainer(max_steps=1).fit(module, data(text_file))
+
+
+def test_pruning_a_pruned_model_says_so() -> None:
+    model = tiny_model()
+    blocks = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
+    masks: MaskSet = prune(model, blocks, method="wanda", pattern="2:4", progress=False).masks
+    assert masks.sparsity == 0.5
+    with pytest.warns(UserWarning, match=r"is sparse already: 50.0% of the weights to prune are 0.*update=False"):
+        prune(model, blocks, method="wanda", pattern=0.7, progress=False)
+    with pytest.raises(UserError, match="is not n:m"):
+        prune(tiny_model(), blocks, pattern="half", progress=False)
+
+
+def test_pickles_have_no_closures(module: LeapModule, text_file: Path) -> None:
+    module.make_optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    assert pickle.loads(pickle.dumps(module)).base_model == module.base_model
