@@ -3,6 +3,8 @@
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -310,43 +312,39 @@ def _check_complete(found: dict[str, Any], name: str) -> None:
         )
 
 
-class _reading:  # noqa: N801  (reads as a statement: with _reading("base model", name))
-    """Context that converts the errors of the hub client and the readers into one line that says what to do.
+@contextmanager
+def _reading(what: str, name: str) -> Iterator[None]:
+    """Convert the errors of the hub client and the readers into one line that says what to do.
 
     A damaged file can make them raise any exception, so that all are attributed to the file. Only readers may be called
     inside, so that no bug of this package is reported as a damaged file.
     """
-
-    def __init__(self, what: str, name: str) -> None:
-        self.what, self.name = what, name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, UserError | torch.OutOfMemoryError):
-            return
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
         panicked = type(error).__name__ == "PanicException"  # from a reader in Rust; not a subclass of Exception
         if not panicked and not isinstance(error, Exception):
-            return
+            raise
         if isinstance(error, pickle.UnpicklingError):
             raise UserError(
-                f"{self.what} {self.name} is a pickle that is damaged or contains more than tensors; leap_pl runs no "
-                "code from a model's files. Give the model as safetensors."
+                f"{what} {name} is a pickle that is damaged or contains more than tensors; leap_pl runs no code from a "
+                "model's files. Give the model as safetensors."
             ) from error
         reason = " ".join(str(error).split())
         if not isinstance(error, _CLEAR_ERRORS):
             reason = f"{type(error).__name__}: {reason}"
         reason = re.sub(r" for this kind of AutoModel.*", ", which is not a causal language model.", reason)
         reason = f"{reason.removesuffix('.')}." if len(reason) <= 300 else f"{reason[:300]} …"
-        local = Path(self.name).expanduser().exists()
-        remedy = (
-            "Check that the files are complete."
-            if local
-            else "Check the id and the network, or give a local folder or .gguf file."
-        )
+        local = Path(name).expanduser().exists()
+        remedy = "Check that the files are complete."
+        if not local:
+            remedy = "Check the id and the network, or give a local folder or .gguf file."
+        if not local and name.startswith("assets/"):
+            remedy = f"There is no folder {name} here: in a clone of leap_pl, make assets lays it out."
         raise UserError(
-            f"{self.what} {self.name} could not be {'read' if local else 'fetched from the hub'}: {reason} {remedy}"
+            f"{what} {name} could not be {'read' if local else 'fetched from the hub'}: {reason} {remedy}"
         ) from error
 
 

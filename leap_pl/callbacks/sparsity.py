@@ -1,6 +1,7 @@
 """Sparsity logger: densities, changes of the mask, loss terms and schedules as metrics."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -16,7 +17,7 @@ from leap_pl.errors import UserError
 from leap_pl.gates import FixedGate
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import TOTAL
-from leap_pl.masks import split_name
+from leap_pl.masks.shares import shares, split_name, sums
 from leap_pl.training.finite import read_together
 from leap_pl.training.live_settings import live_settings
 from leap_pl.training.module import LeapModule
@@ -259,28 +260,27 @@ class SparsityLogger(L.Callback):
         self.last_stride = state_dict.get("last_stride")  # which earlier versions did not save
 
 
-def _densities(kind: str, kept: dict[str, float] | dict[str, int], sizes: dict[str, int]) -> dict[str, float]:
-    groups: dict[str, list[float]] = {}
-    for name, count in kept.items():
-        layer, projection = split_name(name)
-        where = "other" if layer is None else f"{layer:03d}"
-        for key in (f"weights_by_layer/{kind}/{where}", f"weights_by_projection/{kind}/{projection}"):
-            group = groups.setdefault(key, [0.0, 0.0])
-            group[0] += count
-            group[1] += sizes[name]
-    return {key: count / size for key, (count, size) in groups.items()}
+def _densities(kind: str, kept: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    def curves(name: str) -> list[str]:
+        where, projection = _place(name)
+        return [f"weights_by_layer/{kind}/{where}", f"weights_by_projection/{kind}/{projection}"]
+
+    return shares({name: (count, sizes[name]) for name, count in kept.items()}, curves)
 
 
-def _movements(sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+def _movements(squares: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Return the relative distances of trained weights from Σ(W − W₀)² and ΣW₀² of each."""
-    groups: dict[str, list[float]] = {}
-    for name, parts in sums.items():
-        layer, projection = split_name(name)
-        where = "other" if layer is None else f"{layer:03d}"
-        for key in ("moved/all", f"moved/by_layer/{where}", f"moved/by_projection/{projection}"):
-            group = groups.setdefault(key, [0.0, 0.0])
-            group[0], group[1] = group[0] + parts[0], group[1] + parts[1]
-    return {key: math.sqrt(moved / max(base, 1e-30)) for key, (moved, base) in groups.items()}
+
+    def curves(name: str) -> list[str]:
+        where, projection = _place(name)
+        return ["moved/all", f"moved/by_layer/{where}", f"moved/by_projection/{projection}"]
+
+    return {key: math.sqrt(moved / max(base, 1e-30)) for key, (moved, base) in sums(squares, curves).items()}
+
+
+def _place(name: str) -> tuple[str, str]:
+    layer, projection = split_name(name)
+    return "other" if layer is None else f"{layer:03d}", projection
 
 
 def _difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

@@ -234,9 +234,14 @@ def _restored(
     """Return the gates of a checkpoint, without their model."""
     check_complete(identity, logits, path)
 
+    held: dict[str, dict[str, Tensor]] = {}  # weight name → part of its gate → tensor
+    for key, tensor in logits.items():
+        part, _, name = key.partition(".")
+        held.setdefault(name, {})[part] = tensor
+
     def stored_of(name: str, shape: list[int]) -> Stored:
         reader = None if read is None else lambda part: read(key_of(name, part))
-        parts = _parts(logits, name)
+        parts = held.get(name, {})
         return Stored(parts.pop(LOGITS, None), tuple(shape), identity.input_dims[name], parts, reader)
 
     stored = {name: stored_of(name, shape) for name, shape in identity.shapes.items()}
@@ -258,8 +263,3 @@ def check_complete(identity: Identity, tensors: Mapping[str, Tensor], path: str 
     missing = [name for name in identity.shapes if name not in held]
     if missing:
         raise UserError(f"{path} lacks the logits of {listing(missing, 3)}. Take the checkpoint before it.")
-
-
-def _parts(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the stored tensors of the gate of the weight ``name``, by part."""
-    return {key.partition(".")[0]: tensor for key, tensor in tensors.items() if key.partition(".")[2] == name}

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import INSIDE, NOT_NEGATIVE, POSITIVE, refusal
-from leap_pl.inputs.register import note_input
+from leap_pl.inputs.register import exists, note_input
 from leap_pl.inputs.yaml_input import check_yaml, guard_parser
 from leap_pl.training.trainer_checks import UNSUITABLE
 
@@ -192,7 +192,7 @@ def with_recipes(words: Sequence[str]) -> list[str]:
         elif option != "--config" or not equals:
             found.append(word)
             continue
-        if name and not name.startswith("-") and not _exists(name) and not _is_settings(name):
+        if name and not name.startswith("-") and not exists(name) and not _is_settings(name):
             name = str(_recipe(name))
         found.append(option + equals + name)
     return found
@@ -238,7 +238,7 @@ def check_configs(words: Sequence[str]) -> dict[str, dict[Any, Any]]:
         is_config = option == "--config"
         if word in ("-c", "--config"):
             is_config, name = True, words[place + 1] if place + 1 < len(words) else ""
-        if not name or not _exists(name):  # the parser reports missing files
+        if not name or not exists(name):  # the parser reports missing files
             continue
         if not is_config:
             if name.endswith((".yaml", ".yml")):  # a group of settings, --model model.yaml
@@ -348,10 +348,3 @@ def check_classes(settings: Namespace) -> None:
 def plain(value: Any) -> Any:
     """Return a parsed ``value`` with dictionaries instead of namespaces."""
     return value.as_dict() if isinstance(value, Namespace) else value
-
-
-def _exists(name: str) -> bool:
-    try:
-        return Path(name).exists()
-    except (OSError, ValueError):  # the name is too long, or contains NUL
-        return False

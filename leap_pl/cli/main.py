@@ -283,11 +283,10 @@ def _spell_out(words: list[str], switches: set[str]) -> list[str]:
 
 def _is_path(word: str) -> bool:
     """Return whether a word, or the part after its ``=``, is an existing path."""
+    from leap_pl.inputs.register import exists  # help does not wait for it
+
     value = word.partition("=")[2] if word.startswith("--") else word
-    try:
-        return bool(value) and Path(value).exists()
-    except (OSError, ValueError):  # the name is too long, or contains NUL
-        return False
+    return bool(value) and exists(value)
 
 
 def _paths_aside(words: list[str]) -> tuple[list[str], dict[str, str]]:

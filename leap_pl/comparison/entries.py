@@ -16,6 +16,7 @@ from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import MASK
 from leap_pl.masks import MaskSet, split_name
 from leap_pl.masks.kept_weights import TRAINED
+from leap_pl.masks.shares import shares
 from leap_pl.sparse.folder import is_packed, read_masks
 
 MOST_CELLS = 1 << 20  # layers × projections; a hundred layers with 256 experts stored one by one have 77,000
@@ -144,12 +145,10 @@ def _with_one_name_a_text(entries: list[Entry]) -> list[Entry]:
 
 
 def _of_mask(source: str, mask: MaskSet) -> Entry:
-    kept: dict[tuple[int, str], list[int]] = {}
-    for name, bits in mask.masks.items():
+    def place(name: str) -> list[tuple[int, str]]:
         layer, projection = split_name(name)
-        if layer is not None:
-            count = kept.setdefault((layer, projection), [0, 0])
-            count[0], count[1] = count[0] + int(bits.sum()), count[1] + bits.numel()
+        return [] if layer is None else [(layer, terminal(projection))]
+
     provenance = mask.provenance
     return Entry(
         source=source,
@@ -159,9 +158,7 @@ def _of_mask(source: str, mask: MaskSet) -> Entry:
         fingerprint=provenance.fingerprint,
         sparsity=mask.sparsity,
         pattern=terminal(provenance.config.get("pattern", "unstructured")),
-        densities=_table_of(
-            {(layer, terminal(projection)): k / n for (layer, projection), (k, n) in kept.items()}, source
-        ),
+        densities=_table_of(shares(mask.counts(), place), source),
         mask=mask,
         bits=mask.digest_of_bits(),
     )

@@ -12,6 +12,7 @@ from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet, split_name
 from leap_pl.masks.exported import exported_record
 from leap_pl.masks.kept_weights import KeptWeights
+from leap_pl.masks.shares import shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -148,16 +149,15 @@ def realised_sparsity(model: nn.Module) -> dict[str, Any]:
         ``global``: sparsity of all weights; ``layers``, ``projections`` and ``weights``: decoder block, projection and
         weight name → sparsity; ``counted``: the number of weights.
     """
-    zeros: dict[str, dict[str, list[int]]] = {"layers": {}, "projections": {}, "weights": {}}
-    everything = [0, 0]
-    for name, weight in find_weights(model).items():
-        count = [int((weight.parameter == 0).sum()), weight.parameter.numel()]
-        layer, projection = split_name(name)
-        for kind, key in (("layers", str(layer)), ("projections", projection), ("weights", name)):
-            into = zeros[kind].setdefault(key, [0, 0])
-            into[0], into[1] = into[0] + count[0], into[1] + count[1]
-        everything = [everything[0] + count[0], everything[1] + count[1]]
-    shares: dict[str, Any] = {
-        kind: {key: removed / total for key, (removed, total) in counts.items()} for kind, counts in zeros.items()
+    zeros = {
+        name: (int((weight.parameter == 0).sum()), weight.parameter.numel())
+        for name, weight in find_weights(model).items()
     }
-    return {"global": everything[0] / everything[1], "counted": everything[1], **shares}
+    removed, counted = (sum(numbers) for numbers in zip(*zeros.values(), strict=True))
+    return {
+        "global": removed / counted,
+        "counted": counted,
+        "layers": shares(zeros, lambda name: [str(split_name(name)[0])]),
+        "projections": shares(zeros, lambda name: [split_name(name)[1]]),
+        "weights": shares(zeros, lambda name: [name]),
+    }

@@ -1,13 +1,18 @@
 """Safetensors files written one tensor at a time, where the safetensors library needs all of them in memory."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+
+from leap_pl.errors import UserError
+from leap_pl.inputs.plain_values import shown
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -79,3 +84,19 @@ def _header(
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {name: start + place for name, place in places.items()}
+
+
+@contextmanager
+def damage_in_one_line(file: Path, remedy: str) -> Iterator[None]:
+    """Convert what reading a damaged safetensors file raises into one line that ends with ``remedy``.
+
+    Raises:
+        UserError: The file is truncated or damaged.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = shown(" ".join(str(error).split()), 300)
+        raise UserError(f"{file} is truncated or damaged ({reason}). {remedy}") from error

@@ -108,6 +108,8 @@ RANGES: dict[str, Range] = {
     "model.optimizer.eps": NOT_NEGATIVE,
     "model.optimizer.weight_decay": Range(0, 100),
     "model.optimizer.seed": SEED,
+    "model.optimizer.rows": Range(0, 100),
+    "model.optimizer.columns": Range(0, 100),
     "model.lr_scheduler.last_epoch": Range(-1, -1),  # a resumed run takes it from the checkpoint
     "model.lr_scheduler.gamma": Range(0, 10),
     "model.lr_scheduler.factor": Range(0, 10),

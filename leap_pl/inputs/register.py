@@ -138,7 +138,7 @@ def note_input(name: str | Path) -> None:
     if register is None:
         return
     for path in _spellings(name):
-        if _exists(path):
+        if exists(path):
             register.note(path)
 
 
@@ -232,9 +232,10 @@ def _spellings(name: str | Path) -> set[Path]:
         return {Path(name)}
 
 
-def _exists(path: Path) -> bool:
+def exists(path: str | Path) -> bool:
+    """Return whether there is a file or folder ``path``; False also for text that is no valid path."""
     try:
-        return path.exists()
+        return Path(path).exists()
     except (OSError, ValueError):  # too long for a name, or contains NUL
         return False
 
@@ -250,4 +251,4 @@ def _matches(name: str) -> list[str]:
 
 
 def _found(name: str) -> bool:
-    return any(map(_exists, _spellings(name))) or bool(_matches(name))
+    return any(map(exists, _spellings(name))) or bool(_matches(name))

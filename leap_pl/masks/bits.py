@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
-
 
 class PackedMasks(Mapping[str, Tensor]):
     """Mapping of masks stored as bits, an eighth of the memory of bool tensors; each access unpacks a mask."""
@@ -67,9 +65,9 @@ def count(packed: Tensor, shape: Sequence[int]) -> int:
         ValueError: They are not packed bits, or do not fit ``shape``.
     """
     total = _check_packed(packed, shape)
-    counts = _ONES[packed.numpy()]
+    counts = np.bitwise_count(packed.numpy())
     beyond = total % 8  # elements in the last byte, if it is not full; whatever its other bits are
-    last = 0 if not beyond else int(counts[-1]) - int(_ONES[int(packed[-1]) & ((1 << beyond) - 1)])
+    last = 0 if not beyond else int(counts[-1]) - (int(packed[-1]) & ((1 << beyond) - 1)).bit_count()
     return int(counts.sum(dtype=np.int64)) - last
 
 

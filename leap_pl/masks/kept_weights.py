@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_file
-from leap_pl.files.tensor_file import write_tensors
+from leap_pl.files.tensor_file import damage_in_one_line, write_tensors
 from leap_pl.inputs.hub import repository_of
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import WEIGHTS, WEIGHTS_FORMAT
@@ -62,7 +62,7 @@ class KeptWeights:
         """
         if TRAINED not in masks.provenance.config:
             return None
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         repository = repository_of(mask) if isinstance(mask, str) else None
         path = Path(mask).parent / WEIGHTS
@@ -79,14 +79,9 @@ class KeptWeights:
                 "with --ckpt_path."
             )
         note_input(path)
-        try:
+        with damage_in_one_line(path, "Use another copy of it, or give the run's checkpoint with --ckpt_path."):
             file = safe_open(path, framework="pt")
             metadata, names = file.metadata() or {}, list(file.keys())
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{path} is truncated or damaged ({shown(' '.join(str(error).split()), 300)}). Use another copy of it, "
-                "or give the run's checkpoint with --ckpt_path."
-            ) from error
         if metadata.get("format") != WEIGHTS_FORMAT or metadata.get("format_version") != str(FORMAT_VERSION):
             raise UserError(
                 f"{path} has no trained weights of format version {FORMAT_VERSION}. Give the run's checkpoint with "

@@ -19,7 +19,6 @@ the same bytes.
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,12 +29,13 @@ from torch import Tensor, nn
 
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file
-from leap_pl.files.tensor_file import tensor_bytes, write_tensors
+from leap_pl.files.tensor_file import damage_in_one_line, tensor_bytes, write_tensors
 from leap_pl.inputs.hub import fetch_file, repository_of
 from leap_pl.inputs.plain_values import MOST_BYTES, plain, shown
 from leap_pl.inputs.records import MASK, MASK_FORMAT
 from leap_pl.inputs.register import note_input
-from leap_pl.masks.bits import PackedMasks, pack
+from leap_pl.masks.bits import PackedMasks, count, pack
+from leap_pl.masks.shares import shares, split_name
 
 if TYPE_CHECKING:
     from leap_pl.base_model.weights import Weight
@@ -112,10 +112,16 @@ class MaskSet:
         """Return the total number of masked elements, kept and removed."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Return the numbers of kept elements, and of all, of each mask; bits are counted as they are."""
+        if isinstance(self.masks, PackedMasks):
+            return {name: (count(self.masks.packed[name], of), math.prod(of)) for name, of in self.masks.shapes.items()}
+        return {name: (int(mask.sum()), mask.numel()) for name, mask in self.masks.items()}
+
     @property
     def kept(self) -> int:
         """Return the number of kept elements."""
-        return sum(int(mask.sum()) for mask in self.masks.values())
+        return sum(kept for kept, _ in self.counts().values())
 
     @property
     def sparsity(self) -> float:
@@ -124,14 +130,12 @@ class MaskSet:
 
     def densities(self, by: str = "layer") -> dict[str, float]:
         """Return the density, kept over all, for each ``weight``, ``layer`` (decoder block) or ``projection``."""
-        counts: dict[str, list[int]] = {}
-        for name, mask in self.masks.items():
+
+        def key(name: str) -> tuple[str]:
             layer, projection = split_name(name)
-            key = {"weight": name, "layer": str(layer), "projection": projection}[by]
-            count = counts.setdefault(key, [0, 0])
-            count[0] += int(mask.sum())
-            count[1] += mask.numel()
-        return {key: kept / total for key, (kept, total) in counts.items()}
+            return ({"weight": name, "layer": str(layer), "projection": projection}[by],)
+
+        return shares(self.counts(), key)
 
     def check(
         self, model: nn.Module, weights: Mapping[str, "Weight"] | None = None, *, or_applied: bool = False
@@ -247,7 +251,7 @@ class MaskSet:
             UserError: The file does not exist, or is not a MaskSet, of a newer format, truncated or damaged; or the hub
                 has no such mask, or cannot be reached.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         from leap_pl.masks.provenance_schema import parse_provenance, parse_shapes
 
@@ -262,13 +266,13 @@ class MaskSet:
         if not path.is_file():
             raise UserError(f"{path}: there is no such MaskSet file. Give the path of a {MASK}.")
         note_input(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                _check_format(path, metadata)
-                if any(len(text) > MOST_BYTES for text in metadata.values()):
-                    raise ValueError(f"its metadata is larger than {MOST_BYTES >> 20} MiB")
-                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        remedy = "Make the mask again, or use another copy of the file."
+        with damage_in_one_line(path, remedy), safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_format(path, metadata)
+            if any(len(text) > MOST_BYTES for text in metadata.values()):
+                raise ValueError(f"its metadata is larger than {MOST_BYTES >> 20} MiB")
+            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata["digest"] != _digest(metadata["shapes"], metadata["provenance"], packed):
                 raise ValueError("its digest does not match its content")
             shapes = parse_shapes(metadata["shapes"])
@@ -276,21 +280,6 @@ class MaskSet:
             if set(shapes) != set(packed):
                 raise ValueError("its shapes and its bits are of different weights")
             return cls(PackedMasks({name: packed[name] for name in shapes}, shapes), provenance)
-        except UserError:
-            raise
-        except (
-            SafetensorError,
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-        ) as error:
-            raise UserError(
-                f"{path} is truncated or damaged ({shown(' '.join(str(error).split()), 300)}). "
-                "Make the mask again, or use another copy of the file."
-            ) from error
 
 
 def write_masks(
@@ -336,12 +325,6 @@ def write_masks(
     with atomic_file(path) as temporary:
         write_tensors(temporary, layout, packed(), metadata)
     return kept, sum(math.prod(shape) for shape in shapes.values())
-
-
-def split_name(name: str) -> tuple[int | None, str]:
-    """Split a weight's name into block and projection: ``model.layers.3.mlp.up_proj.weight`` → 3, ``mlp.up_proj``."""
-    match = re.match(r".*?\.(\d{1,9})\.(.+)", name)
-    return (int(match[1]), match[2].removesuffix(".weight")) if match else (None, name.removesuffix(".weight"))
 
 
 def installed_versions() -> dict[str, str]:

@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from leap_pl.base_model.stored_weights import BITMAP, SCALE
 from leap_pl.errors import UserError
-from leap_pl.files.tensor_file import DTYPE_NAMES, tensor_bytes, write_tensors
+from leap_pl.files.tensor_file import DTYPE_NAMES, damage_in_one_line, tensor_bytes, write_tensors
 from leap_pl.inputs.plain_values import MOST_BYTES, checked, parse_json, plain, shown
 from leap_pl.inputs.reading import check_regular
 from leap_pl.masks import MaskSet, Provenance
@@ -48,6 +48,8 @@ LAYOUT = (
 _NO_SUM = "0" * 8  # until the tensor is written
 _TYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _SUMS: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
+
+REMEDY = "Export the model again, or use another copy of the file."
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def read_headers(files: Iterable[Path]) -> tuple[dict[str, Stored], Provenance |
     provenance = None
     for file in files:
         check_regular(file, "base model")
-        with _reading(file), safe_open(file, framework="pt") as opened:
+        with damage_in_one_line(file, REMEDY), safe_open(file, framework="pt") as opened:
             metadata = _metadata_of(file, opened)
             if metadata is not None:
                 found |= _packed_in(file, opened, metadata)
@@ -208,7 +210,7 @@ def read_weights(file: Path) -> Iterator[tuple[str, PackedWeight]]:
         UserError: The file is damaged.
     """
     for name, shape, parts in _tensors(file):
-        with _reading(file):
+        with damage_in_one_line(file, REMEDY):
             try:
                 yield name, PackedWeight.of(parts[BITMAP], parts[""], parts.get(SCALE), shape)
             except UserError as error:
@@ -217,7 +219,7 @@ def read_weights(file: Path) -> Iterator[tuple[str, PackedWeight]]:
 
 def _tensors(file: Path) -> Iterator[tuple[str, tuple[int, ...], dict[str, Tensor]]]:
     """Yield name, shape and the tensors, by suffix, of each packed weight in ``file``, after checking their sums."""
-    with _reading(file), safe_open(file, framework="pt") as opened:
+    with damage_in_one_line(file, REMEDY), safe_open(file, framework="pt") as opened:
         metadata = _metadata_of(file, opened)
         if metadata is None:
             return
@@ -228,22 +230,3 @@ def _tensors(file: Path) -> Iterator[tuple[str, tuple[int, ...], dict[str, Tenso
                 if f"{zlib.crc32(tensor_bytes(tensor)):08x}" != sums[f"{name}{suffix}"]:
                     raise ValueError(f"{shown(name + suffix)} has other bytes than were written")
             yield name, stored.shape, parts
-
-
-class _reading:  # noqa: N801  (reads as a statement)
-    """Context that converts the errors of reading a file into one line."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        damage = SafetensorError | OSError | ValueError | KeyError | TypeError | AttributeError | RuntimeError
-        if isinstance(error, UserError | torch.OutOfMemoryError) or not isinstance(error, damage):
-            return
-        reason = shown(" ".join(str(error).split()), 300)
-        raise UserError(
-            f"{self.file} is truncated or damaged ({reason}). Export the model again, or use another copy of the file."
-        ) from error

@@ -134,7 +134,7 @@ class TextDataModule(LightningDataModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; after a setting has changed, the text is opened again when it is next used."""
-        if name in DATA and getattr(self, name, None) != value and getattr(self, "_stream", None) is not None:
+        if name in DATA and getattr(self, name, None) != value and vars(self).get("_stream") is not None:
             self._stream = self._validation = self._identity = None
         super().__setattr__(name, value)
 

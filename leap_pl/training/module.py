@@ -37,6 +37,7 @@ from leap_pl.training.run_settings import (
     take_terms,
 )
 from leap_pl.training.schedules import Annealing
+from leap_pl.training.shared_steps import KINDS
 from leap_pl.training.trainer_checks import check_trainer, check_unused
 from leap_pl.training.validation import described
 from leap_pl.training.weights import NONE, WeightTraining
@@ -421,6 +422,8 @@ class LeapModule(GatedModule):
         training = self.trained.settings
         groups.append({"params": weights, "lr": training.lr, "weight_decay": training.weight_decay})
         optimizer = self.optimizer_of(groups if weights else masks)
+        if weights:  # rows and columns of logits have a density in common, and those of weights nothing
+            optimizer.param_groups[-1].update(dict.fromkeys(KINDS.keys() & optimizer.defaults.keys(), 0.0))
         warmups = {"model.warmup_steps": self.warmup_steps} if masks else {}
         warmups |= {"model.weight_training.warmup_steps": training.warmup_steps} if weights else {}
         scheduler = optimization.make_scheduler(self.make_scheduler, optimizer, warmups, total)

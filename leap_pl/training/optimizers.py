@@ -47,6 +47,7 @@ from leap_pl.kernels.packed_adamw import (
     packed_words_step,
     step_numbers,
 )
+from leap_pl.training.shared_steps import SharedSteps, shared_defaults
 
 MOMENTS, FORMER_MOMENTS = "packed_moments", "moments"  # keys of the state; the latter up to version 0.1.0
 
@@ -87,6 +88,8 @@ class PackedAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         seed: int = 0,
+        rows: float = 0.0,
+        columns: float = 0.0,
     ) -> None:
         """Initialize the optimizer.
 
@@ -97,6 +100,8 @@ class PackedAdamW(torch.optim.Optimizer):
             eps: Term added to √v.
             weight_decay: Weight decay; each step subtracts this share, times the learning rate, of a parameter.
             seed: Seed of the rounding.
+            rows: Rate of steps that all elements of a row take together, in units of ``lr`` (:class:`SharedAdamW`).
+            columns: Likewise for columns.
 
         Raises:
             UserError: A setting is out of range.
@@ -116,7 +121,7 @@ class PackedAdamW(torch.optim.Optimizer):
         check_numbers(numbers, "model.optimizer.", "PackedAdamW: ")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
         defaults["differentiable"] = False  # torch adds it on loading; the provenance must not differ after a resume
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | shared_defaults("PackedAdamW", rows, columns))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -125,12 +130,13 @@ class PackedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        place, shared = 0, _Shared(self.grad_scale)
+        place, shared, steps = 0, _Shared(self.grad_scale), SharedSteps(self, self.grad_scale)
         self.grad_scale = None
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step(parameter, group, place, shared)
+                    steps.take(parameter, group, place)
                 place += 1
         return loss
 
@@ -138,7 +144,7 @@ class PackedAdamW(torch.optim.Optimizer):
         """Update one ``parameter``, which has index ``place`` among all."""
         state = self.state[parameter]
         part, grad = own_part(parameter.detach()), own_part(parameter.grad)  # type: ignore[arg-type]
-        if not state:
+        if MOMENTS not in state:
             state["step"] = scalar(0.0)
             state[MOMENTS] = _initial_moments(parameter, part)
         state["step"] += 1
@@ -181,8 +187,75 @@ class PackedAdamW(torch.optim.Optimizer):
         saved = [name for group in state_dict["param_groups"] for name in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for name, parameter in zip(saved, parameters, strict=True):
-            if name in states:
-                self.state[parameter][MOMENTS] = states[name][MOMENTS].to(parameter.device, copy=True)
+            for key, value in states.get(name, {}).items():
+                if key != "step":  # float32 and codes, which torch has converted to the parameter's data type
+                    self.state[parameter][key] = value.to(parameter.device, copy=True)
+
+
+class SharedAdamW(torch.optim.AdamW):
+    """AdamW that also moves all logits of a row, and all of a column, together (:mod:`leap_pl.training.shared_steps`).
+
+    .. code-block:: yaml
+
+        model:
+          optimizer:
+            class_path: SharedAdamW
+            init_args: {lr: 1.0e-3, betas: [0.9, 0.95], rows: 0.5, columns: 0.5}
+
+    The state has one more number for each row and each column.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        fused: bool = True,
+        rows: float = 0.5,
+        columns: float = 0.5,
+    ) -> None:
+        """Initialize the optimizer.
+
+        Args:
+            params: Parameters, float32, or groups of them.
+            lr: Learning rate.
+            betas: Decay rates of the averages of the gradient and of its square, also of the shared ones.
+            eps: Term added to the root of the average of the square.
+            weight_decay: Weight decay; each step subtracts this share, times the learning rate, of a parameter.
+            fused: Whether AdamW updates a parameter in one pass over memory.
+            rows: Rate of the steps that all elements of a row take together, in units of ``lr``; 0: none.
+            columns: Likewise for columns.
+
+        Raises:
+            UserError: ``rows`` or ``columns`` is negative.
+        """
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+        # After torch has completed the groups, which then get these settings as well.
+        shared = shared_defaults("SharedAdamW", rows, columns)
+        self.defaults.update(shared)
+        for group in self.param_groups:
+            for name, rate in shared.items():
+                group.setdefault(name, rate)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, and return the result of ``closure``."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        steps = SharedSteps(self, getattr(self, "grad_scale", None))
+        super().step()
+        infinite = getattr(self, "found_inf", None)  # as the gradient scaler of float16 sets it: the step is skipped
+        if infinite is not None and bool(infinite):
+            return loss
+        place = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                steps.take(parameter, group, place)
+                place += 1
+        return loss
 
 
 def _elements_a_call(part: Tensor, words: bool) -> int:

@@ -23,7 +23,7 @@ from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import Term
 from leap_pl.prior import Prior
 from leap_pl.training.live_settings import clipping_algorithm
-from leap_pl.training.optimizers import PackedAdamW
+from leap_pl.training.optimizers import PackedAdamW, SharedAdamW
 from leap_pl.training.schedules import Annealing, learned_by
 from leap_pl.training.weights import KINDS, WeightTraining
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @cache
 def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
     """Return the optimizers that a checkpoint may name, by name: those of torch and of leap_pl."""
-    return _kinds(vars(torch.optim), torch.optim.Optimizer) | {"PackedAdamW": PackedAdamW}
+    return _kinds(vars(torch.optim), torch.optim.Optimizer) | {"PackedAdamW": PackedAdamW, "SharedAdamW": SharedAdamW}
 
 
 @cache

@@ -18,7 +18,8 @@ from tiny import FAMILIES, tiny_model
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.masks.bits import PackedMasks, count, pack
-from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions, split_name
+from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions
+from leap_pl.masks.shares import split_name
 
 ORIGIN = Provenance(
     "some/model",
@@ -409,3 +410,20 @@ def test_packed_masks_refuse_what_is_no_bits() -> None:
         PackedMasks({"w": torch.zeros(3, dtype=torch.uint8)}, {"w": [2, 4]})
     with pytest.raises(ValueError, match="not packed bits"):
         PackedMasks({"w": torch.zeros(1)}, {"w": [2, 4]})
+
+
+def test_counts_of_bits_are_those_of_masks() -> None:
+    """Without unpacking them, for sizes that fill no byte, too."""
+    generator = torch.Generator().manual_seed(0)
+    masks = {f"model.layers.{k}.mlp.up_proj.weight": torch.rand(3, 5 + k, generator=generator) > 0.6 for k in range(4)}
+    plain = MaskSet(masks, Provenance("m", "0" * 16, "wanda", 0.6))
+    bits = plain.packed()
+    assert bits.counts() == plain.counts() == {n: (int(m.sum()), m.numel()) for n, m in masks.items()}
+    assert (bits.kept, bits.sparsity) == (plain.kept, plain.sparsity)
+    for by in ("weight", "layer", "projection"):
+        assert bits.densities(by) == plain.densities(by)
+    total = sum(mask.numel() for mask in masks.values())
+    assert plain.densities("projection") == {"mlp.up_proj": plain.kept / total}
+    assert plain.densities("layer")["2"] == pytest.approx(
+        float(masks["model.layers.2.mlp.up_proj.weight"].float().mean())
+    )
