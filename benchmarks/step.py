@@ -42,6 +42,7 @@ RATIOS = (
     ("published", "leap_pl"),
     ("published_kept", "leap_pl"),
     ("low_memory", "leap_pl"),
+    ("shared", "leap_pl"),
 )
 
 

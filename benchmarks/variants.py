@@ -5,7 +5,8 @@ is a function of one micro-batch of tokens (B, L): forward and backward pass, cl
 
 dense         the weights that the others gate are trained themselves
 leap_pl       they are frozen, and the logits of their gates are trained
-low_memory    likewise, in bfloat16 by PackedAdamW
+shared        likewise, and rows and columns take steps together (SharedAdamW)
+low_memory    as leap_pl, in bfloat16 by PackedAdamW, with such steps
 published     likewise, the mask made as in benchmarks/published.py, or benchmarks/published_nm.py for NMGate
 """
 
@@ -26,7 +27,7 @@ from leap_pl.losses.budget import kept_norm, sparsity_budget
 from leap_pl.losses.language import language_losses
 from leap_pl.losses.objective import Objective
 from leap_pl.training.clipping import clip_by_norm
-from leap_pl.training.optimizers import PackedAdamW
+from leap_pl.training.optimizers import PackedAdamW, SharedAdamW
 
 OBJECTIVE = Objective()
 ALPHA, TAU = 200.0, 0.5
@@ -46,7 +47,8 @@ def makers(gate: str = "BernoulliGate", start: Start | None = None) -> dict[str,
     return {
         "dense": dense_step,
         "leap_pl": leap,
-        "low_memory": partial(leap, low_memory=True),
+        "shared": partial(leap, shared=0.5),
+        "low_memory": partial(leap, low_memory=True, shared=0.5),
         "published": partial(leap_step, kind=PublishedNM, start=start) if gate == "NMGate" else published_step,
     }
 
@@ -61,11 +63,15 @@ def first_blocks(model: Any, layers: int) -> Any:
     return model
 
 
-def _optimizer(parameters: list[Any], *, ours: bool = False, packed: bool = False) -> Callable[[], None]:
+def _optimizer(
+    parameters: list[Any], *, ours: bool = False, packed: bool = False, shared: float = 0.0
+) -> Callable[[], None]:
     """Clip, step and drop the gradients; ``ours`` as a run of leap_pl does, else as one would with torch alone."""
     optimizer: torch.optim.Optimizer
     if packed:
-        optimizer = PackedAdamW(parameters, lr=1e-5)
+        optimizer = PackedAdamW(parameters, lr=1e-5, rows=shared, columns=shared)
+    elif shared:
+        optimizer = SharedAdamW(parameters, lr=1e-5, rows=shared, columns=shared)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
@@ -107,9 +113,17 @@ def dense_step(model: Any) -> Step:
 
 
 def leap_step(
-    model: Any, kind: type[Gate] = kinds.BernoulliGate, *, low_memory: bool = False, start: Start | None = None
+    model: Any,
+    kind: type[Gate] = kinds.BernoulliGate,
+    *,
+    low_memory: bool = False,
+    shared: float = 0.0,
+    start: Start | None = None,
 ) -> Step:
-    """A step of leap_pl, its objective whole, without Lightning; ``low_memory`` as the recipe has it."""
+    """A step of leap_pl, its objective whole, without Lightning; ``low_memory`` as the recipe has it.
+
+    ``shared`` is the rate of the steps that rows and columns take together.
+    """
     weights = find_weights(model)
     sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
     norm = sum(float(weight.parameter.detach().float().norm()) for weight in weights.values())
@@ -121,7 +135,7 @@ def leap_step(
     start = start or (lambda gate: gate.start_from(None, 0))
     for each in gates.values():
         start(each)
-    update = _optimizer([each.logits for each in gates.values()], ours=True, packed=low_memory)
+    update = _optimizer([each.logits for each in gates.values()], ours=True, packed=low_memory, shared=shared)
 
     def step(ids_BL: Tensor) -> None:
         language = loss(ids_BL)

@@ -18,7 +18,7 @@ from leap_pl.gates import FixedGate, NMGate, TileGate
 from leap_pl.losses.objective import Objective
 from leap_pl.oneshot.methods import METHODS
 from leap_pl.prior import Prior
-from leap_pl.training.optimizers import PackedAdamW
+from leap_pl.training.optimizers import PackedAdamW, SharedAdamW
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +199,11 @@ SETTINGS = {
     "budget by layer": {"objective": Objective(budget_scope="layer")},
     "activation checkpointing": {"activation_checkpointing": True},
     "low memory": {"optimizer": partial(PackedAdamW, lr=1e-2), "logits_dtype": "bfloat16"},
+    "shared steps": {"optimizer": partial(SharedAdamW, lr=1e-2)},
+    "shared steps in low memory": {
+        "optimizer": partial(PackedAdamW, lr=1e-2, rows=0.5, columns=0.5),
+        "logits_dtype": "bfloat16",
+    },
     "stored in bfloat16": {"dtype": "bfloat16"},
     "low-rank updates too": {"train_weights": "lora", "activation_checkpointing": True},
 }
