@@ -114,7 +114,7 @@ def _is_of(output: Path, mask_digest: str | None) -> bool:
 def show(words: list[str]) -> Any:
     """Show and run a command; return what it returns, if it runs in this process."""
     say("")
-    say(f"$ leap_pl {shlex.join(words)}", sys.stdout)
+    say(f"$ {bin_folder()}leap_pl {shlex.join(words)}", sys.stdout)
     if words[0] in ("fit", "recover"):
         # A process of its own, so that its memory is gone afterwards.
         process = subprocess.Popen([sys.executable, "-m", "leap_pl", *words])
@@ -141,7 +141,7 @@ sparsity         {summary["sparsity"]:.6f}  (exactly, read back from the checkpo
 checkpoint       {summary["checkpoint"]}   AutoModelForCausalLM.from_pretrained("{summary["checkpoint"]}")
 mask             {summary["mask"]}
 packed           {summary["packed"]}   {_beside(summary)}
-curves           {_bin()}tensorboard --logdir {summary["tensorboard"]}
+curves           {bin_folder()}tensorboard --logdir {summary["tensorboard"]}
 these figures    {RUN / "summary.json"}"""
 
 
@@ -162,7 +162,8 @@ def megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e6
 
 
-def _bin() -> str:
+def bin_folder() -> str:
+    """Folder of this environment's commands, with a slash, if it is within the current one; else nothing."""
     folder = Path(sys.executable).parent
     return f"{folder.relative_to(Path.cwd())}/" if folder.is_relative_to(Path.cwd()) else ""
 

@@ -11,6 +11,7 @@ from experiments.quickstart import (
     RUN,
     TOKENS,
     WINDOW,
+    bin_folder,
     command,
     evaluated,
     is_stamped,
@@ -72,7 +73,7 @@ perplexity on held-out Wikipedia ({TOKENS:,} tokens in windows of {WINDOW}):
   with trained weights   {figures_of[2]:8.2f}
   learned mask, alone    {figures_of[3]:8.2f}
 zeros            {facts["sparsity"]:.6f} of the gated weights, {zeros}
-packed           {packed}   {megabytes(packed):,.0f} MB; leap_pl generate --model {packed} --prompt TEXT
+packed           {packed}   {megabytes(packed):,.0f} MB; {bin_folder()}leap_pl generate --model {packed} --prompt TEXT
 mask, weights    {mask}, {mask.with_name("weights.safetensors").name} beside it"""
 
 

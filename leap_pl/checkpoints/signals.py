@@ -31,8 +31,8 @@ class StopSignals:
         word: Message for standard error when a signal is recorded.
     """
 
-    def __init__(self, numbers: tuple[int, ...] = STOPPING) -> None:
-        self.numbers = set(numbers)
+    def __init__(self) -> None:
+        self.numbers: set[int] = set(STOPPING)
         self.asked: int | None = None
         self.at_once = True
         self.word = ""

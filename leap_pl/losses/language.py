@@ -4,7 +4,7 @@ Legend of suffixes: T = predicted tokens, C = tokens in a chunk, V = vocabulary,
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,27 +13,10 @@ from leap_pl.kernels.compiled import compiled, scalar
 from leap_pl.kernels.gpu import has_kernels
 from leap_pl.kernels.noise import columns
 
+if TYPE_CHECKING:
+    from leap_pl.losses.objective import Objective
+
 Logits = Callable[[Tensor], Tensor]  # hidden states (C, D) → logits (C, V)
-
-
-class Mix(Protocol):
-    """Weights and settings of the two losses, as :class:`leap_pl.losses.objective.Objective` has them."""
-
-    @property
-    def lm(self) -> float:
-        """Return the weight of the cross-entropy."""
-
-    @property
-    def distillation(self) -> float:
-        """Return the weight of the divergence from the teacher."""
-
-    @property
-    def temperature(self) -> float:
-        """Return the temperature of the distillation's softmaxes."""
-
-    @property
-    def chunk(self) -> int:
-        """Return the number of tokens whose logits exist at the same time."""
 
 
 class LanguageLosses(NamedTuple):
@@ -54,7 +37,7 @@ def language_losses(
     hidden_TD: Tensor,
     targets_T: Tensor,
     head: Logits,
-    mix: Mix,
+    mix: "Objective",
     teacher_TD: Tensor | None = None,
     teacher_head: Logits | None = None,
     learned: Sequence[Tensor] = (),
@@ -84,7 +67,7 @@ class _Fused(torch.autograd.Function):
         hidden_TD: Tensor,
         targets_T: Tensor,
         heads: tuple[Logits, Logits],
-        mix: Mix,
+        mix: "Objective",
         teacher_TD: Tensor | None,
         *learned: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -104,14 +104,14 @@ DEFAULT = "wanda"
 FALLBACK = "magnitude"  # for matrices that no token reached: it needs no inputs
 
 
-def method_named(name: str, option: str = "--method") -> Method:
+def method_named(name: str) -> Method:
     """Return the method called ``name``.
 
     Raises:
-        UserError: No method has this name; the message names the ``option`` that gave it.
+        UserError: No method has this name.
     """
     if name not in METHODS:
-        raise UserError(f"{option} is {name!r}; give one of {', '.join(METHODS)}.")
+        raise UserError(f"--method is {name!r}; give one of {', '.join(METHODS)}.")
     return METHODS[name]
 
 

@@ -22,6 +22,7 @@ from leap_pl.data.documents import Share, warn
 from leap_pl.data.exchange import Exchange
 from leap_pl.data.packing import BlockStream, Separator, digest_of_text
 from leap_pl.data.source import TextSource
+from leap_pl.distributed.strategy import data_rank
 from leap_pl.errors import UserError
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.transfers import pinned
@@ -205,15 +206,10 @@ class TextDataModule(LightningDataModule):
         """Return a loader of this rank's remaining batches of the run, all of them if it is not resumed.
 
         Raises:
-            UserError: The trainer has no ``max_steps``.
+            UserError: There is no trainer.
         """
         if self.trainer is None:
             raise UserError("No trainer is attached to the data module. Without one, call train_loader(batches).")
-        if self.trainer.max_steps < 0:
-            raise UserError(
-                "A run on streamed text has no natural end, and trainer.max_steps is not set. "
-                "Give the number of optimizer steps with --trainer.max_steps."
-            )
         rank, world_size = self._rank()
         batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches
         return self.train_loader(batches, rank=rank, world_size=world_size, exchange=self._exchange())
@@ -439,6 +435,4 @@ class TextDataModule(LightningDataModule):
         return torch.tensor(blocks, device="cpu")
 
     def _rank(self) -> tuple[int, int]:
-        """Return the rank among those with different data, and their number; tensor-parallel ranks share data."""
-        shared = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (shared["rank"], shared["num_replicas"]) if shared else (0, 1)
+        return (0, 1) if self.trainer is None else data_rank(self.trainer)
