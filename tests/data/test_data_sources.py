@@ -20,6 +20,7 @@ from leap_pl.data.documents import Share, mended
 from leap_pl.data.hub import TRIES, HubDataset
 from leap_pl.data.local import LocalFiles
 from leap_pl.errors import UserError
+from leap_pl.training.datamodule import TextDataModule
 
 DOCUMENTS = [f"document {k}\nof these" + "\n" * (k % 3) for k in range(150)]
 
@@ -247,6 +248,16 @@ def test_one_split_of_a_hub_dataset_can_be_divided(hub: list[str]) -> None:
     train, held_out = (texts("some/text", share=share, divide_split=True) for share in ("train", "held_out"))
     assert sorted(train + held_out) == sorted(hub)
     assert 5 <= len(held_out) <= 30
+
+
+def test_a_run_validates_on_no_document_that_it_trains_on(hub: list[str]) -> None:
+    """Also if both come from one split of a hub dataset."""
+    data = TextDataModule(text="some/text", tokenizer=byte_tokenizer(), seq_length=8, validation_split="train")
+    trained = {document.text for _, document in data.stream.source.documents(repeat=False)}
+    held_out = {*hub} - trained
+    assert 5 <= len(held_out) <= 30
+    first = byte_tokenizer().decode(next(iter(data.val_dataloader()))["input_ids"].flatten()[:3].tolist())
+    assert any(text.startswith(first) for text in held_out)
 
 
 @pytest.mark.parametrize(
