@@ -15,7 +15,6 @@ Shapes: a row is along the last dimension of a parameter, a column along the las
 columns of a matrix, 1 = a kept dimension of size 1.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,16 +79,16 @@ class SharedSteps:
         state, (beta_1, beta_2) = self.optimizer.state[parameter], group["betas"]
         step, moves = state["step"], {}  # a tensor, perhaps on the device: no host sync
         for kind, summed in self.sums[parameter].items():
-            square = gathered(summed.square().mean())
+            square = gathered(summed.square().sum()) / summed.numel()
             mean = state.setdefault(f"{kind}_mean", torch.zeros_like(summed))
             squares = state.setdefault(f"{kind}_square", torch.zeros_like(square))
             mean.lerp_(summed, 1 - beta_1)
             squares.lerp_(square, 1 - beta_2)
             size = (squares / (1 - beta_2**step)).sqrt() + group["eps"]
             moves[kind] = mean * (-group["lr"] * group[kind] / (1 - beta_1**step)) / size
-        self._add(parameter, moves, lambda: (group["seed"], int(step), place))
+        self._add(parameter, moves, group, place)
 
-    def _add(self, parameter: Tensor, moves: dict[str, Tensor], key: Callable[[], tuple[int, int, int]]) -> None:
+    def _add(self, parameter: Tensor, moves: dict[str, Tensor], group: dict[str, Any], place: int) -> None:
         part, own = own_part(parameter.detach()), {kind: own_part(move) for kind, move in moves.items()}
         if not part.numel():  # an empty shard
             return
@@ -98,9 +97,9 @@ class SharedSteps:
                 part.add_(move)
             return
         height, width = part.shape[-2:]
-        seed, step, place = key()
+        step, rank = int(self.optimizer.state[parameter]["step"]), Ranks.of([parameter]).rank
         # Each shard has its own random numbers; ranks that hold the whole parameter have the same.
-        keys = noise_keys(seed, step, Ranks.of([parameter]).rank, f"rounding of shared steps {place}")
+        keys = noise_keys(group["seed"], step, rank, f"rounding of shared steps {place}")
         nothing = torch.zeros(1, 1, dtype=torch.float32, device=part.device)
         column_C, some = columns(width, part.device), max(CHUNK // width, 1)
         for matrix, matrix_RC in enumerate(part.view(-1, height, width).unbind()):
