@@ -43,6 +43,7 @@ RATIOS = (
     ("published_kept", "leap_pl"),
     ("low_memory", "leap_pl"),
     ("shared", "leap_pl"),
+    ("low_memory_shared", "low_memory"),
 )
 
 

@@ -6,7 +6,7 @@ is a function of one micro-batch of tokens (B, L): forward and backward pass, cl
 dense         the weights that the others gate are trained themselves
 leap_pl       they are frozen, and the logits of their gates are trained
 shared        likewise, and rows and columns take steps together (SharedAdamW)
-low_memory    as leap_pl, in bfloat16 by PackedAdamW, with such steps
+low_memory    as leap_pl, in bfloat16 by PackedAdamW; low_memory_shared: with such steps
 published     likewise, the mask made as in benchmarks/published.py, or benchmarks/published_nm.py for NMGate
 """
 
@@ -48,7 +48,8 @@ def makers(gate: str = "BernoulliGate", start: Start | None = None) -> dict[str,
         "dense": dense_step,
         "leap_pl": leap,
         "shared": partial(leap, shared=0.5),
-        "low_memory": partial(leap, low_memory=True, shared=0.5),
+        "low_memory": partial(leap, low_memory=True),
+        "low_memory_shared": partial(leap, low_memory=True, shared=0.5),
         "published": partial(leap_step, kind=PublishedNM, start=start) if gate == "NMGate" else published_step,
     }
 

@@ -124,7 +124,7 @@ class Checkpoints(SavingCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Link ``last.ckpt`` to the checkpoint that the run resumes from; validate, if a validation was due then."""
         if trainer.ckpt_path is None:
-            self.note_saved(0, "")  # what this object may have saved was of another run
+            self.forget()
         if self.force is None:  # without a command line, only fit() gets the path of the checkpoint
             self._look_for_earlier_run(trainer, trainer.ckpt_path)
         # Not on_fit_start: Lightning loads the checkpoint of a sharded run after it, and sets its path then.

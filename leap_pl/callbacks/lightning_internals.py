@@ -83,6 +83,12 @@ class SavingCheckpoint(ModelCheckpoint):
         self.saved_step, self.saved_path = step, path
         self._last_global_step_saved, self._last_checkpoint_saved = step, path
 
+    def forget(self) -> None:
+        """Forget the checkpoints of an earlier run, which this object may have written."""
+        self.note_saved(0, "")
+        self.best_k_models, self.kth_best_model_path, self.best_model_path = {}, "", ""
+        self.kth_value, self.best_model_score, self.current_score = None, None, None  # type: ignore[assignment]
+
     def _save_in_public(self, trainer: L.Trainer) -> None:
         learning = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if not learning or self.saved_step == trainer.global_step:

@@ -13,7 +13,7 @@ class ProcessSettings(L.Callback):
     same speed adds the callback to its trainer: ``Trainer(callbacks=[ProcessSettings()])``.
     """
 
-    _flushed = False  # whether denormal numbers were flushed before
+    _flushed: bool | None = None  # whether denormal numbers were flushed before; None: not changed yet
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Keep freed memory from now on, before the model is loaded."""
@@ -38,5 +38,6 @@ class ProcessSettings(L.Callback):
             self._restore()
 
     def _restore(self) -> None:
-        if not self._flushed:
+        if self._flushed is False:
             flush_denormals(False)
+        self._flushed = None

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,16 +99,13 @@ def evaluate_tasks(
         begun: Bos = "none" if bos == "none" else "every"
         # lm-eval's own default depends on its version and on the family of the model.
         prefix = prefix_of(tokenizer) if begun == "every" else ()
-        lm = PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix=prefix)
         reach = offline_if_unreachable(PROBED, "dataset") if remote else nullcontext()
-        with (
-            evaluating(model),
-            _keeping_random_state(),
-            _reaching(remote, tasks_folder),
-            reach,
-            _questions_of(local, tasks_folder),
-            _in_reach_of(lm.max_length),
-        ):
+        with ExitStack() as stack:
+            for context in (evaluating(model), _keeping_random_state(), _reaching(remote, tasks_folder), reach):
+                stack.enter_context(context)
+            lm = PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix=prefix)
+            stack.enter_context(_questions_of(local, tasks_folder))
+            stack.enter_context(_in_reach_of(lm.max_length))
             found = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),

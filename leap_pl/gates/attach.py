@@ -34,8 +34,6 @@ def attach(
     for name, weight in weights.items():
         weight.parameter.requires_grad_(False)
         gate = make_gate(weight, state)
-        if not gates:
-            _check_settings(gate)
         gate.store_as(dtype)
         # unsafe: skips the trial run of the gate, which costs a full pass. Shape and dtype are the gate's contract.
         parametrize.register_parametrization(weight.module, weight.tensor, gate, unsafe=True)
@@ -54,7 +52,7 @@ def attach(
     return Gates.of(gates)
 
 
-def _check_settings(gate: Gate) -> None:
+def check_settings(gate: Gate) -> None:
     """Check that the settings of ``gate``, which checkpoints store, have every argument of its constructor.
 
     Raises:

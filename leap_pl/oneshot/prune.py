@@ -125,10 +125,10 @@ def prune(
     matrices = by_block(model, weights)
     if mask is not None:
         mask.check(model, weights)
-    elif (share := share_of_zeros(weights)) > MANY_ZEROS:
+    elif update and (share := share_of_zeros(weights)) > MANY_ZEROS:
         warnings.warn(
             f"this model is sparse already: {share:.1%} of the weights to prune are 0. To prune the dense model, load "
-            "that again; prune(..., update=False) leaves a model as it is.",
+            "that again.",
             stacklevel=2,
         )
     provenance = Provenance(

@@ -135,9 +135,12 @@ class TextDataModule(LightningDataModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; after a setting has changed, the text is opened again when it is next used."""
-        if name in DATA and getattr(self, name, None) != value and vars(self).get("_stream") is not None:
-            self._stream = self._validation = self._identity = None
+        changes = name in DATA and vars(self).get(name, value) != value
         super().__setattr__(name, value)
+        if changes:
+            self._stream = self._validation = self._identity = None
+            if name == "tokenizer_revision":
+                self._tokenizer = None
 
     @property
     def tokenizer(self) -> Any:

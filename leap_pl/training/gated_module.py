@@ -33,6 +33,7 @@ from leap_pl.distributed.strategy import (
 )
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import Gate, Gates, GateState, attach
+from leap_pl.gates.attach import check_settings as check_settings_of_gate
 from leap_pl.masks.kept_weights import TRAINED
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.training import finite, run_settings
@@ -188,6 +189,8 @@ class GatedModule(L.LightningModule):
         self.layers = {name: weight.layer for name, weight in self.weights.items()}
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
         probe = self.probe()
+        if self._fitting():
+            check_settings_of_gate(probe.first)
         fixed = not probe.learned()
         self.trained.check(self.weights, fixed=fixed, sharded=self.mesh is not None)
         if self._fitting() and not fixed:  # first, since a prior may take minutes
@@ -228,6 +231,7 @@ class GatedModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Set the modes in which the base model computes the same in every pass."""
+        self.finished = None
         assert self.model is not None
         set_modes(self.model, recomputing=self.activation_checkpointing)
 
@@ -379,7 +383,7 @@ class GatedModule(L.LightningModule):
 
     def identity(self) -> Identity:
         """Return the identity that this run's checkpoints contain; after a fit, that of the fit."""
-        if self.finished is not None and not self._fitting():
+        if self.finished is not None:
             return self.finished
         dense, data = self.validation.dense, getattr(self.attached, "datamodule", None)
         return Identity(
@@ -471,6 +475,7 @@ class GatedModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Map a checkpoint's tensors to this module's names; refuse one of another model or with other settings."""
+        self.finished = None  # what is learned is now the checkpoint's
         if self.mesh is None and "state_dict" not in checkpoint:
             raise not_one_file(getattr(self.attached, "ckpt_path", None) or "FOLDER")
         found = read_identity(checkpoint)

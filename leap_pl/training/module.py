@@ -25,7 +25,7 @@ from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import MicroBatch
 from leap_pl.prior import Prior
 from leap_pl.training import finite, optimization
-from leap_pl.training.batch import input_ids_of
+from leap_pl.training.batch import check_batch, input_ids_of
 from leap_pl.training.clipping import check_clipping, clip_by_norm
 from leap_pl.training.fixed_mask import FixedMask
 from leap_pl.training.gated_module import GatedModule
@@ -37,7 +37,7 @@ from leap_pl.training.run_settings import (
     take_terms,
 )
 from leap_pl.training.schedules import Annealing
-from leap_pl.training.shared_steps import KINDS
+from leap_pl.training.shared_steps import DIMENSIONS
 from leap_pl.training.trainer_checks import check_trainer, check_unused
 from leap_pl.training.validation import described
 from leap_pl.training.weights import NONE, WeightTraining
@@ -227,7 +227,7 @@ class LeapModule(GatedModule):
         """
         self._loaded_before = self.model is not None
         if self._fitting():  # first, since a prior may take minutes
-            check_trainer(self.trainer)
+            check_trainer(self.trainer, type(self))
             probe = self.optimizer_of([nn.Parameter(torch.zeros(1, 1, device="cpu"))])
             check_rounding(probe, self.logits_dtype)
             check_clipping(self.trainer, probe)
@@ -262,8 +262,9 @@ class LeapModule(GatedModule):
         return super().learned_with() | taken(found | self._described_optimizer())
 
     def _described_optimizer(self) -> Settings:
-        kind = getattr(self.make_gate, "func", self.make_gate)
-        fixed = isinstance(kind, type) and issubclass(kind, FixedGate)
+        make: Any = self.make_gate  # a class, a partial of one, or, from the command line, of a function and a class
+        kinds = [make, getattr(make, "func", None), *getattr(make, "args", ())]
+        fixed = any(isinstance(kind, type) and issubclass(kind, FixedGate) for kind in kinds)
         groups = int(not fixed) + int(self.trained.kind != NONE)  # as configure_optimizers makes them
         return optimization.describe(self.make_optimizer, self.make_scheduler, self.logits_dtype, max(groups, 1))
 
@@ -280,6 +281,11 @@ class LeapModule(GatedModule):
         self.state.anneal(**self.annealing.at(fraction))
 
     # -- learning -----------------------------------------------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check a micro-batch of a loader other than :class:`.TextDataModule`'s while it is on the CPU."""
+        check_batch(batch)
+        return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch, as :func:`.input_ids_of` takes it."""
@@ -343,7 +349,8 @@ class LeapModule(GatedModule):
         Raises:
             NonFiniteError: If a norm or a term of the loss is infinite or NaN.
         """
-        if self.norms and len(self.norms) >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps or 50  # type: ignore[attr-defined]  # 0 in a bare-bones trainer
+        if len(self.norms) >= every:
             self.check_finite()
 
     def mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
@@ -423,7 +430,7 @@ class LeapModule(GatedModule):
         groups.append({"params": weights, "lr": training.lr, "weight_decay": training.weight_decay})
         optimizer = self.optimizer_of(groups if weights else masks)
         if weights:  # rows and columns of logits have a density in common, and those of weights nothing
-            optimizer.param_groups[-1].update(dict.fromkeys(KINDS.keys() & optimizer.defaults.keys(), 0.0))
+            optimizer.param_groups[-1].update(dict.fromkeys(DIMENSIONS.keys() & optimizer.defaults.keys(), 0.0))
         warmups = {"model.warmup_steps": self.warmup_steps} if masks else {}
         warmups |= {"model.weight_training.warmup_steps": training.warmup_steps} if weights else {}
         scheduler = optimization.make_scheduler(self.make_scheduler, optimizer, warmups, total)

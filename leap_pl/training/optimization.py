@@ -85,10 +85,8 @@ def describe(
     Raises:
         UserError: The optimizer or the schedule refuses its settings.
     """
-    probes: list[Any] = [
-        {"params": [nn.Parameter(torch.zeros(1, 1, dtype=dtype, device="cpu"))]} for _ in range(groups)
-    ]
-    made = make_optimizer(optimizer, probes)
+    probes: list[Any] = [nn.Parameter(torch.zeros(1, 1, dtype=dtype, device="cpu")) for _ in range(groups)]
+    made = make_optimizer(optimizer, probes if groups == 1 else [{"params": [probe]} for probe in probes])
     found: Settings = {"model.optimizer": describe_optimizer(made, getattr(optimizer, "keywords", {}))}
     found["model.lr_scheduler"] = None
     if scheduler is not None:

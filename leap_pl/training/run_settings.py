@@ -25,6 +25,7 @@ from leap_pl.prior import Prior
 from leap_pl.training.live_settings import clipping_algorithm
 from leap_pl.training.optimizers import PackedAdamW, SharedAdamW
 from leap_pl.training.schedules import Annealing, learned_by
+from leap_pl.training.shared_steps import DIMENSIONS
 from leap_pl.training.weights import KINDS, WeightTraining
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def describe_objective(objective: Objective) -> Settings:
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, given: Mapping[str, Any]) -> Spec:
     """Describe an ``optimizer`` by its class and settings; ``given`` are its constructor's arguments, if known."""
-    return described(optimizer, optimizers(), {**given, **optimizer.defaults})
+    return described(optimizer, optimizers(), {**dict.fromkeys(DIMENSIONS, 0.0), **given, **optimizer.defaults})
 
 
 def describe_scheduler(scheduler: Any, given: Mapping[str, Any]) -> Spec:
@@ -186,6 +187,10 @@ def read_settings(identity: Identity, checkpoint: Mapping[str, Any], where: str)
     for name, value in stored.items():
         if name in TYPES:
             read(value, TYPES[name], f"{where}: {name}")
+    packed = stored.get("model.optimizer")
+    if isinstance(packed, dict) and packed.get("class_path") == "PackedAdamW":  # which had no shared steps
+        arguments = {**dict.fromkeys(DIMENSIONS, 0.0), **packed.get("init_args", {})}
+        stored = {**stored, "model.optimizer": {**packed, "init_args": arguments}}
     if "model.prior" in stored:  # under the current names
         stored = {**stored, "model.prior": asdict(Prior(**stored["model.prior"]))}
     return taken(stored)

@@ -23,10 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from leap_pl.distributed.shards import Ranks, gathered, own_part
 from leap_pl.errors import UserError
+from leap_pl.kernels.compiled import can_compile
 from leap_pl.kernels.noise import columns, noise_keys
 from leap_pl.kernels.offsets import add_rounded
 
-KINDS = {"rows": -1, "columns": -2}  # setting → dimension over which gradients are summed
+DIMENSIONS = {"rows": -1, "columns": -2}  # setting → dimension over which gradients are summed
 CHUNK = 1 << 20  # elements that one call of the kernel of bfloat16 parameters updates
 
 
@@ -65,10 +66,12 @@ class SharedSteps:
         self.optimizer = optimizer
         self.sums: dict[Tensor, dict[str, Tensor]] = {}
         for group in optimizer.param_groups:
-            for parameter in group["params"] if any(group.get(kind) for kind in KINDS) else ():
+            for parameter in group["params"] if any(group.get(kind) for kind in DIMENSIONS) else ():
                 if parameter.grad is not None and parameter.ndim > 1:
                     self.sums[parameter] = {
-                        kind: _sum(parameter.grad, dim, grad_scale) for kind, dim in KINDS.items() if group.get(kind)
+                        kind: _sum(parameter.grad, dim, grad_scale)
+                        for kind, dim in DIMENSIONS.items()
+                        if group.get(kind)
                     }
 
     @torch.no_grad()
@@ -92,7 +95,7 @@ class SharedSteps:
         part, own = own_part(parameter.detach()), {kind: own_part(move) for kind, move in moves.items()}
         if not part.numel():  # an empty shard
             return
-        if part.dtype == torch.float32:
+        if part.dtype != torch.bfloat16:
             for move in own.values():
                 part.add_(move)
             return
@@ -101,15 +104,20 @@ class SharedSteps:
         # Each shard has its own random numbers; ranks that hold the whole parameter have the same.
         keys = noise_keys(group["seed"], step, rank, f"rounding of shared steps {place}")
         nothing = torch.zeros(1, 1, dtype=torch.float32, device=part.device)
-        column_C, some = columns(width, part.device), max(CHUNK // width, 1)
+        some = max(CHUNK // width, 1)
+        if part.device.type != "cpu" and can_compile(part.device):
+            some = height  # one kernel, which needs no buffer
+        column_C = columns(width, part.device)
         for matrix, matrix_RC in enumerate(part.view(-1, height, width).unbind()):
             row_R1, offset_1C = (
-                own[kind].reshape(-1, *own[kind].shape[-2:])[matrix] if kind in own else nothing for kind in KINDS
+                own[kind].reshape(-1, *own[kind].shape[-2:])[matrix] if kind in own else nothing for kind in DIMENSIONS
             )
             row_R1, offset_1C = row_R1.expand(height, 1), offset_1C.expand(1, width)
             for at in range(0, height, some):
                 numbers = torch.tensor([*keys, matrix * height + at], dtype=torch.int32, device="cpu").unbind()
-                add_rounded(matrix_RC[at : at + some].data, row_R1[at : at + some], offset_1C, column_C, *numbers)
+                # Not views: the shape of a view's base would be compiled in.
+                tensors = matrix_RC[at : at + some].data, row_R1[at : at + some].data, offset_1C.data, column_C.data
+                add_rounded(*tensors, *numbers)
 
 
 def _sum(grad: Tensor, dim: int, grad_scale: Tensor | None) -> Tensor:

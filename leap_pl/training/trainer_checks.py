@@ -28,18 +28,18 @@ METRICS = ["loss", "perplexity/hard", "perplexity/dense", "step", "epoch"]  # th
 NUMBERS = ("gradient_clip_val", "val_check_interval", "accumulate_grad_batches", "log_every_n_steps")
 
 
-def check_trainer(trainer: "Trainer") -> None:
-    """Check that ``trainer``, of the command line or made in Python, can run a fit.
+def check_trainer(trainer: "Trainer", module: type | None = None) -> None:
+    """Check that ``trainer``, of the command line or made in Python, can run a fit of a module of this class.
 
     Raises:
         UserError: A number is out of range; or a callback, a plugin or the way in which processes are started does not
             suit a run.
     """
     numbers = {name: getattr(trainer, name, None) for name in NUMBERS}
-    if not numbers["log_every_n_steps"]:  # as Trainer(barebones=True) sets it
+    if trainer.barebones:  # it never logs
         del numbers["log_every_n_steps"]
     check_numbers(numbers, "trainer.")
-    _check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
+    _check_callbacks(trainer.callbacks, module)  # type: ignore[attr-defined]
     plugin = type(trainer.precision_plugin).__name__
     if plugin in REPLACING:
         raise UserError(
@@ -75,17 +75,18 @@ def check_unused(trainer: "Trainer", *, loaded: bool) -> None:
         )
 
 
-def _check_callbacks(callbacks: Sequence["Callback"]) -> None:
+def _check_callbacks(callbacks: Sequence["Callback"], module: type | None) -> None:
     """Refuse callbacks of Lightning that a run cannot have, or that monitor what is not measured.
 
     Raises:
         UserError: One does.
     """
-    places = {type(callback).__module__.partition(".")[0] for callback in callbacks}
+    kinds = [type(callback) for callback in callbacks] + [module] * (module is not None)
+    places = {kind.__module__.partition(".")[0] for kind in kinds if kind is not None}
     for callback in callbacks:
         kind, monitor = type(callback).__name__, getattr(callback, "monitor", None)
         if kind in UNSUITABLE and type(callback).__module__.startswith("lightning."):
             raise UserError(f"trainer.callbacks: {kind} does not suit a run of leap_pl. {UNSUITABLE[kind]}.")
-        # Callbacks from elsewhere may log more.
+        # Callbacks and modules from elsewhere may log more.
         if monitor is not None and monitor not in METRICS and places <= {"lightning", "leap_pl"}:
             raise UserError(f"{kind} monitors {monitor}, which is not measured. Give one of {listing(METRICS)}.")

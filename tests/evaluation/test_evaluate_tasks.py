@@ -1,9 +1,12 @@
 """Zero-shot tasks on local data: lm-eval's prompts, this project's names, no network."""
 
 import json
+import random
 
 import datasets
+import numpy as np
 import pytest
+import torch
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 
 from leap_pl.cli.evaluate import evaluate_command
@@ -86,6 +89,18 @@ def test_requests_begin_as_the_tokenizer_begins_a_text(folder, prefix, bos, begu
     plain = score(["arc_easy"], folder, limit=1)["arc_easy"]
     assert "bos" not in plain
     assert begun or plain == {key: value for key, value in found["arc_easy"].items() if key != "bos"}
+
+
+def test_the_model_and_the_random_state_are_as_they_were(folder):
+    model = tiny_model().train()
+    model.lm_head.eval()
+    before = (random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist())
+    evaluate_tasks(model, byte_tokenizer(), ["piqa"], tasks_folder=folder, batch_size=8, limit=1)
+    assert model.training
+    assert not model.lm_head.training
+    after = (random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist())
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert torch.equal(after[1], before[1])
 
 
 def test_limit_is_marked(folder):

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from leap_pl.errors import UserError
+from leap_pl.kernels.compiled import can_compile
+from leap_pl.training import shared_steps
 from leap_pl.training.clipping import clip_by_norm
 from leap_pl.training.optimizers import PackedAdamW, SharedAdamW
+from leap_pl.training.shared_steps import SharedSteps
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -138,6 +141,31 @@ def test_stacked_experts_of_bfloat16_have_rows_of_their_own() -> None:
     moved = parameter.detach().float()
     assert moved[1, 2].max() < -1e-2
     assert not moved[0].any()
+
+
+def test_compiled_and_not_are_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bfloat16 parameters of several shapes, by one kernel: bit for bit, in parts as at once."""
+    monkeypatch.delenv("LEAP_PL_COMPILE", raising=False)
+    if not can_compile(torch.device("cpu")):
+        pytest.skip("torch.compile does not work here")
+
+    def moved(shape: tuple[int, ...]) -> Tensor:
+        parameter = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(2)).mul(0.04).bfloat16())
+        optimizer = SharedSteps(torch.optim.SGD([parameter]), None)
+        optimizer.optimizer.state[parameter]["step"] = torch.tensor(3.0)
+        draw = torch.Generator().manual_seed(4)
+        row = torch.randn(*shape[:-1], 1, generator=draw) * 1e-4
+        column = torch.randn(*shape[:-2], 1, shape[-1], generator=draw) * 1e-4
+        optimizer._add(parameter, {"rows": row, "columns": column}, {"seed": 5}, 1)
+        return parameter.detach()
+
+    for shape in ((160, 71), (33, 72), (5, 48, 64), (7, 8), (1, 24), (40, 3), (12, 12), (9, 31), (64, 640), (2, 3, 5)):
+        compiled = moved(shape)
+        with monkeypatch.context() as patch:
+            patch.setattr(shared_steps, "CHUNK", 256)
+            assert torch.equal(moved(shape), compiled)
+            patch.setenv("LEAP_PL_COMPILE", "0")
+            assert torch.equal(moved(shape), compiled)
 
 
 def test_numbers_that_make_no_sense() -> None:

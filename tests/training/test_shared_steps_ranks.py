@@ -61,7 +61,12 @@ def test_two_ranks(model_folder: Path, text_file: Path, tmp_path: Path, eager: N
 
 @pytest.mark.parametrize("settings", [SHARED, PACKED])
 def test_a_run_that_is_resumed_is_the_same(
-    settings: list[str], model_folder: Path, text_file: Path, tmp_path: Path, eager: None
+    settings: list[str],
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    eager: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = learn(0, {"whole": fit_flags(model_folder, text_file, tmp_path / "whole", *settings)})["whole"]
     before = tmp_path / "whole" / "checkpoints" / "step=2.ckpt"
@@ -69,6 +74,17 @@ def test_a_run_that_is_resumed_is_the_same(
     resumed = learn(0, {"resumed": words})["resumed"]
     for weight, logits in whole.items():
         assert torch.equal(logits, resumed[weight])
+    changed = fit_flags(
+        model_folder,
+        text_file,
+        tmp_path / "changed",
+        *settings,
+        "--model.optimizer.rows=0",
+        f"--ckpt_path={before}",
+    )
+    with pytest.raises(SystemExit):
+        main(changed)
+    assert "model.optimizer.rows was 2.0 and is 0" in capsys.readouterr().err
     told = MaskSet.load(tmp_path / "resumed" / "checkpoints" / "mask.safetensors").provenance.config["optimizer"]
     assert (told["rows"], told["columns"]) == (2, 1.5)
     name = settings[0].partition("=")[2].rpartition(".")[2]

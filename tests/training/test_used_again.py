@@ -19,7 +19,7 @@ from leap_pl.callbacks import Checkpoints, RunReport, SparsityLogger
 from leap_pl.gates import BernoulliGate
 from leap_pl.oneshot.prune import prune
 from leap_pl.prior import Prior
-from leap_pl.training.batch import input_ids_of
+from leap_pl.training.batch import check_batch, input_ids_of
 from leap_pl.training.trainer_checks import check_trainer
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -115,6 +115,31 @@ def test_what_a_mask_says_of_its_run_outlasts_a_validation(module: LeapModule, t
     assert module.mask_set().provenance == before
 
 
+def test_what_a_mask_says_after_other_checkpoints_and_refused_fits(
+    module: LeapModule, text_file: Path, tmp_path: Path
+) -> None:
+    saved = Checkpoints(str(tmp_path / "run"), every_n_train_steps=1, save_top_k=-1)
+    text = data(text_file)
+    trainer(saved, max_steps=2).fit(module, text)
+    before = module.mask_set().provenance
+    with pytest.raises(UserError, match="loaded before"):
+        trainer(max_steps=7).fit(module, text)
+    assert module.mask_set().provenance == before
+    first = min((tmp_path / "run").glob("*step=1*.ckpt"))
+    trainer().validate(module, text, ckpt_path=str(first), verbose=False)
+    assert module.mask_set().provenance.config.get("steps") != 2
+
+
+def test_an_optimizer_may_look_at_its_parameters(model_folder: Path, text_file: Path) -> None:
+    for make in (
+        lambda parameters: torch.optim.AdamW([{"params": parameters, "lr": 1e-3}]),
+        lambda parameters: torch.optim.AdamW([one for one in parameters if one.requires_grad], lr=1e-3),
+    ):
+        module = LeapModule(str(model_folder), dtype="float32", prior=Prior(method="none"), optimizer=make)
+        trainer(max_steps=1).fit(module, data(text_file))
+        assert module.mask_set().total
+
+
 def test_callbacks_of_two_runs_tell_of_one_each(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
     saved, curves, report = Checkpoints(str(tmp_path / "first")), SparsityLogger(every_n_steps=1), RunReport()
     trainer(saved, curves, report, max_steps=2).fit(module, data(text_file))
@@ -173,7 +198,12 @@ def test_batches_of_other_loaders(module: LeapModule) -> None:
     padded[0, -1], hidden[0, 0] = 0, -100
     for wrong in ({"attention_mask": padded}, {"labels": hidden}):
         with pytest.raises(UserError, match=r"has padding.*Pack documents"):
-            input_ids_of({"input_ids": ids, **wrong})
+            check_batch({"input_ids": ids, **wrong})
+    check_batch({"input_ids": ids, "attention_mask": ones})
+    check_batch({"input_ids": ids, "attention_mask": torch.zeros(4, 1, 16, 16)})  # an additive one
+    rows = [{"input_ids": row, "attention_mask": one} for row, one in zip(ids, padded, strict=True)]
+    with pytest.raises(UserError, match="has padding"):
+        trainer(max_steps=1).fit(again(module), DataLoader(rows, batch_size=2))
 
 
 def test_own_data_has_no_text_for_a_prior(module: LeapModule, model_folder: Path) -> None:
@@ -249,7 +279,7 @@ def test_pruning_a_pruned_model_says_so() -> None:
     blocks = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
     masks: MaskSet = prune(model, blocks, method="wanda", pattern="2:4", progress=False).masks
     assert masks.sparsity == 0.5
-    with pytest.warns(UserWarning, match=r"is sparse already: 50.0% of the weights to prune are 0.*update=False"):
+    with pytest.warns(UserWarning, match=r"is sparse already: 50.0% of the weights to prune are 0.*load that again"):
         prune(model, blocks, method="wanda", pattern=0.7, progress=False)
     with pytest.raises(UserError, match="is not n:m"):
         prune(tiny_model(), blocks, pattern="half", progress=False)
