@@ -202,8 +202,8 @@ class SharedAdamW(torch.optim.AdamW):
             class_path: SharedAdamW
             init_args: {lr: 1.0e-3, betas: [0.9, 0.95], rows: 0.5, columns: 0.5}
 
-    The state has one more number for each row and each column. It is for short runs from a graded prior: logits that all
-    start equally far from 0 would be flipped in no order (dev/tuning.md).
+    The state has one more number for each row and each column. It is for short runs from a graded prior: logits that
+    all start equally far from 0 would be flipped in no order (dev/tuning.md).
     """
 
     def __init__(
