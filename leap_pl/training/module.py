@@ -170,7 +170,7 @@ class LeapModule(GatedModule):
         self.hparams.update(sparsity=self.sparsity, warmup_steps=self.warmup_steps)
         self.terms: dict[str, Tensor] = {}
         self.gradient_norm: Tensor | None = None  # of the current optimizer step, before clipping
-        self._loaded_before = False  # whether the model was there when this run began
+        self._at_start = False  # whether the logits are those that a fit begins with, of its prior
         self.norms: list[tuple[int, Tensor]] = []  # (step, gradient norm) that were not checked yet
         self._harden(0.0)
 
@@ -225,7 +225,7 @@ class LeapModule(GatedModule):
         Raises:
             UserError: Settings of the trainer, the optimizer or the schedule do not suit a run.
         """
-        self._loaded_before = self.model is not None
+        made = self.model is None
         if self._fitting():  # first, since a prior may take minutes
             check_trainer(self.trainer, type(self))
             probe = self.optimizer_of([nn.Parameter(torch.zeros(1, 1, device="cpu"))])
@@ -233,6 +233,7 @@ class LeapModule(GatedModule):
             check_clipping(self.trainer, probe)
             self._described_optimizer()
         super().configure_model()
+        self._at_start = self._at_start or (made and self._fitting())
 
     def on_fit_start(self) -> None:
         """Check that a run which does not resume begins with a new trainer and a new module."""
@@ -247,7 +248,7 @@ class LeapModule(GatedModule):
 
     def _check_unused(self) -> None:
         if self.trainer.ckpt_path is None:
-            check_unused(self.trainer, loaded=self._loaded_before)
+            check_unused(self.trainer, at_start=self._at_start)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings for the provenance of a mask, as plain values."""
@@ -270,6 +271,7 @@ class LeapModule(GatedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load a checkpoint as :class:`.GatedModule` does and, outside a fit, set α and τ as they were in its run."""
+        self._at_start = False
         super().on_load_checkpoint(checkpoint)
         steps, done = read_identity(checkpoint).max_steps, checkpoint.get("global_step")
         if not self._fitting() and steps and isinstance(done, int):
@@ -376,7 +378,7 @@ class LeapModule(GatedModule):
         Raises:
             NonFiniteError: A gradient is infinite or NaN.
         """
-        self.gradient_norm = None
+        self.gradient_norm, self._at_start = None, False
         if self.trainer.precision == "16-mixed":
             return  # the gradient scaler skips steps with such gradients
         self.gradient_norm = finite.norm_of_gradients(self._learned())

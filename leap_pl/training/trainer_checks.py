@@ -53,12 +53,12 @@ def check_trainer(trainer: "Trainer", module: type | None = None) -> None:
         )
 
 
-def check_unused(trainer: "Trainer", *, loaded: bool) -> None:
+def check_unused(trainer: "Trainer", *, at_start: bool) -> None:
     """Check that a fit that does not resume begins with a new trainer and a new module.
 
     Args:
         trainer: Trainer of the fit.
-        loaded: Whether the module has loaded its model before.
+        at_start: Whether the module is where a fit begins: at its prior, which a validation alone does not make.
 
     Raises:
         UserError: One of them has been used.
@@ -68,7 +68,7 @@ def check_unused(trainer: "Trainer", *, loaded: bool) -> None:
             f"this trainer is at step {trainer.global_step} of an earlier fit, whose text, schedules and optimizer are "
             "not continued. Make a new Trainer, or resume with trainer.fit(..., ckpt_path=CHECKPOINT)."
         )
-    if loaded:
+    if not at_start:
         raise UserError(
             "this module was validated, fitted or loaded before, and a fit begins at the prior. Make a new LeapModule, "
             "or resume with trainer.fit(..., ckpt_path=CHECKPOINT)."

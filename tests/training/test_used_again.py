@@ -64,6 +64,24 @@ def test_a_module_that_was_used_does_not_start_silently_without_its_prior(module
         trainer(max_steps=1).fit(fresh, text)
 
 
+def test_a_fit_that_failed_before_its_first_step_may_be_repeated(module: LeapModule, text_file: Path) -> None:
+    """Out of memory, for example: the module is at its prior still."""
+    expected = again(module)
+    trainer(max_steps=1).fit(expected, data(text_file))
+    real = module.training_step
+
+    def fail(batch: Any, batch_idx: int) -> Any:
+        raise torch.OutOfMemoryError
+
+    module.training_step = fail  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer(max_steps=1).fit(module, data(text_file))
+    module.training_step = real  # type: ignore[method-assign]
+    trainer(max_steps=1).fit(module, data(text_file))
+    for name, gate in module.gates.items():
+        assert torch.equal(gate.logits, expected.gates[name].logits)
+
+
 def test_a_trainer_that_was_used_is_refused(module: LeapModule, text_file: Path) -> None:
     """Its step goes on, but text, optimizer and learning rate would begin again, or nothing would be learned."""
     used = trainer(max_steps=2)
