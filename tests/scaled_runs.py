@@ -88,3 +88,8 @@ def held(tensor: Tensor) -> int:
     from leap_pl.distributed.shards import own_part
 
     return own_part(tensor).numel()
+
+
+def logits_of_runs(rank: int, runs: dict[str, list[str]]) -> dict[str, dict[str, Tensor]]:
+    """The logits of each run, whole."""
+    return {name: learn(words)["logits"] for name, words in runs.items()}

@@ -17,7 +17,7 @@ from leap_pl.errors import UserError
 from leap_pl.gates import FixedGate
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import TOTAL
-from leap_pl.masks.shares import shares, split_name, sums
+from leap_pl.masks.weight_groups import shares, split_name, sums
 from leap_pl.training.finite import read_together
 from leap_pl.training.live_settings import live_settings
 from leap_pl.training.module import LeapModule

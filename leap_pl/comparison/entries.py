@@ -16,7 +16,7 @@ from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import MASK
 from leap_pl.masks import MaskSet, split_name
 from leap_pl.masks.kept_weights import TRAINED
-from leap_pl.masks.shares import shares
+from leap_pl.masks.weight_groups import shares
 from leap_pl.sparse.folder import is_packed, read_masks
 
 MOST_CELLS = 1 << 20  # layers × projections; a hundred layers with 256 experts stored one by one have 77,000

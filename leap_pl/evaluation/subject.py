@@ -12,7 +12,7 @@ from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet, split_name
 from leap_pl.masks.exported import exported_record
 from leap_pl.masks.kept_weights import KeptWeights
-from leap_pl.masks.shares import shares
+from leap_pl.masks.weight_groups import shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

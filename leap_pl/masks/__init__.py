@@ -2,6 +2,6 @@
 
 from leap_pl.masks.bits import PackedMasks
 from leap_pl.masks.mask_set import MaskSet, Provenance
-from leap_pl.masks.shares import split_name
+from leap_pl.masks.weight_groups import split_name
 
 __all__ = ["MaskSet", "PackedMasks", "Provenance", "split_name"]

@@ -35,7 +35,7 @@ from leap_pl.inputs.plain_values import MOST_BYTES, plain, shown
 from leap_pl.inputs.records import MASK, MASK_FORMAT
 from leap_pl.inputs.register import note_input
 from leap_pl.masks.bits import PackedMasks, count, pack
-from leap_pl.masks.shares import shares, split_name
+from leap_pl.masks.weight_groups import shares, split_name
 
 if TYPE_CHECKING:
     from leap_pl.base_model.weights import Weight

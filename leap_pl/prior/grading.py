@@ -93,7 +93,6 @@ def measure_input_squares(
                     squares[matrix.weight.name] = square_I
                 else:
                     shape = (matrix.weight.parameter.shape[0], matrix.size)
-                    squares.setdefault(matrix.weight.name, torch.empty(shape, dtype=torch.float32, device="cpu"))[
-                        matrix.expert
-                    ] = square_I
+                    stacked = torch.empty(shape, dtype=torch.float32, device="cpu")
+                    squares.setdefault(matrix.weight.name, stacked)[matrix.expert] = square_I
     return {name: squares[name] for name in weights}

@@ -126,10 +126,7 @@ class PackedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, and return the result of ``closure``."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         place, shared, steps = 0, _Shared(self.grad_scale), SharedSteps(self, self.grad_scale)
         self.grad_scale = None
         for group in self.param_groups:
@@ -242,10 +239,7 @@ class SharedAdamW(torch.optim.AdamW):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, and return the result of ``closure``."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         steps = SharedSteps(self, getattr(self, "grad_scale", None))
         super().step()
         infinite = getattr(self, "found_inf", None)  # as the gradient scaler of float16 sets it: the step is skipped
@@ -257,6 +251,14 @@ class SharedAdamW(torch.optim.AdamW):
                 steps.take(parameter, group, place)
                 place += 1
         return loss
+
+
+def _loss_of(closure: Callable[[], Any] | None) -> Any:
+    """Return the result of the function that a step may be given, which computes loss and gradients."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def _elements_a_call(part: Tensor, words: bool) -> int:

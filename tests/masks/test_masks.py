@@ -19,7 +19,7 @@ from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.masks.bits import PackedMasks, count, pack
 from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions
-from leap_pl.masks.shares import split_name
+from leap_pl.masks.weight_groups import split_name
 
 ORIGIN = Provenance(
     "some/model",

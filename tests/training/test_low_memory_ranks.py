@@ -7,29 +7,13 @@ import torch
 from conftest import fit_flags
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from ranks import run_ranks
-from torch import Tensor
+from scaled_runs import logits_of_runs, sharded
 
 from leap_pl.checkpoints.layout import load_checkpoint
-from leap_pl.cli.main import main
-from leap_pl.distributed.shards import gathered
 from leap_pl.errors import UserError
 from leap_pl.training import optimizers
 
 LOW = ["--model.logits_dtype=bfloat16", "--model.optimizer=PackedAdamW", "--model.optimizer.lr=2e-3"]
-SHARDED = [
-    "--trainer.strategy=ModelParallelStrategy",
-    "--trainer.strategy.data_parallel_size=2",
-    "--trainer.strategy.tensor_parallel_size=1",
-]
-
-
-def learn(rank: int, runs: dict[str, list[str]]) -> dict[str, dict[str, Tensor]]:
-    """The logits of each run, whole."""
-    found = {}
-    for name, words in runs.items():
-        cli = main(words)
-        found[name] = {weight: gathered(gate.logits.detach()).clone() for weight, gate in cli.model.gates.items()}
-    return found
 
 
 @pytest.mark.parametrize("folder", ["false", "true"])
@@ -39,12 +23,12 @@ def test_two_ranks(
     def flags(name: str, *more: str) -> list[str]:
         return fit_flags(model_folder, text_file, tmp_path / name, *LOW, "--trainer.devices=2", *more)
 
-    sharded = [*SHARDED, f"--trainer.strategy.save_distributed_checkpoint={folder}"]
+    by_two = sharded(2, folder=folder == "true")
     before = tmp_path / "sharded" / "checkpoints" / "step=4.ckpt"
-    runs = {"sharded": flags("sharded", *sharded), "resumed": flags("resumed", *sharded, f"--ckpt_path={before}")}
+    runs = {"sharded": flags("sharded", *by_two), "resumed": flags("resumed", *by_two, f"--ckpt_path={before}")}
     if folder == "false":
         runs["ddp"] = flags("ddp", "--trainer.strategy=ddp")
-    one, other = run_ranks(2, learn, runs, folder=tmp_path / "said", seconds=300)
+    one, other = run_ranks(2, logits_of_runs, runs, folder=tmp_path / "said", seconds=300)
     refuses_moments_of_version_0_1(before, monkeypatch)
     for name in runs:
         for weight, logits in one[name].items():

@@ -6,10 +6,9 @@ import pytest
 import torch
 from conftest import fit_flags
 from ranks import run_ranks
-from torch import Tensor
+from scaled_runs import logits_of_runs, sharded
 
 from leap_pl.cli.main import main
-from leap_pl.distributed.shards import gathered
 from leap_pl.masks import MaskSet
 
 SHARED = ["--model.optimizer=SharedAdamW", "--model.optimizer.rows=2", "--model.optimizer.columns=1.5"]
@@ -19,20 +18,6 @@ PACKED = [
     "--model.optimizer.columns=1.5",
     "--model.logits_dtype=bfloat16",
 ]
-SHARDED = [
-    "--trainer.strategy=ModelParallelStrategy",
-    "--trainer.strategy.data_parallel_size=2",
-    "--trainer.strategy.tensor_parallel_size=1",
-]
-
-
-def learn(rank: int, runs: dict[str, list[str]]) -> dict[str, dict[str, Tensor]]:
-    """The logits of each run, whole."""
-    found = {}
-    for name, words in runs.items():
-        cli = main(words)
-        found[name] = {weight: gathered(gate.logits.detach()).clone() for weight, gate in cli.model.gates.items()}
-    return found
 
 
 def test_two_ranks(model_folder: Path, text_file: Path, tmp_path: Path, eager: None) -> None:
@@ -42,12 +27,12 @@ def test_two_ranks(model_folder: Path, text_file: Path, tmp_path: Path, eager: N
     two = ["--trainer.devices=2", "--trainer.accumulate_grad_batches=1"]
     runs = {"ddp": flags("ddp", *SHARED, *two, "--trainer.strategy=ddp")}
     for name, settings in (("shared", SHARED), ("packed", PACKED)):
-        runs[f"{name}"] = flags(name, *settings, *two, *SHARDED)
+        runs[f"{name}"] = flags(name, *settings, *two, *sharded(2))
         before = tmp_path / name / "checkpoints" / "step=4.ckpt"
-        runs[f"{name} resumed"] = flags(f"{name} resumed", *settings, *two, *SHARDED, f"--ckpt_path={before}")
-    one, other = run_ranks(2, learn, runs, folder=tmp_path / "said", seconds=300)
-    alone = learn(0, {"alone": flags("alone", *SHARED)})["alone"]
-    plain = learn(0, {"plain": flags("plain")})["plain"]
+        runs[f"{name} resumed"] = flags(f"{name} resumed", *settings, *two, *sharded(2), f"--ckpt_path={before}")
+    one, other = run_ranks(2, logits_of_runs, runs, folder=tmp_path / "said", seconds=300)
+    alone = logits_of_runs(0, {"alone": flags("alone", *SHARED)})["alone"]
+    plain = logits_of_runs(0, {"plain": flags("plain")})["plain"]
     for weight, logits in alone.items():
         assert not torch.allclose(logits, plain[weight], atol=1e-3)
         for name in ("ddp", "shared"):
@@ -68,10 +53,10 @@ def test_a_run_that_is_resumed_is_the_same(
     eager: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole = learn(0, {"whole": fit_flags(model_folder, text_file, tmp_path / "whole", *settings)})["whole"]
+    whole = logits_of_runs(0, {"whole": fit_flags(model_folder, text_file, tmp_path / "whole", *settings)})["whole"]
     before = tmp_path / "whole" / "checkpoints" / "step=2.ckpt"
     words = fit_flags(model_folder, text_file, tmp_path / "resumed", *settings, f"--ckpt_path={before}")
-    resumed = learn(0, {"resumed": words})["resumed"]
+    resumed = logits_of_runs(0, {"resumed": words})["resumed"]
     for weight, logits in whole.items():
         assert torch.equal(logits, resumed[weight])
     changed = fit_flags(
