@@ -25,7 +25,7 @@ from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import MicroBatch
 from leap_pl.prior import Prior
 from leap_pl.training import finite, optimization
-from leap_pl.training.batch import check_batch, input_ids_of
+from leap_pl.training.batch import input_ids_of
 from leap_pl.training.clipping import check_clipping, clip_by_norm
 from leap_pl.training.fixed_mask import FixedMask
 from leap_pl.training.gated_module import GatedModule
@@ -283,11 +283,6 @@ class LeapModule(GatedModule):
         self.state.anneal(**self.annealing.at(fraction))
 
     # -- learning -----------------------------------------------------------------------------------------
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check a micro-batch of a loader other than :class:`.TextDataModule`'s while it is on the CPU."""
-        check_batch(batch)
-        return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch, as :func:`.input_ids_of` takes it."""

@@ -19,7 +19,7 @@ from leap_pl.callbacks import Checkpoints, RunReport, SparsityLogger
 from leap_pl.gates import BernoulliGate
 from leap_pl.oneshot.prune import prune
 from leap_pl.prior import Prior
-from leap_pl.training.batch import check_batch, input_ids_of
+from leap_pl.training.batch import input_ids_of
 from leap_pl.training.trainer_checks import check_trainer
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -216,9 +216,9 @@ def test_batches_of_other_loaders(module: LeapModule) -> None:
     padded[0, -1], hidden[0, 0] = 0, -100
     for wrong in ({"attention_mask": padded}, {"labels": hidden}):
         with pytest.raises(UserError, match=r"has padding.*Pack documents"):
-            check_batch({"input_ids": ids, **wrong})
-    check_batch({"input_ids": ids, "attention_mask": ones})
-    check_batch({"input_ids": ids, "attention_mask": torch.zeros(4, 1, 16, 16)})  # an additive one
+            input_ids_of({"input_ids": ids, **wrong})
+    input_ids_of({"input_ids": ids, "attention_mask": ones})
+    input_ids_of({"input_ids": ids, "attention_mask": torch.zeros(4, 1, 16, 16)})  # an additive one
     rows = [{"input_ids": row, "attention_mask": one} for row, one in zip(ids, padded, strict=True)]
     with pytest.raises(UserError, match="has padding"):
         trainer(max_steps=1).fit(again(module), DataLoader(rows, batch_size=2))
