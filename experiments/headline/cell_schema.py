@@ -38,6 +38,7 @@ class Cell(TypedDict):
     sparsity: Share | None
     table: Word
     text: NotRequired[Word | None]
+    repeat_of: NotRequired[Name | None]
     baseline: bool
     reference: bool
     about: list[Name]

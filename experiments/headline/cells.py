@@ -109,6 +109,7 @@ def _shown(experiment: "Experiment", cell: "Cell") -> dict[str, Any]:
         "sparsity": cell.sparsity,
         "table": cell.table,
         "text": cell.text,
+        "repeat_of": cell.repeat_of,
         "baseline": cell.baseline,
         "reference": cell.reference,
         "about": [*cell.model.about, *filter(None, (texts[role].about for role in cell.texts))],

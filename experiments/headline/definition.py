@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from leap_pl.errors import UserError, listing
 
 NAME = r"[a-z0-9][a-z0-9._-]*"
 MODEL_KEYS = {"base_model", "about", "evaluate", "prune", "target", "rows"}
-LISTS = ("sparsity", "best_of", "texts")  # of a row
+LISTS = ("sparsity", "seeds", "best_of", "texts")  # of a row
 MAPPINGS = ("texts", "rows", "learn", "evaluate", "tasks", "prune", "models")
 KEYS = MODEL_KEYS | {"texts", "tasks", "tasks_at", "learn", "models"}
 
@@ -102,10 +102,10 @@ def _add_cells(experiment: Experiment, model: Model, rows: dict[str, Any], where
     for name, settings in rows.items():
         row = _row(str(name), settings or {}, f"row {name} in {where}")
         for sparsity in row.sparsity or (None,):
-            cell = _cell(experiment, model, str(name), row, sparsity)
-            if cell.name in experiment.cells:
-                raise UserError(f"{where} makes {cell.name} twice. Give one of the rows another name.")
-            experiment.cells[cell.name] = cell
+            for cell in _with_repeats(_cell(experiment, model, str(name), row, sparsity), row, sparsity):
+                if cell.name in experiment.cells:
+                    raise UserError(f"{where} makes {cell.name} twice. Give one of the rows another name.")
+                experiment.cells[cell.name] = cell
 
 
 def _text(told: Any, where: str) -> Text:
@@ -133,6 +133,9 @@ def _row(name: str, told: dict[str, Any], where: str) -> Row:
             names = settings.get(key, [])
             if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
                 raise UserError(f"{key} of {where} is {names!r}. Give a list of names, as in [name].")
+        seeds = settings.get("seeds", [])
+        if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+            raise UserError(f"seeds of {where} is {seeds!r}. Give a list of whole numbers, as in [1, 2].")
         if isinstance(settings.get("fit"), dict):
             settings["fit"] = _respelled(settings["fit"], f"fit of {where}")
         if "tokens" in settings:
@@ -148,15 +151,13 @@ def _row(name: str, told: dict[str, Any], where: str) -> Row:
         raise UserError(f"{where} has both prune and fit. A cell is made by one of them: choose.")
     if (row.prune is None and row.fit is None) != (not row.sparsity):
         raise UserError(f"{where}: a row with a sparsity has prune or fit, and the dense one has none of them.")
+    if row.fit is None and (row.seeds or any("seeds" in changes for changes in row.each.values())):
+        raise UserError(f"{where} has seeds, which are of learning. Leave them out, or give it fit.")
     return row
 
 
 def _cell(experiment: Experiment, model: Model, name: str, row: Row, sparsity: float | None) -> Cell:
-    for share, changes in row.each.items():
-        if sparsity is not None and _same(share, sparsity):
-            laid = {key: laid_over(getattr(row, key) or {}, changes[key]) for key in ("fit", "prune") if key in changes}
-            settings: dict[str, Any] = changes | laid
-            row = replace(row, **settings)
+    row = _at(row, sparsity)
     ending = "" if sparsity is None else f"-{100 * sparsity:g}"
     beginning = f"{model.name}-" if model.name else ""
     at = any(_same(share, sparsity or 0.0) for share in experiment.tasks_at)
@@ -180,6 +181,24 @@ def _cell(experiment: Experiment, model: Model, name: str, row: Row, sparsity: f
         reference=row.reference,
         minutes=row.minutes,
     )
+
+
+def _at(row: Row, sparsity: float | None) -> Row:
+    """Return ``row`` with what is different at ``sparsity``."""
+    for share, changes in row.each.items():
+        if sparsity is not None and _same(share, sparsity):
+            laid = {key: laid_over(getattr(row, key) or {}, changes[key]) for key in ("fit", "prune") if key in changes}
+            settings: dict[str, Any] = changes | laid
+            row = replace(row, **settings)
+    return row
+
+
+def _with_repeats(cell: Cell, row: Row, sparsity: float | None) -> Iterator[Cell]:
+    """Yield ``cell``, and the same again with each further seed."""
+    yield cell
+    for seed in _at(row, sparsity).seeds:
+        fit = laid_over(cell.fit or {}, {"model": {"seed": seed}, "data": {"seed": seed}})
+        yield replace(cell, name=f"{cell.name}-seed-{seed}", fit=fit, repeat_of=cell.name)
 
 
 def _same(a: float, b: float) -> bool:

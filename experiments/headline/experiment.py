@@ -64,6 +64,7 @@ class Row:
             are those of ``leap_pl recover``.
         prior: (with fit) The row whose mask of the same sparsity learning starts from. None: what the config says.
         tokens: (with fit) Training tokens, those of ``mask`` not included. None: the experiment's.
+        seeds: (with fit) Further seeds of the gates' noise and of the order of the text, each for a cell of its own.
         best_of: (with prune) Learned rows; the mask of the one with the lowest validation perplexity is kept,
             and its weights are solved anew.
         tasks: Whether the zero-shot tasks are measured. None: at the sparsities of ``tasks_at``.
@@ -83,6 +84,7 @@ class Row:
     mask: str | None = None
     prior: str | None = None
     tokens: int | None = None
+    seeds: tuple[int, ...] = ()
     best_of: tuple[str, ...] = ()
     tasks: bool | None = None
     baseline: bool = False
@@ -95,7 +97,8 @@ class Row:
 class Cell:
     """A row of a model at one sparsity: what is made and measured.
 
-    Attributes are the row's, with what the experiment says laid under; ``mask``, ``prior`` and ``best_of`` name cells.
+    Attributes are the row's, with what the experiment says laid under; ``mask``, ``prior`` and ``best_of`` name cells,
+    and ``repeat_of`` the one that it repeats with another seed.
     """
 
     name: str
@@ -116,6 +119,7 @@ class Cell:
     baseline: bool
     reference: bool
     minutes: int | None
+    repeat_of: str | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:

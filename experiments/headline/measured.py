@@ -1,7 +1,7 @@
 """Finished cells as they are read from their files: the one source of every figure of the report."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,12 @@ class Measured:
         return self.cell["sparsity"] is None
 
     @property
+    def repeat_of(self) -> str | None:
+        """The name of the cell that it repeats with another seed; None: it is the first of its kind."""
+        name: str | None = self.cell.get("repeat_of")
+        return name
+
+    @property
     def has_config(self) -> bool:
         """Whether a config was run: of ``leap_pl fit`` or ``leap_pl recover``."""
         return "trainer" in self.cell["settings"]
@@ -55,6 +61,11 @@ class Measured:
         """Data types of weights and computation while it was made and while it was measured."""
         made = self.result["config"].get("dtype") if self.has_config else self.cell["settings"].get("dtype")
         return [dtype for dtype in (made, self.result["model"]["dtype"]) if dtype is not None]
+
+    @property
+    def seed(self) -> int:
+        """The seed that it was made with."""
+        return _seed(self.result)
 
     @property
     def titles(self) -> dict[str, str]:
@@ -109,7 +120,14 @@ def _entry(path: Path, result: dict[str, Any]) -> Entry:
     )
     shown = [text for role, text in cell["texts"].items() if role != VALIDATION]
     texts = {text["title"]: told.perplexity[text["text"]] for text in shown}
+    if cell.get("repeat_of") is not None:
+        label += f", seed {_seed(result)}"
     return replace(told, label=label, method=cell["title"], perplexity=texts)
+
+
+def _seed(result: dict[str, Any]) -> int:
+    seed: int = result["config"].get("seed", result["seed"])  # that of a dense model's evaluation
+    return seed
 
 
 def _heading(sparsity: float, table: str, text: str | None) -> str:
@@ -127,6 +145,7 @@ class Group:
         text: What tables call the text; None: it is the experiment's.
         rows: All but the dense model.
         dense: That.
+        repeats: Rows again, with other seeds.
     """
 
     sparsity: float
@@ -134,6 +153,7 @@ class Group:
     text: str | None
     rows: list[Measured]
     dense: Measured | None
+    repeats: list[Measured] = field(default_factory=list)
 
     @property
     def heading(self) -> str:
@@ -175,6 +195,10 @@ class Group:
         """The row whose gap to the dense model is what the others close."""
         return next((measured for measured in self.rows if measured.cell["reference"]), None)
 
+    def of_seeds(self, row: Measured) -> list[Measured]:
+        """Return ``row`` and its repeats with other seeds."""
+        return [row, *(measured for measured in self.repeats if measured.repeat_of == row.cell["name"])]
+
     def gap_closed(self, row: Measured, role: str) -> float | None:
         """(reference − row) / (reference − dense) in perplexity.
 
@@ -209,7 +233,7 @@ def groups(found: Sequence[Measured]) -> list[Group]:
             kind = (measured.cell["table"], measured.cell.get("text"))
             by_table.setdefault(kind, {}).setdefault(measured.cell["sparsity"], []).append(measured)
     return [
-        Group(sparsity, table, text, rows, dense)
+        Group(sparsity, table, text, [m for m in rows if m.repeat_of is None], dense, [m for m in rows if m.repeat_of])
         for (table, text), by_sparsity in by_table.items()
         for sparsity, rows in sorted(by_sparsity.items())
     ]

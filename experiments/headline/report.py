@@ -8,10 +8,20 @@ from typing import Any
 from experiments.headline import making
 from experiments.headline.experiment import UNSTRUCTURED
 from experiments.headline.measured import ROLES, Measured, by_model, groups, read_cells
-from experiments.headline.tables import KEY, difference_table, main_table, overview_table, task_table
+from experiments.headline.tables import (
+    KEY,
+    difference_table,
+    main_table,
+    overview_table,
+    seeds_table,
+    task_table,
+)
 
 FAR_OFF = 10  # times the reference's perplexity
 NOTES = "notes.md"  # what did not work; written by hand
+SEEDS = (
+    "Learned with several seeds (the gates' noise and the order of the text): mean and standard deviation over them."
+)
 
 
 def write_report(cells: Path, docs: Path) -> Path:
@@ -49,8 +59,8 @@ def _overview(found: Sequence[Measured]) -> Iterator[str]:
     yield (
         "Of what is not learned, the method with the lowest geometric mean of the perplexities on the first two "
         "texts; of the masks that were learned from as many tokens, the best on the validation text. Minutes are those "
-        "of making the mask, that which it starts from included. Data types are those in which a row was made and "
-        "measured."
+        "of making the mask, that which it starts from included. Figures are of one seed; the tables below have the "
+        "mean over seeds of rows with several. Data types are those in which a row was made and measured."
     )
     yield KEY
 
@@ -60,6 +70,10 @@ def _tables(found: Sequence[Measured], docs: Path) -> Iterator[str]:
         yield f"### {group.heading}"
         yield main_table(group)
         yield difference_table(group)
+        seeds = seeds_table(group)
+        if seeds:
+            yield SEEDS
+            yield seeds
     scores = task_table(found)
     if scores:
         yield "### Accuracy by task"
@@ -78,6 +92,7 @@ def _pictures(found: Sequence[Measured], docs: Path, folder: Path) -> Iterator[s
     from leap_pl.comparison.overlap import Overlap
     from leap_pl.comparison.pictures import draw_all, draw_overlaps, draw_perplexities
 
+    found = [m for m in found if m.repeat_of is None]
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.svg"):
         old.unlink()

@@ -1,6 +1,7 @@
 """The tables of the report, in Markdown."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, stdev
 
 from experiments.headline.experiment import UNSTRUCTURED
 from experiments.headline.measured import Group, Measured, by_model, groups, titles_of
@@ -64,6 +65,27 @@ def difference_table(group: Group) -> str:
     return markdown(heading, rows) if rows else ""
 
 
+def seeds_table(group: Group) -> str:
+    """Mean and standard deviation of every row that was learned with several seeds; empty where none was."""
+    repeated = [seeds for seeds in map(group.of_seeds, group.rows) if len(seeds) > 1]
+    if not repeated:
+        return ""
+    titles, tasks = titles_of([m for seeds in repeated for m in seeds]), shared_tasks(group.entries)
+    heading = ["method", "seeds"]
+    for title in titles.values():
+        heading += [f"perplexity, {title}", *["gap closed, %"] * bool(group.reference)]
+    heading += [f"mean accuracy of {len(tasks)}, %"] * bool(tasks)
+    rows = []
+    for seeds in repeated:
+        row = [seeds[0].title, ", ".join(str(m.seed) for m in seeds)]
+        for role in titles:
+            row.append(_spread([m.perplexity(role)["value"] if role in m.titles else None for m in seeds]))
+            row += [_spread([group.gap_closed(m, role) for m in seeds], 100, 1)] * bool(group.reference)
+        scores = [mean_accuracy(m.entry, tasks) if set(tasks) <= set(m.entry.tasks) else None for m in seeds]
+        rows.append(row + [_spread(scores, 100)] * bool(tasks))
+    return markdown(heading, rows)
+
+
 def task_table(found: Sequence[Measured]) -> str:
     """Accuracy by task of every cell that has any; empty where none has."""
     by_sparsity = [m for m in found if m.is_dense] + [m for group in groups(found) for m in group.rows]
@@ -110,7 +132,7 @@ def overview_table(found: Sequence[Measured]) -> str:
             seconds = _seconds_in_all(m, cells)
             row = [model, f"{100 * (m.cell['sparsity'] or 0):g}", m.title, *_perplexities(m, titles)]
             row += [_accuracy(m, tasks)] * bool(tasks)
-            row += [_tokens(m), "" if seconds is None else f"{seconds / 60:.0f}", str(m.result.get("seed", ""))]
+            row += [_tokens(m), "" if seconds is None else f"{seconds / 60:.0f}", _seed(m, found)]
             text = "" if m.is_dense else m.cell.get("text") or m.cell["texts"]["like"]["title"].split(" (")[0]
             rows.append([*row, ", ".join(m.dtypes), *[text] * texts])
     return markdown(heading, rows)
@@ -143,6 +165,18 @@ def _accuracy(measured: Measured, tasks: list[str]) -> str:
     if not tasks or not all(task in measured.entry.tasks for task in tasks):
         return ""
     return _figure(mean_accuracy(measured.entry, tasks), mean_accuracy_stderr(measured.entry, tasks), 100)
+
+
+def _seed(measured: Measured, found: Sequence[Measured]) -> str:
+    """The seed that the figures are of, and of how many seeds the row has some."""
+    more = sum(m.repeat_of == measured.cell["name"] for m in found)
+    return str(measured.seed) + (f" (of {1 + more})" if more else "")
+
+
+def _spread(values: Sequence[float | None], scale: float = 1, digits: int = 2) -> str:
+    """Mean and standard deviation; empty where a value is missing."""
+    known = [value for value in values if value is not None]
+    return _figure(mean(known), stdev(known), scale, digits) if len(known) == len(values) else ""
 
 
 def _figure(value: float | None, stderr: float | None, scale: float = 1, digits: int = 2) -> str:

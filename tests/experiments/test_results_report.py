@@ -6,6 +6,7 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from tiny_experiment import SCORED_CELLS, STEP, cells, change, results, runner, verbs
@@ -154,6 +155,49 @@ def test_rows_from_another_text_are_a_table_of_their_own(experiment_done, tmp_pa
     assert [(row[2], row[-1]) for row in rows[2:7]] == [
         ("dense", ""), ("Wanda", "alike"), ("LEAP, LM", "alike"), ("admm", "prose"), ("distill", "prose")
     ]  # fmt: skip
+
+
+def test_a_row_is_learned_with_further_seeds(again):
+    folder, ran = again
+    change(folder / "tiny.yaml", "rows", "leap", "each", to={0.5: {"seeds": [1, 2]}})
+    assert results(folder) == 0
+    assert verbs(ran) == [
+        (verb, f"leap-50-seed-{seed}")
+        for seed in (1, 2)
+        for verb in ("fit", "evaluate", "evaluate", "evaluate", "evaluate")
+    ]
+    found = cells(folder)
+    seeds = [found[name] for name in ("leap-50", "leap-50-seed-1", "leap-50-seed-2")]
+    assert [result["config"]["seed"] for result in seeds] == [0, 1, 2]
+    assert [result["cell"]["repeat_of"] for result in seeds] == [None, "leap-50", "leap-50"]
+    assert seeds[1]["cell"]["settings"]["data"]["seed"] == 1
+    assert len({result["cell"]["mask"] for result in seeds}) == 3
+    page = (folder / "docs" / "results.md").read_text()
+    main_rows, _, repeated = section(page, "50%")
+    assert len(main_rows) == 6
+    assert list(repeated) == ["LEAP, LM"]
+    told, like, _, _, gap, accuracy = repeated["LEAP, LM"]
+    assert told == "0, 1, 2"
+    text, other = (seeds[0]["cell"]["texts"][role]["text"] for role in ("like", "unlike"))
+    values = [result["perplexity"][text]["value"] for result in seeds]
+    assert spread_of(like) == pytest.approx([np.mean(values), np.std(values, ddof=1)], abs=0.005)
+    far, dense, *values = [
+        result["perplexity"][other]["value"] for result in (found["admm-50"], found["dense"], *seeds)
+    ]
+    closed = [100 * (far - value) / (far - dense) for value in values]
+    assert spread_of(gap) == pytest.approx([np.mean(closed), np.std(closed, ddof=1)], abs=0.05)
+    scores = [100 * result["mean"]["value"] for result in seeds]
+    assert spread_of(accuracy) == pytest.approx([np.mean(scores), np.std(scores, ddof=1)], abs=0.005)
+    heading, _, *overview = table_rows(page)
+    column = heading.index("seed")
+    assert {row[2]: row[column] for row in overview[:4]}["LEAP, LM"] == "0 (of 3)"
+    assert sum(row[2] == "LEAP, LM" for row in overview) == 2  # once at each sparsity
+    making = (folder / "docs" / "results" / "making.md").read_text()
+    assert "- LEAP, LM, 50%, seed 2: [leap-50-seed-2.yaml](configs/leap-50-seed-2.yaml)" in making
+
+
+def spread_of(cell):
+    return [number(part.strip()) for part in cell.split("±")]
 
 
 def test_further_texts_are_measured_of_the_rows_that_name_them(again):
