@@ -42,7 +42,7 @@ _PAGE = {
     "schedules": {
         "logit scale": ["Multiline", [r"schedule/alpha"]],
         "temperature": ["Multiline", [r"schedule/tau"]],
-        "learning rate": ["Multiline", [r"schedule/learning_rate"]],
+        "learning rate": ["Multiline", [r"schedule/learning_rate.*"]],
     },
 }
 
@@ -70,11 +70,11 @@ class SparsityLogger(L.Callback):
     ``perplexity/…``            perplexity of the hard mask and of the dense model, at validation (by the module)
     ``at_a_glance/…``           the curves that decide, first in TensorBoard: perplexity of the hard mask, of the dense
                                 model and of the prior; ``density/soft`` minus its target
-    ``schedule/…``              α, τ and the learning rate
+    ``schedule/…``              α, τ and the learning rate; that of weights apart, where masks and weights learn
     ``weights_by_layer/…``      soft and hard density of each decoder block
     ``weights_by_projection/…`` soft and hard density of each projection, over all blocks
-    ``moved/…``                 how far trained weights have moved, ‖W − W₀‖/‖W₀‖ with the base model's W₀: of all, by
-                                decoder block and by projection
+    ``moved/…``                 how far kept weights have moved, ‖M⊙(W − W₀)‖/‖W₀‖ with the base model's W₀ and the hard
+                                mask M last chosen: of all, by decoder block and by projection
     ==========================  ==========================================================================
 
     Hard metrics describe the mask at exactly the target sparsity, estimated from evenly spaced logits;
@@ -147,7 +147,10 @@ class SparsityLogger(L.Callback):
         pl_module.check_finite(logits=True)
         self.last_step = step
         metrics = self.measure(pl_module)
-        metrics["schedule/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
+        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        metrics["schedule/learning_rate"] = rates[0]
+        if len(rates) > 1:  # of masks, and of weights
+            metrics["schedule/learning_rate_of_weights"] = rates[1]
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
         if step % self.histogram_every_n_steps == 0 or step in (1, trainer.max_steps):

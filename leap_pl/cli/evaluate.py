@@ -50,7 +50,7 @@ def evaluate_command(
 
     Args:
         model: Hub id, local folder or GGUF file. Optional with a mask, which records its base model.
-        mask: MaskSet file (mask.safetensors), or hub id of one, to apply to the base model.
+        mask: MaskSet file (mask.safetensors), folder that has one, or hub id of one, to apply to the base model.
         ckpt_path: Checkpoint of leap_pl fit, such as RUN/checkpoints/last.ckpt, whose hard mask is applied to the base
             model.
         perplexity: Texts, separated by commas: wikitext2, c4 (both from the hub), local files (.jsonl,

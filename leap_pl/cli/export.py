@@ -48,7 +48,7 @@ def export_command(
     Args:
         output_dir: Folder to write, atomically. An existing folder is replaced only with force.
         ckpt_path: Checkpoint of leap_pl fit or recover, such as RUN/checkpoints/last.ckpt.
-        mask: MaskSet file, or hub id of one, instead of a checkpoint.
+        mask: MaskSet file, folder of a run that has one, or hub id of one, instead of a checkpoint.
         model: Base model, if it is no longer in the place recorded in the checkpoint or mask; or, without these, a
             sparse model to pack, or a packed one.
         format: Form of the weights: huggingface, zeros included, or packed; or the mask without them.

@@ -34,7 +34,7 @@ def add_arguments(parser: "ArgumentParser") -> None:
     described = ", ".join(f"{name} ({'; '.join(_facts(name))})" for name in METHODS)
     group.add_argument("--method", choices=list(METHODS), default=DEFAULT, help=f"One of {described}.")
     kept = [name for name, method in METHODS.items() if method.solve_kept is not None]
-    words = f"MaskSet file, or hub id of one, whose mask to keep: only kept weights are updated. For {listing(kept)}."
+    words = f"MaskSet file, folder or hub id of one, whose mask to keep; weights are updated. For {listing(kept)}."
     group.add_argument("--mask", type=str | None, default=None, help=words)
     for option in dict.fromkeys(option for method in METHODS.values() for option in method.options):
         takers = {name: METHODS[name].options[option] for name in takers_of(option)}
@@ -116,7 +116,7 @@ def prune_command(
             good start. It runs the whole model forward and backward on the device.
         fisher_rows: Strength, from 0 to 1, of Fisher allocation over the rows of each matrix, with fisher; for methods
             whose weights compete within a row, such as wanda.
-        mask: MaskSet file, or hub id of one, whose mask to keep: only the kept weights are updated.
+        mask: MaskSet file, folder or hub id of one, whose mask to keep: only the kept weights are updated.
         targets: Weights to prune: class names, module or parameter names, or re: and a regular expression. By default
             all linears and experts of the decoder blocks.
         ignore: Weights to leave dense, in the same form.

@@ -13,7 +13,7 @@ from leap_pl.escape import terminal
 from leap_pl.evaluation.record import read_result
 from leap_pl.inputs.hub import repository_of
 from leap_pl.inputs.plain_values import shown
-from leap_pl.inputs.records import MASK
+from leap_pl.inputs.records import MASK, mask_in
 from leap_pl.masks import MaskSet, split_name
 from leap_pl.masks.kept_weights import TRAINED
 from leap_pl.masks.weight_groups import shares
@@ -93,13 +93,13 @@ def read_entries(sources: Sequence[str]) -> list[Entry]:
 def _read(source: str) -> Entry:
     path = Path(source).expanduser()
     if path.is_dir() and path.suffix != ".ckpt":
-        if (path / MASK).is_file():
-            return _of_mask(source, MaskSet.load(path / MASK))
+        if mask_in(path) != path:
+            return _of_mask(source, MaskSet.load(path))
         if is_packed(path):
             return _of_mask(source, read_masks(path))
         raise UserError(
-            f"{source} holds no {MASK}, so it is not an exported folder. Name result files (.json), MaskSet files "
-            "(.safetensors), checkpoints (.ckpt) or exported folders."
+            f"{source} is a folder without a {MASK}. Name result files (.json), MaskSet files (.safetensors), "
+            "checkpoints (.ckpt), or folders of an export or a run."
         )
     if path.suffix == ".safetensors" or repository_of(source) is not None:
         return _of_mask(source, MaskSet.load(source))

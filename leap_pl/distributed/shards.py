@@ -39,11 +39,16 @@ def as_whole(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
+def part_like(whole: Tensor, like: Tensor) -> Tensor:
+    """Return what is in ``whole``, a plain tensor of the shape of ``like``, where this rank's part of ``like`` is."""
+    part, start = own_part(like), offset_of(like)
+    return whole.reshape(-1)[start : start + part.numel()].view(part.shape)
+
+
 @torch.no_grad()
 def copy_part_(tensor: Tensor, whole: Tensor) -> None:
     """Copy from ``whole``, a plain tensor of the same shape, into this rank's part of ``tensor``."""
-    part, start = own_part(tensor), offset_of(tensor)
-    part.copy_(whole.reshape(-1)[start : start + part.numel()].view(part.shape))
+    own_part(tensor).copy_(part_like(whole, tensor))
 
 
 def gathered(tensor: Tensor) -> Tensor:

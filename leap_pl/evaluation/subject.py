@@ -1,6 +1,7 @@
 """Models to evaluate: a base model, an exported folder, a MaskSet on its base model, or a training checkpoint."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from leap_pl.base_model.loading import Dtype, load_model, load_tokenizer, name_o
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
+from leap_pl.inputs.records import mask_in
 from leap_pl.masks import MaskSet, split_name
 from leap_pl.masks.exported import exported_record
 from leap_pl.masks.kept_weights import KeptWeights
@@ -60,7 +62,7 @@ def load_subject(
 
     Args:
         model: Hub id, folder or GGUF file.
-        mask: MaskSet file, or hub id of one, to apply.
+        mask: MaskSet file, folder that has one, or hub id of one, to apply.
         ckpt_path: Training checkpoint whose hard mask to apply.
         revision: Revision of ``model`` on the hub.
         dtype: Data type of the weights.
@@ -76,6 +78,8 @@ def load_subject(
         if model is None:
             raise UserError("Nothing to evaluate. Give --model (hub id, folder, GGUF file), --mask or --ckpt_path.")
         return _plain(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    if mask is not None and Path(mask).expanduser().is_dir():
+        mask = str(mask_in(mask))  # a result names the file that was read
     masks = MaskSet.load(mask) if mask is not None else _masks_of_checkpoint(str(ckpt_path))
     # Before the model is loaded, so that missing weights are found in time.
     weights = KeptWeights.beside(mask, masks) if mask is not None else _weights_of_checkpoint(str(ckpt_path))

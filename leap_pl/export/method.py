@@ -30,33 +30,46 @@ def citation(method: str) -> str:
 
 def decisive_settings(made: "Provenance") -> dict[str, str]:
     """Return the settings that decide what a mask is, name → value, as far as its provenance has them."""
-    config = made.config
+    config, fixed = made.config, _within(made.config, "mask", "config")  # what made a mask that stayed as it was
     steps, of = _within(config, "steps"), _within(config, "max_steps")
-    texts = _within(config, "data", "text") or _within(config, "text") or []
+    groups = _within(config, "optimizer", "groups")  # of masks and of weights, where both learn
+    optimizer = groups[0] if isinstance(groups, list) and groups else _within(config, "optimizer")
     losses = {name: _within(config, "objective", name) for name in ("lm", "distillation")}
     settings = {
         "method": made.method,
         "pattern": _within(config, "pattern"),
         "target sparsity": made.sparsity,
-        "text": ", ".join(shortened(str(text)) for text in (texts if isinstance(texts, list) else [texts])),
+        "text": _texts(config),
         "block length, tokens": _within(config, "data", "seq_length") or _within(config, "seq_length"),
         "blocks that begin with BOS": _within(config, "data", "bos") or _within(config, "bos"),
         "tokens read": _within(config, "data", "tokens"),
         "calibration sequences": _within(config, "sequences"),
         "optimizer steps": steps if steps == of or of is None else f"{steps} of {of}",
         "optimizer": _within(config, "optimizer", "class"),
-        "learning rate": _within(config, "optimizer", "lr"),
+        "learning rate": None if fixed else _within(optimizer, "lr"),
         "trained weights": _within(config, TRAINED, "kind"),
-        "their learning rate": _within(config, TRAINED, "lr"),
+        "embeddings and head": "trained" if _within(config, TRAINED, "embeddings") else None,
+        "learning rate of weights": _within(config, TRAINED, "lr"),
+        "weights that training started from": shortened(_within(config, TRAINED, "start")),
+        "text that the mask was made with": None if fixed is None else _texts(fixed),
         "losses": ", ".join(f"{name} {weight}" for name, weight in losses.items() if weight),
-        "α": _schedule(config, "alpha"),
-        "τ": _schedule(config, "tau"),
-        "prior": "a given mask" if _within(config, "prior", "mask") else _within(config, "prior", "method"),
+        "α": None if fixed else _schedule(config, "alpha"),
+        "τ": None if fixed else _schedule(config, "tau"),
+        "prior": None if fixed else _prior(config),
         "seed": _within(config, "seed"),
         "fingerprint of the base model": made.fingerprint,
         "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),
     }
     return {name: str(value) for name, value in settings.items() if value not in (None, "")}
+
+
+def _texts(config: Any) -> str:
+    texts = _within(config, "data", "text") or _within(config, "text") or []
+    return ", ".join(shortened(str(text)) for text in (texts if isinstance(texts, list) else [texts]))
+
+
+def _prior(config: Any) -> Any:
+    return "a given mask" if _within(config, "prior", "mask") else _within(config, "prior", "method")
 
 
 def _schedule(config: Any, name: str) -> str | None:

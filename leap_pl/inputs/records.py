@@ -21,6 +21,7 @@ from leap_pl.inputs.reading import MOST_DESCRIPTION, read_json
 MASK_FORMAT = "leap_pl.MaskSet"  # `format` in the metadata of a mask file
 RECORD = "leap_pl.json"
 MASK = "mask.safetensors"  # the mask of a folder
+CHECKPOINTS = "checkpoints"  # folder of a run that has its checkpoints and, by default, its mask
 WEIGHTS_FORMAT = "leap_pl.KeptWeights"  # `format` in the metadata of a file of trained weights
 WEIGHTS = "weights.safetensors"  # the trained weights of a folder, beside the mask that they belong to
 KEY = "folder"
@@ -35,6 +36,16 @@ _MODEL_FILES = re.compile(
     r"|README\.md|mask\.safetensors|leap_pl\.json"
 )
 _PART_FILES = re.compile(r"meta\.pt|\.metadata|__\d+_\d+\.distcp")
+
+
+def mask_in(path: str | Path) -> Path:
+    """Return the MaskSet file of a folder: of an export, of ``prune``, or of a run, which has it with its checkpoints.
+
+    Returns:
+        ``path`` itself, with ``~`` expanded, if it is no folder or has no such file.
+    """
+    path = Path(path).expanduser()
+    return next((file for file in (path / MASK, path / CHECKPOINTS / MASK) if file.is_file()), path)
 
 
 def files_in(folder: Path) -> list[str]:

@@ -24,7 +24,7 @@ from leap_pl.files import atomic_file
 from leap_pl.files.tensor_file import damage_in_one_line, write_tensors
 from leap_pl.inputs.hub import repository_of
 from leap_pl.inputs.plain_values import shown
-from leap_pl.inputs.records import WEIGHTS, WEIGHTS_FORMAT
+from leap_pl.inputs.records import WEIGHTS, WEIGHTS_FORMAT, mask_in
 from leap_pl.inputs.register import note_input
 from leap_pl.masks.mask_set import MaskSet
 
@@ -53,7 +53,7 @@ class KeptWeights:
         An exported model has them in its own files, and not beside its mask.
 
         Args:
-            mask: MaskSet file, or hub id of one, as given to :meth:`MaskSet.load`.
+            mask: MaskSet file, folder or hub id of one, as given to :meth:`MaskSet.load`.
             masks: The same, loaded.
 
         Raises:
@@ -65,7 +65,7 @@ class KeptWeights:
         from safetensors import safe_open
 
         repository = repository_of(mask) if isinstance(mask, str) else None
-        path = Path(mask).parent / WEIGHTS
+        path = mask_in(mask).parent / WEIGHTS
         if repository is not None or (not path.is_file() and (path.parent / "config.json").is_file()):
             name, revision = repository or (path.parent, None)
             model = f"--model {name}" + ("" if revision is None else f" --revision {revision}")

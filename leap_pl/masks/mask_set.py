@@ -32,7 +32,7 @@ from leap_pl.files import atomic_file
 from leap_pl.files.tensor_file import damage_in_one_line, tensor_bytes, write_tensors
 from leap_pl.inputs.hub import fetch_file, repository_of
 from leap_pl.inputs.plain_values import MOST_BYTES, plain, shown
-from leap_pl.inputs.records import MASK, MASK_FORMAT
+from leap_pl.inputs.records import MASK, MASK_FORMAT, mask_in
 from leap_pl.inputs.register import note_input
 from leap_pl.masks.bits import PackedMasks, count, pack
 from leap_pl.masks.weight_groups import shares, split_name
@@ -244,8 +244,9 @@ class MaskSet:
         """Read a MaskSet file, or the ``mask.safetensors`` of a repository of the Hugging Face hub.
 
         Args:
-            path: The file; or, as a string that names no local path, ``USER/NAME`` of a model repository, or
-                ``USER/NAME@REVISION`` for a branch, tag or commit of it.
+            path: The file, or the folder of an export, of ``prune`` or of a run that has it; or, as a string that names
+                no local path, ``USER/NAME`` of a model repository, or ``USER/NAME@REVISION`` for a branch, tag or
+                commit of it.
 
         Raises:
             UserError: The file does not exist, or is not a MaskSet, of a newer format, truncated or damaged; or the hub
@@ -258,11 +259,11 @@ class MaskSet:
         repository = repository_of(path) if isinstance(path, str) else None
         if repository is not None:
             path = fetch_file(repository[0], MASK, repository[1], what=f"mask {path} is no local file, and")
-        path = Path(path).expanduser()
-        if path.is_dir():
-            raise UserError(f"{path} is a folder, not a MaskSet file. Name {path}/{MASK}.")
+        path = mask_in(path)
         if path.suffix == ".ckpt":
             raise UserError(f"{path} is a checkpoint, not a MaskSet. Use --ckpt_path, or the run's {MASK}.")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder without a {MASK}. Name a MaskSet file, or a folder that has one.")
         if not path.is_file():
             raise UserError(f"{path}: there is no such MaskSet file. Give the path of a {MASK}.")
         note_input(path)

@@ -33,7 +33,7 @@ class Prior:
         method: Name of a one-shot method, as listed by ``leap_pl prune --help``; ``wanda`` is the paper's. The mask is
             computed at the target sparsity, in the form that the gates need (unstructured, n:m or both), from the run's
             calibration text. ``none``: no lean at all.
-        mask: MaskSet file, or hub id of one, to use instead of a method.
+        mask: MaskSet file, folder that has one, or hub id of one, to use instead of a method.
         graded: Scale each logit's lean by Wanda's confidence in its weight, the distance of its score from the
             threshold, instead of ±1 (:mod:`leap_pl.prior.grading`); the mask may be of any method. It takes another
             walk over the model, whose result is cached like the mask, and a larger ``strength`` of the gate, which is

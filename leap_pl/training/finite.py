@@ -17,7 +17,10 @@ class NonFiniteError(UserError):
     """Error for an infinite or NaN loss term, gradient or logit; its message has the step and the place."""
 
     def __init__(self, step: int, where: str, dtype: torch.dtype | None = None) -> None:
-        remedy = "Lower the learning rate (model.optimizer.init_args.lr), or set trainer.gradient_clip_val."
+        remedy = (
+            "Lower the learning rate (model.optimizer.init_args.lr; of trained weights model.weight_training.lr), or "
+            "set trainer.gradient_clip_val."
+        )
         if dtype == torch.float16:
             remedy = "Activations can exceed 65504, the largest float16 number: set --model.dtype bfloat16 or float32."
         found = f"training failed at step {step}: {where}. The run stops; checkpoints before that step are intact."

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import FixedGate
-from leap_pl.inputs.records import MASK
+from leap_pl.inputs.records import mask_in
 from leap_pl.masks import MaskSet
 from leap_pl.oneshot.methods import METHODS
 
@@ -63,8 +63,7 @@ class FixedMask:
             raise UserError(
                 f"model.mask {name} is packed. Unpack it: leap_pl export --model {name} --output_dir FOLDER"
             )
-        local = path / MASK if path.is_dir() and (path / MASK).is_file() else path
-        file = str(local) if local.exists() else name
+        file = str(mask_in(path)) if path.exists() else name
         masks = MaskSet.load(file)
         pattern = str(masks.provenance.config.get("pattern", "unstructured"))
         learned = masks.provenance.method not in METHODS

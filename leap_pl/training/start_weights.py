@@ -12,6 +12,10 @@ from leap_pl.inputs.hub import local_folder
 from leap_pl.inputs.register import note_input
 from leap_pl.training.weights import Master
 
+MOST_ZEROS = (
+    0.1  # share of the kept weights; one-shot methods may set those of inputs to 0 that are 0 in all their text
+)
+
 
 class StartWeights:
     """Tensors of another model of the same family, by the names of the base model's."""
@@ -19,6 +23,7 @@ class StartWeights:
     def __init__(self, tensors: Mapping[str, Tensor], folder: str) -> None:
         """Hold ``tensors``, none for a run that starts from the base model's, and the name of their ``folder``."""
         self.tensors, self.folder = tensors, folder
+        self._kept, self._zeros = 0, 0
 
     @classmethod
     def read(cls, folder: str, *, trust_remote_code: bool = False) -> "StartWeights":
@@ -56,11 +61,28 @@ class StartWeights:
                 f"model.weights {self.folder} has no weight {weight.name} of the shape {tuple(shape)}. Give a folder "
                 "of the same model as --model.base_model."
             )
-        strange = 0 if mask is None else int(found[~mask().cpu()].count_nonzero())
-        if strange:
-            raise UserError(
-                f"model.weights {self.folder} has other zeros than the mask: {strange:,} weights of {weight.name}, "
-                "which the mask removes, are not 0. Give the weights that were made with this mask."
-            )
+        if mask is not None:
+            mask_OI = mask().cpu()
+            strange = int(found[~mask_OI].count_nonzero())
+            if strange:
+                raise UserError(
+                    f"model.weights {self.folder} has other zeros than the mask: {strange:,} weights of {weight.name}, "
+                    "which the mask removes, are not 0. Give the weights that were made with this mask."
+                )
+            self._kept += int(mask_OI.sum())
+            self._zeros += int((mask_OI & (found == 0) & (weight.parameter.cpu() != 0)).sum())
         assert isinstance(trained, Master)
         trained.start_at(found)
+
+    def check(self) -> None:
+        """Check that the mask is that of the weights, once all are set: it may not keep many that are 0 here alone.
+
+        Raises:
+            UserError: It does.
+        """
+        if self._zeros > MOST_ZEROS * self._kept:
+            raise UserError(
+                f"model.weights {self.folder} has other zeros than the mask: {self._zeros:,} of the {self._kept:,} "
+                "weights that the mask keeps are 0 there, and not in the base model. Give the weights that were made "
+                "with this mask."
+            )

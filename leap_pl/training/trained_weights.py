@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from leap_pl.base_model.weights import Weight
 from leap_pl.checkpoints.layout import key_of
-from leap_pl.distributed.shards import gathered
+from leap_pl.distributed.shards import as_whole, gathered, part_like
 from leap_pl.errors import UserError
 from leap_pl.gates import PART, Gate, GateState, TrainedTensor, TrainedWeight, attach_trained
 from leap_pl.masks.kept_weights import write_weights
@@ -56,13 +57,13 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         check_kind(kind)
         self.kind, self.settings, self.start = kind, settings, start
         self._state, self._dtype = state, dtype
-        self._gated: dict[str, tuple[Weight, TrainedWeight]] = {}
+        self._gated: dict[str, tuple[Weight, Gate, TrainedWeight]] = {}
         self._ungated: dict[str, TrainedTensor] = {}
         self._start = StartWeights({}, "")
 
     def __getitem__(self, name: str) -> TrainedWeight:
         """Return the trained weight ``name``."""
-        return self._gated[name][1] if name in self._gated else self._ungated[name].trained
+        return self._gated[name][2] if name in self._gated else self._ungated[name].trained
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the trained weights."""
@@ -130,7 +131,7 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         gate.trained = kind(weight, self.settings, self._state.seed, bits)
         self._start.set_(gate.trained, weight, gate.hard_mask)
         gate.trained.store_as(self._dtype)
-        self._gated[weight.name] = weight, gate.trained
+        self._gated[weight.name] = weight, gate, gate.trained
 
     def train_norms(self, norms: Iterable[Weight]) -> list[nn.Module]:
         """Train the weights of ``norms``, if the run trains norms, and return their modules."""
@@ -157,12 +158,17 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
 
     def make_room(self, stored: Mapping[str, Tensor]) -> None:
         """Give parameters whose size depends on the mask that of a checkpoint's ``stored`` tensors."""
-        for name, (_, trained) in self._gated.items():
+        for name, (*_, trained) in self._gated.items():
             if isinstance(trained, CompactMaster):
                 trained.resize(stored[key_of(name, f"{PART}master")].numel())
 
     def release_start(self) -> None:
-        """Release the memory of the weights that training has started from."""
+        """Release the memory of the weights that training has started from.
+
+        Raises:
+            UserError: They were made with another mask.
+        """
+        self._start.check()
         self._start = StartWeights({}, "")
 
     def frozen(self, name: str) -> Tensor:
@@ -202,13 +208,24 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
 
     @torch.no_grad()
     def movements(self) -> dict[str, tuple[float, float]]:
-        """Return Σ(W − W₀)² and ΣW₀² of each trained weight, W₀ being the frozen one; all ranks must call this."""
+        """Return Σ(M⊙(W − W₀))² and ΣW₀² of each trained weight, W₀ being the frozen one; all ranks must call this.
+
+        M is the hard mask last chosen: what it removes moves too, as a low-rank product is of all of a weight.
+        """
         sums = []
         for name, trained in self.items():
             base = self.frozen(name)
-            sums += [(trained(base) - base).float().square().sum(), base.float().square().sum()]
+            moved = (trained(base) - base).float()
+            if name in self._gated:
+                moved *= self._hard_mask(name)
+            sums += [moved.square().sum(), base.float().square().sum()]
         numbers = gathered(torch.stack(sums)).tolist() if sums else []
         return dict(zip(self, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
+
+    def _hard_mask(self, name: str) -> Tensor:
+        """Return the hard mask of a gated weight, sharded as the weight is."""
+        mask, base = self._gated[name][1].hard_mask(), self.frozen(name)
+        return mask if isinstance(mask, DTensor) else as_whole(part_like(mask, base), base)
 
     def describe(self) -> dict[str, Any]:
         """Describe the training for the provenance of a mask, as plain values; empty if no weights are trained."""

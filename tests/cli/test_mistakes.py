@@ -250,7 +250,7 @@ def test_a_config_that_holds_no_settings(verb: str, tmp_path: Path, capsys) -> N
 def test_one_kind_of_file_for_another(finished: Run, tmp_path: Path, capsys) -> None:
     out, checkpoints = f"--output_dir={tmp_path / 'out'}", finished.checkpoint.parent
     for words, says in (
-        ([f"--mask={checkpoints}"], "is a folder, not a MaskSet file. Name "),
+        ([f"--mask={tmp_path}"], "is a folder without a mask.safetensors. Name a MaskSet file, or a folder that has"),
         ([f"--mask={finished.checkpoint}"], "Use --ckpt_path"),
         ([f"--ckpt_path={checkpoints}"], "last.ckpt"),
         ([f"--ckpt_path={finished.mask}"], "Give a mask with --mask"),

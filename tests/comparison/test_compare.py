@@ -85,7 +85,7 @@ def test_refuses_in_one_line(write_result, tmp_path):
         "Nothing to compare": [],
         "named twice": [good, good],
         "no such file": [str(tmp_path / "gone.json")],
-        r"holds no mask\.safetensors": [str(tmp_path / "folder")],
+        r"is a folder without a mask\.safetensors": [str(tmp_path / "folder")],
         "no result of leap_pl evaluate": [write_result("other", {"a": 1})],
         "there is no such checkpoint": [str(tmp_path / "gone.ckpt")],
         **lacking,

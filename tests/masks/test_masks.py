@@ -293,7 +293,15 @@ def test_files_of_other_kinds(tmp_path: Path, content: bytes) -> None:
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert "no such MaskSet" in refused(tmp_path / "none")
-    assert "is a folder, not a MaskSet file" in refused(tmp_path)
+    assert "is a folder without a mask.safetensors" in refused(tmp_path)
+
+
+def test_a_folder_that_has_it(tmp_path: Path) -> None:
+    masks = MaskSet({"a.weight": torch.ones(2, 4, dtype=torch.bool)}, ORIGIN)
+    for place in ("exported", "run/checkpoints"):
+        (tmp_path / place).mkdir(parents=True)
+        masks.save(tmp_path / place / "mask.safetensors")
+        assert MaskSet.load(tmp_path / place.partition("/")[0]).digest_of_bits() == masks.digest_of_bits()
 
 
 # -- on a model -------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
 from leap_pl.comparison.entries import read_entries
+from leap_pl.export.method import decisive_settings
 from leap_pl.masks.bits import pack
 from leap_pl.training.checkpoint_weights import weights_from_checkpoint
 from leap_pl.training.weights import Placed, WeightTraining, parameters_of
@@ -124,7 +125,13 @@ def test_mask_and_weights_in_one_run(model_folder: Path, text_file: Path, tmp_pa
     exact_zeros(weights_in(tmp_path / "whole"), masks)
     groups = whole.checkpoint["optimizer_states"][0]["param_groups"]
     assert [group["initial_lr"] for group in groups] == [1e-3, 1e-2]
+    drawn = curves(tmp_path / "whole" / "tensorboard")
+    rates = [drawn[f"schedule/learning_rate{of}"] for of in ("", "_of_weights")]
+    assert max(rates[0].values()) < max(rates[1].values()) == pytest.approx(1e-2)
     config = masks.provenance.config
+    told = decisive_settings(masks.provenance)
+    assert (told["learning rate"], told["learning rate of weights"], told["trained weights"]) == ("0.001", "0.01", kind)
+    assert "text that the mask was made with" not in told
     assert config["train_weights"]["kind"] == kind
     assert ("r" in config["train_weights"]) == (kind == "lora")
     assert len(config["optimizer"]["groups"]) == 2
