@@ -83,16 +83,17 @@ def owl_sparsities(
         UserError: A block's sparsity would be below 0 or not below 1.
     """
     options = options or OwlOptions()
-    shares = []
+    shares: list[float | None] = []
     sizes = [sum(matrix.view(matrix.weight.parameter).numel() for matrix in block) for block in matrices]
     for index in walk:
         shares.append(_outlier_share(walk, index, matrices[index], options.threshold))
-    lowest, highest = min(shares), max(shares)
-    width = highest - lowest
-    densities = [2 * options.spread * (share - lowest) / width if width else 0.0 for share in shares]
-    total = sum(sizes)
-    mean = sum(d * size for d, size in zip(densities, sizes, strict=True)) / total
-    allocated = [sparsity + mean - density for density in densities]
+    known = [share for share in shares if share is not None]
+    lowest, width = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
+    densities = [None if share is None else 2 * options.spread * (share - lowest) / (width or 1) for share in shares]
+    counted = [(density, size) for density, size in zip(densities, sizes, strict=True) if density is not None]
+    mean = sum(density * size for density, size in counted) / max(sum(size for _, size in counted), 1)
+    # Blocks of which nothing is known have the overall sparsity.
+    allocated = [sparsity if density is None else sparsity + mean - density for density in densities]
     if min(allocated) < 0 or max(allocated) >= 1:
         raise UserError(
             f"OWL allocates sparsities from {min(allocated):.3f} to {max(allocated):.3f} for --sparsity {sparsity:g}, "
@@ -101,7 +102,8 @@ def owl_sparsities(
     return allocated
 
 
-def _outlier_share(walk: Walk, index: int, matrices: Sequence[Matrix], threshold: float) -> float:
+def _outlier_share(walk: Walk, index: int, matrices: Sequence[Matrix], threshold: float) -> float | None:
+    """Return the share of outliers among the scores of a block; None if it has none, as without weights to prune."""
     found = walk.observe(index, matrices, gram=False, advance=True)
     scores: list[Tensor] = [
         wanda_scores(matrix.dense(), found[matrix.name].mean_square).flatten()
@@ -109,6 +111,6 @@ def _outlier_share(walk: Walk, index: int, matrices: Sequence[Matrix], threshold
         if matrix.name in found
     ]
     if not scores:
-        return 0.0
+        return None
     every = torch.cat(scores)
     return float((every > threshold * every.mean()).float().mean())

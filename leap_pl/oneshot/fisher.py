@@ -27,7 +27,7 @@ from leap_pl.losses.language import language_losses
 from leap_pl.losses.objective import Objective
 from leap_pl.masks.patterns import ByRow
 from leap_pl.masks.top_k import exact_top_k
-from leap_pl.oneshot.inputs import Matrix, ProductWatch
+from leap_pl.oneshot.inputs import Matrix, Part, ProductWatch
 from leap_pl.oneshot.walk import WalkOptions, eager_experts, on_device
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def fisher_allocation(
 
     Returns:
         Matrix name → its sparsity, and the number of weights that each row keeps, within half a weight of the row's
-        share. A matrix that no token reached counts as having the overall density, in every row.
+        share. A matrix that no token reached has about the overall density, in every row.
 
     Raises:
         UserError: A matrix got no gradient, or its moments are not finite.
@@ -121,7 +121,7 @@ def fisher_allocation(
     shapes = {matrix.name: matrix.view(matrix.weight.parameter).shape for matrix in matrices}
     kept = round((1 - sparsity) * sum(shapes[matrix.name].numel() for matrix in costs.matrices))
     # Log-odds of the densities that the threshold gives: of each matrix, and of each of its rows.
-    odds = {name: torch.zeros((), dtype=torch.float64, device="cpu") for name in shapes}
+    odds = dict.fromkeys(shapes, torch.tensor(1 - sparsity, dtype=torch.float64, device="cpu").logit())
     row_odds = {name: torch.zeros(shape[0], dtype=torch.float64, device="cpu") for name, shape in shapes.items()}
     for matrix, cost_OI, cut in zip(costs.matrices, costs, exact_top_k(costs, kept), strict=True):
         mask_OI = cut.mask(cost_OI)
@@ -189,7 +189,7 @@ def measure_moments(
     walk = walk or WalkOptions()
     moments: dict[str, Moments] = {}
 
-    def see(matrix: Matrix, inputs: Tensor, output: Tensor, part: int | None) -> None:
+    def see(matrix: Matrix, inputs: Tensor, output: Tensor, part: Part) -> None:
         if not inputs.numel() or not output.requires_grad:
             return
         own = moments.setdefault(matrix.name, Moments())

@@ -119,14 +119,16 @@ class InputStatistics:
         return sum(float((part_NI @ matrix_OI.T).square().sum()) for part_NI in self.sample)
 
 
-Sink = Callable[[Matrix, Tensor, Tensor, int | None], None]
+Part = tuple[int, Tensor] | None
+Sink = Callable[[Matrix, Tensor, Tensor, Part], None]
 
 
 class ProductWatch(TorchFunctionMode):
     """Mode that calls ``sink(matrix, inputs, output, part)`` after every product of inputs with a watched matrix.
 
     ``output`` is that of the whole product. If that is a batched product of several experts, ``part`` is the index of
-    the matrix's output in it, else None.
+    the matrix's output in it, else None. Such a product has a row of zeros for every token that another expert gets
+    (Llama 4): these are not among the inputs.
     """
 
     def __init__(self, matrices: Iterable[Matrix], sink: Sink) -> None:
@@ -164,7 +166,8 @@ class ProductWatch(TorchFunctionMode):
                 return
             if weight.ndim == 3 and weight.shape[0] == len(stack) == inputs.shape[0]:
                 for expert, matrix in enumerate(stack):
-                    self.sink(matrix, inputs[expert], output, expert)
+                    used = inputs[expert].detach().any(-1)
+                    self.sink(matrix, inputs[expert][used], output, (expert, used))
             elif weight.ndim == 2:
                 bytes_each = parameter.numel() * parameter.element_size() // len(stack)
                 self.sink(stack[(address - first) // bytes_each], inputs, output, None)

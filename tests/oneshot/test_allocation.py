@@ -56,6 +56,14 @@ def test_owl_is_its_formula(threshold: float) -> None:
     assert found == pytest.approx((0.6 + above.mean() - above).tolist(), abs=1e-4)
     middle = sorted(above.tolist())[1:3]
     assert all(1e-3 < share < 2 * 0.06 - 1e-3 for share in middle)
+    # A block without weights to prune has no share of outliers, not one of 0.
+    some = find_weights(model, ["re:.*layers.[013].*"])
+    with Walk(model, BLOCKS, WalkOptions(keep=True)) as walk:
+        found = owl_sparsities(walk, by_block(model, some), 0.6, options)
+    known = shares[[0, 1, 3]]
+    above = 2 * 0.06 * (known - known.min()) / (known.max() - known.min())
+    assert [found[0], found[1], found[3]] == pytest.approx((0.6 + above.mean() - above).tolist(), abs=1e-4)
+    assert found[2] == 0.6
 
 
 def test_sparsities_of_a_file_that_never_ends(tmp_path: Path) -> None:
