@@ -38,7 +38,8 @@ class Checkpoints(SavingCheckpoint):
     - SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C) are handled after the current micro-batch: a checkpoint is
       written, and the process ends with status 128 + the signal's number (143, 138, 130). Under SLURM's auto-requeue
       the job is then requeued. The same signal again, after a second or more, ends the process at once.
-    - If reading the text fails (such as on a network failure), a checkpoint is written before the run ends.
+    - If reading the text fails (such as on a network failure), a checkpoint is written before the run ends; with
+      several ranks the last one at an interval counts, since the others are within a step.
     - A validation that was due when the run was stopped is run on resume.
     - A run that Lightning ends before its last step (``trainer.max_time``, early stopping) writes a checkpoint of its
       current step and a message, without an extra validation.
@@ -262,6 +263,14 @@ class Checkpoints(SavingCheckpoint):
         if not self.every_minutes:
             return False
         return bool(trainer.strategy.broadcast(time.monotonic() - self._written >= 60 * self.every_minutes))
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the state of a run that saved at other intervals: its newest checkpoints are this run's to remove."""
+        states = checkpoint.get("callbacks") or {}
+        same = f"{type(self).__qualname__}{{'monitor': {self.monitor!r}, 'mode': {self.mode!r}, "
+        former = [key for key in states if str(key).startswith(same)]
+        if self.state_key not in states and len(former) == 1:
+            states[self.state_key] = states[former[0]]
 
     def state_dict(self) -> dict[str, Any]:
         """Return Lightning's state and the step of the last validation."""

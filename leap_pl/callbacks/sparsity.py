@@ -147,7 +147,7 @@ class SparsityLogger(L.Callback):
         pl_module.check_finite(logits=True)
         self.last_step = step
         metrics = self.measure(pl_module)
-        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        rates = pl_module.rates  # of the step: the optimizer has those of the next one
         metrics["schedule/learning_rate"] = rates[0]
         if len(rates) > 1:  # of masks, and of weights
             metrics["schedule/learning_rate_of_weights"] = rates[1]
@@ -202,6 +202,8 @@ class SparsityLogger(L.Callback):
         )
         if not isinstance(module.gates.first, FixedGate):  # of which no setting of the run says anything
             self._warn_of_extremes(bits, 1 - module.sparsity)
+        if module.trained:
+            module.choose_hard_masks()  # those of now, also after a resume
         metrics |= _movements(module.trained.movements())
         if self.prior_bits:
             metrics["mask/changed_from_prior"] = _difference(bits, self.prior_bits)

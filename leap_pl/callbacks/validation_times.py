@@ -1,4 +1,4 @@
-"""Callback that spreads validations evenly over a run, the last after the last step."""
+"""Callback that validates after the last step of a run, and spreads other validations evenly over it."""
 
 from typing import Any
 
@@ -10,12 +10,18 @@ TIMES = 10
 class ValidationTimes(L.Callback):
     """Callback that validates about ten times a run, and in any case after its last step.
 
-    The command line adds it where ``trainer.val_check_interval`` is not set. A short run validates less often, so that
-    validation reads no more blocks than learning does. What is learned does not depend on validation.
+    A short run validates less often, so that validation reads no more blocks than learning does. What is learned does
+    not depend on validation.
     """
+
+    def __init__(self, spread: bool = True) -> None:
+        """Set whether to ``spread`` validations; else those before the last follow ``trainer.val_check_interval``."""
+        self.spread = spread
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set the interval, in micro-batches, at which Lightning validates."""
+        if not self.spread:
+            return
         batches = int(sum(trainer.num_val_batches))
         times = max(1, min(TIMES, trainer.max_steps * trainer.accumulate_grad_batches // max(1, batches)))
         trainer.val_check_batch = -(-trainer.max_steps // times) * trainer.accumulate_grad_batches

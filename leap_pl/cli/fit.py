@@ -334,8 +334,7 @@ class LeapCLI(LightningCLI):
         asked = (self.config_init if verb is None else self.config_init[verb]).trainer
         if asked.enable_progress_bar is False:
             self.parsers[verb].callback_keys.remove("progress")
-        if asked.val_check_interval is None:
-            self.trainer_defaults["callbacks"].append(ValidationTimes())
+        self.trainer_defaults["callbacks"].append(ValidationTimes(spread=asked.val_check_interval is None))
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:

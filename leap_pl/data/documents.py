@@ -145,10 +145,12 @@ class Blemishes:
     """Counter of the invalid records of a file, which are skipped or repaired.
 
     The first of each kind is reported at once, with its position; their number is reported at the end of the file.
+    With ``silent`` nothing is reported: the records are of a share that is not read.
     """
 
-    def __init__(self, file: str, unit: str) -> None:
+    def __init__(self, file: str, unit: str, *, silent: bool = False) -> None:
         self.file = file
+        self.silent = silent
         self.unit = unit  # "line" or "row"
         self.first_skipped = ""
         self.skipped = 0
@@ -160,7 +162,7 @@ class Blemishes:
         if skipped:
             self.skipped += 1
             self.first_skipped = self.first_skipped or what
-        if kind not in self._counts:
+        if kind not in self._counts and not self.silent:
             warn(f"{self.file}: {what}; it is {'skipped' if skipped else 'replaced by U+FFFD'}.")
         self._counts[kind] = self._counts.get(kind, 0) + 1
 

@@ -31,6 +31,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".txt")
 TEXT_PART_BYTES = 1 << 18
 LONGEST_LINE = 1 << 26  # bytes: a line is parsed as a whole, which may take thirty times as much memory
 _BOM = b"\xef\xbb\xbf"
+EMPTY = chained("", b"")  # digest of a file without a record, read to its end: "" means that it is not known
 
 Documents = Generator[Document, None, str | None]
 """Generator of a file's documents that returns its digest."""
@@ -98,7 +99,7 @@ class LocalFiles:
                 if place >= end:
                     break
                 digest = chained(digest, record)
-        return digest
+        return EMPTY if until is None and digest == "" else digest
 
     def read(self, shard: int, state: State | None) -> Documents:
         """Yield the documents of file ``shard`` from ``state`` on, and return the file's digest.
@@ -112,14 +113,15 @@ class LocalFiles:
         readers = {".txt": self._read_text, ".parquet": self._read_parquet}
         reader = readers.get(file.suffix.lower(), self._read_json_lines)
         if check_regular(file) == 0 and file.suffix.lower() != ".parquet":
-            return digest_in(state or {})
+            return EMPTY
         with _reading(file):
-            return (yield from reader(shard, file, state or {}))
+            digest = yield from reader(shard, file, state or {})
+        return EMPTY if digest == "" else digest
 
     def _read_json_lines(self, shard: int, file: Path, state: State) -> Documents:
         blemishes, digest = Blemishes(str(file), "line"), digest_in(state)
         line, byte = state.get("line", 0), state.get("byte", 0)
-        from_start, used = line == 0, 0
+        none_good = line == 0  # of any share: a file is refused for what it is, not for one line
         textless = Textless(str(file), "line")
         with _opened(file) as handle:
             handle.seek(byte)
@@ -129,28 +131,33 @@ class LocalFiles:
                 rest = _skip_rest(handle, raw, textless)
                 byte += rest
                 digest = chained(digest, _record(raw, rest))
-                if not in_share(self.share, shard, ordinal):
+                inside = in_share(self.share, shard, ordinal)
+                if not inside and not none_good:
                     continue
-                textless.read(len(raw), records=0, why=blemishes.first_skipped)
+                noted = blemishes if inside else Blemishes(str(file), "line", silent=True)
+                if inside:
+                    textless.read(len(raw), records=0, why=blemishes.first_skipped)
                 if rest:
-                    blemishes.note(ordinal, f"has more than {LONGEST_LINE:,} bytes", skipped=True)
+                    noted.note(ordinal, f"has more than {LONGEST_LINE:,} bytes", skipped=True)
                     continue
-                record = _parsed(raw.removeprefix(_BOM) if ordinal == 0 else raw, ordinal, blemishes)
+                record = _parsed(raw.removeprefix(_BOM) if ordinal == 0 else raw, ordinal, noted)
                 if record is None:
                     continue
                 if self.text_column not in record:
-                    if from_start and not used:
+                    if none_good:
                         raise no_column(file, self.text_column, list(record))
-                    blemishes.note(ordinal, f"has no {self.text_column!r}", skipped=True)
+                    noted.note(ordinal, f"has no {self.text_column!r}", skipped=True)
                     continue
-                text = self._checked(record[self.text_column], ordinal, blemishes)
-                if text is not None:
-                    used += 1
+                text = self._checked(record[self.text_column], ordinal, noted)
+                if text is None:
+                    continue
+                none_good = False
+                if inside:
                     if text.strip():
                         textless.found()
                     yield Document(text, {"line": line, "byte": byte, "digest": digest})
         blemishes.total()
-        if from_start and not used and blemishes.skipped:
+        if none_good and blemishes.skipped:
             raise UserError(
                 f"{file}: none of the {blemishes.skipped} lines read is a JSON object with a text; "
                 f"{blemishes.first_skipped}. Give one object a line, such as {{{json.dumps(self.text_column)}: "

@@ -2,6 +2,7 @@
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 from leap_pl.data.documents import Document, Reading, Shards, Share, State, digest_in, hashed, warn
 from leap_pl.data.hub import HubDataset
 from leap_pl.data.local import SUFFIXES, LocalFiles
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 from leap_pl.inputs.reading import check_regular
 from leap_pl.inputs.register import note_input
 
@@ -86,6 +87,12 @@ class TextSource:
             others = [name for name in names if not _local_files(name)]
             if others:
                 raise UserError(f"There is no file {others[0]!r}, and hub ids cannot be listed with local files.")
+            twice = [file for file, count in Counter(file.resolve() for file in files).items() if count > 1]
+            if twice:  # held-out text is so by the number of its file
+                raise UserError(
+                    f"{listing(list(map(str, twice)), most=3)} is named twice in the text: its held-out part would be "
+                    "trained on. Name each file once, or give a copy of it, or validation text of its own."
+                )
             return cls(LocalFiles(files, text_column, share), seed)
         if len(names) > 1:
             raise UserError(f"No file of this list exists: {', '.join(names)}. Name files, or a single hub id.")

@@ -8,6 +8,7 @@ or looked up.
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -145,7 +146,16 @@ def checked(schema: "TypeAdapter[Any]", value: Any) -> Any:
         raise ValueError(f"'{place}' is missing or invalid ({wrong}{found})") from error
 
 
-def read(value: Any, kind: Any, where: str) -> Any:
+def plain_paths(value: Any) -> Any:
+    """Return ``value`` with its paths as strings, also in a list or dictionary: checkpoints hold plain values."""
+    if isinstance(value, dict):
+        return {name: plain_paths(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_paths(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def read(value: Any, kind: Any, where: str, remedy: str = REMEDY) -> Any:
     """Return ``value``, read from a checkpoint, as an instance of ``kind`` built from plain values only.
 
     Numbers, strings and booleans are not converted into each other; an unknown name is refused. Nothing is imported
@@ -155,6 +165,7 @@ def read(value: Any, kind: Any, where: str) -> Any:
         value: Dictionaries, lists, strings, numbers, booleans and None.
         kind: Type that pydantic supports: a plain one, a Literal, a container of these or a dataclass.
         where: File and setting, for the message.
+        remedy: Sentence that ends the message.
 
     Raises:
         UserError: The value is not of this type, or not plain.
@@ -168,13 +179,13 @@ def read(value: Any, kind: Any, where: str) -> Any:
         first = error.errors(include_url=False)[0]
         path = ".".join(shown(str(part)) for part in first["loc"])
         if first["type"] == "missing":
-            raise UserError(f"{where} lacks {path}. {REMEDY}") from None
+            raise UserError(f"{where} lacks {path}. {remedy}") from None
         place = f"{where}.{path}" if path else where
         if first["type"] == "value_error":  # raised by a dataclass itself
-            raise UserError(f"{place}: {first['msg'].removeprefix('Value error, ').rstrip('.')}. {REMEDY}") from None
-        raise UserError(f"{place} is {display(first['input'])}: {first['msg'].lower()}. {REMEDY}") from None
+            raise UserError(f"{place}: {first['msg'].removeprefix('Value error, ').rstrip('.')}. {remedy}") from None
+        raise UserError(f"{place} is {display(first['input'])}: {first['msg'].lower()}. {remedy}") from None
     except (TypeError, ValueError, RecursionError):
-        raise UserError(f"{where} is not a plain value ({display(value)}). {REMEDY}") from None
+        raise UserError(f"{where} is not a plain value ({display(value)}). {remedy}") from None
 
 
 def display(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from leap_pl.losses.budget import Budget, KeptNorm
 from leap_pl.losses.language import LanguageLosses, Logits, language_losses
 from leap_pl.losses.term import MicroBatch, Term
 
+Scope = Literal["global", "layer"]
 TOTAL = "loss"  # key of the weighted sum, among the terms' names
 TAKEN = (TOTAL, "total", "lm", "distillation", Budget.name, KeptNorm.name)  # names that extra terms cannot have
 
@@ -66,7 +67,7 @@ class Objective:
     distillation: float = 0.0
     temperature: float = 1.0
     budget: float = 7.0
-    budget_scope: Literal["global", "layer"] = "global"
+    budget_scope: Scope = "global"
     weight: float = 10.0
     chunk: int = 512
     extra: Sequence[Term] = ()
@@ -75,6 +76,10 @@ class Objective:
         if not isinstance(self.extra, list | tuple):
             raise UserError(f"objective.extra is {display(self.extra)}; give a list of terms.")
         object.__setattr__(self, "extra", tuple(self.extra))
+        if self.budget_scope not in get_args(Scope):
+            raise UserError(
+                f"objective.budget_scope is {display(self.budget_scope)}; give {' or '.join(get_args(Scope))}."
+            )
         negative = [k for k in ("lm", "distillation", "budget", "weight") if getattr(self, k) < 0]
         if negative:
             raise UserError(f"objective.{negative[0]} is {getattr(self, negative[0])}; a weight is 0 or more.")

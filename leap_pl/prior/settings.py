@@ -8,6 +8,7 @@ import torch
 
 from leap_pl.distributed.strategy import RankZero
 from leap_pl.errors import UserError, listing
+from leap_pl.inputs.plain_values import plain_paths
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.masks import MaskSet
 from leap_pl.masks.bits import pack, unpack
@@ -59,6 +60,9 @@ class Prior:
     cache_dir: str | None = "~/.cache/leap_pl/priors"
 
     def __post_init__(self, inner_mask: str | None) -> None:
+        for name in ("mask", "masks", "cache_dir"):
+            object.__setattr__(self, name, plain_paths(getattr(self, name)))
+        inner_mask = plain_paths(inner_mask)
         if inner_mask is not None:
             masks = {"inner": inner_mask} | (self.masks or {})
             if masks["inner"] != inner_mask:

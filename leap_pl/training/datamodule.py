@@ -3,7 +3,7 @@
 from itertools import islice
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,14 @@ from leap_pl.data.packing import BlockStream, Separator, digest_of_text
 from leap_pl.data.source import TextSource
 from leap_pl.distributed.strategy import data_rank
 from leap_pl.errors import UserError
+from leap_pl.inputs.plain_values import display, plain_paths
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.transfers import pinned
 from leap_pl.training.run_length import check_run_length
 
 FORMAT = 2  # 1 had no digests of the text
+CHOICES: dict[str, tuple[str, ...]] = {"separator": get_args(Separator), "bos": get_args(Bos)}
+TEXTS = ("tokenizer_name", "text", "validation_text")  # settings that may be paths
 
 
 class TextDataModule(LightningDataModule):
@@ -135,6 +138,9 @@ class TextDataModule(LightningDataModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; after a setting has changed, the text is opened again when it is next used."""
+        if name in CHOICES and value not in CHOICES[name]:
+            raise UserError(f"data.{name} is {display(value)}; give one of {', '.join(CHOICES[name])}.")
+        value = plain_paths(value) if name in TEXTS else value
         changes = name in DATA and vars(self).get(name, value) != value
         super().__setattr__(name, value)
         if changes:
@@ -394,13 +400,15 @@ class TextDataModule(LightningDataModule):
 
     def _open(self, share: Share) -> TextSource:
         held_out = share == "held_out"
+        of_validation = self.validation_config_name if self.validation_text is None else None
+        config_name = of_validation or self.config_name
         return TextSource.open(
             self.text,
-            config_name=self.config_name,
+            config_name=config_name if held_out else self.config_name,
             split=self.validation_split if held_out else self.split,
             text_column=self.text_column,
             share=share,
-            divide_split=self.validation_split == self.split,
+            divide_split=(self.validation_split, config_name) == (self.split, self.config_name),
             seed=None if held_out else self.seed,
         )
 

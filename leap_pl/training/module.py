@@ -20,6 +20,7 @@ from leap_pl.distributed.strategy import data_rank, has_buckets, mean_over_ranks
 from leap_pl.errors import UserError
 from leap_pl.gates import PART, BernoulliGate, FixedGate, Gate, GateState
 from leap_pl.gates.gate import Mode
+from leap_pl.inputs.plain_values import plain_paths
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import MicroBatch
@@ -31,8 +32,10 @@ from leap_pl.training.fixed_mask import FixedMask
 from leap_pl.training.gated_module import GatedModule
 from leap_pl.training.optimizers import check_rounding
 from leap_pl.training.run_settings import (
+    check_types,
     describe_objective,
     find_classes,
+    of_trainer,
     read_settings,
     take_terms,
 )
@@ -131,6 +134,7 @@ class LeapModule(GatedModule):
             weights: Folder of a model whose weights training starts from, such as those that ``leap_pl prune`` has
                 updated for the same mask.
         """
+        base_model, mask, weights = map(plain_paths, (base_model, mask, weights))
         # Checkpoints store settings as plain dictionaries.
         prior = Prior(**prior) if isinstance(prior, dict) else prior
         if isinstance(weight_training, dict):
@@ -170,6 +174,7 @@ class LeapModule(GatedModule):
         self.hparams.update(sparsity=self.sparsity, warmup_steps=self.warmup_steps)
         self.terms: dict[str, Tensor] = {}
         self.gradient_norm: Tensor | None = None  # of the current optimizer step, before clipping
+        self.rates: list[float] = []  # learning rates of that step, of masks and of weights
         self._at_start = False  # whether the logits are those that a fit begins with, of its prior
         self.norms: list[tuple[int, Tensor]] = []  # (step, gradient norm) that were not checked yet
         self._harden(0.0)
@@ -231,7 +236,7 @@ class LeapModule(GatedModule):
             probe = self.optimizer_of([nn.Parameter(torch.zeros(1, 1, device="cpu"))])
             check_rounding(probe, self.logits_dtype)
             check_clipping(self.trainer, probe)
-            self._described_optimizer()
+            check_types(self.learned_with() | of_trainer(self.trainer, getattr(self.trainer, "datamodule", None)))
         super().configure_model()
         self._at_start = self._at_start or (made and self._fitting())
 
@@ -374,6 +379,7 @@ class LeapModule(GatedModule):
             NonFiniteError: A gradient is infinite or NaN.
         """
         self.gradient_norm, self._at_start = None, False
+        self.rates = [group["lr"] for group in optimizer.param_groups]
         if self.trainer.precision == "16-mixed":
             return  # the gradient scaler skips steps with such gradients
         self.gradient_norm = finite.norm_of_gradients(self._learned())

@@ -38,5 +38,11 @@ def check_run_length(trainer: "Trainer") -> None:
     limit = trainer.limit_train_batches
     if isinstance(limit, int) or limit != 1.0:
         raise UserError(f"trainer.limit_train_batches is {limit}, and would read the same blocks again. {steps}")
+    interval, batches = trainer.val_check_interval, trainer.max_steps * trainer.accumulate_grad_batches
+    if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
+        raise UserError(
+            f"trainer.val_check_interval is {interval:,}, and the run has {batches:,} micro-batches. Lower it, "
+            "or leave it and trainer.check_val_every_n_epoch out."
+        )
     if trainer.max_epochs == 0:
         raise UserError(f"trainer.max_epochs is 0, and nothing would be learned. Leave it out. {steps}")

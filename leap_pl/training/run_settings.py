@@ -145,6 +145,17 @@ def of_trainer(trainer: "L.Trainer", data: Any) -> Settings:
     return taken(settings)
 
 
+def check_types(settings: Mapping[str, Any]) -> None:
+    """Check that a checkpoint with these ``settings`` can be read back.
+
+    Raises:
+        UserError: A setting, which only Python code can have given, is not of its type.
+    """
+    for name, value in settings.items():
+        if name in TYPES:
+            read(value, TYPES[name], name, "A checkpoint could not hold it.")
+
+
 def describe_objective(objective: Objective) -> Settings:
     """Describe an ``objective`` by its weights, and its ``extra`` terms, if any, by class and settings."""
     settings: Settings = {field.name: getattr(objective, field.name) for field in fields(objective)}

@@ -189,6 +189,8 @@ class CompactMaster(Master):
     def resize(self, count: int) -> None:
         """Make room for ``count`` kept weights, which a checkpoint has."""
         self.master.data = self.master.data.new_zeros(count)
+        if self.master.grad is not None:
+            self.master.grad = torch.zeros_like(self.master.data)
 
 
 class Placed(torch.autograd.Function):

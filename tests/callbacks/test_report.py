@@ -143,7 +143,8 @@ def test_learning_on_a_sparse_model_says_so_and_goes_on(text_file, tmp_path: Pat
     [
         (["--trainer.max_steps=25", "--trainer.accumulate_grad_batches=1"], [*range(0, 25, 3), 25]),
         (["--trainer.max_steps=3", "--data.validation_sequences=8"], [0, 3]),  # 6 micro-batches, 4 of validation
-        (["--trainer.max_steps=3", "--trainer.val_check_interval=4"], [0, 2]),
+        (["--trainer.max_steps=3", "--trainer.val_check_interval=4"], [0, 2, 3]),
+        (["--trainer.max_steps=3", "--trainer.val_check_interval=4000"], [0, 3]),
     ],
 )
 def test_validations_are_about_ten(words, steps, model_folder, text_file, tmp_path: Path, monkeypatch) -> None:

@@ -172,6 +172,17 @@ def test_one_at_least_so_often(model_folder, text_file, tmp_path: Path) -> None:
     assert kept(tmp_path / "b") == ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]  # at validations
 
 
+def test_a_run_that_resumes_with_another_interval_keeps_the_newest_two(model_folder, text_file, tmp_path: Path) -> None:
+    words = flags(model_folder, text_file, tmp_path, "--checkpoint.every_n_train_steps=1")
+    words = [word for word in words if not word.startswith("--checkpoint.save_top_k")]
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, "training_step", 10, send(signal.SIGTERM))  # of three a step
+        stopped(words)
+    assert kept(tmp_path) == ["last.ckpt", "step=2.ckpt", "step=3.ckpt"]
+    main([*words, "--checkpoint.every_n_train_steps=4", "--ckpt_path=last"])
+    assert kept(tmp_path) == ["last.ckpt", "step=3.ckpt", "step=4.ckpt"]
+
+
 def test_curves_are_on_the_disk_before_the_checkpoint(model_folder, text_file, tmp_path: Path, monkeypatch) -> None:
     """A run that is killed right behind a checkpoint does not draw again what lies before it."""
     seen: dict[int, int] = {}

@@ -268,6 +268,10 @@ def test_one_kind_of_file_for_another(finished: Run, tmp_path: Path, capsys) -> 
         ("--trainer.devices=1000", "processes"),  # no process of which is started
         ("--trainer.enable_checkpointing=false", "set --checkpoint.save_top_k 0 --checkpoint.save_last false"),
         ("--data.seq_length=1", "data.seq_length is 1; give 2 or more"),
+        (
+            "--trainer.check_val_every_n_epoch=1 --trainer.val_check_interval=99999",
+            "trainer.val_check_interval is 99,999, and the run has 12 micro-batches. Lower it, or leave it and trainer",
+        ),
         ("--model.optimizer.lr=-1", "model.optimizer.lr is -1; give a number from 0 to 10"),
         ("--trainer.max_steps=0", "trainer.max_steps is 0"),
     ],
@@ -280,4 +284,4 @@ def test_settings_that_would_learn_nothing(
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr("torch.multiprocessing.start_processes", popen)
-    assert says in failing(capsys, fit_flags(model_folder, text_file, tmp_path, flags))
+    assert says in failing(capsys, fit_flags(model_folder, text_file, tmp_path, *flags.split()))

@@ -17,6 +17,7 @@ from tiny import byte_tokenizer
 
 from leap_pl.data import TextDataModule, local
 from leap_pl.data.local import LocalFiles
+from leap_pl.data.packing import digest_of_text
 from leap_pl.errors import UserError
 
 TOKENIZER = byte_tokenizer()
@@ -57,6 +58,21 @@ def rest(data: TextDataModule, state: dict[str, Any], batches: int = 20) -> list
 @pytest.fixture(autouse=True)
 def _short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "TEXT_PART_BYTES", 64)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".txt", ".parquet"])
+def test_an_empty_file_leaves_the_digest_known(kind: str, tmp_path: Path) -> None:
+    """And text that is added to it is noticed, once it was passed."""
+    files = [write(tmp_path / f"{name}{kind}", DOCUMENTS * (name != "b")) for name in "abc"]
+    data = module_for(*files, seed=0)
+    before = stopped_after(data, 1)
+    full = stopped_after(data, 80)
+    assert [len(digest or "") for digest in full["position"]["digests"]] == [64] * 3
+    assert digest_of_text(full["position"]) is not None
+    write(files[1], ["something new"])
+    rest(module_for(*files, seed=0), before, 1)
+    with pytest.raises(UserError, match=rf"b\{kind}, all of which was read, has changed"):
+        rest(module_for(*files, seed=0), full)
 
 
 @pytest.mark.parametrize("kind", KINDS)

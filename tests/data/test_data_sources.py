@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from tiny import byte_tokenizer
 
 from leap_pl.data import BlockStream, TextSource, local
-from leap_pl.data.documents import Share, mended
+from leap_pl.data.documents import Share, in_share, mended
 from leap_pl.data.hub import TRIES, HubDataset
 from leap_pl.data.local import LocalFiles
 from leap_pl.errors import UserError
@@ -130,6 +131,37 @@ def test_bad_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     assert "line 4 has int, not text, under 'text'; it is skipped." in said
     assert "line 8 has no 'text'; it is skipped." in said
     assert "2 lines like this: line is not a JSON object." in said
+
+
+def test_one_bad_line_that_is_alone_in_its_share_is_skipped(tmp_path: Path) -> None:
+    """A file is refused if no line of it is good, of whatever share."""
+    places = [n for n in range(60) if in_share("held_out", 0, n)]
+    for bad in ('{"a": 1}', "{not json"):
+        file = tmp_path / "a.jsonl"
+        lines = [json.dumps({"text": f"line {n}"}) for n in range(60)]
+        lines[places[0]] = bad
+        few = lines[: places[1]]  # the bad line is all of their held-out part
+        file.write_text("\n".join(few))
+        with pytest.warns(UserWarning, match=rf"line {places[0] + 1} .*skipped"):
+            assert list(LocalFiles([file], share="held_out").read(0, None)) == []
+        file.write_text("\n".join(lines))
+        with pytest.warns(UserWarning, match=rf"line {places[0] + 1} .*skipped"):
+            assert texts(file, share="held_out") == [f"line {n}" for n in places[1:]]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what is outside the share is not told
+            assert len(texts(file, share="train")) == 60 - len(places)
+        file.write_text("\n".join([bad] * 60))
+        for share in ("train", "held_out"):
+            with pytest.raises(UserError, match=r"has no column|none of the"):
+                texts(file, share=share)
+
+
+def test_a_file_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, ".jsonl")
+    (tmp_path / "link.jsonl").symlink_to(file)
+    for names in ([str(file)] * 2, [str(tmp_path / "*.jsonl")], [str(file), str(file.parent / "." / file.name)]):
+        with pytest.raises(UserError, match=r"is named twice in the text: its held-out part would be trained on"):
+            TextSource.open(names)
 
 
 def test_bytes_that_no_tokenizer_takes_are_mended(tmp_path: Path) -> None:
@@ -258,6 +290,22 @@ def test_a_run_validates_on_no_document_that_it_trains_on(hub: list[str]) -> Non
     assert 5 <= len(held_out) <= 30
     first = byte_tokenizer().decode(next(iter(data.val_dataloader()))["input_ids"].flatten()[:3].tolist())
     assert any(text.startswith(first) for text in held_out)
+
+
+def test_a_validation_configuration_of_a_hub_dataset(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without another validation text; the training split is then read whole."""
+    opened, real = [], TextSource.open
+
+    def noted(*args: Any, **settings: Any) -> TextSource:
+        opened.append((settings["config_name"], settings.get("divide_split")))
+        return real(*args, **settings)
+
+    monkeypatch.setattr(TextSource, "open", noted)
+    text: dict[str, Any] = {"text": "some/text", "tokenizer": byte_tokenizer(), "seq_length": 8, "config_name": "a"}
+    data = TextDataModule(validation_split="train", validation_config_name="b", **text)
+    next(iter(data.val_dataloader()))
+    next(data.stream.source.documents(repeat=False))
+    assert sorted(opened) == [("a", False), ("b", False)]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
 from leap_pl.callbacks import Checkpoints, RunReport, SparsityLogger
 from leap_pl.gates import BernoulliGate
+from leap_pl.losses.objective import Objective
 from leap_pl.oneshot.prune import prune
 from leap_pl.prior import Prior
 from leap_pl.training.batch import input_ids_of
@@ -199,6 +200,44 @@ def test_settings_of_text_that_change_after_its_use_are_used(
     other.write_text("something else " * 40)
     text.text = str(other)
     assert next(iter(text.stream.blocks())).tokens == byte_tokenizer()("something else s")["input_ids"]
+
+
+def test_paths_are_names(module: LeapModule, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Checkpoints hold plain values."""
+    prior = Prior(method="magnitude", cache_dir=tmp_path / "priors")  # type: ignore[arg-type]
+    learning = LeapModule(model_folder, dtype="float32", prior=prior)  # type: ignore[arg-type]
+    text = TextDataModule(text=[text_file], seq_length=16, validation_text=text_file)  # type: ignore
+    path = tmp_path / "step.ckpt"
+    run = trainer(max_steps=1)
+    run.fit(learning, text)
+    run.save_checkpoint(path)
+    loaded = LeapModule.load_from_checkpoint(path)
+    assert (loaded.base_model, loaded.run_prior.settings.cache_dir) == (str(model_folder), str(tmp_path / "priors"))
+    assert (text.text, text.validation_text) == ([str(text_file)], str(text_file))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda text: TextDataModule(text=text, separator="newline"),
+            r"separator is 'newline'; give one of end_token, bl",
+        ),
+        (lambda text: TextDataModule(text=text, bos="yes"), "bos is 'yes'; give one of every, first, none"),
+        (lambda text: setattr(TextDataModule(text=text), "bos", True), "bos is True; give one of every"),
+        (lambda text: Objective(budget_scope="layers"), "budget_scope is 'layers'; give global or layer"),
+        (lambda text: fitted(text, split=3), r"data.split is 3: .*valid string. A checkpoint could not hold it"),
+        (lambda text: fitted(text, tokenizer_revision=object()), "data.tokenizer_revision is not a plain value"),
+    ],
+)
+def test_what_a_checkpoint_could_not_hold_is_refused_before_the_run(make: Any, says: str, text_file: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        make(str(text_file))
+
+
+def fitted(text: str, **settings: Any) -> None:
+    module = LeapModule(text, prior=Prior(method="none"))  # no model is loaded
+    trainer(max_steps=1).fit(module, TextDataModule(byte_tokenizer(), text, seq_length=16, **settings))  # type: ignore[arg-type]
 
 
 def test_batches_of_other_loaders(module: LeapModule) -> None:

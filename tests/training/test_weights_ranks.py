@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 from conftest import Run, fit_flags
 from ranks import run_ranks
 from safetensors.torch import load_file
 from scaled_runs import BRIEF, ddp, sharded
+from stopped_runs import curves
 
 from leap_pl.checkpoints.folder import consolidated
 from leap_pl.cli.export import export_command
@@ -16,6 +18,7 @@ from leap_pl.masks import MaskSet
 SGD = ["--model.optimizer=SGD", "--model.optimizer.fused=false", "--model.optimizer.lr=0.05"]
 SGD += ["--model.weight_training.lr=0.05", "--model.weight_training.warmup_steps=1", "--trainer.gradient_clip_val=0.2"]
 SGD += ["--model.warmup_steps=1", "--model.objective.distillation=0.5"]
+COMPACT = "--model.weight_training.compact=true"
 LOW = ["--model.logits_dtype=bfloat16", "--model.optimizer=PackedAdamW", "--model.weight_training.lr=1e-2"]
 
 
@@ -24,7 +27,9 @@ def fit_all(rank: int, runs: list[list[str]]) -> None:
         main(words)
 
 
-def test_two_ranks(finished_run: Run, model_folder: Path, text_file: Path, tmp_path: Path, eager: None) -> None:
+def test_two_ranks(
+    finished_run: Run, model_folder: Path, text_file: Path, tmp_path: Path, eager: None, event_files_in_order: None
+) -> None:
     def flags(name: str, kind: str, *more: str) -> list[str]:
         more = (*BRIEF, "--checkpoint.every_n_train_steps=1", f"--model.train_weights={kind}", *more)
         words = fit_flags(model_folder, text_file, tmp_path / name, *more)
@@ -36,25 +41,32 @@ def test_two_ranks(finished_run: Run, model_folder: Path, text_file: Path, tmp_p
     def end(name: str) -> Path:
         return tmp_path / name / "checkpoints" / "weights.safetensors"
 
-    before = end("kept-folder").with_name("step=1.ckpt"), end("low-folder").with_name("step=1.ckpt")
+    before = [end(name).with_name("step=1.ckpt") for name in ("kept-folder", "low-folder", "compact-ddp")]
     runs = [
         flags("kept-ddp", "kept", *SGD, *ddp(2)),
         flags("kept-sharded", "kept", *SGD, *sharded(2)),
         flags("kept-folder", "kept", *SGD, *sharded(2, folder=True)),
         flags("kept-resumed", "kept", *SGD, *sharded(2, folder=True), f"--ckpt_path={before[0]}"),
+        flags("both-ddp", "kept", *SGD, *ddp(2)),
         flags("both-sharded", "kept", *SGD, *sharded(2)),
+        flags("lora-ddp", "lora", *SGD, *ddp(2)),
         flags("lora-sharded", "lora", *SGD, *sharded(2)),
+        flags("compact-ddp", "kept", COMPACT, *SGD, *ddp(2)),
+        flags("compact-resumed", "kept", COMPACT, *SGD, *ddp(2), f"--ckpt_path={before[2]}"),
         flags("low-folder", "kept", *LOW, *sharded(2, folder=True)),
         flags("low-resumed", "kept", *LOW, *sharded(2, folder=True), f"--ckpt_path={before[1]}"),
     ]
     run_ranks(2, fit_all, runs, folder=tmp_path / "said", seconds=300)
     base = load_file(model_folder / "model.safetensors")
-    for run in ("kept", "both", "lora"):
-        main(flags(f"{run}-one", "lora" if run == "lora" else "kept", *SGD, "--trainer.accumulate_grad_batches=4"))
+    for run in ("kept", "both", "lora", "compact"):
+        more = [*SGD, "--trainer.accumulate_grad_batches=4", *[COMPACT] * (run == "compact")]
+        main(flags(f"{run}-one", "lora" if run == "lora" else "kept", *more))
+        drawn = curves(tmp_path / f"{run}-one" / "tensorboard")["moved/all"]
         one, mask = load_file(end(f"{run}-one")), MaskSet.load(end(f"{run}-one").with_name("mask.safetensors"))
         assert any(name.endswith("model.norm.weight") for name in one) == (run != "lora")  # it is in no block
         for way in (way for way in ("ddp", "sharded", "folder") if end(f"{run}-{way}").exists()):
             found = load_file(end(f"{run}-{way}"))
+            assert curves(tmp_path / f"{run}-{way}" / "tensorboard")["moved/all"] == pytest.approx(drawn, rel=0.02)
             assert MaskSet.load(end(f"{run}-{way}").with_name("mask.safetensors")).digest_of_bits() == (
                 mask.digest_of_bits()
             )
@@ -63,8 +75,8 @@ def test_two_ranks(finished_run: Run, model_folder: Path, text_file: Path, tmp_p
                 moved = (one[name] - base[name])[kept].norm()
                 assert moved > 1e-6
                 assert (weight - one[name]).norm() < 1e-2 * moved, (run, way, name)
-    for run in ("kept", "low"):
-        assert end(f"{run}-folder").read_bytes() == end(f"{run}-resumed").read_bytes()
+    for run, way in (("kept", "folder"), ("low", "folder"), ("compact", "ddp")):
+        assert end(f"{run}-{way}").read_bytes() == end(f"{run}-resumed").read_bytes()
     assert load_file(end("low-folder"))["model.norm.weight"].ne(base["model.norm.weight"]).any()
     # A folder as one file, and exported from, is what the ranks wrote at their end.
     last = end("kept-folder").with_name("last.ckpt")
