@@ -1,10 +1,10 @@
 """Licence of a base model, as the metadata of its model card state it."""
 
 import re
-from pathlib import Path
 
 from leap_pl.errors import UserError
 from leap_pl.inputs.hub import fetch_file, is_hub_id
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.reading import read_regular
 from leap_pl.inputs.register import note_input
 
@@ -32,7 +32,7 @@ def licence_of(name: str, *, revision: str | None = None) -> dict[str, str]:
         if is_hub_id(name):
             card = fetch_file(name, CARD, revision, what="model card")
         else:
-            card = Path(name).expanduser() / CARD
+            card = expanded(name) / CARD
             if not card.is_file():
                 return {}
             note_input(card)

@@ -18,6 +18,7 @@ from leap_pl.base_model.stored_weights import PACKED_METHOD, StoredWeights, chec
 from leap_pl.base_model.weights import STORED, model_fingerprint
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.hub import check_reachable, fetch_optional, is_hub_id
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.register import note_input
 
@@ -239,7 +240,7 @@ def save_tokenizer(
 
 def _locate(name: str) -> tuple[str, str | None]:
     """Return the folder or hub id to pass to transformers, and the name of the GGUF file in it, if any."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     note_input(path)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -337,7 +338,7 @@ def _reading(what: str, name: str) -> Iterator[None]:
             reason = f"{type(error).__name__}: {reason}"
         reason = re.sub(r" for this kind of AutoModel.*", ", which is not a causal language model.", reason)
         reason = f"{reason.removesuffix('.')}." if len(reason) <= 300 else f"{reason[:300]} …"
-        local = Path(name).expanduser().exists()
+        local = expanded(name).exists()
         remedy = "Check that the files are complete."
         if not local:
             remedy = "Check the id and the network, or give a local folder or .gguf file."

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from leap_pl.callbacks.lightning_internals import SavingCheckpoint
 from leap_pl.escape import terminal
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.records import MASK, WEIGHTS
 from leap_pl.prior.started_prior import prior_file
 from leap_pl.training.module import LeapModule
@@ -113,7 +114,7 @@ class MaskExport(L.Callback):
     def place(self, trainer: L.Trainer) -> Path:
         """Return the folder of the files."""
         if self.folder is not None:
-            return Path(self.folder).expanduser()
+            return expanded(self.folder)
         # Those of the run first: another ModelCheckpoint may keep the best of a metric elsewhere.
         for callback in sorted(trainer.checkpoint_callbacks, key=lambda one: not isinstance(one, SavingCheckpoint)):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:

@@ -29,6 +29,7 @@ from leap_pl.checkpoints.identity import KEY, Identity, read_identity
 from leap_pl.checkpoints.rewind import batch_counts
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import Gates, Stored, restore
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.register import note_input
 from leap_pl.masks import MaskSet, PackedMasks, Provenance
 from leap_pl.masks.mask_set import installed_versions
@@ -133,7 +134,7 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True, check_tensors: bool 
     Raises:
         UserError: If ``path`` does not exist, is truncated or damaged, or is not a checkpoint of leap_pl.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     note_input(path)
     if (path / META).is_file():
         path = path / META

@@ -20,6 +20,7 @@ from leap_pl.files import atomic_file, atomic_link, remove_abandoned
 from leap_pl.gates import gate_kinds
 from leap_pl.inputs import records
 from leap_pl.inputs import register as inputs
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.records import MASK, WEIGHTS, is_mask_file, is_weights_file
 from leap_pl.masks.mask_set import MaskSet
 from leap_pl.prior.started_prior import prior_file
@@ -228,7 +229,7 @@ def replaces(settings: Any, *, requeued: bool) -> bool:
             f"--force replaces the run in {folder}, and --ckpt_path last resumes it. Choose one: leave out --force, or "
             "--ckpt_path."
         )
-    return bool(settings.force) and not (requeued and folder and begun_by_this_job(Path(folder).expanduser()))
+    return bool(settings.force) and not (requeued and folder and begun_by_this_job(expanded(folder)))
 
 
 def check_settings(settings: Any, *, force: bool, last: bool) -> None:
@@ -241,7 +242,7 @@ def check_settings(settings: Any, *, force: bool, last: bool) -> None:
     inputs.note_named(options)
     if settings.checkpoint.dirpath is None or "://" in settings.checkpoint.dirpath:
         return
-    folder = Path(settings.checkpoint.dirpath).expanduser()
+    folder = expanded(settings.checkpoint.dirpath)
     earlier_run(folder, masks_of(settings), ckpt_path=settings.ckpt_path, force=force, last=last)
 
 
@@ -251,7 +252,7 @@ def check_finished(settings: Any, newest: Path, checkpoint: dict[str, Any]) -> N
     Raises:
         Finished: If so; the message says where its mask is.
     """
-    masks, folder = masks_of(settings), Path(settings.checkpoint.dirpath).expanduser()
+    masks, folder = masks_of(settings), expanded(settings.checkpoint.dirpath)
     requested = {f"{group}.{name}": value for group in _GROUPS for name, value in settings[group].as_dict().items()}
     found = finished_mask(checkpoint, masks, requested)
     if found is not None:
@@ -266,4 +267,4 @@ def check_finished(settings: Any, newest: Path, checkpoint: dict[str, Any]) -> N
 
 def masks_of(settings: Any) -> Path:
     """Return the folder of the prior and mask of a run whose settings have a ``checkpoint.dirpath``."""
-    return Path(settings.mask_export.folder or settings.checkpoint.dirpath).expanduser()
+    return expanded(settings.mask_export.folder or settings.checkpoint.dirpath)

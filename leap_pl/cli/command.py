@@ -6,6 +6,8 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from leap_pl.inputs.paths import expanded
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -39,7 +41,7 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
             for name in (FOLDER, FILE):  # inputs may begin with ~ too, which a shell leaves in --output_dir=~/out
                 given = bound.arguments.get(name)
                 if isinstance(given, str):
-                    bound.arguments[name] = str(Path(given).expanduser()) if given.startswith("~") else given
+                    bound.arguments[name] = str(expanded(given)) if given.startswith("~") else given
             options = dict(bound.arguments)
             folder, file, _ = (options.pop(name, None) for name in (FOLDER, FILE, HUB))
             for value in options.values():

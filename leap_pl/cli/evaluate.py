@@ -100,7 +100,7 @@ def evaluate_command(
     from leap_pl.cli.device import move_to_device
     from leap_pl.evaluation.perplexity import check_windows
     from leap_pl.evaluation.record import FORMAT, FORMAT_VERSION, check_place, environment, write_result
-    from leap_pl.evaluation.subject import load_subject, realised_sparsity
+    from leap_pl.evaluation.subject import MASK_ALONE, load_subject, realised_sparsity
     from leap_pl.evaluation.texts import check_text
 
     check_windows(seq_length, seq_length if stride is None else stride, batch_size)
@@ -121,6 +121,12 @@ def evaluate_command(
     subject = load_subject(
         model=model, mask=mask, ckpt_path=ckpt_path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
     )
+    if subject.method.endswith(MASK_ALONE):
+        say(
+            f"leap_pl evaluate: {mask or ckpt_path} is the mask alone, and its method has changed the weights that it "
+            "keeps: they are in the folder model that leap_pl prune wrote, --model FOLDER/model.",
+            sys.stderr,
+        )
     where = move_to_device(subject.model, device)
     if dtype == "auto":
         _use_fast_dtype(subject)

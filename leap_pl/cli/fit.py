@@ -49,6 +49,7 @@ from leap_pl.cli.trainer import TRAINER_DEFAULTS, ConfigOfFit, check_trainer
 from leap_pl.errors import UserError
 from leap_pl.escape import say
 from leap_pl.gates import FixedGate
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.inputs.register import running_verb
 from leap_pl.training.datamodule import TextDataModule
@@ -145,7 +146,7 @@ class LeapCLI(LightningCLI):
         args = words if typed else args
         path = setting_of(words, "ckpt_path")
         refused: dict[str, UserError] = {}
-        if path is not None and Path(path).expanduser().exists():
+        if path is not None and expanded(path).exists():
             refused = self._take_settings(words[0], load_checkpoint(path), path, words)
         elif path == "last" and words[0] in self.parsers:  # settings that it has need not be typed
             refused = self._take_last(words)

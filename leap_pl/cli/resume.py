@@ -7,6 +7,7 @@ from leap_pl.checkpoints.identity import Identity
 from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.errors import UserError
 from leap_pl.gates import FixedGate
+from leap_pl.inputs.paths import expanded
 from leap_pl.training.run_settings import find_classes, read_settings, take_terms
 
 LINKED = ("data.tokenizer", "data.tokenizer_revision")  # set by the model's settings
@@ -19,7 +20,7 @@ def find_last(verb: str, folder: str | None) -> tuple[str, tuple[Path, dict[str,
             "to resume from the last checkpoint (--ckpt_path last, or a requeued job), its folder must be the same in "
             "every run. Set it with --checkpoint.dirpath."
         )
-    found = newest_checkpoint(Path(folder).expanduser())
+    found = newest_checkpoint(expanded(folder))
     if found is None and verb != "fit":
         raise UserError(f"there is no checkpoint in {folder}. Give another --checkpoint.dirpath, or a .ckpt file.")
     if found is None:
@@ -41,7 +42,7 @@ def checkpoint_path(ckpt_path: Any) -> Any:
     if not isinstance(ckpt_path, str) or ckpt_path == "last" or "://" in ckpt_path:
         return ckpt_path
     keyword = ckpt_path in ("best", "hpc") or ckpt_path.startswith("registry")
-    place = Path(ckpt_path).expanduser()
+    place = expanded(ckpt_path)
     if place.exists():
         return str(place.absolute()) if keyword or ckpt_path.startswith("~") else ckpt_path
     if not keyword:

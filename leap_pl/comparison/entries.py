@@ -12,6 +12,7 @@ from leap_pl.errors import UserError, listing
 from leap_pl.escape import terminal
 from leap_pl.evaluation.record import read_result
 from leap_pl.inputs.hub import repository_of
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import MASK, mask_in
 from leap_pl.masks import MaskSet, split_name
@@ -91,7 +92,7 @@ def read_entries(sources: Sequence[str]) -> list[Entry]:
 
 
 def _read(source: str) -> Entry:
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir() and path.suffix != ".ckpt":
         if mask_in(path) != path:
             return _of_mask(source, MaskSet.load(path))
@@ -133,13 +134,16 @@ def _with_one_name_a_text(entries: list[Entry]) -> list[Entry]:
     def protocol(figure: dict[str, Any]) -> str:
         return str(_perplexity_protocol(figure))
 
-    names: dict[str, str] = {}
+    of_name: dict[str, set[str]] = {}
     for entry in entries:
         for name, figure in entry.perplexity.items():
-            known = names.setdefault(protocol(figure), name)
-            names[protocol(figure)] = min(known, name, key=lambda name: (len(name), name))
+            of_name.setdefault(name, set()).add(protocol(figure))
+    names: dict[str, str] = {}
+    for name in sorted(of_name, key=lambda name: (len(name), name)):
+        for only in of_name[name] if len(of_name[name]) == 1 else ():  # else it is the name of another text, too
+            names.setdefault(only, name)
     return [
-        replace(entry, perplexity={names[protocol(figure)]: figure for figure in entry.perplexity.values()})
+        replace(entry, perplexity={names.get(protocol(f), name): f for name, f in entry.perplexity.items()})
         for entry in entries
     ]
 
@@ -279,6 +283,10 @@ def check_protocols(entries: Sequence[Entry]) -> None:
                 protocol = read(figure)
                 other, expected = seen.setdefault(name, (entry, protocol))
                 differing = [key for key in protocol if protocol[key] != expected[key]]
+                if expected.get("questions") is None:  # results of earlier versions have no digest of theirs
+                    seen[name] = entry, protocol
+                if None in (expected.get("questions"), protocol.get("questions")):
+                    differing = [key for key in differing if key != "questions"]
                 if {"tokenizer", "bos"} & {*differing}:
                     differing = [key for key in differing if key != "text"]  # the same text may have other tokens
                 if differing:
@@ -304,4 +312,5 @@ def _perplexity_protocol(figure: dict[str, Any]) -> dict[str, Any]:
 
 def _task_protocol(figure: dict[str, Any]) -> dict[str, Any]:
     protocol = {key: figure[key] for key in ("split", "limit", "num_fewshot", "version", "samples")}
-    return protocol | {"limit": figure["limit"] or "no limit", "bos": figure.get("bos", "every")}
+    shown = {"limit": figure["limit"] or "no limit", "bos": figure.get("bos", "every")}
+    return protocol | shown | {"questions": figure.get("questions_digest")}

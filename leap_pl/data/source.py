@@ -11,6 +11,7 @@ from leap_pl.data.documents import Document, Reading, Shards, Share, State, dige
 from leap_pl.data.hub import HubDataset
 from leap_pl.data.local import SUFFIXES, LocalFiles
 from leap_pl.errors import UserError, listing
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.reading import check_regular
 from leap_pl.inputs.register import note_input
 
@@ -199,7 +200,7 @@ def _local_files(name: str) -> list[Path]:
     Raises:
         UserError: It is a path or a pattern that matches nothing, or a file that cannot be read as text.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     try:
         path.exists()
     except (OSError, ValueError) as error:  # too long, or contains NUL

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from leap_pl.base_model.sequence_length import check_sequence_length
+from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,13 +62,15 @@ def continue_prompt(
         seed: Seed of sampling. The random state of the process is restored.
 
     Raises:
-        UserError: The prompt has no tokens, or the model supports fewer tokens than it and the new ones together.
+        UserError: The prompt has no tokens, or one that the model has no embedding for; or the model supports fewer
+            tokens than it and the new ones together.
     """
     import transformers
 
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     if not ids.numel():
         raise UserError("the prompt has no tokens. Give a longer one.")
+    check_tokens(ids, vocabulary_of(model), "the model")
     length = ids.shape[1] + max_new_tokens
     check_sequence_length(model.config, length, "the model", "the number of tokens of the prompt and max_new_tokens")
     own: Any = model.generation_config

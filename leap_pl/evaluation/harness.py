@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from leap_pl.errors import warn_once
+from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
+from leap_pl.errors import UserError, warn_once
 from leap_pl.evaluation.answers import SharedPrefixes, attention_span
 from leap_pl.evaluation.prefix_rows import Answer
+from leap_pl.inputs.plain_values import shown
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -53,6 +56,7 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
         requests = [(text, self._truncated(context, answer), answer) for text, context, answer in requests]
         # What is longer than the model's positions, or does not fit into a sliding window, is left to lm-eval.
         most = min(self.max_length, attention_span(self.model))
+        self._check(requests)
         short = [n for n, (_, context, answer) in enumerate(requests) if len(context) + len(answer) - 1 <= most]
         scores = self._scores if short else None
         if scores is None:
@@ -81,6 +85,19 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
                 "longer."
             )
         return scores
+
+    def _check(self, requests: list[Request]) -> None:
+        """Check that questions and answers have tokens, and that the model has embeddings for these.
+
+        Raises:
+            UserError: One has not; lm-eval asserts the first without a message, and an answer without tokens would win.
+        """
+        for text, context, answer in requests:
+            if not (context and answer):
+                what = "question" if answer else "answer"
+                raise UserError(f"a {what} of --tasks has no tokens: {shown(repr(text), 200)}. Choose other tasks.")
+        largest = [max(*context, *answer) for _, context, answer in requests]
+        check_tokens(torch.tensor(largest), vocabulary_of(self.model), "the model")
 
     def _truncated(self, context: list[int], answer: list[int]) -> list[int]:
         """Return ``context`` without its earliest tokens but the prefix, so that it and ``answer`` fit the model."""

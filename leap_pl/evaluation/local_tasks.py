@@ -89,8 +89,8 @@ def _define(task: str, data: Path, into: Path) -> None:
             if entry.name == task:
                 # A tag stands for all of its tasks, and only one of them is defined here.
                 definition["tag"] = None
-        # JSON is valid YAML.
-        (into / f"{entry.name}.yaml").write_text(json.dumps(definition), encoding="utf-8")
+        # JSON is valid YAML, but for escapes of characters beyond U+FFFF, which a path may have.
+        (into / f"{entry.name}.yaml").write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
 
 
 def _below(name: str, index: dict[str, Any]) -> Iterator[Any]:

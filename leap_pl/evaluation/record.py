@@ -9,6 +9,7 @@ from typing import Any
 
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_file, followed
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import plain, read_json, shown
 from leap_pl.inputs.register import note_input
 
@@ -63,7 +64,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """
     from leap_pl.evaluation.result_schema import checked_result
 
-    path = Path(path).expanduser()
+    path = expanded(path)
     note_input(path)
     try:
         result = read_json(path)

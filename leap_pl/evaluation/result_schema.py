@@ -103,6 +103,7 @@ class _Task(TypedDict):
     source: NotRequired[Word]
     bos: NotRequired[Bos]
     correct: NotRequired[Annotated[str, AfterValidator(_answers)]]
+    questions_digest: NotRequired[Word]
 
 
 def _metrics(task: dict[str, Any]) -> dict[str, Any]:

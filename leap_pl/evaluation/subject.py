@@ -1,7 +1,6 @@
 """Models to evaluate: a base model, an exported folder, a MaskSet on its base model, or a training checkpoint."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -10,14 +9,19 @@ from leap_pl.base_model.loading import Dtype, load_model, load_tokenizer, name_o
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.records import mask_in
-from leap_pl.masks import MaskSet, split_name
+from leap_pl.masks import MaskSet, Provenance, split_name
 from leap_pl.masks.exported import exported_record
 from leap_pl.masks.kept_weights import KeptWeights
 from leap_pl.masks.weight_groups import shares
+from leap_pl.oneshot.methods import METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+MASK_ALONE = ", mask alone"  # after the name of a method whose mask is applied to weights that it has not changed
 
 
 @dataclass
@@ -78,7 +82,7 @@ def load_subject(
         if model is None:
             raise UserError("Nothing to evaluate. Give --model (hub id, folder, GGUF file), --mask or --ckpt_path.")
         return _plain(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    if mask is not None and Path(mask).expanduser().is_dir():
+    if mask is not None and expanded(mask).is_dir():
         mask = str(mask_in(mask))  # a result names the file that was read
     masks = MaskSet.load(mask) if mask is not None else _masks_of_checkpoint(str(ckpt_path))
     # Before the model is loaded, so that missing weights are found in time.
@@ -97,12 +101,17 @@ def load_subject(
         base_model=provenance.base_model,
         revision=revision,
         fingerprint=provenance.fingerprint,
-        method=provenance.method,
+        method=provenance.method + (MASK_ALONE if _updates(provenance) and weights is None else ""),
         origin={"model": model, "mask": mask, "ckpt_path": ckpt_path},
         config=provenance.config,
         asked=provenance.sparsity,
         mask_digest=masks.digest_of_bits(),
     )
+
+
+def _updates(provenance: Provenance) -> bool:
+    """Return whether the method of a mask changes the weights that it keeps, which the mask does not have."""
+    return provenance.method in METHODS and METHODS[provenance.method].updates
 
 
 def _masks_of_checkpoint(path: str) -> MaskSet:

@@ -1,5 +1,7 @@
 """Zero-shot tasks by lm-eval's Python API, on the model in memory."""
 
+import hashlib
+import json
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -78,11 +80,11 @@ def evaluate_tasks(
         Task → its metrics (``acc``, ``acc_stderr``, ``acc_norm`` …), ``samples``, ``split``, ``num_fewshot``,
         ``version``, ``source`` (``local`` or ``hub``), ``limit``, ``bos`` (``every`` or ``none``; only if the tokenizer
         puts something before a text), and ``correct``: one digit per question, in order, 1 if ``acc`` counts the answer
-        as correct, so that two results can be compared question by question.
+        as correct, so that two results can be compared question by question; ``questions_digest`` says of which.
 
     Raises:
         UserError: If a task does not exist, its data is neither local nor reachable, local data does not fit the task,
-            or an answer has more tokens than the model has positions.
+            or an answer has more tokens than the model has positions, no token, or one without an embedding.
     """
     with LocalTasks.found_in(tasks_folder, tasks) as local:
         from lm_eval import simple_evaluate
@@ -93,6 +95,9 @@ def evaluate_tasks(
         remote = [task for task in tasks if task not in local]
         # Indexing lm-eval's own tasks reads fourteen thousand files: skip it if all tasks are local.
         manager = TaskManager(include_path=str(local.folder), include_defaults=bool(remote))
+        lost = sorted(local.names - set(manager.all_tasks))
+        if lost:  # lm-eval leaves out definitions that it cannot read
+            raise UserError(f"lm-eval cannot read {listing(lost)} in {tasks_folder}. Give the folder another name.")
         unknown = [task for task in remote if task not in manager.all_tasks]
         if unknown:
             raise UserError(_unknown(unknown, manager.all_tasks))
@@ -163,6 +168,9 @@ def _scores(task: str, found: dict[str, Any]) -> dict[str, Any]:
         "num_fewshot": found["n-shot"].get(leaves[0]),
         "version": found["versions"].get(task, found["versions"].get(leaves[0])),
         "correct": "".join(_correct(found["samples"].get(leaf, [])) for leaf in leaves),
+        "questions_digest": _digest(
+            [sample for leaf in leaves for sample in _in_order(found["samples"].get(leaf, []))]
+        ),
     }
 
 
@@ -191,8 +199,18 @@ def _pooled(rows: list[dict[str, Any]], counts: list[int]) -> dict[str, Any]:
 
 
 def _correct(samples: list[dict[str, Any]]) -> str:
-    ordered = sorted(samples, key=lambda sample: int(sample["doc_id"]))
-    return "".join(str(int(sample["acc"])) for sample in ordered if isinstance(sample.get("acc"), int | float))
+    scored = [sample["acc"] for sample in _in_order(samples) if isinstance(sample.get("acc"), int | float)]
+    return "".join(str(int(right)) for right in scored)
+
+
+def _in_order(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(samples, key=lambda sample: int(sample["doc_id"]))
+
+
+def _digest(samples: list[dict[str, Any]]) -> str:
+    """Return a digest of the questions as they are asked, solved examples included, and of their right answers."""
+    hashes = [[str(sample.get(name)) for name in ("prompt_hash", "target_hash")] for sample in samples]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
 
 
 def _unknown(names: list[str], known: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from leap_pl.errors import UserError
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
 
 PATIENCE = 5.0  # seconds in which the hub answers
@@ -153,7 +154,7 @@ def local_folder(name: str, *files: str, revision: str | None = None) -> Path:
         UserError: The hub has no such model, refuses it, or cannot be reached.
     """
     if not is_hub_id(name):
-        return Path(name).expanduser()
+        return expanded(name)
     for file in files:
         fetch_optional(name, file, revision)
     return fetch_file(name, "config.json", revision, what=f"base model {name}").parent

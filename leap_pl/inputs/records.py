@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.reading import MOST_DESCRIPTION, read_json
 
 MASK_FORMAT = "leap_pl.MaskSet"  # `format` in the metadata of a mask file
@@ -44,7 +45,7 @@ def mask_in(path: str | Path) -> Path:
     Returns:
         ``path`` itself, with ``~`` expanded, if it is no folder or has no such file.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     return next((file for file in (path / MASK, path / CHECKPOINTS / MASK) if file.is_file()), path)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_pl.errors import UserError
+from leap_pl.inputs.paths import expanded
 
 MOST_LINKS = 40  # on the way to one file, the limit of Linux
 MOST_PIECES = 8  # comma-separated pieces of one name within a list
@@ -226,10 +227,7 @@ def real_path(path: str | Path) -> Path:
 
 def _spellings(name: str | Path) -> set[Path]:
     """Return ``name`` as it is and with ``~`` expanded, since some readers expand it and others do not."""
-    try:
-        return {Path(name), Path(name).expanduser()}
-    except RuntimeError:  # the home directory of an unknown user
-        return {Path(name)}
+    return {Path(name), expanded(name)}
 
 
 def exists(path: str | Path) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from leap_pl.errors import UserError
 from leap_pl.inputs import records
 from leap_pl.inputs.hub import fetch_optional, is_hub_id
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import read_json
 
 
@@ -25,7 +26,7 @@ def exported_record(name: str | Path, *, revision: str | None = None) -> dict[st
     if isinstance(name, str) and is_hub_id(name):
         path = fetch_optional(name, records.RECORD, revision)
     else:
-        path = Path(name).expanduser() / records.RECORD
+        path = expanded(name) / records.RECORD
     if path is None or not os.path.lexists(path):
         return {}
     try:

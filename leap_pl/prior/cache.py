@@ -21,6 +21,7 @@ from leap_pl.base_model.weights import Weight, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.escape import terminal
 from leap_pl.files import atomic_file
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.register import release_input
 from leap_pl.masks import MaskSet
 from leap_pl.masks.patterns import Pattern, Unstructured
@@ -196,7 +197,7 @@ def _digest(key: dict[str, Any]) -> str:
 
 
 def _place(cache_dir: str | Path, name: str, key: dict[str, Any]) -> Path:
-    return Path(cache_dir).expanduser() / f"{name}-{_digest(key)[:24]}.safetensors"
+    return expanded(cache_dir) / f"{name}-{_digest(key)[:24]}.safetensors"
 
 
 def _save(mask: MaskSet, path: Path, key: str) -> None:

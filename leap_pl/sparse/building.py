@@ -18,6 +18,7 @@ import torch
 
 from leap_pl.errors import warn_once
 from leap_pl.escape import say
+from leap_pl.inputs.paths import expanded
 
 SOURCES = [Path(__file__).with_name(name) for name in ("decode.cpp", "rows.h")]
 
@@ -61,7 +62,7 @@ def library() -> Path:
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     facts = f"{torch.__version__} {platform.machine()} {said}".encode()
     key = hashlib.sha256(facts + b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "leap_pl" / "kernels" / key
+    folder = expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "leap_pl" / "kernels" / key
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / "decode.so"
     with (folder / "lock").open("w") as lock:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import FixedGate
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.records import mask_in
 from leap_pl.masks import MaskSet
 from leap_pl.oneshot.methods import METHODS
@@ -58,7 +58,7 @@ class FixedMask:
         """
         from leap_pl.sparse.folder import is_packed  # asks for pydantic, which learning does without
 
-        path = Path(name).expanduser()
+        path = expanded(name)
         if is_packed(path):
             raise UserError(
                 f"model.mask {name} is packed. Unpack it: leap_pl export --model {name} --output_dir FOLDER"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Run, refused
-from tiny import tiny_folder
+from tiny import byte_tokenizer, tiny_folder
 
 from leap_pl.cli.export import export_command
 from leap_pl.cli.generate import generate_command
@@ -95,6 +95,12 @@ def test_what_is_refused(model_folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert "128 tokens" in refused([*words, "--prompt=a", "--max_new_tokens=128"], capsys)
     assert "--max_new_tokens is 0" in refused([*words, "--prompt=a", "--max_new_tokens=0"], capsys)
     assert "there is no such folder" in refused(["generate", "--model=./none", "--prompt=a"], capsys)
+    folder = tiny_folder(tmp_path / "added")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<|{n}|>" for n in range(len(tokenizer), 300)] + ["<|beyond|>"])
+    tokenizer.save_pretrained(folder)
+    line = refused(["generate", f"--model={folder}", "--prompt=a <|beyond|>", "--device=cpu"], capsys)
+    assert "the text contains token 300, which was added to the tokenizer, and the model has embeddings for" in line
     folder = tiny_folder(tmp_path / "cut")
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-50])
     assert "could not be read" in refused(["generate", f"--model={folder}", "--prompt=a"], capsys)

@@ -252,6 +252,8 @@ def test_one_kind_of_file_for_another(finished: Run, tmp_path: Path, capsys) -> 
     for words, says in (
         ([f"--mask={tmp_path}"], "is a folder without a mask.safetensors. Name a MaskSet file, or a folder that has"),
         ([f"--mask={finished.checkpoint}"], "Use --ckpt_path"),
+        (["--mask=~nobody-of-this-name/mask.safetensors"], "there is no such MaskSet file"),
+        (["--ckpt_path=~nobody-of-this-name/last.ckpt"], "there is no such checkpoint"),
         ([f"--ckpt_path={checkpoints}"], "last.ckpt"),
         ([f"--ckpt_path={finished.mask}"], "Give a mask with --mask"),
         ([f"--mask={finished.mask}", f"--model={finished.mask}"], "is a file"),

@@ -128,6 +128,39 @@ def test_refuses_accuracies_measured_otherwise(write_result, change):
         compare_command([write_result("one", result("leap", 0.5, 14.0)), write_result("two", other)])
 
 
+def test_refuses_accuracies_on_other_questions(write_result):
+    told = []
+    for name, digest in (("leap", None), ("wanda", "abc"), ("admm", "abc"), ("magnitude", "def")):
+        content = result(name, 0.5, 20.0)
+        content["tasks"]["piqa"] |= {} if digest is None else {"questions_digest": digest}
+        told.append(write_result(name, content))
+    read_entries(told[:3])
+    for sources in (told, told[::-1], told[1::2]):
+        with pytest.raises(
+            UserError, match=r"accuracy on piqa .* they differ in questions \((abc and def|def and abc)\)"
+        ):
+            read_entries(sources)
+
+
+def test_two_texts_of_one_name_keep_their_figures(write_result):
+    """A text may have the name of another in another result: the shorter name is then nobody's."""
+
+    def named(method, *texts):
+        content = result(method, 0.5, 20.0)
+        figure = content["perplexity"].pop("held-out.jsonl")
+        for name, digest in texts:
+            content["perplexity"][name] = figure | {"text_digest": digest}
+        return write_result(method, content)
+
+    one, two = named("leap", ("a.jsonl", "x")), named("wanda", ("a.jsonl", "y"), ("../one/a.jsonl", "x"))
+    for sources in ([one, two], [two, one]):
+        found = {entry.method: entry.perplexity for entry in read_entries(sources)}
+        digests = {method: {name: figure["text_digest"] for name, figure in of.items()} for method, of in found.items()}
+        assert digests == {"leap": {"../one/a.jsonl": "x"}, "wanda": {"a.jsonl": "y", "../one/a.jsonl": "x"}}
+    both = read_entries([named("leap", ("a.jsonl", "x")), named("admm", ("../one/a.jsonl", "x"))])
+    assert [list(entry.perplexity) for entry in both] == [["a.jsonl"]] * 2
+
+
 def test_figures_share_a_column_where_sequences_begin_alike(write_result):
     def begun(name, text, task):
         content = result(name, 0.5, 20.0)

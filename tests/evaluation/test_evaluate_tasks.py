@@ -196,6 +196,61 @@ def test_command_reads_the_folder_and_writes_the_scores(folder, tmp_path, capsys
     assert "a quick look: the first 3" in capsys.readouterr().out
 
 
+def test_other_questions_have_another_digest(folder, tmp_path):
+    """As many of them; with solved examples before them too, and whatever else the file says."""
+    found = {}
+    for name, goal, note in (("same", "cut", 1), ("noted", "cut", 2), ("other", "saw", 1)):
+        questions = [
+            {"goal": f"{goal} {n}", "sol1": "a knife", "sol2": "a spoon", "label": n % 2, "n": note} for n in range(6)
+        ]
+        rows(tmp_path / name / "piqa" / "validation.jsonl", questions)
+        found[name] = score(["piqa"], tmp_path / name)["piqa"]
+    ours = score(["piqa"], folder)["piqa"]
+    digests = {name: scores["questions_digest"] for name, scores in found.items()}
+    assert digests["same"] == digests["noted"] == ours["questions_digest"]
+    assert digests["other"] != digests["same"]
+    assert score(["piqa"], folder, limit=5)["piqa"]["questions_digest"] != digests["same"]
+
+
+def test_a_folder_beyond_the_basic_plane(tmp_path):
+    """A path whose characters JSON escapes in pairs, which YAML does not read."""
+    question = {"goal": "cut", "sol1": "a knife", "sol2": "a spoon", "label": 0}
+    rows(tmp_path / "\U0001f4c1" / "piqa" / "validation.jsonl", [question] * 2)
+    found = score(["piqa"], tmp_path / "\U0001f4c1")["piqa"]
+    assert (found["samples"], found["source"]) == (2, "local")
+
+
+@pytest.mark.parametrize(
+    ("question", "says"),
+    [
+        (
+            {"goal": "cut <|beyond|>"},
+            "the text contains token 300, which was added to the tokenizer, and the model has",
+        ),
+        ({"sol1": "a <|beyond|>"}, "the text contains token 300"),
+    ],
+)
+def test_a_token_that_the_model_has_no_embedding_for(question, says, tmp_path):
+    rows(tmp_path / "piqa" / "validation.jsonl", [{"goal": "a", "sol1": "b", "sol2": "c", "label": 0} | question])
+    tokenizer, vocabulary = byte_tokenizer(), tiny_model().config.vocab_size
+    tokenizer.add_tokens([f"<|{n}|>" for n in range(len(tokenizer), 300)] + ["<|beyond|>"])
+    assert vocabulary <= 300
+    with pytest.raises(UserError, match=says):
+        evaluate_tasks(tiny_model(), tokenizer, ["piqa"], tasks_folder=tmp_path)
+
+
+def test_requests_without_tokens_are_refused(folder):
+    from leap_pl.evaluation.harness import PrefixSharingLM
+
+    lm = PrefixSharingLM(pretrained=tiny_model(), tokenizer=byte_tokenizer(), batch_size=2)
+    for request, says in (
+        ((("q", ""), [1], []), r"an? answer of --tasks has no tokens: .*'q', ''"),
+        (((" ", "a"), [], [1]), "a question of --tasks has no tokens"),
+    ):
+        with pytest.raises(UserError, match=says):
+            lm._loglikelihood_tokens([(("a", "b"), [1], [2]), request])
+
+
 def test_local_folder_without_data_is_told(tmp_path):
     (tmp_path / "piqa").mkdir()
     with pytest.raises(UserError, match="holds no split"):

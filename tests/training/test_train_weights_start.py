@@ -13,6 +13,7 @@ from leap_pl import MaskSet
 from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
+from leap_pl.evaluation.subject import load_subject
 from leap_pl.export.method import decisive_settings
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
@@ -88,6 +89,9 @@ def test_weights_of_a_one_shot_method_are_where_it_starts(
     words = [word for word in recover(tmp_path / "run") if not word.startswith("--model.mask")]
     words += ["--model.weight_training.lr=0"]
     main([*words, f"--model.mask={pruned}", f"--model.weights={pruned / 'model'}"])
+    named = {"mask": str(pruned)}, {"model": str(pruned / "model")}, {"mask": str(tmp_path / "run")}
+    methods = [load_subject(**names).method for names in named]
+    assert methods == [f"{method}, mask alone", method, method]  # the first on weights that the method has not changed
     start = load_file(pruned / "model" / "model.safetensors")
     for name, weight in weights_in(tmp_path / "run").items():
         assert torch.equal(weight, start[name])
