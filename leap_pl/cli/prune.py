@@ -285,6 +285,8 @@ def _write(
         save_tokenizer(model, folder / "model", revision=revision, trust_remote_code=trust_remote_code)
         # Without this record, evaluate and compare would read the folder as a dense base model.
         facts = {"provenance": plain(asdict(pruned.masks.provenance)), "updated_by": method}
+        facts["mask_digest"] = pruned.masks.digest_of_bits()
+        pruned.masks.save(folder / "model" / MASK)  # a kept weight may be 0
         record = json.dumps(facts, indent=2)
         (folder / "model" / RECORD).write_text(record + "\n", encoding="utf-8")
 

@@ -15,6 +15,7 @@ from leap_pl.base_model.weights import find_weights
 from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.comparison.entries import read_entries
+from leap_pl.evaluation.subject import load_subject
 from leap_pl.export import packed as packed_export
 from leap_pl.masks import MaskSet
 from leap_pl.masks.patterns import choose, read_form
@@ -129,6 +130,20 @@ def test_what_prune_updated_packs_with_its_provenance(tmp_path: Path, text_file:
     assert "updated_by" not in mask
     assert "updated_by" not in own
     assert "Kept weights are the base model's, bit for bit" in (tmp_path / "own" / "README.md").read_text()
+
+
+def test_a_kept_weight_that_prune_has_set_to_0_is_kept(tmp_path: Path, text_file: Path) -> None:
+    """As SparseGPT does with weights of inputs that are 0 in all of its text: here half of those of a layer."""
+    folder, out = tiny_folder(tmp_path / "base", "opt"), tmp_path / "pruned"
+    flags = ["--method=sparsegpt", "--pattern=2:4", "--sequences=1", "--seq_length=4"]
+    main(["prune", f"--model={folder}", f"--output_dir={out}", f"--text={text_file}", *flags])
+    masks, weights = MaskSet.load(out), load_file(out / "model" / "model.safetensors")
+    assert any(bool((weights[name][mask] == 0).any()) for name, mask in masks.masks.items())
+    export_command(str(tmp_path / "packed"), model=str(out / "model"), format="packed")
+    export_command(str(tmp_path / "mask"), model=str(tmp_path / "packed"), format="mask")
+    assert MaskSet.load(tmp_path / "mask").digest_of_bits() == masks.digest_of_bits()
+    assert read_masks(tmp_path / "packed").digest_of_bits() == masks.digest_of_bits()
+    assert load_subject(model=str(out / "model")).mask_digest == masks.digest_of_bits()
 
 
 def test_nm_masks_pack_the_same_way(tmp_path: Path) -> None:
