@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.assets.packages import SOURCES
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.records import RECORD
 
 # Of a folder, what tells how it was made.
@@ -31,7 +32,7 @@ def identity(name: Any) -> Any:
     """
     if isinstance(name, list):
         return [identity(item) for item in name]
-    path = Path(str(name)).expanduser()
+    path = expanded(str(name))
     if not path.exists() and glob.has_magic(str(name)):
         return [identity(found) for found in sorted(glob.glob(str(path), recursive=True))] or name  # noqa: PTH207
     within = (

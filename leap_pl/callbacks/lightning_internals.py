@@ -120,6 +120,13 @@ class SavingCheckpoint(ModelCheckpoint):
         return previous != current and self.dirpath is not None and Path(self.dirpath) in Path(previous).parents
 
 
+def validate_at(trainer: L.Trainer, micro_batch: int) -> None:
+    """Let Lightning validate after ``micro_batch``, counted from 1, also where it goes by the clock."""
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        trainer._val_check_time_interval = None  # type: ignore[attr-defined]
+    trainer.val_check_batch = micro_batch
+
+
 def validate_if_due(trainer: L.Trainer) -> None:
     """Validate, if Lightning would have validated after the step at which the run was stopped."""
     loop = trainer.fit_loop.epoch_loop

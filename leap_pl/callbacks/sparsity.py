@@ -141,9 +141,10 @@ class SparsityLogger(L.Callback):
         """Log once every ``every_n_steps`` optimizer steps, after the first and after the last."""
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or step in (1, trainer.max_steps)
-        if step == self.last_step or step == 0 or not due:
-            return
         assert isinstance(pl_module, LeapModule)
+        # A resumed run has no figures of the step before it.
+        if step == self.last_step or step == 0 or not due or not pl_module.rates:
+            return
         pl_module.check_finite(logits=True)
         self.last_step = step
         metrics = self.measure(pl_module)
@@ -202,8 +203,8 @@ class SparsityLogger(L.Callback):
         )
         if not isinstance(module.gates.first, FixedGate):  # of which no setting of the run says anything
             self._warn_of_extremes(bits, 1 - module.sparsity)
-        if module.trained:
-            module.choose_hard_masks()  # those of now, also after a resume
+        if module.trained.has_gated:
+            module.gates.choose(module.sparsity)  # the masks of now, also after a resume
         metrics |= _movements(module.trained.movements())
         if self.prior_bits:
             metrics["mask/changed_from_prior"] = _difference(bits, self.prior_bits)

@@ -4,6 +4,8 @@ from typing import Any
 
 import lightning as L
 
+from leap_pl.callbacks.lightning_internals import validate_at
+
 TIMES = 10
 
 
@@ -31,4 +33,4 @@ class ValidationTimes(L.Callback):
     ) -> None:
         """Make the last micro-batch end an interval."""
         if batch_idx + 1 == trainer.max_steps * trainer.accumulate_grad_batches:
-            trainer.val_check_batch = batch_idx + 1
+            validate_at(trainer, batch_idx + 1)

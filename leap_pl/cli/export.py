@@ -104,9 +104,17 @@ def export_command(
 def _report(output_dir: str, masks: "MaskSet | None", facts: dict[str, Any]) -> None:
     from leap_pl.export.card import unfinished
     from leap_pl.masks.kept_weights import TRAINED
+    from leap_pl.oneshot.methods import changes_weights
 
     zeros, early = facts["zeros_of_base_model_among_kept"], "" if masks is None else unfinished(masks)
     changed = TRAINED in facts["provenance"]["config"] or "updated_by" in facts
+    method = facts["provenance"]["method"]
+    if masks is not None and not changed and changes_weights(method):
+        say(
+            f"leap_pl export: the mask is that of {method} alone. The weights that {method} changed are in the folder "
+            "model, which leap_pl prune wrote beside it.",
+            sys.stderr,
+        )
     which = "are zero" if changed else "were zero in the base model"
     say(
         f"{output_dir}: {early}{facts['removed']:,} of {facts['gated']:,} gated weights removed "

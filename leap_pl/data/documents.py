@@ -74,6 +74,9 @@ def chained(digest: str | None, record: bytes) -> str | None:
     return None if digest is None else hashlib.sha256(digest.encode() + b"\n" + record).hexdigest()
 
 
+EMPTY = chained("", b"")  # digest of a shard without a record, read to its end: "" means that it is not known
+
+
 def digest_in(state: State | None) -> str | None:
     """Return the digest of everything before ``state``; None if the state has none."""
     found = state.get("digest") if state else ""

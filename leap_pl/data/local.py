@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from leap_pl.data.documents import (
+    EMPTY,
     HELD_OUT_ONE_IN,
     Blemishes,
     Document,
@@ -31,7 +32,6 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".txt")
 TEXT_PART_BYTES = 1 << 18
 LONGEST_LINE = 1 << 26  # bytes: a line is parsed as a whole, which may take thirty times as much memory
 _BOM = b"\xef\xbb\xbf"
-EMPTY = chained("", b"")  # digest of a file without a record, read to its end: "" means that it is not known
 
 Documents = Generator[Document, None, str | None]
 """Generator of a file's documents that returns its digest."""

@@ -89,7 +89,7 @@ class TextSource:
             if others:
                 raise UserError(f"There is no file {others[0]!r}, and hub ids cannot be listed with local files.")
             twice = [file for file, count in Counter(file.resolve() for file in files).items() if count > 1]
-            if twice:  # held-out text is so by the number of its file
+            if twice and share != "all":  # text is held out by the number of its file
                 raise UserError(
                     f"{listing(list(map(str, twice)), most=3)} is named twice in the text: its held-out part would be "
                     "trained on. Name each file once, or give a copy of it, or validation text of its own."

@@ -89,8 +89,17 @@ def _define(task: str, data: Path, into: Path) -> None:
             if entry.name == task:
                 # A tag stands for all of its tasks, and only one of them is defined here.
                 definition["tag"] = None
-        # JSON is valid YAML, but for escapes of characters beyond U+FFFF, which a path may have.
-        (into / f"{entry.name}.yaml").write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
+        (into / f"{entry.name}.yaml").write_text(_yaml(definition), encoding="ascii")
+
+
+def _yaml(definition: dict[str, Any]) -> str:
+    """Return a definition as JSON that is YAML: characters beyond U+FFFF, as of a path, are escaped as YAML does."""
+    text = json.dumps(definition, ensure_ascii=False)
+    return "".join(char if char.isascii() else _escape(ord(char)) for char in text)
+
+
+def _escape(code: int) -> str:
+    return f"\\U{code:08x}" if code > 0xFFFF else f"\\u{code:04x}"
 
 
 def _below(name: str, index: dict[str, Any]) -> Iterator[Any]:

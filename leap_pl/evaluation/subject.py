@@ -9,13 +9,14 @@ from leap_pl.base_model.loading import Dtype, load_model, load_tokenizer, name_o
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
+from leap_pl.export.sparse_model import recorded_facts
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.records import mask_in
-from leap_pl.masks import MaskSet, Provenance, split_name
+from leap_pl.masks import MaskSet, split_name
 from leap_pl.masks.exported import exported_record
-from leap_pl.masks.kept_weights import KeptWeights
+from leap_pl.masks.kept_weights import TRAINED, KeptWeights
 from leap_pl.masks.weight_groups import shares
-from leap_pl.oneshot.methods import METHODS
+from leap_pl.oneshot.methods import changes_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,7 +102,7 @@ def load_subject(
         base_model=provenance.base_model,
         revision=revision,
         fingerprint=provenance.fingerprint,
-        method=provenance.method + (MASK_ALONE if _updates(provenance) and weights is None else ""),
+        method=provenance.method + (MASK_ALONE if changes_weights(provenance.method) and weights is None else ""),
         origin={"model": model, "mask": mask, "ckpt_path": ckpt_path},
         config=provenance.config,
         asked=provenance.sparsity,
@@ -109,9 +110,11 @@ def load_subject(
     )
 
 
-def _updates(provenance: Provenance) -> bool:
-    """Return whether the method of a mask changes the weights that it keeps, which the mask does not have."""
-    return provenance.method in METHODS and METHODS[provenance.method].updates
+def _method_of_record(record: dict[str, Any], facts: dict[str, Any]) -> str:
+    """Return the method of an exported model, whose weights may be those of the method or the base model's."""
+    method = str(record.get("method", "dense"))
+    trained = TRAINED in (record.get("config") or {})
+    return method if trained or not changes_weights(method) or "updated_by" in facts else f"{method}{MASK_ALONE}"
 
 
 def _masks_of_checkpoint(path: str) -> MaskSet:
@@ -136,7 +139,7 @@ def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: 
         revision=record.get("revision", revision),
         # An exported model records the fingerprint of its base model; that of the masked weights identifies nothing.
         fingerprint=record.get("fingerprint") if record else model_fingerprint(loaded),
-        method=record.get("method", "dense"),
+        method=_method_of_record(record, recorded_facts(name, revision=revision)),
         origin={"model": name, "mask": None, "ckpt_path": None},
         config=record.get("config", {}),
         asked=record.get("sparsity"),

@@ -208,9 +208,9 @@ def _in_order(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _digest(samples: list[dict[str, Any]]) -> str:
-    """Return a digest of the questions as they are asked, solved examples included, and of their right answers."""
-    hashes = [[str(sample.get(name)) for name in ("prompt_hash", "target_hash")] for sample in samples]
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+    """Return a digest of the questions as they are asked, solved examples included, of all answers and the right."""
+    asked = [[sample.get("arguments"), sample.get("target")] for sample in samples]
+    return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
 
 
 def _unknown(names: list[str], known: Sequence[str]) -> str:

@@ -115,6 +115,11 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
+def changes_weights(name: str) -> bool:
+    """Return whether the method ``name`` changes the weights that it keeps: its mask alone is not its result."""
+    return name in METHODS and METHODS[name].updates
+
+
 def settings_of(name: str, given: Mapping[str, float | None]) -> MethodOptions | None:
     """Return the settings of a method; None for a method without settings.
 

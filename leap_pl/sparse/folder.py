@@ -75,7 +75,7 @@ def is_packed(folder: str | Path) -> bool:
     """Return whether ``folder`` is a Hugging Face folder with packed weights, according to its ``config.json``."""
     try:
         config = read_json(expanded(folder) / "config.json", MOST_DESCRIPTION)
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: ~ of an unknown user
+    except (OSError, ValueError):
         return False
     given = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(given, dict) and given.get("quant_method") == PACKED_METHOD

@@ -20,6 +20,7 @@ from leap_pl.data.batches import BEGINNING, Batch, BlockLoader, Progress, RankBa
 from leap_pl.data.calibration import loaded_tokenizer
 from leap_pl.data.documents import Share, warn
 from leap_pl.data.exchange import Exchange
+from leap_pl.data.hub import DEFAULT_CONFIGS
 from leap_pl.data.packing import BlockStream, Separator, digest_of_text
 from leap_pl.data.source import TextSource
 from leap_pl.distributed.strategy import data_rank
@@ -123,7 +124,7 @@ class TextDataModule(LightningDataModule):
         self.num_workers = int(num_workers)
         self.separator: Separator = separator
         self.bos: Bos = bos
-        self.seed = seed
+        self.seed = int(seed)
         self.tokenizer_revision = tokenizer_revision
         self.vocabulary: int | None = None  # size of the model's embedding; the model sets it once it is loaded
         self._tokenizer: Any = None
@@ -408,9 +409,14 @@ class TextDataModule(LightningDataModule):
             split=self.validation_split if held_out else self.split,
             text_column=self.text_column,
             share=share,
-            divide_split=(self.validation_split, config_name) == (self.split, self.config_name),
+            divide_split=self.validation_split == self.split
+            and self._config(config_name) == self._config(self.config_name),
             seed=None if held_out else self.seed,
         )
+
+    def _config(self, name: str | None) -> str | None:
+        """Return the configuration that ``name`` is, also if none is named."""
+        return name or DEFAULT_CONFIGS.get(str(self.text))
 
     def _held_out_blocks(self) -> Tensor:
         """Return the validation blocks, LongTensor[at most validation_sequences, seq_length]; they are read once."""

@@ -160,7 +160,7 @@ class LeapModule(GatedModule):
             activation_checkpointing=activation_checkpointing,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            seed=seed,
+            seed=int(seed),
             train_weights=train_weights,
             weight_training=weight_training,
             start_weights=weights,

@@ -6,6 +6,7 @@ The table of :mod:`leap_pl.checkpoints.settings` lists them, and says which of t
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from leap_pl.inputs.plain_values import read
 from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import Term
 from leap_pl.prior import Prior
+from leap_pl.training.datamodule import TextDataModule
 from leap_pl.training.live_settings import clipping_algorithm
 from leap_pl.training.optimizers import PackedAdamW, SharedAdamW
 from leap_pl.training.schedules import Annealing, learned_by
@@ -136,24 +138,24 @@ def of_trainer(trainer: "L.Trainer", data: Any) -> Settings:
         "trainer.gradient_clip_algorithm": clipping_algorithm(trainer),
         "trainer.precision": str(trainer.precision),
     }
-    for name in DATA:
-        if hasattr(data, name) and name != "tokenizer":
-            settings[f"data.{name}"] = getattr(data, name)
-    tokenizer = getattr(data, "tokenizer_name", None)
-    if isinstance(tokenizer, str):
-        settings["data.tokenizer"] = tokenizer
+    if isinstance(data, TextDataModule):
+        settings |= {f"data.{name}": getattr(data, name) for name in DATA if name != "tokenizer"}
+        if isinstance(data.tokenizer_name, str):
+            settings["data.tokenizer"] = data.tokenizer_name
     return taken(settings)
 
 
 def check_types(settings: Mapping[str, Any]) -> None:
-    """Check that a checkpoint with these ``settings`` can be read back.
+    """Check that a checkpoint with these ``settings`` can be read back, where pydantic is there to read it.
 
     Raises:
         UserError: A setting, which only Python code can have given, is not of its type.
     """
+    if find_spec("pydantic") is None:
+        return
     for name, value in settings.items():
         if name in TYPES:
-            read(value, TYPES[name], name, "A checkpoint could not hold it.")
+            read(value, TYPES[name], name, "A checkpoint could not hold it: give a plain value.")
 
 
 def describe_objective(objective: Objective) -> Settings:

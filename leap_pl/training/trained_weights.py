@@ -73,6 +73,11 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         """Return the number of trained weights."""
         return len(self._gated) + len(self._ungated)
 
+    @property
+    def has_gated(self) -> bool:
+        """Return whether weights of gates are trained."""
+        return bool(self._gated)
+
     def check(self, weights: Mapping[str, Weight], *, fixed: bool, sharded: bool) -> None:
         """Check that the settings suit the run.
 

@@ -145,6 +145,7 @@ def test_learning_on_a_sparse_model_says_so_and_goes_on(text_file, tmp_path: Pat
         (["--trainer.max_steps=3", "--data.validation_sequences=8"], [0, 3]),  # 6 micro-batches, 4 of validation
         (["--trainer.max_steps=3", "--trainer.val_check_interval=4"], [0, 2, 3]),
         (["--trainer.max_steps=3", "--trainer.val_check_interval=4000"], [0, 3]),
+        (["--trainer.max_steps=3", "--trainer.val_check_interval=00:05:00:00"], [0, 3]),
     ],
 )
 def test_validations_are_about_ten(words, steps, model_folder, text_file, tmp_path: Path, monkeypatch) -> None:

@@ -183,6 +183,16 @@ def test_a_run_that_resumes_with_another_interval_keeps_the_newest_two(model_fol
     assert kept(tmp_path) == ["last.ckpt", "step=3.ckpt", "step=4.ckpt"]
 
 
+def test_a_run_that_resumes_with_curves_at_other_steps(model_folder, text_file, tmp_path: Path) -> None:
+    """The step that it was stopped after, and that would now be drawn, is not drawn from a part of the next one."""
+    words = flags(model_folder, text_file, tmp_path, "--checkpoint.every_n_train_steps=1")
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, "training_step", 10, send(signal.SIGTERM))
+        stopped([*words, "--sparsity_log.every_n_steps=2"])
+    main([*words, "--sparsity_log.every_n_steps=3", "--ckpt_path=last"])
+    assert set(curves(tmp_path / "tensorboard")["schedule/learning_rate"]) == {1, 2, 4}
+
+
 def test_curves_are_on_the_disk_before_the_checkpoint(model_folder, text_file, tmp_path: Path, monkeypatch) -> None:
     """A run that is killed right behind a checkpoint does not draw again what lies before it."""
     seen: dict[int, int] = {}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny import byte_tokenizer
 
 from leap_pl.data import BlockStream, TextSource, local
-from leap_pl.data.documents import Share, in_share, mended
+from leap_pl.data.documents import Reading, Share, in_share, mended
 from leap_pl.data.hub import TRIES, HubDataset
 from leap_pl.data.local import LocalFiles
 from leap_pl.errors import UserError
@@ -160,8 +160,10 @@ def test_a_file_that_is_named_twice_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path, ".jsonl")
     (tmp_path / "link.jsonl").symlink_to(file)
     for names in ([str(file)] * 2, [str(tmp_path / "*.jsonl")], [str(file), str(file.parent / "." / file.name)]):
-        with pytest.raises(UserError, match=r"is named twice in the text: its held-out part would be trained on"):
-            TextSource.open(names)
+        for share in ("train", "held_out"):
+            with pytest.raises(UserError, match=r"is named twice in the text: its held-out part would be trained on"):
+                TextSource.open(names, share=share)
+        assert len(TextSource.open(names).shards) == 2  # where nothing is held out
 
 
 def test_bytes_that_no_tokenizer_takes_are_mended(tmp_path: Path) -> None:
@@ -306,6 +308,18 @@ def test_a_validation_configuration_of_a_hub_dataset(hub: list[str], monkeypatch
     next(iter(data.val_dataloader()))
     next(data.stream.source.documents(repeat=False))
     assert sorted(opened) == [("a", False), ("b", False)]
+    opened.clear()
+    text |= {"text": "allenai/c4", "config_name": None}  # of which None is en
+    data = TextDataModule(validation_split="train", validation_config_name="en", **text)
+    next(iter(data.val_dataloader()))
+    assert opened == [("en", True)]
+
+
+def test_an_empty_shard_of_a_hub_dataset_leaves_the_digest_known(hub: list[str], tmp_path: Path) -> None:
+    (tmp_path / "1.jsonl").write_text("")
+    reading = Reading(HubDataset("some/text").read(1, None))
+    assert list(reading) == []
+    assert len(reading.digest or "") == 64
 
 
 @pytest.mark.parametrize(

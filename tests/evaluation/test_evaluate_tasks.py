@@ -7,13 +7,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 
 from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.errors import UserError
 from leap_pl.evaluation import answers
 from leap_pl.evaluation import tasks as room
-from leap_pl.evaluation.local_tasks import LocalTasks
+from leap_pl.evaluation.local_tasks import LocalTasks, _yaml
 from leap_pl.evaluation.prefix_rows import arrange
 from leap_pl.evaluation.tasks import evaluate_tasks, mean_accuracy
 from leap_pl.inputs import hub
@@ -199,17 +200,23 @@ def test_command_reads_the_folder_and_writes_the_scores(folder, tmp_path, capsys
 def test_other_questions_have_another_digest(folder, tmp_path):
     """As many of them; with solved examples before them too, and whatever else the file says."""
     found = {}
-    for name, goal, note in (("same", "cut", 1), ("noted", "cut", 2), ("other", "saw", 1)):
+    asked = {"same": {}, "noted": {"note": 2}, "other": {"goal": "saw"}, "answers": {"sol2": "a saw"}}
+    for name, change in asked.items():
         questions = [
-            {"goal": f"{goal} {n}", "sol1": "a knife", "sol2": "a spoon", "label": n % 2, "n": note} for n in range(6)
+            {"goal": f"cut {n}", "sol1": "a knife", "sol2": "a spoon", "label": n % 2} | change for n in range(6)
         ]
         rows(tmp_path / name / "piqa" / "validation.jsonl", questions)
         found[name] = score(["piqa"], tmp_path / name)["piqa"]
     ours = score(["piqa"], folder)["piqa"]
     digests = {name: scores["questions_digest"] for name, scores in found.items()}
     assert digests["same"] == digests["noted"] == ours["questions_digest"]
-    assert digests["other"] != digests["same"]
+    assert len({*digests.values()}) == 3
     assert score(["piqa"], folder, limit=5)["piqa"]["questions_digest"] != digests["same"]
+
+
+@pytest.mark.parametrize("name", ["a", "\u00e9\u2028", "\U0001f4c1", "\udc80", '"\\'])
+def test_a_definition_is_yaml_whatever_the_path(name):
+    assert yaml.safe_load(_yaml({"path": name, name: [1, None]})) == {"path": name, name: [1, None]}
 
 
 def test_a_folder_beyond_the_basic_plane(tmp_path):

@@ -108,6 +108,17 @@ def test_weights_of_a_one_shot_method_are_where_it_starts(
         line = refused([*recover(tmp_path / "no"), f"--model.weights={pruned / 'model'}"], capsys)
         assert "has other zeros than the mask: " in line
         assert "which the mask removes, are not 0. Give the weights that were made with this mask." in line
+        words = [word for word in recover(tmp_path / "more") if not word.startswith("--model.mask")]
+        words += [f"--model.mask={pruned}", f"--model.weights={tmp_path / 'sparser' / 'model'}"]
+        prune_command(str(model_folder), str(tmp_path / "sparser"), sparsity=0.7, **options)  # type: ignore[arg-type]
+        line = refused(words, capsys)
+        assert "has other zeros than the mask" in line or "has a mask of its own, and the run another one" in line
+        superset = {name: mask | (torch.rand(mask.shape) < 0.05) for name, mask in made.masks.items()}
+        MaskSet(superset, made.provenance).save(tmp_path / "superset.safetensors")
+        words[-2] = f"--model.mask={tmp_path / 'superset.safetensors'}"
+        words[-1] = f"--model.weights={pruned / 'model'}"
+        assert "has a mask of its own, and the run another one" in refused(words, capsys)
+        (pruned / "model" / "mask.safetensors").unlink()  # of other tools: what their zeros say
         for share in (0.05, 0.2):
             tensors = dict(start)
             for name in made.masks:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
@@ -205,13 +206,14 @@ def test_settings_of_text_that_change_after_its_use_are_used(
 def test_paths_are_names(module: LeapModule, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """Checkpoints hold plain values."""
     prior = Prior(method="magnitude", cache_dir=tmp_path / "priors")  # type: ignore[arg-type]
-    learning = LeapModule(model_folder, dtype="float32", prior=prior)  # type: ignore[arg-type]
-    text = TextDataModule(text=[text_file], seq_length=16, validation_text=text_file)  # type: ignore
+    learning = LeapModule(model_folder, dtype="float32", prior=prior, seed=np.int64(3))  # type: ignore[arg-type]
+    text = TextDataModule(text=[text_file], seq_length=16, validation_text=text_file, seed=np.int64(4))  # type: ignore
     path = tmp_path / "step.ckpt"
     run = trainer(max_steps=1)
     run.fit(learning, text)
     run.save_checkpoint(path)
     loaded = LeapModule.load_from_checkpoint(path)
+    assert loaded.state.seed == 3
     assert (loaded.base_model, loaded.run_prior.settings.cache_dir) == (str(model_folder), str(tmp_path / "priors"))
     assert (text.text, text.validation_text) == ([str(text_file)], str(text_file))
 
@@ -265,9 +267,12 @@ def test_batches_of_other_loaders(module: LeapModule) -> None:
 
 def test_own_data_has_no_text_for_a_prior(module: LeapModule, model_folder: Path) -> None:
     class Own(L.LightningDataModule):
+        validation_split, separator, seed = 0.05, "\n\n", None  # of its own, and not those of TextDataModule
+
         def train_dataloader(self) -> Any:
             return DataLoader(torch.arange(64).view(4, 16), batch_size=2)
 
+    trainer(max_steps=1).fit(LeapModule(str(model_folder), prior=Prior(method="none")), Own())
     module = LeapModule(str(model_folder), dtype="float32", prior=Prior(method="wanda", cache_dir=None))
     with pytest.raises(UserError, match=r"needs calibration text, and Own has no stream of it. Give fit a TextDataM"):
         trainer(max_steps=1).fit(module, Own())
