@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import scaling
-from benchmarks.report import Row, finish
+from benchmarks.report import Row, finish, sequences
 from benchmarks.variants import makers
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import find_weights
@@ -112,8 +112,7 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:
     facts: dict[str, Any] = {"gated_weights": gated}
     if variant in BYTES:
         step = makers()[variant](model)
-        length = min(args.tokens[0], args.seq_length)
-        ids_BL = torch.randint(0, 1000, (args.tokens[0] // length, length), device=device)
+        ids_BL = torch.randint(0, 1000, sequences(args.tokens[0], args.seq_length), device=device)
         for _ in range(3):
             step(ids_BL)
         facts["accounted_mib"] = accounted(variant, gated)

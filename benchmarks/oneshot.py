@@ -9,7 +9,6 @@ the calibration's. There is one row for each method and sparsity. Besides the me
 
 import argparse
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from benchmarks.report import Row, finish, table
 from leap_pl.base_model.loading import load_model, load_tokenizer
 from leap_pl.data import calibration_blocks
+from leap_pl.data.calibration import held_out_tokens
 from leap_pl.masks.patterns import parse_pattern
 from leap_pl.oneshot.methods import METHODS
 from leap_pl.oneshot.prune import prune
@@ -43,8 +43,10 @@ def main() -> None:
 
     tokenizer = load_tokenizer(args.model)
     blocks_NT = calibration_blocks(args.text, tokenizer, seq_length=args.seq_length, sequences=args.sequences)
-    tokens = torch.tensor(tokenizer(Path(args.text).read_text(encoding="utf-8"))["input_ids"])
-    held_out_NT = tokens[-args.windows * args.seq_length :].view(args.windows, args.seq_length)
+    tokens, wanted = held_out_tokens(args.text, tokenizer), args.windows * args.seq_length
+    if len(tokens) < blocks_NT.numel() + wanted:
+        raise SystemExit(f"{args.text} has {len(tokens):,} tokens, fewer than calibration and windows take. Give more.")
+    held_out_NT = tokens[-wanted:].view(args.windows, args.seq_length)
 
     model = load_model(args.model)
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}

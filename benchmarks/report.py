@@ -105,6 +105,18 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def sequences(tokens: int, seq_length: int) -> tuple[int, int]:
+    """Return the number and length of sequences of at most ``seq_length`` that have exactly so many ``tokens``.
+
+    Raises:
+        SystemExit: There are none, and what is reported would be of other tokens than what is computed.
+    """
+    length = min(tokens, seq_length)
+    if length < 1 or tokens % length:
+        raise SystemExit(f"{tokens} tokens are no whole number of sequences of {seq_length}. Give a multiple of that.")
+    return tokens // length, length
+
+
 def finish(rows: Sequence[Row], output: str | None, **facts: Any) -> None:
     """Print the table, and write rows and facts to the JSON file ``output`` if there is one."""
     about = {"machine": machine(), **facts}

@@ -4,7 +4,7 @@ python -m benchmarks.seeds [--seeds 0 1 2] [--variants "no compiler" …] [--fol
 
 An optimisation must not cost accuracy: none may move the perplexity farther than another seed does. Each run is
 `leap_pl fit --config configs/quickstart.yaml` and an evaluation of its mask, in processes of their own; the variants
-have the first seed. What is finished in ``--folder`` is not run again.
+have the first seed. What is finished in ``--folder`` with the same settings is not run again.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.report import Row, finish
-from experiments.quickstart import BASE_MODEL, CONFIG, TEXT, TOKENS, WINDOW
+from experiments.quickstart import BASE_MODEL, CONFIG, TEXT, TOKENS, WINDOW, is_stamped, write_stamp
 
 # What differs from the config: options of `leap_pl fit`, and variables of its environment.
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
@@ -48,8 +48,13 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[Row] = []
     for name, (seed, options, environment) in runs.items():
         folder = args.folder / name.replace(",", "").replace(" ", "-")
-        if not (folder / "result.json").is_file():
-            _run(args, folder, ["--model.seed", str(seed), "--data.seed", str(seed), *options], environment)
+        options = ["--model.seed", str(seed), "--data.seed", str(seed), *options]
+        protocol = [args.model, args.text, args.tokens]
+        stamp = json.dumps([options, environment, list(map(str, protocol)), args.config.read_text(encoding="utf-8")])
+        finished = (folder / "result.json").is_file() and is_stamped(folder / "stamp.json", stamp.encode())
+        if not finished:
+            _run(args, folder, options, environment)
+            write_stamp(folder / "stamp.json", stamp.encode())
         (figure,) = json.loads((folder / "result.json").read_text(encoding="utf-8"))["perplexity"].values()
         rows.append({"run": name, "seed": seed, "perplexity": figure["value"]})
         print(f"{name}: {figure['value']:.3f}", flush=True)
@@ -66,7 +71,7 @@ def _run(args: argparse.Namespace, folder: Path, options: list[str], environment
     folder.mkdir(parents=True, exist_ok=True)
     mask = folder / "checkpoints" / "mask.safetensors"
     fit = ["fit", "--config", str(args.config), *options, "--checkpoint.dirpath", str(mask.parent)]
-    fit += ["--trainer.logger", "false", "--model.base_model", str(args.model)]
+    fit += ["--trainer.logger", "false", "--model.base_model", str(args.model), "--force"]
     protocol = ["--perplexity", str(args.text), "--seq_length", str(WINDOW), "--max_tokens", str(args.tokens)]
     evaluate = ["evaluate", "--mask", str(mask), *protocol, "--output", str(folder / "result.json")]
     with (folder / "log").open("w", encoding="utf-8") as log:

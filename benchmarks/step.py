@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import Row, finish, ratio, wait_for
+from benchmarks.report import Row, finish, ratio, sequences, wait_for
 from benchmarks.variants import first_blocks, makers
 from leap_pl.base_model.fast_dtype import fast_dtype
 from leap_pl.base_model.loading import load_model
@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output")
     args = parser.parse_args(arguments)
 
+    for tokens in args.tokens:
+        sequences(tokens, args.seq_length)
     device = torch.device(args.device)
     if args.dtype == "auto":
         args.dtype = fast_dtype(device)  # measured here, once and before the processes keep the machine busy
@@ -179,9 +181,9 @@ def work(pipe: Connection, variant: str, layers: int, args: argparse.Namespace) 
         if asked == "compile_seconds":
             pipe.send(compile_seconds())
             continue
-        length = min(asked, args.seq_length)
         same = torch.Generator().manual_seed(0)
-        ids_BL = torch.randint(0, model.config.vocab_size, (asked // length, length), generator=same).to(device)
+        shape = sequences(asked, args.seq_length)
+        ids_BL = torch.randint(0, model.config.vocab_size, shape, generator=same).to(device)
         wait_for(device)
         start = clock()
         step(ids_BL)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from experiments.quickstart import (
     BASE_MODEL,
+    CONFIG,
     RUN,
     TOKENS,
     WINDOW,
@@ -24,6 +25,7 @@ from leap_pl.masks import MaskSet
 
 FOLDER = Path("runs/recovered")
 MASK = RUN / "checkpoints" / "prior.safetensors"
+LEARNED = MASK.with_name("mask.safetensors")
 WORDS = [
     "recover",
     f"--model.base_model={BASE_MODEL}",
@@ -47,8 +49,8 @@ def run() -> str:
     Raises:
         UserError: The quickstart has not made its mask.
     """
-    if not MASK.is_file():
-        raise UserError(f"{MASK} is not there. Run `make quickstart` first.")
+    if not (MASK.is_file() and LEARNED.is_file() and is_stamped(RUN / "config.yaml", CONFIG.read_bytes())):
+        raise UserError(f"{RUN} has no finished run of {CONFIG}. Run `make quickstart` first.")
     mask, stamp, packed = FOLDER / "checkpoints" / "mask.safetensors", FOLDER / "stamp.txt", FOLDER / "packed"
     digest = MaskSet.load(MASK).digest_of_bits()
     contents = "\n".join([*WORDS, digest, ""]).encode()
@@ -56,7 +58,7 @@ def run() -> str:
         show([*WORDS, "--force"])
         write_stamp(stamp, contents)
     dense = evaluated(["--model", str(BASE_MODEL)], RUN / "dense.json", RUN / "config.yaml")
-    learned = evaluated(["--mask", str(MASK.with_name("mask.safetensors"))], RUN / "learned.json", RUN / "config.yaml")
+    learned = evaluated(["--mask", str(LEARNED)], RUN / "learned.json", RUN / "config.yaml")
     before = evaluated(["--mask", str(MASK)], RUN / "prior.json", RUN / "config.yaml")
     after = evaluated(["--mask", str(mask)], FOLDER / "recovered.json", stamp)
     if not (packed / "leap_pl.json").is_file() or packed.stat().st_mtime < (FOLDER / "recovered.json").stat().st_mtime:

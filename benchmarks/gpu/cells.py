@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.device import allocated, clocked, fitting, launches, peak_allocated, release, reset_peak
 from benchmarks.gpu.shapes import Model
 from benchmarks.memory import paper_bytes
-from benchmarks.report import Row, one_line
+from benchmarks.report import Row, one_line, sequences
 from benchmarks.variants import Step, makers
 from leap_pl.evaluation.perplexity import perplexity
 from leap_pl.gates import Gate
@@ -57,9 +57,8 @@ class Bench:
 
     def ids(self, model: Any, tokens: int) -> Tensor:
         """Return random tokens (B, L) for ``model``, of sequences of at most ``seq_length``."""
-        length = min(tokens, self.seq_length)
-        draw = torch.Generator().manual_seed(0)
-        return torch.randint(0, model.config.vocab_size, (tokens // length, length), generator=draw).to(self.device)
+        draw, shape = torch.Generator().manual_seed(0), sequences(tokens, self.seq_length)
+        return torch.randint(0, model.config.vocab_size, shape, generator=draw).to(self.device)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from types import FrameType
 from leap_pl.errors import UserError
 
 DEFINITION = "configs/results/headline.yaml"
+DOCS = Path("docs/results")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--docs",
         type=Path,
-        default=Path("docs/results"),
+        default=DOCS,
         help="folder of figures; the report lies beside it (default: docs/results, and docs/results.md)",
     )
     parser.add_argument(
@@ -54,6 +55,11 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.cells is not None:
         return _report(options.cells, options.docs)
+    if options.docs == DOCS and Path(options.config).resolve() != Path(DEFINITION).resolve():
+        raise UserError(
+            f"{DOCS} has the figures of {DEFINITION}, and those of {options.config} would take their place. Name "
+            "another folder with --docs."
+        )
     runner = Runner(read_experiment(options.config), options.folder, options.docs / "cells")
     cells = runner.chosen(options.only)
     if options.list:

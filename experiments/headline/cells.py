@@ -49,8 +49,10 @@ def is_current(progress: "Progress", cell: "Cell", folder: Path) -> bool:
     told = read_result(path).get("cell", {})
     if not all((folder / f"{name}.json").is_file() for name in cell.best_of):
         return False
-    kept = progress.experiment.cells.get(told.get("kept") or "")
-    steps = progress.all_steps(cell, kept if cell.best_of else None)
+    kept = progress.kept(cell) if cell.best_of else None
+    if cell.best_of and (kept is None or kept.name != told.get("kept")):
+        return False
+    steps = progress.all_steps(cell, kept)
     return steps is not None and told.get("digests") == {step.name: step.digest for step in steps}
 
 

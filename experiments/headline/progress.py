@@ -17,6 +17,7 @@ from leap_pl.evaluation.record import read_result
 from leap_pl.evaluation.texts import TEXTS
 
 RECORD = "steps.json"  # in a cell's folder: step → what is known of it
+LAID_OUT = "Texts and tasks are laid out by make assets assets-eval assets-mixture."
 SUPERSEDED = "superseded"  # folder of learned cells that other settings have taken the place of
 
 
@@ -33,7 +34,7 @@ class Progress:
                 whatever machine, and is not done again.
 
         Raises:
-            UserError: A local text is not there.
+            UserError: A local text, or the folder of a task, is not there.
         """
         self.experiment, self.folder, self.steps = experiment, folder, Steps(experiment, folder)
         self.told = told
@@ -43,9 +44,14 @@ class Progress:
                 if text not in TEXTS:
                     TextSource.open(text)
             except UserError as error:
-                raise UserError(
-                    f"{error} Texts and tasks are laid out by make assets assets-eval assets-mixture."
-                ) from error
+                raise UserError(f"{error} {LAID_OUT}") from error
+        for cell in experiment.cells.values():
+            tasks = cell.model.evaluate.get("tasks_folder")
+            lacking = (
+                [task for task in experiment.tasks if not Path(tasks, task).is_dir()] if cell.tasks and tasks else []
+            )
+            if lacking:
+                raise UserError(f"{tasks} has no {listing(lacking)}. {LAID_OUT}")
 
     def chosen(self, patterns: Sequence[str]) -> list[Cell]:
         """The cells whose name fits one of ``patterns`` (none: all), each after those that it needs.
@@ -141,13 +147,15 @@ class Progress:
         for name, model in models.items():
             number = sum(cell.model.name == name for cell in cells)
             yield (
-                f"{number} cells of {name} are left out: {model.base_model} is not there. Lay it out with make "
-                f"{model.target}."
+                f"{number} cells of {name or model.base_model} are left out: {model.base_model} is not there. Lay it "
+                f"out with make {model.target}."
             )
 
     def left(self, cells: Sequence[Cell]) -> list[Cell]:
         """Those of ``cells`` that are to be run: not told of yet, or needed, here, by one that is not."""
         wanted = {cell.name for cell in cells if self.is_within_reach(cell) and not self.is_told(cell)}
+        # Another may be the best once these are made.
+        wanted |= {cell.name for cell in cells if self.is_within_reach(cell) and wanted & {*cell.best_of}}
         reached = list(wanted)
         while reached:
             others = set(self._reads(self.experiment.cells[reached.pop()])) - wanted

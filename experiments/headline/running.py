@@ -13,6 +13,8 @@ from pathlib import Path
 from leap_pl.errors import UserError
 
 LINE_SECONDS = 60.0  # between two lines where the terminal cannot draw over the last one
+END_SECONDS = 10.0
+LEARNING = ("fit", "recover")
 TAIL = 4096  # bytes of a log that hold its last line
 
 
@@ -45,7 +47,7 @@ def run_command(words: Sequence[str], log: Path, caption: str, keep: Sequence[in
         finally:
             progress.close()
             if process.returncode is None:
-                _end(process)
+                _end(process, learns=words[0] in LEARNING)
     if status:
         raise UserError(f"{caption}: leap_pl {words[0]} failed: {last_line(log)} (all that it said: {log})")
     return Ran(time.monotonic() - began, peak)
@@ -62,13 +64,16 @@ def _wait(process: "subprocess.Popen[bytes]", progress: "_Progress") -> tuple[in
         time.sleep(0.2)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: "subprocess.Popen[bytes]", *, learns: bool) -> None:
+    """End a process; one that learns writes a checkpoint first, after its step, unless this one is stopped again."""
     process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(10)
-    if process.returncode is None:
-        process.kill()
-        process.wait()
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(None if learns else END_SECONDS)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            process.wait()
 
 
 def last_line(log: Path) -> str:

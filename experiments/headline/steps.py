@@ -92,7 +92,7 @@ class Steps:
             options.pop("sparsity", None)
             told = options | {"mask": self._digest_of_mask(kept)}
             options |= {"mask": str(self.mask(kept))}
-        for name in ("model", "text"):
+        for name in ("model", "text", "layer_sparsity", *(["mask"] if kept is None else [])):
             if name in told:
                 told[name] = identity(told[name])
         words = ["prune", *_flags(options), "--output_dir", str(self.mask(cell).parent), "--force"]
@@ -107,11 +107,20 @@ class Steps:
         for name in ("text", "validation_text"):
             if told["data"].get(name):
                 told["data"][name] = identity(told["data"][name])
+        prior = told["model"].get("prior", {})
         if cell.prior is not None:
-            told["model"]["prior"]["mask"] = self._digest_of_mask(self.experiment.cells[cell.prior])
+            prior["mask"] = self._digest_of_mask(self.experiment.cells[cell.prior])
+        elif prior.get("mask"):
+            prior["mask"] = identity(prior["mask"])
+        if prior.get("masks"):
+            prior["masks"] = {form: identity(mask) for form, mask in prior["masks"].items()}
         if cell.mask is not None:
-            told["model"]["mask"] = self._digest_of_mask(self.experiment.cells[cell.mask])
-            told["model"].pop("weights", None)  # of that cell too
+            kept = self.experiment.cells[cell.mask]
+            told["model"]["mask"] = self._digest_of_mask(kept)
+            if self._updates(kept):
+                told["model"].pop("weights", None)  # of that cell too
+        if told["model"].get("weights"):
+            told["model"]["weights"] = identity(told["model"]["weights"])
         verb = self._verb(cell)
         words = [verb, "--config", str(self.config(cell))]
         return Step("make", digest([verb, told]), self.mask(cell), words, config)

@@ -22,7 +22,7 @@ def test_runs_are_compared_with_the_first_seed_and_not_made_twice(
 
     def run(args: argparse.Namespace, folder: Path, options: list[str], environment: dict[str, str]) -> None:
         made.append((folder.name, options, environment))
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         result = {"perplexity": {"text": {"value": FOUND[folder.name]}}}
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
@@ -39,6 +39,12 @@ def test_runs_are_compared_with_the_first_seed_and_not_made_twice(
     assert "within 7.50%" in capsys.readouterr().out
     seeds.main(words)
     assert len(made) == len(FOUND)
+    seeds.main([*words, "--seeds", "2", "1"])  # the variant is of the first one, here another
+    assert [name for name, _, _ in made[len(FOUND) :]] == ["no-compiler"]
+    other = tmp_path / "other.yaml"
+    other.write_text(CONFIG.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    seeds.main([*words, "--config", str(other)])
+    assert [name for name, _, _ in made[len(FOUND) + 1 :]] == list(FOUND)
 
 
 @pytest.mark.parametrize("name", seeds.VARIANTS)

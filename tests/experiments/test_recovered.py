@@ -37,7 +37,7 @@ def test_a_tiny_model_is_recovered_once(
     )
     words = ["recover", *(word for word in words[1:] if not word.startswith("--model.prior.method"))]
     stamp = tmp_path / "config.yaml"
-    stamp.touch()
+    stamp.write_bytes(recovered.CONFIG.read_bytes())
     for module in (quickstart, recovered):
         monkeypatch.setattr(module, "show", show)
     monkeypatch.setattr(quickstart, "TEXT", text_file)
@@ -45,6 +45,7 @@ def test_a_tiny_model_is_recovered_once(
     monkeypatch.setattr(quickstart, "TOKENS", 128)
     prior = finished_run.mask.with_name("prior.safetensors")
     places = {"BASE_MODEL": model_folder, "MASK": prior, "RUN": tmp_path, "FOLDER": tmp_path}
+    places["LEARNED"] = finished_run.mask
     for name, place in (places | {"WORDS": words}).items():
         monkeypatch.setattr(recovered, name, place)
     closing = recovered.run()
@@ -52,6 +53,12 @@ def test_a_tiny_model_is_recovered_once(
     assert [words[0] for words in said] == ["recover", *["evaluate"] * 4, "export"]
     assert recovered.run() == closing
     assert len(said) == 6
-    monkeypatch.setattr(recovered, "MASK", tmp_path / "no.safetensors")
-    with pytest.raises(UserError, match="Run `make quickstart` first"):
+    for name in ("MASK", "LEARNED"):
+        with monkeypatch.context() as patch:
+            patch.setattr(recovered, name, tmp_path / "no.safetensors")
+            with pytest.raises(UserError, match="Run `make quickstart` first"):
+                recovered.run()
+    stamp.write_text("of other settings")
+    with pytest.raises(UserError, match=r"has no finished run of .*Run `make quickstart` first"):
         recovered.run()
+    assert len(said) == 6

@@ -21,8 +21,11 @@ from tiny_experiment import (
 )
 
 from experiments.headline import running
+from experiments.headline.definition import read_experiment
+from experiments.headline.runner import Runner
 from experiments.headline.running import last_line, run_command
 from leap_pl.errors import UserError
+from leap_pl.evaluation.record import read_result, write_result
 from leap_pl.masks import MaskSet
 
 # -- the whole of it ------------------------------------------------------------------------------------------
@@ -300,6 +303,33 @@ def test_a_model_that_is_not_there_is_left_out_and_its_cells_stay(again, capsys)
     assert results(folder, "--list") == 0
     listed = capsys.readouterr().out.splitlines()
     assert "other-wanda-60 3 min needs make assets-other" in [" ".join(line.split()) for line in listed]
+
+
+def test_another_best_makes_the_cell_that_kept_the_former(again):
+    folder, _ = again
+    told = folder / "docs" / "results" / "cells"
+    progress = Runner(read_experiment(folder / "tiny.yaml"), folder / "runs", told)
+    update = progress.experiment.cells["update-50"]
+    assert progress.is_told(update)
+    former = cells(folder)["update-50"]["cell"]["kept"]
+    (other,) = {*update.best_of} - {former}
+    result = read_result(told / f"{other}.json")
+    result["perplexity"][str(folder_of(result) / "validation.jsonl")]["value"] = 1.5
+    write_result(told / f"{other}.json", result)
+    assert progress.kept(update).name == other
+    assert not progress.is_told(update)
+    assert [cell.name for cell in progress.left(progress.chosen(["update-50"]))][-1] == "update-50"
+
+
+def test_a_candidate_that_is_made_again_makes_the_best_of_it_wanted(again):
+    folder, _ = again
+    (folder / "docs" / "results" / "cells" / "distill-50.json").unlink()
+    progress = Runner(read_experiment(folder / "tiny.yaml"), folder / "runs", folder / "docs" / "results" / "cells")
+    assert {"distill-50", "update-50"} <= {cell.name for cell in progress.left(progress.chosen([]))}
+
+
+def folder_of(result):
+    return Path(result["cell"]["texts"]["like"]["text"]).parent
 
 
 def test_one_that_fails_stops_only_what_needs_it(again, capsys):

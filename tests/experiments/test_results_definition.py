@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_experiment import CELLS, cells, change, results, verbs, write
+from tiny_experiment import CELLS, cells, change, results, runner, verbs, write
 
+from experiments.headline.__main__ import main
 from experiments.headline.definition import read_experiment
 from experiments.headline.digests import identity
 from experiments.headline.experiment import laid_over
@@ -104,6 +105,49 @@ def test_mistakes_in_a_definition_are_told_in_one_line(again, capsys, keys, to, 
     assert re.search(said, message)
     assert message.count("\n") == 1
     assert not ran
+
+
+def test_missing_tasks_are_named_and_nothing_is_lost(again, capsys):
+    folder, _ = again
+    change(folder / "tiny.yaml", "evaluate", "tasks_folder", to=str(folder / "gone"))
+    assert results(folder, "--report") == 2
+    said = capsys.readouterr().err
+    assert re.search(r"gone has no piqa, arc_easy\. Texts and tasks are laid out by make assets", said)
+    assert sorted(cells(folder)) == sorted(CELLS)
+
+
+def test_a_missing_base_model_loses_nothing(again, capsys):
+    folder, _ = again
+    change(folder / "tiny.yaml", "target", to="assets")
+    change(folder / "tiny.yaml", "base_model", to=str(folder / "gone"))
+    assert results(folder, "--report") == 0
+    assert "gone is not there. Lay it out with make assets." in capsys.readouterr().err
+    assert sorted(cells(folder)) == sorted(CELLS)
+
+
+def test_another_definition_has_figures_of_its_own(again, capsys):
+    folder, _ = again
+    assert main(["--config", str(folder / "tiny.yaml"), "--list"]) == 2
+    assert "would take their place. Name another folder with --docs." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [("wanda", "prune.layer_sparsity"), ("admm", "prune.mask"), ("leap", "fit.model.prior.masks.inner"),
+     ("leap", "fit.model.prior.mask"), ("recover", "fit.model.weights")],
+)  # fmt: skip
+def test_files_that_settings_name_are_told_by_their_content(again, row, key):
+    folder, _ = again
+    file = folder / "file"
+    change(folder / "tiny.yaml", "rows", row, *key.split("."), to=str(file))
+    if key == "fit.model.prior.mask":
+        change(folder / "tiny.yaml", "rows", row, "prior", to=None)
+    digests = []
+    for content in ("one", "two", "one"):
+        file.write_text(content)
+        made = runner(folder)
+        digests.append(made.steps.make(made.experiment.cells[f"{row}-60"]).digest)
+    assert digests[0] == digests[2] != digests[1]
 
 
 @pytest.mark.parametrize(
