@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -195,14 +196,27 @@ def _check_plain(name: str, folder: str, revision: str | None, config: "PreTrain
             f"base model {name} is an adapter (adapter_config.json) of another model. Merge the two with peft's "
             "merge_and_unload, and give the merged model."
         )
-    for part in (config, config.get_text_config()):
+    for part in _parts_of(config):
         for key in ("_attn_implementation", "_experts_implementation"):
             kernel = getattr(part, key, None)
-            if isinstance(kernel, str) and "/" in kernel:
+            if isinstance(kernel, str) and (
+                "/" in kernel or (kernel.startswith("flash_") and not find_spec("flash_attn"))
+            ):
                 raise UserError(
                     f"the config.json of base model {name} asks for kernels from the hub ({shown(kernel)}), which are "
                     f"code. Remove {key.removeprefix('_')} from it, or add --trust_remote_code."
                 )
+
+
+def _parts_of(config: "PreTrainedConfig") -> "Iterator[PreTrainedConfig]":
+    """Yield ``config`` and those of the model's parts, such as a vision tower, which are built too."""
+    from transformers import PreTrainedConfig
+
+    yield config
+    for name in {*getattr(config, "sub_configs", {}), *vars(config)}:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            yield from _parts_of(part)
 
 
 def load_tokenizer(
@@ -328,6 +342,11 @@ def _reading(what: str, name: str) -> Iterator[None]:
         panicked = type(error).__name__ == "PanicException"  # from a reader in Rust; not a subclass of Exception
         if not panicked and not isinstance(error, Exception):
             raise
+        if isinstance(error, MemoryError) or re.search("can't allocate memory|not enough memory", str(error)):
+            raise UserError(
+                f"{what} {name}: there is not enough memory to load it. Use a smaller model, --dtype bfloat16, or a "
+                "machine with more."
+            ) from error
         if isinstance(error, pickle.UnpicklingError):
             raise UserError(
                 f"{what} {name} is a pickle that is damaged or contains more than tensors; leap_pl runs no code from a "

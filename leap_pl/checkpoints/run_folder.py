@@ -129,7 +129,7 @@ def _check_not_read(files: list[Path]) -> None:
     register = inputs.current()
     for file in files if register is not None else ():
         assert register is not None
-        register.check_file(inputs.real_path(file.parent) / file.name, file)
+        register.check_file(inputs.real_place(file), file)
 
 
 def _is_ours(path: Path, folder: Path) -> bool:

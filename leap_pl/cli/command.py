@@ -34,6 +34,7 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         from leap_pl.files import check_folder, followed  # help does not wait for these
         from leap_pl.inputs import register as inputs
+        from leap_pl.inputs.hub import check_revision
 
         with inputs.command_inputs(verb) as register:
             bound = parameters.bind(*args, **kwargs)
@@ -46,10 +47,12 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
             folder, file, _ = (options.pop(name, None) for name in (FOLDER, FILE, HUB))
             for value in options.values():
                 inputs.note_named(value)
+            if isinstance(options.get("model"), str):
+                check_revision(options["model"], options.get("revision"), "--revision")
             if folder is not None:
                 check_folder(folder, force=bool(options.get("force")), verb=verb)
             if file is not None and Path(file).exists():
-                register.check_file(followed(Path(file)), file)
+                register.check_file(inputs.real_place(followed(Path(file))), file)
             return function(*bound.args, **bound.kwargs)
 
     return run

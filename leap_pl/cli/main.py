@@ -107,6 +107,12 @@ def main(args: "ArgsType" = None) -> Any:
         rank = _rank()
         say(f"leap_pl {words[0]}{f' [rank {rank}]' if rank else ''}: {error}", sys.stderr)
         raise SystemExit(2) from None
+    except PermissionError as error:
+        where = error.filename or "a file"
+        say(
+            f"leap_pl {words[0]}: {where} may not be read or written ({error.strerror}). Name another path.", sys.stderr
+        )
+        raise SystemExit(2) from None
 
 
 def _asks_for_help(words: list[str]) -> bool:

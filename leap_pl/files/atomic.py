@@ -11,6 +11,7 @@ import errno
 import fcntl
 import glob
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -46,14 +47,14 @@ def atomic_file(path: str | Path, *, own: bool = False) -> Iterator[Path]:
         place = path if own else followed(path)
         register = None if own else inputs.current()
         if register is not None:
-            register.check_file(place, path)
+            register.check_file(inputs.real_place(place), path)
         place.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(place) as temporary:
             temporary.chmod(0o666 & ~_umask())
             yield temporary
             flush(temporary)
             if register is not None:
-                register.check_file(place, path)
+                register.check_file(inputs.real_place(place), path)
             temporary.replace(place)
             _confirm(place)
     except _write_errors() as error:
@@ -87,7 +88,7 @@ def atomic_folder(
         place = path if own else followed(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         with (
-            nullcontext() if register is None else register.replacing(place, path),
+            nullcontext() if register is None else register.replacing(inputs.real_path(place), path),
             _temporary(place, folder=True) as temporary,
         ):
             temporary.chmod(0o777 & ~_umask())
@@ -117,6 +118,8 @@ def check_folder(path: str | Path, *, force: bool = False, own: bool = False, ve
         raise UserError(f"{path} is a file, and the output is a folder. Name another folder.")
     if not path.is_dir():
         return
+    if _is_mounted(path):
+        raise UserError(f"{path} is a mount point, which cannot be replaced as a whole. Name a folder in it.")
     try:
         inside = any(path.iterdir())
     except OSError as error:
@@ -141,6 +144,19 @@ def check_folder(path: str | Path, *, force: bool = False, own: bool = False, ve
             f"{path} contains files that leap_pl did not write: {found}. --force replaces only what leap_pl wrote; "
             "name another folder, or move them away."
         )
+
+
+def _is_mounted(path: Path) -> bool:
+    """Return whether a file system, or a folder of one, is mounted at ``path``."""
+    place = inputs.real_path(path)
+    if os.path.ismount(place):
+        return True
+    try:  # Linux: folders of the same file system
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    escaped = re.sub(rb"[ \t\n\\]", lambda found: b"\\%03o" % found[0][0], os.fsencode(place))
+    return any(line.split(b" ", 5)[4:5] == [escaped] for line in lines)
 
 
 def _working_directory() -> Path | None:
@@ -188,7 +204,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         UserError: The folder is not writable.
     """
-    made = not folder.exists()
+    made = not inputs.exists(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _temporary(folder / "writable"):
@@ -332,7 +348,7 @@ def _write_errors() -> tuple[type[Exception], ...]:
 
 def _write_failure(path: Path, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    in_the_way = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    in_the_way = next((parent for parent in path.parents if inputs.exists(parent) and not parent.is_dir()), None)
     if in_the_way is not None:
         reason = f"{in_the_way} is a file: Not a directory"
     return f"{path} could not be written ({reason}). Nothing was left behind; free space or name another path."

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from leap_pl.errors import UserError
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
+from leap_pl.inputs.register import exists
 
 PATIENCE = 5.0  # seconds in which the hub answers
 LOG_IN = "run `hf auth login`, or set HF_TOKEN"
@@ -33,6 +34,23 @@ def repository_of(name: str) -> tuple[str, str | None] | None:
     if found is None or name.endswith(_FILE_TYPES) or Path(name).exists():
         return None
     return found[1], found[2]
+
+
+def check_revision(name: str, revision: str | None, option: str) -> None:
+    """Check that a ``revision`` is not given for a model on the disk, which has none.
+
+    Args:
+        name: Hub id, folder or GGUF file.
+        revision: As given with ``option``.
+        option: Name of the setting, for the message.
+
+    Raises:
+        UserError: It is, and would be recorded all the same.
+    """
+    if revision is not None and exists(expanded(name)):
+        raise UserError(
+            f"{option} is {revision}, of a repository of the hub, and {name} is a local path. Leave it out."
+        )
 
 
 def is_hub_id(name: str) -> bool:

@@ -210,16 +210,19 @@ def _summary(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` converted to JSON types; a number that is not finite becomes None."""
+    """Return ``value`` converted to JSON types.
+
+    A number that is not finite becomes None, and what is no Unicode, such as a path of other bytes, is escaped.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {plain(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    return str(value)
+    return value if value is None or isinstance(value, bool | int | float) else plain(str(value))
 
 
 def shown(name: str, most: int = 80) -> str:

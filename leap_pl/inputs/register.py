@@ -225,6 +225,11 @@ def real_path(path: str | Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def real_place(path: Path) -> Path:
+    """Return ``path`` in the real path of its folder; what it is itself, such as a link that is replaced, stays."""
+    return real_path(path.parent) / path.name
+
+
 def _spellings(name: str | Path) -> set[Path]:
     """Return ``name`` as it is and with ``~`` expanded, since some readers expand it and others do not."""
     return {Path(name), expanded(name)}

@@ -73,17 +73,23 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         (head, teacher_head), wants_grad, device = heads, any(ctx.needs_input_grad), hidden_TD.device
         sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in learned] if wants_grad else []
-        grad_TD = torch.empty_like(hidden_TD) if wants_grad else None
+        small = hidden_TD.dtype == torch.float16
+        grad_TD = torch.empty_like(hidden_TD, dtype=torch.float32 if small else None) if wants_grad else None
         lm = torch.zeros((), dtype=torch.float32, device=device)
         kl = torch.zeros_like(lm)
         scale = 1 / len(targets_T)
         # As tensors: the compiled functions would be recompiled for each Python number.
-        lm_weight, kl_weight, temperature = map(scalar, (mix.lm * scale, mix.distillation * scale, mix.temperature))
+        temperature, late = scalar(mix.temperature), 1.0
+        lm_weight, kl_weight = scalar(mix.lm * scale), scalar(mix.distillation * scale)
         for start in range(0, len(targets_T), mix.chunk):
             part = slice(start, start + mix.chunk)
             hidden_CD = hidden_TD[part].detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
                 logits_CV = head(hidden_CD)
+            if logits_CV.dtype == torch.float16 and late == 1:
+                # Divided by the number of tokens, most gradients of logits would be too small for float16, and the
+                # scaler's factor comes too late.
+                late, lm_weight, kl_weight = scale, scalar(mix.lm), scalar(mix.distillation)
             target_C, token_V = targets_T[part].int(), columns(logits_CV.shape[-1], device)
             if teacher_TD is None:
                 lm_sum, grad_CV = _lm_loss(logits_CV.detach(), target_C, token_V, lm_weight)
@@ -95,18 +101,25 @@ class _Fused(torch.autograd.Function):
             if grad_TD is not None:
                 # The graph of a gated head is also that of its budget, whose backward pass is still to come.
                 found = torch.autograd.grad(logits_CV, (hidden_CD, *learned), grad_CV, retain_graph=bool(learned))
-                grad_TD[part], *grads = found
+                grad_TD[part], *grads = found if late == 1 else (grad.float() * late for grad in found)
                 for total, grad in zip(sums, grads, strict=True):
                     total += grad
         grads = [total.to(parameter.dtype) for total, parameter in zip(sums, learned, strict=False)]
         ctx.save_for_backward(*[] if grad_TD is None else [grad_TD, *grads])
+        ctx.dtype = hidden_TD.dtype
         ctx.mark_non_differentiable(lm, kl)
         return mix.lm * lm + mix.distillation * kl, lm, kl
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
-        grad_TD, *grads = (grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
-        return grad_TD, None, None, None, None, *grads
+        # In float16 the loss may be scaled by more than the largest number.
+        grad_TD, *grads = (
+            (grad.float() * grad_loss).to(grad.dtype)
+            if grad.dtype == torch.float16
+            else grad * grad_loss.to(grad.dtype)
+            for grad in ctx.saved_tensors
+        )
+        return grad_TD.to(ctx.dtype), None, None, None, None, *grads
 
 
 def _lm_loss(logits_CV: Tensor, target_C: Tensor, token_V: Tensor, lm: Tensor) -> tuple[Tensor, Tensor]:

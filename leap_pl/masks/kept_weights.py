@@ -110,11 +110,14 @@ class KeptWeights:
                     f"the model has no weight {shown(name, 200)} of the shape that was trained. Give the base model "
                     "that the mask was made for."
                 )
+            value = value.to(parameter.device, parameter.dtype)
             if not bool(torch.isfinite(value).all()):
-                raise UserError(f"the trained weight {name} has values that are infinite or NaN. Train it again.")
+                raise UserError(
+                    f"the trained weight {name} has values that are infinite or NaN in {parameter.dtype}. Train it "
+                    "again, or load the model in another data type."
+                )
             mask = masks.masks.get(name)
-            value = value.to(parameter.dtype)
-            parameter.data = value if mask is None else value.masked_fill(~mask, 0)
+            parameter.data = value if mask is None else value.masked_fill(~mask.to(value.device), 0)
 
     def _value(self, name: str, base: Tensor) -> Tensor:
         """Return one trained weight; ``base`` is the base model's."""

@@ -20,6 +20,7 @@ from leap_pl.distributed.strategy import data_rank, has_buckets, mean_over_ranks
 from leap_pl.errors import UserError
 from leap_pl.gates import PART, BernoulliGate, FixedGate, Gate, GateState
 from leap_pl.gates.gate import Mode
+from leap_pl.inputs.hub import check_revision
 from leap_pl.inputs.plain_values import plain_paths
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import Objective
@@ -232,6 +233,8 @@ class LeapModule(GatedModule):
         """
         made = self.model is None
         if self._fitting():  # first, since a prior may take minutes
+            if self.resumes_from is None:
+                check_revision(self.base_model, self.revision, "model.revision")
             check_trainer(self.trainer, type(self))
             probe = self.optimizer_of([nn.Parameter(torch.zeros(1, 1, device="cpu"))])
             check_rounding(probe, self.logits_dtype)

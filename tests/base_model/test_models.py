@@ -81,6 +81,20 @@ def test_float8_is_dequantised_on_every_host(tmp_path: Path, monkeypatch: pytest
     assert torch.equal(there.model.layers[0].mlp.up_proj.weight, state["model.layers.0.mlp.up_proj.weight"].bfloat16())
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to")]
+)
+def test_a_model_larger_than_the_memory_is_not_called_damaged(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(UserError, match=r"there is not enough memory to load it\. Use a smaller model"):
+        load_model(str(tiny_folder(tmp_path / "m")))
+
+
 def test_other_quantised_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_folder(tmp_path / "m")
     load = transformers.AutoModelForCausalLM.from_pretrained

@@ -187,6 +187,24 @@ def test_a_folder_with_something_in_it_is_replaced_by_force(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("mounted", ["a file system", "a folder"])
+def test_a_mount_point_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounted: str
+) -> None:
+    (tmp_path / "a b").mkdir()
+    out = tmp_path / "link"
+    out.symlink_to(tmp_path / "a b")
+    table = f"36 35 98:0 /x {tmp_path}/a\\040b rw,noatime - ext3 /dev/root rw\n" if mounted == "a folder" else ""
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda p: table.encode() if p.name == "mountinfo" else read(p))
+    monkeypatch.setattr(os.path, "ismount", lambda path: not table and Path(path).name == "a b")
+    with pytest.raises(UserError) as caught, atomic_folder(out):
+        pytest.fail("the body must not run")
+    assert str(caught.value) == f"{out} is a mount point, which cannot be replaced as a whole. Name a folder in it."
+    with atomic_folder(out / "inside") as folder:
+        (folder / "f").write_text("x")
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, force: bool) -> None:
     path = tmp_path / "out"

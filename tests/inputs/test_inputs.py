@@ -1,5 +1,6 @@
 """What a command reads is never replaced by what it writes, and what leap_pl did not write is never replaced at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -338,6 +339,49 @@ def test_a_register_ends_with_its_command(tmp_path: Path) -> None:
             temporary.write_text("newer")
     assert file.read_text() == "newer"
     assert inputs.current() is None
+
+
+@pytest.mark.parametrize("read", ["a.json", "{}/a.json", "link/a.json"])
+@pytest.mark.parametrize("written", ["a.json", "./a.json", "{}/a.json", "link/a.json", "link/../real/a.json", "leaf"])
+def test_a_file_is_not_replaced_by_whatever_path(read: str, written: str, tmp_path: Path, monkeypatch) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    monkeypatch.chdir(real)
+    (tmp_path / "link").symlink_to(real)
+    (real / "link").symlink_to(real)
+    (real / "leaf").symlink_to(real / "a.json")
+    (real / "a.json").write_text("read")
+    with inputs.command_inputs("evaluate") as register:
+        inputs.note_input(read.format(real))
+        with (
+            pytest.raises(UserError, match="would be replaced, and this command reads"),
+            atomic_file(written.format(real)),
+        ):
+            pytest.fail("the body must not run")
+        with (
+            pytest.raises(UserError, match="would be replaced"),
+            register.replacing(inputs.real_path(Path("link")), "x"),
+        ):
+            pytest.fail("the body must not run")
+    assert (real / "a.json").read_text() == "read"
+
+
+def test_what_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    def refused(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    said = one_line(["export", "--mask=/locked/mask.safetensors", f"--output_dir={tmp_path / 'out'}"], capsys)
+    assert "/locked/mask.safetensors" in said
+    assert "may not be read or written (Permission denied). Name another path." in said
+
+
+def test_a_revision_of_a_local_model_is_refused(model_folder: Path, text_file: Path, tmp_path: Path, capsys) -> None:
+    words = [f"--output_dir={tmp_path / 'out'}", "--method=magnitude", "--revision=v2"]
+    said = one_line(["prune", f"--model={model_folder}", *words], capsys)
+    assert f"--revision is v2, of a repository of the hub, and {model_folder} is a local path. Leave it out." in said
+    said = one_line(fit_flags(model_folder, text_file, tmp_path / "run", "--model.revision=v2"), capsys)
+    assert "model.revision is v2, of a repository of the hub" in said
 
 
 def test_an_input_found_late_ends_the_command_where_it_is_found(tmp_path: Path) -> None:

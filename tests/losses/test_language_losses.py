@@ -156,6 +156,31 @@ def test_bfloat16_hidden_states(mix: str) -> None:
     assert (hidden.grad.double() - hidden64.grad).norm() < 0.02 * hidden64.grad.norm()
 
 
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_float16_gradients_are_scaled_in_time(mix: str, dtype: torch.dtype) -> None:
+    """As a scaler of losses does it: by more than the largest number of float16, and of logits of many tokens."""
+    objective, g = with_chunk(MIXES[mix], 512), torch.Generator().manual_seed(3)
+    hidden, teacher = (torch.randn(2048, 16, generator=g).to(dtype) for _ in range(2))
+    weight, targets = torch.randn(4000, 16, generator=g).half() / 8, torch.randint(0, 4000, (2048,), generator=g)
+    hidden.requires_grad_()
+
+    def head(x: Tensor) -> Tensor:
+        return x.half() @ weight.T  # as autocast computes it
+
+    given = teacher if objective.distillation else None
+    loss = language_losses(hidden, targets, head, objective, given)[0]
+    (loss * 65536.0 * 4).backward()
+    hidden64 = hidden.detach().double().requires_grad_()
+    teacher64 = head(teacher).double() if objective.distillation else None
+    ce, kl = references.language_losses(hidden64 @ weight.double().T, targets, teacher64, objective.temperature)
+    (objective.lm * ce + objective.distillation * kl).backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == dtype
+    difference = hidden.grad.double() / (65536.0 * 4) - hidden64.grad
+    assert difference.norm() < 2e-3 * hidden64.grad.norm()
+
+
 @pytest.mark.parametrize("mix", ["lm", "mixed, temperature 2.5"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_logits_exist_for_one_chunk_at_a_time(mix: str, grad: bool) -> None:

@@ -1,5 +1,6 @@
 """MaskSet: what it says, what it does to a model, and a file that is read whole and right or not at all."""
 
+import dataclasses
 import functools
 import json
 import pickle
@@ -294,6 +295,12 @@ def test_files_of_other_kinds(tmp_path: Path, content: bytes) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert "no such MaskSet" in refused(tmp_path / "none")
     assert "is a folder without a mask.safetensors" in refused(tmp_path)
+
+
+def test_a_text_whose_path_is_no_unicode(tmp_path: Path) -> None:
+    origin = dataclasses.replace(ORIGIN, config={"data": {"text": "donn\udce9es.jsonl", "\udce9": 1}})
+    path = MaskSet({"a.weight": torch.ones(2, 4, dtype=torch.bool)}, origin).save(tmp_path / "mask.safetensors")
+    assert MaskSet.load(path).provenance.config == {"data": {"text": "donn\\udce9es.jsonl", "\\udce9": 1}}
 
 
 def test_a_folder_that_has_it(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hostile_files import PROVENANCE, RESULT, SHAPES, mask_file
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 
@@ -316,6 +317,19 @@ def test_kernels_from_the_hub_are_code(planted: Planted, tmp_path: Path, key: st
     (folder / "config.json").write_text(json.dumps({**told, key: "somebody/kernel:function"}))
     with pytest.raises(UserError, match="asks for kernels from the hub"), planted.watched():
         load_model(str(folder))
+
+
+def test_kernels_of_another_part_of_the_model_are_code_too(planted: Planted, tmp_path: Path) -> None:
+    config = transformers.Gemma3Config(
+        text_config={"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 260},
+        vision_config={"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2},
+    )
+    config.save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    for implementation in ({"vision_config": "somebody/kernel"}, "flash_attention_2"):
+        (tmp_path / "config.json").write_text(json.dumps({**told, "attn_implementation": implementation}))
+        with pytest.raises(UserError, match="asks for kernels from the hub"), planted.watched():
+            load_model(str(tmp_path))
 
 
 # -- tasks --------------------------------------------------------------------------------------------------
