@@ -25,8 +25,10 @@ def write_making(found: Sequence[Measured], docs: Path) -> None:
         *_protocol(found),
         "## Cost",
         cost_table(found),
-        "Calibration tokens were read by the one-shot method, or by the one that made the prior. Minutes and memory, "
-        "the most that was held, are those of making the mask, without its prior, on the cell's machine below. Seconds "
+        "Passes are those over the training text, the last one begun, where they were recorded: a text that is read "
+        "twice is fitted better than learned from. Calibration tokens were read by the one-shot method, or by the one "
+        "that made the prior. Minutes and memory, the most that was held, are those of making the mask, without its "
+        "prior, on the cell's machine below. Seconds "
         "a step are those minutes by optimizer steps, start and validations included.",
         *_machines(found),
         *_configs(found, docs / "configs"),

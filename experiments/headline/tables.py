@@ -103,11 +103,13 @@ def cost_table(found: Sequence[Measured]) -> str:
     rows = []
     for m in found:
         calibration, seconds, peak = (m.cell[key] for key in ("calibration_tokens", "seconds", "peak_rss"))
-        row = [f"`{m.cell['name']}`", m.model, _tokens(m), f"{calibration:,}" if calibration else ""]
+        passes = (m.result["config"].get("data") or {}).get("passes") if m.has_config else None
+        row = [f"`{m.cell['name']}`", m.model, _tokens(m), str(passes or ""), f"{calibration:,}" if calibration else ""]
         row += ["" if seconds is None else f"{seconds / 60:.1f}", f"{peak / 2**30:.1f}" if peak else ""]
         steps = m.cell["settings"].get("trainer", {}).get("max_steps")
         rows.append([*row, f"{seconds / steps:.2f}" if seconds and steps else ""])
-    heading = ["cell", "model", "training tokens", "calibration tokens", "minutes", "memory, GiB", "seconds a step"]
+    heading = ["cell", "model", "training tokens", "passes", "calibration tokens", "minutes", "memory, GiB"]
+    heading += ["seconds a step"]
     return markdown(heading, rows)
 
 

@@ -43,6 +43,7 @@ def decisive_settings(made: "Provenance") -> dict[str, str]:
         "block length, tokens": _within(config, "data", "seq_length") or _within(config, "seq_length"),
         "blocks that begin with BOS": _within(config, "data", "bos") or _within(config, "bos"),
         "tokens read": _within(config, "data", "tokens"),
+        "passes over the text": _within(config, "data", "passes"),
         "calibration sequences": _within(config, "sequences"),
         "optimizer steps": steps if steps == of or of is None else f"{steps} of {of}",
         "optimizer": _within(config, "optimizer", "class"),

@@ -315,7 +315,8 @@ class TextDataModule(LightningDataModule):
     def record(self) -> dict[str, Any]:
         """Return the record of the text for a mask's provenance: its name, the number of tokens used, and their digest.
 
-        ``tokens`` counts the tokens that all ranks together have been trained on up to the last optimizer step;
+        ``tokens`` counts the tokens that all ranks together have been trained on up to the last optimizer step, in so
+        many ``passes`` over the text, the last one begun;
         ``sha256`` is a digest of every document, or stored line, that was read for them
         (:func:`leap_pl.data.packing.digest_of_text`), independent of the names of the files; None if unknown.
         """
@@ -324,8 +325,9 @@ class TextDataModule(LightningDataModule):
             progress = self._progress_at_step
         names = ("text", "validation_text", "seq_length", "batch_size", "seed")
         settings = {name: getattr(self, name) for name in names} | record_of(self.bos, self.tokenizer)
-        tokens = progress["consumed"] * self.batch_size * self.seq_length
-        return {**settings, "tokens": tokens, "sha256": digest_of_text(progress["position"])}
+        tokens, position = progress["consumed"] * self.batch_size * self.seq_length, progress["position"]
+        passes = 0 if position is None else position["number"] + 1
+        return {**settings, "tokens": tokens, "passes": passes, "sha256": digest_of_text(position)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume after the last batch that was trained on; do nothing if the trainer does not fit.

@@ -193,6 +193,18 @@ def expected_digest(files: list[Path]) -> str:
     return digest
 
 
+def test_passes_over_the_text_are_counted(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{name}.jsonl", DOCUMENTS) for name in "ab"]
+    data, found = module_for(*files), []
+    assert data.record()["passes"] == 0
+    for batch in islice(data.train_loader(10_000), 120):
+        data.on_before_batch_transfer(batch, 0)
+        found.append((data.record()["passes"], data.record()["tokens"]))
+    whole = sum(len(TOKENIZER(text)["input_ids"]) + 1 for text in DOCUMENTS) * 2
+    assert found[0][0] == 1 < found[-1][0]
+    assert all(abs(passes - (1 + (tokens - 1) // whole)) <= (tokens % whole < 64) for passes, tokens in found)
+
+
 def test_the_record_tells_texts_apart_and_not_their_names(tmp_path: Path) -> None:
     def sha256(name: str, documents: list[str], batches: int = 5) -> str:
         data = module_for(write(tmp_path / name, documents))
