@@ -10,7 +10,7 @@ TIMES = 10
 
 
 class ValidationTimes(L.Callback):
-    """Callback that validates about ten times a run, and in any case after its last step.
+    """Callback that validates after the last step of a run and, with ``spread``, about ten times before.
 
     A short run validates less often, so that validation reads no more blocks than learning does. What is learned does
     not depend on validation.

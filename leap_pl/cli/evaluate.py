@@ -59,8 +59,8 @@ def evaluate_command(
         stride: Tokens from one window to the next; default: those of text in a window. A smaller stride gives every
             token more context and takes longer; each token counts once.
         max_tokens: Maximum number of tokens to read of each text. Part of the protocol.
-        share: Part of local files to use: all of the text, or the held_out twentieth that training kept for
-            validation.
+        share: Part of local files to use: all of the text, or the held_out twentieth that training on the same file
+            or pattern kept for validation.
         text_column: Column, or JSON key, of the text in local files and hub datasets.
         bos: Windows that begin with what the tokenizer puts before a text, which is BOS for Llama and Gemma and nothing
             for Qwen and SmolLM2: every; the first of a text, as in the literature; none. Questions of tasks begin with
@@ -75,7 +75,7 @@ def evaluate_command(
         dtype: Type of the weights in memory and of the computation; auto: the type they are stored in, but float32
             for bfloat16 on hardware where float32 is faster.
         device: Device to run on; auto: the first GPU, or the CPU without one.
-        revision: Branch, tag or commit of the base model on the hub.
+        revision: Branch, tag or commit of the base model on the hub; a local model has none.
         trust_remote_code: Run code that comes with the model; only for a model given with --model.
         seed: Seed of few-shot sampling, the only random choice.
         output: Result file to write, JSON.

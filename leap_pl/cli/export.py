@@ -48,13 +48,14 @@ def export_command(
     Args:
         output_dir: Folder to write, atomically. An existing folder is replaced only with force.
         ckpt_path: Checkpoint of leap_pl fit or recover, such as RUN/checkpoints/last.ckpt.
-        mask: MaskSet file, folder of a run that has one, or hub id of one, instead of a checkpoint.
+        mask: MaskSet file, folder that has one, or hub id of one, instead of a checkpoint.
         model: Base model, if it is no longer in the place recorded in the checkpoint or mask; or, without these, a
             sparse model to pack, or a packed one.
         format: Form of the weights: huggingface, zeros included, or packed; or the mask without them.
         values: Values of packed weights: auto, as the model has them, or int8 with a scale a row, which halves them
             and rounds them.
-        revision: Revision of the base model on the hub; default: the one that the mask was made for.
+        revision: Revision of the base model on the hub; default: the one that the mask was made for. A local model has
+            none.
         perplexity: Result files of leap_pl evaluate, separated by commas, whose perplexities go into the model card:
             one of the same mask and, if wanted, one of the dense model.
         push: Repository of the Hugging Face hub, USER/NAME, to upload the folder to; created if it does not exist, and

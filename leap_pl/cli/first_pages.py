@@ -9,7 +9,7 @@ _DEVICES = """\
 
 _CLIPPING_AND_VALIDATION = """\
   --trainer.gradient_clip_val 1.0    Clip the norm of the gradient.
-  --trainer.val_check_interval N     Validate every N micro-batches instead of about ten times a run."""
+  --trainer.val_check_interval N     Validate every N micro-batches and at the end, not about ten times a run."""
 
 
 def _text(train: str) -> str:

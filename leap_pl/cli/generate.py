@@ -36,7 +36,7 @@ def generate_command(
             weight the one that decodes faster, which on a GPU is dense. Other models are dense.
         dtype: Type of the weights in memory and of the computation; auto: the type they are stored in.
         device: Device to run on; auto: the first GPU, or the CPU without one.
-        revision: Branch, tag or commit of the model on the hub.
+        revision: Branch, tag or commit of the model on the hub; a local model has none.
         trust_remote_code: Run code that comes with the model.
 
     Returns:

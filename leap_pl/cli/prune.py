@@ -121,7 +121,7 @@ def prune_command(
             all linears and experts of the decoder blocks.
         ignore: Weights to leave dense, in the same form.
         dtype: Dtype of the weights and of the forward passes; auto is the stored one. Hessians are float32.
-        revision: Revision of the model on the hub.
+        revision: Revision of the model on the hub; a local model has none.
         trust_remote_code: Run code that comes with the model.
         device: Device on which one block at a time is computed: cpu, cuda …; auto uses a GPU if there is one.
         batch_size: Number of sequences in one forward pass of a block.

@@ -64,9 +64,10 @@ class TextDataModule(LightningDataModule):
         validation_text: Text to validate on, as ``text``. None is the ``validation_split`` of a hub dataset; of local
             files it is about one document in twenty (of a ``.txt`` file the last twentieth), which training then
             excludes.
-        validation_config_name: Configuration of ``validation_text`` if that is a hub dataset.
-        validation_split: Split of a hub dataset to validate on. If it is the same as ``split``, one document in
-            twenty of it is held out.
+        validation_config_name: Configuration of the hub dataset that is validated on: of ``validation_text`` or,
+            without one, of ``text``, whose own is then the default.
+        validation_split: Split of a hub dataset to validate on. If split and configuration are those of training, one
+            document in twenty is held out.
         seq_length: Tokens in a block, including BOS. It is never taken from the model, whose maximum may be far too
             long.
         batch_size: Blocks in a micro-batch on each rank.

@@ -124,7 +124,7 @@ class LeapModule(GatedModule):
                 (:class:`leap_pl.training.optimizers.PackedAdamW`), as the recipe low_memory does.
             activation_checkpointing: Recompute each decoder block in the backward pass: less memory, a third
                 more time.
-            revision: Revision of the base model on the hub.
+            revision: Revision of the base model on the hub; a local model has none.
             trust_remote_code: Run code that comes with the base model.
             seed: Seed of the noise and of the initial logits.
             train_weights: Weights to train: ``none``; ``kept``, those that the mask keeps and the norms; ``lora``,
