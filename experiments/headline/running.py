@@ -67,6 +67,8 @@ def _wait(process: "subprocess.Popen[bytes]", progress: "_Progress") -> tuple[in
 def _end(process: "subprocess.Popen[bytes]", *, learns: bool) -> None:
     """End a process; one that learns writes a checkpoint first, after its step, unless this one is stopped again."""
     process.terminate()
+    if learns:
+        print("waiting for a checkpoint; once more ends at once", file=sys.stderr, flush=True)
     try:
         with suppress(subprocess.TimeoutExpired):
             process.wait(None if learns else END_SECONDS)

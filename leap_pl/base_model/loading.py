@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +30,8 @@ Memory = Literal["auto", "packed", "dense"]
 
 DEQUANTIZED = ("fp8", "mxfp4", "mxfp8", "compressed-tensors")  # formats that transformers can turn into plain weights
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+HUB_KERNELS = ("sonicmoe", "deepgemm")  # names of kernels that transformers fetches from the hub
+FLASH = re.compile(r"(?:paged\|)?flash_attention_(\w+)")
 _CLEAR_ERRORS = OSError | ValueError | RuntimeError | SafetensorError  # messages that need no class name
 
 
@@ -199,13 +200,28 @@ def _check_plain(name: str, folder: str, revision: str | None, config: "PreTrain
     for part in _parts_of(config):
         for key in ("_attn_implementation", "_experts_implementation"):
             kernel = getattr(part, key, None)
-            if isinstance(kernel, str) and (
-                "/" in kernel or (kernel.startswith("flash_") and not find_spec("flash_attn"))
-            ):
+            if not isinstance(kernel, str):
+                continue
+            remove = f"Remove {key.removeprefix('_')} from it, or add --trust_remote_code."
+            if "/" in kernel or kernel in HUB_KERNELS:
                 raise UserError(
                     f"the config.json of base model {name} asks for kernels from the hub ({shown(kernel)}), which are "
-                    f"code. Remove {key.removeprefix('_')} from it, or add --trust_remote_code."
+                    f"code. {remove}"
                 )
+            if not _has_attention(kernel):
+                raise UserError(
+                    f"the config.json of base model {name} asks for {shown(kernel)}, which is not installed, and "
+                    f"transformers may fetch it from the hub. {remove}"
+                )
+
+
+def _has_attention(kernel: str) -> bool:
+    """Return whether a kind of attention needs nothing, or flash attention that is installed and runs here."""
+    from transformers.utils import import_utils
+
+    found = FLASH.match(kernel)
+    available = None if found is None else getattr(import_utils, f"is_flash_attn_{found[1]}_available", None)
+    return found is None or (available is not None and bool(available()))
 
 
 def _parts_of(config: "PreTrainedConfig") -> "Iterator[PreTrainedConfig]":

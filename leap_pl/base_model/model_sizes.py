@@ -17,7 +17,7 @@ MOST_COUNTED = 1 << 16  # of things not bounded by the shape of a weight, such a
 MOST_BUFFERED = 1 << 28  # numbers in the buffers of a model, such as GPT-2's causal masks
 _SLACK = 2  # head and embedding may be tied in the files, and separate in the settings
 
-# Settings of the text model only.
+# Settings of the text model only, which is what is gated; other parts are rarely as large.
 _LAYERS = re.compile(r"^(n_layers?|num_layers|num_hidden_layers|block_count)$")
 _DIMENSIONS = re.compile(
     r"^(hidden_size|n_embd|d_model|embedding_size|word_embed_proj_dim|intermediate_size|moe_intermediate_size"

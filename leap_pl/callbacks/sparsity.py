@@ -77,7 +77,8 @@ class SparsityLogger(L.Callback):
                                 mask M last chosen: of all, by decoder block and by projection
     ==========================  ==========================================================================
 
-    Hard metrics describe the mask at exactly the target sparsity, estimated from evenly spaced logits;
+    Hard metrics describe the mask at exactly the target sparsity, estimated from evenly spaced logits, but for
+    ``moved/…`` of a run that learns the mask too, for which all are ranked;
     soft metrics cover all weights, in the last micro-batch. TensorBoard also gets histograms of αθ/τ, pictures of the
     soft density by layer and projection, a custom-scalars page, and the hyperparameters with the final perplexities.
 

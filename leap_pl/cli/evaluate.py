@@ -123,8 +123,8 @@ def evaluate_command(
     )
     if subject.method.endswith(MASK_ALONE):
         say(
-            f"leap_pl evaluate: {mask or ckpt_path} is the mask alone, and its method has changed the weights that it "
-            "keeps: they are in the folder model that leap_pl prune wrote, --model FOLDER/model.",
+            f"leap_pl evaluate: {mask or ckpt_path or model} has the mask of a method that changes weights too, and "
+            "not its weights. They are in the folder model that leap_pl prune wrote: --model FOLDER/model.",
             sys.stderr,
         )
     where = move_to_device(subject.model, device)

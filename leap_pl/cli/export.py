@@ -75,6 +75,7 @@ def export_command(
     masks = _read_masks(ckpt_path, mask, model, format, revision)
     from leap_pl.base_model.loading import name_of_model
     from leap_pl.export.hugging_face import export_model
+    from leap_pl.inputs.hub import check_revision
     from leap_pl.masks.kept_weights import without_weights
 
     alone = format == "mask"
@@ -82,6 +83,7 @@ def export_command(
     if masks is None and perplexity is not None:
         raise UserError("--perplexity is for a mask: give it with --mask or --ckpt_path.")
     recorded = str(model) if masks is None else masks.provenance.base_model
+    check_revision(model or recorded, revision, "--revision")
     facts = export_model(
         masks,
         output_dir,

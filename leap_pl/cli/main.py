@@ -104,14 +104,13 @@ def main(args: "ArgsType" = None) -> Any:
                 return function(words[:-1] if words[-2:] in (["-h", ALL], ["--help", ALL]) else words)
             return function(**settings_of(words[0], function, words[1:]))
     except UserError as error:
-        rank = _rank()
-        say(f"leap_pl {words[0]}{f' [rank {rank}]' if rank else ''}: {error}", sys.stderr)
+        say(f"leap_pl {words[0]}{_of_rank()}: {error}", sys.stderr)
         raise SystemExit(2) from None
     except PermissionError as error:
-        where = error.filename or "a file"
-        say(
-            f"leap_pl {words[0]}: {where} may not be read or written ({error.strerror}). Name another path.", sys.stderr
-        )
+        if error.filename is None:  # of something else than a file
+            raise
+        where = f"{error.filename} may not be read or written ({error.strerror}). Name another path."
+        say(f"leap_pl {words[0]}{_of_rank()}: {where}", sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -186,6 +185,11 @@ def _one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     return f"warning: {terminal(' '.join(str(message).split()))}\n"
+
+
+def _of_rank() -> str:
+    rank = _rank()
+    return f" [rank {rank}]" if rank else ""
 
 
 def _rank() -> int:

@@ -88,11 +88,12 @@ class TextSource:
             others = [name for name in names if not _local_files(name)]
             if others:
                 raise UserError(f"There is no file {others[0]!r}, and hub ids cannot be listed with local files.")
-            twice = [file for file, count in Counter(file.resolve() for file in files).items() if count > 1]
+            counts = Counter(file.resolve() for file in files if file.suffix.lower() != ".txt")  # cut by position
+            twice = [file for file, count in counts.items() if count > 1]
             if twice and share != "all":  # text is held out by the number of its file
                 raise UserError(
                     f"{listing(list(map(str, twice)), most=3)} is named twice in the text: its held-out part would be "
-                    "trained on. Name each file once, or give a copy of it, or validation text of its own."
+                    "trained on. Name each file once, or give validation text of its own."
                 )
             return cls(LocalFiles(files, text_column, share), seed)
         if len(names) > 1:

@@ -10,6 +10,7 @@ from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.export.sparse_model import recorded_facts
+from leap_pl.inputs.hub import check_revision
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.records import mask_in
 from leap_pl.masks import MaskSet, split_name
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-MASK_ALONE = ", mask alone"  # after the name of a method whose mask is applied to weights that it has not changed
+MASK_ALONE = " (mask alone)"  # after the name of a method whose mask is applied to weights that it has not changed
 
 
 @dataclass
@@ -90,8 +91,9 @@ def load_subject(
     weights = KeptWeights.beside(mask, masks) if mask is not None else _weights_of_checkpoint(str(ckpt_path))
     provenance = masks.provenance
     # The recorded revision is valid for the recorded name only.
-    revision = revision or provenance.revision if model is None else revision
+    asked, revision = revision, revision or provenance.revision if model is None else revision
     name = name_of_model(model, provenance.base_model, trust_remote_code=trust_remote_code)
+    check_revision(name, asked, "--revision")
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     masks.apply_(loaded)
     if weights is not None:

@@ -110,8 +110,8 @@ def check_folder(path: str | Path, *, force: bool = False, own: bool = False, ve
     """Check that the folder ``path`` may be written or replaced; the arguments are those of :func:`atomic_folder`.
 
     Raises:
-        UserError: ``path`` is a file; or a folder that is not empty, and ``force`` is false or leap_pl did not write
-            everything in it; or it contains an input of the command, or the working directory.
+        UserError: ``path`` is a file, or a mount point; or a folder that is not empty, and ``force`` is false or
+            leap_pl did not write everything in it; or it contains an input of the command, or the working directory.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():

@@ -86,7 +86,7 @@ class _Fused(torch.autograd.Function):
             hidden_CD = hidden_TD[part].detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
                 logits_CV = head(hidden_CD)
-            if logits_CV.dtype == torch.float16 and late == 1:
+            if torch.float16 in (hidden_TD.dtype, logits_CV.dtype) and late == 1:
                 # Divided by the number of tokens, most gradients of logits would be too small for float16, and the
                 # scaler's factor comes too late.
                 late, lm_weight, kl_weight = scale, scalar(mix.lm), scalar(mix.distillation)

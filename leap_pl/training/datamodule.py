@@ -25,6 +25,7 @@ from leap_pl.data.packing import BlockStream, Separator, digest_of_text
 from leap_pl.data.source import TextSource
 from leap_pl.distributed.strategy import data_rank
 from leap_pl.errors import UserError
+from leap_pl.inputs.hub import check_revision
 from leap_pl.inputs.plain_values import display, plain_paths
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.transfers import pinned
@@ -163,6 +164,9 @@ class TextDataModule(LightningDataModule):
                 "Name a base model: TextDataModule(tokenizer, ...)."
             )
         if self._tokenizer is None:
+            if isinstance(self.tokenizer_name, str):
+                of = "model.revision or data.tokenizer_revision"  # the command line sets one by the other
+                check_revision(self.tokenizer_name, self.tokenizer_revision, of)
             self._tokenizer = loaded_tokenizer(
                 self.tokenizer_name, self.tokenizer_revision, trust_remote_code=self._trusts_code
             )

@@ -40,7 +40,8 @@ def check_run_length(trainer: "Trainer") -> None:
         raise UserError(f"trainer.limit_train_batches is {limit}, and would read the same blocks again. {steps}")
     interval = getattr(trainer, "val_check_interval", None)  # not there, if it is by the clock
     batches = trainer.max_steps * trainer.accumulate_grad_batches
-    if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
+    beyond = isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None
+    if beyond and trainer.limit_val_batches:
         raise UserError(
             f"trainer.val_check_interval is {interval:,}, and the run has {batches:,} micro-batches. Lower it, "
             "or leave it and trainer.check_val_every_n_epoch out."

@@ -164,6 +164,9 @@ def test_a_file_that_is_named_twice_is_refused(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=r"is named twice in the text: its held-out part would be trained on"):
                 TextSource.open(names, share=share)
         assert len(TextSource.open(names).shards) == 2  # where nothing is held out
+    text = tmp_path / "a.txt"
+    text.write_text("one two three. " * 99)
+    assert len(TextSource.open([str(text)] * 2, share="train").shards) == 2  # cut by position
 
 
 def test_bytes_that_no_tokenizer_takes_are_mended(tmp_path: Path) -> None:

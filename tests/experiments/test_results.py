@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -387,6 +389,18 @@ def test_a_stopped_learned_cell_goes_on_and_ends_the_same(again, monkeypatch):
     assert "--ckpt_path" not in ran[-3]
     whole = MaskSet.load(found.steps.mask(cell))
     assert all((bits == whole.masks[name]).all() for name, bits in stopped.masks.items())
+
+
+def test_what_learns_may_end_in_its_own_time(monkeypatch, capsys):
+    monkeypatch.setattr(running, "END_SECONDS", 0.0)
+    code = "import signal, sys, time\nsignal.signal(15, lambda *_: (time.sleep(0.5), sys.exit(3)))\n"
+    code += "print(1, flush=True)\ntime.sleep(60)"
+    for learns, status in ((True, 3), (False, -9)):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        running._end(process, learns=learns)
+        assert process.returncode == status
+    assert "waiting for a checkpoint; once more ends at once" in capsys.readouterr().err
 
 
 def test_a_process_that_fails_is_told_in_one_line(tmp_path):

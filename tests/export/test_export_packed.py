@@ -128,7 +128,7 @@ def test_what_prune_updated_packs_with_its_provenance(tmp_path: Path, text_file:
     mask = export_command(str(tmp_path / "mask"), model=str(tmp_path / "out"), format="mask")
     own = export_command(str(tmp_path / "own"), mask=str(tmp_path / "pruned" / "mask.safetensors"), format="packed")
     methods = [load_subject(model=str(tmp_path / name)).method for name in ("out", "again", "own")]
-    assert methods == ["sparsegpt", "sparsegpt", "sparsegpt, mask alone"]
+    assert methods == ["sparsegpt", "sparsegpt", "sparsegpt (mask alone)"]
     assert "updated_by" not in mask
     assert "updated_by" not in own
     assert "Kept weights are the base model's, bit for bit" in (tmp_path / "own" / "README.md").read_text()

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_folder
 
+from leap_pl import TextDataModule
 from leap_pl.cli import main as cli
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_file, atomic_folder
@@ -375,13 +376,22 @@ def test_what_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch, capsys) -
     assert "/locked/mask.safetensors" in said
     assert "may not be read or written (Permission denied). Name another path." in said
 
+    def other(path: Path) -> bool:
+        raise PermissionError("of something else")
+
+    monkeypatch.setattr(Path, "is_file", other)
+    with pytest.raises(PermissionError, match="of something else"):
+        cli.main(["export", "--mask=/locked/mask.safetensors", f"--output_dir={tmp_path / 'out'}"])
+
 
 def test_a_revision_of_a_local_model_is_refused(model_folder: Path, text_file: Path, tmp_path: Path, capsys) -> None:
     words = [f"--output_dir={tmp_path / 'out'}", "--method=magnitude", "--revision=v2"]
     said = one_line(["prune", f"--model={model_folder}", *words], capsys)
     assert f"--revision is v2, of a repository of the hub, and {model_folder} is a local path. Leave it out." in said
     said = one_line(fit_flags(model_folder, text_file, tmp_path / "run", "--model.revision=v2"), capsys)
-    assert "model.revision is v2, of a repository of the hub" in said
+    assert "model.revision or data.tokenizer_revision is v2, of a repository of the hub" in said
+    with pytest.raises(UserError, match=r"data\.tokenizer_revision is v3, of a repository of the hub"):
+        TextDataModule(str(model_folder), str(text_file), tokenizer_revision="v3").tokenizer  # noqa: B018
 
 
 def test_an_input_found_late_ends_the_command_where_it_is_found(tmp_path: Path) -> None:

@@ -157,8 +157,8 @@ def test_bfloat16_hidden_states(mix: str) -> None:
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_float16_gradients_are_scaled_in_time(mix: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "late"), [(torch.float16, False), (torch.float16, True), (torch.float32, False)])
+def test_float16_gradients_are_scaled_in_time(mix: str, dtype: torch.dtype, late: bool) -> None:
     """As a scaler of losses does it: by more than the largest number of float16, and of logits of many tokens."""
     objective, g = with_chunk(MIXES[mix], 512), torch.Generator().manual_seed(3)
     hidden, teacher = (torch.randn(2048, 16, generator=g).to(dtype) for _ in range(2))
@@ -166,7 +166,8 @@ def test_float16_gradients_are_scaled_in_time(mix: str, dtype: torch.dtype) -> N
     hidden.requires_grad_()
 
     def head(x: Tensor) -> Tensor:
-        return x.half() @ weight.T  # as autocast computes it
+        logits = x.half() @ weight.T  # as autocast computes it
+        return logits.float() if late else logits
 
     given = teacher if objective.distillation else None
     loss = language_losses(hidden, targets, head, objective, given)[0]

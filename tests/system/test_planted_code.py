@@ -319,17 +319,28 @@ def test_kernels_from_the_hub_are_code(planted: Planted, tmp_path: Path, key: st
         load_model(str(folder))
 
 
-def test_kernels_of_another_part_of_the_model_are_code_too(planted: Planted, tmp_path: Path) -> None:
+def test_kernels_of_another_part_of_the_model_are_code_too(
+    planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = transformers.Gemma3Config(
         text_config={"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 260},
         vision_config={"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2},
     )
     config.save_pretrained(tmp_path)
     told = json.loads((tmp_path / "config.json").read_text())
-    for implementation in ({"vision_config": "somebody/kernel"}, "flash_attention_2"):
-        (tmp_path / "config.json").write_text(json.dumps({**told, "attn_implementation": implementation}))
-        with pytest.raises(UserError, match="asks for kernels from the hub"), planted.watched():
+    for key, implementation, says in (
+        ("attn_implementation", {"vision_config": "somebody/kernel"}, "asks for kernels from the hub"),
+        ("attn_implementation", "flash_attention_2", "asks for flash_attention_2, which is not installed"),
+        ("attn_implementation", "paged|flash_attention_3", "flash_attention_3, which is not installed"),
+        ("attn_implementation", "flash_attention_9", "flash_attention_9, which is not installed"),
+        ("experts_implementation", "deepgemm", "asks for kernels from the hub"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**told, key: implementation}))
+        with pytest.raises(UserError, match=says), planted.watched():
             load_model(str(tmp_path))
+    monkeypatch.setattr(transformers.utils.import_utils, "is_flash_attn_2_available", lambda: True)
+    (tmp_path / "config.json").write_text(json.dumps({**told, "attn_implementation": "flash_attention_2"}))
+    load_config(str(tmp_path))
 
 
 # -- tasks --------------------------------------------------------------------------------------------------
