@@ -204,8 +204,8 @@ class SparsityLogger(L.Callback):
         )
         if not isinstance(module.gates.first, FixedGate):  # of which no setting of the run says anything
             self._warn_of_extremes(bits, 1 - module.sparsity)
-        if module.trained.has_gated:
-            module.gates.choose(module.sparsity)  # the masks of now, also after a resume
+            if module.trained.has_gated:
+                module.gates.choose(module.sparsity)  # the masks of now, also after a resume
         metrics |= _movements(module.trained.movements())
         if self.prior_bits:
             metrics["mask/changed_from_prior"] = _difference(bits, self.prior_bits)
