@@ -97,7 +97,7 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
                 what = "question" if answer else "answer"
                 raise UserError(f"a {what} of --tasks has no tokens: {shown(repr(text), 200)}. Choose other tasks.")
         largest = [max(*context, *answer) for _, context, answer in requests]
-        check_tokens(torch.tensor(largest), vocabulary_of(self.model), "the model")
+        check_tokens(torch.tensor(largest, device="cpu"), vocabulary_of(self.model), "the model")
 
     def _truncated(self, context: list[int], answer: list[int]) -> list[int]:
         """Return ``context`` without its earliest tokens but the prefix, so that it and ``answer`` fit the model."""
