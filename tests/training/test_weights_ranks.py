@@ -19,6 +19,8 @@ SGD = ["--model.optimizer=SGD", "--model.optimizer.fused=false", "--model.optimi
 SGD += ["--model.weight_training.lr=0.05", "--model.weight_training.warmup_steps=1", "--trainer.gradient_clip_val=0.2"]
 SGD += ["--model.warmup_steps=1", "--model.objective.distillation=0.5"]
 COMPACT = "--model.weight_training.compact=true"
+# As the recipe ddp: gradients are there before a checkpoint's masters are, and are views of buckets.
+BUCKETS = [*ddp(2)[:-1], "--trainer.strategy=DDPStrategy", "--trainer.strategy.gradient_as_bucket_view=true"]
 LOW = ["--model.logits_dtype=bfloat16", "--model.optimizer=PackedAdamW", "--model.weight_training.lr=1e-2"]
 
 
@@ -51,8 +53,8 @@ def test_two_ranks(
         flags("both-sharded", "kept", *SGD, *sharded(2)),
         flags("lora-ddp", "lora", *SGD, *ddp(2)),
         flags("lora-sharded", "lora", *SGD, *sharded(2)),
-        flags("compact-ddp", "kept", COMPACT, *SGD, *ddp(2)),
-        flags("compact-resumed", "kept", COMPACT, *SGD, *ddp(2), f"--ckpt_path={before[2]}"),
+        flags("compact-ddp", "kept", COMPACT, *SGD, *BUCKETS),
+        flags("compact-resumed", "kept", COMPACT, *SGD, *BUCKETS, f"--ckpt_path={before[2]}"),
         flags("low-folder", "kept", *LOW, *sharded(2, folder=True)),
         flags("low-resumed", "kept", *LOW, *sharded(2, folder=True), f"--ckpt_path={before[1]}"),
     ]
