@@ -112,11 +112,12 @@ def load_subject(
     )
 
 
-def _method_of_record(record: dict[str, Any], facts: dict[str, Any]) -> str:
+def _method_of_record(record: dict[str, Any], name: str, revision: str | None) -> str:
     """Return the method of an exported model, whose weights may be those of the method or the base model's."""
     method = str(record.get("method", "dense"))
-    trained = TRAINED in (record.get("config") or {})
-    return method if trained or not changes_weights(method) or "updated_by" in facts else f"{method}{MASK_ALONE}"
+    if not changes_weights(method) or TRAINED in (record.get("config") or {}):
+        return method
+    return method if "updated_by" in recorded_facts(name, revision=revision) else f"{method}{MASK_ALONE}"
 
 
 def _masks_of_checkpoint(path: str) -> MaskSet:
@@ -141,7 +142,7 @@ def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: 
         revision=record.get("revision", revision),
         # An exported model records the fingerprint of its base model; that of the masked weights identifies nothing.
         fingerprint=record.get("fingerprint") if record else model_fingerprint(loaded),
-        method=_method_of_record(record, recorded_facts(name, revision=revision)),
+        method=_method_of_record(record, name, revision),
         origin={"model": name, "mask": None, "ckpt_path": None},
         config=record.get("config", {}),
         asked=record.get("sparsity"),

@@ -30,7 +30,7 @@ def citation(method: str) -> str:
 
 def decisive_settings(made: "Provenance") -> dict[str, str]:
     """Return the settings that decide what a mask is, name → value, as far as its provenance has them."""
-    config, fixed = made.config, _within(made.config, "mask", "config")  # what made a mask that stayed as it was
+    config, stayed = made.config, _within(made.config, "mask")  # what made a mask that stayed as it was
     steps, of = _within(config, "steps"), _within(config, "max_steps")
     groups = _within(config, "optimizer", "groups")  # of masks and of weights, where both learn
     optimizer = groups[0] if isinstance(groups, list) and groups else _within(config, "optimizer")
@@ -47,16 +47,16 @@ def decisive_settings(made: "Provenance") -> dict[str, str]:
         "calibration sequences": _within(config, "sequences"),
         "optimizer steps": steps if steps == of or of is None else f"{steps} of {of}",
         "optimizer": _within(config, "optimizer", "class"),
-        "learning rate": None if fixed else _within(optimizer, "lr"),
+        "learning rate": None if stayed else _within(optimizer, "lr"),
         "trained weights": _within(config, TRAINED, "kind"),
         "embeddings and head": "trained" if _within(config, TRAINED, "embeddings") else None,
         "learning rate of weights": _within(config, TRAINED, "lr"),
         "weights that training started from": shortened(_within(config, TRAINED, "start")),
-        "text that the mask was made with": None if fixed is None else _texts(fixed),
+        "text that the mask was made with": _texts(_within(stayed, "config")),
         "losses": ", ".join(f"{name} {weight}" for name, weight in losses.items() if weight),
-        "α": None if fixed else _schedule(config, "alpha"),
-        "τ": None if fixed else _schedule(config, "tau"),
-        "prior": None if fixed else _prior(config),
+        "α": None if stayed else _schedule(config, "alpha"),
+        "τ": None if stayed else _schedule(config, "tau"),
+        "prior": None if stayed else _prior(config),
         "seed": _within(config, "seed"),
         "fingerprint of the base model": made.fingerprint,
         "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),

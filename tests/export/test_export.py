@@ -20,6 +20,7 @@ from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
 from leap_pl.export import zeros
+from leap_pl.export.method import decisive_settings
 from leap_pl.export.zeros import places_in, zero_removed
 from leap_pl.masks import MaskSet, Provenance
 
@@ -107,6 +108,19 @@ def test_every_method_has_its_paper() -> None:
     from leap_pl.oneshot.methods import METHODS
 
     assert set(PAPERS) == {*METHODS, *(gate.method for gate in (BernoulliGate, NMGate, TileGate))}
+
+
+def test_a_mask_that_stayed_has_no_settings_of_learning() -> None:
+    """Whatever is known of how it was made."""
+    learned = {"optimizer": {"lr": 0.1}, "annealing": {"alpha": {"start": 1, "end": 2}}, "prior": {"method": "wanda"}}
+    assert {"learning rate", "α", "prior"} <= decisive_settings(
+        Provenance("m", "f", "leap", 0.5, config=learned)
+    ).keys()
+    for made in ({}, {"text": "a.txt"}):
+        config = learned | {"mask": {"method": "magnitude", "sparsity": 0.5, "config": made}}
+        told = decisive_settings(Provenance("m", "f", "magnitude", 0.5, config=config))
+        assert not {"learning rate", "α", "prior"} & told.keys()
+        assert told.get("text that the mask was made with") == made.get("text")
 
 
 def test_paths_are_shortened_and_stay_distinct() -> None:
