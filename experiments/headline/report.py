@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.headline import making
 from experiments.headline.experiment import UNSTRUCTURED
 from experiments.headline.measured import ROLES, Measured, by_model, groups, read_cells
+from experiments.headline.overview import best_rows, draw_overview, losses
 from experiments.headline.tables import (
     KEY,
     difference_table,
@@ -16,6 +17,9 @@ from experiments.headline.tables import (
     seeds_table,
     task_table,
 )
+
+if TYPE_CHECKING:
+    from leap_pl.comparison.drawing import Picture
 
 FAR_OFF = 10  # times the reference's perplexity
 NOTES = "notes.md"  # what did not work; written by hand
@@ -38,15 +42,21 @@ def write_report(cells: Path, docs: Path) -> Path:
     docs.mkdir(parents=True, exist_ok=True)
     notes = f" [What did not work]({docs.name}/{NOTES})." if (docs / NOTES).is_file() else ""
     again = f"--report --from docs/{docs.name}/cells" + ("" if docs.name == "results" else f" --docs docs/{docs.name}")
+    models = by_model(found)
+    for folder in (docs, *(docs / model for model in models)):
+        for old in folder.glob("*.svg"):
+            old.unlink()
     parts = [
         f"# {docs.name.replace('_', ' ').capitalize()}",
+        *_overview(found, docs),
+        "## About these figures",
+        KEY,
+        *dict.fromkeys(sentence for measured in found for sentence in measured.cell["about"]),
+        f"[Protocol, hardware, configs and commands]({docs.name}/{making.PAGE}).{notes}",
         f"Written by `make results`; every figure is from the files in [`{docs.name}/cells`]({docs.name}/cells), and "
         f"`python -m experiments.headline {again}` writes this page again from them.",
-        f"[Protocol, hardware, configs and commands]({docs.name}/{making.PAGE}).{notes}",
-        *dict.fromkeys(sentence for measured in found for sentence in measured.cell["about"]),
-        *_overview(found),
     ]
-    for number, (model, rows) in enumerate(by_model(found).items()):
+    for number, (model, rows) in enumerate(models.items()):
         parts += [f"## {model}", *_tables(rows, docs), *_pictures(rows, docs, docs / model if number else docs)]
     path = docs.with_suffix(".md")
     making.write_page(path, parts)
@@ -54,15 +64,22 @@ def write_report(cells: Path, docs: Path) -> Path:
     return path
 
 
-def _overview(found: Sequence[Measured]) -> Iterator[str]:
-    yield overview_table(found)
+def _overview(found: Sequence[Measured], docs: Path) -> Iterator[str]:
+    rows = best_rows(found)
+    yield overview_table(rows, found)
     yield (
         "Of what is not learned, the method with the lowest geometric mean of the perplexities on the first two "
         "texts; of the masks that were learned from as many tokens, the best on the validation text. Minutes are those "
         "of making the mask, that which it starts from included. Figures are of one seed; the tables below have the "
         "mean over seeds of rows with several. Data types are those in which a row was made and measured."
     )
-    yield KEY
+    picture = draw_overview(rows, docs)
+    if picture is not None:
+        yield _shown(picture, docs, docs)
+    told = losses(found, rows)
+    if told:
+        yield "## Where learning loses"
+        yield "\n".join(f"- {sentence}" for sentence in told)
 
 
 def _tables(found: Sequence[Measured], docs: Path) -> Iterator[str]:
@@ -94,8 +111,6 @@ def _pictures(found: Sequence[Measured], docs: Path, folder: Path) -> Iterator[s
 
     found = [m for m in found if m.repeat_of is None]
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.svg"):
-        old.unlink()
     tables = groups(found)
     best = [group.best_learned for group in tables if group.table == UNSTRUCTURED and group.text is None]
     far = _far_off(found)
@@ -130,11 +145,16 @@ def _pictures(found: Sequence[Measured], docs: Path, folder: Path) -> Iterator[s
             "reference's everywhere, and would press the others together."
         )
     for picture in pictures:
-        yield f"![{picture.caption}]({(folder / picture.file).relative_to(docs.parent).as_posix()})"
-        yield picture.caption
+        yield _shown(picture, folder, docs)
     if agreeing:
         shares = [f"{m.entry.label}: {m.cell['overlap']['changed']:.2%}" for m in agreeing]
         yield f"Mask bits that differ from the prior: {'; '.join(shares)}."
+
+
+def _shown(picture: "Picture", folder: Path, docs: Path) -> str:
+    """The picture in ``folder`` with its caption, in the Markdown of the page beside ``docs``."""
+    path = (folder / picture.file).relative_to(docs.parent).as_posix()
+    return f"![{picture.caption}]({path})\n\n{picture.caption}"
 
 
 def _of_roles(measured: Measured) -> dict[str, Any]:

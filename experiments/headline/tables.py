@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 
-from experiments.headline.experiment import UNSTRUCTURED
-from experiments.headline.measured import Group, Measured, by_model, groups, titles_of
+from experiments.headline.measured import Group, Measured, groups, titles_of
 from leap_pl.comparison.differences import (
     Difference,
     accuracy_difference,
@@ -14,7 +13,6 @@ from leap_pl.comparison.differences import (
     shared_tasks,
 )
 
-OVERVIEW = (0.5, 0.6)  # sparsities
 _ERROR = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"  # keeps a figure and its error in one line
 KEY = (
     "Perplexity: lower is better. Gap closed: the part of the reference's distance to the dense model that a row "
@@ -113,8 +111,8 @@ def cost_table(found: Sequence[Measured]) -> str:
     return markdown(heading, rows)
 
 
-def overview_table(found: Sequence[Measured]) -> str:
-    """Of every model the dense one and, at the sparsities of :data:`OVERVIEW`, the best baseline and learned rows."""
+def overview_table(rows: Sequence[Measured], found: Sequence[Measured]) -> str:
+    """The rows ``rows`` of ``found`` in one table, with what they cost."""
     scored = [m.entry for m in found if m.entry.tasks]
     tasks = shared_tasks(scored) if scored else []
     heading = ["model", "sparsity, %", "method"]
@@ -124,20 +122,15 @@ def overview_table(found: Sequence[Measured]) -> str:
     heading += ["training tokens", "minutes", "seed", "data types"]
     texts = any(m.cell.get("text") is not None for m in found)
     heading += ["text"] * texts
-    cells, rows = {m.cell["name"]: m for m in found}, []
-    for model, of_model in by_model(found).items():
-        shown = [m for m in of_model if m.is_dense]
-        for group in sorted(groups(of_model), key=lambda group: group.sparsity):
-            if group.table == UNSTRUCTURED and group.sparsity in OVERVIEW:
-                shown += [m for m in (group.best_baseline, *group.best_learned_by_tokens) if m is not None]
-        for m in shown:
-            seconds = _seconds_in_all(m, cells)
-            row = [model, f"{100 * (m.cell['sparsity'] or 0):g}", m.title, *_perplexities(m, titles)]
-            row += [_accuracy(m, tasks)] * bool(tasks)
-            row += [_tokens(m), "" if seconds is None else f"{seconds / 60:.0f}", _seed(m, found)]
-            text = "" if m.is_dense else m.cell.get("text") or m.cell["texts"]["like"]["title"].split(" (")[0]
-            rows.append([*row, ", ".join(m.dtypes), *[text] * texts])
-    return markdown(heading, rows)
+    cells, lines = {m.cell["name"]: m for m in found}, []
+    for m in rows:
+        seconds = seconds_in_all(m, cells)
+        line = [m.model, f"{100 * (m.cell['sparsity'] or 0):g}", m.title, *_perplexities(m, titles)]
+        line += [_accuracy(m, tasks)] * bool(tasks)
+        line += [_tokens(m), "" if seconds is None else f"{seconds / 60:.0f}", _seed(m, found)]
+        text = "" if m.is_dense else m.cell.get("text") or m.cell["texts"]["like"]["title"].split(" (")[0]
+        lines.append([*line, ", ".join(m.dtypes), *[text] * texts])
+    return markdown(heading, lines)
 
 
 def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -155,11 +148,11 @@ def _perplexities(measured: Measured, roles: Iterable[str]) -> list[str]:
     return [_figure(figure.get("value"), figure.get("stderr")) for figure in figures]
 
 
-def _seconds_in_all(measured: Measured, cells: Mapping[str, Measured]) -> float | None:
+def seconds_in_all(measured: Measured, cells: Mapping[str, Measured]) -> float | None:
     """Seconds that making a cell took, with those that it is made from; None where one of them is not known."""
     own = measured.cell["seconds"]
     before = [name for name in map(measured.cell.get, ("prior", "mask_of", "kept")) if name is not None]
-    others = [_seconds_in_all(cells[name], cells) if name in cells else None for name in before]
+    others = [seconds_in_all(cells[name], cells) if name in cells else None for name in before]
     return None if own is None or None in others else own + sum(other for other in others if other is not None)
 
 

@@ -4,8 +4,8 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
+from leap_pl.comparison.drawing import Picture
 from leap_pl.comparison.entries import Entry
-from leap_pl.comparison.pictures import Picture
 from leap_pl.comparison.table import Table
 from leap_pl.escape import html
 

@@ -1,11 +1,8 @@
 """Plots of a comparison, as SVG, readable in greyscale and with colour blindness."""
 
 import math
-import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,57 +16,46 @@ from leap_pl.comparison.differences import (
     perplexity_difference,
     shared_tasks,
 )
+from leap_pl.comparison.drawing import (
+    CHARACTER,
+    COLOURS,
+    MARKERS,
+    MOST_INCHES,
+    WIDEST,
+    Picture,
+    drawing,
+    figure_of,
+    literal,
+    save,
+    slug,
+)
 from leap_pl.comparison.entries import Entry
 from leap_pl.comparison.overlap import Overlap, overlap
 from leap_pl.comparison.table import all_texts, is_level, short_names, spelled
-from leap_pl.inputs.plain_values import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, without yellow, which is hard to see on paper; markers distinguish methods in greyscale.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-CHARACTER = 0.08  # average width of a character of a label, in inches
 FARTHEST = 1e100  # largest magnitude that is drawn
-MOST_LETTERS = 60  # longest name in a picture; the middle of a longer one is omitted
-MOST_INCHES = 100.0  # largest width and height of a picture
-WIDEST = 11.5  # width of the page in inches
-LONGEST_STEM = 80  # longest name in a file name, in characters
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Picture on disk.
-
-    Attributes:
-        file: File name.
-        caption: Description in a sentence or more.
-        width: Width in inches.
-    """
-
-    file: str
-    caption: str
-    width: float
 
 
 def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path) -> list[Picture]:
     """Draw all pictures of ``entries`` into ``folder``, and return them in reading order."""
-    with _drawing():
+    with drawing():
         pictures = draw_perplexities(entries, folder)
         texts, tasks = all_texts(entries), shared_tasks(entries)
         scored = [entry for entry in entries if tasks and all(task in entry.tasks for task in tasks)]
         if scored:
             errors = {entry.label: mean_accuracy_stderr(entry, tasks) for entry in scored}
             points = [(e, 100 * mean_accuracy(e, tasks), _times(errors[e.label], 100)) for e in scored]
-            one = f"accuracy on {_literal(tasks[0])}, %"
+            one = f"accuracy on {literal(tasks[0])}, %"
             ylabel = f"mean accuracy of {len(tasks)} tasks, %" if len(tasks) > 1 else one
             figure = _against_sparsity(points, ylabel, logarithmic=False)
             caption = (
                 f"Accuracy ({', '.join(tasks)}) against sparsity; higher is better. Bars: one standard error. "
                 "Methods at one sparsity are drawn a little apart, and listed by their value there."
             )
-            pictures.append(_save(figure, folder, "accuracy", caption))
+            pictures.append(save(figure, folder, "accuracy", caption))
         pictures += _differences(entries, baselines, texts, tasks, folder)
         uneven = [entry for entry in entries if entry.densities and not is_level(entry)]
         reach = max((_reach(entry) for entry in uneven), default=0.0)
@@ -82,7 +68,7 @@ def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path)
                 "centred on its own density and equally wide."
             )
             figure = _density(entry, reach, layers, projections)
-            pictures.append(_save(figure, folder, f"density-{number + 1}-{_slug(entry.label)}", caption))
+            pictures.append(save(figure, folder, f"density-{number + 1}-{slug(entry.label)}", caption))
         for stem, overlaps in _overlaps_by_sparsity(entries).items():
             pictures += draw_overlaps(overlaps, folder, stem)
         return pictures
@@ -91,19 +77,19 @@ def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path)
 def draw_perplexities(entries: Sequence[Entry], folder: Path, stem: str = "perplexity") -> list[Picture]:
     """Draw perplexity against sparsity, one picture for each text that any of ``entries`` was measured on."""
     pictures = []
-    with _drawing():
+    with drawing():
         for number, (text, name) in enumerate(short_names(all_texts(entries)).items(), 1):
             points = [
                 (e, _drawn(e.perplexity[text]["value"]), _times(e.perplexity[text]["stderr"], 1))
                 for e in entries
                 if text in e.perplexity
             ]
-            figure = _against_sparsity(points, f"perplexity on {_literal(name)}", logarithmic=True)
+            figure = _against_sparsity(points, f"perplexity on {literal(name)}", logarithmic=True)
             caption = (
                 f"Perplexity on {text} against sparsity; logarithmic, lower is better. Bars: one standard error. "
                 "Methods at one sparsity are drawn a little apart, and listed by their value there."
             )
-            pictures.append(_save(figure, folder, f"{stem}-{number}-{_slug(Path(text).stem)}", caption))
+            pictures.append(save(figure, folder, f"{stem}-{number}-{slug(Path(text).stem)}", caption))
     return pictures
 
 
@@ -115,8 +101,8 @@ def draw_overlaps(overlaps: list[Overlap], folder: Path, stem: str = "overlap") 
         "Where two masks agree: weights that both keep, over weights that either keeps (IoU), by decoder "
         "layer. Chance is the IoU of independent masks of the same densities."
     )
-    with _drawing():
-        return [_save(_overlaps(overlaps), folder, stem, caption)]
+    with drawing():
+        return [save(_overlaps(overlaps), folder, stem, caption)]
 
 
 def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: str, *, logarithmic: bool) -> "Figure":
@@ -137,8 +123,8 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
             name = name if rows[name, f"{entry.sparsity:.0%}"] == 1 else entry.label
             series.setdefault(name, []).append((100 * entry.sparsity, value, stderr or 0.0))
     # Large enough for the legend, which is to the right of the axes.
-    longest = max(len(_literal(name)) for name in [*series, *dense])
-    figure, axes = _figure(max(6.4, 5.0 + CHARACTER * longest), max(4.0, 0.8 + 0.22 * len({**series, **dense})))
+    longest = max(len(literal(name)) for name in [*series, *dense])
+    figure, axes = figure_of(max(6.4, 5.0 + CHARACTER * longest), max(4.0, 0.8 + 0.22 * len({**series, **dense})))
     shown = sorted({round(x) for line in series.values() for x, _, _ in line})
     beside = {x: sorted(name for name, line in series.items() if x in {round(at) for at, _, _ in line}) for x in shown}
     drawn: list[tuple[float, Any]] = []  # last value and line
@@ -148,7 +134,7 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
             [x + _apart(beside[round(x)].index(name), len(beside[round(x)]), shown) for x in xs],
             ys,
             yerr=errors,
-            label=_literal(name),
+            label=literal(name),
             color=COLOURS[n % len(COLOURS)],
             # Lines of the same colour differ in marker and dash.
             marker=MARKERS[(n + n // len(COLOURS)) % len(MARKERS)],
@@ -165,7 +151,7 @@ def _against_sparsity(points: list[tuple[Entry, float, float | None]], ylabel: s
             color="0.35",
             linestyle=("--", ":", "-.")[n % 3],
             linewidth=1.2,
-            label=f"{_literal(name)} ({spelled(value, 2)})",
+            label=f"{literal(name)} ({spelled(value, 2)})",
         )
         drawn.append((value, rule))
     if logarithmic:
@@ -216,9 +202,9 @@ def _differences(
 ) -> list[Picture]:
     panels: list[tuple[str, list[tuple[str, Difference]], bool]] = []  # the last: relative to the baseline
     for text, name in short_names(texts).items():
-        found = [(_literal(e.label), d) for e in entries if (d := perplexity_difference(e, entries, text, baselines))]
-        panels.append((f"Δ perplexity, % (left is better)\n{_literal(name)}", found, True))
-    found = [(_literal(e.label), d) for e in entries if (d := accuracy_difference(e, entries, tasks, baselines))]
+        found = [(literal(e.label), d) for e in entries if (d := perplexity_difference(e, entries, text, baselines))]
+        panels.append((f"Δ perplexity, % (left is better)\n{literal(name)}", found, True))
+    found = [(literal(e.label), d) for e in entries if (d := accuracy_difference(e, entries, tasks, baselines))]
     mean = "mean accuracy" if len(tasks) > 1 else "accuracy"
     panels.append((f"Δ {mean}, percentage points\n(right is better)", found, False))
     panels = [panel for panel in panels if panel[1]]
@@ -227,7 +213,7 @@ def _differences(
     from matplotlib.figure import Figure
 
     rows = max(len(found) for _, found, _ in panels)
-    longest = max(max(len(label), 2 + len(_literal(d.baseline))) for _, found, _ in panels for label, d in found)
+    longest = max(max(len(label), 2 + len(literal(d.baseline))) for _, found, _ in panels for label, d in found)
     width = max(3.6, 2.4 + CHARACTER * longest)
     across = max(1, min(len(panels), int((WIDEST - 1.2) / width)))
     down = -(-len(panels) // across)
@@ -249,7 +235,7 @@ def _differences(
                 capsize=3,
             )
         axes.set_yticks(
-            range(len(found)), [f"{label}\n− {_literal(difference.baseline)}" for label, difference in found]
+            range(len(found)), [f"{label}\n− {literal(difference.baseline)}" for label, difference in found]
         )
         axes.set_ylim(len(found) - 0.5, -0.5)
         axes.set_xlabel(title)
@@ -259,7 +245,7 @@ def _differences(
         "Difference to the best baseline at the same sparsity, of perplexities as a share of the baseline's. Bars: one "
         "standard error of the paired difference."
     )
-    return [_save(figure, folder, "differences", caption)]
+    return [save(figure, folder, "differences", caption)]
 
 
 def _reach(entry: Entry) -> float:
@@ -273,10 +259,10 @@ def _density(entry: Entry, reach: float, layers: list[int], projections: list[st
     return _heat_map(
         grid,
         [str(layer) for layer in layers],
-        [_literal(projection) for projection in projections],
+        [literal(projection) for projection in projections],
         xlabel="decoder layer",
         colour="density (kept over all)",
-        title=f"{_literal(entry.label)}: density {whole:.3f}",
+        title=f"{literal(entry.label)}: density {whole:.3f}",
         limits=(whole - reach, whole + reach),
     )
 
@@ -302,7 +288,7 @@ def _overlaps(overlaps: list[Overlap]) -> "Figure":
     layers = sorted({layer for found in overlaps for layer in found.layers})
     grid = [[found.layers.get(layer, float("nan")) for layer in layers] for found in overlaps]
     names = [
-        f"{_literal(found.first)} ∩ {_literal(found.second)}\n{found.iou:.3f} in all (chance {found.chance:.3f})"
+        f"{literal(found.first)} ∩ {literal(found.second)}\n{found.iou:.3f} in all (chance {found.chance:.3f})"
         for found in overlaps
     ]
     return _heat_map(
@@ -330,7 +316,7 @@ def _heat_map(
     # Widen the figure for the rows' names, which are to the left of the cells.
     longest = max(len(line) for name in rows for line in name.splitlines())
     width = max(4.8, 1.4 + CHARACTER * longest + 0.26 * len(columns))
-    figure, axes = _figure(width, max(1.5 + row * len(rows), 2.6))
+    figure, axes = figure_of(width, max(1.5 + row * len(rows), 2.6))
     low, high = limits or (None, None)
     image = axes.imshow(grid, cmap="cividis", aspect="auto", vmin=low, vmax=high)
     axes.set_yticks(range(len(rows)), rows)
@@ -348,40 +334,6 @@ def _heat_map(
                 axes.text(column, place, f"{value:.{digits}f}", ha="center", va="center", fontsize="small", color=shade)
     figure.colorbar(image, ax=axes, label=colour, format=ScalarFormatter(useOffset=False))
     return figure
-
-
-def _figure(width: float, height: float) -> "tuple[Figure, Any]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(min(width, MOST_INCHES), min(height, MOST_INCHES)), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _save(figure: "Figure", folder: Path, stem: str, caption: str) -> Picture:
-    file = f"{stem}.svg"
-    figure.savefig(folder / file, metadata={"Date": None})  # so that the same results give the same files
-    return Picture(file, caption, float(figure.get_figwidth()))
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    import matplotlib as mpl
-
-    settings = {"svg.hashsalt": "leap_pl", "svg.fonttype": "none", "font.size": 10, "savefig.facecolor": "white"}
-    # Names are not formulas, even if they contain $, _, ^ or \\.
-    settings |= {"text.parse_math": False, "text.usetex": False}
-    with mpl.rc_context(settings):
-        yield
-
-
-def _literal(name: str) -> str:
-    """Return ``name`` as one line that matplotlib shows literally."""
-    text = shown(name, MOST_LETTERS)
-    return f" {text}" if text.startswith("_") else text  # matplotlib omits labels with a leading _ from the legend
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:LONGEST_STEM] or "text"
 
 
 def _times(value: float | None, scale: float) -> float | None:

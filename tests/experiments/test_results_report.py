@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import yaml
 from tiny_experiment import SCORED_CELLS, STEP, cells, change, results, runner, verbs
 
 from experiments.headline.__main__ import main
-from experiments.headline.measured import Group, read_cells
+from experiments.headline.measured import Group, groups, read_cells
+from experiments.headline.overview import best_rows, losses
 from experiments.headline.tables import difference_table
 from leap_pl.cli.main import main as leap_pl
 from leap_pl.evaluation.record import read_result, write_result
@@ -109,10 +111,11 @@ def test_a_row_without_a_baseline_of_its_pattern_has_no_difference(experiment_do
 def test_models_are_apart_below_one_table_of_all(experiment_done):
     folder, _ = experiment_done
     found, page = cells(folder), (folder / "docs" / "results.md").read_text()
-    opening, ours, other = re.split(r"\n## ", page)
+    opening, losses, about, ours, other = re.split(r"\n## ", page)
+    assert losses.startswith("Where learning loses\n")
     assert ours.startswith("llama\n")
     assert other.startswith("other-model\n")
-    assert all(sentence in opening for cell in found.values() for sentence in cell["cell"]["about"])
+    assert all(sentence in about for cell in found.values() for sentence in cell["cell"]["about"])
     rows = table_rows(opening)
     assert [row[:3] for row in rows[2:]] == [
         ["llama", "0", "dense"],
@@ -220,7 +223,7 @@ def test_further_texts_are_measured_of_the_rows_that_name_them(again):
     found, page = cells(folder), (folder / "docs" / "results.md").read_text()
     value = {name: found[name]["perplexity"][more["text"]]["value"] for name in measured}
     assert all(found[name]["perplexity"][more["text"]]["tokens"] == 128 for name in measured)
-    assert "A third text." in page.split("\n## ")[0]
+    assert "A third text." in page.split("\n## About these figures\n")[1].split("\n## ")[0]
     headings, _, *overview = table_rows(page)
     shown = {row[2]: row[headings.index("perplexity, more")] for row in overview[:4]}  # at 50%
     expected = {"dense": value["dense"], "Wanda": None, "admm": value["admm-50"], "distill": None}
@@ -242,6 +245,47 @@ def test_further_texts_are_measured_of_the_rows_that_name_them(again):
 def mean_of_texts(result, folder):
     values = [result["perplexity"][str(folder / f"{name}.jsonl")]["value"] for name in ("like", "unlike")]
     return values[0] * values[1]
+
+
+def test_page_says_where_what_is_learned_loses(experiment_done):
+    folder, _ = experiment_done
+    found, page = cells(folder), (folder / "docs" / "results.md").read_text()
+    told = page.split("## Where learning loses\n")[1].split("\n## ")[0].strip().splitlines()
+    texts = {name: str(folder / f"{name}.jsonl") for name in ("like", "unlike")}
+    learned = ("leap-50", "distill-50", "leap-60")  # those of the first table
+    multiples = told[0].removeprefix("- Perplexity of the learned rows above, in times of the dense model's: ")
+    for span, text in zip(multiples.split(", "), texts.values(), strict=True):
+        values = [found[name]["perplexity"][text]["value"] for name in learned]
+        dense = found["dense"]["perplexity"][text]["value"]
+        assert [float(value) for value in re.findall(r"\d+\.\d\d", span)] == pytest.approx(
+            [value / dense for value in (min(values), max(values))], abs=0.005
+        )
+    assert told[-1].startswith("- Learning took ")
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_rows_worse_than_the_best_baseline_are_named(experiment_done, swapped):
+    folder, _ = experiment_done
+    found = [
+        replace(m, cell={**m.cell, "baseline": m.cell["baseline"] is not swapped and not m.is_dense})
+        for m in read_cells(folder / "docs" / "results" / "cells")
+        if m.model == "llama"
+    ]
+    told, worse, alike = "\n".join(losses(found, best_rows(found))), 0, 0
+    for group in groups(found):
+        for title, like, _, unlike, _, *accuracy in table_rows(difference_table(group))[2:]:
+            name = f"{title}, {group.heading}"
+            for text, cell in (("alike", like), ("unlike", unlike)):
+                value, error = spread_of(cell)
+                assert (f"{name}, {text} ({value:+.2f})" in told) == (value > 2 * error)
+                worse += value > 2 * error
+            if any(accuracy):
+                value, error = spread_of(accuracy[0])
+                assert (f"{name} ({value:+.1f})" in told) == (value <= 2 * error)
+                alike += value <= 2 * error
+    assert worse > 0 if swapped else worse == 0
+    assert ("more than 2 standard errors above" in told) == bool(worse)
+    assert ("less than 2 standard errors above" in told) == bool(alike)
 
 
 def test_report_is_written_again_from_the_cells_alone(experiment_done, tmp_path):

@@ -1,0 +1,154 @@
+"""What the report opens with: the best rows of every model in one table and one picture, and where they lose."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.headline.experiment import UNSTRUCTURED
+from experiments.headline.measured import Measured, by_model, groups
+from experiments.headline.tables import seconds_in_all
+from leap_pl.comparison.differences import accuracy_difference, perplexity_difference, shared_tasks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from leap_pl.comparison.drawing import Picture
+
+SPARSITIES = (0.5, 0.6)
+LETTERS = 90  # longest name in the picture
+SURE = 2  # standard errors from which on two rows are told apart
+TICKS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 20, 50, 100, 1000)
+
+
+def best_rows(found: Sequence[Measured]) -> list[Measured]:
+    """Of every model the dense one and, at :data:`SPARSITIES`, the best baseline and learned rows of each text."""
+    rows = []
+    for of_model in by_model(found).values():
+        rows += [m for m in of_model if m.is_dense]
+        for group in sorted(groups(of_model), key=lambda group: group.sparsity):
+            if group.table == UNSTRUCTURED and group.sparsity in SPARSITIES:
+                rows += [m for m in (group.best_baseline, *group.best_learned_by_tokens) if m is not None]
+    return rows
+
+
+def draw_overview(rows: Sequence[Measured], folder: Path) -> "Picture | None":
+    """Draw how many times the dense model's the perplexities of ``rows`` are, on every text; None without any."""
+    from leap_pl.comparison.drawing import CHARACTER, COLOURS, MARKERS, drawing, literal, save
+
+    models = {model: times for model, of_model in by_model(rows).items() if (times := _times_dense(of_model))}
+    if not models:
+        return None
+    titles = list(dict.fromkeys(title for times in models.values() for of_row in times.values() for title in of_row))
+    labels = [literal(label, LETTERS) for times in models.values() for label in times]
+    with drawing():
+        from matplotlib.figure import Figure
+
+        heights = [0.6 + len(times) for times in models.values()]
+        size = (5.0 + CHARACTER * max(map(len, labels)), 1.2 + 0.27 * sum(heights) + 0.25 * len(models))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(len(models), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (model, times) in zip(panels, models.items(), strict=True):
+            for n, title in enumerate(titles):
+                points = [(of_row[title], y) for y, of_row in enumerate(times.values()) if title in of_row]
+                axes.plot(
+                    *zip(*points, strict=True) if points else ((), ()),
+                    MARKERS[n % len(MARKERS)],
+                    color=COLOURS[n % len(COLOURS)],
+                    label=literal(title),
+                )
+            axes.set_yticks(range(len(times)), [literal(label, LETTERS) for label in times])
+            axes.set_ylim(len(times) - 0.4, -0.6)
+            axes.axvline(1, color="0.35", linestyle="--", linewidth=1.2)
+            axes.set_title(literal(model), fontsize="medium", loc="left")
+            axes.grid(color="0.9", linewidth=0.8)
+        every = [of_row for times in models.values() for of_row in times.values()]
+        _ticks(panels[-1], max(times for of_row in every for times in of_row.values()))
+        panels[-1].set_xlabel("perplexity ÷ the dense model's (left is better; logarithmic)")
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper right", ncols=len(titles), frameon=False)
+        caption = (
+            "Perplexity of the rows of the table above, divided by the dense model's on the same text; logarithmic, "
+            "lower is better. The dashed line is the dense model."
+        )
+        return save(figure, folder, "overview", caption)
+
+
+def losses(found: Sequence[Measured], rows: Sequence[Measured]) -> list[str]:
+    """Sentences on where what is learned is worse: than the dense model, than a baseline, and in minutes.
+
+    Args:
+        found: All cells.
+        rows: Those of :func:`best_rows`.
+    """
+    told = []
+    several = len(by_model(found)) > 1
+    by_text: dict[str, list[float]] = {}
+    for of_model in by_model(rows).values():
+        for of_row in _times_dense([m for m in of_model if m.is_dense or m.is_learned]).values():
+            for title, times in of_row.items():
+                by_text.setdefault(title, []).append(times)
+    if by_text:
+        spans = [f"{_span(times, '.2f')} on {title}" for title, times in by_text.items()]
+        told.append(f"Perplexity of the learned rows above, in times of the dense model's: {', '.join(spans)}.")
+    worse, alike, compared = [], [], 0
+    for group in (group for of_model in by_model(found).values() for group in groups(of_model)):
+        tasks = shared_tasks(group.entries)
+        for m in (m for m in group.rows if not m.cell["baseline"]):
+            name = f"{m.model}, {m.entry.label}" if several else m.entry.label
+            for title in m.titles.values():
+                gap = perplexity_difference(m.entry, group.entries, title, group.baselines)
+                if gap is not None and gap.value > SURE * (gap.stderr or 0):
+                    worse.append(f"{name}, {title} ({gap.value:+.2f})")
+            score = accuracy_difference(m.entry, group.entries, tasks, group.baselines)
+            if score is not None:
+                compared += 1
+                if score.value <= SURE * (score.stderr or 0):
+                    alike.append(f"{name} ({100 * score.value:+.1f})")
+    if worse:
+        told.append(f"In perplexity, more than {SURE} standard errors above the best baseline: {'; '.join(worse)}.")
+    if alike:
+        told.append(
+            f"In mean accuracy, less than {SURE} standard errors above the best baseline, {len(alike)} of {compared} "
+            f"rows (in points): {'; '.join(alike)}."
+        )
+    cells = {m.cell["name"]: m for m in found}
+    minutes = {
+        learned: [s / 60 for m in rows if m.is_learned is learned and (s := seconds_in_all(m, cells)) is not None]
+        for learned in (True, False)
+    }
+    if all(minutes.values()):
+        told.append(f"Learning took {_span(minutes[True])} minutes, the best baselines {_span(minutes[False])}.")
+    return told
+
+
+def _span(values: Sequence[float], form: str = ".0f") -> str:
+    """The least and the greatest value, or the only one."""
+    least, most = (format(value, form) for value in (min(values), max(values)))
+    return least if least == most else f"{least} to {most}"
+
+
+def _times_dense(of_model: Sequence[Measured]) -> dict[str, dict[str, float]]:
+    """Label → text → perplexity by the dense model's, of the other rows of one model; empty without the dense one."""
+    dense = next((m for m in of_model if m.is_dense), None)
+    if dense is None:
+        return {}
+    return {
+        m.entry.label: {
+            title: m.perplexity(role)["value"] / dense.perplexity(role)["value"]
+            for role, title in m.titles.items()
+            if role in dense.titles
+        }
+        for m in of_model
+        if not m.is_dense
+    }
+
+
+def _ticks(axes: "Axes", most: float) -> None:
+    """Make the x axis logarithmic from just below 1 to above ``most``, labelled with plain numbers."""
+    from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.set_xlim(0.95, 1.1 * max(most, 1.1))
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in TICKS if tick <= 1.1 * most]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
