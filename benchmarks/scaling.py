@@ -69,6 +69,7 @@ class Shape:
 
 SHAPES = {
     "qwen2.5-0.5b": Shape(24, 896, 4864, 128, 151936, tied=True, biased=True),
+    "qwen2.5-1.5b": Shape(28, 1536, 8960, 256, 151936, tied=True, biased=True),
     "llama-3.2-1b": Shape(16, 2048, 8192, 512, 128256, tied=True),
     "llama-3.2-3b": Shape(28, 3072, 8192, 1024, 128256, tied=True),
     "llama-3.1-8b": Shape(32, 4096, 14336, 1024, 128256),
