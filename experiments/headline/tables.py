@@ -115,21 +115,20 @@ def overview_table(rows: Sequence[Measured], found: Sequence[Measured]) -> str:
     """The rows ``rows`` of ``found`` in one table, with what they cost."""
     scored = [m.entry for m in found if m.entry.tasks]
     tasks = shared_tasks(scored) if scored else []
-    heading = ["model", "sparsity, %", "method"]
+    texts = any(m.cell.get("text") is not None for m in found)
+    heading = ["model", "sparsity, %", "method", *["text"] * texts]
     titles = titles_of(found)
     heading += [f"perplexity, {title}" for title in titles.values()]
     heading += [f"mean accuracy of {len(tasks)}, %"] * bool(tasks)
     heading += ["training tokens", "minutes", "seed", "data types"]
-    texts = any(m.cell.get("text") is not None for m in found)
-    heading += ["text"] * texts
     cells, lines = {m.cell["name"]: m for m in found}, []
     for m in rows:
         seconds = seconds_in_all(m, cells)
-        line = [m.model, f"{100 * (m.cell['sparsity'] or 0):g}", m.title, *_perplexities(m, titles)]
-        line += [_accuracy(m, tasks)] * bool(tasks)
-        line += [_tokens(m), "" if seconds is None else f"{seconds / 60:.0f}", _seed(m, found)]
         text = "" if m.is_dense else m.cell.get("text") or m.cell["texts"]["like"]["title"].split(" (")[0]
-        lines.append([*line, ", ".join(m.dtypes), *[text] * texts])
+        line = [m.model, f"{100 * (m.cell['sparsity'] or 0):g}", m.title, *[text] * texts]
+        line += [*_perplexities(m, titles), *[_accuracy(m, tasks)] * bool(tasks)]
+        line += [_tokens(m), "" if seconds is None else f"{seconds / 60:.0f}", _seed(m, found), ", ".join(m.dtypes)]
+        lines.append(line)
     return markdown(heading, lines)
 
 

@@ -155,8 +155,8 @@ def test_rows_from_another_text_are_a_table_of_their_own(experiment_done, tmp_pa
     assert list(section(page, "50%, from prose")[0]) == ["dense", "admm *", "distill"]
     assert "distill" not in section(page, "50%")[0]
     rows = table_rows(page)
-    assert rows[0][-1] == "text"
-    assert [(row[2], row[-1]) for row in rows[2:7]] == [
+    assert rows[0][3] == "text"
+    assert [(row[2], row[3]) for row in rows[2:7]] == [
         ("dense", ""), ("Wanda", "alike"), ("LEAP, LM", "alike"), ("admm", "prose"), ("distill", "prose")
     ]  # fmt: skip
 
