@@ -23,7 +23,7 @@ BASELINES = ("magnitude", "wanda")
 
 def test_differences_are_drawn_relative_to_the_baseline(four_results, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, folder, stem, caption: drawn.append(figure))
+    monkeypatch.setattr(pictures, "save", lambda figure, folder, stem, caption: drawn.append(figure))
     entries = read_entries(four_results)
     _differences(entries, BASELINES, ["held-out.jsonl"], ["piqa"], tmp_path)
     perplexity, accuracy = drawn[0].axes
@@ -55,7 +55,7 @@ def test_heat_maps_share_their_order(write_result, monkeypatch):
     """A mask lists its weights by name, and a result as the model has them."""
     grids = []
     monkeypatch.setattr(pictures, "_heat_map", lambda grid, columns, rows, **_: grids.append((columns, rows)))
-    monkeypatch.setattr(pictures, "_save", lambda *arguments: None)
+    monkeypatch.setattr(pictures, "save", lambda *arguments: None)
     paths = []
     for number, names in enumerate((NAMES, NAMES[::-1])):
         content = result("leap", 0.5 + number / 10, 14.0)
