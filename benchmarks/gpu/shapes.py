@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.scaling import SHAPES, Shape
+from leap_pl.base_model.backbone import checkpoint_activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -49,8 +50,7 @@ class Model:
         with torch.device(device):
             model: Any = AutoModelForCausalLM.from_config(self.config(), dtype=torch.bfloat16)
         if checkpointing:
-            named = getattr(model, "activation_checkpointing_enable", None)  # older transformers: by another name
-            (named or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            checkpoint_activations(model)
         return model
 
 

@@ -1,9 +1,8 @@
 """The schema of what a finished cell says of its making, beside what ``leap_pl evaluate`` says of it."""
 
-from functools import cache
 from typing import Annotated, Any, NotRequired
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from leap_pl.inputs.plain_values import checked
@@ -68,15 +67,10 @@ def checked_cell(result: dict[str, Any], roles: tuple[str, ...], unmeasured: tup
     Raises:
         ValueError: Something is missing or has another type or range; the message is one line that names it.
     """
-    cell: dict[str, Any] = checked(_schema(), result["cell"])
+    cell: dict[str, Any] = checked(Cell, result["cell"])
     for role in dict.fromkeys((*roles, *cell["texts"])):
         if role in unmeasured:
             continue
         if role not in cell["texts"] or cell["texts"][role]["text"] not in result["perplexity"]:
             raise ValueError(f"it lacks the perplexity on the text of '{role}'")
     return cell
-
-
-@cache
-def _schema() -> TypeAdapter[Any]:
-    return TypeAdapter(Cell)

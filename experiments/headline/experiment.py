@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 UNSTRUCTURED = "unstructured"
-ROLES = ("validation", "like", "unlike")  # the texts that an experiment has; it may have more
+VALIDATION = "validation"
+SHOWN = ("like", "unlike")  # the calibration text; every cell is measured on them
+ROLES = (VALIDATION, *SHOWN)  # the texts that an experiment has; it may have more
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.headline.cell_schema import checked_cell
-from experiments.headline.experiment import UNSTRUCTURED
+from experiments.headline.experiment import SHOWN, UNSTRUCTURED, VALIDATION
 from leap_pl.comparison.entries import Entry, check_protocols, entry_of_result
 from leap_pl.errors import UserError
 from leap_pl.evaluation.record import read_result
-
-VALIDATION = "validation"
-ROLES = ("like", "unlike")  # the calibration text; every cell is measured on them
 
 
 @dataclass(frozen=True)
@@ -69,9 +66,9 @@ class Measured:
 
     @property
     def titles(self) -> dict[str, str]:
-        """Role → what tables call the text, of the texts that tables show: ROLES first, then further ones."""
+        """Role → what tables call the text, of the texts that tables show: SHOWN first, then further ones."""
         texts = self.cell["texts"]
-        return {role: texts[role]["title"] for role in dict.fromkeys((*ROLES, *texts)) if role != VALIDATION}
+        return {role: texts[role]["title"] for role in dict.fromkeys((*SHOWN, *texts)) if role != VALIDATION}
 
     def perplexity(self, role: str) -> dict[str, Any]:
         """What was measured on the text of ``role``."""
@@ -90,7 +87,7 @@ def read_cells(folder: Path) -> list[Measured]:
         if "cell" not in result:
             raise UserError(f"{path} is a result, but of no cell of the experiment. Take it out of {folder}.")
         try:
-            result["cell"] = checked_cell(result, ROLES, (VALIDATION,))
+            result["cell"] = checked_cell(result, SHOWN, (VALIDATION,))
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}. Make the cell again, or take the file out.") from error
         found.append(Measured(result, _entry(path, result), result["cell"]))
@@ -174,7 +171,7 @@ class Group:
     def best_baseline(self) -> Measured | None:
         """The baseline with the lowest geometric mean of the perplexities on both texts."""
         baselines = [measured for measured in self.rows if measured.cell["baseline"]]
-        return min(baselines, key=lambda m: prod(m.perplexity(role)["value"] for role in ROLES), default=None)
+        return min(baselines, key=lambda m: prod(m.perplexity(role)["value"] for role in SHOWN), default=None)
 
     @property
     def best_learned(self) -> Measured | None:

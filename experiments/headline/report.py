@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.headline import making
-from experiments.headline.experiment import UNSTRUCTURED
-from experiments.headline.measured import ROLES, Measured, by_model, groups, read_cells
+from experiments.headline.experiment import SHOWN, UNSTRUCTURED
+from experiments.headline.measured import Measured, by_model, groups, read_cells
 from experiments.headline.overview import best_rows, draw_overview, losses
 from experiments.headline.tables import (
     KEY,
@@ -159,7 +159,7 @@ def _shown(picture: "Picture", folder: Path, docs: Path) -> str:
 
 def _of_roles(measured: Measured) -> dict[str, Any]:
     """Perplexities on the texts that every cell is measured on: pictures show no others."""
-    return {measured.titles[role]: measured.entry.perplexity[measured.titles[role]] for role in ROLES}
+    return {measured.titles[role]: measured.entry.perplexity[measured.titles[role]] for role in SHOWN}
 
 
 def _far_off(found: Sequence[Measured]) -> set[str]:
@@ -169,6 +169,6 @@ def _far_off(found: Sequence[Measured]) -> set[str]:
         for m in group.rows if group.reference else ():
             seen.add(m.title)
             assert group.reference is not None
-            if any(m.perplexity(r)["value"] <= FAR_OFF * group.reference.perplexity(r)["value"] for r in ROLES):
+            if any(m.perplexity(r)["value"] <= FAR_OFF * group.reference.perplexity(r)["value"] for r in SHOWN):
                 near.add(m.title)
     return seen - near

@@ -15,7 +15,7 @@ import yaml
 
 from experiments.headline import running
 from experiments.headline.cells import told_mask
-from experiments.headline.experiment import Cell, Experiment
+from experiments.headline.experiment import Cell
 from experiments.headline.progress import RECORD, Progress
 from experiments.headline.steps import Step
 from leap_pl.errors import UserError, listing
@@ -26,10 +26,7 @@ from leap_pl.files import atomic_file
 class Runner(Progress):
     """The cells of an experiment in a folder, and how to do what is left of them."""
 
-    def __init__(self, experiment: Experiment, folder: Path, told: Path | None = None) -> None:
-        """See :class:`Progress`."""
-        super().__init__(experiment, folder, told)
-        self.lock: tuple[int, ...] = ()
+    lock: tuple[int, ...] = ()
 
     def run(self, cells: Sequence[Cell]) -> dict[str, str]:
         """Do what is left of ``cells``; returns what failed, by cell. One that fails stops only those that need it.

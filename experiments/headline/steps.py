@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.headline.digests import digest, identity
-from experiments.headline.experiment import Cell, Experiment, laid_over
+from experiments.headline.experiment import ROLES, SHOWN, Cell, Experiment, laid_over
 from leap_pl.errors import UserError
 from leap_pl.oneshot.methods import DEFAULT, method_named
 
@@ -182,7 +182,7 @@ class Steps:
     def measures(self, cell: Cell, made: str | None) -> list[Step]:
         """The steps that measure ``cell``, whose mask has the digest ``made``: perplexities first."""
         experiment = self.experiment
-        roles = ["like", "unlike"] if cell.fit is None else ["validation", "like", "unlike"]
+        roles = SHOWN if cell.fit is None else ROLES
         by_length: dict[int | None, list[str]] = {}
         for role in roles:
             text = experiment.texts[role]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from leap_pl.callbacks.density_picture import draw_densities
 from leap_pl.distributed.shards import gathered
-from leap_pl.errors import UserError
 from leap_pl.gates import FixedGate
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import TOTAL
@@ -93,8 +92,6 @@ class SparsityLogger(L.Callback):
             histogram_every_n_steps: Optimizer steps between histograms, and between pictures of the density.
             samples: Number of logits in the whole model from which hard metrics and histograms are estimated.
         """
-        if min(every_n_steps, histogram_every_n_steps, samples) < 1:
-            raise UserError("sparsity_log: every_n_steps, histogram_every_n_steps and samples are at least 1.")
         numbers = {"every_n_steps": every_n_steps, "histogram_every_n_steps": histogram_every_n_steps}
         check_numbers({**numbers, "samples": samples}, "sparsity_log.")
         self.every_n_steps, self.histogram_every_n_steps = every_n_steps, histogram_every_n_steps

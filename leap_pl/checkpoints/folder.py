@@ -86,16 +86,6 @@ class StoredTensors:
         return flat[name]
 
 
-def learned_tensors(folder: str | Path) -> dict[str, Tensor]:
-    """Return all that is learned in ``folder``, assembled from the shards: ``<part>.<weight name>`` → tensor.
-
-    Raises:
-        UserError: If ``folder`` is not a distributed checkpoint, is damaged, or lacks a part.
-    """
-    stored = StoredTensors(folder)
-    return {key: stored.read(key) for key in stored.shapes}
-
-
 def not_one_file(folder: str | Path) -> UserError:
     """Return the error for a distributed checkpoint that is given to a strategy that reads files."""
     return UserError(

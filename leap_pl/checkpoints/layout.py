@@ -205,13 +205,8 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
     """
     checkpoint = load_checkpoint(path)
     identity = read_identity(checkpoint, path)
-    tensors, read = checkpoint.get("state_dict", {}), None
     try:
-        if Path(path).is_dir():
-            from leap_pl.checkpoints.folder import StoredTensors
-
-            folder = StoredTensors(path)
-            tensors, read = folder.shapes, folder.read
+        tensors, read = tensors_of(checkpoint, path)
         steps = checkpoint.get("global_step")
         known = (
             replace(identity, settings={"steps": steps, **identity.settings}) if isinstance(steps, int) else identity
@@ -227,6 +222,22 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
             f"{path} holds logits that do not fit its own settings ({' '.join(str(error).split())[:120]}). "
             "Take the checkpoint before it."
         ) from error
+
+
+def tensors_of(
+    checkpoint: Mapping[str, Any], path: str | Path
+) -> tuple[Mapping[str, Tensor], Callable[[str], Tensor] | None]:
+    """Return the tensors of ``checkpoint``, loaded from ``path``: of a folder, empty ones and what reads one of them.
+
+    Raises:
+        UserError: A folder is damaged, or lacks a part.
+    """
+    if not Path(path).is_dir():
+        return checkpoint.get("state_dict", {}), None
+    from leap_pl.checkpoints.folder import StoredTensors
+
+    stored = StoredTensors(path)
+    return stored.shapes, stored.read
 
 
 def _restored(

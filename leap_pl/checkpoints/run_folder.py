@@ -96,7 +96,9 @@ def earlier_run(
     forms = dict.fromkeys(form for kind in gate_kinds().values() for form in kind.starts_from())
     priors = [] if resumes else [masks / prior_file(form) for form in forms]
     mask, weights = masks / MASK, masks / WEIGHTS
-    _check_not_read([mask, weights, *priors, *checkpoints])
+    if (register := inputs.current()) is not None:
+        for file in (mask, weights, *priors, *checkpoints):
+            register.check_file(inputs.real_place(file), file)
     present = [path for path in (mask, *priors, weights) if os.path.lexists(path)]
     foreign = [path for path in present if not (is_weights_file(path) if path == weights else is_mask_file(path))]
     if foreign:
@@ -123,13 +125,6 @@ def earlier_run(
         )
     record = [folder / records.RECORD] if (folder / records.RECORD).exists() else []
     return [Leftover.of(path) for path in (*checkpoints, *present, *record)]
-
-
-def _check_not_read(files: list[Path]) -> None:
-    register = inputs.current()
-    for file in files if register is not None else ():
-        assert register is not None
-        register.check_file(inputs.real_place(file), file)
 
 
 def _is_ours(path: Path, folder: Path) -> bool:

@@ -234,8 +234,8 @@ def check_configs(words: Sequence[str]) -> dict[str, dict[Any, Any]]:
     guard_parser()
     found: dict[str, dict[Any, Any]] = {}
     for place, word in enumerate(words):
-        option, _, name = word.partition("=") if word.startswith("--") else ("", "", word)
-        is_config = option == "--config"
+        option, _, name = word.partition("=") if word.startswith(("--", "-c=")) else ("", "", word)
+        is_config = option in ("-c", "--config")
         if word in ("-c", "--config"):
             is_config, name = True, words[place + 1] if place + 1 < len(words) else ""
         if not name or not exists(name):  # the parser reports missing files
@@ -287,13 +287,16 @@ def check_keys(configs: Mapping[str, Mapping[Any, Any]], options: Collection[str
             )
 
 
-def setting_of(words: Sequence[str], name: str) -> str | None:
+def setting_of(words: Sequence[str], configs: Mapping[str, Mapping[Any, Any]], name: str) -> str | None:
     """Return the last value of the setting ``name`` in ``words`` and the configs that they name; None if it is not set.
 
     This is for settings that decide how the others are parsed. Options must be typed with their full names.
-    """
-    import yaml
 
+    Args:
+        words: Words of the command line.
+        configs: Name of each config file → its settings, as :func:`check_configs` returns them.
+        name: Path of the setting.
+    """
     found: str | None = None
     for place, word in enumerate(words):
         following = words[place + 1] if place + 1 < len(words) else ""
@@ -301,8 +304,8 @@ def setting_of(words: Sequence[str], name: str) -> str | None:
         value = value if "=" in word else following
         if option == f"--{name}":
             found = None if value in ("null", "") else value
-        elif option in ("-c", "--config") and Path(value).is_file():
-            content = yaml.load(Path(value).read_text(encoding="utf-8"), yaml.CSafeLoader)
+        elif option in ("-c", "--config") and value in configs:
+            content: Any = configs[value]
             *groups, last = name.split(".")
             for group in groups:
                 content = content.get(group) if isinstance(content, dict) else None

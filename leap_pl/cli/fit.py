@@ -144,12 +144,12 @@ class LeapCLI(LightningCLI):
             known = self.parsers.get(words[0] if words else None, parser)
             check_keys(configs, [*options_of(known), f"--{FORMER}"])
         args = words if typed else args
-        path = setting_of(words, "ckpt_path")
+        path = setting_of(words, configs, "ckpt_path")
         refused: dict[str, UserError] = {}
         if path is not None and expanded(path).exists():
             refused = self._take_settings(words[0], load_checkpoint(path), path, words)
         elif path == "last" and words[0] in self.parsers:  # settings that it has need not be typed
-            refused = self._take_last(words)
+            refused = self._take_last(words, setting_of(words, configs, "checkpoint.dirpath"))
         self._parse(parser, args, words)
         self._warn_of_former(typed)
         verb = self.config.get("subcommand")
@@ -228,13 +228,12 @@ class LeapCLI(LightningCLI):
             known = self.parsers.get(words[0] if words else None, parser)
             raise UserError(one_line(error, options_of(known))) from error
 
-    def _take_last(self, words: list[str]) -> dict[str, UserError]:
-        """Take the settings of the newest checkpoint in the ``checkpoint.dirpath`` of ``words``, if they name one.
+    def _take_last(self, words: list[str], folder: str | None) -> dict[str, UserError]:
+        """Take the settings of the newest checkpoint in ``folder``, which ``words`` or their configs name, if any.
 
         Raises:
             UserError: There is no checkpoint to validate.
         """
-        folder = setting_of(words, "checkpoint.dirpath")
         newest = None if folder is None else self._find_last(words[0], folder)[1]
         return {} if newest is None else self._take_settings(words[0], newest[1], str(newest[0]), words)
 

@@ -191,8 +191,7 @@ class TextSource:
 
 def _in_words(state: State | None) -> str:
     """Return the place in a shard in words."""
-    known = {"line": "line", "row": "row", "byte": "byte"}
-    return next((f"{known[key]} {state[key]:,}" for key in known if state and key in state), "its beginning")
+    return next((f"{key} {state[key]:,}" for key in ("line", "row", "byte") if state and key in state), "its beginning")
 
 
 def _local_files(name: str) -> list[Path]:

@@ -4,10 +4,9 @@ Unknown keys, which a newer leap_pl may write, are dropped, except for numbers a
 """
 
 import re
-from functools import cache
 from typing import Annotated, Any, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, FailFast, Field, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, FailFast, Field
 from typing_extensions import TypedDict
 
 from leap_pl.base_model.prefix import Bos
@@ -176,10 +175,5 @@ def checked_result(values: Any) -> dict[str, Any]:
     Raises:
         ValueError: If an entry is missing or has another type or range; the message is one line that names it.
     """
-    result: dict[str, Any] = checked(_schema(), values)
+    result: dict[str, Any] = checked(Result, values)
     return result
-
-
-@cache
-def _schema() -> TypeAdapter[Any]:
-    return TypeAdapter(Result)

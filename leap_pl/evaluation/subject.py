@@ -84,11 +84,17 @@ def load_subject(
         if model is None:
             raise UserError("Nothing to evaluate. Give --model (hub id, folder, GGUF file), --mask or --ckpt_path.")
         return _plain(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    if mask is not None and expanded(mask).is_dir():
-        mask = str(mask_in(mask))  # a result names the file that was read
-    masks = MaskSet.load(mask) if mask is not None else _masks_of_checkpoint(str(ckpt_path))
-    # Before the model is loaded, so that missing weights are found in time.
-    weights = KeptWeights.beside(mask, masks) if mask is not None else _weights_of_checkpoint(str(ckpt_path))
+    weights: KeptWeights | None  # read before the model is loaded, so that missing ones are found in time
+    if mask is not None:
+        if expanded(mask).is_dir():
+            mask = str(mask_in(mask))  # a result names the file that was read
+        masks = MaskSet.load(mask)
+        weights = KeptWeights.beside(mask, masks)
+    else:
+        from leap_pl.checkpoints.layout import masks_from_checkpoint
+        from leap_pl.training.checkpoint_weights import weights_from_checkpoint
+
+        masks, weights = masks_from_checkpoint(str(ckpt_path)), weights_from_checkpoint(str(ckpt_path))
     provenance = masks.provenance
     # The recorded revision is valid for the recorded name only.
     asked, revision = revision, revision or provenance.revision if model is None else revision
@@ -118,18 +124,6 @@ def _method_of_record(record: dict[str, Any], name: str, revision: str | None) -
     if not changes_weights(method) or TRAINED in (record.get("config") or {}):
         return method
     return method if "updated_by" in recorded_facts(name, revision=revision) else f"{method}{MASK_ALONE}"
-
-
-def _masks_of_checkpoint(path: str) -> MaskSet:
-    from leap_pl.checkpoints.layout import masks_from_checkpoint
-
-    return masks_from_checkpoint(path)
-
-
-def _weights_of_checkpoint(path: str) -> KeptWeights | None:
-    from leap_pl.training.checkpoint_weights import weights_from_checkpoint
-
-    return weights_from_checkpoint(path)
 
 
 def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: bool) -> Subject:

@@ -114,21 +114,17 @@ def _summary(masks: "MaskSet", facts: Mapping[str, Any], format: Format) -> str:
 
 def _kept(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     zeros, training = facts["zeros_of_base_model_among_kept"], config.get(TRAINED)
+    rounded = f", then rounded to {facts['rounded_to']}" if "rounded_to" in facts else ""
     if isinstance(training, dict):
-        rounded = f", then rounded to {facts['rounded_to']}" if "rounded_to" in facts else ""
         return (
             f"**Weights were trained** ({markdown_code(training.get('kind'))}) under the mask{rounded}; "
             f"{zeros:,} of those that it keeps are zero."
         )
     if "updated_by" in facts:
-        rounded = f", then rounded to {facts['rounded_to']}" if "rounded_to" in facts else ""
         by = markdown_code(facts["updated_by"])
         return f"**Kept weights were changed** by {by}{rounded}; {zeros:,} of them are zero."
-    if "rounded_to" in facts:
-        return (
-            f"Kept weights are the base model's, rounded to {facts['rounded_to']}; {zeros:,} of them were zero already."
-        )
-    return f"Kept weights are the base model's, bit for bit; {zeros:,} of them were zero already."
+    how = f"rounded to {facts['rounded_to']}" if rounded else "bit for bit"
+    return f"Kept weights are the base model's, {how}; {zeros:,} of them were zero already."
 
 
 def _perplexities(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Gates: learnable masks on the weights of a frozen model, as parametrizations."""
 
-from leap_pl.gates.attach import Stored, attach, attach_trained, detach, gate_kind, gate_kinds, restore
+from leap_pl.gates.attach import Stored, attach, attach_trained, detach, gate_kinds, restore
 from leap_pl.gates.bernoulli import BernoulliGate
 from leap_pl.gates.collection import Gates
 from leap_pl.gates.fixed import FixedGate
@@ -25,7 +25,6 @@ __all__ = [
     "attach",
     "attach_trained",
     "detach",
-    "gate_kind",
     "gate_kinds",
     "restore",
 ]

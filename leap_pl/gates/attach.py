@@ -97,13 +97,15 @@ def restore(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, "Store
     Raises:
         UserError: The kind is unknown, or the tensors do not have the shapes that this kind gives them.
     """
-    make = gate_kind(kind)
+    kinds = gate_kinds()
+    if kind not in kinds:
+        raise UserError(f"the kind of gate {kind!r} is unknown (known: {listing(sorted(kinds))}).")
     gates: dict[str, Gate] = {}
     for name, stored in tensors.items():
         # A weight that has a shape and no storage.
         module = nn.Module()
         module.weight = nn.Parameter(torch.empty(stored.shape, device="meta"), requires_grad=False)
-        gate = make(Weight(name, module, "weight", None, name, stored.input_dim), GateState(), **settings)
+        gate = kinds[kind](Weight(name, module, "weight", None, name, stored.input_dim), GateState(), **settings)
         tensors_found = {"logits": stored.logits, **stored.beside}
         for part, expected in gate.stored().items():
             found = tensors_found.get(part)
@@ -137,18 +139,6 @@ class Stored:
     input_dim: int
     beside: Mapping[str, Tensor] = field(default_factory=dict)
     read: Callable[[str], Tensor] | None = None
-
-
-def gate_kind(name: str) -> type[Gate]:
-    """Return the class of gates named ``name``.
-
-    Raises:
-        UserError: The kind is unknown.
-    """
-    kinds = gate_kinds()
-    if name not in kinds:
-        raise UserError(f"the kind of gate {name!r} is unknown (known: {listing(sorted(kinds))}).")
-    return kinds[name]
 
 
 def gate_kinds() -> dict[str, type[Gate]]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from leap_pl.base_model.weights import Weight
-from leap_pl.errors import UserError
 from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateState
 from leap_pl.inputs.ranges import check_numbers
@@ -76,8 +75,6 @@ class BernoulliGate(Gate):
                 for a graded prior.
         """
         super().__init__(weight, state)
-        if spread <= 0 or strength < 0:
-            raise UserError(f"spread {spread} must be above 0 and strength {strength} not below 0.")
         check_numbers({"spread": spread, "strength": strength}, "model.gate.")
         self.spread, self.strength = spread, strength
         self.logits = nn.Parameter(torch.zeros(self.shape, dtype=torch.float32, device=weight.parameter.device))

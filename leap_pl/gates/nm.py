@@ -94,8 +94,6 @@ class NMGate(Gate):
                 ``spread``.
         """
         super().__init__(weight, state)
-        if spread <= 0 or strength < 0:
-            raise UserError(f"spread {spread} must be above 0 and strength {strength} not below 0.")
         NM(n, m)  # first, because its message is more specific
         check_numbers({"n": n, "m": m, "spread": spread, "strength": strength}, "model.gate.")
         self.n, self.m, self.spread, self.strength = n, m, spread, strength

@@ -136,15 +136,11 @@ class TileGate(Gate):
             pattern_spread: Standard deviation of the patterns' initial logits.
         """
         super().__init__(weight, state)
-        if min(spread, pattern_spread) <= 0 or strength < 0:
-            raise UserError(
-                f"spread {spread} and pattern_spread {pattern_spread} must be above 0, strength {strength} not below 0."
-            )
         self.n, self.m, self.mode = n, m, mode
         self.spread, self.strength, self.pattern_spread = spread, strength, pattern_spread
         self.tiled = Tiled(NM(n, m), tile)
-        check_numbers({"n": n, "m": m, "tile": tile, "spread": spread, "strength": strength}, "model.gate.")
-        check_numbers({"pattern_spread": pattern_spread}, "model.gate.")
+        numbers = {"n": n, "m": m, "tile": tile, "spread": spread, "strength": strength}
+        check_numbers({**numbers, "pattern_spread": pattern_spread}, "model.gate.")
         if mode == "joint" and tile % m:
             raise UserError(
                 f"model.gate.tile is {tile}, and joint mode needs a multiple of {m}: a {n}:{m} group must not span two "

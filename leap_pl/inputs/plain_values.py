@@ -128,8 +128,8 @@ def _items(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def checked(schema: "TypeAdapter[Any]", value: Any) -> Any:
-    """Return ``value`` validated by ``schema``: the fields that it defines, in its types and ranges.
+def checked(kind: Any, value: Any) -> Any:
+    """Return ``value`` validated as ``kind``, a type that pydantic supports: the fields that it defines, in its types.
 
     Raises:
         ValueError: ``value`` does not fit; the message is one line that names the first invalid key.
@@ -137,7 +137,7 @@ def checked(schema: "TypeAdapter[Any]", value: Any) -> Any:
     from pydantic import ValidationError
 
     try:
-        return schema.validate_python(value, strict=True)
+        return _adapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = path_of(first["loc"])

@@ -80,14 +80,9 @@ class Objective:
             raise UserError(
                 f"objective.budget_scope is {display(self.budget_scope)}; give {' or '.join(get_args(Scope))}."
             )
-        negative = [k for k in ("lm", "distillation", "budget", "weight") if getattr(self, k) < 0]
-        if negative:
-            raise UserError(f"objective.{negative[0]} is {getattr(self, negative[0])}; a weight is 0 or more.")
+        check_numbers(vars(self), "model.objective.", "objective.")
         if self.lm == 0 and self.distillation == 0 and not self.extra:
             raise UserError("objective.lm and objective.distillation are both 0: nothing to learn from. Raise one.")
-        if self.temperature <= 0 or self.chunk < 1:
-            raise UserError("objective.temperature must be above 0 and objective.chunk at least 1.")
-        check_numbers(vars(self), "model.objective.", "objective.")
         self.check_extra()
 
     def check_extra(self) -> None:

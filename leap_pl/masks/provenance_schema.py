@@ -4,10 +4,9 @@ Unknown keys are dropped: a newer leap_pl may write more.
 """
 
 import re
-from functools import cache
 from typing import Annotated, Any, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Field
 from typing_extensions import TypedDict
 
 from leap_pl.base_model.prefix import Bos
@@ -84,7 +83,7 @@ def provenance_fields(values: Any) -> dict[str, Any]:
     Raises:
         ValueError: A field is missing, or of a wrong type or range; the message is one line that names it.
     """
-    fields: dict[str, Any] = checked(_schema(ProvenanceFields), values)
+    fields: dict[str, Any] = checked(ProvenanceFields, values)
     if "config" in fields:
         # Earlier versions wrote the perplexity of a broken model as NaN.
         fields["config"] = plain(fields["config"])
@@ -98,10 +97,5 @@ def parse_provenance(text: str) -> dict[str, Any]:
 
 def parse_shapes(text: str) -> dict[str, list[int]]:
     """Parse weight name → shape from JSON; raise as :func:`provenance_fields` does."""
-    shapes: dict[str, list[int]] = checked(_schema(dict[Name, Shape]), parse_json(text))
+    shapes: dict[str, list[int]] = checked(dict[Name, Shape], parse_json(text))
     return shapes
-
-
-@cache
-def _schema(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)

@@ -1,4 +1,4 @@
-"""Prior: settings of the mask that learning starts from, its computation on rank zero, and sharing it over ranks."""
+"""Prior: settings of the mask that learning starts from, its computation, and sharing it over ranks."""
 
 from collections.abc import Mapping
 from dataclasses import InitVar, asdict, dataclass
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from leap_pl.base_model.weights import Weight
-    from leap_pl.gates import Gates
     from leap_pl.masks.patterns import Pattern
     from leap_pl.prior.cache import CalibrationData
 
@@ -75,8 +74,6 @@ class Prior:
             raise UserError("prior.masks is for masks in addition to prior.mask. Give the prior itself as prior.mask.")
         if self.method not in (*METHODS, NO_METHOD):
             raise UserError(f"prior.method is {self.method!r}; give one of {', '.join((*METHODS, NO_METHOD))}.")
-        if self.sequences < 1:
-            raise UserError(f"prior.sequences is {self.sequences}; give 1 or more.")
         if self.graded and self.method == NO_METHOD and self.mask is None:
             raise UserError("prior.graded grades a mask, and prior.method is none. Leave one of them out.")
         if self.fisher is not None and not 0 < self.fisher <= 1:
@@ -182,42 +179,6 @@ class Calibration:
                 f"{what} needs calibration text, and {found}. Give fit a TextDataModule, or set "
                 f"prior.method to {FALLBACK!r} or prior.mask to a MaskSet file, without prior.graded."
             )
-
-
-def make_and_share(
-    settings: Prior,
-    model: "PreTrainedModel",
-    weights: "Mapping[str, Weight]",
-    gates: "Gates[Any]",
-    sparsity: float,
-    calibration: Calibration,
-) -> "SharedPrior":
-    """Compute the prior on rank zero, and return it as an object that shares it with every rank.
-
-    Args:
-        settings: Settings of the prior.
-        model: Dense base model.
-        weights: Weights that will be gated.
-        gates: Gates of some of these weights; their kind determines the forms of the prior, and may refuse it.
-        sparsity: Target sparsity.
-        calibration: Text and device for a method.
-
-    Raises:
-        UserError: :meth:`Prior.make` raises, or the gates do not support the prior.
-    """
-    if settings.graded and not gates.first.takes_grades:
-        kind = gates.describe()["class_path"]
-        raise UserError(f"prior.graded is for BernoulliGate, and the gate is {kind}. Leave it out.")
-
-    def make() -> tuple[dict[str, MaskSet], dict[str, torch.Tensor] | None]:
-        priors = settings.make(model, weights, gates.prior_forms(sparsity), calibration)
-        gates.check_priors(priors)
-        packed = {form: mask.packed() for form, mask in priors.items()}  # the run holds them to its end
-        return packed, settings.squares(model, weights, calibration)
-
-    rank_zero = RankZero()
-    priors, squares = rank_zero.make(make) or ({}, None)
-    return SharedPrior(priors, rank_zero, squares)
 
 
 class SharedPrior:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from safetensors import safe_open
 from torch import Tensor
 
@@ -47,7 +46,6 @@ LAYOUT = (
 )
 _NO_SUM = "0" * 8  # until the tensor is written
 _TYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_SUMS: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
 
 REMEDY = "Export the model again, or use another copy of the file."
 
@@ -223,7 +221,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, tuple[int, ...], dict[str, Tenso
         metadata = _metadata_of(file, opened)
         if metadata is None:
             return
-        sums = checked(_SUMS, parse_json(metadata["crc32"]))
+        sums = checked(dict[str, str], parse_json(metadata["crc32"]))
         for name, stored in _packed_in(file, opened, metadata).items():
             parts = {suffix: opened.get_tensor(f"{name}{suffix}") for suffix in stored.parts(stored.dtype)}
             for suffix, tensor in parts.items():

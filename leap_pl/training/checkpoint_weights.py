@@ -1,13 +1,12 @@
 """Trained weights of a checkpoint, read without the model."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from leap_pl.checkpoints.identity import read_identity
-from leap_pl.checkpoints.layout import load_checkpoint
+from leap_pl.checkpoints.layout import load_checkpoint, tensors_of
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import PART
 from leap_pl.masks.kept_weights import KeptWeights
@@ -32,13 +31,8 @@ def weights_from_checkpoint(path: str | Path) -> KeptWeights | None:
     if kind == NONE:
         return None
     settings = WeightTraining(**learned_with.get("model.weight_training", {}))
-    tensors = checkpoint.get("state_dict", {})
-    read: Callable[[str], Tensor] = tensors.__getitem__
-    if Path(path).is_dir():
-        from leap_pl.checkpoints.folder import StoredTensors
-
-        folder = StoredTensors(path)
-        tensors, read = folder.shapes, folder.read
+    tensors, reader = tensors_of(checkpoint, path)
+    read = reader or tensors.__getitem__
     parts: dict[str, list[str]] = {}
     for key in tensors:
         if key.startswith(PART):

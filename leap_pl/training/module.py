@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from leap_pl.base_model.loading import Dtype
 from leap_pl.base_model.weights import Weight
 from leap_pl.checkpoints.identity import read_identity
-from leap_pl.checkpoints.layout import load_checkpoint
+from leap_pl.checkpoints.layout import load_checkpoint, tensors_of
 from leap_pl.checkpoints.settings import Settings, taken
 from leap_pl.distributed.strategy import data_rank, has_buckets, mean_over_ranks
 from leap_pl.errors import UserError
@@ -205,10 +205,9 @@ class LeapModule(GatedModule):
             UserError: The checkpoint cannot be read, or does not belong to the base model.
         """
         checkpoint = load_checkpoint(checkpoint_path)
-        if Path(checkpoint_path).is_dir():
-            from leap_pl.checkpoints.folder import learned_tensors
-
-            checkpoint["state_dict"] = learned_tensors(checkpoint_path)
+        tensors, read = tensors_of(checkpoint, checkpoint_path)
+        if read is not None:
+            checkpoint["state_dict"] = {key: read(key) for key in tensors}
         identity = read_identity(checkpoint, checkpoint_path)
         stored = read_settings(identity, checkpoint, str(checkpoint_path))
         classes, refused = find_classes(stored, str(checkpoint_path))

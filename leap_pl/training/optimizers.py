@@ -117,9 +117,8 @@ class PackedAdamW(torch.optim.Optimizer):
                 f"PackedAdamW: lr is {lr}, weight_decay is {weight_decay} and eps is {eps}; give lr and weight_decay "
                 "of 0 or more, and eps above 0."
             )
-        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
-        check_numbers(numbers, "model.optimizer.", "PackedAdamW: ")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
+        check_numbers(defaults, "model.optimizer.", "PackedAdamW: ")
         defaults["differentiable"] = False  # torch adds it on loading; the provenance must not differ after a resume
         super().__init__(params, defaults | shared_defaults("PackedAdamW", rows, columns))
 

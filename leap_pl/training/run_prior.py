@@ -10,11 +10,13 @@ from leap_pl.base_model.weights import Weight
 from leap_pl.checkpoints.identity import Identity, read_identity
 from leap_pl.checkpoints.layout import FIXED, load_checkpoint
 from leap_pl.distributed.strategy import RankZero
+from leap_pl.errors import UserError
 from leap_pl.gates import FixedGate, Gates
-from leap_pl.prior.settings import Calibration, Prior, SharedPrior, make_and_share
+from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.prior.started_prior import DIGESTS, started_prior
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from leap_pl.masks import MaskSet
@@ -62,7 +64,19 @@ class RunPrior:
         Raises:
             UserError: The prior cannot be made, or the gates cannot start from it.
         """
-        shared = make_and_share(self.settings, model, weights, gates, sparsity, calibration)
+        if self.settings.graded and not gates.first.takes_grades:
+            kind = gates.describe()["class_path"]
+            raise UserError(f"prior.graded is for BernoulliGate, and the gate is {kind}. Leave it out.")
+
+        def masks_and_squares() -> "tuple[dict[str, MaskSet], dict[str, Tensor] | None]":
+            priors = self.settings.make(model, weights, gates.prior_forms(sparsity), calibration)
+            gates.check_priors(priors)
+            packed = {form: mask.packed() for form, mask in priors.items()}  # the run holds them to its end
+            return packed, self.settings.squares(model, weights, calibration)
+
+        rank_zero = RankZero()
+        priors, squares = rank_zero.make(masks_and_squares) or ({}, None)
+        shared = SharedPrior(priors, rank_zero, squares)
         self.masks, self.digests = dict(shared.priors), shared.digests
         if isinstance(gates.first, FixedGate):
             made = shared.priors["prior"].provenance if shared.rank_zero.here else None

@@ -11,7 +11,7 @@ from leap_pl.inputs.ranges import Range
 Curve = Literal["linear", "cosine", "exponential", "constant"]
 
 # Valid ranges of annealed values. The gates compute with α/τ and 1/τ in float32.
-ANNEALED = {"alpha": Range(0, 1e6), "pattern_alpha": Range(0, 1e6), "tau": Range(1e-6, 1e6)}
+ANNEALED = {"alpha": Range(0, 1e6), "tau": Range(1e-6, 1e6), "pattern_alpha": Range(0, 1e6)}
 WHY = {"tau": "a temperature is above 0"}
 
 
@@ -65,23 +65,6 @@ class Schedule:
         return self.start
 
 
-def check_annealed(group: str, **schedules: Schedule) -> None:
-    """Check that schedules of the gates' logit scales and temperature start and end within their valid ranges.
-
-    Args:
-        group: Name of the group of settings, for the message, such as ``model.annealing``.
-        schedules: Schedules by the names in :data:`ANNEALED`.
-
-    Raises:
-        UserError: A schedule starts or ends outside its range.
-    """
-    for name, schedule in schedules.items():
-        valid = ANNEALED[name]
-        if schedule.start not in valid or schedule.end not in valid:
-            why = f"; {WHY[name]}" if name in WHY and min(schedule.start, schedule.end) <= 0 else ""
-            raise UserError(f"{group}.{name} goes from {schedule.start:g} to {schedule.end:g}{why}. Give {valid}.")
-
-
 @dataclass(frozen=True)
 class Annealing:
     """Schedules of the logit scale α and the temperature τ, which harden the gates over a run.
@@ -109,7 +92,13 @@ class Annealing:
 
     def __post_init__(self) -> None:
         # Every curve stays between its start and its end.
-        check_annealed("model.annealing", alpha=self.alpha, tau=self.tau, pattern_alpha=self.pattern_alpha)
+        for name, valid in ANNEALED.items():
+            schedule: Schedule = getattr(self, name)
+            if schedule.start not in valid or schedule.end not in valid:
+                why = f"; {WHY[name]}" if name in WHY and min(schedule.start, schedule.end) <= 0 else ""
+                raise UserError(
+                    f"model.annealing.{name} goes from {schedule.start:g} to {schedule.end:g}{why}. Give {valid}."
+                )
 
     def at(self, fraction: float) -> dict[str, float]:
         """Return the value of each schedule at ``fraction`` of the run, by name."""

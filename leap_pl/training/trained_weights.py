@@ -1,6 +1,7 @@
 """TrainedWeights: all weights that a run trains, those of gates and those without one."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,6 @@ from leap_pl.training.weights import (
     CompactMaster,
     Master,
     WeightTraining,
-    check_kind,
-    describe,
     embeddings_of,
     kind_of,
 )
@@ -54,7 +53,8 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         Raises:
             UserError: There is no such kind.
         """
-        check_kind(kind)
+        if kind not in KINDS:
+            raise UserError(f"model.train_weights is {kind!r}; give one of {', '.join(KINDS)}.")
         self.kind, self.settings, self.start = kind, settings, start
         self._state, self._dtype = state, dtype
         self._gated: dict[str, tuple[Weight, Gate, TrainedWeight]] = {}
@@ -234,4 +234,10 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
 
     def describe(self) -> dict[str, Any]:
         """Describe the training for the provenance of a mask, as plain values; empty if no weights are trained."""
-        return describe(self.kind, self.settings, self.start)
+        if self.kind == NONE:
+            return {}
+        kind = KINDS[self.kind].gated
+        foreign = {name for row in KINDS.values() if row.gated is not None for name in row.gated.own_settings}
+        foreign -= set() if kind is None else {*kind.own_settings}
+        given = {name: value for name, value in asdict(self.settings).items() if name not in foreign}
+        return {"kind": self.kind, **given, **({} if self.start is None else {"start": self.start})}

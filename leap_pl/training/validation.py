@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 import torch
@@ -51,8 +51,7 @@ class Measured:
             value: Perplexity.
             of: Conditions as in :attr:`of`; other keys are ignored.
         """
-        keys = {"tokens": str, "sequences": int, "seq_length": float, "fingerprint": str, "dtype": str}
-        keys["precision"] = str
+        keys = {field.name: field.type for field in fields(cls) if field.name != "value"}
         if not isinstance(value, float) or not math.isfinite(value) or not isinstance(of, Mapping):
             return None
         if not all(type(of.get(key)) is kind for key, kind in keys.items()):

@@ -310,16 +310,6 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def check_kind(name: str) -> None:
-    """Check that :data:`KINDS` has a row ``name``.
-
-    Raises:
-        UserError: It has none.
-    """
-    if name not in KINDS:
-        raise UserError(f"model.train_weights is {name!r}; give one of {', '.join(KINDS)}.")
-
-
 def kind_of(train_weights: str, settings: WeightTraining) -> type[Trainable] | None:
     """Return the class of the trained weights of gates, or None: they are frozen."""
     kind = KINDS[train_weights].gated
@@ -375,14 +365,3 @@ def embeddings_of(model: nn.Module) -> list[list[Weight]]:
             weight = Weight(f"{name}.weight", module, "weight", None, name, 0)
             places.setdefault(id(weight.parameter), []).append(weight)
     return list(places.values())
-
-
-def describe(train_weights: str, settings: WeightTraining, start: str | None) -> dict[str, Any]:
-    """Describe the training of weights for the provenance of a mask, as plain values; empty if none are trained."""
-    if train_weights == NONE:
-        return {}
-    kind = KINDS[train_weights].gated
-    foreign = {name for row in KINDS.values() if row.gated is not None for name in row.gated.own_settings}
-    foreign -= set() if kind is None else {*kind.own_settings}
-    given = {name: value for name, value in asdict(settings).items() if name not in foreign}
-    return {"kind": train_weights, **given, **({} if start is None else {"start": start})}

@@ -182,7 +182,7 @@ def test_patterns_that_a_short_group_cannot_take_never_move() -> None:
 
 def test_settings_that_make_no_sense() -> None:
     for wrong in ({"spread": 0.0}, {"strength": -1.0}):
-        with pytest.raises(ValueError, match="must be above 0"):
+        with pytest.raises(ValueError, match=r"^model\.gate\.(spread|strength|pattern_spread) is .*; give "):
             nm_gate((2, 4), **wrong)
     for n, m in [(4, 4), (5, 4), (0, 4), (-1, 4), (1, 1), (1, 0)]:
         with pytest.raises(UserError, match=f"pattern {n}:{m} is invalid"):

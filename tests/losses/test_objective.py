@@ -19,14 +19,14 @@ def test_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lm": -1.0}, "objective.lm is -1.0"),
-        ({"distillation": -0.1}, "objective.distillation is -0.1"),
-        ({"budget": -7.0}, "objective.budget is -7.0"),
-        ({"weight": -1.0}, "objective.weight is -1.0"),
+        ({"lm": -1.0}, "objective.lm is -1; give 0 or more"),
+        ({"distillation": -0.1}, "objective.distillation is -0.1; give 0 or more"),
+        ({"budget": -7.0}, "objective.budget is -7; give 0 or more"),
+        ({"weight": -1.0}, "objective.weight is -1; give 0 or more"),
         ({"lm": 0.0}, "both 0"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"temperature": -1.0}, "temperature must be above 0"),
-        ({"chunk": 0}, "chunk at least 1"),
+        ({"temperature": 0.0}, "objective.temperature is 0; give a number above 0"),
+        ({"temperature": -1.0}, "objective.temperature is -1; give a number above 0"),
+        ({"chunk": 0}, "objective.chunk is 0; give 1 or more"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, float], message: str) -> None:
