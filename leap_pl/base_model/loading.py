@@ -152,7 +152,7 @@ def _load_float16(name: str, **options: Any) -> "PreTrainedModel":
     fingerprint = model_fingerprint(model)
     del model  # do not hold two
     model = _load(name, dtype="float16", **options)
-    setattr(model, STORED, fingerprint)
+    setattr(model, STORED, {model_fingerprint(model): fingerprint})
     return model
 
 
@@ -229,8 +229,8 @@ def _parts_of(config: "PreTrainedConfig") -> "Iterator[PreTrainedConfig]":
     from transformers import PreTrainedConfig
 
     yield config
-    for name in {*getattr(config, "sub_configs", {}), *vars(config)}:
-        part = getattr(config, name, None)
+    # Values as they are stored: of a setting that differs by layer, getattr raises.
+    for part in list(vars(config).values()):
         if isinstance(part, PreTrainedConfig):
             yield from _parts_of(part)
 
@@ -360,8 +360,8 @@ def _reading(what: str, name: str) -> Iterator[None]:
             raise
         if isinstance(error, MemoryError) or re.search("can't allocate memory|not enough memory", str(error)):
             raise UserError(
-                f"{what} {name}: there is not enough memory to load it. Use a smaller model, --dtype bfloat16, or a "
-                "machine with more."
+                f"{what} {name}: there is not enough memory to load it. Use a smaller model, bfloat16, or a machine "
+                "with more."
             ) from error
         if isinstance(error, pickle.UnpicklingError):
             raise UserError(

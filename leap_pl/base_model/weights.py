@@ -14,7 +14,8 @@ from leap_pl.errors import UserError, listing, warn_once
 
 MANY_ZEROS = 0.25  # share of zeros of a pruned model; 4-bit quantisation alone gives a tenth
 FINGERPRINT_SAMPLES = 4096  # elements hashed of each tensor: all of a tiny one, evenly spaced in a large one
-STORED = "_fingerprint_as_stored"  # attribute of a model in float16, which loses the small bits of other types
+# Attribute of a model in float16, which loses the small bits of other types: its fingerprint → that of its files.
+STORED = "_fingerprint_as_stored"
 
 
 @dataclass(frozen=True)
@@ -298,8 +299,8 @@ def model_fingerprint(model: nn.Module) -> str:
     It covers gated and other weights, each under its own name, and so does not depend on ``targets``. A model that
     :func:`leap_pl.base_model.loading.load_model` has rounded to float16 has the one of its files.
     """
-    stored = getattr(model, STORED, None)
-    if stored is not None:
-        return str(stored)
     prefix, _ = decoder_blocks(model)
-    return fingerprint({name: weight for name, *_, weight in _weights_of(model) if name.startswith(f"{prefix}.")})
+    weights = {name: weight for name, *_, weight in _weights_of(model) if name.startswith(f"{prefix}.")}
+    found = fingerprint(weights)
+    stored: Mapping[str, str] = getattr(model, STORED, {})
+    return stored.get(found, found)  # not where the weights were changed since

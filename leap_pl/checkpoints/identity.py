@@ -111,7 +111,8 @@ def check_same(found: Identity, expected: Identity) -> None:
         wrong = sorted(name for name in names if found.shapes.get(name) != expected.shapes.get(name))
         raise UserError(
             f"the checkpoint gates other weights than this run: they differ in {listing(wrong, 4)}. "
-            f"It was made with targets {found.targets} and ignore {found.ignore}; use the same."
+            f"It was made with targets {found.targets} and ignore {found.ignore}; use the same. One that an earlier "
+            "version of leap_pl made, resume with leap_pl fit, or on what LeapModule.load_from_checkpoint returns."
         )
     if None not in (found.max_steps, expected.max_steps) and found.max_steps != expected.max_steps:
         raise UserError(

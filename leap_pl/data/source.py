@@ -1,6 +1,7 @@
 """Find a text on disk or on the hub, and read it pass after pass in a deterministic order."""
 
 import glob
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -80,7 +81,7 @@ class TextSource:
         Raises:
             UserError: A file does not exist or is of an unknown type, or hub ids and files are mixed.
         """
-        names = [text] if isinstance(text, str) else list(text)
+        names = [os.fspath(name) for name in ([text] if isinstance(text, str | os.PathLike) else text)]
         if not names:
             raise UserError("The list of text files is empty. Name at least one, such as --data.text FILE.jsonl.")
         files = [file for name in names for file in _local_files(name)]

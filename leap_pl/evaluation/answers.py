@@ -98,6 +98,8 @@ def reads_rows(model: Any) -> bool:
     """
     if "local" in (getattr(model.config.get_text_config(), "attention_layers", None) or ()):
         return False  # GPT-Neo: windows of its own, by the place in a row, that a short row does not show
+    if "flash" in str(getattr(model.config.get_text_config(), "_attn_implementation", "")):
+        return False  # it takes padding alone, and would read this mask as indices: on a GPU no later call works
     try:
         error, wrong = _probe(model)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):

@@ -41,6 +41,16 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
         tokens: list[int] = super().tok_encode(string, add_special_tokens, **more)
         return tokens
 
+    def tok_batch_encode(self, *strings: Any, **options: Any) -> Any:
+        """Return tokens and attention mask of prompts to continue.
+
+        Raises:
+            UserError: The model has no embedding for one of the tokens.
+        """
+        encoded = super().tok_batch_encode(*strings, **options)
+        check_tokens(encoded[0], vocabulary_of(self.model), "the model")
+        return encoded
+
     def loglikelihood_rolling(self, *requests: Any, **options: Any) -> list[float]:
         """Return the log-likelihood of each text, read in windows."""
         self._rolling = True

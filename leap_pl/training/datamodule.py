@@ -144,12 +144,14 @@ class TextDataModule(LightningDataModule):
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f"data.{name} is {display(value)}; give one of {', '.join(CHOICES[name])}.")
         value = plain_paths(value) if name in TEXTS else value
-        changes = name in DATA and vars(self).get(name, value) != value
+        changes = (name in DATA or name == "tokenizer_name") and vars(self).get(name, value) != value
         super().__setattr__(name, value)
         if changes:
             self._stream = self._validation = self._identity = None
-            if name == "tokenizer_revision":
+            if name in ("tokenizer_name", "tokenizer_revision"):
                 self._tokenizer = None
+            if name == "tokenizer_name":
+                self._tokenizer_of_model = value is None
 
     @property
     def tokenizer(self) -> Any:
@@ -164,7 +166,9 @@ class TextDataModule(LightningDataModule):
                 "Name a base model: TextDataModule(tokenizer, ...)."
             )
         if self._tokenizer is None:
-            if isinstance(self.tokenizer_name, str):
+            module = None if self.trainer is None else self.trainer.lightning_module
+            # The model checks its own: a resumed run may have it from a local copy, with a revision of the hub.
+            if isinstance(self.tokenizer_name, str) and self.tokenizer_name != getattr(module, "base_model", None):
                 of = "model.revision or data.tokenizer_revision"  # the command line sets one by the other
                 check_revision(self.tokenizer_name, self.tokenizer_revision, of)
             self._tokenizer = loaded_tokenizer(
@@ -213,9 +217,9 @@ class TextDataModule(LightningDataModule):
             return
         taken = (name, getattr(module, "revision", None))
         if taken != (self.tokenizer_name, self.tokenizer_revision):
+            # What was made with another model's tokenizer is discarded, if the data was used with that model before.
             self.tokenizer_name, self.tokenizer_revision = taken
-            # Discard what was made with another model's tokenizer, if the data was used with that model before.
-            self._tokenizer = self._stream = self._validation = self._identity = None
+            self._tokenizer_of_model = True
 
     def train_dataloader(self) -> BlockLoader:
         """Return a loader of this rank's remaining batches of the run, all of them if it is not resumed.

@@ -241,11 +241,10 @@ class GatedModule(L.LightningModule):
         return Gates.of({name: self.make_gate(weight, self.state)})
 
     def _gated_of(self, model: "PreTrainedModel") -> dict[str, Weight]:
-        """Return the weights to gate: in a resumed run with default targets, those that an earlier version gated."""
-        weights, parameters = find_weights(model, self.targets, self.ignore), dict(model.named_parameters())
-        if self.targets is None and self.gated_before and set(self.gated_before) <= set(parameters):
+        """Return the weights to gate: those of the checkpoint that was read, whatever its version selected by."""
+        if self.gated_before and set(self.gated_before) <= set(dict(model.named_parameters())):
             return find_weights(model, self.gated_before)
-        return weights
+        return find_weights(model, self.targets, self.ignore)
 
     def _put_gates(self, weights: dict[str, Weight], prior: SharedPrior) -> None:
         gates = attach(weights, self.make_gate, self.state, self.logits_dtype)

@@ -21,7 +21,7 @@ import leap_pl.base_model.loading
 from leap_pl.base_model.fast_dtype import fast_dtype
 from leap_pl.base_model.loading import load_config, load_model, load_tokenizer, save_tokenizer
 from leap_pl.base_model.sequence_length import check_sequence_length, longest_sequence
-from leap_pl.base_model.weights import model_fingerprint
+from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
 
 
@@ -229,3 +229,16 @@ def test_the_fast_dtype_of_a_cpu_is_the_one_it_multiplies_faster(
         leap_pl.base_model.fast_dtype._cpu_gains_by_bfloat16.cache_clear()
     # What is emulated is not even tried, and nothing is tried twice.
     assert len(multiplied) == (16 if instructions else 0)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="transformers has no Gemma 4")
+def test_a_config_whose_settings_differ_by_layer(tmp_path: Path) -> None:
+    """Reading such a setting of the whole model raises."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    heads = {"head_dim": 16, "global_head_dim": 32, "layer_types": ["sliding_attention", "full_attention"]}
+    less = {"num_hidden_layers": 2, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "vocab_size": 64}
+    config = transformers.Gemma4TextConfig(**sizes, **heads, **less)
+    with pytest.raises(RuntimeError, match="head_dim"):
+        _ = config.head_dim
+    transformers.Gemma4ForCausalLM(config).save_pretrained(tmp_path / "m")
+    assert {weight.layer for weight in find_weights(load_model(str(tmp_path / "m"))).values()} == {0, 1}

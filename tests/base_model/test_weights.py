@@ -232,6 +232,11 @@ def test_float16_which_rounds_small_weights_keeps_the_fingerprint(tmp_path: Path
     one, other = (each.model.layers[0].mlp.up_proj.weight for each in (rounded, stored))
     assert not torch.equal(one.bfloat16(), other)
     assert model_fingerprint(rounded) == model_fingerprint(stored)
+    with torch.no_grad():
+        rounded.model.layers[0].mlp.up_proj.weight[1] = 0  # pruned since, it is another model
+        assert model_fingerprint(rounded) != model_fingerprint(stored)
+        rounded.model.layers[0].mlp.up_proj.weight.copy_(other)
+    assert model_fingerprint(rounded) == model_fingerprint(stored)
     again = str(tmp_path / "rounded")  # saved, it is another model
     rounded.save_pretrained(again)
     assert model_fingerprint(load_model(again, dtype="float16")) != model_fingerprint(stored)

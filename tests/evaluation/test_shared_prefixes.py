@@ -14,7 +14,7 @@ from tiny import FAMILIES, byte_tokenizer, tiny_model
 from torch import nn
 
 from leap_pl.base_model.backbone import head_of
-from leap_pl.errors import warn_once
+from leap_pl.errors import UserError, warn_once
 from leap_pl.evaluation import answers as room
 from leap_pl.evaluation.answers import SharedPrefixes, reads_rows
 from leap_pl.evaluation.harness import PrefixSharingLM
@@ -153,6 +153,26 @@ def test_a_model_that_cannot_read_rows_is_scored_one_by_one_with_a_warning(make,
     with pytest.warns(UserWarning, match=rf"{name}\w* cannot read several answers at once"):
         found = scored(PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=2), REQUESTS[:8])
     assert found == scored(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2), REQUESTS[:8])
+
+
+def test_flash_attention_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads such a mask as indices, and on a GPU nothing works after that."""
+    model = tiny_model()
+    assert reads_rows(model)
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+    monkeypatch.setattr(room, "_probe", lambda model: pytest.fail("it was tried"))
+    assert not reads_rows(model)
+
+
+def test_a_prompt_with_a_token_that_the_model_has_no_embedding_for() -> None:
+    tokenizer = byte_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    lm = PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    more = {"until": ["x"], "max_gen_toks": 2, "do_sample": False}
+    assert len(lm.generate_until([Instance("generate_until", {}, ("a question", more), 0)])) == 1
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(UserError, match="the text contains token 257"):
+        lm.generate_until([Instance("generate_until", {}, ("a <new> question", more), 0)])
 
 
 def test_a_context_that_is_too_long_loses_its_earliest_tokens_and_keeps_the_prefix() -> None:

@@ -16,7 +16,9 @@ from tiny import byte_tokenizer, tiny_model
 from torch.utils.data import DataLoader
 
 from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
+from leap_pl.base_model import weights as weights_room
 from leap_pl.callbacks import Checkpoints, RunReport, SparsityLogger
+from leap_pl.data.source import TextSource
 from leap_pl.gates import BernoulliGate
 from leap_pl.losses.objective import Objective
 from leap_pl.oneshot.prune import prune
@@ -201,6 +203,55 @@ def test_settings_of_text_that_change_after_its_use_are_used(
     other.write_text("something else " * 40)
     text.text = str(other)
     assert next(iter(text.stream.blocks())).tokens == byte_tokenizer()("something else s")["input_ids"]
+    text.tokenizer_name = byte_tokenizer(prefix=1)
+    assert next(iter(text.stream.blocks())).tokens == [257, *byte_tokenizer()("something else ")["input_ids"]]
+
+
+def test_a_tokenizer_that_is_named_later_stays(module: LeapModule, model_folder: Path, text_file: Path) -> None:
+    text = data(text_file, validation_sequences=0)
+    text.trainer = trainer(max_steps=1)
+    text.trainer.strategy.connect(module)
+    text.setup("validate")
+    assert text.tokenizer_name == str(model_folder)
+    text.tokenizer_name = own = byte_tokenizer(prefix=1)
+    text.setup("validate")
+    assert text.tokenizer is own
+
+
+def test_the_tokenizer_of_a_model_that_is_a_local_copy_now(module: LeapModule, text_file: Path) -> None:
+    """A resumed run still has the revision that the model had on the hub."""
+    text = data(text_file, tokenizer=module.base_model, tokenizer_revision="main")
+    with pytest.raises(UserError, match="of a repository of the hub"):
+        _ = text.tokenizer
+    text.trainer = trainer(max_steps=1)
+    text.trainer.strategy.connect(module)
+    assert text.tokenizer.vocab_size == byte_tokenizer().vocab_size
+
+
+@pytest.mark.parametrize("targets", [None, ["re:.*q_proj", "re:.*c_attn"]])
+def test_a_run_of_an_earlier_version_that_gated_other_weights_resumes(
+    targets: list[str] | None, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made() -> LeapModule:
+        return LeapModule(str(model_folder), dtype="float32", targets=targets, prior=Prior(method="none"))
+
+    saved = Checkpoints(str(tmp_path / "run"), every_n_train_steps=1, save_top_k=-1)
+    with monkeypatch.context() as earlier:  # routers were gated, and targets that match nothing accepted
+        earlier.setattr(weights_room, "_check_each_matches", lambda *_: None)
+        earlier.setattr(weights_room, "_is_projection", lambda weight, *_: "up_proj" in weight.name)
+        trainer(saved, max_steps=2).fit(made(), data(text_file))
+    path = tmp_path / "run" / "step=1.ckpt"
+    if targets is None:
+        with pytest.raises(UserError, match=r"gates other weights .* what LeapModule\.load_from_checkpoint returns"):
+            trainer(max_steps=2).fit(made(), data(text_file), ckpt_path=str(path))
+    for run in (trainer(max_steps=2).fit, trainer().validate):
+        module = LeapModule.load_from_checkpoint(path)
+        run(module, data(text_file), ckpt_path=str(path))
+        assert {name.split(".")[-2] for name in module.gates} == {"up_proj" if targets is None else "q_proj"}
+
+
+def test_a_path_is_a_text(text_file: Path) -> None:
+    assert TextSource.open(text_file).shards.files == [text_file]  # type: ignore[arg-type]
 
 
 def test_paths_are_names(module: LeapModule, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
