@@ -22,6 +22,7 @@ LIGHTNING_FREE = (
 # Where what other libraries keep to themselves is used, each with what is done without it
 # (tests/system/test_private_interfaces.py). Of attributes that are written out, ruff's SLF says the same.
 FENCES = {
+    "base_model/backbone.py",  # which attention a model was loaded with
     "callbacks/lightning_internals.py",  # how ModelCheckpoint saves, and when Lightning validates
     "cli/arguments.py",  # argparse's table of options
     "distributed/strategy.py",  # what DDP sends, and what ModelParallelStrategy was made with

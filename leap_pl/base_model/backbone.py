@@ -84,6 +84,11 @@ def _hidden(causal: Any, input_ids: Tensor) -> Tensor:
     return hidden_BLD
 
 
+def has_flash_attention(model: Any) -> bool:
+    """Return whether the attention of ``model`` is flash attention, which takes no mask but that of padding."""
+    return "flash" in str(getattr(model.config.get_text_config(), "_attn_implementation", ""))
+
+
 def checkpoint_activations(model: Any) -> None:
     """Recompute each decoder block in the backward pass instead of keeping its activations, if it is in train mode."""
     # The older name, which transformers 5.17 has alone, is deprecated in later versions.

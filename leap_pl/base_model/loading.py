@@ -20,7 +20,7 @@ from leap_pl.errors import UserError, listing
 from leap_pl.inputs.hub import check_reachable, fetch_optional, is_hub_id
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
-from leap_pl.inputs.register import note_input
+from leap_pl.inputs.register import exists, note_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,13 +39,18 @@ def name_of_model(typed: str | None, recorded: str, *, trust_remote_code: bool) 
     """Return the base model to load: the ``typed`` one, or else the one ``recorded`` in a mask or checkpoint.
 
     Raises:
-        UserError: Only the recorded name is known, and code of the model is to be run. A file of unknown origin must
-            not choose whose code runs.
+        UserError: Only the recorded name is known, and it is a path of nothing; or code of the model is to be run. A
+            file of unknown origin must not choose whose code runs.
     """
     if typed is None and trust_remote_code:
         raise UserError(
             "--trust_remote_code runs code of the base model, whose name comes only from a file: "
             f"{shown(recorded)}. Confirm it with --model NAME."
+        )
+    if typed is None and _looks_local(recorded) and not exists(recorded):
+        raise UserError(
+            f"the base model is recorded as {shown(recorded)}, which is not there from this folder. Give its place "
+            "with --model."
         )
     return recorded if typed is None else typed
 
@@ -284,18 +289,22 @@ def _locate(name: str) -> tuple[str, str | None]:
                 "Give a Hugging Face model folder, a .gguf file or a hub id."
             )
         return str(path), None
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if path.is_file():
         flag = {".safetensors": " Give a mask with --mask.", ".ckpt": " Give a checkpoint with --ckpt_path."}
         raise UserError(
             f"base model {name} is a file. Give a Hugging Face model folder, a .gguf file or a hub id."
             f"{flag.get(path.suffix, '')}"
         )
-    if looks_local or path.exists():
+    if _looks_local(name) or path.exists():
         raise UserError(
             f"base model {name}: there is no such folder. Give a Hugging Face model folder, a .gguf file or a hub id."
         )
     return name, None
+
+
+def _looks_local(name: str) -> bool:
+    """Return whether ``name`` is a path, whatever is there, and no hub id."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def _check_in_reach(folder: str, revision: str | None) -> None:

@@ -149,5 +149,5 @@ def _values(module: LeapModule) -> str:
     kept = module.gates.kept.values()
     if kept:
         words.append(f"density {float(sum(k.detach() for k in kept)) / sum(module.sizes.values()):.3f}")
-    perplexities = module.validation.summary()
+    perplexities = module.validation.summary(module.global_step)
     return ", ".join([*words, *([perplexities] if perplexities else [])])

@@ -32,10 +32,9 @@ from leap_pl.gates import Gates, Stored, restore
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.register import note_input
 from leap_pl.masks import MaskSet, PackedMasks, Provenance
-from leap_pl.masks.mask_set import installed_versions
+from leap_pl.masks.mask_set import STAYED, installed_versions
 
 LOGITS = "logits"
-FIXED = "mask"  # key in a checkpoint's settings: the provenance of the mask that a run leaves as it is
 _FOLDER = 0x10  # attribute bit of a zip archive's record that marks it as a folder
 META = "meta.pt"  # file in a checkpoint folder with everything but tensors
 
@@ -45,7 +44,7 @@ def provenance(identity: Identity, gates: Gates[Any]) -> Provenance:
     fields = asdict(identity)
     config = {"pattern": gates.form}
     config |= {key: fields[key] for key in ("gate", "targets", "ignore", "max_steps")} | identity.settings
-    fixed = identity.settings.get(FIXED)
+    fixed = identity.settings.get(STAYED)
     return Provenance(
         base_model=identity.base_model,
         revision=identity.revision,

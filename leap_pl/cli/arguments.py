@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 from leap_pl.inputs.ranges import INSIDE, NOT_NEGATIVE, POSITIVE, refusal
 from leap_pl.inputs.register import exists, note_input
 from leap_pl.inputs.yaml_input import check_yaml, guard_parser
@@ -79,8 +79,10 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
         return f"{key}: there is no class {absent[1]} of this kind. {remedy}"
     group = re.search(r"Unable to load config ['\"](.*?)['\"](?: |$)", complaint)
     if group:
+        if key == "model":
+            return f"--model is a group of settings here. For the base model: --model.base_model {group[1]}"
         settings = [option for option in options if option.startswith(f"--{key}.")]
-        each = f", or set its options one by one: {', '.join(settings)}" if settings else ""
+        each = f", or set its options one by one: {listing(settings, 5)}" if settings else ""
         return f"{key}: {group[1]} is not a file of settings. Give the path of one{each}."
     complaint = re.sub(r"\.? Got value: Namespace\(.*$", "", complaint)
     # A list may also be given as the path of a file that contains it; the parser then reports a missing file too.

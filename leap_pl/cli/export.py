@@ -41,7 +41,8 @@ def export_command(
     With format packed, the zeros are not stored: a weight is a bitmap and the kept values, smaller on the disk and
     in memory. Import leap_pl before from_pretrained loads such a folder. A model that is sparse already, whoever
     pruned it, is packed with model alone; a packed folder becomes an ordinary one with model alone and format
-    huggingface. With format mask, the folder has the mask, its card and its facts, and no weights.
+    huggingface. With format mask, the folder has the mask, its card and its facts, and no weights; with model alone,
+    that of its zeros.
 
     With push, the verified folder, then without absolute paths in its files, is uploaded to the Hugging Face hub.
 
@@ -50,7 +51,7 @@ def export_command(
         ckpt_path: Checkpoint of leap_pl fit or recover, such as RUN/checkpoints/last.ckpt.
         mask: MaskSet file, folder that has one, or hub id of one, instead of a checkpoint.
         model: Base model, if it is no longer in the place recorded in the checkpoint or mask; or, without these, a
-            sparse model to pack, or a packed one.
+            sparse model to pack or to read the mask of, or a packed one.
         format: Form of the weights: huggingface, zeros included, or packed; or the mask without them.
         values: Values of packed weights: auto, as the model has them, or int8 with a scale a row, which halves them
             and rounds them.
@@ -106,7 +107,7 @@ def export_command(
 
 def _report(output_dir: str, masks: "MaskSet | None", facts: dict[str, Any]) -> None:
     from leap_pl.export.card import unfinished
-    from leap_pl.masks.kept_weights import TRAINED
+    from leap_pl.masks.mask_set import TRAINED
     from leap_pl.oneshot.methods import changes_weights
 
     zeros, early = facts["zeros_of_base_model_among_kept"], "" if masks is None else unfinished(masks)
@@ -142,11 +143,11 @@ def _read_masks(
         from leap_pl.inputs.hub import local_folder
         from leap_pl.sparse.folder import is_packed
 
-        if format == "packed" or is_packed(local_folder(model, revision=revision)):
+        if format in ("packed", "mask") or is_packed(local_folder(model, revision=revision)):
             return None
     if (ckpt_path is None) == (mask is None):
         given = "Neither --ckpt_path nor --mask is given" if mask is None else "Both --ckpt_path and --mask are given"
-        alone = " A sparse model needs neither: --model MODEL --format packed." if mask is None else ""
+        alone = " A sparse model needs neither: --model MODEL --format packed, or mask." if mask is None else ""
         raise UserError(f"{given}. Give exactly one of them.{alone}")
     if mask is not None:
         from leap_pl.masks import MaskSet
@@ -227,7 +228,7 @@ def _is_dense(result: dict[str, Any], masks: "MaskSet") -> bool:
 def _same_weights(result: dict[str, Any], masks: "MaskSet") -> bool:
     """Return whether a result is of the base model's weights, as ``masks`` are, or of those of the same run."""
     from leap_pl.inputs.plain_values import plain
-    from leap_pl.masks.kept_weights import TRAINED
+    from leap_pl.masks.mask_set import TRAINED
 
     run = (TRAINED, "objective", "steps", "seed", "data")
     measured, made = (

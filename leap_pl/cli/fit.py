@@ -140,6 +140,7 @@ class LeapCLI(LightningCLI):
         self._last_of: dict[str | None, tuple[str, tuple[Path, dict[str, Any]] | None]] = {}
         configs = check_configs(words)
         words, typed = respelled(words)
+        self.check_typed(words)
         if configs:
             known = self.parsers.get(words[0] if words else None, parser)
             check_keys(configs, [*options_of(known), f"--{FORMER}"])
@@ -202,6 +203,9 @@ class LeapCLI(LightningCLI):
             raise refusal(error) from error
         except (ValueError, MisconfigurationException) as error:
             raise refusal(error) from error
+
+    def check_typed(self, words: list[str]) -> None:
+        """Check the options of ``words``, if there are any that the verb does not use."""
 
     def check_kind(self, settings: Any) -> None:
         """Check that the settings of a run do not fix the mask, which is for another verb.

@@ -4,8 +4,15 @@ from typing import Any, ClassVar
 
 from leap_pl.cli.fit import LeapCLI, is_fixed
 from leap_pl.cli.fit import run as run_fit
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 from leap_pl.gates import FixedGate
+from leap_pl.prior.settings import NO_METHOD
+
+# Settings of learning a mask that are not used where it stays → that of the weights.
+LEARNING = {
+    f"model.{name}": f"model.weight_training.{name.removeprefix('optimizer.')}"
+    for name in ("optimizer.lr", "optimizer.weight_decay", "warmup_steps")
+}
 
 
 class RecoverCLI(LeapCLI):
@@ -24,12 +31,36 @@ class RecoverCLI(LeapCLI):
         "model.objective.weight": 0.0,
     }
 
+    def check_typed(self, words: list[str]) -> None:
+        """Check that no setting of learning a mask is typed.
+
+        Raises:
+            UserError: One is.
+        """
+        given = {word.partition("=")[0].removeprefix("--").replace(".init_args", "") for word in words}
+        idle = {name: LEARNING.get(name) for name in given if name in LEARNING or name.startswith("model.annealing")}
+        if "model.mask" in given:
+            idle |= {
+                name: None for name in given if name.startswith("model.prior.") and name != "model.prior.cache_dir"
+            }
+        if idle:
+            instead = [f"--{name}" for name in idle.values() if name is not None]
+            remedy = f"For the weights, type {listing(instead)}" if instead else "Leave out what is not meant"
+            named = listing([f"--{name}" for name in sorted(idle)])
+            raise UserError(f"{named} would not be used: the mask is not learned. {remedy}.")
+
     def check_kind(self, settings: Any) -> None:
-        """Check that the settings of a run fix the mask.
+        """Check that the settings of a run fix the mask, and say which.
 
         Raises:
             UserError: They do not.
         """
+        given = any(settings.get(name) for name in ("model.mask", "model.prior.mask", "ckpt_path"))
+        if not given and settings.get("model.prior.method") == NO_METHOD:
+            raise UserError(
+                "leap_pl recover trains the weights that a mask keeps, and no mask is given. Add --model.mask: a file, "
+                "the folder of a run or of an exported model, or a hub id."
+            )
         if not is_fixed(settings):
             raise UserError(
                 "leap_pl recover leaves a mask as it is, and model.gate learns one. Leave --model.gate out, or learn "

@@ -16,7 +16,7 @@ from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import MASK, mask_in
 from leap_pl.masks import MaskSet, split_name
-from leap_pl.masks.kept_weights import TRAINED
+from leap_pl.masks.mask_set import TRAINED
 from leap_pl.masks.weight_groups import shares
 from leap_pl.sparse.folder import is_packed, read_masks
 

@@ -244,8 +244,10 @@ def _notes(entries: Sequence[Entry], texts: list[str], tasks: list[str], baselin
     for text in texts:
         found = next(entry.perplexity[text] for entry in entries if text in entry.perplexity)
         windows = ", ".join([f"windows of {found['seq_length']} tokens", *in_words(found)])
+        part = " of its held-out part" if found.get("share") == "held_out" else ""
         notes.append(
-            f"Perplexity on {text}: {windows}, stride {found['stride']}, {found['tokens']:,} tokens. Lower is better."
+            f"Perplexity on {text}: {windows}, stride {found['stride']}, {found['tokens']:,} tokens{part}. Lower is "
+            "better."
         )
     limits = sorted({found["limit"] for entry in entries for found in entry.tasks.values() if found["limit"]})
     if limits:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leap_pl.base_model.backbone import Head, head_of
+from leap_pl.base_model.backbone import Head, has_flash_attention, head_of
 from leap_pl.base_model.vocabulary import vocabulary_of
 from leap_pl.evaluation.perplexity import LOSS_ELEMENTS
 from leap_pl.evaluation.prefix_rows import Answer, Row, arrange, batches
@@ -98,7 +98,7 @@ def reads_rows(model: Any) -> bool:
     """
     if "local" in (getattr(model.config.get_text_config(), "attention_layers", None) or ()):
         return False  # GPT-Neo: windows of its own, by the place in a row, that a short row does not show
-    if "flash" in str(getattr(model.config.get_text_config(), "_attn_implementation", "")):
+    if has_flash_attention(model):
         return False  # it takes padding alone, and would read this mask as indices: on a GPU no later call works
     try:
         error, wrong = _probe(model)

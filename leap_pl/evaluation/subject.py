@@ -7,7 +7,7 @@ from torch import nn
 
 from leap_pl.base_model.loading import Dtype, load_model, load_tokenizer, name_of_model
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
-from leap_pl.base_model.weights import find_weights, model_fingerprint
+from leap_pl.base_model.weights import MANY_ZEROS, find_weights, model_fingerprint, share_of_zeros
 from leap_pl.errors import UserError
 from leap_pl.export.sparse_model import recorded_facts
 from leap_pl.inputs.hub import check_revision
@@ -15,7 +15,8 @@ from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.records import mask_in
 from leap_pl.masks import MaskSet, split_name
 from leap_pl.masks.exported import exported_record
-from leap_pl.masks.kept_weights import TRAINED, KeptWeights
+from leap_pl.masks.kept_weights import KeptWeights, without_weights
+from leap_pl.masks.mask_set import TRAINED
 from leap_pl.masks.weight_groups import shares
 from leap_pl.oneshot.methods import changes_weights
 
@@ -101,7 +102,7 @@ def load_subject(
     name = name_of_model(model, provenance.base_model, trust_remote_code=trust_remote_code)
     check_revision(name, asked, "--revision")
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    masks.apply_(loaded)
+    without_weights(masks).apply_(loaded)
     if weights is not None:
         weights.apply_(loaded, masks)
     return Subject(
@@ -126,6 +127,11 @@ def _method_of_record(record: dict[str, Any], name: str, revision: str | None) -
     return method if "updated_by" in recorded_facts(name, revision=revision) else f"{method}{MASK_ALONE}"
 
 
+def _method_of_weights(model: "PreTrainedModel") -> str:
+    """Return the method of a model without a record: a sparse one may be of any."""
+    return "sparse" if share_of_zeros(find_weights(model)) > MANY_ZEROS else "dense"
+
+
 def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: bool) -> Subject:
     record = exported_record(name, revision=revision)  # first, so that a damaged record fails before the model loads
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -136,7 +142,7 @@ def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: 
         revision=record.get("revision", revision),
         # An exported model records the fingerprint of its base model; that of the masked weights identifies nothing.
         fingerprint=record.get("fingerprint") if record else model_fingerprint(loaded),
-        method=_method_of_record(record, name, revision),
+        method=_method_of_record(record, name, revision) if record else _method_of_weights(loaded),
         origin={"model": name, "mask": None, "ckpt_path": None},
         config=record.get("config", {}),
         asked=record.get("sparsity"),

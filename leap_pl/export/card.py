@@ -13,7 +13,7 @@ from leap_pl.export.usage import Format, usage
 from leap_pl.inputs import records
 from leap_pl.inputs.hub import is_hub_id
 from leap_pl.inputs.plain_values import shown
-from leap_pl.masks.kept_weights import TRAINED
+from leap_pl.masks.mask_set import SPARSE_BASE, TRAINED
 
 if TYPE_CHECKING:
     from leap_pl.masks import MaskSet
@@ -135,9 +135,17 @@ def _perplexities(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     for name, figure in figures.items():
         dense = f"{figure['dense']:.3f}" if "dense" in figure else "–"
         windows = ", ".join([str(figure["seq_length"]), *in_words(figure)])
-        cells = (markdown(shortened(name)), f"{figure['value']:.3f}", dense, windows, figure["stride"])
+        name = f"{shortened(name)}{_part_of_text(figure)}"
+        cells = (markdown(name), f"{figure['value']:.3f}", dense, windows, figure["stride"])
         table.append(f"| {' | '.join(map(str, cells))} |")
     return "\n\n".join(filter(None, ("## Perplexity", "\n".join(table), validation)))
+
+
+def _part_of_text(figure: Mapping[str, Any]) -> str:
+    """Return which part of a text was measured, in brackets; an empty string for a whole one."""
+    parts = ["its held-out part"] if figure.get("share") == "held_out" else []
+    parts += [f"the first {figure['tokens']:,} tokens"] if isinstance(figure.get("max_tokens"), int) else []
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _validation(config: Mapping[str, Any]) -> str:
@@ -151,7 +159,7 @@ def _validation(config: Mapping[str, Any]) -> str:
         return ""
     figures = f"{hard.value:.2f} under the mask"
     if dense is not None and dense.of == hard.of:
-        figures += f", {dense.value:.2f} dense"
+        figures += f", {dense.value:.2f} {'of the base model, which is sparse' if config.get(SPARSE_BASE) else 'dense'}"
     step, steps = dict(of or {}).get("step"), config.get("max_steps")
     when = "" if step == steps else f" after step {markdown(step)} of {markdown(steps)}"
     of_blocks = [f"{hard.sequences} blocks of {hard.seq_length:g} tokens", *in_words(config.get("data", {}))]

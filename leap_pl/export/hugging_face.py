@@ -13,7 +13,8 @@ from leap_pl.export.usage import Format
 from leap_pl.inputs import records
 from leap_pl.inputs.hub import is_hub_id
 from leap_pl.inputs.plain_values import plain
-from leap_pl.masks.kept_weights import TRAINED, without_weights
+from leap_pl.masks.kept_weights import without_weights
+from leap_pl.masks.mask_set import TRAINED
 
 if TYPE_CHECKING:
     from torch import Tensor

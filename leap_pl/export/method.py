@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from leap_pl.export.hub import shortened
-from leap_pl.masks.kept_weights import TRAINED
+from leap_pl.masks.mask_set import TRAINED
 
 if TYPE_CHECKING:
     from leap_pl.masks import Provenance
@@ -70,7 +70,12 @@ def _texts(config: Any) -> str:
 
 
 def _prior(config: Any) -> Any:
-    return "a given mask" if _within(config, "prior", "mask") else _within(config, "prior", "method")
+    prior = _within(config, "prior")
+    words = ["a given mask" if _within(prior, "mask") else _within(prior, "method")]
+    fisher = _within(prior, "fisher")
+    words += [f"allocated by Fisher information ({fisher})"] if fisher is not None else []
+    words += ["graded"] if _within(prior, "graded") is True else []
+    return ", ".join(map(str, words)) if words[0] is not None else None
 
 
 def _schedule(config: Any, name: str) -> str | None:

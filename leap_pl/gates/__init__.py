@@ -1,6 +1,6 @@
 """Gates: learnable masks on the weights of a frozen model, as parametrizations."""
 
-from leap_pl.gates.attach import Stored, attach, attach_trained, detach, gate_kinds, restore
+from leap_pl.gates.attach import Stored, attach, attach_trained, detach, gate_kinds, guard_saving, restore
 from leap_pl.gates.bernoulli import BernoulliGate
 from leap_pl.gates.collection import Gates
 from leap_pl.gates.fixed import FixedGate
@@ -26,5 +26,6 @@ __all__ = [
     "attach_trained",
     "detach",
     "gate_kinds",
+    "guard_saving",
     "restore",
 ]

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +85,23 @@ def detach(weights: Mapping[str, Weight]) -> None:
             parametrize.remove_parametrizations(weight.module, weight.tensor, leave_parametrized=False)
             if gate.call is not None:
                 gate.call.remove()
+
+
+def guard_saving(model: Any) -> None:
+    """Make ``save_pretrained`` of a transformers model raise UserError while gates are attached.
+
+    It would write their tensors in the place of the weights, and a loader would initialise those at random.
+    """
+    model.save_pretrained = partial(_save_without_gates, model)
+
+
+def _save_without_gates(model: Any, *arguments: Any, **settings: Any) -> Any:
+    if any(parametrize.is_parametrized(module) for module in model.modules()):
+        raise UserError(
+            "this model has gates, and save_pretrained would write them in place of its weights. Write the mask with "
+            "module.mask_set().save(FILE), and the sparse model with leap_pl export --mask FILE."
+        )
+    return type(model).save_pretrained(model, *arguments, **settings)
 
 
 def restore(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, "Stored"]) -> Gates[Any]:

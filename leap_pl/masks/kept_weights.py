@@ -26,10 +26,9 @@ from leap_pl.inputs.hub import repository_of
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import WEIGHTS, WEIGHTS_FORMAT, mask_in
 from leap_pl.inputs.register import note_input
-from leap_pl.masks.mask_set import MaskSet
+from leap_pl.masks.mask_set import STAYED, TRAINED, MaskSet
 
 FORMAT_VERSION = 1
-TRAINED = "train_weights"  # key in the settings of a mask's provenance
 
 
 class KeptWeights:
@@ -138,10 +137,14 @@ def without_weights(masks: MaskSet) -> MaskSet:
 
 
 def for_other_weights(masks: MaskSet) -> MaskSet:
-    """Return the masks without what their provenance says of the weights under them and of figures of both."""
-    dropped = {TRAINED, "perplexity", "perplexity_of"}
-    config = {name: value for name, value in masks.provenance.config.items() if name not in dropped}
-    return masks.with_provenance(config=config)
+    """Return the masks without what their provenance says of the weights under them and of figures of both.
+
+    That of a mask under which a run only trained weights becomes what it was before that run.
+    """
+    dropped, config = {TRAINED, "perplexity", "perplexity_of"}, masks.provenance.config
+    while isinstance(stayed := config.get(STAYED), dict) and isinstance(before := stayed.get("config"), dict):
+        config = before
+    return masks.with_provenance(config={name: value for name, value in config.items() if name not in dropped})
 
 
 def write_weights(

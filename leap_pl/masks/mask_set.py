@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 FORMAT = MASK_FORMAT
 FORMAT_VERSION = 1
 
+# Keys in the config of a provenance: how weights were trained; the provenance of the mask that a run left as it was;
+# and that the base model was sparse before the run.
+TRAINED, STAYED, SPARSE_BASE = "train_weights", "mask", "sparse_base_model"
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -197,10 +201,20 @@ class MaskSet:
     def apply_(self, model: nn.Module, *, check: bool = True) -> nn.Module:
         """Set the removed weights of ``model`` to zero in place, and return it; kept weights stay bit-identical.
 
+        Args:
+            model: Base model of this mask.
+            check: Check that it is, and that this run trained no weights beside the mask.
+
         Raises:
-            UserError: ``model`` is not the base model of this mask (see :meth:`check`).
+            UserError: ``model`` is not the base model of this mask (see :meth:`check`); or the weights under it were
+                trained, and it does not have them.
         """
         if check:
+            if TRAINED in self.provenance.config:
+                raise UserError(
+                    "weights were trained under this mask, which does not have them. Export the run (leap_pl export), "
+                    "and load that folder; apply_(model, check=False) applies the mask alone."
+                )
             self.check(model)
         parameters = dict(model.named_parameters())
         missing = [name for name in self.masks if name not in parameters]

@@ -81,7 +81,10 @@ class Prior:
         check_numbers(asdict(self), "model.prior.", "prior.")
         if self.fisher is not None and (self.method == NO_METHOD or self.mask is not None):
             given = "prior.method is none" if self.mask is None else "prior.mask is given"
-            raise UserError(f"prior.fisher allocates the sparsity of prior.method, and {given}. Leave one of them out.")
+            raise UserError(
+                f"prior.fisher allocates the sparsity of prior.method, and {given}. Leave one of them out, that of a "
+                "config by --model.prior.fisher null."
+            )
 
     def make(
         self,

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from leap_pl.base_model.sequence_length import check_sequence_length
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import MANY_ZEROS, Weight, share_of_zeros
-from leap_pl.masks.kept_weights import TRAINED
+from leap_pl.masks.mask_set import TRAINED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +33,11 @@ def check_data(data: Any, model: "PreTrainedModel", base_model: str) -> None:
     if data is not None and hasattr(data, "vocabulary"):
         data.vocabulary = vocabulary_of(model)
         check_tokenizer(data.tokenizer, data.vocabulary, base_model)
+
+
+def is_sparse(weights: Mapping[str, Weight]) -> bool:
+    """Return whether so many of the base model's ``weights`` are 0 that it was pruned before."""
+    return share_of_zeros(weights) > MANY_ZEROS
 
 
 def warn_if_sparse(weights: Mapping[str, Weight], base_model: str) -> None:

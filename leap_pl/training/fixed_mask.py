@@ -7,7 +7,7 @@ from functools import partial
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import FixedGate
 from leap_pl.inputs.paths import expanded
-from leap_pl.inputs.records import mask_in
+from leap_pl.inputs.records import MASK, mask_in
 from leap_pl.masks import MaskSet
 from leap_pl.oneshot.methods import METHODS
 
@@ -64,6 +64,11 @@ class FixedMask:
                 f"model.mask {name} is packed. Unpack it: leap_pl export --model {name} --output_dir FOLDER"
             )
         file = str(mask_in(path)) if path.exists() else name
+        if path.is_dir() and file == str(path):
+            raise UserError(
+                f"model.mask {name} is a folder without a {MASK}. Name a MaskSet file, or a folder that has one; a "
+                f"sparse model's mask is read off by leap_pl export --model {name} --format mask --output_dir FOLDER"
+            )
         masks = MaskSet.load(file)
         pattern = str(masks.provenance.config.get("pattern", "unstructured"))
         learned = masks.provenance.method not in METHODS

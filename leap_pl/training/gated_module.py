@@ -32,12 +32,12 @@ from leap_pl.distributed.strategy import (
     sharding_mesh,
 )
 from leap_pl.errors import UserError, listing
-from leap_pl.gates import Gate, Gates, GateState, attach
+from leap_pl.gates import Gate, Gates, GateState, attach, guard_saving
 from leap_pl.gates.attach import check_settings as check_settings_of_gate
-from leap_pl.masks.kept_weights import TRAINED
+from leap_pl.masks.mask_set import SPARSE_BASE, STAYED, TRAINED
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.training import finite, run_settings
-from leap_pl.training.base_model_checks import check_data, warn_if_sparse, warn_of_start
+from leap_pl.training.base_model_checks import check_data, is_sparse, warn_if_sparse, warn_of_start
 from leap_pl.training.live_settings import live_settings
 from leap_pl.training.optimizers import check_state
 from leap_pl.training.run_prior import RunPrior
@@ -188,6 +188,7 @@ class GatedModule(L.LightningModule):
         self.sizes = {name: weight.parameter.numel() for name, weight in self.weights.items()}
         self.layers = {name: weight.layer for name, weight in self.weights.items()}
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
+        self.validation.sparse_base = is_sparse(self.weights)
         probe = self.probe()
         if self._fitting():
             check_settings_of_gate(probe.first)
@@ -210,6 +211,7 @@ class GatedModule(L.LightningModule):
         prior.close()
         self.trained.release_start()
         self.model = model
+        guard_saving(model)
         self._split()
         if self.activation_checkpointing:
             checkpoint_activations(model)
@@ -450,6 +452,7 @@ class GatedModule(L.LightningModule):
             recorded |= {"perplexity": hard.value, "perplexity_of": of}
         if dense is not None:
             recorded |= {"dense_perplexity": dense.value, "dense_perplexity_of": dense.of}
+        recorded |= {SPARSE_BASE: True} if self.validation.sparse_base else {}
         return recorded
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -478,7 +481,7 @@ class GatedModule(L.LightningModule):
         if self.mesh is None and "state_dict" not in checkpoint:
             raise not_one_file(getattr(self.attached, "ckpt_path", None) or "FOLDER")
         found = read_identity(checkpoint)
-        self.run_prior.fixed = found.settings.get(checkpoints.FIXED)
+        self.run_prior.fixed = found.settings.get(STAYED)
         if self.attached is not None:
             data = getattr(self.trainer, "datamodule", None)
             self.check_resume(checkpoint, "the checkpoint", self.trainer, data, fitting=self._fitting())

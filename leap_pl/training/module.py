@@ -485,7 +485,12 @@ class LeapModule(GatedModule):
             self.validation.update(mode, hidden, targets, self.head, self.objective.chunk)
 
     def on_validation_epoch_end(self) -> None:
-        """Record the perplexities with their provenance; recompute the dense model's if its provenance has changed."""
+        """Record the perplexities with their provenance; recompute the dense model's if its provenance has changed.
+
+        Those of a sanity check that reads a part of the validation text are of another text than the curves.
+        """
+        if self.trainer.sanity_checking and self.trainer.num_sanity_val_batches != self.trainer.num_val_batches:
+            return
         total = self.validation.measured_tokens().to(self.trainer.strategy.root_device)
         total = self.trainer.strategy.reduce(total, reduce_op="sum")
         of = self._measured_model()

@@ -30,6 +30,11 @@ def make_optimizer(make: OptimizerCallable, parameters: list[Any]) -> torch.opti
         raise
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
+        if "empty parameter list" in reason:
+            raise UserError(
+                "there is nothing to learn: no gates are attached. A LeapModule must be the module of the trainer, "
+                "whose configure_model attaches them: make a subclass of it, and do not put it into another module."
+            ) from error
         raise UserError(f"model.optimizer does not take its settings: {reason}.") from error
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from leap_pl.base_model.weights import Weight
 from leap_pl.checkpoints.identity import Identity, read_identity
-from leap_pl.checkpoints.layout import FIXED, load_checkpoint
+from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.distributed.strategy import RankZero
 from leap_pl.errors import UserError
 from leap_pl.gates import FixedGate, Gates
+from leap_pl.masks.mask_set import STAYED
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.prior.started_prior import DIGESTS, started_prior
 
@@ -134,4 +135,4 @@ class RunPrior:
         stored = None if self.resumed is None else self.resumed.settings.get("prior")
         recorded: dict[str, Any] = {"prior": stored or asdict(self.settings)}
         recorded |= {DIGESTS: self.digests} if self.digests else {}
-        return recorded | ({} if self.fixed is None else {FIXED: self.fixed})
+        return recorded | ({} if self.fixed is None else {STAYED: self.fixed})

@@ -66,6 +66,7 @@ class Validation(nn.Module):
         hard: Measurement of the hard mask in the last complete validation; None before one.
         hard_step: Completed optimizer steps at that validation.
         dense: Measurement of the dense model; None before the end of the first validation.
+        sparse_base: Whether the base model, which is measured as the dense one, was sparse before the run.
         start: Measurement of the hard mask before the first step of the run, which is the prior's; None without one.
         batches: Tokens (B, L) that the current validation has measured on this rank so far.
     """
@@ -78,6 +79,7 @@ class Validation(nn.Module):
         self.hard_step: int | None = None
         self.dense: Measured | None = None
         self.start: Measured | None = None
+        self.sparse_base = False
         self.batches: list[Tensor] = []
 
     def begin(self) -> None:
@@ -163,13 +165,19 @@ class Validation(nn.Module):
         found = {"hard": self.hard, "dense": self.dense, "prior": self.start}
         return {name: one.value for name, one in found.items() if one is not None and one.of == self.hard.of}
 
-    def summary(self) -> str:
-        """Return :meth:`figures` in words: ``perplexity 17.89 (dense 14.65, prior 32.40)``; empty if there are none."""
+    def summary(self, step: int) -> str:
+        """Return :meth:`figures` in words: ``perplexity 17.89 (dense 14.65, prior 32.40)``; empty if there are none.
+
+        Args:
+            step: Completed optimizer steps now; figures of another step say of which.
+        """
         figures = self.figures()
         if not figures:
             return ""
-        others = ", ".join(f"{name} {value:.2f}" for name, value in figures.items() if name != "hard")
-        return f"perplexity {figures['hard']:.2f}{f' ({others})' if others else ''}"
+        words = {"dense": "base model"} if self.sparse_base else {}
+        others = ", ".join(f"{words.get(name, name)} {value:.2f}" for name, value in figures.items() if name != "hard")
+        at = "" if self.hard_step == step else f" at step {self.hard_step:,}"
+        return f"perplexity {figures['hard']:.2f}{f' ({others})' if others else ''}{at}"
 
 
 def described(total: Tensor) -> dict[str, Any]:

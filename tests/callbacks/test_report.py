@@ -39,6 +39,7 @@ def test_plan_lines_and_verdict(finished: Run, model_folder, text_file, tmp_path
     assert re.fullmatch(r"memory\s+about \d+ MiB on each device, without libraries and fragmentation", plan["memory"])
     assert f"{tmp_path / 'checkpoints'}; curves to {tmp_path / 'tensorboard'}" in plan["writes"]
     assert "first step" not in plan  # nothing is compiled
+    assert plan["schedule"].endswith("the paper's, for 2.1 billion tokens; for few, --config short")
 
     measured = cli.model.validation
     assert measured.hard_step == 6  # the last validation is after the last step
@@ -110,7 +111,7 @@ def test_in_a_terminal_the_bar_ends_with_the_last_validation(
     monkeypatch.setattr(sys, "stderr", terminal)
     cli = main(fit_flags(model_folder, text_file, tmp_path, "--trainer.max_steps=2", "--progress.refresh_seconds=0"))
     last = [line for line in terminal.getvalue().split("\r") if "learning the mask" in line][-1]
-    assert cli.model.validation.summary() in last
+    assert cli.model.validation.summary(cli.model.global_step) in last
     assert " 2/2 " in last
     assert "first step" in terminal.getvalue()
 

@@ -117,7 +117,7 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(text, tmp_path, capsys):
     assert [figure["bos"] for figure in figures.values()] == ["every", "first", "none"]
     assert [figure["stride"] for figure in figures.values()] == [31, 32, 32]
     assert [figure["predicted"] for figure in figures.values()] == [93, 93, 93]  # 3 × 31 tokens after BOS; 3 × (32 − 1)
-    assert "windows of 32, stride 31, each beginning with BOS" in capsys.readouterr().out
+    assert "windows of 32, stride 31, each beginning with BOS, " in capsys.readouterr().out
     every, none = figures["every"], figures["none"]
     assert every["text_digest"] == none["text_digest"] != figures["first"]["text_digest"]
     assert len({figure["value"] for figure in figures.values()}) == 3

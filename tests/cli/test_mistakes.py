@@ -10,6 +10,7 @@ from hostile_files import Trap
 from tiny import byte_tokenizer, tiny_folder
 
 from leap_pl.checkpoints.layout import masks_from_checkpoint
+from leap_pl.masks import MaskSet
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -172,7 +173,7 @@ def test_broken_logits_are_not_saved(model_folder, text_file, tmp_path: Path, ca
         (["--model.prior.fisher=0.5", "--model.prior.method=none"], "prior.method is none. Leave one of them out"),
         (
             ["--model.prior.fisher=0.5", "--model.prior.mask=m.safetensors"],
-            "prior.mask is given. Leave one of them out",
+            "prior.mask is given. Leave one of them out, that of a config by --model.prior.fisher null",
         ),
         (["--model.prior.fisher=0.5", "--model.gate=NMGate"], "a mask of 2:4 is equally sparse everywhere"),
         (["--data.seq_length=0"], "seq_length"),
@@ -196,6 +197,7 @@ def test_tokenizer_without_end_token(model_folder, text_file, tmp_path: Path, ca
         ("evaluate --tasks piqa arc_easy", "a list is typed as one: a,b"),
         ("fit --base_model x", "Did you mean --model.base_model?"),
         ("fit", "model.base_model is not given"),
+        ("fit --model ./mine", "--model is a group of settings here. For the base model: --model.base_model ./mine"),
         (
             "fit --model.base_model x --model.prior null",
             "model.prior: null is not a file of settings. Give the path of one, or",
@@ -249,6 +251,7 @@ def test_a_config_that_holds_no_settings(verb: str, tmp_path: Path, capsys) -> N
 
 def test_one_kind_of_file_for_another(finished: Run, tmp_path: Path, capsys) -> None:
     out, checkpoints = f"--output_dir={tmp_path / 'out'}", finished.checkpoint.parent
+    elsewhere = MaskSet.load(finished.mask).with_provenance(base_model="./away/model").save(tmp_path / "m.safetensors")
     for words, says in (
         ([f"--mask={tmp_path}"], "is a folder without a mask.safetensors. Name a MaskSet file, or a folder that has"),
         ([f"--mask={finished.checkpoint}"], "Use --ckpt_path"),
@@ -258,6 +261,10 @@ def test_one_kind_of_file_for_another(finished: Run, tmp_path: Path, capsys) -> 
         ([f"--ckpt_path={finished.mask}"], "Give a mask with --mask"),
         ([f"--mask={finished.mask}", f"--model={finished.mask}"], "is a file"),
         (["--mask="], "--mask is empty"),
+        (
+            [f"--mask={elsewhere}"],
+            "the base model is recorded as ./away/model, which is not there from this folder. Give its place with",
+        ),
     ):
         assert says in failing(capsys, ["export", out, *words])
     assert not (tmp_path / "out").exists()

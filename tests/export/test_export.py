@@ -113,6 +113,9 @@ def test_every_method_has_its_paper() -> None:
 def test_a_mask_that_stayed_has_no_settings_of_learning() -> None:
     """Whatever is known of how it was made."""
     learned = {"optimizer": {"lr": 0.1}, "annealing": {"alpha": {"start": 1, "end": 2}}, "prior": {"method": "wanda"}}
+    fisher = {"prior": {"method": "wanda", "fisher": 0.5, "graded": True}}
+    told = decisive_settings(Provenance("m", "f", "leap", config=fisher))
+    assert told["prior"] == "wanda, allocated by Fisher information (0.5), graded"
     assert {"learning rate", "α", "prior"} <= decisive_settings(
         Provenance("m", "f", "leap", 0.5, config=learned)
     ).keys()
@@ -285,7 +288,8 @@ def test_perplexities_of_another_mask_do_not_get_into_the_card(
     figures = [next(iter(results[name]["perplexity"].values()))["value"] for name in ("own", "dense")]
     export_command(str(tmp_path / "packed"), model=str(tmp_path / "two"), format="packed")
     for folder in (tmp_path / "two", tmp_path / "packed"):  # and in what is made of it
-        assert f"| text.jsonl | {figures[0]:.3f} | {figures[1]:.3f} | 32 | 32 |" in (folder / "README.md").read_text()
+        row = f"| text.jsonl (the first {small['max_tokens']} tokens) | {figures[0]:.3f} | {figures[1]:.3f} | 32 | 32 |"
+        assert row in (folder / "README.md").read_text()
     shutil.copy(tmp_path / "dense.json", tmp_path / "again.json")
     for wrong, says in (("other", "with a different mask"), ("again", "names dense results alone")):
         with pytest.raises(UserError, match=says):

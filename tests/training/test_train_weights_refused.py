@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import tiny_folder
 
-from leap_pl import LeapModule, UserError
+from leap_pl import LeapModule, MaskSet, UserError
+from leap_pl.base_model.loading import load_model
 from leap_pl.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
@@ -43,7 +44,12 @@ def test_bad_input_is_refused_in_one_line(
             "--model.train_weights=lora",
             "--model.weight_training.target_modules=[q_proj,zz]",
         ],
-        "a FixedGate needs a mask": without(words, masked),
+        "no mask is given. Add --model.mask": without(words, masked),
+        "--model.optimizer.lr would not be used: the mask is not learned. For the weights, type "
+        "--model.weight_training.lr.": [*words, "--model.optimizer.lr=1e-4"],
+        "--model.warmup_steps would not": [*words, "--model.warmup_steps", "3"],
+        "--model.annealing.alpha.start would not": [*words, "--model.annealing.alpha.start=1"],
+        "--model.prior.method would not": [*words, "--model.prior.method=wanda"],
         "type leap_pl recover": ["fit", *words[1:]],
         "learn mask and weights together": [*words, "--model.gate=BernoulliGate"],
         "whose mask is fixed, and this is leap_pl fit": ["fit", *without(words[1:], masked), f"--ckpt_path={last}"],
@@ -147,3 +153,20 @@ def test_an_earlier_runs_files_are_replaced_by_force_alone(recovered: Path, reco
     ]
     (folder / "weights.safetensors").write_bytes((folder / "prior.safetensors").read_bytes())
     assert "is not a file of trained weights" in refused([*recover(tmp_path / "run"), "--force"], capsys)
+
+
+def test_a_mask_whose_weights_were_trained_does_not_stand_for_them(
+    recovered: Path, finished_run: Run, model_folder: Path, tmp_path: Path
+) -> None:
+    masks, model = MaskSet.load(recovered), load_model(str(model_folder))
+    with pytest.raises(UserError, match=r"weights were trained under this mask, which does not have them\. Export"):
+        masks.apply_(model)
+    masks.apply_(model, check=False)
+    assert masks.is_applied_to(model)
+    # Alone it is what it was before that run.
+    main(["export", f"--mask={recovered}", "--format=mask", f"--output_dir={tmp_path / 'mask'}"])
+    alone, before = MaskSet.load(tmp_path / "mask").provenance, MaskSet.load(finished_run.mask).provenance
+    figures = ("perplexity", "perplexity_of")
+    assert alone.config == {name: value for name, value in before.config.items() if name not in figures}
+    assert (alone.method, alone.sparsity) == (before.method, before.sparsity)
+    MaskSet.load(tmp_path / "mask").apply_(load_model(str(model_folder)))

@@ -1,6 +1,7 @@
 """From Python: objects that are used twice, and trainers, batches and schedules that a run cannot have."""
 
 import copy
+import csv
 import pickle
 from functools import partial
 from pathlib import Path
@@ -11,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tiny import byte_tokenizer, tiny_model
 from torch.utils.data import DataLoader
 
 from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
 from leap_pl.base_model import weights as weights_room
+from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.weights import model_fingerprint
 from leap_pl.callbacks import Checkpoints, RunReport, SparsityLogger
 from leap_pl.data.source import TextSource
-from leap_pl.gates import BernoulliGate
+from leap_pl.gates import BernoulliGate, detach
 from leap_pl.losses.objective import Objective
 from leap_pl.oneshot.prune import prune
 from leap_pl.prior import Prior
@@ -401,3 +405,45 @@ def test_pruning_a_pruned_model_says_so() -> None:
 def test_pickles_have_no_closures(module: LeapModule, text_file: Path) -> None:
     module.make_optimizer = partial(torch.optim.AdamW, lr=1e-3)
     assert pickle.loads(pickle.dumps(module)).base_model == module.base_model
+
+
+def test_a_gated_model_is_not_saved_as_a_model(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
+    trainer(max_steps=1).fit(module, data(text_file))
+    assert module.model is not None
+    with pytest.raises(UserError, match=r"this model has gates, .* leap_pl export --mask FILE"):
+        module.model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    copied = copy.deepcopy(module)
+    detach(copied.weights)
+    copied.model.save_pretrained(tmp_path / "out")
+    assert model_fingerprint(load_model(str(tmp_path / "out"))) == module.fingerprint
+
+
+def test_a_module_inside_another(module: LeapModule, text_file: Path) -> None:
+    class Around(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def configure_optimizers(self) -> Any:
+            return self.inner.configure_optimizers()
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.inner.training_step(batch, index)
+
+    with pytest.raises(UserError, match=r"there is nothing to learn: no gates are attached\. A LeapModule must be"):
+        trainer(max_steps=1).fit(Around(), data(text_file, tokenizer=module.base_model))
+
+
+def test_curves_have_no_point_of_a_part_of_the_text(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
+    """A sanity check reads two batches, unless it is told to read all."""
+    for steps, first in ((2, 1), (-1, 0)):
+        logger = CSVLogger(tmp_path, name=str(steps))
+        often = {"val_check_interval": 1, "check_val_every_n_epoch": None}
+        run = trainer(logger=logger, max_steps=1, num_sanity_val_steps=steps, **often)
+        learning = again(module)
+        run.fit(learning, data(text_file, validation_sequences=8))
+        with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8") as file:
+            points = [row for row in csv.DictReader(file) if row["perplexity/hard"]]
+        assert [int(row["step"]) for row in points] == [*range(first, 2)]
+        assert len({row["perplexity/dense"] for row in points}) == 1

@@ -1,0 +1,58 @@
+"""A model that is sparse already, whoever pruned it: measured, fine-tuned, and its mask read off."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import refused
+from recovered_runs import FAST, Flags, exact_zeros, weights_in
+from tiny import byte_tokenizer, tiny_model
+
+from leap_pl import MaskSet
+from leap_pl.base_model.weights import find_weights
+from leap_pl.cli.evaluate import evaluate_command
+from leap_pl.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
+
+
+@pytest.fixture
+def sparse(tmp_path: Path) -> Path:
+    """A model with 40% zeros, and nothing that says why."""
+    model, folder = tiny_model("llama"), tmp_path / "foreign"
+    with torch.no_grad():
+        for weight in find_weights(model).values():
+            flat = weight.parameter.flatten()
+            flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(1))[: int(0.4 * len(flat))]] = 0
+            weight.parameter.copy_(flat.view_as(weight.parameter))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_it_is_measured_as_sparse(sparse: Path, text_file: Path, model_folder: Path) -> None:
+    settings = {"perplexity": str(text_file), "seq_length": 32, "max_tokens": 256}
+    assert evaluate_command(model=str(sparse), **settings)["method"] == "sparse"
+    assert evaluate_command(model=str(model_folder), **settings)["method"] == "dense"
+
+
+def test_its_mask_is_read_off_and_stays(
+    sparse: Path, text_file: Path, recover: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        word for word in recover(tmp_path / "run", *FAST) if not word.startswith(("--model.mask", "--model.base_model"))
+    ]
+    words += [f"--model.base_model={sparse}"]
+    line = refused([*words, f"--model.mask={sparse}"], capsys)
+    assert f"leap_pl export --model {sparse} --format mask --output_dir FOLDER" in line
+    main(["export", f"--model={sparse}", "--format=mask", f"--output_dir={tmp_path / 'mask'}"])
+    masks = MaskSet.load(tmp_path / "mask")
+    assert masks.sparsity == pytest.approx(0.4, abs=0.01)
+    capsys.readouterr()
+    main([*words, f"--model.mask={tmp_path / 'mask'}"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "(base model " in last  # it is not dense
+    assert "dense" not in last
+    exact_zeros({name: tensor for name, tensor in weights_in(tmp_path / "run").items() if name in masks.masks}, masks)
+    main(["export", f"--mask={tmp_path / 'run'}", f"--output_dir={tmp_path / 'model'}"])
+    assert " of the base model, which is sparse." in (tmp_path / "model" / "README.md").read_text()
