@@ -176,7 +176,7 @@ class Validation(nn.Module):
             return ""
         words = {"dense": "base model"} if self.sparse_base else {}
         others = ", ".join(f"{words.get(name, name)} {value:.2f}" for name, value in figures.items() if name != "hard")
-        at = "" if self.hard_step == step else f" at step {self.hard_step:,}"
+        at = "" if self.hard_step in (step, None) else f" at step {self.hard_step}"
         return f"perplexity {figures['hard']:.2f}{f' ({others})' if others else ''}{at}"
 
 
