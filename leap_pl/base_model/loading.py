@@ -47,7 +47,7 @@ def name_of_model(typed: str | None, recorded: str, *, trust_remote_code: bool) 
             "--trust_remote_code runs code of the base model, whose name comes only from a file: "
             f"{shown(recorded)}. Confirm it with --model NAME."
         )
-    if typed is None and _looks_local(recorded) and not exists(recorded):
+    if typed is None and _looks_local(recorded) and not exists(expanded(recorded)):
         raise UserError(
             f"the base model is recorded as {shown(recorded)}, which is not there from this folder. Give its place "
             "with --model."

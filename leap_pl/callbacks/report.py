@@ -14,6 +14,7 @@ from leap_pl.callbacks.lightning_internals import SavingCheckpoint
 from leap_pl.callbacks.mask_export import MaskExport, mask_place
 from leap_pl.distributed.strategy import data_rank
 from leap_pl.escape import markdown, say, terminal
+from leap_pl.gates import BernoulliGate
 from leap_pl.inputs.records import WEIGHTS
 from leap_pl.inputs.register import running_verb
 from leap_pl.kernels.compiled import can_compile
@@ -122,7 +123,8 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
         a_step = tokens * trainer.accumulate_grad_batches * data_rank(trainer)[1]
         plan["text"] = f"{getattr(data, 'text', '')}: {a_step * steps:,} tokens, {a_step:,} a step ({parts})"
     plan["steps"] = f"{steps:,}, {_optimizer(module)}; {_annealing(module)}" if logits else f"{steps:,}"
-    if logits and tokens and module.annealing == Annealing() and a_step * steps < FEW_TOKENS:
+    new = logits and tokens and module.resumes_from is None and isinstance(probe.first, BernoulliGate)
+    if new and module.annealing == Annealing() and a_step * steps < FEW_TOKENS:
         plan["schedule"] = "α and τ are the paper's, for 2.1 billion tokens; for few, --config short"
     if module.trained.kind != NONE:
         plan["weights"] = _weights(module)

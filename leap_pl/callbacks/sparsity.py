@@ -162,8 +162,8 @@ class SparsityLogger(L.Callback):
         assert isinstance(pl_module, LeapModule)
         if trainer.state.fn == TrainerFn.FITTING:
             figures = pl_module.validation.figures()
-            for logger in trainer.loggers:
-                perplexities = {f"at_a_glance/perplexity_{name}": value for name, value in figures.items()}
+            perplexities = {f"at_a_glance/perplexity_{name}": value for name, value in figures.items()}
+            for logger in trainer.loggers if perplexities else ():
                 logger.log_metrics(perplexities, step=trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -292,7 +292,7 @@ def _print_summary(result: dict[str, Any], output: str | None) -> None:
     for text, found in result["perplexity"].items():
         error = f" ± {found['stderr']:.2f}" if found["stderr"] is not None else ""
         protocol = [f"windows of {found['seq_length']}", f"stride {found['stride']}", *in_words(found)]
-        part = " of its held-out part" if found["share"] == "held_out" else ""
+        part = " of its held-out part" if found.get("share") == "held_out" else ""
         protocol.append(f"{found['tokens']:,} tokens{part}")
         say(f"  perplexity on {text}: {found['value']:.3f}{error}  ({', '.join(protocol)})")
     for task, found in result["tasks"].items():

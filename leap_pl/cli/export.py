@@ -222,7 +222,11 @@ def _read_results(paths: str | None, masks: "MaskSet") -> dict[str, Any]:
 
 
 def _is_dense(result: dict[str, Any], masks: "MaskSet") -> bool:
-    return bool(result["method"] == "dense" and result["model"]["fingerprint"] == masks.provenance.fingerprint)
+    """Return whether ``result`` is of the base model of ``masks``, which may have been sparse before."""
+    from leap_pl.export.sparse_model import UNKNOWN
+
+    base = result["method"] in ("dense", UNKNOWN) and result["model"].get("mask_digest") is None
+    return bool(base and result["model"]["fingerprint"] == masks.provenance.fingerprint)
 
 
 def _same_weights(result: dict[str, Any], masks: "MaskSet") -> bool:

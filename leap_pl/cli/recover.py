@@ -37,8 +37,14 @@ class RecoverCLI(LeapCLI):
         Raises:
             UserError: One is.
         """
-        given = {word.partition("=")[0].removeprefix("--").replace(".init_args", "") for word in words}
+        given = set()
+        for word, following in zip(words, [*words[1:], ""], strict=True):
+            option, _, value = word.partition("=")
+            if option.startswith("--") and (value or following) != "null":  # which takes back what a config gives
+                given.add(option.removeprefix("--").replace(".init_args", ""))
         idle = {name: LEARNING.get(name) for name in given if name in LEARNING or name.startswith("model.annealing")}
+        if "model.optimizer" in given:  # a class that may need a rate to be made at all
+            idle.pop("model.optimizer.lr", None)
         if "model.mask" in given:
             idle |= {
                 name: None for name in given if name.startswith("model.prior.") and name != "model.prior.cache_dir"

@@ -144,7 +144,8 @@ def _perplexities(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 def _part_of_text(figure: Mapping[str, Any]) -> str:
     """Return which part of a text was measured, in brackets; an empty string for a whole one."""
     parts = ["its held-out part"] if figure.get("share") == "held_out" else []
-    parts += [f"the first {figure['tokens']:,} tokens"] if isinstance(figure.get("max_tokens"), int) else []
+    first = figure.get("tokens") if figure.get("max_tokens") is not None else None
+    parts += [f"the first {first:,} tokens"] if isinstance(first, int) else []
     return f" ({', '.join(parts)})" if parts else ""
 
 

@@ -67,6 +67,7 @@ def export_model(
     """
     from leap_pl.base_model.licence import licence_of
     from leap_pl.base_model.loading import load_model, save_tokenizer
+    from leap_pl.base_model.weights import MANY_ZEROS
     from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet
 
@@ -74,10 +75,15 @@ def export_model(
         base = load_model(model, revision=revision, trust_remote_code=trust_remote_code)
         known: dict[str, Any] = {"perplexity": dict(perplexity)} if perplexity else {}
         if masks is None:
-            from leap_pl.export.sparse_model import masks_of, recorded_facts
+            from leap_pl.export.sparse_model import UNKNOWN, masks_of, recorded_facts
 
             masks = masks_of(model, base, revision=revision)
             known |= recorded_facts(model, revision=revision)
+            if masks.provenance.method == UNKNOWN and format == "mask" and masks.sparsity <= MANY_ZEROS:
+                raise UserError(
+                    f"{model} is not sparse: {masks.sparsity:.1%} of its weights are 0. Name the mask with --mask, or "
+                    "a checkpoint with --ckpt_path."
+                )
             if format == "mask":  # nothing of the weights, nor of what was measured with them
                 if TRAINED in masks.provenance.config or "updated_by" in known:
                     known.pop("perplexity", None)

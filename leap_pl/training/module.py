@@ -218,7 +218,8 @@ class LeapModule(GatedModule):
             if name.split(".")[1] not in settings:
                 raise error
         module = cls(**{name.removeprefix("model."): value for name, value in known.items()} | settings)
-        module.gated_before = list(identity.shapes)
+        if not {"targets", "ignore", "mask"} & set(settings):
+            module.gated_before = list(identity.shapes)
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
@@ -489,8 +490,10 @@ class LeapModule(GatedModule):
 
         Those of a sanity check that reads a part of the validation text are of another text than the curves.
         """
-        if self.trainer.sanity_checking and self.trainer.num_sanity_val_batches != self.trainer.num_val_batches:
-            return
+        if self.trainer.sanity_checking:
+            whole = self.trainer.num_sanity_val_batches == self.trainer.num_val_batches
+            if not self.trainer.strategy.reduce_boolean_decision(whole, all=True):
+                return
         total = self.validation.measured_tokens().to(self.trainer.strategy.root_device)
         total = self.trainer.strategy.reduce(total, reduce_op="sum")
         of = self._measured_model()

@@ -39,7 +39,7 @@ def test_plan_lines_and_verdict(finished: Run, model_folder, text_file, tmp_path
     assert re.fullmatch(r"memory\s+about \d+ MiB on each device, without libraries and fragmentation", plan["memory"])
     assert f"{tmp_path / 'checkpoints'}; curves to {tmp_path / 'tensorboard'}" in plan["writes"]
     assert "first step" not in plan  # nothing is compiled
-    assert plan["schedule"].endswith("the paper's, for 2.1 billion tokens; for few, --config short")
+    assert "schedule" not in plan  # which a resumed run keeps
 
     measured = cli.model.validation
     assert measured.hard_step == 6  # the last validation is after the last step
@@ -75,6 +75,8 @@ def test_tensorboard_opens_on_what_decides(finished: Run) -> None:
     assert {e.value for e in events.Scalars(first[3])} == {events.Scalars("perplexity/hard")[0].value}
     assert tags["images"] == ["at_a_glance/density"]
     assert {"at_a_glance/plan/text_summary", "at_a_glance/verdict/text_summary"} <= {*tags["tensors"]}
+    (plan,) = events.Tensors("at_a_glance/plan/text_summary")
+    assert b"the paper's, for 2.1 billion tokens; for few, --config short" in plan.tensor_proto.string_val[0]
     logged = (finished.folder / "tensorboard").rglob("hparams.yaml")
     assert all(logged)
 

@@ -10,6 +10,7 @@ from hostile_files import Trap
 from tiny import byte_tokenizer, tiny_folder
 
 from leap_pl.checkpoints.layout import masks_from_checkpoint
+from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -294,3 +295,13 @@ def test_settings_that_would_learn_nothing(
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr("torch.multiprocessing.start_processes", popen)
     assert says in failing(capsys, fit_flags(model_folder, text_file, tmp_path, *flags.split()))
+
+
+def test_a_base_model_that_is_recorded_in_the_home_folder(
+    finished: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(model_folder.parent))
+    masks = MaskSet.load(finished.mask).with_provenance(base_model=f"~/{model_folder.name}")
+    file = masks.save(tmp_path / "m.safetensors")
+    main(["export", f"--mask={file}", f"--output_dir={tmp_path / 'out'}"])
+    assert (tmp_path / "out" / "model.safetensors").is_file()

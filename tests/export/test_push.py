@@ -268,7 +268,7 @@ def test_an_export_by_hub_id_is_known_as_its_folder_is(
     ]
     record = hub.files[NAME].pop("leap_pl.json")
     hub.files["alice/plain"] = dict(hub.files[NAME])
-    assert evaluated("alice/plain")["method"] == "sparse"
+    assert evaluated("alice/plain")["method"] == "unknown"
     hub.files["alice/damaged"] = hub.files[NAME] | {"leap_pl.json": record[:-9]}
     with pytest.raises(SystemExit):
         evaluated("alice/damaged")

@@ -30,9 +30,9 @@ def sparse(tmp_path: Path) -> Path:
     return folder
 
 
-def test_it_is_measured_as_sparse(sparse: Path, text_file: Path, model_folder: Path) -> None:
+def test_it_is_not_measured_as_dense(sparse: Path, text_file: Path, model_folder: Path) -> None:
     settings = {"perplexity": str(text_file), "seq_length": 32, "max_tokens": 256}
-    assert evaluate_command(model=str(sparse), **settings)["method"] == "sparse"
+    assert evaluate_command(model=str(sparse), **settings)["method"] == "unknown"
     assert evaluate_command(model=str(model_folder), **settings)["method"] == "dense"
 
 

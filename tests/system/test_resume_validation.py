@@ -302,7 +302,7 @@ def test_a_sanity_check_of_a_part_does_not_stand_for_the_whole(
 ) -> None:
     main(words_of(model_folder, text_file, tmp_path, 3, "--trainer.num_sanity_val_steps=1"))
     found, whole = outcome(tmp_path).curves["perplexity/dense"], whole_runs(3).curves["perplexity/dense"]
-    assert found[0] != whole[0]
+    assert 0 not in found
     assert found[2] == found[6] == whole[6]
 
 

@@ -50,6 +50,9 @@ def test_bad_input_is_refused_in_one_line(
         "--model.warmup_steps would not": [*words, "--model.warmup_steps", "3"],
         "--model.annealing.alpha.start would not": [*words, "--model.annealing.alpha.start=1"],
         "--model.prior.method would not": [*words, "--model.prior.method=wanda"],
+        "is not sparse: 0.0% of its weights are 0. Name the mask with --mask": [
+            *("export", f"--model={model_folder}", "--format=mask", f"--output_dir={tmp_path / 'mask'}")
+        ],
         "type leap_pl recover": ["fit", *words[1:]],
         "learn mask and weights together": [*words, "--model.gate=BernoulliGate"],
         "whose mask is fixed, and this is leap_pl fit": ["fit", *without(words[1:], masked), f"--ckpt_path={last}"],

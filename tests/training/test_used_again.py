@@ -248,6 +248,8 @@ def test_a_run_of_an_earlier_version_that_gated_other_weights_resumes(
     if targets is None:
         with pytest.raises(UserError, match=r"gates other weights .* what LeapModule\.load_from_checkpoint returns"):
             trainer(max_steps=2).fit(made(), data(text_file), ckpt_path=str(path))
+    with pytest.raises(UserError, match="gates other weights"):
+        LeapModule.load_from_checkpoint(path, targets=["re:.*down_proj"])
     for run in (trainer(max_steps=2).fit, trainer().validate):
         module = LeapModule.load_from_checkpoint(path)
         run(module, data(text_file), ckpt_path=str(path))

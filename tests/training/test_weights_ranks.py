@@ -37,7 +37,7 @@ def test_two_ranks(
         words = fit_flags(model_folder, text_file, tmp_path / name, *more)
         if name.startswith("both"):
             return words
-        words = [word for word in words if not word.startswith("--model.prior.method")]
+        words = [word for word in words if not word.startswith(("--model.prior.method", "--model.warmup_steps"))]
         return ["recover", *words[1:], f"--model.mask={finished_run.mask}"]
 
     def end(name: str) -> Path:
