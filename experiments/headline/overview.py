@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SPARSITIES = (0.5, 0.6)
 LETTERS = 90  # longest name in the picture
 SURE = 2  # standard errors from which on two rows are told apart
-TICKS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 20, 50, 100, 1000)
+TICKS = (0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 20, 50, 100, 1000)
 
 
 def best_rows(found: Sequence[Measured]) -> list[Measured]:
@@ -62,7 +62,7 @@ def draw_overview(rows: Sequence[Measured], folder: Path) -> "Picture | None":
             axes.set_title(literal(model), fontsize="medium", loc="left")
             axes.grid(color="0.9", linewidth=0.8)
         every = [of_row for times in models.values() for of_row in times.values()]
-        _ticks(panels[-1], max(times for of_row in every for times in of_row.values()))
+        _ticks(panels[-1], [times for of_row in every for times in of_row.values()])
         panels[-1].set_xlabel("perplexity ÷ the dense model's (left is better; logarithmic)")
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper right", ncols=len(titles), frameon=False)
@@ -143,12 +143,13 @@ def _times_dense(of_model: Sequence[Measured]) -> dict[str, dict[str, float]]:
     }
 
 
-def _ticks(axes: "Axes", most: float) -> None:
-    """Make the x axis logarithmic from just below 1 to above ``most``, labelled with plain numbers."""
+def _ticks(axes: "Axes", shown: Sequence[float]) -> None:
+    """Make the x axis logarithmic, with 1 and all of ``shown`` in it, labelled with plain numbers."""
     from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
 
     axes.set_xscale("log")
-    axes.set_xlim(0.95, 1.1 * max(most, 1.1))
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in TICKS if tick <= 1.1 * most]))
+    low, high = 0.95 * min(1, *shown), 1.1 * max(1.1, *shown)
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in TICKS if low <= tick <= high]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

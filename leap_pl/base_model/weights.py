@@ -267,6 +267,11 @@ def share_of_zeros(weights: Mapping[str, Weight]) -> float:
     return 1 - sum(int(weight.parameter.count_nonzero()) for weight in weights.values()) / total
 
 
+def is_sparse(weights: Mapping[str, Weight]) -> bool:
+    """Return whether so many elements of ``weights`` are 0 that a model was pruned."""
+    return share_of_zeros(weights) > MANY_ZEROS
+
+
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """Return a short hash that identifies the weights of a base model.
 

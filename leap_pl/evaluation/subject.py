@@ -7,7 +7,7 @@ from torch import nn
 
 from leap_pl.base_model.loading import Dtype, load_model, load_tokenizer, name_of_model
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
-from leap_pl.base_model.weights import MANY_ZEROS, find_weights, model_fingerprint, share_of_zeros
+from leap_pl.base_model.weights import find_weights, is_sparse, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.export.sparse_model import UNKNOWN, recorded_facts
 from leap_pl.inputs.hub import check_revision
@@ -129,7 +129,7 @@ def _method_of_record(record: dict[str, Any], name: str, revision: str | None) -
 
 def _method_of_weights(model: "PreTrainedModel") -> str:
     """Return the method of a model without a record: a sparse one may be of any."""
-    return UNKNOWN if share_of_zeros(find_weights(model)) > MANY_ZEROS else "dense"
+    return UNKNOWN if is_sparse(find_weights(model)) else "dense"
 
 
 def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: bool) -> Subject:

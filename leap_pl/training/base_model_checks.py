@@ -35,11 +35,6 @@ def check_data(data: Any, model: "PreTrainedModel", base_model: str) -> None:
         check_tokenizer(data.tokenizer, data.vocabulary, base_model)
 
 
-def is_sparse(weights: Mapping[str, Weight]) -> bool:
-    """Return whether so many of the base model's ``weights`` are 0 that it was pruned before."""
-    return share_of_zeros(weights) > MANY_ZEROS
-
-
 def warn_if_sparse(weights: Mapping[str, Weight], base_model: str) -> None:
     """Warn of a mask that is learned of a model whose weights are 0 already, such as an exported one.
 

@@ -13,7 +13,14 @@ from leap_pl.base_model.backbone import checkpoint_activations, set_modes, split
 from leap_pl.base_model.buffers import keeping_buffers
 from leap_pl.base_model.fast_dtype import fast_dtype
 from leap_pl.base_model.loading import Dtype, load_model
-from leap_pl.base_model.weights import Weight, check_numbers, decoder_blocks, find_weights, model_fingerprint
+from leap_pl.base_model.weights import (
+    Weight,
+    check_numbers,
+    decoder_blocks,
+    find_weights,
+    is_sparse,
+    model_fingerprint,
+)
 from leap_pl.checkpoints import layout as checkpoints
 from leap_pl.checkpoints.folder import not_one_file
 from leap_pl.checkpoints.identity import KEY, Identity, check_same, read_identity
@@ -37,7 +44,7 @@ from leap_pl.gates.attach import check_settings as check_settings_of_gate
 from leap_pl.masks.mask_set import SPARSE_BASE, STAYED, TRAINED
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.training import finite, run_settings
-from leap_pl.training.base_model_checks import check_data, is_sparse, warn_if_sparse, warn_of_start
+from leap_pl.training.base_model_checks import check_data, warn_if_sparse, warn_of_start
 from leap_pl.training.live_settings import live_settings
 from leap_pl.training.optimizers import check_state
 from leap_pl.training.run_prior import RunPrior

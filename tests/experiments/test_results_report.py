@@ -14,9 +14,10 @@ from tiny_experiment import SCORED_CELLS, STEP, cells, change, results, runner, 
 
 from experiments.headline.__main__ import main
 from experiments.headline.measured import Group, groups, read_cells
-from experiments.headline.overview import best_rows, losses
+from experiments.headline.overview import best_rows, draw_overview, losses
 from experiments.headline.tables import difference_table
 from leap_pl.cli.main import main as leap_pl
+from leap_pl.comparison import drawing
 from leap_pl.evaluation.record import read_result, write_result
 
 # -- the report -----------------------------------------------------------------------------------------------
@@ -286,6 +287,19 @@ def test_rows_worse_than_the_best_baseline_are_named(experiment_done, swapped):
     assert worse > 0 if swapped else worse == 0
     assert ("more than 2 standard errors above" in told) == bool(worse)
     assert ("less than 2 standard errors above" in told) == bool(alike)
+
+
+def test_picture_of_the_overview_holds_every_point(experiment_done, tmp_path, monkeypatch):
+    """Also where a row is below the dense model."""
+    folder, _ = experiment_done
+    drawn = []
+    monkeypatch.setattr(drawing, "save", lambda figure, *_: drawn.append(figure))
+    draw_overview(best_rows(read_cells(folder / "docs" / "results" / "cells")), tmp_path)
+    (figure,) = drawn
+    shown = [x for axes in figure.axes for line in axes.lines for x in line.get_xdata()]
+    low, high = figure.axes[0].get_xlim()
+    assert min(shown) < 1  # of these random models one is
+    assert low < min(shown) <= max(shown) < high
 
 
 def test_report_is_written_again_from_the_cells_alone(experiment_done, tmp_path):
