@@ -174,6 +174,13 @@ class Group:
         return min(baselines, key=lambda m: prod(m.perplexity(role)["value"] for role in SHOWN), default=None)
 
     @property
+    def best_baselines(self) -> list[Measured]:
+        """:attr:`best_baseline`, and that with the best mean accuracy if it is another."""
+        scored = [m for m in self.rows if m.cell["baseline"] and m.result["mean"]]
+        found = [self.best_baseline, max(scored, key=lambda m: float(m.result["mean"]["value"]), default=None)]
+        return list({m.cell["name"]: m for m in found if m is not None}.values())
+
+    @property
     def best_learned(self) -> Measured | None:
         """The learned row with the lowest perplexity on the validation text."""
         return min(self.best_learned_by_tokens, key=_validation, default=None)

@@ -21,13 +21,13 @@ TICKS = (0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 20, 50, 100
 
 
 def best_rows(found: Sequence[Measured]) -> list[Measured]:
-    """Of every model the dense one and, at :data:`SPARSITIES`, the best baseline and learned rows of each text."""
+    """Of every model the dense one and, at :data:`SPARSITIES`, the best baselines and learned rows of each text."""
     rows = []
     for of_model in by_model(found).values():
         rows += [m for m in of_model if m.is_dense]
         for group in sorted(groups(of_model), key=lambda group: group.sparsity):
             if group.table == UNSTRUCTURED and group.sparsity in SPARSITIES:
-                rows += [m for m in (group.best_baseline, *group.best_learned_by_tokens) if m is not None]
+                rows += [*group.best_baselines, *group.best_learned_by_tokens]
     return rows
 
 

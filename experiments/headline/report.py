@@ -11,6 +11,7 @@ from experiments.headline.measured import Measured, by_model, groups, read_cells
 from experiments.headline.overview import best_rows, draw_overview, losses
 from experiments.headline.tables import (
     KEY,
+    calibration,
     difference_table,
     main_table,
     overview_table,
@@ -50,7 +51,7 @@ def write_report(cells: Path, docs: Path) -> Path:
         f"# {docs.name.replace('_', ' ').capitalize()}",
         *_overview(found, docs),
         "## About these figures",
-        KEY,
+        f"{KEY}{calibration(found)}",
         *dict.fromkeys(sentence for measured in found for sentence in measured.cell["about"]),
         f"[Protocol, hardware, configs and commands]({docs.name}/{making.PAGE}).{notes}",
         f"Written by `make results`; every figure is from the files in [`{docs.name}/cells`]({docs.name}/cells), and "
@@ -68,10 +69,12 @@ def _overview(found: Sequence[Measured], docs: Path) -> Iterator[str]:
     rows = best_rows(found)
     yield overview_table(rows, found)
     yield (
-        "Of what is not learned, the method with the lowest geometric mean of the perplexities on the first two "
-        "texts; of the masks that were learned from as many tokens, the best on the validation text. Minutes are those "
-        "of making the mask, that which it starts from included. Figures are of one seed; the tables below have the "
-        "mean over seeds of rows with several. Data types are those in which a row was made and measured."
+        "Of the methods on this page that do not learn, that with the lowest geometric mean of the perplexities on the "
+        "first two texts, and that with the best mean accuracy if it is another; of the masks that were learned from "
+        "as many tokens, the best on the validation text. Minutes are those of making the mask, that which it starts "
+        "from included, on machines of different speed, some of which did other work beside: they say what to expect, "
+        "and not which row is cheaper. Figures are of one seed; the tables below have the mean over seeds of rows with "
+        "several. Data types are those in which a row was made and measured."
     )
     picture = draw_overview(rows, docs)
     if picture is not None:
@@ -85,7 +88,7 @@ def _overview(found: Sequence[Measured], docs: Path) -> Iterator[str]:
 def _tables(found: Sequence[Measured], docs: Path) -> Iterator[str]:
     for group in groups(found):
         yield f"### {group.heading}"
-        yield main_table(group)
+        yield main_table(group, found)
         yield difference_table(group)
         seeds = seeds_table(group)
         if seeds:

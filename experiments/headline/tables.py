@@ -23,16 +23,35 @@ KEY = (
 )
 
 
-def main_table(group: Group) -> str:
-    """One row a method: what it learned from, perplexities and mean accuracy."""
+# What guessing has. Most of ARC's questions have four answers.
+CHANCE = {
+    "arc_challenge": 0.25,
+    "arc_easy": 0.25,
+    "mmlu": 0.25,
+    "openbookqa": 0.25,
+    "piqa": 0.5,
+    "winogrande": 0.5,
+}
+
+
+def calibration(found: Sequence[Measured]) -> str:
+    """A sentence on the text that masks are made with before anything is learned; empty if none is."""
+    tokens = sorted({m.cell["calibration_tokens"] for m in found} - {None, 0})
+    numbers = " or ".join(f"{count:,}" for count in tokens)
+    return f" Methods that do not learn, and the masks that learning starts from, read {numbers} tokens." * bool(tokens)
+
+
+def main_table(group: Group, found: Sequence[Measured]) -> str:
+    """One row a method of ``group``, among ``found``: what it learned from, perplexities, mean accuracy, and cost."""
     titles, tasks = titles_of(group.rows), shared_tasks(group.entries)
     heading = ["method", "sparsity, %", "training tokens"]
     heading += [f"perplexity, {title}" for title in titles.values()]
-    heading += [f"mean accuracy of {len(tasks)}, %"] * bool(tasks)
-    rows = []
+    heading += [*[f"mean accuracy of {len(tasks)}, %"] * bool(tasks), "minutes", "data types"]
+    cells, rows = {m.cell["name"]: m for m in found}, []
     for m in [*([group.dense] if group.dense else []), *group.rows]:
         row = [m.title + " *" * bool(m.cell["reference"]), f"{100 * m.entry.sparsity:.2f}", _tokens(m)]
-        rows.append([*row, *_perplexities(m, titles), *[_accuracy(m, tasks)] * bool(tasks)])
+        row += [*_perplexities(m, titles), *[_accuracy(m, tasks)] * bool(tasks)]
+        rows.append([*row, *_cost(m, cells)])
     return markdown(heading, rows)
 
 
@@ -89,7 +108,7 @@ def task_table(found: Sequence[Measured]) -> str:
     by_sparsity = [m for m in found if m.is_dense] + [m for group in groups(found) for m in group.rows]
     scored = [m for m in by_sparsity if m.entry.tasks]
     tasks = sorted({task for m in scored for task, score in m.entry.tasks.items() if "acc" in score})
-    rows = []
+    rows = [["by chance", *(_figure(CHANCE.get(task), None, 100, 1) for task in tasks)]]
     for m in scored:
         scores = [m.entry.tasks.get(task, {}) for task in tasks]
         rows.append([m.entry.label, *(_figure(s.get("acc"), s.get("acc_stderr"), 100, 1) for s in scores)])
@@ -123,11 +142,11 @@ def overview_table(rows: Sequence[Measured], found: Sequence[Measured]) -> str:
     heading += ["training tokens", "minutes", "seed", "data types"]
     cells, lines = {m.cell["name"]: m for m in found}, []
     for m in rows:
-        seconds = seconds_in_all(m, cells)
+        minutes, dtypes = _cost(m, cells)
         text = "" if m.is_dense else m.cell.get("text") or m.cell["texts"]["like"]["title"].split(" (")[0]
         line = [m.model, f"{100 * (m.cell['sparsity'] or 0):g}", m.title, *[text] * texts]
         line += [*_perplexities(m, titles), *[_accuracy(m, tasks)] * bool(tasks)]
-        line += [_tokens(m), "" if seconds is None else f"{seconds / 60:.0f}", _seed(m, found), ", ".join(m.dtypes)]
+        line += [_tokens(m), minutes, _seed(m, found), dtypes]
         lines.append(line)
     return markdown(heading, lines)
 
@@ -153,6 +172,12 @@ def seconds_in_all(measured: Measured, cells: Mapping[str, Measured]) -> float |
     before = [name for name in map(measured.cell.get, ("prior", "mask_of", "kept")) if name is not None]
     others = [seconds_in_all(cells[name], cells) if name in cells else None for name in before]
     return None if own is None or None in others else own + sum(other for other in others if other is not None)
+
+
+def _cost(measured: Measured, cells: Mapping[str, Measured]) -> list[str]:
+    """The minutes that making it took, and the data types that it was made and measured in."""
+    seconds = seconds_in_all(measured, cells)
+    return ["" if seconds is None else f"{seconds / 60:.0f}", ", ".join(measured.dtypes)]
 
 
 def _accuracy(measured: Measured, tasks: list[str]) -> str:
