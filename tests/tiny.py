@@ -34,6 +34,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "granite": ("Granite", {"logits_scaling": 3.0, "residual_multiplier": 0.5}),
     "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 24}),
     "gpt_neox": ("GPTNeoX", {}),
+    "olmo": ("Olmo", {}),
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
     # Stacked expert tensors.
     "mixtral": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),

@@ -17,10 +17,20 @@ _WORDS = {"every": "each beginning with BOS", "first": "the first beginning with
 
 def prefix_of(tokenizer: Any) -> list[int]:
     """Return the tokens that ``tokenizer`` puts before a text: BOS for Llama and Gemma, none for Qwen and GPT-2."""
+    return _around(tokenizer)[0]
+
+
+def suffix_of(tokenizer: Any) -> list[int]:
+    """Return the tokens that ``tokenizer`` puts after a text: EOS for some, none for most."""
+    return _around(tokenizer)[1]
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     encoded = [tokenizer(_PROBE, add_special_tokens=special, verbose=False) for special in (True, False)]
     whole, plain = ([*one["input_ids"]] for one in encoded)
     places = range(len(whole) - len(plain) + 1)
-    return whole[: next((at for at in places if whole[at : at + len(plain)] == plain), 0)]
+    at = next((at for at in places if whole[at : at + len(plain)] == plain), None)
+    return ([], []) if at is None else (whole[:at], whole[at + len(plain) :])
 
 
 def record_of(bos: Bos, tokenizer: Any) -> dict[str, str]:

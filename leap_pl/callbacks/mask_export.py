@@ -12,6 +12,7 @@ from leap_pl.callbacks.lightning_internals import SavingCheckpoint
 from leap_pl.escape import terminal
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.records import MASK, WEIGHTS
+from leap_pl.masks.kept_weights import without_weights
 from leap_pl.prior.started_prior import prior_file
 from leap_pl.training.module import LeapModule
 
@@ -88,7 +89,7 @@ class MaskExport(L.Callback):
         for form, prior in module.run_prior.masks.items():
             path = self.place(trainer) / prior_file(form)
             if module.run_prior.resumed is None or not path.exists():
-                prior.save(path)
+                without_weights(prior).save(path)  # those trained under it before are not this run's, beside it
 
     def _set_aside(self, trainer: L.Trainer) -> None:
         for name, earlier in EARLIER.items():

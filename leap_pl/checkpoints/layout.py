@@ -17,13 +17,13 @@ runs, with the model sharded or not, read one another's files. Under ``ModelPara
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leap_pl.checkpoints.identity import KEY, Identity, read_identity
 from leap_pl.checkpoints.rewind import batch_counts
@@ -98,11 +98,38 @@ def by_weight(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key_of(f"{match[1]}.{match[2]}", match[3]): tensor for match, tensor in matches if match}
 
 
+def by_path(stored: Mapping[str, Tensor], places: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by their names in a LeapModule's state dict.
+
+    Args:
+        stored: Tensors by their checkpoint keys.
+        places: (weight name, part) of those that the module has.
+
+    Raises:
+        UserError: One is missing.
+    """
+    places = list(places)
+    absent = sorted({name for name, part in places if key_of(name, part) not in stored})
+    if absent:
+        raise UserError(
+            f"the checkpoint lacks what this run learns of {listing(absent, 3)}. Use the gate and the train_weights "
+            "that it was made with."
+        )
+    return {path_of(*place): stored[key_of(*place)] for place in places}
+
+
 def keep_learned_only(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Remove the frozen model from a LeapModule's state dict, before a strategy gathers it from all ranks."""
     kept = {prefix + path_of(*place) for place in module.stored()}
     for name in [name for name in state if name not in kept]:
         del state[name]
+
+
+def names_of_parameters(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:
+    """Return the names in ``module`` of the parameters of its ``optimizers``, in their order there."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [names[id(parameter)] for group in groups for parameter in group["params"]]
 
 
 def name_parameters(state: dict[str, Any], names: Sequence[str]) -> None:
@@ -231,7 +258,8 @@ def tensors_of(
     Raises:
         UserError: A folder is damaged, or lacks a part.
     """
-    if not Path(path).is_dir():
+    path = expanded(path)
+    if not path.is_dir():
         return checkpoint.get("state_dict", {}), None
     from leap_pl.checkpoints.folder import StoredTensors
 

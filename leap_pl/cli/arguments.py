@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from leap_pl.errors import UserError, listing
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.ranges import INSIDE, NOT_NEGATIVE, POSITIVE, refusal
 from leap_pl.inputs.register import exists, note_input
 from leap_pl.inputs.yaml_input import check_yaml, guard_parser
@@ -191,9 +192,10 @@ def with_recipes(words: Sequence[str]) -> list[str]:
         option, equals, name = word.partition("=")
         if place and words[place - 1] in ("-c", "--config"):
             option, equals, name = "", "", word
-        elif option != "--config" or not equals:
+        elif option not in ("-c", "--config") or not equals:
             found.append(word)
             continue
+        name = str(expanded(name)) if name.startswith("~") else name
         if name and not name.startswith("-") and not exists(name) and not _is_settings(name):
             name = str(_recipe(name))
         found.append(option + equals + name)

@@ -39,10 +39,9 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
         with inputs.command_inputs(verb) as register:
             bound = parameters.bind(*args, **kwargs)
             bound.apply_defaults()
-            for name in (FOLDER, FILE):  # inputs may begin with ~ too, which a shell leaves in --output_dir=~/out
-                given = bound.arguments.get(name)
-                if isinstance(given, str):
-                    bound.arguments[name] = str(expanded(given)) if given.startswith("~") else given
+            for name, given in bound.arguments.items():  # a shell leaves ~ in --output_dir=~/out, a config always
+                if isinstance(given, str) and given.startswith("~"):
+                    bound.arguments[name] = str(expanded(given))
             options = dict(bound.arguments)
             folder, file, _ = (options.pop(name, None) for name in (FOLDER, FILE, HUB))
             for value in options.values():

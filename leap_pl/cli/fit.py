@@ -138,7 +138,7 @@ class LeapCLI(LightningCLI):
         """
         words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
         self._last_of: dict[str | None, tuple[str, tuple[Path, dict[str, Any]] | None]] = {}
-        configs = check_configs(words)
+        self._configs = configs = check_configs(words)
         words, typed = respelled(words)
         self.check_typed(words)
         if configs:
@@ -284,7 +284,8 @@ class LeapCLI(LightningCLI):
         identity = read_identity(checkpoint, path)
         if verb == "fit":
             check_verb(identity, path, self.name, fixes=self.fixes)
-        settings, refused = settings_of(identity, checkpoint, path, words)
+        base_model = setting_of(words, self._configs, "model.base_model")
+        settings, refused = settings_of(identity, checkpoint, path, words, base_model)
         if verb != "fit":  # validation has its own precision, and no steps
             settings = {name: value for name, value in settings.items() if not name.startswith("trainer.")}
         self.parsers[verb].set_defaults(settings)

@@ -40,8 +40,10 @@ class RecoverCLI(LeapCLI):
         given = set()
         for word, following in zip(words, [*words[1:], ""], strict=True):
             option, _, value = word.partition("=")
-            if option.startswith("--") and (value or following) != "null":  # which takes back what a config gives
-                given.add(option.removeprefix("--").replace(".init_args", ""))
+            name = option.removeprefix("--").replace(".init_args", "").removesuffix(".class_path")
+            # What is the default, or null, takes back what a config gives.
+            if option.startswith("--") and (value or following) not in ("null", str(self.defaults.get(name))):
+                given.add(name)
         idle = {name: LEARNING.get(name) for name in given if name in LEARNING or name.startswith("model.annealing")}
         if "model.optimizer" in given:  # a class that may need a rate to be made at all
             idle.pop("model.optimizer.lr", None)

@@ -8,7 +8,7 @@ from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.errors import UserError
 from leap_pl.gates import FixedGate
 from leap_pl.inputs.paths import expanded
-from leap_pl.training.run_settings import find_classes, read_settings, take_terms
+from leap_pl.training.run_settings import find_classes, read_settings, take_terms, without_revision
 
 LINKED = ("data.tokenizer", "data.tokenizer_revision")  # set by the model's settings
 
@@ -75,7 +75,7 @@ def check_verb(identity: Identity, path: str, name: str, *, fixes: bool) -> None
 
 
 def settings_of(
-    identity: Identity, checkpoint: dict[str, Any], path: str, words: list[str]
+    identity: Identity, checkpoint: dict[str, Any], path: str, words: list[str], base_model: str | None
 ) -> tuple[dict[str, Any], dict[str, UserError]]:
     """Return the settings that a checkpoint was learned with, in the form of a config.
 
@@ -84,12 +84,13 @@ def settings_of(
         checkpoint: Content of the checkpoint.
         path: Path of the checkpoint, for messages.
         words: Words of the command line.
+        base_model: Base model that they or a config name; the stored revision is of the stored one alone.
 
     Returns:
         Full name of each setting that can be taken → its value, and name of each that cannot be taken → the error to
         raise unless the setting is typed.
     """
-    settings = read_settings(identity, checkpoint, path)
+    settings = without_revision(read_settings(identity, checkpoint, path), base_model)
     classes, refused = find_classes(settings, path)
     settings |= {name: _as_typed(*each) for name, each in classes.items()}
     refused |= take_terms(settings, path, _as_typed)

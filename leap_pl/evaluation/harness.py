@@ -11,6 +11,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
+from leap_pl.base_model.prefix import suffix_of
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.errors import UserError, warn_once
 from leap_pl.evaluation.answers import SharedPrefixes, attention_span
@@ -31,25 +32,31 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
     def __init__(self, prefix: Sequence[int] = (), **settings: Any) -> None:
         """Take ``prefix``, the tokens that requests begin with, and the settings of ``HFLM``."""
         super().__init__(add_bos_token=bool(prefix), **settings)
-        self._prefix = list(prefix)
+        self._prefix, self._suffix = list(prefix), suffix_of(self.tokenizer) if prefix else []
         self._rolling = False
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **more: Any) -> list[int]:
-        """Return the tokens of ``string``, without a prefix if they become windows, which lm-eval begins with one."""
-        if self._rolling and add_special_tokens is None:
-            add_special_tokens = False
-        tokens: list[int] = super().tok_encode(string, add_special_tokens, **more)
-        return tokens
+        """Return the prefix and the tokens of ``string``, without what the tokenizer puts after a text, such as EOS.
+
+        There is no prefix if they become windows, which lm-eval begins with one, or if ``string`` begins with it.
+        """
+        tokens: list[int] = super().tok_encode(string, bool(add_special_tokens), **more)
+        if add_special_tokens is not None or self._rolling or tokens[: len(self._prefix)] == self._prefix:
+            return tokens
+        return self._prefix + tokens
 
     def tok_batch_encode(self, *strings: Any, **options: Any) -> Any:
-        """Return tokens and attention mask of prompts to continue.
+        """Return tokens and attention mask of prompts to continue, likewise without what is put after a text.
 
         Raises:
             UserError: The model has no embedding for one of the tokens.
         """
-        encoded = super().tok_batch_encode(*strings, **options)
-        check_tokens(encoded[0], vocabulary_of(self.model), "the model")
-        return encoded
+        tokens, attention = super().tok_batch_encode(*strings, **options)
+        after = len(self._suffix)  # on the right, since prompts are padded on the left
+        if after and all(row[-after:].tolist() == self._suffix for row in tokens):
+            tokens, attention = tokens[:, :-after], attention[:, :-after]
+        check_tokens(tokens, vocabulary_of(self.model), "the model")
+        return tokens, attention
 
     def loglikelihood_rolling(self, *requests: Any, **options: Any) -> list[float]:
         """Return the log-likelihood of each text, read in windows."""
@@ -114,7 +121,7 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
         excess = len(context) + len(answer) - 1 - self.max_length
         kept = len(self._prefix)
         # An answer that does not fit at all is an error, which lm-eval raises.
-        if excess <= 0 or excess + kept >= len(context) or context[:kept] != self._prefix:
+        if excess <= 0 or excess + max(kept, 1) > len(context) or context[:kept] != self._prefix:
             return context
         return self._prefix + context[kept + excess :]
 

@@ -67,7 +67,7 @@ def export_model(
     """
     from leap_pl.base_model.licence import licence_of
     from leap_pl.base_model.loading import load_model, save_tokenizer
-    from leap_pl.base_model.weights import MANY_ZEROS
+    from leap_pl.base_model.weights import QUANTISED_ZEROS
     from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet
 
@@ -79,7 +79,7 @@ def export_model(
 
             masks = masks_of(model, base, revision=revision)
             known |= recorded_facts(model, revision=revision)
-            if masks.provenance.method == UNKNOWN and format == "mask" and masks.sparsity <= MANY_ZEROS:
+            if masks.provenance.method == UNKNOWN and format == "mask" and masks.sparsity <= QUANTISED_ZEROS:
                 raise UserError(
                     f"{model} is not sparse: {masks.sparsity:.1%} of its weights are 0. Name the mask with --mask, or "
                     "a checkpoint with --ckpt_path."

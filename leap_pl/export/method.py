@@ -31,6 +31,9 @@ def citation(method: str) -> str:
 def decisive_settings(made: "Provenance") -> dict[str, str]:
     """Return the settings that decide what a mask is, name → value, as far as its provenance has them."""
     config, stayed = made.config, _within(made.config, "mask")  # what made a mask that stayed as it was
+    origin = config
+    while isinstance(before := _within(origin, "mask", "config"), dict):  # the mask of a mask that stayed
+        origin = before
     steps, of = _within(config, "steps"), _within(config, "max_steps")
     groups = _within(config, "optimizer", "groups")  # of masks and of weights, where both learn
     optimizer = groups[0] if isinstance(groups, list) and groups else _within(config, "optimizer")
@@ -52,7 +55,7 @@ def decisive_settings(made: "Provenance") -> dict[str, str]:
         "embeddings and head": "trained" if _within(config, TRAINED, "embeddings") else None,
         "learning rate of weights": _within(config, TRAINED, "lr"),
         "weights that training started from": shortened(_within(config, TRAINED, "start")),
-        "text that the mask was made with": _texts(_within(stayed, "config")),
+        "text that the mask was made with": _texts(origin) if stayed else None,
         "losses": ", ".join(f"{name} {weight}" for name, weight in losses.items() if weight),
         "α": None if stayed else _schedule(config, "alpha"),
         "τ": None if stayed else _schedule(config, "tau"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from leap_pl.errors import UserError
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.reading import MOST_SETTINGS, read_regular
 from leap_pl.inputs.register import note_input
 from leap_pl.oneshot.inputs import Matrix
@@ -39,7 +40,7 @@ def read_layer_sparsities(source: str | Path | Sequence[float]) -> list[float]:
         UserError: The file does not exist or holds something else, or a number is not from 0 to below 1.
     """
     if isinstance(source, str | Path):
-        path = Path(source)
+        path = expanded(source)
         note_input(path)
         read = read_regular(path, most=MOST_SETTINGS, what="--layer_sparsity")
         try:

@@ -144,14 +144,17 @@ class TextDataModule(LightningDataModule):
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f"data.{name} is {display(value)}; give one of {', '.join(CHOICES[name])}.")
         value = plain_paths(value) if name in TEXTS else value
-        changes = (name in DATA or name == "tokenizer_name") and vars(self).get(name, value) != value
+        before = vars(self).get(name, value)
+        changes = (name in DATA or name == "tokenizer_name") and before != value
         super().__setattr__(name, value)
         if changes:
             self._stream = self._validation = self._identity = None
             if name in ("tokenizer_name", "tokenizer_revision"):
                 self._tokenizer = None
-            if name == "tokenizer_name":
-                self._tokenizer_of_model = value is None
+            if name == "tokenizer_name":  # another repository, which was not trusted, and has other revisions
+                if self._tokenizer_of_model and before is not None:
+                    self.tokenizer_revision = None
+                self._tokenizer_of_model, self._trusts_code = value is None, False
 
     @property
     def tokenizer(self) -> Any:
@@ -211,15 +214,15 @@ class TextDataModule(LightningDataModule):
         """Take the tokenizer from the base model of the trainer's module if none was named."""
         module = None if self.trainer is None else self.trainer.lightning_module
         name = getattr(module, "base_model", None)
-        if name is not None and (self._tokenizer_of_model or self.tokenizer_name == name):
-            self._trusts_code = bool(getattr(module, "trust_remote_code", False))
-        if not self._tokenizer_of_model or name is None:
+        if name is None:
             return
         taken = (name, getattr(module, "revision", None))
-        if taken != (self.tokenizer_name, self.tokenizer_revision):
+        if self._tokenizer_of_model and taken != (self.tokenizer_name, self.tokenizer_revision):
             # What was made with another model's tokenizer is discarded, if the data was used with that model before.
             self.tokenizer_name, self.tokenizer_revision = taken
             self._tokenizer_of_model = True
+        if self.tokenizer_name == name:
+            self._trusts_code = bool(getattr(module, "trust_remote_code", False))
 
     def train_dataloader(self) -> BlockLoader:
         """Return a loader of this rank's remaining batches of the run, all of them if it is not resumed.

@@ -22,7 +22,7 @@ class FixedMask:
         sparsity: Share of the gated weights that the mask removes.
         asked: The one that it was made for, which rows may not divide into; None if it is not known.
         targets: Names of the weights that it covers.
-        learned: Whether it was learned; else a one-shot method made it.
+        learned: Whether it may have been learned; else a one-shot method made it.
     """
 
     file: str

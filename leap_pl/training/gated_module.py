@@ -38,10 +38,10 @@ from leap_pl.distributed.strategy import (
     shard,
     sharding_mesh,
 )
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError
 from leap_pl.gates import Gate, Gates, GateState, attach, guard_saving
 from leap_pl.gates.attach import check_settings as check_settings_of_gate
-from leap_pl.masks.mask_set import SPARSE_BASE, STAYED, TRAINED
+from leap_pl.masks.mask_set import STAYED, TRAINED
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.training import finite, run_settings
 from leap_pl.training.base_model_checks import check_data, warn_if_sparse, warn_of_start
@@ -50,7 +50,7 @@ from leap_pl.training.optimizers import check_state
 from leap_pl.training.run_prior import RunPrior
 from leap_pl.training.trained_weights import TrainedWeights
 from leap_pl.training.validation import Validation
-from leap_pl.training.weights import NONE, WeightTraining, norms_in
+from leap_pl.training.weights import NONE, WeightTraining, norms_in, norms_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -197,10 +197,12 @@ class GatedModule(L.LightningModule):
         self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
         self.validation.sparse_base = is_sparse(self.weights)
         probe = self.probe()
+        fixed = not probe.learned()
         if self._fitting():
             check_settings_of_gate(probe.first)
-        fixed = not probe.learned()
         self.trained.check(self.weights, fixed=fixed, sharded=self.mesh is not None)
+        if self._fitting():
+            self.trained.check_trains(model, fixed=fixed)
         if self._fitting() and not fixed:  # first, since a prior may take minutes
             warn_if_sparse(self.weights, self.base_model)
         prior = self._make_prior(model, probe)
@@ -208,10 +210,10 @@ class GatedModule(L.LightningModule):
             warn_of_start(self.weights, self.base_model, self.prior, self.trained.start)
         model.requires_grad_(False)
         if self._fitting() and self.resumes_from is None:  # a resumed run has its own
-            self.trained.read_start(fixed=fixed, trust_remote_code=self.trust_remote_code)
+            self.trained.read_start(model, fixed=fixed, trust_remote_code=self.trust_remote_code)
         if self.mesh is None:
             self._put_gates(self.weights, prior)
-            self.trained.train_norms(norms_in(model))
+            self.trained.train_norms(norms_of(model))
             self.trained.train_embeddings(model)
         else:
             self._shard(model, self.mesh, prior)
@@ -275,7 +277,7 @@ class GatedModule(L.LightningModule):
                 return self.trainer.precision_plugin.convert_module(module)
 
         name_of_blocks, blocks = decoder_blocks(model)
-        outside = (norm for norm in norms_in(model) if not norm.name.startswith(f"{name_of_blocks}."))
+        outside = (norm for norm in norms_of(model) if not norm.name.startswith(f"{name_of_blocks}."))
         others = [convert(module) for module in self.trained.train_norms(outside)]
         shard(model, blocks, mesh, prepare, others)
         convert(model).to(self._device_of_run())
@@ -291,11 +293,6 @@ class GatedModule(L.LightningModule):
         self.sparsity = gates.exact_sparsity(self.sparsity)
         if not self._fitting():
             return SharedPrior({}, RankZero())
-        if self.trained.kind == NONE and not gates.learned():
-            raise UserError(
-                "nothing to train: the mask is fixed, and model.train_weights is none. Set --model.train_weights kept, "
-                "or learn a mask: leap_pl fit without --model.mask."
-            )
         calls, self.when_loaded = self.when_loaded, []
         for call in calls:
             call(model)
@@ -437,8 +434,7 @@ class GatedModule(L.LightningModule):
             "model.weight_training": asdict(self.trained.settings),
             "model.weights": self.trained.start,
         }
-        if self.gates:
-            found["model.gate"] = self.gates.describe()
+        found |= {"model.gate": self.gates.describe()} if self.gates else {}
         if found["model.dtype"] == "auto":
             del found["model.dtype"]
         return taken(found)
@@ -453,14 +449,7 @@ class GatedModule(L.LightningModule):
         if self.attached is None:
             return recorded
         recorded |= live_settings(self.trainer)
-        hard, dense = self.validation.hard, self.validation.dense
-        if hard is not None:
-            of = {**hard.of, "step": self.validation.hard_step}
-            recorded |= {"perplexity": hard.value, "perplexity_of": of}
-        if dense is not None:
-            recorded |= {"dense_perplexity": dense.value, "dense_perplexity_of": dense.of}
-        recorded |= {SPARSE_BASE: True} if self.validation.sparse_base else {}
-        return recorded
+        return recorded | self.validation.record()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the logits by weight name and the identity of the run, without the frozen model."""
@@ -472,9 +461,7 @@ class GatedModule(L.LightningModule):
             return  # each rank writes its own part under this module's names, as ModelParallelStrategy reads them
         if self.mesh is None:
             state = {checkpoints.key_of(*place): tensor for place, tensor in self.stored().items()}
-            names = {id(parameter): name for name, parameter in self.named_parameters()}
-            groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
-            numbered = [names[id(parameter)] for group in groups for parameter in group["params"]]
+            numbered = checkpoints.names_of_parameters(self, self.trainer.optimizers)
         else:  # gathered on rank zero; empty on the other ranks
             state = checkpoints.by_weight(checkpoint["state_dict"])
             numbered = [name for name, _ in self.named_parameters()]
@@ -504,16 +491,8 @@ class GatedModule(L.LightningModule):
         places = self.stored()
         if self.mesh is None:
             stored = checkpoint["state_dict"]
-            absent = sorted({name for name, part in places if checkpoints.key_of(name, part) not in stored})
-            if absent:
-                raise UserError(
-                    f"the checkpoint lacks what this run learns of {listing(absent, 3)}. Use the gate and the "
-                    "train_weights that it was made with."
-                )
+            checkpoint["state_dict"] = checkpoints.by_path(stored, places)
             self.trained.make_room(stored)
-            checkpoint["state_dict"] = {
-                checkpoints.path_of(*place): stored[checkpoints.key_of(*place)] for place in places
-            }
         elif Path(path := self.trainer.ckpt_path or "").is_file():
             # From a folder Lightning has loaded each rank's part; from a file each rank takes its own part here.
             stored = checkpoints.load_checkpoint(path)["state_dict"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -32,16 +31,8 @@ from leap_pl.training.clipping import check_clipping, clip_by_norm
 from leap_pl.training.fixed_mask import FixedMask
 from leap_pl.training.gated_module import GatedModule
 from leap_pl.training.optimizers import check_rounding
-from leap_pl.training.run_settings import (
-    check_types,
-    describe_objective,
-    find_classes,
-    of_trainer,
-    read_settings,
-    take_terms,
-)
+from leap_pl.training.run_settings import arguments_of, check_types, describe_objective, of_trainer, read_settings
 from leap_pl.training.schedules import Annealing
-from leap_pl.training.shared_steps import DIMENSIONS
 from leap_pl.training.trainer_checks import check_trainer, check_unused
 from leap_pl.training.validation import described
 from leap_pl.training.weights import NONE, WeightTraining
@@ -210,14 +201,7 @@ class LeapModule(GatedModule):
             checkpoint["state_dict"] = {key: read(key) for key in tensors}
         identity = read_identity(checkpoint, checkpoint_path)
         stored = read_settings(identity, checkpoint, str(checkpoint_path))
-        classes, refused = find_classes(stored, str(checkpoint_path))
-        refused |= take_terms(stored, str(checkpoint_path), lambda kind, arguments: kind(**arguments))
-        known = {name: value for name, value in stored.items() if name.startswith("model.") and name not in refused}
-        known |= {name: partial(kind, **arguments) for name, (kind, arguments) in classes.items()}
-        for name, error in refused.items():
-            if name.split(".")[1] not in settings:
-                raise error
-        module = cls(**{name.removeprefix("model."): value for name, value in known.items()} | settings)
+        module = cls(**arguments_of(stored, settings, str(checkpoint_path)) | settings)
         if not {"targets", "ignore", "mask"} & set(settings):
             module.gated_before = list(identity.shapes)
         module.configure_model()
@@ -431,12 +415,10 @@ class LeapModule(GatedModule):
                 f"trainer.max_steps is {total}, and every schedule needs a number of steps. Add --trainer.max_steps N."
             )
         masks, weights = self._parts()
-        groups: list[Any] = [{"params": masks}] if masks else []
         training = self.trained.settings
-        groups.append({"params": weights, "lr": training.lr, "weight_decay": training.weight_decay})
-        optimizer = self.optimizer_of(groups if weights else masks)
-        if weights:  # rows and columns of logits have a density in common, and those of weights nothing
-            optimizer.param_groups[-1].update(dict.fromkeys(DIMENSIONS.keys() & optimizer.defaults.keys(), 0.0))
+        optimizer = self.optimizer_of(optimization.groups(masks, weights, training))
+        if weights:
+            optimization.step_alone(optimizer.param_groups[-1], optimizer)
         warmups = {"model.warmup_steps": self.warmup_steps} if masks else {}
         warmups |= {"model.weight_training.warmup_steps": training.warmup_steps} if weights else {}
         scheduler = optimization.make_scheduler(self.make_scheduler, optimizer, warmups, total)

@@ -14,6 +14,30 @@ from leap_pl.errors import UserError
 from leap_pl.training.optimizers import check_settings
 from leap_pl.training.run_settings import describe_optimizer, describe_scheduler
 from leap_pl.training.schedules import warmup_cosine
+from leap_pl.training.shared_steps import DIMENSIONS
+from leap_pl.training.weights import WeightTraining
+
+
+def groups(masks: list[nn.Parameter], weights: list[nn.Parameter], training: WeightTraining) -> list[Any]:
+    """Return the parameter groups of an optimizer: ``masks`` first, then ``weights``, each unless it is empty.
+
+    Args:
+        masks: Learned parameters of masks, which have the optimizer's own settings.
+        weights: Learned parameters of weights.
+        training: Settings of the weights' group.
+    """
+    if not weights:
+        return masks
+    trained = {"params": weights, "lr": training.lr, "weight_decay": training.weight_decay}
+    return [{"params": masks}, trained] if masks else [trained]
+
+
+def step_alone(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Set a parameter group of ``optimizer`` to steps that rows and columns do not take together.
+
+    Rows and columns of logits have a density in common, and those of weights nothing.
+    """
+    group.update(dict.fromkeys(DIMENSIONS.keys() & optimizer.defaults.keys(), 0.0))
 
 
 def make_optimizer(make: OptimizerCallable, parameters: list[Any]) -> torch.optim.Optimizer:

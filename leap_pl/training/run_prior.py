@@ -13,6 +13,7 @@ from leap_pl.distributed.strategy import RankZero
 from leap_pl.errors import UserError
 from leap_pl.gates import FixedGate, Gates
 from leap_pl.masks.mask_set import STAYED
+from leap_pl.masks.patterns import NM, read_form
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.prior.started_prior import DIGESTS, started_prior
 
@@ -68,6 +69,13 @@ class RunPrior:
         if self.settings.graded and not gates.first.takes_grades:
             kind = gates.describe()["class_path"]
             raise UserError(f"prior.graded is for BernoulliGate, and the gate is {kind}. Leave it out.")
+
+        form = read_form(gates.form) if isinstance(gates.first, FixedGate) and self.settings.mask is None else None
+        if isinstance(form, NM) and abs(sparsity - form.sparsity) > 1e-3:
+            raise UserError(
+                f"model.sparsity is {sparsity:g}, and a mask of {form} removes {form.sparsity:g}. Set "
+                f"--model.sparsity {form.sparsity:g}, or name a mask with --model.mask."
+            )
 
         def masks_and_squares() -> "tuple[dict[str, MaskSet], dict[str, Tensor] | None]":
             priors = self.settings.make(model, weights, gates.prior_forms(sparsity), calibration)

@@ -5,7 +5,7 @@ The table of :mod:`leap_pl.checkpoints.settings` lists them, and says which of t
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -251,6 +251,35 @@ def take_terms(settings: Settings, where: str, make: Callable[[type, dict[str, A
         refused[name] = error
     settings["model.objective"] = {**objective, "extra": made}
     return refused
+
+
+def arguments_of(stored: Settings, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return arguments of LeapModule from the settings that a checkpoint holds.
+
+    Args:
+        stored: Settings of the checkpoint; changed in place.
+        given: Arguments that are given in their place.
+        where: Path of the checkpoint, for messages.
+
+    Raises:
+        UserError: A class of the checkpoint cannot be found, and none is given in its place.
+    """
+    classes, refused = find_classes(stored, where)
+    refused |= take_terms(stored, where, lambda kind, arguments: kind(**arguments))
+    for name, error in refused.items():
+        if name.split(".")[1] not in given:
+            raise error
+    known = {name: value for name, value in stored.items() if name.startswith("model.") and name not in refused}
+    known |= {name: partial(kind, **arguments) for name, (kind, arguments) in classes.items()}
+    known = without_revision(known, given.get("base_model"))
+    return {name.removeprefix("model."): value for name, value in known.items()}
+
+
+def without_revision(stored: Settings, base_model: Any) -> Settings:
+    """Return ``stored`` settings without the revision of a base model that ``base_model``, unless None, replaces."""
+    if base_model in (None, stored.get("model.base_model")):
+        return stored
+    return {name: value for name, value in stored.items() if name != "model.revision"}
 
 
 def _settings_of_older(identity: Identity, checkpoint: Mapping[str, Any]) -> Settings:

@@ -1,13 +1,13 @@
 """Weights that training starts from in place of the base model's: a folder that a one-shot method has updated."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leap_pl.base_model.loading import load_model
-from leap_pl.base_model.weights import Weight
-from leap_pl.errors import UserError
+from leap_pl.base_model.weights import Weight, check_numbers
+from leap_pl.errors import UserError, listing
 from leap_pl.gates import TrainedWeight
 from leap_pl.inputs.hub import local_folder
 from leap_pl.inputs.records import MASK
@@ -22,14 +22,27 @@ MOST_ZEROS = 0.1
 class StartWeights:
     """Tensors of another model of the same family, by the names of the base model's."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], folder: str, masks: Mapping[str, Tensor] | None = None) -> None:
-        """Hold ``tensors``, none for a run that starts from the base model's, their ``folder`` and its ``masks``."""
-        self.tensors, self.folder, self.masks = tensors, folder, masks
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        folder: str,
+        masks: Mapping[str, Tensor] | None = None,
+        others: Collection[str] = (),
+    ) -> None:
+        """Hold ``tensors``, none for a run that starts from the base model's.
+
+        Args:
+            tensors: Name → weight.
+            folder: Folder that they were read from.
+            masks: Masks in that folder.
+            others: Names of those that are not the base model's.
+        """
+        self.tensors, self.folder, self.masks, self.others = tensors, folder, masks, others
         self._kept, self._zeros = 0, 0
 
     @classmethod
-    def read(cls, folder: str, *, trust_remote_code: bool = False) -> "StartWeights":
-        """Read the model ``folder``.
+    def read(cls, folder: str, base: nn.Module, *, trust_remote_code: bool = False) -> "StartWeights":
+        """Read the model ``folder``, of the same family as the ``base`` model.
 
         Raises:
             UserError: It cannot be read, or is packed.
@@ -42,9 +55,13 @@ class StartWeights:
                 f"model.weights {folder} is packed. Unpack it: leap_pl export --model {folder} --output_dir FOLDER"
             )
         model = load_model(folder, trust_remote_code=trust_remote_code)
+        check_numbers(model, folder)
         file = local_folder(folder, MASK) / MASK
         masks = MaskSet.load(file).masks if file.is_file() else None
-        return cls({name: parameter.detach() for name, parameter in model.named_parameters()}, folder, masks)
+        tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        own = {name: parameter.detach().cpu() for name, parameter in base.named_parameters()}
+        others = {name for name in tensors.keys() & own.keys() if not _alike(tensors[name], own[name])}
+        return cls(tensors, folder, masks, others)
 
     def set_(self, trained: TrainedWeight, weight: Weight, mask: Callable[[], Tensor] | None = None) -> None:
         """Start the ``trained`` form of a weight from its tensor here; without tensors it stays as it is.
@@ -85,15 +102,34 @@ class StartWeights:
         assert isinstance(trained, Master)
         trained.start_at(found)
 
-    def check(self) -> None:
-        """Check that the mask is that of the weights, once all are set: it may not keep many that are 0 here alone.
+    def check(self, taken: Collection[str]) -> None:
+        """Check what was read, once all weights are set.
+
+        Args:
+            taken: Names of the weights that the run trains.
 
         Raises:
-            UserError: It does.
+            UserError: The mask keeps many weights that are 0 here alone; or others than those that the run trains are
+                not the base model's, and would be lost.
         """
+        lost = sorted(set(self.others).difference(taken))
+        if lost:
+            raise UserError(
+                f"model.weights {self.folder} has other values than the base model of {listing(lost, 3)}, which this "
+                "run does not train and would drop. Train them too, embeddings and head by "
+                "--model.weight_training.embeddings true; or name the folder with --model.base_model as well."
+            )
         if self._zeros > MOST_ZEROS * self._kept:
             raise UserError(
                 f"model.weights {self.folder} has other zeros than the mask: {self._zeros:,} of the {self._kept:,} "
                 "weights that the mask keeps are 0 there, and not in the base model. Give the weights that were made "
                 "with this mask."
             )
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal in the less precise of their data types."""
+    if one.shape != other.shape:
+        return False
+    narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(one.to(narrow), other.to(narrow))

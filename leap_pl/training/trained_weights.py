@@ -26,6 +26,7 @@ from leap_pl.training.weights import (
     WeightTraining,
     embeddings_of,
     kind_of,
+    norms_of,
 )
 
 
@@ -108,10 +109,29 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         if kind is not None:
             kind.check(weights, self.settings)
 
-    def read_start(self, *, fixed: bool, trust_remote_code: bool) -> None:
+    def check_trains(self, model: nn.Module, *, fixed: bool) -> None:
+        """Check that a fit of ``model`` with a mask that is ``fixed``, or not, has something to train.
+
+        Raises:
+            UserError: It has nothing.
+        """
+        kind = KINDS[self.kind]
+        if kind.norms and kind.gated is None and not any(True for _ in norms_of(model)):
+            raise UserError(
+                f"model.train_weights is {self.kind}, and the norms of {type(model).__name__} have no weights. Train "
+                "those that the mask keeps: --model.train_weights kept."
+            )
+        if fixed and self.kind == NONE:
+            raise UserError(
+                "nothing to train: the mask is fixed, and model.train_weights is none. Set --model.train_weights kept, "
+                "or learn a mask: leap_pl fit without --model.mask."
+            )
+
+    def read_start(self, model: nn.Module, *, fixed: bool, trust_remote_code: bool) -> None:
         """Read the weights that training starts from, if they are not the base model's.
 
         Args:
+            model: Base model, as it was loaded.
             fixed: Whether the mask is fixed.
             trust_remote_code: Whether to run code that comes with their model.
 
@@ -125,7 +145,7 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
                 f"model.weights is {self.start}, and only kept weights under a fixed mask start from others than the "
                 "base model's. Add --model.train_weights kept and --model.mask MASK, or leave it out."
             )
-        self._start = StartWeights.read(self.start, trust_remote_code=trust_remote_code)
+        self._start = StartWeights.read(self.start, model, trust_remote_code=trust_remote_code)
 
     def train(self, weight: Weight, gate: Gate) -> None:
         """Train the ``weight`` of a ``gate`` that has its mask, if the run trains it."""
@@ -171,9 +191,9 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         """Release the memory of the weights that training has started from.
 
         Raises:
-            UserError: They were made with another mask.
+            UserError: They were made with another mask, or have values that the run would drop.
         """
-        self._start.check()
+        self._start.check(set(self))
         self._start = StartWeights({}, "")
 
     def frozen(self, name: str) -> Tensor:

@@ -12,6 +12,7 @@ from torchmetrics.text import Perplexity
 
 from leap_pl.base_model.backbone import Head
 from leap_pl.gates.gate import Mode
+from leap_pl.masks.mask_set import SPARSE_BASE
 
 WORDS = 4  # 8-byte words in the digest of a sequence, a whole SHA-256
 
@@ -154,6 +155,15 @@ class Validation(nn.Module):
             self.start = self.hard
         self.batches = []
         return self.hard, self.dense
+
+    def record(self) -> dict[str, Any]:
+        """Return the measurements with their conditions, for the provenance of a mask; :meth:`read` takes them back."""
+        recorded: dict[str, Any] = {}
+        if self.hard is not None:
+            recorded |= {"perplexity": self.hard.value, "perplexity_of": {**self.hard.of, "step": self.hard_step}}
+        if self.dense is not None:
+            recorded |= {"dense_perplexity": self.dense.value, "dense_perplexity_of": self.dense.of}
+        return recorded | ({SPARSE_BASE: True} if self.sparse_base else {})
 
     def figures(self) -> dict[str, float]:
         """Return the perplexities of the last validation, and those measured on the same text: name → value.

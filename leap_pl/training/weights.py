@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from leap_pl.base_model.weights import Weight
+from leap_pl.base_model.weights import Weight, decoder_blocks
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import TrainedWeight
 from leap_pl.gates.fixed import mask_of
@@ -31,8 +31,8 @@ class WeightTraining:
     The weights are one parameter group of the optimizer, whose other settings they share.
 
     Attributes:
-        lr: Learning rate of the weights; by default 2e-4, and 2e-5 under a fixed mask that was learned, as few tokens
-            then only disturb what the mask was learned for.
+        lr: Learning rate of the weights; by default 2e-4, and 2e-5 under a fixed mask that no one-shot method made, as
+            few tokens then only disturb what the mask was learned for.
         warmup_steps: Number of warmup steps of the weights' rate, in the default schedule.
         weight_decay: Weight decay of the weights. In low-rank training it decays the factors.
         embeddings: Train the token embeddings and the head as well, whole.
@@ -329,13 +329,22 @@ def parameters_of(
         density: Share of the gated weights that the mask keeps.
     """
     kind, gated = KINDS[train_weights], kind_of(train_weights, settings)
-    whole = [*(norms_in(model) if kind.norms else ())]
+    whole = [*(norms_of(model) if kind.norms else ())]
     whole += [places[0] for places in embeddings_of(model)] if settings.embeddings else []
     found = sum(weight.parameter.numel() for weight in whole)
     if gated is not None:
         taken = [weight for name, weight in weights.items() if gated.takes(name, settings)]
         found += sum(gated.parameters_of(weight, settings, density) for weight in taken)
     return found
+
+
+def norms_of(model: nn.Module) -> Iterator[Weight]:
+    """Yield the weights of the norms that text passes: those in what holds the decoder blocks, not a vision tower's."""
+    try:
+        within = decoder_blocks(model)[0].rpartition(".")[0]
+    except UserError:  # whose gated weights were named
+        within = ""
+    return norms_in(model.get_submodule(within), within)
 
 
 def norms_in(module: nn.Module, within: str = "") -> Iterator[Weight]:

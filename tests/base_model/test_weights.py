@@ -24,6 +24,7 @@ from leap_pl.base_model.weights import (
 )
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, GateState, attach, detach
+from leap_pl.training.weights import norms_in, norms_of
 
 BLOCKS = {"opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h"}
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
@@ -342,3 +343,22 @@ def test_of_a_large_tensor_evenly_spaced_elements_count() -> None:
     assert 2 + 289 * 4096 // large.numel() - 1 <= counted <= 2 + 289 * 4096 // large.numel() + 1
     matrix = torch.randn(80, 90)
     assert fingerprint({"a": matrix.T}) == fingerprint({"a": matrix.T.contiguous()})
+
+
+def test_norms_of_a_model_that_also_sees_are_those_that_text_passes() -> None:
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**small, "vocab_size": 260, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {**small, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    every, found = ({norm.name for norm in norms} for norms in (norms_in(model), norms_of(model)))
+    within = decoder_blocks(model)[0].removesuffix(".layers")
+    assert found == {name for name in every if name.startswith(f"{within}.")}
+    assert f"{within}.norm.weight" in found
+    assert any("vision" in name for name in every - found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_of_a_model_of_text_are_all_of_its_norms(family: str) -> None:
+    model = tiny_model(family)
+    assert [norm.name for norm in norms_of(model)] == [norm.name for norm in norms_in(model)]

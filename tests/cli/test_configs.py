@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from leap_pl.base_model.weights import Weight
-from leap_pl.cli.arguments import RECIPES
+from leap_pl.cli.arguments import RECIPES, with_recipes
 from leap_pl.cli.fit import LeapCLI, make_cli
 from leap_pl.cli.main import main
 from leap_pl.data import TextDataModule
@@ -229,6 +229,15 @@ def test_cluster_script_types_what_exists(script: str, tmp_path: Path) -> None:
     cli = make_cli([*paths, *flags], run=False)
     assert (cli.trainer.num_nodes, cli.trainer.num_devices, cli.trainer.world_size) == (2, 8, 16)
     assert cli.trainer.strategy._data_parallel_size == 16
+
+
+def test_a_config_is_named_in_every_spelling(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("seed_everything: 1\n")
+    for spelled in (["--config=~/mine.yaml"], ["--config", "~/mine.yaml"], ["-c=~/mine.yaml"], ["-c", "~/mine.yaml"]):
+        assert "".join(with_recipes(["fit", *spelled])).endswith(str(tmp_path / "mine.yaml"))
+    for spelled in (["--config=short"], ["--config", "short"], ["-c=short"], ["-c", "short"]):
+        assert "".join(with_recipes(["fit", *spelled])).endswith("short.yaml")
 
 
 def test_a_file_has_precedence_over_a_recipe_of_its_name(tmp_path: Path, monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """A mistake of a user, in a value, a file or a setting, is told in one line with a remedy."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from conftest import Run, failing, fit_flags
 from hostile_files import Trap
 from tiny import byte_tokenizer, tiny_folder
 
-from leap_pl.checkpoints.layout import masks_from_checkpoint
+from leap_pl.checkpoints.layout import load_checkpoint, masks_from_checkpoint, tensors_of
 from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
+from leap_pl.oneshot.allocation import read_layer_sparsities
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -305,3 +307,15 @@ def test_a_base_model_that_is_recorded_in_the_home_folder(
     file = masks.save(tmp_path / "m.safetensors")
     main(["export", f"--mask={file}", f"--output_dir={tmp_path / 'out'}"])
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_every_option_may_begin_with_the_home_folder(finished: Run, tmp_path: Path, monkeypatch, capsys) -> None:
+    """A shell leaves ~ in --option=~/x, and a config has it as it was typed."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    line = failing(capsys, ["consolidate", "--ckpt_path=~/empty", f"--output={tmp_path / 'one.ckpt'}"])
+    assert f"{tmp_path / 'empty'}: there is no such checkpoint" in line  # and not that it is no folder
+    (tmp_path / "shares.json").write_text("[0.5]")
+    assert read_layer_sparsities("~/shares.json") == [0.5]
+    shutil.copy(finished.checkpoint, tmp_path / "a.ckpt")
+    assert tensors_of(load_checkpoint("~/a.ckpt"), "~/a.ckpt")[0]

@@ -9,11 +9,13 @@ import pytest
 import torch
 import yaml
 from tiny import byte_tokenizer, tiny_folder, tiny_model
+from tokenizers import processors
 
 from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.errors import UserError
 from leap_pl.evaluation import answers
 from leap_pl.evaluation import tasks as room
+from leap_pl.evaluation.harness import PrefixSharingLM
 from leap_pl.evaluation.local_tasks import LocalTasks, _yaml
 from leap_pl.evaluation.prefix_rows import arrange
 from leap_pl.evaluation.tasks import evaluate_tasks, mean_accuracy
@@ -90,6 +92,24 @@ def test_requests_begin_as_the_tokenizer_begins_a_text(folder, prefix, bos, begu
     plain = score(["arc_easy"], folder, limit=1)["arc_easy"]
     assert "bos" not in plain
     assert begun or plain == {key: value for key, value in found["arc_easy"].items() if key != "bos"}
+
+
+def test_nothing_is_put_after_a_question_or_a_prompt(folder):
+    """By a tokenizer that ends every text with EOS, which would stand between question and answer."""
+    tokenizer = byte_tokenizer(prefix=1)
+    around = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<|begin 0|>", "<|end|>")]
+    template = processors.TemplateProcessing(single=["<|begin 0|>", "$A", "<|end|>"], special_tokens=around)
+    tokenizer.backend_tokenizer.post_processor = template
+    assert tokenizer("a").input_ids[::2] == [257, 256]
+    model, settings = tiny_model(), {"tasks_folder": folder, "batch_size": 8}
+    expected = evaluate_tasks(model, byte_tokenizer(prefix=1), ["arc_easy", "piqa"], **settings)
+    assert evaluate_tasks(model, tokenizer, ["arc_easy", "piqa"], **settings) == expected
+    prompts = ["a prompt", "a longer prompt"]
+    found, plain = (
+        PrefixSharingLM([257], pretrained=model, tokenizer=one, batch_size=2).tok_batch_encode(prompts)
+        for one in (tokenizer, byte_tokenizer(prefix=1))
+    )
+    assert [x.tolist() for x in found] == [x.tolist() for x in plain]
 
 
 def test_the_model_and_the_random_state_are_as_they_were(folder):

@@ -180,11 +180,19 @@ def test_a_context_that_is_too_long_loses_its_earliest_tokens_and_keeps_the_pref
     tokenizer = byte_tokenizer(prefix=1)
     requests: list[Request] = [
         (text, [257, *context], answer)
-        for text, context, answer in [*question(0, 80, [1, 3]), *question(1, 61, [3]), *question(2, 5, [2, 3])]
+        for text, context, answer in [
+            *question(0, 80, [1, 3]),
+            *question(1, 61, [3]),
+            *question(2, 5, [2, 3]),
+            *question(3, 10, [64]),  # of which the prefix alone is left
+        ]
     ]
     lm = PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=1, prefix=[257])
     # 64 positions: all tokens but the last of an answer are read.
-    fitted = [(text, [257, *context[1:][-(64 - len(answer)) :]], answer) for text, context, answer in requests]
+    cuts = [max(len(context) + len(answer) - 65, 0) for _, context, answer in requests]
+    fitted = [
+        (text, [257, *context[1 + cut :]], answer) for (text, context, answer), cut in zip(requests, cuts, strict=True)
+    ]
     assert [len(context) + len(answer) for _, context, answer in fitted][:3] == [65, 65, 65]
     expected = scored(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), fitted)
     close(scored(lm, requests), expected, abs=1e-4)

@@ -48,6 +48,13 @@ def test_its_mask_is_read_off_and_stays(
     main(["export", f"--model={sparse}", "--format=mask", f"--output_dir={tmp_path / 'mask'}"])
     masks = MaskSet.load(tmp_path / "mask")
     assert masks.sparsity == pytest.approx(0.4, abs=0.01)
+    model = tiny_model("llama")  # pruned lightly, more than quantisation does
+    with torch.no_grad():
+        for weight in find_weights(model).values():
+            weight.parameter[:, ::5] = 0
+    model.save_pretrained(tmp_path / "light")
+    main(["export", f"--model={tmp_path / 'light'}", "--format=mask", f"--output_dir={tmp_path / 'light-mask'}"])
+    assert MaskSet.load(tmp_path / "light-mask").sparsity == pytest.approx(0.2, abs=0.02)
     capsys.readouterr()
     main([*words, f"--model.mask={tmp_path / 'mask'}"])
     last = capsys.readouterr().out.splitlines()[-1]

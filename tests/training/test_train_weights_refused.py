@@ -31,6 +31,7 @@ def test_bad_input_is_refused_in_one_line(
     main(["export", f"--mask={finished_run.mask}", f"--output_dir={packed}", "--format=packed"])
     other, last = tiny_folder(tmp_path / "other", seed=1), recovered / "checkpoints" / "last.ckpt"
     words, masked = recover(tmp_path / "run"), "--model.mask"
+    without_norms = tiny_folder(tmp_path / "olmo", "olmo")
     cases = {
         "this mask was made for": [*without(words, "--model.base_model"), f"--model.base_model={other}"],
         f"model.mask {packed} is packed. Unpack it: leap_pl export --model": [
@@ -50,6 +51,15 @@ def test_bad_input_is_refused_in_one_line(
         "--model.warmup_steps would not": [*words, "--model.warmup_steps", "3"],
         "--model.annealing.alpha.start would not": [*words, "--model.annealing.alpha.start=1"],
         "--model.prior.method would not": [*words, "--model.prior.method=wanda"],
+        "model.sparsity is 0.5, and a mask of 1:4 removes 0.75. Set --model.sparsity 0.75": [
+            *without(words, masked),
+            *("--model.gate.pattern=1:4", "--model.prior.method=magnitude"),
+        ],
+        "the norms of OlmoForCausalLM have no weights": [
+            *without(words, "--model.base_model", masked),
+            *(f"--model.base_model={without_norms}", "--model.train_weights=norms"),
+            *("--model.gate=FixedGate", "--model.prior.method=magnitude"),
+        ],
         "is not sparse: 0.0% of its weights are 0. Name the mask with --mask": [
             *("export", f"--model={model_folder}", "--format=mask", f"--output_dir={tmp_path / 'mask'}")
         ],

@@ -10,11 +10,13 @@ from safetensors.torch import load_file, save_file
 from stopped_runs import curves
 
 from leap_pl import MaskSet
+from leap_pl.base_model.loading import load_model
 from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
 from leap_pl.evaluation.subject import load_subject
 from leap_pl.export.method import decisive_settings
+from leap_pl.masks.mask_set import TRAINED
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 
@@ -29,11 +31,13 @@ def test_a_recovered_model_is_recovered_again(recovered: Path, recover: Flags, t
     other.write_text("".join(f"Step {n}: stir {n * n} spoons of it.\n\n" for n in range(400)), encoding="utf-8")
     words = [word for word in recover(tmp_path / "again") if not word.startswith(("--model.mask", "--data.text"))]
     words += [f"--model.mask={tmp_path / 'model'}", f"--model.weights={tmp_path / 'model'}", f"--data.text={other}"]
-    main(words)
+    main([*words, "--model.prior.method=none"])  # the default, typed
     masks = MaskSet.load(tmp_path / "again" / "checkpoints" / "mask.safetensors")
     assert masks.digest_of_bits() == MaskSet.load(recovered / "checkpoints" / "mask.safetensors").digest_of_bits()
     exact_zeros(weights_in(tmp_path / "again"), masks)
     assert masks.provenance.config["train_weights"]["start"] == str(tmp_path / "model")
+    told, first = (decisive_settings(MaskSet.load(run).provenance) for run in (tmp_path / "again", recovered))
+    assert (told["text"], told["text that the mask was made with"]) == ("other.txt", first["text"])
     drawn = curves(tmp_path / "again" / "tensorboard")
     assert drawn["loss/lm"][4] < drawn["loss/lm"][1]
     before = curves(recovered / "tensorboard")["moved/all"][4]
@@ -71,14 +75,49 @@ def test_a_sparse_model_is_a_base_model_of_its_own_mask(
     MaskSet(flipped, MaskSet.load(finished_run.mask).provenance).save(tmp_path / "flipped.safetensors")
     line = refused([*words, f"--model.mask={tmp_path / 'flipped.safetensors'}"], capsys)
     assert "or a model that it was applied to" in line
+    torch.manual_seed(0)  # a sparser model, whose zeros the run would fill
+    sparser = {name: x * (torch.rand(x.shape) < 0.7) if name in made.masks else x for name, x in start.items()}
+    save_file(sparser, sparse / "model.safetensors", {"format": "pt"})
+    line = refused([*words, f"--model.mask={finished_run.mask}"], capsys)
+    assert "or a model that it was applied to" in line
 
 
 def test_a_run_that_does_not_start_from_the_trained_weights_says_so(
-    recovered: Path, recover: Flags, tmp_path: Path
+    recovered: Path, recover: Flags, model_folder: Path, tmp_path: Path
 ) -> None:
     words = [word for word in recover(tmp_path, "--trainer.max_steps=1") if not word.startswith("--model.mask")]
     with pytest.warns(UserWarning, match=r"were trained before, and this run starts .* add --model.weights"):
         main([*words, f"--model.mask={recovered / 'checkpoints'}"])
+    # Its prior is a mask alone: the weights beside it are those that this run has trained.
+    prior = tmp_path / "checkpoints" / "prior.safetensors"
+    assert TRAINED not in MaskSet.load(prior).provenance.config
+    assert load_subject(mask=str(prior)).method == MaskSet.load(recovered).provenance.method
+    start = dict(load_subject(mask=str(prior)).model.named_parameters())
+    base = dict(load_model(str(model_folder)).named_parameters())
+    for name, mask in MaskSet.load(prior).masks.items():
+        assert torch.equal(start[name], base[name].masked_fill(~mask, 0))
+
+
+def test_weights_that_a_run_would_drop_are_refused(
+    recovered: Path, recover: Flags, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sparse = tmp_path / "sparse"
+    export_command(str(sparse), mask=str(recovered / "checkpoints" / "mask.safetensors"))
+    tensors = load_file(sparse / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"] * 1.5
+    save_file(tensors, sparse / "model.safetensors", {"format": "pt"})
+    words = [*recover(tmp_path / "run", "--trainer.max_steps=1"), f"--model.weights={sparse}"]
+    line = refused(words, capsys)
+    assert "has other values than the base model of model.embed_tokens.weight, which this run does not train" in line
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*.safetensors"))
+    main([*words, "--model.weight_training.embeddings=true", "--model.weight_training.lr=0"])
+    assert torch.equal(weights_in(tmp_path / "run")["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    # As they are, in another data type, they are the base model's.
+    load_model(str(sparse)).bfloat16().save_pretrained(sparse)
+    halves, dense = load_file(sparse / "model.safetensors"), load_file(model_folder / "model.safetensors")
+    halves["model.embed_tokens.weight"] = dense["model.embed_tokens.weight"].bfloat16()
+    save_file(halves, sparse / "model.safetensors", {"format": "pt"})
+    main([*words, "--force"])
 
 
 @pytest.mark.parametrize(("method", "pattern"), [("admm", None), ("admm", "2:4"), ("sparsegpt", None)])

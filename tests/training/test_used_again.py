@@ -3,6 +3,7 @@
 import copy
 import csv
 import pickle
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from conftest import Run
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -22,6 +24,8 @@ from leap_pl.base_model import weights as weights_room
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import model_fingerprint
 from leap_pl.callbacks import Checkpoints, RunReport, SparsityLogger
+from leap_pl.checkpoints.identity import KEY, read_identity
+from leap_pl.cli.resume import settings_of
 from leap_pl.data.source import TextSource
 from leap_pl.gates import BernoulliGate, detach
 from leap_pl.losses.objective import Objective
@@ -220,6 +224,46 @@ def test_a_tokenizer_that_is_named_later_stays(module: LeapModule, model_folder:
     text.tokenizer_name = own = byte_tokenizer(prefix=1)
     text.setup("validate")
     assert text.tokenizer is own
+
+
+def test_another_tokenizer_is_not_trusted_with_the_model(
+    text_file: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it asked for the model's revision."""
+    asked = []
+
+    def loaded(name: str, revision: str | None, *, trust_remote_code: bool) -> Any:
+        asked.append((name, revision, trust_remote_code))
+        return byte_tokenizer()
+
+    monkeypatch.setattr("leap_pl.training.datamodule.loaded_tokenizer", loaded)
+    module = LeapModule("some/model", trust_remote_code=True, revision="abc", prior=Prior(method="none"))
+    text = data(text_file, validation_sequences=0)
+    text.trainer = trainer(max_steps=1)
+    text.trainer.strategy.connect(module)
+    text.setup("validate")
+    assert text.tokenizer is not None
+    text.tokenizer_name = "some/tokenizer"
+    text.setup("validate")
+    assert text.tokenizer is not None
+    assert asked == [("some/model", "abc", True), ("some/tokenizer", None, False)]
+    own = data(text_file, tokenizer_revision="typed")
+    own.tokenizer_name = "some/tokenizer"
+    assert own.tokenizer_revision == "typed"
+
+
+def test_a_stored_revision_is_that_of_the_stored_model_alone(finished: Run, model_folder: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(finished.checkpoint, weights_only=True)
+    checkpoint[KEY]["learned_with"]["model.revision"] = "abc"
+    torch.save(checkpoint, tmp_path / "of-the-hub.ckpt")
+    copied = shutil.copytree(model_folder, tmp_path / "copy")
+    assert LeapModule.load_from_checkpoint(tmp_path / "of-the-hub.ckpt").revision == "abc"
+    module = LeapModule.load_from_checkpoint(tmp_path / "of-the-hub.ckpt", base_model=str(copied))
+    assert module.revision is None
+    identity = read_identity(checkpoint)
+    for name, revision in ((str(model_folder), "abc"), (None, "abc"), (str(copied), None)):
+        taken, _ = settings_of(identity, checkpoint, "it", [], name)
+        assert taken.get("model.revision") == revision
 
 
 def test_the_tokenizer_of_a_model_that_is_a_local_copy_now(module: LeapModule, text_file: Path) -> None:

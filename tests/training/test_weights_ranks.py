@@ -18,7 +18,7 @@ from leap_pl.masks import MaskSet
 SGD = ["--model.optimizer=SGD", "--model.optimizer.fused=false", "--model.optimizer.lr=0.05"]
 SGD += ["--model.weight_training.lr=0.05", "--model.weight_training.warmup_steps=1", "--trainer.gradient_clip_val=0.2"]
 SGD += ["--model.warmup_steps=1", "--model.objective.distillation=0.5"]
-COMPACT = "--model.weight_training.compact=true"
+COMPACT, EMBEDDINGS = (f"--model.weight_training.{name}=true" for name in ("compact", "embeddings"))
 # As the recipe ddp: gradients are there before a checkpoint's masters are, and are views of buckets.
 BUCKETS = [*ddp(2)[:-1], "--trainer.strategy=DDPStrategy", "--trainer.strategy.gradient_as_bucket_view=true"]
 LOW = ["--model.logits_dtype=bfloat16", "--model.optimizer=PackedAdamW", "--model.weight_training.lr=1e-2"]
@@ -51,6 +51,7 @@ def test_two_ranks(
         flags("kept-resumed", "kept", *SGD, *sharded(2, folder=True), f"--ckpt_path={before[0]}"),
         flags("both-ddp", "kept", *SGD, *ddp(2)),
         flags("both-sharded", "kept", *SGD, *sharded(2)),
+        flags("embeddings-ddp", "kept", EMBEDDINGS, *SGD, *ddp(2)),
         flags("lora-ddp", "lora", *SGD, *ddp(2)),
         flags("lora-sharded", "lora", *SGD, *sharded(2)),
         flags("compact-ddp", "kept", COMPACT, *SGD, *BUCKETS),
@@ -60,8 +61,9 @@ def test_two_ranks(
     ]
     run_ranks(2, fit_all, runs, folder=tmp_path / "said", seconds=300)
     base = load_file(model_folder / "model.safetensors")
-    for run in ("kept", "both", "lora", "compact"):
-        more = [*SGD, "--trainer.accumulate_grad_batches=4", *[COMPACT] * (run == "compact")]
+    for run in ("kept", "both", "embeddings", "lora", "compact"):
+        more = [*SGD, "--trainer.accumulate_grad_batches=4"]
+        more += [COMPACT] * (run == "compact") + [EMBEDDINGS] * (run == "embeddings")
         main(flags(f"{run}-one", "lora" if run == "lora" else "kept", *more))
         drawn = curves(tmp_path / f"{run}-one" / "tensorboard")["moved/all"]
         one, mask = load_file(end(f"{run}-one")), MaskSet.load(end(f"{run}-one").with_name("mask.safetensors"))

@@ -1,0 +1,75 @@
+"""Whatever a run trains, and in which data type: its checkpoint and its mask with weights are one exported model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fit_flags
+from recovered_runs import FAST, Flags, weights_in
+from safetensors.torch import load_file
+
+from leap_pl.cli.evaluate import evaluate_command
+from leap_pl.cli.export import export_command
+from leap_pl.cli.main import main
+from leap_pl.cli.prune import prune_command
+from leap_pl.masks import MaskSet
+
+pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
+
+LORA = ["--model.train_weights=lora", "--model.weight_training.r=2"]
+TRAINED = {
+    "kept": ["--model.train_weights=kept"],
+    "embeddings": ["--model.train_weights=kept", "--model.weight_training.embeddings=true"],
+    "norms": ["--model.train_weights=norms"],
+    "lora": LORA,
+    "lora of some": [*LORA, "--model.weight_training.target_modules=[q_proj,down_proj]"],
+    "low memory": ["--model.train_weights=kept", "--model.logits_dtype=bfloat16", "--model.optimizer=PackedAdamW"],
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("learned", [False, True], ids=["mask-fixed", "mask-learned"])
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_checkpoint_is_its_mask_and_weights(
+    kind: str, learned: bool, dtype: str, recover: Flags, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    more = [*FAST, *TRAINED[kind], f"--model.dtype={dtype}"]
+    words = fit_flags(model_folder, text_file, tmp_path, *more) if learned else recover(tmp_path, *more)
+    main(words)
+    folder, base = tmp_path / "checkpoints", load_file(model_folder / "model.safetensors")
+    export_command(str(tmp_path / "mask"), mask=str(folder / "mask.safetensors"))
+    export_command(str(tmp_path / "checkpoint"), ckpt_path=str(folder / "last.ckpt"))
+    found, other = (load_file(tmp_path / name / "model.safetensors") for name in ("mask", "checkpoint"))
+    assert found.keys() == other.keys() == base.keys()
+    assert all(torch.equal(found[name], other[name]) for name in found)
+    masks, weights = MaskSet.load(folder / "mask.safetensors").masks, weights_in(tmp_path)
+    assert weights
+    for name, weight in weights.items():
+        assert weight.dtype == getattr(torch, dtype)
+        assert torch.equal(found[name], weight.to(found[name].dtype))
+        assert not torch.equal(weight, base[name].to(weight.dtype) * masks.get(name, 1))
+    for name, mask in masks.items():
+        assert not found[name][~mask].any()
+        assert name in weights or torch.equal(found[name], base[name] * mask)
+    of = {"perplexity": str(text_file), "seq_length": 32, "max_tokens": 256, "dtype": dtype}
+    measured = [
+        evaluate_command(**named, **of)["perplexity"][str(text_file)]["value"]
+        for named in ({"model": str(tmp_path / "mask")}, {"ckpt_path": str(folder / "last.ckpt")})
+    ]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-6 if dtype == "float32" else 1e-2)
+
+
+def test_a_run_that_starts_from_other_weights_resumes_bit_for_bit(
+    recover: Flags, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """It begins with the checkpoint's weights, and asks for no others."""
+    pruned = tmp_path / "pruned"
+    prune_command(str(model_folder), str(pruned), method="admm", sequences=2, seq_length=32, text=str(text_file))
+    words = [word for word in recover(tmp_path / "run") if not word.startswith("--model.mask")]
+    main([*words, f"--model.mask={pruned}", f"--model.weights={pruned / 'model'}"])
+    (pruned / "model" / "model.safetensors").unlink()
+    step = tmp_path / "run" / "checkpoints" / "step=2.ckpt"
+    again = recover(tmp_path / "again", f"--ckpt_path={step}")
+    main([word for word in again if not word.startswith(("--model", "--data"))])
+    ends = [tmp_path / run / "checkpoints" / "weights.safetensors" for run in ("run", "again")]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
