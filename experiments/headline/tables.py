@@ -38,7 +38,7 @@ def calibration(found: Sequence[Measured]) -> str:
     """A sentence on the text that masks are made with before anything is learned; empty if none is."""
     tokens = sorted({m.cell["calibration_tokens"] for m in found} - {None, 0})
     numbers = " or ".join(f"{count:,}" for count in tokens)
-    return f" Methods that do not learn, and the masks that learning starts from, read {numbers} tokens." * bool(tokens)
+    return f" Text that masks are calibrated on, those that learning starts from too: {numbers} tokens." * bool(tokens)
 
 
 def main_table(group: Group, found: Sequence[Measured]) -> str:

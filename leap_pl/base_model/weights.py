@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from leap_pl.errors import UserError, listing, warn_once
 
 MANY_ZEROS = 0.25  # share of zeros of a pruned model
-QUANTISED_ZEROS = 0.12  # most that 4-bit quantisation alone gives
+QUANTISED_ZEROS = 0.2  # more than quantisation to 3 or 4 bits alone gives
 FINGERPRINT_SAMPLES = 4096  # elements hashed of each tensor: all of a tiny one, evenly spaced in a large one
 # Attribute of a model in float16, which loses the small bits of other types: its fingerprint → that of its files.
 STORED = "_fingerprint_as_stored"
@@ -168,8 +168,8 @@ def _weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
                 yield f"{module_name}.{tensor}", module, tensor, parameter
 
 
-def check_numbers(model: nn.Module, name: str) -> None:
-    """Check that every weight of ``model`` is finite.
+def check_numbers(model: nn.Module, what: str) -> None:
+    """Check that every weight of ``model``, which messages call ``what``, is finite.
 
     Raises:
         UserError: A weight contains Inf or NaN; the message has its name and their number.
@@ -181,7 +181,7 @@ def check_numbers(model: nn.Module, name: str) -> None:
         if not all(bool(torch.isfinite(extreme)) for extreme in weight.detach().aminmax()):
             broken = int(weight.numel() - torch.isfinite(weight).sum())
             raise UserError(
-                f"base model {name}: {parameter} has {broken:,} values that are infinite or NaN, so that nothing can "
+                f"{what}: {parameter} has {broken:,} values that are infinite or NaN, so that nothing can "
                 "be learned or measured. Fetch the model again, or give another copy."
             )
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -86,7 +87,7 @@ class Checkpoints(SavingCheckpoint):
             enable_version_counter=enable_version_counter,
             **kwargs,
         )
-        self.every_minutes = every_minutes
+        self.every_minutes, self._named = every_minutes, dirpath is not None
         self.signals = StopSignals()
         self._written = time.monotonic()
         self._running = False
@@ -195,7 +196,7 @@ class Checkpoints(SavingCheckpoint):
             return
         step, saved = trainer.global_step, self.saved_step == trainer.global_step
         where = f"The checkpoint of step {step} is {f'in {self.dirpath}' if saved else trainer.ckpt_path}"
-        remedy = "Resume with --ckpt_path last" if step else "Start it again with more time"
+        remedy = f"Resume with {self._resuming()}" if step else "Start it again with more time"
         if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             remedy += " and a longer --trainer.max_time, which counts the time of all starts" if step else ""
         say(
@@ -293,6 +294,10 @@ class Checkpoints(SavingCheckpoint):
     def _finishing(self, trainer: L.Trainer) -> bool:
         return trainer.global_step >= trainer.max_steps
 
+    def _resuming(self) -> str:
+        """Return the options that resume the run in the folder of this one, which may be chosen anew by each run."""
+        return "--ckpt_path last" + ("" if self._named else f" --checkpoint.dirpath {shlex.quote(str(self.dirpath))}")
+
     def _report_stop(self, trainer: L.Trainer, stopped: Stopped) -> None:
         if not trainer.is_global_zero:
             return
@@ -301,7 +306,7 @@ class Checkpoints(SavingCheckpoint):
             message = (
                 f"stopped at step {trainer.global_step} of {trainer.max_steps}; the checkpoint of step {step} is in "
             )
-            message += f"{self.dirpath}. Resume with --ckpt_path last."
+            message += f"{self.dirpath}. Resume with {self._resuming()}."
         else:
             message = "stopped before the first step was done; no checkpoint is written."
         say("", sys.stderr)  # a progress bar may be on this line

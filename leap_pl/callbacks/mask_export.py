@@ -65,10 +65,10 @@ class MaskExport(L.Callback):
         assert isinstance(pl_module, LeapModule)
         if self._begun:
             return
-        self._begun = True
+        self._begun, place = True, self.place(trainer)  # which all ranks find together
         if trainer.is_global_zero:
-            self._write_priors(trainer, pl_module)
-            self._set_aside(trainer)
+            self._write_priors(place, pl_module)
+            self._set_aside(place)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the learned mask, if the run is finished."""
@@ -80,20 +80,21 @@ class MaskExport(L.Callback):
         """Write the mask of a finished run that has lost it: Lightning trains no step, and calls no other hook."""
         assert isinstance(pl_module, LeapModule)
         if trainer.global_step >= trainer.max_steps and self.written is None:
+            place = self.place(trainer)
             if trainer.is_global_zero:
-                self._set_aside(trainer)
+                self._set_aside(place)
             self._write_mask(trainer, pl_module)
 
-    def _write_priors(self, trainer: L.Trainer, module: LeapModule) -> None:
+    def _write_priors(self, place: Path, module: LeapModule) -> None:
         """Write the priors, if there are any; a resumed run leaves existing files as they are."""
         for form, prior in module.run_prior.masks.items():
-            path = self.place(trainer) / prior_file(form)
+            path = place / prior_file(form)
             if module.run_prior.resumed is None or not path.exists():
                 without_weights(prior).save(path)  # those trained under it before are not this run's, beside it
 
-    def _set_aside(self, trainer: L.Trainer) -> None:
+    def _set_aside(self, place: Path) -> None:
         for name, earlier in EARLIER.items():
-            path = self.place(trainer) / name
+            path = place / name
             if path.exists():
                 path.replace(path.with_name(earlier))
                 rank_zero_info(f"mask: {path} is from an earlier run, and was renamed to {earlier}.")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from leap_pl.checkpoints.identity import KEY, Identity, read_identity
 from leap_pl.checkpoints.rewind import batch_counts
 from leap_pl.errors import UserError, listing
-from leap_pl.gates import Gates, Stored, restore
+from leap_pl.gates import PART, Gates, Stored, restore
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.register import note_input
 from leap_pl.masks import MaskSet, PackedMasks, Provenance
@@ -106,16 +106,23 @@ def by_path(stored: Mapping[str, Tensor], places: Iterable[tuple[str, str]]) -> 
         places: (weight name, part) of those that the module has.
 
     Raises:
-        UserError: One is missing.
+        UserError: One is missing, or the checkpoint has further trained weights.
     """
-    places = list(places)
-    absent = sorted({name for name, part in places if key_of(name, part) not in stored})
+    keys = {key_of(*place): place for place in places}
+    absent = sorted({name for key, (name, _) in keys.items() if key not in stored})
     if absent:
         raise UserError(
             f"the checkpoint lacks what this run learns of {listing(absent, 3)}. Use the gate and the train_weights "
             "that it was made with."
         )
-    return {path_of(*place): stored[key_of(*place)] for place in places}
+    trained = {key.removeprefix(PART).partition(".")[2] for key in stored if key.startswith(PART)}
+    more = sorted(trained.difference(name for name, _ in keys.values()))
+    if more:
+        raise UserError(
+            f"the checkpoint has trained weights of {listing(more, 3)}, which this run does not train. Use the "
+            "train_weights that it was made with; leap_pl export --ckpt_path takes a checkpoint of any version."
+        )
+    return {path_of(*place): stored[key] for key, place in keys.items()}
 
 
 def keep_learned_only(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:

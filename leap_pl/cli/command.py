@@ -15,6 +15,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 FOLDER, FILE = "output_dir", "output"  # names of the options for the output path
+TEXTS = {"prompt"}  # names of the options whose value is text, whatever it looks like
 HUB = "push"  # name of the option for a repository of the hub, which no local path stands for
 ADDED = "added_arguments"  # attribute of a verb's function
 
@@ -40,7 +41,7 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
             bound = parameters.bind(*args, **kwargs)
             bound.apply_defaults()
             for name, given in bound.arguments.items():  # a shell leaves ~ in --output_dir=~/out, a config always
-                if isinstance(given, str) and given.startswith("~"):
+                if isinstance(given, str) and given.startswith("~") and name not in TEXTS:
                     bound.arguments[name] = str(expanded(given))
             options = dict(bound.arguments)
             folder, file, _ = (options.pop(name, None) for name in (FOLDER, FILE, HUB))

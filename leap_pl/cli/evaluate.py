@@ -100,8 +100,9 @@ def evaluate_command(
     from leap_pl.cli.device import move_to_device
     from leap_pl.evaluation.perplexity import check_windows
     from leap_pl.evaluation.record import FORMAT, FORMAT_VERSION, check_place, environment, write_result
-    from leap_pl.evaluation.subject import MASK_ALONE, load_subject, realised_sparsity
+    from leap_pl.evaluation.subject import load_subject, realised_sparsity
     from leap_pl.evaluation.texts import check_text
+    from leap_pl.oneshot.methods import MASK_ALONE
 
     check_windows(seq_length, seq_length if stride is None else stride, batch_size)
     for text in texts:

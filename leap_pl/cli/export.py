@@ -176,7 +176,7 @@ def _check_base_name(base_model: str) -> None:
     if not is_hub_id(base_model):
         say(
             f"leap_pl export: the base model is recorded as {base_model}, which is no hub id: others must give it with "
-            "--model. To record its hub id, export again with --model ORG/NAME.",
+            "--model. To record its hub id, export again with --model ORG/NAME, from where that names no folder.",
             sys.stderr,
         )
 
@@ -191,6 +191,7 @@ def _read_results(paths: str | None, masks: "MaskSet") -> dict[str, Any]:
         return {}
     from leap_pl.comparison.entries import check_protocols, entry_of_result
     from leap_pl.evaluation.record import read_result
+    from leap_pl.inputs.plain_values import shown
     from leap_pl.inputs.register import listed
 
     results = {path: read_result(path) for path in listed(paths)}
@@ -203,8 +204,9 @@ def _read_results(paths: str | None, masks: "MaskSet") -> dict[str, Any]:
         measured = result["model"].get("mask_digest")
         if measured == digest and not _same_weights(result, masks):
             raise UserError(
-                f"{path} was measured with this mask and other weights: trained ones, or those of another run. Run "
-                "leap_pl evaluate on what is exported, and give its output."
+                f"{path} was measured with this mask and other weights ({shown(result['method'])}): trained, updated "
+                "or rounded ones, or those of another run. Run leap_pl evaluate on the mask or checkpoint that is "
+                "exported, and give its output."
             )
         if measured == digest:
             figures |= result["perplexity"]
@@ -233,7 +235,11 @@ def _same_weights(result: dict[str, Any], masks: "MaskSet") -> bool:
     """Return whether a result is of the base model's weights, as ``masks`` are, or of those of the same run."""
     from leap_pl.inputs.plain_values import plain
     from leap_pl.masks.mask_set import TRAINED
+    from leap_pl.oneshot.methods import of_mask_alone
 
+    method = masks.provenance.method
+    if result["method"] != (method if TRAINED in masks.provenance.config else of_mask_alone(method)):
+        return False
     run = (TRAINED, "objective", "steps", "seed", "data")
     measured, made = (
         {name: plain(config.get(name)) for name in run} if TRAINED in config else {}

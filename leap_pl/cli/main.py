@@ -106,6 +106,12 @@ def main(args: "ArgsType" = None) -> Any:
     except UserError as error:
         say(f"leap_pl {words[0]}{_of_rank()}: {error}", sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
+        remedy = "Lower --batch_size or --seq_length where the verb has them, or give --device cpu."
+        say(f"leap_pl {words[0]}: out of memory on the device: {str(error).splitlines()[0]} {remedy}", sys.stderr)
+        raise SystemExit(2) from None
     except PermissionError as error:
         if error.filename is None:  # of something else than a file
             raise

@@ -171,7 +171,7 @@ def prune_command(
 
     with atomic_folder(output_dir, force=force) as folder:
         base = load_model(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-        check_numbers(base, model)
+        check_numbers(base, f"base model {model}")
         weights = find_weights(base, targets, ignore or ())
         if kept_mask is not None:
             kept_mask.check(base, weights)

@@ -37,13 +37,14 @@ class RecoverCLI(LeapCLI):
         Raises:
             UserError: One is.
         """
-        given = set()
+        given: dict[str, str] = {}
         for word, following in zip(words, [*words[1:], ""], strict=True):
             option, _, value = word.partition("=")
             name = option.removeprefix("--").replace(".init_args", "").removesuffix(".class_path")
-            # What is the default, or null, takes back what a config gives.
-            if option.startswith("--") and (value or following) not in ("null", str(self.defaults.get(name))):
-                given.add(name)
+            if option.startswith("--"):
+                given[name] = value or following
+        # What is the default, or null, takes back what a config gives.
+        given = {name: value for name, value in given.items() if value not in ("null", str(self.defaults.get(name)))}
         idle = {name: LEARNING.get(name) for name in given if name in LEARNING or name.startswith("model.annealing")}
         if "model.optimizer" in given:  # a class that may need a rate to be made at all
             idle.pop("model.optimizer.lr", None)

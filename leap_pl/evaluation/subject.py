@@ -18,13 +18,10 @@ from leap_pl.masks.exported import exported_record
 from leap_pl.masks.kept_weights import KeptWeights, without_weights
 from leap_pl.masks.mask_set import TRAINED
 from leap_pl.masks.weight_groups import shares
-from leap_pl.oneshot.methods import changes_weights
+from leap_pl.oneshot.methods import of_mask_alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-MASK_ALONE = " (mask alone)"  # after the name of a method whose mask is applied to weights that it has not changed
 
 
 @dataclass
@@ -111,7 +108,7 @@ def load_subject(
         base_model=provenance.base_model,
         revision=revision,
         fingerprint=provenance.fingerprint,
-        method=provenance.method + (MASK_ALONE if changes_weights(provenance.method) and weights is None else ""),
+        method=of_mask_alone(provenance.method) if weights is None else provenance.method,
         origin={"model": model, "mask": mask, "ckpt_path": ckpt_path},
         config=provenance.config,
         asked=provenance.sparsity,
@@ -121,10 +118,14 @@ def load_subject(
 
 def _method_of_record(record: dict[str, Any], name: str, revision: str | None) -> str:
     """Return the method of an exported model, whose weights may be those of the method or the base model's."""
-    method = str(record.get("method", "dense"))
-    if not changes_weights(method) or TRAINED in (record.get("config") or {}):
-        return method
-    return method if "updated_by" in recorded_facts(name, revision=revision) else f"{method}{MASK_ALONE}"
+    method, facts = str(record.get("method", "dense")), recorded_facts(name, revision=revision)
+    updated = facts.get("updated_by")
+    if TRAINED not in (record.get("config") or {}):
+        if updated is None:
+            method = of_mask_alone(method)
+        elif updated != method:
+            method += f", weights of {updated}"
+    return method + (f", {facts['rounded_to']}" if "rounded_to" in facts else "")
 
 
 def _method_of_weights(model: "PreTrainedModel") -> str:

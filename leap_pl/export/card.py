@@ -138,7 +138,8 @@ def _perplexities(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         name = f"{shortened(name)}{_part_of_text(figure)}"
         cells = (markdown(name), f"{figure['value']:.3f}", dense, windows, figure["stride"])
         table.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n\n".join(filter(None, ("## Perplexity", "\n".join(table), validation)))
+    exact = f"Measured before the weights were rounded to {facts['rounded_to']}." if "rounded_to" in facts else ""
+    return "\n\n".join(filter(None, ("## Perplexity", "\n".join(table), validation, exact)))
 
 
 def _part_of_text(figure: Mapping[str, Any]) -> str:

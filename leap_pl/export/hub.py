@@ -1,5 +1,6 @@
 """Publication of an exported folder on the Hugging Face hub, without the paths of the machine that it was made on."""
 
+import shlex
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from leap_pl.inputs.records import MASK
 if TYPE_CHECKING:
     from leap_pl.masks import MaskSet
 
-_CARD = "README.md"
+_CARD, _MODEL = "README.md", "config.json"
 _REPLACED = ["model*.safetensors", "model.safetensors.index.json", MASK]  # of an earlier export in other files
 
 
@@ -38,7 +39,8 @@ def check_push(repository: str) -> None:
 def push_folder(folder: str | Path, repository: str, *, private: bool = False) -> str:
     """Upload an exported folder to a model repository of the hub, which is created if it does not exist.
 
-    An earlier export in the repository is replaced, its weights and mask included; other files there stay.
+    An earlier export in the repository is replaced, its weights and mask included; other files there stay. A mask alone
+    is not added to a model, which has a mask and a record of its own.
 
     Args:
         folder: Folder that leap_pl export wrote.
@@ -49,19 +51,27 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False) -
         Address of the repository.
 
     Raises:
-        UserError: The hub refuses the upload, or cannot be reached.
+        UserError: The hub refuses the upload, or cannot be reached; or the repository has a model, and the folder
+            only a mask.
     """
     from huggingface_hub import HfApi
 
-    api, weights = HfApi(library_name="leap_pl"), (Path(folder) / "config.json").exists()
-    then = f"{folder} is complete: upload it later with `hf upload {repository} {folder}`."
+    api, weights = HfApi(library_name="leap_pl"), (Path(folder) / _MODEL).exists()
+    again = ["hf", "upload", repository, str(folder), ".", *["--private"] * private]
+    again += [word for pattern in _REPLACED for word in ("--delete", pattern)] if weights else []
+    then = f"{folder} is complete: upload it later with `{shlex.join(again)}`."
     with hub_errors(f"{folder} could not be uploaded to {repository}", then=then):
         address = api.create_repo(repository, private=private or None, exist_ok=True)
+        if not weights and api.file_exists(repository, _MODEL):
+            raise UserError(
+                f"--push {repository} has a model, whose mask and record a mask alone would replace. Push the mask to "
+                f"another repository, or the model again; {folder} is complete."
+            )
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
             commit_message="Upload with leap_pl export",
-            delete_patterns=_REPLACED if weights else None,  # a mask alone may be added to its model
+            delete_patterns=_REPLACED if weights else None,
         )
     return str(address)
 

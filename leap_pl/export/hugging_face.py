@@ -79,7 +79,7 @@ def export_model(
 
             masks = masks_of(model, base, revision=revision)
             known |= recorded_facts(model, revision=revision)
-            if masks.provenance.method == UNKNOWN and format == "mask" and masks.sparsity <= QUANTISED_ZEROS:
+            if masks.provenance.method == UNKNOWN and format == "mask" and masks.sparsity < QUANTISED_ZEROS:
                 raise UserError(
                     f"{model} is not sparse: {masks.sparsity:.1%} of its weights are 0. Name the mask with --mask, or "
                     "a checkpoint with --ckpt_path."

@@ -22,6 +22,7 @@ from leap_pl.gates.groups import pattern_table
 from leap_pl.kernels.compiled import compiled
 from leap_pl.kernels.noise import element_bits, gumbel, gumbel_in_bits
 from leap_pl.kernels.powers import exp2
+from leap_pl.kernels.precision import full_float32
 
 Positions = tuple[int, ...]
 
@@ -102,7 +103,8 @@ def _many_patterns(patterns: tuple[Positions, ...]) -> PatternKernels:
     def relaxed(logits_PQ: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         table = pattern_table(n, m, logits_PQ.device, torch.float32)
         P_PQ = torch.softmax(_scores(logits_PQ, *noise), 0)
-        return P_PQ, (table.T @ P_PQ).T, table
+        with torch.autocast(P_PQ.device.type, enabled=False), full_float32():
+            return P_PQ, (table.T @ P_PQ).T, table
 
     def forward(logits_PQ: Tensor, weight_QM: Tensor, tile_Q: Tensor | None, *noise: Tensor) -> tuple[Tensor, Tensor]:
         _, inner_QM, _ = relaxed(logits_PQ, *noise)
@@ -122,7 +124,8 @@ def _many_patterns(patterns: tuple[Positions, ...]) -> PatternKernels:
         mask_QM = under(tile_Q, inner_QM)
         grad_QM = (grad_masked_QM.to(torch.float32) + 2 * grad_energy * mask_QM * weight_QM) * weight_QM
         mean_Q = (grad_QM * inner_QM).sum(1)
-        grad_PQ = (table @ grad_QM.T).sub_(mean_Q).mul_(P_PQ).mul_(noise[3])
+        with full_float32():
+            grad_PQ = (table @ grad_QM.T).sub_(mean_Q).mul_(P_PQ).mul_(noise[3])
         if tile_Q is None:
             return grad_PQ, None
         return grad_PQ.mul_(1 - tile_Q), grad_QM.sum(1) - mean_Q

@@ -67,6 +67,7 @@ DAMPING = (
     "with a warning."
 )
 
+MASK_ALONE = " (mask alone)"
 METHODS: dict[str, Method] = {
     "magnitude": Method("leap_pl.oneshot.magnitude:magnitude_mask", "takes seconds"),
     "wanda": Method("leap_pl.oneshot.wanda:wanda_mask", "fast", needs="mean_square"),
@@ -118,6 +119,11 @@ def method_named(name: str) -> Method:
 def changes_weights(name: str) -> bool:
     """Return whether the method ``name`` changes the weights that it keeps: its mask alone is not its result."""
     return name in METHODS and METHODS[name].updates
+
+
+def of_mask_alone(name: str) -> str:
+    """Return what the mask of the method ``name`` is called on weights that it has not changed."""
+    return f"{name}{MASK_ALONE}" if changes_weights(name) else name
 
 
 def settings_of(name: str, given: Mapping[str, float | None]) -> MethodOptions | None:

@@ -247,7 +247,7 @@ class _Run:
             given_OI = matrix.view(given[matrix.weight.name]).to(dense_OI.device) if given else None
             solution = self._solve(matrix, dense_OI, found, pattern, given_OI)
             matrix.view(masks[matrix.weight.name]).copy_(solution.mask)
-            if found is None and not self.update:
+            if not statistics and not self.update:  # no walk goes on with these weights
                 continue
             place_OI = matrix.view(matrix.weight.parameter)
             if solution.weight is not dense_OI:

@@ -1,7 +1,12 @@
-"""SparseSwaps: a mask improved by swapping weights. Shapes: O outputs, I inputs, L rows still improving."""
+"""SparseSwaps: a mask improved by swapping weights.
+
+Shapes: O outputs, I inputs, L rows still improving, G groups of M inputs within which weights are swapped: those of an
+n:m pattern, or one of all.
+"""
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from leap_pl.masks.patterns import NM, Pattern
 from leap_pl.oneshot.wanda import wanda_mask
@@ -18,11 +23,11 @@ def sparseswaps_mask(weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, round
 
         ΔE = (w_i²C_ii + 2w_i(Cd)_i) + (w_j²C_jj − 2w_j(Cd)_j) − 2w_iw_jC_ij.
 
-    In each round every row chooses the best single weight for one side of a swap and the exact best partner for
-    it, and swaps them if that lowers E. The side that is chosen first alternates, and a row is finished when
-    neither order helps. (The paper tries all pairs, which costs I times as much per swap.) Wanda uses only the
-    diagonal of C; swaps take correlations of inputs into account. No kept weight changes, and the number of kept
-    weights of each row is unchanged.
+    In each round every group of a row chooses the best single weight for one side of a swap and the exact best partner
+    for it, and the row swaps the best of these pairs if that lowers E. The side that is chosen first alternates, and a
+    row is finished when neither order helps. (The paper tries all pairs, which costs M times as much per swap.) Wanda
+    uses only the diagonal of C; swaps take correlations of inputs into account. No kept weight changes, and the number
+    of kept weights of each row is unchanged.
 
     Args:
         weight_OI: Weight matrix, any floating dtype.
@@ -36,8 +41,15 @@ def sparseswaps_mask(weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, round
     gram_II = gram_II.float()
     gram_II = gram_II / gram_II.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     mask_OI = wanda_mask(weight_OI, gram_II.diagonal(), pattern)
-    group_I = torch.arange(weight_OI.shape[1], device=weight_OI.device)
-    group_I = group_I // pattern.m if isinstance(pattern, NM) else torch.zeros_like(group_I)
+    inputs = weight_OI.shape[1]
+    size = pattern.m if isinstance(pattern, NM) else inputs
+    missing = -inputs % size  # inputs of the last group
+    cross_GMM = functional.pad(gram_II, (0, missing, 0, missing)).unflatten(0, (-1, size)).unflatten(2, (-1, size))
+    cross_GMM = cross_GMM.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    group_G = torch.arange(len(cross_GMM), device=weight_OI.device)
+
+    def grouped(of_LI: Tensor) -> Tensor:
+        return functional.pad(of_LI, (0, missing)).unflatten(1, (-1, size))
 
     weight_LI, kept_LI = weight_OI.float(), mask_OI.clone()
     place_L = torch.arange(weight_OI.shape[0], device=weight_OI.device)
@@ -46,14 +58,17 @@ def sparseswaps_mask(weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, round
     for number in range(rounds):
         alone_LI = weight_LI.square() * gram_II.diagonal()
         cost_LI = alone_LI + torch.where(kept_LI, 2, -2) * weight_LI * pull_LI  # ΔE of moving each weight alone
-        side_LI = kept_LI if number % 2 else ~kept_LI
-        change_L, first_L = cost_LI.masked_fill(~side_LI, float("inf")).min(1)
-        weight_L1 = weight_LI.gather(1, first_L[:, None])
-        both_LI = cost_LI - 2 * weight_L1 * weight_LI * gram_II[first_L]
-        both_LI.masked_fill_(side_LI | (group_I != group_I[first_L][:, None]), float("inf"))
-        rest_L, second_L = both_LI.min(1)
+        sides = [grouped(side_LI) for side_LI in ((kept_LI, ~kept_LI) if number % 2 else (~kept_LI, kept_LI))]
+        cost_LGM, weight_LGM = grouped(cost_LI), grouped(weight_LI)
+        change_LG, first_LG = cost_LGM.masked_fill(~sides[0], float("inf")).min(2)
+        both_LGM = cost_LGM - 2 * weight_LGM.gather(2, first_LG[..., None]) * weight_LGM * cross_GMM[group_G, first_LG]
+        rest_LG, second_LG = both_LGM.masked_fill_(~sides[1], float("inf")).min(2)
+        change_L, best_L = (change_LG + rest_LG).min(1)
+        first_L, second_L = (
+            best_L * size + place_LG.gather(1, best_L[:, None])[:, 0] for place_LG in (first_LG, second_LG)
+        )
 
-        better_L = change_L + rest_L < 0
+        better_L = change_L < 0
         for chosen_L in (first_L, second_L):
             kept_L1 = kept_LI.gather(1, chosen_L[:, None])
             step_L1 = torch.where(kept_L1, 1, -1) * weight_LI.gather(1, chosen_L[:, None]) * better_L[:, None]

@@ -110,7 +110,7 @@ class TextDataModule(LightningDataModule):
         numbers = {"seq_length": seq_length, "batch_size": batch_size, "validation_sequences": validation_sequences}
         check_numbers({**numbers, "num_workers": num_workers, "seed": seed}, "data.")
         self.tokenizer_name: Any = tokenizer  # Python code may pass a tokenizer instead of a name
-        self._tokenizer_of_model = tokenizer is None
+        self._tokenizer_of_model, self._revision_of_model = tokenizer is None, None
         self._trusts_code = False  # set with the name of the model's tokenizer, by a user who trusts the model's
         self.text = text
         self.config_name = config_name
@@ -144,15 +144,14 @@ class TextDataModule(LightningDataModule):
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f"data.{name} is {display(value)}; give one of {', '.join(CHOICES[name])}.")
         value = plain_paths(value) if name in TEXTS else value
-        before = vars(self).get(name, value)
-        changes = (name in DATA or name == "tokenizer_name") and before != value
+        changes = (name in DATA or name == "tokenizer_name") and vars(self).get(name, value) != value
         super().__setattr__(name, value)
         if changes:
             self._stream = self._validation = self._identity = None
             if name in ("tokenizer_name", "tokenizer_revision"):
                 self._tokenizer = None
             if name == "tokenizer_name":  # another repository, which was not trusted, and has other revisions
-                if self._tokenizer_of_model and before is not None:
+                if self._tokenizer_of_model and self.tokenizer_revision == self._revision_of_model:
                     self.tokenizer_revision = None
                 self._tokenizer_of_model, self._trusts_code = value is None, False
 
@@ -220,7 +219,7 @@ class TextDataModule(LightningDataModule):
         if self._tokenizer_of_model and taken != (self.tokenizer_name, self.tokenizer_revision):
             # What was made with another model's tokenizer is discarded, if the data was used with that model before.
             self.tokenizer_name, self.tokenizer_revision = taken
-            self._tokenizer_of_model = True
+            self._tokenizer_of_model, self._revision_of_model = True, taken[1]
         if self.tokenizer_name == name:
             self._trusts_code = bool(getattr(module, "trust_remote_code", False))
 

@@ -186,7 +186,7 @@ class GatedModule(L.LightningModule):
             dropout=False,
             trust_remote_code=self.trust_remote_code,
         )
-        check_numbers(model, self.base_model)
+        check_numbers(model, f"base model {self.base_model}")
         check_data(getattr(self.attached, "datamodule", None), model, self.base_model)
         self.weights = self._gated_of(model)
         if self.mesh is not None:

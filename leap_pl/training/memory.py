@@ -1,5 +1,6 @@
 """Memory that a run is expected to need on each device, by the formula of docs/scaling.md."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +46,7 @@ def expected_bytes(
     learned = 2 * module.logits_dtype.itemsize + (2 if hasattr(optimizer, "rounds_stochastically") else 8)
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    inner = max(inner) if isinstance(inner, Sequence) else inner  # of each block, as in Gemma 3n
     stored = (KEPT_HIDDEN * hidden + KEPT_INTERMEDIATE * inner) * size // 2
     activations = stored * (1 if module.activation_checkpointing else len(blocks))
     activations += hidden * size * len(blocks) if module.activation_checkpointing else 0

@@ -54,14 +54,19 @@ class StartWeights:
             raise UserError(
                 f"model.weights {folder} is packed. Unpack it: leap_pl export --model {folder} --output_dir FOLDER"
             )
-        model = load_model(folder, trust_remote_code=trust_remote_code)
-        check_numbers(model, folder)
+        with torch.device("cpu"):  # Lightning's device of the run is the default here
+            model = load_model(folder, trust_remote_code=trust_remote_code)
+        check_numbers(model, f"model.weights {folder}")
         file = local_folder(folder, MASK) / MASK
         masks = MaskSet.load(file).masks if file.is_file() else None
-        tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        own = {name: parameter.detach().cpu() for name, parameter in base.named_parameters()}
-        others = {name for name in tensors.keys() & own.keys() if not _alike(tensors[name], own[name])}
-        return cls(tensors, folder, masks, others)
+        tensors = dict(model.named_parameters(remove_duplicate=False))  # a head may be tied in one of the two alone
+        first: dict[int, str] = {}
+        others = set()
+        for name, own in base.named_parameters(remove_duplicate=False):
+            first.setdefault(id(own), name)
+            if name in tensors and not _alike(tensors[name].detach(), own.detach().cpu()):
+                others.add(first[id(own)])
+        return cls({name: tensor.detach() for name, tensor in tensors.items()}, folder, masks, others)
 
     def set_(self, trained: TrainedWeight, weight: Weight, mask: Callable[[], Tensor] | None = None) -> None:
         """Start the ``trained`` form of a weight from its tensor here; without tensors it stays as it is.
@@ -128,8 +133,12 @@ class StartWeights:
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are equal in the less precise of their data types."""
+    """Return whether two tensors are one in different data types: each may have been rounded to its own."""
     if one.shape != other.shape:
         return False
-    narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(one.to(narrow), other.to(narrow))
+    if torch.equal(one.to(other.dtype), other) or torch.equal(other.to(one.dtype), one):
+        return True
+    if {one.dtype, other.dtype} != {torch.bfloat16, torch.float16}:
+        return False
+    # Of one tensor in float32. The absolute part is the finest step of float16.
+    return torch.allclose(one.float(), other.float(), rtol=torch.finfo(torch.bfloat16).eps, atol=2**-24)

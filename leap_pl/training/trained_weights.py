@@ -116,7 +116,8 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
             UserError: It has nothing.
         """
         kind = KINDS[self.kind]
-        if kind.norms and kind.gated is None and not any(True for _ in norms_of(model)):
+        alone = kind.norms and kind.gated is None and not self.settings.embeddings
+        if alone and not any(True for _ in norms_of(model)):
             raise UserError(
                 f"model.train_weights is {self.kind}, and the norms of {type(model).__name__} have no weights. Train "
                 "those that the mask keeps: --model.train_weights kept."

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -82,6 +82,10 @@ class Validation(nn.Module):
         self.start: Measured | None = None
         self.sparse_base = False
         self.batches: list[Tensor] = []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the sums of the metrics, but keep their data types: a sum in half precision stops growing."""
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
 
     def begin(self) -> None:
         """Start a validation with empty metrics: the last one may have been interrupted."""

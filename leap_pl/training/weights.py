@@ -339,11 +339,9 @@ def parameters_of(
 
 
 def norms_of(model: nn.Module) -> Iterator[Weight]:
-    """Yield the weights of the norms that text passes: those in what holds the decoder blocks, not a vision tower's."""
-    try:
-        within = decoder_blocks(model)[0].rpartition(".")[0]
-    except UserError:  # whose gated weights were named
-        within = ""
+    """Yield the weights of the norms that text passes: of a model that also sees or hears, the decoder's."""
+    config: Any = model.config
+    within = "" if config.get_text_config() is config else decoder_blocks(model)[0].rpartition(".")[0]
     return norms_in(model.get_submodule(within), within)
 
 

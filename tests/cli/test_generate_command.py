@@ -5,13 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Run, refused
 from tiny import byte_tokenizer, tiny_folder
+from tokenizers import processors
 
+from leap_pl.base_model.loading import load_model
 from leap_pl.cli.export import export_command
 from leap_pl.cli.generate import generate_command
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
+from leap_pl.evaluation.generation import continue_prompt
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,32 @@ def test_sparse_and_packed_answer_alike(folders: dict[str, Path], capsys: pytest
     said = capsys.readouterr()
     assert made["packed", "packed"]["text"].strip() in said.out
     assert "tokens a second; the weights take" in said.err
+
+
+def test_a_prompt_is_continued_and_not_ended_before(model_folder: Path) -> None:
+    """By a tokenizer that puts EOS after every text."""
+    model, tokenizer = load_model(str(model_folder)), byte_tokenizer(prefix=1)
+    around = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<|begin 0|>", "<|end|>")]
+    template = processors.TemplateProcessing(single=["<|begin 0|>", "$A", "<|end|>"], special_tokens=around)
+    plain = continue_prompt(model, tokenizer, "a prompt", max_new_tokens=8)
+    tokenizer.backend_tokenizer.post_processor = template
+    assert tokenizer("a").input_ids[-1] == 256
+    found = continue_prompt(model, tokenizer, "a prompt", max_new_tokens=8)
+    assert (found.text, found.prompt_tokens) == (plain.text, plain.prompt_tokens)
+
+
+def test_a_prompt_is_text_whatever_it_begins_with(model_folder: Path) -> None:
+    made = generate_command(str(model_folder), "~/x is a file", max_new_tokens=2, device="cpu")
+    assert made["prompt_tokens"] == len("~/x is a file")
+
+
+def test_no_memory_on_the_device_is_one_line(model_folder: Path, monkeypatch, capsys) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words.")
+
+    monkeypatch.setattr("leap_pl.evaluation.generation.continue_prompt", full)
+    message = refused(["generate", f"--model={model_folder}", "--prompt=a"], capsys)
+    assert "out of memory on the device: CUDA out of memory. Tried to allocate 2 GiB. Lower" in message
 
 
 def test_sampling_has_a_seed(model_folder: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.checkpoints.layout import masks_from_checkpoint
+from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
+from leap_pl.cli.prune import prune_command
 from leap_pl.errors import UserError
 from leap_pl.export import zeros
 from leap_pl.export.method import decisive_settings
 from leap_pl.export.zeros import places_in, zero_removed
+from leap_pl.inputs.records import MASK
 from leap_pl.masks import MaskSet, Provenance
 
 
@@ -256,8 +260,6 @@ def test_perplexities_of_another_mask_do_not_get_into_the_card(
     finished: Run, model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Of the base model, of another mask, or of a result that does not say: one line, before the model is loaded."""
-    from leap_pl.cli.evaluate import evaluate_command
-
     small = {"perplexity": str(text_file), "seq_length": 32, "max_tokens": 200}
     random_mask(model_folder, tmp_path / "other.safetensors")
     results = {
@@ -303,6 +305,36 @@ def test_perplexities_of_another_mask_do_not_get_into_the_card(
     exported = evaluate_command(model=str(out), **small)
     (tmp_path / "exported.json").write_text(json.dumps(exported))
     export_command(str(tmp_path / "again"), mask=str(finished.mask), perplexity=str(tmp_path / "exported.json"))
+
+
+def test_perplexities_of_other_weights_under_the_mask_do_not_get_into_the_card(
+    finished: Run, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Those that a one-shot method has updated, for its own mask or another's, and rounded ones."""
+    small = {"perplexity": str(text_file), "seq_length": 32, "max_tokens": 200}
+    options: dict[str, Any] = {"sequences": 2, "seq_length": 32, "text": str(text_file)}
+    prune_command(str(model_folder), str(tmp_path / "own"), method="sparsegpt", **options)
+    prune_command(str(model_folder), str(tmp_path / "again"), method="admm", mask=str(finished.mask), **options)
+    export_command(str(tmp_path / "int8"), mask=str(finished.mask), format="packed", values="int8", force=True)
+    cases = {
+        "sparsegpt": (tmp_path / "own" / "model", tmp_path / "own" / MASK),
+        "leap, weights of admm": (tmp_path / "again" / "model", finished.mask),
+        "leap, int8": (tmp_path / "int8", finished.mask),
+    }
+    for method, (model, mask) in cases.items():
+        measured = evaluate_command(model=str(model), **small)
+        assert measured["method"] == method
+        (tmp_path / "r.json").write_text(json.dumps(measured))
+        with pytest.raises(UserError, match=rf"with this mask and other weights \({method}\)"):
+            export_command(str(tmp_path / "no"), mask=str(mask), perplexity=str(tmp_path / "r.json"))
+        alone = evaluate_command(mask=str(mask), **small)
+        (tmp_path / "alone.json").write_text(json.dumps(alone))
+        out = tmp_path / f"of {method}"
+        export_command(str(out), mask=str(mask), perplexity=str(tmp_path / "alone.json"))
+        assert "## Perplexity" in (out / "README.md").read_text()
+    rounded = {"format": "packed", "values": "int8", "force": True}
+    export_command(str(tmp_path / "r"), mask=str(finished.mask), perplexity=str(tmp_path / "alone.json"), **rounded)
+    assert "Measured before the weights were rounded to int8." in (tmp_path / "r" / "README.md").read_text()
 
 
 def test_the_card_tells_only_perplexities_that_say_of_what_they_are(finished: Run, tmp_path: Path) -> None:

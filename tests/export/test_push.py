@@ -102,6 +102,14 @@ def test_a_base_model_of_the_hub(hub: Hub, finished: Run, model_folder: Path, tm
     assert b"license" not in alone
 
 
+def test_a_mask_alone_does_not_replace_a_model(hub: Hub, finished: Run, tmp_path: Path, capsys) -> None:
+    model = {"config.json": b"{}", "model.safetensors": b"", "leap_pl.json": b"{}", MASK: b"of another mask"}
+    hub.files[NAME] = dict(model)
+    message = refused(words(finished, tmp_path / "out", "--format=mask", f"--push={NAME}"), capsys)
+    assert f"--push {NAME} has a model, whose mask and record a mask alone would replace. Push the mask to" in message
+    assert hub.files[NAME] == model
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -118,7 +126,7 @@ def test_a_repository_that_cannot_be(name: str, says: str, hub: Hub, finished: R
     message = refused(words(finished, tmp_path / "out", "--format=mask", f"--push={name}"), capsys)
     assert re.search(says, message), message
     complete = name == "bob/llama"
-    assert (f"`hf upload {name} {tmp_path / 'out'}`" in message) == complete
+    assert (f"`hf upload {name} {tmp_path / 'out'} .`" in message) == complete
     assert (tmp_path / "out" / MASK).exists() == complete
 
 
@@ -143,7 +151,13 @@ def test_an_upload_that_fails_leaves_the_folder(hub: Hub, finished: Run, tmp_pat
     hub.failing = 403
     message = refused(words(finished, tmp_path / "out", "--format=mask", f"--push={NAME}"), capsys)
     assert f"could not be uploaded to {NAME}: the hub answers 403: The quota is used up. With a token" in message
-    assert message.endswith(f"out is complete: upload it later with `hf upload {NAME} {tmp_path / 'out'}`.")
+    assert message.endswith(f"out is complete: upload it later with `hf upload {NAME} {tmp_path / 'out'} .`.")
+    where = tmp_path / "with a space"
+    message = refused(words(finished, where, "--format=huggingface", "--private", f"--push={NAME}"), capsys)
+    again = (
+        f"`hf upload {NAME} '{where}' . --private --delete 'model*.safetensors' --delete model.safetensors.index.json"
+    )
+    assert f"{again} --delete {MASK}`." in message
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     message = refused(words(finished, tmp_path / "out", "--format=mask", "--force", f"--push={NAME}"), capsys)
     assert "the hub answers 401: Invalid username or password. With a token that may do this, run `hf auth" in message

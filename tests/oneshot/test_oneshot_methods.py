@@ -82,11 +82,16 @@ def swapped(x: Tensor, weight: Tensor, mask: Tensor, pattern: Pattern, rounds: i
         for number in range(rounds):
             now = lost(row, mask[row])
             side = mask[row] if number % 2 else ~mask[row]
-            first = min(side.nonzero()[:, 0].tolist(), key=lambda i: lost(row, after(row, i)))
-            others = [j for j in (~side).nonzero()[:, 0].tolist() if j // size == first // size]
-            second = min(others, key=lambda j: lost(row, after(row, first, j)))
-            if lost(row, after(row, first, second)) < now:
-                mask[row] = after(row, first, second)
+            pairs = []
+            for group in range(0, len(side), size):
+                own = range(group, min(group + size, len(side)))
+                firsts, others = ([i for i in own if side[i] == on] for on in (True, False))
+                if firsts and others:
+                    first = min(firsts, key=lambda i: lost(row, after(row, i)))
+                    pairs.append((first, min(others, key=lambda j: lost(row, after(row, first, j)))))
+            best = min(pairs, key=lambda pair: lost(row, after(row, *pair)))
+            if lost(row, after(row, *best)) < now:
+                mask[row] = after(row, *best)
     return mask
 
 
@@ -97,6 +102,31 @@ def test_sparseswaps_is_its_float64_definition(pattern: Pattern) -> None:
     found = sparseswaps_mask(weight, x.T @ x, pattern, rounds=9)
     assert torch.equal(found, swapped(x, weight, start, pattern, rounds=9))
     assert not torch.equal(found, start)
+
+
+def test_sparseswaps_of_groups_ends_where_no_group_has_a_better_pair() -> None:
+    """By either order; of a row of many groups, not of that of its best candidate alone."""
+    x, weight = correlated(tokens=300, inputs=64, outputs=8)
+    mask, gram = sparseswaps_mask(weight, x.T @ x, NM(2, 4)), (x.T @ x).double()
+
+    def lost(row: int, kept: Tensor) -> float:
+        removed = weight[row].double() * ~kept
+        return float(removed @ gram @ removed)
+
+    for row in range(len(weight)):
+        now = lost(row, mask[row])
+        for group in range(0, 64, 4):
+            for on in (True, False):
+                changed = []
+                for i in (i for i in range(group, group + 4) if mask[row, i] == on):
+                    flipped = mask[row].clone()
+                    flipped[i] = not on
+                    changed.append((lost(row, flipped), i))
+                first = min(changed)[1]
+                for second in (j for j in range(group, group + 4) if mask[row, j] != on):
+                    swapped_row = mask[row].clone()
+                    swapped_row[first], swapped_row[second] = not on, on
+                    assert lost(row, swapped_row) > now * (1 - 1e-5)
 
 
 @given(

@@ -10,10 +10,12 @@ import pytest
 import sim
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from safetensors.torch import load_file
 from tiny import tiny_folder
 
 from leap_pl import LeapModule, TextDataModule
 from leap_pl.callbacks import SparsityLogger
+from leap_pl.cli.prune import prune_command
 from leap_pl.gates import FixedGate, NMGate, TileGate
 from leap_pl.losses.objective import Objective
 from leap_pl.oneshot.methods import METHODS
@@ -167,6 +169,19 @@ def test_what_is_learned_is_what_the_cpu_learns(kind: str, model: Path, text_fil
     for name, logits in found[0].items():
         torch.testing.assert_close(logits, found[1][name], rtol=0, atol=1e-5)
         assert float((logits - found[1][name]).abs().mean()) < 1e-8
+
+
+def test_training_starts_from_weights_in_a_folder(model: Path, text_file: Path, tmp_path: Path) -> None:
+    """They are read on the host, where the base model is on the device."""
+    options = {"sequences": 2, "seq_length": 32, "text": str(text_file), "device": "cpu"}
+    prune_command(str(model), str(tmp_path / "out"), method="admm", **options)  # type: ignore[arg-type]
+    start = {"mask": str(tmp_path / "out"), "weights": str(tmp_path / "out" / "model"), "train_weights": "kept"}
+    module = LeapModule(str(model), dtype="float32", warmup_steps=0, **start)  # type: ignore[arg-type]
+    fit(module, text_file, max_steps=1, accumulate_grad_batches=1, val_check_interval=1)
+    tensors = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    for name, mask in module.mask_set().masks.items():
+        moved = (module.trained[name].master.detach().cpu() - tensors[name])[mask]
+        assert 0 < float(moved.abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "magnitude"])

@@ -16,6 +16,7 @@ from conftest import Run
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from ranks import run_ranks
 from tiny import byte_tokenizer, tiny_model
 from torch.utils.data import DataLoader
 
@@ -23,7 +24,7 @@ from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
 from leap_pl.base_model import weights as weights_room
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import model_fingerprint
-from leap_pl.callbacks import Checkpoints, RunReport, SparsityLogger
+from leap_pl.callbacks import Checkpoints, MaskExport, RunReport, SparsityLogger
 from leap_pl.checkpoints.identity import KEY, read_identity
 from leap_pl.cli.resume import settings_of
 from leap_pl.data.source import TextSource
@@ -33,6 +34,7 @@ from leap_pl.oneshot.prune import prune
 from leap_pl.prior import Prior
 from leap_pl.training.batch import input_ids_of
 from leap_pl.training.trainer_checks import check_trainer
+from leap_pl.training.validation import Validation
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -493,3 +495,31 @@ def test_curves_have_no_point_of_a_part_of_the_text(module: LeapModule, text_fil
             points = [row for row in csv.DictReader(file) if row["perplexity/hard"]]
         assert [int(row["step"]) for row in points] == [*range(first, 2)]
         assert len({row["perplexity/dense"] for row in points}) == 1
+
+
+def test_a_validation_sums_in_full_precision_whatever_the_trainers_is() -> None:
+    """Lightning converts a whole module to the data type of a *-true precision."""
+    torch.manual_seed(0)
+    head, whole = torch.nn.Linear(8, 50), Validation()
+    half = Validation().to(torch.bfloat16).bfloat16().half()
+    for validation in (whole, half):
+        validation.begin()
+    for _ in range(300):
+        hidden, targets = torch.randn(4, 32, 8), torch.randint(0, 50, (4, 32))
+        for validation in (whole, half):
+            validation.update("hard", hidden, targets, head, 64)
+    assert half.hard_metric.compute() == whole.hard_metric.compute()
+    assert half.hard_metric.compute().dtype == torch.float32
+
+
+def test_a_mask_export_without_checkpoints_on_two_ranks(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    run_ranks(
+        2, exported_by_two, str(model_folder), str(text_file), str(tmp_path), folder=tmp_path / "said", seconds=90
+    )
+    assert [path.name for path in tmp_path.rglob("mask.safetensors")] == ["mask.safetensors"]
+
+
+def exported_by_two(rank: int, model: str, text: str, folder: str) -> None:
+    module = LeapModule(model, dtype="float32", prior=Prior(method="magnitude", cache_dir=f"{folder}/p"))
+    made = trainer(MaskExport(), max_steps=1, devices=2, strategy="ddp", default_root_dir=folder)
+    made.fit(module, data(text, validation_sequences=0))
