@@ -98,15 +98,18 @@ def by_weight(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key_of(f"{match[1]}.{match[2]}", match[3]): tensor for match, tensor in matches if match}
 
 
-def by_path(stored: Mapping[str, Tensor], places: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
+def by_path(
+    stored: Mapping[str, Tensor], places: Iterable[tuple[str, str]], *, whole: bool = False
+) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by their names in a LeapModule's state dict.
 
     Args:
         stored: Tensors by their checkpoint keys.
         places: (weight name, part) of those that the module has.
+        whole: Whether the checkpoint may have no further trained weights.
 
     Raises:
-        UserError: One is missing, or the checkpoint has further trained weights.
+        UserError: One is missing, or there are further ones.
     """
     keys = {key_of(*place): place for place in places}
     absent = sorted({name for key, (name, _) in keys.items() if key not in stored})
@@ -115,9 +118,10 @@ def by_path(stored: Mapping[str, Tensor], places: Iterable[tuple[str, str]]) -> 
             f"the checkpoint lacks what this run learns of {listing(absent, 3)}. Use the gate and the train_weights "
             "that it was made with."
         )
-    trained = {key.removeprefix(PART).partition(".")[2] for key in stored if key.startswith(PART)}
-    more = sorted(trained.difference(name for name, _ in keys.values()))
-    if more:
+    more = sorted(
+        key.removeprefix(PART).partition(".")[2] for key in stored if key.startswith(PART) and key not in keys
+    )
+    if whole and more:
         raise UserError(
             f"the checkpoint has trained weights of {listing(more, 3)}, which this run does not train. Use the "
             "train_weights that it was made with; leap_pl export --ckpt_path takes a checkpoint of any version."

@@ -122,7 +122,7 @@ def evaluate_command(
     subject = load_subject(
         model=model, mask=mask, ckpt_path=ckpt_path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    if subject.method.endswith(MASK_ALONE):
+    if MASK_ALONE in subject.method:
         say(
             f"leap_pl evaluate: {mask or ckpt_path or model} has the mask of a method that changes weights too, and "
             "not its weights. They are in the folder model that leap_pl prune wrote: --model FOLDER/model.",

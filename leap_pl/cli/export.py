@@ -93,7 +93,11 @@ def export_command(
         format=format,
         values=values,
         revision=revision or (masks.provenance.revision if masks is not None and model is None else None),
-        perplexity={} if masks is None else _read_results(perplexity, without_weights(masks) if alone else masks),
+        perplexity={}
+        if masks is None
+        else _read_results(
+            perplexity, without_weights(masks) if alone else masks, values if values == "int8" else None
+        ),
         hub_id=push,
         force=force,
         trust_remote_code=trust_remote_code,
@@ -181,8 +185,13 @@ def _check_base_name(base_model: str) -> None:
         )
 
 
-def _read_results(paths: str | None, masks: "MaskSet") -> dict[str, Any]:
+def _read_results(paths: str | None, masks: "MaskSet", rounded_to: str | None = None) -> dict[str, Any]:
     """Read the perplexities of result files: one must have been measured with ``masks``, another may be dense.
+
+    Args:
+        paths: Files, separated by commas; None: there are none.
+        masks: Masks that are exported.
+        rounded_to: Data type that the weights are rounded to; a figure may be of rounded ones, and then says so.
 
     Returns:
         Text → figure under the mask, with that of the dense model by the same protocol as ``dense``.
@@ -193,6 +202,7 @@ def _read_results(paths: str | None, masks: "MaskSet") -> dict[str, Any]:
     from leap_pl.evaluation.record import read_result
     from leap_pl.inputs.plain_values import shown
     from leap_pl.inputs.register import listed
+    from leap_pl.oneshot.methods import rounded_method
 
     results = {path: read_result(path) for path in listed(paths)}
     digest = masks.digest_of_bits()
@@ -202,14 +212,16 @@ def _read_results(paths: str | None, masks: "MaskSet") -> dict[str, Any]:
         if not result["perplexity"]:
             raise UserError(f"{path} has no perplexity. Give a result of leap_pl evaluate --perplexity TEXT.")
         measured = result["model"].get("mask_digest")
-        if measured == digest and not _same_weights(result, masks):
+        rounded = rounded_to is not None and result["method"].endswith(rounded_method("", rounded_to))
+        if measured == digest and not _same_weights(result, masks, rounded_to if rounded else None):
             raise UserError(
                 f"{path} was measured with this mask and other weights ({shown(result['method'])}): trained, updated "
                 "or rounded ones, or those of another run. Run leap_pl evaluate on the mask or checkpoint that is "
                 "exported, and give its output."
             )
         if measured == digest:
-            figures |= result["perplexity"]
+            mark = {"rounded_to": rounded_to} if rounded else {}
+            figures |= {text: figure | mark for text, figure in result["perplexity"].items()}
         elif len(results) > 1 and _is_dense(result, masks):
             dense |= {text: figure["value"] for text, figure in result["perplexity"].items()}
         else:
@@ -231,14 +243,23 @@ def _is_dense(result: dict[str, Any], masks: "MaskSet") -> bool:
     return bool(base and result["model"]["fingerprint"] == masks.provenance.fingerprint)
 
 
-def _same_weights(result: dict[str, Any], masks: "MaskSet") -> bool:
-    """Return whether a result is of the base model's weights, as ``masks`` are, or of those of the same run."""
+def _same_weights(result: dict[str, Any], masks: "MaskSet", rounded_to: str | None) -> bool:
+    """Return whether a result is of the base model's weights, as ``masks`` are, or of those of the same run.
+
+    Args:
+        result: Result with the same mask.
+        masks: Masks that are exported.
+        rounded_to: Data type that its weights are rounded to.
+    """
     from leap_pl.inputs.plain_values import plain
     from leap_pl.masks.mask_set import TRAINED
-    from leap_pl.oneshot.methods import of_mask_alone
+    from leap_pl.oneshot.methods import of_mask_alone, rounded_method
 
     method = masks.provenance.method
-    if result["method"] != (method if TRAINED in masks.provenance.config else of_mask_alone(method)):
+    alone = method if TRAINED in masks.provenance.config else of_mask_alone(method)
+    # Version 0.1.0 called the mask alone by the method.
+    named = any(result["model"].get(name) is not None for name in ("mask", "ckpt_path"))
+    if result["method"] not in (rounded_method(alone, rounded_to), method if named else None):
         return False
     run = (TRAINED, "objective", "steps", "seed", "data")
     measured, made = (

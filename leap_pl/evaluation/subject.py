@@ -18,7 +18,7 @@ from leap_pl.masks.exported import exported_record
 from leap_pl.masks.kept_weights import KeptWeights, without_weights
 from leap_pl.masks.mask_set import TRAINED
 from leap_pl.masks.weight_groups import shares
-from leap_pl.oneshot.methods import of_mask_alone
+from leap_pl.oneshot.methods import of_mask_alone, rounded_method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,8 +124,8 @@ def _method_of_record(record: dict[str, Any], name: str, revision: str | None) -
         if updated is None:
             method = of_mask_alone(method)
         elif updated != method:
-            method += f", weights of {updated}"
-    return method + (f", {facts['rounded_to']}" if "rounded_to" in facts else "")
+            method += f" (weights of {updated})"
+    return rounded_method(method, facts.get("rounded_to"))
 
 
 def _method_of_weights(model: "PreTrainedModel") -> str:

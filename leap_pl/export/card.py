@@ -6,6 +6,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from leap_pl.base_model.prefix import in_words
+from leap_pl.errors import listing
 from leap_pl.escape import markdown, markdown_code
 from leap_pl.export.hub import shortened
 from leap_pl.export.method import citation, decisive_settings
@@ -138,7 +139,13 @@ def _perplexities(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         name = f"{shortened(name)}{_part_of_text(figure)}"
         cells = (markdown(name), f"{figure['value']:.3f}", dense, windows, figure["stride"])
         table.append(f"| {' | '.join(map(str, cells))} |")
-    exact = f"Measured before the weights were rounded to {facts['rounded_to']}." if "rounded_to" in facts else ""
+    rounded = facts.get("rounded_to")
+    before = bool(validation) or not all("rounded_to" in figure for figure in figures.values())
+    exact = ""
+    if rounded is not None and before:
+        after = [name for name, figure in figures.items() if "rounded_to" in figure]
+        exact = f"Measured before the weights were rounded to {rounded}"
+        exact += f", but for {listing([markdown(shortened(name)) for name in after])}." if after else "."
     return "\n\n".join(filter(None, ("## Perplexity", "\n".join(table), validation, exact)))
 
 

@@ -62,11 +62,13 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False) -
     then = f"{folder} is complete: upload it later with `{shlex.join(again)}`."
     with hub_errors(f"{folder} could not be uploaded to {repository}", then=then):
         address = api.create_repo(repository, private=private or None, exist_ok=True)
-        if not weights and api.file_exists(repository, _MODEL):
-            raise UserError(
-                f"--push {repository} has a model, whose mask and record a mask alone would replace. Push the mask to "
-                f"another repository, or the model again; {folder} is complete."
-            )
+        replaces = not weights and api.file_exists(repository, _MODEL)
+    if replaces:
+        raise UserError(
+            f"--push {repository} has a model, whose mask and record a mask alone would replace. Push the mask to "
+            f"another repository, or the model again; {folder} is complete."
+        )
+    with hub_errors(f"{folder} could not be uploaded to {repository}", then=then):
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,

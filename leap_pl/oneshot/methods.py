@@ -126,6 +126,11 @@ def of_mask_alone(name: str) -> str:
     return f"{name}{MASK_ALONE}" if changes_weights(name) else name
 
 
+def rounded_method(name: str, dtype: str | None) -> str:
+    """Return what the method ``name`` is called on weights that are rounded to ``dtype``, such as int8; None: exact."""
+    return name if dtype is None else f"{name} ({dtype})"
+
+
 def settings_of(name: str, given: Mapping[str, float | None]) -> MethodOptions | None:
     """Return the settings of a method; None for a method without settings.
 

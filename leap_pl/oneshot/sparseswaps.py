@@ -44,12 +44,12 @@ def sparseswaps_mask(weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, round
     inputs = weight_OI.shape[1]
     size = pattern.m if isinstance(pattern, NM) else inputs
     missing = -inputs % size  # inputs of the last group
-    cross_GMM = functional.pad(gram_II, (0, missing, 0, missing)).unflatten(0, (-1, size)).unflatten(2, (-1, size))
-    cross_GMM = cross_GMM.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    whole_II = functional.pad(gram_II, (0, missing, 0, missing)) if missing else gram_II
+    cross_GMM = whole_II.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
     group_G = torch.arange(len(cross_GMM), device=weight_OI.device)
 
     def grouped(of_LI: Tensor) -> Tensor:
-        return functional.pad(of_LI, (0, missing)).unflatten(1, (-1, size))
+        return (functional.pad(of_LI, (0, missing)) if missing else of_LI).unflatten(1, (-1, size))
 
     weight_LI, kept_LI = weight_OI.float(), mask_OI.clone()
     place_L = torch.arange(weight_OI.shape[0], device=weight_OI.device)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEY = "cache_key"  # in a cached file's metadata or its mask's provenance: digest of what it was computed from
-ALGORITHM = 2  # incremented when a method's masks change, to invalidate older cached ones
+ALGORITHM = 3  # incremented when a method's masks change, to invalidate older cached ones
 
 logger = logging.getLogger(__name__)
 

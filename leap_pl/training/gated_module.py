@@ -491,7 +491,7 @@ class GatedModule(L.LightningModule):
         places = self.stored()
         if self.mesh is None:
             stored = checkpoint["state_dict"]
-            checkpoint["state_dict"] = checkpoints.by_path(stored, places)
+            checkpoint["state_dict"] = checkpoints.by_path(stored, places, whole=self._fitting())
             self.trained.make_room(stored)
         elif Path(path := self.trainer.ckpt_path or "").is_file():
             # From a folder Lightning has loaded each rank's part; from a file each rank takes its own part here.

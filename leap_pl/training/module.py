@@ -495,4 +495,6 @@ class LeapModule(GatedModule):
     def _measured_model(self) -> dict[str, str]:
         """Return the provenance of a perplexity except for the text; see :class:`.Measured` for its keys."""
         dtype = str(self._dtype_of_model()).removeprefix("torch.")
-        return {"fingerprint": self.fingerprint, "dtype": dtype, "precision": str(self.trainer.precision)}
+        # Earlier versions summed in the data type of a true half precision: their figures are of something else.
+        sums = ", sums in float32" if self.trainer.precision in ("bf16-true", "16-true") else ""
+        return {"fingerprint": self.fingerprint, "dtype": dtype, "precision": f"{self.trainer.precision}{sums}"}

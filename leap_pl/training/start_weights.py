@@ -63,9 +63,11 @@ class StartWeights:
         first: dict[int, str] = {}
         others = set()
         for name, own in base.named_parameters(remove_duplicate=False):
-            first.setdefault(id(own), name)
+            tied = first.setdefault(id(own), name)
             if name in tensors and not _alike(tensors[name].detach(), own.detach().cpu()):
-                others.add(first[id(own)])
+                # Of tied weights the run trains the first, and the others with it.
+                same = tied in tensors and torch.equal(tensors[name].detach(), tensors[tied].detach())
+                others.add(tied if same else name)
         return cls({name: tensor.detach() for name, tensor in tensors.items()}, folder, masks, others)
 
     def set_(self, trained: TrainedWeight, weight: Weight, mask: Callable[[], Tensor] | None = None) -> None:

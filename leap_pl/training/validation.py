@@ -75,7 +75,8 @@ class Validation(nn.Module):
     def __init__(self) -> None:
         """Initialize without measurements."""
         super().__init__()
-        self.hard_metric, self.dense_metric = Perplexity(), Perplexity()
+        # Of torch's default data type otherwise, which Lightning may set to half precision.
+        self.hard_metric, self.dense_metric = (Perplexity().set_dtype(torch.float32) for _ in range(2))
         self.hard: Measured | None = None
         self.hard_step: int | None = None
         self.dense: Measured | None = None

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -318,14 +319,14 @@ def test_perplexities_of_other_weights_under_the_mask_do_not_get_into_the_card(
     export_command(str(tmp_path / "int8"), mask=str(finished.mask), format="packed", values="int8", force=True)
     cases = {
         "sparsegpt": (tmp_path / "own" / "model", tmp_path / "own" / MASK),
-        "leap, weights of admm": (tmp_path / "again" / "model", finished.mask),
-        "leap, int8": (tmp_path / "int8", finished.mask),
+        "leap (weights of admm)": (tmp_path / "again" / "model", finished.mask),
+        "leap (int8)": (tmp_path / "int8", finished.mask),
     }
     for method, (model, mask) in cases.items():
         measured = evaluate_command(model=str(model), **small)
         assert measured["method"] == method
         (tmp_path / "r.json").write_text(json.dumps(measured))
-        with pytest.raises(UserError, match=rf"with this mask and other weights \({method}\)"):
+        with pytest.raises(UserError, match=re.escape(f"with this mask and other weights ({method}): ")):
             export_command(str(tmp_path / "no"), mask=str(mask), perplexity=str(tmp_path / "r.json"))
         alone = evaluate_command(mask=str(mask), **small)
         (tmp_path / "alone.json").write_text(json.dumps(alone))
@@ -333,8 +334,17 @@ def test_perplexities_of_other_weights_under_the_mask_do_not_get_into_the_card(
         export_command(str(out), mask=str(mask), perplexity=str(tmp_path / "alone.json"))
         assert "## Perplexity" in (out / "README.md").read_text()
     rounded = {"format": "packed", "values": "int8", "force": True}
-    export_command(str(tmp_path / "r"), mask=str(finished.mask), perplexity=str(tmp_path / "alone.json"), **rounded)
-    assert "Measured before the weights were rounded to int8." in (tmp_path / "r" / "README.md").read_text()
+    for name, before in (("alone", True), ("r", False)):  # the last of the cases is that of the rounded ones
+        out, result = tmp_path / f"int8 {name}", tmp_path / f"{name}.json"
+        export_command(str(out), mask=str(finished.mask), perplexity=str(result), **rounded)
+        figures = (out / "README.md").read_text().partition("## Perplexity")[2].partition("Perplexity on the run")[0]
+        value = next(iter(json.loads(result.read_text())["perplexity"].values()))["value"]
+        assert f"| {value:.3f} |" in figures
+        said = "Measured before the weights were rounded to int8"
+        assert f"{said}{'.' if before else ', but for text.jsonl.'}" in (out / "README.md").read_text()
+    earlier = {**json.loads((tmp_path / "alone.json").read_text()), "method": "leap"}
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    export_command(str(tmp_path / "e"), mask=str(finished.mask), perplexity=str(tmp_path / "earlier.json"))
 
 
 def test_the_card_tells_only_perplexities_that_say_of_what_they_are(finished: Run, tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def test_a_mask_alone_does_not_replace_a_model(hub: Hub, finished: Run, tmp_path
     hub.files[NAME] = dict(model)
     message = refused(words(finished, tmp_path / "out", "--format=mask", f"--push={NAME}"), capsys)
     assert f"--push {NAME} has a model, whose mask and record a mask alone would replace. Push the mask to" in message
+    assert "hf upload" not in message
+    assert message.endswith("out is complete.")
     assert hub.files[NAME] == model
 
 
