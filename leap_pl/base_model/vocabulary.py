@@ -3,6 +3,8 @@
 On a GPU a token without a row ends the process with a device-side assertion, which names neither token nor text.
 """
 
+import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -16,6 +18,14 @@ if TYPE_CHECKING:
 def vocabulary_of(model: "PreTrainedModel") -> int:
     """Return the number of tokens for which ``model`` has an embedding."""
     return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, arg-type, operator, index, unused-ignore]
+
+
+def digest_of_vocabulary(tokenizer: Any) -> str | None:
+    """Return a digest of the tokens of ``tokenizer`` in the order of their ids, 16 digits; None if it names none."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return None
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda token: token[1])
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 
 def check_tokenizer(tokenizer: Any, vocabulary: int, name: str) -> None:

@@ -313,7 +313,12 @@ class Checkpoints(SavingCheckpoint):
         say(f"leap_pl {running_verb()}: {stopped.signal.name}: {message}", sys.stderr)
         slurm = requeuing(trainer)
         if slurm and stopped.signal == slurm.requeue_signal:
-            requeue()
+            if self._named:
+                requeue()
+            else:  # it would not find its checkpoint
+                say(
+                    f"leap_pl {running_verb()}: the job is not requeued. Set --checkpoint.dirpath for that.", sys.stderr
+                )
 
     def _skip_validation(self, trainer: L.Trainer) -> None:
         if self._limit_val_batches is None:

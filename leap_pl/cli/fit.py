@@ -174,6 +174,11 @@ class LeapCLI(LightningCLI):
         if verb == "fit":
             self.force = replaces(settings, requeued=requeued)
         self.last = path == "last" or (requeued and not self.force)
+        if requeued and path != "last" and settings.checkpoint.dirpath is None:
+            self.last = False
+            rank_zero_warn(
+                "SLURM has started this job again, and --checkpoint.dirpath names no folder: a new run starts."
+            )
         if self.last:
             found = self._parse_for_last(verb, parser, args, words)
             refused = refused if found is None else found

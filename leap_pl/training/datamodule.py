@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from leap_pl.base_model.prefix import Bos, record_of
-from leap_pl.base_model.vocabulary import check_tokens
+from leap_pl.base_model.vocabulary import check_tokens, digest_of_vocabulary
 from leap_pl.checkpoints.settings import DATA
 from leap_pl.data.batches import BEGINNING, Batch, BlockLoader, Progress, RankBatches
 from leap_pl.data.calibration import loaded_tokenizer
@@ -363,6 +363,12 @@ class TextDataModule(LightningDataModule):
         by_content = version == FORMAT and state_dict["rereadable"] and self.stream.source.shards.rereadable
         # Earlier versions had no such setting, and blocks without a prefix.
         before, now = {"bos": "first", **state_dict["data"]}, self.identity()
+        if (
+            before.setdefault("vocabulary", now["vocabulary"]) == now["vocabulary"]
+            and "vocabulary" in state_dict["data"]
+        ):
+            # Under another name, such as that of a local copy.
+            before["tokenizer"] = f"{now['tokenizer'].rpartition(' (')[0]} ({before['tokenizer'].rpartition(' (')[2]}"
         changed = [
             f"{name} was {before.get(name)!r} and is {now[name]!r}"
             for name in now
@@ -400,6 +406,7 @@ class TextDataModule(LightningDataModule):
                 "batch_size": self.batch_size,
                 "seed": self.seed,
                 "tokenizer": f"{Path(name).name} ({len(self.tokenizer)} tokens, separator {self.stream.end})",
+                "vocabulary": digest_of_vocabulary(self.tokenizer),
                 "bos": "every" if len(self.stream.prefix) else "first",  # by what blocks contain: other settings agree
             }
         return self._identity

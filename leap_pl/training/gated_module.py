@@ -176,9 +176,8 @@ class GatedModule(L.LightningModule):
         if self.model is not None:
             return
         self.mesh = sharding_mesh(self.attached)
-        dtype = self.dtype_name
-        if dtype == "auto":  # measured, so ranks may find different results
-            dtype = as_rank_zero_has(fast_dtype(self._device_of_run()))
+        # Measured, so ranks may find different results.
+        dtype = as_rank_zero_has(fast_dtype(self._device_of_run())) if self.dtype_name == "auto" else self.dtype_name
         model = load_model(
             self.base_model,
             revision=self.revision,
@@ -186,6 +185,7 @@ class GatedModule(L.LightningModule):
             dropout=False,
             trust_remote_code=self.trust_remote_code,
         )
+        self.dtype_name = dtype  # as it is loaded again, which Lightning may convert to its precision
         check_numbers(model, f"base model {self.base_model}")
         check_data(getattr(self.attached, "datamodule", None), model, self.base_model)
         self.weights = self._gated_of(model)
@@ -425,7 +425,7 @@ class GatedModule(L.LightningModule):
             "model.targets": self.targets,
             "model.ignore": self.ignore,
             "model.prior": asdict(self.run_prior.settings),
-            "model.dtype": self.dtype_name if self.model is None else str(self.model.dtype).removeprefix("torch."),
+            "model.dtype": self.dtype_name,
             "model.logits_dtype": str(self.logits_dtype).removeprefix("torch."),
             "model.activation_checkpointing": self.activation_checkpointing,
             "model.revision": self.revision,

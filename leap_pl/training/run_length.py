@@ -39,6 +39,11 @@ def check_run_length(trainer: "Trainer") -> None:
     if isinstance(limit, int) or limit != 1.0:
         raise UserError(f"trainer.limit_train_batches is {limit}, and would read the same blocks again. {steps}")
     interval = getattr(trainer, "val_check_interval", None)  # not there, if it is by the clock
+    if interval is None and trainer.world_size > 1 and trainer.limit_val_batches:
+        raise UserError(
+            f"trainer.val_check_interval is a time, and each of the {trainer.world_size} ranks would look at its own "
+            "clock. Give a number of micro-batches."
+        )
     batches = trainer.max_steps * trainer.accumulate_grad_batches
     beyond = isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None
     if beyond and trainer.limit_val_batches:

@@ -43,6 +43,27 @@ def run_of_three(model_folder: Path, text_file: Path, tmp_path_factory: pytest.T
     return folder
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_a_run_in_a_true_precision_resumes(precision: str, model_folder, text_file, tmp_path: Path) -> None:
+    """With the data type that its model is loaded in, which is not that of the precision."""
+    words = [f"--trainer.precision={precision}", "--model.dtype=float32", "--checkpoint.every_n_train_steps=1"]
+    main(flags(model_folder, text_file, tmp_path / "run", *words))
+    step = tmp_path / "run" / "checkpoints" / "step=2.ckpt"
+    main(flags(model_folder, text_file, tmp_path / "again", *words, f"--ckpt_path={step}"))
+    masks = [MaskSet.load(tmp_path / run / "checkpoints" / "mask.safetensors") for run in ("run", "again")]
+    assert masks[0].digest_of_bits() == masks[1].digest_of_bits()
+    assert LeapModule.load_from_checkpoint(step).mask_set().digest_of_bits()
+
+
+def test_a_run_goes_on_with_a_copy_of_its_model(run_of_three: Path, model_folder, text_file, tmp_path: Path) -> None:
+    """In a folder of another name, whose tokenizer has the same vocabulary."""
+    copied = shutil.copytree(model_folder, tmp_path / "another name")
+    step = run_of_three / "checkpoints" / "step=2.ckpt"
+    main([*flags(copied, text_file, tmp_path / "run"), f"--ckpt_path={step}"])
+    found = MaskSet.load(tmp_path / "run" / "checkpoints" / "mask.safetensors").digest_of_bits()
+    assert found == MaskSet.load(run_of_three / "checkpoints" / "mask.safetensors").digest_of_bits()
+
+
 @pytest.mark.parametrize("damage", ["torn", "empty", "flipped", "pickle"])
 def test_a_damaged_newest_checkpoint(
     never_stopped: Outcome, run_of_three: Path, model_folder, text_file, tmp_path: Path, capsys, damage: str
@@ -300,6 +321,23 @@ def test_a_slurm_job_goes_back_into_the_queue_and_on(
     main(words)
     assert "resuming from" in capsys.readouterr().err
     same(outcome(tmp_path / "run"), never_stopped)
+
+
+def test_a_slurm_job_without_a_folder_of_its_own_is_not_requeued(
+    model_folder, text_file, tmp_path: Path, monkeypatch, slurm: Path, capsys
+) -> None:
+    """It would not find its checkpoints; a job that SLURM itself starts again begins anew, and says so."""
+    words = [word for word in flags(model_folder, text_file, tmp_path) if not word.startswith("--checkpoint.dirpath")]
+    with monkeypatch.context() as patch:
+        at_call(patch, "training_step", 5, send(signal.SIGUSR1))
+        stopped(words, 138)
+    assert not slurm.exists()
+    said = capsys.readouterr().err
+    assert "the job is not requeued. Set --checkpoint.dirpath for that." in said
+    assert "Resume with --ckpt_path last --checkpoint.dirpath " in said
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.warns(UserWarning, match="names no folder: a new run starts"):
+        main([*words, "--force"])
 
 
 def test_a_slurm_job_that_is_cancelled_is_not_requeued(

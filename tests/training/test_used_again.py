@@ -33,6 +33,7 @@ from leap_pl.losses.objective import Objective
 from leap_pl.oneshot.prune import prune
 from leap_pl.prior import Prior
 from leap_pl.training.batch import input_ids_of
+from leap_pl.training.run_length import check_run_length
 from leap_pl.training.trainer_checks import check_trainer
 from leap_pl.training.validation import Validation
 
@@ -523,3 +524,16 @@ def exported_by_two(rank: int, model: str, text: str, folder: str) -> None:
     module = LeapModule(model, dtype="float32", prior=Prior(method="magnitude", cache_dir=f"{folder}/p"))
     made = trainer(MaskExport(), max_steps=1, devices=2, strategy="ddp", default_root_dir=folder)
     made.fit(module, data(text, validation_sequences=0))
+
+
+def test_validation_by_the_clock_is_of_one_rank(text_file: Path) -> None:
+    """Each rank looks at its own."""
+    one, two = (
+        trainer(
+            max_steps=2, devices=devices, strategy="ddp" if devices > 1 else "auto", val_check_interval="00:00:30:00"
+        )
+        for devices in (1, 2)
+    )
+    check_run_length(one)
+    with pytest.raises(UserError, match="is a time, and each of the 2 ranks would look at its own clock"):
+        check_run_length(two)
