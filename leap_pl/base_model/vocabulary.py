@@ -24,7 +24,7 @@ def digest_of_vocabulary(tokenizer: Any) -> str | None:
     """Return a digest of the tokens of ``tokenizer`` in the order of their ids, 16 digits; None if it names none."""
     if not hasattr(tokenizer, "get_vocab"):
         return None
-    tokens = sorted(tokenizer.get_vocab().items(), key=lambda token: token[1])
+    tokens = sorted((place, str(token)) for token, place in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 

@@ -313,7 +313,7 @@ class Checkpoints(SavingCheckpoint):
         say(f"leap_pl {running_verb()}: {stopped.signal.name}: {message}", sys.stderr)
         slurm = requeuing(trainer)
         if slurm and stopped.signal == slurm.requeue_signal:
-            if self._named:
+            if self._named or self.force is None:  # a script may name a checkpoint by itself
                 requeue()
             else:  # it would not find its checkpoint
                 say(

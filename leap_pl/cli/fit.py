@@ -54,6 +54,7 @@ from leap_pl.inputs.ranges import check_numbers
 from leap_pl.inputs.register import running_verb
 from leap_pl.training.datamodule import TextDataModule
 from leap_pl.training.module import LeapModule
+from leap_pl.training.run_settings import computed_in
 
 # LeapModule's default, in a form that can be saved in a config.
 OPTIMIZER: dict[str, Any] = {
@@ -174,7 +175,7 @@ class LeapCLI(LightningCLI):
         if verb == "fit":
             self.force = replaces(settings, requeued=requeued)
         self.last = path == "last" or (requeued and not self.force)
-        if requeued and path != "last" and settings.checkpoint.dirpath is None:
+        if self.last and path is None and settings.checkpoint.dirpath is None:
             self.last = False
             rank_zero_warn(
                 "SLURM has started this job again, and --checkpoint.dirpath names no folder: a new run starts."
@@ -293,6 +294,7 @@ class LeapCLI(LightningCLI):
         settings, refused = settings_of(identity, checkpoint, path, words, base_model)
         if verb != "fit":  # validation has its own precision, and no steps
             settings = {name: value for name, value in settings.items() if not name.startswith("trainer.")}
+            settings["model.dtype"] = computed_in(identity) or settings.get("model.dtype", "auto")
         self.parsers[verb].set_defaults(settings)
         return refused
 

@@ -363,11 +363,9 @@ class TextDataModule(LightningDataModule):
         by_content = version == FORMAT and state_dict["rereadable"] and self.stream.source.shards.rereadable
         # Earlier versions had no such setting, and blocks without a prefix.
         before, now = {"bos": "first", **state_dict["data"]}, self.identity()
-        if (
-            before.setdefault("vocabulary", now["vocabulary"]) == now["vocabulary"]
-            and "vocabulary" in state_dict["data"]
-        ):
-            # Under another name, such as that of a local copy.
+        known = before.get("vocabulary")
+        before["vocabulary"] = now["vocabulary"] if known is None else known
+        if known is not None and known == now["vocabulary"]:  # under another name, such as that of a local copy
             before["tokenizer"] = f"{now['tokenizer'].rpartition(' (')[0]} ({before['tokenizer'].rpartition(' (')[2]}"
         changed = [
             f"{name} was {before.get(name)!r} and is {now[name]!r}"

@@ -166,7 +166,7 @@ class GatedModule(L.LightningModule):
         here = self.learned_with()
         if fitting:
             check_state(checkpoint, path, trainer.strategy)
-            here |= run_settings.of_trainer(trainer, data)
+            here |= run_settings.of_trainer(trainer, data) | run_settings.dtype_of_earlier(stored, trainer)
         else:  # the hard mask depends only on these
             here = {name: here[name] for name in MASK_SETTINGS if name in here}
         check_settings(stored, here)
@@ -425,7 +425,7 @@ class GatedModule(L.LightningModule):
             "model.targets": self.targets,
             "model.ignore": self.ignore,
             "model.prior": asdict(self.run_prior.settings),
-            "model.dtype": self.dtype_name,
+            "model.dtype": run_settings.dtype_of(self.model, self.dtype_name, self.attached),
             "model.logits_dtype": str(self.logits_dtype).removeprefix("torch."),
             "model.activation_checkpointing": self.activation_checkpointing,
             "model.revision": self.revision,

@@ -25,16 +25,15 @@ from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import MicroBatch
 from leap_pl.prior import Prior
-from leap_pl.training import finite, optimization
+from leap_pl.training import finite, optimization, run_settings
 from leap_pl.training.batch import input_ids_of
 from leap_pl.training.clipping import check_clipping, clip_by_norm
 from leap_pl.training.fixed_mask import FixedMask
 from leap_pl.training.gated_module import GatedModule
 from leap_pl.training.optimizers import check_rounding
-from leap_pl.training.run_settings import arguments_of, check_types, describe_objective, of_trainer, read_settings
 from leap_pl.training.schedules import Annealing
 from leap_pl.training.trainer_checks import check_trainer, check_unused
-from leap_pl.training.validation import described
+from leap_pl.training.validation import described, precision_of
 from leap_pl.training.weights import NONE, WeightTraining
 
 
@@ -161,7 +160,8 @@ class LeapModule(GatedModule):
         self.objective = Objective(**objective) if isinstance(objective, dict) else objective
         self.annealing = Annealing.of(annealing) if isinstance(annealing, dict) else annealing
         self.make_optimizer, self.make_scheduler, self.warmup_steps = optimizer, lr_scheduler, int(warmup_steps)
-        self.hparams.update(objective=describe_objective(self.objective), prior=asdict(prior), ignore=self.ignore)
+        described_objective = run_settings.describe_objective(self.objective)
+        self.hparams.update(objective=described_objective, prior=asdict(prior), ignore=self.ignore)
         self.hparams.update(annealing=asdict(self.annealing), weight_training=asdict(weight_training))
         self.hparams.update(sparsity=self.sparsity, warmup_steps=self.warmup_steps)
         self.terms: dict[str, Tensor] = {}
@@ -200,13 +200,15 @@ class LeapModule(GatedModule):
         if read is not None:
             checkpoint["state_dict"] = {key: read(key) for key in tensors}
         identity = read_identity(checkpoint, checkpoint_path)
-        stored = read_settings(identity, checkpoint, str(checkpoint_path))
-        module = cls(**arguments_of(stored, settings, str(checkpoint_path)) | settings)
+        stored = run_settings.read_settings(identity, checkpoint, str(checkpoint_path))
+        module = cls(**run_settings.arguments_of(stored, settings, str(checkpoint_path)) | settings)
         if not {"targets", "ignore", "mask"} & set(settings):
             module.gated_before = list(identity.shapes)
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
+        dtype = None if "dtype" in settings else run_settings.computed_in(identity)
+        module = module if dtype is None else module.to(getattr(torch, dtype))
         return module if map_location is None else module.to(map_location)
 
     def configure_model(self) -> None:
@@ -223,7 +225,8 @@ class LeapModule(GatedModule):
             probe = self.optimizer_of([nn.Parameter(torch.zeros(1, 1, device="cpu"))])
             check_rounding(probe, self.logits_dtype)
             check_clipping(self.trainer, probe)
-            check_types(self.learned_with() | of_trainer(self.trainer, getattr(self.trainer, "datamodule", None)))
+            data = getattr(self.trainer, "datamodule", None)
+            run_settings.check_types(self.learned_with() | run_settings.of_trainer(self.trainer, data))
         super().configure_model()
         self._at_start = self._at_start or (made and self._fitting())
 
@@ -244,12 +247,12 @@ class LeapModule(GatedModule):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings for the provenance of a mask, as plain values."""
-        recorded = {"objective": describe_objective(self.objective), "annealing": asdict(self.annealing)}
+        recorded = {"objective": run_settings.describe_objective(self.objective), "annealing": asdict(self.annealing)}
         return recorded | super().settings()
 
     def learned_with(self) -> Settings:
         """Return the settings that a resumed run takes and compares; see :meth:`.GatedModule.learned_with`."""
-        found: Settings = {"model.objective": describe_objective(self.objective)}
+        found: Settings = {"model.objective": run_settings.describe_objective(self.objective)}
         found["model.annealing"] = asdict(self.annealing)
         found["model.warmup_steps"] = self.warmup_steps
         return super().learned_with() | taken(found | self._described_optimizer())
@@ -414,8 +417,7 @@ class LeapModule(GatedModule):
             raise UserError(
                 f"trainer.max_steps is {total}, and every schedule needs a number of steps. Add --trainer.max_steps N."
             )
-        masks, weights = self._parts()
-        training = self.trained.settings
+        (masks, weights), training = self._parts(), self.trained.settings
         optimizer = self.optimizer_of(optimization.groups(masks, weights, training))
         if weights:
             optimization.step_alone(optimizer.param_groups[-1], optimizer)
@@ -495,6 +497,4 @@ class LeapModule(GatedModule):
     def _measured_model(self) -> dict[str, str]:
         """Return the provenance of a perplexity except for the text; see :class:`.Measured` for its keys."""
         dtype = str(self._dtype_of_model()).removeprefix("torch.")
-        # Earlier versions summed in the data type of a true half precision: their figures are of something else.
-        sums = ", sums in float32" if self.trainer.precision in ("bf16-true", "16-true") else ""
-        return {"fingerprint": self.fingerprint, "dtype": dtype, "precision": f"{self.trainer.precision}{sums}"}
+        return {"fingerprint": self.fingerprint, "dtype": dtype, "precision": precision_of(self.trainer.precision)}

@@ -74,6 +74,9 @@ PRECISIONS = Literal[
 ]
 
 
+# Precisions of the trainer for which Lightning converts the whole model → the data type that it then has.
+CONVERTING = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}
+
 # Settings that earlier versions did not have → the values that give what those versions did.
 OF_EARLIER: Settings = {"data.bos": "first"}
 
@@ -143,6 +146,25 @@ def of_trainer(trainer: "L.Trainer", data: Any) -> Settings:
         if isinstance(data.tokenizer_name, str):
             settings["data.tokenizer"] = data.tokenizer_name
     return taken(settings)
+
+
+def dtype_of(model: "torch.nn.Module | None", loaded: str, trainer: "L.Trainer | None") -> str:
+    """Return the data type in which a run loads its ``model``: ``loaded``, if Lightning converts it; else its own."""
+    if model is None or (trainer is not None and str(trainer.precision) in CONVERTING):
+        return loaded
+    return str(model.dtype).removeprefix("torch.")
+
+
+def dtype_of_earlier(stored: Settings, trainer: "L.Trainer") -> Settings:
+    """Return the setting ``model.dtype`` if a checkpoint holds it after conversion, as those of earlier versions do."""
+    converted = CONVERTING.get(str(trainer.precision))
+    return {"model.dtype": converted} if stored.get("model.dtype") == converted is not None else {}
+
+
+def computed_in(identity: Identity) -> str | None:
+    """Return the data type that a run computed in, as LeapModule takes it; None if its checkpoint does not tell."""
+    dtype = identity.settings.get("dtype")
+    return dtype if dtype in ("float32", "bfloat16", "float16") else None
 
 
 def check_types(settings: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ class Measured:
         seq_length: Tokens in each sequence; the mean if they differ.
         fingerprint: Fingerprint of the base model's weights.
         dtype: Dtype of the model.
-        precision: Precision of the trainer.
+        precision: Precision of the trainer (:func:`precision_of`).
     """
 
     value: float
@@ -193,6 +193,14 @@ class Validation(nn.Module):
         others = ", ".join(f"{words.get(name, name)} {value:.2f}" for name, value in figures.items() if name != "hard")
         at = "" if self.hard_step in (step, None) else f" at step {self.hard_step}"
         return f"perplexity {figures['hard']:.2f}{f' ({others})' if others else ''}{at}"
+
+
+def precision_of(precision: Any) -> str:
+    """Return the condition :attr:`Measured.precision` for the ``precision`` of a trainer.
+
+    Earlier versions summed in the data type of a true half precision: their figures are of something else.
+    """
+    return f"{precision}, sums in float32" if precision in ("bf16-true", "16-true") else str(precision)
 
 
 def described(total: Tensor) -> dict[str, Any]:

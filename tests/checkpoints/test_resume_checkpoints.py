@@ -52,6 +52,8 @@ def test_a_run_in_a_true_precision_resumes(precision: str, model_folder, text_fi
     main(flags(model_folder, text_file, tmp_path / "again", *words, f"--ckpt_path={step}"))
     masks = [MaskSet.load(tmp_path / run / "checkpoints" / "mask.safetensors") for run in ("run", "again")]
     assert masks[0].digest_of_bits() == masks[1].digest_of_bits()
+    dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+    assert LeapModule.load_from_checkpoint(step).model.dtype == dtype
     assert LeapModule.load_from_checkpoint(step).mask_set().digest_of_bits()
 
 
@@ -336,8 +338,10 @@ def test_a_slurm_job_without_a_folder_of_its_own_is_not_requeued(
     assert "the job is not requeued. Set --checkpoint.dirpath for that." in said
     assert "Resume with --ckpt_path last --checkpoint.dirpath " in said
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    words = flags(model_folder, text_file, tmp_path / "anew")  # as a logger's new version is another folder
     with pytest.warns(UserWarning, match="names no folder: a new run starts"):
-        main([*words, "--force"])
+        main([word for word in words if not word.startswith("--checkpoint.dirpath")])
+    assert list((tmp_path / "anew").rglob("mask.safetensors"))
 
 
 def test_a_slurm_job_that_is_cancelled_is_not_requeued(
