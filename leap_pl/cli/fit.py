@@ -175,8 +175,9 @@ class LeapCLI(LightningCLI):
         if verb == "fit":
             self.force = replaces(settings, requeued=requeued)
         self.last = path == "last" or (requeued and not self.force)
-        if self.last and path is None and settings.checkpoint.dirpath is None:
+        if self.last and path != "last" and settings.checkpoint.dirpath is None:
             self.last = False
+        if requeued and not (self.force or self.last or path):
             rank_zero_warn(
                 "SLURM has started this job again, and --checkpoint.dirpath names no folder: a new run starts."
             )

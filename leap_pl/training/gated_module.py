@@ -166,7 +166,7 @@ class GatedModule(L.LightningModule):
         here = self.learned_with()
         if fitting:
             check_state(checkpoint, path, trainer.strategy)
-            here |= run_settings.of_trainer(trainer, data) | run_settings.dtype_of_earlier(stored, trainer)
+            here |= run_settings.of_trainer(trainer, data) | run_settings.dtype_of_earlier(stored, here, trainer)
         else:  # the hard mask depends only on these
             here = {name: here[name] for name in MASK_SETTINGS if name in here}
         check_settings(stored, here)
@@ -185,7 +185,6 @@ class GatedModule(L.LightningModule):
             dropout=False,
             trust_remote_code=self.trust_remote_code,
         )
-        self.dtype_name = dtype  # as it is loaded again, which Lightning may convert to its precision
         check_numbers(model, f"base model {self.base_model}")
         check_data(getattr(self.attached, "datamodule", None), model, self.base_model)
         self.weights = self._gated_of(model)
@@ -219,7 +218,7 @@ class GatedModule(L.LightningModule):
             self._shard(model, self.mesh, prior)
         prior.close()
         self.trained.release_start()
-        self.model = model
+        self.model, self.dtype_name = model, dtype  # as it is loaded again: Lightning may convert it to its precision
         guard_saving(model)
         self._split()
         if self.activation_checkpointing:

@@ -149,22 +149,27 @@ def of_trainer(trainer: "L.Trainer", data: Any) -> Settings:
 
 
 def dtype_of(model: "torch.nn.Module | None", loaded: str, trainer: "L.Trainer | None") -> str:
-    """Return the data type in which a run loads its ``model``: ``loaded``, if Lightning converts it; else its own."""
-    if model is None or (trainer is not None and str(trainer.precision) in CONVERTING):
+    """Return the data type in which a run loads its ``model``: ``loaded``, if Lightning converts that; else its own."""
+    if model is None:
         return loaded
-    return str(model.dtype).removeprefix("torch.")
+    own, converted = str(model.dtype).removeprefix("torch."), CONVERTING.get(str(getattr(trainer, "precision", None)))
+    return loaded if own == converted else own
 
 
-def dtype_of_earlier(stored: Settings, trainer: "L.Trainer") -> Settings:
-    """Return the setting ``model.dtype`` if a checkpoint holds it after conversion, as those of earlier versions do."""
+def dtype_of_earlier(stored: Settings, here: Settings, trainer: "L.Trainer") -> Settings:
+    """Return the setting ``model.dtype`` if a checkpoint holds it after conversion, as those of earlier versions do.
+
+    Only where the model is loaded in float32 ``here``, from which the conversion rounds as loading does.
+    """
     converted = CONVERTING.get(str(trainer.precision))
-    return {"model.dtype": converted} if stored.get("model.dtype") == converted is not None else {}
+    earlier = here.get("model.dtype") == "float32" and stored.get("model.dtype") == converted is not None
+    return {"model.dtype": converted} if earlier else {}
 
 
 def computed_in(identity: Identity) -> str | None:
-    """Return the data type that a run computed in, as LeapModule takes it; None if its checkpoint does not tell."""
-    dtype = identity.settings.get("dtype")
-    return dtype if dtype in ("float32", "bfloat16", "float16") else None
+    """Return the data type that Lightning converted the model of a run to, as LeapModule takes it; None: to none."""
+    dtype, precision = identity.settings.get("dtype"), identity.settings.get("precision")
+    return dtype if precision in CONVERTING and dtype in ("bfloat16", "float16") else None
 
 
 def check_types(settings: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import refused
 from stopped_runs import STEPS, Outcome, at_call, curves, flags, kept, outcome, same, send, stopped
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tiny import tiny_folder, tiny_model
@@ -50,11 +51,35 @@ def test_a_run_in_a_true_precision_resumes(precision: str, model_folder, text_fi
     main(flags(model_folder, text_file, tmp_path / "run", *words))
     step = tmp_path / "run" / "checkpoints" / "step=2.ckpt"
     main(flags(model_folder, text_file, tmp_path / "again", *words, f"--ckpt_path={step}"))
-    masks = [MaskSet.load(tmp_path / run / "checkpoints" / "mask.safetensors") for run in ("run", "again")]
-    assert masks[0].digest_of_bits() == masks[1].digest_of_bits()
+    ends = [tmp_path / run / "checkpoints" / "last.ckpt" for run in ("run", "again")]
+    logits, others = (torch.load(end, weights_only=True)["state_dict"] for end in ends)
+    assert all(torch.equal(logits[name], others[name]) for name in logits)
+    assert not all(
+        torch.equal(logits[name], x) for name, x in torch.load(step, weights_only=True)["state_dict"].items()
+    )
     dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
     assert LeapModule.load_from_checkpoint(step).model.dtype == dtype
-    assert LeapModule.load_from_checkpoint(step).mask_set().digest_of_bits()
+    loaded = LeapModule.load_from_checkpoint(step)
+    assert loaded.learned_with()["model.dtype"] == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("typed", ["float32", "float16"])
+def test_a_checkpoint_of_an_earlier_version_in_a_true_precision(
+    typed: str, model_folder, text_file, tmp_path: Path, capsys
+) -> None:
+    """It holds the data type after the conversion, which rounds float32 as loading does, and float16 otherwise."""
+    words = ["--trainer.precision=bf16-true", "--model.dtype=float32", "--checkpoint.every_n_train_steps=1"]
+    main(flags(model_folder, text_file, tmp_path / "run", *words))
+    step = tmp_path / "run" / "checkpoints" / "step=2.ckpt"
+    checkpoint = torch.load(step, weights_only=True)
+    assert checkpoint["leap_pl"]["learned_with"]["model.dtype"] == "float32"
+    checkpoint["leap_pl"]["learned_with"]["model.dtype"] = "bfloat16"
+    torch.save(checkpoint, step)
+    again = flags(model_folder, text_file, tmp_path / "again", *words, f"--model.dtype={typed}", f"--ckpt_path={step}")
+    if typed == "float32":
+        main(again)
+    else:
+        assert "model.dtype was 'bfloat16' and is 'float16'" in refused(again, capsys)
 
 
 def test_a_run_goes_on_with_a_copy_of_its_model(run_of_three: Path, model_folder, text_file, tmp_path: Path) -> None:
