@@ -169,7 +169,7 @@ def dtype_of_earlier(stored: Settings, here: Settings, trainer: "L.Trainer") -> 
 def computed_in(identity: Identity) -> str | None:
     """Return the data type that Lightning converted the model of a run to, as LeapModule takes it; None: to none."""
     dtype, precision = identity.settings.get("dtype"), identity.settings.get("precision")
-    return dtype if precision in CONVERTING and dtype in ("bfloat16", "float16") else None
+    return dtype if str(precision) in CONVERTING and dtype in ("bfloat16", "float16") else None
 
 
 def check_types(settings: Mapping[str, Any]) -> None:
