@@ -51,7 +51,7 @@ def test_figures_of_the_report_are_those_of_the_cells(experiment_done):
     titles |= {"LEAP, LM": "leap-50", "distill": "distill-50", "update": "update-50"}
     assert list(main_rows) == list(titles)
     for title, name in titles.items():
-        sparsity, tokens, like, unlike, accuracy = main_rows[title]
+        sparsity, tokens, like, unlike, accuracy, in_all, dtypes = main_rows[title]
         model, told_tokens, passes, calibration, minutes, memory, of_a_step = costs[f"`{name}`"]
         result = found[name]
         assert passes == ("1" if name in ("leap-50", "distill-50") else "")
@@ -64,6 +64,9 @@ def test_figures_of_the_report_are_those_of_the_cells(experiment_done):
         else:
             assert accuracy == ""
         assert tokens == told_tokens
+        assert dtypes.split(", ")[-1] == result["model"]["dtype"]
+        assert (in_all == "") == (name == "dense")
+        assert name == "dense" or number(in_all) >= round(result["cell"]["seconds"] / 60)  # with what it is made from
         assert (tokens, calibration) == tuple(
             f"{result['cell'][key]:,}" if result["cell"][key] else "" for key in ("tokens", "calibration_tokens")
         )
