@@ -19,7 +19,15 @@ from hypothesis import settings
 from tiny import tiny_folder
 
 # Fixtures that a few test files share.
-pytest_plugins = ["hub_stand_in", "made_results", "recovered_runs", "scaled_runs", "stopped_runs", "tiny_experiment"]
+pytest_plugins = [
+    "hub_stand_in",
+    "made_results",
+    "python_runs",
+    "recovered_runs",
+    "scaled_runs",
+    "stopped_runs",
+    "tiny_experiment",
+]
 
 WORDS = "the mask keeps a weight where text needs it and drops one that no word will miss".split()  # noqa: SIM905
 

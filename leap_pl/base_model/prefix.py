@@ -5,7 +5,10 @@ the model and never predicted.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # `every`: every sequence begins with the prefix. `first`: only the first window of a text that is read from its
 # beginning, as in the literature; blocks that are cut from packed documents have none. `none`: no sequence.
@@ -20,9 +23,16 @@ def prefix_of(tokenizer: Any) -> list[int]:
     return _around(tokenizer)[0]
 
 
-def suffix_of(tokenizer: Any) -> list[int]:
-    """Return the tokens that ``tokenizer`` puts after a text: EOS for some, none for most."""
-    return _around(tokenizer)[1]
+def without_suffix(tokens_BT: "Tensor", tokenizer: Any) -> "Tensor":
+    """Return texts as ``tokenizer`` encodes them without the tokens that it puts after a text: EOS for some.
+
+    Args:
+        tokens_BT: Tokens of B texts, padded on the left if at all.
+        tokenizer: Tokenizer that has encoded them.
+    """
+    suffix = _around(tokenizer)[1]
+    ended = bool(suffix) and all(row[-len(suffix) :].tolist() == suffix for row in tokens_BT)
+    return tokens_BT[:, : -len(suffix)] if ended else tokens_BT
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:

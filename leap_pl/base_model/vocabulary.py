@@ -21,11 +21,11 @@ def vocabulary_of(model: "PreTrainedModel") -> int:
 
 
 def digest_of_vocabulary(tokenizer: Any) -> str | None:
-    """Return a digest of the tokens of ``tokenizer`` in the order of their ids, 16 digits; None if it names none."""
+    """Return a digest of the tokens of ``tokenizer`` and their ids, 16 hexadecimal digits; None if it lists none."""
     if not hasattr(tokenizer, "get_vocab"):
         return None
-    tokens = sorted((place, str(token)) for token, place in tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
+    tokens = json.dumps(sorted(tokenizer.get_vocab().items()), default=repr)  # some are bytes
+    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
 
 
 def check_tokenizer(tokenizer: Any, vocabulary: int, name: str) -> None:

@@ -85,19 +85,20 @@ def export_command(
         raise UserError("--perplexity is for a mask: give it with --mask or --ckpt_path.")
     recorded = str(model) if masks is None else masks.provenance.base_model
     check_revision(model or recorded, revision, "--revision")
+    weights = None if masks is None or alone else _read_weights(ckpt_path, mask, masks)
+    figures = {}
+    if masks is not None:
+        rounded_to = "int8" if values == "int8" else None
+        figures = _read_results(perplexity, without_weights(masks) if alone else masks, rounded_to)
     facts = export_model(
         masks,
         output_dir,
         name_of_model(model, recorded, trust_remote_code=trust_remote_code),
-        weights=None if masks is None or alone else _read_weights(ckpt_path, mask, masks),
+        weights=weights,
         format=format,
         values=values,
         revision=revision or (masks.provenance.revision if masks is not None and model is None else None),
-        perplexity={}
-        if masks is None
-        else _read_results(
-            perplexity, without_weights(masks) if alone else masks, values if values == "int8" else None
-        ),
+        perplexity=figures,
         hub_id=push,
         force=force,
         trust_remote_code=trust_remote_code,

@@ -174,10 +174,9 @@ class LeapCLI(LightningCLI):
         requeued = verb == "fit" and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
         if verb == "fit":
             self.force = replaces(settings, requeued=requeued)
-        self.last = path == "last" or (requeued and not self.force)
-        if self.last and path != "last" and settings.checkpoint.dirpath is None:
-            self.last = False
-        if requeued and not (self.force or self.last or path):
+        restarted = requeued and not self.force
+        self.last = path == "last" or (restarted and settings.checkpoint.dirpath is not None)
+        if restarted and path is None and not self.last:
             rank_zero_warn(
                 "SLURM has started this job again, and --checkpoint.dirpath names no folder: a new run starts."
             )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from leap_pl.base_model.prefix import suffix_of
+from leap_pl.base_model.prefix import without_suffix
 from leap_pl.base_model.sequence_length import check_sequence_length
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.errors import UserError
@@ -68,9 +68,8 @@ def continue_prompt(
     """
     import transformers
 
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    after = suffix_of(tokenizer)  # such as EOS, which would end the text before its continuation
-    ids = ids[:, : -len(after)] if after and ids[0, -len(after) :].tolist() == after else ids
+    # EOS would end the text before its continuation.
+    ids = without_suffix(tokenizer(prompt, return_tensors="pt").input_ids, tokenizer).to(model.device)
     if not ids.numel():
         raise UserError("the prompt has no tokens. Give a longer one.")
     check_tokens(ids, vocabulary_of(model), "the model")

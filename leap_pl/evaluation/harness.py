@@ -11,7 +11,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from leap_pl.base_model.prefix import suffix_of
+from leap_pl.base_model.prefix import without_suffix
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.errors import UserError, warn_once
 from leap_pl.evaluation.answers import SharedPrefixes, attention_span
@@ -32,7 +32,7 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
     def __init__(self, prefix: Sequence[int] = (), **settings: Any) -> None:
         """Take ``prefix``, the tokens that requests begin with, and the settings of ``HFLM``."""
         super().__init__(add_bos_token=bool(prefix), **settings)
-        self._prefix, self._suffix = list(prefix), suffix_of(self.tokenizer) if prefix else []
+        self._prefix = list(prefix)
         self._rolling = False
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **more: Any) -> list[int]:
@@ -52,11 +52,9 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
             UserError: The model has no embedding for one of the tokens.
         """
         tokens, attention = super().tok_batch_encode(*strings, **options)
-        after = len(self._suffix)  # on the right, since prompts are padded on the left
-        if after and all(row[-after:].tolist() == self._suffix for row in tokens):
-            tokens, attention = tokens[:, :-after], attention[:, :-after]
+        tokens = without_suffix(tokens, self.tokenizer) if self._prefix else tokens  # without a prefix, nothing is put
         check_tokens(tokens, vocabulary_of(self.model), "the model")
-        return tokens, attention
+        return tokens, attention[:, : tokens.shape[1]]
 
     def loglikelihood_rolling(self, *requests: Any, **options: Any) -> list[float]:
         """Return the log-likelihood of each text, read in windows."""

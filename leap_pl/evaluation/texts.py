@@ -1,13 +1,13 @@
 """Texts to measure perplexity on: two standard ones by name, local files and hub datasets."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from leap_pl.base_model.prefix import Bos, prefix_of
+from leap_pl.base_model.vocabulary import digest_of_vocabulary
 from leap_pl.data.messages import for_options
 from leap_pl.errors import UserError
 
@@ -115,8 +115,4 @@ def tokens_digest(tokens: Tensor) -> str:
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Return the size and digest of a tokenizer's vocabulary, which identify it wherever it was loaded from."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return {
-        "vocabulary": len(tokenizer),
-        "digest": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
-    }
+    return {"vocabulary": len(tokenizer), "digest": digest_of_vocabulary(tokenizer)}

@@ -6,8 +6,8 @@ tensor; see :func:`logistic`.
 
 The bits come from two multiply–xorshift hashes. Three rounds derive a key for each row of a weight; two more rounds
 combine the row's key with the column of an element. The tensor's second key enters after the first round of both, so
-that no two tensors are permuted copies of each other. Two rows of a tensor are where their 32-bit keys differ in the
-bits of a column's index alone: of 14,336 rows of 4,096 columns, some hundred pairs, other ones in every pass.
+that no two tensors are permuted copies of each other. Two rows of a tensor are, if their 32-bit keys differ only in
+the bits that the index of a column has: about a hundred pairs of 14,336 rows of 4,096 columns, other ones in each pass.
 
 Per element: 2 multiplications, 2 shifts, 4 xors and additions and 2 masks for the bits; then a conversion, 2
 multiplications, 2 additions, a division and a logarithm (:mod:`leap_pl.kernels.powers`) for the logistic. The quality

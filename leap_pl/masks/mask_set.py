@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 FORMAT = MASK_FORMAT
 FORMAT_VERSION = 1
-MOST_ZEROS = 0.15  # share of the kept weights of a model that a mask was applied to; 4-bit quantisation gives a tenth
+ZEROS_AMONG_KEPT = 0.15  # most, of a model that a mask was applied to; 4-bit quantisation alone gives a tenth
 
 # Keys in the config of a provenance: how weights were trained; the provenance of the mask that a run left as it was;
 # and that the base model was sparse before the run.
@@ -203,7 +203,7 @@ class MaskSet:
                 return False
             kept += int(here.sum())
             zeros += int((here & ~nonzero).sum())
-        return zeros <= MOST_ZEROS * kept
+        return zeros <= ZEROS_AMONG_KEPT * kept
 
     # -- operations ---------------------------------------------------------------------------------------
 

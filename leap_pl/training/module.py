@@ -18,7 +18,6 @@ from leap_pl.checkpoints.settings import Settings, taken
 from leap_pl.distributed.strategy import data_rank, has_buckets, mean_over_ranks
 from leap_pl.errors import UserError
 from leap_pl.gates import PART, BernoulliGate, FixedGate, Gate, GateState
-from leap_pl.gates.gate import Mode
 from leap_pl.inputs.hub import check_revision
 from leap_pl.inputs.plain_values import plain_paths
 from leap_pl.inputs.ranges import check_numbers
@@ -29,15 +28,14 @@ from leap_pl.training import finite, optimization, run_settings
 from leap_pl.training.batch import input_ids_of
 from leap_pl.training.clipping import check_clipping, clip_by_norm
 from leap_pl.training.fixed_mask import FixedMask
-from leap_pl.training.gated_module import GatedModule
 from leap_pl.training.optimizers import check_rounding
 from leap_pl.training.schedules import Annealing
 from leap_pl.training.trainer_checks import check_trainer, check_unused
-from leap_pl.training.validation import described, precision_of
+from leap_pl.training.validated_module import ValidatedModule
 from leap_pl.training.weights import NONE, WeightTraining
 
 
-class LeapModule(GatedModule):
+class LeapModule(ValidatedModule):
     """Learn one mask logit for every gated weight of a frozen causal language model (LEAP).
 
     >>> from lightning import Trainer
@@ -407,9 +405,6 @@ class LeapModule(GatedModule):
         else:
             self.trainer.precision_plugin.clip_grad_by_value(optimizer, gradient_clip_val)
 
-    def _dtype_of_model(self) -> torch.dtype | None:
-        return None if self.model is None else self.model.dtype
-
     def configure_optimizers(self) -> Any:
         """Return one optimizer of all that is learned, and its schedule, stepped after every optimizer step."""
         total = self.trainer.max_steps
@@ -417,7 +412,8 @@ class LeapModule(GatedModule):
             raise UserError(
                 f"trainer.max_steps is {total}, and every schedule needs a number of steps. Add --trainer.max_steps N."
             )
-        (masks, weights), training = self._parts(), self.trained.settings
+        masks, weights = self._parts()
+        training = self.trained.settings
         optimizer = self.optimizer_of(optimization.groups(masks, weights, training))
         if weights:
             optimization.step_alone(optimizer.param_groups[-1], optimizer)
@@ -440,61 +436,3 @@ class LeapModule(GatedModule):
             UserError: It refuses its settings.
         """
         return optimization.make_optimizer(self.make_optimizer, parameters)
-
-    # -- validation ---------------------------------------------------------------------------------------
-
-    def on_validation_start(self) -> None:
-        """Set α and τ, since a run may validate before it trains; outside a fit they keep the checkpoint's values."""
-        if self._fitting():
-            self._harden(self.global_step / self.trainer.max_steps)
-
-    def on_validation_epoch_start(self) -> None:
-        """Choose the hard mask at exactly the target sparsity for the validation."""
-        self.choose_hard_masks()
-        self.validation.begin()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Measure the perplexity of the hard mask and, unless it is already known, of the dense model."""
-        input_ids = input_ids_of(batch)
-        for mode in self.validation.wanted:
-            self._measure(mode, input_ids)
-        self.validation.batches.append(input_ids)
-        self.log(
-            "perplexity/hard", self.validation.hard_metric, on_epoch=True, prog_bar=True, logger=not self._fitting()
-        )
-
-    def _measure(self, mode: Mode, input_ids: Tensor) -> None:
-        with self.state.passing(mode):
-            hidden = self.states(input_ids)[:, self.first_target - 1 : -1]
-            targets = input_ids[:, self.first_target :]
-            self.validation.update(mode, hidden, targets, self.head, self.objective.chunk)
-
-    def on_validation_epoch_end(self) -> None:
-        """Record the perplexities with their provenance; recompute the dense model's if its provenance has changed.
-
-        Those of a sanity check that reads a part of the validation text are of another text than the curves.
-        """
-        if self.trainer.sanity_checking:
-            whole = self.trainer.num_sanity_val_batches == self.trainer.num_val_batches
-            if not self.trainer.strategy.reduce_boolean_decision(whole, all=True):
-                return
-        total = self.validation.measured_tokens().to(self.trainer.strategy.root_device)
-        total = self.trainer.strategy.reduce(total, reduce_op="sum")
-        of = self._measured_model()
-        known = self.validation.dense
-        if known is not None and known.of != described(total) | of:
-            self.validation.dense = None
-            with self.trainer.precision_plugin.val_step_context():
-                for input_ids in self.validation.batches:
-                    self._measure("dense", input_ids)
-        hard, dense = (measured.value for measured in self.validation.finish(total, self.global_step, of))
-        # Already equal on all ranks; without sync_dist Lightning warns.
-        self.log("perplexity/dense", dense, sync_dist=True, logger=not self._fitting())
-        # In a fit Lightning would log nothing before the first step, at which the curves begin, and a constant epoch.
-        for logger in self.loggers if self._fitting() else ():
-            logger.log_metrics({"perplexity/hard": hard, "perplexity/dense": dense}, step=self.global_step)
-
-    def _measured_model(self) -> dict[str, str]:
-        """Return the provenance of a perplexity except for the text; see :class:`.Measured` for its keys."""
-        dtype = str(self._dtype_of_model()).removeprefix("torch.")
-        return {"fingerprint": self.fingerprint, "dtype": dtype, "precision": precision_of(self.trainer.precision)}

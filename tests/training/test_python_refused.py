@@ -1,0 +1,124 @@
+"""From Python: trainers, schedules and modules that a run cannot have, and one line that says so."""
+
+import copy
+import pickle
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
+from python_runs import data, trainer
+from tiny import tiny_model
+
+from leap_pl import LeapModule, MaskSet, UserError
+from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.weights import model_fingerprint
+from leap_pl.gates import BernoulliGate, detach
+from leap_pl.oneshot.prune import prune
+from leap_pl.prior import Prior
+from leap_pl.training.trainer_checks import check_trainer
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+@pytest.mark.parametrize(
+    ("callback", "remedy"),
+    [
+        (GradientAccumulationScheduler({0: 2}), "Set --trainer.accumulate_grad_batches"),
+        (StochasticWeightAveraging(swa_lrs=1e-3), "Leave it out"),
+    ],
+)
+def test_callbacks_that_change_the_run(callback: L.Callback, remedy: str, module: LeapModule, text_file: Path) -> None:
+    with pytest.raises(UserError, match=rf"{type(callback).__name__} does not suit a run of leap_pl. {remedy}"):
+        trainer(callback, max_steps=1).fit(module, data(text_file))
+
+
+def test_precisions_that_replace_layers_and_copies_of_the_process() -> None:
+    fitting = trainer(max_steps=1)
+    check_trainer(fitting)
+    plugin = type("TransformerEnginePrecision", (MixedPrecision,), {"__init__": lambda self: None})()
+    fitting.strategy._precision_plugin = plugin
+    with pytest.raises(UserError, match="TransformerEnginePrecision replaces the linear layers, which have the gates"):
+        check_trainer(fitting)
+    with pytest.raises(UserError, match=r"DDPStrategy by fork or spawn learns in copies of this process"):
+        check_trainer(trainer(max_steps=1, strategy="ddp_fork", devices=2))
+    check_trainer(L.Trainer(accelerator="cpu", barebones=True, max_steps=1))
+
+
+def test_schedules_of_each_group_and_by_a_metric(model_folder: Path, text_file: Path) -> None:
+    def one(step: int) -> float:
+        return 1.0
+
+    given: dict[str, Any] = {"dtype": "float32", "prior": Prior(method="none"), "train_weights": "kept"}
+    pair = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=[one, one])
+    module = LeapModule(str(model_folder), lr_scheduler=pair, **given)
+    trainer(max_steps=1).fit(module, data(text_file))
+    assert module.mask_set().sparsity == pytest.approx(0.5, abs=1e-3)
+    single = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=[one])
+    with pytest.raises(UserError, match=r"model.lr_scheduler does not take its settings: Expected 2 lr_lambdas"):
+        trainer(max_steps=1).fit(LeapModule(str(model_folder), lr_scheduler=single, **given), data(text_file))
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    with pytest.raises(UserError, match="ReduceLROnPlateau needs a metric after every step"):
+        trainer(max_steps=1).fit(LeapModule(str(model_folder), lr_scheduler=plateau, **given), data(text_file))
+
+
+class Power(BernoulliGate):
+    """A gate with an argument that its settings do not have."""
+
+    def __init__(self, weight: Any, state: Any, power: float = 1.0) -> None:
+        super().__init__(weight, state)
+        self.power = power
+
+
+def test_a_gate_whose_settings_lack_an_argument(model_folder: Path, text_file: Path) -> None:
+    module = LeapModule(str(model_folder), gate=partial(Power, power=3.0), dtype="float32", prior=Prior(method="none"))
+    with pytest.raises(TypeError, match=r"Power.settings\(\) lacks power"):
+        trainer(max_steps=1).fit(module, data(text_file))
+
+
+def test_pruning_a_pruned_model_says_so() -> None:
+    model = tiny_model()
+    blocks = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
+    masks: MaskSet = prune(model, blocks, method="wanda", pattern="2:4", progress=False).masks
+    assert masks.sparsity == 0.5
+    with pytest.warns(UserWarning, match=r"is sparse already: 50.0% of the weights to prune are 0.*load that again"):
+        prune(model, blocks, method="wanda", pattern=0.7, progress=False)
+    with pytest.raises(UserError, match="is not n:m"):
+        prune(tiny_model(), blocks, pattern="half", progress=False)
+
+
+def test_pickles_have_no_closures(module: LeapModule, text_file: Path) -> None:
+    module.make_optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    assert pickle.loads(pickle.dumps(module)).base_model == module.base_model
+
+
+def test_a_gated_model_is_not_saved_as_a_model(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
+    trainer(max_steps=1).fit(module, data(text_file))
+    assert module.model is not None
+    with pytest.raises(UserError, match=r"this model has gates, .* leap_pl export --mask FILE"):
+        module.model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    copied = copy.deepcopy(module)
+    detach(copied.weights)
+    copied.model.save_pretrained(tmp_path / "out")
+    assert model_fingerprint(load_model(str(tmp_path / "out"))) == module.fingerprint
+
+
+def test_a_module_inside_another(module: LeapModule, text_file: Path) -> None:
+    class Around(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def configure_optimizers(self) -> Any:
+            return self.inner.configure_optimizers()
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.inner.training_step(batch, index)
+
+    with pytest.raises(UserError, match=r"there is nothing to learn: no gates are attached\. A LeapModule must be"):
+        trainer(max_steps=1).fit(Around(), data(text_file, tokenizer=module.base_model))

@@ -1,0 +1,205 @@
+"""From Python: text, tokenizers and base models that change, and batches of other loaders."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from python_runs import again, data, trainer
+from tiny import byte_tokenizer
+from torch.utils.data import DataLoader
+
+from leap_pl import LeapModule, TextDataModule, UserError
+from leap_pl.base_model import weights as weights_room
+from leap_pl.callbacks import Checkpoints
+from leap_pl.checkpoints.identity import KEY, read_identity
+from leap_pl.cli.resume import settings_of
+from leap_pl.data.source import TextSource
+from leap_pl.losses.objective import Objective
+from leap_pl.prior import Prior
+from leap_pl.training.batch import input_ids_of
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def test_settings_of_text_that_change_after_its_use_are_used(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = data(text_file, tokenizer=str(model_folder))
+    before = next(iter(text.stream.blocks())).tokens
+    text.seq_length = 16
+    assert next(iter(text.stream.blocks())).tokens == before[:16]
+    other = tmp_path / "other.txt"
+    other.write_text("something else " * 40)
+    text.text = str(other)
+    assert next(iter(text.stream.blocks())).tokens == byte_tokenizer()("something else s")["input_ids"]
+    text.tokenizer_name = byte_tokenizer(prefix=1)
+    assert next(iter(text.stream.blocks())).tokens == [257, *byte_tokenizer()("something else ")["input_ids"]]
+
+
+def test_a_tokenizer_that_is_named_later_stays(module: LeapModule, model_folder: Path, text_file: Path) -> None:
+    text = data(text_file, validation_sequences=0)
+    text.trainer = trainer(max_steps=1)
+    text.trainer.strategy.connect(module)
+    text.setup("validate")
+    assert text.tokenizer_name == str(model_folder)
+    text.tokenizer_name = own = byte_tokenizer(prefix=1)
+    text.setup("validate")
+    assert text.tokenizer is own
+
+
+def test_another_tokenizer_is_not_trusted_with_the_model(
+    text_file: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it asked for the model's revision."""
+    asked = []
+
+    def loaded(name: str, revision: str | None, *, trust_remote_code: bool) -> Any:
+        asked.append((name, revision, trust_remote_code))
+        return byte_tokenizer()
+
+    monkeypatch.setattr("leap_pl.training.datamodule.loaded_tokenizer", loaded)
+    module = LeapModule("some/model", trust_remote_code=True, revision="abc", prior=Prior(method="none"))
+    text = data(text_file, validation_sequences=0)
+    text.trainer = trainer(max_steps=1)
+    text.trainer.strategy.connect(module)
+    text.setup("validate")
+    assert text.tokenizer is not None
+    text.tokenizer_name = "some/tokenizer"
+    text.setup("validate")
+    assert text.tokenizer is not None
+    assert asked == [("some/model", "abc", True), ("some/tokenizer", None, False)]
+    own = data(text_file, tokenizer_revision="typed")
+    own.tokenizer_name = "some/tokenizer"
+    assert own.tokenizer_revision == "typed"
+
+
+def test_a_stored_revision_is_that_of_the_stored_model_alone(finished: Run, model_folder: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(finished.checkpoint, weights_only=True)
+    checkpoint[KEY]["learned_with"]["model.revision"] = "abc"
+    torch.save(checkpoint, tmp_path / "of-the-hub.ckpt")
+    copied = shutil.copytree(model_folder, tmp_path / "copy")
+    assert LeapModule.load_from_checkpoint(tmp_path / "of-the-hub.ckpt").revision == "abc"
+    module = LeapModule.load_from_checkpoint(tmp_path / "of-the-hub.ckpt", base_model=str(copied))
+    assert module.revision is None
+    identity = read_identity(checkpoint)
+    for name, revision in ((str(model_folder), "abc"), (None, "abc"), (str(copied), None)):
+        taken, _ = settings_of(identity, checkpoint, "it", [], name)
+        assert taken.get("model.revision") == revision
+
+
+def test_the_tokenizer_of_a_model_that_is_a_local_copy_now(module: LeapModule, text_file: Path) -> None:
+    """A resumed run still has the revision that the model had on the hub."""
+    text = data(text_file, tokenizer=module.base_model, tokenizer_revision="main")
+    with pytest.raises(UserError, match="of a repository of the hub"):
+        _ = text.tokenizer
+    text.trainer = trainer(max_steps=1)
+    text.trainer.strategy.connect(module)
+    assert text.tokenizer.vocab_size == byte_tokenizer().vocab_size
+
+
+@pytest.mark.parametrize("targets", [None, ["re:.*q_proj", "re:.*c_attn"]])
+def test_a_run_of_an_earlier_version_that_gated_other_weights_resumes(
+    targets: list[str] | None, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made() -> LeapModule:
+        return LeapModule(str(model_folder), dtype="float32", targets=targets, prior=Prior(method="none"))
+
+    saved = Checkpoints(str(tmp_path / "run"), every_n_train_steps=1, save_top_k=-1)
+    with monkeypatch.context() as earlier:  # routers were gated, and targets that match nothing accepted
+        earlier.setattr(weights_room, "_check_each_matches", lambda *_: None)
+        earlier.setattr(weights_room, "_is_projection", lambda weight, *_: "up_proj" in weight.name)
+        trainer(saved, max_steps=2).fit(made(), data(text_file))
+    path = tmp_path / "run" / "step=1.ckpt"
+    if targets is None:
+        with pytest.raises(UserError, match=r"gates other weights .* what LeapModule\.load_from_checkpoint returns"):
+            trainer(max_steps=2).fit(made(), data(text_file), ckpt_path=str(path))
+    with pytest.raises(UserError, match="gates other weights"):
+        LeapModule.load_from_checkpoint(path, targets=["re:.*down_proj"])
+    for run in (trainer(max_steps=2).fit, trainer().validate):
+        module = LeapModule.load_from_checkpoint(path)
+        run(module, data(text_file), ckpt_path=str(path))
+        assert {name.split(".")[-2] for name in module.gates} == {"up_proj" if targets is None else "q_proj"}
+
+
+def test_a_path_is_a_text(text_file: Path) -> None:
+    assert TextSource.open(text_file).shards.files == [text_file]  # type: ignore[arg-type]
+
+
+def test_paths_are_names(module: LeapModule, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Checkpoints hold plain values."""
+    prior = Prior(method="magnitude", cache_dir=tmp_path / "priors")  # type: ignore[arg-type]
+    learning = LeapModule(model_folder, dtype="float32", prior=prior, seed=np.int64(3))  # type: ignore[arg-type]
+    text = TextDataModule(text=[text_file], seq_length=16, validation_text=text_file, seed=np.int64(4))  # type: ignore
+    path = tmp_path / "step.ckpt"
+    run = trainer(max_steps=1)
+    run.fit(learning, text)
+    run.save_checkpoint(path)
+    loaded = LeapModule.load_from_checkpoint(path)
+    assert loaded.state.seed == 3
+    assert (loaded.base_model, loaded.run_prior.settings.cache_dir) == (str(model_folder), str(tmp_path / "priors"))
+    assert (text.text, text.validation_text) == ([str(text_file)], str(text_file))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda text: TextDataModule(text=text, separator="newline"),
+            r"separator is 'newline'; give one of end_token, bl",
+        ),
+        (lambda text: TextDataModule(text=text, bos="yes"), "bos is 'yes'; give one of every, first, none"),
+        (lambda text: setattr(TextDataModule(text=text), "bos", True), "bos is True; give one of every"),
+        (lambda text: Objective(budget_scope="layers"), "budget_scope is 'layers'; give global or layer"),
+        (lambda text: fitted(text, split=3), r"data.split is 3: .*valid string. A checkpoint could not hold it"),
+        (lambda text: fitted(text, tokenizer_revision=object()), "data.tokenizer_revision is not a plain value"),
+    ],
+)
+def test_what_a_checkpoint_could_not_hold_is_refused_before_the_run(make: Any, says: str, text_file: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        make(str(text_file))
+
+
+def fitted(text: str, **settings: Any) -> None:
+    module = LeapModule(text, prior=Prior(method="none"))  # no model is loaded
+    trainer(max_steps=1).fit(module, TextDataModule(byte_tokenizer(), text, seq_length=16, **settings))  # type: ignore[arg-type]
+
+
+def test_batches_of_other_loaders(module: LeapModule) -> None:
+    ids = torch.arange(64).view(4, 16)
+    module = LeapModule(module.base_model, dtype="float32", prior=Prior(method="none"))
+    trainer(max_steps=2).fit(module, DataLoader(ids, batch_size=2))
+    for wrong in ([ids], {"tokens": ids}, 3):
+        with pytest.raises(UserError, match=r"a micro-batch is a (list|dict|int); give tokens"):
+            input_ids_of(wrong)
+    from transformers import BatchEncoding
+
+    ones = torch.ones_like(ids)
+    assert input_ids_of(BatchEncoding({"input_ids": ids, "attention_mask": ones, "labels": ids})) is ids
+    padded, hidden = ones.clone(), ids.clone()
+    padded[0, -1], hidden[0, 0] = 0, -100
+    for wrong in ({"attention_mask": padded}, {"labels": hidden}):
+        with pytest.raises(UserError, match=r"has padding.*Pack documents"):
+            input_ids_of({"input_ids": ids, **wrong})
+    input_ids_of({"input_ids": ids, "attention_mask": ones})
+    input_ids_of({"input_ids": ids, "attention_mask": torch.zeros(4, 1, 16, 16)})  # an additive one
+    rows = [{"input_ids": row, "attention_mask": one} for row, one in zip(ids, padded, strict=True)]
+    with pytest.raises(UserError, match="has padding"):
+        trainer(max_steps=1).fit(again(module), DataLoader(rows, batch_size=2))
+
+
+def test_own_data_has_no_text_for_a_prior(module: LeapModule, model_folder: Path) -> None:
+    class Own(L.LightningDataModule):
+        validation_split, separator, seed = 0.05, "\n\n", None  # of its own, and not those of TextDataModule
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(torch.arange(64).view(4, 16), batch_size=2)
+
+    trainer(max_steps=1).fit(LeapModule(str(model_folder), prior=Prior(method="none")), Own())
+    module = LeapModule(str(model_folder), dtype="float32", prior=Prior(method="wanda", cache_dir=None))
+    with pytest.raises(UserError, match=r"needs calibration text, and Own has no stream of it. Give fit a TextDataM"):
+        trainer(max_steps=1).fit(module, Own())

@@ -1,0 +1,57 @@
+"""What a validation measures: in which precision, of which part of the text, and at which times."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from python_runs import again, data, trainer
+
+from leap_pl import LeapModule, UserError
+from leap_pl.training.run_length import check_run_length
+from leap_pl.training.validation import Validation
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def test_curves_have_no_point_of_a_part_of_the_text(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
+    """A sanity check reads two batches, unless it is told to read all."""
+    for steps, first in ((2, 1), (-1, 0)):
+        logger = CSVLogger(tmp_path, name=str(steps))
+        often = {"val_check_interval": 1, "check_val_every_n_epoch": None}
+        run = trainer(logger=logger, max_steps=1, num_sanity_val_steps=steps, **often)
+        learning = again(module)
+        run.fit(learning, data(text_file, validation_sequences=8))
+        with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8") as file:
+            points = [row for row in csv.DictReader(file) if row["perplexity/hard"]]
+        assert [int(row["step"]) for row in points] == [*range(first, 2)]
+        assert len({row["perplexity/dense"] for row in points}) == 1
+
+
+def test_a_validation_sums_in_full_precision_whatever_the_trainers_is() -> None:
+    """Lightning converts a whole module to the data type of a *-true precision."""
+    torch.manual_seed(0)
+    head, whole = torch.nn.Linear(8, 50), Validation()
+    half = Validation().to(torch.bfloat16).bfloat16().half()
+    for validation in (whole, half):
+        validation.begin()
+    for _ in range(300):
+        hidden, targets = torch.randn(4, 32, 8), torch.randint(0, 50, (4, 32))
+        for validation in (whole, half):
+            validation.update("hard", hidden, targets, head, 64)
+    assert half.hard_metric.compute() == whole.hard_metric.compute()
+    assert half.hard_metric.compute().dtype == torch.float32
+
+
+def test_validation_by_the_clock_is_of_one_rank(text_file: Path) -> None:
+    """Each rank looks at its own."""
+    one, two = (
+        trainer(
+            max_steps=2, devices=devices, strategy="ddp" if devices > 1 else "auto", val_check_interval="00:00:30:00"
+        )
+        for devices in (1, 2)
+    )
+    check_run_length(one)
+    with pytest.raises(UserError, match="is a time, and each of the 2 ranks would look at its own clock"):
+        check_run_length(two)
