@@ -1,7 +1,7 @@
 """GatedModule: LightningModule of a frozen language model with gates on its weights."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,31 +22,23 @@ from leap_pl.base_model.weights import (
     model_fingerprint,
 )
 from leap_pl.checkpoints import layout as checkpoints
-from leap_pl.checkpoints.folder import not_one_file
-from leap_pl.checkpoints.identity import KEY, Identity, check_same, read_identity
-from leap_pl.checkpoints.rewind import rewind
-from leap_pl.checkpoints.settings import MASK_SETTINGS, Settings, check_settings, taken
-from leap_pl.distributed.shards import copy_part_, gathered
+from leap_pl.checkpoints.identity import Identity, check_same, read_identity
+from leap_pl.distributed.shards import gathered
 from leap_pl.distributed.strategy import (
     RankZero,
     as_rank_zero_has,
     check_inside_blocks,
-    data_rank,
     has_buckets,
     reduce_only,
-    saves_shards,
     shard,
     sharding_mesh,
 )
 from leap_pl.errors import UserError
 from leap_pl.gates import Gate, Gates, GateState, attach, guard_saving
 from leap_pl.gates.attach import check_settings as check_settings_of_gate
-from leap_pl.masks.mask_set import STAYED, TRAINED
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior
-from leap_pl.training import finite, run_settings
+from leap_pl.training import finite
 from leap_pl.training.base_model_checks import check_data, warn_if_sparse, warn_of_start
-from leap_pl.training.live_settings import live_settings
-from leap_pl.training.optimizers import check_state
 from leap_pl.training.run_prior import RunPrior
 from leap_pl.training.trained_weights import TrainedWeights
 from leap_pl.training.validation import Validation
@@ -60,10 +52,11 @@ if TYPE_CHECKING:
 
 
 class GatedModule(L.LightningModule):
-    """Base class of modules that learn a mask, or weights, or both: the gated model, its prior and its checkpoints.
+    """Base class of modules that learn a mask, or weights, or both: the gated model, its prior and its mask.
 
     The model is loaded when the run starts; its weights are frozen and gated, and sharded over the ranks if the
-    strategy requires it; its checkpoints contain only what is learned. A subclass defines how that is learned.
+    strategy requires it. :class:`.ResumableModule` adds its checkpoints, :class:`.ValidatedModule` its validation and
+    :class:`.LeapModule` how it learns.
     """
 
     def __init__(
@@ -106,7 +99,6 @@ class GatedModule(L.LightningModule):
         self.when_loaded: list[Callable[[PreTrainedModel], object]] = []  # called for a fit, before the prior is made
         self.register_state_dict_post_hook(checkpoints.keep_learned_only)
         self.validation = Validation()
-        self.finished: Identity | None = None  # of the fit that this module was learned in, if that is over
 
     @property
     def attached(self) -> L.Trainer | None:
@@ -140,36 +132,6 @@ class GatedModule(L.LightningModule):
             self._split()
 
     # -- the gated model ----------------------------------------------------------------------------------
-
-    def check_resume(
-        self, checkpoint: dict[str, Any], path: str | Path, trainer: L.Trainer, data: Any, *, fitting: bool
-    ) -> None:
-        """Check that this module, ``trainer`` and ``data`` have the settings that a checkpoint was learned with.
-
-        A ``dtype`` of ``auto`` becomes the checkpoint's. The base models are compared when the model is loaded.
-
-        Args:
-            checkpoint: Contents of the checkpoint.
-            path: Path of the checkpoint, for messages.
-            trainer: Trainer of this run.
-            data: Data module of this run, or None.
-            fitting: Whether learning is resumed; else only the settings that the hard mask depends on are compared.
-
-        Raises:
-            UserError: A setting that affects what is learned differs.
-        """
-        identity = read_identity(checkpoint, path)
-        stored = run_settings.read_settings(identity, checkpoint, str(path))
-        self.gated_before = list(identity.shapes)
-        if self.dtype_name == "auto" and self.model is None:
-            self.dtype_name = stored.get("model.dtype", "auto")
-        here = self.learned_with()
-        if fitting:
-            check_state(checkpoint, path, trainer.strategy)
-            here |= run_settings.of_trainer(trainer, data) | run_settings.dtype_of_earlier(stored, here, trainer)
-        else:  # the hard mask depends only on these
-            here = {name: here[name] for name in MASK_SETTINGS if name in here}
-        check_settings(stored, here)
 
     def configure_model(self) -> None:
         """Load the base model, make the prior and attach the gates. A second call does nothing."""
@@ -241,7 +203,6 @@ class GatedModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Set the modes in which the base model computes the same in every pass."""
-        self.finished = None
         assert self.model is not None
         set_modes(self.model, recomputing=self.activation_checkpointing)
 
@@ -321,6 +282,10 @@ class GatedModule(L.LightningModule):
         without_gate = self.trained.without_gate()
         return self.gates.stored() | {place: parameter.detach() for place, parameter in without_gate.items()}
 
+    @abstractmethod
+    def identity(self) -> Identity:
+        """Return what identifies the run in its checkpoints, and in the provenance of its mask."""
+
     # -- the mask -----------------------------------------------------------------------------------------
 
     def check_finite(self, *, logits: bool = False) -> None:
@@ -382,118 +347,3 @@ class GatedModule(L.LightningModule):
 
     def _writes(self) -> bool:
         return self.attached is None or self.trainer.is_global_zero
-
-    # -- checkpoints --------------------------------------------------------------------------------------
-
-    def identity(self) -> Identity:
-        """Return the identity that this run's checkpoints contain; after a fit, that of the fit."""
-        if self.finished is not None:
-            return self.finished
-        dense, data = self.validation.dense, getattr(self.attached, "datamodule", None)
-        return Identity(
-            base_model=self.base_model,
-            revision=self.revision,
-            fingerprint=self.fingerprint,
-            gate=self.gates.describe(),
-            sparsity=self.sparsity,
-            targets=self.targets,
-            ignore=self.ignore,
-            max_steps=self.trainer.max_steps if self._fitting() else None,
-            ranks=data_rank(self.trainer)[1] if self._fitting() else None,
-            accumulation=self.trainer.accumulate_grad_batches if self._fitting() else None,
-            shapes=self.gates.shapes,
-            input_dims=self.gates.input_dims,
-            dense_perplexity=None if dense is None else dense.value,
-            dense_perplexity_of=None if dense is None else dense.of,
-            settings=self.settings(),
-            learned_with=self.learned_with() | (run_settings.of_trainer(self.trainer, data) if self._fitting() else {}),
-        )
-
-    def on_fit_end(self) -> None:
-        """Hold the identity of the run, for a mask that is saved after another trainer has validated this module."""
-        self.finished = self.identity()
-
-    def learned_with(self) -> Settings:
-        """Return the settings of the module that a resumed run takes and compares, by their full names.
-
-        The rules are in :mod:`leap_pl.checkpoints.settings`.
-        """
-        found: Settings = {
-            "model.base_model": self.base_model,
-            "model.sparsity": self.asked_sparsity,
-            "model.targets": self.targets,
-            "model.ignore": self.ignore,
-            "model.prior": asdict(self.run_prior.settings),
-            "model.dtype": run_settings.dtype_of(self.model, self.dtype_name, self.attached),
-            "model.logits_dtype": str(self.logits_dtype).removeprefix("torch."),
-            "model.activation_checkpointing": self.activation_checkpointing,
-            "model.revision": self.revision,
-            "model.seed": self.state.seed,
-            "model.train_weights": self.trained.kind,
-            "model.weight_training": asdict(self.trained.settings),
-            "model.weights": self.trained.start,
-        }
-        found |= {"model.gate": self.gates.describe()} if self.gates else {}
-        if found["model.dtype"] == "auto":
-            del found["model.dtype"]
-        return taken(found)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings for the provenance of a mask, as they were in effect and not as typed: plain values."""
-        recorded: dict[str, Any] = {**self.run_prior.record(), "seed": self.state.seed}
-        recorded["logits_dtype"] = str(self.logits_dtype).removeprefix("torch.")
-        recorded["dtype"] = None if self.model is None else str(self.model.dtype).removeprefix("torch.")
-        training = self.trained.describe()
-        recorded |= {TRAINED: training} if training else {}
-        if self.attached is None:
-            return recorded
-        recorded |= live_settings(self.trainer)
-        return recorded | self.validation.record()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the logits by weight name and the identity of the run, without the frozen model."""
-        self.check_finite(logits=True)
-        checkpoint[KEY] = asdict(self.identity())
-        checkpoint.pop("hyper_parameters", None)  # they are in the identity, which is read by a schema
-        rewind(self.trainer, checkpoint)
-        if saves_shards(self.attached):
-            return  # each rank writes its own part under this module's names, as ModelParallelStrategy reads them
-        if self.mesh is None:
-            state = {checkpoints.key_of(*place): tensor for place, tensor in self.stored().items()}
-            numbered = checkpoints.names_of_parameters(self, self.trainer.optimizers)
-        else:  # gathered on rank zero; empty on the other ranks
-            state = checkpoints.by_weight(checkpoint["state_dict"])
-            numbered = [name for name, _ in self.named_parameters()]
-        checkpoint["state_dict"] = state
-        for optimizer_state in checkpoint.get("optimizer_states", []):
-            checkpoints.name_parameters(optimizer_state, numbered)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Map a checkpoint's tensors to this module's names; refuse one of another model or with other settings."""
-        self.finished = None  # what is learned is now the checkpoint's
-        if self.mesh is None and "state_dict" not in checkpoint:
-            raise not_one_file(getattr(self.attached, "ckpt_path", None) or "FOLDER")
-        found = read_identity(checkpoint)
-        self.run_prior.fixed = found.settings.get(STAYED)
-        if self.attached is not None:
-            data = getattr(self.trainer, "datamodule", None)
-            self.check_resume(checkpoint, "the checkpoint", self.trainer, data, fitting=self._fitting())
-        check_same(found, self.identity())
-        self.validation.read(found.dense_perplexity, found.dense_perplexity_of, found.settings)
-        if self._fitting():
-            if self.run_prior.resumed is None:
-                # A Trainer without the command line: the path is known only now, after the prior was made.
-                made, origin = self.run_prior.masks, Path(self.trainer.ckpt_path or "")
-                make = (lambda _: made) if self.trainer.is_global_zero else None
-                self.run_prior.resume(found, origin, self.gates, make)
-            checkpoints.count_for_ranks(checkpoint, found, self.identity())
-        places = self.stored()
-        if self.mesh is None:
-            stored = checkpoint["state_dict"]
-            checkpoint["state_dict"] = checkpoints.by_path(stored, places, whole=self._fitting())
-            self.trained.make_room(stored)
-        elif Path(path := self.trainer.ckpt_path or "").is_file():
-            # From a folder Lightning has loaded each rank's part; from a file each rank takes its own part here.
-            stored = checkpoints.load_checkpoint(path)["state_dict"]
-            for place, tensor in places.items():
-                copy_part_(tensor, stored[checkpoints.key_of(*place)])

@@ -249,7 +249,7 @@ class LeapModule(ValidatedModule):
         return recorded | super().settings()
 
     def learned_with(self) -> Settings:
-        """Return the settings that a resumed run takes and compares; see :meth:`.GatedModule.learned_with`."""
+        """Return the settings that a resumed run takes and compares; see :meth:`.ResumableModule.learned_with`."""
         found: Settings = {"model.objective": run_settings.describe_objective(self.objective)}
         found["model.annealing"] = asdict(self.annealing)
         found["model.warmup_steps"] = self.warmup_steps
@@ -263,7 +263,7 @@ class LeapModule(ValidatedModule):
         return optimization.describe(self.make_optimizer, self.make_scheduler, self.logits_dtype, max(groups, 1))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Load a checkpoint as :class:`.GatedModule` does and, outside a fit, set α and τ as they were in its run."""
+        """Load a checkpoint and, outside a fit, set α and τ as they were in its run."""
         self._at_start = False
         super().on_load_checkpoint(checkpoint)
         steps, done = read_identity(checkpoint).max_steps, checkpoint.get("global_step")

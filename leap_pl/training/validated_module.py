@@ -1,4 +1,4 @@
-"""ValidatedModule: GatedModule that measures the perplexity of its hard mask, and that of the dense model."""
+"""ValidatedModule: module that measures the perplexity of its hard mask, and that of the dense model."""
 
 from abc import abstractmethod
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor
 from leap_pl.gates.gate import Mode
 from leap_pl.losses.objective import Objective
 from leap_pl.training.batch import input_ids_of
-from leap_pl.training.gated_module import GatedModule
+from leap_pl.training.resumable_module import ResumableModule
 from leap_pl.training.validation import described, precision_of
 
 
-class ValidatedModule(GatedModule):
+class ValidatedModule(ResumableModule):
     """Base class of modules that learn a mask, or weights, or both: their validation.
 
     What is measured, and on what, is in :attr:`validation`.
