@@ -1,6 +1,7 @@
 # leap_pl on one GPU:
 #   docker build -t leap_pl .
-#   docker run --gpus all --ipc host -v $PWD:/work leap_pl fit --config cfg.yaml
+#   docker run --gpus all --ipc host -e HF_TOKEN -v ~/.cache:/root/.cache -v $PWD:/work leap_pl fit --config cfg.yaml
+# ~/.cache keeps models of the hub and priors from one run to the next; HF_TOKEN is for gated models.
 FROM python:3.11-slim
 
 # torch.compile and the kernels of packed models are compiled on first use.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FAR_OFF = 10  # times the reference's perplexity
 NOTES = "notes.md"  # what did not work; written by hand
+ON_TEST = ("arc_easy", "arc_challenge", "openbookqa")  # tasks whose published figures are of the test split
 SEEDS = (
     "Learned with several seeds (the gates' noise and the order of the text): mean and standard deviation over them."
 )
@@ -101,6 +102,18 @@ def _tables(found: Sequence[Measured], docs: Path) -> Iterator[str]:
         yield (
             f"A quick look where [the protocol]({docs.name}/{making.PAGE}#protocol) names a limit: the first questions "
             "of each task only."
+        )
+        yield from _other_splits(found)
+
+
+def _other_splits(found: Sequence[Measured]) -> Iterator[str]:
+    """Sentence on the tasks that are asked on another split than lm-eval's, and than published figures are of."""
+    splits = {(task, score["split"]) for m in found for task, score in m.entry.tasks.items()}
+    other = [task for task in ON_TEST if (task, "validation") in splits]
+    if other:
+        yield (
+            f"Questions of the validation split, which is what the package has: {', '.join(other)}. Published figures "
+            "are of the test split, and not to be compared with these."
         )
 
 

@@ -17,7 +17,7 @@ from leap_pl.base_model.model_sizes import check_settings, check_skeleton
 from leap_pl.base_model.stored_weights import PACKED_METHOD, StoredWeights, check_sizes, read_settings, read_shapes
 from leap_pl.base_model.weights import STORED, model_fingerprint
 from leap_pl.errors import UserError, listing
-from leap_pl.inputs.hub import check_reachable, fetch_optional, is_hub_id
+from leap_pl.inputs.hub import check_reachable, fetch_optional, gated, is_hub_id
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.register import exists, note_input
@@ -377,6 +377,8 @@ def _reading(what: str, name: str) -> Iterator[None]:
                 f"{what} {name} is a pickle that is damaged or contains more than tensors; leap_pl runs no code from a "
                 "model's files. Give the model as safetensors."
             ) from error
+        if refused := gated(error):
+            raise UserError(f"{what} {name} could not be fetched from the hub: {refused}") from error
         reason = " ".join(str(error).split())
         if not isinstance(error, _CLEAR_ERRORS):
             reason = f"{type(error).__name__}: {reason}"

@@ -73,7 +73,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             return name, lists[0]
     raise UserError(
         f"{type(model).__name__}: no list of {depth} decoder blocks was found, so leap_pl does not know "
-        "what to prune. Name the layers with --model.targets, or use a decoder-only causal language model."
+        "what to prune. Use a decoder-only causal language model."
     )
 
 

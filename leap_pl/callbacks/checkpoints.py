@@ -27,6 +27,8 @@ from leap_pl.files import atomic_folder, check_writable, flush, remove_abandoned
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.inputs.register import running_verb
 
+SWITCHED_OFF = ", since checkpoint.save_top_k and checkpoint.save_last switch them off"
+
 
 class Checkpoints(SavingCheckpoint):
     """Lightning's ModelCheckpoint, extended so that a run can stop at any point and resume with the same results.
@@ -76,6 +78,16 @@ class Checkpoints(SavingCheckpoint):
         """
         _check_filename(filename, inserts_names=kwargs.get("auto_insert_metric_name", True))
         check_numbers({"every_minutes": every_minutes, "save_top_k": save_top_k, **kwargs}, "checkpoint.")
+        if kwargs.get("save_weights_only"):
+            raise UserError(
+                "checkpoint.save_weights_only leaves out what a run needs to resume. Leave it out: the model is in no "
+                "checkpoint anyway, and leap_pl export takes the mask from any."
+            )
+        if dirpath is not None and "://" in str(dirpath):
+            raise UserError(
+                f"checkpoint.dirpath {dirpath} is a URL, and a run resumes from files. Give a folder, which may be "
+                "mounted."
+            )
         super().__init__(
             dirpath,
             filename,
@@ -105,7 +117,7 @@ class Checkpoints(SavingCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if trainer.is_global_zero and self.dirpath is not None and "://" not in str(self.dirpath):
+        if trainer.is_global_zero and self.dirpath is not None:
             check_writable(Path(self.dirpath))  # fails at once, not after hours
             if self.force is not None:
                 self._look_for_earlier_run(trainer, getattr(pl_module, "resumes_from", None))
@@ -194,14 +206,19 @@ class Checkpoints(SavingCheckpoint):
         """Print that the run is not finished, if it ended before its last step."""
         if self._finishing(trainer) or not trainer.is_global_zero:
             return
-        step, saved = trainer.global_step, self.saved_step == trainer.global_step
-        where = f"The checkpoint of step {step} is {f'in {self.dirpath}' if saved else trainer.ckpt_path}"
-        remedy = f"Resume with {self._resuming()}" if step else "Start it again with more time"
-        if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            remedy += " and a longer --trainer.max_time, which counts the time of all starts" if step else ""
+        step, place = trainer.global_step, trainer.ckpt_path
+        if self.saved_step == step:
+            place = f"in {self.dirpath}"
+        if step and place is not None:
+            found, remedy = f"The checkpoint of step {step} is {place}", f"Resume with {self._resuming()}"
+            if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+                remedy += " and a longer --trainer.max_time, which counts the time of all starts"
+        else:
+            found = f"There is no checkpoint{SWITCHED_OFF if step else ''}"
+            remedy = "Start it again with more time"
         say(
             f"leap_pl {running_verb()}: ended at step {step} of {trainer.max_steps}; learning is not finished, and no "
-            f"mask is written. {where if step else 'There is no checkpoint'}. {remedy}.",
+            f"mask is written. {found}. {remedy}.",
             sys.stderr,
         )
 
@@ -226,8 +243,7 @@ class Checkpoints(SavingCheckpoint):
         self.signals.remove()
 
     def _look_for_earlier_run(self, trainer: L.Trainer, ckpt_path: Any) -> None:
-        local = self.dirpath is not None and "://" not in str(self.dirpath)
-        if trainer.is_global_zero and local and not self.saved_path:  # else this object wrote them
+        if trainer.is_global_zero and self.dirpath is not None and not self.saved_path:  # else this object wrote them
             folder = Path(str(self.dirpath))
             self._replaced = earlier_run(
                 folder, mask_place(trainer), ckpt_path=ckpt_path, force=bool(self.force), last=self.last
@@ -242,7 +258,7 @@ class Checkpoints(SavingCheckpoint):
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 for events in Path(logger.log_dir).glob("events.out.tfevents.*"):
                     flush(events)
-        if trainer.is_global_zero and "://" not in str(path):
+        if trainer.is_global_zero:
             record_checkpoint(Path(path).parent, Path(path).name)
         if saves_shards(trainer):
             self._write_folder(trainer, path)
@@ -259,6 +275,10 @@ class Checkpoints(SavingCheckpoint):
             super().write(trainer, str(trainer.strategy.broadcast(aside)))
         trainer.strategy.barrier()
         self.note_saved(trainer.global_step, path)
+
+    def is_measured(self, trainer: L.Trainer) -> bool:
+        """Return whether the monitored metric is of the current step: perplexities are of the last validation."""
+        return not str(self.monitor).startswith("perplexity/") or self._validated_step == trainer.global_step
 
     def _time_is_up(self, trainer: L.Trainer) -> bool:
         if not self.every_minutes:
@@ -307,12 +327,14 @@ class Checkpoints(SavingCheckpoint):
                 f"stopped at step {trainer.global_step} of {trainer.max_steps}; the checkpoint of step {step} is in "
             )
             message += f"{self.dirpath}. Resume with {self._resuming()}."
+        elif trainer.global_step:
+            message = f"stopped at step {trainer.global_step}; no checkpoint is written{SWITCHED_OFF}."
         else:
             message = "stopped before the first step was done; no checkpoint is written."
         say("", sys.stderr)  # a progress bar may be on this line
         say(f"leap_pl {running_verb()}: {stopped.signal.name}: {message}", sys.stderr)
         slurm = requeuing(trainer)
-        if slurm and stopped.signal == slurm.requeue_signal:
+        if slurm and stopped.signal == slurm.requeue_signal and (step or not trainer.global_step):
             if self._named or self.force is None:  # a script may name a checkpoint by itself
                 requeue()
             else:  # it would not find its checkpoint

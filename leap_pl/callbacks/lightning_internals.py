@@ -4,6 +4,7 @@ No other module of the callbacks uses private interfaces of Lightning. If a vers
 to public interfaces and warns once of what is missing.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from leap_pl.checkpoints.run_folder import link_last
 from leap_pl.errors import warn_once
-from leap_pl.files import atomic_file, atomic_link
+from leap_pl.files import atomic_file, atomic_folder, atomic_link
 
 _METHODS = (
     "_link_checkpoint",
@@ -99,7 +100,18 @@ class SavingCheckpoint(ModelCheckpoint):
         if self.save_last == "link" and trainer.is_global_zero:
             link_last(Path(path).parent, Path(path))
 
+    def is_measured(self, trainer: L.Trainer) -> bool:
+        """Return whether the monitored metric is of the current step; a subclass may know better."""
+        return True
+
     # Methods that ModelCheckpoint calls.
+
+    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
+        """Write the checkpoint if it is among the best; one whose metric was not measured does not compete."""
+        if self.is_measured(trainer):
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+        elif self.save_last == "link":
+            self._save_checkpoint(trainer, self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST))
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         self.write(trainer, filepath)
@@ -111,13 +123,22 @@ class SavingCheckpoint(ModelCheckpoint):
             try:
                 atomic_link(Path(linkpath), Path(filepath))
             except OSError:  # a file system without links
-                with atomic_file(linkpath, own=True) as temporary:
-                    temporary.write_bytes(Path(filepath).read_bytes())
+                _copy(Path(filepath), Path(linkpath))
         trainer.strategy.barrier()
 
     def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
         """Return whether to remove ``previous``, even if it is the checkpoint that the run resumed from."""
         return previous != current and self.dirpath is not None and Path(self.dirpath) in Path(previous).parents
+
+
+def _copy(checkpoint: Path, path: Path) -> None:
+    """Replace ``path`` by a copy of ``checkpoint``, a file or a folder."""
+    if checkpoint.is_dir():
+        with atomic_folder(path, force=True, own=True, verb="fit") as folder:
+            shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    else:
+        with atomic_file(path, own=True) as file:
+            shutil.copyfile(checkpoint, file)
 
 
 def validate_at(trainer: L.Trainer, micro_batch: int) -> None:

@@ -29,7 +29,7 @@ from leap_pl.training.weights import NONE, parameters_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FEW_TOKENS = 100_000_000  # for which the paper's schedule is too slow, as far as was measured: docs/recipes.md
+FEW_TOKENS = 10_000_000  # for which the paper's schedule is too slow, as far as was measured: docs/recipes.md
 
 
 class RunReport(L.Callback):
@@ -169,11 +169,15 @@ def _optimizer(module: LeapModule) -> str:
 
 
 def _weights(module: LeapModule) -> str:
-    training, optimizer = module.trained.settings, module.learned_with()["model.optimizer"]
+    training, learned = module.trained.settings, module.learned_with()
+    optimizer, scheduler = learned["model.optimizer"], learned["model.lr_scheduler"]
+    curve = f"{training.warmup_steps} warm-up steps"
+    if scheduler is not None:  # which may set the rate too
+        curve = f"by {scheduler['class_path'].rpartition('.')[2]}"
     start = "" if module.trained.start is None else f", from {module.trained.start}"
     return (
         f"{module.trained.kind}{start}, {optimizer['class_path'].rpartition('.')[2]} with learning rate {training.lr} "
-        f"({training.warmup_steps} warm-up steps)"
+        f"({curve})"
     )
 
 

@@ -22,7 +22,7 @@ from leap_pl.inputs import records
 from leap_pl.inputs import register as inputs
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.records import MASK, WEIGHTS, is_mask_file, is_weights_file
-from leap_pl.masks.mask_set import MaskSet
+from leap_pl.masks.mask_set import TRAINED, MaskSet
 from leap_pl.prior.started_prior import prior_file
 
 _GROUPS = ("model", "data", "trainer")
@@ -180,6 +180,8 @@ def finished_mask(checkpoint: dict[str, Any], masks: Path, settings: Mapping[str
             provenance = MaskSet.load(path).provenance
     except UserError:
         return None
+    if TRAINED in provenance.config and not (masks / WEIGHTS).is_file():
+        return None  # the run writes them again
     found = (provenance.fingerprint, provenance.sparsity, provenance.config.get("max_steps"))
     return (path, identity) if found == (identity.fingerprint, identity.sparsity, max_steps) else None
 

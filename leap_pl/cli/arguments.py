@@ -30,6 +30,15 @@ BASES = {"Logger", "Callback", "Checkpoint", "BaseFinetuning", "BasePredictionWr
 # Restriction of a type, as the parser words it → range.
 RESTRICTIONS = {"v>0 and v<1": INSIDE, "v>0": POSITIVE, "v>=0": NOT_NEGATIVE}
 
+# Options of several texts or tasks → how several are given.
+ONCE = {
+    "--perplexity": "texts separated by commas",
+    "--tasks": "tasks separated by commas",
+    "--text": "a list: '[a.jsonl, b.jsonl]'",
+    "--data.text": "a list: '[a.jsonl, b.jsonl]'",
+    "--data.validation_text": "a list: '[a.jsonl, b.jsonl]'",
+}
+
 # Last part of a name that other tools have for a setting → end of the name of this one.
 ELSEWHERE = {"learning_rate": "optimizer.lr"}
 
@@ -289,6 +298,22 @@ def check_keys(configs: Mapping[str, Mapping[Any, Any]], options: Collection[str
             raise UserError(
                 f"--config {name}: there is no setting {shown(strange[0])}.{hint} --help lists all options."
             )
+
+
+def typed_options(words: Sequence[str]) -> frozenset[str]:
+    """Return the names of the options in ``words``, without dashes and without the ``init_args`` of classes.
+
+    Raises:
+        UserError: A text or a task is given by an option that is typed twice, of which the parser takes the last.
+    """
+    names = [word.partition("=")[0] for word in words if word.startswith("--")]
+    for option in ONCE:
+        if names.count(option) > 1:
+            raise UserError(
+                f"{option} is typed {names.count(option)} times, and the last alone would be used. Type it once, with "
+                f"{ONCE[option]}."
+            )
+    return frozenset(name.removeprefix("--").removesuffix("+").replace(".init_args", "") for name in names)
 
 
 def setting_of(words: Sequence[str], configs: Mapping[str, Mapping[Any, Any]], name: str) -> str | None:

@@ -1,11 +1,12 @@
 """Decorator of the verbs that are functions: registers their inputs, and protects them from being overwritten."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, get_origin
 
+from leap_pl.errors import UserError, listing
 from leap_pl.inputs.paths import expanded
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ Result = TypeVar("Result")
 
 FOLDER, FILE = "output_dir", "output"  # names of the options for the output path
 TEXTS = {"prompt"}  # names of the options whose value is text, whatever it looks like
+# Names of the options that name no path, even where a file of that name exists.
+WORDS = {*TEXTS, "method", "split", "config_name", "text_column", "revision", "pattern", "device", "targets", "ignore"}
+WORDS |= {"tasks", "baselines"}
 HUB = "push"  # name of the option for a repository of the hub, which no local path stands for
 ADDED = "added_arguments"  # attribute of a verb's function
 
@@ -23,9 +27,10 @@ ADDED = "added_arguments"  # attribute of a verb's function
 def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Make ``function`` a verb: each call of it is one command with a register of its inputs.
 
-    Every option except ``output_dir``, ``output`` and ``push`` whose value names files on the disk, also by a pattern
-    or in a list, is registered as an input. The output folder or file is checked before ``function`` is called: it is
-    refused if writing it would remove an input or, with ``force``, files that leap_pl did not write.
+    Every option whose value names files on the disk, also by a pattern or in a list, is registered as an input, except
+    ``output_dir``, ``output``, ``push`` and those that name no path. The output folder or file is checked before
+    ``function`` is called: it is refused if writing it would remove an input or, with ``force``, files that leap_pl did
+    not write.
 
     The function is named after its verb: ``export_command``.
     """
@@ -45,8 +50,9 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
                     bound.arguments[name] = str(expanded(given))
             options = dict(bound.arguments)
             folder, file, _ = (options.pop(name, None) for name in (FOLDER, FILE, HUB))
-            for value in options.values():
-                inputs.note_named(value)
+            for name, value in options.items():
+                if name not in WORDS and get_origin(parameters.parameters[name].annotation) is not Literal:
+                    inputs.note_named(value)
             if isinstance(options.get("model"), str):
                 check_revision(options["model"], options.get("revision"), "--revision")
             if folder is not None:
@@ -56,6 +62,27 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
             return function(*bound.args, **bound.kwargs)
 
     return run
+
+
+def check_used(values: Mapping[str, Any], function: Callable[..., Any], overruled: bool, why: str) -> None:
+    """Refuse the options among ``values`` that were given, where they would be ``overruled`` or not used.
+
+    An option is given if it is typed, or has another value than the default of the verb's ``function``.
+
+    Raises:
+        UserError: One is.
+    """
+    idle = [f"--{name}" for name in given(values, function)] if overruled else []
+    if idle:
+        raise UserError(f"{listing(idle)} would not be used: {why}. Leave out what is not meant.")
+
+
+def given(values: Mapping[str, Any], function: Callable[..., Any]) -> list[str]:
+    """Return the names of those options of the verb's ``function`` that were given, in the order of ``values``."""
+    from leap_pl.inputs.register import is_typed
+
+    defaults = signature(function).parameters
+    return [name for name, value in values.items() if value != defaults[name].default or is_typed(name)]
 
 
 def with_arguments(

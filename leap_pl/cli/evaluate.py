@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from leap_pl.base_model.prefix import Bos, in_words, prefix_of, record_of
-from leap_pl.cli.command import command
+from leap_pl.cli.command import check_used, command
 from leap_pl.errors import UserError
 from leap_pl.escape import say, terminal
 
@@ -27,6 +27,8 @@ def evaluate_command(
     max_tokens: int | None = None,
     share: Literal["all", "held_out"] = "all",
     text_column: str = "text",
+    config_name: str | None = None,
+    split: str = "test",
     bos: Bos = "every",
     tasks: str | None = None,
     limit: int | None = None,
@@ -54,14 +56,16 @@ def evaluate_command(
         ckpt_path: Checkpoint of leap_pl fit, such as RUN/checkpoints/last.ckpt, whose hard mask is applied to the base
             model.
         perplexity: Texts, separated by commas: wikitext2, c4 (both from the hub), local files (.jsonl,
-            .jsonl.gz, .parquet, .txt).
+            .jsonl.gz, .parquet, .txt), hub ids of other datasets.
         seq_length: Tokens in a window, including BOS.
         stride: Tokens from one window to the next; default: those of text in a window. A smaller stride gives every
             token more context and takes longer; each token counts once.
         max_tokens: Maximum number of tokens to read of each text. Part of the protocol.
         share: Part of local files to use: all of the text, or the held_out twentieth that training on the same file
             or pattern kept for validation.
-        text_column: Column, or JSON key, of the text in local files and hub datasets.
+        text_column: Column, or JSON key, of the text in local files and other datasets than wikitext2 and c4.
+        config_name: Configuration of datasets that are given by their hub ids.
+        split: Split of datasets that are given by their hub ids.
         bos: Windows that begin with what the tokenizer puts before a text, which is BOS for Llama and Gemma and nothing
             for Qwen and SmolLM2: every; the first of a text, as in the literature; none. Questions of tasks begin with
             it unless none is given. It is never predicted.
@@ -96,6 +100,10 @@ def evaluate_command(
         raise UserError(f"--max_tokens {max_tokens}: a perplexity needs at least 2 tokens.")
     if num_fewshot is not None and num_fewshot < 0:
         raise UserError(f"--num_fewshot {num_fewshot}: give a number of examples, 0 or more.")
+    of_texts = {"stride": stride, "max_tokens": max_tokens, "share": share, "text_column": text_column}
+    check_used(of_texts, evaluate_command, not texts, "no text is given with --perplexity")
+    of_tasks = {"limit": limit, "num_fewshot": num_fewshot, "tasks_folder": tasks_folder}
+    check_used(of_tasks, evaluate_command, not names, "no task is given with --tasks")
     # Check everything that needs no model before one is loaded.
     from leap_pl.cli.device import move_to_device
     from leap_pl.evaluation.perplexity import check_windows
@@ -105,8 +113,9 @@ def evaluate_command(
     from leap_pl.oneshot.methods import MASK_ALONE
 
     check_windows(seq_length, seq_length if stride is None else stride, batch_size)
-    for text in texts:
-        check_text(text, text_column)
+    from_hub = {text for text in texts if check_text(text, text_column=text_column, share=share)}
+    of_hub = {"config_name": config_name, "split": split}
+    check_used(of_hub, evaluate_command, not from_hub, "no text is given by a hub id, and wikitext2 and c4 have theirs")
     local_tasks = None
     if names:
         from leap_pl.cli.quiet import quiet_lm_eval
@@ -114,7 +123,7 @@ def evaluate_command(
 
         local_tasks = _tasks_folder(tasks_folder)
         with quiet_lm_eval():
-            check_tasks(names, local_tasks)
+            check_tasks(names, local_tasks, num_fewshot)
     if output is not None:
         check_place(output)
     started, begin = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.monotonic()
@@ -145,6 +154,7 @@ def evaluate_command(
         "mean": None,
         **environment(where),
     }
+    say(_of_whom(result))  # each figure when it is there, so that one that fails later takes none away
     for text in texts:
         mark = time.monotonic()
         result["perplexity"][text] = _perplexity(
@@ -155,10 +165,12 @@ def evaluate_command(
             max_tokens=max_tokens,
             share=share,
             text_column=text_column,
+            of_hub=of_hub if text in from_hub else {},
             bos=bos,
             batch_size=batch_size,
         )
         seconds[text] = round(time.monotonic() - mark, 2)
+        say(_of_text(text, result["perplexity"][text]))
     if names:
         from leap_pl.evaluation.tasks import evaluate_tasks, mean_accuracy
 
@@ -177,11 +189,12 @@ def evaluate_command(
             )
         result["mean"] = mean_accuracy(result["tasks"])
         seconds["tasks"] = round(time.monotonic() - mark, 2)
+        say("\n".join(_of_tasks(result)), lines=True)
     seconds["total"] = round(time.monotonic() - begin, 2)
     result["times"] = {"started": started, "seconds": seconds}
     if output is not None:
         write_result(output, result)
-    _print_summary(result, output)
+        say(f"written: {output}", sys.stderr)
     return result
 
 
@@ -194,11 +207,12 @@ def _perplexity(
     max_tokens: int | None,
     share: str,
     text_column: str,
+    of_hub: dict[str, Any],
     bos: Bos,
     batch_size: int,
 ) -> dict[str, Any]:
     from leap_pl.evaluation.perplexity import perplexity
-    from leap_pl.evaluation.texts import read_text, tokenizer_identity, tokens_digest
+    from leap_pl.evaluation.texts import TEXTS, read_text, tokenizer_identity, tokens_digest
 
     tokenizer = subject.tokenizer
     tokens = read_text(
@@ -209,6 +223,7 @@ def _perplexity(
         share=share,
         text_column=text_column,
         bos=bos,
+        **of_hub,
     )
     found = perplexity(
         subject.model,
@@ -230,7 +245,8 @@ def _perplexity(
         "predicted": found.predicted,
         "max_tokens": max_tokens,
         "share": share,
-        **({"text_column": text_column} if text_column != "text" else {}),
+        **({"text_column": text_column} if text_column != "text" and text not in TEXTS else {}),
+        **of_hub,
         "text_digest": tokens_digest(tokens),
         "tokenizer": tokenizer_identity(tokenizer),
         **record_of(bos, tokenizer),
@@ -250,7 +266,14 @@ def _names(given: str | None, flag: str) -> list[str]:
 
 def _tasks_folder(given: str | None) -> str | None:
     if given is None:
-        return DEFAULT_TASKS_FOLDER if Path(DEFAULT_TASKS_FOLDER).is_dir() else None
+        if not Path(DEFAULT_TASKS_FOLDER).is_dir():
+            return None
+        say(
+            f"tasks that are in {DEFAULT_TASKS_FOLDER} are read from there, with the splits that it has "
+            "(--tasks_folder overrides this)",
+            sys.stderr,
+        )
+        return DEFAULT_TASKS_FOLDER
     if not Path(given).is_dir():
         raise UserError(f"--tasks_folder {given}: there is no such folder. Create it with make assets-eval.")
     return given
@@ -287,24 +310,32 @@ def _description(subject: "Subject") -> dict[str, Any]:
     }
 
 
-def _print_summary(result: dict[str, Any], output: str | None) -> None:
-    """Print the results on the terminal."""
-    say(f"{result['method']}, {result['model']['base_model']}, sparsity {result['sparsity']['global']:.2%}")
-    for text, found in result["perplexity"].items():
-        error = f" ± {found['stderr']:.2f}" if found["stderr"] is not None else ""
-        protocol = [f"windows of {found['seq_length']}", f"stride {found['stride']}", *in_words(found)]
-        part = " of its held-out part" if found.get("share") == "held_out" else ""
-        protocol.append(f"{found['tokens']:,} tokens{part}")
-        say(f"  perplexity on {text}: {found['value']:.3f}{error}  ({', '.join(protocol)})")
+def _of_whom(result: dict[str, Any]) -> str:
+    return f"{result['method']}, {result['model']['base_model']}, sparsity {result['sparsity']['global']:.2%}"
+
+
+def _of_text(text: str, found: dict[str, Any]) -> str:
+    error = f" ± {found['stderr']:.2f}" if found["stderr"] is not None else ""
+    part = " of its held-out part" if found.get("share") == "held_out" else ""
+    part += f" of its split {found['split']}" if "split" in found else ""
+    protocol = [f"windows of {found['seq_length']}", f"stride {found['stride']}", *in_words(found)]
+    protocol.append(f"{found['tokens']:,} tokens{part}")
+    return f"  perplexity on {text}: {found['value']:.3f}{error}  ({', '.join(protocol)})"
+
+
+def _of_tasks(result: dict[str, Any]) -> list[str]:
+    """Return a line for each task, and one for their mean."""
+    lines = []
     for task, found in result["tasks"].items():
-        figures = [
-            f"{k} {found[k]:.2%} ± {found.get(f'{k}_stderr') or 0:.2%}" for k in ("acc", "acc_norm") if k in found
-        ]
+        figures = []
+        for metric in ("acc", "acc_norm"):
+            if metric in found:
+                error = found.get(f"{metric}_stderr")
+                figures.append(f"{metric} {found[metric]:.2%}" + ("" if error is None else f" ± {error:.2%}"))
         look = f", a quick look: the first {found['limit']}" if found["limit"] else ""
         questions = f"{found['samples']} questions of {found['split']}{look}"
-        say(f"  {task}: {', '.join(figures) or 'see the result'}  ({questions})")
+        lines.append(f"  {task}: {', '.join(figures) or 'see the result'}  ({questions})")
     if result["mean"] is not None:
         mean = result["mean"]
-        say(f"  mean accuracy of {len(mean['tasks'])} tasks: {mean['value']:.2%}")
-    if output is not None:
-        say(f"written: {output}", sys.stderr)
+        lines.append(f"  mean accuracy of {len(mean['tasks'])} tasks: {mean['value']:.2%}")
+    return lines

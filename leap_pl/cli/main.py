@@ -70,6 +70,7 @@ verbs:
 from a model to a sparse checkpoint:
   leap_pl fit --config short --model.base_model HuggingFaceTB/SmolLM2-135M --checkpoint.dirpath run
   leap_pl export --ckpt_path run/last.ckpt --output_dir sparse-model
+  leap_pl evaluate --model HuggingFaceTB/SmolLM2-135M --perplexity wikitext2 --output dense.json
   leap_pl evaluate --model sparse-model --perplexity wikitext2 --output sparse.json
   leap_pl compare dense.json sparse.json
 """
@@ -96,9 +97,11 @@ def main(args: "ArgsType" = None) -> Any:
         if _asks_for_help(words[1:]) and (verb.first_page or not verb.run):
             _show_help(words[0], verb)
             raise SystemExit(0)
-        from leap_pl.inputs.register import command_inputs  # help does not wait for it
+        from leap_pl.cli.arguments import typed_options  # help does not wait for these
+        from leap_pl.inputs.register import command_inputs
 
-        with _plain_warnings(), command_inputs(words[0]):
+        with _plain_warnings(), command_inputs(words[0]) as register:
+            register.typed = typed_options(words[1:])
             function = _find(verb.function)
             if verb.run:
                 return function(words[:-1] if words[-2:] in (["-h", ALL], ["--help", ALL]) else words)

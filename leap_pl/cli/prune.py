@@ -1,14 +1,14 @@
 """``leap_pl prune``: one-shot pruning from the command line."""
 
+import sys
 from argparse import SUPPRESS
-from collections.abc import Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
 
 from leap_pl.base_model.prefix import Bos, prefix_of, record_of
-from leap_pl.cli.command import command, with_arguments
+from leap_pl.cli.command import check_used, command, given, with_arguments
 from leap_pl.errors import UserError, listing
 from leap_pl.escape import say
 from leap_pl.oneshot.methods import DEFAULT, METHODS, method_named, settings_of, takers_of
@@ -150,18 +150,24 @@ def prune_command(
     taken = {name: value for name, value in options.items() if name in asked.options or value != FORMER.get(name)}
     settings = settings_of(method, taken)
     shape = parse_pattern(pattern, sparsity)
-    if isinstance(shape, NM) and sparsity not in (0.5, shape.sparsity):
+    if isinstance(shape, NM) and sparsity != shape.sparsity and given({"sparsity": sparsity}, prune_command):
         raise UserError(
             f"--pattern {shape} has sparsity {shape.sparsity:g}, and --sparsity {sparsity:g} was given. Leave one out."
         )
-    given = {"sparsity": sparsity, "pattern": pattern, "fisher_rows": fisher_rows}
-    given |= {"owl_threshold": owl_threshold, "owl_spread": owl_spread}
-    typed = [name for name, value in given.items() if value != PARAMETERS[name].default]
-    _check_used(mask is not None, "--mask sets which weights are kept", typed, "sparsity", "pattern")
-    _check_used(layer_sparsity is not None, "--layer_sparsity sets the sparsity", typed, "sparsity")
-    _check_used(fisher is None, "only --fisher allocates over rows", typed, "fisher_rows")
-    _check_used(not owl, "only --owl true counts outliers", typed, "owl_threshold", "owl_spread")
+    of_mask, of_rows = {"sparsity": sparsity, "pattern": pattern}, {"fisher_rows": fisher_rows}
+    of_owl = {"owl_threshold": owl_threshold, "owl_spread": owl_spread}
+    check_used(of_mask, prune_command, mask is not None, "--mask sets which weights are kept")
+    of_mask.pop("pattern")
+    check_used(of_mask, prune_command, layer_sparsity is not None, "--layer_sparsity sets the sparsity")
+    check_used(of_rows, prune_command, fisher is None, "only --fisher allocates over rows")
+    check_used(of_owl, prune_command, not owl, "only --owl true counts outliers")
     uses_text = asked.needs is not None or owl or fisher is not None
+    if not uses_text and (
+        idle := given({"text": text, "sequences": sequences, "seq_length": seq_length}, prune_command)
+    ):
+        # A note, so that one command line serves several methods.
+        named = listing([f"--{name}" for name in idle])
+        say(f"leap_pl prune: not used by {method}, which reads no text: {named}", sys.stderr)
     if uses_text:
         config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
         check_sequence_length(config, seq_length, model, "--seq_length")
@@ -215,7 +221,9 @@ def prune_command(
             base_model=model,
             revision=revision,
         )
-        data = {"text": text, "config_name": config_name, "split": split, "seed": seed, **begun} if uses_text else {}
+        data: dict[str, Any] = {"text": text, "config_name": config_name, "split": split, "separator": separator}
+        data |= {"seed": seed, **begun} | ({} if text_column == "text" else {"text_column": text_column})
+        data = data if uses_text else {}
         masks = pruned.masks
         made: dict[str, Any] = dict(masks.provenance.config)
         if kept_mask is None:
@@ -226,17 +234,6 @@ def prune_command(
         _write(folder, pruned, base if asked.updates else None, method, model, revision, trust_remote_code)
     _report(output_dir, pruned, asked.updates)
     return pruned
-
-
-def _check_used(overruled: bool, why: str, typed: Sequence[str], *names: str) -> None:
-    """Refuse those of ``names`` that are ``typed`` where they would be overruled, or not used.
-
-    Raises:
-        UserError: One is.
-    """
-    idle = [f"--{name}" for name in names if name in typed]
-    if overruled and idle:
-        raise UserError(f"{listing(idle)} would not be used: {why}. Leave out what is not meant.")
 
 
 def _fisher(strength: float, row_strength: float) -> Any:

@@ -1,11 +1,16 @@
 """Command line of recover: that of fit, with a mask that stays as it is and weights that are trained."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from lightning.pytorch.utilities import rank_zero_warn
+
+from leap_pl.cli.arguments import plain, setting_of
 from leap_pl.cli.fit import LeapCLI, is_fixed
 from leap_pl.cli.fit import run as run_fit
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import FixedGate
+from leap_pl.inputs.register import is_typed
 from leap_pl.prior.settings import NO_METHOD
 
 # Settings of learning a mask that are not used where it stays → that of the weights.
@@ -71,10 +76,38 @@ class RecoverCLI(LeapCLI):
                 "the folder of a run or of an exported model, or a hub id."
             )
         if not is_fixed(settings):
+            config = next((name for name, group in self._configs.items() if _has_gate(group)), None)
+            remedy = "Leave --model.gate out"
+            if config is not None and not is_typed("model.gate"):
+                remedy = f"Leave out --config {config}, which is for fit, and type what is meant of it"
             raise UserError(
-                "leap_pl recover leaves a mask as it is, and model.gate learns one. Leave --model.gate out, or learn "
-                "mask and weights together: leap_pl fit --model.train_weights kept."
+                f"leap_pl recover leaves a mask as it is, and model.gate learns one. {remedy}; or learn mask and "
+                "weights together: leap_pl fit --model.train_weights kept."
             )
+        self._warn_of_unused(settings)
+
+    def _warn_of_unused(self, settings: Any) -> None:
+        """Warn of settings of learning a mask that a config gives; those that are typed are refused."""
+        defaults = self.parsers["fit"].get_defaults()
+        keys = {name: name.replace("optimizer.", "optimizer.init_args.") for name in LEARNING}
+        named = [word for config in self._configs for word in ("--config", config)]
+        # Of a class that a config names, only what it also sets: the rest are defaults of the class.
+        keys = {name: key for name, key in keys.items() if setting_of(named, self._configs, key) is not None}
+        keys["model.annealing"] = "model.annealing"
+        if settings.get("model.mask") is not None:
+            parts = [part for part in plain(defaults.get("model.prior")) if part != "cache_dir"]
+            keys |= {f"model.prior.{part}": f"model.prior.{part}" for part in parts}
+        idle = [name for name, key in keys.items() if plain(settings.get(key)) != plain(defaults.get(key))]
+        if idle:
+            instead = [LEARNING[name] for name in idle if name in LEARNING]
+            remedy = f" For the weights, set {listing(instead)}." if instead else ""
+            rank_zero_warn(f"not used, since the mask is not learned: {listing(idle)}.{remedy}")
+
+
+def _has_gate(config: Mapping[Any, Any]) -> bool:
+    """Return whether a ``config`` sets the gate."""
+    model = config.get("model")
+    return isinstance(model, dict) and model.get("gate") is not None
 
 
 def run(words: list[str]) -> LeapCLI | None:

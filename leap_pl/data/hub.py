@@ -159,6 +159,8 @@ class HubDataset:
             check_reachable(self.dataset, "dataset")
             dataset = datasets.load_dataset(self.dataset, self.config_name, split=self.split, streaming=True)
         except Exception as error:
+            if is_network_error(error) and self._opened is not None:
+                raise  # it was there before, in another process: read() tries again
             if is_network_error(error):
                 raise UserError(
                     f"The dataset {self.dataset!r} could not be reached ({_short(error)}), and there is no local "
@@ -166,7 +168,7 @@ class HubDataset:
                 ) from error
             raise UserError(
                 f"The dataset {self.name} cannot be opened ({_short(error)}). "
-                "Choose with --data.config_name and --data.split, or pass local files: --data.text FILE.jsonl."
+                "Choose with --data.config_name and --data.split. Or pass local files: --data.text FILE.jsonl."
             ) from error
         if dataset.column_names is None:
             return dataset

@@ -4,6 +4,11 @@ import re
 from collections.abc import Collection
 
 
+def for_validation(message: str) -> str:
+    """Return ``message`` on a text to validate on, with its own options in the place of those of the training text."""
+    return re.sub(r"--data\.(text|config_name|split)\b", r"--data.validation_\1", message)
+
+
 def for_options(message: str, options: Collection[str]) -> str:
     """Return ``message`` with ``--data.NAME`` as ``--NAME``, without the sentences on options that the verb lacks.
 

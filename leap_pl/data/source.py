@@ -54,6 +54,15 @@ class TextSource:
         """Return the name of the text in messages."""
         return self.shards.name
 
+    @property
+    def is_local(self) -> bool:
+        """Return whether the text is local files."""
+        return isinstance(self.shards, LocalFiles)
+
+    def files(self) -> set[Path]:
+        """Return the real paths of the files of a local text; none for one from the hub."""
+        return {file.resolve() for file in self.shards.files} if isinstance(self.shards, LocalFiles) else set()
+
     @classmethod
     def open(
         cls,
@@ -84,6 +93,8 @@ class TextSource:
         names = [os.fspath(name) for name in ([text] if isinstance(text, str | os.PathLike) else text)]
         if not names:
             raise UserError("The list of text files is empty. Name at least one, such as --data.text FILE.jsonl.")
+        if "" in names:
+            raise UserError("The name of a text is empty. Name a file, such as --data.text FILE.jsonl, or a hub id.")
         files = [file for name in names for file in _local_files(name)]
         if files:
             others = [name for name in names if not _local_files(name)]
@@ -94,7 +105,7 @@ class TextSource:
             if twice and share != "all":  # text is held out by the number of its file
                 raise UserError(
                     f"{listing(list(map(str, twice)), most=3)} is named twice in the text: its held-out part would be "
-                    "trained on. Name each file once, or give validation text of its own."
+                    "trained on. Name each file once, or give validation text of its own: --data.validation_text FILE."
                 )
             return cls(LocalFiles(files, text_column, share), seed)
         if len(names) > 1:

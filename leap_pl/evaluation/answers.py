@@ -83,6 +83,9 @@ def row_states(model: Any, rows: Sequence[Row]) -> Tensor:
     device = next(model.parameters()).device
     length = max(row.length for row in rows)
     tokens_BL = _padded((row.tokens() for row in rows), length, 0, device)
+    if all(len(row.answers) == 1 for row in rows):  # no mask, which has L² elements: the padding comes last
+        states_BLD: Tensor = model.base_model(input_ids=tokens_BL, use_cache=False).last_hidden_state
+        return states_BLD
     positions_BL = _padded((row.positions() for row in rows), length, 0, device)
     branches_BL = _padded((row.branches() for row in rows), length, -1, device)
     own_BLL = branches_BL[:, :, None] == branches_BL[:, None, :]

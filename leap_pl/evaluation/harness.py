@@ -53,8 +53,14 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
         """
         tokens, attention = super().tok_batch_encode(*strings, **options)
         tokens = without_suffix(tokens, self.tokenizer) if self._prefix else tokens  # without a prefix, nothing is put
+        attention = attention[:, : tokens.shape[1]]
+        if self._prefix:  # which lm-eval truncates away first
+            prefix = torch.tensor(self._prefix, dtype=tokens.dtype)
+            for row, begin in enumerate(attention.argmax(1).tolist()):
+                place = tokens[row, begin : begin + len(prefix)]
+                place.copy_(prefix[: len(place)])
         check_tokens(tokens, vocabulary_of(self.model), "the model")
-        return tokens, attention[:, : tokens.shape[1]]
+        return tokens, attention
 
     def loglikelihood_rolling(self, *requests: Any, **options: Any) -> list[float]:
         """Return the log-likelihood of each text, read in windows."""

@@ -42,11 +42,18 @@ class LocalTasks:
 
     @classmethod
     @contextmanager
-    def found_in(cls, folder: str | Path | None, tasks: Sequence[str]) -> Iterator[Self]:
+    def found_in(
+        cls, folder: str | Path | None, tasks: Sequence[str], num_fewshot: int | None = None
+    ) -> Iterator[Self]:
         """Write temporary definitions of those ``tasks`` that have data in ``folder``; of none if it is None.
 
+        Args:
+            folder: Folder of the data.
+            tasks: Names of the tasks.
+            num_fewshot: Number of solved examples that will be asked for; None is the task's own.
+
         Raises:
-            UserError: If a folder named like a task has no data of it.
+            UserError: If a folder named like a task has no data of it, or none to take the solved examples from.
         """
         if folder is not None:
             note_input(folder)
@@ -55,7 +62,7 @@ class LocalTasks:
             for task in dict.fromkeys(tasks if folder is not None else ()):
                 data = _data_folder(Path(str(folder)).resolve(), task)
                 if data is not None:
-                    _define(task, data, Path(temporary))
+                    _define(task, data, Path(temporary), num_fewshot)
                     names.add(task)
             yield cls(Path(temporary), frozenset(names))
 
@@ -71,7 +78,7 @@ def _data_folder(folder: Path, task: str) -> Path | None:
     return None
 
 
-def _define(task: str, data: Path, into: Path) -> None:
+def _define(task: str, data: Path, into: Path, num_fewshot: int | None) -> None:
     # Look up the folder's name first: for a group it leads to the definitions of its tasks.
     index = _stock_index(data.name) if data.name in STOCK else {}
     if task not in index:
@@ -85,7 +92,9 @@ def _define(task: str, data: Path, into: Path) -> None:
         if "group" not in entry.cfg:
             # Each task of a group has its own folder, named like its dataset configuration on the hub.
             alone = entry.name == data.name
-            definition |= _data_keys(data if alone else data / str(entry.cfg.get("dataset_name")), entry.cfg)
+            definition |= _data_keys(
+                data if alone else data / str(entry.cfg.get("dataset_name")), entry.cfg, num_fewshot
+            )
             if entry.name == task:
                 # A tag stands for all of its tasks, and only one of them is defined here.
                 definition["tag"] = None
@@ -113,8 +122,12 @@ def _below(name: str, index: dict[str, Any]) -> Iterator[Any]:
         yield from _below(child, index)
 
 
-def _data_keys(data: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the data entries of a task definition, pointing to the files in ``data`` instead of the hub."""
+def _data_keys(data: Path, config: dict[str, Any], examples: int | None) -> dict[str, Any]:
+    """Return the data entries of a task definition, pointing to the files in ``data`` instead of the hub.
+
+    Raises:
+        UserError: ``data`` has not the questions, or not the text of the solved ``examples`` before each.
+    """
     files = {split: file for split in SPLITS for suffix in READERS if (file := data / f"{split}{suffix}").is_file()}
     if not files:
         present = sorted(p.name for p in data.iterdir()) if data.is_dir() else []
@@ -124,6 +137,15 @@ def _data_keys(data: Path, config: dict[str, Any]) -> dict[str, Any]:
         )
     wanted = ("training_split", "validation_split", "test_split", "fewshot_split")
     splits = {key: config[key] if config[key] in files else None for key in wanted if key in config}
+    # lm-eval takes solved examples from the first of these that there is: of others they might be the questions.
+    source = next(
+        (config[key] for key in ("fewshot_split", "training_split", "validation_split") if config.get(key)), None
+    )
+    if examples and source is not None and source not in files:
+        raise UserError(
+            f"{data} has no {source}.jsonl, from which the solved examples of --num_fewshot {examples} are taken. Add "
+            "it, or leave --num_fewshot out."
+        )
     if not (splits.get("validation_split") or splits.get("test_split")):
         raise UserError(f"{data} holds {listing(sorted(files))}, and the task is scored on another split.")
     suffix = next(iter(files.values())).suffix

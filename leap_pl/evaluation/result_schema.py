@@ -86,6 +86,8 @@ class Perplexity(TypedDict):
     max_tokens: NotRequired[Positive | None]
     share: NotRequired[Word]
     text_column: NotRequired[Word]
+    config_name: NotRequired[Word | None]  # of a text by its hub id
+    split: NotRequired[Word]
     text_digest: Word
     tokenizer: Tokenizer
     bos: NotRequired[Bos]

@@ -24,17 +24,18 @@ PROBED = "allenai/ai2_arc"  # data set that the hub is asked for, to know whethe
 PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")
 
 
-def check_tasks(tasks: Sequence[str], tasks_folder: str | Path | None = None) -> None:
+def check_tasks(tasks: Sequence[str], tasks_folder: str | Path | None = None, num_fewshot: int | None = None) -> None:
     """Check that ``tasks`` exist, before a model is loaded.
 
     Args:
         tasks: Names of lm-eval tasks.
         tasks_folder: Folder of local data, as in :func:`evaluate_tasks`.
+        num_fewshot: Solved examples before each question, likewise.
 
     Raises:
         UserError: If a task does not exist, or its local folder lacks data.
     """
-    with LocalTasks.found_in(tasks_folder, tasks) as local:
+    with LocalTasks.found_in(tasks_folder, tasks, num_fewshot) as local:
         others = [task for task in tasks if task not in local and task not in STOCK]
         unknown = [task for task in others if task not in _known_names()]
     if unknown:
@@ -86,7 +87,7 @@ def evaluate_tasks(
         UserError: If a task does not exist, its data is neither local nor reachable, local data does not fit the task,
             or an answer has more tokens than the model has positions, no token, or one without an embedding.
     """
-    with LocalTasks.found_in(tasks_folder, tasks) as local:
+    with LocalTasks.found_in(tasks_folder, tasks, num_fewshot) as local:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
@@ -199,8 +200,9 @@ def _pooled(rows: list[dict[str, Any]], counts: list[int]) -> dict[str, Any]:
 
 
 def _correct(samples: list[dict[str, Any]]) -> str:
+    """Return a digit for each question; an empty string if ``acc`` is a share of each, as TruthfulQA's mc2 is."""
     scored = [sample["acc"] for sample in _in_order(samples) if isinstance(sample.get("acc"), int | float)]
-    return "".join(str(int(right)) for right in scored)
+    return "".join(str(int(right)) for right in scored) if {*scored} <= {0, 1} else ""
 
 
 def _in_order(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -244,6 +246,14 @@ def _reaching(remote: list[str], folder: str | Path | None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith("Duplicate task"):
             raise UserError(f"--tasks names a task twice, alone or within a group ({error}). Name it once.") from error
+        if isinstance(error, ImportError):
+            raise UserError(
+                f"a task of --tasks needs a package: {error}. Install it, or choose other tasks."
+            ) from error
+        if isinstance(error, ValueError) and "unsafe" in str(error):
+            raise UserError(
+                "a task of --tasks runs code that the model has written, which leap_pl does not. Choose other tasks."
+            ) from error
         if not remote or not (is_network_error(error) or type(error).__module__.split(".")[0] == "datasets"):
             raise
         reason = " ".join(str(error).split())[:200]
@@ -266,12 +276,14 @@ def _questions_of(local: LocalTasks, folder: str | Path | None) -> Iterator[None
     except UserError:
         raise
     except Exception as error:
-        trace = error.__traceback__
-        places = set()
+        trace, places, task = error.__traceback__, set(), None
         while trace is not None:
             places.add(str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0])
+            config = getattr(trace.tb_frame.f_locals.get("self"), "config", None)
+            task = getattr(config, "task", None) or task  # that lm-eval was busy with
             trace = trace.tb_next
-        if not local.names or "torch" in places:
+        of_others = (task is not None and task not in local) or str(error).startswith("Duplicate task")
+        if not local.names or "torch" in places or of_others:
             raise
         cause = error.__cause__ or error  # datasets wraps the actual error
         reason = shown(" ".join(f"{type(cause).__name__}: {cause}".split()), 200)

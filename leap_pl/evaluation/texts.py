@@ -14,7 +14,8 @@ from leap_pl.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OPTIONS = ("text_column",)  # of those that messages on a text name, the ones that evaluate has
+# Of the options that messages on a text name, those that evaluate has.
+OPTIONS = ("text_column", "config_name", "split")
 C4_WINDOWS = 256  # windows of C4's validation split, from the first, in the standard protocol
 
 
@@ -34,20 +35,27 @@ TEXTS = {
 }
 
 
-def check_text(name: str, text_column: str = "text") -> None:
-    """Check that ``name`` is a named text, an existing local file, or a possible hub id.
+def check_text(name: str, *, text_column: str = "text", share: str = "all") -> bool:
+    """Check that ``name`` is a named text, an existing local file, or a possible hub id; return whether it is the last.
 
     Raises:
-        UserError: If ``name`` is a path or pattern that matches no text file.
+        UserError: If ``name`` is a path or pattern that matches no text file, or has no such ``share``.
     """
-    if name in TEXTS:
-        return
-    from leap_pl.data.source import TextSource
+    if name not in TEXTS:
+        from leap_pl.data.source import TextSource
 
-    try:
-        TextSource.open(name, text_column=text_column)
-    except UserError as error:
-        raise UserError(f"--perplexity {name}: {for_options(str(error), OPTIONS)}") from error
+        try:
+            source = TextSource.open(name, text_column=text_column)
+        except UserError as error:
+            raise UserError(f"--perplexity {name}: {for_options(str(error), OPTIONS)}") from error
+        if source.is_local:
+            return False
+    if share != "all":
+        raise UserError(
+            f"--perplexity {name}: a text from the hub has splits, and --share {share} is a part of local files. Leave "
+            "--share out, or measure the local files apart."
+        )
+    return name not in TEXTS
 
 
 def read_text(
@@ -58,6 +66,8 @@ def read_text(
     max_tokens: int | None,
     share: str,
     text_column: str = "text",
+    config_name: str | None = None,
+    split: str = "test",
     bos: Bos = "first",
 ) -> Tensor:
     """Return the tokens of the text ``name``: LongTensor[tokens].
@@ -69,6 +79,8 @@ def read_text(
         max_tokens: Maximum number of tokens, from the first; None for all.
         share: Part of a local file to read: ``held_out``, which training leaves for validation, or ``all``.
         text_column: Column or JSON key of the text, except of ``wikitext2`` and ``c4``.
+        config_name: Configuration of a hub id, except of these two.
+        split: Split of a hub id, except of these two.
         bos: Windows that will begin with what the tokenizer puts before a text; with ``first`` the tokens begin with
             it.
 
@@ -84,6 +96,8 @@ def read_text(
                 name,
                 tokenizer,
                 most=max_tokens,
+                config_name=config_name,
+                split=split,
                 text_column=text_column,
                 share=share,  # type: ignore[arg-type]
                 bos=bos,

@@ -43,6 +43,8 @@ def decisive_settings(made: "Provenance") -> dict[str, str]:
         "pattern": _within(config, "pattern"),
         "target sparsity": made.sparsity,
         "text": _texts(config),
+        "part of the text": _part(config),
+        "separator of documents": _within(config, "data", "separator") or _within(config, "separator"),
         "block length, tokens": _within(config, "data", "seq_length") or _within(config, "seq_length"),
         "blocks that begin with BOS": _within(config, "data", "bos") or _within(config, "bos"),
         "tokens read": _within(config, "data", "tokens"),
@@ -65,6 +67,13 @@ def decisive_settings(made: "Provenance") -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),
     }
     return {name: str(value) for name, value in settings.items() if value not in (None, "")}
+
+
+def _part(config: Any) -> str:
+    """Return configuration, split and column of the text, those that are not the usual ones."""
+    usual = {"config_name": None, "split": "train", "text_column": "text"}
+    found = {name: _within(config, "data", name) or _within(config, name) or value for name, value in usual.items()}
+    return ", ".join(f"{name} {value}" for name, value in found.items() if value != usual[name])
 
 
 def _texts(config: Any) -> str:

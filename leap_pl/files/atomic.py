@@ -186,7 +186,7 @@ def followed(path: Path) -> Path:
 
 
 def atomic_link(path: Path, target: Path) -> None:
-    """Make ``path`` a symbolic link to ``target`` in the same folder, atomically.
+    """Make ``path`` a symbolic link to ``target`` in the same folder, atomically; it may be a folder before.
 
     Raises:
         OSError: The folder is not writable, or its file system does not support symbolic links.
@@ -194,7 +194,11 @@ def atomic_link(path: Path, target: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
-    temporary.replace(path)
+    if path.is_dir() and not path.is_symlink():  # which no rename replaces
+        _swap(temporary, path)
+        _remove(temporary)
+    else:
+        temporary.replace(path)
     _confirm(path)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from leap_pl.errors import UserError
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
+from leap_pl.inputs.records import MASK
 from leap_pl.inputs.register import exists
 
 PATIENCE = 5.0  # seconds in which the hub answers
@@ -198,6 +199,21 @@ def hub_errors(failed: str, file: str = "file", then: str = "") -> Iterator[None
         raise UserError(" ".join(filter(None, (f"{failed}: {_reason(error, file)}", then)))) from error
 
 
+def gated(error: BaseException) -> str | None:
+    """Return reason and remedy if ``error``, or one that it was raised from, says that a repository is gated.
+
+    Libraries raise errors of their own from those of the hub's client.
+    """
+    from huggingface_hub.errors import GatedRepoError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, GatedRepoError):
+            return _reason(cause, "file")
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 def _reason(error: Exception, file: str) -> str:
     """Return the reason of an error of the hub's client, and the remedy."""
     from huggingface_hub import errors, is_offline_mode
@@ -215,7 +231,10 @@ def _reason(error: Exception, file: str) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return "the repository has no such revision. Check the branch, tag or commit after @."
     if isinstance(error, errors.EntryNotFoundError):
-        return f"the repository has no {file}. Check the name."
+        remedy = "Check the name."
+        if file == MASK:
+            remedy = "A sparse model's is read off: leap_pl export --model NAME --format mask --output_dir FOLDER."
+        return f"the repository has no {file}. {remedy}"
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         said = f"{status}: {error.server_message or error.response.reason_phrase}"

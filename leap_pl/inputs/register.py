@@ -28,11 +28,13 @@ class Inputs:
 
     Attributes:
         verb: Name of the command.
+        typed: Names of the options that were typed, without dashes.
     """
 
     def __init__(self, verb: str) -> None:
         """Create an empty register."""
         self.verb = verb
+        self.typed: frozenset[str] = frozenset()
         self._read: dict[Path, str] = {}  # real path of an input, and of each link to it → name given by the user
         self._released: set[Path] = set()
         self._replacing: dict[Path, str] = {}  # folders that will be replaced → their names
@@ -101,6 +103,12 @@ _registers: list[Inputs] = []  # of the running commands, the innermost one last
 def current() -> Inputs | None:
     """Return the register of the running command, or None outside a command."""
     return _registers[-1] if _registers else None
+
+
+def is_typed(option: str) -> bool:
+    """Return whether the running command was typed with ``option``, which may then have the value of its default."""
+    register = current()
+    return register is not None and option in register.typed
 
 
 def running_verb() -> str:

@@ -104,6 +104,10 @@ class InputStatistics:
         assert self.square is not None, "no token was added"
         return self.square / self.count
 
+    def reached(self) -> bool:
+        """Return whether any input was not 0: of others nothing can be learned about the weights."""
+        return self.square is not None and bool((self.square > 0).any())
+
     def finite(self) -> bool:
         """Return whether nothing overflowed: the squares are the Hessian's diagonal, which bounds its other entries."""
         return self.square is None or bool(torch.isfinite(self.square).all())

@@ -193,7 +193,7 @@ def prune(
                         parameter.data = dense
     if run.unseen:
         logger.warning(
-            "No calibration token reached %s: pruned by %s. More sequences may reach them.",
+            "No calibration token reached %s, or its inputs are all 0: pruned by %s. More sequences may reach them.",
             listing(run.unseen, 6),
             FALLBACK,
         )
@@ -273,7 +273,7 @@ class _Run:
         pattern: Pattern,
         given_OI: Tensor | None,
     ) -> Solution:
-        unseen = found is None and self.method.needs is not None
+        unseen = self.method.needs is not None and (found is None or not found.reached())
         if unseen:
             self.unseen.append(matrix.name)
             if given_OI is not None:
@@ -310,6 +310,8 @@ def _check(
         raise UserError(f"{reading[0] if reading else name} needs calibration text. Give --text.")
     if blocks_NT is not None and (blocks_NT.ndim != 2 or not blocks_NT.numel()):
         raise UserError(f"calibration tokens are {list(blocks_NT.shape)}, not [sequences, seq_length].")
+    if "--fisher" in allocation and isinstance(pattern, Unstructured) and not 0 < pattern.sparsity < 1:
+        raise UserError(f"Fisher allocation needs a sparsity above 0 and below 1, not {pattern.sparsity:g}.")
     if len(allocation) > 1:
         raise UserError(f"Can't provide both {allocation[0]} and {allocation[1]}. Choose one.")
     if isinstance(pattern, NM) and allocation:

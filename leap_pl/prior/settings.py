@@ -1,10 +1,13 @@
 """Prior: settings of the mask that learning starts from, its computation, and sharing it over ranks."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import InitVar, asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from leap_pl.distributed.strategy import RankZero
 from leap_pl.errors import UserError, listing
@@ -23,6 +26,16 @@ if TYPE_CHECKING:
 
 
 NO_METHOD = "none"  # no prior: logits without a lean
+# Options of prune that its messages name → those of fit.
+OF_PRUNE = {
+    "dtype": "model.dtype",
+    "fisher": "model.prior.fisher",
+    "ignore": "model.ignore",
+    "method": "model.prior.method",
+    "targets": "model.targets",
+    "text": "data.text",
+}
+CLOSE = 0.005  # difference of sparsities that rows which it does not divide may cause
 
 
 @dataclass(frozen=True)
@@ -124,13 +137,15 @@ class Prior:
             if file is not None:
                 masks[form] = MaskSet.load(file)
                 masks[form].check(model, weights, or_applied=True)  # a sparse model's own mask is a start, too
+                _warn_of_other(masks[form], file, pattern)
             elif self.method != NO_METHOD:
                 fisher = allocation if form == "prior" else None
                 if METHODS[self.method].needs is not None or fisher is not None:
                     calibration.check(f"prior.method {self.method}" if fisher is None else "prior.fisher")
-                masks[form] = one_shot_prior(
-                    model, weights, self.method, pattern, fisher=fisher, **vars(calibration), **self._kept()
-                )
+                with _options_of_fit():
+                    masks[form] = one_shot_prior(
+                        model, weights, self.method, pattern, fisher=fisher, **vars(calibration), **self._kept()
+                    )
         return masks
 
     def squares(
@@ -146,10 +161,39 @@ class Prior:
         if not self.graded:
             return None
         calibration.check("prior.graded")
-        return input_squares(model, weights, **vars(calibration), **self._kept())
+        with _options_of_fit():
+            return input_squares(model, weights, **vars(calibration), **self._kept())
 
     def _kept(self) -> dict[str, Any]:
         return {"sequences": self.sequences, "cache_dir": self.cache_dir}
+
+
+@contextmanager
+def _options_of_fit() -> Iterator[None]:
+    """Name the options of ``fit`` in the messages of one-shot pruning, which name those of ``prune``."""
+    try:
+        yield
+    except UserError as error:
+        pattern = re.compile(rf"(?<![\w-])--({'|'.join(OF_PRUNE)})\b")
+        message = pattern.sub(lambda found: f"--{OF_PRUNE[found[1]]}", str(error))
+        raise UserError(message) from error
+
+
+def _warn_of_other(mask: MaskSet, file: str, pattern: "Pattern") -> None:
+    """Warn if a ``mask`` that is given as the prior has another form or sparsity than the run's."""
+    from leap_pl.masks.patterns import NM, Unstructured
+
+    form = mask.provenance.config.get("pattern", "unstructured")
+    if isinstance(pattern, NM) and form != str(pattern):
+        rank_zero_warn(
+            f"the prior {file} is {form}, and the run learns a mask of {pattern}: its logits start from that."
+        )
+    elif isinstance(pattern, Unstructured) and abs(mask.sparsity - pattern.sparsity) > CLOSE:
+        rank_zero_warn(
+            f"the prior {file} removes {mask.sparsity:.1%} of the weights, and the run is to remove "
+            f"{pattern.sparsity:.1%}: learning starts from another sparsity. To start from this, make the prior with "
+            f"--sparsity {pattern.sparsity:g}."
+        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Text for a training run: a stream of packed blocks that resumes exactly after the last one used."""
 
-from itertools import islice
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, get_args
@@ -13,13 +12,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from leap_pl.base_model.prefix import Bos, record_of
+from leap_pl.base_model.prefix import Bos, prefix_of, record_of
 from leap_pl.base_model.vocabulary import check_tokens, digest_of_vocabulary
 from leap_pl.checkpoints.settings import DATA
 from leap_pl.data.batches import BEGINNING, Batch, BlockLoader, Progress, RankBatches
 from leap_pl.data.calibration import loaded_tokenizer
 from leap_pl.data.documents import Share, warn
 from leap_pl.data.exchange import Exchange
+from leap_pl.data.held_out import evenly, held_out_blocks, warn_of_overlap, warn_of_remainder
 from leap_pl.data.hub import DEFAULT_CONFIGS
 from leap_pl.data.packing import BlockStream, Separator, digest_of_text
 from leap_pl.data.source import TextSource
@@ -133,6 +133,7 @@ class TextDataModule(LightningDataModule):
         self._stream: BlockStream | None = None
         self._validation: Tensor | None = None
         self._identity: dict[str, Any] | None = None
+        self._prefix: int | None = None  # tokens that a block begins with
         # Progress of the run after the current batch, and after the one before it.
         self._progress = self._progress_before = BEGINNING
         # The optimizer step in progress, and the progress of the run before its first micro-batch.
@@ -147,7 +148,7 @@ class TextDataModule(LightningDataModule):
         changes = (name in DATA or name == "tokenizer_name") and vars(self).get(name, value) != value
         super().__setattr__(name, value)
         if changes:
-            self._stream = self._validation = self._identity = None
+            self._stream = self._validation = self._identity = self._prefix = None
             if name in ("tokenizer_name", "tokenizer_revision"):
                 self._tokenizer = None
             if name == "tokenizer_name":  # another repository, which was not trusted, and has other revisions
@@ -186,7 +187,7 @@ class TextDataModule(LightningDataModule):
             UserError: The text cannot be found, or the tokenizer has no end token.
         """
         if self._stream is None:
-            share: Share = "all" if self.validation_text or not self.validation_sequences else "train"
+            share: Share = "all" if self.validation_text is not None or not self.validation_sequences else "train"
             self._stream = self._stream_of(self._open(share))
         return self._stream
 
@@ -206,8 +207,12 @@ class TextDataModule(LightningDataModule):
             self._progress = self._progress_before = BEGINNING  # a checkpoint is loaded later
             self._step = None
             next(self.stream.source.documents())
-            if self.trainer is not None and self.trainer.limit_val_batches:
-                self._held_out_blocks()
+            if self.trainer is not None and self.trainer.limit_val_batches and self.validation_sequences:
+                if self.validation_text is not None:
+                    warn_of_overlap(self.stream.source, self._open_validation())
+                ranks = self._rank()[1]
+                evenly(self._held_out_blocks(), ranks)  # raises if there are too few
+                warn_of_remainder(self._held_out_blocks(), ranks)
 
     def _take_tokenizer(self) -> None:
         """Take the tokenizer from the base model of the trainer's module if none was named."""
@@ -266,15 +271,8 @@ class TextDataModule(LightningDataModule):
         """
         if not self.validation_sequences:
             return []
-        held_out = self._held_out_blocks()
         rank, world_size = self._rank()
-        even = len(held_out) // world_size * world_size
-        if not even:
-            raise UserError(
-                f"The validation text makes {len(held_out)} blocks, fewer than the {world_size} ranks. "
-                "Give more text with --data.validation_text, or lower --data.seq_length."
-            )
-        blocks = [{"input_ids": block} for block in held_out[:even]]
+        blocks = [{"input_ids": block} for block in evenly(self._held_out_blocks(), world_size)]
         # Without a distributed sampler Lightning would add its own, which duplicates blocks.
         sampler = DistributedSampler[Any](blocks, world_size, rank, shuffle=False)  # type: ignore[arg-type]
         return DataLoader(blocks, batch_size=self.batch_size, sampler=sampler)  # type: ignore[arg-type]
@@ -334,8 +332,10 @@ class TextDataModule(LightningDataModule):
         progress = self._progress
         if self.trainer is not None and self.trainer.global_step == self._step:
             progress = self._progress_at_step
-        names = ("text", "validation_text", "seq_length", "batch_size", "seed")
+        names = ("text", "validation_text", "seq_length", "batch_size", "separator", "seed")
         settings = {name: getattr(self, name) for name in names} | record_of(self.bos, self.tokenizer)
+        of_text = {"config_name": None, "split": "train", "text_column": "text"}  # recorded if they are others
+        settings |= {name: getattr(self, name) for name, usual in of_text.items() if getattr(self, name) != usual}
         tokens, position = progress["consumed"] * self.batch_size * self.seq_length, progress["position"]
         passes = 0 if position is None else position["number"] + 1
         return {**settings, "tokens": tokens, "passes": passes, "sha256": digest_of_text(position)}
@@ -412,7 +412,9 @@ class TextDataModule(LightningDataModule):
     @property
     def first_target(self) -> int:
         """Return the index of the first token of a block that is predicted: after the first one, and the prefix."""
-        return max(len(self.stream.prefix), 1)
+        if self._prefix is None:  # of the tokenizer alone: validation reads no training text
+            self._prefix = len(prefix_of(self.tokenizer)) if self.bos == "every" else 0
+        return max(self._prefix, 1)
 
     def _stream_of(self, source: TextSource) -> BlockStream:
         return BlockStream(source, self.tokenizer, self.seq_length, self.separator, self.bos)
@@ -434,7 +436,8 @@ class TextDataModule(LightningDataModule):
 
     def _config(self, name: str | None) -> str | None:
         """Return the configuration that ``name`` is, also if none is named."""
-        return name or DEFAULT_CONFIGS.get(str(self.text))
+        only = self.text[0] if isinstance(self.text, list) and len(self.text) == 1 else self.text
+        return name or DEFAULT_CONFIGS.get(str(only))
 
     def _held_out_blocks(self) -> Tensor:
         """Return the validation blocks, LongTensor[at most validation_sequences, seq_length]; they are read once."""
@@ -442,32 +445,23 @@ class TextDataModule(LightningDataModule):
             self._validation = self._held_out()
         return self._validation
 
+    def _open_validation(self) -> TextSource:
+        """Open the text of ``validation_text``."""
+        assert self.validation_text is not None
+        return TextSource.open(
+            self.validation_text,
+            config_name=self.validation_config_name,
+            split=self.validation_split,
+            text_column=self.text_column,
+        )
+
     def _held_out(self) -> Tensor:
         if not self.validation_sequences:
             return torch.empty(0, self.seq_length, dtype=torch.int64, device="cpu")
-        if self.validation_text is None:
-            source = self._open("held_out")
-        else:
-            source = TextSource.open(
-                self.validation_text,
-                config_name=self.validation_config_name,
-                split=self.validation_split,
-                text_column=self.text_column,
-            )
-        stream = self._stream_of(source)
-        try:
-            blocks = [block.tokens for block in islice(stream.blocks(repeat=False), self.validation_sequences)]
-        except UserError as error:
-            raise UserError(
-                f"No validation text: {error} Or give another text with --data.validation_text, or disable validation "
-                "with --data.validation_sequences 0."
-            ) from error
-        if len(blocks) < self.validation_sequences:
-            warn(
-                f"{source.name}: the validation text makes {len(blocks)} blocks of {self.seq_length} tokens, fewer "
-                f"than the {self.validation_sequences} of data.validation_sequences; validation uses all of them."
-            )
-        return torch.tensor(blocks, device="cpu")
+        source = self._open("held_out") if self.validation_text is None else self._open_validation()
+        other = not source.is_local and self.validation_text is None and self.validation_split != self.split
+        remedy = f"--data.validation_split {self.split} holds out one document in twenty of it." if other else ""
+        return held_out_blocks(self._stream_of(source), self.validation_sequences, remedy)
 
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else data_rank(self.trainer)

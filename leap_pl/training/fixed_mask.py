@@ -8,6 +8,7 @@ from leap_pl.errors import UserError, listing
 from leap_pl.gates import FixedGate
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.records import MASK, mask_in
+from leap_pl.inputs.register import is_typed
 from leap_pl.masks import MaskSet
 from leap_pl.oneshot.methods import METHODS
 
@@ -23,6 +24,7 @@ class FixedMask:
         asked: The one that it was made for, which rows may not divide into; None if it is not known.
         targets: Names of the weights that it covers.
         learned: Whether it may have been learned; else a one-shot method made it.
+        digest: Digest of its bits.
     """
 
     file: str
@@ -31,6 +33,7 @@ class FixedMask:
     asked: float | None
     targets: list[str]
     learned: bool
+    digest: str
 
     def check_settings(self, sparsity: float, targets: Sequence[str] | None, ignore: Sequence[str]) -> None:
         """Check that no setting contradicts what the mask says; those of a resumed run are the mask's.
@@ -39,7 +42,7 @@ class FixedMask:
             UserError: One does.
         """
         contrary = [
-            *(["model.sparsity"] if sparsity not in (0.5, self.sparsity, self.asked) else []),
+            *(["model.sparsity"] if self._contradicts(sparsity) else []),
             *(["model.targets"] if targets is not None and list(targets) != self.targets else []),
             *(["model.ignore"] if ignore else []),
         ]
@@ -48,6 +51,10 @@ class FixedMask:
                 f"model.mask sets which weights are kept, and {listing(contrary)} would not be used. Leave out what is "
                 "not meant."
             )
+
+    def _contradicts(self, sparsity: float) -> bool:
+        """Return whether ``sparsity`` is neither the mask's nor a default that nobody typed."""
+        return sparsity not in (self.sparsity, self.asked) and (sparsity != 0.5 or is_typed("model.sparsity"))
 
     @classmethod
     def read(cls, name: str) -> "FixedMask":
@@ -73,4 +80,5 @@ class FixedMask:
         pattern = str(masks.provenance.config.get("pattern", "unstructured"))
         learned = masks.provenance.method not in METHODS
         asked = masks.provenance.sparsity
-        return cls(file, partial(FixedGate, pattern=pattern), masks.sparsity, asked, list(masks.masks), learned)
+        gate, digest = partial(FixedGate, pattern=pattern), masks.digest_of_bits()
+        return cls(file, gate, masks.sparsity, asked, list(masks.masks), learned, digest)

@@ -104,7 +104,7 @@ class LeapModule(ValidatedModule):
             optimizer: Optimizer of the logits.
             lr_scheduler: Learning rate schedule, stepped after every optimizer step. By default a linear warmup over
                 ``warmup_steps``, then a cosine to 0.
-            warmup_steps: Number of warmup steps of the default schedule.
+            warmup_steps: Number of warmup steps of the default schedule; an ``lr_scheduler`` has its own.
             dtype: Data type of the frozen weights and of the computation; ``auto`` is bfloat16 if the hardware
                 multiplies it faster, which is measured on a CPU, else float32.
             logits_dtype: Data type of the logits, of trained weights' parameters, and of the gradients of both,
@@ -128,11 +128,12 @@ class LeapModule(ValidatedModule):
         prior = Prior(**prior) if isinstance(prior, dict) else prior
         if isinstance(weight_training, dict):
             weight_training = WeightTraining(**weight_training)
+        digest = None
         if mask is not None:
             fixed = FixedMask.read(mask)
             fixed.check_settings(sparsity, targets, ignore)
             gate, sparsity, targets, ignore = fixed.gate, fixed.sparsity, fixed.targets, ()
-            prior = Prior(mask=fixed.file, cache_dir=prior.cache_dir)
+            prior, digest = Prior(mask=fixed.file, cache_dir=prior.cache_dir), fixed.digest
             weight_training = weight_training.with_rate(learned=fixed.learned)
         weight_training = weight_training.with_rate(learned=False)
         check_numbers({"sparsity": sparsity, "warmup_steps": warmup_steps, "seed": seed}, "model.")
@@ -155,6 +156,7 @@ class LeapModule(ValidatedModule):
             start_weights=weights,
         )
         self.save_hyperparameters(ignore=["gate", "optimizer", "lr_scheduler"], logger=False)
+        self.mask_digest = digest
         self.objective = Objective(**objective) if isinstance(objective, dict) else objective
         self.annealing = Annealing.of(annealing) if isinstance(annealing, dict) else annealing
         self.make_optimizer, self.make_scheduler, self.warmup_steps = optimizer, lr_scheduler, int(warmup_steps)
@@ -260,7 +262,10 @@ class LeapModule(ValidatedModule):
         kinds = [make, getattr(make, "func", None), *getattr(make, "args", ())]
         fixed = any(isinstance(kind, type) and issubclass(kind, FixedGate) for kind in kinds)
         groups = int(not fixed) + int(self.trained.kind != NONE)  # as configure_optimizers makes them
-        return optimization.describe(self.make_optimizer, self.make_scheduler, self.logits_dtype, max(groups, 1))
+        total = self.trainer.max_steps if self._fitting() else 1
+        return optimization.describe(
+            self.make_optimizer, self.make_scheduler, self.logits_dtype, max(groups, 1), max(total, 1)
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load a checkpoint and, outside a fit, set α and τ as they were in its run."""

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from leap_pl.checkpoints.settings import Settings
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
+from leap_pl.inputs.register import is_typed
 from leap_pl.training.optimizers import check_settings
 from leap_pl.training.run_settings import describe_optimizer, describe_scheduler
 from leap_pl.training.schedules import warmup_cosine
@@ -78,6 +79,7 @@ def make_scheduler(
             settings, or needs a metric.
     """
     if make is not None:
+        rates = [group["lr"] for group in optimizer.param_groups]
         try:
             scheduler = make(optimizer)
         except (ValueError, TypeError) as error:
@@ -86,6 +88,14 @@ def make_scheduler(
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise UserError(
                 "model.lr_scheduler: ReduceLROnPlateau needs a metric after every step. Give a schedule by steps."
+            )
+        _check_length(scheduler, total)
+        _warn_of_length(scheduler, warmups, total)
+        first = {group.get("initial_lr") for group in optimizer.param_groups}
+        if len({*rates}) > 1 and len(first) == 1:
+            raise UserError(
+                f"model.lr_scheduler: {type(scheduler).__name__} would give weights the learning rate of the mask, and "
+                "they have one of their own. Give it a rate for each, as a list of two, or a schedule of factors."
             )
     else:
         for name, warmup in warmups.items():
@@ -100,8 +110,40 @@ def make_scheduler(
     return scheduler
 
 
+def _check_length(scheduler: Any, total: int) -> None:
+    """Check that ``scheduler`` can take the ``total`` steps of the run.
+
+    Raises:
+        UserError: It cannot.
+    """
+    most = getattr(scheduler, "total_steps", None)
+    if isinstance(most, int) and most < total:
+        raise UserError(
+            f"model.lr_scheduler: {type(scheduler).__name__} takes {most} steps, and trainer.max_steps is {total}. Set "
+            f"--model.lr_scheduler.total_steps {total}."
+        )
+
+
+def _warn_of_length(scheduler: Any, warmups: Mapping[str, int], total: int) -> None:
+    """Warn if ``scheduler`` is made for another number of steps than the run's, or a warmup is typed for nothing."""
+    steps = getattr(scheduler, "T_max", total)
+    if warmups and steps != total:
+        name = type(scheduler).__name__
+        rank_zero_warn(
+            f"model.lr_scheduler: {name} is made for T_max {steps} steps, and trainer.max_steps is {total}. For a "
+            f"curve of the whole run, set --model.lr_scheduler.T_max {total}."
+        )
+    idle = [name for name in warmups if is_typed(name)]
+    if idle:
+        rank_zero_warn(f"not used, since model.lr_scheduler has its own curve: {listing(idle)}.")
+
+
 def describe(
-    optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None, dtype: torch.dtype, groups: int = 1
+    optimizer: OptimizerCallable,
+    scheduler: LRSchedulerCallable | None,
+    dtype: torch.dtype,
+    groups: int = 1,
+    total: int = 1,
 ) -> Settings:
     """Return the settings ``model.optimizer`` and ``model.lr_scheduler`` of a run, for its checkpoints.
 
@@ -110,6 +152,7 @@ def describe(
         scheduler: Function that makes the schedule; None: the default one.
         dtype: Data type of what is learned.
         groups: Number of parameter groups of the run's optimizer, for schedules with a function for each.
+        total: Steps of the run.
 
     Raises:
         UserError: The optimizer or the schedule refuses its settings.
@@ -120,5 +163,5 @@ def describe(
     found["model.lr_scheduler"] = None
     if scheduler is not None:
         given = getattr(scheduler, "keywords", {})
-        found["model.lr_scheduler"] = describe_scheduler(make_scheduler(scheduler, made, {}, 1), given)
+        found["model.lr_scheduler"] = describe_scheduler(make_scheduler(scheduler, made, {}, total), given)
     return found

@@ -13,7 +13,9 @@ from leap_pl.checkpoints.rewind import rewind
 from leap_pl.checkpoints.settings import MASK_SETTINGS, Settings, check_settings, taken
 from leap_pl.distributed.shards import copy_part_
 from leap_pl.distributed.strategy import data_rank, saves_shards
+from leap_pl.errors import UserError
 from leap_pl.masks.mask_set import STAYED, TRAINED
+from leap_pl.prior.started_prior import DIGESTS
 from leap_pl.training import run_settings
 from leap_pl.training.gated_module import GatedModule
 from leap_pl.training.live_settings import live_settings
@@ -28,9 +30,11 @@ class ResumableModule(GatedModule):
 
     Attributes:
         finished: Identity of the fit that this module was learned in, if that is over; else None.
+        mask_digest: Digest of the mask that stays as it is, if it was named; else None.
     """
 
     finished: Identity | None = None
+    mask_digest: str | None = None
 
     def on_train_start(self) -> None:
         """Set the modes of learning, and take this run for the one that the module is learned in."""
@@ -60,12 +64,30 @@ class ResumableModule(GatedModule):
         if self.dtype_name == "auto" and self.model is None:
             self.dtype_name = stored.get("model.dtype", "auto")
         here = self.learned_with()
+        self._take_name_of_mask(identity, stored, here)
         if fitting:
             check_state(checkpoint, path, trainer.strategy)
             here |= run_settings.of_trainer(trainer, data) | run_settings.dtype_of_earlier(stored, here, trainer)
         else:  # the hard mask depends only on these
             here = {name: here[name] for name in MASK_SETTINGS if name in here}
         check_settings(stored, here)
+
+    def _take_name_of_mask(self, identity: Identity, stored: Settings, here: Settings) -> None:
+        """Let the mask that stays as it is have another name than in the checkpoint, if it has the same bits.
+
+        Raises:
+            UserError: It has others.
+        """
+        digests, prior = identity.settings.get(DIGESTS), stored.get("model.prior")
+        was = digests.get("prior") if isinstance(digests, dict) else None
+        if None in (was, self.mask_digest) or not isinstance(prior, dict):
+            return
+        if was != self.mask_digest:
+            raise UserError(
+                f"model.mask {self.run_prior.settings.mask} is another mask than that of the checkpoint, "
+                f"{prior.get('mask')}. Leave it out to resume; for another mask, start a new run without --ckpt_path."
+            )
+        here["model.prior"] = here["model.prior"] | {"mask": prior.get("mask")}
 
     def identity(self) -> Identity:
         """Return the identity that this run's checkpoints contain; after a fit, that of the fit."""

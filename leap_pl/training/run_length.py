@@ -44,6 +44,12 @@ def check_run_length(trainer: "Trainer") -> None:
             f"trainer.val_check_interval is a time, and each of the {trainer.world_size} ranks would look at its own "
             "clock. Give a number of micro-batches."
         )
+    every = trainer.check_val_every_n_epoch
+    if every not in (None, 1) and trainer.limit_val_batches:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch is {every}, and a run is one epoch: nothing would be validated. Leave it "
+            "out; trainer.val_check_interval says how often, in micro-batches."
+        )
     batches = trainer.max_steps * trainer.accumulate_grad_batches
     beyond = isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None
     if beyond and trainer.limit_val_batches:

@@ -1,12 +1,13 @@
 """TrainedWeights: all weights that a run trains, those of gates and those without one."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrize
 from leap_pl.base_model.weights import Weight
 from leap_pl.checkpoints.layout import key_of
 from leap_pl.distributed.shards import as_whole, gathered, part_like
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 from leap_pl.gates import PART, Gate, GateState, TrainedTensor, TrainedWeight, attach_trained
 from leap_pl.masks.kept_weights import write_weights
 from leap_pl.training.start_weights import StartWeights
@@ -112,9 +113,22 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
     def check_trains(self, model: nn.Module, *, fixed: bool) -> None:
         """Check that a fit of ``model`` with a mask that is ``fixed``, or not, has something to train.
 
+        Settings that this kind of training does not use are named in a warning.
+
         Raises:
             UserError: It has nothing.
         """
+        defaults = [WeightTraining().with_rate(learned=learned) for learned in (False, True)]
+        idle = [
+            f"model.weight_training.{name}"
+            for name in self._foreign()
+            if getattr(self.settings, name) not in [getattr(default, name) for default in defaults]
+        ]
+        if idle:
+            rank_zero_warn(
+                f"not used, since model.train_weights is {self.kind}: {listing(idle)}. Set --model.train_weights, or "
+                "leave them out."
+            )
         kind = KINDS[self.kind]
         alone = kind.norms and kind.gated is None and not self.settings.embeddings
         if alone and not any(True for _ in norms_of(model)):
@@ -257,8 +271,14 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         """Describe the training for the provenance of a mask, as plain values; empty if no weights are trained."""
         if self.kind == NONE:
             return {}
-        kind = KINDS[self.kind].gated
-        foreign = {name for row in KINDS.values() if row.gated is not None for name in row.gated.own_settings}
-        foreign -= set() if kind is None else {*kind.own_settings}
+        foreign = self._foreign()
         given = {name: value for name, value in asdict(self.settings).items() if name not in foreign}
         return {"kind": self.kind, **given, **({} if self.start is None else {"start": self.start})}
+
+    def _foreign(self) -> list[str]:
+        """Return the names of the settings that this kind of training does not use."""
+        if self.kind == NONE:
+            return [field.name for field in fields(self.settings)]
+        kind = KINDS[self.kind].gated
+        of_kinds = {name for row in KINDS.values() if row.gated is not None for name in row.gated.own_settings}
+        return sorted(of_kinds - (set() if kind is None else {*kind.own_settings}))

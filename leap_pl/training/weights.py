@@ -31,8 +31,8 @@ class WeightTraining:
     The weights are one parameter group of the optimizer, whose other settings they share.
 
     Attributes:
-        lr: Learning rate of the weights; by default 2e-4, and 2e-5 under a fixed mask that no one-shot method made, as
-            few tokens then only disturb what the mask was learned for.
+        lr: Learning rate of the weights; by default 2e-4, and 2e-5 under a fixed mask that was learned, or read off the
+            zeros of a model, as few tokens then only disturb what mask and weights were trained for.
         warmup_steps: Number of warmup steps of the weights' rate, in the default schedule.
         weight_decay: Weight decay of the weights. In low-rank training it decays the factors.
         embeddings: Train the token embeddings and the head as well, whole.

@@ -211,7 +211,13 @@ def test_cluster_script_types_what_exists(script: str, tmp_path: Path) -> None:
     for launcher in ("torchrun", "srun"):
         (tmp_path / launcher).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
         (tmp_path / launcher).chmod(0o755)
-    variables = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NTASKS": "16", "NODES": "2"}
+    variables = {
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS_PER_NODE": "8",
+        "SLURM_NTASKS": "16",
+        "SLURM_CPUS_PER_TASK": "8",
+        "NODES": "2",
+    }
     overlay = ["--config", "configs/paper/llama-3.1-8b.yaml", "--config", "fsdp2"]
     overlay += ["--trainer.strategy.data_parallel_size", "16"]
     ran = subprocess.run(

@@ -132,6 +132,7 @@ def test_aliases_that_a_person_writes(tmp_path: Path) -> None:
         ("trainer.limit_train_batches=0.5", "trainer.limit_train_batches is 0.5"),
         ("trainer.limit_train_batches=0", "trainer.limit_train_batches is 0"),
         ("trainer.limit_train_batches=-3", "limit_train_batches"),
+        ("trainer.check_val_every_n_epoch=2", "a run is one epoch: nothing would be validated"),
         ("trainer.fast_dev_run=true", "would write the mask of its few steps"),
         ("trainer.fast_dev_run=2", "would write the mask of its few steps"),
         ("trainer.max_epochs=0", "trainer.max_epochs is 0, and nothing would be learned"),

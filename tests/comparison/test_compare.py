@@ -7,6 +7,7 @@ import pytest
 from made_results import mask_file, result
 
 from leap_pl.cli.compare import compare_command
+from leap_pl.comparison import differences
 from leap_pl.errors import UserError
 
 
@@ -94,3 +95,11 @@ def test_refuses_in_one_line(write_result, tmp_path):
         with pytest.raises(UserError, match=says):
             compare_command(sources, output_dir=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_digits_that_are_not_the_accuracy_have_no_paired_error() -> None:
+    """Earlier versions cut shares of questions to 0."""
+    cut = {"acc": 0.42, "correct": "0000"}
+    assert differences._task_stderr(cut, {"acc": 0.44, "correct": "0000"}) is None
+    one, other = {"acc": 0.5, "correct": "0101"}, {"acc": 0.75, "correct": "1101"}
+    assert differences._task_stderr(one, other) == pytest.approx(0.25)

@@ -11,7 +11,7 @@ import yaml
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 from tokenizers import processors
 
-from leap_pl.cli.evaluate import evaluate_command
+from leap_pl.cli.evaluate import _of_tasks, evaluate_command
 from leap_pl.errors import UserError
 from leap_pl.evaluation import answers
 from leap_pl.evaluation import tasks as room
@@ -366,3 +366,52 @@ def test_paper_mean_needs_all_six_without_a_limit():
     assert mean["stderr"] == pytest.approx(0.1 / 6**0.5)
     assert not mean_accuracy({**whole, "piqa": {"acc": 0.5, "limit": 10}})["paper"]
     assert mean_accuracy({"gsm8k": {"exact_match": 1.0, "limit": None}}) is None
+
+
+def test_shares_of_questions_are_no_digits():
+    """TruthfulQA's mc2 gives each question a share; cut to whole numbers, all models would answer alike."""
+    samples = [{"doc_id": 1, "acc": 0.8}, {"doc_id": 0, "acc": 0.3}]
+    assert room._correct(samples) == ""
+    assert room._correct([{"doc_id": 1, "acc": 1.0}, {"doc_id": 0, "acc": False}]) == "01"
+
+
+def test_solved_examples_are_never_the_questions(folder, tmp_path):
+    """Without the split that they are taken from, lm-eval would take them from the questions."""
+    says = r"piqa has no train\.jsonl, from which the solved examples of --num_fewshot 2 are taken"
+    with pytest.raises(UserError, match=says):
+        score(["piqa"], folder, num_fewshot=2)
+    with pytest.raises(UserError, match=says):
+        evaluate_command("no/model", tasks="piqa", tasks_folder=str(folder), num_fewshot=2)  # before a model is loaded
+    assert score(["piqa"], folder, num_fewshot=0)["piqa"]["num_fewshot"] == 0
+    assert score(["mmlu_anatomy"], folder, num_fewshot=1)["mmlu_anatomy"]["num_fewshot"] == 1
+
+
+def test_what_fails_beside_local_questions_is_not_their_fault(folder, monkeypatch):
+    real = datasets.load_dataset
+
+    def load(path, *args, **options):
+        if path not in ("json", "parquet"):
+            raise ConnectionError("no route")
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hub, "check_reachable", lambda name, kind: None)
+    with pytest.raises(UserError, match="the data of boolq could not be fetched from the hub"):
+        score(["piqa", "boolq"], folder)
+
+
+def test_tasks_that_cannot_run_here_are_one_line():
+    def attempt(error):
+        with room._reaching(["some"], None):
+            raise error
+
+    with pytest.raises(UserError, match=r"needs a package: No module named 'langdetect'\. Install it"):
+        attempt(ModuleNotFoundError("No module named 'langdetect'"))
+    with pytest.raises(UserError, match="runs code that the model has written"):
+        attempt(ValueError("Attempted to run task: humaneval which is marked as unsafe. Set confirm_run_unsafe_code"))
+
+
+def test_an_error_that_is_not_known_is_not_shown_as_zero():
+    tasks = {"a": {"acc": 0.5, "acc_norm": 0.25, "acc_norm_stderr": 0.1, "samples": 1, "split": "test", "limit": 1}}
+    (line,) = _of_tasks({"tasks": tasks, "mean": None})
+    assert line == "  a: acc 50.00%, acc_norm 25.00% ± 10.00%  (1 questions of test, a quick look: the first 1)"

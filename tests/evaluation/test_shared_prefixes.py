@@ -268,3 +268,26 @@ def test_rows_hold_every_answer_once_and_no_more_tokens(
     together = list(batches(rows, budget))
     assert [row for batch in together for row in batch] == rows
     assert all(len(batch) == 1 or len(batch) * batch[0].length <= budget for batch in together)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_answers_that_share_nothing_need_no_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would have as many elements as a row has pairs of tokens."""
+    model, tokenizer = tiny_model(family), byte_tokenizer()
+    lm = PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    assert lm._scores is not None
+    requests: list[Request] = [(None, [n, *range(20 + 3 * n)], [n + 1, n + 2]) for n in range(1, 6)]
+    expected = scored(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), requests)
+    monkeypatch.setattr(room, "_states", lambda *arguments: pytest.fail("a mask was made"))
+    close(scored(lm, requests), expected, rel=1e-5, abs=1e-4)
+
+
+def test_a_prompt_that_is_truncated_keeps_the_prefix() -> None:
+    lm = PrefixSharingLM(pretrained=tiny_model(), tokenizer=byte_tokenizer(prefix=2), batch_size=2, prefix=[257, 257])
+    words, letters = (byte_tokenizer()(text).input_ids for text in (" words", "abc"))
+    tokens, attention = lm.tok_batch_encode(["a question of many words", "abc"], left_truncate_len=8)
+    whole, padded = tokens.tolist()
+    assert tokens.shape == (2, 8)
+    assert whole == [257, 257, *words]
+    assert padded[3:] == [257, 257, *letters]
+    assert attention.tolist() == [[1] * 8, [0] * 3 + [1] * 5]

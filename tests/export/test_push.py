@@ -207,7 +207,10 @@ def test_a_mask_of_the_cache_needs_no_hub(masked: Hub, monkeypatch: pytest.Monke
             "there is no such repository, or it is private. Check the name; for a private one, run `hf auth",
         ),
         ("alice/gated", "its owner must grant access. Ask for it on the repository's page, and run `hf auth login`"),
-        ("alice/empty", "the repository has no mask.safetensors. Check the name."),
+        (
+            "alice/empty",
+            "the repository has no mask.safetensors. A sparse model's is read off: leap_pl export --model NAME",
+        ),
         (f"{NAME}@v2", "the repository has no such revision. Check the branch, tag or commit after @."),
         ("alice/a..b", "that is no name of a repository. Give USER/NAME"),
         ("alice/damaged", "is truncated or damaged"),
@@ -223,6 +226,17 @@ def test_a_mask_that_is_not_on_the_hub(name: str, says: str, masked: Hub, capsys
         assert message.startswith(
             f"leap_pl evaluate: mask {name} is no local file, and could not be fetched from the hub"
         )
+
+
+def test_a_gated_model_says_how_to_get_it(masked: Hub, capsys) -> None:
+    """Where it is fetched by a library, whose own error is longer than a line."""
+    masked.files["alice/gated"] = {}
+    masked.gated = {"alice/gated"}
+    message = refused(["evaluate", "--model=alice/gated", "--perplexity=wikitext2"], capsys)
+    assert message == (
+        "leap_pl evaluate: base model alice/gated could not be fetched from the hub: its owner must grant access. Ask "
+        "for it on the repository's page, and run `hf auth login`, or set HF_TOKEN."
+    )
 
 
 def test_a_hub_that_refuses_or_does_not_answer(masked: Hub, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,22 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(method: str, caplog: py
             assert torch.equal(matrix.dense(), original * kept)
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparseswaps", "sparsegpt", "admm"])
+def test_inputs_that_are_all_zero_say_nothing(method: str) -> None:
+    """Every score would be 0, and which weights are kept would be a matter of their places."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight.zero_()
+    up = model.model.layers[1].mlp.up_proj.weight.detach().clone()
+    pruned = prune(model, tokens(), method=method, pattern=0.5, progress=False)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert name in pruned.unseen
+    assert "model.layers.0.mlp.up_proj.weight" not in pruned.unseen
+    kept = pruned.masks.masks[name]
+    assert int(kept.sum()) == kept.numel() // 2
+    assert up[kept].abs().min() >= up[~kept].abs().max()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_transposed_experts_with_biases(method: str) -> None:
     config = GptOssConfig(
@@ -320,6 +337,7 @@ def test_contradictions_are_refused() -> None:
         ({"method": "magnitude", "blocks_NT": None, "fisher": FisherOptions()}, "Fisher allocation needs calibration"),
         ({"method": "wanda", "pattern": 0.05, "owl": OwlOptions()}, "Lower --owl"),
         ({"method": "wanda", "pattern": 1.0}, "sparsity"),
+        ({"method": "wanda", "pattern": 0.0, "fisher": FisherOptions()}, "Fisher allocation needs a sparsity above 0"),
     ]
     for settings, message in cases:
         settings = {"blocks_NT": tokens(), "progress": False, **settings}
@@ -343,6 +361,22 @@ def test_token_dependent_arguments_are_refused() -> None:
     for sequences in (8, 2):  # in two batches, and in one
         with pytest.raises(UserError, match="depend on the tokens"):
             prune(model, tokens(sequences), method="wanda", progress=False)
+
+
+def test_blocks_that_pass_keys_and_values_on_are_refused() -> None:
+    """As Gemma 4 does, in a mapping that all blocks have: replayed, it would be that of the last batch."""
+    model, passed = tiny_model(), UserDict[str, Any]()
+
+    def give(module: torch.nn.Module, args: object, kwargs: dict[str, object]) -> tuple[object, dict[str, object]]:
+        return args, {**kwargs, "shared": passed}
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(give, with_kwargs=True)
+    assert prune(model, tokens(), method="wanda", progress=False).masks.sparsity == pytest.approx(0.5)
+    hook = model.model.layers[0].register_forward_hook(lambda module, args, output: passed.update(keys=torch.ones(1)))
+    with pytest.raises(UserError, match=r"layers\.0 has arguments that depend on the tokens"):
+        prune(model, tokens(), method="wanda", progress=False)
+    hook.remove()
 
 
 def test_progress_in_a_file_is_not_drawn_for_every_matrix(capsys, monkeypatch) -> None:

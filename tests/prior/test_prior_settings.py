@@ -1,10 +1,16 @@
-"""Files of masks as priors: by their forms, under today's names and a former one."""
+"""Settings of priors: files by their forms and under a former name, other sparsities, and options in messages."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import failing, fit_flags
+from tiny import byte_tokenizer, tiny_model
 
+from leap_pl.cli.main import main
+from leap_pl.cli.prune import prune_command
 from leap_pl.errors import UserError
 from leap_pl.inputs.plain_values import read
 from leap_pl.masks.patterns import Unstructured
@@ -27,3 +33,40 @@ def test_masks_that_no_gate_asks_for_are_refused() -> None:
     nothing: Any = None
     with pytest.raises(UserError, match=r"prior\.masks\.inner: these gates start from prior alone"):
         Prior(masks={"inner": "a"}).make(nothing, {}, {"prior": Unstructured(0.5)}, nothing)
+
+
+def prior_of(folder: Path, model_folder: Path, **options: Any) -> str:
+    prune_command(str(model_folder), str(folder / "prior"), method="magnitude", **options)
+    return f"--model.prior.mask={folder / 'prior'}"
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_prior_of_another_sparsity_or_form_is_told(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    words = [prior_of(tmp_path, model_folder, sparsity=0.75), "--model.prior.method=none"]
+    with pytest.warns(
+        UserWarning, match=r"removes 75\.0% of the weights, and the run is to remove 50\.0%: .*--sparsity 0\.5"
+    ):
+        main(fit_flags(model_folder, text_file, tmp_path / "a", *words))
+    gate = ["--model.gate=NMGate", "--model.gate.n=2", "--model.gate.m=4"]
+    with pytest.warns(UserWarning, match=r"is unstructured, and the run learns a mask of 2:4"):
+        main(fit_flags(model_folder, text_file, tmp_path / "b", *words, *gate))
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.filterwarnings("error:the prior")
+def test_a_prior_of_the_same_is_not(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    words = [prior_of(tmp_path, model_folder, sparsity=0.5), "--model.prior.method=none"]
+    main(fit_flags(model_folder, text_file, tmp_path / "a", *words))
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_prior_that_cannot_be_made_names_options_of_fit(text_file: Path, tmp_path: Path, capsys) -> None:
+    """One-shot pruning names those of prune."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[0] = 3e38
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    words = ["--model.prior.method=wanda", "--model.prior.sequences=2"]
+    message = failing(capsys, fit_flags(tmp_path / "model", text_file, tmp_path, *words))
+    assert "Load the model in another --model.dtype" in message

@@ -1,13 +1,14 @@
 """Runs that train weights: under a fixed mask and with a learned one, resumed and exported."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from conftest import Run, fit_flags, refused
+from conftest import Run, failing, fit_flags, refused
 from hub_stand_in import Hub
 from recovered_runs import FAST, Flags, exact_zeros, weights_in
 from safetensors.torch import load_file
@@ -358,3 +359,39 @@ def test_validation_is_of_the_exported_model(recovered: Path, text_file: Path, t
     main(["validate", f"--ckpt_path={recovered / 'checkpoints' / 'last.ckpt'}", *words])
     last = curves(recovered / "tensorboard")["perplexity/hard"][4]
     assert f"{last:.4f}"[:6] in capsys.readouterr().out
+
+
+def test_a_finished_run_that_has_lost_its_weights_writes_them_again(
+    recovered: Path, recover: Flags, tmp_path: Path, capsys
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(recovered, run, symlinks=True)
+    weights = run / "checkpoints" / "weights.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    words = [word for word in recover(run) if not word.startswith(("--model", "--data"))]
+    main([*words, "--ckpt_path=last"])
+    assert weights.read_bytes() == before
+    capsys.readouterr()
+    main([*words, "--ckpt_path=last"])
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_a_mask_by_another_name_is_the_same_mask(
+    recovered: Path, recover: Flags, finished_run: Run, model_folder: Path, tmp_path: Path, capsys
+) -> None:
+    step = recovered / "checkpoints" / "step=2.ckpt"
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(finished_run.mask.read_bytes())
+
+    def words(folder: str, mask: Path) -> list[str]:
+        flags = recover(tmp_path / folder, f"--ckpt_path={step}")
+        return [*(word for word in flags if not word.startswith("--model.mask")), f"--model.mask={mask}"]
+
+    main(words("run", copy))
+    ends = [load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (tmp_path / "run", recovered)]
+    assert list(differences(ends[0]["state_dict"], ends[1]["state_dict"])) == []
+    prune_command(str(model_folder), str(tmp_path / "other"), method="magnitude")
+    message = failing(capsys, words("another", tmp_path / "other"))
+    assert "is another mask than that of the checkpoint" in message
+    assert "Leave it out to resume" in message

@@ -1,0 +1,72 @@
+"""Text to validate on: its blocks, their even division over ranks, and what of it is trained on too."""
+
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from leap_pl.data.documents import warn
+from leap_pl.data.messages import for_validation
+from leap_pl.data.packing import BlockStream
+from leap_pl.data.source import TextSource
+from leap_pl.errors import UserError, listing
+
+
+def held_out_blocks(stream: BlockStream, most: int, remedy: str = "") -> Tensor:
+    """Return the first blocks of one pass over a validation text, LongTensor[at most ``most``, seq_length].
+
+    Args:
+        stream: Stream of the validation text.
+        most: Number of blocks; fewer are returned with a warning.
+        remedy: Sentence on what to type if the text cannot be read.
+
+    Raises:
+        UserError: The text cannot be read.
+    """
+    try:
+        blocks = [block.tokens for block in islice(stream.blocks(repeat=False), most)]
+    except UserError as error:
+        advice = (for_validation(str(error)), remedy, "Or give another text with --data.validation_text, or disable")
+        raise UserError(
+            f"No validation text: {' '.join(filter(None, advice))} validation with --data.validation_sequences 0."
+        ) from error
+    if len(blocks) < most:
+        warn(
+            f"{stream.source.name}: the validation text makes {len(blocks)} blocks of {stream.seq_length} tokens, "
+            f"fewer than the {most} of data.validation_sequences; validation uses all of them."
+        )
+    return torch.tensor(blocks, device="cpu")
+
+
+def evenly(blocks: Tensor, ranks: int) -> Tensor:
+    """Return ``blocks`` without the remainder, so that each of ``ranks`` ranks has as many.
+
+    Raises:
+        UserError: There are fewer blocks than ranks.
+    """
+    even = len(blocks) // ranks * ranks
+    if not even:
+        raise UserError(
+            f"The validation text makes {len(blocks)} blocks, fewer than the {ranks} ranks. "
+            "Give more text with --data.validation_text, or lower --data.seq_length."
+        )
+    return blocks[:even]
+
+
+def warn_of_remainder(blocks: Tensor, ranks: int) -> None:
+    """Warn if :func:`evenly` leaves out some of ``blocks``."""
+    if left := len(blocks) % ranks:
+        warn(
+            f"validation uses {len(blocks) - left} of {len(blocks)} blocks, as many on each of {ranks} ranks, so that "
+            f"its perplexity is of less text than on one. Set --data.validation_sequences to a multiple of {ranks}."
+        )
+
+
+def warn_of_overlap(trained: TextSource, validated: TextSource) -> None:
+    """Warn of files that are both ``trained`` and ``validated`` on."""
+    both = sorted(map(str, trained.files() & validated.files()))
+    if both:
+        warn(
+            f"{listing(both, most=3)} is both trained and validated on, so that validation does not show what the mask "
+            "is on other text. Leave it out of data.text, or leave data.validation_text out."
+        )

@@ -1,0 +1,177 @@
+"""Checkpoints that are kept by a metric, or not written at all; links to them, and what a run says of them."""
+
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import failing
+from lightning import LightningDataModule, LightningModule, Trainer
+from stopped_runs import at_call, flags, kept, send, stopped
+from torch.utils.data import DataLoader
+
+from leap_pl.callbacks import Checkpoints
+from leap_pl.callbacks import lightning_internals as internals
+from leap_pl.cli.main import main
+from leap_pl.errors import UserError, warn_once
+from leap_pl.files import atomic_link
+
+pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
+
+BEST = ["--checkpoint.monitor=perplexity/hard", "--checkpoint.mode=min", "--checkpoint.save_top_k=3"]
+NONE = ["--checkpoint.save_top_k=0", "--checkpoint.save_last=false"]
+
+
+def without_interval(words: list[str]) -> list[str]:
+    return [word for word in words if not word.startswith(("--checkpoint.every_n", "--checkpoint.save_top_k=-1"))]
+
+
+# -- which are the best --------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_was_not_measured_does_not_compete(
+    model_folder, text_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validated after steps 2 and 4, stopped after 3: that one has the perplexity of step 2 only by its age."""
+    words = without_interval(flags(model_folder, text_file, tmp_path, *BEST))
+    with monkeypatch.context() as patch:
+        at_call(patch, "training_step", 11, send(signal.SIGTERM))
+        stopped(words)
+    assert kept(tmp_path) == ["last.ckpt", "step=2.ckpt"]
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    (state,) = [state for key, state in last["callbacks"].items() if key.startswith("Checkpoints")]
+    assert last["global_step"] == 3
+    assert [Path(path).name for path in state["best_k_models"]] == ["step=2.ckpt"]
+    main([*words, "--ckpt_path=last"])
+    assert kept(tmp_path) == ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]
+    assert (tmp_path / "checkpoints" / "last.ckpt").readlink() == Path("step=4.ckpt")
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_becomes_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool) -> None:
+    """As of a sharded run, whose last.ckpt was written before the first validation."""
+    if not exchanges:
+        monkeypatch.setattr("leap_pl.files.atomic._exchange", lambda one, other: False)
+    for name in ("step=2.ckpt", "last.ckpt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text(name)
+    run: Any = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(barrier=lambda: None))
+    internals.SavingCheckpoint._link_checkpoint(run, str(tmp_path / "step=2.ckpt"), str(tmp_path / "last.ckpt"))
+    assert (tmp_path / "last.ckpt").readlink() == Path("step=2.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step=2.ckpt"]
+    atomic_link(tmp_path / "last.ckpt", tmp_path / "step=2.ckpt")  # a link to a folder is none
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_where_there_are_no_links_there_are_copies(tmp_path: Path, monkeypatch, folder: bool) -> None:
+    def refuses(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(internals, "atomic_link", refuses)
+    checkpoint, last = tmp_path / "step=2.ckpt", tmp_path / "last.ckpt"
+    if folder:
+        checkpoint.mkdir()
+    file = checkpoint / "part" if folder else checkpoint
+    run: Any = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(barrier=lambda: None))
+    for content in ("one", "two"):
+        file.write_text(content)
+        internals.SavingCheckpoint._link_checkpoint(run, str(checkpoint), str(last))
+        assert not last.is_symlink()
+        assert (last / "part" if folder else last).read_text() == content
+
+
+# -- none at all ---------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_without_checkpoints_says_so(
+    model_folder, text_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    with monkeypatch.context() as patch:
+        at_call(patch, "training_step", 8, send(signal.SIGTERM))
+        stopped([*without_interval(flags(model_folder, text_file, tmp_path)), *NONE])
+    said = capsys.readouterr().err
+    assert "SIGTERM: stopped at step 2; no checkpoint is written, since checkpoint.save_top_k" in said
+    assert kept(tmp_path) == []
+
+
+def test_an_end_without_checkpoints_says_so(
+    model_folder, text_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def stop(self: Any, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == 2
+
+    monkeypatch.setattr("leap_pl.callbacks.SparsityLogger.on_train_batch_end", stop)
+    main([*without_interval(flags(model_folder, text_file, tmp_path)), *NONE])
+    said = capsys.readouterr().err
+    assert (
+        "ended at step 2 of 4; learning is not finished, and no mask is written. There is no checkpoint, since" in said
+    )
+    assert "None" not in said
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("save_weights_only=true", "leaves out what a run needs to resume. Leave it out"),
+        ("dirpath=memory://runs/one", "is a URL, and a run resumes from files. Give a folder"),
+    ],
+)
+def test_checkpoints_that_no_run_could_resume_from(option: str, says: str, model_folder, text_file, tmp_path, capsys):
+    assert says in failing(capsys, flags(model_folder, text_file, tmp_path, f"--checkpoint.{option}"))
+
+
+# -- data of one's own ---------------------------------------------------------------------------------------------
+
+
+class Own(LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return DataLoader([{"input_ids": torch.arange(16)}] * 8, batch_size=1)  # type: ignore[arg-type]
+
+
+class Learner(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.weight.sum() * batch["input_ids"].float().mean()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        from leap_pl.checkpoints.rewind import rewind
+
+        rewind(self.trainer, checkpoint)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-6)
+
+
+def test_a_checkpoint_amid_a_step_of_other_data_says_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warn_once.cache_clear()
+    with monkeypatch.context() as patch:
+        real = Learner.training_step
+
+        def step(self: Learner, batch: Any, batch_idx: int) -> torch.Tensor:
+            if batch_idx == 6:
+                send(signal.SIGTERM)()
+            return real(self, batch, batch_idx)
+
+        patch.setattr(Learner, "training_step", step)
+        settings: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        run = Trainer(
+            max_steps=2,
+            accumulate_grad_batches=4,
+            callbacks=[Checkpoints(str(tmp_path), every_n_train_steps=100)],
+            **settings,
+        )
+        with pytest.warns(UserWarning, match="of the middle of an optimizer step"), pytest.raises(SystemExit):
+            run.fit(Learner(), Own())
+    warn_once.cache_clear()
+
+
+def test_a_url_is_refused_from_python() -> None:
+    with pytest.raises(UserError, match="is a URL"):
+        Checkpoints("s3://bucket/run")

@@ -1,0 +1,219 @@
+"""Options that a command would not use, or would use in part: refused or told, also where they have default values."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import Run, failing
+from recovered_runs import Flags
+
+from leap_pl.cli.compare import compare_command
+from leap_pl.cli.evaluate import evaluate_command
+from leap_pl.cli.export import export_command
+from leap_pl.cli.main import main
+from leap_pl.cli.prune import prune_command
+from leap_pl.errors import UserError
+from leap_pl.masks import MaskSet
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def prune_words(model: Path, text: Path, folder: Path, *more: str) -> list[str]:
+    sizes = ["--seq_length=32", "--sequences=2", "--device=cpu"]
+    return ["prune", f"--model={model}", f"--text={text}", f"--output_dir={folder / 'out'}", *sizes, *more]
+
+
+# -- typed, or a default -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--pattern=1:4", "--sparsity", "0.5"], "--pattern 1:4 has sparsity 0.75, and --sparsity 0.5 was given"),
+        (["--layer_sparsity=[0.2, 0.9]", "--sparsity=0.5"], "--sparsity would not be used: --layer_sparsity sets"),
+        (["--fisher_rows=0.25"], "--fisher_rows would not be used"),
+    ],
+)
+def test_a_default_that_is_typed_counts(
+    words: list[str], says: str, model_folder: Path, text_file: Path, tmp_path: Path, capsys
+) -> None:
+    assert says in failing(capsys, prune_words(model_folder, text_file, tmp_path, *words))
+
+
+def test_a_default_in_a_config_does_not(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """--print_config writes all of them."""
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"sparsity": 0.5, "fisher_rows": 0.25, "pattern": None}))
+    words = [f"--config={tmp_path / 'c.yaml'}", "--pattern=1:4", "--method=magnitude"]
+    main(prune_words(model_folder, text_file, tmp_path, *words))
+    assert MaskSet.load(tmp_path / "out" / "mask.safetensors").sparsity == 0.75
+
+
+def test_a_method_without_text_says_what_it_does_not_use(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys
+) -> None:
+    main(prune_words(model_folder, text_file, tmp_path, "--method=magnitude"))
+    told = "leap_pl prune: not used by magnitude, which reads no text: --text, --sequences, --seq_length\n"
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["evaluate --perplexity a.txt --perplexity=b.txt", "evaluate --tasks a --tasks b"])
+def test_one_of_several_texts_is_not_dropped(verb: str, capsys) -> None:
+    name = verb.split()[1]
+    assert f"{name} is typed 2 times, and the last alone would be used" in failing(capsys, verb.split())
+
+
+def test_texts_of_a_run_are_a_list(recover: Flags, text_file: Path, tmp_path: Path, capsys) -> None:
+    message = failing(capsys, recover(tmp_path, f"--data.text={text_file}"))
+    assert "--data.text is typed 2 times" in message
+    assert "'[a.jsonl, b.jsonl]'" in message
+
+
+# -- evaluate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tasks": "piqa", "max_tokens": 9}, "--max_tokens would not be used: no text"),
+        ({"tasks": "piqa", "share": "held_out"}, "--share would not be used: no text"),
+        ({"perplexity": "TEXT", "limit": 3}, "--limit would not be used: no task"),
+        ({"perplexity": "TEXT", "split": "train"}, "--split would not be used: no text is given by a hub id"),
+        ({"perplexity": "wikitext2", "split": "train"}, "--split would not be used: no text is given by a hub id"),
+        ({"perplexity": "TEXT,wikitext2", "share": "held_out"}, "wikitext2: a text from the hub has splits"),
+        ({"perplexity": "some/text", "share": "held_out"}, "some/text: a text from the hub has splits"),
+    ],
+)
+def test_what_nothing_is_measured_with(options: dict[str, Any], says: str, model_folder: Path, text_file: Path) -> None:
+    given = {
+        name: value.replace("TEXT", str(text_file)) if isinstance(value, str) else value
+        for name, value in options.items()
+    }
+    with pytest.raises(UserError, match=says):
+        evaluate_command(str(model_folder), **given)
+
+
+def test_a_hub_text_has_configuration_and_split(monkeypatch, model_folder: Path, capsys) -> None:
+    import leap_pl.data
+
+    asked: dict[str, Any] = {}
+
+    def held_out_tokens(text: str, tokenizer: Any, **options: Any) -> torch.Tensor:
+        asked.update(options, text=text)
+        return torch.arange(96)
+
+    monkeypatch.setattr(leap_pl.data, "held_out_tokens", held_out_tokens)
+    settings: dict[str, Any] = {"config_name": "en", "split": "validation", "text_column": "body", "seq_length": 32}
+    figure = evaluate_command(str(model_folder), perplexity="some/text", **settings)["perplexity"]["some/text"]
+    assert (asked["text"], asked["config_name"], asked["split"], asked["text_column"]) == (
+        "some/text", "en", "validation", "body",
+    )  # fmt: skip
+    assert (figure["config_name"], figure["split"], figure["share"]) == ("en", "validation", "all")
+    assert "96 tokens of its split validation)" in capsys.readouterr().out
+    figure = evaluate_command(str(model_folder), perplexity="wikitext2", text_column="body", seq_length=32)
+    assert {"text_column", "split"}.isdisjoint(figure["perplexity"]["wikitext2"])  # which has its own
+
+
+def test_a_hub_text_that_cannot_be_opened_has_a_remedy(monkeypatch, model_folder: Path) -> None:
+    import datasets
+
+    def load(*args: Any, **options: Any) -> None:
+        raise ValueError("Bad split: test")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match=r"Bad split: test\)\. Choose with --config_name and --split\.$"):
+        evaluate_command(str(model_folder), perplexity="some/text")
+
+
+def test_figures_are_shown_as_they_come(
+    monkeypatch, model_folder: Path, text_file: Path, tmp_path: Path, capsys
+) -> None:
+    """A disk that is full at the end, and a text that fails, take none of them away."""
+    from leap_pl.evaluation import record
+
+    def full(*_: Any) -> None:
+        raise UserError("No space left")
+
+    monkeypatch.setattr(record, "write_result", full)
+    with pytest.raises(UserError, match="No space left"):
+        evaluate_command(str(model_folder), perplexity=str(text_file), seq_length=32, output=str(tmp_path / "r.json"))
+    shown = capsys.readouterr()
+    assert f"perplexity on {text_file}: " in shown.out
+    assert "written" not in shown.err
+    (tmp_path / "empty.txt").write_text(" ")
+    with pytest.raises(UserError, match="contains no text"):
+        evaluate_command(str(model_folder), perplexity=f"{text_file},{tmp_path / 'empty.txt'}", seq_length=32)
+    assert f"perplexity on {text_file}: " in capsys.readouterr().out
+
+
+# -- names that are no paths ---------------------------------------------------------------------------------------
+
+
+def test_the_name_of_a_format_or_method_may_be_the_output_folders(
+    finished: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for force in (False, True):
+        export_command(mask=str(finished.mask), output_dir="packed", format="packed", force=force)
+        prune_command(str(model_folder), "magnitude", method="magnitude", force=force)
+        compare_command(["magnitude"], output_dir="wanda", baselines="wanda", force=force)
+    with pytest.raises(UserError, match="which this command reads"):
+        compare_command(["magnitude"], output_dir="magnitude", force=True)
+
+
+# -- recover -------------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_learning_in_a_config_are_told(recover: Flags, tmp_path: Path) -> None:
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 5e-5}}
+    config = {"model": {"optimizer": optimizer, "warmup_steps": 7, "annealing": {"tau": {"start": 1, "end": 1}}}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    says = r"not used, since the mask is not learned: model\.optimizer\.lr, model\.warmup_steps, model\.annealing\. "
+    with pytest.warns(UserWarning, match=says + r"For the weights, set model\.weight_training\.lr, model\.weight_tr"):
+        main(recover(tmp_path / "run", f"--config={tmp_path / 'c.yaml'}"))
+
+
+@pytest.mark.filterwarnings("error:not used")
+def test_usual_settings_in_a_config_are_not(recover: Flags, tmp_path: Path, capsys) -> None:
+    words = recover(tmp_path / "run")
+    with pytest.raises(SystemExit):
+        main([*words, "--print_config"])
+    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
+    main(["recover", f"--config={tmp_path / 'c.yaml'}"])
+    main(recover(tmp_path / "low", "--config=low_memory"))
+
+
+def test_a_recipe_for_fit_is_named(recover: Flags, tmp_path: Path, capsys) -> None:
+    message = failing(capsys, recover(tmp_path, "--config=short"))
+    assert "Leave out --config " in message
+    assert "short.yaml, which is for fit" in message
+    typed = failing(capsys, recover(tmp_path, "--model.gate=BernoulliGate"))
+    assert "model.gate learns one. Leave --model.gate out; or" in typed
+
+
+def test_a_typed_sparsity_that_is_not_the_masks(
+    model_folder: Path, text_file: Path, recover: Flags, tmp_path: Path, capsys
+) -> None:
+    prune_command(str(model_folder), str(tmp_path / "p"), method="magnitude", sparsity=0.75)
+    words = [word for word in recover(tmp_path / "run") if not word.startswith("--model.mask")]
+    words.append(f"--model.mask={tmp_path / 'p'}")
+    assert "model.mask sets which" in failing(capsys, [*words, "--model.sparsity=0.5"])
+    main([*words, "--model.sparsity=0.75"])
+
+
+def test_settings_of_another_kind_of_training_are_told(recover: Flags, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"not used, since model\.train_weights is kept: model\.weight_training\.r\."):
+        main(recover(tmp_path, "--model.weight_training.r=4"))
+
+
+def test_a_result_has_the_settings_of_its_texts(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
+    from leap_pl.evaluation.record import read_result
+
+    output = tmp_path / "r.json"
+    evaluate_command(str(model_folder), perplexity=str(text_file), seq_length=32, output=str(output))
+    content = json.loads(output.read_text())
+    content["perplexity"][str(text_file)] |= {"config_name": "en", "split": "train"}
+    output.write_text(json.dumps(content))
+    assert read_result(output)["perplexity"][str(text_file)]["split"] == "train"
