@@ -16,6 +16,8 @@ from pathlib import Path
 
 from benchmarks.report import Row, finish
 from experiments.quickstart import BASE_MODEL, CONFIG, TEXT, TOKENS, WINDOW, is_stamped, write_stamp
+from leap_pl.evaluation.record import commit
+from leap_pl.masks.mask_set import installed_versions
 
 # What differs from the config: options of `leap_pl fit`, and variables of its environment.
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
@@ -50,8 +52,16 @@ def main(arguments: list[str] | None = None) -> None:
         folder = args.folder / name.replace(",", "").replace(" ", "-")
         options = ["--model.seed", str(seed), "--data.seed", str(seed), *options]
         protocol = [args.model, args.text, args.tokens]
-        stamp = json.dumps([options, environment, list(map(str, protocol)), args.config.read_text(encoding="utf-8")])
+        code = commit()
+        stamp = json.dumps(
+            [
+                *(options, environment, list(map(str, protocol)), args.config.read_text(encoding="utf-8")),
+                *(code, installed_versions()),
+            ]
+        )
+        # What is changed has no name of its own: it is run again.
         finished = (folder / "result.json").is_file() and is_stamped(folder / "stamp.json", stamp.encode())
+        finished = finished and code is not None and "+changes" not in code
         if not finished:
             _run(args, folder, options, environment)
             write_stamp(folder / "stamp.json", stamp.encode())

@@ -71,7 +71,7 @@ def _run(options: argparse.Namespace) -> int:
     failed = {} if options.report else runner.run(runner.left(cells))
     from experiments.headline.cells import collect
 
-    finished = collect(runner, options.docs / "cells")
+    finished = collect(runner, options.docs / "cells", removes=not options.report)
     print(f"{finished} of {len(runner.experiment.cells)} cells are finished")
     status = _report(options.docs / "cells", options.docs) if finished else 0
     return 1 if failed or (left_out and options.only) else status

@@ -1,6 +1,7 @@
 """What is known of a finished cell, in one file: a result file of ``leap_pl evaluate`` with more."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +16,18 @@ if TYPE_CHECKING:
     from experiments.headline.steps import Step
 
 
-def collect(progress: "Progress", folder: Path) -> int:
+def collect(progress: "Progress", folder: Path, *, removes: bool = True) -> int:
     """Write one file a finished cell into ``folder``; returns how many are there.
 
+    A file of a cell that is no longer in the experiment, or was made with other settings, inputs or code of it, is
+    removed, and named, if it ``removes``; else it is named alone.
     A file of a cell that was not made here stays as long as it belongs to the experiment as it is today, and takes from
     it how the cell is shown: rows may have been renamed, or put elsewhere, since it was made.
     """
     cells = progress.chosen([])  # each after those that it needs
     for path in folder.glob("*.json"):
         if path.stem not in progress.experiment.cells:
-            path.unlink()
+            _remove(path, "is not a cell of the experiment", removes=removes)
     for cell in cells:
         path = folder / f"{cell.name}.json"
         if progress.is_finished(cell):
@@ -36,9 +39,15 @@ def collect(progress: "Progress", folder: Path) -> int:
             shown = result["cell"] | _shown(progress.experiment, cell)
             if shown != result["cell"]:
                 write_result(path, result | {"cell": shown})
-        else:
-            path.unlink(missing_ok=True)
+        elif path.exists():
+            _remove(path, "was made with other settings or inputs than today's", removes=removes)
     return len(list(folder.glob("*.json")))
+
+
+def _remove(path: Path, why: str, *, removes: bool) -> None:
+    print(f"{path} {why}{', and is removed' if removes else ''}", file=sys.stderr)
+    if removes:
+        path.unlink()
 
 
 def is_current(progress: "Progress", cell: "Cell", folder: Path) -> bool:

@@ -13,6 +13,7 @@ from leap_pl.errors import listing
 from leap_pl.files import atomic_file
 
 PAGE = "making.md"
+OTHER_DEFINITIONS = {"tasks_in_full": "in_full.yaml"}  # folder of documents → definition in configs/results
 
 
 def write_making(found: Sequence[Measured], docs: Path) -> None:
@@ -28,13 +29,19 @@ def write_making(found: Sequence[Measured], docs: Path) -> None:
         "Passes are those over the training text, the last one begun, where they were recorded: a text that is read "
         "twice is fitted better than learned from. Calibration tokens were read by the one-shot method, or by the one "
         "that made the prior. Minutes and memory, the most that was held, are those of making the mask, without its "
-        "prior, on the cell's machine below. Seconds "
-        "a step are those minutes by optimizer steps, start and validations included.",
+        "prior; of a row that keeps the better of several masks, those of the one that it keeps. Seconds a step are "
+        "those minutes by optimizer steps, start and validations included.",
         *_machines(found),
         *_configs(found, docs / "configs"),
-        *_commands(found),
+        *_commands(found, command_of(docs)),
     ]
     write_page(docs / PAGE, parts)
+
+
+def command_of(docs: Path) -> str:
+    """The command that makes the cells of ``docs``."""
+    config = f"configs/results/{OTHER_DEFINITIONS[docs.name]}" if docs.name in OTHER_DEFINITIONS else None
+    return "make results" if config is None else f'make results ARGS="--config {config} --docs docs/{docs.name}"'
 
 
 def write_page(path: Path, parts: Sequence[str]) -> None:
@@ -76,6 +83,31 @@ def _protocol(found: Sequence[Measured]) -> Iterator[str]:
             yield f"{measured.entry.label}: the mask of `{measured.cell['kept']}`."
         if measured.cell.get("mask_of"):
             yield f"{measured.entry.label}: the mask of `{measured.cell['mask_of']}`."
+    yield from _made_again(found)
+
+
+def _made_again(found: Sequence[Measured]) -> Iterator[str]:
+    """Which cells began from a mask whose bits are not, or may not be, those of the cell that it is named after."""
+    cells = {m.cell["name"]: m.cell for m in found}
+    other: list[str] = []
+    unknown: list[str] = []
+    for m in found:
+        name = m.cell.get("prior") or m.cell.get("mask_of")
+        began = (m.result["config"].get("prior_digests") or {}).get("prior") if m.has_config else None
+        if name is None or name not in cells or not m.has_config:
+            continue
+        named = cells[name].get("mask")
+        if None in (began, named):
+            unknown.append(f"`{m.cell['name']}` (`{name}`)")
+        elif began != named:
+            other.append(f"`{m.cell['name']}` (`{name}`)")
+    if other or unknown:
+        yield (
+            "A mask that a row begins from is made by the commands of the cell that it is named after, on the machine "
+            "of the row: on other processors a few bits of it come out otherwise."
+            + (f" They did for {', '.join(other)}." if other else "")
+            + (f" Whether they did is not known for {', '.join(unknown)}." if unknown else "")
+        )
 
 
 def _perplexity_protocol(measured: Measured, role: str) -> str:
@@ -90,6 +122,7 @@ def _perplexity_protocol(measured: Measured, role: str) -> str:
 
 def _machines(found: Sequence[Measured]) -> Iterator[str]:
     yield "## Hardware and versions"
+    yield "Those of the evaluation; a mask may have been made with an earlier commit, and on another machine."
     seen: dict[str, list[str]] = {}
     for m in found:
         told = m.result["hardware"]
@@ -126,11 +159,11 @@ def _configs(found: Sequence[Measured], folder: Path) -> Iterator[str]:
     yield "\n".join(f"- {m.entry.label}: [{m.cell['name']}.yaml]({folder.name}/{m.cell['name']}.yaml)" for m in learned)
 
 
-def _commands(found: Sequence[Measured]) -> Iterator[str]:
+def _commands(found: Sequence[Measured], command: str) -> Iterator[str]:
     yield "## Commands"
     yield (
-        "`make results` runs these, `make results ARGS='--only leap-lm-60'` a part of them. `fit.yaml` and "
-        "`recover.yaml` are the configs above; one that was stopped goes on with `--ckpt_path` and its last checkpoint."
+        f"`{command}` runs these. `fit.yaml` and `recover.yaml` are the configs above; one that was stopped goes on "
+        "with `--ckpt_path` and its last checkpoint."
     )
     lines = []
     for m in found:

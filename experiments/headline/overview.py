@@ -1,13 +1,14 @@
 """What the report opens with: the best rows of every model in one table and one picture, and where they lose."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.headline.experiment import UNSTRUCTURED
-from experiments.headline.measured import Measured, by_model, groups
+from experiments.headline.measured import Group, Measured, by_model, groups
 from experiments.headline.tables import seconds_in_all
-from leap_pl.comparison.differences import accuracy_difference, perplexity_difference, shared_tasks
+from leap_pl.comparison.differences import SAME_SPARSITY, accuracy_difference, perplexity_difference, shared_tasks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,6 +100,8 @@ def losses(found: Sequence[Measured], rows: Sequence[Measured]) -> list[str]:
                 gap = perplexity_difference(m.entry, group.entries, title, group.baselines)
                 if gap is not None and gap.value > SURE * (gap.stderr or 0):
                     worse.append(f"{name}, {title} ({gap.value:+.2f})")
+                elif gap is None and (more := _to_other_forms(m, group, title)) is not None:
+                    worse.append(f"{name}, {title} ({more:+.2f}, to a mask of another form)")
             score = accuracy_difference(m.entry, group.entries, tasks, group.baselines)
             if score is not None:
                 compared += 1
@@ -119,6 +122,27 @@ def losses(found: Sequence[Measured], rows: Sequence[Measured]) -> list[str]:
     if all(minutes.values()):
         told.append(f"Learning took {_span(minutes[True])} minutes, the best baselines {_span(minutes[False])}.")
     return told
+
+
+def _to_other_forms(measured: Measured, group: Group, title: str) -> float | None:
+    """How much worse a row that has no baseline of its form is than the best of other forms at its sparsity.
+
+    None if it is not worse, beyond :data:`SURE` standard errors of both figures.
+    """
+    own = measured.entry.perplexity.get(title)
+    others = [
+        m.entry.perplexity[title]
+        for m in group.rows
+        if m.cell["baseline"] and title in m.entry.perplexity
+        if m.entry.pattern != measured.entry.pattern
+        if abs(m.entry.sparsity - measured.entry.sparsity) < SAME_SPARSITY
+    ]
+    if own is None or not others:
+        return None
+    best = min(others, key=lambda figure: float(figure["value"]))
+    more = float(own["value"]) - float(best["value"])
+    error = math.hypot(own["stderr"] or 0, best["stderr"] or 0)
+    return more if more > SURE * error else None
 
 
 def _span(values: Sequence[float], form: str = ".0f") -> str:

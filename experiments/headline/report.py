@@ -55,8 +55,8 @@ def write_report(cells: Path, docs: Path) -> Path:
         f"{KEY}{calibration(found)}",
         *dict.fromkeys(sentence for measured in found for sentence in measured.cell["about"]),
         f"[Protocol, hardware, configs and commands]({docs.name}/{making.PAGE}).{notes}",
-        f"Written by `make results`; every figure is from the files in [`{docs.name}/cells`]({docs.name}/cells), and "
-        f"`python -m experiments.headline {again}` writes this page again from them.",
+        f"Written by `{making.command_of(docs)}`; every figure is from the files in [`{docs.name}/cells`]({docs.name}"
+        f"/cells), and `python -m experiments.headline {again}` writes this page again from them.",
     ]
     for number, (model, rows) in enumerate(models.items()):
         parts += [f"## {model}", *_tables(rows, docs), *_pictures(rows, docs, docs / model if number else docs)]

@@ -80,7 +80,9 @@ class Runner(Progress):
         if self.told is None or not self.is_told(cell):
             return
         told = read_result(self.told / f"{cell.name}.json")["cell"].get("mask")
-        if told is not None and told != told_mask(self.steps.mask(cell)):
+        if told is None:
+            _say(f"{caption}: whether this mask is the one that was measured is not known; its file has no digest")
+        elif told != told_mask(self.steps.mask(cell)):
             _say(
                 f"{caption}: the mask made here is not, bit by bit, the one that was measured, as on other processors "
                 f"or with other versions. What is learned from it may differ; {self.told / cell.name}.json stays."

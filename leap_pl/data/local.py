@@ -73,7 +73,7 @@ class LocalFiles:
 
     def identity(self) -> str:
         """Return file names without folders, and sizes, for messages; :meth:`digest` compares the text itself."""
-        named = [f"{file.name} ({file.stat().st_size} bytes)" for file in self.files]
+        named = [f"{file.name} ({_size_of(file)} bytes)" for file in self.files]
         if len(named) <= 8:
             return ", ".join(named)
         return f"{listing(named, most=8)} (digest {hashed(*map(zlib.crc32, map(str.encode, named))):016x})"
@@ -327,6 +327,11 @@ def _cut(raw: bytes, *, forward: bool = False, most: int | None = None) -> int:
     while 0 <= at < len(raw) and raw[at] & 0xC0 == 0x80 and (at < 4 if forward else at > len(raw) - 4):
         at += 1 if forward else -1
     return at if forward else max(at, 1)
+
+
+def _size_of(file: Path) -> int:
+    with _reading(file):
+        return file.stat().st_size
 
 
 @contextmanager

@@ -105,7 +105,7 @@ class TextSource:
             if twice and share != "all":  # text is held out by the number of its file
                 raise UserError(
                     f"{listing(list(map(str, twice)), most=3)} is named twice in the text: its held-out part would be "
-                    "trained on. Name each file once, or give validation text of its own: --data.validation_text FILE."
+                    "trained on. Name each file once. Or give validation text of its own: --data.validation_text FILE."
                 )
             return cls(LocalFiles(files, text_column, share), seed)
         if len(names) > 1:

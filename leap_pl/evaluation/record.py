@@ -95,12 +95,12 @@ def environment(device: str) -> dict[str, Any]:
         "versions": installed_versions()
         | {name: version(name) for name in ("lm_eval", "tokenizers")}
         | {"python": platform.python_version()},
-        "commit": _commit(),
+        "commit": commit(),
         "hardware": _hardware(device),
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the commit that leap_pl runs from, with ``+changes`` if files differ; None if it is installed."""
     package = Path(__file__).resolve().parents[1]
     try:

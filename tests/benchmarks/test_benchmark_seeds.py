@@ -27,6 +27,7 @@ def test_runs_are_compared_with_the_first_seed_and_not_made_twice(
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
     monkeypatch.setattr(seeds, "_run", run)
+    monkeypatch.setattr(seeds, "commit", lambda: "abc")
     words = ["--variants", "no compiler", "--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "F.json")]
     seeds.main(words)
     assert [name for name, _, _ in made] == list(FOUND)
@@ -45,6 +46,11 @@ def test_runs_are_compared_with_the_first_seed_and_not_made_twice(
     other.write_text(CONFIG.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     seeds.main([*words, "--config", str(other)])
     assert [name for name, _, _ in made[len(FOUND) + 1 :]] == list(FOUND)
+    for code in ("def", "def+changes", "def+changes", None):  # other code, and code that has no name
+        made.clear()
+        monkeypatch.setattr(seeds, "commit", lambda code=code: code)
+        seeds.main(words)
+        assert [name for name, _, _ in made] == list(FOUND)
 
 
 @pytest.mark.parametrize("name", seeds.VARIANTS)

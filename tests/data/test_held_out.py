@@ -144,6 +144,14 @@ def test_the_record_of_a_text_has_what_it_is_of(tmp_path: Path) -> None:
     assert {"config_name", "split", "text_column"}.isdisjoint(plain)
 
 
+def test_a_file_that_is_gone_when_a_checkpoint_names_it(tmp_path: Path) -> None:
+    data = TextDataModule(TOKENIZER, lines(tmp_path / "a.jsonl"), seq_length=16)
+    assert data.stream is not None
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be read \(No such file"):
+        data.state_dict()
+
+
 @pytest.mark.parametrize("text", ["", ["a.jsonl", ""]])
 def test_a_text_without_a_name(text: Any) -> None:
     with pytest.raises(UserError, match=r"The name of a text is empty\. Name a file"):

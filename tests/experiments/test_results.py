@@ -291,6 +291,20 @@ def test_a_cell_made_elsewhere_is_shown_as_the_experiment_shows_it_today(again):
     assert "another name" in (folder / "docs" / "results.md").read_text()
 
 
+def test_a_cell_of_other_settings_is_named_and_stays_with_a_report(again, capsys):
+    folder, _ = again
+    path = folder / "docs" / "results" / "cells" / "admm-60.json"
+    change(folder / "tiny.yaml", "rows", "admm", "each", to={0.6: {"prune": {"sequences": 3}}})
+    (path.parent / "strange.json").write_bytes(path.read_bytes())
+    for more, removed in ((["--report"], False), (["--only", "dense"], True)):
+        results(folder, *more)
+        said = capsys.readouterr().err
+        assert f"admm-60.json was made with other settings or inputs than today's{', and is removed' * removed}" in said
+        assert f"strange.json is not a cell of the experiment{', and is removed' * removed}" in said
+        assert path.exists() is not removed
+        assert (path.parent / "strange.json").exists() is not removed
+
+
 def test_a_model_that_is_not_there_is_left_out_and_its_cells_stay(again, capsys):
     folder, ran = again
     change(folder / "tiny.yaml", "models", "other", "base_model", to=str(folder / "nowhere"))

@@ -292,6 +292,46 @@ def test_rows_worse_than_the_best_baseline_are_named(experiment_done, swapped):
     assert ("less than 2 standard errors above" in told) == bool(alike)
 
 
+def test_a_row_without_a_baseline_of_its_form_is_compared_with_those_of_others(experiment_done):
+    folder, _ = experiment_done
+    found = [
+        m for m in read_cells(folder / "docs" / "results" / "cells") if m.cell["name"] in ("wanda-2of4-50", "leap-50")
+    ]
+    learned, baseline = sorted(found, key=lambda m: m.cell["name"])
+    baseline = replace(baseline, cell={**baseline.cell, "baseline": True})
+    for factor, told in ((3.0, True), (0.3, False)):
+        figures = {
+            title: {**figure, "value": factor * baseline.entry.perplexity[title]["value"], "stderr": 0.01}
+            for title, figure in learned.entry.perplexity.items()
+        }
+        rows = [
+            replace(learned, entry=replace(learned.entry, perplexity=figures), cell={**learned.cell, "table": "2:4"})
+        ]
+        said = "\n".join(losses([*rows, baseline], []))
+        assert said.count("to a mask of another form)") == (2 if told else 0)
+
+
+def test_a_mask_that_was_made_again_with_other_bits_is_named(experiment_done, tmp_path):
+    folder, _ = experiment_done
+    docs = tmp_path / "docs" / "results"
+
+    def page(digest):
+        """The report with another digest of the mask that the recovered row begins from; None: none is known."""
+        shutil.rmtree(docs, ignore_errors=True)
+        shutil.copytree(folder / "docs" / "results" / "cells", docs / "cells")
+        for name, key in (("leap-60", "mask"), ("wanda-50", "mask")):
+            path = docs / "cells" / f"{name}.json"
+            result = json.loads(path.read_text())
+            result["cell"][key] = digest if name == "leap-60" and digest != "same" else result["cell"][key]
+            path.write_text(json.dumps(result))
+        assert main(["--report", "--from", str(docs / "cells"), "--docs", str(docs)]) == 0
+        return (docs / "making.md").read_text()
+
+    assert "`recover-60` (`leap-60`)" not in page("same")
+    assert "They did for `recover-60` (`leap-60`)." in page("0" * 16)
+    assert "not known for `recover-60` (`leap-60`)." in page(None)
+
+
 def test_picture_of_the_overview_holds_every_point(experiment_done, tmp_path, monkeypatch):
     """Also where a row is below the dense model."""
     folder, _ = experiment_done
