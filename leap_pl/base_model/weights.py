@@ -97,6 +97,9 @@ def find_weights(
         UserError: Nothing matches (the message lists the available names), an entry of ``targets`` matches nothing, or
             a matching weight is shared with another module, as a head tied to the embeddings.
     """
+    for given in (targets, ignore):
+        if isinstance(given, str):
+            raise UserError(f"targets and ignore are lists of names, and {given!r} is one name. Give [{given!r}].")
     prefix, blocks = decoder_blocks(model)
     experts = _numbers_of_experts(model)
     found: dict[str, Weight] = {}
@@ -231,10 +234,10 @@ def _is_projection(weight: Weight, parameter: nn.Parameter, experts: set[int]) -
     """Return whether the default selects ``weight``: of a linear layer that routes no tokens, or stacked experts.
 
     Convolutions, and gates and mixing coefficients of recurrent layers, have three dimensions as stacked experts have,
-    whose class is called so in every family of transformers.
+    whose class, or whose module, is called so in every family of transformers.
     """
     if parameter.ndim == 3:
-        return "expert" in _kind(weight.module).lower()
+        return "expert" in _kind(weight.module).lower() or "experts" in weight.projection.split(".")
     if weight.tensor != "weight" or not (isinstance(weight.module, nn.Linear) or _kind(weight.module) == "Conv1D"):
         return False
     # A linear called gate is a router if it has an output for each expert; in other models it is a projection.

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from leap_pl.callbacks.lightning_internals import SavingCheckpoint, requeuing, validate_if_due
 from leap_pl.callbacks.mask_export import mask_place
@@ -103,6 +104,7 @@ class Checkpoints(SavingCheckpoint):
         self.signals = StopSignals()
         self._written = time.monotonic()
         self._running = False
+        self._group: dist.ProcessGroup | None = None  # of all ranks, on the host
         self._validated_step = -1
         self._limit_val_batches: int | float | None = None  # the Trainer's setting, while validation is disabled
         # Whether to replace an earlier run in the folder, as set on the command line; None: there is no command line.
@@ -241,6 +243,9 @@ class Checkpoints(SavingCheckpoint):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the previous signal handlers."""
         self.signals.remove()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def _look_for_earlier_run(self, trainer: L.Trainer, ckpt_path: Any) -> None:
         if trainer.is_global_zero and self.dirpath is not None and not self.saved_path:  # else this object wrote them
@@ -283,7 +288,8 @@ class Checkpoints(SavingCheckpoint):
     def _time_is_up(self, trainer: L.Trainer) -> bool:
         if not self.every_minutes:
             return False
-        return bool(trainer.strategy.broadcast(time.monotonic() - self._written >= 60 * self.every_minutes))
+        mine = time.monotonic() - self._written >= 60 * self.every_minutes
+        return bool(self._greatest(trainer, int(mine and trainer.is_global_zero)))  # of one clock
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the state of a run that saved at other intervals: its newest checkpoints are this run's to remove."""
@@ -306,10 +312,18 @@ class Checkpoints(SavingCheckpoint):
 
     def _stop_if_signalled(self, trainer: L.Trainer) -> None:
         """Stop if any rank received a signal, on all ranks after the same micro-batch."""
-        if trainer.world_size > 1:
-            asked = Tensor([self.signals.asked or 0]).to(trainer.strategy.root_device)
-            self.signals.asked = int(trainer.strategy.reduce(asked, reduce_op="max")) or None
+        self.signals.asked = self._greatest(trainer, self.signals.asked or 0) or None
         self.signals.heed()
+
+    def _greatest(self, trainer: L.Trainer, number: int) -> int:
+        """Return the greatest ``number`` of all ranks, which exchange it on the host: no device waits for it."""
+        if trainer.world_size == 1:
+            return number
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        numbers = torch.tensor([number], device="cpu")
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
+        return int(numbers)
 
     def _finishing(self, trainer: L.Trainer) -> bool:
         return trainer.global_step >= trainer.max_steps

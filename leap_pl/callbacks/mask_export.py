@@ -51,8 +51,8 @@ class MaskExport(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the module the folder in which a resumed run looks for its prior."""
         assert isinstance(pl_module, LeapModule)
-        self._begun, self.written = False, None
         if stage == "fit":
+            self._begun, self.written = False, None
             pl_module.run_prior.folders.append(self.place(trainer))
 
     def on_train_batch_start(

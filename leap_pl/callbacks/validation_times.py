@@ -1,5 +1,6 @@
 """Callback that validates after the last step of a run, and spreads other validations evenly over it."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -24,13 +25,19 @@ class ValidationTimes(L.Callback):
         """Set the interval, in micro-batches, at which Lightning validates."""
         if not self.spread:
             return
-        batches = int(sum(trainer.num_val_batches))
-        times = max(1, min(TIMES, trainer.max_steps * trainer.accumulate_grad_batches // max(1, batches)))
-        trainer.val_check_batch = -(-trainer.max_steps // times) * trainer.accumulate_grad_batches
+        batches = sum(trainer.num_val_batches)
+        counted = max(1, int(batches)) if math.isfinite(batches) else 1
+        times = max(1, min(TIMES, trainer.max_steps * trainer.accumulate_grad_batches // counted))
+        interval = -(-trainer.max_steps // times) * trainer.accumulate_grad_batches
+        if trainer.check_val_every_n_epoch is not None:  # Lightning counts from the beginning of each epoch
+            interval = int(min(interval, trainer.num_training_batches))
+        trainer.val_check_batch = interval
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Make the last micro-batch end an interval."""
-        if batch_idx + 1 == trainer.max_steps * trainer.accumulate_grad_batches:
+        last_step = trainer.global_step + 1 == trainer.max_steps
+        ends = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
+        if last_step and ends:
             validate_at(trainer, batch_idx + 1)

@@ -111,10 +111,11 @@ def earlier_run(
         return []
     if not force:
         found = listing([path.name for path in (*checkpoints, *([mask] if mask in present else []))], 4)
-        raise UserError(
-            f"{folder if checkpoints else masks} holds another run ({found}). Add --ckpt_path last to resume it, or "
-            "--force to replace it, or name another folder with --checkpoint.dirpath."
-        )
+        remedy = "Add --ckpt_path last to resume it, or --force to replace it, or name another folder with "
+        remedy += "--checkpoint.dirpath."
+        if register is None:  # a program
+            remedy = "Resume it with trainer.fit(..., ckpt_path=FILE), name another dirpath, or remove the folder."
+        raise UserError(f"{folder if checkpoints else masks} holds another run ({found}). {remedy}")
     recorded = records.recorded(folder)
     foreign = [path for path in checkpoints if path.name not in recorded and not _is_ours(path, folder)]
     if foreign:

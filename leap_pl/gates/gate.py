@@ -95,6 +95,9 @@ class GateState:
             self.mode = before
 
 
+BOTH = ("soften", "soften_all")  # methods of which one computes what the other does, for several gates at once
+
+
 class Gate(Learned, ABC):
     """Learnable mask of one weight, registered as a parametrization of it.
 
@@ -140,8 +143,8 @@ class Gate(Learned, ABC):
             TypeError: Something is not defined.
         """
         super().__init_subclass__(**kwargs)
-        if "soften" in vars(cls) and "soften_all" not in vars(cls):
-            # That of a base class computes what the base class defines.
+        of_one, of_all = (next(n for n, base in enumerate(cls.__mro__) if name in vars(base)) for name in BOTH)
+        if of_one < of_all:  # that of a later base class computes what that class defines
             cls.soften_all = classmethod(Gate.soften_all.__func__)  # type: ignore[assignment, attr-defined]
         lacking = [name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)]
         collection = getattr(cls, "collection", None)

@@ -134,7 +134,13 @@ class MaskSet:
         return 1 - self.kept / self.total
 
     def densities(self, by: str = "layer") -> dict[str, float]:
-        """Return the density, kept over all, for each ``weight``, ``layer`` (decoder block) or ``projection``."""
+        """Return the density, kept over all, for each ``weight``, ``layer`` (decoder block) or ``projection``.
+
+        Raises:
+            UserError: ``by`` is none of these.
+        """
+        if by not in ("weight", "layer", "projection"):
+            raise UserError(f"densities by {shown(repr(by))}: give weight, layer or projection.")
 
         def key(name: str) -> tuple[str]:
             layer, projection = split_name(name)
@@ -160,12 +166,15 @@ class MaskSet:
         from leap_pl.base_model.weights import model_fingerprint
 
         found = model_fingerprint(model)
+        halved = any(p.dtype == torch.float16 for name, p in model.named_parameters() if name in self.masks)
+        rounded = " float16 rounds small weights: load it with dtype='auto', apply the mask, and convert it then."
         if found != self.provenance.fingerprint and not (or_applied and self.is_applied_to(model)):
             raise UserError(
                 f"this mask was made for {shown(self.provenance.base_model, 400)} with fingerprint "
                 f"{shown(self.provenance.fingerprint)}, and the given model has {found}. "
                 "Give the base model it was made for (unpruned, the same revision)"
                 + (", or a model that it was applied to." if or_applied else ".")
+                + (rounded if halved else "")
             )
         if weights is None:
             existing = {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -34,11 +34,11 @@ class Cut:
     def mask(self, tensor: Tensor) -> Tensor:
         """Return the mask of the kept elements of ``tensor`` (float32): bool, of the same shape and sharding."""
         part = own_part(tensor)
-        kept = part > self.value
+        kept = (part > self.value).contiguous()
         if self.tie_limit > 0:
-            start = offset_of(tensor)
-            index = torch.arange(start, start + part.numel(), device=part.device).view(part.shape)
-            kept |= (part == self.value) & (index < self.tie_limit)
+            below = max(self.tie_limit - offset_of(tensor), 0)  # of the flat part; no index of each element is made
+            flat = kept.view(-1)[:below]
+            flat |= part.reshape(-1)[:below] == self.value
         return as_whole(kept, tensor)
 
 

@@ -69,7 +69,7 @@ def prune(
     pattern: Pattern | float | str = 0.5,
     layer_sparsity: Sequence[float] | None = None,
     owl: OwlOptions | None = None,
-    fisher: FisherOptions | None = None,
+    fisher: FisherOptions | float | None = None,
     mask: MaskSet | None = None,
     weights: Mapping[str, Weight] | None = None,
     options: MethodOptions | None = None,
@@ -93,7 +93,7 @@ def prune(
         layer_sparsity: Sparsity for each decoder block, instead of the pattern's.
         owl: Settings to allocate the sparsity over the blocks by OWL.
         fisher: Settings to allocate the sparsity by Fisher information over the matrices and, for methods whose weights
-            compete within a row, also over the rows.
+            compete within a row, also over the rows; or their strength alone.
         mask: Mask to keep, for methods that have ``solve_kept``: only its kept weights are updated, to fit the dense
             layer's outputs on the inputs in the pruned model. ``pattern`` is not used.
         weights: Weights to prune, as :func:`leap_pl.base_model.weights.find_weights` returns them; None: its default.
@@ -116,6 +116,8 @@ def prune(
         pattern = parse_pattern(pattern, 0.0)
     elif not isinstance(pattern, Unstructured | NM):
         pattern = Unstructured(float(pattern))
+    _check_kinds(owl, fisher)
+    fisher = FisherOptions(fisher) if isinstance(fisher, int | float) else fisher
     weights = dict(weights) if weights is not None else find_weights(model)
     asked = method_named(method)
     allocation = {"--layer_sparsity": layer_sparsity, "--owl": owl, "--fisher": fisher}
@@ -296,6 +298,13 @@ class _Run:
         return solution
 
 
+def _check_kinds(owl: Any, fisher: Any) -> None:
+    given = (("owl", owl, OwlOptions), ("fisher", fisher, FisherOptions | int | float))
+    for name, value, kinds in given:
+        if isinstance(value, bool) or not isinstance(value, kinds | None):
+            raise UserError(f"{name} is {value!r}: give {name.capitalize()}Options(), or leave it out.")
+
+
 def _check(
     name: str,
     blocks_NT: Tensor | None,
@@ -324,7 +333,8 @@ def _check(
     if mask is not None and allocation:
         raise UserError(f"Can't provide both --mask and {allocation[0]}. Choose one.")
     if options is not None and (method.settings is None or not isinstance(options, method.settings)):
-        raise ValueError(f"method {name} does not take {type(options).__name__}")
+        takes = "no options" if method.settings is None else method.settings.__name__
+        raise UserError(f"method {name} takes {takes}, and not {type(options).__name__}.")
 
 
 def by_block(model: "PreTrainedModel", weights: Mapping[str, Weight]) -> list[list[Matrix]]:
@@ -343,7 +353,7 @@ def by_block(model: "PreTrainedModel", weights: Mapping[str, Weight]) -> list[li
         )
     gated = [name for name, w in weights.items() if parametrize.is_parametrized(w.module, w.tensor)]
     if gated:
-        raise ValueError(f"{listing(gated, 3)} has a gate on it; take the gates off before pruning in one shot")
+        raise UserError(f"{listing(gated, 3)} has a gate on it. Prune a model without gates.")
     matrices: list[list[Matrix]] = [[] for _ in decoder_blocks(model)[1]]
     for weight in weights.values():
         assert weight.layer is not None

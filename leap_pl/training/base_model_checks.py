@@ -9,6 +9,7 @@ from leap_pl.base_model.sequence_length import check_sequence_length
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import MANY_ZEROS, Weight, share_of_zeros
 from leap_pl.masks.mask_set import TRAINED
+from leap_pl.training.datamodule import TextDataModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ def check_data(data: Any, model: "PreTrainedModel", base_model: str) -> None:
     asked = getattr(data, "seq_length", None)
     if asked:
         check_sequence_length(model.config, asked, base_model, "--data.seq_length")
-    if data is not None and hasattr(data, "vocabulary"):
+    if isinstance(data, TextDataModule):  # what others call a vocabulary is theirs
         data.vocabulary = vocabulary_of(model)
         check_tokenizer(data.tokenizer, data.vocabulary, base_model)
 

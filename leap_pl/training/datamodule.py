@@ -150,7 +150,7 @@ class TextDataModule(LightningDataModule):
         if changes:
             self._stream = self._validation = self._identity = self._prefix = None
             if name in ("tokenizer_name", "tokenizer_revision"):
-                self._tokenizer = None
+                self._tokenizer = self.vocabulary = None
             if name == "tokenizer_name":  # another repository, which was not trusted, and has other revisions
                 if self._tokenizer_of_model and self.tokenizer_revision == self._revision_of_model:
                     self.tokenizer_revision = None

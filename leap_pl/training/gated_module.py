@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from leap_pl.base_model.backbone import checkpoint_activations, set_modes, split_model
+from leap_pl.base_model.backbone import Head, checkpoint_activations, set_modes, split_model
 from leap_pl.base_model.buffers import keeping_buffers
 from leap_pl.base_model.fast_dtype import fast_dtype
 from leap_pl.base_model.loading import Dtype, load_model
@@ -92,8 +92,10 @@ class GatedModule(L.LightningModule):
         self.state = GateState(seed=seed)
         self.trained = TrainedWeights(train_weights, weight_training, start_weights, self.state, logits_dtype)
         self.model: PreTrainedModel | None = None
+        self._halves: tuple[Callable[[Tensor], Tensor], Head] | None = None
         self.mesh: DeviceMesh | None = None  # device mesh that decoder blocks are sharded over
         self.gates: Gates[Any] = Gates({})
+        self.has_mask = False  # whether the logits are of a fit, or of a checkpoint, and not those before any
         self.resumes_from: str | None = None
         self.gated_before: list[str] = []  # names of the weights that the run gates whose checkpoint was read
         self.when_loaded: list[Callable[[PreTrainedModel], object]] = []  # called for a fit, before the prior is made
@@ -123,30 +125,36 @@ class GatedModule(L.LightningModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to copy or pickle, without the functions that run this module's own model."""
-        return {name: value for name, value in super().__getstate__().items() if name not in ("states", "head")}
+        return {**super().__getstate__(), "_halves": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a copied state, and make the functions that run the copied model."""
-        super().__setstate__(state)
-        if self.model is not None:
-            self._split()
+    @property
+    def states(self) -> Callable[[Tensor], Tensor]:
+        """Return the function from input_ids to the last hidden states of the model."""
+        return self._split()[0]
+
+    @property
+    def head(self) -> Head:
+        """Return the function from hidden states to logits, of the model as its gates are."""
+        return self._split()[1]
 
     # -- the gated model ----------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the base model, make the prior and attach the gates. A second call does nothing."""
+        """Load the base model, make the prior of a fit and attach the gates. A second call checks the data alone."""
         if self.model is not None:
+            check_data(getattr(self.attached, "datamodule", None), self.model, self.base_model)
             return
         self.mesh = sharding_mesh(self.attached)
         # Measured, so ranks may find different results.
         dtype = as_rank_zero_has(fast_dtype(self._device_of_run())) if self.dtype_name == "auto" else self.dtype_name
-        model = load_model(
-            self.base_model,
-            revision=self.revision,
-            dtype=dtype,
-            dropout=False,
-            trust_remote_code=self.trust_remote_code,
-        )
+        with torch.device("cpu"):  # Lightning's context names the run's, which transformers takes for a device map
+            model = load_model(
+                self.base_model,
+                revision=self.revision,
+                dtype=dtype,
+                dropout=False,
+                trust_remote_code=self.trust_remote_code,
+            )
         check_numbers(model, f"base model {self.base_model}")
         check_data(getattr(self.attached, "datamodule", None), model, self.base_model)
         self.weights = self._gated_of(model)
@@ -173,16 +181,19 @@ class GatedModule(L.LightningModule):
         if self._fitting() and self.resumes_from is None:  # a resumed run has its own
             self.trained.read_start(model, fixed=fixed, trust_remote_code=self.trust_remote_code)
         if self.mesh is None:
+            model.to(self._device_of_run())  # not before: the prior is made of one block at a time on the device
             self._put_gates(self.weights, prior)
             self.trained.train_norms(norms_of(model))
             self.trained.train_embeddings(model)
         else:
             self._shard(model, self.mesh, prior)
         prior.close()
+        self.has_mask = self._fitting()
         self.trained.release_start()
         self.model, self.dtype_name = model, dtype  # as it is loaded again: Lightning may convert it to its precision
         guard_saving(model)
-        self._split()
+        if self.attached is not None:  # else not before it is on its device
+            self._split()
         if self.activation_checkpointing:
             checkpoint_activations(model)
         model.train()  # until on_train_start: Lightning warns of modules in eval mode
@@ -196,10 +207,13 @@ class GatedModule(L.LightningModule):
             checkpoint = checkpoints.load_checkpoint(self.resumes_from)
             check_same(read_identity(checkpoint, self.resumes_from), self.identity())
 
-    def _split(self) -> None:
-        assert self.model is not None
-        with self.state.passing("dense"):
-            self.states, self.head = split_model(self.model)
+    def _split(self) -> tuple[Callable[[Tensor], Tensor], Head]:
+        """Return both halves of the model, which are found by running it, when they are used first."""
+        if self._halves is None:
+            assert self.model is not None
+            with self.state.passing("dense"):
+                self._halves = split_model(self.model)
+        return self._halves
 
     def on_train_start(self) -> None:
         """Set the modes in which the base model computes the same in every pass."""
@@ -298,7 +312,16 @@ class GatedModule(L.LightningModule):
             finite.check_logits(self._learned(), self.state.step)
 
     def choose_hard_masks(self) -> None:
-        """Choose the hard mask of every gate at exactly the target sparsity."""
+        """Choose the hard mask of every gate at exactly the target sparsity.
+
+        Raises:
+            UserError: Nothing was learned.
+        """
+        if not self.has_mask:
+            raise UserError(
+                "this module has no mask before a fit. Fit it, or load one: LeapModule.load_from_checkpoint, or "
+                "trainer.validate with ckpt_path."
+            )
         self.check_finite(logits=True)
         self.gates.choose(self.sparsity)
 
@@ -310,10 +333,6 @@ class GatedModule(L.LightningModule):
         """
         from leap_pl.masks import MaskSet
 
-        if self.model is None:
-            raise UserError(
-                "this module has no mask before a fit. Fit it, or load one: LeapModule.load_from_checkpoint."
-            )
         self.choose_hard_masks()
         masks = {name: self._hard_mask(name) for name in self.gates}
         return MaskSet(masks, checkpoints.provenance(self.identity(), self.gates))

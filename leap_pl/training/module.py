@@ -25,6 +25,7 @@ from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import MicroBatch
 from leap_pl.prior import Prior
 from leap_pl.training import finite, optimization, run_settings
+from leap_pl.training.arguments import check_arguments
 from leap_pl.training.batch import input_ids_of
 from leap_pl.training.clipping import check_clipping, clip_by_norm
 from leap_pl.training.fixed_mask import FixedMask
@@ -73,9 +74,7 @@ class LeapModule(ValidatedModule):
         objective: Objective = Objective(),  # noqa: B008  (frozen)
         annealing: Annealing = Annealing(),  # noqa: B008  (frozen)
         prior: Prior = Prior(),  # noqa: B008  (frozen)
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(
-            parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        ),
+        optimizer: OptimizerCallable = optimization.usual_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup_steps: NonNegativeInt = 5,
         dtype: Dtype = "auto",
@@ -124,6 +123,15 @@ class LeapModule(ValidatedModule):
                 updated for the same mask.
         """
         base_model, mask, weights = map(plain_paths, (base_model, mask, weights))
+        check_arguments(
+            base_model=base_model,
+            mask=mask,
+            weights=weights,
+            targets=targets,
+            ignore=ignore,
+            dtype=dtype,
+            logits_dtype=logits_dtype,
+        )
         # Checkpoints store settings as plain dictionaries.
         prior = Prior(**prior) if isinstance(prior, dict) else prior
         if isinstance(weight_training, dict):
@@ -322,7 +330,7 @@ class LeapModule(ValidatedModule):
             fraction=fraction,
         )
         loss, self.terms = self.objective.loss(passed)
-        if idle and self.trained.kind != NONE:  # DDP waits for a gradient of every parameter
+        if idle:  # DDP waits for a gradient of every parameter, and the terms of masks may have no weight
             loss = loss + 0 * torch.stack([masked.sum() for masked in idle]).sum()
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         if not self.looks_later:

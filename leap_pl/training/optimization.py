@@ -41,6 +41,11 @@ def step_alone(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
     group.update(dict.fromkeys(DIMENSIONS.keys() & optimizer.defaults.keys(), 0.0))
 
 
+def usual_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    """Return the optimizer of a module whose settings name none."""
+    return torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
 def make_optimizer(make: OptimizerCallable, parameters: list[Any]) -> torch.optim.Optimizer:
     """Return the optimizer of ``parameters``, or of groups of them.
 

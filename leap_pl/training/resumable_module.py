@@ -1,6 +1,6 @@
 """ResumableModule: GatedModule whose checkpoints contain what was learned, and how, and nothing else."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from leap_pl.training.gated_module import GatedModule
 from leap_pl.training.live_settings import live_settings
 from leap_pl.training.optimizers import check_state
 
+# Lightning's keys for the arguments of a data module that saves them, which may be of any class.
+OF_DATA = ("datamodule_hyper_parameters", "datamodule_hparams_name", "datamodule_hparams_type")
+
 
 class ResumableModule(GatedModule):
     """Base class of modules that learn a mask, or weights, or both: their identity and their checkpoints.
@@ -29,7 +32,7 @@ class ResumableModule(GatedModule):
     learned with: neither the frozen model nor a class to construct.
 
     Attributes:
-        finished: Identity of the fit that this module was learned in, if that is over; else None.
+        finished: Identity of the fit that this module was learned in, if that is over or was loaded; else None.
         mask_digest: Digest of the mask that stays as it is, if it was named; else None.
     """
 
@@ -158,7 +161,8 @@ class ResumableModule(GatedModule):
         """Store the logits by weight name and the identity of the run, without the frozen model."""
         self.check_finite(logits=True)
         checkpoint[KEY] = asdict(self.identity())
-        checkpoint.pop("hyper_parameters", None)  # they are in the identity, which is read by a schema
+        for part in ("hyper_parameters", *OF_DATA):  # those of the module are in the identity, read by a schema
+            checkpoint.pop(part, None)
         rewind(self.trainer, checkpoint)
         if saves_shards(self.attached):
             return  # each rank writes its own part under this module's names, as ModelParallelStrategy reads them
@@ -184,6 +188,10 @@ class ResumableModule(GatedModule):
             self.check_resume(checkpoint, "the checkpoint", self.trainer, data, fitting=self._fitting())
         check_same(found, self.identity())
         self.validation.read(found.dense_perplexity, found.dense_perplexity_of, found.settings)
+        self.has_mask = True
+        if not self._fitting():  # until a fit goes on from it, its mask is the checkpoint's, whoever validates it
+            settings = {"steps": checkpoint.get("global_step"), **found.settings}
+            self.finished = replace(found, settings=settings, base_model=self.base_model, revision=self.revision)
         if self._fitting():
             if self.run_prior.resumed is None:
                 # A Trainer without the command line: the path is known only now, after the prior was made.

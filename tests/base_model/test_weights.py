@@ -362,3 +362,15 @@ def test_norms_of_a_model_that_also_sees_are_those_that_text_passes() -> None:
 def test_norms_of_a_model_of_text_are_all_of_its_norms(family: str) -> None:
     model = tiny_model(family)
     assert [norm.name for norm in norms_of(model)] == [norm.name for norm in norms_in(model)]
+
+
+def test_stacked_experts_are_known_by_the_name_of_their_module_too() -> None:
+    """A class of another name, as of remote code, would leave most weights of the model dense."""
+    model = tiny_model("mixtral")
+    expected = list(find_weights(model))
+    experts = type(model.model.layers[0].mlp.experts)
+    other = type("NaiveMoe", (experts,), {})
+    for layer in model.model.layers:
+        layer.mlp.experts.__class__ = other
+    assert list(find_weights(model)) == expected
+    assert any(parameter.parameter.ndim == 3 for parameter in find_weights(model).values())

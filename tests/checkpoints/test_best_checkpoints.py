@@ -175,3 +175,27 @@ def test_a_checkpoint_amid_a_step_of_other_data_says_what_it_lacks(
 def test_a_url_is_refused_from_python() -> None:
     with pytest.raises(UserError, match="is a URL"):
         Checkpoints("s3://bucket/run")
+
+
+def test_signals_are_told_to_other_ranks_on_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A tensor on the devices would drain them in every micro-batch."""
+    groups, others = [], {"number": 0}
+
+    def reduce(numbers: torch.Tensor, op: Any, group: Any) -> None:
+        assert (numbers.device.type, op, group) == ("cpu", torch.distributed.ReduceOp.MAX, "gloo")
+        numbers.fill_(max(int(numbers), others["number"]))
+
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: groups.append(backend) or backend)
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", groups.remove)
+    saving, run = Checkpoints(str(tmp_path), every_minutes=1), SimpleNamespace(world_size=2, is_global_zero=False)
+    saving._stop_if_signalled(run)  # type: ignore[arg-type]
+    assert not saving._time_is_up(run)  # type: ignore[arg-type]
+    others["number"] = 1
+    assert saving._time_is_up(run)  # type: ignore[arg-type]  # by the clock of rank zero
+    others["number"] = int(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        saving._stop_if_signalled(run)  # type: ignore[arg-type]
+    assert groups == ["gloo"]
+    saving.teardown(run, None, "fit")  # type: ignore[arg-type]
+    assert groups == []

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from stopped_runs import at_call, send, stopped
 
 from leap_pl.callbacks import Checkpoints, MaskExport
+from leap_pl.checkpoints.run_folder import Leftover
 from leap_pl.cli.main import main
 from leap_pl.data import TextDataModule
 from leap_pl.errors import UserError
@@ -251,3 +252,16 @@ def test_a_program_is_refused_as_well(run: Path, model_folder, text_file, tmp_pa
     with pytest.raises(UserError, match="holds another run"):
         fit()
     assert tree(run) == before
+
+
+def test_what_another_run_has_put_there_since_stays(tmp_path: Path) -> None:
+    """What --force replaces is listed before the prior is made, and removed when learning begins."""
+    path, new = tmp_path / "mask.safetensors", tmp_path / "new"
+    path.write_text("old")
+    left = Leftover.of(path)
+    new.write_text("another run's")
+    new.replace(path)
+    left.remove()
+    assert path.read_text() == "another run's"
+    Leftover.of(path).remove()
+    assert not path.exists()

@@ -17,6 +17,7 @@ from leap_pl.comparison.overlap import Overlap
 from leap_pl.comparison.pictures import _against_sparsity, _differences, _overlaps
 from leap_pl.comparison.table import is_level
 from leap_pl.masks import MaskSet, Provenance
+from leap_pl.masks.weight_groups import split_name
 
 BASELINES = ("magnitude", "wanda")
 
@@ -104,3 +105,12 @@ def test_long_names_leave_the_numbers_of_the_layers_apart():
     boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
     assert len(boxes) == 30
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_a_result_has_the_densities_of_its_mask(write_result):
+    content = result("wanda", 0.4, 20.0)
+    shares = {name: 0.1 + 0.1 * number for number, name in enumerate(content["sparsity"]["weights"])}
+    content["sparsity"]["weights"] = shares
+    (entry,) = read_entries([write_result("a", content)])
+    for name, share in shares.items():
+        assert entry.densities[split_name(name)] == pytest.approx(1 - share)

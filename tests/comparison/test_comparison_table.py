@@ -252,3 +252,12 @@ def test_wide_tables_are_divided(write_result):
         assert not any(re.match("model +− best baseline", line) for line in lines)
         found = [re.split("  +", line.strip()) for line in lines if line and not line.startswith("-")]
         assert sorted(cell for line in found for cell in line if cell not in [r[0] for r in main]) == cells
+
+
+@pytest.mark.parametrize(("sparsity", "alike"), [(0.505, True), (0.52, False)])
+def test_a_baseline_is_of_nearly_the_same_sparsity(sparsity, alike, write_result):
+    paths = [write_result("a", result("leap", 0.5, 14.0)), write_result("b", result("wanda", sparsity, 20.0))]
+    entries = read_entries(paths)
+    (leap,) = [entry for entry in entries if entry.method == "leap"]
+    (text,) = leap.perplexity
+    assert (perplexity_difference(leap, entries, text, {"wanda"}) is not None) == alike

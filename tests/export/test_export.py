@@ -203,15 +203,16 @@ def test_full_disk_leaves_nothing(finished: Run, tmp_path: Path, monkeypatch) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_does_not_read_back_is_not_exported(finished: Run, tmp_path: Path, monkeypatch) -> None:
-    """One removed weight comes back alive: the export is refused and leaves nothing."""
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_file_that_does_not_read_back_is_not_exported(kept: bool, finished: Run, tmp_path: Path, monkeypatch) -> None:
+    """A removed weight comes back alive, or a kept one is another: the export is refused and leaves nothing."""
 
     def careless(folder: Path, masks: MaskSet) -> bool:
         assert zero_removed(folder, masks)
         name, mask = next(iter(masks.masks.items()))
         place = places_in(folder)[name]
         values = np.memmap(place.file, np.float32, "r+", place.start, mask.numel())
-        values[int((~mask).flatten().nonzero()[0])] = 1.0
+        values[int((mask if kept else ~mask).flatten().nonzero()[0])] += 1.0
         return True
 
     monkeypatch.setattr(zeros, "zero_removed", careless)
@@ -366,3 +367,18 @@ def test_the_card_tells_only_perplexities_that_say_of_what_they_are(finished: Ru
     begun = card(data=config["data"] | {"bos": "every"})
     assert "| blocks that begin with BOS | `every` |" in begun
     assert "(4 blocks of 32 tokens, each beginning with BOS): " in begun
+
+
+def test_shares_of_layers_and_projections_are_sparsities(model_folder: Path, tmp_path: Path) -> None:
+    masks = random_mask(model_folder, tmp_path / "mask.safetensors", sparsity=0.3).masks
+    export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask.safetensors"), format="mask")
+    facts = json.loads((tmp_path / "out" / "leap_pl.json").read_text())
+
+    def removed(part: str) -> float:
+        some = torch.cat([mask.flatten() for name, mask in masks.items() if part in name])
+        return float((~some).double().mean())
+
+    assert facts["sparsity_by_layer"]["1"] == pytest.approx(removed("layers.1."))
+    assert facts["sparsity_by_projection"]["mlp.up_proj"] == pytest.approx(removed("mlp.up_proj"))
+    assert removed("mlp.up_proj") < 0.4
+    assert re.search(r"\| mlp\.up_proj \| 0\.[23]", (tmp_path / "out" / "README.md").read_text())

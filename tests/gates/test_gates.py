@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.torch_version import TorchVersion
 
-from leap_pl.gates import Gates
+from leap_pl.gates import BernoulliGate, Gate, Gates
 from leap_pl.kernels import compiled as compiling
 from leap_pl.masks.patterns import Unstructured
 
@@ -237,3 +237,31 @@ def test_the_share_of_logits_above_zero() -> None:
 
 def test_the_prior_has_the_sparsity_of_the_run() -> None:
     assert two_gates().prior_forms(0.7) == {"prior": Unstructured(0.7)}
+
+
+def test_many_weights_of_two_types_have_each_their_own_noise() -> None:
+    """More than one kernel takes at once, and not in the order of the types."""
+    random = torch.Generator().manual_seed(0)
+    state = state_at(100.0, 1.0, seed=2, step=7)
+    gates = [gate_of((3, 5), name=str(i), state=state) for i in range(70)]
+    weights = [torch.randn(3, 5, generator=random).to((torch.float32, torch.bfloat16)[i % 2]) for i in range(70)]
+    for gate in gates:
+        gate.logits.data.normal_(0, 0.05, generator=random)
+    for gate, weight, found in zip(gates, weights, BernoulliGate.soften_all(gates, weights), strict=True):
+        for one, other in zip(found, gate.soften(weight, *gate.keys()), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_kind_whose_softening_is_a_mixins_is_softened_by_it() -> None:
+    class Calm:
+        def soften(self, weight: Tensor, key_0: int, key_1: int) -> Any:
+            return None
+
+    class CalmGate(Calm, BernoulliGate):  # type: ignore[misc]
+        pass
+
+    class Plain(BernoulliGate):
+        pass
+
+    assert CalmGate.soften_all.__func__ is Gate.soften_all.__func__  # type: ignore[attr-defined]
+    assert Plain.soften_all.__func__ is BernoulliGate.soften_all.__func__  # type: ignore[attr-defined]

@@ -419,3 +419,15 @@ def test_logits_and_buffers_keep_every_bit_when_the_model_is_cast() -> None:
         for part, tensor in gate.stored().items():
             assert tensor.dtype == before[name][part].dtype
             assert torch.equal(tensor, before[name][part])
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4)])
+def test_tiles_at_the_edge_and_other_patterns_start_from_their_own_densities(n: int, m: int) -> None:
+    gate, without = (tile_gate((6, 10), n=n, m=m, spread=1e-6, strength=3.0) for _ in range(2))
+    prior = torch.rand(6, 10, generator=torch.Generator().manual_seed(0)) < 0.8
+    gate.start_from(prior, seed=0)
+    without.start_from(None, seed=0)
+    densities = torch.tensor([float(tile.float().mean()) for tile in tiles_of(prior, 1, 4)]).view(2, 3)
+    share = ((densities - n / m) / (1 - n / m)).clamp(0, 1)
+    lean = (gate.logits - without.logits).detach() / 1e-6
+    torch.testing.assert_close(lean, 3.0 * (2 * share - 1), rtol=1e-3, atol=1e-3)

@@ -1,5 +1,7 @@
 """Weights that are trained under gates: their gradients, their zeros, and a mask that stays as it is."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -224,3 +226,11 @@ def test_masters_keep_their_dtype_when_the_model_is_cast() -> None:
     assert master_of(gate).dtype == torch.float32
     assert gate.current(find_weights(model)[name].parameter).dtype == torch.bfloat16
     assert gate.bits.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((8, 4096), 1), ((4096, 8), 0)])
+def test_low_rank_updates_start_by_name_and_by_the_inputs(shape: tuple[int, int], dim: int) -> None:
+    first = bare(shape, dim=dim)
+    one, other = (LowRank(weight, WeightTraining(r=64), 0) for weight in (first, replace(first, name="v")))
+    assert not torch.equal(one.lora_A, other.lora_A)
+    assert float(one.lora_A.detach().std()) == pytest.approx(1 / math.sqrt(3 * 4096), rel=0.15)

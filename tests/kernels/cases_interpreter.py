@@ -5,6 +5,7 @@ last place, all others exactly.
 """
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import leap_pl.kernels.gpu as gpu
+from leap_pl.errors import warn_once
 from leap_pl.gates import attach
 from leap_pl.gates.bernoulli import BernoulliGate, mask_backward, mask_forward
 from leap_pl.gates.gate import GateState
@@ -168,6 +170,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(gpu, "DEVICES", {"cpu"})
     monkeypatch.delenv("LEAP_PL_COMPILE", raising=False)
     assert gpu.has_kernels(CPU)
+    made.clear()  # the launch by which that is found out
     return made
 
 
@@ -310,3 +313,19 @@ def test_few_rows_are_multiplied_packed_and_many_unpacked(on_cpu: list[str]) -> 
         torch.testing.assert_close(found, x @ weight.unpack().T)
         assert on_cpu.pop() == kernel
     assert not on_cpu
+
+
+def test_kernels_that_compute_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "DEVICES", {"cpu"})
+    monkeypatch.delenv("LEAP_PL_COMPILE", raising=False)
+    gpu._works.cache_clear()
+    warn_once.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "math", SimpleNamespace(log=lambda number: 5.0))
+        with pytest.warns(
+            UserWarning, match=r"a loss of 5\.0000 is 0\.6931\), so gates and losses run on the GPU uncompiled"
+        ):
+            assert not gpu.has_kernels(CPU)
+    gpu._works.cache_clear()
+    warn_once.cache_clear()
+    assert gpu.has_kernels(CPU)

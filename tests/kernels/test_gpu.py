@@ -4,12 +4,16 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+import leap_pl.kernels.gpu as gpu
+from leap_pl.errors import warn_once
 
 HERE = Path(__file__).parent
 
@@ -138,3 +142,18 @@ def test_new_keys_are_no_new_kernel() -> None:
             return bind(*(given[name] for name in kernel.signature.parameters))[1]
 
         assert kind((5, 7)) == kind((1, 16)) == kind((-(2**31), 2**31 - 1)) == kind((0, -16))
+
+
+def test_a_triton_that_cannot_build_leaves_the_eager_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a C compiler, for example: here, without a GPU, there is no kernel for the device."""
+    monkeypatch.setattr(gpu, "DEVICES", {"cpu"})
+    monkeypatch.delenv("LEAP_PL_COMPILE", raising=False)
+    gpu._works.cache_clear()
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"Triton builds no kernels that work here .*apt-get install gcc python3-dev"):
+        assert not gpu.has_kernels(torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not gpu.has_kernels(torch.device("cpu"))  # once
+    gpu._works.cache_clear()
+    warn_once.cache_clear()

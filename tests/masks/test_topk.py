@@ -1,6 +1,7 @@
 """The exact k highest, against a stable sort."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from leap_pl.masks import top_k as topk
 from leap_pl.masks.top_k import Cut, closest_top_k, exact_top_k
@@ -143,3 +145,23 @@ def test_its_arguments_stay_as_they_are() -> None:
 
 def test_a_cut_speaks_for_a_tensor_by_value_and_index() -> None:
     assert Cut(1.0, 2).mask(torch.tensor([[1.0, 0.5], [1.0, 2.0]])).tolist() == [[True, False], [False, True]]
+
+
+def test_a_mask_of_ties_makes_no_index_of_every_element() -> None:
+    """It would take eight bytes a weight; bfloat16 logits tie in bulk."""
+
+    class Small(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = function(*args, **(kwargs or {}))
+            assert not (isinstance(found, Tensor) and found.dtype == torch.int64 and found.numel() >= 600)
+            return found
+
+    tensor = torch.tensor([0.0, 1.0, 2.0]).repeat(200).view(20, 30)
+    for mask_of in (tensor, tensor.T):
+        cut = Cut(1.0, 301)
+        with Small():
+            mask = cut.mask(mask_of)
+        flat, kept = mask_of.reshape(-1), mask.reshape(-1)
+        expected = (flat > 1) | ((flat == 1) & (torch.arange(600) < 301))
+        assert mask.shape == mask_of.shape
+        assert torch.equal(kept, expected)

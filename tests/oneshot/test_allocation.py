@@ -79,3 +79,17 @@ def test_sparsities_of_a_file_that_never_ends(tmp_path: Path) -> None:
         read_layer_sparsities(tmp_path / "deep")
     (tmp_path / "good").write_text("0.25 0.75\n")
     assert read_layer_sparsities(tmp_path / "good") == [0.25, 0.75]
+
+
+def test_owl_has_the_overall_sparsity_whatever_the_sizes_of_blocks() -> None:
+    model = tiny_model(num_hidden_layers=3)
+    with torch.no_grad():
+        for layer, outliers in enumerate((0, 40, 15)):
+            model.model.layers[layer].self_attn.q_proj.weight.flatten()[: 16 * outliers : 16] *= 40
+    blocks = by_block(model, find_weights(model, ignore=["re:.*layers.1.mlp.*"]))
+    with Walk(model, BLOCKS, WalkOptions(keep=True)) as walk:
+        found = owl_sparsities(walk, blocks, 0.6, OwlOptions(spread=0.06))
+    sizes = [sum(m.view(m.weight.parameter).numel() for m in block) for block in blocks]
+    assert len(set(sizes)) == 2
+    assert max(found) - min(found) == pytest.approx(0.12)
+    assert sum(s * n for s, n in zip(found, sizes, strict=True)) / sum(sizes) == pytest.approx(0.6, abs=1e-9)

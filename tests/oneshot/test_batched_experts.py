@@ -120,3 +120,30 @@ def test_hessians_are_of_the_same_rows() -> None:
                     rows = expected[layer][matrix.expert]
                     assert found[matrix.name].count == len(rows)
                     torch.testing.assert_close(found[matrix.name].gram, rows.T @ rows, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_tokens_that_an_expert_gets() -> None:
+    """A batched product has rows of every expert for every token; those that it does not get have gradients too."""
+    model, blocks_NT = llama4(), tokens(3, 12)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def see(module: torch.nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        output.retain_grad()
+        seen.append((args[0].detach().view(EXPERTS, -1, args[0].shape[-1]).any(-1), output))
+
+    for layer in model.model.layers:
+        layer.feed_forward.experts.register_forward_hook(see)
+    loss = model(input_ids=blocks_NT, labels=blocks_NT, use_cache=False).loss
+    (loss * blocks_NT[:, 1:].numel()).backward()  # the sum over predicted tokens
+    other, compared = llama4(), 0
+    moments = measure_moments(other, all_matrices(other), blocks_NT)
+    for layer, (used, output) in enumerate(seen):
+        assert output.grad is not None
+        gradients = output.grad.view(EXPERTS, -1, output.shape[-1])
+        for expert in range(EXPERTS):
+            name = f"model.layers.{layer}.feed_forward.experts.down_proj[{expert}]"
+            if used[expert].any() and not used[expert].all():
+                expected = gradients[expert][used[expert]].square().sum(0)
+                torch.testing.assert_close(moments[name].gradient_square_O, expected, rtol=1e-3, atol=1e-8)
+                compared += 1
+    assert compared

@@ -213,3 +213,27 @@ def test_the_settings_of_a_prior_are_what_it_is_made_with(sequences: int, tmp_pa
     assert made.provenance.config["fisher"]["strength"] == 0.9
     assert data.stream.read == sequences
     assert made.sparsity == pytest.approx(0.6, abs=1e-3)
+
+
+def test_the_same_tokens_in_other_blocks_are_another_prior(tmp_path: Path) -> None:
+    """What a token attends to is another context."""
+    numbers = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0))
+
+    def data(length: int) -> Any:
+        found: Any = Data()
+        found.stream.seq_length = length
+        found.stream.blocks = lambda: (Block(part.tolist()) for part in numbers.split(length))
+        return found
+
+    make(tmp_path, data=data(40), sequences=5)
+    make(tmp_path, data=data(20), sequences=10)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_masks_of_an_earlier_algorithm_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path)
+    make(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(prior_module, "ALGORITHM", prior_module.ALGORITHM + 1)
+    make(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2

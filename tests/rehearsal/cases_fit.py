@@ -267,3 +267,15 @@ def test_weights_of_the_losses_are_not_rounded(model: Path, text_file: Path) -> 
 def test_the_python_api_with_the_device_as_the_default(model: Path, text_file: Path) -> None:
     with torch.device(sim.DEVICE):
         fit(tiny(model, "wanda"), text_file, accumulate_grad_batches=1, val_check_interval=2)
+
+
+def test_the_base_model_is_loaded_on_the_host(
+    model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning names the run's device to what is made; transformers takes that for a device map of accelerate's."""
+    monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda *_: False)
+    module, seen = tiny(model, "wanda"), []
+    module.when_loaded.append(lambda loaded: seen.extend({parameter.device.type for parameter in loaded.parameters()}))
+    fit(module, text_file)
+    assert seen == ["cpu"]
+    assert {parameter.device.type for parameter in module.parameters()} == {sim.DEVICE}

@@ -173,3 +173,22 @@ def test_numbers_that_make_no_sense() -> None:
         for wrong in ({"rows": -1.0}, {"columns": -0.5}):
             with pytest.raises(UserError, match=rf"{make.__name__}: rows is .* and columns is .*; give 0 or more"):
                 make([nn.Parameter(torch.zeros(2, 2))], **wrong)
+
+
+def test_a_step_that_the_gradient_scaler_skips_is_skipped_whole() -> None:
+    """Under 16-mixed an infinite gradient takes no step, of logits, rows or columns."""
+    parameter = nn.Parameter(torch.zeros(3, 4))
+    optimizer: Any = SharedAdamW([parameter], lr=1e-2, betas=BETAS, fused=True)
+    first, second = gradients((3, 4), 2)
+    parameter.grad = first
+    optimizer.step()
+
+    def state() -> list[Tensor]:
+        return [parameter.detach().clone(), *(x.clone() for x in optimizer.state[parameter].values())]
+
+    before = state()
+    parameter.grad = second.clone()
+    parameter.grad[1, 2] = math.inf
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.step()
+    assert all(torch.equal(one, other) for one, other in zip(before, state(), strict=True))

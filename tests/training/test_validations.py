@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from python_runs import again, data, trainer
 
 from leap_pl import LeapModule, UserError
 from leap_pl.training.run_length import check_run_length
-from leap_pl.training.validation import Validation
+from leap_pl.training.validation import Measured, Validation
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -55,3 +56,15 @@ def test_validation_by_the_clock_is_of_one_rank(text_file: Path) -> None:
     check_run_length(one)
     with pytest.raises(UserError, match="is a time, and each of the 2 ranks would look at its own clock"):
         check_run_length(two)
+
+
+def test_figures_of_another_text_are_not_shown() -> None:
+    of: Any = {"tokens": "a" * 16, "sequences": 4, "seq_length": 32.0}
+    of |= {"fingerprint": "f", "dtype": "float32", "precision": "32-true"}
+    validation = Validation()
+    validation.hard, validation.dense = Measured(20.0, **of), Measured(10.0, **of)
+    validation.start = Measured(30.0, **{**of, "tokens": "b" * 16})
+    assert validation.figures() == {"hard": 20.0, "dense": 10.0}
+    assert "prior" not in validation.summary(3)
+    validation.start = Measured(30.0, **of)
+    assert validation.figures()["prior"] == 30.0

@@ -6,6 +6,7 @@ of several generations. On a GPU they also launch once for all gates of a decode
 """
 
 import importlib
+import math
 import os
 from functools import cache
 from importlib.util import find_spec
@@ -19,7 +20,29 @@ DEVICES = {"cuda"}  # types of the devices on which the operators run; the tests
 
 def has_kernels(device: torch.device) -> bool:
     """Return whether the operators of this package run on ``device``; with ``LEAP_PL_COMPILE=0``, none does."""
-    return device.type in DEVICES and os.environ.get("LEAP_PL_COMPILE") != "0" and _found()
+    if device.type not in DEVICES or os.environ.get("LEAP_PL_COMPILE") == "0":
+        return False
+    return _found() and _works(device.type)
+
+
+@cache
+def _works(kind: str) -> bool:
+    """Return whether a kernel can be built and computes: Triton needs a C compiler and the headers of Python."""
+    logits, targets = torch.zeros(1, 2, device=kind), torch.zeros(1, dtype=torch.int64, device=kind)
+    try:
+        loss, _ = torch.ops.leap_pl.lm_loss(logits, targets, 1.0)
+        found = float(loss.sum())
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+    else:
+        if abs(found - math.log(2)) < 1e-3:
+            return True
+        reason = f"a loss of {math.log(2):.4f} is {found:.4f}"
+    warn_once(
+        f"Triton builds no kernels that work here ({reason}), so gates and losses run on the GPU uncompiled, many "
+        "times slower. It needs a C compiler and the headers of Python: apt-get install gcc python3-dev."
+    )
+    return False
 
 
 @cache

@@ -1,0 +1,247 @@
+"""From Python: objects where names are meant, data of one's own, and masks of modules that were not fitted."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from python_runs import again, data, trainer
+from tiny import byte_tokenizer, tiny_folder, tiny_model
+from torch.utils.data import DataLoader, IterableDataset
+
+from leap_pl import LeapModule, UserError
+from leap_pl.base_model.weights import find_weights
+from leap_pl.callbacks import Checkpoints, MaskExport, ValidationTimes
+from leap_pl.checkpoints.layout import masks_from_checkpoint
+from leap_pl.oneshot.fisher import FisherOptions
+from leap_pl.oneshot.prune import prune
+from leap_pl.prior import Prior
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+# -- arguments -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"base_model": tiny_model()}, "base_model is an object, a LlamaForCausalLM; give its hub id or its folder"),
+        ({"mask": object()}, "mask is an object, a object; save it first, and give the file"),
+        ({"ignore": "re:.*down_proj"}, r"ignore is one name, 're:\.\*down_proj'; give a list: \['re:"),
+        ({"targets": "Linear"}, "targets is one name, 'Linear'; give a list"),
+        ({"targets": 3}, "targets is 3; give a list of names"),
+        ({"dtype": torch.bfloat16}, r"dtype is torch\.bfloat16; give one of 'auto', 'float32'"),
+        ({"logits_dtype": torch.bfloat16}, r"logits_dtype is torch\.bfloat16; give one of 'float32', 'bfloat16'"),
+        ({"logits_dtype": "float16"}, "logits_dtype is 'float16'; give one of"),
+    ],
+)
+def test_what_is_no_name(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        LeapModule(**{"base_model": "some/model", **settings})
+
+
+def test_one_name_is_no_list_of_letters() -> None:
+    for given in ({"targets": "Linear"}, {"ignore": "lm_head"}):
+        with pytest.raises(UserError, match="are lists of names"):
+            find_weights(tiny_model(), **given)  # type: ignore[arg-type]
+
+
+def test_a_module_is_pickled(model_folder: Path) -> None:
+    module = pickle.loads(pickle.dumps(LeapModule(str(model_folder), sparsity=0.25)))
+    assert (module.base_model, module.sparsity) == (str(model_folder), 0.25)
+    optimizer = module.make_optimizer([torch.nn.Parameter(torch.zeros(2))])
+    assert (type(optimizer), optimizer.defaults["lr"], optimizer.defaults["betas"]) == (
+        torch.optim.AdamW, 1e-3, (0.9, 0.95),
+    )  # fmt: skip
+
+
+def test_the_strength_of_an_allocation_alone() -> None:
+    tokens = torch.arange(64).view(2, 32) % 200
+    masks = [
+        prune(tiny_model(), tokens, fisher=fisher, progress=False).masks  # type: ignore[arg-type]
+        for fisher in (0.5, FisherOptions(0.5))
+    ]
+    assert masks[0].digest_of_bits() == masks[1].digest_of_bits()
+    for given in ({"owl": True}, {"fisher": True}, {"owl": 0.1}):
+        with pytest.raises(UserError, match=r"give (Owl|Fisher)Options\(\), or leave it out"):
+            prune(tiny_model(), tokens, progress=False, **given)
+    with pytest.raises(UserError, match="densities by 'layers': give weight, layer or projection"):
+        masks[0].densities("layers")
+
+
+def test_a_model_in_float16_is_told_what_it_rounded(tmp_path: Path) -> None:
+    import transformers
+
+    model = tiny_model().to(torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(1e-7)
+    model.save_pretrained(tmp_path / "model")
+    masks = prune(model, None, method="magnitude", update=False, progress=False).masks
+    halved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float16)
+    with pytest.raises(UserError, match=r"float16 rounds small weights: load it with dtype='auto'"):
+        masks.apply_(halved)
+    masks.apply_(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto"))
+
+
+# -- masks that nobody learned, and those of checkpoints -----------------------------------------------------------
+
+
+def test_a_module_that_was_not_fitted_has_no_mask(module: LeapModule, text_file: Path) -> None:
+    """Its logits are noise around 0."""
+    with pytest.raises(UserError, match="has no mask before a fit"):
+        trainer().validate(module, data(text_file), verbose=False)
+    with pytest.raises(UserError, match="has no mask before a fit"):
+        module.mask_set()
+    fresh = again(module)
+    fresh.configure_model()
+    with pytest.raises(UserError, match="has no mask before a fit"):
+        fresh.mask_set()
+
+
+def test_a_mask_of_a_checkpoint_says_of_which_run_it_is(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
+    """Whatever it is validated with."""
+    saved = Checkpoints(str(tmp_path / "run"), every_n_train_steps=1, save_top_k=-1)
+    trainer(saved, max_steps=3, gradient_clip_val=0.7).fit(module, data(text_file))
+    first = min((tmp_path / "run").glob("step=1.ckpt"))
+    expected = masks_from_checkpoint(first)
+    assert (expected.provenance.config["steps"], expected.provenance.config["max_steps"]) == (1, 3)
+    loaded = LeapModule.load_from_checkpoint(first)
+    assert loaded.mask_set().provenance == expected.provenance
+    other = tmp_path / "other.jsonl"
+    other.write_text(text_file.read_text())
+    trainer().validate(loaded, data(other), verbose=False)
+    assert loaded.mask_set().provenance == expected.provenance
+    assert loaded.mask_set().digest_of_bits() == expected.digest_of_bits()
+    trainer(max_steps=3, gradient_clip_val=0.7).fit(loaded, data(text_file), ckpt_path=str(first))
+    assert loaded.mask_set().provenance.config["steps"] == 3
+
+
+def test_a_mask_that_was_written_stays_so(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
+    export = MaskExport(str(tmp_path))
+    run = trainer(export, max_steps=1)
+    run.fit(module, data(text_file))
+    written = export.written
+    assert written is not None
+    run.validate(module, data(text_file), verbose=False)
+    assert export.written == written
+
+
+def test_a_program_is_told_what_a_program_can_do(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
+    trainer(Checkpoints(str(tmp_path)), max_steps=1).fit(module, data(text_file))
+    with pytest.raises(
+        UserError, match=r"holds another run .*Resume it with trainer\.fit\(\.\.\., ckpt_path=FILE\)"
+    ) as told:
+        trainer(Checkpoints(str(tmp_path)), max_steps=1).fit(again(module), data(text_file))
+    assert "--" not in str(told.value)
+
+
+# -- data of one's own ---------------------------------------------------------------------------------------------
+
+
+class Own(L.LightningDataModule):
+    """Blocks of its own, with arguments that only a pickle could hold."""
+
+    def __init__(self, folder: Path, tokenizer: Any) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.vocabulary = {"a": 0}
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([{"input_ids": torch.arange(16)}] * 4, batch_size=2)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_holds_no_arguments_of_the_data(model_folder: Path, tmp_path: Path) -> None:
+    module = LeapModule(str(model_folder), dtype="float32", prior=Prior(method="magnitude"))
+    text = Own(tmp_path, byte_tokenizer())
+    run = trainer(max_steps=1)
+    run.fit(module, text)
+    assert text.vocabulary == {"a": 0}
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = LeapModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert loaded.mask_set().digest_of_bits() == module.mask_set().digest_of_bits()
+
+
+def test_text_is_checked_against_the_model_that_reads_it(text_file: Path, tmp_path: Path) -> None:
+    """And not against the one that it was used with before."""
+    small, large = tiny_folder(tmp_path / "small"), tiny_folder(tmp_path / "large", vocab_size=400)
+    text = data(text_file)
+    checkpoints = {}
+    for folder in (large, small):
+        module = LeapModule(str(folder), dtype="float32", prior=Prior(method="magnitude"))
+        run = trainer(max_steps=1)
+        run.fit(module, text)
+        run.save_checkpoint(tmp_path / f"{folder.name}.ckpt")
+        checkpoints[folder.name] = tmp_path / f"{folder.name}.ckpt"
+    vocabulary = text.vocabulary
+    trainer().validate(LeapModule.load_from_checkpoint(checkpoints["large"]), text, verbose=False)
+    assert (vocabulary, text.vocabulary) == (small_vocabulary(small), 400)
+    long = data(text_file, seq_length=4096)
+    with pytest.raises(UserError, match=r"--data\.seq_length 128"):
+        trainer().validate(LeapModule.load_from_checkpoint(checkpoints["large"]), long, verbose=False)
+
+
+def small_vocabulary(folder: Path) -> int:
+    import json
+
+    return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter([{"input_ids": torch.arange(16)}] * 2)
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_loaders_of_ones_own_are_validated_at_the_end(model_folder: Path, endless: bool) -> None:
+    """Also if the run reads them several times."""
+    module = LeapModule(str(model_folder), dtype="float32", prior=Prior(method="magnitude"))
+    blocks: Any = [{"input_ids": torch.arange(16)}] * 4
+    validation: Any = Endless() if endless else blocks
+    trainer(ValidationTimes(), max_steps=10).fit(
+        module, DataLoader(blocks, batch_size=1), DataLoader(validation, batch_size=1)
+    )
+    assert module.validation.hard_step == 10
+
+
+def test_a_module_is_loaded_without_running_its_model(
+    module: LeapModule, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is on its device: kernels for a GPU alone do not run on the CPU."""
+    run = trainer(max_steps=1)
+    run.fit(module, data(text_file))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    with monkeypatch.context() as patch:
+        patch.setattr("leap_pl.training.gated_module.split_model", lambda model: pytest.fail("it was run"))
+        loaded = LeapModule.load_from_checkpoint(tmp_path / "a.ckpt", map_location="cpu")
+        assert loaded.mask_set().digest_of_bits() == module.mask_set().digest_of_bits()
+    ids = torch.arange(64).view(2, 32)
+    assert torch.equal(loaded.head(loaded.states(ids).flatten(0, 1)), module.head(module.states(ids).flatten(0, 1)))
+
+
+def test_a_weight_that_is_not_used_has_a_gradient(model_folder: Path, text_file: Path) -> None:
+    """DDP waits for one of every parameter, also where no term of the mask reads it."""
+    from leap_pl.gates import NMGate
+    from leap_pl.losses.objective import Objective
+
+    module = LeapModule(
+        str(model_folder),
+        gate=NMGate,
+        dtype="float32",
+        prior=Prior(method="none"),
+        objective=Objective(budget=0, weight=0),
+    )
+
+    class Skips(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            layer = module.model.model.layers[1]  # type: ignore[union-attr]
+            layer.mlp.forward = lambda hidden: hidden
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
+            self.without = [name for name, gate in module.gates.items() if gate.logits.grad is None]
+
+    skips = Skips()
+    trainer(skips, max_steps=1).fit(module, data(text_file, validation_sequences=0))
+    assert skips.without == []
