@@ -9,6 +9,7 @@ import torch
 import yaml
 from conftest import Run, failing
 from recovered_runs import Flags
+from tiny import byte_tokenizer
 
 from leap_pl.cli.compare import compare_command
 from leap_pl.cli.evaluate import evaluate_command
@@ -217,3 +218,19 @@ def test_a_result_has_the_settings_of_its_texts(tmp_path: Path, model_folder: Pa
     content["perplexity"][str(text_file)] |= {"config_name": "en", "split": "train"}
     output.write_text(json.dumps(content))
     assert read_result(output)["perplexity"][str(text_file)]["split"] == "train"
+
+
+def test_c4_is_read_to_the_smaller_of_two_limits(monkeypatch, tmp_path: Path) -> None:
+    """256 windows, without the prefix of each, or as many tokens as are asked for."""
+    import leap_pl.data
+    from leap_pl.evaluation.texts import read_text
+
+    asked: list[Any] = []
+    monkeypatch.setattr(leap_pl.data, "held_out_tokens", lambda *_, most, **__: asked.append(most))
+    for max_tokens in (None, 100, 10**6):
+        for prefix in (0, 2):
+            for bos in ("every", "first"):
+                settings: Any = {"seq_length": 32, "max_tokens": max_tokens, "share": "all", "bos": bos}
+                read_text("c4", byte_tokenizer(prefix=prefix), **settings)
+                within = 256 * (32 - prefix * (bos == "every"))
+                assert asked.pop() == min(within, max_tokens or within)

@@ -382,3 +382,18 @@ def test_shares_of_layers_and_projections_are_sparsities(model_folder: Path, tmp
     assert facts["sparsity_by_projection"]["mlp.up_proj"] == pytest.approx(removed("mlp.up_proj"))
     assert removed("mlp.up_proj") < 0.4
     assert re.search(r"\| mlp\.up_proj \| 0\.[23]", (tmp_path / "out" / "README.md").read_text())
+
+
+def test_a_mask_that_does_not_read_back_is_not_exported(finished: Run, tmp_path: Path, monkeypatch) -> None:
+    real = MaskSet.save
+
+    def careless(self: MaskSet, path: Path) -> Path:
+        masks = {name: mask.clone() for name, mask in self.masks.items()}
+        first = next(iter(masks.values())).view(-1)
+        first[0] = ~first[0]
+        return real(MaskSet(masks, self.provenance), path)
+
+    monkeypatch.setattr(MaskSet, "save", careless)
+    with pytest.raises(UserError, match=r"mask\.safetensors does not read back"):
+        export_command(str(tmp_path / "out"), mask=str(finished.mask), format="mask")
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from leap_pl.base_model.weights import find_weights
 from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.comparison.entries import read_entries
+from leap_pl.errors import UserError
 from leap_pl.evaluation.subject import load_subject
 from leap_pl.export import packed as packed_export
 from leap_pl.masks import MaskSet
@@ -81,7 +83,11 @@ def packed(masks: MaskSet, place: Path, values: str) -> dict[str, dict[str, floa
 
 def test_int8_is_smaller_and_says_that_it_rounds(tmp_path: Path) -> None:
     masks = sparse_folder(tmp_path / "base")
-    assert packed(masks, tmp_path, "int8")["packed"]["bytes_per_weight"] < 0.8
+    facts = packed(masks, tmp_path, "int8")["packed"]
+    assert facts["bytes_per_weight"] < 0.8
+    stored = load_file(tmp_path / "int8" / "model.safetensors")
+    parts = [tensor for name in masks.masks for key, tensor in stored.items() if key.startswith(name)]
+    assert facts["bytes"] == sum(part.nbytes for part in parts)
     assert "rounded to int8" in (tmp_path / "int8" / "README.md").read_text()
     exact = masked_base(tmp_path, masks).state_dict()
     found = load_model(str(tmp_path / "int8")).state_dict()
@@ -249,3 +255,23 @@ def test_sparse_and_packed_evaluate_and_compare_alike(tmp_path: Path, finished: 
         [str(tmp_path / "packed.json"), str(tmp_path / "huggingface.json"), str(tmp_path / "packed")]
     )
     assert all(entry.mask is not None for entry in entries)
+
+
+@pytest.mark.parametrize("of_mask", [False, True])
+def test_what_is_damaged_beside_the_packed_weights_is_found(of_mask: bool, tmp_path: Path, monkeypatch) -> None:
+    """A norm that reads back otherwise, and a bitmap."""
+    masks = sparse_folder(tmp_path / "base")
+    real = packed_export._verify
+
+    def damaged(base: Any, masks: MaskSet, folder: Path, **options: Any) -> None:
+        stored = load_file(folder / "model.safetensors")
+        name = f"{next(iter(masks.masks))}_bitmap" if of_mask else "model.norm.weight"
+        changed = stored[name].clone()
+        changed.view(-1)[0] = ~changed.view(-1)[0] if of_mask else changed.view(-1)[0] + 1
+        save_file({**stored, name: changed}, folder / "model.safetensors", {"format": "pt"})
+        real(base, masks, folder, **options)
+
+    monkeypatch.setattr(packed_export, "_verify", damaged)
+    with pytest.raises(UserError):
+        packed(masks, tmp_path, "auto")
+    assert not (tmp_path / "auto").exists()

@@ -441,3 +441,13 @@ def test_rows_keep_as_many_as_they_are_told(rows: int, columns: int, seed: int) 
     for row, each, k in zip(mask, score, kept.tolist(), strict=True):
         assert row.nonzero().flatten().tolist() == sorted(sorted(range(columns), key=lambda i: (-each[i], i))[:k])
     assert torch.equal(choose(score, ByRow(0.5, kept), "matrix"), choose(score, Unstructured(0.5), "matrix"))
+
+
+def test_sparsegpts_damping_is_in_the_scale_of_the_inputs() -> None:
+    """Also beside inputs that are always 0, which have no scale."""
+    x, weight = correlated()
+    x[:, :5] = 0
+    gram = x.T @ x
+    results = [sparsegpt(weight, scale * gram, Unstructured(0.6), SparseGPTOptions()) for scale in (1.0, 2.0**-20)]
+    assert torch.equal(results[0].mask, results[1].mask)
+    torch.testing.assert_close(results[0].weight, results[1].weight, rtol=1e-4, atol=1e-5)

@@ -172,3 +172,10 @@ def test_error_of_a_matrix_is_what_its_outputs_lose(gram: bool) -> None:
         x.double() @ weight.double().T
     ).square().sum()
     assert statistics.error(weight, pruned) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_layer_error_is_of_tokens_from_all_of_the_text() -> None:
+    statistics = InputStatistics(wants_gram=False)
+    statistics.add(torch.arange(40.0).view(10, 4), sample=3)
+    (kept,) = statistics.sample
+    assert kept[:, 0].tolist() == [0.0, 12.0, 24.0]

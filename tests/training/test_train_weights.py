@@ -25,6 +25,7 @@ from leap_pl.cli.prune import prune_command
 from leap_pl.comparison.entries import read_entries
 from leap_pl.export.method import decisive_settings
 from leap_pl.masks.bits import pack
+from leap_pl.masks.kept_weights import for_other_weights
 from leap_pl.training.checkpoint_weights import weights_from_checkpoint
 from leap_pl.training.weights import Placed, WeightTraining, parameters_of
 
@@ -395,3 +396,14 @@ def test_a_mask_by_another_name_is_the_same_mask(
     message = failing(capsys, words("another", tmp_path / "other"))
     assert "is another mask than that of the checkpoint" in message
     assert "Leave it out to resume" in message
+
+
+def test_a_mask_that_was_recovered_twice_is_what_it_was_before(
+    recovered: Path, recover: Flags, finished_run: Run, tmp_path: Path
+) -> None:
+    words = [word for word in recover(tmp_path / "again") if not word.startswith("--model.mask")]
+    main([*words, f"--model.mask={recovered / 'checkpoints' / 'mask.safetensors'}"])
+    twice = MaskSet.load(tmp_path / "again" / "checkpoints" / "mask.safetensors")
+    first = MaskSet.load(finished_run.mask).provenance.config
+    left = {name: value for name, value in first.items() if not name.startswith("perplexity")}
+    assert dict(for_other_weights(twice).provenance.config) == left
