@@ -103,13 +103,15 @@ def readers(every: int = 50) -> dict[str, Reader]:
     seen: Counter[str] = Counter()
 
     def result(path: Path) -> None:
-        from leap_pl.cli.evaluate import _print_summary
+        from leap_pl.cli.evaluate import _of_tasks, _of_text, _of_whom
         from leap_pl.cli.export import _read_results
+        from leap_pl.escape import say
         from leap_pl.evaluation.record import read_result, write_result
         from leap_pl.masks import Provenance
 
         told = read_result(path)
-        _print_summary({"mean": None, **told}, None)
+        lines = [_of_whom(told), *(_of_text(*figure) for figure in told["perplexity"].items())]
+        say("\n".join([*lines, *_of_tasks({"mean": None, **told})]), lines=True)
         write_result(path.with_name("again.json"), told)
         assert read_result(path.with_name("again.json")) == told
         use_entries(path, seen, every)

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def collect(progress: "Progress", folder: Path, *, removes: bool = True) -> int:
-    """Write one file a finished cell into ``folder``; returns how many are there.
+    """Write one file a finished cell into ``folder``; returns how many are there that are of today's settings.
 
     A file of a cell that is no longer in the experiment, or was made with other settings, inputs or code of it, is
     removed, and named, if it ``removes``; else it is named alone.
     A file of a cell that was not made here stays as long as it belongs to the experiment as it is today, and takes from
     it how the cell is shown: rows may have been renamed, or put elsewhere, since it was made.
     """
-    cells = progress.chosen([])  # each after those that it needs
+    cells, there = progress.chosen([]), 0  # each after those that it needs
     for path in folder.glob("*.json"):
         if path.stem not in progress.experiment.cells:
             _remove(path, "is not a cell of the experiment", removes=removes)
@@ -32,16 +32,18 @@ def collect(progress: "Progress", folder: Path, *, removes: bool = True) -> int:
         path = folder / f"{cell.name}.json"
         if progress.is_finished(cell):
             write_cell(progress, cell, path)
+            there += 1
         elif not progress.is_within_reach(cell):
-            continue  # whether its file is of today's settings cannot be said
+            there += path.exists()  # whether its file is of today's settings cannot be said
         elif is_current(progress, cell, folder):
+            there += 1
             result = read_result(path)
             shown = result["cell"] | _shown(progress.experiment, cell)
             if shown != result["cell"]:
                 write_result(path, result | {"cell": shown})
         elif path.exists():
             _remove(path, "was made with other settings or inputs than today's", removes=removes)
-    return len(list(folder.glob("*.json")))
+    return there
 
 
 def _remove(path: Path, why: str, *, removes: bool) -> None:

@@ -215,7 +215,8 @@ class Steps:
     @staticmethod
     def _fits(option: str, what: dict[str, Any]) -> bool:
         """Whether an option of evaluate speaks of what is measured: no task has a seq_length."""
-        of_texts, of_tasks = ("seq_length", "stride", "share"), ("tasks_folder", "num_fewshot")
+        of_texts = ("seq_length", "stride", "share", "max_tokens", "text_column", "config_name", "split")
+        of_tasks = ("tasks_folder", "num_fewshot", "limit")
         return option not in (of_tasks if "perplexity" in what else of_texts)
 
     def subject(self, cell: Cell) -> list[str]:

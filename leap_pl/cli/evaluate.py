@@ -109,13 +109,15 @@ def evaluate_command(
     from leap_pl.evaluation.perplexity import check_windows
     from leap_pl.evaluation.record import FORMAT, FORMAT_VERSION, check_place, environment, write_result
     from leap_pl.evaluation.subject import load_subject, realised_sparsity
-    from leap_pl.evaluation.texts import check_text
+    from leap_pl.evaluation.texts import TEXTS, check_text
     from leap_pl.oneshot.methods import MASK_ALONE
 
     check_windows(seq_length, seq_length if stride is None else stride, batch_size)
     from_hub = {text for text in texts if check_text(text, text_column=text_column, share=share)}
     of_hub = {"config_name": config_name, "split": split}
     check_used(of_hub, evaluate_command, not from_hub, "no text is given by a hub id, and wikitext2 and c4 have theirs")
+    column = {"text_column": text_column}
+    check_used(column, evaluate_command, not {*texts}.difference(TEXTS), "wikitext2 and c4 have theirs")
     local_tasks = None
     if names:
         from leap_pl.cli.quiet import quiet_lm_eval

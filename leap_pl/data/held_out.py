@@ -47,8 +47,9 @@ def evenly(blocks: Tensor, ranks: int) -> Tensor:
     even = len(blocks) // ranks * ranks
     if not even:
         raise UserError(
-            f"The validation text makes {len(blocks)} blocks, fewer than the {ranks} ranks. "
-            "Give more text with --data.validation_text, or lower --data.seq_length."
+            f"The validation text makes {len(blocks)} blocks, fewer than the {ranks} ranks. Set "
+            f"--data.validation_sequences to {ranks} or more, give more text with --data.validation_text, or lower "
+            "--data.seq_length."
         )
     return blocks[:even]
 
@@ -58,7 +59,8 @@ def warn_of_remainder(blocks: Tensor, ranks: int) -> None:
     if left := len(blocks) % ranks:
         warn(
             f"validation uses {len(blocks) - left} of {len(blocks)} blocks, as many on each of {ranks} ranks, so that "
-            f"its perplexity is of less text than on one. Set --data.validation_sequences to a multiple of {ranks}."
+            f"its perplexity is of less text than on one. For the same on both, set --data.validation_sequences to "
+            f"{len(blocks) - left}."
         )
 
 

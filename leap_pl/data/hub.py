@@ -53,6 +53,7 @@ class HubDataset:
         self.rereadable = False
         self.name = f"{dataset} ({', '.join(filter(None, (self.config_name, split)))})"
         self._opened: tuple[int, Any] | None = None
+        self._count: int | None = None  # of shards
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the open dataset: every process opens its own."""
@@ -64,7 +65,9 @@ class HubDataset:
         Raises:
             UserError: The dataset cannot be reached, or has no such config, split or column.
         """
-        return int(self._open().num_shards)
+        if self._count is None:  # also told to data workers, which begin with it
+            self._count = int(self._open().num_shards)
+        return self._count
 
     def identity(self) -> str:
         """Return dataset, config and split."""
@@ -159,8 +162,8 @@ class HubDataset:
             check_reachable(self.dataset, "dataset")
             dataset = datasets.load_dataset(self.dataset, self.config_name, split=self.split, streaming=True)
         except Exception as error:
-            if is_network_error(error) and self._opened is not None:
-                raise  # it was there before, in another process: read() tries again
+            if is_network_error(error) and self._count is not None:
+                raise  # it was there before, perhaps in another process: read() tries again
             if is_network_error(error):
                 raise UserError(
                     f"The dataset {self.dataset!r} could not be reached ({_short(error)}), and there is no local "

@@ -54,11 +54,10 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
         tokens, attention = super().tok_batch_encode(*strings, **options)
         tokens = without_suffix(tokens, self.tokenizer) if self._prefix else tokens  # without a prefix, nothing is put
         attention = attention[:, : tokens.shape[1]]
-        if self._prefix:  # which lm-eval truncates away first
-            prefix = torch.tensor(self._prefix, dtype=tokens.dtype)
-            for row, begin in enumerate(attention.argmax(1).tolist()):
-                place = tokens[row, begin : begin + len(prefix)]
-                place.copy_(prefix[: len(place)])
+        most = options.get("left_truncate_len", strings[2] if len(strings) > 2 else None)
+        if self._prefix and tokens.shape[1] == most:  # lm-eval truncates the prefix away first
+            prefix = torch.tensor(self._prefix, dtype=tokens.dtype)[:most]
+            tokens[attention.bool().all(1), : len(prefix)] = prefix
         check_tokens(tokens, vocabulary_of(self.model), "the model")
         return tokens, attention
 

@@ -30,11 +30,13 @@ class LocalTasks:
 
     Attributes:
         folder: Folder of the definitions.
-        names: Tasks and groups defined there.
+        names: Tasks and groups that were asked for and are defined there.
+        defined: All tasks and groups that are defined there, those below a group too.
     """
 
     folder: Path
     names: frozenset[str]
+    defined: frozenset[str] = frozenset()
 
     def __contains__(self, task: str) -> bool:
         """Return whether ``task`` is read from local data."""
@@ -64,7 +66,8 @@ class LocalTasks:
                 if data is not None:
                     _define(task, data, Path(temporary), num_fewshot)
                     names.add(task)
-            yield cls(Path(temporary), frozenset(names))
+            defined = frozenset(file.stem for file in Path(temporary).glob("*.yaml"))
+            yield cls(Path(temporary), frozenset(names), defined)
 
 
 def _data_folder(folder: Path, task: str) -> Path | None:
@@ -141,10 +144,11 @@ def _data_keys(data: Path, config: dict[str, Any], examples: int | None) -> dict
     source = next(
         (config[key] for key in ("fewshot_split", "training_split", "validation_split") if config.get(key)), None
     )
+    examples = config.get("num_fewshot") if examples is None else examples
     if examples and source is not None and source not in files:
         raise UserError(
-            f"{data} has no {source}.jsonl, from which the solved examples of --num_fewshot {examples} are taken. Add "
-            "it, or leave --num_fewshot out."
+            f"{data} has no split {source}, from which the {examples} solved examples before each question are taken. "
+            f"Add a file such as {source}.jsonl, or set --num_fewshot 0."
         )
     if not (splits.get("validation_split") or splits.get("test_split")):
         raise UserError(f"{data} holds {listing(sorted(files))}, and the task is scored on another split.")

@@ -282,7 +282,8 @@ def _questions_of(local: LocalTasks, folder: str | Path | None) -> Iterator[None
             config = getattr(trace.tb_frame.f_locals.get("self"), "config", None)
             task = getattr(config, "task", None) or task  # that lm-eval was busy with
             trace = trace.tb_next
-        of_others = (task is not None and task not in local) or str(error).startswith("Duplicate task")
+        of_others = task is not None and task not in local.defined
+        of_others |= isinstance(error, ImportError) or str(error).startswith("Duplicate task") or "unsafe" in str(error)
         if not local.names or "torch" in places or of_others:
             raise
         cause = error.__cause__ or error  # datasets wraps the actual error

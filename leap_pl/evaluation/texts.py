@@ -117,7 +117,7 @@ def read_text(
         )
     except UserError as error:
         raise UserError(
-            f"--perplexity {name} could not be read from the hub: {for_options(str(error), OPTIONS)} If the hub is "
+            f"--perplexity {name} could not be read from the hub: {for_options(str(error), ())} If the hub is "
             "not reachable, give a local file: --perplexity FILE.jsonl (or .txt, .parquet)."
         ) from error
 

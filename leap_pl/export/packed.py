@@ -80,6 +80,7 @@ def _verify(base: "PreTrainedModel", masks: "MaskSet", folder: Path, *, int8: bo
         for name, packed in packed_weights(folder)
         if not _is_packed(packed, expected[name], masks.masks[name], int8=int8)
     ]
+    wrong += sorted({*masks.masks} ^ {name for name, _ in packed_weights(folder)})  # of a header that was lost
     parts = {f"{name}{suffix}" for name in masks.masks for suffix in ("", BITMAP, SCALE)}
     for file in model_files(folder):
         with safe_open(file, framework="pt") as opened:

@@ -166,9 +166,10 @@ class MaskSet:
         from leap_pl.base_model.weights import model_fingerprint
 
         found = model_fingerprint(model)
-        halved = any(p.dtype == torch.float16 for name, p in model.named_parameters() if name in self.masks)
-        rounded = " float16 rounds small weights: load it with dtype='auto', apply the mask, and convert it then."
         if found != self.provenance.fingerprint and not (or_applied and self.is_applied_to(model)):
+            own = self.shapes
+            halved = any(p.dtype == torch.float16 for name, p in model.named_parameters() if name in own)
+            rounded = " float16 rounds small weights: load it with dtype='auto', apply the mask, and convert it then."
             raise UserError(
                 f"this mask was made for {shown(self.provenance.base_model, 400)} with fingerprint "
                 f"{shown(self.provenance.fingerprint)}, and the given model has {found}. "

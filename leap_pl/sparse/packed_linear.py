@@ -36,7 +36,9 @@ class PackedLinear(nn.Module):
         self.register_buffer("starts", packed.starts, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_load_state_dict_post_hook(_check)
-        self.in_large_pages = False
+        if self.values.device.type == "cpu" and has_kernels():
+            for tensor in (self.bitmap, self.values):
+                torch.ops.leap_pl.packed_large_pages(tensor)
 
     @property
     def packed(self) -> PackedWeight:
@@ -51,11 +53,6 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input`` (…, in) times the weight, plus the bias: (…, out)."""
-        if not self.in_large_pages and self.values.device.type == "cpu":
-            self.in_large_pages = True  # not before: a model for a GPU is loaded on the CPU, and builds nothing there
-            if has_kernels():
-                for tensor in (self.bitmap, self.values):
-                    torch.ops.leap_pl.packed_large_pages(tensor)
         return linear(input, self.bitmap, self.values, self.starts, self.scale, self.in_features, self.bias)
 
     def extra_repr(self) -> str:

@@ -83,6 +83,7 @@ def test_texts_of_a_run_are_a_list(recover: Flags, text_file: Path, tmp_path: Pa
         ({"perplexity": "TEXT", "limit": 3}, "--limit would not be used: no task"),
         ({"perplexity": "TEXT", "split": "train"}, "--split would not be used: no text is given by a hub id"),
         ({"perplexity": "wikitext2", "split": "train"}, "--split would not be used: no text is given by a hub id"),
+        ({"perplexity": "wikitext2", "text_column": "body"}, "--text_column would not be used: wikitext2 and c4"),
         ({"perplexity": "TEXT,wikitext2", "share": "held_out"}, "wikitext2: a text from the hub has splits"),
         ({"perplexity": "some/text", "share": "held_out"}, "some/text: a text from the hub has splits"),
     ],
@@ -113,8 +114,9 @@ def test_a_hub_text_has_configuration_and_split(monkeypatch, model_folder: Path,
     )  # fmt: skip
     assert (figure["config_name"], figure["split"], figure["share"]) == ("en", "validation", "all")
     assert "96 tokens of its split validation)" in capsys.readouterr().out
-    figure = evaluate_command(str(model_folder), perplexity="wikitext2", text_column="body", seq_length=32)
-    assert {"text_column", "split"}.isdisjoint(figure["perplexity"]["wikitext2"])  # which has its own
+    both = evaluate_command(str(model_folder), perplexity="wikitext2,some/text", **settings)["perplexity"]
+    assert {"text_column", "split"}.isdisjoint(both["wikitext2"])  # which has its own
+    assert {"text_column", "split"} <= both["some/text"].keys()
 
 
 def test_a_hub_text_that_cannot_be_opened_has_a_remedy(monkeypatch, model_folder: Path) -> None:

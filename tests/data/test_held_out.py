@@ -1,6 +1,8 @@
 """Text to validate on: looked at before a run, divided evenly, and not trained on."""
 
 import json
+import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,9 @@ def test_text_that_is_trained_and_validated_on_is_told(tmp_path: Path, monkeypat
     link, few = str(tmp_path / "link.jsonl"), {"validation_sequences": 2}
     with pytest.warns(UserWarning, match=r"b\.jsonl is both trained and validated on"):
         on_ranks(1, [one, other], monkeypatch, validation_text=link, **few).setup("fit")
-    on_ranks(1, one, monkeypatch, validation_text=other, **few).setup("fit")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "is both trained and validated on")
+        on_ranks(1, one, monkeypatch, validation_text=other, **few).setup("fit")
 
 
 def test_validation_alone_needs_no_training_text(tmp_path: Path) -> None:
@@ -112,11 +116,12 @@ def test_a_dataset_without_a_split_for_validation(monkeypatch) -> None:
 def test_another_process_opens_a_dataset_again_until_it_can(hub: list[Exception]) -> None:
     pauses: list[float] = []
     dataset = HubDataset("some/text", sleep=pauses.append)
-    expected = [document.text for document in dataset.read(0, None)]
-    dataset._opened = (0, None)  # as a data worker finds it
+    expected = [document.text for _, document in TextSource(dataset).documents(repeat=False)]
+    worker = pickle.loads(pickle.dumps(dataset))  # as a data worker gets it
+    worker.sleep = pauses.append
     hub += [ConnectionError("429"), TimeoutError("slow")]
     with pytest.warns(UserWarning, match="next try in"):
-        assert [document.text for document in dataset.read(0, None)] == expected
+        assert [document.text for _, document in TextSource(worker).documents(repeat=False)] == expected
     assert len(pauses) == 2
     hub += [ConnectionError("429")]
     with pytest.raises(UserError, match="could not be reached"):  # a text that was never there

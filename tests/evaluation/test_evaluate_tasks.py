@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import datasets
 import numpy as np
@@ -377,7 +378,7 @@ def test_shares_of_questions_are_no_digits():
 
 def test_solved_examples_are_never_the_questions(folder, tmp_path):
     """Without the split that they are taken from, lm-eval would take them from the questions."""
-    says = r"piqa has no train\.jsonl, from which the solved examples of --num_fewshot 2 are taken"
+    says = r"piqa has no split train, from which the 2 solved examples .*train\.jsonl, or set --num_fewshot 0"
     with pytest.raises(UserError, match=says):
         score(["piqa"], folder, num_fewshot=2)
     with pytest.raises(UserError, match=says):
@@ -400,9 +401,23 @@ def test_what_fails_beside_local_questions_is_not_their_fault(folder, monkeypatc
         score(["piqa", "boolq"], folder)
 
 
-def test_tasks_that_cannot_run_here_are_one_line():
+def test_a_damaged_task_of_a_local_group_is_named(folder, tmp_path):
+    shutil.copytree(folder / "mmlu", tmp_path / "tasks" / "mmlu")
+    rows(tmp_path / "tasks" / "mmlu" / "anatomy" / "test.jsonl", [{"strange": 1}] * 3)
+    with pytest.raises(UserError, match=r"the questions of mmlu_anatomy in .* are damaged"):
+        score(["mmlu_anatomy"], tmp_path / "tasks")
+    with LocalTasks.found_in(folder, ["mmlu"]) as local:
+        assert local.names == {"mmlu"}
+        assert "mmlu_anatomy" in local.defined
+
+
+def test_tasks_that_cannot_run_here_are_one_line(folder):
     def attempt(error):
-        with room._reaching(["some"], None):
+        with (
+            LocalTasks.found_in(folder, ["piqa"]) as local,
+            room._reaching(["some"], None),
+            room._questions_of(local, folder),
+        ):
             raise error
 
     with pytest.raises(UserError, match=r"needs a package: No module named 'langdetect'\. Install it"):

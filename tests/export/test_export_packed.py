@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import Run, fit_flags, refused
 from packed_models import masked_base, sparse_folder
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
@@ -265,10 +266,12 @@ def test_what_is_damaged_beside_the_packed_weights_is_found(of_mask: bool, tmp_p
 
     def damaged(base: Any, masks: MaskSet, folder: Path, **options: Any) -> None:
         stored = load_file(folder / "model.safetensors")
+        with safe_open(folder / "model.safetensors", "pt") as opened:
+            metadata = opened.metadata()
         name = f"{next(iter(masks.masks))}_bitmap" if of_mask else "model.norm.weight"
         changed = stored[name].clone()
         changed.view(-1)[0] = ~changed.view(-1)[0] if of_mask else changed.view(-1)[0] + 1
-        save_file({**stored, name: changed}, folder / "model.safetensors", {"format": "pt"})
+        save_file({**stored, name: changed}, folder / "model.safetensors", metadata)
         real(base, masks, folder, **options)
 
     monkeypatch.setattr(packed_export, "_verify", damaged)

@@ -323,7 +323,7 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(gpu, "math", SimpleNamespace(log=lambda number: 5.0))
         with pytest.warns(
-            UserWarning, match=r"a loss of 5\.0000 is 0\.6931\), so gates and losses run on the GPU uncompiled"
+            UserWarning, match=r"a loss of 5\.0000 is 0\.6931\), so gates and losses run on the GPU without"
         ):
             assert not gpu.has_kernels(CPU)
     gpu._works.cache_clear()

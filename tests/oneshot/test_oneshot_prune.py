@@ -343,7 +343,7 @@ def test_contradictions_are_refused() -> None:
         settings = {"blocks_NT": tokens(), "progress": False, **settings}
         with pytest.raises(UserError, match=message):
             prune(model, **settings)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="does not take"):
+    with pytest.raises(UserError, match="method wanda takes no options, and not SparseGPTOptions"):
         prune(model, tokens(), method="wanda", options=SparseGPTOptions())
     with pytest.raises(UserError, match="fingerprint"):
         prune(tiny_model(seed=1), tokens(), method="admm", mask=mask)

@@ -67,19 +67,3 @@ def test_only_what_has_been_measured_is_worth_packing(monkeypatch: pytest.Monkey
     assert not worth_packing(2048, 2048, 0.5, torch.bfloat16, torch.device("cuda"))
     monkeypatch.setattr("leap_pl.sparse.packed_linear.has_kernels", lambda: False)
     assert not worth_packing(2048, 2048, 0.5, torch.bfloat16, cpu)
-
-
-def test_nothing_is_built_for_a_model_that_leaves_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is loaded there, and moved to a GPU, which has other kernels."""
-    asked = []
-    monkeypatch.setattr("leap_pl.sparse.packed_linear.has_kernels", lambda: asked.append(1) and False)
-    weight = torch.randn(16, 72).masked_fill(torch.rand(16, 72) < 0.5, 0)
-    layer = PackedLinear(PackedWeight.pack(weight, weight != 0))
-    layer.to("meta")
-    assert not asked
-    here = PackedLinear(PackedWeight.pack(weight, weight != 0))
-    x = torch.randn(3, 72)
-    for _ in range(2):
-        torch.testing.assert_close(here(x), x @ weight.T)
-    assert here.in_large_pages
-    assert len(asked) >= 1

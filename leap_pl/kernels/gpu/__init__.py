@@ -39,8 +39,8 @@ def _works(kind: str) -> bool:
             return True
         reason = f"a loss of {math.log(2):.4f} is {found:.4f}"
     warn_once(
-        f"Triton builds no kernels that work here ({reason}), so gates and losses run on the GPU uncompiled, many "
-        "times slower. It needs a C compiler and the headers of Python: apt-get install gcc python3-dev."
+        f"Triton builds no kernels that work here ({reason}), so gates and losses run on the GPU without them, slower. "
+        "It needs a C compiler and the headers of Python: apt-get install gcc python3-dev."
     )
     return False
 
