@@ -21,7 +21,7 @@ from leap_pl.callbacks.lightning_internals import SavingCheckpoint, requeuing, v
 from leap_pl.callbacks.mask_export import mask_place
 from leap_pl.checkpoints.run_folder import Leftover, earlier_run, link_last, record_checkpoint
 from leap_pl.checkpoints.signals import Stopped, StopSignals
-from leap_pl.distributed.strategy import saves_shards
+from leap_pl.distributed.strategy import RankZero, saves_shards
 from leap_pl.errors import UserError
 from leap_pl.escape import say
 from leap_pl.files import atomic_folder, check_writable, flush, remove_abandoned
@@ -84,11 +84,7 @@ class Checkpoints(SavingCheckpoint):
                 "checkpoint.save_weights_only leaves out what a run needs to resume. Leave it out: the model is in no "
                 "checkpoint anyway, and leap_pl export takes the mask from any."
             )
-        if dirpath is not None and "://" in str(dirpath):
-            raise UserError(
-                f"checkpoint.dirpath {dirpath} is a URL, and a run resumes from files. Give a folder, which may be "
-                "mounted."
-            )
+        _check_folder(dirpath)
         super().__init__(
             dirpath,
             filename,
@@ -119,6 +115,7 @@ class Checkpoints(SavingCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        _check_folder(self.dirpath)  # which may be that of a logger
         if trainer.is_global_zero and self.dirpath is not None:
             check_writable(Path(self.dirpath))  # fails at once, not after hours
             if self.force is not None:
@@ -208,16 +205,14 @@ class Checkpoints(SavingCheckpoint):
         """Print that the run is not finished, if it ended before its last step."""
         if self._finishing(trainer) or not trainer.is_global_zero:
             return
-        step, place = trainer.global_step, trainer.ckpt_path
-        if self.saved_step == step:
-            place = f"in {self.dirpath}"
-        if step and place is not None:
-            found, remedy = f"The checkpoint of step {step} is {place}", f"Resume with {self._resuming()}"
-            if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-                remedy += " and a longer --trainer.max_time, which counts the time of all starts"
-        else:
-            found = f"There is no checkpoint{SWITCHED_OFF if step else ''}"
-            remedy = "Start it again with more time"
+        step = trainer.global_step
+        found, remedy = f"There is no checkpoint{SWITCHED_OFF * self._is_off}", "Start it again with more time"
+        if step and self.saved_step == step:
+            found, remedy = f"The checkpoint of step {step} is in {self.dirpath}", f"Resume with {self._resuming()}"
+        elif trainer.ckpt_path is not None:
+            found, remedy = f"It began with the checkpoint {trainer.ckpt_path}", f"Resume with {self._resuming()}"
+        if remedy.startswith("Resume") and any(isinstance(one, Timer) for one in trainer.callbacks):  # type: ignore[attr-defined]
+            remedy += " and a longer --trainer.max_time, which counts the time of all starts"
         say(
             f"leap_pl {running_verb()}: ended at step {step} of {trainer.max_steps}; learning is not finished, and no "
             f"mask is written. {found}. {remedy}.",
@@ -320,10 +315,15 @@ class Checkpoints(SavingCheckpoint):
         if trainer.world_size == 1:
             return number
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=RankZero.PATIENCE)
         numbers = torch.tensor([number], device="cpu")
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
         return int(numbers)
+
+    @property
+    def _is_off(self) -> bool:
+        """Whether no checkpoint is ever written."""
+        return self.save_top_k == 0 and not self.save_last
 
     def _finishing(self, trainer: L.Trainer) -> bool:
         return trainer.global_step >= trainer.max_steps
@@ -341,14 +341,16 @@ class Checkpoints(SavingCheckpoint):
                 f"stopped at step {trainer.global_step} of {trainer.max_steps}; the checkpoint of step {step} is in "
             )
             message += f"{self.dirpath}. Resume with {self._resuming()}."
-        elif trainer.global_step:
+        elif trainer.global_step and self._is_off:
             message = f"stopped at step {trainer.global_step}; no checkpoint is written{SWITCHED_OFF}."
+        elif trainer.ckpt_path is not None:
+            message = f"stopped before its first step; it began with the checkpoint {trainer.ckpt_path}."
         else:
             message = "stopped before the first step was done; no checkpoint is written."
         say("", sys.stderr)  # a progress bar may be on this line
         say(f"leap_pl {running_verb()}: {stopped.signal.name}: {message}", sys.stderr)
         slurm = requeuing(trainer)
-        if slurm and stopped.signal == slurm.requeue_signal and (step or not trainer.global_step):
+        if slurm and stopped.signal == slurm.requeue_signal and not (self._is_off and trainer.global_step):
             if self._named or self.force is None:  # a script may name a checkpoint by itself
                 requeue()
             else:  # it would not find its checkpoint
@@ -364,6 +366,18 @@ class Checkpoints(SavingCheckpoint):
     def _validate_again(self, trainer: L.Trainer) -> None:
         if self._limit_val_batches is not None:
             trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
+
+
+def _check_folder(dirpath: Any) -> None:
+    """Check that a folder of checkpoints is one.
+
+    Raises:
+        UserError: It is a URL.
+    """
+    if "://" in str(dirpath):
+        raise UserError(
+            f"checkpoint.dirpath {dirpath} is a URL, and a run resumes from files. Give a folder, which may be mounted."
+        )
 
 
 def _check_filename(filename: str, *, inserts_names: bool) -> None:

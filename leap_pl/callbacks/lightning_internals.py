@@ -27,7 +27,7 @@ _METHODS = (
     "_should_remove_checkpoint",
     "_should_skip_saving_checkpoint",
 )
-_STATE = ("_last_checkpoint_saved", "_last_global_step_saved")
+_STATE = ("_defer_save_until_validation", "_last_checkpoint_saved", "_last_global_step_saved")
 
 
 class SavingCheckpoint(ModelCheckpoint):
@@ -108,10 +108,14 @@ class SavingCheckpoint(ModelCheckpoint):
 
     def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
         """Write the checkpoint if it is among the best; one whose metric was not measured does not compete."""
-        if self.is_measured(trainer):
+        if self.save_top_k <= 0 or self.is_measured(trainer):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
-        elif self.save_last == "link":
+            return
+        self._defer_save_until_validation = True  # by which a checkpoint is due: the next one competes
+        if self.save_last == "link" and self.saved_step != trainer.global_step:
+            before = self._last_global_step_saved
             self._save_checkpoint(trainer, self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST))
+            self._last_global_step_saved = before  # a validation of this step may save it among the best
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         self.write(trainer, filepath)
@@ -142,9 +146,11 @@ def _copy(checkpoint: Path, path: Path) -> None:
 
 
 def validate_at(trainer: L.Trainer, micro_batch: int) -> None:
-    """Let Lightning validate after ``micro_batch``, counted from 1, also where it goes by the clock."""
+    """Let Lightning validate after the ``micro_batch`` that begins, counted from 1, also where it goes by the clock."""
     if getattr(trainer, "_val_check_time_interval", None) is not None:
         trainer._val_check_time_interval = None  # type: ignore[attr-defined]
+    if trainer.check_val_every_n_epoch is None:  # Lightning counts those of all epochs
+        micro_batch = trainer.fit_loop.epoch_loop.total_batch_idx + 1
     trainer.val_check_batch = micro_batch
 
 

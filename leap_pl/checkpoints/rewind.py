@@ -27,8 +27,8 @@ def rewind(trainer: "L.Trainer", checkpoint: dict[str, Any]) -> None:
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     if not hasattr(data, "state_before_step"):  # other data, whose position only Lightning knows
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if batches % trainer.accumulate_grad_batches:
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        if progress.current.ready % trainer.accumulate_grad_batches and not progress.is_last_batch:
             warn_once(
                 "this checkpoint is of the middle of an optimizer step, and lacks the gradients of its first "
                 "micro-batches, since the data module has no state_before_step: a resumed run takes this step without."

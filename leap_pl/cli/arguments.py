@@ -300,14 +300,14 @@ def check_keys(configs: Mapping[str, Mapping[Any, Any]], options: Collection[str
             )
 
 
-def typed_options(words: Sequence[str]) -> frozenset[str]:
-    """Return the names of the options in ``words``, without dashes and without the ``init_args`` of classes.
+def typed_options(verb: str, words: Sequence[str]) -> frozenset[str]:
+    """Return the names of the options in ``words`` of ``verb``, without dashes and the ``init_args`` of classes.
 
     Raises:
         UserError: A text or a task is given by an option that is typed twice, of which the parser takes the last.
     """
     names = [word.partition("=")[0] for word in words if word.startswith("--")]
-    for option in ONCE:
+    for option in ONCE if verb != "export" else ():  # which takes results, not texts
         if names.count(option) > 1:
             raise UserError(
                 f"{option} is typed {names.count(option)} times, and the last alone would be used. Type it once, with "

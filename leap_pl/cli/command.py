@@ -82,7 +82,8 @@ def given(values: Mapping[str, Any], function: Callable[..., Any]) -> list[str]:
     from leap_pl.inputs.register import is_typed
 
     defaults = signature(function).parameters
-    return [name for name, value in values.items() if value != defaults[name].default or is_typed(name)]
+    typed = [name for name, value in values.items() if value is not None and is_typed(name)]  # null takes back
+    return [name for name, value in values.items() if name in typed or value != defaults[name].default]
 
 
 def with_arguments(

@@ -137,7 +137,6 @@ class Prior:
             if file is not None:
                 masks[form] = MaskSet.load(file)
                 masks[form].check(model, weights, or_applied=True)  # a sparse model's own mask is a start, too
-                _warn_of_other(masks[form], file, pattern)
             elif self.method != NO_METHOD:
                 fisher = allocation if form == "prior" else None
                 if METHODS[self.method].needs is not None or fisher is not None:
@@ -147,6 +146,12 @@ class Prior:
                         model, weights, self.method, pattern, fisher=fisher, **vars(calibration), **self._kept()
                     )
         return masks
+
+    def warn_of_others(self, masks: Mapping[str, MaskSet], forms: "Mapping[str, Pattern]") -> None:
+        """Warn of ``masks`` that were given as files, and have another form or sparsity than ``forms``."""
+        for form, file in ({"prior": self.mask} | (self.masks or {})).items():
+            if file is not None and form in masks:
+                _warn_of_other(masks[form], file, forms[form])
 
     def squares(
         self, model: "PreTrainedModel", weights: "Mapping[str, Weight]", calibration: "Calibration"

@@ -121,11 +121,10 @@ def _check_length(scheduler: Any, total: int) -> None:
     Raises:
         UserError: It cannot.
     """
-    most = getattr(scheduler, "total_steps", None)
-    if isinstance(most, int) and most < total:
+    if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR) and scheduler.total_steps < total:
         raise UserError(
-            f"model.lr_scheduler: {type(scheduler).__name__} takes {most} steps, and trainer.max_steps is {total}. Set "
-            f"--model.lr_scheduler.total_steps {total}."
+            f"model.lr_scheduler: OneCycleLR takes {scheduler.total_steps} steps, and trainer.max_steps is {total}. "
+            f"Set --model.lr_scheduler.total_steps {total}."
         )
 
 

@@ -86,11 +86,12 @@ class ResumableModule(GatedModule):
         if None in (was, self.mask_digest) or not isinstance(prior, dict):
             return
         if was != self.mask_digest:
+            named = f", {prior['mask']}" if prior.get("mask") else ""
             raise UserError(
-                f"model.mask {self.run_prior.settings.mask} is another mask than that of the checkpoint, "
-                f"{prior.get('mask')}. Leave it out to resume; for another mask, start a new run without --ckpt_path."
+                f"model.mask {self.run_prior.settings.mask} is another mask than that of the checkpoint{named}. Leave "
+                "it out to resume; for another mask, start a new run without --ckpt_path."
             )
-        here["model.prior"] = here["model.prior"] | {"mask": prior.get("mask")}
+        here["model.prior"] = prior
 
     def identity(self) -> Identity:
         """Return the identity that this run's checkpoints contain; after a fit, that of the fit."""
@@ -188,10 +189,6 @@ class ResumableModule(GatedModule):
             self.check_resume(checkpoint, "the checkpoint", self.trainer, data, fitting=self._fitting())
         check_same(found, self.identity())
         self.validation.read(found.dense_perplexity, found.dense_perplexity_of, found.settings)
-        self.has_mask = True
-        if not self._fitting():  # until a fit goes on from it, its mask is the checkpoint's, whoever validates it
-            settings = {"steps": checkpoint.get("global_step"), **found.settings}
-            self.finished = replace(found, settings=settings, base_model=self.base_model, revision=self.revision)
         if self._fitting():
             if self.run_prior.resumed is None:
                 # A Trainer without the command line: the path is known only now, after the prior was made.
@@ -209,3 +206,7 @@ class ResumableModule(GatedModule):
             stored = checkpoints.load_checkpoint(path)["state_dict"]
             for place, tensor in places.items():
                 copy_part_(tensor, stored[checkpoints.key_of(*place)])
+        self.has_mask = True
+        if not self._fitting():  # until a fit goes on from it, its mask is the checkpoint's, whoever validates it
+            settings = {"steps": checkpoint.get("global_step"), **found.settings}
+            self.finished = replace(found, settings=settings, base_model=self.base_model, revision=self.revision)

@@ -78,8 +78,11 @@ class RunPrior:
             )
 
         def masks_and_squares() -> "tuple[dict[str, MaskSet], dict[str, Tensor] | None]":
-            priors = self.settings.make(model, weights, gates.prior_forms(sparsity), calibration)
+            forms = gates.prior_forms(sparsity)
+            priors = self.settings.make(model, weights, forms, calibration)
             gates.check_priors(priors)
+            if not isinstance(gates.first, FixedGate):  # whose mask stays what it is
+                self.settings.warn_of_others(priors, forms)
             packed = {form: mask.packed() for form, mask in priors.items()}  # the run holds them to its end
             return packed, self.settings.squares(model, weights, calibration)
 

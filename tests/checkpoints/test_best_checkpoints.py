@@ -49,6 +49,26 @@ def test_a_checkpoint_that_was_not_measured_does_not_compete(
     assert (tmp_path / "checkpoints" / "last.ckpt").readlink() == Path("step=4.ckpt")
 
 
+def best_of(checkpoint: Path) -> list[str]:
+    callbacks = torch.load(checkpoint, weights_only=True)["callbacks"]
+    (state,) = [state for key, state in callbacks.items() if key.startswith("Checkpoints")]
+    return sorted(Path(path).name for path in state["best_k_models"])
+
+
+def test_every_validation_competes_whatever_is_written_between(model_folder, text_file, tmp_path: Path) -> None:
+    """At every step a checkpoint is due, as in the recipes for several ranks; validated are 2 and 4."""
+    words = without_interval(flags(model_folder, text_file, tmp_path, *BEST))
+    main([*words, "--checkpoint.every_n_train_steps=1"])
+    assert best_of(tmp_path / "checkpoints" / "last.ckpt") == ["step=2.ckpt", "step=4.ckpt"]
+    assert kept(tmp_path) == ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]
+
+
+def test_where_all_are_kept_none_competes(model_folder, text_file, tmp_path: Path) -> None:
+    words = without_interval(flags(model_folder, text_file, tmp_path, *BEST[:2], "--checkpoint.save_top_k=-1"))
+    main([*words, "--checkpoint.every_n_train_steps=1"])
+    assert {"step=2.ckpt", "step=3.ckpt", "step=4.ckpt"} <= {*kept(tmp_path)}
+
+
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_a_folder_becomes_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool) -> None:
     """As of a sharded run, whose last.ckpt was written before the first validation."""
@@ -185,7 +205,7 @@ def test_signals_are_told_to_other_ranks_on_the_host(monkeypatch: pytest.MonkeyP
         assert (numbers.device.type, op, group) == ("cpu", torch.distributed.ReduceOp.MAX, "gloo")
         numbers.fill_(max(int(numbers), others["number"]))
 
-    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: groups.append(backend) or backend)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend, timeout: groups.append(backend) or backend)
     monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", groups.remove)
     saving, run = Checkpoints(str(tmp_path), every_minutes=1), SimpleNamespace(world_size=2, is_global_zero=False)

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("eager")
 def test_a_module_that_was_used_does_not_start_silently_without_its_prior(module: LeapModule, text_file: Path) -> None:
     """A validation loads the model, without a prior, and a fit would go on from there."""
     text = data(text_file)
-    trainer().validate(module, text, verbose=False)
+    with pytest.raises(UserError, match="has no mask before a fit"):
+        trainer().validate(module, text, verbose=False)
     with pytest.raises(UserError, match=r"was validated, fitted or loaded before.*Make a new LeapModule, or resume"):
         trainer(max_steps=1).fit(module, text)
     fresh = again(module)
