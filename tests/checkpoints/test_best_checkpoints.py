@@ -64,8 +64,8 @@ def test_every_validation_competes_whatever_is_written_between(model_folder, tex
 
 
 def test_where_all_are_kept_none_competes(model_folder, text_file, tmp_path: Path) -> None:
-    words = without_interval(flags(model_folder, text_file, tmp_path, *BEST[:2], "--checkpoint.save_top_k=-1"))
-    main([*words, "--checkpoint.every_n_train_steps=1"])
+    words = without_interval(flags(model_folder, text_file, tmp_path, *BEST[:2]))
+    main([*words, "--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=-1"])
     assert {"step=2.ckpt", "step=3.ckpt", "step=4.ckpt"} <= {*kept(tmp_path)}
 
 
