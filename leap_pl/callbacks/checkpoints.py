@@ -112,10 +112,14 @@ class Checkpoints(SavingCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remove incomplete files of killed runs, and install the signal handlers."""
-        super().setup(trainer, pl_module, stage)
+        try:
+            super().setup(trainer, pl_module, stage)
+        except ValueError:
+            _check_folder(self.dirpath)  # which may be that of a logger
+            raise
         if stage != "fit":
             return
-        _check_folder(self.dirpath)  # which may be that of a logger
+        _check_folder(self.dirpath)
         if trainer.is_global_zero and self.dirpath is not None:
             check_writable(Path(self.dirpath))  # fails at once, not after hours
             if self.force is not None:
@@ -207,10 +211,12 @@ class Checkpoints(SavingCheckpoint):
             return
         step = trainer.global_step
         found, remedy = f"There is no checkpoint{SWITCHED_OFF * self._is_off}", "Start it again with more time"
-        if step and self.saved_step == step:
-            found, remedy = f"The checkpoint of step {step} is in {self.dirpath}", f"Resume with {self._resuming()}"
+        if self.saved_step:
+            found = f"The checkpoint of step {self.saved_step} is in {self.dirpath}"
+            remedy = f"Resume with {self._resuming()}"
         elif trainer.ckpt_path is not None:
-            found, remedy = f"It began with the checkpoint {trainer.ckpt_path}", f"Resume with {self._resuming()}"
+            found = f"It began with the checkpoint {trainer.ckpt_path}"
+            remedy = f"Resume with --ckpt_path {shlex.quote(str(trainer.ckpt_path))}"
         if remedy.startswith("Resume") and any(isinstance(one, Timer) for one in trainer.callbacks):  # type: ignore[attr-defined]
             remedy += " and a longer --trainer.max_time, which counts the time of all starts"
         say(
@@ -221,7 +227,7 @@ class Checkpoints(SavingCheckpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write a checkpoint if the run was stopped by a signal, or reading its text failed."""
-        stopped = isinstance(exception, Stopped)
+        stopped, learning = isinstance(exception, Stopped), self._running
         self._validate_again(trainer)
         waiting = self.signals.at_once and trainer.world_size == 1  # within a micro-batch a step may be half done
         self.signals.at_once = False
@@ -232,7 +238,7 @@ class Checkpoints(SavingCheckpoint):
         else:
             super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, Stopped):
-            self._report_stop(trainer, exception)
+            self._report_stop(trainer, exception, learning=learning)
         self.signals.remove()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -295,13 +301,15 @@ class Checkpoints(SavingCheckpoint):
             states[self.state_key] = states[former[0]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return Lightning's state and the step of the last validation."""
-        return {**super().state_dict(), "validated_step": self._validated_step}
+        """Return Lightning's state, the step of the last validation, and whether a checkpoint waits for the next."""
+        waits = getattr(self, "_defer_save_until_validation", False)
+        return {**super().state_dict(), "validated_step": self._validated_step, "waits": waits}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load Lightning's state and the step of the last validation."""
         super().load_state_dict(state_dict)
         self._validated_step = state_dict["validated_step"]
+        self._defer_save_until_validation = bool(state_dict.get("waits", False))  # not of earlier versions
 
     # -- stopping -----------------------------------------------------------------------------------------
 
@@ -332,7 +340,7 @@ class Checkpoints(SavingCheckpoint):
         """Return the options that resume the run in the folder of this one, which may be chosen anew by each run."""
         return "--ckpt_path last" + ("" if self._named else f" --checkpoint.dirpath {shlex.quote(str(self.dirpath))}")
 
-    def _report_stop(self, trainer: L.Trainer, stopped: Stopped) -> None:
+    def _report_stop(self, trainer: L.Trainer, stopped: Stopped, *, learning: bool) -> None:
         if not trainer.is_global_zero:
             return
         step = self.saved_step
@@ -341,16 +349,17 @@ class Checkpoints(SavingCheckpoint):
                 f"stopped at step {trainer.global_step} of {trainer.max_steps}; the checkpoint of step {step} is in "
             )
             message += f"{self.dirpath}. Resume with {self._resuming()}."
-        elif trainer.global_step and self._is_off:
-            message = f"stopped at step {trainer.global_step}; no checkpoint is written{SWITCHED_OFF}."
-        elif trainer.ckpt_path is not None:
-            message = f"stopped before its first step; it began with the checkpoint {trainer.ckpt_path}."
+        elif trainer.ckpt_path is not None and not learning:
+            message = f"stopped before its first step; it begins with the checkpoint {trainer.ckpt_path}."
+        elif trainer.global_step:
+            message = f"stopped at step {trainer.global_step}; no checkpoint is written{SWITCHED_OFF * self._is_off}."
         else:
             message = "stopped before the first step was done; no checkpoint is written."
         say("", sys.stderr)  # a progress bar may be on this line
         say(f"leap_pl {running_verb()}: {stopped.signal.name}: {message}", sys.stderr)
         slurm = requeuing(trainer)
-        if slurm and stopped.signal == slurm.requeue_signal and not (self._is_off and trainer.global_step):
+        goes_on = step or not trainer.global_step or trainer.ckpt_path is not None
+        if slurm and stopped.signal == slurm.requeue_signal and goes_on:
             if self._named or self.force is None:  # a script may name a checkpoint by itself
                 requeue()
             else:  # it would not find its checkpoint

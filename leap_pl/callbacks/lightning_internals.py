@@ -65,6 +65,8 @@ class SavingCheckpoint(ModelCheckpoint):
         candidates = self._monitor_candidates(trainer)
         if self.monitor in candidates:
             self._save_topk_checkpoint(trainer, candidates)
+        else:
+            self._defer_save_until_validation = True
         if self.save_last == "link" and self.saved_step != trainer.global_step:
             # It is not among the best of the monitored metric, but the newest checkpoint is always saved.
             self._save_checkpoint(trainer, self.format_checkpoint_name(candidates, self.CHECKPOINT_NAME_LAST))
@@ -107,15 +109,23 @@ class SavingCheckpoint(ModelCheckpoint):
     # Methods that ModelCheckpoint calls.
 
     def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
-        """Write the checkpoint if it is among the best; one whose metric was not measured does not compete."""
+        """Write the checkpoint if it is among the best; unless all are kept, one that was not measured waits."""
         if self.save_top_k <= 0 or self.is_measured(trainer):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
             return
         self._defer_save_until_validation = True  # by which a checkpoint is due: the next one competes
         if self.save_last == "link" and self.saved_step != trainer.global_step:
-            before = self._last_global_step_saved
             self._save_checkpoint(trainer, self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST))
-            self._last_global_step_saved = before  # a validation of this step may save it among the best
+
+    def _should_skip_saving_checkpoint(self, trainer: L.Trainer) -> bool:
+        """Return whether nothing is to be saved; a step that was written, and only now is measured, may be the best."""
+        saved = self._last_global_step_saved
+        if self._defer_save_until_validation and self.is_measured(trainer):
+            self._last_global_step_saved = -1
+        try:
+            return super()._should_skip_saving_checkpoint(trainer)
+        finally:
+            self._last_global_step_saved = saved
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         self.write(trainer, filepath)

@@ -32,8 +32,8 @@ RESTRICTIONS = {"v>0 and v<1": INSIDE, "v>0": POSITIVE, "v>=0": NOT_NEGATIVE}
 
 # Options of several texts or tasks → how several are given.
 ONCE = {
-    "--perplexity": "texts separated by commas",
-    "--tasks": "tasks separated by commas",
+    "--perplexity": "names separated by commas",
+    "--tasks": "names separated by commas",
     "--text": "a list: '[a.jsonl, b.jsonl]'",
     "--data.text": "a list: '[a.jsonl, b.jsonl]'",
     "--data.validation_text": "a list: '[a.jsonl, b.jsonl]'",
@@ -300,14 +300,14 @@ def check_keys(configs: Mapping[str, Mapping[Any, Any]], options: Collection[str
             )
 
 
-def typed_options(verb: str, words: Sequence[str]) -> frozenset[str]:
-    """Return the names of the options in ``words`` of ``verb``, without dashes and the ``init_args`` of classes.
+def typed_options(words: Sequence[str]) -> frozenset[str]:
+    """Return the names of the options in ``words``, without dashes and the ``init_args`` of classes.
 
     Raises:
         UserError: A text or a task is given by an option that is typed twice, of which the parser takes the last.
     """
     names = [word.partition("=")[0] for word in words if word.startswith("--")]
-    for option in ONCE if verb != "export" else ():  # which takes results, not texts
+    for option in ONCE:
         if names.count(option) > 1:
             raise UserError(
                 f"{option} is typed {names.count(option)} times, and the last alone would be used. Type it once, with "

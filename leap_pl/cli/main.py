@@ -101,7 +101,7 @@ def main(args: "ArgsType" = None) -> Any:
         from leap_pl.inputs.register import command_inputs
 
         with _plain_warnings(), command_inputs(words[0]) as register:
-            register.typed = typed_options(words[0], words[1:])
+            register.typed = typed_options(words[1:])
             function = _find(verb.function)
             if verb.run:
                 return function(words[:-1] if words[-2:] in (["-h", ALL], ["--help", ALL]) else words)

@@ -52,11 +52,12 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
             UserError: The model has no embedding for one of the tokens.
         """
         tokens, attention = super().tok_batch_encode(*strings, **options)
+        most = options.get("left_truncate_len", strings[2] if len(strings) > 2 else None)
+        truncated = tokens.shape[1] == most
         tokens = without_suffix(tokens, self.tokenizer) if self._prefix else tokens  # without a prefix, nothing is put
         attention = attention[:, : tokens.shape[1]]
-        most = options.get("left_truncate_len", strings[2] if len(strings) > 2 else None)
-        if self._prefix and tokens.shape[1] == most:  # lm-eval truncates the prefix away first
-            prefix = torch.tensor(self._prefix, dtype=tokens.dtype)[:most]
+        if self._prefix and truncated:  # from the left, the prefix first
+            prefix = torch.tensor(self._prefix, dtype=tokens.dtype)[: tokens.shape[1]]
             tokens[attention.bool().all(1), : len(prefix)] = prefix
         check_tokens(tokens, vocabulary_of(self.model), "the model")
         return tokens, attention

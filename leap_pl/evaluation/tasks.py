@@ -238,6 +238,11 @@ def _keeping_random_state() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+def _is_unsafe(error: Exception) -> bool:
+    """Return whether lm-eval refuses a task whose score runs what the model has written."""
+    return isinstance(error, ValueError) and "marked as unsafe" in str(error)
+
+
 @contextmanager
 def _reaching(remote: list[str], folder: str | Path | None) -> Iterator[None]:
     """Convert errors of the hub client about the ``remote`` tasks, which ``folder`` does not have, into a UserError."""
@@ -250,7 +255,7 @@ def _reaching(remote: list[str], folder: str | Path | None) -> Iterator[None]:
             raise UserError(
                 f"a task of --tasks needs a package: {error}. Install it, or choose other tasks."
             ) from error
-        if isinstance(error, ValueError) and "unsafe" in str(error):
+        if _is_unsafe(error):
             raise UserError(
                 "a task of --tasks runs code that the model has written, which leap_pl does not. Choose other tasks."
             ) from error
@@ -283,7 +288,7 @@ def _questions_of(local: LocalTasks, folder: str | Path | None) -> Iterator[None
             task = getattr(config, "task", None) or task  # that lm-eval was busy with
             trace = trace.tb_next
         of_others = task is not None and task not in local.defined
-        of_others |= isinstance(error, ImportError) or str(error).startswith("Duplicate task") or "unsafe" in str(error)
+        of_others |= isinstance(error, ImportError) or str(error).startswith("Duplicate task") or _is_unsafe(error)
         if not local.names or "torch" in places or of_others:
             raise
         cause = error.__cause__ or error  # datasets wraps the actual error

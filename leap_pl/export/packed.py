@@ -75,12 +75,12 @@ def _verify(base: "PreTrainedModel", masks: "MaskSet", folder: Path, *, int8: bo
         UserError: A tensor differs.
     """
     expected = base.state_dict()
-    wrong = [
-        name
-        for name, packed in packed_weights(folder)
-        if not _is_packed(packed, expected[name], masks.masks[name], int8=int8)
-    ]
-    wrong += sorted({*masks.masks} ^ {name for name, _ in packed_weights(folder)})  # of a header that was lost
+    wrong, found = [], set()
+    for name, packed in packed_weights(folder):
+        found.add(name)
+        if name not in masks.masks or not _is_packed(packed, expected[name], masks.masks[name], int8=int8):
+            wrong.append(name)
+    wrong += sorted(masks.masks.keys() - found)  # of a header that was lost
     parts = {f"{name}{suffix}" for name in masks.masks for suffix in ("", BITMAP, SCALE)}
     for file in model_files(folder):
         with safe_open(file, framework="pt") as opened:

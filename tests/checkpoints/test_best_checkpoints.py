@@ -55,12 +55,16 @@ def best_of(checkpoint: Path) -> list[str]:
     return sorted(Path(path).name for path in state["best_k_models"])
 
 
-def test_every_validation_competes_whatever_is_written_between(model_folder, text_file, tmp_path: Path) -> None:
-    """At every step a checkpoint is due, as in the recipes for several ranks; validated are 2 and 4."""
+@pytest.mark.parametrize("last", ["link", "true"])
+def test_every_validation_competes_whatever_is_written_between(
+    last: str, model_folder, text_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every step a checkpoint is due, as in the recipes for several ranks; validated are 2, 4 and 6."""
     words = without_interval(flags(model_folder, text_file, tmp_path, *BEST))
-    main([*words, "--checkpoint.every_n_train_steps=1"])
-    assert best_of(tmp_path / "checkpoints" / "last.ckpt") == ["step=2.ckpt", "step=4.ckpt"]
-    assert kept(tmp_path) == ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]
+    words += ["--checkpoint.every_n_train_steps=1", "--trainer.max_steps=6", f"--checkpoint.save_last={last}"]
+    main(words)
+    assert best_of(tmp_path / "checkpoints" / "last.ckpt") == ["step=2.ckpt", "step=4.ckpt", "step=6.ckpt"]
+    assert kept(tmp_path) == ["last.ckpt", "step=2.ckpt", "step=4.ckpt", "step=6.ckpt"]
 
 
 def test_where_all_are_kept_none_competes(model_folder, text_file, tmp_path: Path) -> None:
@@ -129,6 +133,14 @@ def test_an_end_without_checkpoints_says_so(
         "ended at step 2 of 4; learning is not finished, and no mask is written. There is no checkpoint, since" in said
     )
     assert "None" not in said
+
+
+def test_a_loggers_folder_that_is_a_url_is_refused(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    words = [word for word in flags(model_folder, text_file, tmp_path) if not word.startswith("--checkpoint.dirpath")]
+    words = [word for word in words if "logger" not in word]
+    for last in ("link", "true"):
+        more = ["--trainer.logger=false", "--trainer.default_root_dir=memory://runs", f"--checkpoint.save_last={last}"]
+        assert "is a URL, and a run resumes from files" in failing(capsys, [*words, *more])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -406,9 +407,21 @@ def test_a_damaged_task_of_a_local_group_is_named(folder, tmp_path):
     rows(tmp_path / "tasks" / "mmlu" / "anatomy" / "test.jsonl", [{"strange": 1}] * 3)
     with pytest.raises(UserError, match=r"the questions of mmlu_anatomy in .* are damaged"):
         score(["mmlu_anatomy"], tmp_path / "tasks")
-    with LocalTasks.found_in(folder, ["mmlu"]) as local:
-        assert local.names == {"mmlu"}
-        assert "mmlu_anatomy" in local.defined
+    of_group = LocalTasks(tmp_path, frozenset({"mmlu"}), frozenset({"mmlu", "mmlu_anatomy"}))
+    with pytest.raises(UserError, match="the questions of mmlu in"), room._questions_of(of_group, "tasks"):
+        busy_with("mmlu_anatomy")
+    with pytest.raises(KeyError), room._questions_of(of_group, "tasks"):
+        busy_with("boolq")
+
+
+def busy_with(task):
+    class Asking:
+        config = SimpleNamespace(task=task)
+
+        def read(self):
+            raise KeyError("choices")
+
+    Asking().read()
 
 
 def test_tasks_that_cannot_run_here_are_one_line(folder):

@@ -291,3 +291,5 @@ def test_a_prompt_that_is_truncated_keeps_the_prefix() -> None:
     assert whole == [257, 257, *words]
     assert padded[3:] == [257, 257, *letters]
     assert attention.tolist() == [[1] * 8, [0] * 3 + [1] * 5]
+    longer = lm.tok_batch_encode(["a question of many words"])[0]  # which is not truncated
+    assert longer[0, :3].tolist() == [257, 257, byte_tokenizer()("a").input_ids[0]]
