@@ -302,14 +302,13 @@ class Checkpoints(SavingCheckpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Return Lightning's state, the step of the last validation, and whether a checkpoint waits for the next."""
-        waits = getattr(self, "_defer_save_until_validation", False)
-        return {**super().state_dict(), "validated_step": self._validated_step, "waits": waits}
+        return {**super().state_dict(), "validated_step": self._validated_step, "waits": self.waits}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load Lightning's state and the step of the last validation."""
         super().load_state_dict(state_dict)
         self._validated_step = state_dict["validated_step"]
-        self._defer_save_until_validation = bool(state_dict.get("waits", False))  # not of earlier versions
+        self.waits = bool(state_dict.get("waits", False))  # not of earlier versions
 
     # -- stopping -----------------------------------------------------------------------------------------
 
@@ -330,7 +329,7 @@ class Checkpoints(SavingCheckpoint):
 
     @property
     def _is_off(self) -> bool:
-        """Whether no checkpoint is ever written."""
+        """Return whether no checkpoint is ever written."""
         return self.save_top_k == 0 and not self.save_last
 
     def _finishing(self, trainer: L.Trainer) -> bool:

@@ -102,6 +102,15 @@ class SavingCheckpoint(ModelCheckpoint):
         if self.save_last == "link" and trainer.is_global_zero:
             link_last(Path(path).parent, Path(path))
 
+    @property
+    def waits(self) -> bool:
+        """Return whether a checkpoint is due that waits for the monitored metric."""
+        return bool(getattr(self, "_defer_save_until_validation", False))
+
+    @waits.setter
+    def waits(self, value: bool) -> None:
+        self._defer_save_until_validation = value
+
     def is_measured(self, trainer: L.Trainer) -> bool:
         """Return whether the monitored metric is of the current step; a subclass may know better."""
         return True

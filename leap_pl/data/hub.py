@@ -65,7 +65,7 @@ class HubDataset:
         Raises:
             UserError: The dataset cannot be reached, or has no such config, split or column.
         """
-        if self._count is None:  # also told to data workers, which begin with it
+        if self._count is None:  # data workers get it too, and begin with it
             self._count = int(self._open().num_shards)
         return self._count
 

@@ -57,7 +57,7 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
         tokens = without_suffix(tokens, self.tokenizer) if self._prefix else tokens  # without a prefix, nothing is put
         attention = attention[:, : tokens.shape[1]]
         if self._prefix and truncated:  # from the left, the prefix first
-            prefix = torch.tensor(self._prefix, dtype=tokens.dtype)[: tokens.shape[1]]
+            prefix = torch.tensor(self._prefix, dtype=tokens.dtype, device=tokens.device)[: tokens.shape[1]]
             tokens[attention.bool().all(1), : len(prefix)] = prefix
         check_tokens(tokens, vocabulary_of(self.model), "the model")
         return tokens, attention

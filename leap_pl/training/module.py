@@ -330,8 +330,13 @@ class LeapModule(ValidatedModule):
             fraction=fraction,
         )
         loss, self.terms = self.objective.loss(passed)
-        if idle:  # DDP waits for a gradient of every parameter, and the terms of masks may have no weight
-            loss = loss + 0 * torch.stack([masked.sum() for masked in idle]).sum()
+        # DDP waits for a gradient of every parameter. The gates of a block are computed together, used or not, and only
+        # terms of the mask have a path to those that are not.
+        apart = [masked.sum() for masked in idle]
+        if self.mesh is None and not (self.objective.budget or self.objective.weight):
+            apart += self.gates.kept.values()
+        if apart:
+            loss = loss + 0 * torch.stack(apart).sum()
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         if not self.looks_later:
             self.check_finite()

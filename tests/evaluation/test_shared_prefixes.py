@@ -283,13 +283,13 @@ def test_answers_that_share_nothing_need_no_mask(family: str, monkeypatch: pytes
 
 
 def test_a_prompt_that_is_truncated_keeps_the_prefix() -> None:
-    lm = PrefixSharingLM(pretrained=tiny_model(), tokenizer=byte_tokenizer(prefix=2), batch_size=2, prefix=[257, 257])
+    lm = PrefixSharingLM(pretrained=tiny_model(), tokenizer=byte_tokenizer(prefix=2), batch_size=2, prefix=[257, 258])
     words, letters = (byte_tokenizer()(text).input_ids for text in (" words", "abc"))
     tokens, attention = lm.tok_batch_encode(["a question of many words", "abc"], left_truncate_len=8)
     whole, padded = tokens.tolist()
     assert tokens.shape == (2, 8)
-    assert whole == [257, 257, *words]
-    assert padded[3:] == [257, 257, *letters]
+    assert whole == [257, 258, *words]
+    assert padded[3:] == [257, 258, *letters]
     assert attention.tolist() == [[1] * 8, [0] * 3 + [1] * 5]
     longer = lm.tok_batch_encode(["a question of many words"])[0]  # which is not truncated
-    assert longer[0, :3].tolist() == [257, 257, byte_tokenizer()("a").input_ids[0]]
+    assert longer[0, :3].tolist() == [257, 258, byte_tokenizer()("a").input_ids[0]]
