@@ -70,6 +70,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
+@pytest.fixture(autouse=True)
+def products_in_float32() -> None:
+    """Begin with the precision of a new process: commands run in this one set another, for all tests after them."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the gates uncompiled: compiling takes longer than any tiny run."""

@@ -1,21 +1,11 @@
 """Float32 products in full float32, whatever the process has set and by which of torch's two interfaces."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from leap_pl.kernels.precision import full_float32
 
 PRODUCTS = torch.backends.cuda.matmul
-
-
-@pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    before = PRODUCTS.fp32_precision
-    yield
-    torch.set_float32_matmul_precision("highest")
-    PRODUCTS.fp32_precision = before
 
 
 @pytest.mark.parametrize("precision", ["medium", "high", "highest"])

@@ -105,14 +105,10 @@ class Precisions(TorchDispatchMode):
 @pytest.mark.parametrize("method", ["admm", "sparsegpt", "sparseswaps"])
 def test_hessians_and_solves_are_in_full_float32(method: str) -> None:
     """Of all products only the model's own are as the process has set them."""
-    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    try:
-        with Precisions() as operations:
-            prune(tiny_model(), tokens(), method=method, progress=False)
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with Precisions() as operations:
+        prune(tiny_model(), tokens(), method=method, progress=False)
+    assert torch.get_float32_matmul_precision() == "high"
     solved = {"admm": "cholesky_inverse", "sparsegpt": "addr_", "sparseswaps": "gather"}[method]
     assert operations.found["addmm_"] == operations.found[solved] == {"highest"}  # of the Hessian, and within the solve
     assert operations.found["mm"] == {"high", "highest"}
