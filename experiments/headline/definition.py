@@ -73,12 +73,20 @@ def _told(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is like {other}, which is like another. Name that one.")
     for definition, where in ((told, path), (below, other)):
         _check_mappings(definition, MAPPINGS, str(where))
+    rows = below["rows"]
     for part in ("rows", "models"):
         _keep_named(part, told, below, f"{part} of {path}", str(other))
     for name, model in told["models"].items():
         _check(model, f"model {name} in {path}", MODEL_KEYS)
         _check_mappings(model, ("rows",), f"model {name} in {path}")
-        _keep_named("rows", model, below["models"][name], f"rows of model {name} in {path}", str(other))
+        kept = below["models"][name]
+        _keep_named("rows", model, kept, f"rows of model {name} in {path}", str(other))
+        # A row that this definition has for the model alone is still changed from that of the other's own model.
+        kept["rows"] |= {
+            row: laid_over(rows[row], changes or {})
+            for row, changes in kept["rows"].items()
+            if row in rows and row not in told["rows"]
+        }
     return laid_over(below, told)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,12 @@ def test_a_definition_may_be_like_another(again):
     assert experiment.tasks == {"piqa": None, "arc_easy": None}
     assert experiment.cells["dense"].model.evaluate["dtype"] == "bfloat16"
     assert experiment.cells["leap-60"].fit == read_experiment(folder / "tiny.yaml").cells["leap-60"].fit
+    # A model may have a row that its definition has for it alone.
+    write(folder / "alone.yaml", told | {"rows": {"dense": None}, "models": models})
+    alone = read_experiment(folder / "alone.yaml").cells
+    assert list(alone) == ["dense", "other-wanda-60"]
+    of_other = read_experiment(folder / "tiny.yaml").cells["other-wanda-60"]
+    assert alone["other-wanda-60"] == replace(of_other, model=alone["other-wanda-60"].model)
     # Masks of the other one are not made again, and its measurements stay.
     more = ("--config", str(folder / "full.yaml"), "--docs", str(folder / "docs" / "full"))
     assert results(folder, *more) == 0
