@@ -87,9 +87,9 @@ def _processor() -> float:
 def measured(cases: list[Case], args: argparse.Namespace) -> dict[Case, list[tuple[float, float]]]:
     """Return seconds and processor seconds of each case in each turn, those of all ranks together."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     found: dict[Case, list[tuple[float, float]]] = {case: [] for case in cases}
-    with ProcessPoolExecutor(max(args.ranks)) as pool:
+    with ProcessPoolExecutor(max(args.ranks), initializer=os.environ.update, initargs=(address,)) as pool:
         for turn in range(args.repeats):
             for case in cases:
                 reading = [pool.submit(read, case, rank, f"{turn} {case}", args) for rank in range(case.ranks)]

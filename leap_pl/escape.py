@@ -5,9 +5,11 @@ identify it: escape sequences that control a terminal, characters that reverse t
 that fetches a picture.
 """
 
+import os
 import re
 import sys
 import unicodedata
+from contextlib import suppress
 from typing import Any, TextIO
 
 _JOINERS = "\u200c\u200d"  # needed by writing systems and emoji
@@ -56,10 +58,25 @@ def say(text: Any, file: TextIO | None = None, *, lines: bool = False) -> None:
 
     Args:
         text: One line; with ``lines``, several lines that are laid out already.
-        file: Output stream, standard output by default; any other one is flushed.
+        file: Output stream, standard output by default.
         lines: Keep line breaks.
     """
-    print(terminal(text, lines=lines), file=sys.stdout if file is None else file, flush=file is not None)
+    file = sys.stdout if file is None else file
+    try:
+        print(terminal(text, lines=lines), file=file, flush=True)  # a process that is killed takes no line away
+    except BrokenPipeError:
+        discard(file)
+
+
+def discard(stream: TextIO) -> None:
+    """Write to nowhere from now on what is written to ``stream``, whose reader, such as head, wants no more.
+
+    The command goes on: it has files to write.
+    """
+    with suppress(OSError):  # a stream without a file of the system
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _visible(character: str) -> str:

@@ -18,6 +18,8 @@ import torch
 from hypothesis import settings
 from tiny import tiny_folder
 
+from leap_pl.errors import warn_once
+
 # Fixtures that a few test files share.
 pytest_plugins = [
     "hub_stand_in",
@@ -71,9 +73,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def products_in_float32() -> None:
-    """Begin with the precision of a new process: commands run in this one set another, for all tests after them."""
+def as_in_a_new_process() -> None:
+    """Begin as a new process does, whatever ran in this one before: a test is not to depend on which tests did.
+
+    Commands set the precision of products, seed the random numbers, and warn of some things once.
+    """
     torch.set_float32_matmul_precision("highest")
+    torch.manual_seed(0)
+    warn_once.cache_clear()
 
 
 @pytest.fixture

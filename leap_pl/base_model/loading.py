@@ -91,6 +91,7 @@ def _load(
 
     folder, gguf_file = _locate(name)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    _check_causal(config, name)
     if not dropout:
         _disable_dropout(config)
     if is_packed_config(config):
@@ -135,6 +136,29 @@ def _load(
             model.tie_weights()
             model.generation_config = quantised.generation_config
     return model.eval()
+
+
+def _check_causal(config: "PreTrainedConfig", name: str) -> None:
+    """Check that the model continues a text, from what comes before alone.
+
+    transformers makes a causal model of many others too: of an encoder whose tokens see those after them, and of the
+    decoder of an encoder-decoder model, without its encoder.
+
+    Raises:
+        UserError: It is one of these.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind = ""
+    if getattr(config, "is_encoder_decoder", False):
+        kind = "has an encoder and a decoder"
+    elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        kind = "fills masks: each token sees those after it"
+    if kind:
+        raise UserError(
+            f"base model {name} ({shown(config.model_type)}) {kind}. leap_pl is for models that continue a text: give "
+            "one of these, such as Qwen/Qwen2.5-0.5B."
+        )
 
 
 def _take_buffers(model: "PreTrainedModel", other: "PreTrainedModel") -> None:
@@ -277,7 +301,7 @@ def _locate(name: str) -> tuple[str, str | None]:
     """Return the folder or hub id to pass to transformers, and the name of the GGUF file in it, if any."""
     path = expanded(name)
     note_input(path)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise UserError(f"base model {name}: there is no such GGUF file. Give the path of one that exists.")
         return str(path.parent), path.name
@@ -298,6 +322,12 @@ def _locate(name: str) -> tuple[str, str | None]:
     if _looks_local(name) or path.exists():
         raise UserError(
             f"base model {name}: there is no such folder. Give a Hugging Face model folder, a .gguf file or a hub id."
+        )
+    if "@" in name:  # as a mask of the hub is named
+        alone, _, revision = name.partition("@")
+        raise UserError(
+            f"base model {name}: a revision is an option of its own. Give {alone} --revision {revision} (of fit and "
+            "recover: --model.revision)."
         )
     return name, None
 

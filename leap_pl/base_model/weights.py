@@ -121,7 +121,7 @@ def find_weights(
     if found:  # else nothing matches, which is said below
         _check_each_matches(targets or (), ignore, candidates, type(model).__name__)
     if not found:
-        asked = "the default (linears of the decoder blocks)" if targets is None else ", ".join(targets)
+        asked = "the default (linears of the decoder blocks)" if targets is None else listing([*targets], 4)
         projections = sorted({f"re:.*{re.escape(w.projection)}" for w in candidates.values() if w.layer is not None})
         raise UserError(
             f"nothing to gate: {asked}{' without ' + ', '.join(ignore) if ignore else ''} matches no weight of "

@@ -1,10 +1,6 @@
 """Checkpoint callback: saves at intervals, at the end of the run, and on signals."""
 
-import os
 import re
-import shlex
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,16 +15,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from leap_pl.callbacks.lightning_internals import SavingCheckpoint, requeuing, validate_if_due
 from leap_pl.callbacks.mask_export import mask_place
+from leap_pl.callbacks.unfinished_run import UnfinishedRun, refuse_requeue, requeue
 from leap_pl.checkpoints.run_folder import Leftover, earlier_run, link_last, record_checkpoint
 from leap_pl.checkpoints.signals import Stopped, StopSignals
 from leap_pl.distributed.strategy import RankZero, saves_shards
 from leap_pl.errors import UserError
-from leap_pl.escape import say
 from leap_pl.files import atomic_folder, check_writable, flush, remove_abandoned
 from leap_pl.inputs.ranges import check_numbers
-from leap_pl.inputs.register import running_verb
-
-SWITCHED_OFF = ", since checkpoint.save_top_k and checkpoint.save_last switch them off"
 
 
 class Checkpoints(SavingCheckpoint):
@@ -209,21 +202,8 @@ class Checkpoints(SavingCheckpoint):
         """Print that the run is not finished, if it ended before its last step."""
         if self._finishing(trainer) or not trainer.is_global_zero:
             return
-        step = trainer.global_step
-        found, remedy = f"There is no checkpoint{SWITCHED_OFF * self._is_off}", "Start it again with more time"
-        if self.saved_step:
-            found = f"The checkpoint of step {self.saved_step} is in {self.dirpath}"
-            remedy = f"Resume with {self._resuming()}"
-        elif trainer.ckpt_path is not None:
-            found = f"It began with the checkpoint {trainer.ckpt_path}"
-            remedy = f"Resume with --ckpt_path {shlex.quote(str(trainer.ckpt_path))}"
-        if remedy.startswith("Resume") and any(isinstance(one, Timer) for one in trainer.callbacks):  # type: ignore[attr-defined]
-            remedy += " and a longer --trainer.max_time, which counts the time of all starts"
-        say(
-            f"leap_pl {running_verb()}: ended at step {step} of {trainer.max_steps}; learning is not finished, and no "
-            f"mask is written. {found}. {remedy}.",
-            sys.stderr,
-        )
+        is_timed = any(isinstance(one, Timer) for one in trainer.callbacks)  # type: ignore[attr-defined]
+        self._unfinished(trainer).report_end(is_timed=is_timed)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write a checkpoint if the run was stopped by a signal, or reading its text failed."""
@@ -327,44 +307,30 @@ class Checkpoints(SavingCheckpoint):
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
         return int(numbers)
 
-    @property
-    def _is_off(self) -> bool:
-        """Return whether no checkpoint is ever written."""
-        return self.save_top_k == 0 and not self.save_last
-
     def _finishing(self, trainer: L.Trainer) -> bool:
         return trainer.global_step >= trainer.max_steps
 
-    def _resuming(self) -> str:
-        """Return the options that resume the run in the folder of this one, which may be chosen anew by each run."""
-        return "--ckpt_path last" + ("" if self._named else f" --checkpoint.dirpath {shlex.quote(str(self.dirpath))}")
+    def _unfinished(self, trainer: L.Trainer) -> UnfinishedRun:
+        return UnfinishedRun(
+            step=trainer.global_step,
+            max_steps=trainer.max_steps,
+            saved_step=self.saved_step,
+            folder=Path(str(self.dirpath)),
+            is_named=self._named,
+            is_off=self.save_top_k == 0 and not self.save_last,
+            began_with=None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+        )
 
     def _report_stop(self, trainer: L.Trainer, stopped: Stopped, *, learning: bool) -> None:
         if not trainer.is_global_zero:
             return
-        step = self.saved_step
-        if step:
-            message = (
-                f"stopped at step {trainer.global_step} of {trainer.max_steps}; the checkpoint of step {step} is in "
-            )
-            message += f"{self.dirpath}. Resume with {self._resuming()}."
-        elif trainer.ckpt_path is not None and not learning:
-            message = f"stopped before its first step; it begins with the checkpoint {trainer.ckpt_path}."
-        elif trainer.global_step:
-            message = f"stopped at step {trainer.global_step}; no checkpoint is written{SWITCHED_OFF * self._is_off}."
-        else:
-            message = "stopped before the first step was done; no checkpoint is written."
-        say("", sys.stderr)  # a progress bar may be on this line
-        say(f"leap_pl {running_verb()}: {stopped.signal.name}: {message}", sys.stderr)
-        slurm = requeuing(trainer)
-        goes_on = step or not trainer.global_step or trainer.ckpt_path is not None
-        if slurm and stopped.signal == slurm.requeue_signal and goes_on:
+        run, slurm = self._unfinished(trainer), requeuing(trainer)
+        run.report_stop(stopped.signal.name, learning=learning)
+        if slurm and stopped.signal == slurm.requeue_signal and run.can_go_on:
             if self._named or self.force is None:  # a script may name a checkpoint by itself
                 requeue()
-            else:  # it would not find its checkpoint
-                say(
-                    f"leap_pl {running_verb()}: the job is not requeued. Set --checkpoint.dirpath for that.", sys.stderr
-                )
+            else:
+                refuse_requeue()
 
     def _skip_validation(self, trainer: L.Trainer) -> None:
         if self._limit_val_batches is None:
@@ -407,15 +373,3 @@ def _ends_early(trainer: L.Trainer) -> bool:
     """Return whether Lightning is about to end the run before its last step."""
     enough = trainer.global_step >= (trainer.min_steps or 0) and trainer.current_epoch >= (trainer.min_epochs or 0)
     return bool(trainer.should_stop and enough and trainer.global_step < trainer.max_steps)
-
-
-def requeue() -> None:
-    """Requeue this SLURM job, which then resumes from its newest checkpoint."""
-    job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True)
-        say(f"leap_pl {running_verb()}: job {job} was requeued.", sys.stderr)
-    except (OSError, subprocess.CalledProcessError) as error:
-        say(f"leap_pl {running_verb()}: job {job} could not be requeued ({error}).", sys.stderr)

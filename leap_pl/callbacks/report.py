@@ -14,7 +14,7 @@ from leap_pl.callbacks.lightning_internals import SavingCheckpoint
 from leap_pl.callbacks.mask_export import MaskExport, mask_place
 from leap_pl.distributed.strategy import data_rank
 from leap_pl.escape import markdown, say, terminal
-from leap_pl.gates import BernoulliGate
+from leap_pl.gates import BernoulliGate, Gate, NMGate
 from leap_pl.inputs.records import WEIGHTS
 from leap_pl.inputs.register import running_verb
 from leap_pl.kernels.compiled import can_compile
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FEW_TOKENS = 10_000_000  # for which the paper's schedule is too slow, as far as was measured: docs/recipes.md
+RECIPES: dict[type[Gate], str] = {BernoulliGate: "--config short", NMGate: "--config short --config 2of4"}  # for those
 
 
 class RunReport(L.Callback):
@@ -123,9 +124,10 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
         a_step = tokens * trainer.accumulate_grad_batches * data_rank(trainer)[1]
         plan["text"] = f"{getattr(data, 'text', '')}: {a_step * steps:,} tokens, {a_step:,} a step ({parts})"
     plan["steps"] = f"{steps:,}, {_optimizer(module)}; {_annealing(module)}" if logits else f"{steps:,}"
-    new = logits and tokens and module.resumes_from is None and isinstance(probe.first, BernoulliGate)
+    new = tokens and module.resumes_from is None and type(probe.first) in RECIPES
     if new and module.annealing == Annealing() and a_step * steps < FEW_TOKENS:
-        plan["schedule"] = "α and τ are the paper's, for 2.1 billion tokens; for few, --config short"
+        recipe = RECIPES[type(probe.first)]
+        plan["schedule"] = f"α and τ are the paper's, for 2.1 billion tokens; for few, {recipe}"
     if module.trained.kind != NONE:
         plan["weights"] = _weights(module)
     plan["losses"] = _losses(module)

@@ -23,7 +23,7 @@ from leap_pl.inputs import register as inputs
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.records import MASK, WEIGHTS, is_mask_file, is_weights_file
 from leap_pl.masks.mask_set import TRAINED, MaskSet
-from leap_pl.prior.started_prior import prior_file
+from leap_pl.prior.started_prior import DIGESTS, prior_file
 
 _GROUPS = ("model", "data", "trainer")
 LAST = "last.ckpt"
@@ -176,6 +176,8 @@ def finished_mask(checkpoint: dict[str, Any], masks: Path, settings: Mapping[str
     stored = identity.learned_with
     if identity.max_steps != max_steps or not all(_as_asked(name, stored[name], settings) for name in stored):
         return None
+    if not _is_of_mask(identity, settings.get("model.mask")):
+        return None
     try:
         with inputs.command_inputs("is it finished"):  # not an input of the run, which may write this mask
             provenance = MaskSet.load(path).provenance
@@ -185,6 +187,19 @@ def finished_mask(checkpoint: dict[str, Any], masks: Path, settings: Mapping[str
         return None  # the run writes them again
     found = (provenance.fingerprint, provenance.sparsity, provenance.config.get("max_steps"))
     return (path, identity) if found == (identity.fingerprint, identity.sparsity, max_steps) else None
+
+
+def _is_of_mask(identity: Identity, mask: Any) -> bool:
+    """Return whether a run was under the ``mask`` that is named, if one is; True if in doubt."""
+    digests = identity.settings.get(DIGESTS)
+    was = digests.get("prior") if isinstance(digests, dict) else None
+    if mask is None or was is None:
+        return True
+    try:
+        with inputs.command_inputs("is it finished"):
+            return MaskSet.load(str(mask)).digest_of_bits() == was
+    except UserError:  # it is gone, or of the hub, which cannot be reached
+        return True
 
 
 def _as_asked(name: str, stored: Any, settings: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.ranges import INSIDE, NOT_NEGATIVE, POSITIVE, refusal
-from leap_pl.inputs.register import exists, note_input
+from leap_pl.inputs.register import exists, note_input, running_verb
 from leap_pl.inputs.yaml_input import check_yaml, guard_parser
 from leap_pl.training.trainer_checks import UNSUITABLE
 
@@ -30,13 +30,16 @@ BASES = {"Logger", "Callback", "Checkpoint", "BaseFinetuning", "BasePredictionWr
 # Restriction of a type, as the parser words it → range.
 RESTRICTIONS = {"v>0 and v<1": INSIDE, "v>0": POSITIVE, "v>=0": NOT_NEGATIVE}
 
-# Options of several texts or tasks → how several are given.
+# Options of several texts, tasks or names → how several are given.
 ONCE = {
     "--perplexity": "names separated by commas",
     "--tasks": "names separated by commas",
     "--text": "a list: '[a.jsonl, b.jsonl]'",
     "--data.text": "a list: '[a.jsonl, b.jsonl]'",
     "--data.validation_text": "a list: '[a.jsonl, b.jsonl]'",
+    **dict.fromkeys(("--targets", "--ignore", "--model.targets", "--model.ignore"), "a list: '[q_proj, lm_head]'"),
+    "--model.weight_training.target_modules": "a list: '[q_proj, v_proj]'",
+    "--baselines": "names separated by commas",
 }
 
 # Last part of a name that other tools have for a setting → end of the name of this one.
@@ -84,7 +87,7 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
     if absent and ("either not accessible or invalid" in complaint or key in LIGHTNING):
         classes = _classes_for(key)
         near = get_close_matches(absent[1], classes, 1)
-        there = f"There are {', '.join(classes)}." if classes else "leap_pl fit --help all lists the available classes."
+        there = f"There are {', '.join(classes)}." if classes else f"leap_pl {running_verb()} --help all lists them."
         remedy = f"Did you mean {near[0]}?" if near else there
         return f"{key}: there is no class {absent[1]} of this kind. {remedy}"
     group = re.search(r"Unable to load config ['\"](.*?)['\"](?: |$)", complaint)

@@ -54,9 +54,10 @@ def compare_command(
     from leap_pl.files import atomic_folder
     from leap_pl.oneshot.methods import METHODS
 
+    measured_against = {*(METHODS if baselines is None else [name.strip() for name in baselines.split(",")])}
+    if "" in measured_against:
+        raise UserError(f"--baselines {baselines!r} has an empty entry. Separate entries by single commas.")
     entries = read_entries(results)
-    named = METHODS if baselines is None else [name.strip() for name in baselines.split(",")]
-    measured_against = {name for name in named if name}
     methods = {*METHODS, *(entry.method for entry in entries)}
     if unknown := sorted(measured_against - methods):
         raise UserError(

@@ -100,18 +100,20 @@ def evaluate_command(
         raise UserError(f"--max_tokens {max_tokens}: a perplexity needs at least 2 tokens.")
     if num_fewshot is not None and num_fewshot < 0:
         raise UserError(f"--num_fewshot {num_fewshot}: give a number of examples, 0 or more.")
-    of_texts = {"stride": stride, "max_tokens": max_tokens, "share": share, "text_column": text_column}
+    of_texts: dict[str, Any] = {"seq_length": seq_length, "stride": stride, "max_tokens": max_tokens}
+    of_texts |= {"share": share, "text_column": text_column}
     check_used(of_texts, evaluate_command, not texts, "no text is given with --perplexity")
-    of_tasks = {"limit": limit, "num_fewshot": num_fewshot, "tasks_folder": tasks_folder}
+    of_tasks = {"limit": limit, "num_fewshot": num_fewshot, "tasks_folder": tasks_folder, "seed": seed}
     check_used(of_tasks, evaluate_command, not names, "no task is given with --tasks")
     # Check everything that needs no model before one is loaded.
-    from leap_pl.cli.device import move_to_device
+    from leap_pl.cli.device import check_device, move_to_device
     from leap_pl.evaluation.perplexity import check_windows
     from leap_pl.evaluation.record import FORMAT, FORMAT_VERSION, check_place, environment, write_result
     from leap_pl.evaluation.subject import load_subject, realised_sparsity
     from leap_pl.evaluation.texts import TEXTS, check_text
     from leap_pl.oneshot.methods import MASK_ALONE
 
+    check_device(device)
     check_windows(seq_length, seq_length if stride is None else stride, batch_size)
     from_hub = {text for text in texts if check_text(text, text_column=text_column, share=share)}
     of_hub = {"config_name": config_name, "split": split}

@@ -138,6 +138,8 @@ class LeapCLI(LightningCLI):
         yet. A job that SLURM has requeued resumes from it automatically.
         """
         words = [str(word) for word in (args if isinstance(args, list) else sys.argv[1:])]
+        for verb, own in self.parsers.items():
+            own.prog = "leap_pl" if verb is None else f"leap_pl {self.name if verb == 'fit' else verb}"  # for the usage
         self._last_of: dict[str | None, tuple[str, tuple[Path, dict[str, Any]] | None]] = {}
         self._configs = configs = check_configs(words)
         words, typed = respelled(words)

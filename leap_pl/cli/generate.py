@@ -3,7 +3,8 @@
 import sys
 from typing import Any, Literal
 
-from leap_pl.cli.command import command
+from leap_pl.cli.command import check_used, command
+from leap_pl.errors import UserError
 from leap_pl.escape import say
 
 
@@ -42,10 +43,18 @@ def generate_command(
     Returns:
         The text and the figures.
     """
-    from leap_pl.base_model.loading import load_model, load_tokenizer
-    from leap_pl.cli.device import device_name, move_to_device
+    from leap_pl.base_model.loading import is_packed_config, load_config, load_model, load_tokenizer
+    from leap_pl.cli.device import check_device, device_name, move_to_device
     from leap_pl.evaluation.generation import bytes_in_memory, continue_prompt
 
+    check_used({"seed": seed}, generate_command, temperature == 0, "at --temperature 0 nothing is drawn")
+    check_device(device)
+    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    if memory == "packed" and not is_packed_config(config):
+        raise UserError(
+            f"--memory packed: {model} is not packed. Pack it with leap_pl export --model {model} --format packed "
+            "--output_dir FOLDER, or leave --memory out."
+        )
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     if memory == "auto" and not device_name(device).startswith("cpu"):
         memory = "dense"  # packed weights were measured on CPUs alone, and a model is loaded on the CPU

@@ -1,5 +1,6 @@
 """Command line ``leap_pl``: the table of verbs, each a command or a run of the Lightning trainer."""
 
+import errno
 import os
 import sys
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from leap_pl.errors import UserError
-from leap_pl.escape import say, terminal
+from leap_pl.escape import discard, say, terminal
 from leap_pl.version import __version__
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ VERBS = {
     "consolidate": Verb("convert a checkpoint folder to one file", "leap_pl.cli.consolidate:consolidate_command"),
     "compare": Verb("tables and pictures of several results", "leap_pl.cli.compare:compare_command", several="results"),
 }
+
+# Errors of a path that may not be looked at: of its rights, its length, its file system.
+OF_A_PATH = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.EHOSTDOWN}
 
 ALL = "all"  # leap_pl fit --help all
 
@@ -115,8 +119,8 @@ def main(args: "ArgsType" = None) -> Any:
         remedy = "Lower --batch_size or --seq_length where the verb has them, or give --device cpu."
         say(f"leap_pl {words[0]}: out of memory on the device: {str(error).splitlines()[0]} {remedy}", sys.stderr)
         raise SystemExit(2) from None
-    except PermissionError as error:
-        if error.filename is None:  # of something else than a file
+    except OSError as error:
+        if error.filename is None or error.errno not in OF_A_PATH:  # of something else than a file that was named
             raise
         where = f"{error.filename} may not be read or written ({error.strerror}). Name another path."
         say(f"leap_pl {words[0]}{_of_rank()}: {where}", sys.stderr)
@@ -151,13 +155,27 @@ def console() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # a file needs no redraws; read when tqdm is imported
     try:
-        main()
+        try:
+            main()
+        finally:
+            _flush()
+        return
+    except BrokenPipeError:
+        discard(sys.stdout)
         return
     except KeyboardInterrupt:
         pass
     # Outside the except block, so that everything the exception kept alive is closed: progress bars print nothing more.
     say(f"\n{terminal(' '.join(['leap_pl', *sys.argv[1:2]]))}: stopped.", sys.stderr, lines=True)
     raise SystemExit(130)
+
+
+def _flush() -> None:
+    """Write what is left of the output, which the interpreter does later, where its errors are nobody's."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard(sys.stdout)
 
 
 @contextmanager

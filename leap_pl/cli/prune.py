@@ -139,6 +139,8 @@ def prune_command(
     from leap_pl.base_model.loading import load_config, load_model, load_tokenizer
     from leap_pl.base_model.sequence_length import check_sequence_length
     from leap_pl.base_model.weights import check_numbers, find_weights
+    from leap_pl.cli.device import check_device
+    from leap_pl.data.source import TextSource
     from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet
     from leap_pl.masks.patterns import NM, parse_pattern
@@ -147,6 +149,7 @@ def prune_command(
     from leap_pl.oneshot.walk import WalkOptions
 
     asked = method_named(method)
+    check_device(device)
     taken = {name: value for name, value in options.items() if name in asked.options or value != FORMER.get(name)}
     settings = settings_of(method, taken)
     shape = parse_pattern(pattern, sparsity)
@@ -162,15 +165,18 @@ def prune_command(
     check_used(of_rows, prune_command, fisher is None, "only --fisher allocates over rows")
     check_used(of_owl, prune_command, not owl, "only --owl true counts outliers")
     uses_text = asked.needs is not None or owl or fisher is not None
-    if not uses_text and (
-        idle := given({"text": text, "sequences": sequences, "seq_length": seq_length}, prune_command)
-    ):
+    of_text = {"text": text, "sequences": sequences, "seq_length": seq_length, "separator": separator, "bos": bos}
+    of_text |= {"text_column": text_column, "config_name": config_name, "split": split}
+    if not uses_text and (idle := given(of_text, prune_command)):
         # A note, so that one command line serves several methods.
         named = listing([f"--{name}" for name in idle])
         say(f"leap_pl prune: not used by {method}, which reads no text: {named}", sys.stderr)
     if uses_text:
         config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
         check_sequence_length(config, seq_length, model, "--seq_length")
+        if TextSource.open(text, text_column=text_column).is_local:
+            of_hub = {"config_name": config_name, "split": split}
+            check_used(of_hub, prune_command, True, "they choose a part of a hub dataset, and the text is local")
     allocated = None if fisher is None else _fisher(fisher, fisher_rows)
     per_layer = None if layer_sparsity is None else read_layer_sparsities(layer_sparsity)
     kept_mask = None if mask is None else MaskSet.load(mask)
@@ -251,10 +257,6 @@ def _device(device: str) -> str | None:
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else None
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     return device
 
 

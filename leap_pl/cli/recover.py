@@ -20,6 +20,10 @@ LEARNING = {
 }
 
 
+# Terms of the loss that depend on the mask alone.
+CONSTANT = tuple(f"model.objective.{name}" for name in ("budget", "budget_scope", "weight"))
+
+
 class RecoverCLI(LeapCLI):
     """Command line of fit with the defaults of recover."""
 
@@ -49,14 +53,16 @@ class RecoverCLI(LeapCLI):
             if option.startswith("--"):
                 given[name] = value or following
         # What is the default, or null, takes back what a config gives.
-        given = {name: value for name, value in given.items() if value not in ("null", str(self.defaults.get(name)))}
+        given = {name: value for name, value in given.items() if not _is(value, self.defaults.get(name))}
         idle = {name: LEARNING.get(name) for name in given if name in LEARNING or name.startswith("model.annealing")}
+        idle |= {name: None for name in given if name in CONSTANT}
         if "model.optimizer" in given:  # a class that may need a rate to be made at all
             idle.pop("model.optimizer.lr", None)
         if "model.mask" in given:
             idle |= {
                 name: None for name in given if name.startswith("model.prior.") and name != "model.prior.cache_dir"
             }
+            idle |= {name: None for name in given if name == "model.gate.pattern"}
         if idle:
             instead = [f"--{name}" for name in idle.values() if name is not None]
             remedy = f"For the weights, type {listing(instead)}" if instead else "Leave out what is not meant"
@@ -93,8 +99,10 @@ class RecoverCLI(LeapCLI):
         named = [word for config in self._configs for word in ("--config", config)]
         # Of a class that a config names, only what it also sets: the rest are defaults of the class.
         keys = {name: key for name, key in keys.items() if setting_of(named, self._configs, key) is not None}
-        keys["model.annealing"] = "model.annealing"
+        keys |= {name: name for name in ("model.annealing", *CONSTANT)}
         if settings.get("model.mask") is not None:
+            if setting_of(named, self._configs, "model.gate.init_args.pattern") is not None:
+                keys["model.gate.pattern"] = "model.gate.init_args.pattern"
             parts = [part for part in plain(defaults.get("model.prior")) if part != "cache_dir"]
             keys |= {f"model.prior.{part}": f"model.prior.{part}" for part in parts}
         idle = [name for name, key in keys.items() if plain(settings.get(key)) != plain(defaults.get(key))]
@@ -102,6 +110,14 @@ class RecoverCLI(LeapCLI):
             instead = [LEARNING[name] for name in idle if name in LEARNING]
             remedy = f" For the weights, set {listing(instead)}." if instead else ""
             rank_zero_warn(f"not used, since the mask is not learned: {listing(idle)}.{remedy}")
+
+
+def _is(value: str, default: Any) -> bool:
+    """Return whether ``value``, as it is typed, is ``default`` or null."""
+    try:
+        return value in ("null", str(default)) or float(value) == default
+    except ValueError:
+        return False
 
 
 def _has_gate(config: Mapping[Any, Any]) -> bool:

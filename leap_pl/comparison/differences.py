@@ -5,7 +5,7 @@ differences is much smaller than that of a difference of independent measurement
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +52,25 @@ def perplexity_difference(
     windows_a, windows_b = a.get("window_nll", []), b.get("window_nll", [])
     stderr = None
     if len(windows_a) == len(windows_b):
-        # Delta method: exp(mean) is linear in small deviations of the windows, with the perplexity as slope.
-        pairs = zip(windows_a, windows_b, strict=True)
-        stderr = _stderr([a["value"] * (x - a["nll"]) - b["value"] * (y - b["nll"]) for x, y in pairs])
+        # Delta method: exp(mean) is linear in small deviations of the windows, with the perplexity as slope. The mean
+        # is over tokens: of windows that overlap, the first predicts more than the others.
+        weights = _weights_of_windows(len(windows_a), a)
+        triples = zip(windows_a, windows_b, weights, strict=True)
+        stderr = _stderr([w * (a["value"] * (x - a["nll"]) - b["value"] * (y - b["nll"])) for x, y, w in triples])
     return Difference(a["value"] - b["value"], stderr, best.label, b["value"])
+
+
+def _weights_of_windows(windows: int, figure: Mapping[str, Any]) -> list[float]:
+    """Return the weight of each of the ``windows`` of a perplexity in its mean, 1 on average.
+
+    Each but the first predicts the tokens of one stride, or as many as the first if that has fewer.
+    """
+    stride, predicted = figure.get("stride"), figure.get("predicted")
+    if not (stride and predicted and windows):
+        return [1.0] * windows
+    mean = predicted / windows
+    later = min(stride / mean, 1.0)
+    return [windows - (windows - 1) * later, *[later] * (windows - 1)]
 
 
 def accuracy_difference(

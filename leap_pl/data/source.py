@@ -228,7 +228,8 @@ def _local_files(name: str) -> list[Path]:
             raise UserError(f"No file matches {name}. Give a pattern that matches {', '.join(SUFFIXES)} files.")
         return [_known(file) for file in found]
     if not _HUB_ID.fullmatch(name) or name.lower().endswith(SUFFIXES + _OTHER_FILES):
-        raise UserError(f"There is no file {name}. Name one that exists, or a hub dataset such as allenai/c4.")
+        several = " Several files are a list: '[a.jsonl, b.jsonl]'." if "," in name else ""
+        raise UserError(f"There is no file {name}. Name one that exists, or a hub dataset such as allenai/c4.{several}")
     return []
 
 

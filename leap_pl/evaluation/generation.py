@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from leap_pl.base_model.prefix import without_suffix
 from leap_pl.base_model.sequence_length import check_sequence_length
@@ -89,7 +89,13 @@ def continue_prompt(
     with torch.inference_mode(), _neutral(model), torch.random.fork_rng(devices, device_type=model.device.type):
         torch.manual_seed(seed)
         started = time.perf_counter()
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
+        made = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            streamer=clock,
+            logits_processor=[_checked],
+        )
     new = made[0, ids.shape[1] :]
     times = clock.times[1:]  # the first is that of the prompt
     return Continuation(
@@ -99,6 +105,19 @@ def continue_prompt(
         first_seconds=times[0] - started,
         next_seconds=times[-1] - times[0],
     )
+
+
+def _checked(ids: Tensor, scores: Tensor) -> Tensor:
+    """Return ``scores``, the logits of the next token.
+
+    Raises:
+        UserError: One is NaN, of which the most likely token would be the first of the vocabulary.
+    """
+    if bool(scores.isnan().any()):
+        raise UserError(
+            "the model's logits are not finite. Generate in another precision (--dtype float32), or check the weights."
+        )
+    return scores
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Importing this module imports lm-eval, which takes seconds.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -74,6 +75,16 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        found = self._scored(requests, disable_tqdm, override_bs)
+        bad = sum(math.isnan(likelihood) for likelihood, _ in found)
+        if bad:  # of which lm-eval would take the first answer for the most likely
+            raise UserError(
+                f"the model's logits are not finite for {bad:,} of {len(found):,} answers. Evaluate in another "
+                "precision (--dtype float32), or check the weights."
+            )
+        return found
+
+    def _scored(self, requests: list[Request], disable_tqdm: bool, override_bs: int | None) -> list[tuple[float, bool]]:
         requests = [(text, self._truncated(context, answer), answer) for text, context, answer in requests]
         # What is longer than the model's positions, or does not fit into a sliding window, is left to lm-eval.
         most = min(self.max_length, attention_span(self.model))

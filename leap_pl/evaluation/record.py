@@ -21,11 +21,14 @@ def check_place(path: str | Path) -> None:
     """Check that a result can be written to ``path``, before hours of computation.
 
     Raises:
-        UserError: If ``path`` is a folder or a file that is no result, or its folder cannot be created or written.
+        UserError: If ``path`` is a folder, a device, a pipe or a file that is no result, or its folder cannot be
+            created or written.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"--output {path} is a folder. Name a file in it: --output {path / 'result.json'}")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--output {path} is no regular file. Name another; figures are also printed.")
     if path.is_file() and path.stat().st_size and not _is_result(path):
         raise UserError(f"--output {path} exists and is no result of leap_pl evaluate. Name another file.")
     try:

@@ -14,7 +14,7 @@ from leap_pl.export.usage import Format, usage
 from leap_pl.inputs import records
 from leap_pl.inputs.hub import is_hub_id
 from leap_pl.inputs.plain_values import shown
-from leap_pl.masks.mask_set import SPARSE_BASE, TRAINED
+from leap_pl.masks.mask_set import SPARSE_BASE, STAYED, TRAINED
 
 if TYPE_CHECKING:
     from leap_pl.masks import MaskSet
@@ -194,11 +194,20 @@ def _making(masks: "MaskSet", facts: Mapping[str, Any]) -> str:
 
 
 def unfinished(masks: "MaskSet") -> str:
-    """Return a note with the step of a mask that was taken before learning was finished, else an empty string."""
-    steps, of = (masks.provenance.config.get(name) for name in ("steps", "max_steps"))
-    if not (isinstance(steps, int) and isinstance(of, int) and steps < of):
-        return ""
-    return f"the mask is of step {steps:,} of {of:,}; "
+    """Return a note with the step of a mask, and of weights under it, that are of an unfinished run; else "".
+
+    The settings of weights alone have those of the mask that stayed as it was.
+    """
+    notes = ""
+    config: Any = masks.provenance.config
+    while isinstance(config, Mapping):
+        stayed = config.get(STAYED)
+        steps, of = config.get("steps"), config.get("max_steps")
+        if isinstance(steps, int) and isinstance(of, int) and steps < of:
+            what = "the mask is" if stayed is None else "the weights are"
+            notes += f"{what} of step {steps:,} of {of:,}; "
+        config = stayed.get("config") if isinstance(stayed, Mapping) else None
+    return notes
 
 
 def _base_name(masks: "MaskSet") -> str:

@@ -40,11 +40,13 @@ def atomic_file(path: str | Path, *, own: bool = False) -> Iterator[Path]:
             resumed from it, and a symbolic link is replaced, not followed, since it points to an older checkpoint.
 
     Raises:
-        UserError: The folder is not writable, the disk is full, or ``path`` is an input of the command.
+        UserError: The folder is not writable, the disk is full, or ``path`` is an input of the command or a device.
     """
     path = Path(path)
     try:
         place = path if own else followed(path)
+        if place.exists() and not (place.is_file() or place.is_dir()):  # which root could replace
+            raise UserError(f"{path} is a device or a pipe, which cannot be replaced by a file. Name another path.")
         register = None if own else inputs.current()
         if register is not None:
             register.check_file(inputs.real_place(place), path)

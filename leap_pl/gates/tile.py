@@ -191,7 +191,9 @@ class TileGate(Gate):
         """
         start_AB = initial_noise(self.logits.shape, self.spread, seed, self.name)
         if prior is not None:
-            density_AB = self.grid.count(prior.cpu()) / self.grid.count(torch.ones_like(prior, device="cpu"))
+            # In float32 whatever the default is, which Lightning sets to half precision in some runs.
+            kept_AB = self.grid.count(prior.cpu()).to(torch.float32)
+            density_AB = kept_AB / self.grid.count(torch.ones_like(prior, device="cpu"))
             least = self.n / self.m
             share_AB = ((density_AB - least) / (1 - least)).clamp(0, 1)
             start_AB += (share_AB * 2 - 1) * (self.strength * self.spread)

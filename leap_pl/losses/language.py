@@ -167,8 +167,10 @@ def distillation_loss(
     s_CV, q_CV = z_CV / temperature, teacher_CV.float() / temperature
     log_s_CV = s_CV - s_CV.logsumexp(-1, keepdim=True)
     log_q_CV = q_CV - q_CV.logsumexp(-1, keepdim=True)
-    kl_C = (log_q_CV.exp() * (log_q_CV - log_s_CV)).sum(-1)
+    # A token that both rule out, with logits of −∞, adds nothing: 0·(−∞ + ∞) would be NaN.
+    q_CV = log_q_CV.exp()
+    kl_C = torch.where(q_CV > 0, q_CV * (log_q_CV - log_s_CV), 0.0).sum(-1)
     grad_CV = lm * (log_p_CV.exp() - (token_V == target_C[:, None]).float())
-    grad_CV = grad_CV + distillation * temperature * (log_s_CV.exp() - log_q_CV.exp())
+    grad_CV = grad_CV + distillation * temperature * (log_s_CV.exp() - q_CV)
     ce = -log_p_CV.gather(1, target_C[:, None].long()).sum()
     return ce, kl_C.sum() * temperature**2, grad_CV.to(logits_CV.dtype)

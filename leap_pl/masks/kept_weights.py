@@ -101,9 +101,10 @@ class KeptWeights:
             UserError: The model lacks a weight, or one is infinite or NaN.
         """
         parameters = dict(model.named_parameters())
+        usual = getattr(model, "dtype", None)  # some families keep a few parameters in float32, also while they train
         for name in self.names:
             parameter = parameters.get(name)
-            value = None if parameter is None else self._value(name, parameter.detach())
+            value = None if parameter is None else self._value(name, parameter.detach(), usual)
             if parameter is None or value is None or value.shape != parameter.shape:
                 raise UserError(
                     f"the model has no weight {shown(name, 200)} of the shape that was trained. Give the base model "
@@ -118,10 +119,11 @@ class KeptWeights:
             mask = masks.masks.get(name)
             parameter.data = value if mask is None else value.masked_fill(~mask.to(value.device), 0)
 
-    def _value(self, name: str, base: Tensor) -> Tensor:
-        """Return one trained weight; ``base`` is the base model's."""
+    def _value(self, name: str, base: Tensor, usual: torch.dtype | None) -> Tensor:
+        """Return one trained weight; ``base`` is the base model's, and ``usual`` the dtype of most of its weights."""
+        trained_for = base.dtype if self.dtype is None or base.dtype != usual else self.dtype
         try:
-            return self.value(name, base.to(self.dtype or base.dtype))
+            return self.value(name, base.to(trained_for))
         except UserError:
             raise
         except Exception as error:  # damaged tensors can make anything fail

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from torch import nn
+
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import FixedGate
 from leap_pl.inputs.paths import expanded
+from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import MASK, mask_in
 from leap_pl.inputs.register import is_typed
 from leap_pl.masks import MaskSet
@@ -25,6 +28,7 @@ class FixedMask:
         targets: Names of the weights that it covers.
         learned: Whether it may have been learned; else a one-shot method made it.
         digest: Digest of its bits.
+        base_model: Name of the base model that it was made for.
     """
 
     file: str
@@ -34,6 +38,7 @@ class FixedMask:
     targets: list[str]
     learned: bool
     digest: str
+    base_model: str
 
     def check_settings(self, sparsity: float, targets: Sequence[str] | None, ignore: Sequence[str]) -> None:
         """Check that no setting contradicts what the mask says; those of a resumed run are the mask's.
@@ -50,6 +55,21 @@ class FixedMask:
             raise UserError(
                 f"model.mask sets which weights are kept, and {listing(contrary)} would not be used. Leave out what is "
                 "not meant."
+            )
+
+    def check_names(self, model: nn.Module) -> None:
+        """Check that ``model`` has the weights that the mask covers; its fingerprint is compared later.
+
+        Raises:
+            UserError: It lacks some.
+        """
+        existing = dict(model.named_parameters())
+        missing = [repr(shown(name, 200)) for name in self.targets if name not in existing]
+        if missing:
+            raise UserError(
+                f"model.mask {self.file} was made for {shown(self.base_model, 400)}, and the base model of this run, a "
+                f"{type(model).__name__}, has no weight {listing(missing, 3)}. Set model.base_model to the one that "
+                "the mask was made for, or name another mask."
             )
 
     def _contradicts(self, sparsity: float) -> bool:
@@ -81,4 +101,5 @@ class FixedMask:
         learned = masks.provenance.method not in METHODS
         asked = masks.provenance.sparsity
         gate, digest = partial(FixedGate, pattern=pattern), masks.digest_of_bits()
-        return cls(file, gate, masks.sparsity, asked, list(masks.masks), learned, digest)
+        of = masks.provenance.base_model
+        return cls(file, gate, masks.sparsity, asked, list(masks.masks), learned, digest, of)

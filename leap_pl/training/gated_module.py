@@ -39,6 +39,7 @@ from leap_pl.gates.attach import check_settings as check_settings_of_gate
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.training import finite
 from leap_pl.training.base_model_checks import check_data, warn_if_sparse, warn_of_start
+from leap_pl.training.fixed_mask import FixedMask
 from leap_pl.training.run_prior import RunPrior
 from leap_pl.training.trained_weights import TrainedWeights
 from leap_pl.training.validation import Validation
@@ -57,7 +58,12 @@ class GatedModule(L.LightningModule):
     The model is loaded when the run starts; its weights are frozen and gated, and sharded over the ranks if the
     strategy requires it. :class:`.ResumableModule` adds its checkpoints, :class:`.ValidatedModule` its validation and
     :class:`.LeapModule` how it learns.
+
+    Attributes:
+        fixed_mask: Mask that stays as it is, if one was named.
     """
+
+    fixed_mask: FixedMask | None = None
 
     def __init__(
         self,
@@ -163,7 +169,7 @@ class GatedModule(L.LightningModule):
         self.fingerprint = model_fingerprint(model)
         self.sizes = {name: weight.parameter.numel() for name, weight in self.weights.items()}
         self.layers = {name: weight.layer for name, weight in self.weights.items()}
-        self.dense_norm = sum(float(weight.parameter.float().norm()) for weight in self.weights.values())
+        self.dense_norm = sum(float(finite.norm_of(weight.parameter)) for weight in self.weights.values())
         self.validation.sparse_base = is_sparse(self.weights)
         probe = self.probe()
         fixed = not probe.learned()
@@ -227,6 +233,8 @@ class GatedModule(L.LightningModule):
 
     def _gated_of(self, model: "PreTrainedModel") -> dict[str, Weight]:
         """Return the weights to gate: those of the checkpoint that was read, whatever its version selected by."""
+        if self.fixed_mask is not None:
+            self.fixed_mask.check_names(model)
         if self.gated_before and set(self.gated_before) <= set(dict(model.named_parameters())):
             return find_weights(model, self.gated_before)
         return find_weights(model, self.targets, self.ignore)

@@ -136,12 +136,11 @@ class LeapModule(ValidatedModule):
         prior = Prior(**prior) if isinstance(prior, dict) else prior
         if isinstance(weight_training, dict):
             weight_training = WeightTraining(**weight_training)
-        digest = None
-        if mask is not None:
-            fixed = FixedMask.read(mask)
+        fixed = None if mask is None else FixedMask.read(mask)
+        if fixed is not None:
             fixed.check_settings(sparsity, targets, ignore)
             gate, sparsity, targets, ignore = fixed.gate, fixed.sparsity, fixed.targets, ()
-            prior, digest = Prior(mask=fixed.file, cache_dir=prior.cache_dir), fixed.digest
+            prior = Prior(mask=fixed.file, cache_dir=prior.cache_dir)
             weight_training = weight_training.with_rate(learned=fixed.learned)
         weight_training = weight_training.with_rate(learned=False)
         check_numbers({"sparsity": sparsity, "warmup_steps": warmup_steps, "seed": seed}, "model.")
@@ -164,7 +163,7 @@ class LeapModule(ValidatedModule):
             start_weights=weights,
         )
         self.save_hyperparameters(ignore=["gate", "optimizer", "lr_scheduler"], logger=False)
-        self.mask_digest = digest
+        self.fixed_mask = fixed
         self.objective = Objective(**objective) if isinstance(objective, dict) else objective
         self.annealing = Annealing.of(annealing) if isinstance(annealing, dict) else annealing
         self.make_optimizer, self.make_scheduler, self.warmup_steps = optimizer, lr_scheduler, int(warmup_steps)

@@ -144,7 +144,7 @@ class PackedAdamW(torch.optim.Optimizer):
             state["step"] = scalar(0.0)
             state[MOMENTS] = _initial_moments(parameter, part)
         state["step"] += 1
-        moments, step = own_part(state[MOMENTS]).view(torch.int16), int(state["step"])
+        moments, step = own_part(state[MOMENTS]).view(torch.int16).view(part.shape), int(state["step"])
         if not part.numel():  # an empty shard
             return
         # Each shard has its own random numbers; ranks that hold the whole parameter have the same.
@@ -374,14 +374,20 @@ def _in_rows(*tensors: Tensor) -> list[tuple[int, tuple[Tensor, ...]]]:
 
 
 def _initial_moments(parameter: Tensor, part: Tensor) -> Tensor:
-    """Return the initial moments of this rank's ``part`` of a parameter, (…, 2·C) bytes, sharded like the parameter.
+    """Return the initial moments of this rank's ``part`` of a parameter, as bytes, sharded like the parameter.
 
-    The dtype is uint8, since no process group supports 16-bit integers.
+    They are (…, 2·C) of a matrix, and (C, 2) of a vector: ranks divide the first dimension, and a vector of 2·C bytes
+    would be cut elsewhere than its parameter. The dtype is uint8, since no process group supports 16-bit integers.
     """
-    zeros = torch.zeros(*part.shape[:-1], 2 * part.shape[-1], dtype=torch.uint8, device=part.device)
+    zeros = torch.zeros(_bytes_shape(part.shape), dtype=torch.uint8, device=part.device)
     if not isinstance(parameter, DTensor):
         return zeros
-    whole = torch.empty(*parameter.shape[:-1], 2 * parameter.shape[-1], device="meta")
+    whole = torch.empty(_bytes_shape(parameter.shape), device="meta")
     return DTensor.from_local(
         zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
+
+
+def _bytes_shape(shape: torch.Size) -> tuple[int, ...]:
+    """Return the shape of the bytes of 16-bit numbers of ``shape``."""
+    return (*shape, 2) if len(shape) == 1 else (*shape[:-1], 2 * shape[-1])

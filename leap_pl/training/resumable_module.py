@@ -33,11 +33,9 @@ class ResumableModule(GatedModule):
 
     Attributes:
         finished: Identity of the fit that this module was learned in, if that is over or was loaded; else None.
-        mask_digest: Digest of the mask that stays as it is, if it was named; else None.
     """
 
     finished: Identity | None = None
-    mask_digest: str | None = None
 
     def on_train_start(self) -> None:
         """Set the modes of learning, and take this run for the one that the module is learned in."""
@@ -83,9 +81,9 @@ class ResumableModule(GatedModule):
         """
         digests, prior = identity.settings.get(DIGESTS), stored.get("model.prior")
         was = digests.get("prior") if isinstance(digests, dict) else None
-        if None in (was, self.mask_digest) or not isinstance(prior, dict):
+        if was is None or self.fixed_mask is None or not isinstance(prior, dict):
             return
-        if was != self.mask_digest:
+        if was != self.fixed_mask.digest:
             named = f", {prior['mask']}" if prior.get("mask") else ""
             raise UserError(
                 f"model.mask {self.run_prior.settings.mask} is another mask than that of the checkpoint{named}. Leave "

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torchmetrics.text import Perplexity
 
 from leap_pl.base_model.backbone import Head
@@ -60,6 +61,24 @@ class Measured:
         return cls(value, **{key: of[key] for key in keys})
 
 
+class TokenPerplexity(Perplexity):
+    """Perplexity of torchmetrics, from log-probabilities that are never those of a probability rounded to 0.
+
+    Its own update takes the logarithm of a softmax, which is infinite for a token 104 nats below the likeliest, or 87
+    where denormal numbers are flushed: one such token in the text of a broken prior, and there is no perplexity.
+    """
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add the predictions of some tokens.
+
+        Args:
+            preds: Logits (…, V), float32.
+            target: Tokens (…).
+        """
+        self.total_log_probs += cross_entropy(preds.flatten(0, -2), target.flatten(), reduction="sum")
+        self.count += target.numel()
+
+
 class Validation(nn.Module):
     """Perplexities of the hard mask, measured in every validation, and of the dense model, measured once.
 
@@ -76,7 +95,7 @@ class Validation(nn.Module):
         """Initialize without measurements."""
         super().__init__()
         # Of torch's default data type otherwise, which Lightning may set to half precision.
-        self.hard_metric, self.dense_metric = (Perplexity().set_dtype(torch.float32) for _ in range(2))
+        self.hard_metric, self.dense_metric = (TokenPerplexity().set_dtype(torch.float32) for _ in range(2))
         self.hard: Measured | None = None
         self.hard_step: int | None = None
         self.dense: Measured | None = None

@@ -19,6 +19,7 @@ from leap_pl.gates import TrainedWeight
 from leap_pl.gates.fixed import mask_of
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.noise import initial_noise
+from leap_pl.kernels.precision import full_float32
 
 NONE = "none"  # all weights are frozen
 Bits = Callable[[], Tensor]  # packed bits of a fixed mask
@@ -229,7 +230,8 @@ class Placed(torch.autograd.Function):
 def _places(bits: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Return the mask, and for each of its elements, flat, the number of kept ones up to it, less one."""
     mask = mask_of(bits, shape)
-    return mask, mask.flatten().cumsum(0, dtype=torch.int32).sub_(1)
+    whole = torch.int32 if mask.numel() < 2**31 else torch.int64  # stacked experts may have more
+    return mask, mask.flatten().cumsum(0, dtype=whole).sub_(1)
 
 
 class LowRank(Trainable):
@@ -254,7 +256,7 @@ class LowRank(Trainable):
     @staticmethod
     def value(base: Tensor, parts: Mapping[str, Tensor], settings: WeightTraining) -> Tensor:
         """Return the weight with the product added in float32; see :meth:`Trainable.value`."""
-        with torch.autocast(base.device.type, enabled=False):
+        with torch.autocast(base.device.type, enabled=False), full_float32():  # as the export computes it
             product = parts["lora_B"].to(torch.float32) @ parts["lora_A"].to(torch.float32)
             return (base.to(torch.float32) + settings.lora_alpha / settings.r * product).to(base.dtype)
 
@@ -267,11 +269,13 @@ class LowRank(Trainable):
     @classmethod
     def takes(cls, name: str, settings: WeightTraining) -> bool:
         """Return whether ``target_modules`` names the layer; see :meth:`Trainable.takes`."""
-        return any(_is_named(name, target) for target in settings.target_modules or [""])
+        return settings.target_modules is None or any(_is_named(name, target) for target in settings.target_modules)
 
     @classmethod
     def check(cls, names: Collection[str], settings: WeightTraining) -> None:
         """Check that every entry of ``target_modules`` names a gated layer; see :meth:`Trainable.check`."""
+        if settings.target_modules == []:
+            raise UserError("weight_training.target_modules is empty. Name layers, or leave it out for all gated ones.")
         for target in settings.target_modules or ():
             if not any(_is_named(name, target) for name in names):
                 ends = sorted({_layer(name).rpartition(".")[2] for name in names})
@@ -285,8 +289,8 @@ def _layer(name: str) -> str:
 
 
 def _is_named(name: str, target: str) -> bool:
-    """Return whether ``target`` is the layer of a weight or the end of its name; an empty target is every layer."""
-    return not target or f".{_layer(name)}".endswith(f".{target}")
+    """Return whether ``target`` is the layer of a weight or the end of its name."""
+    return f".{_layer(name)}".endswith(f".{target}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,11 @@ print(kept, faults() - before)
 """
 
 
+def _huge_pages() -> str:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.read_text() if setting.exists() else ""
+
+
 def _clean() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
 
@@ -39,6 +45,7 @@ def run(what: str) -> tuple[bool, int]:
     return kept == "True", int(faults)
 
 
+@pytest.mark.skipif("[always]" in _huge_pages(), reason="a page of this system is two MiB")
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc")
 def test_freed_memory_is_kept_and_not_faulted_in_again() -> None:
     kept, faults = run("keep")

@@ -14,9 +14,7 @@ pytestmark = pytest.mark.usefixtures("eager")
 
 
 def test_a_mask_export_without_checkpoints_on_two_ranks(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    run_ranks(
-        2, exported_by_two, str(model_folder), str(text_file), str(tmp_path), folder=tmp_path / "said", seconds=90
-    )
+    run_ranks(2, exported_by_two, str(model_folder), str(text_file), str(tmp_path), folder=tmp_path / "said")
     assert [path.name for path in tmp_path.rglob("mask.safetensors")] == ["mask.safetensors"]
 
 

@@ -81,6 +81,13 @@ def test_tensorboard_opens_on_what_decides(finished: Run) -> None:
     assert all(logged)
 
 
+def test_the_plan_names_the_recipes_of_its_gate(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    flags = ("--trainer.max_steps=1", "--model.gate=NMGate", "--model.sparsity=0.5", "--model.objective.budget=0")
+    main(fit_flags(model_folder, text_file, tmp_path, *flags))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("schedule  ")]
+    assert line.endswith("for few, --config short --config 2of4")
+
+
 def test_a_picture_of_densities() -> None:
     names = [f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in range(3) for part in ("up", "down")]
     picture = draw_densities({**dict.fromkeys(names, 0.5), "lm_head.weight": 1.0})
@@ -110,6 +117,7 @@ def test_in_a_terminal_the_bar_ends_with_the_last_validation(
     model_folder, text_file, tmp_path: Path, monkeypatch
 ) -> None:
     terminal = Terminal()
+    monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr(sys, "stderr", terminal)
     cli = main(fit_flags(model_folder, text_file, tmp_path, "--trainer.max_steps=2", "--progress.refresh_seconds=0"))
     last = [line for line in terminal.getvalue().split("\r") if "learning the mask" in line][-1]

@@ -19,7 +19,7 @@ from tiny import tiny_folder, tiny_model
 from leap_pl import LeapModule
 from leap_pl.base_model import weights
 from leap_pl.base_model.weights import find_weights
-from leap_pl.callbacks.checkpoints import requeue
+from leap_pl.callbacks.unfinished_run import requeue
 from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.checkpoints.states import check_states

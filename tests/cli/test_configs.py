@@ -205,6 +205,24 @@ def test_low_memory_is_laid_over_another(name: str, settings: tuple[float, ...],
     assert (told["lr"], tuple(told["betas"]), told["weight_decay"]) == settings
 
 
+def test_short_2of4_is_the_measured_row(tmp_path: Path) -> None:
+    """Both recipes together are what the row of docs/results.md was learned with, but for its prior's file."""
+    model = "assets/SmolLM2-135M-Instruct"
+    cli = instantiate("short", tmp_path, "--config=2of4", f"--model.base_model={model}", "--data.text=a.jsonl")
+    row = ROOT.parent / "docs" / "results" / "configs" / "maskllm-50.yaml"
+    measured = instantiate(row, tmp_path)
+    for of in ("objective", "annealing", "sparsity"):
+        assert getattr(cli.model, of) == getattr(measured.model, of), of
+    assert cli.config["model"]["gate"].as_dict() == measured.config["model"]["gate"].as_dict()
+    for of in ("seq_length", "batch_size", "separator"):
+        assert getattr(cli.datamodule, of) == getattr(measured.datamodule, of), of
+    assert cli.trainer.max_steps == measured.trainer.max_steps == 244
+    priors = [each.model.run_prior.settings for each in (cli, measured)]
+    assert {(prior.graded, prior.fisher, prior.sequences) for prior in priors} == {(False, None, 128)}
+    optimizers = [each.model.make_optimizer([nn.Parameter(torch.zeros(1))]) for each in (cli, measured)]
+    assert optimizers[0].defaults == optimizers[1].defaults
+
+
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch"])
 def test_cluster_script_types_what_exists(script: str, tmp_path: Path) -> None:
     """The script runs with launchers that write down what they are told, and the command line takes it."""
@@ -260,5 +278,5 @@ def test_neither_file_nor_recipe(form: list[str], capsys) -> None:
     assert stop.value.code == 2
     assert capsys.readouterr().err == (
         "leap_pl fit: --config shrot: there is no such file, and no recipe of this name. Did you mean short? The "
-        "recipes are ddp, fsdp2, low_memory, paper, short.\n"
+        "recipes are 2of4, ddp, fsdp2, low_memory, paper, short.\n"
     )

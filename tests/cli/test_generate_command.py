@@ -3,11 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Run, refused
-from tiny import byte_tokenizer, tiny_folder
+from tiny import byte_tokenizer, tiny_folder, tiny_model
 from tokenizers import processors
 
 from leap_pl.base_model.loading import load_model
@@ -24,6 +25,28 @@ def folders(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict
     for form in ("huggingface", "packed"):
         export_command(str(place / form), mask=str(finished_run.mask), format=form)  # type: ignore[arg-type]
     return {form: place / form for form in ("huggingface", "packed")}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"seed": 5}, "--seed would not be used: at --temperature 0 nothing is drawn"),
+        ({"memory": "packed"}, r"--memory packed: .* is not packed\. Pack it with leap_pl export --model"),
+        ({"device": "meta"}, r"--device meta cannot be used \(.*\)\. Give --device cpu"),
+    ],
+)
+def test_what_would_not_be_used(options: dict[str, Any], says: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=says):
+        generate_command(str(folders["huggingface"]), "the mask", **options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers(temperature: float) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="the model's logits are not finite"):
+        continue_prompt(model, byte_tokenizer(), "the", max_new_tokens=2, temperature=temperature, seed=0)
 
 
 @pytest.mark.filterwarnings("ignore:14 of 14 packed weights")
@@ -104,6 +127,8 @@ def test_packed_weights_are_dense_on_another_device(model_folder: Path, monkeypa
         raise UserError("far enough")
 
     monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(loading, "is_packed_config", lambda config: True)
+    monkeypatch.setattr(device, "check_device", lambda name: None)
     monkeypatch.setattr(device.torch.cuda, "is_available", lambda: True)
     for memory, where in (("auto", "auto"), ("auto", "cuda:1"), ("packed", "auto"), ("auto", "cpu")):
         with pytest.raises(UserError, match="far enough"):

@@ -60,9 +60,35 @@ def test_a_method_without_text_says_what_it_does_not_use(
     assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["evaluate --perplexity a.txt --perplexity=b.txt", "evaluate --tasks a --tasks b"])
+def test_all_that_is_of_a_text_is_told(model_folder: Path, text_file: Path, tmp_path: Path, capsys) -> None:
+    words = ("--separator=blank_line", "--bos=none", "--text_column=body", "--split=test", "--config_name=x")
+    main(prune_words(model_folder, text_file, tmp_path, "--method=magnitude", *words))
+    told = "--sequences, --seq_length, --separator, --bos, --text_column, --config_name, --split\n"
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["split", "config_name"])
+def test_parts_of_a_hub_text_are_not_of_a_local_one(
+    option: str, model_folder: Path, text_file: Path, tmp_path: Path, capsys
+) -> None:
+    message = failing(capsys, prune_words(model_folder, text_file, tmp_path, f"--{option}=train"))
+    assert f"--{option} would not be used: they choose a part of a hub dataset" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "evaluate --perplexity a.txt --perplexity=b.txt",
+        "evaluate --tasks a --tasks b",
+        "prune --ignore [a] --ignore=[b]",
+        "prune --targets [a] --targets=[b]",
+        "fit --model.ignore=[a] --model.ignore [b]",
+        "compare --baselines=a a.json --baselines b",
+    ],
+)
 def test_one_of_several_texts_is_not_dropped(verb: str, capsys) -> None:
-    name = verb.split()[1]
+    name = verb.split()[1].partition("=")[0]
     assert f"{name} is typed 2 times, and the last alone would be used" in failing(capsys, verb.split())
 
 
@@ -80,7 +106,9 @@ def test_texts_of_a_run_are_a_list(recover: Flags, text_file: Path, tmp_path: Pa
     [
         ({"tasks": "piqa", "max_tokens": 9}, "--max_tokens would not be used: no text"),
         ({"tasks": "piqa", "share": "held_out"}, "--share would not be used: no text"),
+        ({"tasks": "piqa", "seq_length": 64}, "--seq_length would not be used: no text"),
         ({"perplexity": "TEXT", "limit": 3}, "--limit would not be used: no task"),
+        ({"perplexity": "TEXT", "seed": 3}, "--seed would not be used: no task"),
         ({"perplexity": "TEXT", "split": "train"}, "--split would not be used: no text is given by a hub id"),
         ({"perplexity": "wikitext2", "split": "train"}, "--split would not be used: no text is given by a hub id"),
         ({"perplexity": "wikitext2", "text_column": "body"}, "--text_column would not be used: wikitext2 and c4"),

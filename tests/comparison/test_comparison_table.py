@@ -201,6 +201,28 @@ def test_error_of_a_difference_is_of_pairs(write_result):
     assert accuracy.stderr == pytest.approx(statistics.stdev([0, 0, 1, -1]) / 2)
 
 
+def test_error_of_a_difference_weighs_windows_by_their_tokens(write_result):
+    """Of windows of 8 tokens with a stride of 2 the first predicts 7, and each other 2."""
+    counts, seeds = [7, 2, 2, 2], {"leap": [0.3, 0.1, 0.2, 0.7], "wanda": [0.4, 0.6, 0.1, 0.3]}
+    made = {}
+    for method, windows in seeds.items():
+        one = result(method, 0.5, 20.0)
+        nll = sum(n * x for n, x in zip(counts, windows, strict=True)) / 13
+        one["perplexity"]["held-out.jsonl"] |= {"seq_length": 8, "stride": 2, "predicted": 13, "tokens": 14}
+        one["perplexity"]["held-out.jsonl"] |= {"window_nll": windows, "nll": nll, "value": math.exp(nll)}
+        made[method] = one["perplexity"]["held-out.jsonl"]
+        seeds[method] = write_result(method, one)
+    entries = read_entries([*seeds.values()])
+    found = perplexity_difference(next(e for e in entries if e.method == "leap"), entries, "held-out.jsonl", BASELINES)
+    a, b = made["leap"], made["wanda"]
+    moved = [
+        n * (a["value"] * (x - a["nll"]) - b["value"] * (y - b["nll"]))
+        for n, x, y in zip(counts, a["window_nll"], b["window_nll"], strict=True)
+    ]
+    assert sum(moved) == pytest.approx(0)
+    assert found.stderr == pytest.approx(math.sqrt(4 / 3 * sum(m * m for m in moved)) / 13)
+
+
 def test_baseline_is_of_the_same_sparsity_and_model(write_result):
     other = result("wanda", 0.5, 5.0)
     other["model"]["fingerprint"] = "beef"

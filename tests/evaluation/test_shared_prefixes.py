@@ -155,6 +155,17 @@ def test_a_model_that_cannot_read_rows_is_scored_one_by_one_with_a_warning(make,
     assert found == scored(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2), REQUESTS[:8])
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot read several answers at once")
+def test_logits_that_are_no_numbers_are_no_answers() -> None:
+    """Of answers that are all NaN lm-eval would take the first."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    lm = PrefixSharingLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=4)
+    with pytest.raises(UserError, match=r"the model's logits are not finite for 3 of 3 answers\. Evaluate in another"):
+        lm._loglikelihood_tokens(question(1, 7, [3, 1, 5]), disable_tqdm=True)
+
+
 def test_flash_attention_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads such a mask as indices, and on a GPU nothing works after that."""
     model = tiny_model()

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
@@ -100,6 +102,33 @@ def evil_results(tmp_path: Path) -> list[str]:
         path.write_text(json.dumps(content))
         paths.append(str(path))
     return paths
+
+
+READER_GONE = """
+import sys
+from leap_pl.escape import say
+for number in range(3):
+    say(f"line {number}")
+    if number == 0:
+        sys.stdin.readline()  # until the reader has closed its end
+open(sys.argv[1], "w").write("went on")
+"""
+
+
+def test_a_reader_that_wants_no_more_ends_nothing(tmp_path: Path) -> None:
+    """As head does, once it has its lines; and the first is there before the process ends."""
+    words = [sys.executable, "-c", READER_GONE, str(tmp_path / "result")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"line 0\n"
+        process.stdout.close()
+        process.stdin.write(b"closed\n")
+        process.stdin.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert (tmp_path / "result").read_text() == "went on"
 
 
 def test_a_comparison(evil_results: list[str], tmp_path: Path, capsys) -> None:

@@ -227,6 +227,7 @@ def test_losses_are_those_of_the_eager_operations(
     torch.manual_seed(0)
     logits, teacher = (4 * torch.randn(5, 37)).to(dtype), (4 * torch.randn(5, 37)).to(dtype)
     logits[0, 1:20] = -float("inf")  # a whole block of the smaller size: tokens that a model rules out
+    teacher[0, 5:10] = -float("inf")  # some of them are ruled out by both
     target, token = torch.tensor([0, 36, 3, 3, 20], dtype=torch.int32), torch.arange(37, dtype=torch.int32)
     close = partial(torch.testing.assert_close, rtol=1e-2 if dtype == torch.bfloat16 else 2e-6, atol=1e-6)
     weights = (scalar(0.3), scalar(0.7), scalar(2.0))

@@ -21,6 +21,9 @@ def test_within_it_is_the_highest_and_then_what_it_was(precision: str) -> None:
 
 def test_where_a_backend_was_set_alone() -> None:
     PRODUCTS.fp32_precision = "tf32"
-    with full_float32():
-        assert PRODUCTS.fp32_precision == "ieee"
-    assert PRODUCTS.fp32_precision == "tf32"
+    try:
+        with full_float32():
+            assert PRODUCTS.fp32_precision == "ieee"
+        assert PRODUCTS.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")  # both of torch's interfaces

@@ -123,6 +123,26 @@ def test_values_and_gradients_against_float64(mix: str, chunk: int, capped: bool
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_token_that_both_models_rule_out_adds_nothing() -> None:
+    """With logits of −∞, as of tokens that a model never writes."""
+    hidden, targets, weight, teacher = problem()
+    targets = targets.clamp_max(29)
+    objective = Objective(lm=0.0, distillation=1.0, temperature=0.5)
+
+    def of(x: Tensor) -> Tensor:
+        logits = x @ weight.T
+        return torch.cat([logits[:, :-1], torch.full_like(logits[:, -1:], -torch.inf)], -1)
+
+    found, expected = [], []
+    for head, told in ((of, found), (lambda x: (x @ weight.T)[:, :-1], expected)):
+        states = hidden.clone().requires_grad_()
+        loss, lm, kl = language_losses(states, targets, head, objective, teacher, head)
+        loss.backward()
+        told += [loss.detach(), lm, kl, states.grad]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_teacher_that_agrees_gives_no_loss_and_no_gradient() -> None:
     hidden, targets, weight, _ = problem()
     hidden.requires_grad_()

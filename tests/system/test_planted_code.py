@@ -236,6 +236,7 @@ def test_a_model_folder_that_names_code(
     planted: Planted, hostile_model: Path, text_file: Path, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("leap_pl.evaluation.record.commit", lambda: None)  # which asks git
+    monkeypatch.setattr("leap_pl.evaluation.record._processor", lambda: "x")  # which asks uname on some machines
     mask = mask_of(hostile_model, str(hostile_model), tmp_path / "mask.safetensors")
     measure = [f"--perplexity={text_file}", "--seq_length=32", "--max_tokens=64", "--device=cpu"]
     words = {

@@ -205,7 +205,9 @@ def test_the_mask_of_an_earlier_run_is_not_taken_for_this_ones(
     assert (folder / "mask.safetensors").read_bytes() == whole
 
 
-def test_a_mask_of_an_intermediate_checkpoint_tells_its_step(finished: Run, tmp_path: Path, capsys) -> None:
+def test_a_mask_of_an_intermediate_checkpoint_tells_its_step(
+    finished: Run, recovered: Path, tmp_path: Path, capsys
+) -> None:
     earlier, last = (finished.folder / "checkpoints" / f"step={step}.ckpt" for step in (2, 6))
     main(["export", f"--ckpt_path={earlier}", f"--output_dir={tmp_path / 'early'}"])
     assert f"{tmp_path / 'early'}: the mask is of step 2 of 6; " in capsys.readouterr().out
@@ -217,6 +219,8 @@ def test_a_mask_of_an_intermediate_checkpoint_tells_its_step(finished: Run, tmp_
     main(["export", f"--ckpt_path={last}", f"--output_dir={tmp_path / 'last'}"])
     assert "of step" not in capsys.readouterr().out
     assert "not finished" not in (tmp_path / "last" / "README.md").read_text()
+    main(["export", f"--ckpt_path={recovered / 'checkpoints' / 'step=2.ckpt'}", f"--output_dir={tmp_path / 'weights'}"])
+    assert f"{tmp_path / 'weights'}: the weights are of step 2 of 4; " in capsys.readouterr().out
     checkpoint = torch.load(earlier, weights_only=True)
     del checkpoint["leap_pl"]["settings"]["steps"]  # as versions before this one wrote it
     torch.save(checkpoint, tmp_path / "old.ckpt")

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -38,6 +38,20 @@ def fit(flags: list[str], dies: str) -> None:
     main(flags)
 
 
+@pytest.fixture
+def handlers_as_they_were() -> Iterator[None]:
+    """Torchrun's agent sets some, and leaves them."""
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
+        yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers_as_they_were")
 @pytest.mark.parametrize("dies", ["killed", "failing"])
 def test_torchrun_ends_the_job_and_names_the_rank(model_folder, text_file, tmp_path: Path, dies: str) -> None:
     """Torchrun's agent itself; the ranks are forked from a process that has imported everything."""

@@ -1,6 +1,7 @@
 """The real model and text, in a short form: a mask is learned, exported, evaluated."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Eight steps of 512 tokens from a magnitude prior, whose mask breaks the model."""
-    folder = tmp_path_factory.mktemp("real")
+    folder, threads = tmp_path_factory.mktemp("real"), torch.get_num_threads()
     torch.set_num_threads(2)
     main([
         "fit", f"--model.base_model={MODEL}", "--model.prior.method=magnitude", f"--model.prior.cache_dir={folder}",
@@ -34,7 +35,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--trainer.logger=TensorBoardLogger",
         f"--trainer.logger.save_dir={folder}", f"--checkpoint.dirpath={folder / 'checkpoints'}",
     ])  # fmt: skip
-    return folder
+    yield folder
+    torch.set_num_threads(threads)
 
 
 def perplexity(output: Path, *flags: str) -> float:

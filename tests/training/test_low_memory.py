@@ -24,7 +24,7 @@ from leap_pl.masks.top_k import exact_top_k
 from leap_pl.training.module import LeapModule
 from leap_pl.training.optimizers import PackedAdamW, check_rounding
 
-pytestmark = pytest.mark.usefixtures("eager")
+pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 
 DATA = ["--data.seq_length=32", "--data.validation_sequences=4", "--trainer.accelerator=cpu"]
 LOW = ["--model.logits_dtype=bfloat16", "--model.optimizer=PackedAdamW", "--model.optimizer.lr=2e-3"]

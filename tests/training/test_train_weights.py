@@ -396,6 +396,11 @@ def test_a_mask_by_another_name_is_the_same_mask(
     message = failing(capsys, words("another", tmp_path / "other"))
     assert "is another mask than that of the checkpoint" in message
     assert "Leave it out to resume" in message
+    # Also where the run is finished, which is so of the mask that it was under.
+    again = [*recover(tmp_path / "run"), "--ckpt_path=last"]
+    main([*again, f"--model.mask={copy}"])
+    assert "is finished" in capsys.readouterr().err
+    assert "is another mask than" in failing(capsys, [*again, f"--model.mask={tmp_path / 'other'}"])
 
 
 def test_a_mask_that_was_recovered_twice_is_what_it_was_before(

@@ -10,7 +10,9 @@ from recovered_runs import FAST, Flags, exact_zeros, weights_in
 from safetensors.torch import load_file
 from stopped_runs import curves
 from test_plain_trainer import data, trainer
-from tiny import FAMILIES, tiny_folder
+from tiny import FAMILIES, tiny_folder, tiny_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from leap_pl import LeapModule, MaskSet
@@ -20,10 +22,13 @@ from leap_pl.cli.prune import prune_command
 from leap_pl.comparison.entries import read_entries
 from leap_pl.evaluation.subject import load_subject
 from leap_pl.losses.objective import Objective
-from leap_pl.training.weights import WeightTraining
+from leap_pl.masks.kept_weights import KeptWeights
+from leap_pl.masks.mask_set import Provenance
+from leap_pl.training.weights import LowRank, WeightTraining
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 
+PROVENANCE = Provenance(base_model="m", fingerprint="f", method="magnitude", sparsity=0.0)
 LORA = "--model.train_weights=lora"
 
 
@@ -123,3 +128,37 @@ def test_weights_under_a_mask_of_tiles(
     assert entry.bits == made.digest_of_bits()
     line = refused([*words, f"--model.mask={tmp_path}", "--force"], capsys)
     assert f"{tmp_path} is a folder without a mask.safetensors. Name a MaskSet file" in line
+
+
+def test_the_product_is_in_full_float32_whatever_the_process_has_set() -> None:
+    class Precisions(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.setdefault(func.overloadpacket.__name__, set()).add(torch.get_float32_matmul_precision())
+            return func(*args, **(kwargs or {}))
+
+    found: dict[str, set[str]] = {}
+    torch.set_float32_matmul_precision("high")
+    parts = {"lora_A": torch.randn(2, 8), "lora_B": torch.randn(4, 2)}
+    with Precisions():
+        LowRank.value(torch.randn(4, 8), parts, WeightTraining())
+    assert found["mm"] == {"highest"}
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_a_checkpoint_keeps_the_dtype_of_what_the_model_has_in_another() -> None:
+    """Some families keep a norm in float32; a bfloat16 run trains it in float32 too, and its export says the same."""
+    model = tiny_model("llama").bfloat16()
+    model.model.norm.float()
+    made: dict[str, torch.dtype] = {}
+
+    def value(name: str, base: Tensor) -> Tensor:
+        made[name] = base.dtype
+        return base + 1e-4
+
+    names = ["model.norm.weight", "model.layers.0.input_layernorm.weight"]
+    before = model.model.norm.weight.detach().clone()
+    masks = MaskSet({"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32, dtype=torch.bool)}, PROVENANCE)
+    KeptWeights(names, value, torch.float16).apply_(model, masks)
+    assert made == {names[0]: torch.float32, names[1]: torch.float16}
+    assert torch.equal(model.model.norm.weight, before + 1e-4)
+    assert model.model.layers[0].input_layernorm.weight.dtype == torch.bfloat16

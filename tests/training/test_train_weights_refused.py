@@ -34,6 +34,14 @@ def test_bad_input_is_refused_in_one_line(
     without_norms = tiny_folder(tmp_path / "olmo", "olmo")
     cases = {
         "this mask was made for": [*without(words, "--model.base_model"), f"--model.base_model={other}"],
+        "a GPT2LMHeadModel, has no weight 'model.layers.0.self_attn.q_proj.weight', 'model.layers.0.self_attn.k_proj": [
+            *without(words, "--model.base_model"),
+            f"--model.base_model={tiny_folder(tmp_path / 'gpt2', 'gpt2')}",
+        ],
+        "the base model of this run, a LlamaForCausalLM, has no weight 'model.layers.1.self_attn.q_proj.weight'": [
+            *without(words, "--model.base_model"),
+            f"--model.base_model={tiny_folder(tmp_path / 'shallow', num_hidden_layers=1)}",
+        ],
         f"model.mask {packed} is packed. Unpack it: leap_pl export --model": [
             *without(words, masked),
             f"{masked}={packed}",
@@ -51,6 +59,14 @@ def test_bad_input_is_refused_in_one_line(
         "--model.warmup_steps would not": [*words, "--model.warmup_steps", "3"],
         "--model.annealing.alpha.start would not": [*words, "--model.annealing.alpha.start=1"],
         "--model.prior.method would not": [*words, "--model.prior.method=wanda"],
+        "--model.gate.pattern would not": [*words, "--model.gate.pattern", "1:4"],
+        "--model.objective.budget would not": [*words, "--model.objective.budget=7"],
+        "--model.objective.weight would not": [*words, "--model.objective.weight", "0.5"],
+        "target_modules is empty. Name layers, or leave it out": [
+            *words,
+            "--model.train_weights=lora",
+            "--model.weight_training.target_modules=[]",
+        ],
         "model.sparsity is 0.5, and a mask of 1:4 removes 0.75. Set --model.sparsity 0.75": [
             *without(words, masked),
             *("--model.gate.pattern=1:4", "--model.prior.method=magnitude"),

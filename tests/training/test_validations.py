@@ -45,6 +45,16 @@ def test_a_validation_sums_in_full_precision_whatever_the_trainers_is() -> None:
     assert half.hard_metric.compute().dtype == torch.float32
 
 
+def test_one_improbable_token_does_not_make_a_perplexity_infinite() -> None:
+    validation, targets = Validation(), torch.tensor([[0, 1, 2]])
+    logits = torch.tensor([[[0.0, 0.0, 0.0], [150.0, 0.0, 0.0], [1.0, 2.0, 3.0]]])
+    validation.begin()
+    validation.update("hard", logits, targets, lambda hidden: hidden, 2)
+    expected = torch.nn.functional.cross_entropy(logits[0].double(), targets[0]).exp()
+    assert torch.isfinite(expected)
+    assert float(validation.hard_metric.compute()) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_validation_by_the_clock_is_of_one_rank(text_file: Path) -> None:
     """Each rank looks at its own."""
     one, two = (

@@ -8,6 +8,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from scaled_runs import BRIEF, ddp, sharded
 from stopped_runs import curves
+from tiny import tiny_folder
 
 from leap_pl.checkpoints.folder import consolidated
 from leap_pl.cli.export import export_command
@@ -89,3 +90,24 @@ def test_two_ranks(
     model = load_file(tmp_path / "model" / "model.safetensors")
     for name, weight in load_file(end("kept-folder")).items():
         assert model[name].equal(weight)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_low_memory_resumes_where_ranks_have_unequal_parts_of_a_norm(
+    text_file: Path, tmp_path: Path, eager: None, folder: bool
+) -> None:
+    """Of 33 elements one rank has 17, and of their 66 bytes 34: bytes that were cut in halves have 33 each."""
+    model = tiny_folder(tmp_path / "odd", "qwen3", hidden_size=33)
+
+    def flags(name: str, *more: str) -> list[str]:
+        more = (*BRIEF, "--checkpoint.every_n_train_steps=1", "--model.train_weights=kept", *LOW, *more)
+        return fit_flags(model, text_file, tmp_path / name, *more, *sharded(2, folder=folder))
+
+    first, again = (tmp_path / name / "checkpoints" for name in ("run", "resumed"))
+    runs = [flags("run"), flags("resumed", f"--ckpt_path={first / 'step=1.ckpt'}")]
+    run_ranks(2, fit_all, runs, folder=tmp_path / "said", seconds=300)
+    base, trained = load_file(model / "model.safetensors"), load_file(first / "weights.safetensors")
+    assert trained["model.norm.weight"].ne(base["model.norm.weight"]).any()
+    assert (first / "weights.safetensors").read_bytes() == (again / "weights.safetensors").read_bytes()
+    masks = [MaskSet.load(each / "mask.safetensors") for each in (first, again)]
+    assert masks[0].digest_of_bits() == masks[1].digest_of_bits()

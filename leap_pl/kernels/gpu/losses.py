@@ -65,7 +65,7 @@ def _distillation(
         log_s_B = z_B / temperature - of_s
         log_q_B = tl.load(teachers + row + token_B, inside_B, 0).to(tl.float32) / temperature - of_q
         q_B = tl.exp(log_q_B)
-        divergence_B += tl.where(inside_B, q_B * (log_q_B - log_s_B), 0)
+        divergence_B += tl.where(inside_B & (q_B > 0), q_B * (log_q_B - log_s_B), 0)
         grad_B = lm * (tl.exp(z_B - normaliser) - (token_B == target).to(tl.float32))
         grad_B += distillation * temperature * (tl.exp(log_s_B) - q_B)
         tl.store(grads + row + token_B, grad_B.to(grads.dtype.element_ty), inside_B)

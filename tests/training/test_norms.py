@@ -1,0 +1,38 @@
+"""Norms of weights and gradients against float64, of tensors that are large on a CPU too."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from leap_pl.training import finite
+from leap_pl.training.finite import norm_of, norm_of_gradients
+
+
+def exact(*tensors: Tensor) -> float:
+    return float(torch.cat([tensor.double().flatten() for tensor in tensors]).norm())
+
+
+def test_a_large_tensor() -> None:
+    """Eight running float32 sums of 2²⁵ squares would each have rounded away a part of every further one."""
+    tensor = torch.randn(1 << 12, 1 << 13, generator=torch.Generator().manual_seed(0))
+    assert tensor.numel() >= finite.LARGE
+    assert float(norm_of(tensor)) == pytest.approx(exact(tensor), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("large", [0, 1 << 24])
+def test_norms_are_those_of_float64(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, large: int) -> None:
+    monkeypatch.setattr(finite, "LARGE", large)
+    learned = {}
+    for number, shape in enumerate([(7, 33), (5,), (3, 4, 6), (0, 4)]):
+        parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        parameter.grad = torch.randn(shape).to(dtype)
+        learned[str(number), "logits"] = parameter
+        assert float(norm_of(parameter.grad)) == pytest.approx(exact(parameter.grad), rel=1e-6)
+        assert norm_of(parameter.grad).dtype == torch.float32
+    learned["idle", "logits"] = nn.Parameter(torch.zeros(2, 2))
+    expected = exact(*(parameter.grad for parameter in learned.values() if parameter.grad is not None))
+    rounding = (
+        1e-6 if dtype == torch.float32 or large == 0 else 8e-3
+    )  # the norm of small bfloat16 gradients is bfloat16
+    assert float(norm_of_gradients(learned)) == pytest.approx(expected, rel=rounding)
