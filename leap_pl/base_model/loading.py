@@ -1,5 +1,6 @@
 """Find and load base models and tokenizers: by hub id, from a folder or from a GGUF file."""
 
+import json
 import pickle
 import re
 import shutil
@@ -17,7 +18,7 @@ from leap_pl.base_model.model_sizes import check_settings, check_skeleton
 from leap_pl.base_model.stored_weights import PACKED_METHOD, StoredWeights, check_sizes, read_settings, read_shapes
 from leap_pl.base_model.weights import STORED, model_fingerprint
 from leap_pl.errors import UserError, listing
-from leap_pl.inputs.hub import check_reachable, fetch_optional, gated, is_hub_id
+from leap_pl.inputs.hub import check_reachable, fetch_optional, gated, is_hub_id, local_folder
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.register import exists, note_input
@@ -30,6 +31,14 @@ Memory = Literal["auto", "packed", "dense"]
 
 DEQUANTIZED = ("fp8", "mxfp4", "mxfp8", "compressed-tensors")  # formats that transformers can turn into plain weights
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+SETTINGS = "tokenizer_config.json"
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
+)
+TOKENIZER = (
+    *(SETTINGS, *VOCABULARIES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "tekken.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 HUB_KERNELS = ("sonicmoe", "deepgemm")  # names of kernels that transformers fetches from the hub
 FLASH = re.compile(r"(?:paged\|)?flash_attention_(\w+)")
 _CLEAR_ERRORS = OSError | ValueError | RuntimeError | SafetensorError  # messages that need no class name
@@ -286,8 +295,10 @@ def save_tokenizer(
     Raises:
         UserError: As :func:`load_model` does.
     """
-    load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code).save_pretrained(folder)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     source, gguf_file = _locate(name)
+    if gguf_file is not None or not _copy_tokenizer(source, Path(folder), revision):
+        tokenizer.save_pretrained(folder)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     several = gguf_file is None and any(hasattr(config, f"{kind}_config") for kind in ("vision", "audio", "video"))
     for file in PROCESSORS if several else ():
@@ -295,6 +306,30 @@ def save_tokenizer(
         if found is not None and found.is_file():
             note_input(found)
             shutil.copyfile(found, Path(folder) / file)
+
+
+def _copy_tokenizer(source: str, folder: Path, revision: str | None) -> bool:
+    """Copy the files of a tokenizer as they are: transformers would write others, which other programs cannot read.
+
+    It leaves out ``tokenizer.model`` and settings of BOS and EOS, and names a class that version 4 does not have.
+
+    Returns:
+        False, with nothing copied, if there is no vocabulary among the files, or their settings name code or a path.
+    """
+    from huggingface_hub import is_offline_mode
+
+    # What the tokenizer needs has been fetched with it.
+    more = () if is_offline_mode() else ("tokenizer.model",)
+    place = local_folder(source, *more, revision=revision)
+    found = [file for file in TOKENIZER if (place / file).is_file()]
+    settings = json.loads((place / SETTINGS).read_text(encoding="utf-8")) if SETTINGS in found else {}
+    plain = isinstance(settings, dict) and not {"auto_map", "name_or_path"} & {*settings}
+    if not plain or not {*found} & {*VOCABULARIES}:
+        return False
+    for file in found:
+        note_input(place / file)
+        shutil.copyfile(place / file, folder / file)
+    return True
 
 
 def _locate(name: str) -> tuple[str, str | None]:

@@ -158,7 +158,12 @@ def link_last(folder: Path, file: Path) -> None:
         and (link.is_symlink() or not link.exists())
         and inputs.real_path(link) != file
     ):
-        atomic_link(link, file)
+        try:
+            atomic_link(link, file)
+        except OSError:  # a file system without links, where a save has copied it
+            if file.is_file():
+                with atomic_file(link, own=True) as copy:
+                    shutil.copyfile(file, copy)
 
 
 def finished_mask(checkpoint: dict[str, Any], masks: Path, settings: Mapping[str, Any]) -> tuple[Path, Identity] | None:

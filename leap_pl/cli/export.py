@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from leap_pl.cli.command import command
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 from leap_pl.escape import say
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _read_results(paths: str | None, masks: "MaskSet", rounded_to: str | None = 
     """
     if paths is None:
         return {}
-    from leap_pl.comparison.entries import check_protocols, entry_of_result
+    from leap_pl.comparison.entries import check_protocols, entry_of_result, perplexity_protocol
     from leap_pl.evaluation.record import read_result
     from leap_pl.inputs.plain_values import shown
     from leap_pl.inputs.register import listed
@@ -208,7 +208,7 @@ def _read_results(paths: str | None, masks: "MaskSet", rounded_to: str | None = 
     results = {path: read_result(path) for path in listed(paths)}
     digest = masks.digest_of_bits()
     figures: dict[str, Any] = {}
-    dense: dict[str, float] = {}
+    dense: dict[str, dict[str, Any]] = {}
     for path, result in results.items():
         if not result["perplexity"]:
             raise UserError(f"{path} has no perplexity. Give a result of leap_pl evaluate --perplexity TEXT.")
@@ -224,7 +224,7 @@ def _read_results(paths: str | None, masks: "MaskSet", rounded_to: str | None = 
             mark = {"rounded_to": rounded_to} if rounded else {}
             figures |= {text: figure | mark for text, figure in result["perplexity"].items()}
         elif len(results) > 1 and _is_dense(result, masks):
-            dense |= {text: figure["value"] for text, figure in result["perplexity"].items()}
+            dense |= result["perplexity"]
         else:
             fault = "does not record its mask" if measured is None else "was measured with a different mask"
             raise UserError(
@@ -233,7 +233,20 @@ def _read_results(paths: str | None, masks: "MaskSet", rounded_to: str | None = 
     if not figures:
         raise UserError("--perplexity names dense results alone. Add one of leap_pl evaluate --mask with this mask.")
     check_protocols([entry_of_result(path, result) for path, result in results.items()])
-    return {text: figure | ({"dense": dense[text]} if text in dense else {}) for text, figure in figures.items()}
+    # The same text may have been named by another path.
+    by_protocol = {str(perplexity_protocol(figure)): figure for figure in dense.values()}
+    of_dense = {
+        text: dense.get(text, by_protocol.get(str(perplexity_protocol(figure)))) for text, figure in figures.items()
+    }
+    if dense and not any(of_dense.values()):
+        raise UserError(
+            f"--perplexity: the dense results are of {listing(sorted(dense), 3)}, and those with the mask of "
+            f"{listing(sorted(figures), 3)}. Measure both on the same texts."
+        )
+    return {
+        text: figure | ({} if (found := of_dense[text]) is None else {"dense": found["value"]})
+        for text, figure in figures.items()
+    }
 
 
 def _is_dense(result: dict[str, Any], masks: "MaskSet") -> bool:

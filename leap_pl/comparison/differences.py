@@ -81,9 +81,9 @@ def accuracy_difference(
     Returns:
         None if ``entry`` or every baseline lacks one of ``tasks``.
     """
-    if not tasks or not all(task in entry.tasks for task in tasks):
+    if not tasks or not has_accuracies(entry, tasks):
         return None
-    rivals = [r for r in _rivals(entry, entries, baselines) if all(task in r.tasks for task in tasks)]
+    rivals = [r for r in _rivals(entry, entries, baselines) if has_accuracies(r, tasks)]
     if not rivals:
         return None
     best = max(rivals, key=lambda rival: mean_accuracy(rival, tasks))
@@ -98,9 +98,14 @@ def accuracy_difference(
 
 
 def shared_tasks(entries: Sequence[Entry]) -> list[str]:
-    """Return the tasks with an accuracy in every entry that has tasks, over which means are comparable."""
-    sets = [{task for task, found in entry.tasks.items() if "acc" in found} for entry in entries if entry.tasks]
-    return sorted(set.intersection(*sets)) if sets else []
+    """Return the tasks with an accuracy in every entry that has any, over which means are comparable."""
+    sets = [{task for task, found in entry.tasks.items() if "acc" in found} for entry in entries]
+    return sorted(set.intersection(*filter(None, sets))) if any(sets) else []
+
+
+def has_accuracies(entry: Entry, tasks: Sequence[str]) -> bool:
+    """Return whether ``entry`` has the accuracy of each of ``tasks``."""
+    return all("acc" in entry.tasks.get(task, {}) for task in tasks)
 
 
 def mean_accuracy(entry: Entry, tasks: Sequence[str]) -> float:

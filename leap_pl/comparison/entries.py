@@ -132,7 +132,7 @@ def _with_one_name_a_text(entries: list[Entry]) -> list[Entry]:
     """Return the entries with one name for a text of one protocol: the shortest of those in the results."""
 
     def protocol(figure: dict[str, Any]) -> str:
-        return str(_perplexity_protocol(figure))
+        return str(perplexity_protocol(figure))
 
     of_name: dict[str, set[str]] = {}
     for entry in entries:
@@ -275,7 +275,7 @@ def check_protocols(entries: Sequence[Entry]) -> None:
     Raises:
         UserError: If two differ; the message names both and the differing settings.
     """
-    for kind, read in (("perplexity", _perplexity_protocol), ("accuracy", _task_protocol)):
+    for kind, read in (("perplexity", perplexity_protocol), ("accuracy", _task_protocol)):
         seen: dict[str, tuple[Entry, dict[str, Any]]] = {}
         for entry in entries:
             figures = entry.perplexity if kind == "perplexity" else entry.tasks
@@ -299,7 +299,8 @@ def check_protocols(entries: Sequence[Entry]) -> None:
                     )
 
 
-def _perplexity_protocol(figure: dict[str, Any]) -> dict[str, Any]:
+def perplexity_protocol(figure: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a perplexity depends on beside the model: equal ones are of the same tokens, whatever their name."""
     tokenizer = figure["tokenizer"]
     return {
         "seq_length": figure["seq_length"],

@@ -11,6 +11,7 @@ from leap_pl.comparison.differences import (
     SAME_SPARSITY,
     Difference,
     accuracy_difference,
+    has_accuracies,
     mean_accuracy,
     mean_accuracy_stderr,
     perplexity_difference,
@@ -44,7 +45,7 @@ def draw_all(entries: Sequence[Entry], baselines: Collection[str], folder: Path)
     with drawing():
         pictures = draw_perplexities(entries, folder)
         texts, tasks = all_texts(entries), shared_tasks(entries)
-        scored = [entry for entry in entries if tasks and all(task in entry.tasks for task in tasks)]
+        scored = [entry for entry in entries if tasks and has_accuracies(entry, tasks)]
         if scored:
             errors = {entry.label: mean_accuracy_stderr(entry, tasks) for entry in scored}
             points = [(e, 100 * mean_accuracy(e, tasks), _times(errors[e.label], 100)) for e in scored]

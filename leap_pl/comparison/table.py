@@ -13,6 +13,7 @@ from leap_pl.base_model.prefix import in_words
 from leap_pl.comparison.differences import (
     Difference,
     accuracy_difference,
+    has_accuracies,
     mean_accuracy,
     mean_accuracy_stderr,
     perplexity_difference,
@@ -180,7 +181,7 @@ def _perplexity_columns(text: str, name: str, entries: Sequence[Entry], baseline
 
 def _accuracy_columns(tasks: list[str], entries: Sequence[Entry], baselines: Collection[str]) -> list[_Column]:
     def figure(entry: Entry) -> tuple[str, list[str | float | None]]:
-        if not all(task in entry.tasks for task in tasks):
+        if not has_accuracies(entry, tasks):
             return "", [None, None]
         value, stderr = mean_accuracy(entry, tasks), mean_accuracy_stderr(entry, tasks)
         return _figure(value, stderr, 2, 100), [value, stderr]
@@ -254,6 +255,9 @@ def _notes(entries: Sequence[Entry], texts: list[str], tasks: list[str], baselin
         notes.append(
             f"Accuracy is a quick look, at the first {' or '.join(map(str, limits))} questions of each task only."
         )
+    others = sorted({task for entry in entries for task, found in entry.tasks.items() if "acc" not in found})
+    if others:
+        notes.append(f"Not shown: {', '.join(others)}, which have no accuracy; their scores are in the result files.")
     if tasks:
         splits = {task: next(e.tasks[task]["split"] for e in entries if task in e.tasks) for task in tasks}
         over = "Mean accuracy over " if len(tasks) > 1 else "Accuracy on "

@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 
 from leap_pl.comparison.differences import (
     accuracy_difference,
+    has_accuracies,
     mean_accuracy,
     perplexity_difference,
     shared_tasks,
@@ -47,7 +48,7 @@ def _of_tasks(entries: Sequence[Entry], tasks: Sequence[str], baselines: Collect
     def value(entry: Entry) -> float:
         return mean_accuracy(entry, tasks)
 
-    measured = [entry for entry in entries if all(task in entry.tasks for task in tasks)]
+    measured = [entry for entry in entries if has_accuracies(entry, tasks)]
     dense = {entry.model: value(entry) for entry in measured if entry.method == "dense"}
     parts = []
     for (model, _), group in _at_one_sparsity(measured).items():

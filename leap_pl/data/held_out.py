@@ -65,8 +65,14 @@ def warn_of_remainder(blocks: Tensor, ranks: int) -> None:
 
 
 def warn_of_overlap(trained: TextSource, validated: TextSource) -> None:
-    """Warn of files that are both ``trained`` and ``validated`` on."""
+    """Warn of files, or of the split of a hub dataset, that are both ``trained`` and ``validated`` on."""
     both = sorted(map(str, trained.files() & validated.files()))
+    if (
+        not (trained.is_local or validated.is_local)
+        and trained.name == validated.name
+        and trained.shards.share == "all"
+    ):
+        both = [trained.name]
     if both:
         warn(
             f"{listing(both, most=3)} is both trained and validated on, so that validation does not show what the mask "

@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from leap_pl.data.documents import EMPTY, Document, Share, State, chained, digest_in, in_share, mended, warn
 from leap_pl.data.textless import Textless
@@ -11,9 +12,11 @@ from leap_pl.errors import UserError, listing
 from leap_pl.inputs.hub import check_reachable, is_network_error
 from leap_pl.inputs.plain_values import shown
 
+T = TypeVar("T")
+
 DEFAULT_CONFIGS = {"allenai/c4": "en"}
-TRIES = 5
-FIRST_PAUSE = 2.0  # seconds, doubled at every further try
+TRIES = 12
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds; doubled at every further try
 _ROWS = 64
 
 
@@ -113,7 +116,7 @@ class HubDataset:
                         f"{place}: the network failed {TRIES} times in a row ({_short(error)}). When it is back, run "
                         "the command again (fit with --ckpt_path last), or pass local files: --data.text FILE.jsonl."
                     ) from error
-                pause = FIRST_PAUSE * 2 ** (tries - 1)
+                pause = min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE)
                 warn(f"{place}: {_short(error)}; next try in {pause:.0f} s.")
                 self.sleep(pause)
 
@@ -125,7 +128,7 @@ class HubDataset:
             part.load_state_dict(state["reader"])
         reader, skip, row, digest = state["reader"], state["skip"], state["row"], digest_in(state)
         # `iter` in batches, because plain iteration would split the rows once more over the data workers.
-        for rows in part.iter(batch_size=_ROWS):
+        for rows in _without_retries(part.iter(batch_size=_ROWS)):
             if self.text_column not in rows:
                 raise self._no_column(list(rows))
             texts = rows[self.text_column]
@@ -184,6 +187,37 @@ class HubDataset:
             f"{self.name} has no column {self.text_column!r}; it has: {listing([shown(c) for c in columns])}. "
             "Name the column of the text with --data.text_column."
         )
+
+
+def _without_retries(batches: Iterable[T]) -> Iterator[T]:
+    """Yield ``batches``, read without the retries of ``datasets``, which :meth:`HubDataset.read` makes by itself.
+
+    Those call the read of an unpacked file again, which has lost what the failed call had unpacked: rows would be
+    missing, or half a row would be taken for damaged data.
+    """
+    import datasets
+
+    left = iter(batches)
+    while True:
+        with _set(datasets.config, "STREAMING_READ_MAX_RETRIES", 1):
+            try:
+                batch = next(left)
+            except StopIteration:
+                return
+        yield batch
+
+
+@contextmanager
+def _set(module: Any, name: str, value: object) -> Iterator[None]:
+    """Set a setting of another library within the context, if it has that one."""
+    before = getattr(module, name, None)
+    if before is not None:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(module, name, before)
 
 
 def _short(error: BaseException) -> str:

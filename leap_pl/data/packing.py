@@ -261,8 +261,7 @@ class BlockStream:
         encoded = self.tokenizer(
             [piece.text for piece in pieces],
             add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
+            return_attention_mask=False,  # of token types not every tokenizer knows, such as that of mistral-common
             verbose=False,  # no warning that a document is longer than the model's context
         )["input_ids"]
         ids = [[*ids, *self.end] if piece.ends else ids for piece, ids in zip(pieces, encoded, strict=True)]

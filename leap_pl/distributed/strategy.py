@@ -217,6 +217,32 @@ def as_rank_zero_has(value: Made) -> Made:
     return shared
 
 
+def check_as_rank_zero(found: Mapping[str, Any]) -> None:
+    """Check that every rank has found what rank zero has; a collective that all ranks must call.
+
+    Args:
+        found: What it is, in words → plain value.
+
+    Raises:
+        UserError: A rank has found something else; every rank raises one.
+    """
+    rank_zero = RankZero()
+    if rank_zero.group is None:
+        return
+    of_zero = rank_zero.tell(dict(found))
+    differing = [what for what, value in found.items() if of_zero.get(what) != value]
+    counts = torch.tensor([len(differing)], device="cpu")
+    dist.all_reduce(counts, dist.ReduceOp.MAX, group=rank_zero.group)
+    rank_zero.close()
+    if differing:
+        raise UserError(
+            f"rank {dist.get_rank()} has another {listing(differing)} than rank 0. Give every machine the same files, "
+            "or a folder that all of them see."
+        )
+    if int(counts):
+        raise UserError("another rank has another base model or text than rank 0; its own message says which.")
+
+
 def reduce_only(module: nn.Module, names: Collection[str]) -> None:
     """Make ``DistributedDataParallel`` ignore all but the named parameters of ``module``.
 

@@ -125,6 +125,9 @@ def evaluate_tasks(
                 bootstrap_iters=1000,
             )
     assert found is not None
+    # lm-eval says which tasks a group has, and not which a tag has.
+    tags = {tag: tagged for tag in tasks if (tagged := _tagged(tag, manager))}
+    found["group_subtasks"] = found.get("group_subtasks", {}) | tags
     shared = {"limit": limit, **record_of(begun, tokenizer)}
     return {task: _scores(task, found) | {"source": "local" if task in local else "hub", **shared} for task in tasks}
 
@@ -154,7 +157,9 @@ def _scores(task: str, found: dict[str, Any]) -> dict[str, Any]:
     """Return lm-eval's result for a task, a group or a tag, under this project's names."""
     table = {**found["results"], **found.get("groups", {})}
     leaves = _leaves(task, found.get("group_subtasks", {}))
-    row = table.get(task) or _pooled([table[leaf] for leaf in leaves], [_samples(leaf, found) for leaf in leaves])
+    row = table.get(task, {})
+    if not any("," in key for key in row):  # a tag, or a group whose definition says nothing of a mean
+        row = _pooled([table[leaf] for leaf in leaves], [_samples(leaf, found) for leaf in leaves])
     scores: dict[str, Any] = {}
     for key, value in row.items():
         name, _, which = key.partition(",")
@@ -173,6 +178,12 @@ def _scores(task: str, found: dict[str, Any]) -> dict[str, Any]:
             [sample for leaf in leaves for sample in _in_order(found["samples"].get(leaf, []))]
         ),
     }
+
+
+def _tagged(name: str, manager: Any) -> list[str]:
+    """Return the tasks of a tag; none of a task or a group."""
+    entry = manager.task_index.get(name) if name in manager.all_tags else None
+    return sorted(getattr(entry, "tags", None) or ())
 
 
 def _samples(leaf: str, found: dict[str, Any]) -> int:

@@ -94,6 +94,8 @@ def _metadata(masks: "MaskSet", alone: bool, licence: Mapping[str, str]) -> str:
 
 
 def _summary(masks: "MaskSet", facts: Mapping[str, Any], format: Format) -> str:
+    from leap_pl.export.sparse_model import UNKNOWN
+
     made = masks.provenance
     linked = f"[{made.base_model}](https://huggingface.co/{made.base_model})"
     revision = f" at revision {markdown_code(made.revision)}" if made.revision else ""
@@ -101,7 +103,8 @@ def _summary(masks: "MaskSet", facts: Mapping[str, Any], format: Format) -> str:
     counts = f"{facts['removed']:,} of {facts['gated']:,} weights of its decoder blocks"
     form = markdown(_words(form_of(masks), facts["sparsity"]))
     version = markdown(made.versions.get("leap_pl", ""))
-    method = f"The mask was made by {markdown_code(made.method)} with leap_pl {version}".rstrip()
+    how = "read off the model's zeros" if made.method == UNKNOWN else f"made by {markdown_code(made.method)}"
+    method = f"The mask was {how} with leap_pl {version}".rstrip()
     early = unfinished(masks)
     warning = f"\n\n**Learning was not finished: {early.removesuffix('; ')}.**" if early else ""
     if format == "mask":

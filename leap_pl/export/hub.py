@@ -1,15 +1,19 @@
 """Publication of an exported folder on the Hugging Face hub, without the paths of the machine that it was made on."""
 
+import glob
 import shlex
 from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from leap_pl.errors import UserError
 from leap_pl.inputs.hub import LOG_IN, check_reachable, hub_errors, is_hub_id
 from leap_pl.inputs.plain_values import shown
-from leap_pl.inputs.records import MASK
+from leap_pl.inputs.records import MASK, RECORD, recorded
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
     from leap_pl.masks import MaskSet
 
 _CARD, _MODEL = "README.md", "config.json"
@@ -69,13 +73,27 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False) -
             f"another repository, or the model again; {folder} is complete."
         )
     with hub_errors(f"{folder} could not be uploaded to {repository}", then=then):
+        stale = _stale(api, repository, Path(folder)) if weights else []
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
             commit_message="Upload with leap_pl export",
-            delete_patterns=_REPLACED if weights else None,
+            delete_patterns=[*_REPLACED, *stale] if weights else None,
         )
     return str(address)
+
+
+def _stale(api: "HfApi", repository: str, folder: Path) -> list[str]:
+    """Return patterns of the files of an earlier export in ``repository``, by its record, that ``folder`` has not.
+
+    A chat template of the base model that was exported before, for instance, would be taken for the new one's.
+    """
+    if not api.file_exists(repository, RECORD):
+        return []
+    with TemporaryDirectory() as place:
+        api.hf_hub_download(repository, RECORD, local_dir=place)
+        before = recorded(Path(place))
+    return sorted(glob.escape(name) for name in before if not (folder / name).exists())
 
 
 def without_paths(masks: "MaskSet") -> "MaskSet":

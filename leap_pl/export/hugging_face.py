@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Values = Literal["auto", "int8"]
 
+SINGLE = "model.safetensors"  # of a model whose weights are in one file
+
 
 def export_model(
     masks: "MaskSet | None",
@@ -151,6 +153,27 @@ def _write_zeros(base: "PreTrainedModel", masks: "MaskSet", folder: Path) -> Non
     if not zero_removed(folder, masks):  # the family's files are laid out differently from its model
         masks.apply_(base, check=False)
         base.save_pretrained(folder)
+    _write_index(folder)
+
+
+def _write_index(folder: Path) -> None:
+    """Write the index of a model in one file, which transformers does without.
+
+    vLLM and others read every ``*.safetensors`` of a folder that no index leaves out, and the mask's tensors have the
+    names of weights.
+    """
+    from safetensors import safe_open
+
+    model, index = folder / SINGLE, folder / f"{SINGLE}.index.json"
+    if not model.is_file() or index.exists():
+        return
+    with safe_open(model, framework="pt") as file:
+        names = sorted(file.keys())
+    with model.open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    size = model.stat().st_size - header
+    content = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(names, SINGLE)}
+    index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _zeros_kept(masks: "MaskSet", base: "PreTrainedModel") -> int:

@@ -228,7 +228,7 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
             if item.is_symlink():
                 item.unlink()
                 continue
-            descriptor = os.open(item, os.O_RDONLY)
+            descriptor = os.open(item, os.O_RDONLY if item.is_dir() else os.O_RDWR)  # NFS locks what is open to write
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove(item)

@@ -1,5 +1,6 @@
 """Text for a training run: a stream of packed blocks that resumes exactly after the last one used."""
 
+import hashlib
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, get_args
@@ -23,7 +24,7 @@ from leap_pl.data.held_out import evenly, held_out_blocks, warn_of_overlap, warn
 from leap_pl.data.hub import DEFAULT_CONFIGS
 from leap_pl.data.packing import BlockStream, Separator, digest_of_text
 from leap_pl.data.source import TextSource
-from leap_pl.distributed.strategy import data_rank
+from leap_pl.distributed.strategy import check_as_rank_zero, data_rank
 from leap_pl.errors import UserError
 from leap_pl.inputs.hub import check_revision
 from leap_pl.inputs.plain_values import display, plain_paths
@@ -206,7 +207,10 @@ class TextDataModule(LightningDataModule):
                 check_run_length(self.trainer)
             self._progress = self._progress_before = BEGINNING  # a checkpoint is loaded later
             self._step = None
-            next(self.stream.source.documents())
+            _, first = next(self.stream.source.documents())
+            if self.trainer is not None:  # machines may have copies of their own
+                begins = hashlib.sha256(first.text.encode(errors="surrogatepass")).hexdigest()
+                check_as_rank_zero({"text": [self.identity(), len(self.stream.source.shards), begins]})
             if self.trainer is not None and self.trainer.limit_val_batches and self.validation_sequences:
                 if self.validation_text is not None:
                     warn_of_overlap(self.stream.source, self._open_validation())

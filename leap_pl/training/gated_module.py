@@ -27,6 +27,7 @@ from leap_pl.distributed.shards import gathered
 from leap_pl.distributed.strategy import (
     RankZero,
     as_rank_zero_has,
+    check_as_rank_zero,
     check_inside_blocks,
     has_buckets,
     reduce_only,
@@ -167,6 +168,7 @@ class GatedModule(L.LightningModule):
         if self.mesh is not None:
             check_inside_blocks(self.weights)
         self.fingerprint = model_fingerprint(model)
+        check_as_rank_zero({"base model": self.fingerprint})
         self.sizes = {name: weight.parameter.numel() for name, weight in self.weights.items()}
         self.layers = {name: weight.layer for name, weight in self.weights.items()}
         self.dense_norm = sum(float(finite.norm_of(weight.parameter)) for weight in self.weights.values())

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from leap_pl.callbacks import Checkpoints
 from leap_pl.callbacks import lightning_internals as internals
+from leap_pl.checkpoints import run_folder
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError, warn_once
 from leap_pl.files import atomic_link
@@ -104,6 +105,17 @@ def test_where_there_are_no_links_there_are_copies(tmp_path: Path, monkeypatch, 
         internals.SavingCheckpoint._link_checkpoint(run, str(checkpoint), str(last))
         assert not last.is_symlink()
         assert (last / "part" if folder else last).read_text() == content
+
+
+def test_a_run_that_resumes_where_there_are_no_links_has_a_copy(tmp_path: Path, monkeypatch) -> None:
+    def refuses(*_: Any) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(run_folder, "atomic_link", refuses)
+    (tmp_path / "step=2.ckpt").write_text("whole")
+    run_folder.link_last(tmp_path, tmp_path / "step=2.ckpt")
+    assert (tmp_path / "last.ckpt").read_text() == "whole"
+    assert not (tmp_path / "last.ckpt").is_symlink()
 
 
 # -- none at all ---------------------------------------------------------------------------------------------------

@@ -99,6 +99,16 @@ def test_other_texts_and_other_tasks_have_columns_of_their_own(write_result, tmp
     assert all(float(row["accuracy.value"]) == 0.5 for row in rows)  # over piqa, which both have
 
 
+def test_a_task_without_accuracy_hides_no_means(write_result):
+    math_only = result("wanda", 0.5, 20.0)
+    score = {key: value for key, value in math_only["tasks"]["piqa"].items() if not key.startswith("acc")}
+    math_only["tasks"] = {"gsm8k": score | {"exact_match_strict-match": 0.25, "correct": ""}}
+    entries = read_entries([write_result("one", result("leap", 0.5, 14.0)), write_result("two", math_only)])
+    table = make_table(entries, BASELINES)
+    assert "piqa, %" in " ".join(table.headings)
+    assert "Not shown: gsm8k, which have no accuracy" in " ".join(table.notes)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

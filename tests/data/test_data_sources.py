@@ -388,7 +388,32 @@ def test_a_network_that_stays_away_is_reported_with_the_position(
     message = rf"some/text \(train\), shard 2, row 0: the network failed {TRIES} times in a row .*--ckpt_path"
     with pytest.warns(UserWarning, match="next try"), pytest.raises(UserError, match=message):
         list(dataset.read(2, None))
-    assert pauses == [2.0, 4.0, 8.0, 16.0]
+    assert pauses == [2.0, 4.0, 8.0, 16.0, 32.0, *[60.0] * (TRIES - 6)]
+
+
+def test_rows_are_read_without_the_retries_of_datasets(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would go on in the middle of a row: what an unpacked file had read when it failed is lost to them."""
+    before, found = datasets.config.STREAMING_READ_MAX_RETRIES, []
+
+    class Watched(Flaky):
+        def shard(self, **which: int) -> Any:
+            part = super().shard(**which)
+            batches = part.iter
+
+            def watched(batch_size: int) -> Any:
+                for rows in batches(batch_size):
+                    found.append(datasets.config.STREAMING_READ_MAX_RETRIES)
+                    yield rows
+
+            part.iter = watched
+            return part
+
+    watched = Watched(datasets.load_dataset("some/text", None, split="train", streaming=True), 0, 0)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: watched)
+    between = [datasets.config.STREAMING_READ_MAX_RETRIES for _ in HubDataset("some/text").read(0, None)]
+    assert {*found} == {1}
+    assert {*between} == {before}
+    assert before > 1
 
 
 def test_data_that_cannot_be_read_is_no_network_fault(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

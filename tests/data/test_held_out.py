@@ -12,6 +12,8 @@ from lightning import LightningModule, Trainer
 from tiny import byte_tokenizer
 
 from leap_pl.data import TextDataModule, TextSource
+from leap_pl.data.documents import Share
+from leap_pl.data.held_out import warn_of_overlap
 from leap_pl.data.hub import HubDataset
 from leap_pl.errors import UserError
 
@@ -58,6 +60,18 @@ def test_text_that_is_trained_and_validated_on_is_told(tmp_path: Path, monkeypat
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*is both trained and validated on")
         on_ranks(1, one, monkeypatch, validation_text=other, **few).setup("fit")
+
+
+def test_a_split_of_the_hub_that_is_trained_and_validated_on_is_told() -> None:
+    def source(split: str, share: Share = "all") -> TextSource:
+        return TextSource(HubDataset("some/text", split=split, share=share))
+
+    with pytest.warns(UserWarning, match=r"some/text \(train\) is both trained and validated on"):
+        warn_of_overlap(source("train"), source("train"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_overlap(source("train"), source("validation"))
+        warn_of_overlap(source("train", "train"), source("train", "held_out"))
 
 
 def test_validation_alone_needs_no_training_text(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lm_eval.tasks import TaskManager
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 from tokenizers import processors
 
@@ -182,6 +183,28 @@ def test_group_has_the_answers_of_all_its_tasks_and_a_tag_their_mean():
     tag = room._scores("tag", found)
     assert tag["acc"] == pytest.approx((1 + 4 * 0.25) / 5)
     assert tag["acc_stderr"] == pytest.approx(4 * 0.25 / 5)
+
+
+def test_a_tag_has_the_tasks_that_lm_eval_gives_it(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\ntag: both\ndataset_path: json\n")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    assert room._tagged("both", manager) == ["a", "b"]
+    assert room._tagged("a", manager) == []
+
+
+def test_a_group_without_a_mean_of_its_own_has_that_of_its_tasks():
+    leaf = {"test_split": "test"}
+    found = {
+        "results": {"a": {"acc,none": 1.0}, "group": {"alias": "group", "name": "group"}},
+        "group_subtasks": {"group": ["a"]},
+        "configs": {"a": leaf},
+        "n-samples": {"a": {"effective": 3}},
+        "n-shot": {"a": 0},
+        "versions": {"a": 1.0},
+        "samples": {"a": [{"doc_id": n, "acc": 1.0} for n in range(3)]},
+    }
+    assert room._scores("group", found)["acc"] == 1.0
 
 
 def test_definition_changes_nothing_but_the_data(folder):

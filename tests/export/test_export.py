@@ -55,6 +55,29 @@ def test_every_family_reloads_alone_with_every_kept_bit(family: str, tmp_path: P
         assert torch.equal(weight[kept].view(torch.int16), before[name][kept].view(torch.int16))
         assert not weight[~kept].any()
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("word").input_ids
+    # What reads every file of weights that the index does not leave out finds each weight once.
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert index["weight_map"] == dict.fromkeys(sorted(stored), "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in stored.values())
+
+
+def test_the_tokenizer_is_the_base_models_file_by_file(tmp_path: Path) -> None:
+    """As transformers would write it, it would lack what other programs read."""
+    base = tiny_folder(tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": False}))
+    (base / "tokenizer.model").write_bytes(b"\x0a")
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    random_mask(base, tmp_path / "mask.safetensors")
+    export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask.safetensors"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    # A path of the machine that the base model was made on is left behind.
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"name_or_path": "/home/someone/base"}))
+    export_command(str(tmp_path / "again"), mask=str(tmp_path / "mask.safetensors"))
+    assert b"someone" not in (tmp_path / "again" / "tokenizer_config.json").read_bytes()
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")("word").input_ids
 
 
 def test_checkpoint_exports_exactly_the_target(finished: Run, model_folder: Path, tmp_path: Path) -> None:
@@ -289,6 +312,12 @@ def test_perplexities_of_another_mask_do_not_get_into_the_card(
     export_command(
         str(tmp_path / "two"), mask=str(finished.mask), perplexity=f"{tmp_path}/own.json,{tmp_path}/dense.json"
     )
+    of_text = next(iter(results["dense"]["perplexity"].values()))
+    elsewhere = {**results["dense"], "perplexity": {f"other/{text_file.name}": of_text}}
+    (tmp_path / "elsewhere.json").write_text(json.dumps(elsewhere))
+    pair = f"{tmp_path}/own.json,{tmp_path}/elsewhere.json"  # the same text by another path
+    same = export_command(str(tmp_path / "same"), mask=str(finished.mask), perplexity=pair)
+    assert [figure["dense"] for figure in same["perplexity"].values()] == [of_text["value"]]
     figures = [next(iter(results[name]["perplexity"].values()))["value"] for name in ("own", "dense")]
     export_command(str(tmp_path / "packed"), model=str(tmp_path / "two"), format="packed")
     for folder in (tmp_path / "two", tmp_path / "packed"):  # and in what is made of it

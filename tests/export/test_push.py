@@ -14,7 +14,7 @@ from leap_pl.cli.main import main
 from leap_pl.comparison.entries import read_entries
 from leap_pl.export.hub import check_push
 from leap_pl.inputs.hub import check_reachable
-from leap_pl.inputs.records import MASK
+from leap_pl.inputs.records import MASK, write_record
 from leap_pl.masks import MaskSet
 from leap_pl.masks.exported import exported_record
 
@@ -73,6 +73,18 @@ def test_a_model_that_replaces_an_earlier_one(format: str, hub: Hub, finished: R
     assert NAME not in hub.private  # it was public
     exec(code_of(written["README.md"]))  # as a reader of the card would, from the hub
     assert len(capsys.readouterr().out.split("\n")[-2]) > 10
+
+
+def test_files_of_an_earlier_export_go_with_it(hub: Hub, finished: Run, tmp_path: Path) -> None:
+    """By its record: the chat template of another base model would be taken for this one's."""
+    (tmp_path / "earlier").mkdir()
+    for name in ("chat_template.jinja", "old[1].py"):
+        (tmp_path / "earlier" / name).write_bytes(b"old")
+    write_record(tmp_path / "earlier", "export")
+    hub.files[NAME] = {path.name: path.read_bytes() for path in (tmp_path / "earlier").iterdir()} | {"old1.py": b"mine"}
+    main(words(finished, tmp_path / "out", f"--push={NAME}"))
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert hub.files[NAME] == written | {"old1.py": b"mine"}
 
 
 def test_a_private_repository(hub: Hub, finished: Run, tmp_path: Path) -> None:

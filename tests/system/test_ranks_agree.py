@@ -1,0 +1,38 @@
+"""Machines with copies of their own: a run begins only if all of its ranks have the same base model and text."""
+
+from pathlib import Path
+
+import pytest
+from conftest import WORDS, fit_flags
+from ranks import run_ranks
+from scaled_runs import BRIEF, ddp
+from tiny import tiny_folder
+
+from leap_pl.cli.main import main
+
+
+def learn(rank: int, models: list[str], texts: list[str], folder: str) -> int:
+    words = fit_flags(models[rank], texts[rank], Path(folder), *BRIEF, *ddp(2))
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    return int(str(stop.value.code))
+
+
+@pytest.mark.parametrize("differs", ["base model", "text"])
+def test_ranks_that_have_other_files_do_not_learn(
+    differs: str, model_folder: Path, text_file: Path, tmp_path: Path, eager: None
+) -> None:
+    models, texts = [model_folder, model_folder], [text_file, text_file]
+    if differs == "text":
+        (tmp_path / "rank-1").mkdir()
+        texts[1] = tmp_path / "rank-1" / text_file.name
+        changed = text_file.read_text().replace(WORDS[0], WORDS[1], 1)
+        texts[1].write_text(changed)
+    else:
+        models[1] = tiny_folder(tmp_path / "rank-1" / model_folder.name, seed=1)
+    arguments = ([*map(str, models)], [*map(str, texts)], str(tmp_path / "run"))
+    assert run_ranks(2, learn, *arguments, folder=tmp_path / "said") == [2, 2]
+    said = [(tmp_path / "said" / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
+    assert f"rank 1 has another {differs} than rank 0. Give every machine the same files" in said[1]
+    assert "another rank has another base model or text than rank 0" in said[0]
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
