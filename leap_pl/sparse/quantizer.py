@@ -6,6 +6,7 @@ checks them and makes of each a :class:`PackedLinear` or a dense weight. At no t
 weights, each in its packed or its final form, and one dense weight.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,13 @@ class PackedQuantizer(HfQuantizer):
                 else:
                     setattr(owner, tensor, nn.Parameter(empty, requires_grad=False))
 
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Return the bytes of an element of a loaded tensor, for a device map, which is made before it is unpacked."""
+        stored = self.stored.get(param_name)
+        if stored is None or self.quantization_config.memory == "packed":
+            return param.element_size()
+        return math.prod(stored.shape) * self.dtypes[param_name].itemsize / max(param.numel(), 1)
+
     def postprocess_model(self, model: Any, **options: Any) -> Any:
         """Check the loaded weights, and bring each into its final form."""
         packed = 0
@@ -172,6 +180,12 @@ def _find(model: Any, name: str) -> tuple[str, nn.Module, str]:
 def _taken(name: str, owner: nn.Module, tensor: str, shape: tuple[int, ...]) -> PackedWeight:
     """Return the loaded tensors of a packed weight, checked, and take them out of their module."""
     values = getattr(owner, tensor).detach()
+    if values.is_meta:
+        raise UserError(
+            f"device_map puts {shown(name)} on the CPU or the disk, from where a layer is copied when it runs, and a "
+            "packed weight cannot be. Load the model on devices that hold it, or unpack it: leap_pl export --model "
+            "PACKED --format huggingface --output_dir FOLDER."
+        )
     setattr(owner, tensor, None)
     bitmap, scale = (dict(owner.named_buffers(recurse=False)).get(f"{tensor}{suffix}") for suffix in (BITMAP, SCALE))
     for suffix in (BITMAP, SCALE) if scale is not None else (BITMAP,):

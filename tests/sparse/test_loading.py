@@ -1,5 +1,6 @@
 """Packed folders in transformers: ``import leap_pl``, then from_pretrained."""
 
+import copy
 import logging
 import subprocess
 import sys
@@ -74,6 +75,30 @@ def test_other_types_and_the_model_without_its_head(tmp_path: Path) -> None:
     with torch.inference_mode():
         found = bare(IDS).last_hidden_state
         assert torch.allclose(found, expected.model(IDS).last_hidden_state, atol=1e-5)
+
+
+def test_a_device_map_counts_weights_as_they_will_be(tmp_path: Path) -> None:
+    """It is made before they are unpacked; and what it puts aside cannot be."""
+    from leap_pl.sparse.quantizer import PackedConfig, PackedQuantizer, _taken
+
+    folder, masks = packed_folder(tmp_path)
+    config = AutoConfig.from_pretrained(folder).quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(masked_base(tmp_path, masks).config, dtype=torch.bfloat16)
+    for memory in ("dense", "auto", "packed"):
+        quantizer = PackedQuantizer(PackedConfig(**config | {"memory": memory}), pre_quantized=True)
+        copied = copy.deepcopy(model)
+        quantizer._process_model_before_weight_loading(copied, [str(folder / "model.safetensors")])
+        for name in masks.masks:
+            owner, _, tensor = name.rpartition(".")
+            values = getattr(copied.get_submodule(owner), tensor)
+            kept = int(masks.masks[name].sum())
+            assert values.numel() == kept
+            size = values.numel() * quantizer.param_element_size(copied, name, values)
+            assert size == pytest.approx(2 * (kept if memory == "packed" else masks.masks[name].numel()))
+        assert quantizer.param_element_size(copied, "lm_head.weight", copied.lm_head.weight) == 2
+    with pytest.raises(UserError, match=r"device_map puts w on the CPU or the disk"):
+        _taken("w", copied.get_submodule(owner), tensor, masks.masks[name].shape)
 
 
 def test_small_weights_are_dense_in_memory_and_it_says_so(tmp_path: Path) -> None:
