@@ -79,8 +79,10 @@ def head_of(model: Any) -> Head | None:
 
 
 def _hidden(causal: Any, input_ids: Tensor) -> Tensor:
+    # The text model of Llama 4 names the prefix of the multimodal one, and is its own base model by that.
+    body = causal.model if causal.base_model is causal and hasattr(causal, "model") else causal.base_model
     with _unpacked(input_ids.device):
-        hidden_BLD: Tensor = causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden_BLD: Tensor = body(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden_BLD
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import VOCABULARY, tiny_model
-from transformers import LlamaForCausalLM
+from transformers import Llama4ForCausalLM, Llama4TextConfig, LlamaForCausalLM
 
 from leap_pl.base_model.backbone import checkpoint_activations, set_modes, split_model
 from leap_pl.losses.language import language_losses
@@ -22,6 +22,18 @@ class Shifted(LlamaForCausalLM):
         if labels is not None:
             out.loss = self.loss_function(out.logits, labels, vocab_size=out.logits.shape[-1])
         return out
+
+
+@pytest.mark.filterwarnings("error:.*by an unknown method")
+def test_a_model_that_is_its_own_base_model() -> None:
+    """Llama 4's text model, which names the prefix of the multimodal one."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 256)
+    model = Llama4ForCausalLM(Llama4TextConfig(**sizes, **tokens, num_local_experts=2)).eval()
+    assert model.base_model is model
+    states, head = split_model(model)
+    torch.testing.assert_close(head(states(IDS).flatten(0, 1)), model(IDS).logits.flatten(0, 1))
 
 
 def test_an_unknown_head_is_taken_whole_with_a_warning() -> None:
