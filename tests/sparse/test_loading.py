@@ -83,8 +83,9 @@ def test_a_device_map_counts_weights_as_they_will_be(tmp_path: Path) -> None:
 
     folder, masks = packed_folder(tmp_path)
     config = AutoConfig.from_pretrained(folder).quantization_config
+    dense = masked_base(tmp_path, masks).config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(masked_base(tmp_path, masks).config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(dense, dtype=torch.bfloat16)
     for memory in ("dense", "auto", "packed"):
         quantizer = PackedQuantizer(PackedConfig(**config | {"memory": memory}), pre_quantized=True)
         copied = copy.deepcopy(model)
