@@ -216,7 +216,7 @@ class Steps:
     def _fits(option: str, what: dict[str, Any]) -> bool:
         """Whether an option of evaluate speaks of what is measured: no task has a seq_length."""
         of_texts = ("seq_length", "stride", "share", "max_tokens", "text_column", "config_name", "split")
-        of_tasks = ("tasks_folder", "num_fewshot", "limit")
+        of_tasks = ("tasks_folder", "num_fewshot", "limit", "seed")
         return option not in (of_tasks if "perplexity" in what else of_texts)
 
     def subject(self, cell: Cell) -> list[str]:

@@ -78,11 +78,18 @@ def head_of(model: Any) -> Head | None:
     return head if projection is not None and _agrees(model, head) else None
 
 
+def body_of(causal: Any) -> Any:
+    """Return the model without its head, whose result has the last hidden states.
+
+    The text model of Llama 4 names the prefix of the multimodal one, and by that is its own base model.
+    """
+    body = getattr(causal, "base_model", causal)
+    return causal.model if body is causal and hasattr(causal, "model") else body
+
+
 def _hidden(causal: Any, input_ids: Tensor) -> Tensor:
-    # The text model of Llama 4 names the prefix of the multimodal one, and is its own base model by that.
-    body = causal.model if causal.base_model is causal and hasattr(causal, "model") else causal.base_model
     with _unpacked(input_ids.device):
-        hidden_BLD: Tensor = body(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden_BLD: Tensor = body_of(causal)(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden_BLD
 
 

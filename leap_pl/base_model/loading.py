@@ -4,7 +4,7 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -39,6 +39,7 @@ TOKENIZER = (
     *(SETTINGS, *VOCABULARIES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "tekken.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
+TEMPLATES = "additional_chat_templates"
 HUB_KERNELS = ("sonicmoe", "deepgemm")  # names of kernels that transformers fetches from the hub
 FLASH = re.compile(r"(?:paged\|)?flash_attention_(\w+)")
 _CLEAR_ERRORS = OSError | ValueError | RuntimeError | SafetensorError  # messages that need no class name
@@ -297,7 +298,8 @@ def save_tokenizer(
     """
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     source, gguf_file = _locate(name)
-    if gguf_file is not None or not _copy_tokenizer(source, Path(folder), revision):
+    names = () if gguf_file is not None else (*TOKENIZER, *tokenizer.vocab_files_names.values())
+    if not names or not _copy_tokenizer(names, source, Path(folder), revision):
         tokenizer.save_pretrained(folder)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     several = gguf_file is None and any(hasattr(config, f"{kind}_config") for kind in ("vision", "audio", "video"))
@@ -308,10 +310,11 @@ def save_tokenizer(
             shutil.copyfile(found, Path(folder) / file)
 
 
-def _copy_tokenizer(source: str, folder: Path, revision: str | None) -> bool:
-    """Copy the files of a tokenizer as they are: transformers would write others, which other programs cannot read.
+def _copy_tokenizer(names: Iterable[str], source: str, folder: Path, revision: str | None) -> bool:
+    """Copy those of the files ``names`` that a tokenizer has, as they are.
 
-    It leaves out ``tokenizer.model`` and settings of BOS and EOS, and names a class that version 4 does not have.
+    transformers would write others, which other programs cannot read: without ``tokenizer.model`` and the settings of
+    BOS and EOS, and with a class that version 4 does not have.
 
     Returns:
         False, with nothing copied, if there is no vocabulary among the files, or their settings name code or a path.
@@ -321,13 +324,15 @@ def _copy_tokenizer(source: str, folder: Path, revision: str | None) -> bool:
     # What the tokenizer needs has been fetched with it.
     more = () if is_offline_mode() else ("tokenizer.model",)
     place = local_folder(source, *more, revision=revision)
-    found = [file for file in TOKENIZER if (place / file).is_file()]
+    found = [file for file in dict.fromkeys(names) if Path(file).name == file and (place / file).is_file()]
+    found += [f"{TEMPLATES}/{path.name}" for path in sorted((place / TEMPLATES).glob("*.jinja"))]
     settings = json.loads((place / SETTINGS).read_text(encoding="utf-8")) if SETTINGS in found else {}
     plain = isinstance(settings, dict) and not {"auto_map", "name_or_path"} & {*settings}
     if not plain or not {*found} & {*VOCABULARIES}:
         return False
     for file in found:
         note_input(place / file)
+        (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(place / file, folder / file)
     return True
 

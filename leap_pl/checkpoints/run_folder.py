@@ -226,7 +226,7 @@ def _normal(value: Any) -> Any:
 
 def tidy(folder: Path, newest: Path) -> None:
     """Clean up a finished run's ``folder``: remove partial files, and point ``last.ckpt`` at ``newest``."""
-    with suppress(OSError):  # a read-only folder
+    with suppress(OSError, UserError):  # a read-only folder
         remove_abandoned(folder)
         link_last(folder, newest)
 

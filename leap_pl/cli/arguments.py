@@ -37,7 +37,7 @@ ONCE = {
     "--text": "a list: '[a.jsonl, b.jsonl]'",
     "--data.text": "a list: '[a.jsonl, b.jsonl]'",
     "--data.validation_text": "a list: '[a.jsonl, b.jsonl]'",
-    **dict.fromkeys(("--targets", "--ignore", "--model.targets", "--model.ignore"), "a list: '[q_proj, lm_head]'"),
+    **dict.fromkeys(("--targets", "--ignore", "--model.targets", "--model.ignore"), "a list: '[re:.*q_proj, lm_head]'"),
     "--model.weight_training.target_modules": "a list: '[q_proj, v_proj]'",
     "--baselines": "names separated by commas",
 }

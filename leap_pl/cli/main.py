@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -160,9 +161,9 @@ def console() -> None:
         finally:
             _flush()
         return
-    except BrokenPipeError:
-        discard(sys.stdout)
-        return
+    except BrokenPipeError:  # of another stream than the output, as in 2>&1 | head: what it did is not finished
+        discard(sys.stderr)
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except KeyboardInterrupt:
         pass
     # Outside the except block, so that everything the exception kept alive is closed: progress bars print nothing more.
@@ -172,6 +173,8 @@ def console() -> None:
 
 def _flush() -> None:
     """Write what is left of the output, which the interpreter does later, where its errors are nobody's."""
+    if sys.stdout is None:  # closed by whoever started this process
+        return
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -140,6 +140,7 @@ def prune_command(
     from leap_pl.base_model.sequence_length import check_sequence_length
     from leap_pl.base_model.weights import check_numbers, find_weights
     from leap_pl.cli.device import check_device
+    from leap_pl.data.messages import for_options
     from leap_pl.data.source import TextSource
     from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet
@@ -174,7 +175,11 @@ def prune_command(
     if uses_text:
         config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
         check_sequence_length(config, seq_length, model, "--seq_length")
-        if TextSource.open(text, text_column=text_column).is_local:
+        try:
+            local = TextSource.open(text, text_column=text_column).is_local
+        except UserError as error:  # which names the options of fit
+            raise UserError(for_options(str(error), PARAMETERS)) from error
+        if local:
             of_hub = {"config_name": config_name, "split": split}
             check_used(of_hub, prune_command, True, "they choose a part of a hub dataset, and the text is local")
     allocated = None if fisher is None else _fisher(fisher, fisher_rows)
@@ -191,7 +196,6 @@ def prune_command(
         if uses_text:
             from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
             from leap_pl.data import calibration_blocks
-            from leap_pl.data.messages import for_options
 
             tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
             check_tokenizer(tokenizer, vocabulary_of(base), model)
@@ -273,6 +277,7 @@ def _write(
     from dataclasses import asdict
 
     from leap_pl.base_model.loading import save_tokenizer
+    from leap_pl.export.hugging_face import write_index
     from leap_pl.inputs.plain_values import plain
     from leap_pl.inputs.records import MASK, RECORD
 
@@ -281,6 +286,7 @@ def _write(
     (folder / "errors.json").write_text(errors, encoding="utf-8")
     if updated is not None:
         updated.save_pretrained(folder / "model")
+        write_index(folder / "model")
         save_tokenizer(model, folder / "model", revision=revision, trust_remote_code=trust_remote_code)
         # Without this record, evaluate and compare would read the folder as a dense base model.
         facts = {"provenance": plain(asdict(pruned.masks.provenance)), "updated_by": method}

@@ -101,7 +101,8 @@ class RecoverCLI(LeapCLI):
         keys = {name: key for name, key in keys.items() if setting_of(named, self._configs, key) is not None}
         keys |= {name: name for name in ("model.annealing", *CONSTANT)}
         if settings.get("model.mask") is not None:
-            if setting_of(named, self._configs, "model.gate.init_args.pattern") is not None:
+            of_config = setting_of(named, self._configs, "model.gate.init_args.pattern") is not None
+            if of_config or is_typed("model.gate.pattern"):
                 keys["model.gate.pattern"] = "model.gate.init_args.pattern"
             parts = [part for part in plain(defaults.get("model.prior")) if part != "cache_dir"]
             keys |= {f"model.prior.{part}": f"model.prior.{part}" for part in parts}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from leap_pl.base_model.backbone import body_of
 from leap_pl.errors import UserError, listing, warn_once
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def shard(
     inside = {id(parameter) for module in (*blocks, *others) for parameter in module.parameters()}
     outside = {parameter for parameter in model.parameters() if id(parameter) not in inside}
     # Without parameters of its own, the root only orders the blocks: each is prefetched while the previous one runs.
-    root = getattr(model, "base_model", model)
+    root = body_of(model)
     fully_shard(root, mesh=mesh, ignored_params=outside)
     return model
 

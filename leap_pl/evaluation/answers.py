@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leap_pl.base_model.backbone import Head, has_flash_attention, head_of
+from leap_pl.base_model.backbone import Head, body_of, has_flash_attention, head_of
 from leap_pl.base_model.vocabulary import vocabulary_of
 from leap_pl.evaluation.perplexity import LOSS_ELEMENTS
 from leap_pl.evaluation.prefix_rows import Answer, Row, arrange, batches
@@ -84,7 +84,7 @@ def row_states(model: Any, rows: Sequence[Row]) -> Tensor:
     length = max(row.length for row in rows)
     tokens_BL = _padded((row.tokens() for row in rows), length, 0, device)
     if all(len(row.answers) == 1 for row in rows):  # no mask, which has L² elements: the padding comes last
-        states_BLD: Tensor = model.base_model(input_ids=tokens_BL, use_cache=False).last_hidden_state
+        states_BLD: Tensor = body_of(model)(input_ids=tokens_BL, use_cache=False).last_hidden_state
         return states_BLD
     positions_BL = _padded((row.positions() for row in rows), length, 0, device)
     branches_BL = _padded((row.branches() for row in rows), length, -1, device)
@@ -125,7 +125,7 @@ def _probe(model: Any) -> tuple[float, float]:
     prefix, one, other = ids[:size], ids[size : 2 * size], ids[2 * size :]
     row = Row([Answer(0, (*prefix, *one, 0), 1), Answer(1, (*prefix, *other), 1)], size)
     device = next(model.parameters()).device
-    alone_LD = model.base_model(
+    alone_LD = body_of(model)(
         input_ids=torch.tensor([[*prefix, *other[:-1]]], device=device), use_cache=False
     ).last_hidden_state[0, size:]
     found_LD = row_states(model, [row])[0, 2 * size :]
@@ -141,7 +141,7 @@ def _states(model: Any, tokens_BL: Tensor, positions_BL: Tensor, seen_BLL: Tenso
     # Additive: eager attention adds it, and SDPA takes it as well as a boolean one.
     mask_B1LL = torch.zeros(seen_BLL.shape, dtype=dtype, device=seen_BLL.device)
     mask_B1LL = mask_B1LL.masked_fill_(~seen_BLL, torch.finfo(dtype).min)[:, None]
-    states: Tensor = model.base_model(
+    states: Tensor = body_of(model)(
         input_ids=tokens_BL, position_ids=positions_BL, attention_mask=mask_B1LL, use_cache=False
     ).last_hidden_state
     return states

@@ -62,9 +62,13 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False) -
 
     api, weights = HfApi(library_name="leap_pl"), (Path(folder) / _MODEL).exists()
     again = ["hf", "upload", repository, str(folder), ".", *["--private"] * private]
-    again += [word for pattern in _REPLACED for word in ("--delete", pattern)] if weights else []
-    then = f"{folder} is complete: upload it later with `{shlex.join(again)}`."
-    with hub_errors(f"{folder} could not be uploaded to {repository}", then=then):
+    replaced = list(_REPLACED) if weights else []
+
+    def then() -> str:
+        words = [*again, *(word for pattern in replaced for word in ("--delete", pattern))]
+        return f"{folder} is complete: upload it later with `{shlex.join(words)}`."
+
+    with hub_errors(f"{folder} could not be uploaded to {repository}", then=then()):
         address = api.create_repo(repository, private=private or None, exist_ok=True)
         replaces = not weights and api.file_exists(repository, _MODEL)
     if replaces:
@@ -72,13 +76,14 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False) -
             f"--push {repository} has a model, whose mask and record a mask alone would replace. Push the mask to "
             f"another repository, or the model again; {folder} is complete."
         )
-    with hub_errors(f"{folder} could not be uploaded to {repository}", then=then):
-        stale = _stale(api, repository, Path(folder)) if weights else []
+    with hub_errors(f"{folder} could not be uploaded to {repository}", then=then()):
+        replaced += _stale(api, repository, Path(folder)) if weights else []
+    with hub_errors(f"{folder} could not be uploaded to {repository}", then=then()):
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
             commit_message="Upload with leap_pl export",
-            delete_patterns=[*_REPLACED, *stale] if weights else None,
+            delete_patterns=replaced or None,
         )
     return str(address)
 

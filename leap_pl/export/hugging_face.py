@@ -153,10 +153,10 @@ def _write_zeros(base: "PreTrainedModel", masks: "MaskSet", folder: Path) -> Non
     if not zero_removed(folder, masks):  # the family's files are laid out differently from its model
         masks.apply_(base, check=False)
         base.save_pretrained(folder)
-    _write_index(folder)
+    write_index(folder)
 
 
-def _write_index(folder: Path) -> None:
+def write_index(folder: Path) -> None:
     """Write the index of a model in one file, which transformers does without.
 
     vLLM and others read every ``*.safetensors`` of a folder that no index leaves out, and the mask's tensors have the

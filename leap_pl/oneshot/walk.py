@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from leap_pl.base_model.backbone import evaluating
+from leap_pl.base_model.backbone import body_of, evaluating
 from leap_pl.base_model.weights import decoder_blocks
 from leap_pl.errors import UserError
 from leap_pl.kernels.transfers import to_device, to_host
@@ -265,7 +265,7 @@ class Walk:
                 stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(after).remove)
             with suppress(_Stop):  # without the head, whose logits are many
-                self.model.base_model(input_ids=tokens_BT.to(self.home), use_cache=False)
+                body_of(self.model)(input_ids=tokens_BT.to(self.home), use_cache=False)
         if order != list(range(len(self.blocks) if whole else 1)):
             raise UserError(
                 f"{self.prefix}: the model's forward pass does not run its blocks once each, in order, so leap_pl "

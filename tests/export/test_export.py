@@ -69,9 +69,12 @@ def test_the_tokenizer_is_the_base_models_file_by_file(tmp_path: Path) -> None:
     (base / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": False}))
     (base / "tokenizer.model").write_bytes(b"\x0a")
     (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     random_mask(base, tmp_path / "mask.safetensors")
     export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask.safetensors"))
-    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"):
+    named = "additional_chat_templates/tools.jinja"
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", named):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     # A path of the machine that the base model was made on is left behind.
     (base / "tokenizer_config.json").write_text(json.dumps(settings | {"name_or_path": "/home/someone/base"}))

@@ -131,6 +131,22 @@ def test_a_reader_that_wants_no_more_ends_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "result").read_text() == "went on"
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_streams_that_are_closed(closed: str, tmp_path: Path) -> None:
+    """Without an output a command ends as with one; where a bar cannot be written, it does not end as if done."""
+    program = "import sys\nfrom leap_pl.cli import main as cli\n"
+    program += "cli.main = lambda: sys.stderr.write('x' * 10**6)\ncli.console()"
+    if closed == "stdout":
+        command = f'{sys.executable} -c "$0" >&- 2>/dev/null'
+        assert subprocess.run(["sh", "-c", command, program], check=False).returncode == 0
+    else:
+        words = [sys.executable, "-c", program]
+        with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+            assert process.stderr is not None
+            process.stderr.close()
+        assert process.returncode == 128 + 13
+
+
 def test_a_comparison(evil_results: list[str], tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     compare_command(evil_results, output_dir=str(out), baselines="wanda")
