@@ -28,10 +28,11 @@ _TINY = torch.finfo(torch.float32).tiny  # lower bound of a score, whose logarit
 def graded_lean(mask_OI: Tensor, weight_OI: Tensor, mean_square_I: Tensor) -> Tensor:
     """Return the lean of each weight's logit, from −1 to 1, with the mask's sign and a size given by Wanda's score.
 
-    lean = ±(a + (1 − a)·tanh|log(score/cut)|), a = :data:`LEAST`, + where the mask keeps the weight. The score is
-    Wanda's, |W_ij|·sqrt(mean x_j²); the cut of a row that keeps k weights is the geometric mean of its k-th and
+    lean = ±(a + (1 − a)·tanh(max(0, ±log(score/cut)))), a = :data:`LEAST`, + where the mask keeps the weight. The score
+    is Wanda's, |W_ij|·sqrt(mean x_j²); the cut of a row that keeps k weights is the geometric mean of its k-th and
     (k+1)-th highest scores. Weights with scores near the cut thus start near the decision boundary, and weights with
-    scores many times above or below it start far away.
+    scores many times above or below it start far away. Where another method keeps a weight with a score below the cut,
+    or removes one above it, that one starts near the boundary too: of such a weight the two say opposite things.
 
     Args:
         mask_OI: Bool (…, O, I), from any method.
@@ -49,7 +50,9 @@ def graded_lean(mask_OI: Tensor, weight_OI: Tensor, mean_square_I: Tensor) -> Te
     # In rows that keep all or nothing, the cut has a score on one side only.
     above_O1 = ordered_OI.gather(-1, removed_O1.clamp_max(I - 1))
     below_O1 = ordered_OI.gather(-1, (removed_O1 - 1).clamp_min(0))
-    lean_OI = (log_OI - (above_O1 + below_O1) / 2).abs_().tanh_().mul_(1 - LEAST).add_(LEAST)
+    distance_OI = log_OI - (above_O1 + below_O1) / 2
+    distance_OI = torch.where(mask_OI, distance_OI, -distance_OI).clamp_min_(0)  # 0 where mask and score disagree
+    lean_OI = distance_OI.tanh_().mul_(1 - LEAST).add_(LEAST)
     return torch.where(mask_OI, lean_OI, -lean_OI)
 
 

@@ -40,7 +40,8 @@ def by_hand(mask: list[bool], weight: list[float], squares: list[float]) -> list
     ordered = sorted(scores, reverse=True)
     kept = sum(mask)
     cut = math.sqrt(ordered[max(kept - 1, 0)] * ordered[min(kept, len(mask) - 1)])
-    sizes = [LEAST + (1 - LEAST) * math.tanh(abs(math.log(score / cut))) for score in scores]
+    distances = [math.log(score / cut) * (1 if keep else -1) for keep, score in zip(mask, scores, strict=True)]
+    sizes = [LEAST + (1 - LEAST) * math.tanh(max(distance, 0)) for distance in distances]
     return [size if keep else -size for keep, size in zip(mask, sizes, strict=True)]
 
 
