@@ -189,7 +189,6 @@ def test_a_rank_that_is_left_alone_makes_the_same(
 
 
 def of_process(rank: int, files: list[str], notes: list[str], workers: int) -> str:
-    exchange.PATIENCE = 30  # in this process and its workers; a busy machine is no failure
     multiprocessing.set_start_method("fork", force=True)  # of workers, as in a run; a rank's own is another here
     with _few_documents():
         dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -206,5 +205,6 @@ def test_workers_of_two_processes_share(files: list[str], tmp_path: Path) -> Non
     whole = Watched(tmp_path / "whole")
     given(BlockStream(TextSource.open(files, seed=1), whole, SEQ_LENGTH), 1, 0)
     calls = sum(Watched(Path(path)).calls for path in notes)
-    assert whole.calls <= calls <= whole.calls + 8 < 2 * whole.calls  # 8 have been made ahead at the end
+    # Some are made ahead at the end, and on a busy machine some twice, after 2 s; without sharing, all would be.
+    assert whole.calls <= calls < 1.5 * whole.calls
     assert not any("Store" in (tmp_path / "said" / f"rank-{rank}.txt").read_text() for rank in range(2))
