@@ -1,10 +1,9 @@
 """Find and load base models and tokenizers: by hub id, from a folder or from a GGUF file."""
 
-import json
 import pickle
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,9 +15,10 @@ from safetensors import SafetensorError
 from leap_pl.base_model.gguf_structure import GgufFile, read_structure
 from leap_pl.base_model.model_sizes import check_settings, check_skeleton
 from leap_pl.base_model.stored_weights import PACKED_METHOD, StoredWeights, check_sizes, read_settings, read_shapes
+from leap_pl.base_model.tokenizer_files import copy_tokenizer
 from leap_pl.base_model.weights import STORED, model_fingerprint
 from leap_pl.errors import UserError, listing
-from leap_pl.inputs.hub import check_reachable, fetch_optional, gated, is_hub_id, local_folder
+from leap_pl.inputs.hub import check_reachable, fetch_optional, gated, is_hub_id
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.register import exists, note_input
@@ -31,15 +31,6 @@ Memory = Literal["auto", "packed", "dense"]
 
 DEQUANTIZED = ("fp8", "mxfp4", "mxfp8", "compressed-tensors")  # formats that transformers can turn into plain weights
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-SETTINGS = "tokenizer_config.json"
-VOCABULARIES = (
-    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
-)
-TOKENIZER = (
-    *(SETTINGS, *VOCABULARIES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "tekken.json"),
-    *("chat_template.jinja", "chat_template.json"),
-)
-TEMPLATES = "additional_chat_templates"
 HUB_KERNELS = ("sonicmoe", "deepgemm")  # names of kernels that transformers fetches from the hub
 FLASH = re.compile(r"(?:paged\|)?flash_attention_(\w+)")
 _CLEAR_ERRORS = OSError | ValueError | RuntimeError | SafetensorError  # messages that need no class name
@@ -298,8 +289,8 @@ def save_tokenizer(
     """
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     source, gguf_file = _locate(name)
-    names = () if gguf_file is not None else (*TOKENIZER, *tokenizer.vocab_files_names.values())
-    if not names or not _copy_tokenizer(names, source, Path(folder), revision):
+    names = tokenizer.vocab_files_names.values()
+    if gguf_file is not None or not copy_tokenizer(source, Path(folder), revision, names):
         tokenizer.save_pretrained(folder)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     several = gguf_file is None and any(hasattr(config, f"{kind}_config") for kind in ("vision", "audio", "video"))
@@ -308,33 +299,6 @@ def save_tokenizer(
         if found is not None and found.is_file():
             note_input(found)
             shutil.copyfile(found, Path(folder) / file)
-
-
-def _copy_tokenizer(names: Iterable[str], source: str, folder: Path, revision: str | None) -> bool:
-    """Copy those of the files ``names`` that a tokenizer has, as they are.
-
-    transformers would write others, which other programs cannot read: without ``tokenizer.model`` and the settings of
-    BOS and EOS, and with a class that version 4 does not have.
-
-    Returns:
-        False, with nothing copied, if there is no vocabulary among the files, or their settings name code or a path.
-    """
-    from huggingface_hub import is_offline_mode
-
-    # What the tokenizer needs has been fetched with it.
-    more = () if is_offline_mode() else ("tokenizer.model",)
-    place = local_folder(source, *more, revision=revision)
-    found = [file for file in dict.fromkeys(names) if Path(file).name == file and (place / file).is_file()]
-    found += [f"{TEMPLATES}/{path.name}" for path in sorted((place / TEMPLATES).glob("*.jinja"))]
-    settings = json.loads((place / SETTINGS).read_text(encoding="utf-8")) if SETTINGS in found else {}
-    plain = isinstance(settings, dict) and not {"auto_map", "name_or_path"} & {*settings}
-    if not plain or not {*found} & {*VOCABULARIES}:
-        return False
-    for file in found:
-        note_input(place / file)
-        (folder / file).parent.mkdir(exist_ok=True)
-        shutil.copyfile(place / file, folder / file)
-    return True
 
 
 def _locate(name: str) -> tuple[str, str | None]:

@@ -59,10 +59,8 @@ class RecoverCLI(LeapCLI):
         if "model.optimizer" in given:  # a class that may need a rate to be made at all
             idle.pop("model.optimizer.lr", None)
         if "model.mask" in given:
-            idle |= {
-                name: None for name in given if name.startswith("model.prior.") and name != "model.prior.cache_dir"
-            }
-            idle |= {name: None for name in given if name == "model.gate.pattern"}
+            of_mask = {name for name in given if name.startswith("model.prior.") or name == "model.gate.pattern"}
+            idle |= dict.fromkeys(of_mask - {"model.prior.cache_dir"})
         if idle:
             instead = [f"--{name}" for name in idle.values() if name is not None]
             remedy = f"For the weights, type {listing(instead)}" if instead else "Leave out what is not meant"
