@@ -19,7 +19,8 @@ from torch import Tensor
 from benchmarks.report import Row, finish
 from leap_pl.base_model.backbone import split_model
 from leap_pl.base_model.fast_dtype import fast_dtype
-from leap_pl.base_model.loading import load_model, load_tokenizer
+from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.tokenizer import load_tokenizer
 from leap_pl.base_model.weights import find_weights
 from leap_pl.data import calibration_blocks
 from leap_pl.gates import BernoulliGate, Gate, GateState, attach

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.report import Row, finish, table
-from leap_pl.base_model.loading import load_model, load_tokenizer
+from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.tokenizer import load_tokenizer
 from leap_pl.data import calibration_blocks
 from leap_pl.data.calibration import held_out_tokens
 from leap_pl.masks.patterns import parse_pattern

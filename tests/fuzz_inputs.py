@@ -78,7 +78,8 @@ def gguf_inputs(folder: Path) -> tuple[Callable[[random.Random], Path], Callable
     """A GGUF file, as base model and tokenizer."""
     from tiny_gguf import tiny_gguf
 
-    from leap_pl.base_model.loading import load_model, load_tokenizer
+    from leap_pl.base_model.loading import load_model
+    from leap_pl.base_model.tokenizer import load_tokenizer
 
     whole = tiny_gguf(folder / "whole.gguf").read_bytes()
     file = folder / "damaged.gguf"
@@ -98,7 +99,8 @@ def model_inputs(folder: Path) -> tuple[Callable[[random.Random], Path], Callabl
     """A model folder: the settings, the tokenizer or the header of the weights."""
     from tiny import tiny_folder
 
-    from leap_pl.base_model.loading import load_model, load_tokenizer
+    from leap_pl.base_model.loading import load_model
+    from leap_pl.base_model.tokenizer import load_tokenizer
 
     place = tiny_folder(folder / "model")
     wholes = {name: (place / name).read_bytes() for name in ("config.json", "tokenizer.json", "model.safetensors")}

@@ -154,9 +154,11 @@ def _join(source: Source, gguf: Path) -> None:
 
 
 def _convert(source: Source, gguf: Path, beside: Mapping[str, bytes], destination: Path) -> None:
-    from leap_pl.base_model.loading import load_model, load_tokenizer
+    from leap_pl.base_model.loading import load_model
+    from leap_pl.base_model.tokenizer import load_tokenizer
 
     model, tokenizer = load_model(str(gguf)), load_tokenizer(str(gguf))
+    tokenizer.init_kwargs["local_files_only"] = False  # not what HF_HUB_OFFLINE makes of it: digests are of this file
     with atomic_folder(destination, force=True) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

@@ -54,6 +54,11 @@ def _run(options: argparse.Namespace) -> int:
     from experiments.headline.runner import Runner
 
     if options.cells is not None:
+        if options.docs == DOCS and options.cells.resolve() != (DOCS / "cells").resolve():
+            raise UserError(
+                f"{DOCS} has the figures of {DOCS}/cells, and those of {options.cells} would take their place. Name "
+                "another folder with --docs."
+            )
         return _report(options.cells, options.docs)
     if options.docs == DOCS and Path(options.config).resolve() != Path(DEFINITION).resolve():
         raise UserError(

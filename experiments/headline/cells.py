@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def collect(progress: "Progress", folder: Path, *, removes: bool = True) -> int:
     """Write one file a finished cell into ``folder``; returns how many are there that are of today's settings.
 
-    A file of a cell that is no longer in the experiment, or was made with other settings, inputs or code of it, is
+    A file of a cell that is no longer in the experiment, or was made with other settings or inputs, is
     removed, and named, if it ``removes``; else it is named alone.
     A file of a cell that was not made here stays as long as it belongs to the experiment as it is today, and takes from
     it how the cell is shown: rows may have been renamed, or put elsewhere, since it was made.

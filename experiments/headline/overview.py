@@ -1,7 +1,7 @@
 """What the report opens with: the best rows of every model in one table and one picture, and where they lose."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +74,33 @@ def draw_overview(rows: Sequence[Measured], folder: Path) -> "Picture | None":
         return save(figure, folder, "overview", caption)
 
 
+def verdict(found: Sequence[Measured]) -> str:
+    """A sentence on how many rows that learn are better than the best baseline; empty where none can be compared."""
+    better, perplexities, accurate, accuracies = 0, 0, 0, 0
+    for group, m in _of_learning(found):
+        for title in m.titles.values():
+            gap = perplexity_difference(m.entry, group.entries, title, group.baselines)
+            perplexities += gap is not None
+            better += gap is not None and gap.value < -SURE * (gap.stderr or 0)
+        score = accuracy_difference(m.entry, group.entries, shared_tasks(group.entries), group.baselines)
+        accuracies += score is not None
+        accurate += score is not None and score.value > SURE * (score.stderr or 0)
+    if not perplexities:
+        return ""
+    told = (
+        f"What was learned has a lower perplexity than the best method that does not learn, by more than {SURE} "
+        f"standard errors, in {better} of {perplexities} comparisons of a row on a text"
+    )
+    return told + (f", and a higher mean accuracy in {accurate} of {accuracies}." if accuracies else ".")
+
+
+def _of_learning(found: Sequence[Measured]) -> Iterator[tuple[Group, Measured]]:
+    """The rows that are no baselines, each with its group."""
+    for of_model in by_model(found).values():
+        for group in groups(of_model):
+            yield from ((group, m) for m in group.rows if not m.cell["baseline"])
+
+
 def losses(found: Sequence[Measured], rows: Sequence[Measured]) -> list[str]:
     """Sentences on where what is learned is worse: than the dense model, than a baseline, and in minutes.
 
@@ -90,30 +117,31 @@ def losses(found: Sequence[Measured], rows: Sequence[Measured]) -> list[str]:
                 by_text.setdefault(title, []).append(times)
     if by_text:
         spans = [f"{_span(times, '.2f')} on {title}" for title, times in by_text.items()]
-        told.append(f"Perplexity of the learned rows above, in times of the dense model's: {', '.join(spans)}.")
+        told.append(f"The learned masks above have {', '.join(spans)}, as times of the dense model's perplexity.")
     worse, alike, compared = [], [], 0
-    for group in (group for of_model in by_model(found).values() for group in groups(of_model)):
-        tasks = shared_tasks(group.entries)
-        for m in (m for m in group.rows if not m.cell["baseline"]):
-            name = f"{m.model}, {m.entry.label}" if several else m.entry.label
-            for title in m.titles.values():
-                gap = perplexity_difference(m.entry, group.entries, title, group.baselines)
-                if gap is not None and gap.value > SURE * (gap.stderr or 0):
-                    worse.append(f"{name}, {title} ({gap.value:+.2f})")
-                elif gap is None and (more := _to_other_forms(m, group, title)) is not None:
-                    worse.append(f"{name}, {title} ({more:+.2f}, to a mask of another form)")
-            score = accuracy_difference(m.entry, group.entries, tasks, group.baselines)
-            if score is not None:
-                compared += 1
-                if score.value <= SURE * (score.stderr or 0):
-                    alike.append(f"{name} ({100 * score.value:+.1f})")
+    for group, m in _of_learning(found):
+        name = f"{m.model}, {m.entry.label}" if several else m.entry.label
+        for title in m.titles.values():
+            gap = perplexity_difference(m.entry, group.entries, title, group.baselines)
+            if gap is not None and gap.value > SURE * (gap.stderr or 0):
+                worse.append(f"{name}, {title} ({gap.value:+.2f})")
+            elif gap is None and (more := _to_other_forms(m, group, title)) is not None:
+                worse.append(f"{name}, {title} ({more:+.2f}, to a mask of another form)")
+        score = accuracy_difference(m.entry, group.entries, shared_tasks(group.entries), group.baselines)
+        if score is not None:
+            compared += 1
+            if score.value <= SURE * (score.stderr or 0):
+                alike.append(f"{name} ({100 * score.value:+.1f})")
     if worse:
         told.append(f"In perplexity, more than {SURE} standard errors above the best baseline: {'; '.join(worse)}.")
     if alike:
         told.append(
-            f"In mean accuracy, less than {SURE} standard errors above the best baseline, {len(alike)} of {compared} "
-            f"rows (in points): {'; '.join(alike)}."
+            f"In mean accuracy, {len(alike)} of {compared} rows are less than {SURE} standard errors above the best "
+            f"baseline (difference in points): {'; '.join(alike)}."
         )
+    trained = [line for of_model in by_model(found).values() for line in _above_trained_weights(of_model)]
+    if trained:
+        told.append(f"Above weights that were trained for as many tokens under a one-shot mask: {'; '.join(trained)}.")
     cells = {m.cell["name"]: m for m in found}
     minutes = {
         learned: [s / 60 for m in rows if m.is_learned is learned and (s := seconds_in_all(m, cells)) is not None]
@@ -122,6 +150,20 @@ def losses(found: Sequence[Measured], rows: Sequence[Measured]) -> list[str]:
     if all(minutes.values()):
         told.append(f"Learning took {_span(minutes[True])} minutes, the best baselines {_span(minutes[False])}.")
     return told
+
+
+def _above_trained_weights(of_model: Sequence[Measured]) -> Iterator[str]:
+    """Learned masks with a higher perplexity than the trained weights of a one-shot mask, from the same text."""
+    for group in groups(of_model):
+        one_shot = {m.cell["name"] for m in group.rows if m.cell["baseline"]}
+        trained = [m for m in group.rows if m.cell.get("mask_of") in one_shot]
+        for m in (m for m in group.rows if m.is_learned):
+            for other in (o for o in trained if o.cell["tokens"] == m.cell["tokens"]):
+                for role, title in m.titles.items():
+                    if role in other.titles:
+                        more = m.perplexity(role)["value"] - other.perplexity(role)["value"]
+                        if more > 0:
+                            yield f"{m.entry.label}, {title} ({more:+.2f}, {other.entry.label})"
 
 
 def _to_other_forms(measured: Measured, group: Group, title: str) -> float | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.headline import making
 from experiments.headline.experiment import SHOWN, UNSTRUCTURED
 from experiments.headline.measured import Measured, by_model, groups, read_cells
-from experiments.headline.overview import best_rows, draw_overview, losses
+from experiments.headline.overview import best_rows, draw_overview, losses, verdict
 from experiments.headline.tables import (
     KEY,
     calibration,
@@ -67,15 +67,17 @@ def write_report(cells: Path, docs: Path) -> Path:
 
 
 def _overview(found: Sequence[Measured], docs: Path) -> Iterator[str]:
-    rows = best_rows(found)
+    rows, lead = best_rows(found), verdict(found)
+    if lead:
+        yield lead
     yield overview_table(rows, found)
     yield (
-        "Of the methods on this page that do not learn, that with the lowest geometric mean of the perplexities on the "
-        "first two texts, and that with the best mean accuracy if it is another; of the masks that were learned from "
-        "as many tokens, the best on the validation text. Minutes are those of making the mask, that which it starts "
-        "from included, on machines of different speed, some of which did other work beside: they say what to expect, "
-        "and not which row is cheaper. Figures are of one seed; the tables below have the mean over seeds of rows with "
-        "several. Data types are those in which a row was made and measured."
+        "Shown are the dense model; the method that does not learn with the lowest perplexity (geometric mean of the "
+        "first two texts), and that with the best mean accuracy, if it is another; and, for each number of training "
+        "tokens, the learned mask that is best on the validation text. Rows that train weights are further below. "
+        "Minutes include those of the mask that a row starts from; machines differed, and some did other work beside, "
+        "so rows are not compared by them. Figures are of one seed; the tables below have the mean over seeds of rows "
+        "with several. Data types are those in which a row was made and measured."
     )
     picture = draw_overview(rows, docs)
     if picture is not None:

@@ -77,9 +77,13 @@ def difference_table(group: Group) -> str:
                 rows.append([m.title, *cells])
     heading = ["minus the best baseline"]
     for title in titles.values():
-        heading += [f"perplexity, {title}", *["gap closed"] * gaps]
+        heading += [f"perplexity, {title}", *[_closed(group)] * gaps]
     heading += ["mean accuracy, points"] * bool(tasks)
     return markdown(heading, rows) if rows else ""
+
+
+def _closed(group: Group) -> str:
+    return f"{group.reference.title}'s gap closed" if group.reference else ""
 
 
 def seeds_table(group: Group) -> str:
@@ -90,7 +94,7 @@ def seeds_table(group: Group) -> str:
     titles, tasks = titles_of([m for seeds in repeated for m in seeds]), shared_tasks(group.entries)
     heading = ["method", "seeds"]
     for title in titles.values():
-        heading += [f"perplexity, {title}", *["gap closed, %"] * bool(group.reference)]
+        heading += [f"perplexity, {title}", *[f"{_closed(group)}, %"] * bool(group.reference)]
     heading += [f"mean accuracy of {len(tasks)}, %"] * bool(tasks)
     rows = []
     for seeds in repeated:
@@ -176,8 +180,9 @@ def seconds_in_all(measured: Measured, cells: Mapping[str, Measured]) -> float |
 
 def _cost(measured: Measured, cells: Mapping[str, Measured]) -> list[str]:
     """The minutes that making it took, and the data types that it was made and measured in."""
-    seconds = seconds_in_all(measured, cells)
-    return ["" if seconds is None else f"{seconds / 60:.0f}", ", ".join(measured.dtypes)]
+    seconds, kept = seconds_in_all(measured, cells), cells.get(measured.cell["kept"] or "")
+    dtypes = [*(kept.dtypes[:1] if kept else []), *measured.dtypes]
+    return ["" if seconds is None else f"{seconds / 60:.0f}", ", ".join(dtypes)]
 
 
 def _accuracy(measured: Measured, tasks: list[str]) -> str:

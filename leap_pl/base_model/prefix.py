@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # beginning, as in the literature; blocks that are cut from packed documents have none. `none`: no sequence.
 Bos = Literal["every", "first", "none"]
 
-_PROBE = "aA0"  # of which every vocabulary encodes something
+PROBE = "aA0"  # of which every vocabulary encodes something
 _WORDS = {"every": "each beginning with BOS", "first": "the first beginning with BOS", "none": "without BOS"}
 
 
@@ -36,7 +36,7 @@ def without_suffix(tokens_BT: "Tensor", tokenizer: Any) -> "Tensor":
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    encoded = [tokenizer(_PROBE, add_special_tokens=special, verbose=False) for special in (True, False)]
+    encoded = [tokenizer(PROBE, add_special_tokens=special, verbose=False) for special in (True, False)]
     whole, plain = ([*one["input_ids"]] for one in encoded)
     places = range(len(whole) - len(plain) + 1)
     at = next((at for at in places if whole[at : at + len(plain)] == plain), None)

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_KINDS = (
+    "The 1st of 12,345 tests: don't split  two   spaces\n\n\tor tabs.\r\n  def f(x_1):\n    return x ** 2 != -3.5e-7\n"
+    "Ünïcödé naïve Straße ﬁ ½ — “quotes” Здравствуй, мир! 你好，世界。 こんにちは 안녕하세요 مرحبا नमस्ते 🙂👩‍💻 HTTP://a.b/c?d=E"
+)
+
+
 def vocabulary_of(model: "PreTrainedModel") -> int:
     """Return the number of tokens for which ``model`` has an embedding."""
     return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, arg-type, operator, index, unused-ignore]
@@ -25,6 +31,15 @@ def digest_of_vocabulary(tokenizer: Any) -> str | None:
     if not hasattr(tokenizer, "get_vocab"):
         return None
     tokens = json.dumps(sorted(tokenizer.get_vocab().items()), default=repr)  # some are bytes
+    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
+
+
+def digest_of_tokenization(tokenizer: Any) -> str:
+    """Return a digest of the ids that ``tokenizer`` makes of a text of many kinds, 16 hexadecimal digits.
+
+    Two tokenizers of one vocabulary may cut words, digits and white space in different ways.
+    """
+    tokens = json.dumps([int(token) for token in tokenizer(_KINDS, add_special_tokens=False)["input_ids"]])
     return hashlib.sha256(tokens.encode()).hexdigest()[:16]
 
 

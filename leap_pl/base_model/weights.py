@@ -78,7 +78,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def find_weights(
-    model: nn.Module, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()
+    model: nn.Module, targets: Sequence[str] | None = None, ignore: Sequence[str] = (), *, once: bool = False
 ) -> dict[str, Weight]:
     r"""Return the weights to gate or prune, in the order of the model's own parameters.
 
@@ -89,6 +89,7 @@ def find_weights(
             a class name (``Linear``), the name of a parameter, or of a module for all in it, or ``re:`` followed by a
             regular expression that matches a module or parameter name from its start, such as ``re:.*\.mlp\..*``.
         ignore: Entries of the same form; matching weights stay dense.
+        once: Return a tensor that several layers share under its first name, to be counted and not gated.
 
     Returns:
         Parameter name → :class:`Weight`.
@@ -127,6 +128,9 @@ def find_weights(
             f"nothing to gate: {asked}{' without ' + ', '.join(ignore) if ignore else ''} matches no weight of "
             f"{type(model).__name__}. It has: {listing(projections, 20)}."
         )
+    if once:
+        firsts = {id(weight.parameter): name for name, weight in reversed(found.items())}
+        return {name: weight for name, weight in found.items() if firsts[id(weight.parameter)] == name}
     for name, weight in found.items():
         sharers = [other for other in owners[id(weight.parameter)] if other != name]
         if sharers:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -202,8 +201,7 @@ class Checkpoints(SavingCheckpoint):
         """Print that the run is not finished, if it ended before its last step."""
         if self._finishing(trainer) or not trainer.is_global_zero:
             return
-        is_timed = any(isinstance(one, Timer) for one in trainer.callbacks)  # type: ignore[attr-defined]
-        self._unfinished(trainer).report_end(is_timed=is_timed)
+        self._unfinished(trainer).report_end()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write a checkpoint if the run was stopped by a signal, or reading its text failed."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FEW_TOKENS = 10_000_000  # for which the paper's schedule is too slow, as far as was measured: docs/recipes.md
+FEW_STEPS = 50  # of some micro-batches each
 RECIPES: dict[type[Gate], str] = {BernoulliGate: "--config short", NMGate: "--config short --config 2of4"}  # for those
 
 
@@ -128,6 +129,8 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
     if new and module.annealing == Annealing() and a_step * steps < FEW_TOKENS:
         recipe = RECIPES[type(probe.first)]
         plan["schedule"] = f"α and τ are the paper's, for 2.1 billion tokens; for few, {recipe}"
+    if tokens and module.resumes_from is None and steps < FEW_STEPS and trainer.accumulate_grad_batches > 1:
+        plan["few steps"] = f"{steps} are few to learn in; lower --trainer.accumulate_grad_batches for more of them"
     if module.trained.kind != NONE:
         plan["weights"] = _weights(module)
     plan["losses"] = _losses(module)

@@ -40,8 +40,8 @@ class UnfinishedRun:
         """Return the options that resume the run in its folder."""
         return "--ckpt_path last" + ("" if self.is_named else f" --checkpoint.dirpath {shlex.quote(str(self.folder))}")
 
-    def report_end(self, *, is_timed: bool) -> None:
-        """Print that learning is not finished: Lightning has ended the run, ``is_timed`` if by ``trainer.max_time``."""
+    def report_end(self) -> None:
+        """Print that learning is not finished: Lightning has ended the run, by ``trainer.max_time`` or a callback."""
         found = f"There is no checkpoint{SWITCHED_OFF * self.is_off}"
         remedy = "Start it again with more time"
         if self.saved_step:
@@ -50,8 +50,6 @@ class UnfinishedRun:
         elif self.began_with is not None:
             found = f"It began with the checkpoint {self.began_with}"
             remedy = f"Resume with --ckpt_path {shlex.quote(self.began_with)}"
-        if remedy.startswith("Resume") and is_timed:
-            remedy += " and a longer --trainer.max_time, which counts the time of all starts"
         _say(
             f"ended at step {self.step} of {self.max_steps}; learning is not finished, and no mask is written. "
             f"{found}. {remedy}."

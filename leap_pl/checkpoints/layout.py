@@ -155,6 +155,17 @@ def name_parameters(state: dict[str, Any], names: Sequence[str]) -> None:
         state["param_groups"] = [{**group, "params": [name(key) for key in group["params"]]} for group in groups]
 
 
+def order_parameters(state: dict[str, Any], names: Sequence[str]) -> None:
+    """Put the parameters of every group of an optimizer's state dict into the order of ``names``, in place.
+
+    An optimizer takes states by the position of their parameters. A sharded run has the norms in another order.
+    """
+    places = {name: place for place, name in enumerate(names)}
+    for group in state.get("param_groups", ()):
+        if places.keys() >= set(group["params"]):
+            group["params"] = sorted(group["params"], key=places.__getitem__)
+
+
 def load_checkpoint(path: str | Path, *, mmap: bool = True, check_tensors: bool = True) -> dict[str, Any]:
     """Read a checkpoint file, or all but the tensors of a checkpoint folder, without running code from it.
 

@@ -11,6 +11,7 @@ free         never taken from a checkpoint
 ``trust_remote_code`` is free, so that no file can turn it on.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -119,6 +120,7 @@ RULES: dict[str, Rule] = {
 
 # Parts of a fixed setting that are paths, and do not affect what is learned.
 FREE_PARTS = {"model.prior": ("cache_dir",)}
+FILES_OF_PRIOR = ("cache_dir", "mask", "masks")
 
 # Settings that determine the masked model of a checkpoint: those that validation must share with the run.
 MASK_SETTINGS = (
@@ -173,3 +175,17 @@ def differences(name: str, stored: Any, here: Any) -> list[str]:
             return [line for key, was, now in parts for line in differences(f"{name}.{key}", was, now)]
         stored, here = stored.get("class_path", stored), here.get("class_path", here)
     return [f"{name} was {display(stored)} and is {display(here)}"]
+
+
+def comparable(settings: Settings) -> dict[str, str]:
+    """Return the ``settings`` that every rank of a run must have alike, as text.
+
+    They are those that are ``fixed``, without names of files, which a machine may have in another place.
+    """
+    found = {}
+    for name, value in settings.items():
+        if RULES[name] == "fixed" and name != "model.weights":
+            if name == "model.prior":
+                value = {part: of_part for part, of_part in value.items() if part not in FILES_OF_PRIOR}
+            found[name] = json.dumps(value, default=lambda other: type(other).__name__, sort_keys=True)
+    return found

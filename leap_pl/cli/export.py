@@ -74,7 +74,7 @@ def export_command(
     if push is not None:
         check_push(push)
     masks = _read_masks(ckpt_path, mask, model, format, revision)
-    from leap_pl.base_model.loading import name_of_model
+    from leap_pl.base_model.place import name_of_model
     from leap_pl.export.hugging_face import export_model
     from leap_pl.inputs.hub import check_revision
     from leap_pl.masks.kept_weights import without_weights

@@ -57,7 +57,7 @@ trainer
 {_DEVICES}
   --trainer.precision PRECISION      Compute in another precision, such as bf16-true.
 {_CLIPPING_AND_VALIDATION}
-  --trainer.max_time DD:HH:MM:SS     Stop after this time; --ckpt_path last resumes.
+  --trainer.max_time DD:HH:MM:SS     Stop each start after this time; --ckpt_path last resumes.
   --trainer.logger LOGGER            Log to CSVLogger or WandbLogger instead of TensorBoard, or to false.
 {_results("prior.safetensors and mask.safetensors")}
 

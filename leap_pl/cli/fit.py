@@ -187,6 +187,7 @@ class LeapCLI(LightningCLI):
             refused = refused if found is None else found
         self._check_settings(verb, refused)
         settings = self.config[verb]
+        self._last_of.clear()  # its tensors are mapped, and would keep a file that is removed during the run
         # LightningCLI would override typed settings by the checkpoint's: it must not see the path yet.
         self._resumes_from, settings.ckpt_path = settings.ckpt_path, None
 

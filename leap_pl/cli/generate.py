@@ -43,7 +43,9 @@ def generate_command(
     Returns:
         The text and the figures.
     """
-    from leap_pl.base_model.loading import is_packed_config, load_config, load_model, load_tokenizer
+    from leap_pl.base_model.config import is_packed_config, load_config
+    from leap_pl.base_model.loading import load_model
+    from leap_pl.base_model.tokenizer import load_tokenizer
     from leap_pl.cli.device import check_device, device_name, move_to_device
     from leap_pl.evaluation.generation import bytes_in_memory, continue_prompt
 

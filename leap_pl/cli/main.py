@@ -75,8 +75,8 @@ verbs:
 from a model to a sparse checkpoint:
   leap_pl fit --config short --model.base_model HuggingFaceTB/SmolLM2-135M --checkpoint.dirpath run
   leap_pl export --ckpt_path run/last.ckpt --output_dir sparse-model
-  leap_pl evaluate --model HuggingFaceTB/SmolLM2-135M --perplexity wikitext2 --output dense.json
-  leap_pl evaluate --model sparse-model --perplexity wikitext2 --output sparse.json
+  leap_pl evaluate --model HuggingFaceTB/SmolLM2-135M --perplexity wikitext2 --seq_length 512 --output dense.json
+  leap_pl evaluate --model sparse-model --perplexity wikitext2 --seq_length 512 --output sparse.json
   leap_pl compare dense.json sparse.json
 """
 

@@ -136,8 +136,10 @@ def prune_command(
         UserError: The options are invalid or contradict each other, an input cannot be read, or the folder cannot be
             written; nothing was written.
     """
-    from leap_pl.base_model.loading import load_config, load_model, load_tokenizer
+    from leap_pl.base_model.config import load_config
+    from leap_pl.base_model.loading import load_model
     from leap_pl.base_model.sequence_length import check_sequence_length
+    from leap_pl.base_model.tokenizer import load_tokenizer
     from leap_pl.base_model.weights import check_numbers, find_weights
     from leap_pl.cli.device import check_device
     from leap_pl.data.messages import for_options
@@ -276,7 +278,7 @@ def _write(
     import json
     from dataclasses import asdict
 
-    from leap_pl.base_model.loading import save_tokenizer
+    from leap_pl.base_model.tokenizer import save_tokenizer
     from leap_pl.export.hugging_face import write_index
     from leap_pl.inputs.plain_values import plain
     from leap_pl.inputs.records import MASK, RECORD

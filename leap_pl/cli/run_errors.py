@@ -28,8 +28,9 @@ def errors_of_run() -> Iterator[None]:
         raise UserError(one_line(error)) from error
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of memory on the device: {str(error).splitlines()[0]} Lower data.batch_size or data.seq_length and "
-            "raise trainer.accumulate_grad_batches, or set model.activation_checkpointing."
+            f"out of memory on the device: {str(error).splitlines()[0]} Add --model.activation_checkpointing true, as "
+            "a resumed run may too. For a new run: --config low_memory, or --data.batch_size 1 with more "
+            "--trainer.accumulate_grad_batches."
         ) from error
     except RuntimeError as error:
         if not lost_a_rank(error):

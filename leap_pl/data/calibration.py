@@ -141,6 +141,6 @@ def loaded_tokenizer(tokenizer: Any, revision: str | None = None, *, trust_remot
     """
     if not isinstance(tokenizer, str):
         return tokenizer
-    from leap_pl.base_model.loading import load_tokenizer
+    from leap_pl.base_model.tokenizer import load_tokenizer
 
     return load_tokenizer(tokenizer, revision=revision, trust_remote_code=trust_remote_code)

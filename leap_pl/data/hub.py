@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from leap_pl.data.documents import EMPTY, Document, Share, State, chained, digest_in, in_share, mended, warn
-from leap_pl.data.textless import Textless
+from leap_pl.data.textless import OF_CHAT, Textless
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.hub import check_reachable, is_network_error
 from leap_pl.inputs.plain_values import shown
@@ -148,7 +148,8 @@ class HubDataset:
                     continue
                 if not isinstance(texts[index], str | None):
                     found = type(texts[index]).__name__
-                    raise UserError(f"{self.name}: column {self.text_column!r} has {found}, not text.")
+                    chat = OF_CHAT * isinstance(texts[index], list)
+                    raise UserError(f"{self.name}: column {self.text_column!r} has {found}, not text.{chat}")
                 yield Document(mended(texts[index] or "")[0], after), after
             reader, skip = next_reader, 0
 

@@ -3,7 +3,9 @@
 import gzip
 import json
 import math
+import os
 import zlib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +26,7 @@ from leap_pl.data.documents import (
     mended,
 )
 from leap_pl.data.parquet import column_values, no_column
-from leap_pl.data.textless import Textless
+from leap_pl.data.textless import OF_CHAT, Textless
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.reading import check_regular, open_regular
 
@@ -76,7 +78,7 @@ class LocalFiles:
         named = [f"{file.name} ({_size_of(file)} bytes)" for file in self.files]
         if len(named) <= 8:
             return ", ".join(named)
-        return f"{listing(named, most=8)} (digest {hashed(*map(zlib.crc32, map(str.encode, named))):016x})"
+        return f"{listing(named, most=8)} (digest {hashed(*map(zlib.crc32, map(os.fsencode, named))):016x})"
 
     def shard_name(self, shard: int) -> str:
         """Return the path of the file."""
@@ -140,7 +142,10 @@ class LocalFiles:
                 if rest:
                     noted.note(ordinal, f"has more than {LONGEST_LINE:,} bytes", skipped=True)
                     continue
-                record = _parsed(raw.removeprefix(_BOM) if ordinal == 0 else raw, ordinal, noted)
+                raw = raw.removeprefix(_BOM) if ordinal == 0 else raw
+                if ordinal == 0 and raw.strip() == b"[":
+                    raise UserError(f"{file} is one JSON list. Write an object on each line: jq -c '.[]' FILE.")
+                record = _parsed(raw, ordinal, noted)
                 if record is None:
                     continue
                 if self.text_column not in record:
@@ -158,10 +163,11 @@ class LocalFiles:
                     yield Document(text, {"line": line, "byte": byte, "digest": digest})
         blemishes.total()
         if none_good and blemishes.skipped:
+            chat = OF_CHAT * ("has list, not text" in blemishes.first_skipped)
             raise UserError(
                 f"{file}: none of the {blemishes.skipped} lines read is a JSON object with a text; "
                 f"{blemishes.first_skipped}. Give one object a line, such as {{{json.dumps(self.text_column)}: "
-                '"..."}.'
+                f'"..."}}.{chat}'
             )
         return digest
 
@@ -202,6 +208,8 @@ class LocalFiles:
             first, last = _share_of_text(handle, file.stat().st_size, self.share)
             for byte, raw in _parts(file, handle, state.get("byte", first), last):
                 digest, next_byte = chained(digest, raw), byte + len(raw)
+                if byte == 0 and raw.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+                    raise UserError(f"{file} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
                 text, was_mended = decoded(raw.removeprefix(_BOM) if byte == 0 else raw)
                 if was_mended:
                     ordinal = (byte - first) // TEXT_PART_BYTES

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_pl.data.parquet_pages import chunks, largest_page
+from leap_pl.data.textless import OF_CHAT
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.reading import open_regular
@@ -72,7 +73,7 @@ def _check_column(file: Path, column: str, schema: Any) -> None:
         what = f"{len(found)} times" if len(found) > 1 else f"with {shown(str(kind))}, not text"
         raise UserError(
             f"{file} has the column {column!r} {what}; it has: {listing([shown(name) for name in schema.names])}. "
-            "Name the column of the text with --data.text_column."
+            "Name the column of the text with --data.text_column." + OF_CHAT * pa.types.is_list(kind)
         )
 
 

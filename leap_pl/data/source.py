@@ -225,7 +225,12 @@ def _local_files(name: str) -> list[Path]:
     if glob.has_magic(name):
         found = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())  # noqa: PTH207
         if not found:
-            raise UserError(f"No file matches {name}. Give a pattern that matches {', '.join(SUFFIXES)} files.")
+            # In YAML a * begins an alias, so that such a list is no list.
+            quoted = " In a list, put a pattern that begins with * in quotes: '[\"*.jsonl\", notes.txt]'."
+            raise UserError(
+                f"No file matches {name}. Give a pattern that matches {', '.join(SUFFIXES)} files."
+                + quoted * name.startswith("[")
+            )
         return [_known(file) for file in found]
     if not _HUB_ID.fullmatch(name) or name.lower().endswith(SUFFIXES + _OTHER_FILES):
         several = " Several files are a list: '[a.jsonl, b.jsonl]'." if "," in name else ""

@@ -6,6 +6,10 @@ MOST_RECORDS = 1_000_000  # consecutive lines or rows without text: a second or 
 MOST_BYTES = 1 << 30  # consecutive bytes, after unpacking, without text
 
 
+OF_CHAT = " Write messages as one text first, by the tokenizer's chat template (docs/text.md)."
+"""Remedy for values that are lists, as the column of chat data is."""
+
+
 class Textless:
     """Counter of what a reader has read since it last found text, with a limit.
 

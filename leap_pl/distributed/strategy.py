@@ -237,11 +237,11 @@ def check_as_rank_zero(found: Mapping[str, Any]) -> None:
     rank_zero.close()
     if differing:
         raise UserError(
-            f"rank {dist.get_rank()} has another {listing(differing)} than rank 0. Give every machine the same files, "
-            "or a folder that all of them see."
+            f"rank {dist.get_rank()} has another {listing(differing)} than rank 0. Give every machine the same "
+            "settings and files, or a folder that all of them see."
         )
     if int(counts):
-        raise UserError("another rank has another base model or text than rank 0; its own message says which.")
+        raise UserError("another rank has other settings or files than rank 0; its own message says which.")
 
 
 def reduce_only(module: nn.Module, names: Collection[str]) -> None:

@@ -4,7 +4,8 @@ Importing this module imports lm-eval, which takes seconds.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +23,16 @@ from leap_pl.inputs.plain_values import shown
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
+@contextmanager
+def _tied_as_it_is(model: Any) -> Iterator[None]:
+    """Keep ``tie_weights`` from replacing the head: lm-eval calls it as the config says, whatever the files held."""
+    vars(model)["tie_weights"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del vars(model)["tie_weights"]
+
+
 class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
     """``HFLM`` for a model in memory. Prompts, tokens and generation are lm-eval's.
 
@@ -32,9 +43,14 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, prefix: Sequence[int] = (), **settings: Any) -> None:
         """Take ``prefix``, the tokens that requests begin with, and the settings of ``HFLM``."""
-        super().__init__(add_bos_token=bool(prefix), **settings)
+        with _tied_as_it_is(settings["pretrained"]):
+            super().__init__(add_bos_token=bool(prefix), softmax_dtype=torch.float32, **settings)
         self._prefix = list(prefix)
         self._rolling = False
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **_: Any) -> None:
+        # lm-eval takes tokenizers of two classes alone, and that of mistral-common is of another.
+        self.tokenizer = tokenizer
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **more: Any) -> list[int]:
         """Return the prefix and the tokens of ``string``, without what the tokenizer puts after a text, such as EOS.

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from leap_pl.base_model.loading import Dtype, load_model, load_tokenizer, name_of_model
+from leap_pl.base_model.loading import Dtype, load_model
+from leap_pl.base_model.place import name_of_model
+from leap_pl.base_model.tokenizer import load_tokenizer
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import find_weights, is_sparse, model_fingerprint
 from leap_pl.errors import UserError
@@ -130,7 +132,7 @@ def _method_of_record(record: dict[str, Any], name: str, revision: str | None) -
 
 def _method_of_weights(model: "PreTrainedModel") -> str:
     """Return the method of a model without a record: a sparse one may be of any."""
-    return UNKNOWN if is_sparse(find_weights(model)) else "dense"
+    return UNKNOWN if is_sparse(find_weights(model, once=True)) else "dense"
 
 
 def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: bool) -> Subject:
@@ -171,7 +173,7 @@ def realised_sparsity(model: nn.Module) -> dict[str, Any]:
     """
     zeros = {
         name: (int((weight.parameter == 0).sum()), weight.parameter.numel())
-        for name, weight in find_weights(model).items()
+        for name, weight in find_weights(model, once=True).items()
     }
     removed, counted = (sum(numbers) for numbers in zip(*zeros.values(), strict=True))
     return {

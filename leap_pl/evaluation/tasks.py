@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from leap_pl.base_model.backbone import evaluating
 from leap_pl.base_model.prefix import Bos, prefix_of, record_of
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError, listing, warn_once
 from leap_pl.evaluation.local_tasks import STOCK, LocalTasks
 from leap_pl.inputs.hub import is_network_error, offline_if_unreachable
 from leap_pl.inputs.plain_values import shown
@@ -125,6 +125,9 @@ def evaluate_tasks(
                 bootstrap_iters=1000,
             )
     assert found is not None
+    shots = found.get("n-shot", {})
+    if own := sorted(task for task, n in shots.items() if num_fewshot is not None and n == 0 != num_fewshot):
+        warn_once(f"--num_fewshot {num_fewshot}: {listing(own)} is always asked without examples.")
     # lm-eval says which tasks a group has, and not which a tag has.
     tags = {tag: tagged for tag in tasks if (tagged := _tagged(tag, manager))}
     found["group_subtasks"] = found.get("group_subtasks", {}) | tags

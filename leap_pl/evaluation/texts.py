@@ -2,6 +2,8 @@
 
 import hashlib
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -120,6 +122,27 @@ def read_text(
             f"--perplexity {name} could not be read from the hub: {for_options(str(error), ())} If the hub is "
             "not reachable, give a local file: --perplexity FILE.jsonl (or .txt, .parquet)."
         ) from error
+
+
+def check_held_out(name: str, config: Any) -> None:
+    """Check that the runs that a mask's ``config`` tells of held out a part of the local file ``name``.
+
+    Raises:
+        UserError: One was trained on all of a file of this name.
+    """
+    before = config.get("mask") if isinstance(config, dict) else None  # of a mask that stayed while weights learned
+    if isinstance(before, dict):
+        check_held_out(name, before.get("config"))
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict) or not (data.get("validation_text") or data.get("held_out") is False):
+        return
+    trained = data.get("text")
+    names = [trained] if isinstance(trained, str) else trained if isinstance(trained, list) else []
+    if any(isinstance(one, str) and fnmatch(Path(name).name, Path(one).name) for one in names):
+        raise UserError(
+            f"--share held_out: the run that made this mask held out no part of {Path(name).name}, so all of it was "
+            "trained on. Measure on another text."
+        )
 
 
 def tokens_digest(tokens: Tensor) -> str:

@@ -68,7 +68,8 @@ def export_model(
             gains nothing, or the folder cannot be written.
     """
     from leap_pl.base_model.licence import licence_of
-    from leap_pl.base_model.loading import load_model, save_tokenizer
+    from leap_pl.base_model.loading import load_model
+    from leap_pl.base_model.tokenizer import save_tokenizer
     from leap_pl.base_model.weights import QUANTISED_ZEROS
     from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet

@@ -8,6 +8,8 @@ from leap_pl.masks.mask_set import TRAINED
 if TYPE_CHECKING:
     from leap_pl.masks import Provenance
 
+BLOCK_LENGTH = "block length, tokens"
+
 PAPERS = {  # method in the provenance of a mask → name of the paper, and its number in arXiv
     "leap": ("LEAP", "2605.17289"),
     "maskllm": ("MaskLLM", "2409.17481"),
@@ -45,7 +47,7 @@ def decisive_settings(made: "Provenance") -> dict[str, str]:
         "text": _texts(config),
         "part of the text": _part(config),
         "separator of documents": _within(config, "data", "separator") or _within(config, "separator"),
-        "block length, tokens": _within(config, "data", "seq_length") or _within(config, "seq_length"),
+        BLOCK_LENGTH: _within(config, "data", "seq_length") or _within(config, "seq_length"),
         "blocks that begin with BOS": _within(config, "data", "bos") or _within(config, "bos"),
         "tokens read": _within(config, "data", "tokens"),
         "passes over the text": _within(config, "data", "passes"),

@@ -39,7 +39,8 @@ def masks_of(name: str, model: "PreTrainedModel", *, revision: str | None = None
     elif (folder / records.MASK).is_file():
         masks = MaskSet.load(folder / records.MASK)
     else:
-        found = PackedMasks.of((name, weight.parameter != 0) for name, weight in find_weights(model).items())
+        weights = find_weights(model, once=True)
+        found = PackedMasks.of((name, weight.parameter != 0) for name, weight in weights.items())
         record = {key: value for key, value in exported_record(folder).items() if key != "mask_digest"}
         if record:
             return MaskSet(found, Provenance(**record))

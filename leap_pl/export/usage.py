@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from leap_pl.export.method import BLOCK_LENGTH, decisive_settings
 from leap_pl.inputs.hub import is_hub_id
 from leap_pl.inputs.records import MASK
 
@@ -41,8 +42,10 @@ def usage(masks: "MaskSet", facts: Mapping[str, Any], format: Format, name: str)
     if format == "mask":
         before = "With `pip install leap_pl`:"
         code = _MASK.format(name=name, file=MASK, base=_arguments(masks.provenance))
+        length = decisive_settings(masks.provenance).get(BLOCK_LENGTH, "")
+        windows = f" --seq_length {length}" if length.isdecimal() else ""
         after = [
-            f"`leap_pl evaluate --mask {name} --perplexity wikitext2` measures it, and "
+            f"`leap_pl evaluate --mask {name} --perplexity wikitext2{windows}` measures it, and "
             f"`leap_pl export --mask {name} --output_dir sparse` writes the sparse model."
         ]
     elif format == "packed":

@@ -52,7 +52,7 @@ def atomic_file(path: str | Path, *, own: bool = False) -> Iterator[Path]:
             register.check_file(inputs.real_place(place), path)
         place.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(place) as temporary:
-            temporary.chmod(0o666 & ~_umask())
+            _set_mode(temporary, 0o666)
             yield temporary
             flush(temporary)
             if register is not None:
@@ -93,12 +93,12 @@ def atomic_folder(
             nullcontext() if register is None else register.replacing(inputs.real_path(place), path),
             _temporary(place, folder=True) as temporary,
         ):
-            temporary.chmod(0o777 & ~_umask())
+            _set_mode(temporary, 0o777)
             yield temporary
             records.write_record(temporary, verb)
             for item in sorted(temporary.rglob("*")):
                 if item.is_file():
-                    item.chmod(0o666 & ~_umask())  # some writers create files that only their owner can read
+                    _set_mode(item, 0o666)  # some writers create files that only their owner can read
                 flush(item)
             flush(temporary)
             check_folder(path, force=force, own=own, verb=verb)  # hours may have passed
@@ -344,6 +344,12 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _set_mode(path: Path, most: int) -> None:
+    """Give ``path`` the rights of a new file; where the mount decides them, as on SMB, it has those already."""
+    with suppress(PermissionError, NotImplementedError):
+        path.chmod(most & ~_umask())
 
 
 def _write_errors() -> tuple[type[Exception], ...]:

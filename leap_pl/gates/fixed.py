@@ -11,6 +11,7 @@ from leap_pl.base_model.weights import Weight
 from leap_pl.errors import UserError
 from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateState
+from leap_pl.kernels.norms import norm_of
 from leap_pl.masks.bits import pack
 from leap_pl.masks.patterns import NM, Pattern, Unstructured, read_form
 
@@ -93,7 +94,7 @@ class FixedGate(Gate):
         """Return the weight with exact zeros, and its sums; see :meth:`Gate.soften`."""
         mask = self.hard_mask()
         masked = weight.masked_fill(~mask, 0)
-        return masked, mask.sum(dtype=torch.float32), torch.linalg.vector_norm(masked, dtype=torch.float32) ** 2
+        return masked, mask.sum(dtype=torch.float32), norm_of(masked) ** 2
 
     @torch.no_grad()
     def start_from(self, prior: Tensor | None, seed: int) -> None:

@@ -15,7 +15,7 @@ from leap_pl.distributed.shards import gathered
 from leap_pl.errors import UserError
 from leap_pl.gates.collection import Gates
 from leap_pl.gates.gate import Gate, GateState
-from leap_pl.gates.groups import Groups
+from leap_pl.gates.groups import Groups, scaled
 from leap_pl.gates.pattern_kernels import pattern_kernels
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.kernels.noise import columns, initial_noise
@@ -172,5 +172,5 @@ def flat_patterns(logits: Tensor) -> Tensor:
 
 def confidence(samples: Sequence[Tensor], slope: Tensor) -> float:
     """Return the confidence (:meth:`NMGates.curves`) of groups with the logits ``samples``, each (P, any number)."""
-    highest = [(logits_PS.float() * slope).softmax(0).amax(0) for logits_PS in samples]
+    highest = [scaled(logits_PS, slope).softmax(0).amax(0) for logits_PS in samples]
     return float(torch.cat(highest).mean())

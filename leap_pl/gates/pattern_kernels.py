@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leap_pl.gates.groups import pattern_table
+from leap_pl.gates.groups import pattern_table, scaled
 from leap_pl.kernels.compiled import compiled
 from leap_pl.kernels.noise import element_bits, gumbel, gumbel_in_bits
 from leap_pl.kernels.powers import exp2
@@ -141,9 +141,7 @@ def _scores(
     logits_PQ: Tensor, column_Q: Tensor, key_0: Tensor, key_1: Tensor, slope: Tensor, sharpness: Tensor
 ) -> Tensor:
     """Compute (αθ + g)/τ, (P, Q) in float32, with the same noise as :func:`_relax`."""
-    return slope * logits_PQ.to(torch.float32) + sharpness * gumbel(
-        element_bits(logits_PQ.shape[0], column_Q, key_0, key_1)
-    )
+    return scaled(logits_PQ, slope) + sharpness * gumbel(element_bits(logits_PQ.shape[0], column_Q, key_0, key_1))
 
 
 def _relax(
@@ -153,7 +151,7 @@ def _relax(
     # Row p of element_bits(count, …): with p in the key, the (P, Q) noise need not be stored.
     noise = [gumbel_in_bits(element_bits(1, column_Q, key_0 ^ p, key_1)[0]) for p in range(count)]
     slope = slope * 1.4426950408889634  # log₂ e
-    scores = [slope * logits_PQ[p].to(torch.float32) + sharpness * noise[p] for p in range(count)]
+    scores = [scaled(logits_PQ[p], slope) + sharpness * noise[p] for p in range(count)]
     highest_Q = scores[0]
     for score_Q in scores[1:]:
         highest_Q = torch.maximum(highest_Q, score_Q)

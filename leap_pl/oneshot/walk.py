@@ -287,7 +287,7 @@ class _Collector:
             return
         shared = next((s for tensor, s in self.seen if tensor is inputs), None)
         own = self.found.get(matrix.name)
-        if shared is not None and own in (None, shared):
+        if shared is not None and (own is None or own is shared):
             self.found[matrix.name] = shared
             return
         statistics = own or InputStatistics(self.gram)

@@ -47,6 +47,11 @@ class PackedLinear(nn.Module):
         return PackedWeight(self.bitmap, self.values, self.scale, shape, self.starts)
 
     @property
+    def weight(self) -> Tensor:
+        """Return the weight, dense: some models multiply by it themselves, or read its data type."""
+        return self.packed.unpack((self.values if self.scale is None else self.scale).dtype)
+
+    @property
     def density(self) -> float:
         """Return the share of kept weights."""
         return self.packed.density

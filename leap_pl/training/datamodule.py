@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from leap_pl.base_model.prefix import Bos, prefix_of, record_of
-from leap_pl.base_model.vocabulary import check_tokens, digest_of_vocabulary
+from leap_pl.base_model.vocabulary import check_tokens, digest_of_tokenization, digest_of_vocabulary
 from leap_pl.checkpoints.settings import DATA
 from leap_pl.data.batches import BEGINNING, Batch, BlockLoader, Progress, RankBatches
 from leap_pl.data.calibration import loaded_tokenizer
@@ -34,6 +34,7 @@ from leap_pl.training.run_length import check_run_length
 
 FORMAT = 2  # 1 had no digests of the text
 CHOICES: dict[str, tuple[str, ...]] = {"separator": get_args(Separator), "bos": get_args(Bos)}
+HELD_OUT = "held_out (of validation_text and validation_sequences)"  # as messages name it
 TEXTS = ("tokenizer_name", "text", "validation_text")  # settings that may be paths
 
 
@@ -340,6 +341,8 @@ class TextDataModule(LightningDataModule):
         settings = {name: getattr(self, name) for name in names} | record_of(self.bos, self.tokenizer)
         of_text = {"config_name": None, "split": "train", "text_column": "text"}  # recorded if they are others
         settings |= {name: getattr(self, name) for name, usual in of_text.items() if getattr(self, name) != usual}
+        if self.validation_text is None and not self.validation_sequences:
+            settings["held_out"] = False
         tokens, position = progress["consumed"] * self.batch_size * self.seq_length, progress["position"]
         passes = 0 if position is None else position["number"] + 1
         return {**settings, "tokens": tokens, "passes": passes, "sha256": digest_of_text(position)}
@@ -357,6 +360,7 @@ class TextDataModule(LightningDataModule):
             UserError: The run was on other data; the message names the setting with both values, or the file.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            self._check_held_out(state_dict.get("data", {}))
             return
         version = state_dict.get("format")
         if version not in (1, FORMAT):
@@ -368,7 +372,8 @@ class TextDataModule(LightningDataModule):
         # Earlier versions had no such setting, and blocks without a prefix.
         before, now = {"bos": "first", **state_dict["data"]}, self.identity()
         known = before.get("vocabulary")
-        before["vocabulary"] = now["vocabulary"] if known is None else known
+        for digest in ("vocabulary", "tokenization"):  # earlier versions had none
+            before[digest] = now[digest] if before.get(digest) is None else before[digest]
         if known is not None and known == now["vocabulary"]:  # under another name, such as that of a local copy
             before["tokenizer"] = f"{now['tokenizer'].rpartition(' (')[0]} ({before['tokenizer'].rpartition(' (')[2]}"
         changed = [
@@ -395,6 +400,21 @@ class TextDataModule(LightningDataModule):
         )
         self._step = None
 
+    def _check_held_out(self, before: dict[str, Any]) -> None:
+        """Check that the text to validate on was not trained on in the run with the settings ``before``.
+
+        Raises:
+            UserError: It is a part of local files of which that run held out none.
+        """
+        if self.validation_text is not None or before.get(HELD_OUT) is not False:
+            return
+        shards = self._open("held_out").shards
+        if shards.rereadable and shards.identity() == before.get("text"):
+            raise UserError(
+                "the run held out no part of data.text, so all of it was trained on. Name another text with "
+                "--data.validation_text."
+            )
+
     def identity(self) -> dict[str, Any]:
         """Return the settings that a position in the stream depends on, by name."""
         if self._identity is None:
@@ -403,12 +423,13 @@ class TextDataModule(LightningDataModule):
             self._identity = {
                 "text": shards.identity(),
                 "text_column": self.text_column,
-                "held_out (of validation_text and validation_sequences)": shards.share == "train",
+                HELD_OUT: shards.share == "train",
                 "seq_length": self.seq_length,
                 "batch_size": self.batch_size,
                 "seed": self.seed,
                 "tokenizer": f"{Path(name).name} ({len(self.tokenizer)} tokens, separator {self.stream.end})",
                 "vocabulary": digest_of_vocabulary(self.tokenizer),
+                "tokenization": digest_of_tokenization(self.tokenizer),
                 "bos": "every" if len(self.stream.prefix) else "first",  # by what blocks contain: other settings agree
             }
         return self._identity

@@ -5,15 +5,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from leap_pl.distributed.shards import Ranks, gathered, own_part
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import PART
+from leap_pl.kernels.norms import is_large, norm_of
 
 Place = tuple[str, str]  # a weight's name, and the attribute of its gate
-
-LARGE = 1 << 24  # elements of a tensor from which its norm on a CPU is that of its rows' norms
 
 
 class NonFiniteError(UserError):
@@ -99,25 +97,9 @@ def read_together(scalars: Mapping[str, Tensor]) -> dict[str, float]:
 def norm_of_gradients(learned: Mapping[Place, Tensor]) -> Tensor:
     """Return the norm of all gradients, sharded as they are, without a host sync."""
     gradients = list(_gradients(learned).values())
-    if any(_is_large(gradient) for gradient in gradients):
+    if any(is_large(gradient) for gradient in gradients):
         return torch.linalg.vector_norm(torch.stack([norm_of(gradient) for gradient in gradients]))
     return nn.utils.get_total_norm(gradients)
-
-
-def norm_of(tensor: Tensor) -> Tensor:
-    """Return the norm of ``tensor``, float32.
-
-    That of a large one on a CPU is of the norms of its rows. PyTorch adds all squares in eight running float32 sums,
-    each of which soon rounds away a part of every further square.
-    """
-    if not _is_large(tensor):
-        return torch.linalg.vector_norm(tensor.float())
-    rows = torch.linalg.vector_norm(tensor.flatten(0, -2), dim=-1, dtype=torch.float32)
-    return torch.linalg.vector_norm(rows, dtype=torch.float64).to(torch.float32)
-
-
-def _is_large(tensor: Tensor) -> bool:
-    return tensor.is_cpu and tensor.ndim > 1 and tensor.numel() >= LARGE and not isinstance(tensor, DTensor)
 
 
 def _gradients(learned: Mapping[Place, Tensor]) -> dict[Place, Tensor]:

@@ -23,6 +23,7 @@ from leap_pl.base_model.weights import (
 )
 from leap_pl.checkpoints import layout as checkpoints
 from leap_pl.checkpoints.identity import Identity, check_same, read_identity
+from leap_pl.checkpoints.settings import comparable
 from leap_pl.distributed.shards import gathered
 from leap_pl.distributed.strategy import (
     RankZero,
@@ -37,12 +38,14 @@ from leap_pl.distributed.strategy import (
 from leap_pl.errors import UserError
 from leap_pl.gates import Gate, Gates, GateState, attach, guard_saving
 from leap_pl.gates.attach import check_settings as check_settings_of_gate
+from leap_pl.kernels.norms import norm_of
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.training import finite
 from leap_pl.training.base_model_checks import check_data, warn_if_sparse, warn_of_start
 from leap_pl.training.fixed_mask import FixedMask
 from leap_pl.training.run_prior import RunPrior
 from leap_pl.training.trained_weights import TrainedWeights
+from leap_pl.training.trainer_checks import check_float16
 from leap_pl.training.validation import Validation
 from leap_pl.training.weights import NONE, WeightTraining, norms_in, norms_of
 
@@ -154,6 +157,8 @@ class GatedModule(L.LightningModule):
         self.mesh = sharding_mesh(self.attached)
         # Measured, so ranks may find different results.
         dtype = as_rank_zero_has(fast_dtype(self._device_of_run())) if self.dtype_name == "auto" else self.dtype_name
+        if self._fitting():
+            check_float16(self.trainer, dtype)
         with torch.device("cpu"):  # Lightning's context names the run's, which transformers takes for a device map
             model = load_model(
                 self.base_model,
@@ -171,11 +176,12 @@ class GatedModule(L.LightningModule):
         check_as_rank_zero({"base model": self.fingerprint})
         self.sizes = {name: weight.parameter.numel() for name, weight in self.weights.items()}
         self.layers = {name: weight.layer for name, weight in self.weights.items()}
-        self.dense_norm = sum(float(finite.norm_of(weight.parameter)) for weight in self.weights.values())
+        self.dense_norm = sum(float(norm_of(weight.parameter)) for weight in self.weights.values())
         self.validation.sparse_base = is_sparse(self.weights)
         probe = self.probe()
         fixed = not probe.learned()
         if self._fitting():
+            check_as_rank_zero(comparable({"model.gate": probe.describe()}))
             check_settings_of_gate(probe.first)
         self.trained.check(self.weights, fixed=fixed, sharded=self.mesh is not None)
         if self._fitting():

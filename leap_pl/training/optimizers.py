@@ -319,11 +319,16 @@ def check_state(checkpoint: Mapping[str, Any], path: str | Path, strategy: objec
 
     Raises:
         UserError: They are of PackedAdamW of version 0.1.0, and the strategy shards, whose loader asks for each part of
-            a state by its name.
+            a state by its name; or they are empty, which that loader cannot read from a file.
     """
     if not isinstance(strategy, ModelParallelStrategy):
         return
     optimizers = checkpoint.get("optimizer_states", [])
+    if not Path(path).is_dir() and not all(optimizer["state"] for optimizer in optimizers):
+        raise UserError(
+            f"{path} has no states of its optimizer, such as SGD without momentum, and Lightning cannot shard such a "
+            "file. Resume it without ModelParallelStrategy."
+        )
     keys = {key for optimizer in optimizers for state in optimizer["state"].values() for key in state}
     if FORMER_MOMENTS in (state_keys(path) if Path(path).is_dir() else keys):
         raise UserError(

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Timer
 
 from leap_pl.checkpoints import layout as checkpoints
 from leap_pl.checkpoints.folder import not_one_file
 from leap_pl.checkpoints.identity import KEY, Identity, check_same, read_identity
 from leap_pl.checkpoints.rewind import rewind
-from leap_pl.checkpoints.settings import MASK_SETTINGS, Settings, check_settings, taken
+from leap_pl.checkpoints.settings import MASK_SETTINGS, Settings, check_settings, comparable, taken
 from leap_pl.distributed.shards import copy_part_
-from leap_pl.distributed.strategy import data_rank, saves_shards
+from leap_pl.distributed.strategy import check_as_rank_zero, data_rank, saves_shards
 from leap_pl.errors import UserError
 from leap_pl.masks.mask_set import STAYED, TRAINED
 from leap_pl.prior.started_prior import DIGESTS
@@ -36,11 +37,24 @@ class ResumableModule(GatedModule):
     """
 
     finished: Identity | None = None
+    _resumed: str | None = None  # the step of the checkpoint to resume from, if that is known before the model is
 
     def on_train_start(self) -> None:
         """Set the modes of learning, and take this run for the one that the module is learned in."""
         self.finished = None
         super().on_train_start()
+
+    def configure_model(self) -> None:
+        """Check that all ranks of a fit have the same settings and resume from the same step; then load the model.
+
+        Raises:
+            UserError: A rank has others.
+        """
+        if self._fitting() and self.model is None:
+            data = getattr(self.trainer, "datamodule", None)
+            settings = comparable(self.learned_with() | run_settings.of_trainer(self.trainer, data))
+            check_as_rank_zero(settings | {"checkpoint to resume from": self._resumed})
+        super().configure_model()
 
     def check_resume(
         self, checkpoint: dict[str, Any], path: str | Path, trainer: L.Trainer, data: Any, *, fitting: bool
@@ -60,6 +74,7 @@ class ResumableModule(GatedModule):
             UserError: A setting that affects what is learned differs.
         """
         identity = read_identity(checkpoint, path)
+        self._resumed = f"step {checkpoint.get('global_step')}"
         stored = run_settings.read_settings(identity, checkpoint, str(path))
         self.gated_before = list(identity.shapes)
         if self.dtype_name == "auto" and self.model is None:
@@ -178,6 +193,9 @@ class ResumableModule(GatedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Map a checkpoint's tensors to this module's names; refuse one of another model or with other settings."""
         self.finished = None  # what is learned is now the checkpoint's
+        # trainer.max_time limits each start. A timer that counted all of them would end every further start of the same
+        # command, as a cluster submits it, before its first step.
+        checkpoint.get("callbacks", {}).pop(Timer.__qualname__, None)
         if self.mesh is None and "state_dict" not in checkpoint:
             raise not_one_file(getattr(self.attached, "ckpt_path", None) or "FOLDER")
         found = read_identity(checkpoint)
@@ -194,6 +212,11 @@ class ResumableModule(GatedModule):
                 make = (lambda _: made) if self.trainer.is_global_zero else None
                 self.run_prior.resume(found, origin, self.gates, make)
             checkpoints.count_for_ranks(checkpoint, found, self.identity())
+            if self.mesh is None:  # a sharded run takes the states by name
+                names = {id(parameter): name for name, parameter in self.named_parameters()}
+                own = [names[id(parameter)] for parameter in self._learned().values()]
+                for optimizer_state in checkpoint.get("optimizer_states", []):
+                    checkpoints.order_parameters(optimizer_state, own)
         places = self.stored()
         if self.mesh is None:
             stored = checkpoint["state_dict"]

@@ -53,6 +53,21 @@ def check_trainer(trainer: "Trainer", module: type | None = None) -> None:
         )
 
 
+def check_float16(trainer: "Trainer", dtype: str) -> None:
+    """Check that the gradients of a model of ``dtype`` that is converted as ``trainer`` says are not rounded to 0.
+
+    Raises:
+        UserError: They are float16, and the loss is not scaled.
+    """
+    scaled = trainer.precision == "16-mixed"
+    if trainer.precision == "16-true" or (dtype == "float16" and not scaled):
+        where = "trainer.precision is 16-true" if trainer.precision == "16-true" else "model.dtype is float16"
+        raise UserError(
+            f"{where}: the loss is not scaled, and float16 rounds most gradients to 0. Start a new run with "
+            "--model.dtype bfloat16 or float32, or on a GPU with --trainer.precision 16-mixed, which scales it."
+        )
+
+
 def check_unused(trainer: "Trainer", *, at_start: bool) -> None:
     """Check that a fit that does not resume begins with a new trainer and a new module.
 

@@ -11,8 +11,10 @@ from conftest import one_line
 from tiny import byte_tokenizer, tiny_model
 from tiny_gguf import gguf_header, gguf_string, gguf_tensor, tiny_gguf
 
+from leap_pl.base_model.config import load_config
 from leap_pl.base_model.gguf_structure import read_structure
-from leap_pl.base_model.loading import load_config, load_model, load_tokenizer
+from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.tokenizer import load_tokenizer
 from leap_pl.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("eager")

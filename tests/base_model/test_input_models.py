@@ -15,8 +15,10 @@ from tiny import FAMILIES, byte_tokenizer, tiny_folder, tiny_model
 from tiny_gguf import gguf_header, gguf_string
 from transformers import PreTrainedTokenizerFast
 
-from leap_pl.base_model.loading import load_config, load_model, load_tokenizer
+from leap_pl.base_model.config import load_config
+from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.stored_weights import StoredWeights, read_shapes
+from leap_pl.base_model.tokenizer import load_tokenizer
 from leap_pl.base_model.vocabulary import check_tokenizer, check_tokens
 from leap_pl.errors import UserError
 from leap_pl.evaluation.perplexity import perplexity
@@ -25,7 +27,9 @@ from leap_pl.oneshot.prune import prune
 pytestmark = pytest.mark.usefixtures("eager")
 
 LOAD = """
-from leap_pl.base_model.loading import load_config, load_model, load_tokenizer
+from leap_pl.base_model.config import load_config
+from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.tokenizer import load_tokenizer
 import transformers, torch, gguf
 load_model(sys.argv[1])
 for name in sys.argv[2:]:

@@ -12,15 +12,17 @@ import torch
 import transformers
 from conftest import one_line
 from safetensors.torch import load_file, save_file
-from tiny import tiny_folder, tiny_model
+from tiny import byte_tokenizer, tiny_folder, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
 import leap_pl.base_model.fast_dtype
 import leap_pl.base_model.loading
+from leap_pl.base_model.config import load_config
 from leap_pl.base_model.fast_dtype import fast_dtype
-from leap_pl.base_model.loading import load_config, load_model, load_tokenizer, save_tokenizer
+from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.sequence_length import check_sequence_length, longest_sequence
+from leap_pl.base_model.tokenizer import load_tokenizer, save_tokenizer
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
 
@@ -242,3 +244,32 @@ def test_a_config_whose_settings_differ_by_layer(tmp_path: Path) -> None:
         _ = config.head_dim
     transformers.Gemma4ForCausalLM(config).save_pretrained(tmp_path / "m")
     assert {weight.layer for weight in find_weights(load_model(str(tmp_path / "m"))).values()} == {0, 1}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "gpt2", "llama"])
+def test_a_folder_without_a_vocabulary_has_no_tokenizer(tmp_path: Path, family: str) -> None:
+    """transformers makes one of special tokens alone."""
+    folder = tiny_folder(tmp_path / "model", family)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"tokenizer .*(has no vocabulary|could not be read)"):
+        load_tokenizer(str(folder))
+
+
+def test_a_text_model_that_is_taken_out_of_a_multimodal_one_is_told_of(tmp_path: Path) -> None:
+    """Qwen 3.5 is loaded as its text model; processors would make its folder look multimodal."""
+    text = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision)
+    folder = tmp_path / "model"
+    transformers.Qwen3_5ForConditionalGeneration(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text("{}")
+    with pytest.warns(UserWarning, match="its text model alone is loaded, and written, without its vision"):
+        model = load_model(str(folder))
+    assert type(model).__name__ == "Qwen3_5ForCausalLM"
+    (tmp_path / "written").mkdir()
+    save_tokenizer(str(folder), tmp_path / "written")
+    assert (tmp_path / "written" / "tokenizer.json").exists()
+    assert not (tmp_path / "written" / "preprocessor_config.json").exists()

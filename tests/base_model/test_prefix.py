@@ -6,8 +6,8 @@ import pytest
 from tiny import byte_tokenizer, tiny_folder
 from tokenizers import processors
 
-from leap_pl.base_model.loading import load_tokenizer
 from leap_pl.base_model.prefix import in_words, prefix_of, record_of
+from leap_pl.base_model.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("length", [0, 1, 2])

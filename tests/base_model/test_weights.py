@@ -23,6 +23,7 @@ from leap_pl.base_model.weights import (
     model_fingerprint,
 )
 from leap_pl.errors import UserError
+from leap_pl.evaluation.subject import realised_sparsity
 from leap_pl.gates import BernoulliGate, GateState, attach, detach
 from leap_pl.training.weights import norms_in, norms_of
 
@@ -374,3 +375,20 @@ def test_stacked_experts_are_known_by_the_name_of_their_module_too() -> None:
         layer.mlp.experts.__class__ = other
     assert list(find_weights(model)) == expected
     assert any(parameter.parameter.ndim == 3 for parameter in find_weights(model).values())
+
+
+def test_a_tensor_that_layers_share_is_counted_once() -> None:
+    """As Zamba 2 shares its blocks; gating it is refused."""
+    model = tiny_model()
+    first, second = model.model.layers
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    with torch.no_grad():
+        first.mlp.up_proj.weight[0] = 0
+    with pytest.raises(UserError, match="is the same tensor as"):
+        find_weights(model)
+    found = find_weights(model, once=True)
+    assert "model.layers.0.mlp.up_proj.weight" in found
+    assert "model.layers.1.mlp.up_proj.weight" not in found
+    counted = realised_sparsity(model)
+    assert counted["counted"] == sum(weight.parameter.numel() for weight in found.values())
+    assert counted["weights"]["model.layers.0.mlp.up_proj.weight"] == pytest.approx(1 / first.mlp.up_proj.out_features)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny import tiny_folder
 
-from leap_pl.base_model.loading import load_model, load_tokenizer
+from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.tokenizer import load_tokenizer
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.data import held_out_tokens

@@ -117,7 +117,7 @@ def test_the_models_own_settings_of_generation_are_not_read(
 
 
 def test_packed_weights_are_dense_on_another_device(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from leap_pl.base_model import loading
+    from leap_pl.base_model import config, loading
     from leap_pl.cli import device
 
     asked = []
@@ -127,7 +127,7 @@ def test_packed_weights_are_dense_on_another_device(model_folder: Path, monkeypa
         raise UserError("far enough")
 
     monkeypatch.setattr(loading, "load_model", load)
-    monkeypatch.setattr(loading, "is_packed_config", lambda config: True)
+    monkeypatch.setattr(config, "is_packed_config", lambda _: True)
     monkeypatch.setattr(device, "check_device", lambda name: None)
     monkeypatch.setattr(device.torch.cuda, "is_available", lambda: True)
     for memory, where in (("auto", "auto"), ("auto", "cuda:1"), ("packed", "auto"), ("auto", "cpu")):

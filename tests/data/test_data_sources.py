@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import os
 import pickle
 import warnings
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer
 
@@ -78,6 +80,7 @@ def test_shares_are_a_partition(kind: str, tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200) | st.text("é €\n🙂a", max_size=80).map(str.encode), st.integers(1, 30))
 def test_text_files_are_read_byte_for_byte(tmp_path: Path, raw: bytes, part: int) -> None:
+    assume(not raw.startswith((BOM_UTF16_LE, BOM_UTF16_BE)))
     file = tmp_path / "a.txt"
     file.write_bytes(raw)
     old, local.TEXT_PART_BYTES = local.TEXT_PART_BYTES, max(part, 5)
@@ -131,6 +134,17 @@ def test_bad_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     assert "line 4 has int, not text, under 'text'; it is skipped." in said
     assert "line 8 has no 'text'; it is skipped." in said
     assert "2 lines like this: line is not a JSON object." in said
+
+
+def test_messages_in_the_place_of_text_are_told_of_chat_templates(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "Hello"}]}] * 3
+    lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    lines.write_text("\n".join(json.dumps(row) for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    for file in (lines, table):
+        with warnings.catch_warnings(), pytest.raises(UserError, match="by the tokenizer's chat template"):
+            warnings.simplefilter("ignore")
+            list(LocalFiles([file], text_column="messages").read(0, None))
 
 
 def test_one_bad_line_that_is_alone_in_its_share_is_skipped(tmp_path: Path) -> None:
@@ -213,6 +227,11 @@ def _damaged_parquet(folder: Path) -> str:
         (_written("a.jsonl", b'{"url": 1, "body": "b"}\n'), "has no column 'text'; it has: url, body. .*text_column"),
         (_written("a.jsonl", b"{\n[]\n"), "none of the 2 lines read is a JSON object with a text; line 1 is not JSON"),
         (_written("a.jsonl", b"\n\n"), "a.jsonl contains no text"),
+        (
+            _written("a.json", b'[\n{"text": "a"},\n{"text": "b"}\n]'),
+            "a.json is one JSON list. Write an object on",
+        ),
+        (_written("a.txt", "some text ".encode("utf-16")), "a.txt is UTF-16, not UTF-8. Convert it: iconv"),
         (_written("a.txt", b""), "a.txt contains no text"),
         (_written("a.jsonl.gz", b'{"text": "not compressed"}'), "a.jsonl.gz is not a valid gzip file"),
         (_truncated_gzip, "cut.jsonl.gz is not a valid gzip file .*Fetch it again"),
@@ -425,3 +444,11 @@ def test_data_that_cannot_be_read_is_no_network_fault(hub: list[str], monkeypatc
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: broken)
     with pytest.raises(UserError, match=r"shard 0, row 0: the data cannot be read \(bad magic\)"):
         next(HubDataset("some/text").read(0, None))
+
+
+def test_many_files_of_any_names_have_an_identity(tmp_path: Path) -> None:
+    """Names of an old archive are no UTF-8."""
+    files = [tmp_path / os.fsdecode(b"\xe9 %d.txt" % number) for number in range(9)]
+    for file in files:
+        file.write_text("text")
+    assert "(digest " in LocalFiles(files).identity()

@@ -1,7 +1,9 @@
 """Answers that begin alike are read once, and score what they score one by one."""
 
+import json
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tiny import FAMILIES, byte_tokenizer, tiny_model
 from torch import nn
 
 from leap_pl.base_model.backbone import head_of
+from leap_pl.base_model.loading import load_model
 from leap_pl.errors import UserError, warn_once
 from leap_pl.evaluation import answers as room
 from leap_pl.evaluation.answers import SharedPrefixes, reads_rows
@@ -111,6 +114,50 @@ def test_a_common_beginning_is_read_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert read[-1] == 40  # after the probe: the answers are never inputs
     scored(lm, question(0, 40, [3, 4]))
     assert read[-1] == 40 + 2 + 3
+
+
+def test_what_does_not_fit_into_a_window_is_scored_in_float32_too() -> None:
+    """lm-eval adds log-likelihoods of bfloat16 in bfloat16, in steps of .25 at 32 and more."""
+    model = tiny_model("gemma3").bfloat16()  # whose window is 16
+    request = question(4, 20, [30])
+    (_, context, answer) = request[0]
+    with torch.inference_mode():
+        logits = model(torch.tensor([context + answer])).logits[0, len(context) - 1 : -1].float()
+    expected = float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum())
+    found = scored(PrefixSharingLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1), request)
+    assert found[0][0] == pytest.approx(expected, abs=2e-2)
+
+
+def test_a_head_of_its_own_stays_whatever_the_config_says(tmp_path: Path) -> None:
+    tiny_model("llama", tie_word_embeddings=False).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    model = load_model(str(tmp_path))
+    head = model.lm_head.weight.clone()
+    PrefixSharingLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1)
+    assert torch.equal(model.lm_head.weight, head)
+    assert not torch.equal(head, model.get_input_embeddings().weight)
+    assert "tie_weights" not in vars(model)
+
+
+def test_a_tokenizer_of_another_class_is_taken() -> None:
+    """As that of mistral-common."""
+
+    class Delegate:
+        def __init__(self) -> None:
+            self.inner = byte_tokenizer()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+        def __call__(self, *arguments: object, **options: object) -> object:
+            return self.inner(*arguments, **options)
+
+        def __len__(self) -> int:
+            return len(self.inner)
+
+    lm = PrefixSharingLM(pretrained=tiny_model(), tokenizer=Delegate(), batch_size=1)
+    assert lm.tok_encode("abc") == byte_tokenizer().encode("abc", add_special_tokens=False)
 
 
 def test_bfloat16_is_near_float32() -> None:

@@ -113,6 +113,7 @@ def read_as_gguf(monkeypatch):
     from tiny import byte_tokenizer, tiny_model
 
     import leap_pl.base_model.loading
+    import leap_pl.base_model.tokenizer
 
     model = tiny_model().to(torch.bfloat16)
     load_model = leap_pl.base_model.loading.load_model
@@ -123,7 +124,7 @@ def read_as_gguf(monkeypatch):
         assert Path(name).read_bytes() == b"GGUF"
         return model
 
-    monkeypatch.setattr(leap_pl.base_model.loading, "load_tokenizer", lambda name: byte_tokenizer())
+    monkeypatch.setattr(leap_pl.base_model.tokenizer, "load_tokenizer", lambda name: byte_tokenizer())
     monkeypatch.setattr(leap_pl.base_model.loading, "load_model", load)
     return model
 

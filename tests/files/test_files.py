@@ -496,3 +496,17 @@ def test_a_parent_on_a_read_only_disk(
         pytest.fail("the body must not run")
     one_line(caught, path, "Read-only file system")
     assert contents(tmp_path) == {}
+
+
+def test_rights_that_the_mount_decides_are_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On SMB with the files of another user, everything but chmod is permitted."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("a")
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "a").write_text("a")
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "a").read_text() == "a"

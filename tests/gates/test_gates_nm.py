@@ -28,7 +28,7 @@ from leap_pl.masks.patterns import NM, choose
 
 pytestmark = pytest.mark.usefixtures("eager")
 
-ANNEALED = [(100.0, 4.0), (25.0, 1.0), (500.0, 0.05)]
+ANNEALED = [(100.0, 4.0), (25.0, 1.0), (500.0, 0.05), (0.0, 1.0)]
 
 
 # -- the formula ------------------------------------------------------------------------------------------

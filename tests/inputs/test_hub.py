@@ -4,7 +4,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from leap_pl.base_model.loading import load_config, load_tokenizer
+from leap_pl.base_model.config import load_config
+from leap_pl.base_model.tokenizer import load_tokenizer
 from leap_pl.data.hub import HubDataset
 from leap_pl.errors import UserError
 from leap_pl.inputs.hub import PATIENCE, check_reachable

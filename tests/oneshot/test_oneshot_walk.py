@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from leap_pl.base_model.weights import decoder_blocks, find_weights
 from leap_pl.errors import UserError
 from leap_pl.oneshot.inputs import InputStatistics, Matrix
 from leap_pl.oneshot.prune import prune
-from leap_pl.oneshot.walk import Walk, WalkOptions
+from leap_pl.oneshot.walk import Walk, WalkOptions, _Collector
 
 
 def of_layer(model: torch.nn.Module, index: int) -> list[Matrix]:
@@ -179,3 +180,14 @@ def test_a_layer_error_is_of_tokens_from_all_of_the_text() -> None:
     statistics.add(torch.arange(40.0).view(10, 4), sample=3)
     (kept,) = statistics.sample
     assert kept[:, 0].tolist() == [0.0, 12.0, 24.0]
+
+
+def test_statistics_of_several_inputs_of_a_matrix_are_told_apart_by_identity() -> None:
+    """Two of equal counts, of a matrix that multiplies another one's input too."""
+    collector = _Collector(False, 4)
+    one, other = torch.ones(3, 5), torch.full((3, 5), 2.0)
+    first, second = SimpleNamespace(name="first"), SimpleNamespace(name="second")
+    collector(first, one)
+    collector(second, other)
+    collector(first, other)
+    assert (collector.found["first"].count, collector.found["second"].count) == (6, 3)

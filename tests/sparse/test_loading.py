@@ -10,13 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from packed_models import masked_base, packed_folder
-from tiny import FAMILIES
+from tiny import FAMILIES, byte_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError, warn_once
+from leap_pl.export.hugging_face import export_model
+from leap_pl.masks import MaskSet, Provenance
 from leap_pl.sparse import registration
 from leap_pl.sparse.packed_linear import PackedLinear
 from leap_pl.sparse.packed_weight import PackedWeight
@@ -234,3 +238,30 @@ def test_weights_are_unpacked_one_at_a_time(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(PackedWeight, "unpack", counted)
     load(folder, "dense")
     assert left == [1] * len(masks.masks)
+
+
+def test_a_layer_whose_weight_the_model_reads_itself(tmp_path: Path) -> None:
+    """Mamba multiplies by that of ``dt_proj`` in its mixer."""
+    config = transformers.MambaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=4,
+        time_step_rank=8,
+        bos_token_id=256,
+        eos_token_id=256,
+    )
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(config).bfloat16().eval()
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    weights = find_weights(model)
+    assert any(name.endswith("dt_proj.weight") for name in weights)
+    drawn = torch.Generator().manual_seed(0)
+    kept = {name: torch.rand(w.parameter.shape, generator=drawn) < 0.4 for name, w in weights.items()}
+    masks = MaskSet(kept, Provenance(str(tmp_path / "base"), model_fingerprint(model), "random", 0.6))
+    export_model(masks, tmp_path / "packed", str(tmp_path / "base"), format="packed")
+    expected, packed = masked_base(tmp_path, masks), load(tmp_path / "packed", "packed")
+    assert isinstance(packed.backbone.layers[0].mixer.dt_proj, PackedLinear)
+    with torch.inference_mode():
+        assert torch.allclose(packed(IDS).logits, expected(IDS).logits, atol=1e-2)

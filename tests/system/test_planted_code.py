@@ -20,7 +20,9 @@ import transformers
 from hostile_files import PROVENANCE, RESULT, SHAPES, mask_file
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 
-from leap_pl.base_model.loading import load_config, load_model, load_tokenizer
+from leap_pl.base_model.config import load_config
+from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.tokenizer import load_tokenizer
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.cli.main import main
 from leap_pl.cli.quiet import quiet_lm_eval
@@ -294,7 +296,8 @@ def test_a_base_model_of_another_type_is_not_trusted(planted: Planted, tmp_path:
     assert planted.mark.exists()
 
 
-def test_an_adapter_is_no_base_model(planted: Planted, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trusted", [False, True])
+def test_an_adapter_is_no_base_model(planted: Planted, tmp_path: Path, trusted: bool) -> None:
     """It would load another model, which its own file names."""
     folder, other = tiny_folder(tmp_path / "model"), tiny_folder(tmp_path / "other", seed=1)
     adapter = {
@@ -308,7 +311,7 @@ def test_an_adapter_is_no_base_model(planted: Planted, tmp_path: Path) -> None:
     }
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
     with pytest.raises(UserError, match=r"model is an adapter \(adapter_config.json\)"), planted.watched():
-        load_model(str(folder))
+        load_model(str(folder), trust_remote_code=trusted)
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import fit_flags, refused
-from safetensors.torch import load_file, save_file
-from tiny import tiny_folder
 
 from leap_pl.checkpoints.layout import load_checkpoint, masks_from_checkpoint
 from leap_pl.cli.main import main
@@ -93,19 +91,21 @@ def test_logits_are_looked_through(values: list[float], finite: bool) -> None:
             check_logits(learned, 7)
 
 
-def test_a_float16_model_learns_and_says_when_it_overflows(text_file, tmp_path: Path, capsys) -> None:
-    model = tiny_folder(tmp_path / "model")
-    main(fit_flags(model, text_file, tmp_path / "run", "--model.dtype=float16", "--trainer.max_steps=2"))
-    assert masks_from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt").sparsity == 0.5
-    tensors = load_file(model / "model.safetensors")
-    for name in tensors:
-        if "up_proj" in name or "gate_proj" in name:
-            tensors[name] *= 3e3
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    capsys.readouterr()
-    line = refused(fit_flags(model, text_file, tmp_path / "b", "--model.dtype=float16"), capsys)
-    assert "step 0: " in line
-    assert "--model.dtype bfloat16 or float32" in line
+@pytest.mark.parametrize("word", ["--model.dtype=float16", "--trainer.precision=16-true"])
+def test_float16_is_refused_where_the_loss_is_not_scaled(
+    model_folder, text_file, tmp_path: Path, capsys, word: str
+) -> None:
+    """Most gradients would be rounded to 0, unnoticed: what is left would learn from the budget alone."""
+    line = refused(fit_flags(model_folder, text_file, tmp_path, word), capsys)
+    assert "the loss is not scaled, and float16 rounds most gradients to 0" in line
+    assert "--trainer.precision 16-mixed" in line
+
+
+def test_what_overflows_in_float16_names_the_remedy() -> None:
+    from leap_pl.training.finite import NonFiniteError, check_terms
+
+    with pytest.raises(NonFiniteError, match=r"step 3: .*--model\.dtype bfloat16 or float32"):
+        check_terms({"lm": torch.tensor(float("inf"))}, 3, torch.float16)
 
 
 @pytest.mark.parametrize("end", [0, 1])

@@ -111,3 +111,32 @@ def test_low_memory_resumes_where_ranks_have_unequal_parts_of_a_norm(
     assert (first / "weights.safetensors").read_bytes() == (again / "weights.safetensors").read_bytes()
     masks = [MaskSet.load(each / "mask.safetensors") for each in (first, again)]
     assert masks[0].digest_of_bits() == masks[1].digest_of_bits()
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_one_process_goes_on_with_the_moments_of_two_that_shared_the_model(
+    text_file: Path, tmp_path: Path, eager: None, folder: bool
+) -> None:
+    """Sharded, the norms stand in another order, and those of queries and keys have another shape than the others."""
+    model = tiny_folder(tmp_path / "model", "qwen3")
+    momentum = [*SGD, "--model.optimizer.momentum=0.9"]
+
+    def flags(name: str, *more: str) -> list[str]:
+        more = (*BRIEF, "--checkpoint.every_n_train_steps=1", "--model.train_weights=kept", *momentum, *more)
+        return fit_flags(model, text_file, tmp_path / name, *more)
+
+    first, again = (tmp_path / name / "checkpoints" for name in ("run", "resumed"))
+    run_ranks(2, fit_all, [flags("run", *sharded(2, folder=folder))], folder=tmp_path / "said", seconds=300)
+    step = first / "step=1.ckpt"
+    if folder:
+        main(["consolidate", f"--ckpt_path={step}", f"--output={tmp_path / 'one.ckpt'}"])
+        step = tmp_path / "one.ckpt"
+    main(flags("resumed", "--trainer.accumulate_grad_batches=4", f"--ckpt_path={step}"))
+    base = load_file(model / "model.safetensors")
+    shared, alone = (load_file(each / "weights.safetensors") for each in (first, again))
+    mask = MaskSet.load(first / "mask.safetensors")
+    for name, weight in shared.items():
+        kept = mask.masks.get(name, base[name] == base[name])
+        moved = (weight - base[name])[kept].norm()
+        assert moved > 1e-6
+        assert ((alone[name] - weight)[kept]).norm() < 1e-2 * moved, name

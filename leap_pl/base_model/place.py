@@ -1,0 +1,162 @@
+"""Where a base model is: a hub id, a folder or a GGUF file; and what fails when it is read, in one line."""
+
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from leap_pl.base_model.gguf_structure import GgufFile, read_structure
+from leap_pl.base_model.model_sizes import check_settings
+from leap_pl.base_model.stored_weights import StoredWeights, check_sizes, read_settings, read_shapes
+from leap_pl.errors import UserError, listing
+from leap_pl.inputs.hub import check_reachable, gated
+from leap_pl.inputs.paths import expanded
+from leap_pl.inputs.plain_values import shown
+from leap_pl.inputs.register import exists, note_input
+
+_CLEAR_ERRORS = OSError | ValueError | RuntimeError | SafetensorError  # messages that need no class name
+
+
+def name_of_model(typed: str | None, recorded: str, *, trust_remote_code: bool) -> str:
+    """Return the base model to load: the ``typed`` one, or else the one ``recorded`` in a mask or checkpoint.
+
+    Raises:
+        UserError: Only the recorded name is known, and it is a path of nothing; or code of the model is to be run. A
+            file of unknown origin must not choose whose code runs.
+    """
+    if typed is None and trust_remote_code:
+        raise UserError(
+            "--trust_remote_code runs code of the base model, whose name comes only from a file: "
+            f"{shown(recorded)}. Confirm it with --model NAME."
+        )
+    if typed is None and _looks_local(recorded) and not exists(expanded(recorded)):
+        raise UserError(
+            f"the base model is recorded as {shown(recorded)}, which is not there from this folder. Give its place "
+            "with --model."
+        )
+    return recorded if typed is None else typed
+
+
+def locate(name: str) -> tuple[str, str | None]:
+    """Return the folder or hub id to pass to transformers, and the name of the GGUF file in it, if any."""
+    path = expanded(name)
+    note_input(path)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise UserError(f"base model {name}: there is no such GGUF file. Give the path of one that exists.")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"base model {name}: the folder holds no config.json (found: "
+                f"{listing(sorted(p.name for p in path.iterdir()), 6)}). "
+                "Give a Hugging Face model folder, a .gguf file or a hub id."
+            )
+        return str(path), None
+    if path.is_file():
+        flag = {".safetensors": " Give a mask with --mask.", ".ckpt": " Give a checkpoint with --ckpt_path."}
+        raise UserError(
+            f"base model {name} is a file. Give a Hugging Face model folder, a .gguf file or a hub id."
+            f"{flag.get(path.suffix, '')}"
+        )
+    if _looks_local(name) or path.exists():
+        raise UserError(
+            f"base model {name}: there is no such folder. Give a Hugging Face model folder, a .gguf file or a hub id."
+        )
+    if "@" in name:  # as a mask of the hub is named
+        alone, _, revision = name.partition("@")
+        raise UserError(
+            f"base model {name}: a revision is an option of its own. Give {alone} --revision {revision} (of fit and "
+            "recover: --model.revision)."
+        )
+    return name, None
+
+
+def _looks_local(name: str) -> bool:
+    """Return whether ``name`` is a path, whatever is there, and no hub id."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def check_in_reach(folder: str, revision: str | None) -> None:
+    """Check that the hub answers, if ``folder`` is a hub id; raises the hub client's error if it does not."""
+    if not Path(folder).is_dir():
+        check_reachable(folder, revision=revision)
+
+
+def check_description(name: str, folder: str, gguf_file: str | None) -> None:
+    """Check that the settings of a local model are plausible before anything uses them."""
+    if gguf_file is not None:
+        metadata = _structure(folder, gguf_file).metadata
+        family = f"{metadata.get('general.architecture')}."
+        settings = {key.removeprefix(family): value for key, value in metadata.items() if key.startswith(family)}
+        numbers = {key: value for key, value in settings.items() if not isinstance(value, tuple)}
+        check_settings(numbers, stored_weights(folder, gguf_file), name)
+    elif Path(folder).is_dir():
+        check_sizes(Path(folder))
+        check_settings(read_settings(Path(folder)), stored_weights(folder, None), name)
+
+
+def stored_weights(folder: str, gguf_file: str | None) -> StoredWeights | None:
+    """Return the tensor shapes in the files of a local model; None for a model on the hub."""
+    if gguf_file is not None:
+        return _structure(folder, gguf_file).stored
+    return read_shapes(Path(folder)) if Path(folder).is_dir() else None
+
+
+def _structure(folder: str, gguf_file: str) -> GgufFile:
+    path = Path(folder) / gguf_file
+    found = path.stat()
+    return _structure_of(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=1)
+def _structure_of(path: Path, changed: int, size: int) -> GgufFile:
+    return read_structure(path)
+
+
+@contextmanager
+def reading(what: str, name: str) -> Iterator[None]:
+    """Convert the errors of the hub client and the readers into one line that says what to do.
+
+    A damaged file can make them raise any exception, so that all are attributed to the file. Only readers may be called
+    inside, so that no bug of this package is reported as a damaged file.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        panicked = type(error).__name__ == "PanicException"  # from a reader in Rust; not a subclass of Exception
+        if not panicked and not isinstance(error, Exception):
+            raise
+        if isinstance(error, MemoryError) or re.search("can't allocate memory|not enough memory", str(error)):
+            raise UserError(
+                f"{what} {name}: there is not enough memory to load it. Use a smaller model, bfloat16, or a machine "
+                "with more."
+            ) from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise UserError(
+                f"{what} {name} is a pickle that is damaged or contains more than tensors; leap_pl runs no code from a "
+                "model's files. Give the model as safetensors."
+            ) from error
+        if refused := gated(error):
+            raise UserError(f"{what} {name} could not be fetched from the hub: {refused}") from error
+        reason = " ".join(str(error).split())
+        if not isinstance(error, _CLEAR_ERRORS):
+            reason = f"{type(error).__name__}: {reason}"
+        reason = re.sub(r" for this kind of AutoModel.*", ", which is not a causal language model.", reason)
+        reason = f"{reason.removesuffix('.')}." if len(reason) <= 300 else f"{reason[:300]} …"
+        local = expanded(name).exists()
+        remedy = "Check that the files are complete."
+        if not local:
+            remedy = "Check the id and the network, or give a local folder or .gguf file."
+        if not local and name.startswith("assets/"):
+            remedy = f"There is no folder {name} here: in a clone of leap_pl, make assets lays it out."
+        raise UserError(
+            f"{what} {name} could not be {'read' if local else 'fetched from the hub'}: {reason} {remedy}"
+        ) from error

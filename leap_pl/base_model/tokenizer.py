@@ -1,0 +1,62 @@
+"""Load the tokenizer of a base model, and write it into a folder."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from leap_pl.base_model.config import left_out, load_config, other_parts
+from leap_pl.base_model.place import check_description, check_in_reach, locate, reading
+from leap_pl.base_model.prefix import PROBE
+from leap_pl.base_model.tokenizer_files import copy_tokenizer
+from leap_pl.errors import UserError
+from leap_pl.inputs.hub import fetch_optional, is_hub_id
+from leap_pl.inputs.register import note_input
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer that belongs to the base model ``name``; raises as :func:`load_model` does."""
+    from transformers import AutoTokenizer
+
+    folder, gguf_file = locate(name)
+    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+    check_description(name, folder, gguf_file)  # transformers reads it for a tokenizer, too
+    with reading("tokenizer", name):
+        check_in_reach(folder, revision)
+        found = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
+        tokens = set(found.encode(PROBE, add_special_tokens=False))
+    if tokens <= {found.unk_token_id}:
+        # transformers makes one of special tokens alone where the files of a vocabulary are missing.
+        raise UserError(
+            f"the tokenizer of {name} has no vocabulary. Put the files of the tokenizer, such as tokenizer.json, "
+            "beside the model."
+        )
+    return found
+
+
+def save_tokenizer(
+    name: str, folder: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> None:
+    """Write the tokenizer of the base model ``name`` into ``folder``, and the processors of a multimodal model.
+
+    Raises:
+        UserError: As :func:`load_model` does.
+    """
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    source, gguf_file = locate(name)
+    names = tokenizer.vocab_files_names.values()
+    if gguf_file is not None or not copy_tokenizer(source, Path(folder), revision, names):
+        tokenizer.save_pretrained(folder)
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    several = gguf_file is None and other_parts(config) and not left_out(config)
+    for file in PROCESSORS if several else ():
+        found = fetch_optional(source, file, revision) if is_hub_id(source) else Path(source) / file
+        if found is not None and found.is_file():
+            note_input(found)
+            shutil.copyfile(found, Path(folder) / file)

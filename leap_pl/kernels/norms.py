@@ -1,0 +1,30 @@
+"""Norms of large tensors, which PyTorch adds up inexactly on a CPU."""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+LARGE = 1 << 24  # elements of a tensor from which its norm on a CPU is that of its rows' norms
+LINE = 1 << 12  # elements of a row of a vector
+
+
+def norm_of(tensor: Tensor) -> Tensor:
+    """Return the norm of ``tensor``, float32.
+
+    That of a large one on a CPU is of the norms of its rows, and of a vector of the norms of its lines. PyTorch adds
+    all squares in eight running float32 sums, each of which soon rounds away a part of every further square.
+    """
+    if not is_large(tensor):
+        return torch.linalg.vector_norm(tensor.float())
+    if tensor.ndim > 1:
+        lines = [tensor.flatten(0, -2)]
+    else:
+        whole = tensor.numel() // LINE * LINE
+        lines = [tensor[:whole].view(-1, LINE), tensor[whole:].view(1, -1)]
+    norms = torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) for part in lines])
+    return torch.linalg.vector_norm(norms, dtype=torch.float64).to(torch.float32)
+
+
+def is_large(tensor: Tensor) -> bool:
+    """Return whether the norm of ``tensor`` is computed by lines."""
+    return tensor.is_cpu and tensor.numel() >= LARGE and not isinstance(tensor, DTensor)

@@ -1,0 +1,45 @@
+"""Text that a run was trained on is not measured as its held-out text."""
+
+from pathlib import Path
+
+import pytest
+from conftest import Run, fit_flags, refused
+
+from leap_pl.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def learned(model_folder: Path, text_file: Path, folder: Path, *more: str) -> list[str]:
+    words = fit_flags(model_folder, text_file, folder, "--trainer.max_steps=2", *more)
+    main(words)
+    return words
+
+
+def test_a_run_that_held_out_nothing(model_folder: Path, text_file: Path, tmp_path: Path, capsys) -> None:
+    words = learned(model_folder, text_file, tmp_path / "run", "--data.validation_sequences=0")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    again = ["validate", *words[1:-1], f"--ckpt_path={last}", "--data.validation_sequences=4"]
+    line = refused([word for word in again if "validation_sequences=0" not in word], capsys)
+    assert "the run held out no part of data.text" in line
+    main([*(word for word in again if "validation_sequences=0" not in word), f"--data.validation_text={text_file}"])
+    mask = tmp_path / "run" / "checkpoints" / "mask.safetensors"
+    measured = ["evaluate", f"--mask={mask}", f"--perplexity={text_file}", "--seq_length=16", "--share=held_out"]
+    assert f"held out no part of {text_file.name}" in refused(measured, capsys)
+    main(measured[:-1])
+
+
+def test_a_run_with_a_validation_text_was_trained_on_all_of_the_other(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(text_file.read_text())
+    learned(model_folder, text_file, tmp_path / "run", f"--data.validation_text={other}")
+    mask = tmp_path / "run" / "checkpoints" / "mask.safetensors"
+    measured = ["evaluate", f"--mask={mask}", "--seq_length=16", "--share=held_out"]
+    assert f"held out no part of {text_file.name}" in refused([*measured, f"--perplexity={text_file}"], capsys)
+    main([*measured, f"--perplexity={other}"])
+
+
+def test_a_run_that_held_some_out_is_measured_on_it(finished: Run, text_file: Path) -> None:
+    main(["evaluate", f"--mask={finished.mask}", f"--perplexity={text_file}", "--seq_length=16", "--share=held_out"])
