@@ -37,9 +37,11 @@ __all__ = ["LeapModule", "MaskSet", "TextDataModule", "UserError", "__version__"
 register_packed_folders()
 
 
-def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return getattr(import_module(_ROOMS[name]), name)
-    if name in _MOVED:
-        return import_module(_MOVED[name])
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # which would take any name for one of this package
+
+    def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return getattr(import_module(_ROOMS[name]), name)
+        if name in _MOVED:
+            return import_module(_MOVED[name])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

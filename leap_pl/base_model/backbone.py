@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leap_pl.errors import warn_once
+from leap_pl.errors import UserError, warn_once
 
 LOOK = "find_packed_sequence_indices"  # private function of transformers.masking_utils
 
@@ -64,18 +64,29 @@ def head_of(model: Any) -> Head | None:
     """
     projection = model.get_output_embeddings()
     config = model.config.get_text_config()
-    times = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    times = _of_config(config, "logit_scale", "lm_head_multiplier") or 1.0  # Cohere; Falcon-H1
     over = getattr(config, "logits_scaling", None) or 1.0  # Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
+    # Gemma 2 and later; RecurrentGemma; xLSTM.
+    cap = _of_config(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
-    def logits_of(hidden_CD: Tensor) -> Tensor:
-        logits_CV = projection(hidden_CD)
-        if times != 1 or over != 1:
-            logits_CV = logits_CV * times / over
-        return logits_CV if cap is None else cap * torch.tanh(logits_CV / cap)
+    def head_with(times: float, over: float) -> Head:
+        def logits_of(hidden_CD: Tensor) -> Tensor:
+            logits_CV = projection(hidden_CD)
+            if times != 1 or over != 1:
+                logits_CV = logits_CV * times / over
+            return logits_CV if cap is None else cap * torch.tanh(logits_CV / cap)
 
-    head = Head(logits_of, projection)
-    return head if projection is not None and _agrees(model, head) else None
+        return Head(logits_of, projection)
+
+    if projection is None:
+        return None
+    # HyperCLOVA X multiplies by what Granite divides by.
+    heads = [head_with(times, over), *([head_with(times * over, 1.0)] if over != 1 else ())]
+    return next((head for head in heads if _agrees(model, head)), None)
+
+
+def _of_config(config: Any, *names: str) -> Any:
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 def body_of(causal: Any) -> Any:
@@ -100,9 +111,22 @@ def has_flash_attention(model: Any) -> bool:
 
 def checkpoint_activations(model: Any) -> None:
     """Recompute each decoder block in the backward pass instead of keeping its activations, if it is in train mode."""
+    check_checkpointing(model)
     # The older name, which transformers 5.17 has alone, is deprecated in later versions.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def check_checkpointing(model: Any) -> None:
+    """Check that transformers can recompute the blocks of ``model``.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"{type(model).__name__} cannot recompute its decoder blocks. Set --model.activation_checkpointing false."
+        )
 
 
 def set_modes(model: nn.Module, *, recomputing: bool) -> None:
@@ -162,3 +186,17 @@ def _agrees(causal: Any, head: Head) -> bool:
         except (AttributeError, RuntimeError, TypeError):
             return False
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.02, atol=0.02)
+
+
+def keep_scale(model: nn.Module) -> None:
+    """Keep RWKV from dividing weights in place, and its hidden states to match, when it is first used in eval mode.
+
+    That only helps float16, and would change the weights that are pruned, trained and saved.
+    """
+    for module in model.modules():
+        if hasattr(type(module), "_rescale_layers"):
+            module._rescale_layers = _nothing  # type: ignore[assignment]  # noqa: SLF001
+
+
+def _nothing() -> None:
+    """Do nothing."""

@@ -10,7 +10,8 @@ import torch
 def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
     """Return bfloat16 if ``device`` multiplies it fast (on a CPU: measurably faster than float32), else float32."""
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        with torch.cuda.device(device):
+            return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type == "cpu":
         amx = torch.cpu.get_capabilities().get("amx_tile", False)
         return "bfloat16" if amx or _cpu_gains_by_bfloat16() else "float32"

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from leap_pl.base_model.backbone import keep_scale
 from leap_pl.base_model.config import is_packed_config, left_out, load_config
 from leap_pl.base_model.model_sizes import check_skeleton
 from leap_pl.base_model.place import locate, reading, stored_weights
@@ -103,6 +104,7 @@ def _load(
             _take_buffers(model, quantised)
             model.tie_weights()
             model.generation_config = quantised.generation_config
+    keep_scale(model)
     return model.eval()
 
 

@@ -31,13 +31,20 @@ def load_tokenizer(
         check_in_reach(folder, revision)
         found = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
         tokens = set(found.encode(PROBE, add_special_tokens=False))
-    if tokens <= {found.unk_token_id}:
+        has_none = tokens <= {found.unk_token_id} and not _words_of(found)
+    if has_none:
         # transformers makes one of special tokens alone where the files of a vocabulary are missing.
         raise UserError(
             f"the tokenizer of {name} has no vocabulary. Put the files of the tokenizer, such as tokenizer.json, "
             "beside the model."
         )
     return found
+
+
+def _words_of(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
+    """Return the tokens that are neither special nor added to a vocabulary."""
+    added = tokenizer.get_added_vocab() if hasattr(tokenizer, "get_added_vocab") else {}
+    return {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens} - {*added}
 
 
 def save_tokenizer(

@@ -39,7 +39,9 @@ def digest_of_tokenization(tokenizer: Any) -> str:
 
     Two tokenizers of one vocabulary may cut words, digits and white space in different ways.
     """
-    tokens = json.dumps([int(token) for token in tokenizer(_KINDS, add_special_tokens=False)["input_ids"]])
+    tokens = json.dumps(
+        [int(token) for token in tokenizer(_KINDS, add_special_tokens=False, verbose=False)["input_ids"]]
+    )
     return hashlib.sha256(tokens.encode()).hexdigest()[:16]
 
 

@@ -64,7 +64,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         UserError: The model has no list of ``num_hidden_layers`` modules.
     """
     causal: Any = model
-    depth = causal.config.get_text_config().num_hidden_layers
+    depth = getattr(causal.config.get_text_config(), "num_hidden_layers", None)
     decoder = causal.get_decoder() if hasattr(model, "get_decoder") else model
     for root in (decoder, model):
         lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -224,7 +224,8 @@ def _kind(module: nn.Module) -> str:
     return kind.__mro__[1].__name__ if parametrize.is_parametrized(module) else kind.__name__
 
 
-_ROUTER = re.compile(r"router|shared_expert_gate|(^|\.)gate\.wg$", re.IGNORECASE)
+# Layers that select experts, or the tokens that attention sees.
+_ROUTER = re.compile(r"router|shared_expert_gate|(^|\.)gate\.|(^|\.)indexer\.", re.IGNORECASE)
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # in configs of families
 
 

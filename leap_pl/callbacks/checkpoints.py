@@ -46,7 +46,7 @@ class Checkpoints(SavingCheckpoint):
         dirpath: str | None = None,
         filename: str = "{step}",
         monitor: str = "step",
-        mode: str = "max",
+        mode: Literal["min", "max"] | None = None,
         save_top_k: int = 2,
         save_last: bool | Literal["link"] | None = "link",
         every_minutes: float = 30.0,
@@ -60,7 +60,8 @@ class Checkpoints(SavingCheckpoint):
             dirpath: Folder of the checkpoints, in which ``--ckpt_path last`` looks for the newest.
             filename: File name of a checkpoint, a format string of metric names.
             monitor: Metric that decides which checkpoints are kept; ``step`` keeps the newest.
-            mode: Whether a higher (``max``) or a lower (``min``) value of the metric is better.
+            mode: Whether a higher (``max``) or a lower (``min``) value of the metric is better; by default a higher
+                ``step`` or ``epoch``, and a lower value of every other.
             save_top_k: Number of checkpoints to keep; −1: all.
             save_last: Whether ``last.ckpt`` is written; ``link`` makes it a symbolic link to the newest.
             every_minutes: Maximum time between checkpoints; 0: only the other arguments decide.
@@ -81,7 +82,7 @@ class Checkpoints(SavingCheckpoint):
             dirpath,
             filename,
             monitor=monitor,
-            mode=mode,
+            mode=mode or ("max" if monitor in ("step", "epoch") else "min"),
             save_top_k=save_top_k,
             save_last=save_last,
             save_on_train_epoch_end=save_on_train_epoch_end,

@@ -1,6 +1,7 @@
 """Settings of the whole process that make learning faster."""
 
 import lightning as L
+import torch
 
 from leap_pl.callbacks.allocator import keep_freed_memory, release_freed_memory
 from leap_pl.callbacks.denormals import flush_denormals, flushes_denormals
@@ -25,6 +26,8 @@ class ProcessSettings(L.Callback):
         Nearly closed gates give denormal numbers, which are slow on some processors.
         """
         release_freed_memory()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # of the prior's blocks
         self._flushed = flushes_denormals()
         flush_denormals()
 

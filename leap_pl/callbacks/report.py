@@ -130,7 +130,7 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
         recipe = RECIPES[type(probe.first)]
         plan["schedule"] = f"α and τ are the paper's, for 2.1 billion tokens; for few, {recipe}"
     if tokens and module.resumes_from is None and steps < FEW_STEPS and trainer.accumulate_grad_batches > 1:
-        plan["few steps"] = f"{steps} are few to learn in; lower --trainer.accumulate_grad_batches for more of them"
+        plan["few steps"] = f"only {steps}; lower --trainer.accumulate_grad_batches for more of them"
     if module.trained.kind != NONE:
         plan["weights"] = _weights(module)
     plan["losses"] = _losses(module)

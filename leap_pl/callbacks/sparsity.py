@@ -138,7 +138,8 @@ class SparsityLogger(L.Callback):
     ) -> None:
         """Log once every ``every_n_steps`` optimizer steps, after the first and after the last."""
         step = trainer.global_step
-        due = step % self.every_n_steps == 0 or step in (1, trainer.max_steps)
+        is_end = step in (1, trainer.max_steps)
+        due = step % self.every_n_steps == 0 or step % self.histogram_every_n_steps == 0 or is_end
         assert isinstance(pl_module, LeapModule)
         # A resumed run has no figures of the step before it.
         if step == self.last_step or step == 0 or not due or not pl_module.rates:
@@ -152,7 +153,7 @@ class SparsityLogger(L.Callback):
             metrics["schedule/learning_rate_of_weights"] = rates[1]
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
-        if step % self.histogram_every_n_steps == 0 or step in (1, trainer.max_steps):
+        if step % self.histogram_every_n_steps == 0 or is_end:
             self._histograms(trainer, pl_module, step)
         if step % self.histogram_every_n_steps == 0 or step == trainer.max_steps:
             self._draw_densities(trainer, pl_module, step)

@@ -4,8 +4,10 @@ import math
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping
 
 from leap_pl.callbacks.lightning_internals import validate_at
+from leap_pl.errors import UserError
 
 TIMES = 10
 
@@ -21,6 +23,19 @@ class ValidationTimes(L.Callback):
         """Set whether to ``spread`` validations; else those before the last follow ``trainer.val_check_interval``."""
         self.spread = spread
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let Lightning count the interval over epochs: its other callbacks act at validations then, too.
+
+        Raises:
+            UserError: EarlyStopping is listed before, and has decided already to act at the end of the only epoch.
+        """
+        if not self.spread or stage != "fit":
+            return
+        callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+        if any(isinstance(callback, EarlyStopping) for callback in callbacks[: callbacks.index(self)]):
+            raise UserError("EarlyStopping would act at the end of the run alone. List it after ValidationTimes.")
+        trainer.check_val_every_n_epoch = None
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set the interval, in micro-batches, at which Lightning validates."""
         if not self.spread:
@@ -29,8 +44,6 @@ class ValidationTimes(L.Callback):
         counted = max(1, int(batches)) if math.isfinite(batches) else 1
         times = max(1, min(TIMES, trainer.max_steps * trainer.accumulate_grad_batches // counted))
         interval = -(-trainer.max_steps // times) * trainer.accumulate_grad_batches
-        if trainer.check_val_every_n_epoch is not None:  # Lightning counts from the beginning of each epoch
-            interval = int(min(interval, trainer.num_training_batches))
         trainer.val_check_batch = interval
 
     def on_train_batch_start(

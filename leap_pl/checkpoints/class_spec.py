@@ -5,7 +5,7 @@ registry of classes that are already imported, so a checkpoint that names any ot
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import Parameter, signature
 from typing import Any, Literal, get_origin, get_type_hints
 
@@ -101,15 +101,29 @@ _FORMER = {"PackedAdamW": ("leap_pl.training.optimizers.PackedAdamW",)}
 
 def _arguments(kind: type, settings_only: bool) -> dict[str, bool]:
     """Map the name of each setting of a constructor to whether it may be a string."""
-    constructor: Callable[..., Any] = kind.__init__  # type: ignore[misc]
-    try:
-        hints = get_type_hints(constructor)
-    except (NameError, TypeError):  # annotations that only a type checker can read
-        hints = {}
-    parameters = [p for p in signature(constructor).parameters.values() if p.kind not in _STARRED]
-    # The first is self, the second what it is built on (parameters, an optimizer); progress is not a setting.
-    names = [p.name for p in parameters[1 if settings_only else 2 :] if p.name not in ("state", "last_epoch")]
-    return {name: hints.get(name) is str or get_origin(hints.get(name)) is Literal for name in names}
+    found: dict[str, bool] = {}
+    for constructor in constructors(kind):
+        try:
+            hints = get_type_hints(constructor)
+        except (NameError, TypeError):  # annotations that only a type checker can read
+            hints = {}
+        parameters = [p for p in signature(constructor).parameters.values() if p.kind not in _STARRED]
+        positional = sum(p.kind is not Parameter.KEYWORD_ONLY for p in parameters)
+        # The first is self, the second what it is built on (parameters, an optimizer); progress is not a setting.
+        names = [p.name for p in parameters[min(positional, 1 if settings_only else 2) :]]
+        for name in (name for name in names if name not in ("state", "last_epoch")):
+            found.setdefault(name, hints.get(name) is str or get_origin(hints.get(name)) is Literal)
+    return found
+
+
+def constructors(kind: type) -> Iterator[Callable[..., Any]]:
+    """Yield the constructor of a class and, as long as one passes on keywords that it does not name, the next ones."""
+    for owner in kind.__mro__:
+        constructor = vars(owner).get("__init__")
+        if constructor is not None:
+            yield constructor
+            if all(p.kind is not Parameter.VAR_KEYWORD for p in signature(constructor).parameters.values()):
+                return
 
 
 def _plain(value: Any, registry: Registry) -> tuple[Any] | None:

@@ -19,6 +19,11 @@ from leap_pl.training.trainer_checks import UNSUITABLE
 # Parser's complaint that an argument of a class is missing: class, arguments.
 LACKING = r"class_path '(?:\w+\.)*(\w+)': the following arguments are required: ([\w, ]+?)(?: - |$)"
 
+# The same of a class that a run calls, such as a schedule: key, arguments.
+OF_CALLABLE = (
+    r'Parser key "([^"]+)".*callable class: the following arguments are required: ([\w, ]+?)(?:\.? Got value| - |\.?$)'
+)
+
 RECIPES = Path(__file__).parents[1] / "recipes"  # files that --config also takes by their names, without suffix
 
 # Key → Lightning's module of the classes that it takes.
@@ -62,6 +67,13 @@ def one_line(error: Exception, options: Collection[str] = ()) -> str:
         key, kind, names = lacking.groups()
         each = " ".join(f"--{key}.{name}=VALUE" for name in names.split(", "))
         return f"{key}: {kind} needs {names}. Type --{key}+={kind} {each}, or give both in a config."
+    lacking = re.search(OF_CALLABLE, text)
+    if lacking:
+        key, names = lacking[1], lacking[2]
+        kind = re.search(r"class_path='(?:\w+\.)*(\w+)'", text)
+        of = kind[1] if kind else "CLASS"
+        each = " ".join(f"--{key}.{name} VALUE" for name in names.split(", "))
+        return f"{key}: {of} needs {names}. Type --{key} {of} {each}, or give both in a config."
     needed = re.search(r'arguments are required: (.*)|Key "([^"]+)" not found in namespace', text)
     if needed:
         names = (needed[1] or needed[2]).split(", ")
@@ -208,14 +220,19 @@ def with_recipes(words: Sequence[str]) -> list[str]:
             found.append(word)
             continue
         name = str(expanded(name)) if name.startswith("~") else name
-        if name and not name.startswith("-") and not exists(name) and not _is_settings(name):
+        is_folder = Path(name).is_dir() and name in _recipes()  # which is no config, and the recipe is one
+        if name and not name.startswith("-") and (is_folder or not exists(name)) and not _is_settings(name):
             name = str(_recipe(name))
         found.append(option + equals + name)
     return found
 
 
+def _recipes() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
 def _recipe(name: str) -> Path:
-    recipes = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    recipes = _recipes()
     if name not in recipes:
         near = get_close_matches(name, recipes, 1)
         hint = f" Did you mean {near[0]}?" if near else ""

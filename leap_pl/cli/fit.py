@@ -2,7 +2,7 @@
 
 import os
 import sys
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -119,17 +119,19 @@ class LeapCLI(LightningCLI):
         parser.set_defaults(self.defaults)
         parser.link_arguments("model.base_model", "data.tokenizer")
         parser.link_arguments("model.revision", "data.tokenizer_revision")
-        if parser is self.parsers.get("fit"):
-            parser.add_argument(
-                "--force",
-                action="store_true",
-                help="Replace an earlier run in checkpoint.dirpath: its checkpoints, its prior and its mask.",
-            )
-            parser.add_argument(
-                "--tokens",
-                type=str | int | float | None,  # a config may have a plain number
-                help="Number of tokens to learn on, as in 10M, which sets trainer.max_steps.",
-            )
+        fits = parser is self.parsers.get("fit")
+        parser.add_argument(  # validate takes the config of a run, which has both, and needs neither
+            "--force",
+            action="store_true",
+            help="Replace an earlier run in checkpoint.dirpath: its checkpoints, its prior and its mask."
+            if fits
+            else SUPPRESS,
+        )
+        parser.add_argument(
+            "--tokens",
+            type=str | int | float | None,  # a config may have a plain number
+            help="Number of tokens to learn on, as in 10M, which sets trainer.max_steps." if fits else SUPPRESS,
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse ``args``; settings that are not given are taken from the checkpoint to resume from.
@@ -147,6 +149,7 @@ class LeapCLI(LightningCLI):
         if configs:
             known = self.parsers.get(words[0] if words else None, parser)
             check_keys(configs, [*options_of(known), f"--{FORMER}"])
+        self._words = words
         args = words if typed else args
         path = setting_of(words, configs, "ckpt_path")
         refused: dict[str, UserError] = {}
@@ -164,7 +167,7 @@ class LeapCLI(LightningCLI):
             return
         settings = self.config[verb]
         if verb == "fit":
-            take_tokens(settings, words)
+            take_tokens(settings, words, configs)
         if settings.ckpt_path != path:
             raise UserError(f"ckpt_path is {settings.ckpt_path} and {path}. Give it once, as --ckpt_path PATH.")
         settings.ckpt_path = path = checkpoint_path(path)
@@ -271,7 +274,7 @@ class LeapCLI(LightningCLI):
             refused = self._take_settings(verb, newest[1], str(newest[0]), words)
             self._parse(parser, args, words)
             if verb == "fit":
-                take_tokens(self.config[verb], words)
+                take_tokens(self.config[verb], words, self._configs)
                 check_finished(self.config[verb], *newest)
             self.config[verb].ckpt_path = str(newest[0])
         elif typed == "last":
@@ -314,6 +317,12 @@ class LeapCLI(LightningCLI):
             if same(plain(settings.get(name)), plain(self.parsers[verb].get_default(name))):  # not typed
                 raise error
         check_classes(settings)
+        typed = {word.partition("=")[0] for word in self._words}
+        if "--seed_everything" in typed and not typed & {"--model.seed", "--data.seed"}:
+            rank_zero_warn(
+                "--seed_everything does not change what is learned. Give --model.seed for other noise, or --data.seed "
+                "for another order of the text."
+            )
         if verb == "fit":
             self.check_kind(settings)
             settings.force = False  # so that a saved config, used again, does not replace the run that saved it

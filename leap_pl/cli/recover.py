@@ -79,6 +79,11 @@ class RecoverCLI(LeapCLI):
                 "leap_pl recover trains the weights that a mask keeps, and no mask is given. Add --model.mask: a file, "
                 "the folder of a run or of an exported model, or a hub id."
             )
+        if settings.get("model.prior.mask") and not (settings.get("model.mask") or settings.get("ckpt_path")):
+            raise UserError(
+                "model.prior.mask names a mask to learn from, in fit. For a mask that stays as it is give --model.mask "
+                f"{settings.get('model.prior.mask')}, from which its sparsity, its pattern and the rate follow."
+            )
         if not is_fixed(settings):
             config = next((name for name, group in self._configs.items() if _has_gate(group)), None)
             remedy = "Leave --model.gate out"

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ from leap_pl.inputs.ranges import check_numbers
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
-def take_tokens(settings: Any, words: list[str]) -> None:
+def take_tokens(settings: Any, words: list[str], configs: Mapping[str, Mapping[Any, Any]]) -> None:
     """Convert ``tokens`` in the settings of fit to the ``trainer.max_steps`` that the run has.
+
+    A ``trainer.max_steps`` of a later config than that of ``tokens`` counts, as every setting of a later config does.
 
     Args:
         settings: Settings of fit, which are changed.
         words: Words of the command line.
+        configs: Name of each config → its settings, in their order.
 
     Raises:
         UserError: Both are typed, or ``tokens`` is not a number.
@@ -26,8 +30,25 @@ def take_tokens(settings: Any, words: list[str]) -> None:
         return
     if any(word.partition("=")[0] == "--trainer.max_steps" for word in words):
         raise UserError("--tokens and --trainer.max_steps both set the length of the run. Leave one of them out.")
+    given = any(word.partition("=")[0] == "--tokens" for word in words)
+    last = None if given else _last_of(configs)
+    if last == "max_steps":
+        settings.tokens = None
+        return
     check_numbers(settings.as_dict())  # the number of steps is computed from others
     settings.trainer.max_steps, settings.tokens = steps_of(str(settings.tokens), settings), None
+
+
+def _last_of(configs: Mapping[str, Mapping[Any, Any]]) -> str | None:
+    """Return which of ``tokens`` and ``max_steps`` the last config that has one gives; ``tokens`` if it has both."""
+    last = None
+    for settings in configs.values():
+        trainer = settings.get("trainer")
+        if settings.get("tokens") is not None:
+            last = "tokens"
+        elif isinstance(trainer, Mapping) and trainer.get("max_steps") is not None:
+            last = "max_steps"
+    return last
 
 
 def steps_of(tokens: str, settings: Any) -> int:

@@ -1,14 +1,16 @@
 """The trainer of fit: its defaults, the config that it saves, and what is refused."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import lazy_instance
 from lightning import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from leap_pl.callbacks.mask_export import mask_place
 from leap_pl.errors import UserError
 from leap_pl.training import trainer_checks
 
@@ -28,13 +30,26 @@ PROCESSES_A_CORE = 8  # more processes on a CPU are certainly a mistake, and use
 class ConfigOfFit(SaveConfigCallback):
     """Save the config with the logs of ``fit``, and never in the working directory."""
 
+    _folder: Path | None = None  # of the run, if the logger has none
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the config, if this is ``fit`` and has a logger."""
         if stage == "fit" and trainer.loggers:
             if "ckpt_path" in self.config:  # used again, a config starts a run of its own
                 self.config = self.config.clone()
                 self.config.ckpt_path = None
+            if not isinstance(trainer.loggers[0], TensorBoardLogger | CSVLogger):
+                # Others have no folder, or one that several runs share: it goes where the run's own folder is named.
+                self.save_to_log_dir = False
+                named = [getattr(one, "dirpath", None) or getattr(one, "folder", None) for one in trainer.callbacks]  # type: ignore[attr-defined]
+                self._folder = mask_place(trainer) if any(named) else None
             super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the config beside the mask, where the logger has no folder of the run."""
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(self._folder / self.config_filename), skip_none=False, overwrite=True)
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -205,11 +205,11 @@ class LocalFiles:
     def _read_text(self, shard: int, file: Path, state: State) -> Documents:
         blemishes, digest = Blemishes(str(file), "part"), digest_in(state)
         with open_regular(file) as handle:
+            if handle.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE):
+                raise UserError(f"{file} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
             first, last = _share_of_text(handle, file.stat().st_size, self.share)
             for byte, raw in _parts(file, handle, state.get("byte", first), last):
                 digest, next_byte = chained(digest, raw), byte + len(raw)
-                if byte == 0 and raw.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
-                    raise UserError(f"{file} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
                 text, was_mended = decoded(raw.removeprefix(_BOM) if byte == 0 else raw)
                 if was_mended:
                     ordinal = (byte - first) // TEXT_PART_BYTES

@@ -231,7 +231,7 @@ def check_as_rank_zero(found: Mapping[str, Any]) -> None:
     if rank_zero.group is None:
         return
     of_zero = rank_zero.tell(dict(found))
-    differing = [what for what, value in found.items() if of_zero.get(what) != value]
+    differing = [what for what in {**found, **of_zero} if of_zero.get(what) != found.get(what)]
     counts = torch.tensor([len(differing)], device="cpu")
     dist.all_reduce(counts, dist.ReduceOp.MAX, group=rank_zero.group)
     rank_zero.close()

@@ -1,5 +1,6 @@
 """Texts to measure perplexity on: two standard ones by name, local files and hub datasets."""
 
+import glob
 import hashlib
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -12,6 +13,7 @@ from leap_pl.base_model.prefix import Bos, prefix_of
 from leap_pl.base_model.vocabulary import digest_of_vocabulary
 from leap_pl.data.messages import for_options
 from leap_pl.errors import UserError
+from leap_pl.inputs.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,10 +127,10 @@ def read_text(
 
 
 def check_held_out(name: str, config: Any) -> None:
-    """Check that the runs that a mask's ``config`` tells of held out a part of the local file ``name``.
+    """Check that the runs that a mask's ``config`` tells of held out a part of the local file or pattern ``name``.
 
     Raises:
-        UserError: One was trained on all of a file of this name.
+        UserError: One was trained on all of this file, or, where its files are not there, of one of this name.
     """
     before = config.get("mask") if isinstance(config, dict) else None  # of a mask that stayed while weights learned
     if isinstance(before, dict):
@@ -137,12 +139,20 @@ def check_held_out(name: str, config: Any) -> None:
     if not isinstance(data, dict) or not (data.get("validation_text") or data.get("held_out") is False):
         return
     trained = data.get("text")
-    names = [trained] if isinstance(trained, str) else trained if isinstance(trained, list) else []
-    if any(isinstance(one, str) and fnmatch(Path(name).name, Path(one).name) for one in names):
+    names = [one for one in ([trained] if isinstance(trained, str) else trained or ()) if isinstance(one, str)]
+    there, measured = [file for one in names for file in _files(one)], _files(name)
+    if any(file.samefile(one) for file in measured for one in there) or (
+        not there and any(fnmatch(file.name, Path(one).name) for file in measured for one in names)
+    ):
         raise UserError(
             f"--share held_out: the run that made this mask held out no part of {Path(name).name}, so all of it was "
             "trained on. Measure on another text."
         )
+
+
+def _files(name: str) -> list[Path]:
+    """Return the files that a file or pattern names."""
+    return [Path(found) for found in glob.glob(str(expanded(name)), recursive=True) if Path(found).is_file()]  # noqa: PTH207
 
 
 def tokens_digest(tokens: Tensor) -> str:

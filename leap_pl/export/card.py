@@ -142,6 +142,8 @@ def _perplexities(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         name = f"{shortened(name)}{_part_of_text(figure)}"
         cells = (markdown(name), f"{figure['value']:.3f}", dense, windows, figure["stride"])
         table.append(f"| {' | '.join(map(str, cells))} |")
+    if "trained_in" in facts and validation:
+        validation += f" Measured in {facts['trained_in']}, before the weights were rounded to the base model's type."
     rounded = facts.get("rounded_to")
     before = bool(validation) or not all("rounded_to" in figure for figure in figures.values())
     exact = ""

@@ -109,6 +109,9 @@ def export_model(
         if hub_id is not None:
             masks, known = without_paths(masks), shortened(known)
         facts = facts_of(masks, _zeros_kept(masks, base)) | known
+        trained_in = None if weights is None else masks.provenance.config.get("dtype")
+        if trained_in == "float32" and str(base.dtype) != "torch.float32":  # and rounded to the base model's
+            facts["trained_in"] = trained_in
         if format != "mask":
             save_tokenizer(model, folder, revision=revision, trust_remote_code=trust_remote_code)
         if format == "packed":

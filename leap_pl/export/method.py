@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from leap_pl.export.hub import shortened
-from leap_pl.masks.mask_set import TRAINED
+from leap_pl.masks.mask_set import SPARSE_BASE, TRAINED
 
 if TYPE_CHECKING:
     from leap_pl.masks import Provenance
@@ -33,8 +33,10 @@ def citation(method: str) -> str:
 def decisive_settings(made: "Provenance") -> dict[str, str]:
     """Return the settings that decide what a mask is, name → value, as far as its provenance has them."""
     config, stayed = made.config, _within(made.config, "mask")  # what made a mask that stayed as it was
-    origin = config
+    origin, earlier = config, []
     while isinstance(before := _within(origin, "mask", "config"), dict):  # the mask of a mask that stayed
+        if TRAINED in before and (_within(origin, TRAINED, "start") or _within(origin, SPARSE_BASE)):
+            earlier.append(_texts(before))
         origin = before
     steps, of = _within(config, "steps"), _within(config, "max_steps")
     groups = _within(config, "optimizer", "groups")  # of masks and of weights, where both learn
@@ -59,6 +61,7 @@ def decisive_settings(made: "Provenance") -> dict[str, str]:
         "embeddings and head": "trained" if _within(config, TRAINED, "embeddings") else None,
         "learning rate of weights": _within(config, TRAINED, "lr"),
         "weights that training started from": shortened(_within(config, TRAINED, "start")),
+        "text that they were trained on before": ", ".join(dict.fromkeys(earlier)),
         "text that the mask was made with": _texts(origin) if stayed else None,
         "losses": ", ".join(f"{name} {weight}" for name, weight in losses.items() if weight),
         "α": None if stayed else _schedule(config, "alpha"),

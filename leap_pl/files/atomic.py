@@ -348,8 +348,11 @@ def _umask() -> int:
 
 def _set_mode(path: Path, most: int) -> None:
     """Give ``path`` the rights of a new file; where the mount decides them, as on SMB, it has those already."""
-    with suppress(PermissionError, NotImplementedError):
+    try:
         path.chmod(most & ~_umask())
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 def _write_errors() -> tuple[type[Exception], ...]:

@@ -59,9 +59,11 @@ def check_settings(gate: Gate) -> None:
     Raises:
         TypeError: One is missing, for example that of a subclass which does not extend ``settings``.
     """
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    arguments = [name for name, found in inspect.signature(type(gate)).parameters.items() if found.kind in kinds]
-    lacking = [name for name in arguments[2:] if name not in gate.settings()]  # after weight and state
+    parameters = inspect.signature(type(gate)).parameters
+    positional = [name for name, found in parameters.items() if found.kind is found.POSITIONAL_OR_KEYWORD]
+    arguments = positional[2:]  # after weight and state
+    arguments += [name for name, found in parameters.items() if found.kind is found.KEYWORD_ONLY]
+    lacking = [name for name in arguments if name not in gate.settings()]
     if lacking:
         raise TypeError(
             f"{type(gate).__name__}.settings() lacks {', '.join(lacking)}: checkpoints would not say with what the "

@@ -28,14 +28,13 @@ MOST_PATTERNS = 1024  # for one group: 5:10 has 252, 6:12 has 924, and 8:16 has 
 FORBIDDEN = -1e9
 """Logit of a pattern that is invalid in a short group: its probability is exactly 0, so it gets no gradient."""
 
-_IS_FORBIDDEN = FORBIDDEN / 2  # bfloat16 rounds it
-_NEVER = -1e30  # below every other score, also where τ is nearly 0 and the noise large
-
 
 def scaled(logits: Tensor, slope: Tensor) -> Tensor:
     """Return ``slope``·``logits`` in float32; of what is forbidden a far lower number, also where the slope is 0."""
     logits = logits.to(torch.float32)
-    return torch.where(logits < _IS_FORBIDDEN, _NEVER, slope * logits)
+    # Literals: torch.compile makes inputs of a module's numbers, and kernels with such inputs are not called directly.
+    # −5e8 lies between FORBIDDEN, which bfloat16 rounds, and any logit; −1e30 below every score, also with τ near 0.
+    return torch.where(logits < -5e8, -1e30, slope * logits)
 
 
 class Groups:

@@ -222,3 +222,14 @@ def _numbers(value: Any, path: str, shown: str) -> Iterator[tuple[str, str, floa
             yield from _numbers(inner, path + dot, shown + dot)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield path, shown, value
+
+
+def check_whole(settings: Mapping[str, Any], prefix: str) -> None:
+    """Check that each of ``settings`` is a whole number, such as a count: a share of the run is no number of steps.
+
+    Raises:
+        UserError: One is not.
+    """
+    for name, value in settings.items():
+        if int(value) != value:
+            raise UserError(f"{prefix}{name} is {value}; give a whole number.")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from leap_pl.errors import UserError
+from leap_pl.inputs.plain_values import shown
 
 MOST_VALUES = 100_000  # with every alias expanded; the longest shipped config has some hundreds
 DEEPEST = 50  # nested mappings and lists
@@ -19,18 +20,36 @@ def check_yaml(text: str, name: str = "") -> None:
 
     Raises:
         UserError: It has more than ``MOST_VALUES`` values with its aliases expanded, an alias inside its own anchor,
-            or values nested more than ``DEEPEST`` deep.
+            values nested more than ``DEEPEST`` deep, or a key twice.
         yaml.YAMLError: It is not YAML.
     """
     import yaml
 
-    if len(text) <= _SURELY_SMALL:
+    if len(text) <= _SURELY_SMALL and text.count(":") < 2:  # too short for a key that stands twice
         return
     anchored: dict[str, int] = {}  # anchor → number of its values
     inside: list[tuple[str | None, int]] = []  # anchors of the open collections, and the number of values before each
+    keys: list[set[str] | None] = []  # keys of the open mappings; None: a list
+    is_key: list[bool] = []  # whether the next value in each of them is a key
     values = 0
     called = name or "the value given"
     for event in yaml.parse(text, yaml.CSafeLoader):
+        if isinstance(event, yaml.CollectionEndEvent):
+            keys.pop()
+            is_key.pop()
+        elif isinstance(event, yaml.NodeEvent):
+            if keys and keys[-1] is not None:
+                if is_key[-1] and isinstance(event, yaml.ScalarEvent) and event.value != "<<":
+                    if event.value in keys[-1]:
+                        raise UserError(
+                            f"{called} has the key {shown(event.value)} twice, of which the last alone would be used. "
+                            "Write it once."
+                        )
+                    keys[-1].add(event.value)
+                is_key[-1] = not is_key[-1]
+            if isinstance(event, yaml.CollectionStartEvent):
+                keys.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
+                is_key.append(True)
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in inside):
                 raise UserError(f"{called} has the alias *{event.anchor} inside its own anchor. Write the value out.")

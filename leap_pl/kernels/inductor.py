@@ -12,6 +12,8 @@ import torch
 
 from leap_pl.errors import warn_once
 
+VARIANTS = 64  # of one kernel in a process
+
 Graph = Callable[[list[Any]], Sequence[Any]]  # clears the list that it receives
 Note = Callable[[Graph, Sequence[Any], Sequence[Any]], None]  # called with a compiled graph, its inputs, its outputs
 
@@ -52,7 +54,26 @@ def compile_and_note(kernel: Callable[..., Any], options: Mapping[str, Any], not
         code.current_callable = noting
         return code
 
-    return torch.compile(kernel, dynamic=True, fullgraph=True, backend=backend)
+    compiled = torch.compile(kernel, dynamic=True, fullgraph=True, backend=backend)
+
+    def called(*arguments: Any, **settings: Any) -> Any:
+        with _variants():
+            return compiled(*arguments, **settings)
+
+    return called
+
+
+def _variants() -> AbstractContextManager[Any]:
+    """Return a context in which a kernel may have many variants in a process: data types, widths, precisions.
+
+    At torch's own limit of 8 the next run of a notebook would end in an error.
+    """
+    try:
+        from torch._dynamo import config
+
+        return config.patch(recompile_limit=VARIANTS)  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
+    except (ImportError, AttributeError):
+        return nullcontext()
 
 
 def sizes_apart() -> AbstractContextManager[Any]:

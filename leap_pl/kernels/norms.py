@@ -15,7 +15,7 @@ def norm_of(tensor: Tensor) -> Tensor:
     all squares in eight running float32 sums, each of which soon rounds away a part of every further square.
     """
     if not is_large(tensor):
-        return torch.linalg.vector_norm(tensor.float())
+        return torch.linalg.vector_norm(tensor, dtype=torch.float32)
     if tensor.ndim > 1:
         lines = [tensor.flatten(0, -2)]
     else:

@@ -23,6 +23,7 @@ from leap_pl.errors import UserError
 from leap_pl.files import atomic_file
 from leap_pl.files.tensor_file import damage_in_one_line, write_tensors
 from leap_pl.inputs.hub import repository_of
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import WEIGHTS, WEIGHTS_FORMAT, mask_in
 from leap_pl.inputs.register import note_input
@@ -169,6 +170,6 @@ def write_weights(
     metadata = {"format": WEIGHTS_FORMAT, "format_version": str(FORMAT_VERSION)}
     metadata["mask_digest"] = MaskSet.load(mask).digest_of_bits()
     names = sorted(headers)
-    with atomic_file(path) as temporary:
+    with atomic_file(expanded(path)) as temporary:
         layout = {name: headers[name] for name in names}
         write_tensors(temporary, layout, ((name, weight(name)) for name in names), lambda: metadata)

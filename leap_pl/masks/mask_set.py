@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,14 @@ from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file
 from leap_pl.files.tensor_file import damage_in_one_line, tensor_bytes, write_tensors
 from leap_pl.inputs.hub import fetch_file, repository_of
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import MOST_BYTES, plain, shown
 from leap_pl.inputs.records import MASK, MASK_FORMAT, mask_in
 from leap_pl.inputs.register import note_input
 from leap_pl.masks.bits import PackedMasks, count, pack
 from leap_pl.masks.weight_groups import shares, split_name
+
+Model = TypeVar("Model", bound=nn.Module)
 
 if TYPE_CHECKING:
     from leap_pl.base_model.weights import Weight
@@ -90,6 +93,8 @@ class MaskSet:
         self.masks: Mapping[str, Tensor] = masks
         if not isinstance(masks, PackedMasks):
             for name, mask in masks.items():
+                if not isinstance(mask, Tensor):
+                    raise ValueError(f"the mask of {name} is a {type(mask).__name__}, not a bool tensor")
                 if mask.dtype != torch.bool:
                     raise ValueError(f"the mask of {name} is {mask.dtype}, not bool")
             self.masks = dict(masks)
@@ -218,7 +223,7 @@ class MaskSet:
     # -- operations ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def apply_(self, model: nn.Module, *, check: bool = True) -> nn.Module:
+    def apply_(self, model: Model, *, check: bool = True) -> Model:
         """Set the removed weights of ``model`` to zero in place, and return it; kept weights stay bit-identical.
 
         Args:
@@ -271,7 +276,7 @@ class MaskSet:
         """
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
         write_masks(path, shapes, self.masks.__getitem__, self.provenance)
-        return Path(path)
+        return expanded(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -357,7 +362,7 @@ def write_masks(
         }
 
     layout = {name: (torch.uint8, [(math.prod(shapes[name]) + 7) // 8]) for name in sorted(shapes)}
-    with atomic_file(path) as temporary:
+    with atomic_file(expanded(path)) as temporary:
         write_tensors(temporary, layout, packed(), metadata)
     return kept, sum(math.prod(shape) for shape in shapes.values())
 

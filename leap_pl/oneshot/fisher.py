@@ -194,7 +194,7 @@ def measure_moments(
             return
         own = moments.setdefault(matrix.name, Moments())
         own.add_inputs(inputs.detach())
-        output.register_hook(lambda g: own.add_gradients(g if part is None else g[part]))
+        output.register_hook(lambda g: own.add_gradients(_of_part(g, part)))
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -222,6 +222,13 @@ def measure_moments(
         if not (own.input_square_I.isfinite().all() and own.gradient_square_O.isfinite().all()):
             raise UserError(f"{name}: its inputs or gradients are not finite. Load the model in another --dtype.")
     return moments
+
+
+def _of_part(gradient: Tensor, part: Part) -> Tensor:
+    """Return the gradient (…, O) of the outputs of one matrix in that of a product."""
+    if part is None:
+        return gradient
+    return gradient.mT if part == "transposed" else gradient[part]
 
 
 class _LogCosts(Sequence[Tensor]):

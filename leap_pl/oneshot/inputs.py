@@ -9,7 +9,7 @@ Shapes: N tokens, O outputs, I inputs.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +123,7 @@ class InputStatistics:
         return sum(float((part_NI @ matrix_OI.T).square().sum()) for part_NI in self.sample)
 
 
-Part = tuple[int, Tensor] | None
+Part = tuple[int, Tensor] | Literal["transposed"] | None
 Sink = Callable[[Matrix, Tensor, Tensor, Part], None]
 
 
@@ -131,7 +131,8 @@ class ProductWatch(TorchFunctionMode):
     """Mode that calls ``sink(matrix, inputs, output, part)`` after every product of inputs with a watched matrix.
 
     ``output`` is that of the whole product. If that is a batched product of several experts, ``part`` is the index of
-    the matrix's output in it, else None. Such a product has a row of zeros for every token that another expert gets
+    the matrix's output in it; if the weight stands on the left, with its inputs and outputs in columns, as in Mamba's
+    mixer, it is ``transposed``; else None. Such a product has a row of zeros for every token that another expert gets
     (Llama 4): these are not among the inputs.
     """
 
@@ -160,6 +161,10 @@ class ProductWatch(TorchFunctionMode):
         return output
 
     def _match(self, inputs: Any, weight: Any, output: Tensor) -> None:
+        if isinstance(inputs, Tensor) and isinstance(weight, Tensor) and self._stands_left(inputs, weight):
+            stack = next(stack for *_, parameter, stack in self.ranges if parameter.data_ptr() == inputs.data_ptr())
+            self.sink(stack[0], weight.mT, output, "transposed")
+            return
         if not isinstance(weight, Tensor) or weight.ndim < 2 or not isinstance(inputs, Tensor):
             return
         address = weight.data_ptr()
@@ -176,6 +181,16 @@ class ProductWatch(TorchFunctionMode):
                 bytes_each = parameter.numel() * parameter.element_size() // len(stack)
                 self.sink(stack[(address - first) // bytes_each], inputs, output, None)
             return
+
+    def _stands_left(self, left: Tensor, right: Tensor) -> bool:
+        """Return whether a product is of a whole weight with inputs behind it, as in Mamba's mixer."""
+        if left.ndim != 2 or right.ndim < 2:
+            return False
+        place, shape = left.data_ptr(), left.shape
+        return any(
+            first == place and len(stack) == 1 and parameter.shape == shape and right.shape[-2] == stack[0].size
+            for first, _, parameter, stack in self.ranges
+        )
 
 
 def _operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:

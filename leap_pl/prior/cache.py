@@ -126,7 +126,12 @@ def one_shot_prior(
         pattern=pattern,
         fisher=fisher,
         weights=weights,
-        walk=WalkOptions(device=device, first_target=getattr(data, "first_target", 1)),
+        # Fisher allocation runs the whole model forward and backward: in no larger batches than learning.
+        walk=WalkOptions(
+            min(WalkOptions().batch_size, getattr(data, "batch_size", 1) if fisher else WalkOptions().batch_size),
+            device,
+            first_target=getattr(data, "first_target", 1),
+        ),
         update=False,
         base_model=base_model,
         revision=revision,

@@ -62,14 +62,26 @@ def library() -> Path:
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     facts = f"{torch.__version__} {platform.machine()} {said}".encode()
     key = hashlib.sha256(facts + b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:16]
-    folder = expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "leap_pl" / "kernels" / key
-    folder.mkdir(parents=True, exist_ok=True)
-    made = folder / "decode.so"
-    with (folder / "lock").open("w") as lock:
+    made = expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "leap_pl" / "kernels" / key / "decode.so"
+    if made.exists():
+        return made
+    try:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        lock = (made.parent / "lock").open("w")
+    except OSError:  # of a home that may only be read: for this process alone
+        made = Path(_temporary_folder().name) / made.name
+        lock = (made.parent / "lock").open("w")
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released with the process, however that ends
         if not made.exists():
             _compile(compiler, made)
     return made
+
+
+@cache
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder that only this process uses, and that is removed at its end."""
+    return tempfile.TemporaryDirectory(prefix="leap_pl-kernels-")
 
 
 def _compile(compiler: str, made: Path) -> None:

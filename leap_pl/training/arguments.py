@@ -11,13 +11,38 @@ LOGITS_DTYPES = ("float32", "bfloat16")
 
 
 def check_arguments(
-    *, base_model: Any, mask: Any, weights: Any, targets: Any, ignore: Any, dtype: Any, logits_dtype: Any
+    *,
+    base_model: Any,
+    mask: Any,
+    weights: Any,
+    targets: Any,
+    ignore: Any,
+    dtype: Any,
+    logits_dtype: Any,
+    gate: Any,
+    **settings: Any,
 ) -> None:
-    """Check that models, masks and data types are given by their names, and weights by lists of them.
+    """Check that models, masks and data types are given by their names, weights by lists of them, settings by objects.
+
+    Args:
+        base_model: Name of a model, likewise ``mask`` and ``weights``.
+        mask: See ``base_model``.
+        weights: See ``base_model``.
+        targets: List of names, likewise ``ignore``.
+        ignore: See ``targets``.
+        dtype: Name of a data type, likewise ``logits_dtype``.
+        logits_dtype: See ``dtype``.
+        gate: Class of a gate, or a partial of one.
+        settings: Name → (what was given, the dataclass that it should be).
 
     Raises:
         UserError: One is an object, or a name where a list is meant; or a data type is none of those that there are.
     """
+    for name, (value, kind) in settings.items():
+        if not isinstance(value, kind | dict):
+            raise UserError(f"{name} is {shown(repr(value), 200)}; give {kind.__name__}(...).")
+    if not callable(gate):
+        raise UserError(f"gate is {shown(repr(gate), 200)}; give a class of gates, or a partial of one.")
     for name, value in (("base_model", base_model), ("mask", mask), ("weights", weights)):
         if not isinstance(value, str) and not (value is None and name != "base_model"):
             remedy = "save it first, and give the file" if name == "mask" else "give its hub id or its folder"

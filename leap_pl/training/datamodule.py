@@ -28,7 +28,7 @@ from leap_pl.distributed.strategy import check_as_rank_zero, data_rank
 from leap_pl.errors import UserError
 from leap_pl.inputs.hub import check_revision
 from leap_pl.inputs.plain_values import display, plain_paths
-from leap_pl.inputs.ranges import check_numbers
+from leap_pl.inputs.ranges import check_numbers, check_whole
 from leap_pl.kernels.transfers import pinned
 from leap_pl.training.run_length import check_run_length
 
@@ -110,7 +110,9 @@ class TextDataModule(LightningDataModule):
         if seq_length < 2:
             raise UserError(f"data.seq_length is {seq_length}; give 2 or more, to predict a token from one before it.")
         numbers = {"seq_length": seq_length, "batch_size": batch_size, "validation_sequences": validation_sequences}
-        check_numbers({**numbers, "num_workers": num_workers, "seed": seed}, "data.")
+        numbers |= {"num_workers": num_workers, "seed": seed}
+        check_numbers(numbers, "data.")
+        check_whole(numbers, "data.")
         self.tokenizer_name: Any = tokenizer  # Python code may pass a tokenizer instead of a name
         self._tokenizer_of_model, self._revision_of_model = tokenizer is None, None
         self._trusts_code = False  # set with the name of the model's tokenizer, by a user who trusts the model's
@@ -406,7 +408,7 @@ class TextDataModule(LightningDataModule):
         Raises:
             UserError: It is a part of local files of which that run held out none.
         """
-        if self.validation_text is not None or before.get(HELD_OUT) is not False:
+        if self.validation_text is not None or not self.validation_sequences or before.get(HELD_OUT) is not False:
             return
         shards = self._open("held_out").shards
         if shards.rereadable and shards.identity() == before.get("text"):

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from leap_pl.base_model.backbone import Head, checkpoint_activations, set_modes, split_model
+from leap_pl.base_model.backbone import Head, check_checkpointing, checkpoint_activations, set_modes, split_model
 from leap_pl.base_model.buffers import keeping_buffers
 from leap_pl.base_model.fast_dtype import fast_dtype
 from leap_pl.base_model.loading import Dtype, load_model
@@ -186,14 +186,16 @@ class GatedModule(L.LightningModule):
         self.trained.check(self.weights, fixed=fixed, sharded=self.mesh is not None)
         if self._fitting():
             self.trained.check_trains(model, fixed=fixed)
-        if self._fitting() and not fixed:  # first, since a prior may take minutes
+        if self.activation_checkpointing:  # first, since a prior may take minutes
+            check_checkpointing(model)
+        if self._fitting() and not fixed:
             warn_if_sparse(self.weights, self.base_model)
         prior = self._make_prior(model, probe)
         if self._fitting() and fixed and self.resumes_from is None:  # last, since the mask may be refused
             warn_of_start(self.weights, self.base_model, self.prior, self.trained.start)
         model.requires_grad_(False)
         if self._fitting() and self.resumes_from is None:  # a resumed run has its own
-            self.trained.read_start(model, fixed=fixed, trust_remote_code=self.trust_remote_code)
+            self.trained.read_start(model, trust_remote_code=self.trust_remote_code)
         if self.mesh is None:
             model.to(self._device_of_run())  # not before: the prior is made of one block at a time on the device
             self._put_gates(self.weights, prior)

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval
@@ -20,7 +21,7 @@ from leap_pl.errors import UserError
 from leap_pl.gates import PART, BernoulliGate, FixedGate, Gate, GateState
 from leap_pl.inputs.hub import check_revision
 from leap_pl.inputs.plain_values import plain_paths
-from leap_pl.inputs.ranges import check_numbers
+from leap_pl.inputs.ranges import check_numbers, check_whole
 from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import MicroBatch
 from leap_pl.prior import Prior
@@ -34,6 +35,21 @@ from leap_pl.training.schedules import Annealing
 from leap_pl.training.trainer_checks import check_trainer, check_unused
 from leap_pl.training.validated_module import ValidatedModule
 from leap_pl.training.weights import NONE, WeightTraining
+
+if TYPE_CHECKING:
+    of_class = classmethod
+else:
+
+    class of_class(classmethod):  # noqa: N801  (a decorator)
+        """Class method that an instance refuses: it would return another one, and change nothing in this."""
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Any:
+            """Return the method of the class, or on an instance a function that says what to call."""
+            return super().__get__(instance, owner) if instance is None else partial(_refuse_instance, self.__name__)
+
+
+def _refuse_instance(name: str, *_: Any, **__: Any) -> None:
+    raise UserError(f"{name} returns a new module, and leaves this instance as it is. Call it on the class.")
 
 
 class LeapModule(ValidatedModule):
@@ -131,6 +147,11 @@ class LeapModule(ValidatedModule):
             ignore=ignore,
             dtype=dtype,
             logits_dtype=logits_dtype,
+            gate=gate,
+            prior=(prior, Prior),
+            objective=(objective, Objective),
+            annealing=(annealing, Annealing),
+            weight_training=(weight_training, WeightTraining),
         )
         # Checkpoints store settings as plain dictionaries.
         prior = Prior(**prior) if isinstance(prior, dict) else prior
@@ -144,6 +165,7 @@ class LeapModule(ValidatedModule):
             weight_training = weight_training.with_rate(learned=fixed.learned)
         weight_training = weight_training.with_rate(learned=False)
         check_numbers({"sparsity": sparsity, "warmup_steps": warmup_steps, "seed": seed}, "model.")
+        check_whole({"warmup_steps": warmup_steps, "seed": seed}, "model.")
         super().__init__(
             base_model,
             # A value of a restricted type is not a plain float, and checkpoints are read with weights_only.
@@ -178,7 +200,7 @@ class LeapModule(ValidatedModule):
         self.norms: list[tuple[int, Tensor]] = []  # (step, gradient norm) that were not checked yet
         self._harden(0.0)
 
-    @classmethod
+    @of_class
     def load_from_checkpoint(  # type: ignore[override]  # no open files
         cls,
         checkpoint_path: str | Path,

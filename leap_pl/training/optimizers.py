@@ -326,8 +326,8 @@ def check_state(checkpoint: Mapping[str, Any], path: str | Path, strategy: objec
     optimizers = checkpoint.get("optimizer_states", [])
     if not Path(path).is_dir() and not all(optimizer["state"] for optimizer in optimizers):
         raise UserError(
-            f"{path} has no states of its optimizer, such as SGD without momentum, and Lightning cannot shard such a "
-            "file. Resume it without ModelParallelStrategy."
+            f"{path} has no states of its optimizer, as of SGD without momentum or before the first step, and "
+            "Lightning cannot shard such a file. Resume it without ModelParallelStrategy, or start again."
         )
     keys = {key for optimizer in optimizers for state in optimizer["state"].values() for key in state}
     if FORMER_MOMENTS in (state_keys(path) if Path(path).is_dir() else keys):

@@ -26,6 +26,10 @@ from leap_pl.training.optimizers import check_state
 OF_DATA = ("datamodule_hyper_parameters", "datamodule_hparams_name", "datamodule_hparams_type")
 
 
+# Settings of the training of weights that decide how far they move, and not what they are.
+RATES = ("lr", "warmup_steps", "weight_decay")
+
+
 class ResumableModule(GatedModule):
     """Base class of modules that learn a mask, or weights, or both: their identity and their checkpoints.
 
@@ -86,6 +90,9 @@ class ResumableModule(GatedModule):
             here |= run_settings.of_trainer(trainer, data) | run_settings.dtype_of_earlier(stored, here, trainer)
         else:  # the hard mask depends only on these
             here = {name: here[name] for name in MASK_SETTINGS if name in here}
+            for settings in (here, stored):  # and not on how fast weights were trained
+                if isinstance(training := settings.get("model.weight_training"), dict):
+                    settings["model.weight_training"] = {k: v for k, v in training.items() if k not in RATES}
         check_settings(stored, here)
 
     def _take_name_of_mask(self, identity: Identity, stored: Settings, here: Settings) -> None:
@@ -195,7 +202,8 @@ class ResumableModule(GatedModule):
         self.finished = None  # what is learned is now the checkpoint's
         # trainer.max_time limits each start. A timer that counted all of them would end every further start of the same
         # command, as a cluster submits it, before its first step.
-        checkpoint.get("callbacks", {}).pop(Timer.__qualname__, None)
+        if any(type(callback) is Timer for callback in getattr(self.attached, "callbacks", ())):
+            checkpoint.get("callbacks", {}).pop(Timer.__qualname__, None)
         if self.mesh is None and "state_dict" not in checkpoint:
             raise not_one_file(getattr(self.attached, "ckpt_path", None) or "FOLDER")
         found = read_identity(checkpoint)

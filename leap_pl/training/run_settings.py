@@ -28,6 +28,7 @@ from leap_pl.training.live_settings import clipping_algorithm
 from leap_pl.training.optimizers import PackedAdamW, SharedAdamW
 from leap_pl.training.schedules import Annealing, learned_by
 from leap_pl.training.shared_steps import DIMENSIONS
+from leap_pl.training.trainer_checks import CONVERTING
 from leap_pl.training.weights import KINDS, WeightTraining
 
 if TYPE_CHECKING:
@@ -73,9 +74,6 @@ PRECISIONS = Literal[
     "transformer-engine-float16",
 ]
 
-
-# Precisions of the trainer for which Lightning converts the whole model → the data type that it then has.
-CONVERTING = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}
 
 # Settings that earlier versions did not have → the values that give what those versions did.
 OF_EARLIER: Settings = {"data.bos": "first"}

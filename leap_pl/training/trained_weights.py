@@ -91,6 +91,12 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         Raises:
             UserError: They do not.
         """
+        if self.start is not None and (self.kind != "kept" or not fixed):
+            raise UserError(
+                f"model.weights is {self.start}, and only kept weights under a fixed mask start from others than the "
+                "base model's. Use leap_pl recover with --model.mask MASK and --model.train_weights kept, or leave it "
+                "out."
+            )
         if self.settings.embeddings and self.kind == NONE:
             raise UserError(
                 "model.weight_training.embeddings is set, and model.train_weights is none. Add --model.train_weights "
@@ -142,24 +148,18 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
                 "or learn a mask: leap_pl fit without --model.mask."
             )
 
-    def read_start(self, model: nn.Module, *, fixed: bool, trust_remote_code: bool) -> None:
+    def read_start(self, model: nn.Module, *, trust_remote_code: bool) -> None:
         """Read the weights that training starts from, if they are not the base model's.
 
         Args:
             model: Base model, as it was loaded.
-            fixed: Whether the mask is fixed.
             trust_remote_code: Whether to run code that comes with their model.
 
         Raises:
-            UserError: They cannot be read, or this kind of run starts from the base model's alone.
+            UserError: They cannot be read.
         """
         if self.start is None:
             return
-        if self.kind != "kept" or not fixed:
-            raise UserError(
-                f"model.weights is {self.start}, and only kept weights under a fixed mask start from others than the "
-                "base model's. Add --model.train_weights kept and --model.mask MASK, or leave it out."
-            )
         self._start = StartWeights.read(self.start, model, trust_remote_code=trust_remote_code)
 
     def train(self, weight: Weight, gate: Gate) -> None:
@@ -177,10 +177,12 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         """Train the weights of ``norms``, if the run trains norms, and return their modules."""
         if not KINDS[self.kind].norms:
             return []
-        found = list(norms)
-        for weight in found:
-            self._train_whole([weight])
-        return list(dict.fromkeys(weight.module for weight in found))
+        places: dict[int, list[Weight]] = {}  # of each norm, which several blocks may share
+        for weight in norms:
+            places.setdefault(id(weight.parameter), []).append(weight)
+        for shared in places.values():
+            self._train_whole(shared)
+        return list(dict.fromkeys(weight.module for shared in places.values() for weight in shared))
 
     def train_embeddings(self, model: nn.Module) -> None:
         """Train the token embeddings and the head of ``model``, if the run trains them; tied ones stay tied."""

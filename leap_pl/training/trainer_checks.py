@@ -23,6 +23,9 @@ UNSUITABLE = {
 # Lightning's plugins of precision that replace the linear layers, and with them their gates.
 REPLACING = {"TransformerEnginePrecision", "BitsandbytesPrecision"}
 
+# Precisions of the trainer for which Lightning converts the whole model → the data type that it then has.
+CONVERTING = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}
+
 METRICS = ["loss", "perplexity/hard", "perplexity/dense", "step", "epoch"]  # that a callback of Lightning can monitor
 
 NUMBERS = ("gradient_clip_val", "val_check_interval", "accumulate_grad_batches", "log_every_n_steps")
@@ -59,9 +62,9 @@ def check_float16(trainer: "Trainer", dtype: str) -> None:
     Raises:
         UserError: They are float16, and the loss is not scaled.
     """
-    scaled = trainer.precision == "16-mixed"
-    if trainer.precision == "16-true" or (dtype == "float16" and not scaled):
-        where = "trainer.precision is 16-true" if trainer.precision == "16-true" else "model.dtype is float16"
+    precision = str(trainer.precision)
+    if CONVERTING.get(precision, dtype) == "float16" and precision != "16-mixed":
+        where = "trainer.precision is 16-true" if precision == "16-true" else "model.dtype is float16"
         raise UserError(
             f"{where}: the loss is not scaled, and float16 rounds most gradients to 0. Start a new run with "
             "--model.dtype bfloat16 or float32, or on a GPU with --trainer.precision 16-mixed, which scales it."

@@ -335,7 +335,7 @@ def parameters_of(
     kind, gated = KINDS[train_weights], kind_of(train_weights, settings)
     whole = [*(norms_of(model) if kind.norms else ())]
     whole += [places[0] for places in embeddings_of(model)] if settings.embeddings else []
-    found = sum(weight.parameter.numel() for weight in whole)
+    found = sum({id(weight.parameter): weight.parameter.numel() for weight in whole}.values())
     if gated is not None:
         taken = [weight for name, weight in weights.items() if gated.takes(name, settings)]
         found += sum(gated.parameters_of(weight, settings, density) for weight in taken)
@@ -346,7 +346,12 @@ def norms_of(model: nn.Module) -> Iterator[Weight]:
     """Yield the weights of the norms that text passes: of a model that also sees or hears, the decoder's."""
     config: Any = model.config
     within = "" if config.get_text_config() is config else decoder_blocks(model)[0].rpartition(".")[0]
-    return norms_in(model.get_submodule(within), within)
+    # Models of other parts with configs of their own, some of which lie within the decoder.
+    own = (config, config.get_text_config())
+    others = [name for name, part in model.named_modules() if getattr(part, "config", config) not in own]
+    for weight in norms_in(model.get_submodule(within), within):
+        if not any(weight.name.startswith(f"{name}.") for name in others):
+            yield weight
 
 
 def norms_in(module: nn.Module, within: str = "") -> Iterator[Weight]:

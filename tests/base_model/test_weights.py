@@ -25,7 +25,8 @@ from leap_pl.base_model.weights import (
 from leap_pl.errors import UserError
 from leap_pl.evaluation.subject import realised_sparsity
 from leap_pl.gates import BernoulliGate, GateState, attach, detach
-from leap_pl.training.weights import norms_in, norms_of
+from leap_pl.training.trained_weights import TrainedWeights
+from leap_pl.training.weights import WeightTraining, norms_in, norms_of
 
 BLOCKS = {"opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h"}
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
@@ -392,3 +393,45 @@ def test_a_tensor_that_layers_share_is_counted_once() -> None:
     counted = realised_sparsity(model)
     assert counted["counted"] == sum(weight.parameter.numel() for weight in found.values())
     assert counted["weights"]["model.layers.0.mlp.up_proj.weight"] == pytest.approx(1 / first.mlp.up_proj.out_features)
+
+
+def test_what_selects_tokens_or_experts_is_not_gated() -> None:
+    """The indexer of sparse attention has no gradient of the loss, and the router of ZAYA is several layers."""
+    config = transformers.DeepseekV32Config(
+        vocab_size=260, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        first_k_dense_replace=1, index_n_heads=2, index_head_dim=8, index_topk=4,
+    )  # fmt: skip
+    found = find_weights(transformers.DeepseekV32ForCausalLM(config))
+    assert any(".self_attn." in name for name in found)
+    assert not any(".indexer." in name for name in found)
+
+
+def test_norms_that_blocks_share_are_one() -> None:
+    """As in Zamba 2, whose blocks are one."""
+    model = tiny_model()
+    first, second = model.model.layers
+    second.input_layernorm.weight = first.input_layernorm.weight
+    whole = TrainedWeights("norms", WeightTraining(), None, GateState(), torch.float32)
+    whole.train_norms(norms_of(model))
+    names = [name for name in whole if "input_layernorm" in name]
+    assert names == ["model.layers.0.input_layernorm.weight"]
+
+
+def test_rwkv_keeps_its_weights_when_it_is_used(tmp_path: Path) -> None:
+    """transformers divides some of them in place at the first use in eval mode."""
+    config = transformers.RwkvConfig(
+        vocab_size=260, hidden_size=16, num_hidden_layers=2, context_length=32, rescale_every=1
+    )
+    torch.manual_seed(0)
+    made = transformers.RwkvForCausalLM(config).eval()
+    made.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        logits = model(ids).logits
+        expected = made(ids).logits  # which divides
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert torch.allclose(logits, expected, atol=1e-3)  # but for the epsilon of its norms

@@ -77,8 +77,6 @@ def test_tensorboard_opens_on_what_decides(finished: Run) -> None:
     assert {"at_a_glance/plan/text_summary", "at_a_glance/verdict/text_summary"} <= {*tags["tensors"]}
     (plan,) = events.Tensors("at_a_glance/plan/text_summary")
     assert b"the paper's, for 2.1 billion tokens; for few, --config short" in plan.tensor_proto.string_val[0]
-    logged = (finished.folder / "tensorboard").rglob("hparams.yaml")
-    assert all(logged)
 
 
 def test_the_plan_names_the_recipes_of_its_gate(model_folder, text_file, tmp_path: Path, capsys) -> None:
@@ -180,3 +178,12 @@ def test_a_run_validated_another_number_of_times_learns_the_same(
         for path in (finished.checkpoint, tmp_path / "checkpoints" / "last.ckpt")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_histograms_have_an_interval_of_their_own(model_folder, text_file, tmp_path: Path) -> None:
+    intervals = ("--sparsity_log.every_n_steps=3", "--sparsity_log.histogram_every_n_steps=2")
+    main(fit_flags(model_folder, text_file, tmp_path, *intervals))
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    tag = events.Tags()["histograms"][0]
+    assert [event.step for event in events.Histograms(tag)] == [1, 2, 4, 6]

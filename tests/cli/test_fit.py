@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run, fit_flags
+from lightning.pytorch.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -264,3 +265,36 @@ def test_a_step_looks_at_no_number_on_a_device(model_folder, text_file, tmp_path
         assert not looks.found, looks.found[0][1]
     else:
         assert {at for at, _ in looks.found} == set(range(6))
+
+
+def test_a_seed_that_changes_nothing_is_told(model_folder, text_file, tmp_path: Path) -> None:
+    words = fit_flags(model_folder, text_file, tmp_path, "--trainer.max_steps=1", "--seed_everything=1")
+    with pytest.warns(UserWarning, match="--seed_everything does not change what is learned"):
+        main(words)
+
+
+def test_validate_takes_the_config_that_fit_has_saved(finished: Run) -> None:
+    (config,) = (finished.folder / "tensorboard").rglob("config.yaml")
+    main(["validate", f"--config={config}", f"--ckpt_path={finished.checkpoint}", "--trainer.logger=false"])
+
+
+class Remote(Logger):
+    """A logger without a folder, as MLflow's of a server is."""
+
+    name, version = "remote", "0"
+
+    def log_metrics(self, metrics: object, step: object = None) -> None:
+        """Log nothing."""
+
+    def log_hyperparams(self, params: object, *args: object, **kwargs: object) -> None:
+        """Log nothing."""
+
+
+def test_a_logger_without_a_folder(model_folder, text_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    words = fit_flags(model_folder, text_file, tmp_path / "run")
+    words = [word for word in words if not word.startswith("--trainer.logger")]
+    main([*words, "--trainer.max_steps=1", f"--trainer.logger={__name__}.Remote"])
+    assert (tmp_path / "config.yaml").read_text() == "mine: 1\n"
+    assert "base_model" in (tmp_path / "run" / "checkpoints" / "config.yaml").read_text()

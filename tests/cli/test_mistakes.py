@@ -11,7 +11,10 @@ from hostile_files import Trap
 from tiny import byte_tokenizer, tiny_folder
 
 from leap_pl.checkpoints.layout import load_checkpoint, masks_from_checkpoint, tensors_of
+from leap_pl.cli.arguments import with_recipes
 from leap_pl.cli.main import main
+from leap_pl.errors import UserError
+from leap_pl.inputs.yaml_input import check_yaml
 from leap_pl.masks import MaskSet
 from leap_pl.oneshot.allocation import read_layer_sparsities
 
@@ -319,3 +322,28 @@ def test_every_option_may_begin_with_the_home_folder(finished: Run, tmp_path: Pa
     assert read_layer_sparsities("~/shares.json") == [0.5]
     shutil.copy(finished.checkpoint, tmp_path / "a.ckpt")
     assert tensors_of(load_checkpoint("~/a.ckpt"), "~/a.ckpt")[0]
+
+
+def test_a_key_that_stands_twice(tmp_path: Path, capsys) -> None:
+    """YAML takes the last, and the first group would be lost without a word."""
+    config = tmp_path / "c.yaml"
+    config.write_text("model: {base_model: x}\ntrainer: {max_steps: 5}\ntrainer: {devices: 1}\n")
+    assert "has the key trainer twice" in failing(capsys, ["fit", f"--config={config}"])
+    config.write_text("a: &a {b: 1, c: [b, b]}\nd:\n  <<: *a\n  b: 2\ne: {b: 1}\n")
+    check_yaml(config.read_text())
+    check_yaml("[{a: 1}, {a: 2}]")
+    with pytest.raises(UserError, match="the key a twice"):
+        check_yaml("{a: 1, b: {a: 1}, a: 2}")
+
+
+def test_a_folder_does_not_hide_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short").mkdir()
+    assert with_recipes(["fit", "--config", "short"])[-1].endswith("recipes/short.yaml")
+
+
+def test_what_a_schedule_lacks(capsys) -> None:
+    message = failing(capsys, ["fit", "--model.base_model=x", "--model.lr_scheduler=StepLR"])
+    assert "StepLR needs step_size" in message
+    assert "--model.lr_scheduler StepLR --model.lr_scheduler.step_size VALUE" in message
+    assert "Namespace" not in message

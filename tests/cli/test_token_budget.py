@@ -58,3 +58,12 @@ def test_a_run_of_so_many_tokens(model_folder, text_file, tmp_path: Path, capsys
     with pytest.raises(SystemExit):  # finished with another length
         main([*words, "--tokens=1K", "--ckpt_path=last"])
     assert "trainer.max_steps was 2 and is 8" in capsys.readouterr().err
+
+
+def test_a_later_config_decides_the_length(model_folder, text_file, tmp_path: Path, eager: None) -> None:
+    words = [word for word in fit_flags(model_folder, text_file, tmp_path) if "max_steps" not in word]
+    tokens, steps = tmp_path / "tokens.yaml", tmp_path / "steps.yaml"
+    tokens.write_text("tokens: 256\ntrainer: {max_steps: 9}\n")
+    steps.write_text("trainer: {max_steps: 1}\n")
+    assert main([*words, f"--config={tokens}", f"--config={steps}"]).trainer.max_steps == 1
+    assert main([*words, f"--config={steps}", f"--config={tokens}", "--force"]).trainer.max_steps == 2

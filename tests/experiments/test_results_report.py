@@ -14,7 +14,7 @@ from tiny_experiment import SCORED_CELLS, STEP, cells, change, results, runner, 
 
 from experiments.headline.__main__ import main
 from experiments.headline.measured import Group, groups, read_cells
-from experiments.headline.overview import best_rows, draw_overview, losses
+from experiments.headline.overview import best_rows, draw_overview, losses, verdict
 from experiments.headline.tables import difference_table
 from leap_pl.cli.main import main as leap_pl
 from leap_pl.comparison import drawing
@@ -257,7 +257,11 @@ def test_page_says_where_what_is_learned_loses(experiment_done):
     told = page.split("## Where learning loses\n")[1].split("\n## ")[0].strip().splitlines()
     texts = {name: str(folder / f"{name}.jsonl") for name in ("like", "unlike")}
     learned = ("leap-50", "distill-50", "leap-60")  # those of the first table
-    multiples = told[0].removeprefix("- Perplexity of the learned rows above, in times of the dense model's: ")
+    multiples = (
+        told[0]
+        .removeprefix("- The learned masks above have ")
+        .removesuffix(", as times of the dense model's perplexity.")
+    )
     for span, text in zip(multiples.split(", "), texts.values(), strict=True):
         values = [found[name]["perplexity"][text]["value"] for name in learned]
         dense = found["dense"]["perplexity"][text]["value"]
@@ -275,7 +279,7 @@ def test_rows_worse_than_the_best_baseline_are_named(experiment_done, swapped):
         for m in read_cells(folder / "docs" / "results" / "cells")
         if m.model == "llama"
     ]
-    told, worse, alike = "\n".join(losses(found, best_rows(found))), 0, 0
+    told, worse, alike, better, compared = "\n".join(losses(found, best_rows(found))), 0, 0, 0, 0
     for group in groups(found):
         for title, like, _, unlike, _, *accuracy in table_rows(difference_table(group))[2:]:
             name = f"{title}, {group.heading}"
@@ -283,11 +287,14 @@ def test_rows_worse_than_the_best_baseline_are_named(experiment_done, swapped):
                 value, error = spread_of(cell)
                 assert (f"{name}, {text} ({value:+.2f})" in told) == (value > 2 * error)
                 worse += value > 2 * error
+                better += value < -2 * error
+                compared += 1
             if any(accuracy):
                 value, error = spread_of(accuracy[0])
                 assert (f"{name} ({value:+.1f})" in told) == (value <= 2 * error)
                 alike += value <= 2 * error
     assert worse > 0 if swapped else worse == 0
+    assert f"in {better} of {compared} comparisons of a row on a text" in verdict(found)
     assert ("more than 2 standard errors above" in told) == bool(worse)
     assert ("less than 2 standard errors above" in told) == bool(alike)
 

@@ -231,3 +231,18 @@ def test_only_code_for_a_cpu_is_called_directly(monkeypatch: pytest.MonkeyPatch)
     assert compiling._find_backend(torch.device("cpu")) is DirectKernel
     assert compiling._find_backend(torch.device("cuda")) is compiling._torch_compile
     assert tried == [("DirectKernel", "cpu"), ("_torch_compile", "cuda")]
+
+
+def test_a_kernel_has_more_variants_than_torch_allows_by_default() -> None:
+    """A notebook that runs several modules has them: data types of weights and logits, widths, precisions."""
+    from leap_pl.kernels.inductor import compile_and_note
+
+    def doubled(x: torch.Tensor, times: int) -> torch.Tensor:
+        return x * (2 + times)
+
+    kernel = compile_and_note(doubled, {}, lambda *_: None)
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int32)
+    for dtype in dtypes:
+        for dimensions in (1, 2):
+            found = kernel(torch.ones((3,) * dimensions, dtype=dtype), 0)
+            assert torch.equal(found, torch.full((3,) * dimensions, 2, dtype=dtype))

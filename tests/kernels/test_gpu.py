@@ -37,17 +37,26 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
 GENERATIONS = [80, 90]  # A100, H100
 
 
-def code(kernel: Any, signature: dict[str, Any], generation: int, **options: Any) -> str:
-    """The PTX of a kernel; assembled to machine code too, which fails for registers or memory that a GPU lacks."""
+SHARED = 99 * 1024  # bytes of shared memory that a program may have on the GPUs with least: RTX 4090, L4, A10
+
+
+def code(kernel: Any, signature: dict[str, Any], generation: int, *, even: tuple[str, ...] = (), **options: Any) -> str:
+    """The PTX of a kernel; assembled to machine code too, which fails for registers that a GPU lacks.
+
+    Of ``even`` arguments Triton is told that 16 divides them, as it finds where a kernel is launched: wide loads are
+    then buffered in shared memory, which must be there.
+    """
     from triton import compile as compile_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kinds = {name: kind if isinstance(kind, (str, tuple)) else "constexpr" for name, kind in signature.items()}
     fixed = {name: kind for name, kind in signature.items() if not isinstance(kind, (str, tuple))}
-    source = ASTSource(fn=kernel, signature=kinds, constexprs=fixed)
+    attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in even}
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=fixed, attrs=attributes)
     made = compile_kernel(source, target=GPUTarget("cuda", generation, 32), options=options)
     assert made.asm["cubin"]
+    assert made.metadata.shared <= SHARED
     return made.asm["ptx"]
 
 
@@ -111,6 +120,24 @@ def test_packed_products_compile(one: bool, generation: int) -> None:
         assert "mma" in ptx
         return
     code(packed._unpack, weight | {"out": "*bf16"} | numbers | sizes, generation)
+
+
+@pytest.mark.parametrize("generation", [80, 89, 90, 120])
+@pytest.mark.parametrize("values", ["*bf16", "*fp32", "*i8"])
+def test_packed_products_fit_into_shared_memory_as_they_are_launched(values: str, generation: int) -> None:
+    from leap_pl.kernels.gpu import packed
+
+    inputs = "*fp32" if values == "*fp32" else "*bf16"
+    given = {"x": inputs, "bitmap": "*i32", "values": values, "starts": "*i64", "partials": "*fp32"}
+    given |= dict.fromkeys(("rows", "columns", "words", "part_words", "count"), "i32")
+    sizes = {"ONE": False, "TILE": packed.TILE, "ROWS": packed.TILE, "COLUMNS": packed.COLUMNS, "WORDS": packed.WORDS}
+    order = [name for name in packed._multiply.arg_names if name in given or name in sizes]
+    code(
+        packed._multiply,
+        {name: (given | sizes)[name] for name in order},
+        generation,
+        even=("x", "bitmap", "values", "starts", "partials", "columns", "words"),
+    )
 
 
 def test_new_keys_are_no_new_kernel() -> None:

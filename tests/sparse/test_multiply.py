@@ -251,3 +251,13 @@ def test_a_damaged_library_is_compiled_again(tmp_path: Path, monkeypatch: pytest
     made.write_text("dam")
     assert building.has_kernels.__wrapped__()
     assert loaded == ["dam", "whole"]
+
+
+@compiled
+def test_kernels_are_compiled_where_no_cache_can_be_written(tmp_path: Path) -> None:
+    """As in a container whose home may only be read."""
+    script = "from leap_pl.sparse.building import has_kernels; raise SystemExit(not has_kernels())"
+    environment = os.environ | {"XDG_CACHE_HOME": "/dev/null/x", "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.glob("leap_pl-kernels-*"))  # of the process alone

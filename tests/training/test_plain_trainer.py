@@ -9,12 +9,13 @@ import lightning as L
 import pytest
 import torch
 from conftest import Run
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.connectors import data_connector
 from tiny import tiny_folder, tiny_model
 
 import leap_pl
 from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
-from leap_pl.callbacks import Checkpoints, MaskExport
+from leap_pl.callbacks import Checkpoints, MaskExport, ValidationTimes
 from leap_pl.cli.process import MEANT
 from leap_pl.masks.bits import PackedMasks
 from leap_pl.prior import Prior
@@ -128,7 +129,7 @@ def test_gradients_of_a_fused_optimizer_that_are_scaled_cannot_be_clipped(
     assert (module.model is None) == refused
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "32-true"])
+@pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
 def test_positions_are_those_of_the_base_model_in_every_precision(
     precision: Any, model_folder: Path, text_file: Path, eager: None
 ) -> None:
@@ -137,7 +138,7 @@ def test_positions_are_those_of_the_base_model_in_every_precision(
     trainer(max_steps=1, precision=precision).fit(module, data(text_file, validation_sequences=0))
     assert module.model is not None
     found, expected = module.model.model.rotary_emb.inv_freq, tiny_model().model.rotary_emb.inv_freq
-    types = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "32-true": torch.float32}
+    types = {"bf16-true": torch.bfloat16, "32-true": torch.float32}
     assert module.model.model.norm.weight.dtype == types[precision]
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
@@ -190,3 +191,16 @@ def test_numbers_that_break_end_the_run_where_no_callback_looks(
     with pytest.raises(NonFiniteError, match="at step 0"):
         trainer(max_steps=8, log_every_n_steps=2).fit(module, data(text_file, validation_sequences=0))
     assert module.trainer.global_step == 2
+
+
+def test_other_callbacks_act_at_validations_that_are_spread(
+    model_folder: Path, text_file: Path, tmp_path: Path, eager: None
+) -> None:
+    module = LeapModule(str(model_folder), prior=Prior(method="none"))
+    best = ModelCheckpoint(tmp_path, monitor="perplexity/hard", save_top_k=-1, filename="{step}")
+    given = trainer(max_steps=10, callbacks=[ValidationTimes(), best], enable_checkpointing=True)
+    given.fit(module, data(text_file))
+    assert len(list(tmp_path.glob("*.ckpt"))) > 1
+    early = trainer(max_steps=10, callbacks=[EarlyStopping("perplexity/hard"), ValidationTimes()])
+    with pytest.raises(UserError, match="List it after ValidationTimes"):
+        early.fit(LeapModule(str(model_folder), prior=Prior(method="none")), data(text_file))

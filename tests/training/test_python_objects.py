@@ -7,11 +7,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from conftest import Run
 from python_runs import again, data, trainer
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 from torch.utils.data import DataLoader, IterableDataset
 
-from leap_pl import LeapModule, UserError
+from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
 from leap_pl.base_model.weights import find_weights
 from leap_pl.callbacks import Checkpoints, MaskExport, ValidationTimes
 from leap_pl.checkpoints.layout import masks_from_checkpoint
@@ -36,6 +37,12 @@ pytestmark = pytest.mark.usefixtures("eager")
         ({"dtype": torch.bfloat16}, r"dtype is torch\.bfloat16; give one of 'auto', 'float32'"),
         ({"logits_dtype": torch.bfloat16}, r"logits_dtype is torch\.bfloat16; give one of 'float32', 'bfloat16'"),
         ({"logits_dtype": "float16"}, "logits_dtype is 'float16'; give one of"),
+        ({"prior": "wanda"}, r"prior is 'wanda'; give Prior\(\.\.\.\)"),
+        ({"prior": None}, r"prior is None; give Prior\(\.\.\.\)"),
+        ({"objective": None}, r"objective is None; give Objective\(\.\.\.\)"),
+        ({"annealing": 3}, r"annealing is 3; give Annealing\(\.\.\.\)"),
+        ({"gate": "NMGate"}, "gate is 'NMGate'; give a class of gates"),
+        ({"warmup_steps": 0.1}, r"model\.warmup_steps is 0\.1; give a whole number"),
     ],
 )
 def test_what_is_no_name(settings: dict[str, Any], says: str) -> None:
@@ -245,3 +252,32 @@ def test_a_weight_that_is_not_used_has_a_gradient(model_folder: Path, text_file:
     skips = Skips()
     trainer(skips, max_steps=1).fit(module, data(text_file, validation_sequences=0))
     assert skips.without == []
+
+
+def test_a_share_is_no_number_of_blocks() -> None:
+    with pytest.raises(UserError, match=r"data\.validation_sequences is 0\.05; give a whole number"):
+        TextDataModule(text="a.txt", validation_sequences=0.05)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_is_loaded_by_the_class(finished: Run) -> None:
+    module = LeapModule.load_from_checkpoint(finished.checkpoint)
+    with pytest.raises(UserError, match="returns a new module, and leaves this instance as it is"):
+        module.load_from_checkpoint(finished.checkpoint)
+
+
+def test_the_home_folder_in_the_name_of_a_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Run) -> None:
+    masks = MaskSet.load(finished.mask)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert masks.save("~/m.safetensors") == tmp_path / "home" / "m.safetensors"
+    assert MaskSet.load("~/m.safetensors").digest_of_bits() == masks.digest_of_bits()
+    assert not Path("~").exists()
+    with pytest.raises(ValueError, match="is a ndarray, not a bool tensor"):
+        MaskSet({"a": torch.ones(2).bool().numpy()}, masks.provenance)  # type: ignore[dict-item]
+
+
+def test_the_best_perplexity_is_the_lowest(tmp_path: Path) -> None:
+    assert Checkpoints(str(tmp_path), monitor="perplexity/hard").mode == "min"
+    assert Checkpoints(str(tmp_path), monitor="perplexity/hard", mode="max").mode == "max"
+    assert Checkpoints(str(tmp_path)).mode == "max"  # of the step

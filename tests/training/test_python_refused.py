@@ -17,7 +17,9 @@ from tiny import tiny_model
 from leap_pl import LeapModule, MaskSet, UserError
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import model_fingerprint
+from leap_pl.checkpoints.class_spec import described
 from leap_pl.gates import BernoulliGate, detach
+from leap_pl.losses.term import Term
 from leap_pl.oneshot.prune import prune
 from leap_pl.prior import Prior
 from leap_pl.training.trainer_checks import check_trainer
@@ -122,3 +124,52 @@ def test_a_module_inside_another(module: LeapModule, text_file: Path) -> None:
 
     with pytest.raises(UserError, match=r"there is nothing to learn: no gates are attached\. A LeapModule must be"):
         trainer(max_steps=1).fit(Around(), data(text_file, tokenizer=module.base_model))
+
+
+class Passing(BernoulliGate):
+    """Gate that passes on what it does not name."""
+
+    def __init__(self, weight: Any, state: Any, power: float = 2.0, **kwargs: Any) -> None:
+        super().__init__(weight, state, **kwargs)
+        self.power = power
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "power": self.power}
+
+
+class Starred(BernoulliGate):
+    """Gate whose one argument of its own is given by its name."""
+
+    def __init__(self, *args: Any, power: float = 2.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.power = power
+
+
+class Squared(Term):
+    """Term that passes its weight on."""
+
+    name = "squared"
+
+    def __init__(self, power: float = 2.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.power = power
+
+    def value(self, batch: Any) -> Any:
+        return batch.hidden.sum() * 0
+
+
+def test_arguments_that_constructors_pass_on_are_settings_too(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    assert described(Squared(weight=0.5), {}, settings_only=True)["init_args"] == {"power": 2.0, "weight": 0.5}
+    with pytest.raises(TypeError, match="lacks power"):
+        trainer(max_steps=1).fit(
+            LeapModule(str(model_folder), gate=Starred, prior=Prior(method="none")), data(text_file)
+        )
+    module = LeapModule(str(model_folder), gate=partial(Passing, power=3.0, spread=0.02), prior=Prior(method="none"))
+    given = trainer(max_steps=1)
+    given.fit(module, data(text_file))
+    given.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = LeapModule.load_from_checkpoint(tmp_path / "a.ckpt", gate=partial(Passing, power=3.0, spread=0.02))
+    assert loaded.gates.first.settings() == module.gates.first.settings()
+    assert module.gates.first.settings()["spread"] == 0.02

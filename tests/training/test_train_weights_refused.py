@@ -95,7 +95,11 @@ def test_bad_input_is_refused_in_one_line(
             f"--model.weights={model_folder}",
             "--model.train_weights=norms",
         ],
-        "Add --model.train_weights kept": [*words, f"--model.weights={model_folder}", "--model.train_weights=lora"],
+        "and --model.train_weights kept, or leave it": [
+            *words,
+            f"--model.weights={model_folder}",
+            "--model.train_weights=lora",
+        ],
         "model.weight_training.lr is -1": [*words, "--model.weight_training.lr=-1"],
     }
     for says, line in cases.items():

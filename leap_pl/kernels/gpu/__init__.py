@@ -22,14 +22,14 @@ def has_kernels(device: torch.device) -> bool:
     """Return whether the operators of this package run on ``device``; with ``LEAP_PL_COMPILE=0``, none does."""
     if device.type not in DEVICES or os.environ.get("LEAP_PL_COMPILE") == "0":
         return False
-    return _found() and _works(device.type)
+    return _found() and _works(device)
 
 
 @cache
-def _works(kind: str) -> bool:
+def _works(device: torch.device) -> bool:
     """Return whether a kernel can be built and computes: Triton needs a C compiler and the headers of Python."""
-    logits, targets = torch.zeros(1, 2, device=kind), torch.zeros(1, dtype=torch.int64, device=kind)
     try:
+        logits, targets = torch.zeros(1, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device)
         loss, _ = torch.ops.leap_pl.lm_loss(logits, targets, 1.0)
         found = float(loss.sum())
     except Exception as error:
