@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from leap_pl.checkpoints.run_folder import link_last
@@ -206,3 +206,8 @@ def requeuing(trainer: L.Trainer) -> SLURMEnvironment | None:
         )
         environment = SLURMEnvironment()
     return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+
+
+def stops_at_the_end(callback: L.Callback) -> bool:
+    """Return whether ``callback`` is an EarlyStopping that has decided to act at the end of an epoch, in its setup."""
+    return isinstance(callback, EarlyStopping) and bool(callback._check_on_train_epoch_end)

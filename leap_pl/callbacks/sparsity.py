@@ -136,7 +136,7 @@ class SparsityLogger(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log once every ``every_n_steps`` optimizer steps, after the first and after the last."""
+        """Log once every ``every_n_steps`` optimizer steps, with each histogram, after the first and after the last."""
         step = trainer.global_step
         is_end = step in (1, trainer.max_steps)
         due = step % self.every_n_steps == 0 or step % self.histogram_every_n_steps == 0 or is_end

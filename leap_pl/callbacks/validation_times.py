@@ -4,9 +4,8 @@ import math
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import EarlyStopping
 
-from leap_pl.callbacks.lightning_internals import validate_at
+from leap_pl.callbacks.lightning_internals import stops_at_the_end, validate_at
 from leap_pl.errors import UserError
 
 TIMES = 10
@@ -22,6 +21,7 @@ class ValidationTimes(L.Callback):
     def __init__(self, spread: bool = True) -> None:
         """Set whether to ``spread`` validations; else those before the last follow ``trainer.val_check_interval``."""
         self.spread = spread
+        self._every: int | None = None  # epochs, as the trainer was given
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let Lightning count the interval over epochs: its other callbacks act at validations then, too.
@@ -32,15 +32,17 @@ class ValidationTimes(L.Callback):
         if not self.spread or stage != "fit":
             return
         callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
-        if any(isinstance(callback, EarlyStopping) for callback in callbacks[: callbacks.index(self)]):
+        if any(map(stops_at_the_end, callbacks[: callbacks.index(self)])):
             raise UserError("EarlyStopping would act at the end of the run alone. List it after ValidationTimes.")
-        trainer.check_val_every_n_epoch = None
+        self._every, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set the interval, in micro-batches, at which Lightning validates."""
         if not self.spread:
             return
         batches = sum(trainer.num_val_batches)
+        if batches == 0:  # other callbacks act at the end of the epoch, where nothing is validated
+            trainer.check_val_every_n_epoch = self._every
         counted = max(1, int(batches)) if math.isfinite(batches) else 1
         times = max(1, min(TIMES, trainer.max_steps * trainer.accumulate_grad_batches // counted))
         interval = -(-trainer.max_steps // times) * trainer.accumulate_grad_batches

@@ -220,7 +220,7 @@ def with_recipes(words: Sequence[str]) -> list[str]:
             found.append(word)
             continue
         name = str(expanded(name)) if name.startswith("~") else name
-        is_folder = Path(name).is_dir() and name in _recipes()  # which is no config, and the recipe is one
+        is_folder = name in _recipes() and Path(name).is_dir()  # which is no config, and the recipe is one
         if name and not name.startswith("-") and (is_folder or not exists(name)) and not _is_settings(name):
             name = str(_recipe(name))
         found.append(option + equals + name)

@@ -32,7 +32,7 @@ def take_tokens(settings: Any, words: list[str], configs: Mapping[str, Mapping[A
         raise UserError("--tokens and --trainer.max_steps both set the length of the run. Leave one of them out.")
     given = any(word.partition("=")[0] == "--tokens" for word in words)
     last = None if given else _last_of(configs)
-    if last == "max_steps":
+    if last == "max_steps" and any(one.get("tokens") is not None for one in configs.values()):
         settings.tokens = None
         return
     check_numbers(settings.as_dict())  # the number of steps is computed from others

@@ -24,32 +24,32 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": lazy_instance(TensorBoardLogger, save_dir="runs", name="leap", default_hp_metric=False),
 }
 
+CONFIG = "config-of-run.yaml"  # beside the mask; a config.yaml there may be the user's own
+
 PROCESSES_A_CORE = 8  # more processes on a CPU are certainly a mistake, and use up the machine's memory
 
 
 class ConfigOfFit(SaveConfigCallback):
     """Save the config with the logs of ``fit``, and never in the working directory."""
 
-    _folder: Path | None = None  # of the run, if the logger has none
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save the config, if this is ``fit`` and has a logger."""
+        """Save the config, if this is ``fit`` and has a logger with a folder of the run."""
         if stage == "fit" and trainer.loggers:
             if "ckpt_path" in self.config:  # used again, a config starts a run of its own
                 self.config = self.config.clone()
                 self.config.ckpt_path = None
-            if not isinstance(trainer.loggers[0], TensorBoardLogger | CSVLogger):
-                # Others have no folder, or one that several runs share: it goes where the run's own folder is named.
-                self.save_to_log_dir = False
-                named = [getattr(one, "dirpath", None) or getattr(one, "folder", None) for one in trainer.callbacks]  # type: ignore[attr-defined]
-                self._folder = mask_place(trainer) if any(named) else None
-            super().setup(trainer, pl_module, stage)
+            if isinstance(trainer.loggers[0], TensorBoardLogger | CSVLogger):
+                super().setup(trainer, pl_module, stage)
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save the config beside the mask, where the logger has no folder of the run."""
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(self._folder / self.config_filename), skip_none=False, overwrite=True)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the config beside the mask, where the loggers have no folder, or one that several runs share."""
+        if not trainer.loggers or self.already_saved:
+            return
+        folder = mask_place(trainer)
+        if trainer.is_global_zero and folder.resolve() != Path.cwd():
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(folder / CONFIG), skip_none=False, overwrite=True)
+        self.already_saved = True
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -152,6 +152,8 @@ def check_held_out(name: str, config: Any) -> None:
 
 def _files(name: str) -> list[Path]:
     """Return the files that a file or pattern names."""
+    if expanded(name).is_file():
+        return [expanded(name)]
     return [Path(found) for found in glob.glob(str(expanded(name)), recursive=True) if Path(found).is_file()]  # noqa: PTH207
 
 

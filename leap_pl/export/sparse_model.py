@@ -68,8 +68,9 @@ def recorded_facts(name: str, *, revision: str | None = None) -> dict[str, Any]:
         revision: Branch, tag or commit on the hub.
 
     Returns:
-        ``perplexity``: text → figure; ``rounded_to``: data type that weights were rounded to; ``updated_by``: one-shot
-        method that changed the kept weights. Each only if recorded.
+        ``perplexity``: text → figure; ``rounded_to``: data type that weights were rounded to; ``trained_in``: that of
+        the training, if they were rounded after it; ``updated_by``: one-shot method that changed the kept weights. Each
+        only if recorded.
     """
     try:
         record = read_json(local_folder(name, records.RECORD, revision=revision) / records.RECORD)
@@ -83,6 +84,8 @@ def recorded_facts(name: str, *, revision: str | None = None) -> dict[str, Any]:
         facts["perplexity"] = figures
     if record.get("rounded_to") == "int8":
         facts["rounded_to"] = "int8"
+    if record.get("trained_in") == "float32":
+        facts["trained_in"] = "float32"
     updated_by = _updated_by(record)
     if isinstance(updated_by, str) and updated_by in METHODS:
         facts["updated_by"] = updated_by

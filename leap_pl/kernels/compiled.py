@@ -17,7 +17,7 @@ import torch
 
 from leap_pl.errors import warn_once
 from leap_pl.kernels.direct import DirectKernel
-from leap_pl.kernels.inductor import sizes_apart
+from leap_pl.kernels.inductor import many_variants, sizes_apart
 
 Result = TypeVar("Result")
 
@@ -154,7 +154,7 @@ def _torch_compile(kernel: Callable[..., Any], options: Mapping[str, Any], _: in
     fused = torch.compile(kernel, dynamic=True, options=dict(options))
 
     def each(calls: Sequence[tuple[Any, ...]], shared: tuple[Any, ...] = ()) -> list[Any]:
-        with sizes_apart():  # any call may be the first of a kind, which compiles
+        with sizes_apart(), many_variants():  # any call may be the first of a kind, which compiles
             return [fused(*arguments, *shared) for arguments in calls]
 
     return each

@@ -57,13 +57,13 @@ def compile_and_note(kernel: Callable[..., Any], options: Mapping[str, Any], not
     compiled = torch.compile(kernel, dynamic=True, fullgraph=True, backend=backend)
 
     def called(*arguments: Any, **settings: Any) -> Any:
-        with _variants():
+        with many_variants():
             return compiled(*arguments, **settings)
 
     return called
 
 
-def _variants() -> AbstractContextManager[Any]:
+def many_variants() -> AbstractContextManager[Any]:
     """Return a context in which a kernel may have many variants in a process: data types, widths, precisions.
 
     At torch's own limit of 8 the next run of a notebook would end in an error.

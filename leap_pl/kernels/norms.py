@@ -14,14 +14,15 @@ def norm_of(tensor: Tensor) -> Tensor:
     That of a large one on a CPU is of the norms of its rows, and of a vector of the norms of its lines. PyTorch adds
     all squares in eight running float32 sums, each of which soon rounds away a part of every further square.
     """
+    exact = None if tensor.dtype == torch.float64 else torch.float32  # torch converts to no narrower type
     if not is_large(tensor):
-        return torch.linalg.vector_norm(tensor, dtype=torch.float32)
+        return torch.linalg.vector_norm(tensor, dtype=exact).to(torch.float32)
     if tensor.ndim > 1:
         lines = [tensor.flatten(0, -2)]
     else:
         whole = tensor.numel() // LINE * LINE
         lines = [tensor[:whole].view(-1, LINE), tensor[whole:].view(1, -1)]
-    norms = torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) for part in lines])
+    norms = torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=exact) for part in lines])
     return torch.linalg.vector_norm(norms, dtype=torch.float64).to(torch.float32)
 
 

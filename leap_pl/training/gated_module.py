@@ -258,9 +258,12 @@ class GatedModule(L.LightningModule):
         self.gates |= gates
 
     def _shard(self, model: "PreTrainedModel", mesh: "DeviceMesh", prior: SharedPrior) -> None:
+        of_text = {weight.name for weight in norms_of(model)}
+
         def prepare(index: int, block: nn.Module) -> None:
             self._put_gates({name: weight for name, weight in self.weights.items() if weight.layer == index}, prior)
-            self.trained.train_norms(norms_in(block, f"{name_of_blocks}.{index}"))
+            own = norms_in(block, f"{name_of_blocks}.{index}")
+            self.trained.train_norms(weight for weight in own if weight.name in of_text)
             # Lightning converts later, when FSDP2 would not notice the new dtype; that call then changes nothing.
             convert(block)
 

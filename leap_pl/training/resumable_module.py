@@ -30,6 +30,9 @@ OF_DATA = ("datamodule_hyper_parameters", "datamodule_hparams_name", "datamodule
 RATES = ("lr", "warmup_steps", "weight_decay")
 
 
+TIMER = Timer.__qualname__  # its key in a checkpoint
+
+
 class ResumableModule(GatedModule):
     """Base class of modules that learn a mask, or weights, or both: their identity and their checkpoints.
 
@@ -202,8 +205,8 @@ class ResumableModule(GatedModule):
         self.finished = None  # what is learned is now the checkpoint's
         # trainer.max_time limits each start. A timer that counted all of them would end every further start of the same
         # command, as a cluster submits it, before its first step.
-        if any(type(callback) is Timer for callback in getattr(self.attached, "callbacks", ())):
-            checkpoint.get("callbacks", {}).pop(Timer.__qualname__, None)
+        if all(type(one) is Timer or one.state_key != TIMER for one in getattr(self.attached, "callbacks", ())):
+            checkpoint.get("callbacks", {}).pop(TIMER, None)
         if self.mesh is None and "state_dict" not in checkpoint:
             raise not_one_file(getattr(self.attached, "ckpt_path", None) or "FOLDER")
         found = read_identity(checkpoint)

@@ -274,6 +274,8 @@ def take_terms(settings: Settings, where: str, make: Callable[[type, dict[str, A
         made = [make(*each) for each in kinds]
     except UserError as error:
         refused[name] = error
+    except TypeError as error:  # of a constructor that fixes what it passes on
+        refused[name] = UserError(f"{where}: a term of {name} cannot be made again ({error}). Give the terms.")
     settings["model.objective"] = {**objective, "extra": made}
     return refused
 

@@ -344,11 +344,14 @@ def parameters_of(
 
 def norms_of(model: nn.Module) -> Iterator[Weight]:
     """Yield the weights of the norms that text passes: of a model that also sees or hears, the decoder's."""
+    from transformers import PreTrainedConfig
+
     config: Any = model.config
     within = "" if config.get_text_config() is config else decoder_blocks(model)[0].rpartition(".")[0]
-    # Models of other parts with configs of their own, some of which lie within the decoder.
-    own = (config, config.get_text_config())
-    others = [name for name, part in model.named_modules() if getattr(part, "config", config) not in own]
+    # Models of other parts have configs of their own classes, and some lie within the decoder.
+    own = (type(config), type(config.get_text_config()))
+    configs = {name: getattr(part, "config", None) for name, part in model.named_modules()}
+    others = [name for name, of in configs.items() if isinstance(of, PreTrainedConfig) and type(of) not in own]
     for weight in norms_in(model.get_submodule(within), within):
         if not any(weight.name.startswith(f"{name}.") for name in others):
             yield weight

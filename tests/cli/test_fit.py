@@ -297,4 +297,12 @@ def test_a_logger_without_a_folder(model_folder, text_file, tmp_path: Path, monk
     words = [word for word in words if not word.startswith("--trainer.logger")]
     main([*words, "--trainer.max_steps=1", f"--trainer.logger={__name__}.Remote"])
     assert (tmp_path / "config.yaml").read_text() == "mine: 1\n"
-    assert "base_model" in (tmp_path / "run" / "checkpoints" / "config.yaml").read_text()
+    assert "base_model" in (tmp_path / "run" / "checkpoints" / "config-of-run.yaml").read_text()
+
+
+def test_early_stopping_is_taken(model_folder, text_file, tmp_path: Path) -> None:
+    """It acts at validations, which are some before the end."""
+    callback = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=perplexity/hard"]
+    callback += ["--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=1000"]
+    cli = main(fit_flags(model_folder, text_file, tmp_path, *callback))
+    assert 0 < cli.trainer.global_step < 6

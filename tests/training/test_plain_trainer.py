@@ -204,3 +204,6 @@ def test_other_callbacks_act_at_validations_that_are_spread(
     early = trainer(max_steps=10, callbacks=[EarlyStopping("perplexity/hard"), ValidationTimes()])
     with pytest.raises(UserError, match="List it after ValidationTimes"):
         early.fit(LeapModule(str(model_folder), prior=Prior(method="none")), data(text_file))
+    decided = EarlyStopping("perplexity/hard", check_on_train_epoch_end=False)
+    module = LeapModule(str(model_folder), prior=Prior(method="none"))
+    trainer(max_steps=2, callbacks=[decided, ValidationTimes()]).fit(module, data(text_file))
