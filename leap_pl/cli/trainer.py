@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from leap_pl.callbacks.mask_export import mask_place
 from leap_pl.errors import UserError
+from leap_pl.files import atomic_file
 from leap_pl.training import trainer_checks
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -47,8 +48,8 @@ class ConfigOfFit(SaveConfigCallback):
             return
         folder = mask_place(trainer)
         if trainer.is_global_zero and folder.resolve() != Path.cwd():
-            folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(folder / CONFIG), skip_none=False, overwrite=True)
+            with atomic_file(folder / CONFIG, own=True) as temporary:
+                temporary.write_text(self.parser.dump(self.config, skip_none=False))
         self.already_saved = True
 
 

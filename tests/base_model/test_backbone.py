@@ -5,7 +5,8 @@ import torch
 from tiny import VOCABULARY, tiny_model
 from transformers import Llama4ForCausalLM, Llama4TextConfig, LlamaForCausalLM
 
-from leap_pl.base_model.backbone import checkpoint_activations, set_modes, split_model
+from leap_pl.base_model.backbone import checkpoint_activations, head_of, set_modes, split_model
+from leap_pl.errors import UserError
 from leap_pl.losses.language import language_losses
 from leap_pl.losses.objective import Objective
 
@@ -80,3 +81,32 @@ def test_splitting_leaves_the_mode_as_it_is() -> None:
         model = tiny_model("llama").train(training)
         split_model(model)
         assert all(module.training == training for module in model.modules())
+
+
+@pytest.mark.parametrize(("name", "value"), [("lm_head_multiplier", 3.0), ("logits_soft_cap", 2.0)])
+def test_factors_and_caps_of_logits_by_other_names(name: str, value: float) -> None:
+    """As Falcon-H1 and RecurrentGemma call them."""
+    model = tiny_model()
+    setattr(model.config, name, value)
+    plain = model.lm_head.forward
+
+    class Changed(type(model)):  # type: ignore[misc]
+        def forward(self, *arguments: object, **options: object) -> object:
+            found = super().forward(*arguments, **options)
+            logits = found.logits
+            found.logits = logits * value if name == "lm_head_multiplier" else value * torch.tanh(logits / value)
+            return found
+
+    model.__class__ = Changed
+    head = head_of(model)
+    assert head is not None
+    hidden = torch.randn(3, 32)
+    expected = plain(hidden) * value if name == "lm_head_multiplier" else value * torch.tanh(plain(hidden) / value)
+    assert torch.allclose(head(hidden), expected, atol=1e-5)
+
+
+def test_blocks_that_cannot_be_recomputed_are_told() -> None:
+    model = tiny_model()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(UserError, match="cannot recompute its decoder blocks"):
+        checkpoint_activations(model)

@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers
 from conftest import one_line
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_folder, tiny_model
+from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,8 +25,10 @@ from leap_pl.base_model.fast_dtype import fast_dtype
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.sequence_length import check_sequence_length, longest_sequence
 from leap_pl.base_model.tokenizer import load_tokenizer, save_tokenizer
+from leap_pl.base_model.vocabulary import digest_of_tokenization, digest_of_vocabulary
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
+from leap_pl.training.optimizers import check_state
 
 
 @pytest.fixture(autouse=True)
@@ -273,3 +277,19 @@ def test_a_text_model_that_is_taken_out_of_a_multimodal_one_is_told_of(tmp_path:
     save_tokenizer(str(folder), tmp_path / "written")
     assert (tmp_path / "written" / "tokenizer.json").exists()
     assert not (tmp_path / "written" / "preprocessor_config.json").exists()
+
+
+def test_tokenizers_of_one_vocabulary_are_told_apart_by_how_they_cut() -> None:
+    one, other = byte_tokenizer(), byte_tokenizer()
+    assert digest_of_tokenization(one) == digest_of_tokenization(other)
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert digest_of_vocabulary(one) == digest_of_vocabulary(other)
+    assert digest_of_tokenization(one) != digest_of_tokenization(other)
+
+
+def test_an_optimizer_without_states_is_not_sharded(tmp_path: Path) -> None:
+    strategy = ModelParallelStrategy()
+    with pytest.raises(UserError, match="has no states of its optimizer, as of SGD without momentum"):
+        check_state({"optimizer_states": [{"state": {}}]}, tmp_path / "a.ckpt", strategy)
+    check_state({"optimizer_states": [{"state": {"a": {"exp_avg": 0}}}]}, tmp_path / "a.ckpt", strategy)
+    check_state({"optimizer_states": [{"state": {}}]}, tmp_path / "a.ckpt", object())

@@ -12,6 +12,8 @@ from leap_pl import MaskSet
 from leap_pl.base_model.weights import find_weights
 from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.cli.main import main
+from leap_pl.export.method import decisive_settings
+from leap_pl.masks import Provenance
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 
@@ -63,3 +65,23 @@ def test_its_mask_is_read_off_and_stays(
     exact_zeros({name: tensor for name, tensor in weights_in(tmp_path / "run").items() if name in masks.masks}, masks)
     main(["export", f"--mask={tmp_path / 'run'}", f"--output_dir={tmp_path / 'model'}"])
     assert " of the base model, which is sparse." in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_every_text_that_weights_were_trained_on_is_named() -> None:
+    """Trained on B under a mask made with A, and then, from those weights, on C."""
+
+    def config(text: str, **more: object) -> dict[str, object]:
+        return {"data": {"text": text}, **more}
+
+    def mask(of: dict[str, object]) -> dict[str, object]:
+        return {"method": "wanda", "config": of}
+
+    first = config("a.jsonl")
+    second = config("b.jsonl", train_weights={"kind": "kept"}, mask=mask(first))
+    trained = {"kind": "kept", "start": "SPARSE"}
+    third = config("c.jsonl", train_weights=trained, mask=mask(second))
+    again = decisive_settings(Provenance("m", "f", "wanda", config=third))
+    assert (again["text"], again["text that they were trained on before"]) == ("c.jsonl", "b.jsonl")
+    assert again["text that the mask was made with"] == "a.jsonl"
+    apart = config("c.jsonl", train_weights={"kind": "kept"}, mask=mask(second))  # from the base model's weights
+    assert "text that they were trained on before" not in decisive_settings(Provenance("m", "f", "wanda", config=apart))

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from matrices import all_matrices, tokens
 from tiny import FAMILIES, tiny_model
 from torch import Tensor
 
 from leap_pl.base_model.weights import decoder_blocks, find_weights
 from leap_pl.errors import UserError
+from leap_pl.oneshot.fisher import measure_moments
 from leap_pl.oneshot.inputs import InputStatistics, Matrix
 from leap_pl.oneshot.prune import prune
 from leap_pl.oneshot.walk import Walk, WalkOptions, _Collector
@@ -191,3 +193,29 @@ def test_statistics_of_several_inputs_of_a_matrix_are_told_apart_by_identity() -
     collector(second, other)
     collector(first, other)
     assert (collector.found["first"].count, collector.found["second"].count) == (6, 3)
+
+
+def test_a_weight_that_stands_on_the_left_of_its_inputs_is_calibrated() -> None:
+    """Mamba's mixer computes ``dt_proj.weight @ inputs``, with tokens in columns; by hand, of the first block."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=8, eos_token_id=256
+    )
+    model = transformers.MambaForCausalLM(config).eval()
+    (matrix,) = [m for m in of_layer(model, 0) if m.name.endswith("dt_proj.weight")]
+    ids = tokens(2, 12)
+    seen = []
+    mixer = model.backbone.layers[0].mixer
+    handle = mixer.x_proj.register_forward_hook(lambda module, args, output: seen.append(output[..., :8]))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    expected = torch.cat([part.reshape(-1, 8) for part in seen]).double()
+    with Walk(model, ids, WalkOptions(keep=True)) as walk:
+        found = walk.observe(0, [matrix], gram=False, advance=True)[matrix.name]
+    assert found.count == len(expected)
+    torch.testing.assert_close(found.mean_square.double(), expected.square().mean(0), rtol=1e-4, atol=1e-7)
+    moments = measure_moments(model, [matrix], ids)[matrix.name]
+    assert moments.gradient_square_O.shape == (matrix.weight.parameter.shape[0],)
+    assert moments.input_square_I.shape == (8,)
+    assert bool((moments.gradient_square_O > 0).any())

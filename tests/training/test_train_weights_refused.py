@@ -79,6 +79,10 @@ def test_bad_input_is_refused_in_one_line(
         "is not sparse: 0.0% of its weights are 0. Name the mask with --mask": [
             *("export", f"--model={model_folder}", "--format=mask", f"--output_dir={tmp_path / 'mask'}")
         ],
+        f"For a mask that stays as it is give --model.mask {finished_run.mask}": [
+            *without(words, masked),
+            f"--model.prior.mask={finished_run.mask}",
+        ],
         "type leap_pl recover": ["fit", *words[1:]],
         "learn mask and weights together": [*words, "--model.gate=BernoulliGate"],
         "whose mask is fixed, and this is leap_pl fit": ["fit", *without(words[1:], masked), f"--ckpt_path={last}"],
