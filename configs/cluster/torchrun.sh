@@ -15,6 +15,9 @@ DEVICES=${DEVICES:-8} # of each machine
 HEAD=${HEAD:-localhost:29400}
 LOGS=${LOGS:-runs/logs}
 
+# torchrun gives each rank one thread otherwise, and a graded prior is computed on the CPU.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + DEVICES - 1) / DEVICES))}
+
 exec torchrun \
   --nnodes "$NODES" --nproc-per-node "$DEVICES" \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "${RUN:-leap}" \

@@ -59,6 +59,8 @@ def save_tokenizer(
     source, gguf_file = locate(name)
     names = tokenizer.vocab_files_names.values()
     if gguf_file is not None or not copy_tokenizer(source, Path(folder), revision, names):
+        if not trust_remote_code:
+            tokenizer.init_kwargs.pop("auto_map", None)  # code that was not run, and that the folder will not have
         tokenizer.save_pretrained(folder)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     several = gguf_file is None and other_parts(config) and not left_out(config)

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from leap_pl.callbacks.lightning_internals import SavingCheckpoint
+from leap_pl.errors import UserError
 from leap_pl.escape import terminal
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.records import MASK, WEIGHTS
@@ -49,9 +50,18 @@ class MaskExport(L.Callback):
         self._begun = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the module the folder in which a resumed run looks for its prior."""
+        """Give the module the folder in which a resumed run looks for its prior.
+
+        Raises:
+            UserError: A trial of a few steps would replace the mask of a run.
+        """
         assert isinstance(pl_module, LeapModule)
         if stage == "fit":
+            if trainer.fast_dev_run:  # type: ignore[attr-defined]
+                raise UserError(
+                    "trainer.fast_dev_run would write the mask of its few steps in place of that of the run. Leave "
+                    "MaskExport out of the trial."
+                )
             self._begun, self.written = False, None
             pl_module.run_prior.folders.append(self.place(trainer))
 

@@ -15,7 +15,8 @@ from leap_pl.losses.objective import TOTAL
 from leap_pl.training.module import LeapModule
 
 SECONDS_A_LINE = 30.0  # least time between two lines in a file
-LINES = 100  # most lines in a file, without those after validations
+LINES = 100  # most lines in a file, without those after validations, and those that end a silence
+SILENCE = 600.0  # seconds after which there is a line in any case: a long run must not look as if it hung
 
 
 class StepProgress(ProgressBar):
@@ -23,7 +24,7 @@ class StepProgress(ProgressBar):
 
     The perplexities are those of the last validation: of the hard mask and, in brackets, of the dense model and of the
     prior. The time left leaves out the first step of the process, which compiles the kernels. In a terminal the line is
-    a bar; elsewhere a line is printed after each validation, and at most every half minute.
+    a bar; elsewhere a line is printed after each validation, and every half minute to ten minutes.
     """
 
     def __init__(self, refresh_seconds: float = 1.0) -> None:
@@ -114,7 +115,8 @@ class StepProgress(ProgressBar):
     def _print_if_due(self, trainer: L.Trainer, module: LeapModule) -> None:
         """Print a line if the last one is long ago."""
         step, at = self._shown
-        if time.monotonic() - at >= SECONDS_A_LINE and LINES * (trainer.global_step - step) >= trainer.max_steps:
+        seconds, share = time.monotonic() - at, LINES * (trainer.global_step - step)
+        if seconds >= SILENCE or (seconds >= SECONDS_A_LINE and share >= trainer.max_steps):
             self._print(trainer, module)
 
     def _print(self, trainer: L.Trainer, module: LeapModule) -> None:

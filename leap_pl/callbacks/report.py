@@ -20,7 +20,7 @@ from leap_pl.inputs.register import running_verb
 from leap_pl.kernels.compiled import can_compile
 from leap_pl.oneshot.methods import METHODS
 from leap_pl.prior.settings import NO_METHOD
-from leap_pl.training.memory import expected_bytes
+from leap_pl.training.memory import device_bytes, expected_bytes
 from leap_pl.training.module import LeapModule
 from leap_pl.training.schedules import Annealing, Schedule
 from leap_pl.training.validation import Measured
@@ -141,6 +141,9 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
     gib = expected_bytes(module, model, logits, tokens, ranks, trained) / 2**30
     size = f"{gib:.1f} GiB" if gib >= 1 else f"{1024 * gib:.0f} MiB"
     plan["memory"] = f"about {size} on each device, without libraries and fragmentation"
+    there = device_bytes(trainer.strategy.root_device)
+    if there is not None and gib * 2**30 > there:
+        plan["memory"] += f": more than its {there / 2**30:.1f} GiB, see --config low_memory and --config fsdp2"
     folder, curves = mask_place(trainer), [str(logger.log_dir) for logger in trainer.loggers if logger.log_dir]
     saving = (one for one in trainer.checkpoint_callbacks if isinstance(one, SavingCheckpoint))
     saved = next((Path(one.dirpath) for one in saving if one.dirpath is not None), folder)

@@ -21,6 +21,8 @@ from leap_pl.training.finite import read_together
 from leap_pl.training.live_settings import live_settings
 from leap_pl.training.module import LeapModule
 
+# Hyperparameters that change during a run: a logger that takes them before its first step takes no others later.
+MOVING = {"steps", "data/tokens", "data/passes", "data/sha256"}
 FEWEST_BITS = 256  # samples of a weight that are needed to call its density extreme
 
 # TensorBoard's custom-scalars page: learning, budget, changes of the mask, densities by layer and projection.
@@ -120,7 +122,8 @@ class SparsityLogger(L.Callback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(_PAGE | (_PAGE_OF_WEIGHTS if pl_module.trained else {}))
             else:
-                logger.log_hyperparams(_hyperparameters(trainer, pl_module))
+                settings = _hyperparameters(trainer, pl_module)
+                logger.log_hyperparams({name: value for name, value in settings.items() if name not in MOVING})
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make TensorBoard drop the points that a stopped run logged after its checkpoint: they are logged again."""

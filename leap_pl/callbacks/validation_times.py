@@ -12,15 +12,20 @@ TIMES = 10
 
 
 class ValidationTimes(L.Callback):
-    """Callback that validates after the last step of a run and, with ``spread``, about ten times before.
+    """Callback that validates after the last step of a run and, unless the trainer says when, about ten times before.
 
     A short run validates less often, so that validation reads no more blocks than learning does. What is learned does
     not depend on validation.
     """
 
-    def __init__(self, spread: bool = True) -> None:
-        """Set whether to ``spread`` validations; else those before the last follow ``trainer.val_check_interval``."""
+    def __init__(self, spread: bool | None = None) -> None:
+        """Set whether to ``spread`` validations; else those before the last follow ``trainer.val_check_interval``.
+
+        Args:
+            spread: None spreads them if the trainer has no interval of its own.
+        """
         self.spread = spread
+        self._spreads = False  # in this run
         self._every: int | None = None  # epochs, as the trainer was given
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -29,7 +34,13 @@ class ValidationTimes(L.Callback):
         Raises:
             UserError: EarlyStopping is listed before, and has decided already to act at the end of the only epoch.
         """
-        if not self.spread or stage != "fit":
+        if stage != "fit":
+            return
+        # 1.0 is Lightning's default, and 1 a micro-batch; a trainer that validates by the clock has no such attribute.
+        interval = getattr(trainer, "val_check_interval", None)
+        usual = isinstance(interval, float) and interval == 1.0
+        self._spreads = usual if self.spread is None else self.spread
+        if not self._spreads:
             return
         callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
         if any(map(stops_at_the_end, callbacks[: callbacks.index(self)])):
@@ -38,7 +49,7 @@ class ValidationTimes(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set the interval, in micro-batches, at which Lightning validates."""
-        if not self.spread:
+        if not self._spreads:
             return
         batches = sum(trainer.num_val_batches)
         if batches == 0:  # other callbacks act at the end of the epoch, where nothing is validated

@@ -100,8 +100,22 @@ def state_keys(folder: str | Path) -> set[str]:
     Raises:
         UserError: If ``folder`` is not a distributed checkpoint, or its index is damaged.
     """
-    places = _Reader(folder).read_metadata().planner_data.values()
+    places = _places(_Reader(folder).read_metadata(), folder).values()
     return {str(place[-1]) for place in places if len(place) > 2 and place[1] == "state"}
+
+
+def _places(index: Any, folder: str | Path) -> dict[str, tuple[Any, ...]]:
+    """Return the path of each stored value in the nested contents of ``folder``, by its name in the ``index``.
+
+    Raises:
+        UserError: The index has none of one.
+    """
+    places = index.planner_data
+    for name in index.state_dict_metadata:
+        place = places.get(name) if isinstance(places, dict) else None
+        if not isinstance(place, tuple | list) or not place:
+            raise UserError(f"{folder} is damaged (its index has no place of {name}). Take the checkpoint before it.")
+    return dict(places)
 
 
 def check_folder(folder: str | Path) -> None:
@@ -117,6 +131,7 @@ def _read(folder: str | Path, *, tensors: bool = True) -> dict[str, Any]:
     """Return the contents of ``folder``, nested by their paths."""
     reader = _Reader(folder)
     index = reader.read_metadata()
+    places = _places(index, folder)
     flat: dict[str, Any] = {}
     for name, what in index.state_dict_metadata.items():
         if not isinstance(what, TensorStorageMetadata):
@@ -127,9 +142,11 @@ def _read(folder: str | Path, *, tensors: bool = True) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         place = nested
-        *outer, last = index.planner_data[name]
+        *outer, last = places[name]
         for key in outer:
             place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{folder} is damaged (values within {name}). Take the checkpoint before it.")
         place[last] = value
     return {name: _lists(part) for name, part in nested.items()}
 

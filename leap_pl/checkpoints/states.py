@@ -42,7 +42,9 @@ def check_states(checkpoint: Mapping[str, Any], where: str) -> None:
         if name in checkpoint:
             read(_without_tensors(checkpoint[name]), kind, f"{where}: {name}")
     for optimizer in checkpoint.get("optimizer_states", []):
-        for group in optimizer.get("param_groups", []):
+        groups = optimizer.get("param_groups", [])
+        read(_without_tensors(groups), list[dict[str, Any]], f"{where}: optimizer_states")
+        for group in groups:
             settings = {key: value for key, value in group.items() if key != "params"}
             fields = {"params": group.get("params", []), "settings": settings}
             read(_without_tensors(fields), _Group, f"{where}: optimizer_states")

@@ -10,7 +10,6 @@ from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from leap_pl.callbacks import (
@@ -24,7 +23,6 @@ from leap_pl.callbacks import (
 )
 from leap_pl.checkpoints.class_spec import same
 from leap_pl.checkpoints.file import WholeCheckpointIO
-from leap_pl.checkpoints.folder import check_folder, not_one_file
 from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.run_folder import Finished, check_finished, check_settings, replaces
@@ -46,7 +44,7 @@ from leap_pl.cli.run_errors import errors_of_run, package_in, refusal
 from leap_pl.cli.sentences import RunFormatter
 from leap_pl.cli.token_budget import take_tokens
 from leap_pl.cli.trainer import TRAINER_DEFAULTS, ConfigOfFit, check_trainer
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 from leap_pl.escape import say
 from leap_pl.gates import FixedGate
 from leap_pl.inputs.paths import expanded
@@ -54,6 +52,7 @@ from leap_pl.inputs.ranges import check_numbers
 from leap_pl.inputs.register import running_verb
 from leap_pl.training.datamodule import TextDataModule
 from leap_pl.training.module import LeapModule
+from leap_pl.training.resumable_module import check_folder_of
 from leap_pl.training.run_settings import computed_in
 
 # LeapModule's default, in a form that can be saved in a config.
@@ -217,7 +216,15 @@ class LeapCLI(LightningCLI):
             raise refusal(error) from error
 
     def check_typed(self, words: list[str]) -> None:
-        """Check the options of ``words``, if there are any that the verb does not use."""
+        """Check that no option that the verb does not use is typed; a config of a run may give all of them.
+
+        Raises:
+            UserError: One is.
+        """
+        typed = {word.partition("=")[0] for word in words}
+        idle = sorted(typed & {"--force", "--tokens"}) if words[:1] == ["validate"] else []
+        if idle:
+            raise UserError(f"{listing(idle)}: leap_pl validate learns nothing. Leave out what is for leap_pl fit.")
 
     def check_kind(self, settings: Any) -> None:
         """Check that the settings of a run do not fix the mask, which is for another verb.
@@ -329,17 +336,14 @@ class LeapCLI(LightningCLI):
             rank_zero_only(check_settings)(settings, force=self.force, last=self.last)
 
     def before_fit(self) -> None:
-        """Pass the checkpoint to resume from to the model, and refuse one in a format that the strategy cannot read."""
+        """Pass the checkpoint to resume from to the model, and compare its settings, before ranks are started."""
         path = self.config_init[self.subcommand].ckpt_path
         if path is None or not Path(path).exists():
             return
         self.model.resumes_from = path
         checkpoint = load_checkpoint(path, check_tensors=False)  # the tensors were checked when the settings were taken
         self.model.check_resume(checkpoint, path, self.trainer, self.datamodule, fitting=self.subcommand == "fit")
-        if Path(path).is_dir():
-            if not isinstance(self.trainer.strategy, ModelParallelStrategy):
-                raise not_one_file(path)
-            check_folder(path)
+        check_folder_of(path, self.trainer.strategy)
 
     def before_validate(self) -> None:
         """Do the same for a validation, and refuse one that would measure nothing."""

@@ -127,34 +127,52 @@ def read_text(
 
 
 def check_held_out(name: str, config: Any) -> None:
-    """Check that the runs that a mask's ``config`` tells of held out a part of the local file or pattern ``name``.
+    """Check that the runs that a mask's ``config`` tells of held out that part of the local file or pattern ``name``.
+
+    Which documents of a file are held out depends on its number in the list of files.
 
     Raises:
-        UserError: One was trained on all of this file, or, where its files are not there, of one of this name.
+        UserError: One was trained on all of this file, or held out other documents of it; where the file is not there
+            any more, of one of this name.
     """
     before = config.get("mask") if isinstance(config, dict) else None  # of a mask that stayed while weights learned
     if isinstance(before, dict):
         check_held_out(name, before.get("config"))
     data = config.get("data") if isinstance(config, dict) else None
-    if not isinstance(data, dict) or not (data.get("validation_text") or data.get("held_out") is False):
+    if not isinstance(data, dict):
         return
-    trained = data.get("text")
+    trained, whole = data.get("text"), data.get("validation_text") or data.get("held_out") is False
     names = [one for one in ([trained] if isinstance(trained, str) else trained or ()) if isinstance(one, str)]
-    there, measured = [file for one in names for file in _files(one)], _files(name)
-    if any(file.samefile(one) for file in measured for one in there) or (
-        not there and any(fnmatch(file.name, Path(one).name) for file in measured for one in names)
-    ):
-        raise UserError(
-            f"--share held_out: the run that made this mask held out no part of {Path(name).name}, so all of it was "
-            "trained on. Measure on another text."
-        )
+    places: list[Path | str] = []  # files in the order of that run, and names of what is not there
+    for one in names:
+        places += _files(one) or [Path(one).name]
+    moved = (place for place, one in enumerate(places) if isinstance(one, str) and glob.has_magic(one))
+    known = next(moved, len(places))  # how many files a pattern named, nobody knows
+    for number, file in enumerate(_files(name)):
+        place = next((place for place, one in enumerate(places) if _is(file, one)), None)
+        if place is not None and whole:
+            raise UserError(
+                f"--share held_out: the run that made this mask held out no part of {Path(name).name}, so all of it "
+                "was trained on. Measure on another text."
+            )
+        by_number = file.suffix.lower() != ".txt"  # whose last part is held out, whatever its number
+        if place is not None and place != number and place < known and by_number:
+            raise UserError(
+                f"--share held_out: {file.name} was file {place + 1} of {len(places)} of the text of the run that made "
+                "this mask, which held out other documents of it than those of the file alone. Measure on another text."
+            )
+
+
+def _is(file: Path, other: Path | str) -> bool:
+    """Return whether ``file`` is the ``other`` file, or has its name or pattern."""
+    return fnmatch(file.name, other) if isinstance(other, str) else file.samefile(other)
 
 
 def _files(name: str) -> list[Path]:
-    """Return the files that a file or pattern names."""
+    """Return the files that a file or pattern names, in the order in which a text has them."""
     if expanded(name).is_file():
         return [expanded(name)]
-    return [Path(found) for found in glob.glob(str(expanded(name)), recursive=True) if Path(found).is_file()]  # noqa: PTH207
+    return sorted(Path(found) for found in glob.glob(str(expanded(name)), recursive=True) if Path(found).is_file())  # noqa: PTH207
 
 
 def tokens_digest(tokens: Tensor) -> str:

@@ -84,9 +84,17 @@ def detach(weights: Mapping[str, Weight]) -> None:
     for weight in weights.values():
         if parametrize.is_parametrized(weight.module, weight.tensor):
             gate: Any = weight.chain[0]
+            _give_own_class(weight.module)
             parametrize.remove_parametrizations(weight.module, weight.tensor, leave_parametrized=False)
-            if gate.call is not None:
+            if gate.call is not None and gate.call.serves(gate):
                 gate.call.remove()
+
+
+def _give_own_class(module: Any) -> None:
+    """Give a parametrized module a class that it shares with no deep copy, which would lose its weight with it."""
+    kind = type(module)
+    attributes = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, attributes)
 
 
 def guard_saving(model: Any) -> None:

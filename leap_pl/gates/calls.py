@@ -49,10 +49,13 @@ class Call:
             module.register_forward_hook(lambda *_: self._end(), always_call=True),
         ]
 
+    def serves(self, gate: "Gate") -> bool:
+        """Return whether ``gate`` is one of these, and not of a deep copy of the model, which refers to them too."""
+        return self._gates.get(gate.name) is gate
+
     def masked(self, gate: "Gate", weight: Tensor) -> Tensor:
         """Return the masked weight of one of the gates, whose frozen weight is ``weight``."""
-        # A gate of a deep copy of the model refers to these calls too, and its mask is another.
-        if self._gates.get(gate.name) is not gate or not (self.running or self._recomputing()):
+        if not self.serves(gate) or not (self.running or self._recomputing()):
             return gate.masked(weight)
         found = self._masked.get(gate.name)
         if found is None:

@@ -81,7 +81,7 @@ class FixedGate(Gate):
             pattern: Form of the mask, as its MaskSet records it: unstructured, or a pattern such as 2:4.
         """
         super().__init__(weight, state)
-        read_form(pattern)
+        read_form(pattern)  # raises if n of m cannot be
         self.pattern = pattern
         count = (self.shape.numel() + 7) // 8
         self.register_buffer("bits", torch.zeros(count, dtype=torch.uint8, device=weight.parameter.device))

@@ -50,7 +50,8 @@ class NMGates(Gates["NMGate"]):
 
     def curves(self, stride: int) -> dict[str, float]:
         """Return the confidence of the groups: the mean of their maximum of softmax(αθ/τ), without noise; 1 is hard."""
-        samples = [gathered(gate.logits.detach()).flatten(1)[:, ::stride] for gate in self.values()]
+        # Copies: a view would hold the logits of the whole model, which a sharded run gathers one weight at a time.
+        samples = [gathered(gate.logits.detach()).flatten(1)[:, ::stride].clone() for gate in self.values()]
         return {"patterns/confidence": confidence(samples, self.first.state.slope)}
 
 

@@ -75,7 +75,9 @@ class TileGates(Gates["TileGate"]):
         found = {"tiles/logits_above_0": float(above.float().mean())}
         if self.first.mode == "joint":
             state = self.first.state
-            samples = [gathered(gate.pattern_logits.detach()).flatten(1)[:, ::stride] for gate in self.values()]
+            # Copies: a view would hold the logits of the whole model, which a sharded run gathers one weight at a time.
+            gathered_PG = (gathered(gate.pattern_logits.detach()).flatten(1) for gate in self.values())
+            samples = [logits_PG[:, ::stride].clone() for logits_PG in gathered_PG]
             found["patterns/confidence"] = confidence(samples, state.slopes[PATTERN_ALPHA])
             found["schedule/pattern_alpha"] = float(state.scales[PATTERN_ALPHA])
         return found

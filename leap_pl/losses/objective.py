@@ -140,7 +140,7 @@ class Objective:
             weight = term.weight_at(batch.fraction)
             if weight == 0 and not term.measured_at_zero:
                 continue
-            with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and bool(weight != 0)):
                 value = term.value(batch)
             if not (isinstance(value, Tensor) and value.ndim == 0):
                 found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

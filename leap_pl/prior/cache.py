@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEY = "cache_key"  # in a cached file's metadata or its mask's provenance: digest of what it was computed from
+TOKENS_OF_WHOLE_MODEL = 4096  # in a batch that keeps the activations of all blocks
 ALGORITHM = 3  # incremented when a method's masks change, to invalidate older cached ones
 
 logger = logging.getLogger(__name__)
@@ -126,9 +127,8 @@ def one_shot_prior(
         pattern=pattern,
         fisher=fisher,
         weights=weights,
-        # Fisher allocation runs the whole model forward and backward: in no larger batches than learning.
         walk=WalkOptions(
-            min(WalkOptions().batch_size, getattr(data, "batch_size", 1) if fisher else WalkOptions().batch_size),
+            WalkOptions().batch_size if fisher is None or tokens_NT is None else _whole_model_batch(data, tokens_NT),
             device,
             first_target=getattr(data, "first_target", 1),
         ),
@@ -143,6 +143,15 @@ def one_shot_prior(
         except UserError as error:  # a prior that cannot be cached is still usable
             logger.warning("The prior was not cached for the next run: %s", terminal(error))
     return pruned.masks
+
+
+def _whole_model_batch(data: CalibrationData | None, tokens_NT: Tensor) -> int:
+    """Return the sequences in a batch of Fisher allocation, which runs the whole model forward and backward.
+
+    It recomputes no block: no more sequences than learning has, and no more tokens than keep a device busy.
+    """
+    few = max(1, TOKENS_OF_WHOLE_MODEL // tokens_NT.shape[1])
+    return min(WalkOptions().batch_size, getattr(data, "batch_size", 1), few)
 
 
 def input_squares(

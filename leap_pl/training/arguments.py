@@ -41,6 +41,16 @@ def check_arguments(
     for name, (value, kind) in settings.items():
         if not isinstance(value, kind | dict):
             raise UserError(f"{name} is {shown(repr(value), 200)}; give {kind.__name__}(...).")
+        if (
+            not isinstance(value, dict)
+            and type(value) is not kind
+            and not type(value).__module__.startswith("leap_pl.")
+        ):
+            own = " Terms of your own are Objective(extra=[...])." if kind.__name__ == "Objective" else ""
+            raise UserError(
+                f"{name} is of a class of your own, {type(value).__name__}, of which a checkpoint would hold the "
+                f"settings alone. Give {kind.__name__}(...).{own}"
+            )
     if not callable(gate):
         raise UserError(f"gate is {shown(repr(gate), 200)}; give a class of gates, or a partial of one.")
     for name, value in (("base_model", base_model), ("mask", mask), ("weights", weights)):

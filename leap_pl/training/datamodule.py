@@ -30,11 +30,10 @@ from leap_pl.inputs.hub import check_revision
 from leap_pl.inputs.plain_values import display, plain_paths
 from leap_pl.inputs.ranges import check_numbers, check_whole
 from leap_pl.kernels.transfers import pinned
+from leap_pl.training.data_state import FORMAT, HELD_OUT, check_format, check_same_data
 from leap_pl.training.run_length import check_run_length
 
-FORMAT = 2  # 1 had no digests of the text
 CHOICES: dict[str, tuple[str, ...]] = {"separator": get_args(Separator), "bos": get_args(Bos)}
-HELD_OUT = "held_out (of validation_text and validation_sequences)"  # as messages name it
 TEXTS = ("tokenizer_name", "text", "validation_text")  # settings that may be paths
 
 
@@ -364,32 +363,12 @@ class TextDataModule(LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             self._check_held_out(state_dict.get("data", {}))
             return
-        version = state_dict.get("format")
-        if version not in (1, FORMAT):
-            raise UserError(
-                f"The checkpoint's data position has format {version}; this version of leap_pl reads formats 1 and "
-                f"{FORMAT}. Resume with the version that wrote it."
-            )
-        by_content = version == FORMAT and state_dict["rereadable"] and self.stream.source.shards.rereadable
-        # Earlier versions had no such setting, and blocks without a prefix.
-        before, now = {"bos": "first", **state_dict["data"]}, self.identity()
-        known = before.get("vocabulary")
-        for digest in ("vocabulary", "tokenization"):  # earlier versions had none
-            before[digest] = now[digest] if before.get(digest) is None else before[digest]
-        if known is not None and known == now["vocabulary"]:  # under another name, such as that of a local copy
-            before["tokenizer"] = f"{now['tokenizer'].rpartition(' (')[0]} ({before['tokenizer'].rpartition(' (')[2]}"
-        changed = [
-            f"{name} was {before.get(name)!r} and is {now[name]!r}"
-            for name in now
-            if now[name] != before.get(name) and not (name == "text" and by_content)
-        ]
-        if changed:
-            raise UserError(
-                f"The run cannot be resumed on other data: {'; '.join(changed)}. "
-                "Restore these settings, or start a new run without --ckpt_path."
-            )
+        check_format(state_dict)
+        digests = state_dict["format"] == FORMAT  # of the text that was read
+        by_content = digests and state_dict["rereadable"] and self.stream.source.shards.rereadable
+        check_same_data(state_dict["data"], self.identity(), text_by_name=not by_content)
         position = state_dict["position"]
-        if position is not None and version == FORMAT:
+        if position is not None and digests:
             self.stream.check_unchanged(position)
         elif position is not None:
             warn(

@@ -1,7 +1,7 @@
 """GatedModule: LightningModule of a frozen language model with gates on its weights."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -35,7 +35,7 @@ from leap_pl.distributed.strategy import (
     shard,
     sharding_mesh,
 )
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 from leap_pl.gates import Gate, Gates, GateState, attach, guard_saving
 from leap_pl.gates.attach import check_settings as check_settings_of_gate
 from leap_pl.kernels.norms import norm_of
@@ -276,6 +276,23 @@ class GatedModule(L.LightningModule):
         others = [convert(module) for module in self.trained.train_norms(outside)]
         shard(model, blocks, mesh, prepare, others)
         convert(model).to(self._device_of_run())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what is learned, which is all that :meth:`state_dict` has: the frozen model stays.
+
+        Args:
+            state_dict: Tensors by their names in the module.
+            strict: Whether the state must have all that is learned, and nothing else.
+            assign: Whether to take the tensors themselves and not their values.
+
+        Raises:
+            UserError: With ``strict``, it has not.
+        """
+        other = {checkpoints.path_of(*place) for place in self.stored()} ^ set(state_dict)
+        if strict and other:
+            names = listing(sorted(other), 3)
+            raise UserError(f"the state is not that of this module: it lacks, or has beyond what is learned, {names}.")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert the module, but keep the precision of the base model's buffers, as transformers does."""

@@ -23,6 +23,11 @@ KEPT_HIDDEN, KEPT_INTERMEDIATE = 20, 8
 CHUNK_VOCABULARY = 12  # bytes of the loss for each token of a chunk and each entry of the vocabulary
 
 
+def device_bytes(device: torch.device) -> int | None:
+    """Return the memory of ``device``, a GPU, in bytes; None if it is not known, as that of a host that others use."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def expected_bytes(
     module: "LeapModule", model: "PreTrainedModel", logits: int, tokens: int, ranks: int, trained: int = 0
 ) -> int:

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval
@@ -30,26 +29,12 @@ from leap_pl.training.arguments import check_arguments
 from leap_pl.training.batch import input_ids_of
 from leap_pl.training.clipping import check_clipping, clip_by_norm
 from leap_pl.training.fixed_mask import FixedMask
+from leap_pl.training.of_class import of_class
 from leap_pl.training.optimizers import check_rounding
 from leap_pl.training.schedules import Annealing
 from leap_pl.training.trainer_checks import check_trainer, check_unused
 from leap_pl.training.validated_module import ValidatedModule
 from leap_pl.training.weights import NONE, WeightTraining
-
-if TYPE_CHECKING:
-    of_class = classmethod
-else:
-
-    class of_class(classmethod):  # noqa: N801  (a decorator)
-        """Class method that an instance refuses: it would return another one, and change nothing in this."""
-
-        def __get__(self, instance: Any, owner: type | None = None) -> Any:
-            """Return the method of the class, or on an instance a function that says what to call."""
-            return super().__get__(instance, owner) if instance is None else partial(_refuse_instance, self.__name__)
-
-
-def _refuse_instance(name: str, *_: Any, **__: Any) -> None:
-    raise UserError(f"{name} returns a new module, and leaves this instance as it is. Call it on the class.")
 
 
 class LeapModule(ValidatedModule):
@@ -261,6 +246,7 @@ class LeapModule(ValidatedModule):
 
     def on_fit_start(self) -> None:
         """Check that a run which does not resume begins with a new trainer and a new module."""
+        super().on_fit_start()
         if not self.trainer.strategy.restore_checkpoint_after_setup:
             self._check_unused()
 

@@ -1,20 +1,25 @@
 """ResumableModule: GatedModule whose checkpoints contain what was learned, and how, and nothing else."""
 
+import math
+from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from leap_pl.checkpoints import layout as checkpoints
-from leap_pl.checkpoints.folder import not_one_file
+from leap_pl.checkpoints.folder import check_folder, not_one_file
 from leap_pl.checkpoints.identity import KEY, Identity, check_same, read_identity
+from leap_pl.checkpoints.plain import made_plain
 from leap_pl.checkpoints.rewind import rewind
 from leap_pl.checkpoints.settings import MASK_SETTINGS, Settings, check_settings, comparable, taken
 from leap_pl.distributed.shards import copy_part_
 from leap_pl.distributed.strategy import check_as_rank_zero, data_rank, saves_shards
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, warn_once
 from leap_pl.masks.mask_set import STAYED, TRAINED
 from leap_pl.prior.started_prior import DIGESTS
 from leap_pl.training import run_settings
@@ -30,7 +35,39 @@ OF_DATA = ("datamodule_hyper_parameters", "datamodule_hparams_name", "datamodule
 RATES = ("lr", "warmup_steps", "weight_decay")
 
 
+# Settings of a mask's record that say how that mask was measured.
+OF_MASK = ("perplexity", "perplexity_of")
+
 TIMER = Timer.__qualname__  # its key in a checkpoint
+
+
+def check_folder_of(path: str | Path, strategy: Strategy) -> None:
+    """Check a checkpoint, if it is a folder, before ``strategy`` loads it.
+
+    Lightning loads folders by torch's own reader, which runs code that it finds there.
+
+    Raises:
+        UserError: The folder holds more than tensors and plain values, is incomplete, or not for this strategy.
+    """
+    if "://" not in str(path) and Path(path).is_dir():
+        if not isinstance(strategy, ModelParallelStrategy):
+            raise not_one_file(path)
+        check_folder(path)
+
+
+def _load_checked(strategy: Strategy, checkpoint_path: str | Path, *arguments: Any, **settings: Any) -> Any:
+    check_folder_of(checkpoint_path, strategy)
+    return type(strategy).load_checkpoint(strategy, checkpoint_path, *arguments, **settings)
+
+
+class Interruption(L.Callback):
+    """Callback that holds the identity of a fit which an exception ends: Lightning then calls no hook of the module."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Hold the identity, and drop what was to be called in a fit that was refused."""
+        if isinstance(pl_module, ResumableModule):  # the trainer may have gone on to another
+            pl_module.hold_identity()
+            pl_module.when_loaded.clear()
 
 
 class ResumableModule(GatedModule):
@@ -44,11 +81,38 @@ class ResumableModule(GatedModule):
     """
 
     finished: Identity | None = None
+    _learns_in: int | None = None  # id of the trainer whose fit learns, until it ends or another stage begins
     _resumed: str | None = None  # the step of the checkpoint to resume from, if that is known before the model is
+
+    def setup(self, stage: str) -> None:
+        """Note that a stage begins, in which nothing is learned yet; let the strategy check what it will load.
+
+        The path of a checkpoint is known only when it is loaded, but on the command line.
+        """
+        self._learns_in = None
+        strategy: Any = None if self.attached is None else self.trainer.strategy
+        if strategy is not None and "load_checkpoint" not in vars(strategy):
+            strategy.load_checkpoint = partial(_load_checked, strategy)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Return a callback that holds the identity of a fit that an exception ends; a subclass adds its own to it."""
+        there = any(isinstance(callback, Interruption) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if there else [Interruption()]
+
+    def on_fit_start(self) -> None:
+        """Check that checkpoints of the run can hold the states of callbacks of one's own.
+
+        Raises:
+            UserError: One has what they cannot hold.
+        """
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if type(callback).__module__.partition(".")[0] not in ("leap_pl", "lightning"):
+                with suppress(AttributeError, TypeError):  # a state that there is not yet
+                    made_plain(callback.state_dict(), f"callbacks > {type(callback).__name__}")
 
     def on_train_start(self) -> None:
         """Set the modes of learning, and take this run for the one that the module is learned in."""
-        self.finished = None
+        self.finished, self._learns_in = None, id(self.trainer)
         super().on_train_start()
 
     def configure_model(self) -> None:
@@ -118,7 +182,7 @@ class ResumableModule(GatedModule):
 
     def identity(self) -> Identity:
         """Return the identity that this run's checkpoints contain; after a fit, that of the fit."""
-        if self.finished is not None:
+        if self.finished is not None and not self._learning():
             return self.finished
         dense, data = self.validation.dense, getattr(self.attached, "datamodule", None)
         return Identity(
@@ -142,7 +206,16 @@ class ResumableModule(GatedModule):
 
     def on_fit_end(self) -> None:
         """Hold the identity of the run, for a mask that is saved after another trainer has validated this module."""
-        self.finished = self.identity()
+        self.finished, self._learns_in = self.identity(), None
+
+    def hold_identity(self) -> None:
+        """Hold the identity of a fit that has begun to learn, or was resumed, as it is now."""
+        resumed = self._fitting() and self.trainer.ckpt_path is not None and self.trainer.global_step > 0
+        if self.model is not None and ((resumed and self.finished is None) or self._learning()):
+            self.finished = self.identity()
+
+    def _learning(self) -> bool:
+        return self._fitting() and self._learns_in == id(self.trainer)
 
     def learned_with(self) -> Settings:
         """Return the settings of the module that a resumed run takes and compares, by their full names.
@@ -187,6 +260,11 @@ class ResumableModule(GatedModule):
         checkpoint[KEY] = asdict(self.identity())
         for part in ("hyper_parameters", *OF_DATA):  # those of the module are in the identity, read by a schema
             checkpoint.pop(part, None)
+        for part in sorted(checkpoint.keys() - {"state_dict"}):
+            try:
+                checkpoint[part] = made_plain(checkpoint[part], part)
+            except UserError as error:  # amid a run, which would lose more by an end than by a checkpoint
+                warn_once(str(error))
         rewind(self.trainer, checkpoint)
         if saves_shards(self.attached):
             return  # each rank writes its own part under this module's names, as ModelParallelStrategy reads them
@@ -241,4 +319,14 @@ class ResumableModule(GatedModule):
         self.has_mask = True
         if not self._fitting():  # until a fit goes on from it, its mask is the checkpoint's, whoever validates it
             settings = {"steps": checkpoint.get("global_step"), **found.settings}
-            self.finished = replace(found, settings=settings, base_model=self.base_model, revision=self.revision)
+            other = not math.isclose(self.sparsity, found.sparsity) and bool(self.gates.learned())
+            if other:  # a caller asks for another mask than was measured, and a fixed one would stay what it is
+                settings = {name: value for name, value in settings.items() if name not in OF_MASK}
+                self.validation.hard = None
+            self.finished = replace(
+                found,
+                settings=settings,
+                sparsity=self.sparsity if other else found.sparsity,
+                base_model=self.base_model,
+                revision=self.revision,
+            )

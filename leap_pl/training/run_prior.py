@@ -13,7 +13,7 @@ from leap_pl.distributed.strategy import RankZero
 from leap_pl.errors import UserError
 from leap_pl.gates import FixedGate, Gates
 from leap_pl.masks.mask_set import STAYED
-from leap_pl.masks.patterns import NM, read_form
+from leap_pl.masks.patterns import NM, Unstructured, read_form
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.prior.started_prior import DIGESTS, started_prior
 
@@ -70,7 +70,13 @@ class RunPrior:
             kind = gates.describe()["class_path"]
             raise UserError(f"prior.graded is for BernoulliGate, and the gate is {kind}. Leave it out.")
 
-        form = read_form(gates.form) if isinstance(gates.first, FixedGate) and self.settings.mask is None else None
+        by_method = isinstance(gates.first, FixedGate) and self.settings.mask is None
+        form = read_form(gates.form) if by_method else None
+        if by_method and not isinstance(form, NM | Unstructured):
+            raise UserError(
+                f"model.gate.pattern is {gates.form}, and prior.method makes masks that are unstructured or n:m. Give "
+                "one such as 2:4, or name a mask with --model.mask."
+            )
         if isinstance(form, NM) and abs(sparsity - form.sparsity) > 1e-3:
             raise UserError(
                 f"model.sparsity is {sparsity:g}, and a mask of {form} removes {form.sparsity:g}. Set "

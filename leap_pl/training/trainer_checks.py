@@ -1,6 +1,5 @@
 """Checks of the trainer of a run before anything is loaded: what Lightning accepts, and a run cannot have."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from leap_pl.errors import UserError, listing
@@ -19,6 +18,8 @@ UNSUITABLE = {
     "WeightAveraging": "Leave it out",
     "EMAWeightAveraging": "Leave it out",
 }
+
+FINDERS = {"BatchSizeFinder", "LearningRateFinder"}
 
 # Lightning's plugins of precision that replace the linear layers, and with them their gates.
 REPLACING = {"TransformerEnginePrecision", "BitsandbytesPrecision"}
@@ -93,7 +94,7 @@ def check_unused(trainer: "Trainer", *, at_start: bool) -> None:
         )
 
 
-def _check_callbacks(callbacks: Sequence["Callback"], module: type | None) -> None:
+def _check_callbacks(callbacks: list["Callback"], module: type | None) -> None:
     """Refuse callbacks of Lightning that a run cannot have, or that monitor what is not measured.
 
     Raises:
@@ -104,7 +105,10 @@ def _check_callbacks(callbacks: Sequence["Callback"], module: type | None) -> No
     for callback in callbacks:
         kind, monitor = type(callback).__name__, getattr(callback, "monitor", None)
         if kind in UNSUITABLE and type(callback).__module__.startswith("lightning."):
-            raise UserError(f"trainer.callbacks: {kind} does not suit a run of leap_pl. {UNSUITABLE[kind]}.")
+            if kind in FINDERS:  # which a Tuner has added, and removes only after a fit that ends well
+                callbacks.remove(callback)
+            taken = " It was taken out of the trainer's callbacks." * (kind in FINDERS)
+            raise UserError(f"trainer.callbacks: {kind} does not suit a run of leap_pl. {UNSUITABLE[kind]}.{taken}")
         # Callbacks and modules from elsewhere may log more.
         if monitor is not None and monitor not in METRICS and places <= {"lightning", "leap_pl"}:
             raise UserError(f"{kind} monitors {monitor}, which is not measured. Give one of {listing(METRICS)}.")

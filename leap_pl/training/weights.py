@@ -238,7 +238,8 @@ class LowRank(Trainable):
     """Weight W + s·(B·A) with factors of rank r, s = lora_alpha / r: LoRA (https://arxiv.org/abs/2106.09685).
 
     Under a gate it is M ⊙ (W + s·B·A): the product keeps every zero of the mask, and the exported weight is this very
-    expression. B starts at 0. Each weight of stacked experts has its own factors.
+    expression. The factor of the outputs starts at 0, that of the inputs at random: B and A, or A and B where a weight
+    is stored (in, out). Each weight of stacked experts has its own factors.
     """
 
     own_settings = ("r", "lora_alpha", "target_modules")
@@ -248,10 +249,14 @@ class LowRank(Trainable):
         super().__init__(weight, settings, seed, bits)
         base = weight.parameter
         *stacked, rows, columns = base.shape
-        spread = 1 / math.sqrt(3 * base.shape[weight.input_dim])
-        start = initial_noise((*stacked, settings.r, columns), spread, seed, f"{weight.name} lora_A")
-        zeros = torch.zeros((*stacked, rows, settings.r), dtype=torch.float32, device=base.device)
-        self.lora_A, self.lora_B = nn.Parameter(start.to(base.device)), nn.Parameter(zeros)
+        inputs = base.shape[weight.input_dim]
+        of_rows = weight.input_dim % base.dim() != base.dim() - 1  # the inputs: stored (in, out)
+        shapes = {"lora_A": (*stacked, settings.r, columns), "lora_B": (*stacked, rows, settings.r)}
+        random, zero = reversed(shapes) if of_rows else shapes
+        noise = initial_noise(shapes[random], 1 / math.sqrt(3 * inputs), seed, f"{weight.name} {random}")
+        zeros = torch.zeros(shapes[zero], dtype=torch.float32, device=base.device)
+        starts = {random: noise.to(base.device), zero: zeros}
+        self.lora_A, self.lora_B = (nn.Parameter(starts[part]) for part in shapes)
 
     @staticmethod
     def value(base: Tensor, parts: Mapping[str, Tensor], settings: WeightTraining) -> Tensor:

@@ -12,12 +12,22 @@ from conftest import Run, fit_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_model
 
-from leap_pl.callbacks import StepProgress, progress, sparsity
+from leap_pl.callbacks import StepProgress, progress, report, sparsity
 from leap_pl.callbacks.density_picture import draw_densities
 from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
 
 pytestmark = pytest.mark.usefixtures("eager")
+
+
+@pytest.mark.parametrize("there", [None, 2**18, 2**50])
+def test_plan_says_where_a_run_will_not_fit(
+    there: int | None, model_folder, text_file, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(report, "device_bytes", lambda device: there)
+    main(fit_flags(model_folder, text_file, tmp_path, "--trainer.max_steps=1"))
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("memory "))
+    assert ("more than its 0.0 GiB, see --config low_memory and --config fsdp2" in line) == (there == 2**18)
 
 
 def test_plan_lines_and_verdict(finished: Run, model_folder, text_file, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import Run, fit_flags, refused
 from folders import tree
+from hostile_files import Trap
 from lightning.pytorch import Trainer
 from stopped_runs import at_call, send, stopped
 
@@ -130,13 +131,14 @@ def test_force_removes_nothing_that_leap_pl_did_not_write(
     run: Path, model_folder, text_file, tmp_path: Path, capsys, stranger: str
 ) -> None:
     if stranger == "notes.ckpt":
-        torch.save({"state_dict": {}}, run / stranger)
+        torch.save({"state_dict": {}, "hostile": Trap(tmp_path / "ran")}, run / stranger)
     else:
         (run / stranger).write_text('{"provenance": {}}')
     before = tree(run)
     said = refused(short(model_folder, text_file, tmp_path, "--force"), capsys)
     assert stranger in said or "was written by leap_pl export" in said
     assert tree(run) == before
+    assert not (tmp_path / "ran").exists()
 
 
 def test_force_replaces_runs_without_a_record(run: Path, model_folder, text_file, tmp_path: Path) -> None:

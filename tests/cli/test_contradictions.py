@@ -86,6 +86,8 @@ def test_validate_needs_a_checkpoint_and_something_to_measure(
     words = ["validate", f"--ckpt_path={finished.checkpoint}", "--trainer.logger=false"]
     assert "data.validation_sequences is 0" in refused([*words, "--data.validation_sequences=0"], capsys)
     assert "trainer.limit_val_batches is 0" in refused([*words, "--trainer.limit_val_batches=0"], capsys)
+    assert "--force: leap_pl validate learns nothing" in refused([*words, "--force"], capsys)
+    assert "--tokens: leap_pl validate learns nothing" in refused([*words, "--tokens=1M"], capsys)
 
 
 def test_the_last_checkpoint_has_the_settings_that_are_not_typed(finished: Run, tmp_path: Path, capsys) -> None:

@@ -136,6 +136,24 @@ def test_text_of_another_column(base, text, tmp_path):
     assert named["perplexity"][str(body)] == {**plain["perplexity"][text], "text_column": "body"}
 
 
+def test_options_of_a_measurement_reach_it(base, text, monkeypatch):
+    """And not the record alone."""
+    from leap_pl.evaluation import tasks
+
+    figures = [
+        evaluate_command(base, perplexity=text, seq_length=32, max_tokens=256, stride=stride)["perplexity"][text]
+        for stride in (8, None)
+    ]
+    assert [figure["stride"] for figure in figures] == [8, 32]
+    assert figures[0]["value"] != figures[1]["value"]
+    asked = {}
+    monkeypatch.setattr(tasks, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(tasks, "evaluate_tasks", lambda *_, **options: asked.update(options) or {})
+    options = {"limit": 3, "num_fewshot": 2, "batch_size": 5, "seed": 11, "bos": "none"}
+    evaluate_command(base, tasks="piqa", **options)
+    assert options.items() <= asked.items()
+
+
 def test_the_held_out_share_is_measured_and_no_other_text(base, tmp_path):
     """The twentieth of its documents that a run without a validation text does not train on."""
     path = tmp_path / "many.jsonl"

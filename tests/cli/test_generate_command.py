@@ -116,6 +116,20 @@ def test_the_models_own_settings_of_generation_are_not_read(
     assert texts[0] == texts[1]
 
 
+def test_a_continuation_ends_where_the_model_ends_a_turn(model_folder: Path, tmp_path: Path) -> None:
+    """Which chat models say in their own settings, and may be another token than the tokenizer's."""
+    from leap_pl.base_model.loading import load_model
+    from leap_pl.base_model.tokenizer import load_tokenizer
+    from leap_pl.evaluation.generation import continue_prompt
+
+    model, tokenizer = load_model(str(model_folder), dtype="float32"), load_tokenizer(str(model_folder))
+    ids = tokenizer("a", return_tensors="pt").input_ids
+    likeliest = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, ids.shape[1] :].tolist()
+    end = next(token for token in likeliest[1:] if token != likeliest[0])
+    model.generation_config.eos_token_id = [256, end]
+    assert continue_prompt(model, tokenizer, "a", max_new_tokens=6).tokens == likeliest.index(end) + 1
+
+
 def test_packed_weights_are_dense_on_another_device(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from leap_pl.base_model import config, loading
     from leap_pl.cli import device

@@ -8,7 +8,7 @@ import torch
 from conftest import fit_flags, refused
 
 from leap_pl.cli.main import main
-from leap_pl.cli.token_budget import number_of, ranks_of
+from leap_pl.cli.token_budget import number_of, ranks_of, steps_of
 from leap_pl.errors import UserError
 
 
@@ -42,6 +42,13 @@ def test_ranks(devices: object, accelerator: str, ranks: int, monkeypatch: pytes
     assert ranks_of(SimpleNamespace(devices=devices, accelerator=accelerator, num_nodes=2)) == ranks
     monkeypatch.setenv("WORLD_SIZE", "24")
     assert ranks_of(SimpleNamespace(devices=devices, accelerator=accelerator, num_nodes=2)) == 24
+
+
+def test_tokens_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    trainer = SimpleNamespace(devices=2, accelerator="cpu", num_nodes=1, accumulate_grad_batches=2)
+    settings = SimpleNamespace(data=SimpleNamespace(batch_size=2, seq_length=32), trainer=trainer)
+    assert steps_of("1024", settings) == 4
 
 
 def test_a_run_of_so_many_tokens(model_folder, text_file, tmp_path: Path, capsys, eager: None) -> None:

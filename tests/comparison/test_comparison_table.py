@@ -130,7 +130,9 @@ def test_refuses_other_protocols_in_one_column(write_result, change, says):
     assert all(source in str(caught.value) for source in sources)
 
 
-@pytest.mark.parametrize("change", [{"split": "test"}, {"limit": 10}, {"num_fewshot": 5}, {"samples": 7}])
+@pytest.mark.parametrize(
+    "change", [{"split": "test"}, {"limit": 10}, {"num_fewshot": 5}, {"samples": 7}, {"version": 9.5}]
+)
 def test_refuses_accuracies_measured_otherwise(write_result, change):
     other = result("wanda", 0.5, 20.0)
     other["tasks"]["piqa"].update(change)

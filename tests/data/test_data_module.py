@@ -20,7 +20,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from tiny import byte_tokenizer, tiny_folder
 
-from leap_pl.data import TextDataModule, batches
+from leap_pl.data import TextDataModule, batches, calibration_blocks, held_out_tokens
 from leap_pl.errors import UserError
 
 TOKENIZER = byte_tokenizer()
@@ -239,8 +239,19 @@ def test_validation_on_another_text_leaves_training_all(files: list[str], hub: s
     data = module_for(files[:1], validation_text=files[1], validation_sequences=2)
     assert "shard 1" in TOKENIZER.decode(next(iter(data.val_dataloader()))["input_ids"].flatten())
     assert len(list(data.stream.source.documents(repeat=False))) == 30
-    blocks = next(iter(module_for(hub, validation_sequences=2).val_dataloader()))["input_ids"]
-    assert TOKENIZER.decode(blocks.flatten()).startswith("hub 2 0<|end|>hub 2 1<|end|>")
+    for own in (
+        module_for(hub, validation_sequences=2),
+        module_for(files, validation_text=hub, validation_sequences=2),
+    ):
+        blocks = next(iter(own.val_dataloader()))["input_ids"]
+        assert TOKENIZER.decode(blocks.flatten()).startswith("hub 2 0<|end|>hub 2 1<|end|>")
+
+
+def test_a_text_of_the_hub_is_of_the_split_that_is_named(hub: str) -> None:
+    found = held_out_tokens(hub, TOKENIZER, split="validation", most=40)
+    assert TOKENIZER.decode(found).startswith("hub 2 0")
+    blocks = calibration_blocks(hub, TOKENIZER, seq_length=16, sequences=2, split="validation")
+    assert TOKENIZER.decode(blocks.flatten()).startswith("hub 2 0")
 
 
 def test_too_little_to_validate_on(files: list[str], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from leap_pl.errors import UserError
 from leap_pl.evaluation import answers
 from leap_pl.evaluation import tasks as room
 from leap_pl.evaluation.harness import PrefixSharingLM
-from leap_pl.evaluation.local_tasks import LocalTasks, _yaml
+from leap_pl.evaluation.local_tasks import LocalTasks, _data_folder, _yaml
 from leap_pl.evaluation.prefix_rows import arrange
 from leap_pl.evaluation.tasks import evaluate_tasks, mean_accuracy
 from leap_pl.inputs import hub
@@ -160,6 +160,25 @@ def test_task_of_a_group_is_found_in_the_groups_folder(folder):
     scores = score([f"mmlu_{subject}" for subject in SUBJECTS], folder)
     for found in scores.values():
         assert (found["samples"], found["split"], found["source"]) == (3, "test", "local")
+
+
+def test_a_task_of_another_benchmark_is_not_read_from_the_folder(folder):
+    """Its name begins with that of a group whose data is there."""
+    assert _data_folder(folder, f"mmlu_{SUBJECTS[0]}") == folder / "mmlu"
+    assert _data_folder(folder, "mmlu_redux_anatomy_generative") is None
+
+
+def test_the_split_is_that_which_is_scored():
+    leaf = {"validation_split": "validation", "test_split": "test"}
+    found = {
+        "results": {"a": {"alias": "a", "acc,none": 1.0}},
+        "configs": {"a": leaf},
+        "n-samples": {"a": {"effective": 1}},
+        "n-shot": {"a": 0},
+        "versions": {"a": 1.0},
+        "samples": {"a": [{"doc_id": 0, "acc": 1.0}]},
+    }
+    assert room._scores("a", found)["split"] == "test"
 
 
 def test_group_has_the_answers_of_all_its_tasks_and_a_tag_their_mean():

@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from leap_pl.base_model.backbone import head_of
 from leap_pl.base_model.loading import load_model
 from leap_pl.errors import UserError, warn_once
 from leap_pl.evaluation import answers as room
-from leap_pl.evaluation.answers import SharedPrefixes, reads_rows
+from leap_pl.evaluation.answers import SharedPrefixes, attention_span, reads_rows
 from leap_pl.evaluation.harness import PrefixSharingLM
 from leap_pl.evaluation.prefix_rows import Answer, arrange, batches
 
@@ -61,6 +62,16 @@ def test_windows_that_a_short_row_does_not_show() -> None:
         window_size=64,
     )
     assert not reads_rows(transformers.GPTNeoForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize(
+    ("settings", "span"),
+    [({}, room.UNLIMITED), ({"sliding_window": 32}, 32), ({"attention_chunk_size": 16}, 16)],
+)
+def test_layers_that_see_a_part_of_a_sequence(settings: dict[str, int], span: int) -> None:
+    """Windows that slide, and chunks, as Llama 4 has them."""
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**{"sliding_window": None, **settings}))
+    assert attention_span(SimpleNamespace(config=config)) == span
 
 
 def scored(lm: HFLM, requests: list[Request]) -> list[tuple[float, bool]]:

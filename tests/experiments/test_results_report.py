@@ -299,6 +299,36 @@ def test_rows_worse_than_the_best_baseline_are_named(experiment_done, swapped):
     assert ("less than 2 standard errors above" in told) == bool(alike)
 
 
+def test_learned_masks_above_trained_weights_of_a_one_shot_mask_are_named(experiment_done):
+    """Of the same number of tokens alone: another row has the same figures, and is not compared."""
+    folder, _ = experiment_done
+    found = {m.cell["name"]: m for m in read_cells(folder / "docs" / "results" / "cells")}
+    learned, baseline = found["leap-50"], found["wanda-50"]
+    assert learned.cell["tokens"]
+    assert baseline.cell["baseline"]
+    for factor, tokens, named in ((0.5, 1, 2), (2.0, 1, 0), (0.5, 2, 0)):
+        figures = {
+            text: {**figure, "value": factor * figure["value"]} for text, figure in learned.result["perplexity"].items()
+        }
+        trained = replace(
+            learned,
+            result={**learned.result, "perplexity": figures},
+            entry=replace(learned.entry, label="weights alone"),
+            cell={
+                **learned.cell,
+                "name": "recover-wanda-50",
+                "mask_of": "wanda-50",
+                "tokens": tokens * learned.cell["tokens"],
+                "settings": {**learned.cell["settings"], "model": {"mask": "mask.safetensors"}},
+            },
+        )
+        said = "\n".join(losses([learned, baseline, trained], []))
+        assert said.count(", weights alone)") == named
+        if named:
+            for role in ("like", "unlike"):  # a figure is by its half more than its half
+                assert f"({trained.perplexity(role)['value']:+.2f}, weights alone)" in said
+
+
 def test_a_row_without_a_baseline_of_its_form_is_compared_with_those_of_others(experiment_done):
     folder, _ = experiment_done
     found = [

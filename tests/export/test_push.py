@@ -1,6 +1,7 @@
 """``leap_pl export --push``, and masks by hub id: the hub's own client, on a stand-in of the hub."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,9 @@ def test_an_export_by_hub_id_is_known_as_its_folder_is(
     def evaluated(name: str) -> dict[str, Any]:
         return main(["evaluate", f"--model={name}", f"--perplexity={text_file}", "--seq_length=32", "--max_tokens=64"])
 
+    hub.requests.clear()
+    assert exported_record(NAME, revision="v1") == exported_record(pushed)
+    assert any("/resolve/v1/leap_pl.json" in request for request in hub.requests)  # of those weights, not of main's
     local, found = evaluated(str(pushed)), evaluated(NAME)
     assert found["method"] == "leap"
     assert found["model"] == local["model"] | {"name": NAME}
@@ -322,6 +326,24 @@ def test_an_export_by_hub_id_is_known_as_its_folder_is(
     place.unlink()
     with pytest.warns(UserWarning, match=r"leap_pl.json of alice/plain .* HF_HUB_OFFLINE .* used without it"):
         assert exported_record("alice/plain") == {}
+
+
+def test_a_model_of_the_hub_is_of_the_revision_that_is_named(
+    hub: Hub, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """The weights too, of every verb that takes one."""
+    hub.files["alice/base"] = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    place, text = tmp_path / "pruned", f"--text={text_file}"
+    for words in (
+        ["evaluate", "--model=alice/base", f"--perplexity={text_file}", "--seq_length=32", "--max_tokens=64"],
+        ["prune", "--model=alice/base", text, "--seq_length=32", "--sequences=2", f"--output_dir={place}"],
+        ["export", "--model=alice/base", f"--mask={place}", "--force", f"--output_dir={tmp_path / 'out'}"],
+    ):
+        hub.requests.clear()
+        shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
+        main([*words, "--revision=v1"])
+        assert any("/resolve/v1/model.safetensors" in request for request in hub.requests), words[0]
+        assert not any("/resolve/main/" in request for request in hub.requests), words[0]
 
 
 def test_a_sparse_model_of_the_hub_is_packed_as_its_folder_is(hub: Hub, pushed: Path, tmp_path: Path) -> None:

@@ -252,6 +252,9 @@ def test_the_confidence_of_patterns_is_at_the_slope_of_the_state() -> None:
     gate.logits.data.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
     confident = (gate.logits.detach().reshape(6, -1) * 7.0 / 0.5).softmax(0).amax(0).mean()
     assert Gates.of({"w": gate}).curves(1) == {"patterns/confidence": pytest.approx(float(confident), rel=1e-5)}
+    some = (gate.logits.detach().reshape(6, -1)[:, ::3] * 7.0 / 0.5).softmax(0).amax(0).mean()
+    assert Gates.of({"w": gate}).curves(3) == {"patterns/confidence": pytest.approx(float(some), rel=1e-5)}
+    assert abs(float(some - confident)) > 1e-3
 
 
 @pytest.mark.parametrize(("shape", "dim"), PLACES)

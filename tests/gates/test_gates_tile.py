@@ -286,6 +286,8 @@ def test_curves_of_tiles_and_of_their_patterns() -> None:
     assert curves["tiles/logits_above_0"] == pytest.approx(2 / 6)
     confident = (gate.pattern_logits.detach().reshape(6, -1) * 7.0 / 0.5).softmax(0).amax(0).mean()
     assert curves["patterns/confidence"] == pytest.approx(float(confident), rel=1e-5)
+    some = (gate.pattern_logits.detach().reshape(6, -1)[:, ::5] * 7.0 / 0.5).softmax(0).amax(0).mean()
+    assert Gates.of({"w": gate}).curves(5)["patterns/confidence"] == pytest.approx(float(some), rel=1e-5)
     assert Gates.of({"w": gate}).prior_forms(0.3) == {"prior": Unstructured(0.3), "inner": NM(2, 4)}
 
 

@@ -142,14 +142,19 @@ def test_low_rank_updates_are_of_each_orientation_and_start_at_the_weight() -> N
         weight = bare(shape, torch.bfloat16, dim)
         update = LowRank(weight, SETTINGS, 0)
         assert torch.equal(update(weight.parameter), weight.parameter)
+        # As peft's: the factor that the inputs pass through is random, and that which makes the outputs is zero.
+        into, out = (update.lora_A, update.lora_B) if dim == len(shape) - 1 else (update.lora_B, update.lora_A)
+        assert into.all()
+        assert not out.any()
         with torch.no_grad():
-            update.lora_B.normal_()
+            out.normal_()
         product = 2.0 * torch.einsum("...or,...ri->...oi", update.lora_B.double(), update.lora_A.double())
         expected = (weight.parameter.double() + product).float()
         torch.testing.assert_close(update(weight.parameter).float(), expected, rtol=2**-8, atol=1e-6)
         again = LowRank(weight, SETTINGS, 0)
-        assert torch.equal(again.lora_A, update.lora_A)
-        assert not torch.equal(LowRank(weight, SETTINGS, 1).lora_A, update.lora_A)
+        part = "lora_A" if into is update.lora_A else "lora_B"
+        assert torch.equal(getattr(again, part), into)
+        assert not torch.equal(getattr(LowRank(weight, SETTINGS, 1), part), into)
 
 
 def gated(model: nn.Module, kind: type[Gate], update: type[Master] | type[LowRank]) -> tuple[Gates[Any], GateState]:
@@ -231,6 +236,8 @@ def test_masters_keep_their_dtype_when_the_model_is_cast() -> None:
 @pytest.mark.parametrize(("shape", "dim"), [((8, 4096), 1), ((4096, 8), 0)])
 def test_low_rank_updates_start_by_name_and_by_the_inputs(shape: tuple[int, int], dim: int) -> None:
     first = bare(shape, dim=dim)
-    one, other = (LowRank(weight, WeightTraining(r=64), 0) for weight in (first, replace(first, name="v")))
-    assert not torch.equal(one.lora_A, other.lora_A)
-    assert float(one.lora_A.detach().std()) == pytest.approx(1 / math.sqrt(3 * 4096), rel=0.15)
+    updates = [LowRank(weight, WeightTraining(r=64), 0) for weight in (first, replace(first, name="v"))]
+    one, other = (update.lora_A if dim else update.lora_B for update in updates)
+    assert one.numel() == 64 * 4096
+    assert not torch.equal(one, other)
+    assert float(one.detach().std()) == pytest.approx(1 / math.sqrt(3 * 4096), rel=0.15)

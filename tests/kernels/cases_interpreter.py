@@ -130,6 +130,34 @@ def test_masks_and_gradients_are_those_of_the_eager_operations(
         assert same(grads[index].view_as(grad), grad)
 
 
+class Aligned:
+    """Stands in for a kernel and holds its argument ALIGNED, which the interpreter takes no notice of."""
+
+    def __init__(self, kernel: Any, found: list[bool]) -> None:
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **settings: Any) -> Any:
+            self.found.append(arguments[-1])
+            return self.kernel[grid](*arguments, **settings)
+
+        return launch
+
+
+@pytest.mark.parametrize(("shape", "skip", "aligned"), [((8, 16), 0, True), ((8, 16), 1, False), ((8, 15), 0, False)])
+def test_wide_loads_are_of_aligned_rows_alone(
+    shape: tuple[int, int], skip: int, aligned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other rows they are an error on a GPU."""
+    found: list[bool] = []
+    for name in ("_forward", "_backward"):
+        monkeypatch.setattr(masks, name, Aligned(getattr(masks, name), found))
+    logits, weights, upstream = ([torch.randn(128 + skip)[skip:][: shape[0] * shape[1]].view(shape)] for _ in range(3))
+    masks.mask_forward(logits, weights, KEYS[:2], SLOPE, SHARPNESS)
+    masks.mask_backward(logits, weights, upstream, torch.randn(2), KEYS[:2], SLOPE, SHARPNESS)
+    assert found == [aligned, aligned]
+
+
 def test_a_sum_of_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than one chunk of partial sums, and more than one weight: against float64."""
     monkeypatch.setattr(masks, "ROWS", 1)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +107,10 @@ def test_a_run_starts_from_it(
     mask = MaskSet.load(checkpoints / "prior.safetensors")
     assert mask.provenance.method == NAME
     assert [path.name.split("-")[0] for path in (tmp_path / "c").iterdir()] == [NAME]
+    with Path(str(sys.modules["file_of_a_method"].__file__)).open("a", encoding="utf-8") as file:  # of the first test
+        file.write("\n# Another algorithm.\n")
+    main(fit_flags(folder, text_file, tmp_path / "again", *prior))
+    assert len(list((tmp_path / "c").iterdir())) == 2
     monkeypatch.delitem(METHODS, NAME)
     message = refused(fit_flags(folder, text_file, tmp_path / "other", *prior), capsys)
     assert f"prior.method is '{NAME}'; give one of magnitude, wanda, sparseswaps, sparsegpt, admm, none." in message

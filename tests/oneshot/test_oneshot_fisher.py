@@ -1,5 +1,7 @@
 """Fisher allocation: moments against plain hooks, costs against gradients of weights, densities against their mean."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -175,7 +177,10 @@ def test_strength_runs_from_even_to_one_cut_through_all_costs() -> None:
     nearly = fisher_allocation(model, matrices, BLOCKS, 0.6, FisherOptions(1e-6, 0.0))
     assert all(pattern.sparsity == pytest.approx(0.6, abs=1e-4) for pattern in nearly.values())
     assert all(len(set(pattern.kept_rows.tolist())) == 1 for pattern in nearly.values())
-    half = fisher_allocation(model, matrices, BLOCKS, 0.6)
+    half = fisher_allocation(model, matrices, BLOCKS, 0.6, FisherOptions(0.5))
+    odds = [[math.log(1 / pattern.sparsity - 1) for pattern in found.values()] for found in (half, whole)]
+    for one, other in zip(*(torch.tensor(found).diff().tolist() for found in odds), strict=True):
+        assert one == pytest.approx(0.5 * other, abs=0.01)  # log-odds of densities, but for one shift of all
     for name, pattern in half.items():
         ends = (0.6, whole[name].sparsity)
         assert min(ends) - 0.05 < pattern.sparsity < max(ends) + 0.05

@@ -129,6 +129,15 @@ def test_sparseswaps_of_groups_ends_where_no_group_has_a_better_pair() -> None:
                     assert lost(row, swapped_row) > now * (1 - 1e-5)
 
 
+def test_a_short_group_has_a_form_too() -> None:
+    """Of two inputs left over, a 2:4 mask keeps one."""
+    mask = torch.tensor([[True, True, False, False, True, False]])
+    assert follows(mask, 1, NM(2, 4))
+    for last in ((True, True), (False, False)):
+        mask[0, 4:] = torch.tensor(last)
+        assert not follows(mask, 1, NM(2, 4))
+
+
 @given(
     st.integers(0, 10_000),
     st.sampled_from([*(Unstructured(s) for s in (0.03, 0.3, 0.5, 0.9, 0.99)), NM(2, 4), NM(1, 5)]),

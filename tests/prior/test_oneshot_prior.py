@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,34 @@ def test_a_mask_from_the_cache_is_the_one_that_was_made_with_its_provenance(tmp_
     assert len({file.read_bytes() for file in files}) == 1
 
 
+def test_a_mask_from_the_cache_is_of_the_model_as_it_is_named_now(tmp_path: Path) -> None:
+    """The folder of an earlier run may be gone."""
+    model, named = tiny_model(), [("here", None), ("there", "v1")]
+    for name, revision in named:
+        mask = one_shot_prior(
+            model,
+            find_weights(model),
+            "magnitude",
+            0.5,
+            base_model=name,
+            revision=revision,
+            data=None,
+            cache_dir=tmp_path,
+        )
+        assert (mask.provenance.base_model, mask.provenance.revision) == (name, revision)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "seq_length", "together"), [(None, 512, 1), (2, 512, 2), (8, 512, 4), (4, 2048, 2), (4, 8192, 1)]
+)
+def test_a_batch_of_the_whole_model_holds_few_tokens(batch: int | None, seq_length: int, together: int) -> None:
+    data: Any = Data()
+    if batch is not None:
+        data.batch_size = batch
+    assert prior_module._whole_model_batch(data, torch.zeros(16, seq_length)) == together
+
+
 @pytest.mark.usefixtures("eager")
 def test_a_run_without_a_cache_resumes_and_makes_its_prior_again(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -213,6 +242,9 @@ def test_the_settings_of_a_prior_are_what_it_is_made_with(sequences: int, tmp_pa
     assert made.provenance.config["fisher"]["strength"] == 0.9
     assert data.stream.read == sequences
     assert made.sparsity == pytest.approx(0.6, abs=1e-3)
+    data.stream.read = 0
+    replace(settings, graded=True).squares(model, find_weights(model), calibration)
+    assert data.stream.read == sequences
 
 
 def test_the_same_tokens_in_other_blocks_are_another_prior(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def test_the_python_api_whatever_the_default_device(method: str, inside: bool, m
             masks.append(prune(loaded, tokens, method=method, walk=walk, progress=False).masks)
             found = perplexity(loaded.to(sim.DEVICE), tokens.flatten(), seq_length=32)
             assert found.value > 1
+            assert masks[-1].is_applied_to(loaded)  # the blocks' copies on the device are not the model
         assert masks[0].digest_of_bits() == masks[1].digest_of_bits()
         on_host = load_model(str(model), dtype="float32").to("cpu")
         expected = prune(on_host, tokens, method=method, progress=False).masks

@@ -53,8 +53,9 @@ def test_every_family_loads_and_answers_alike(family: str, tmp_path: Path) -> No
     assert not hasattr(model.config, "quantization_config")
 
 
-def test_a_loaded_model_unpacks(tmp_path: Path) -> None:
-    folder, masks = packed_folder(tmp_path)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # without biases, and with
+def test_a_loaded_model_unpacks(family: str, tmp_path: Path) -> None:
+    folder, masks = packed_folder(tmp_path, family)
     model = load(folder, "packed")
     with pytest.raises(ValueError, match="leap_pl and is not serializable"):
         model.save_pretrained(tmp_path / "saved")
@@ -62,7 +63,7 @@ def test_a_loaded_model_unpacks(tmp_path: Path) -> None:
     for name, weight in masked_base(tmp_path, masks).state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
     model.save_pretrained(tmp_path / "saved")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config.model_type == "llama"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config.model_type == family
 
 
 def test_other_types_and_the_model_without_its_head(tmp_path: Path) -> None:

@@ -249,6 +249,9 @@ def test_a_model_folder_that_names_code(
     }[verb]
     with planted.watched():
         main(words)
+    if verb == "export":  # names no code that it does not have
+        assert "auto_map" in (hostile_model / "tokenizer_config.json").read_text()
+        assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])

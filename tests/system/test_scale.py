@@ -17,7 +17,7 @@ import pytest
 import torch
 from hostile_files import Trap
 from lightning import Trainer
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from ranks import run_ranks
 from scaled_runs import BRIEF, Place, ddp, learn, sharded
 from tiny import tiny_model
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from leap_pl import LeapModule, TextDataModule
 from leap_pl.checkpoints.file import WholeCheckpointIO
-from leap_pl.checkpoints.folder import StoredTensors, check_folder, consolidated
+from leap_pl.checkpoints.folder import StoredTensors, check_folder, consolidated, state_keys
 from leap_pl.checkpoints.layout import masks_from_checkpoint, path_of
 from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.cli.compare import compare_command
@@ -384,8 +384,9 @@ def test_a_damaged_part_is_told_where_it_is_read(two, place: Place, tmp_path: Pa
     index = pickle.loads((folder / ".metadata").read_bytes())
     index.planner_data = None
     (folder / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(UserError, match="Take the checkpoint before it"):
-        masks_from_checkpoint(folder)
+    for reader in (masks_from_checkpoint, check_folder, state_keys):
+        with pytest.raises(UserError, match="Take the checkpoint before it"):
+            reader(folder)
 
 
 def test_no_code_runs_from_a_folder(two, place: Place, tmp_path: Path) -> None:
@@ -412,6 +413,20 @@ def test_no_code_runs_from_a_folder(two, place: Place, tmp_path: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match="more than tensors and plain values"):
         check_folder(folder)
+    # Lightning loads a folder by torch's reader, from the command line and from Python.
+    said = failure(place.flags("hostile", *sharded(2), f"--ckpt_path={folder}"))
+    assert "more than tensors and plain values" in said
+    module = LeapModule(str(place.llama), dtype="float32", prior=Prior(method="magnitude"))
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    resuming = Trainer(accelerator="cpu", devices=1, strategy=strategy, max_steps=3, logger=False)
+    with pytest.raises(UserError, match="more than tensors and plain values"):
+        resuming.fit(module, TextDataModule(text=str(place.text), seq_length=32), ckpt_path=str(folder))
+    with pytest.raises(UserError, match="which only ModelParallelStrategy reads"):
+        Trainer(accelerator="cpu", max_steps=3, logger=False).fit(
+            LeapModule(str(place.llama), dtype="float32"),
+            TextDataModule(text=str(place.text), seq_length=32),
+            ckpt_path=str(folder),
+        )
     assert not (tmp_path / "ran").exists()
 
 

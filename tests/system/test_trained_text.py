@@ -6,6 +6,8 @@ import pytest
 from conftest import Run, fit_flags, refused
 
 from leap_pl.cli.main import main
+from leap_pl.errors import UserError
+from leap_pl.evaluation.texts import check_held_out
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -39,6 +41,33 @@ def test_a_run_with_a_validation_text_was_trained_on_all_of_the_other(
     measured = ["evaluate", f"--mask={mask}", "--seq_length=16", "--share=held_out"]
     assert f"held out no part of {text_file.name}" in refused([*measured, f"--perplexity={text_file}"], capsys)
     main([*measured, f"--perplexity={other}"])
+
+
+def test_what_a_mask_tells_of_its_text(tmp_path: Path) -> None:
+    """Of the run under it too, of files that were moved, and of their number in a list, by which text is held out."""
+    one, two, lines = tmp_path / "one.jsonl", tmp_path / "two.jsonl", tmp_path / "lines.txt"
+    for file in (one, two, lines):
+        file.write_text('{"text": "a"}\n')
+    whole = {"data": {"text": str(one), "held_out": False}}
+    for config in (whole, {"data": {"text": str(two)}, "mask": {"config": whole}}):
+        with pytest.raises(UserError, match=r"held out no part of one\.jsonl"):
+            check_held_out(str(one), config)
+        check_held_out(str(two), config)
+    moved = {"data": {"text": [str(two), "/elsewhere/one.jsonl"], "held_out": False}}
+    with pytest.raises(UserError, match=r"held out no part of one\.jsonl"):
+        check_held_out(str(one), moved)
+    for texts in ([str(two), str(one)], [str(two), "/elsewhere/one.jsonl"], [str(tmp_path / "t*.jsonl"), str(one)]):
+        with pytest.raises(UserError, match=r"one\.jsonl was file 2 of 2 of the text of the run"):
+            check_held_out(str(one), {"data": {"text": texts}})
+    for config in (
+        {"data": {"text": [str(one), str(two)]}},
+        {"data": {"text": "/elsewhere/*.jsonl"}},  # which was any number of files
+        {"data": {"text": ["/elsewhere/t*.jsonl", str(one)]}},
+        {"data": {"text": "some/dataset"}},
+        {},
+    ):
+        check_held_out(str(one), config)
+    check_held_out(str(lines), {"data": {"text": [str(two), str(lines)]}})  # its last part, whatever its number
 
 
 def test_a_run_that_held_some_out_is_measured_on_it(finished: Run, text_file: Path) -> None:

@@ -193,6 +193,23 @@ def test_numbers_that_break_end_the_run_where_no_callback_looks(
     assert module.trainer.global_step == 2
 
 
+@pytest.mark.parametrize(("given", "spread"), [(ValidationTimes(), False), (ValidationTimes(spread=True), True)])
+def test_validations_are_when_the_trainer_says(
+    given: ValidationTimes, spread: bool, model_folder: Path, text_file: Path, eager: None
+) -> None:
+    """Unless the callback is asked to spread them."""
+
+    class Steps(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            found.append(trainer.global_step)
+
+    found: list[int] = []
+    module, own = LeapModule(str(model_folder), prior=Prior(method="none")), {"check_val_every_n_epoch": None}
+    run = trainer(max_steps=10, callbacks=[given, Steps()], val_check_interval=4, num_sanity_val_steps=0, **own)
+    run.fit(module, data(text_file))
+    assert found[:2] != [4, 8] if spread else found == [4, 8, 10]
+
+
 def test_other_callbacks_act_at_validations_that_are_spread(
     model_folder: Path, text_file: Path, tmp_path: Path, eager: None
 ) -> None:

@@ -126,6 +126,18 @@ def test_a_mask_of_a_checkpoint_says_of_which_run_it_is(module: LeapModule, text
     assert loaded.mask_set().provenance.config["steps"] == 3
 
 
+def test_a_mask_at_another_sparsity_says_that_it_was_not_measured(
+    module: LeapModule, text_file: Path, tmp_path: Path
+) -> None:
+    trainer(Checkpoints(str(tmp_path / "run")), max_steps=1).fit(module, data(text_file))
+    path = tmp_path / "run" / "last.ckpt"
+    same, other = (LeapModule.load_from_checkpoint(path, **more).mask_set() for more in ({}, {"sparsity": 0.25}))
+    assert (same.sparsity, same.provenance.sparsity) == (0.5, 0.5)
+    assert (other.sparsity, other.provenance.sparsity) == (0.25, 0.25)
+    assert "perplexity" in same.provenance.config
+    assert not {"perplexity", "perplexity_of"} & other.provenance.config.keys()
+
+
 def test_a_mask_that_was_written_stays_so(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
     export = MaskExport(str(tmp_path))
     run = trainer(export, max_steps=1)

@@ -2,23 +2,31 @@
 
 import copy
 import pickle
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from python_runs import data, trainer
 from tiny import tiny_model
 
 from leap_pl import LeapModule, MaskSet, UserError
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import model_fingerprint
+from leap_pl.callbacks import MaskExport
 from leap_pl.checkpoints.class_spec import described
+from leap_pl.checkpoints.layout import load_checkpoint
+from leap_pl.checkpoints.plain import made_plain
+from leap_pl.errors import warn_once
 from leap_pl.gates import BernoulliGate, detach
+from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import Term
 from leap_pl.oneshot.prune import prune
 from leap_pl.prior import Prior
@@ -108,6 +116,91 @@ def test_a_gated_model_is_not_saved_as_a_model(module: LeapModule, text_file: Pa
     detach(copied.weights)
     copied.model.save_pretrained(tmp_path / "out")
     assert model_fingerprint(load_model(str(tmp_path / "out"))) == module.fingerprint
+    tokens = torch.arange(32)[None]
+    assert module.states(tokens).isfinite().all()  # with the gates that it still has
+    assert module.states(tokens).grad_fn is not None
+
+
+def test_a_finder_of_a_tuner_is_refused_and_does_not_stay(module: LeapModule, text_file: Path) -> None:
+    fitting = trainer(max_steps=1)
+    with pytest.raises(UserError, match=r"LearningRateFinder does not suit a run of leap_pl\. Set --model\.optimizer"):
+        Tuner(fitting).lr_find(module, data(text_file), attr_name="warmup_steps")
+    trainer(max_steps=1).fit(module, data(text_file))
+    assert "LearningRateFinder" not in {type(callback).__name__ for callback in fitting.callbacks}  # type: ignore[attr-defined]
+
+
+def test_a_trial_does_not_replace_a_mask(module: LeapModule, tmp_path: Path) -> None:
+    loader = torch.utils.data.DataLoader([torch.arange(8)] * 2)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"trainer\.fast_dev_run would write the mask of its few steps"):
+        trainer(MaskExport(str(tmp_path)), fast_dev_run=True).fit(module, loader)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+class OwnObjective(Objective):
+    """Objective with another sum."""
+
+    def loss(self, passed: Any) -> Any:
+        return super().loss(passed)
+
+
+def test_settings_of_a_class_of_ones_own() -> None:
+    says = r"objective is of a class of your own, OwnObjective, .* Terms of your own are Objective\(extra="
+    with pytest.raises(UserError, match=says):
+        LeapModule("some/model", objective=OwnObjective())
+
+
+class Holder(L.Callback):
+    """Callback with a state."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"held": self.held}
+
+
+def test_numbers_of_numpy_are_stored_as_plain_ones(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """What learns from numpy.logspace must be read again, without running code."""
+    module = LeapModule(
+        str(model_folder),
+        dtype="float32",
+        gate=partial(BernoulliGate, spread=np.float64(0.003)),
+        optimizer=partial(torch.optim.AdamW, lr=np.float64(0.125)),
+        objective=Objective(lm=np.float64(0.5)),
+        prior=Prior(method="none"),
+    )
+    holder = Holder([np.int64(3), {"a": np.float32(0.5)}])
+    run = trainer(holder, max_steps=1, gradient_clip_val=np.float64(0.5))
+    run.fit(module, data(text_file))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    stored = load_checkpoint(tmp_path / "a.ckpt")
+    assert stored["callbacks"]["Holder"] == {"held": [3, {"a": 0.5}]}
+    assert stored["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.125
+    assert LeapModule.load_from_checkpoint(tmp_path / "a.ckpt").objective.lm == 0.5
+    says = r"cannot hold callbacks > Holder > held > array, .* class ndarray"
+    holder.held = {"array": np.zeros(2)}
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=says):  # amid a run
+        run.save_checkpoint(tmp_path / "b.ckpt")
+    fresh = LeapModule(str(model_folder), dtype="float32", prior=Prior(method="none"))
+    with pytest.raises(UserError, match=says):
+        trainer(holder, max_steps=1).fit(fresh, data(text_file))
+    for value in (np.datetime64("2026-01-01"), Path("x"), object()):
+        with pytest.raises(UserError, match="cannot hold there"):
+            made_plain([value], "there")
+
+
+def test_what_is_learned_is_held_in_memory_and_loaded_again(module: LeapModule, text_file: Path) -> None:
+    trainer(max_steps=1).fit(module, data(text_file))
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with torch.no_grad():
+        for gate in module.gates.values():
+            gate.logits.zero_()
+    module.load_state_dict(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+    name = next(iter(state))
+    with pytest.raises(UserError, match=f"the state is not that of this module: it lacks, .*{re.escape(name)}"):
+        module.load_state_dict({key: tensor for key, tensor in state.items() if key != name})
 
 
 def test_a_module_inside_another(module: LeapModule, text_file: Path) -> None:

@@ -2,14 +2,18 @@
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from python_runs import data, trainer
 from torch import Tensor, nn
 
+from leap_pl import LeapModule
 from leap_pl.errors import UserError
 from leap_pl.kernels.compiled import can_compile
+from leap_pl.prior import Prior
 from leap_pl.training import shared_steps
 from leap_pl.training.clipping import clip_by_norm
 from leap_pl.training.optimizers import PackedAdamW, SharedAdamW
@@ -100,6 +104,23 @@ def test_only_groups_that_ask_for_it() -> None:
     torch.testing.assert_close(masks.detach(), torch.full((3, 4), -2e-2))
     torch.testing.assert_close(weights.detach(), torch.full((3, 4), -1e-2))
     assert "rows_mean" not in optimizer.state[weights]
+
+
+def test_weights_that_are_trained_with_a_mask_take_steps_alone(model_folder: Path, text_file: Path) -> None:
+    module = LeapModule(
+        str(model_folder),
+        dtype="float32",
+        prior=Prior(method="none"),
+        optimizer=partial(SharedAdamW, lr=1e-3, rows=0.5, columns=0.25),
+        train_weights="kept",
+    )
+    run = trainer(max_steps=1)
+    run.fit(module, data(text_file))
+    (optimizer,) = run.optimizers
+    assert [(group["rows"], group["columns"]) for group in optimizer.param_groups] == [(0.5, 0.25), (0.0, 0.0)]
+    masks, weights = (group["params"] for group in optimizer.param_groups)
+    assert all("rows_mean" in optimizer.state[logits] for logits in masks)
+    assert not any("rows_mean" in optimizer.state[weight] for weight in weights)
 
 
 @pytest.mark.parametrize("make", [SharedAdamW, PackedAdamW])

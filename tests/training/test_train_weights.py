@@ -341,11 +341,15 @@ def test_figures_are_of_mask_and_weights(recovered: Path, finished_run: Run, tex
     ):
         with pytest.raises(UserError, match="measured with this mask and other weights"):
             export_command(str(tmp_path / "no"), mask=str(masks[mask]), perplexity=results[figures], format=form)
-    result = json.loads(Path(results["trained"]).read_text(encoding="utf-8"))
-    result["config"]["objective"]["lm"] = 0.25  # of a run that differs in its losses alone
-    (tmp_path / "other.json").write_text(json.dumps(result), encoding="utf-8")
-    with pytest.raises(UserError, match="measured with this mask and other weights"):
-        export_command(str(tmp_path / "no"), mask=str(masks["trained"]), perplexity=str(tmp_path / "other.json"))
+    changes: dict[str, Any] = {"objective": {"lm": 0.25}, "steps": 3, "seed": 7, "data": {"sha256": "0" * 64}}
+    for name, change in changes.items():  # of a run that differs in its losses alone, its length, its noise, its text
+        result = json.loads(Path(results["trained"]).read_text(encoding="utf-8"))
+        was = result["config"][name]
+        result["config"][name] = {**was, **change} if isinstance(change, dict) else change
+        assert result["config"][name] != was
+        (tmp_path / "other.json").write_text(json.dumps(result), encoding="utf-8")
+        with pytest.raises(UserError, match="measured with this mask and other weights"):
+            export_command(str(tmp_path / "no"), mask=str(masks["trained"]), perplexity=str(tmp_path / "other.json"))
     assert not (tmp_path / "no").exists()
     export_command(str(tmp_path / "mask"), mask=str(masks["trained"]), perplexity=results["alone"], format="mask")
     assert "train_weights" not in MaskSet.load(tmp_path / "mask" / "mask.safetensors").provenance.config

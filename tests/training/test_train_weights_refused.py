@@ -71,6 +71,13 @@ def test_bad_input_is_refused_in_one_line(
             *without(words, masked),
             *("--model.gate.pattern=1:4", "--model.prior.method=magnitude"),
         ],
+        **{
+            f"model.gate.pattern is {pattern}, and prior.method makes masks that are unstructured or n:m. Give one": [
+                *without(words, masked),
+                *("--model.gate=FixedGate", f"--model.gate.pattern={pattern}", "--model.prior.method=magnitude"),
+            ]
+            for pattern in ("2x4", "8x8 tiles, dense or 2:4")
+        },
         "the norms of OlmoForCausalLM have no weights": [
             *without(words, "--model.base_model", masked),
             *(f"--model.base_model={without_norms}", "--model.train_weights=norms"),

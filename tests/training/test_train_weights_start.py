@@ -120,15 +120,25 @@ def test_weights_that_a_run_would_drop_are_refused(
     main([*words, "--force"])
 
 
-@pytest.mark.parametrize(("method", "pattern"), [("admm", None), ("admm", "2:4"), ("sparsegpt", None)])
+@pytest.mark.parametrize(
+    ("method", "pattern", "compact"),
+    [("admm", None, False), ("admm", "2:4", True), ("sparsegpt", None, True)],
+)
 def test_weights_of_a_one_shot_method_are_where_it_starts(
-    recover: Flags, model_folder: Path, text_file: Path, tmp_path: Path, method: str, pattern: str | None, capsys
+    recover: Flags,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    method: str,
+    pattern: str | None,
+    compact: bool,
+    capsys,
 ) -> None:
     pruned = tmp_path / "pruned"
     options = {"method": method, "pattern": pattern, "sequences": 2, "seq_length": 32, "text": str(text_file)}
     prune_command(str(model_folder), str(pruned), **options)  # type: ignore[arg-type]
     words = [word for word in recover(tmp_path / "run") if not word.startswith("--model.mask")]
-    words += ["--model.weight_training.lr=0"]
+    words += ["--model.weight_training.lr=0", f"--model.weight_training.compact={str(compact).lower()}"]
     main([*words, f"--model.mask={pruned}", f"--model.weights={pruned / 'model'}"])
     named = {"mask": str(pruned)}, {"model": str(pruned / "model")}, {"mask": str(tmp_path / "run")}
     methods = [load_subject(**names).method for names in named]

@@ -7,6 +7,7 @@ import torch
 from conftest import fit_flags
 from recovered_runs import FAST, Flags, weights_in
 from safetensors.torch import load_file
+from tiny import byte_tokenizer, tiny_model
 
 from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.cli.export import export_command
@@ -57,6 +58,22 @@ def test_a_checkpoint_is_its_mask_and_weights(
         for named in ({"model": str(tmp_path / "mask")}, {"ckpt_path": str(folder / "last.ckpt")})
     ]
     assert measured[0] == pytest.approx(measured[1], rel=1e-6 if dtype == "float32" else 1e-2)
+
+
+def test_card_says_that_weights_were_measured_before_they_were_rounded(text_file: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_model("llama").bfloat16().save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    for dtype, rounded in (("float32", True), ("bfloat16", False)):
+        folder = tmp_path / dtype
+        main(fit_flags(base, text_file, folder, *FAST, "--model.train_weights=kept", f"--model.dtype={dtype}"))
+        export_command(str(folder / "out"), ckpt_path=str(folder / "checkpoints" / "last.ckpt"))
+        again = folder / "packed"  # of what was exported: its record hands the fact on
+        export_command(str(again), model=str(folder / "out"), format="packed")
+        for card in (folder / "out" / "README.md", again / "README.md"):
+            said = "Measured in float32, before the weights were rounded to the base model's type."
+            assert (said in card.read_text()) == rounded
+        assert {tensor.dtype for tensor in load_file(folder / "out" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_a_run_that_starts_from_other_weights_resumes_bit_for_bit(

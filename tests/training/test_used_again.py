@@ -4,12 +4,16 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from python_runs import again, data, trainer
 
 from leap_pl import LeapModule, UserError
 from leap_pl.callbacks import Checkpoints, RunReport, SparsityLogger
+from leap_pl.checkpoints.layout import masks_from_checkpoint
+from leap_pl.export.card import unfinished
 from leap_pl.prior import Prior
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -95,6 +99,50 @@ def test_what_a_mask_says_of_its_run_outlasts_a_validation(module: LeapModule, t
     other.write_text(text_file.read_text())
     trainer().validate(module, data(other), verbose=False)
     assert module.mask_set().provenance == before
+
+
+def test_what_a_mask_says_of_a_run_that_was_interrupted(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
+    """Also after a validation, which every notebook does next."""
+
+    class Interrupting(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 2:
+                raise InterruptedError
+
+    text, run = data(text_file), trainer(Interrupting(), max_steps=5, gradient_clip_val=0.7)
+    with pytest.raises(InterruptedError):
+        run.fit(module, text)
+    before = module.mask_set().provenance
+    assert [before.config[name] for name in ("steps", "max_steps", "gradient_clip_val")] == [2, 5, 0.7]
+    with pytest.raises(UserError, match="this module was validated, fitted or loaded before"):
+        trainer(max_steps=7).fit(module, text)
+    for again_with in (trainer(), run):
+        again_with.validate(module, text, verbose=False)
+        assert module.mask_set().provenance == before
+    assert unfinished(module.mask_set()) == "the mask is of step 2 of 5; "
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert masks_from_checkpoint(tmp_path / "a.ckpt").provenance.config["max_steps"] == 5
+
+
+def test_what_a_mask_says_of_a_finished_run_that_was_resumed(
+    module: LeapModule, text_file: Path, tmp_path: Path
+) -> None:
+    """Lightning trains no step then, and calls no hook of it."""
+    trainer(Checkpoints(str(tmp_path / "run")), max_steps=2).fit(module, data(text_file))
+    loaded = again(module)
+    trainer(max_steps=2).fit(loaded, data(text_file), ckpt_path=str(tmp_path / "run" / "last.ckpt"))
+    trainer(gradient_clip_val=0.3).validate(loaded, data(text_file), verbose=False)
+    config = loaded.mask_set().provenance.config
+    assert [config[name] for name in ("steps", "max_steps", "gradient_clip_val")] == [2, 2, None]
+
+
+def test_a_refused_fit_leaves_no_plan_to_print(
+    module: LeapModule, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="monitors nothing"):
+        trainer(RunReport(), EarlyStopping("nothing"), max_steps=1).fit(module, data(text_file))
+    trainer(RunReport(), max_steps=1).fit(module, data(text_file))
+    assert capsys.readouterr().err.count("gated, 14 tensors") == 1
 
 
 def test_what_a_mask_says_after_other_checkpoints_and_refused_fits(

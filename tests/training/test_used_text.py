@@ -31,8 +31,11 @@ def test_settings_of_text_that_change_after_its_use_are_used(
 ) -> None:
     text = data(text_file, tokenizer=str(model_folder))
     before = next(iter(text.stream.blocks())).tokens
+    held_out, was = next(iter(text.val_dataloader()))["input_ids"], text.identity()
     text.seq_length = 16
     assert next(iter(text.stream.blocks())).tokens == before[:16]
+    assert torch.equal(next(iter(text.val_dataloader()))["input_ids"][0], held_out[0, :16])
+    assert text.identity() == {**was, "seq_length": 16}
     other = tmp_path / "other.txt"
     other.write_text("something else " * 40)
     text.text = str(other)

@@ -1,0 +1,53 @@
+"""The state of the text in a checkpoint, compared with the text that a resumed run is given."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from leap_pl.errors import UserError
+
+FORMAT = 2  # 1 had no digests of the text
+HELD_OUT = "held_out (of validation_text and validation_sequences)"  # as messages name it
+
+
+def check_format(state: Mapping[str, Any]) -> None:
+    """Check that this version reads the format of a stored ``state``.
+
+    Raises:
+        UserError: It does not.
+    """
+    version = state.get("format")
+    if version not in (1, FORMAT):
+        raise UserError(
+            f"The checkpoint's data position has format {version}; this version of leap_pl reads formats 1 and "
+            f"{FORMAT}. Resume with the version that wrote it."
+        )
+
+
+def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], *, text_by_name: bool) -> None:
+    """Check that the settings of the text ``before`` are those ``now``.
+
+    Args:
+        before: Settings as a checkpoint stores them; earlier versions stored fewer.
+        now: Settings of the run that resumes, by name.
+        text_by_name: Whether the names and sizes of its files identify the text; its digests are compared otherwise.
+
+    Raises:
+        UserError: One of them is another; the message has both values of each.
+    """
+    # Earlier versions had no such setting, and blocks without a prefix.
+    before = {"bos": "first", **before}
+    known = before.get("vocabulary")
+    for digest in ("vocabulary", "tokenization"):  # earlier versions had none
+        before[digest] = now[digest] if before.get(digest) is None else before[digest]
+    if known is not None and known == now["vocabulary"]:  # under another name, such as that of a local copy
+        before["tokenizer"] = f"{now['tokenizer'].rpartition(' (')[0]} ({before['tokenizer'].rpartition(' (')[2]}"
+    changed = [
+        f"{name} was {before.get(name)!r} and is {now[name]!r}"
+        for name in now
+        if now[name] != before.get(name) and (name != "text" or text_by_name)
+    ]
+    if changed:
+        raise UserError(
+            f"The run cannot be resumed on other data: {'; '.join(changed)}. "
+            "Restore these settings, or start a new run without --ckpt_path."
+        )
