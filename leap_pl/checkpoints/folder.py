@@ -11,11 +11,13 @@ plain records of such an index are unpickled.
 
 import pickle
 import warnings
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -125,6 +127,31 @@ def check_folder(folder: str | Path) -> None:
         UserError: If it holds anything else, or the folder is incomplete.
     """
     _read(folder, tensors=False)
+
+
+def check_folder_of(path: str | Path, strategy: Strategy) -> None:
+    """Check a checkpoint, if it is a folder, before ``strategy`` loads it.
+
+    Lightning loads folders by torch's own reader, which runs code that it finds there.
+
+    Raises:
+        UserError: The folder holds more than tensors and plain values, is incomplete, or not for this strategy.
+    """
+    if "://" not in str(path) and Path(path).is_dir():
+        if not isinstance(strategy, ModelParallelStrategy):
+            raise not_one_file(path)
+        check_folder(path)
+
+
+def check_before_loading(strategy: Any) -> None:
+    """Let ``strategy`` check every checkpoint folder that it loads, by :func:`check_folder_of`; once is enough."""
+    if "load_checkpoint" not in vars(strategy):
+        strategy.load_checkpoint = partial(_load_checked, strategy)
+
+
+def _load_checked(strategy: Strategy, checkpoint_path: str | Path, *arguments: Any, **settings: Any) -> Any:
+    check_folder_of(checkpoint_path, strategy)
+    return type(strategy).load_checkpoint(strategy, checkpoint_path, *arguments, **settings)
 
 
 def _read(folder: str | Path, *, tensors: bool = True) -> dict[str, Any]:

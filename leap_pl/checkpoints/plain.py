@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leap_pl.errors import UserError
 
-CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
+MAPPINGS, COLLECTIONS = (dict, OrderedDict, Counter), (list, tuple, set)
 VALUES = (str, bytes, bytearray, bool, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)
 
 
@@ -26,10 +26,10 @@ def made_plain(value: Any, where: str) -> Any:
     if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
         return made_plain(value.item(), where)  # of a date an object, which is refused
     kind = type(value)
-    if kind in (dict, OrderedDict, Counter):
+    if kind in MAPPINGS:
         items = {made_plain(key, where): made_plain(item, f"{where} > {key}") for key, item in value.items()}
         return kind(items)
-    if kind in (list, tuple, set):
+    if kind in COLLECTIONS:
         return kind(made_plain(item, where) for item in value)
     if kind in VALUES or isinstance(value, Tensor) or kind in torch.serialization.get_safe_globals():
         return value

@@ -23,6 +23,7 @@ from leap_pl.callbacks import (
 )
 from leap_pl.checkpoints.class_spec import same
 from leap_pl.checkpoints.file import WholeCheckpointIO
+from leap_pl.checkpoints.folder import check_folder_of
 from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.run_folder import Finished, check_finished, check_settings, replaces
@@ -52,7 +53,6 @@ from leap_pl.inputs.ranges import check_numbers
 from leap_pl.inputs.register import running_verb
 from leap_pl.training.datamodule import TextDataModule
 from leap_pl.training.module import LeapModule
-from leap_pl.training.resumable_module import check_folder_of
 from leap_pl.training.run_settings import computed_in
 
 # LeapModule's default, in a form that can be saved in a config.

@@ -149,7 +149,7 @@ def check_held_out(name: str, config: Any) -> None:
     moved = (place for place, one in enumerate(places) if isinstance(one, str) and glob.has_magic(one))
     known = next(moved, len(places))  # how many files a pattern named, nobody knows
     for number, file in enumerate(_files(name)):
-        place = next((place for place, one in enumerate(places) if _is(file, one)), None)
+        place = next((place for place, one in enumerate(places) if _is_same(file, one)), None)
         if place is not None and whole:
             raise UserError(
                 f"--share held_out: the run that made this mask held out no part of {Path(name).name}, so all of it "
@@ -163,7 +163,7 @@ def check_held_out(name: str, config: Any) -> None:
             )
 
 
-def _is(file: Path, other: Path | str) -> bool:
+def _is_same(file: Path, other: Path | str) -> bool:
     """Return whether ``file`` is the ``other`` file, or has its name or pattern."""
     return fnmatch(file.name, other) if isinstance(other, str) else file.samefile(other)
 

@@ -41,11 +41,7 @@ def check_arguments(
     for name, (value, kind) in settings.items():
         if not isinstance(value, kind | dict):
             raise UserError(f"{name} is {shown(repr(value), 200)}; give {kind.__name__}(...).")
-        if (
-            not isinstance(value, dict)
-            and type(value) is not kind
-            and not type(value).__module__.startswith("leap_pl.")
-        ):
+        if type(value) is not kind and not isinstance(value, dict):
             own = " Terms of your own are Objective(extra=[...])." if kind.__name__ == "Objective" else ""
             raise UserError(
                 f"{name} is of a class of your own, {type(value).__name__}, of which a checkpoint would hold the "

@@ -3,16 +3,14 @@
 import math
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from leap_pl.checkpoints import layout as checkpoints
-from leap_pl.checkpoints.folder import check_folder, not_one_file
+from leap_pl.checkpoints.folder import check_before_loading, not_one_file
 from leap_pl.checkpoints.identity import KEY, Identity, check_same, read_identity
 from leap_pl.checkpoints.plain import made_plain
 from leap_pl.checkpoints.rewind import rewind
@@ -39,25 +37,6 @@ RATES = ("lr", "warmup_steps", "weight_decay")
 OF_MASK = ("perplexity", "perplexity_of")
 
 TIMER = Timer.__qualname__  # its key in a checkpoint
-
-
-def check_folder_of(path: str | Path, strategy: Strategy) -> None:
-    """Check a checkpoint, if it is a folder, before ``strategy`` loads it.
-
-    Lightning loads folders by torch's own reader, which runs code that it finds there.
-
-    Raises:
-        UserError: The folder holds more than tensors and plain values, is incomplete, or not for this strategy.
-    """
-    if "://" not in str(path) and Path(path).is_dir():
-        if not isinstance(strategy, ModelParallelStrategy):
-            raise not_one_file(path)
-        check_folder(path)
-
-
-def _load_checked(strategy: Strategy, checkpoint_path: str | Path, *arguments: Any, **settings: Any) -> Any:
-    check_folder_of(checkpoint_path, strategy)
-    return type(strategy).load_checkpoint(strategy, checkpoint_path, *arguments, **settings)
 
 
 class Interruption(L.Callback):
@@ -90,9 +69,8 @@ class ResumableModule(GatedModule):
         The path of a checkpoint is known only when it is loaded, but on the command line.
         """
         self._learns_in = None
-        strategy: Any = None if self.attached is None else self.trainer.strategy
-        if strategy is not None and "load_checkpoint" not in vars(strategy):
-            strategy.load_checkpoint = partial(_load_checked, strategy)
+        if self.attached is not None:
+            check_before_loading(self.trainer.strategy)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Return a callback that holds the identity of a fit that an exception ends; a subclass adds its own to it."""
