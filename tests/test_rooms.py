@@ -23,7 +23,9 @@ LIGHTNING_FREE = (
 # (tests/system/test_private_interfaces.py). Of attributes that are written out, ruff's SLF says the same.
 FENCES = {
     "base_model/backbone.py",  # which attention a model was loaded with
+    "base_model/config.py",  # which flash attention a model replaces by kernels of the hub
     "callbacks/lightning_internals.py",  # how ModelCheckpoint saves, and when Lightning validates
+    "checkpoints/folder.py",  # the unpickler that is written in Python
     "cli/arguments.py",  # argparse's table of options
     "distributed/strategy.py",  # what DDP sends, and what ModelParallelStrategy was made with
     "kernels/backward_pass.py",  # the number of a backward pass

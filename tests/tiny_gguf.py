@@ -24,8 +24,11 @@ PARTS = {
 }
 
 
-def tiny_gguf(path: Path, **changes: int) -> Path:
-    """A GGUF file of ``tiny_model()``; ``changes`` are of its settings: ``block_count``, ``embedding_length`` …"""
+def tiny_gguf(path: Path, *, tied: bool = False, **changes: int) -> Path:
+    """A GGUF file of ``tiny_model()``; ``changes`` are of its settings: ``block_count``, ``embedding_length`` …
+
+    ``tied``: it has no head of its own.
+    """
     model = tiny_model()
     config = model.config
     settings = {
@@ -53,6 +56,8 @@ def tiny_gguf(path: Path, **changes: int) -> Path:
     writer.add_eos_token_id(256)
     writer.add_bos_token_id(256)
     for name, tensor in model.state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue
         for part, short in PARTS.items():
             name = name.replace(part, short)
         writer.add_tensor(name, tensor.numpy())

@@ -12,8 +12,8 @@ from leap_pl.inputs.plain_values import shown
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-HUB_KERNELS = ("sonicmoe", "deepgemm")  # names of kernels that transformers fetches from the hub
-FLASH = re.compile(r"(?:paged\|)?flash_attention_(\w+)")
+HUB_KERNELS = ("sonicmoe", "deepgemm", "deepgemm_megamoe")  # names of kernels that transformers fetches from the hub
+FLASH = re.compile(r"(?:paged\|)?flash_attention_(\d+)")
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> "PreTrainedConfig":
@@ -87,20 +87,30 @@ def _check_plain(name: str, config: "PreTrainedConfig") -> None:
                     f"the config.json of base model {name} asks for kernels from the hub ({shown(kernel)}), which are "
                     f"code. {remove}"
                 )
-            if not _has_attention(kernel):
+            if not _has_attention(kernel, part):
                 raise UserError(
                     f"the config.json of base model {name} asks for {shown(kernel)}, which is not installed, and "
                     f"transformers may fetch it from the hub. {remove}"
                 )
 
 
-def _has_attention(kernel: str) -> bool:
-    """Return whether a kind of attention needs nothing, or flash attention that is installed and runs here."""
+def _has_attention(kernel: str, config: "PreTrainedConfig") -> bool:
+    """Return whether a kind of attention needs nothing, or flash attention that is installed and runs here.
+
+    transformers takes every word with "flash" in it for flash attention, and some models replace it by kernels of the
+    hub.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import import_utils
 
-    found = FLASH.match(kernel)
+    if "flash" not in kernel:
+        return True
+    found = FLASH.fullmatch(kernel)
     available = None if found is None else getattr(import_utils, f"is_flash_attn_{found[1]}_available", None)
-    return found is None or (available is not None and bool(available()))
+    if available is None or not available():
+        return False
+    instead = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_compatible_flash_implementations", None)
+    return instead is None or kernel.removeprefix("paged|") in instead
 
 
 def _parts_of(config: "PreTrainedConfig") -> "Iterator[PreTrainedConfig]":

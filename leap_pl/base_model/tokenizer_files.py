@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,14 +38,33 @@ def copy_tokenizer(model: str, folder: Path, revision: str | None, names: Iterab
     # What the tokenizer needs has been fetched with it.
     place = local_folder(model, *(() if is_offline_mode() else (SENTENCEPIECE,)), revision=revision)
     known = sorted({SETTINGS, MERGES, *VOCABULARIES, *OTHERS, *(name for name in names if Path(name).name == name)})
-    found = [name for name in known if (place / name).is_file()]
+    found = [name for name in known if (place / name).is_file() and _belongs(place / name, place)]
     settings = json.loads((place / SETTINGS).read_text(encoding="utf-8")) if SETTINGS in found else {}
     plain = isinstance(settings, dict) and not {"auto_map", "name_or_path"} & {*settings}
     if not plain or not VOCABULARIES & {*found}:
         return False
-    found += [f"{TEMPLATES}/{path.name}" for path in sorted((place / TEMPLATES).glob("*.jinja"))]
+    templates = sorted((place / TEMPLATES).glob("*.jinja"))
+    found += [f"{TEMPLATES}/{path.name}" for path in templates if _belongs(path, place)]
     for name in found:
         note_input(place / name)
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(place / name, folder / name)
     return True
+
+
+def _belongs(file: Path, folder: Path) -> bool:
+    """Return whether a file is not a link out of the model's folder, which could be to any file of the user's.
+
+    A download of the hub consists of links into its cache. Others are left out, with a warning.
+    """
+    from huggingface_hub import constants
+
+    place = file.resolve()
+    if any(place.is_relative_to(Path(home).resolve()) for home in (folder, constants.HF_HUB_CACHE)):
+        return True
+    warnings.warn(
+        f"{file} is a link to {place}, outside the model's folder, and is not copied. If it belongs to the model, put "
+        "the file there.",
+        stacklevel=2,
+    )
+    return False

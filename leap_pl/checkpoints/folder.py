@@ -11,10 +11,13 @@ plain records of such an index are unpickled.
 
 import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -28,6 +31,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import by_weight, check_complete, load_checkpoint
 from leap_pl.errors import UserError
+from leap_pl.escape import terminal
+
+# The unpickler that is written in Python, whose instructions can be checked one by one.
+Unpickler: Any = getattr(pickle, "_Unpickler", object)
 
 INDEX = ".metadata"
 
@@ -65,16 +72,17 @@ class StoredTensors:
         """
         self.folder, self.reader = folder, _Reader(folder)
         self.index = self.reader.read_metadata()
-        places, found = self.index.planner_data, self.index.state_dict_metadata
-        learned = {places[name][1]: name for name in found if places[name][0] == "state_dict"}
         self.shapes: dict[str, Tensor] = {}
         self._names: dict[str, str] = {}
-        for path, name in learned.items():
-            what = found[name]
-            if isinstance(what, TensorStorageMetadata):
-                empty = torch.empty(what.size, dtype=what.properties.dtype, device="meta")
-                for key in by_weight({path: empty}):
-                    self.shapes[key], self._names[key] = empty, name
+        with _damage_in_one_line(folder):
+            places, found = _places(self.index, folder), self.index.state_dict_metadata
+            learned = {places[name][1]: name for name in found if places[name][0] == "state_dict"}
+            for path, name in learned.items():
+                what = found[name]
+                if isinstance(what, TensorStorageMetadata):
+                    empty = torch.empty(what.size, dtype=what.properties.dtype, device="meta")
+                    for key in by_weight({path: empty}):
+                        self.shapes[key], self._names[key] = empty, name
 
     def read(self, key: str) -> Tensor:
         """Return the full tensor ``key`` of :attr:`shapes`, assembled from the shards of all ranks.
@@ -102,8 +110,9 @@ def state_keys(folder: str | Path) -> set[str]:
     Raises:
         UserError: If ``folder`` is not a distributed checkpoint, or its index is damaged.
     """
-    places = _places(_Reader(folder).read_metadata(), folder).values()
-    return {str(place[-1]) for place in places if len(place) > 2 and place[1] == "state"}
+    with _damage_in_one_line(folder):
+        places = _places(_Reader(folder).read_metadata(), folder).values()
+        return {str(place[-1]) for place in places if len(place) > 2 and place[1] == "state"}
 
 
 def _places(index: Any, folder: str | Path) -> dict[str, tuple[Any, ...]]:
@@ -123,9 +132,17 @@ def _places(index: Any, folder: str | Path) -> dict[str, tuple[Any, ...]]:
 def check_folder(folder: str | Path) -> None:
     """Check that everything in ``folder`` but tensors is a plain value, before other code unpickles it.
 
+    Of tensors only the places in the files are checked, not the bytes.
+
     Raises:
         UserError: If it holds anything else, or the folder is incomplete.
     """
+    with _damage_in_one_line(folder):
+        places = _Reader(folder).read_metadata().storage_data.values()
+        sizes = {path.name: path.stat().st_size for path in Path(folder).iterdir()}
+        for stored in places:
+            if stored.offset < 0 or stored.offset + stored.length > sizes.get(stored.relative_path, -1):
+                raise ValueError(f"{stored.relative_path} is missing or cut off")
     _read(folder, tensors=False)
 
 
@@ -157,14 +174,15 @@ def _load_checked(strategy: Strategy, checkpoint_path: str | Path, *arguments: A
 def _read(folder: str | Path, *, tensors: bool = True) -> dict[str, Any]:
     """Return the contents of ``folder``, nested by their paths."""
     reader = _Reader(folder)
-    index = reader.read_metadata()
-    places = _places(index, folder)
-    flat: dict[str, Any] = {}
-    for name, what in index.state_dict_metadata.items():
-        if not isinstance(what, TensorStorageMetadata):
-            flat[name] = None
-        elif tensors:
-            flat[name] = torch.empty(what.size, dtype=what.properties.dtype, device="cpu")
+    with _damage_in_one_line(folder):
+        index = reader.read_metadata()
+        places = _places(index, folder)
+        flat: dict[str, Any] = {}
+        for name, what in index.state_dict_metadata.items():
+            if not isinstance(what, TensorStorageMetadata):
+                flat[name] = None
+            elif tensors:
+                flat[name] = torch.empty(what.size, dtype=what.properties.dtype, device="cpu")
     _load(flat, reader, folder)
     nested: dict[str, Any] = {}
     for name, value in flat.items():
@@ -181,11 +199,19 @@ def _read(folder: str | Path, *, tensors: bool = True) -> dict[str, Any]:
 def _load(flat: dict[str, Any], reader: "_Reader", folder: str | Path) -> None:
     """Fill ``flat`` in place with the values stored under its names."""
     planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with _damage_in_one_line(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*the intent is to load in a single process.*")
+        load(flat, storage_reader=reader, planner=planner, no_dist=True)
+
+
+@contextmanager
+def _damage_in_one_line(folder: str | Path) -> Iterator[None]:
+    """Convert what a damaged index, zip or pickle raises, which can be anything, into a UserError."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*the intent is to load in a single process.*")
-            load(flat, storage_reader=reader, planner=planner, no_dist=True)
-    except (Exception, CheckpointException) as error:  # a damaged zip or pickle can raise anything
+        yield
+    except UserError:
+        raise
+    except (Exception, CheckpointException) as error:
         raise UserError(
             f"{folder} is incomplete or damaged, or holds more than tensors and plain values "
             f"({' '.join(str(error).split())[:160]}). Take the checkpoint before it."
@@ -210,6 +236,8 @@ class _Reader(FileSystemReader):
 
     def _read_index(self) -> Metadata:
         index = Path(self.path) / INDEX
+        if Unpickler is object:
+            raise UserError(f"{index} cannot be read without running code by this version of Python. Use another one.")
         try:
             with index.open("rb") as file:
                 metadata = _Records(file).load()
@@ -248,13 +276,27 @@ RECORDS = {
 }
 
 
-class _Records(pickle.Unpickler):
-    """Unpickler restricted to the records of an index: data classes, sizes and dtypes."""
+DATA_CLASSES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+
+
+class _Records(Unpickler):
+    """Unpickler restricted to the records of an index: data classes, sizes and dtypes.
+
+    An index may set attributes of its own records alone: a pickle can name a class, and change that for the process.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in RECORDS.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name}")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        changed = self.stack[-2]
+        if not is_dataclass(changed) or isinstance(changed, type) or type(changed).__module__ not in DATA_CLASSES:
+            raise pickle.UnpicklingError(f"attributes of {terminal(repr(changed))[:80]}")
+        super().load_build()
+
+    dispatch: ClassVar[dict[int, Any]] = {**getattr(Unpickler, "dispatch", {}), pickle.BUILD[0]: load_build}
 
 
 class _Planner(DefaultLoadPlanner):

@@ -175,7 +175,8 @@ def finished_mask(checkpoint: dict[str, Any], masks: Path, settings: Mapping[str
         settings: Requested settings: plain values by their names in :mod:`leap_pl.checkpoints.settings`.
     """
     max_steps = settings.get("trainer.max_steps")
-    if KEY not in checkpoint or int(checkpoint.get("global_step", -1)) < int(max_steps or 0):
+    done = checkpoint.get("global_step")
+    if KEY not in checkpoint or not isinstance(done, int) or done < int(max_steps or 0):
         return None
     identity, path = read_identity(checkpoint), masks / MASK
     stored = identity.learned_with

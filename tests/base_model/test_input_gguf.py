@@ -126,3 +126,11 @@ def test_a_gguf_file_that_lacks_a_weight(tmp_path: Path) -> None:
     assert len(whole.tensors) == 21
     with pytest.raises(UserError, match=r"lacks the weights model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(str(file))
+
+
+def test_a_gguf_file_without_a_head_of_its_own_is_tied(tmp_path: Path) -> None:
+    """As those of SmolLM2, Llama 3.2 and Gemma: head and embeddings are one tensor."""
+    model = load_model(str(tiny_gguf(tmp_path / "tied.gguf", tied=True)), dtype="float32")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model = load_model(str(tiny_gguf(tmp_path / "apart.gguf")), dtype="float32")
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight

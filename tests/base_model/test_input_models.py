@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from conftest import fit_flags, one_line, refused
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, byte_tokenizer, tiny_folder, tiny_model
 from tiny_gguf import gguf_header, gguf_string
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from leap_pl.base_model.config import load_config
 from leap_pl.base_model.loading import load_model
@@ -83,6 +84,7 @@ LIES = [
     {"quantization_config": {"quant_method": "none of these"}},
     {"quantization_config": 5},
     {"max_position_embeddings": "far"},
+    {"transformers_weights": "other.safetensors"},
 ]
 # The model's class follows from its type, and transformers leaves out a quantisation that it does not know.
 HARMLESS = [{"architectures": ["os.system"]}, {"architectures": 7}]
@@ -136,11 +138,25 @@ def test_more_weights_than_the_files_hold(tmp_path: Path) -> None:
     copy = changed(tiny_folder(tmp_path / "good"), tmp_path / "lie", hidden_size=256, intermediate_size=260)
     with pytest.raises(UserError, match=r"ask for [\d,]+ weights, and its files contain [\d,]+\. Check that config"):
         load_model(str(copy))
-    # And of tables that a model makes for itself.
     copy = changed(tiny_folder(tmp_path / "gpt2", "gpt2"), tmp_path / "table", n_positions=10**6, n_ctx=10**6)
     with pytest.raises(UserError) as caught:
         load_model(str(copy))
     assert str(copy) in one_line(caught)
+
+
+def test_tables_that_a_model_makes_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_folder(tmp_path / "m")
+    made = AutoModelForCausalLM.from_config
+
+    def with_table(config: Any, **options: Any) -> Any:
+        model = made(config, **options)
+        model.register_buffer("table", torch.empty(10**6, 400))
+        return model
+
+    load_model(str(folder))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", with_table)
+    with pytest.raises(UserError, match=r"its settings ask for tables of 400,0\d\d,\d+ numbers in addition to the"):
+        load_model(str(folder))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -343,6 +343,10 @@ def test_of_a_large_tensor_evenly_spaced_elements_count() -> None:
         counted += fingerprint({"a": large}) != before
         large.view(-1)[place] = 0
     assert 2 + 289 * 4096 // large.numel() - 1 <= counted <= 2 + 289 * 4096 // large.numel() + 1
+    million = torch.zeros(1025, 1024)  # 4096 times whose number of elements is beyond 32 bits
+    before = fingerprint({"a": million})
+    million[-1, -1] = 1
+    assert fingerprint({"a": million}) != before
     matrix = torch.randn(80, 90)
     assert fingerprint({"a": matrix.T}) == fingerprint({"a": matrix.T.contiguous()})
 
@@ -393,6 +397,10 @@ def test_a_tensor_that_layers_share_is_counted_once() -> None:
     counted = realised_sparsity(model)
     assert counted["counted"] == sum(weight.parameter.numel() for weight in found.values())
     assert counted["weights"]["model.layers.0.mlp.up_proj.weight"] == pytest.approx(1 / first.mlp.up_proj.out_features)
+    of_first = sum(weight.parameter.numel() for name, weight in found.items() if ".layers.0." in name)
+    assert counted["layers"] == pytest.approx({"0": first.mlp.up_proj.in_features / of_first, "1": 0})
+    assert counted["projections"].pop("mlp.up_proj") == pytest.approx(1 / first.mlp.up_proj.out_features)
+    assert {*counted["projections"].values()} == {0}
 
 
 def test_what_selects_tokens_or_experts_is_not_gated() -> None:

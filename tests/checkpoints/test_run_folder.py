@@ -171,10 +171,11 @@ def test_what_is_not_finished_goes_on(run: Path, model_folder, text_file, capsys
     words = fit_flags(model_folder, text_file, run.parent, "--ckpt_path=last")
     mask = MaskSet.load(run / "mask.safetensors")
     no_model(monkeypatch)
-    for sparsity in (None, 0.6):
+    longer = {**mask.provenance.config, "max_steps": mask.provenance.config["max_steps"] + 1}
+    for others in (None, {"sparsity": 0.6}, {"fingerprint": "0" * 16}, {"config": longer}):
         (run / "mask.safetensors").unlink(missing_ok=True)
-        if sparsity is not None:
-            mask.with_provenance(sparsity=sparsity).save(run / "mask.safetensors")
+        if others is not None:
+            mask.with_provenance(**others).save(run / "mask.safetensors")
         with pytest.raises(AssertionError, match="a model is loaded"):
             main(words)
     mask.save(run / "mask.safetensors")

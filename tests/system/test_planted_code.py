@@ -350,6 +350,19 @@ def test_kernels_of_another_part_of_the_model_are_code_too(
     load_config(str(tmp_path))
 
 
+@pytest.mark.parametrize("implementation", ["flash", "flash_attention_2", "paged|flash_attention_2", "my_flash"])
+def test_flash_attention_that_a_model_replaces_by_a_kernel_is_code(
+    implementation: str, planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-OSS has a list of kernels of the hub, the first of which is taken for any other flash attention."""
+    transformers.GptOssConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=48).save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**told, "attn_implementation": implementation}))
+    monkeypatch.setattr(transformers.utils.import_utils, "is_flash_attn_2_available", lambda: True)
+    with pytest.raises(UserError, match="transformers may fetch it from the hub"), planted.watched():
+        load_config(str(tmp_path))
+
+
 # -- tasks --------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from conftest import fit_flags, refused
@@ -269,6 +270,12 @@ def test_checkpoints_with_an_address_are_left_to_lightning(tmp_path: Path) -> No
     files, address = WholeCheckpointIO(), "memory://leap_pl/a.ckpt"
     files.save_checkpoint({"a": torch.ones(2)}, address)
     assert torch.equal(files.load_checkpoint(address)["a"], torch.ones(2))
+    with fsspec.open(address, "wb") as file:
+        torch.save({"a": Trap(tmp_path / "ran")}, file)
+    for said in (None, False, True):
+        with pytest.raises(Exception, match=r"(?i)weights.only"):
+            files.load_checkpoint(address, weights_only=said)
+    assert not (tmp_path / "ran").exists()
     files.remove_checkpoint(address)
     files.save_checkpoint({"a": torch.ones(3)}, tmp_path / "a.ckpt")
     assert torch.equal(files.load_checkpoint(tmp_path / "a.ckpt")["a"], torch.ones(3))

@@ -26,6 +26,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 from leap_pl import LeapModule, TextDataModule
+from leap_pl.checkpoints import folder as folder_reader
 from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.folder import StoredTensors, check_folder, consolidated, state_keys
 from leap_pl.checkpoints.layout import masks_from_checkpoint, path_of
@@ -391,6 +392,31 @@ def test_a_damaged_part_is_told_where_it_is_read(two, place: Place, tmp_path: Pa
             reader(folder)
 
 
+def test_a_folder_whose_tensors_are_cut_off_is_damaged(two, place: Place, tmp_path: Path) -> None:
+    """Their bytes come last in a part, and only those who load them read them."""
+    folders = tmp_path / "checkpoints"
+    for step in (2, 4):
+        shutil.copytree(place.checkpoint("folder", f"step={step}.ckpt"), folders / f"step={step}.ckpt")
+    newest = max(folders.iterdir(), key=lambda each: (each / "meta.pt").stat().st_mtime_ns)
+    part = next(newest.glob("__1_*.distcp"))
+    content = part.read_bytes()
+    for damage in (content[:-1], None):
+        part.unlink()
+        if damage is not None:
+            part.write_bytes(damage)
+        found = newest_checkpoint(folders)
+        assert found is not None
+        assert found[0] != newest.resolve()
+        assert f"{part.name} is missing or cut off" in found[2][0]
+    part.write_bytes(content)
+    index = (newest / ".metadata").read_bytes()
+    renamed = index.replace(b"state_dict_metadata", b"state_dict_metadatA")
+    assert renamed != index
+    (newest / ".metadata").write_bytes(renamed)
+    with pytest.raises(UserError, match="is incomplete or damaged"):
+        check_folder(newest)
+
+
 def test_no_code_runs_from_a_folder(two, place: Place, tmp_path: Path) -> None:
     """A pickle in the index, and one in the place of a plain value."""
     folder = shutil.copytree(place.checkpoint("folder", "step=2.ckpt"), tmp_path / "step.ckpt")
@@ -403,6 +429,16 @@ def test_no_code_runs_from_a_folder(two, place: Place, tmp_path: Path) -> None:
         (folder / ".metadata").write_bytes(index[:cut])
         with pytest.raises(UserError, match=r"\.metadata"):
             check_folder(folder)
+    (folder / ".metadata").write_bytes(index)
+    # Nor is a class changed that an index may name.
+    links, method = Path.is_symlink, b"pathlib\nPosixPath\nN}U\x0ais_symlinkccollections\nOrderedDict\ns\x86b."
+    for of_class in (b"\x80\x02c" + method, b"\x80\x02ctorch.serialization\n_get_layout\n}U\x05cache}sb."):
+        (folder / ".metadata").write_bytes(of_class)
+        with pytest.raises(UserError, match=r"\.metadata holds more than an index does \(attributes of <"):
+            check_folder(folder)
+    assert Path.is_symlink is links
+    with patch.object(folder_reader, "Unpickler", object), pytest.raises(UserError, match="version of Python"):
+        check_folder(folder)
     (folder / ".metadata").write_bytes(index)
     metadata = pickle.loads(index)
     stored = next(place for at, place in metadata.storage_data.items() if at.fqn.endswith("param_groups.0.lr"))
