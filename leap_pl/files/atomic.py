@@ -54,6 +54,7 @@ def atomic_file(path: str | Path, *, own: bool = False) -> Iterator[Path]:
         with _temporary(place) as temporary:
             _set_mode(temporary, 0o666)
             yield temporary
+            _set_mode(temporary, 0o666)  # some writers put a file of their own there, that only its owner can read
             flush(temporary)
             if register is not None:
                 register.check_file(inputs.real_place(place), path)
@@ -210,13 +211,14 @@ def check_writable(folder: Path) -> None:
     Raises:
         UserError: The folder is not writable.
     """
-    made = not inputs.exists(folder)
+    made = [place for place in (folder, *folder.parents) if not inputs.exists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _temporary(folder / "writable"):
             pass
-        if made:  # a command that refuses to run should leave nothing behind
-            folder.rmdir()
+        with suppress(OSError):  # a command that refuses to run should leave nothing behind, if nobody else uses it
+            for place in made:
+                place.rmdir()
     except OSError as error:
         raise UserError(_write_failure(folder, error)) from error
 

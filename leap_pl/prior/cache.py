@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from leap_pl.base_model.sequence_length import check_sequence_length
@@ -21,6 +20,7 @@ from leap_pl.base_model.weights import Weight, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.escape import terminal
 from leap_pl.files import atomic_file
+from leap_pl.files.tensor_file import write_tensors
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.register import release_input
 from leap_pl.masks import MaskSet
@@ -186,7 +186,9 @@ def input_squares(
     if path is not None:
         try:
             with atomic_file(path) as temporary:
-                save_file(squares, temporary, {KEY: _digest(key), "digest": _digest_of_squares(squares)})
+                layout = {name: (square.dtype, square.shape) for name, square in squares.items()}
+                metadata = {KEY: _digest(key), "digest": _digest_of_squares(squares)}
+                write_tensors(temporary, layout, squares.items(), lambda: metadata)
         except UserError as error:
             logger.warning("The mean squares of the inputs were not cached for the next run: %s", terminal(error))
     return squares

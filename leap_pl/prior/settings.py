@@ -124,7 +124,9 @@ class Prior:
 
         allocation = None if self.fisher is None else FisherOptions(self.fisher)
         if allocation is not None and not isinstance(forms["prior"], Unstructured):
-            raise UserError(f"prior.fisher: a mask of {forms['prior']} is equally sparse everywhere. Leave it out.")
+            raise UserError(
+                f"prior.fisher: a mask of {forms['prior']} is equally sparse everywhere. Add --model.prior.fisher null."
+            )
         files = {"prior": self.mask} | (self.masks or {})
         strange = [form for form in files if form not in forms]
         if strange:

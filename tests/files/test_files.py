@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from leap_pl.errors import UserError
 from leap_pl.files import atomic as files
-from leap_pl.files import atomic_file, atomic_folder, atomic_link, remove_abandoned
+from leap_pl.files import atomic_file, atomic_folder, atomic_link, check_writable, remove_abandoned
 
 
 def contents(folder: Path) -> dict[str, str | None]:
@@ -79,6 +79,20 @@ def test_a_file_is_replaced_and_readable_as_the_umask_says(tmp_path: Path) -> No
         os.umask(before)
     assert contents(tmp_path) == {"a": "new"}
     assert path.stat().st_mode & 0o777 == 0o640
+    with atomic_file(path) as temporary:  # by a writer that puts a file of its own there, as safetensors does
+        (tmp_path / "own").write_text("newer")
+        (tmp_path / "own").chmod(0o600)
+        (tmp_path / "own").replace(temporary)
+    assert contents(tmp_path) == {"a": "newer"}
+    assert path.stat().st_mode & 0o777 == 0o666 & ~before
+
+
+def test_what_is_tried_leaves_no_folder_behind(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b" / "c")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").mkdir()
+    check_writable(tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
 
 
 @pytest.mark.parametrize("kind", [KeyError, KeyboardInterrupt, UserError])
@@ -314,13 +328,16 @@ def test_a_folders_files_are_flushed_and_readable_as_the_umask_says(
     before = os.umask(0o022)
     try:
         with atomic_folder(tmp_path / "out") as temporary:
-            (temporary / "a").write_text("x")
-            (temporary / "a").chmod(0o600)
+            (temporary / "sub").mkdir()
+            for name in ("a", "sub/b"):
+                (temporary / name).write_text("x")
+                (temporary / name).chmod(0o600)
     finally:
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
-    assert (tmp_path / "out" / "a").stat().st_mode & 0o777 == 0o644
-    assert (tmp_path / "out" / "a").stat().st_ino in flushed
+    for name in ("a", "sub/b"):
+        assert (tmp_path / "out" / name).stat().st_mode & 0o777 == 0o644
+        assert (tmp_path / "out" / name).stat().st_ino in flushed
 
 
 def test_two_folders_change_places_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
