@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
 
     device, say = torch.device(args.device), partial(print, flush=True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose stream events are recorded on
     about: dict[str, Any] = {"machine": machine(), "device": args.device, "tiny": args.tiny}
     say(json.dumps(about["machine"], indent=2))
     with tempfile.TemporaryDirectory() as folder:

@@ -173,7 +173,9 @@ def learned(module: L.LightningModule) -> dict[str, Tensor]:
 
 def accelerator(device: torch.device) -> dict[str, Any]:
     """Return the settings of the trainer for a device."""
-    return {"accelerator": "gpu" if device.type == "cuda" else "cpu", "devices": 1}
+    if device.type != "cuda":
+        return {"accelerator": "cpu", "devices": 1}
+    return {"accelerator": "gpu", "devices": [device.index or 0]}
 
 
 def fit(

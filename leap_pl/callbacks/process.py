@@ -28,6 +28,7 @@ class ProcessSettings(L.Callback):
         release_freed_memory()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # of the prior's blocks
+            getattr(torch.accelerator, "empty_host_cache", torch.cuda.empty_cache)()  # of what was between them
         self._flushed = flushes_denormals()
         flush_denormals()
 

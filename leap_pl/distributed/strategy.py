@@ -131,6 +131,15 @@ def check_inside_blocks(weights: "Mapping[str, Weight]") -> None:
         )
 
 
+def validate_without_inference_mode(trainer: "L.Trainer") -> None:
+    """Let ``trainer`` validate under ``no_grad``: shards (DTensors) cannot be detached in inference mode.
+
+    Lightning does so itself where the process group is gloo's, and under FSDPStrategy.
+    """
+    for loop in (trainer.validate_loop, trainer.fit_loop.epoch_loop.val_loop):
+        loop.inference_mode = False
+
+
 def data_rank(trainer: "L.Trainer") -> tuple[int, int]:
     """Return this rank and the number of ranks for data: each rank has its own micro-batches."""
     return trainer.global_rank, trainer.world_size

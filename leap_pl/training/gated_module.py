@@ -34,6 +34,7 @@ from leap_pl.distributed.strategy import (
     reduce_only,
     shard,
     sharding_mesh,
+    validate_without_inference_mode,
 )
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import Gate, Gates, GateState, attach, guard_saving
@@ -151,10 +152,13 @@ class GatedModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the base model, make the prior of a fit and attach the gates. A second call checks the data alone."""
+        mesh = sharding_mesh(self.attached)
+        if mesh is not None:
+            validate_without_inference_mode(self.trainer)
         if self.model is not None:
             check_data(getattr(self.attached, "datamodule", None), self.model, self.base_model)
             return
-        self.mesh = sharding_mesh(self.attached)
+        self.mesh = mesh
         # Measured, so ranks may find different results.
         dtype = as_rank_zero_has(fast_dtype(self._device_of_run())) if self.dtype_name == "auto" else self.dtype_name
         if self._fitting():

@@ -246,3 +246,17 @@ def test_cells_fit_ten_minutes_and_name_known_models() -> None:
     large = [cell for cell in every if cell.model == "llama-3.1-8b"]
     assert all(isinstance(cell, cells.Steps) and cell.variants == ("low_memory",) for cell in large)
     assert {type(cell) for cell in cells.cells(tiny=True)} == {type(cell) for cell in every}
+
+
+def test_the_gpu_that_is_named_is_the_one_that_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Events are recorded on the current device, and a trainer takes the first one."""
+    assert runs.accelerator(torch.device("cuda", 1)) == {"accelerator": "gpu", "devices": [1]}
+    assert runs.accelerator(torch.device("cuda")) == {"accelerator": "gpu", "devices": [0]}
+    assert runs.accelerator(torch.device("cpu")) == {"accelerator": "cpu", "devices": 1}
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(command.Place, "make", lambda device, folder: None)
+    monkeypatch.setattr(command.checks, "checks_of", lambda place, large: [])
+    monkeypatch.setattr(command.checks, "run", lambda checks, say: [])
+    command.main(["--device", "cuda:1", "--check_only"])
+    assert current == [torch.device("cuda", 1)]

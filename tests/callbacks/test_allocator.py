@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from leap_pl.callbacks import process
 from leap_pl.callbacks.allocator import keep_freed_memory
 
 # Blocks of 4 MiB, 1,024 pages each, are taken, written and freed in turn.
@@ -98,3 +100,15 @@ def test_settings_of_the_environment_stand(environment: dict[str, str], monkeypa
 def test_other_allocators_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert not keep_freed_memory()
+
+
+def test_memory_that_the_prior_has_freed_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the device, and that of the host which is locked for copies to it."""
+    given: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append("device"))
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: given.append("host"), raising=False)
+    monkeypatch.setattr(process, "release_freed_memory", lambda: given.append("process"))
+    monkeypatch.setattr(process, "flush_denormals", lambda *_: None)
+    process.ProcessSettings().on_fit_start(None, None)  # type: ignore[arg-type]
+    assert given == ["process", "device", "host"]

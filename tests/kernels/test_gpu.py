@@ -171,6 +171,41 @@ def test_new_keys_are_no_new_kernel() -> None:
         assert kind((5, 7)) == kind((1, 16)) == kind((-(2**31), 2**31 - 1)) == kind((0, -16))
 
 
+def test_a_gpu_without_bfloat16_leaves_the_eager_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4, for which Triton would build the kernel that is tried, in float32, and fail at those of a step."""
+    monkeypatch.delenv("LEAP_PL_COMPILE", raising=False)
+    monkeypatch.setattr(gpu, "_works", lambda device: True)
+    warn_once.cache_clear()
+    device = torch.device("cuda", 0)
+    for version, capability, expected in ((None, (7, 5), False), (None, (8, 0), True), ("6.4", (7, 5), True)):
+        gpu._is_new_enough.cache_clear()
+        monkeypatch.setattr(torch.version, "hip", version)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert gpu.has_kernels(device) == expected
+        assert [str(one.message) for one in caught if "and cuda:0 has 7.5" in str(one.message)] == [
+            str(one.message) for one in caught
+        ]
+        assert bool(caught) != expected
+    gpu._is_new_enough.cache_clear()
+    warn_once.cache_clear()
+
+
+def test_a_full_gpu_says_nothing_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(gpu, "DEVICES", {"cpu"})
+    monkeypatch.delenv("LEAP_PL_COMPILE", raising=False)
+    gpu._works.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            gpu.has_kernels(torch.device("cpu"))
+    assert gpu._works.cache_info().currsize == 0
+
+
 def test_a_triton_that_cannot_build_leaves_the_eager_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a C compiler, for example: here, without a GPU, there is no kernel for the device."""
     monkeypatch.setattr(gpu, "DEVICES", {"cpu"})

@@ -15,6 +15,7 @@ import torch
 
 from leap_pl.errors import warn_once
 
+OLDEST = (8, 0)  # compute capability: Ampere
 DEVICES = {"cuda"}  # types of the devices on which the operators run; the tests add the CPU, for the interpreter
 
 
@@ -22,7 +23,21 @@ def has_kernels(device: torch.device) -> bool:
     """Return whether the operators of this package run on ``device``; with ``LEAP_PL_COMPILE=0``, none does."""
     if device.type not in DEVICES or os.environ.get("LEAP_PL_COMPILE") == "0":
         return False
-    return _found() and _works(device)
+    return _found() and _is_new_enough(device) and _works(device)
+
+
+@cache
+def _is_new_enough(device: torch.device) -> bool:
+    """Return whether a GPU of NVIDIA has instructions for bfloat16, which kernels cannot be built without."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST:
+        warn_once(
+            f"leap_pl's kernels are for GPUs of compute capability {OLDEST[0]}.{OLDEST[1]} and newer, and {device} has "
+            f"{found[0]}.{found[1]}: gates and losses run without them, slower."
+        )
+    return found >= OLDEST
 
 
 @cache
@@ -32,6 +47,8 @@ def _works(device: torch.device) -> bool:
         logits, targets = torch.zeros(1, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device)
         loss, _ = torch.ops.leap_pl.lm_loss(logits, targets, 1.0)
         found = float(loss.sum())
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
     else:
