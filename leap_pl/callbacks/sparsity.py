@@ -242,7 +242,7 @@ class SparsityLogger(L.Callback):
     def _histograms(self, trainer: L.Trainer, module: LeapModule, step: int) -> None:
         slope = float(module.state.slope)
         by_projection: dict[str, list[Tensor]] = {}
-        for name, sample in module.gates.samples(self.stride * 4).items():
+        for name, sample in module.gates.samples(self.stride * 4 | 1).items():  # odd, as the stride is
             by_projection.setdefault(split_name(name)[1], []).append(sample * slope)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

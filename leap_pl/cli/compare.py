@@ -24,8 +24,8 @@ def compare_command(
     Args:
         results: Result files of leap_pl evaluate, MaskSet files or hub ids of them, checkpoints of leap_pl fit, and
             folders that leap_pl has written a mask to, in any order, without a flag: leap_pl compare dense.json
-            sparse.json mask.safetensors exported-folder/. The mask that a result was measured with is found
-            automatically if it is still in its original place.
+            sparse.json mask.safetensors exported-folder/. The mask that a result was measured with
+            (evaluate --mask, or the model's own) is found automatically if it is still in its original place.
         output_dir: Folder to write.
         baselines: Methods, separated by commas; the other results are compared with the best of them at the same
             sparsity. By default the methods of leap_pl prune.

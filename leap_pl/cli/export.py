@@ -112,10 +112,11 @@ def export_command(
 
 def _report(output_dir: str, masks: "MaskSet | None", facts: dict[str, Any]) -> None:
     from leap_pl.export.card import unfinished
+    from leap_pl.inputs import records
     from leap_pl.masks.mask_set import TRAINED
     from leap_pl.oneshot.methods import changes_weights
 
-    zeros, early = facts["zeros_of_base_model_among_kept"], "" if masks is None else unfinished(masks)
+    zeros, early = facts[records.ZEROS], "" if masks is None else unfinished(masks)
     changed = TRAINED in facts["provenance"]["config"] or "updated_by" in facts
     method = facts["provenance"]["method"]
     if masks is not None and not changed and changes_weights(method):
@@ -125,10 +126,10 @@ def _report(output_dir: str, masks: "MaskSet | None", facts: dict[str, Any]) -> 
             sys.stderr,
         )
     which = "are zero" if changed else "were zero in the base model"
+    kept = "" if zeros is None else f", {zeros:,} kept weights {which}"
     say(
         f"{output_dir}: {early}{facts['removed']:,} of {facts['gated']:,} gated weights removed "
-        f"(sparsity {facts['sparsity']:.6f}), {zeros:,} kept weights {which}; "
-        "read back and verified."
+        f"(sparsity {facts['sparsity']:.6f}){kept}; read back and verified."
     )
     if "packed" in facts:
         packed = facts["packed"]

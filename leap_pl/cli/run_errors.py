@@ -30,7 +30,8 @@ def errors_of_run() -> Iterator[None]:
         raise UserError(
             f"out of memory on the device: {str(error).splitlines()[0]} Add --model.activation_checkpointing true, as "
             "a resumed run may too. For a new run: --config low_memory, or --data.batch_size 1 with more "
-            "--trainer.accumulate_grad_batches; if it was making its prior, --model.prior.fisher null."
+            "--trainer.accumulate_grad_batches; if it was making its prior, make that before, by leap_pl prune "
+            "--device cpu."
         ) from error
     except RuntimeError as error:
         if not lost_a_rank(error):

@@ -16,7 +16,8 @@ SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 def take_tokens(settings: Any, words: list[str], configs: Mapping[str, Mapping[Any, Any]]) -> None:
     """Convert ``tokens`` in the settings of fit to the ``trainer.max_steps`` that the run has.
 
-    A ``trainer.max_steps`` of a later config than that of ``tokens`` counts, as every setting of a later config does.
+    A ``trainer.max_steps`` that is typed, or of a later config than that of ``tokens``, counts, as every such setting
+    does.
 
     Args:
         settings: Settings of fit, which are changed.
@@ -28,9 +29,13 @@ def take_tokens(settings: Any, words: list[str], configs: Mapping[str, Mapping[A
     """
     if settings.tokens is None:
         return
-    if any(word.partition("=")[0] == "--trainer.max_steps" for word in words):
+    typed = {word.partition("=")[0] for word in words}
+    given, steps = "--tokens" in typed, "--trainer.max_steps" in typed
+    if given and steps:
         raise UserError("--tokens and --trainer.max_steps both set the length of the run. Leave one of them out.")
-    given = any(word.partition("=")[0] == "--tokens" for word in words)
+    if steps:
+        settings.tokens = None
+        return
     last = None if given else _last_of(configs)
     if last == "max_steps" and any(one.get("tokens") is not None for one in configs.values()):
         settings.tokens = None

@@ -129,15 +129,22 @@ def _data_keys(data: Path, config: dict[str, Any], examples: int | None) -> dict
     """Return the data entries of a task definition, pointing to the files in ``data`` instead of the hub.
 
     Raises:
-        UserError: ``data`` has not the questions, or not the text of the solved ``examples`` before each.
+        UserError: ``data`` has not the questions, or not the text of the solved ``examples`` before each; or it has
+            files of different formats.
     """
-    files = {split: file for split in SPLITS for suffix in READERS if (file := data / f"{split}{suffix}").is_file()}
+    found = [file for split in SPLITS for suffix in READERS if (file := data / f"{split}{suffix}").is_file()]
+    files = {file.stem: file for file in found}
     if not files:
         present = sorted(p.name for p in data.iterdir()) if data.is_dir() else []
         raise UserError(
             f"{data} holds no split of the task (found: {listing(present, 6)}). Add files such as validation.jsonl or "
             "test.jsonl; make assets-eval writes those of the paper's tasks."
         )
+    suffix = next(iter(files.values())).suffix
+    # One reader reads all splits of a task.
+    if len(found) > len(files) or len({READERS[file.suffix] for file in found}) > 1:
+        held = listing([file.name for file in found])
+        raise UserError(f"{data} holds {held}. Keep one file for each split, all in one format.")
     wanted = ("training_split", "validation_split", "test_split", "fewshot_split")
     splits = {key: config[key] if config[key] in files else None for key in wanted if key in config}
     # lm-eval takes solved examples from the first of these that there is: of others they might be the questions.
@@ -148,11 +155,10 @@ def _data_keys(data: Path, config: dict[str, Any], examples: int | None) -> dict
     if examples and source is not None and source not in files:
         raise UserError(
             f"{data} has no split {source}, from which the {examples} solved examples before each question are taken. "
-            f"Add a file such as {source}.jsonl, or set --num_fewshot 0."
+            f"Add a file such as {source}{suffix}, or set --num_fewshot 0."
         )
     if not (splits.get("validation_split") or splits.get("test_split")):
         raise UserError(f"{data} holds {listing(sorted(files))}, and the task is scored on another split.")
-    suffix = next(iter(files.values())).suffix
     return splits | {
         "dataset_path": READERS[suffix],
         "dataset_name": None,

@@ -42,7 +42,7 @@ def facts_of(masks: "MaskSet", base_zeros: int) -> dict[str, Any]:
         "gated": total,
         "removed": total - kept,
         "sparsity": 1 - kept / total,
-        "zeros_of_base_model_among_kept": base_zeros,
+        records.ZEROS: base_zeros,
         "sparsity_by_layer": {key: 1 - density for key, density in masks.densities("layer").items()},
         "sparsity_by_projection": {key: 1 - density for key, density in masks.densities("projection").items()},
     }
@@ -117,7 +117,7 @@ def _summary(masks: "MaskSet", facts: Mapping[str, Any], format: Format) -> str:
 
 
 def _kept(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    zeros, training = facts["zeros_of_base_model_among_kept"], config.get(TRAINED)
+    zeros, training = facts[records.ZEROS], config.get(TRAINED)
     rounded = f", then rounded to {facts['rounded_to']}" if "rounded_to" in facts else ""
     if isinstance(training, dict):
         return (
@@ -157,6 +157,8 @@ def _perplexities(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 def _part_of_text(figure: Mapping[str, Any]) -> str:
     """Return which part of a text was measured, in brackets; an empty string for a whole one."""
     parts = ["its held-out part"] if figure.get("share") == "held_out" else []
+    names = {"config_name": "configuration", "split": "split", "text_column": "column"}
+    parts += [f"{name} {figure[key]}" for key, name in names.items() if figure.get(key)]
     first = figure.get("tokens") if figure.get("max_tokens") is not None else None
     parts += [f"the first {first:,} tokens"] if isinstance(first, int) else []
     return f" ({', '.join(parts)})" if parts else ""

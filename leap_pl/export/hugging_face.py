@@ -90,10 +90,12 @@ def export_model(
             if format == "mask":  # nothing of the weights, nor of what was measured with them
                 if TRAINED in masks.provenance.config or "updated_by" in known:
                     known.pop("perplexity", None)
+                    known[records.ZEROS] = None  # of the base model they are not known
                 exact = {text: of for text, of in known.pop("perplexity", {}).items() if "rounded_to" not in of}
                 known |= {"perplexity": exact} if exact else {}
                 known.pop("rounded_to", None)
                 known.pop("updated_by", None)
+                known.pop("trained_in", None)
                 masks = without_weights(masks)
         else:
             masks.check(base)

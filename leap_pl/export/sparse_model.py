@@ -69,8 +69,8 @@ def recorded_facts(name: str, *, revision: str | None = None) -> dict[str, Any]:
 
     Returns:
         ``perplexity``: text → figure; ``rounded_to``: data type that weights were rounded to; ``trained_in``: that of
-        the training, if they were rounded after it; ``updated_by``: one-shot method that changed the kept weights. Each
-        only if recorded.
+        the training, if they were rounded after it; ``updated_by``: one-shot method that changed the kept weights;
+        :data:`.ZEROS`: number of kept weights that are 0, before any rounding. Each only if recorded.
     """
     try:
         record = read_json(local_folder(name, records.RECORD, revision=revision) / records.RECORD)
@@ -86,6 +86,9 @@ def recorded_facts(name: str, *, revision: str | None = None) -> dict[str, Any]:
         facts["rounded_to"] = "int8"
     if record.get("trained_in") == "float32":
         facts["trained_in"] = "float32"
+    zeros = record.get(records.ZEROS)
+    if isinstance(zeros, int) and zeros >= 0:
+        facts[records.ZEROS] = zeros
     updated_by = _updated_by(record)
     if isinstance(updated_by, str) and updated_by in METHODS:
         facts["updated_by"] = updated_by

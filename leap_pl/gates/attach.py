@@ -127,7 +127,10 @@ def restore(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, "Store
     """
     kinds = gate_kinds()
     if kind not in kinds:
-        raise UserError(f"the kind of gate {kind!r} is unknown (known: {listing(sorted(kinds))}).")
+        raise UserError(
+            f"the kind of gate {kind!r} is unknown (known: {listing(sorted(kinds))}). A file never has code imported: "
+            "if it is yours, give the mask.safetensors of the run in the place of its checkpoint."
+        )
     gates: dict[str, Gate] = {}
     for name, stored in tensors.items():
         # A weight that has a shape and no storage.

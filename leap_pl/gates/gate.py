@@ -28,6 +28,10 @@ def _no_call() -> None:
     return None
 
 
+# Attributes of a GateState that relaxed masks depend on; each is replaced by a change, and none is changed in place.
+OF_MASKS = ("alpha", "tau", "scales", "seed", "step", "micro_batch", "fraction", "slope", "slopes", "sharpness")
+
+
 @dataclass
 class GateState:
     """State that all gates of a model read at each forward pass; they share one instance by reference.
@@ -78,12 +82,26 @@ class GateState:
         self._set({name: value for name, value in scales.items() if name not in self.scales})
 
     def _set(self, scales: Mapping[str, float]) -> None:
-        self.scales |= {name: scalar(value) for name, value in scales.items()}
+        self.scales = self.scales | {name: scalar(value) for name, value in scales.items()}
         self._divide()
 
     def _divide(self) -> None:
         self.slope, self.sharpness = self.alpha / self.tau, 1 / self.tau
         self.slopes = {name: scale / self.tau for name, scale in self.scales.items()}
+
+    def now(self) -> dict[str, Any]:
+        """Return all that relaxed masks depend on, for :meth:`as_of`."""
+        return {name: getattr(self, name) for name in OF_MASKS}
+
+    @contextmanager
+    def as_of(self, before: Mapping[str, Any]) -> Iterator[None]:
+        """Soften as at the time of :meth:`now`, within the context: for a backward pass that recomputes masks."""
+        current = self.now()
+        vars(self).update(before)
+        try:
+            yield
+        finally:
+            vars(self).update(current)
 
     @contextmanager
     def passing(self, mode: Mode) -> Iterator[None]:

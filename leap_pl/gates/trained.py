@@ -67,7 +67,7 @@ class ThroughMask(torch.autograd.Function):
     def forward(ctx: Any, gates: "Sequence[Gate]", *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the masked weights as they are."""
         ctx.set_materialize_grads(False)
-        ctx.gates = gates
+        ctx.gates, ctx.before = gates, gates[0].state.now()
         return tuple(masked.view_as(masked) for masked in tensors[: len(gates)])
 
     @staticmethod
@@ -77,6 +77,8 @@ class ThroughMask(torch.autograd.Function):
         through: list[Tensor | None] = [None] * len(given)
         if used:
             gates, grads = [ctx.gates[index] for index in used], [given[index] for index in used]
-            for index, (masked, *_) in zip(used, type(gates[0]).soften_all(gates, grads), strict=True):
+            with gates[0].state.as_of(ctx.before):
+                softened = type(gates[0]).soften_all(gates, grads)
+            for index, (masked, *_) in zip(used, softened, strict=True):
                 through[index] = masked
         return None, *given, *through

@@ -220,7 +220,7 @@ def _reason(error: Exception, file: str) -> str:
 
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         if is_offline_mode():
-            return "it is not in the local cache, and HF_HUB_OFFLINE is set. Unset it."
+            return "it is not in the local cache, and HF_HUB_OFFLINE is set. Name a local copy, or unset the variable."
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     if isinstance(error, errors.HFValidationError):
         return "that is no name of a repository. Give USER/NAME, of letters, digits, and single - _ . within."

@@ -21,6 +21,7 @@ from leap_pl.inputs.reading import MOST_DESCRIPTION, read_json
 
 MASK_FORMAT = "leap_pl.MaskSet"  # `format` in the metadata of a mask file
 RECORD = "leap_pl.json"
+ZEROS = "zeros_of_base_model_among_kept"  # in the record of an export: number of kept weights that are 0
 MASK = "mask.safetensors"  # the mask of a folder
 CHECKPOINTS = "checkpoints"  # folder of a run that has its checkpoints and, by default, its mask
 WEIGHTS_FORMAT = "leap_pl.KeptWeights"  # `format` in the metadata of a file of trained weights

@@ -25,10 +25,19 @@ class PackedLinear(nn.Module):
     values: Tensor
     scale: Tensor | None
     starts: Tensor
+    typed: Tensor  # of the type that the model computes in, which Module.to changes; it has no elements
 
-    def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
-        """Hold ``packed``, a weight of (out, in), and ``bias`` (out,), without a copy."""
+    def __init__(self, packed: PackedWeight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None) -> None:
+        """Hold ``packed``, a weight of (out, in), and ``bias`` (out,), without a copy.
+
+        Args:
+            packed: Weight.
+            bias: Bias; None: there is none.
+            dtype: Data type of :attr:`weight`; None: that of the values, or of the scale of int8 values.
+        """
         super().__init__()
+        own = packed.values if packed.scale is None else packed.scale
+        self.register_buffer("typed", own.new_empty(0, dtype=dtype), persistent=False)
         self.out_features, self.in_features = packed.shape
         self.register_buffer("bitmap", packed.bitmap)
         self.register_buffer("values", packed.values)
@@ -49,7 +58,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Return the weight, dense: some models multiply by it themselves, or read its data type."""
-        return self.packed.unpack((self.values if self.scale is None else self.scale).dtype)
+        return self.packed.unpack(self.typed.dtype)
 
     @property
     def density(self) -> float:

@@ -121,7 +121,7 @@ class PackedQuantizer(HfQuantizer):
             weight = _taken(name, owner, tensor, stored.shape)
             if self._stays_packed(name, owner, tensor, weight):
                 bias: Any = owner.bias
-                layer = PackedLinear(weight, bias).train(owner.training)
+                layer = PackedLinear(weight, bias, dtype=self.dtypes[name]).train(owner.training)
                 model.set_submodule(name.rpartition(".")[0], layer)
                 packed += 1
             else:

@@ -68,7 +68,9 @@ class RunPrior:
         """
         if self.settings.graded and not gates.first.takes_grades:
             kind = gates.describe()["class_path"]
-            raise UserError(f"prior.graded is for BernoulliGate, and the gate is {kind}. Leave it out.")
+            raise UserError(
+                f"prior.graded is for BernoulliGate, and the gate is {kind}. Add --model.prior.graded false."
+            )
 
         by_method = isinstance(gates.first, FixedGate) and self.settings.mask is None
         form = read_form(gates.form) if by_method else None

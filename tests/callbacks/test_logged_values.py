@@ -1,11 +1,13 @@
 """The curves of a run against its mask, at a sparsity other than one half."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from leap_pl import LeapModule, TextDataModule
 from leap_pl.callbacks import SparsityLogger
@@ -42,19 +44,38 @@ def test_densities_are_of_the_mask_and_of_the_target(finished_at_70: tuple[LeapM
     assert metrics["density/soft"] == pytest.approx(soft)
     assert metrics["at_a_glance/density_minus_target"] == pytest.approx(soft - 0.3)
     masks = module.mask_set().masks
-    kept, sizes = torch.zeros(2), torch.zeros(2)
-    for name, mask in masks.items():
-        layer = int(name.split(".")[2])
-        kept[layer] += int(mask.sum())
-        sizes[layer] += mask.numel()
-    assert float(kept.sum() / sizes.sum()) == pytest.approx(0.3, abs=1e-4)
-    for layer in (0, 1):
-        found = metrics[f"weights_by_layer/hard/00{layer}"]
-        assert found == pytest.approx(float(kept[layer] / sizes[layer]), abs=1e-6)
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.3 * sum(module.sizes.values()))
+    soft_kept = {name: float(value) for name, value in module.gates.kept.items()}
+    projections = {name.split(".", 3)[3].removesuffix(".weight") for name in masks}
+    for of, parts in (("layer", ("000", "001")), ("projection", tuple(projections))):
+        for part in parts:
+            place = f"layers.{int(part)}." if of == "layer" else f"{part}.weight"
+            names = [name for name in masks if place in name]
+            weights = sum(module.sizes[name] for name in names)
+            hard = sum(int(masks[name].sum()) for name in names) / weights
+            assert metrics[f"weights_by_{of}/hard/{part}"] == pytest.approx(hard, abs=1e-6)
+            soft = sum(soft_kept[name] for name in names) / weights
+            assert metrics[f"weights_by_{of}/soft/{part}"] == pytest.approx(soft, abs=1e-6)
     assert metrics["schedule/alpha"] == pytest.approx(float(module.state.alpha))
     terms = {name: float(value) for name, value in module.terms.items()}
     assert metrics["loss/total"] == pytest.approx(terms["loss"])
     assert metrics["loss/lm"] == pytest.approx(terms["lm"])
+
+
+def test_histograms_are_of_logits_from_every_column(
+    finished_at_70: tuple[LeapModule, SparsityLogger], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In units of the noise, α/τ; an even stride would take them from some columns alone."""
+    module, log = finished_at_70
+    monkeypatch.setattr(log, "stride", 3)
+    logger, drawn = TensorBoardLogger(tmp_path), {}
+    monkeypatch.setattr(logger.experiment, "add_histogram", lambda tag, values, step: drawn.setdefault(tag, values))
+    log._histograms(SimpleNamespace(loggers=[logger]), module, 2)  # type: ignore[arg-type]
+    slope = float(module.state.alpha / module.state.tau)
+    gates = [gate for name, gate in module.gates.items() if name.endswith("mlp.up_proj.weight")]
+    expected = torch.cat([gate.logits.detach().flatten()[::13] for gate in gates]) * slope
+    assert torch.allclose(drawn["weights_alpha_theta_over_tau/mlp.up_proj"], expected.clamp(-20, 20))
+    assert len(drawn) == 7
 
 
 def test_bits_that_changed_are_counted(finished_at_70: tuple[LeapModule, SparsityLogger]) -> None:

@@ -243,3 +243,19 @@ def test_signals_are_told_to_other_ranks_on_the_host(monkeypatch: pytest.MonkeyP
     assert groups == ["gloo"]
     saving.teardown(run, None, "fit")  # type: ignore[arg-type]
     assert groups == []
+
+
+def test_a_checkpoint_is_due_half_an_hour_after_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [5000.0]
+    monkeypatch.setattr("leap_pl.callbacks.checkpoints.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("leap_pl.callbacks.checkpoints.saves_shards", lambda trainer: False)
+    monkeypatch.setattr("leap_pl.callbacks.checkpoints.record_checkpoint", lambda *_: None)
+    monkeypatch.setattr(internals.SavingCheckpoint, "write", lambda *_: None)
+    saving, run = Checkpoints(str(tmp_path)), SimpleNamespace(world_size=1, is_global_zero=True, loggers=[])
+    saving.write(run, str(tmp_path / "a.ckpt"))  # type: ignore[arg-type]
+    for _ in range(2):
+        now[0] += 1799
+        assert not saving._time_is_up(run)  # type: ignore[arg-type]
+        now[0] += 1
+        assert saving._time_is_up(run)  # type: ignore[arg-type]
+        saving.write(run, str(tmp_path / "a.ckpt"))  # type: ignore[arg-type]

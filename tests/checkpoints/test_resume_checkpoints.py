@@ -62,6 +62,8 @@ def test_a_run_in_a_true_precision_resumes(precision: str, model_folder, text_fi
     assert LeapModule.load_from_checkpoint(step).model.dtype == dtype
     loaded = LeapModule.load_from_checkpoint(step)
     assert loaded.learned_with()["model.dtype"] == str(dtype).removeprefix("torch.")
+    measured = main(["validate", f"--ckpt_path={step}", "--trainer.accelerator=cpu", "--trainer.logger=false"])
+    assert measured.model.model.dtype == dtype
 
 
 @pytest.mark.parametrize("typed", ["float32", "float16"])
@@ -349,6 +351,26 @@ def test_a_slurm_job_goes_back_into_the_queue_and_on(
     main(words)
     assert "resuming from" in capsys.readouterr().err
     same(outcome(tmp_path / "run"), never_stopped)
+
+
+def test_a_requeued_job_resumes_from_its_own_checkpoint_and_not_from_the_one_it_began_with(
+    never_stopped: Outcome, model_folder, text_file, tmp_path: Path, monkeypatch, slurm: Path, capsys
+) -> None:
+    """Whose script types the checkpoint of another run."""
+    began = flags(model_folder, text_file, tmp_path / "first")
+    with monkeypatch.context() as patch:
+        at_call(patch, "training_step", 3, send(signal.SIGUSR1))
+        stopped(began, 138)
+    (first,) = {path.resolve() for path in (tmp_path / "first" / "checkpoints").glob("last.ckpt")}
+    words = [*flags(model_folder, text_file, tmp_path / "run"), f"--ckpt_path={first}"]
+    with monkeypatch.context() as patch:
+        at_call(patch, "training_step", 3, send(signal.SIGUSR1))
+        stopped(words, 138)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    capsys.readouterr()
+    main(words)
+    assert f"resuming from {tmp_path / 'run' / 'checkpoints'}" in capsys.readouterr().err
+    assert outcome(tmp_path / "run").mask == never_stopped.mask  # its first curves are the other run's
 
 
 def test_a_slurm_job_without_a_folder_of_its_own_is_not_requeued(

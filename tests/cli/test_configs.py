@@ -183,6 +183,11 @@ def test_cluster_config_is_laid_over_another(name: str, tmp_path: Path) -> None:
     else:
         assert saves_shards(trainer)
         assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (8, 1)
+    over_recipe = ["--config", "paper", "--model.base_model=x", *flags, f"--trainer.default_root_dir={tmp_path}"]
+    cli = make_cli(over_recipe, run=False)
+    assert cli.model.activation_checkpointing == (name == "fsdp2")
+    (checkpoints,) = cli.trainer.checkpoint_callbacks
+    assert checkpoints._every_n_train_steps == 100
 
 
 @pytest.mark.parametrize(

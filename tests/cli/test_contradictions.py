@@ -152,7 +152,8 @@ def test_callbacks_that_a_run_cannot_have(
 ) -> None:
     words = fit_flags(model_folder, text_file, tmp_path, f"--trainer.callbacks={callback[0]}", *callback[1:])
     assert says in refused(words, capsys)
-    assert "checkpoint.monitor" not in refused([*words[: -len(callback)], "--checkpoint.monitor=perplexty"], capsys)
+    message = refused([*words[: -len(callback)], "--checkpoint.monitor=perplexty"], capsys)
+    assert "perplexty, which is not measured. Give one of" in message
 
 
 def test_a_method_that_is_none_is_no_baseline(finished: Run, tmp_path: Path) -> None:

@@ -247,6 +247,9 @@ def test_named_texts_are_the_fields_and_c4_is_capped(monkeypatch, base):
         None,
     )
     assert (c4, of_c4["split"], of_c4["most"]) == ("allenai/c4", "validation", 256 * 32)
+    assert of_wikitext["bos"] == of_c4["bos"] == "every"
+    evaluate_command(model=base, perplexity="wikitext2,c4", **SMALL | {"bos": "none"})
+    assert [options["bos"] for _, options in asked[2:]] == ["none", "none"]
 
 
 def test_out_of_reach_says_what_to_give(monkeypatch, base):

@@ -11,7 +11,7 @@ from leap_pl.cli.fit import LeapCLI, make_cli
 from leap_pl.cli.main import main
 from leap_pl.cli.recover import RecoverCLI
 
-OPTION = re.compile(r"--([\w.]*\w)(?: ([\w./-]*\w))?(?=,|;|\.? |\n|$)")
+OPTION = re.compile(r"--([\w.]*\w)(?: ([\w./-]*\w))?(?=,|;|\.? |\.?\n|$)")
 ADDED = {"config", "ckpt_path", "force", "help", "print_config", "tokens"}  # of the verb, not of its three classes
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import Run, fit_flags
 from lightning.pytorch.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -209,6 +210,9 @@ def test_other_loggers_get_every_scalar(model_folder, text_file, tmp_path: Path)
     assert {"loss/lm", "density/soft", "perplexity/hard", "mask/changed_from_prior", "weights_by_layer/hard/001"} <= {
         *header
     }
+    (hparams,) = tmp_path.rglob("hparams.yaml")
+    settings = yaml.safe_load(hparams.read_text())
+    assert (settings["sparsity"], settings["max_steps"], settings["objective/lm"]) == (0.5, 2, 1.0)
 
 
 def test_trainer_without_progress_bar_shows_none_for_the_prior(model_folder, text_file, tmp_path: Path, capsys) -> None:

@@ -77,6 +77,7 @@ def test_a_prompt_is_continued_and_not_ended_before(model_folder: Path) -> None:
     assert tokenizer("a").input_ids[-1] == 256
     found = continue_prompt(model, tokenizer, "a prompt", max_new_tokens=8)
     assert (found.text, found.prompt_tokens) == (plain.text, plain.prompt_tokens)
+    assert plain.prompt_tokens == 1 + len("a prompt")  # it begins as the tokenizer begins a text
 
 
 def test_a_prompt_is_text_whatever_it_begins_with(model_folder: Path) -> None:
@@ -99,6 +100,23 @@ def test_sampling_has_a_seed(model_folder: Path) -> None:
         for seed in (1, 1, 2)
     ]
     assert made[0] == made[1] != made[2]
+
+
+def test_the_temperature_is_that_of_the_whole_distribution(model_folder: Path, monkeypatch) -> None:
+    model, tokenizer = load_model(str(model_folder)), byte_tokenizer()
+    taken = []
+    real = model.generate
+
+    def noted(*arguments: Any, generation_config: Any, **settings: Any) -> Any:
+        taken.append((generation_config.do_sample, generation_config.temperature, generation_config.top_k))
+        return real(*arguments, generation_config=generation_config, **settings)
+
+    monkeypatch.setattr(model, "generate", noted)
+    greedy, cold, hot = (
+        continue_prompt(model, tokenizer, "a", max_new_tokens=12, temperature=t).text for t in (0, 1e-4, 5.0)
+    )
+    assert greedy == cold != hot
+    assert taken[1:] == [(True, 1e-4, 0), (True, 5.0, 0)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
@@ -173,3 +191,9 @@ def test_what_is_refused(model_folder: Path, tmp_path: Path, capsys: pytest.Capt
     folder = tiny_folder(tmp_path / "cut")
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-50])
     assert "could not be read" in refused(["generate", f"--model={folder}", "--prompt=a"], capsys)
+
+
+def test_the_data_type_is_the_one_that_is_typed(model_folder: Path, capsys) -> None:
+    for dtype in ("bfloat16", "float32"):
+        generate_command(str(model_folder), "a", max_new_tokens=1, dtype=dtype, device="cpu")  # type: ignore[arg-type]
+        assert f"(cpu, {dtype})" in capsys.readouterr().err

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
+from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
 from leap_pl.evaluation.subject import load_subject
 from leap_pl.masks import MaskSet
+from leap_pl.oneshot.allocation import OwlOptions
 
 
 @pytest.fixture(scope="module")
@@ -263,3 +265,37 @@ def test_outliers_move_the_sparsity_of_blocks_by_the_spread(
     densities = made.densities("layer").values()
     assert max(densities) - min(densities) == pytest.approx(2 * spread, abs=1 / 32)  # rows have 32 inputs
     assert made.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_all_that_chooses_the_text_and_the_sparsity_is_handed_on(folder, text, tmp_path: Path, monkeypatch) -> None:
+    """The record of the mask names it, whatever was read."""
+    import leap_pl.data
+    from leap_pl.oneshot import prune as room
+
+    seen: dict[str, Any] = {}
+    blocks, pruned = leap_pl.data.calibration_blocks, room.prune
+
+    def calibration_blocks(*arguments: Any, **settings: Any) -> Any:
+        seen.update(settings)
+        return blocks(*arguments, **{**settings, "config_name": None, "split": "train"})
+
+    def prune(model: Any, *arguments: Any, **settings: Any) -> Any:
+        seen.update(dtype=model.dtype, owl=settings["owl"], options=settings["options"])
+        return pruned(model, *arguments, **settings)
+
+    monkeypatch.setattr(leap_pl.data, "calibration_blocks", calibration_blocks)
+    monkeypatch.setattr(room, "prune", prune)
+    monkeypatch.setattr(TextSource, "is_local", False)
+    chosen = {"config_name": "b", "split": "test", "separator": "blank_line", "seed": 3, "bos": "none"}
+    prune_command(
+        str(folder), str(tmp_path / "out"), text=str(text), seq_length=32, sequences=4, method="sparsegpt",
+        dtype="bfloat16", owl=True, owl_threshold=3.0, owl_spread=0.05, damping=0.02, device="cpu", **chosen,
+    )  # fmt: skip
+    assert {name: seen[name] for name in chosen} == chosen
+    assert (seen["seq_length"], seen["sequences"], seen["dtype"]) == (32, 4, torch.bfloat16)
+    assert seen["owl"] == OwlOptions(3.0, 0.05)
+    assert seen["options"].damping == 0.02
+    config = MaskSet.load(tmp_path / "out" / "mask.safetensors").provenance.config
+    assert {name: config[name] for name in ("config_name", "split", "separator", "seed")} == {
+        name: chosen[name] for name in ("config_name", "split", "separator", "seed")
+    }

@@ -55,7 +55,7 @@ def test_no_row_is_hidden_and_the_legend_has_the_order_of_the_lines(write_result
 def test_heat_maps_share_their_order(write_result, monkeypatch):
     """A mask lists its weights by name, and a result as the model has them."""
     grids = []
-    monkeypatch.setattr(pictures, "_heat_map", lambda grid, columns, rows, **_: grids.append((columns, rows)))
+    monkeypatch.setattr(pictures, "_heat_map", lambda grid, columns, rows, **_: grids.append((columns, rows, grid)))
     monkeypatch.setattr(pictures, "save", lambda *arguments: None)
     paths = []
     for number, names in enumerate((NAMES, NAMES[::-1])):
@@ -63,7 +63,30 @@ def test_heat_maps_share_their_order(write_result, monkeypatch):
         content["sparsity"]["weights"] = {name: 0.3 + 0.05 * NAMES.index(name) for name in names}
         paths.append(write_result(f"r{number}", content))
     pictures.draw_all([replace(e, perplexity={}, tasks={}) for e in read_entries(paths)], BASELINES, Path())
-    assert grids == [(["0", "1", "2"], ["mlp.up_proj", "self_attn.q_proj"])] * 2
+    density = {name: 1 - (0.3 + 0.05 * NAMES.index(name)) for name in NAMES}
+    for columns, rows, grid in grids:
+        assert (columns, rows) == (["0", "1", "2"], ["mlp.up_proj", "self_attn.q_proj"])
+        for row, projection in zip(grid, rows, strict=True):
+            expected = [density[f"model.layers.{layer}.{projection}.weight"] for layer in columns]
+            assert row == pytest.approx(expected)
+    assert len(grids) == 2
+
+
+def test_figures_are_drawn_in_their_units(four_results, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "_against_sparsity", lambda points, ylabel, **_: drawn.append((ylabel, points)))
+    monkeypatch.setattr(pictures, "save", lambda *arguments: None)
+    monkeypatch.setattr(pictures, "_differences", lambda *arguments: [])
+    entries = read_entries(four_results)
+    pictures.draw_all([replace(entry, densities={}, mask=None) for entry in entries], BASELINES, tmp_path)
+    (of_text, perplexities), (of_task, accuracies) = drawn
+    assert of_text == "perplexity on held-out.jsonl"
+    assert [value for _, value, _ in perplexities] == [e.perplexity["held-out.jsonl"]["value"] for e in entries]
+    assert [error for *_, error in perplexities] == [e.perplexity["held-out.jsonl"]["stderr"] for e in entries]
+    assert of_task == "accuracy on piqa, %"
+    scored = [entry for entry in entries if entry.tasks]
+    assert [value for _, value, _ in accuracies] == pytest.approx([100 * e.tasks["piqa"]["acc"] for e in scored])
+    assert [error for *_, error in accuracies] == pytest.approx([100 * e.tasks["piqa"]["acc_stderr"] for e in scored])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer
 
-from leap_pl.data import BlockStream, TextSource, local
+from leap_pl.data import BlockStream, TextSource, calibration_blocks, held_out_tokens, local
 from leap_pl.data.documents import Reading, Share, in_share, mended
 from leap_pl.data.hub import TRIES, HubDataset
 from leap_pl.data.local import LocalFiles
@@ -335,6 +335,27 @@ def test_a_validation_configuration_of_a_hub_dataset(hub: list[str], monkeypatch
     data = TextDataModule(validation_split="train", validation_config_name="en", **text)
     next(iter(data.val_dataloader()))
     assert opened == [("en", True)]
+
+
+def test_the_configuration_of_a_hub_dataset_is_the_one_that_is_named(
+    hub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, load = [], datasets.load_dataset
+
+    def noted(name: str, config: str | None, **options: Any) -> Any:
+        asked.append((name, config))
+        return load(name, config, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", noted)
+    tokenizer = byte_tokenizer()
+    next(TextSource.open("some/text", config_name="b").documents())
+    calibration_blocks("some/text", tokenizer, config_name="b", seq_length=8, sequences=1)
+    held_out_tokens("some/text", tokenizer, config_name="b", split="train", most=8)
+    assert set(asked) == {("some/text", "b")}
+    assert len(asked) == 3
+    for config_name in ("realnewslike", None):
+        next(TextSource.open("allenai/c4", config_name=config_name).documents())
+    assert asked[3:] == [("allenai/c4", "realnewslike"), ("allenai/c4", "en")]
 
 
 def test_an_empty_shard_of_a_hub_dataset_leaves_the_digest_known(hub: list[str], tmp_path: Path) -> None:

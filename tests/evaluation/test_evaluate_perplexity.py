@@ -57,6 +57,17 @@ def test_every_token_of_the_windows_is_predicted_once_after_a_prefix(count, seq_
     assert len(found.window_nll) == windows
 
 
+def test_the_loss_of_a_bfloat16_model_is_float32():
+    model = tiny_model().bfloat16()
+    tokens = torch.randint(0, 256, (64,), generator=torch.Generator().manual_seed(1))
+    found = perplexity(model, tokens, seq_length=8, batch_size=1)
+    for window, mean in zip(tokens.split(8), found.window_nll, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=window[None]).logits[0, :-1].float()
+        expected = torch.nn.functional.cross_entropy(logits, window[1:])
+        assert mean == pytest.approx(float(expected), abs=5e-4)  # bfloat16 has steps of .03
+
+
 def test_loss_in_pieces_is_the_loss(monkeypatch):
     model, tokens = tiny_model(), torch.arange(64) * 7 % 256
     whole = perplexity(model, tokens, seq_length=32)

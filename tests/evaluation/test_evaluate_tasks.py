@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -428,6 +430,21 @@ def test_solved_examples_are_never_the_questions(folder, tmp_path):
         evaluate_command("no/model", tasks="piqa", tasks_folder=str(folder), num_fewshot=2)  # before a model is loaded
     assert score(["piqa"], folder, num_fewshot=0)["piqa"]["num_fewshot"] == 0
     assert score(["mmlu_anatomy"], folder, num_fewshot=1)["mmlu_anatomy"]["num_fewshot"] == 1
+
+
+def test_splits_of_a_task_are_in_one_format(folder, tmp_path):
+    questions = shutil.copytree(folder / "piqa", tmp_path / "piqa")
+    lines = (questions / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    pq.write_table(pa.Table.from_pylist([json.loads(line) for line in lines]), questions / "validation.parquet")
+    with pytest.raises(UserError, match=r"piqa holds validation\.jsonl, validation\.parquet\. Keep one file for each"):
+        score(["piqa"], tmp_path, num_fewshot=0)
+    (questions / "validation.jsonl").rename(questions / "train.jsonl")
+    with pytest.raises(UserError, match=r"piqa holds train\.jsonl, validation\.parquet\. Keep one .*in one format"):
+        score(["piqa"], tmp_path, num_fewshot=2)
+    (questions / "train.jsonl").unlink()
+    with pytest.raises(UserError, match=r"Add a file such as train\.parquet"):
+        score(["piqa"], tmp_path, num_fewshot=2)
+    assert score(["piqa"], tmp_path, num_fewshot=0)["piqa"] == score(["piqa"], folder, num_fewshot=0)["piqa"]
 
 
 def test_what_fails_beside_local_questions_is_not_their_fault(folder, monkeypatch):

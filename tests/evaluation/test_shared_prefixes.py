@@ -110,6 +110,26 @@ def test_scores_are_those_of_each_answer_alone(family: str, attention: str) -> N
     assert not all(likely for _, likely in found)
 
 
+def test_answers_of_several_chunks_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary of 262,144 leaves 128 tokens for a chunk; here there are five."""
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    lm = PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+    whole = scored(lm, REQUESTS)
+    monkeypatch.setattr(room, "LOSS_ELEMENTS", 5 * model.config.vocab_size)
+    close(scored(lm, REQUESTS), whole, rel=1e-5, abs=1e-5)
+
+
+def test_the_loss_of_a_bfloat16_model_is_float32() -> None:
+    model = tiny_model().bfloat16()
+    (request,) = question(4, 20, [8])
+    (_, context, answer) = request
+    with torch.inference_mode():
+        logits = model(torch.tensor([context + answer])).logits[0, len(context) - 1 : -1].float()
+    expected = float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum())
+    found = scored(PrefixSharingLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1), [request])
+    assert found[0][0] == pytest.approx(expected, abs=2e-3)  # of each token bfloat16 has steps of .03
+
+
 def test_a_common_beginning_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, read = tiny_model(), []
     states = room.row_states

@@ -24,9 +24,10 @@ from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
 from leap_pl.errors import UserError
 from leap_pl.export import zeros
+from leap_pl.export.hugging_face import export_model
 from leap_pl.export.method import decisive_settings
 from leap_pl.export.zeros import places_in, zero_removed
-from leap_pl.inputs.records import MASK
+from leap_pl.inputs.records import MASK, ZEROS
 from leap_pl.masks import MaskSet, Provenance
 
 
@@ -83,6 +84,21 @@ def test_the_tokenizer_is_the_base_models_file_by_file(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "again")("word").input_ids
 
 
+def test_a_tokenizer_file_that_is_a_link_out_of_the_folder_is_not_copied(tmp_path: Path) -> None:
+    """In a folder of somebody else it may be a link to any file of the user's, which --push would publish."""
+    base = tiny_folder(tmp_path / "base")
+    (tmp_path / "key").write_text("secret")
+    (base / "tokenizer.model").symlink_to(tmp_path / "key")
+    (base / "real.jinja").write_text("{{ messages }}")
+    (base / "chat_template.jinja").symlink_to("real.jinja")
+    random_mask(base, tmp_path / "mask.safetensors")
+    with pytest.warns(UserWarning, match=r"tokenizer\.model is a link to .*key, outside the model's folder"):
+        export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask.safetensors"))
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
 def test_checkpoint_exports_exactly_the_target(finished: Run, model_folder: Path, tmp_path: Path) -> None:
     main(["export", f"--ckpt_path={finished.checkpoint}", f"--output_dir={tmp_path / 'out'}"])
     exported, learned = MaskSet.load(tmp_path / "out" / "mask.safetensors"), MaskSet.load(finished.mask)
@@ -122,6 +138,54 @@ def test_card_says_where_it_comes_from(format: str, finished: Run, model_folder:
         "packed": (True, False),
         "mask": (False, True),
     }[format]
+
+
+def test_the_facts_of_a_card_are_those_of_the_run(finished: Run, tmp_path: Path) -> None:
+    """Of six steps of two micro-batches of 2 × 32 tokens, by the defaults."""
+    told = decisive_settings(MaskSet.load(finished.mask).provenance)
+    assert told.pop("versions")
+    assert told.pop("fingerprint of the base model") == MaskSet.load(finished.mask).provenance.fingerprint
+    assert told == {
+        "method": "leap",
+        "pattern": "unstructured",
+        "target sparsity": "0.5",
+        "text": "text.jsonl",
+        "separator of documents": "end_token",
+        "block length, tokens": "32",
+        "tokens read": "768",
+        "passes over the text": "1",
+        "optimizer steps": "6",
+        "optimizer": "AdamW",
+        "learning rate": "0.001",
+        "losses": "lm 1.0",
+        "α": "25.0 → 350.0",
+        "τ": "4.0 → 0.05",
+        "prior": "magnitude",
+        "seed": "0",
+    }
+    export_command(str(tmp_path / "mask"), mask=str(finished.mask), format="mask")
+    assert "--perplexity wikitext2 --seq_length 32` measures it" in (tmp_path / "mask" / "README.md").read_text()
+
+
+def test_zeros_that_rounding_makes_are_not_the_base_models(model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mask.safetensors"
+    random_mask(model_folder, file)  # keeps small weights too
+    exact = export_command(str(tmp_path / "exact"), mask=str(file))
+    int8 = export_command(str(tmp_path / "int8"), mask=str(file), format="packed", values="int8")
+    plain = export_command(str(tmp_path / "plain"), model=str(tmp_path / "int8"), format="huggingface")
+    mask = export_command(str(tmp_path / "mask"), model=str(tmp_path / "plain"), format="mask")
+    told = load_file(tmp_path / "plain" / "model.safetensors")
+    kept = MaskSet.load(file).masks
+    assert sum(int((told[name][bits] == 0).sum()) for name, bits in kept.items()) > exact[ZEROS]
+    assert int8[ZEROS] == plain[ZEROS] == mask[ZEROS] == exact[ZEROS]
+
+
+def test_the_card_says_which_part_of_a_hub_text_was_measured(finished: Run, model_folder: Path, tmp_path: Path) -> None:
+    figure = {"value": 12.3, "seq_length": 32, "stride": 32, "split": "validation", "config_name": "b"}
+    masks, figures = MaskSet.load(finished.mask), {"some/text": figure}
+    export_model(masks, tmp_path / "out", str(model_folder), format="mask", perplexity=figures)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| some/text (configuration b, split validation) | 12.300 | – |" in card
 
 
 def test_the_mask_of_a_packed_folder(finished: Run, tmp_path: Path) -> None:

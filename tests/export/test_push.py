@@ -264,7 +264,8 @@ def test_a_hub_that_refuses_or_does_not_answer(masked: Hub, monkeypatch: pytest.
     message = refused(command, capsys)
     assert re.search(r"from the hub: .*refused.* Check the network", message), message
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "it is not in the local cache, and HF_HUB_OFFLINE is set. Unset it." in refused(command, capsys)
+    message = refused(command, capsys)
+    assert "it is not in the local cache, and HF_HUB_OFFLINE is set. Name a local copy" in message
 
 
 def test_a_local_path_wins(masked: Hub, finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,10 +339,22 @@ def test_a_model_of_the_hub_is_of_the_revision_that_is_named(
         ["evaluate", "--model=alice/base", f"--perplexity={text_file}", "--seq_length=32", "--max_tokens=64"],
         ["prune", "--model=alice/base", text, "--seq_length=32", "--sequences=2", f"--output_dir={place}"],
         ["export", "--model=alice/base", f"--mask={place}", "--force", f"--output_dir={tmp_path / 'out'}"],
+        ["generate", "--model=alice/base", "--prompt=a", "--max_new_tokens=2", "--device=cpu"],
     ):
         hub.requests.clear()
         shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
         main([*words, "--revision=v1"])
+        assert any("/resolve/v1/model.safetensors" in request for request in hub.requests), words[0]
+        assert not any("/resolve/main/" in request for request in hub.requests), words[0]
+    # And by the record of a mask, where nothing is typed.
+    mask = f"--mask={tmp_path / 'out' / MASK}"
+    for words in (
+        ["export", mask, f"--output_dir={tmp_path / 'again'}"],
+        ["evaluate", mask, f"--perplexity={text_file}", "--seq_length=32", "--max_tokens=64"],
+    ):
+        hub.requests.clear()
+        shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
+        main(words)
         assert any("/resolve/v1/model.safetensors" in request for request in hub.requests), words[0]
         assert not any("/resolve/main/" in request for request in hub.requests), words[0]
 

@@ -168,6 +168,7 @@ def test_the_example_of_contributing_works(model_folder, text_file, tmp_path: Pa
     assert f"{kind.__module__}.{kind.__name__}" == gate[0]
     learned = MaskSet.load(tmp_path / "checkpoints" / "mask.safetensors")
     assert learned.kept == learned.total - round(0.5 * learned.total)
+    assert learned.provenance.method == "calm"
 
 
 # -- what is no kind of gate ------------------------------------------------------------------------------

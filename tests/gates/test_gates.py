@@ -247,9 +247,16 @@ def test_many_weights_of_two_types_have_each_their_own_noise() -> None:
     weights = [torch.randn(3, 5, generator=random).to((torch.float32, torch.bfloat16)[i % 2]) for i in range(70)]
     for gate in gates:
         gate.logits.data.normal_(0, 0.05, generator=random)
-    for gate, weight, found in zip(gates, weights, BernoulliGate.soften_all(gates, weights), strict=True):
-        for one, other in zip(found, gate.soften(weight, *gate.keys()), strict=True):
+    together = BernoulliGate.soften_all(gates, weights)
+    upstream = [[torch.randn(each.shape, generator=random).to(each.dtype) for each in found] for found in together]
+    torch.autograd.backward([each for found in together for each in found], [u for of in upstream for u in of])
+    for gate, weight, found, given in zip(gates, weights, together, upstream, strict=True):
+        alone = gate.soften(weight, *gate.keys())
+        for one, other in zip(found, alone, strict=True):
             torch.testing.assert_close(one, other)
+        assert gate.logits.grad is not None
+        (expected,) = torch.autograd.grad(alone, gate.logits, given)
+        torch.testing.assert_close(gate.logits.grad, expected)
 
 
 def test_a_kind_whose_softening_is_a_mixins_is_softened_by_it() -> None:

@@ -218,7 +218,7 @@ def test_gates_restored_without_reading_choose_as_the_gates_did(kind: Any, setti
 
 
 def test_restoring_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(UserError, match=r"the kind of gate 'Nonsense' is unknown \(known: .*BernoulliGate"):
+    with pytest.raises(UserError, match=r"'Nonsense' is unknown \(known: .*BernoulliGate.*give the mask\.safetensors"):
         restore("Nonsense", {}, {})
     with pytest.raises(UserError, match=r"w: stored logits of shape \(2, 3\); expected shape \(3, 2\)"):
         restore("BernoulliGate", {}, {"w": Stored(torch.zeros(2, 3), (3, 2), 1)})

@@ -46,6 +46,60 @@ def master_of(gate: Gate) -> nn.Parameter:
     return gate.trained.master
 
 
+@pytest.mark.parametrize("kind", [BernoulliGate, NMGate, TileGate])
+def test_annealing_between_forward_and_backward_changes_nothing(kind: type[Gate]) -> None:
+    """And neither does the state of the noise, as where losses of several micro-batches are summed."""
+    found: list[list[Tensor]] = []
+    for disturb in (False, True):
+        weight = bare((8, 8))
+        gate = trained(kind, weight, **({"tile": 4} if kind is TileGate else {}))
+        masked = gate(weight.parameter)
+        if disturb:
+            gate.state.anneal(350.0, 0.05, **dict.fromkeys(gate.scales, 7.0))
+            gate.state.step, gate.state.micro_batch, gate.state.seed = 5, 1, 9
+        masked.square().sum().backward()
+        assert gate.logits.grad is not None
+        assert master_of(gate).grad is not None
+        found.append([gate.logits.grad, master_of(gate).grad])  # type: ignore[list-item]
+        assert float(gate.state.tau) == pytest.approx(0.05 if disturb else 1.0)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+class Chosen(nn.Module):
+    """A block of which each call uses one of two weights of one shape, as of experts that are modules of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 5, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor, chosen: int) -> Tensor:
+        found: Tensor = self.experts[chosen](x)
+        return found
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_the_weight_of_an_expert_that_is_not_used_has_no_gradient(chosen: int) -> None:
+    """Masked weights of a block are computed together, used or not."""
+    block = Chosen()
+    weights = {f"{n}": Weight(f"{n}", linear, "weight", 0, f"{n}", 1, block) for n, linear in enumerate(block.experts)}
+    gates = attach(weights, BernoulliGate, state_at(100.0, 1.0))
+    for name, gate in gates.items():
+        gate.start_from(None, 0)
+        gate.trained = Master(weights[name], SETTINGS, 0)
+    x, upstream = torch.randn(3, 6), torch.randn(3, 5)
+    (block(x, chosen) * upstream).sum().backward()
+    idle, used = gates[f"{1 - chosen}"], gates[f"{chosen}"]
+    for gate in gates.values():  # the logits too
+        assert (gate.logits.grad is not None and bool(gate.logits.grad.any())) == (gate is used)
+    left = master_of(idle).grad
+    assert left is None or not left.any()
+    with torch.no_grad():
+        mask = used.soften(torch.ones(5, 6), *used.keys())[0]
+    found = master_of(used).grad
+    assert found is not None
+    assert torch.allclose(found, mask * (upstream.T @ x), atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradient_of_a_master_against_float64(dtype: torch.dtype) -> None:
     """dW = M ⊙ dW̃ and, with dθ, what autograd finds in the formula written out; the sums move no weight."""

@@ -199,22 +199,29 @@ def test_float16_gradients_are_scaled_in_time(mix: str, dtype: torch.dtype, late
     hidden, teacher = (torch.randn(2048, 16, generator=g).to(dtype) for _ in range(2))
     weight, targets = torch.randn(4000, 16, generator=g).half() / 8, torch.randint(0, 4000, (2048,), generator=g)
     hidden.requires_grad_()
+    weight.requires_grad_()
 
     def head(x: Tensor) -> Tensor:
         logits = x.half() @ weight.T  # as autocast computes it
         return logits.float() if late else logits
 
     given = teacher if objective.distillation else None
+    loss = language_losses(hidden, targets, head, objective, given, learned=[weight])[0]
+    (loss * 65536.0).backward()
+    assert weight.grad is not None
+    of_weight = weight.grad.double() / 65536.0
+    hidden.grad = None
     loss = language_losses(hidden, targets, head, objective, given)[0]
     (loss * 65536.0 * 4).backward()
-    hidden64 = hidden.detach().double().requires_grad_()
-    teacher64 = head(teacher).double() if objective.distillation else None
-    ce, kl = references.language_losses(hidden64 @ weight.double().T, targets, teacher64, objective.temperature)
+    hidden64, weight64 = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    teacher64 = head(teacher).detach().double() if objective.distillation else None
+    ce, kl = references.language_losses(hidden64 @ weight64.T, targets, teacher64, objective.temperature)
     (objective.lm * ce + objective.distillation * kl).backward()
     assert hidden.grad is not None
     assert hidden.grad.dtype == dtype
     difference = hidden.grad.double() / (65536.0 * 4) - hidden64.grad
     assert difference.norm() < 2e-3 * hidden64.grad.norm()
+    assert (of_weight - weight64.grad).norm() < 5e-3 * weight64.grad.norm()
 
 
 @pytest.mark.parametrize("mix", ["lm", "mixed, temperature 2.5"])

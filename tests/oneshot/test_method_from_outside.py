@@ -1,7 +1,9 @@
 """A new one-shot method is one file and one row of the table: everything else derives from that."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -138,7 +140,7 @@ def test_the_example_of_the_handbook_works(
 ) -> None:
     handbook = (Path(__file__).parents[2] / "docs" / "extend.md").read_text(encoding="utf-8")
     section = handbook.partition("## Add a one-shot method")[2].partition("\n## ")[0]
-    file, row = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    file, row, script = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     (tmp_path / "wanda_squared.py").write_text(file, encoding="utf-8")
     ((name, method),) = eval(f"{{{row}}}", {"Method": Method}).items()
     monkeypatch.setitem(METHODS, name, replace(method, solve=method.solve.removeprefix("leap_pl.oneshot.")))
@@ -148,6 +150,15 @@ def test_the_example_of_the_handbook_works(
     assert squared.provenance.method == name
     assert squared.sparsity == wanda.sparsity
     assert squared.digest_of_bits() != wanda.digest_of_bits()
+
+    # Outside the package, by a script in place of leap_pl.
+    (tmp_path / "mymethod.py").write_text(file.replace("wanda_squared_mask", "my_mask"), encoding="utf-8")
+    (tmp_path / "mine.py").write_text(script, encoding="utf-8")
+    words = [sys.executable, str(tmp_path / "mine.py"), *words_of(folder, text_file, tmp_path / "mine", "mine")]
+    subprocess.run(words, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    mine = MaskSet.load(tmp_path / "mine" / "mask.safetensors")
+    assert mine.digest_of_bits() == squared.digest_of_bits()
+    assert mine.provenance.method == "mine"
 
 
 def test_every_row_of_the_table_holds() -> None:

@@ -188,6 +188,31 @@ def test_strength_runs_from_even_to_one_cut_through_all_costs() -> None:
         assert abs(float(rows.mean()) - (1 - pattern.sparsity)) <= 0.5 / costs[name].shape[1]
 
 
+def test_rows_go_their_own_share_of_the_way() -> None:
+    """In log-odds, from the density of their matrix to that of one cut through all costs."""
+    model = tiny_model()
+    matrices = all_matrices(model)
+    moments = measure_moments(model, matrices, BLOCKS)
+    costs = {m.name: log_cost(m.dense(), moments[m.name], BLOCKS.numel()) for m in matrices}
+    cut = torch.cat([cost.flatten() for cost in costs.values()]).quantile(0.6)
+    apart = 0
+    for strength, rows in ((0.5, 0.25), (0.25, 1.0)):
+        found = fisher_allocation(model, matrices, BLOCKS, 0.6, FisherOptions(strength, rows))
+        for name, cost_OI in costs.items():
+            size = cost_OI.shape[1]
+            kept = (cost_OI > cut).sum(1).double()
+            odds = rows * ((kept + 0.5) / (size - kept + 0.5)).log()
+            low, high = -50.0, 50.0  # the shift of all rows at which their mean is the density of the matrix
+            for _ in range(80):
+                middle = (low + high) / 2
+                below = float(torch.sigmoid(odds + middle).mean()) < 1 - found[name].sparsity
+                low, high = (middle, high) if below else (low, middle)
+            expected = size * torch.sigmoid(odds + middle)
+            assert float((found[name].kept_rows - expected).abs().max()) <= 0.5 + 1.0  # a weight at the cut
+            apart = max(apart, int(found[name].kept_rows.max() - found[name].kept_rows.min()))
+    assert apart > 8
+
+
 def test_what_does_not_reach_the_loss_goes_first() -> None:
     model = tiny_model()
     with torch.no_grad():

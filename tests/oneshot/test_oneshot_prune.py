@@ -62,6 +62,22 @@ def test_every_family_is_pruned_exactly(family: str, method: str, pattern: Patte
     assert torch.isfinite(model(input_ids=tokens()).logits).all()
 
 
+@pytest.mark.parametrize("method", ["wanda", "admm"])
+def test_a_layer_error_is_that_of_its_outputs(method: str) -> None:
+    """‖X(W' − W)ᵀ‖² / ‖XWᵀ‖², of the first block, whose inputs no pruning changes."""
+    model, seen = tiny_model().eval(), []
+    name = "model.layers.0.mlp.up_proj"
+    dense, block = model.get_submodule(name).weight.detach().double(), tokens()
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    with torch.no_grad():
+        model(input_ids=block)
+    hook.remove()
+    error = prune(model, block, method=method, pattern=0.5, progress=False).errors[f"{name}.weight"]
+    x, pruned = seen[0].flatten(0, -2).double(), model.get_submodule(name).weight.detach().double()
+    expected = (x @ (pruned - dense).T).square().sum() / (x @ dense.T).square().sum()
+    assert error == pytest.approx(float(expected), rel=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
 def test_errors_fall_from_method_to_method(family: str) -> None:
     means = []

@@ -263,5 +263,8 @@ def test_a_run_starts_from_grades(model_folder: Path, text_file: Path, tmp_path:
     assert 0.01 < logits[sides].std() < 0.03  # signs alone would leave the noise's .003
     assert ((logits > 0) == sides).float().mean() > 0.9
     assert cli.model.settings()["prior"]["graded"] is True
-    with pytest.raises(UserError, match=r"prior\.graded is for BernoulliGate, and the gate is NMGate"):
+    with pytest.raises(
+        UserError,
+        match=r"prior\.graded is for BernoulliGate, and the gate is NMGate\. Add --model\.prior\.graded false",
+    ):
         run(fit_flags(model_folder, text_file, tmp_path / "nm", *graded, "--model.gate=NMGate", *still))

@@ -7,6 +7,7 @@ import sys
 import warnings
 import weakref
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -241,7 +242,8 @@ def test_weights_are_unpacked_one_at_a_time(tmp_path: Path, monkeypatch: pytest.
     assert left == [1] * len(masks.masks)
 
 
-def test_a_layer_whose_weight_the_model_reads_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", ["auto", "int8"])
+def test_a_layer_whose_weight_the_model_reads_itself(values: Literal["auto", "int8"], tmp_path: Path) -> None:
     """Mamba multiplies by that of ``dt_proj`` in its mixer."""
     config = transformers.MambaConfig(
         vocab_size=260,
@@ -261,8 +263,10 @@ def test_a_layer_whose_weight_the_model_reads_itself(tmp_path: Path) -> None:
     drawn = torch.Generator().manual_seed(0)
     kept = {name: torch.rand(w.parameter.shape, generator=drawn) < 0.4 for name, w in weights.items()}
     masks = MaskSet(kept, Provenance(str(tmp_path / "base"), model_fingerprint(model), "random", 0.6))
-    export_model(masks, tmp_path / "packed", str(tmp_path / "base"), format="packed")
+    export_model(masks, tmp_path / "packed", str(tmp_path / "base"), format="packed", values=values)
     expected, packed = masked_base(tmp_path, masks), load(tmp_path / "packed", "packed")
-    assert isinstance(packed.backbone.layers[0].mixer.dt_proj, PackedLinear)
+    layer = packed.backbone.layers[0].mixer.dt_proj
+    assert isinstance(layer, PackedLinear)
+    assert layer.weight.dtype == torch.bfloat16
     with torch.inference_mode():
-        assert torch.allclose(packed(IDS).logits, expected(IDS).logits, atol=1e-2)
+        assert torch.allclose(packed(IDS).logits, expected(IDS).logits, atol=1e-2 if values == "auto" else 5e-2)

@@ -125,6 +125,23 @@ def test_a_result_does_not_depend_on_the_threads_nor_on_the_other_rows(path: str
 
 
 @compiled
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("path", PATHS[:-1])
+def test_weights_of_several_panels_by_several_threads(path: str, int8: bool) -> None:
+    """A panel has two million weights, and a thread takes 32,768 of them at a time."""
+    packed, bias = random_packed(5000, 450, 0.5, int8=int8), torch.randn(5000).bfloat16()
+    x = torch.randn(17, 450).bfloat16()  # more rows than are multiplied from the packed form
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found, dense = linear(x, packed, path, bias), unpack(packed, path, torch.bfloat16)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(dense, packed.unpack(torch.bfloat16))
+    assert_product(found, x, packed, bias)
+
+
+@compiled
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are protected by Linux's call")
 @pytest.mark.parametrize("path", PATHS[:-1])
 def test_nothing_is_read_beyond_the_values_and_the_bitmap(path: str) -> None:

@@ -29,6 +29,25 @@ def test_it_is_a_linear_layer() -> None:
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
+def test_its_weight_has_the_type_that_the_model_computes_in() -> None:
+    layer = packed_linear(int8=True)
+    assert layer.weight.dtype == torch.float32  # that of the scales
+    typed = PackedLinear(layer.packed, layer.bias, dtype=torch.bfloat16)
+    assert torch.equal(typed.weight, layer.weight.bfloat16())
+    assert typed.float().weight.dtype == torch.float32
+    assert packed_linear().weight.dtype == torch.bfloat16
+
+
+def test_a_state_dict_of_another_mask_with_as_many_weights() -> None:
+    """Where each row starts follows from the bitmap, and is not in the state."""
+    weight, x = torch.randn(24, 72).bfloat16(), torch.randn(2, 72).bfloat16()
+    above = torch.arange(24)[:, None] < 12
+    first, second = (PackedLinear(PackedWeight.pack(weight, kept.expand(24, 72))) for kept in (above, ~above))
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(x), second(x))
+    assert not first(x)[:, :12].any()
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_state_dict_holds_it(int8: bool) -> None:
     layer, x = packed_linear(int8=int8), torch.randn(1, 72).bfloat16()

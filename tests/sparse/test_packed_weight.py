@@ -50,6 +50,8 @@ def test_int8_is_within_half_a_step_of_each_row(drawn: tuple[Tensor, Tensor]) ->
     error = (packed.unpack() - weight * mask).abs().reshape(-1, weight.shape[-1])
     assert packed.scale is not None
     assert bool((error <= packed.scale[:, None] * 0.5001 + 1e-30).all())
+    largest = (weight * mask).abs().reshape(-1, weight.shape[-1]).amax(1)
+    assert torch.equal(packed.scale, largest / 127)  # the finest at which nothing of the row is cut off
     assert not packed.unpack()[~mask].any()
 
 

@@ -28,9 +28,13 @@ QUIET: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable
 TRAINING = WeightTraining(lr=0.5, warmup_steps=0, embeddings=True)
 
 
+@pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("tied", [True, False])
-def test_one_step_is_that_of_plain_autograd(text_file: Path, tmp_path: Path, tied: bool) -> None:
-    """The LM loss of the masked model by transformers, and SGD; the export is what was trained."""
+def test_one_step_is_that_of_plain_autograd(text_file: Path, tmp_path: Path, tied: bool, clip: float | None) -> None:
+    """The LM loss of the masked model by transformers, and SGD; the export is what was trained.
+
+    The norm that gradients are clipped by is that of all that is trained, with a gate or without one.
+    """
     folder = tiny_folder(tmp_path / "model", tie_word_embeddings=tied)
     prune_command(str(folder), str(tmp_path / "mask"), method="magnitude")
     module = LeapModule(
@@ -46,7 +50,7 @@ def test_one_step_is_that_of_plain_autograd(text_file: Path, tmp_path: Path, tie
     step = module.training_step
     module.training_step = lambda batch, batch_idx: seen.append(batch["input_ids"]) or step(batch, batch_idx)  # type: ignore
     data = TextDataModule(text=str(text_file), seq_length=16, batch_size=2, validation_sequences=2)
-    trainer = Trainer(accelerator="cpu", max_steps=1, default_root_dir=tmp_path, **QUIET)
+    trainer = Trainer(accelerator="cpu", max_steps=1, gradient_clip_val=clip, default_root_dir=tmp_path, **QUIET)
     trainer.fit(module, data)
 
     masks, model = MaskSet.load(tmp_path / "mask" / "mask.safetensors"), load_model(str(folder), dtype="float32")
@@ -54,6 +58,10 @@ def test_one_step_is_that_of_plain_autograd(text_file: Path, tmp_path: Path, tie
     masks.apply_(model)
     model.requires_grad_(True)
     model(input_ids=seen[0], labels=seen[0]).loss.backward()
+    for name, mask in masks.masks.items():
+        model.get_parameter(name).grad.masked_fill_(~mask, 0)  # type: ignore[union-attr]
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
+    assert clip is None or norm > 2 * clip
     module.save_mask(tmp_path / "mask.safetensors")
     module.save_weights(tmp_path / "weights.safetensors", tmp_path / "mask.safetensors")
     found = load_file(tmp_path / "weights.safetensors")

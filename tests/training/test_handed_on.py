@@ -179,5 +179,10 @@ def test_the_order_of_files_is_that_of_the_seed_of_the_run(model_folder: Path, t
     first = set()
     for seed in range(6):
         module = data(tmp_path / "*.txt", seed=seed, tokenizer=str(model_folder))
-        first.add(next(iter(module.stream.blocks())).tokens[0])
+        block = next(iter(module.stream.blocks())).tokens
+        first.add(block[0])
+        (own,) = calibration_blocks(
+            str(tmp_path / "*.txt"), str(model_folder), seq_length=len(block), sequences=1, seed=seed
+        )
+        assert own.tolist() == list(block)  # one-shot masks and priors see the same text
     assert len(first) > 1

@@ -154,6 +154,15 @@ def test_it_is_adamw(dtype: torch.dtype, decay: float) -> None:
     assert float((moved - exact).abs().max()) < 0.012  # of 60 steps of 1e-3
 
 
+def test_weights_decay_by_the_rate_times_the_decay() -> None:
+    parameter = nn.Parameter(torch.ones(4, 8))
+    optimizer = PackedAdamW([parameter], lr=0.1, weight_decay=0.5)
+    for steps in (1, 2):
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        torch.testing.assert_close(parameter.detach(), torch.full((4, 8), 0.95**steps))
+
+
 def test_the_first_step_is_exact() -> None:
     """From nothing, m/√v is ±1 but for ε, whatever the gradient."""
     parameter = nn.Parameter(torch.zeros(1, 4))

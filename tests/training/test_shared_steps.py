@@ -152,6 +152,23 @@ def test_bfloat16_is_rounded_with_the_exact_mean() -> None:
     assert float(parameter.detach().double().mean()) - before == pytest.approx(-4 * 4e-5, rel=0.03)
 
 
+def test_every_shared_step_rounds_other_elements() -> None:
+    """In every step, of every parameter and of every expert in a stack: equal bits would be a bias of their own."""
+    parameters = [nn.Parameter(torch.full((2, 64, 64), 0.04, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = PackedAdamW(parameters, lr=1e-6, rows=50.0)
+    moved = []
+    for _ in range(2):
+        before = [parameter.detach().clone() for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        moved += [part for now, was in zip(parameters, before, strict=True) for part in (now.detach() != was).unbind()]
+    assert all(0.05 < float(each.float().mean()) < 0.95 for each in moved)
+    for index, one in enumerate(moved):
+        for other in moved[index + 1 :]:
+            assert float((one == other).float().mean()) < 0.95
+
+
 def test_stacked_experts_of_bfloat16_have_rows_of_their_own() -> None:
     parameter = nn.Parameter(torch.zeros(2, 3, 4, dtype=torch.bfloat16))
     optimizer = PackedAdamW([parameter], lr=1e-2, rows=1.0)

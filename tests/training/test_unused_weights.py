@@ -1,0 +1,60 @@
+"""Gated weights that a micro-batch does not use, as those of a decoder block that is skipped."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from python_runs import data, trainer
+from torch import Tensor
+
+from leap_pl import LeapModule, UserError
+from leap_pl.losses.objective import Objective
+from leap_pl.prior import Prior
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+class Skip(L.Callback):
+    """Skip the second decoder block, and keep the gradients of the first step."""
+
+    def __init__(self, mesh: Any = None) -> None:
+        self.mesh = mesh
+        self.gradients: dict[str, Tensor | None] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        module.mesh = self.mesh
+        module.model.model.layers[1].forward = lambda hidden, *_, **__: hidden
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+        self.gradients = {
+            name: None if gate.logits.grad is None else gate.logits.grad.clone() for name, gate in module.gates.items()
+        }
+
+
+def of_language_alone(model_folder: Path, tmp_path: Path) -> LeapModule:
+    return LeapModule(
+        str(model_folder),
+        dtype="float32",
+        prior=Prior(method="magnitude", cache_dir=str(tmp_path / "p")),
+        objective=Objective(budget=0, weight=0),
+    )
+
+
+def test_their_logits_have_gradients_of_zero(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Which DDP waits for; no term of the mask gives them any."""
+    skip, module = Skip(), of_language_alone(model_folder, tmp_path)
+    trainer(skip, max_steps=1, limit_val_batches=0).fit(module, data(text_file))
+    assert len(skip.gradients) == 14
+    for name, grad in skip.gradients.items():
+        assert grad is not None
+        assert torch.isfinite(grad).all()
+        assert bool(grad.any()) == (".layers.0." in name)
+
+
+def test_a_sharded_run_names_them(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    skip, module = Skip(mesh=object()), of_language_alone(model_folder, tmp_path)
+    says = r"model\.layers\.1\.\S+ was not used by a micro-batch, but in a sharded run every one must use all weights\."
+    with pytest.raises(UserError, match=says):
+        trainer(skip, max_steps=1, limit_val_batches=0).fit(module, data(text_file))
