@@ -106,7 +106,7 @@ def passes(kind: type[Gate], weight: Tensor, upstream: Tensor, count: int = 1) -
     gates = attach(weights, kind, state)
     for gate in gates.values():
         gate.start_from(None, 0)
-    logits = [gate.logits for gate in gates.values()]
+    logits = list(gates.learned().values())  # a tile gate has further ones, of the patterns in its tiles
     grads = [upstream] * count + [torch.ones((), device=weight.device)] * count
 
     def call() -> None:

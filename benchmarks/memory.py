@@ -25,9 +25,10 @@ from leap_pl.base_model.weights import find_weights
 from leap_pl.callbacks.allocator import keep_freed_memory
 from leap_pl.training import memory
 
-# Bytes that each variant holds of every gated weight: what it trains, its gradient, the two moments of AdamW, and
-# the masked weight that the backward pass needs; the base model's own two bytes are counted apart. The published
-# formulation keeps the mask, a softmax of two, and the product of mask and weight that the norm was taken of.
+# Bytes that each variant holds of every gated weight of a model in bfloat16: what it trains, its gradient, the two
+# moments of AdamW, and the masked weight that the backward pass needs. The two bytes of the base model are counted
+# apart. The published formulation keeps the mask, a softmax of two, and the product of mask and weight that the norm
+# was taken of.
 BYTES = {
     "dense": {"gradient": 2, "optimizer": 4},
     "leap_pl": {"logits": 4, "gradient": 4, "optimizer": 8, "masked weight": 2},
@@ -44,7 +45,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
     parser.add_argument("--seq_length", type=int, default=512)
     parser.add_argument("--variants", nargs="+", default=["dense", "leap_pl", "low_memory", "published"])
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     for tokens in args.tokens:
         for variant in ["load", *args.variants]:
             words = ["--model", args.model, "--tokens", str(tokens), "--seq_length", str(args.seq_length)]
-            words += ["--dtype", args.dtype, "--device", args.device, "--child", variant]
+            words += ["--device", args.device, "--child", variant]
             told = subprocess.run(
                 [sys.executable, "-m", "benchmarks.memory", *words], check=True, capture_output=True, text=True
             ).stdout
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
             if row["tokens"] == tokens and row["variant"] in BYTES and "dense" in beyond:
                 row["beyond_dense_mib"] = row["peak_mib"] - beyond["dense"]
                 row["accounted_beyond_dense_mib"] = row["accounted_mib"] - accounted("dense", row["gated_weights"])
-    finish(rows, args.output, model=args.model, dtype=args.dtype, bytes_a_gated_weight=BYTES)
+    finish(rows, args.output, model=args.model, dtype="bfloat16", bytes_a_gated_weight=BYTES)
 
 
 def paper(name: str, tokens: int) -> dict[str, Row]:
@@ -107,7 +107,7 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:
     """Peak of three steps, in this process."""
     keep_freed_memory()  # as a run of leap_pl does
     device = torch.device(args.device)
-    model = load_model(args.model, dtype=args.dtype, dropout=False).to(device)
+    model = load_model(args.model, dtype="bfloat16", dropout=False).to(device)
     gated = sum(weight.parameter.numel() for weight in find_weights(model).values())
     facts: dict[str, Any] = {"gated_weights": gated}
     if variant in BYTES:

@@ -9,23 +9,16 @@ the calibration's. There is one row for each method and sparsity. Besides the me
 
 import argparse
 import time
-from typing import TYPE_CHECKING
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from benchmarks.report import Row, finish, table
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.tokenizer import load_tokenizer
 from leap_pl.data import calibration_blocks
 from leap_pl.data.calibration import held_out_tokens
+from leap_pl.evaluation.perplexity import perplexity
 from leap_pl.masks.patterns import parse_pattern
 from leap_pl.oneshot.methods import METHODS
 from leap_pl.oneshot.prune import prune
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def main() -> None:
@@ -47,11 +40,15 @@ def main() -> None:
     tokens, wanted = held_out_tokens(args.text, tokenizer), args.windows * args.seq_length
     if len(tokens) < blocks_NT.numel() + wanted:
         raise SystemExit(f"{args.text} has {len(tokens):,} tokens, fewer than calibration and windows take. Give more.")
-    held_out_NT = tokens[-wanted:].view(args.windows, args.seq_length)
+    held_out = tokens[-wanted:]
 
     model = load_model(args.model)
+
+    def measured() -> float:
+        return perplexity(model, held_out, seq_length=args.seq_length, batch_size=4).value
+
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rows: list[Row] = [{"method": "dense", "sparsity": 0.0, "perplexity": perplexity(model, held_out_NT)}]
+    rows: list[Row] = [{"method": "dense", "sparsity": 0.0, "perplexity": measured()}]
     asked = [(None, sparsity) for sparsity in args.sparsities] + [(pattern, 0.5) for pattern in args.patterns]
     for pattern, sparsity in asked:
         for method in args.methods:
@@ -79,22 +76,11 @@ def main() -> None:
                     "seconds": wall,
                     "cpu_seconds": cpu,
                     "mean_layer_error": error if pruned.errors else None,
-                    "perplexity": perplexity(model, held_out_NT),
+                    "perplexity": measured(),
                 }
             )
             print(table(rows[-1:]), flush=True)
     finish(rows, args.output, model=args.model, text=args.text, sequences=args.sequences, seq_length=args.seq_length)
-
-
-@torch.no_grad()
-def perplexity(model: "PreTrainedModel", windows_NT: Tensor, batch_size: int = 4) -> float:
-    """Exponential of the mean loss over all predicted tokens, the windows apart from each other."""
-    total, count = 0.0, 0
-    for batch_BT in windows_NT.split(batch_size):
-        logits_BTV = model(input_ids=batch_BT, use_cache=False).logits[:, :-1]
-        total += float(F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch_BT[:, 1:].flatten(), reduction="sum"))
-        count += batch_BT[:, 1:].numel()
-    return float(torch.tensor(total / count).exp())
 
 
 if __name__ == "__main__":

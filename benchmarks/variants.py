@@ -136,7 +136,7 @@ def leap_step(
     start = start or (lambda gate: gate.start_from(None, 0))
     for each in gates.values():
         start(each)
-    update = _optimizer([each.logits for each in gates.values()], ours=True, packed=low_memory, shared=shared)
+    update = _optimizer(list(gates.learned().values()), ours=True, packed=low_memory, shared=shared)
 
     def step(ids_BL: Tensor) -> None:
         language = loss(ids_BL)

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "which",
         choices=sorted(ASSETS),
-        help="quickstart: model and text; eval: zero-shot tasks and a second held-out text; mixture: "
+        help="quickstart: model and text; eval: zero-shot tasks and two more held-out texts; mixture: "
         "a text of several kinds; gemma, qwen: other models",
     )
     parser.add_argument("--folder", type=Path, default=Path("assets"), help="where they go (default: assets)")

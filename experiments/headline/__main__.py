@@ -10,6 +10,7 @@ from leap_pl.errors import UserError
 
 DEFINITION = "configs/results/headline.yaml"
 DOCS = Path("docs/results")
+SHIPPED = Path(__file__).resolve().parents[2] / DOCS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,14 +54,15 @@ def _run(options: argparse.Namespace) -> int:
     from experiments.headline.definition import read_experiment
     from experiments.headline.runner import Runner
 
+    shipped = options.docs.resolve() == SHIPPED
     if options.cells is not None:
-        if options.docs == DOCS and options.cells.resolve() != (DOCS / "cells").resolve():
+        if shipped and options.cells.resolve() != (DOCS / "cells").resolve():
             raise UserError(
                 f"{DOCS} has the figures of {DOCS}/cells, and those of {options.cells} would take their place. Name "
                 "another folder with --docs."
             )
         return _report(options.cells, options.docs)
-    if options.docs == DOCS and Path(options.config).resolve() != Path(DEFINITION).resolve():
+    if shipped and Path(options.config).resolve() != Path(DEFINITION).resolve():
         raise UserError(
             f"{DOCS} has the figures of {DEFINITION}, and those of {options.config} would take their place. Name "
             "another folder with --docs."

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from experiments.headline.progress import Progress
     from experiments.headline.steps import Step
 
+UNKNOWN = "unknown"  # commit of what was measured in a folder that is no clone
+
 
 def collect(progress: "Progress", folder: Path, *, removes: bool = True) -> int:
     """Write one file a finished cell into ``folder``; returns how many are there that are of today's settings.
@@ -78,7 +80,7 @@ def write_cell(progress: "Progress", cell: "Cell", path: Path) -> None:
     assert steps is not None
     measured = {step.name: read_result(step.output) for step in steps if step.words[:1] == ["evaluate"]}
     merged, *others = measured.values()
-    commits = {name: str(result["commit"]) for name, result in measured.items()}
+    commits = {name: str(result["commit"] or UNKNOWN) for name, result in measured.items()}
     for result in others:
         merged["perplexity"] |= result["perplexity"]
         merged["tasks"] |= result["tasks"]

@@ -36,10 +36,13 @@ def read_experiment(path: str | Path) -> Experiment:
         _check_name(str(role), f"text {role} in {path}")
     tokens = _positive(told["learn"]["tokens"], f"learn.tokens in {path}")
     saved = _positive(told["learn"].get("checkpoint_tokens", tokens), f"learn.checkpoint_tokens in {path}")
+    shares = told.get("tasks_at", [])
+    if not isinstance(shares, list) or not all(isinstance(share, float | int) for share in shares):
+        raise UserError(f"tasks_at in {path} is {shares!r}. Give a list of sparsities, as in [0, 0.5].")
     experiment = Experiment(
         texts={role: _text(text, f"{role} in {path}") for role, text in told["texts"].items()},
         tasks=dict(told.get("tasks", {})),
-        tasks_at=tuple(told.get("tasks_at", ())),
+        tasks_at=tuple(shares),
         learn=_respelled(_yaml(path.parent / str(told["learn"]["config"])), str(told["learn"]["config"])),
         tokens=tokens,
         checkpoint_tokens=saved,
@@ -129,14 +132,19 @@ def _row(name: str, told: dict[str, Any], where: str) -> Row:
     _check_name(name, where)
     known = {f.name for f in fields(Row)}
     _check(told, where, known)
-    for share, changes in told.get("each", {}).items():
+    each, sparsity = told.get("each", {}), told.get("sparsity", [])
+    if not isinstance(each, dict):
+        raise UserError(f"each of {where} is {each!r}. Give what is different by sparsity, as in {{0.6: {{...}}}}.")
+    for share, changes in each.items():
         _check(changes, f"each {share} of {where}", known - {"each", "sparsity"})
-    sparsity = told.get("sparsity", [])
     if not isinstance(sparsity, list) or not all(isinstance(s, float) and 0 < s < 1 for s in sparsity):
         raise UserError(
             f"sparsity of {where} is {sparsity!r}. Give a list of numbers between 0 and 1, as in [0.5, 0.6]."
         )
-    for settings in (told, *told.get("each", {}).values()):
+    for share in each:  # it may be one that a definition which is like this one leaves out
+        if not isinstance(share, float) or not 0 < share < 1:
+            raise UserError(f"each of {where} names {share!r}. Give a sparsity, a number between 0 and 1.")
+    for settings in (told, *each.values()):
         for key in ("best_of", "texts"):
             names = settings.get(key, [])
             if not isinstance(names, list) or not all(isinstance(each, str) for each in names):

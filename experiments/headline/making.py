@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from experiments.headline.cells import UNKNOWN
 from experiments.headline.measured import Measured, by_model, titles_of
 from experiments.headline.tables import cost_table
 from leap_pl.base_model.prefix import in_words
@@ -13,6 +14,7 @@ from leap_pl.errors import listing
 from leap_pl.files import atomic_file
 
 PAGE = "making.md"
+SHIPPED = "results"  # folder of documents of the headline experiment
 OTHER_DEFINITIONS = {"tasks_in_full": "in_full.yaml"}  # folder of documents → definition in configs/results
 
 
@@ -28,9 +30,9 @@ def write_making(found: Sequence[Measured], docs: Path) -> None:
         cost_table(found),
         "Passes are those over the training text, the last one begun, where they were recorded: a text that is read "
         "twice is fitted better than learned from. Calibration tokens were read by the one-shot method, or by the one "
-        "that made the prior. Minutes and memory, the most that was held, are those of making the mask, without its "
-        "prior; of a row that keeps the better of several masks, those of the one that it keeps. Seconds a step are "
-        "those minutes by optimizer steps, start and validations included.",
+        "that made the prior. Minutes and memory, the most that was held, are those of what a row adds to the mask "
+        "that it begins from, or keeps. Seconds a step are those minutes by optimizer steps, start and validations "
+        "included.",
         *_machines(found),
         *_configs(found, docs / "configs"),
         *_commands(found, command_of(docs)),
@@ -39,9 +41,20 @@ def write_making(found: Sequence[Measured], docs: Path) -> None:
 
 
 def command_of(docs: Path) -> str:
-    """The command that makes the cells of ``docs``."""
-    config = f"configs/results/{OTHER_DEFINITIONS[docs.name]}" if docs.name in OTHER_DEFINITIONS else None
-    return "make results" if config is None else f'make results ARGS="--config {config} --docs docs/{docs.name}"'
+    """The command that makes the cells of ``docs``: of a folder that is not shipped, with a name for its definition."""
+    if docs.name == SHIPPED:
+        return "make results"
+    config, place = "DEFINITION.yaml", docs.as_posix()
+    if docs.name in OTHER_DEFINITIONS:
+        config, place = f"configs/results/{OTHER_DEFINITIONS[docs.name]}", f"docs/{docs.name}"
+    return f'make results ARGS="--config {config} --docs {place}"'
+
+
+def command_to_write(docs: Path) -> str:
+    """The command that writes the report of ``docs`` again from the files of its cells."""
+    place = f"docs/{docs.name}" if docs.name in (SHIPPED, *OTHER_DEFINITIONS) else docs.as_posix()
+    named = "" if docs.name == SHIPPED else f" --docs {place}"
+    return f"python -m experiments.headline --report --from {place}/cells{named}"
 
 
 def write_page(path: Path, parts: Sequence[str]) -> None:
@@ -74,9 +87,10 @@ def _protocol(found: Sequence[Measured]) -> Iterator[str]:
             f"of a group is one of each of its tasks. {'; '.join(limits)}."
         )
     yield (
-        "A learned mask keeps exactly the asked share of the weights, and what it keeps are the base model's, bit for "
-        "bit; SparseGPT, ADMM, the weight update and training weights change what they keep. Which of several learned "
-        "masks is best is decided on the validation text, on none of the texts and tasks above."
+        "A learned mask keeps exactly the asked share of the weights (one of tiles, as near to it as its tiles allow), "
+        "and what it keeps are the base model's, bit for bit; SparseGPT, ADMM, the weight update and training weights "
+        "change what they keep. Which of several learned masks is best is decided on the validation text, on none of "
+        "the texts and tasks above."
     )
     for measured in found:
         if measured.cell["kept"]:
@@ -137,12 +151,12 @@ def _machines(found: Sequence[Measured]) -> Iterator[str]:
             types.setdefault(m.result["config"]["dtype"], []).append(f"`{m.cell['name']}`")
     if types:
         by_type = [f"{dtype} ({', '.join(names)})" for dtype, names in sorted(types.items())]
-        yield f"Weights and computation while a mask was learned: {'; '.join(by_type)}."
+        yield f"Weights and computation while a mask was learned, or weights trained: {'; '.join(by_type)}."
 
 
 def _commits(measured: Measured) -> str:
     """The commit that a cell was measured with; if not all of it was at once, which step with which."""
-    commit = measured.result["commit"]
+    commit = measured.result["commit"] or UNKNOWN
     others = {step: other for step, other in measured.cell.get("commits", {}).items() if other != commit}
     return ", ".join([f"commit {commit}", *(f"{step} with {other}" for step, other in others.items())])
 

@@ -9,7 +9,7 @@ from typing import Any
 from experiments.headline.cell_schema import checked_cell
 from experiments.headline.experiment import SHOWN, UNSTRUCTURED, VALIDATION
 from leap_pl.comparison.entries import Entry, check_protocols, entry_of_result
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 from leap_pl.evaluation.record import read_result
 
 
@@ -79,7 +79,8 @@ def read_cells(folder: Path) -> list[Measured]:
     """The cells in ``folder``, in the order of the experiment.
 
     Raises:
-        UserError: There is none, one cannot be read, or two of a model were measured in different ways.
+        UserError: There is none, one cannot be read, two of a model were measured in different ways, or two models have
+            one name.
     """
     found = []
     for path in sorted(folder.glob("*.json")):
@@ -94,7 +95,13 @@ def read_cells(folder: Path) -> list[Measured]:
     if not found:
         raise UserError(f"{folder} holds no finished cell. Run make results first.")
     found = sorted(found, key=lambda measured: measured.cell["order"])
-    for rows in by_model(found).values():
+    for name, rows in by_model(found).items():
+        named = dict.fromkeys(measured.result["model"]["base_model"] for measured in rows)
+        if len({measured.entry.fingerprint for measured in rows}) > 1:
+            raise UserError(
+                f"{folder} has cells of several models that are called {name} ({listing(list(named))}): figures of one "
+                "would be compared with those of another. Take out those of one."
+            )
         check_protocols([measured.entry for measured in rows])
     return found
 

@@ -81,10 +81,10 @@ def verdict(found: Sequence[Measured]) -> str:
         for title in m.titles.values():
             gap = perplexity_difference(m.entry, group.entries, title, group.baselines)
             perplexities += gap is not None
-            better += gap is not None and gap.value < -SURE * (gap.stderr or 0)
+            better += gap is not None and _is_above(-gap.value, gap.stderr)
         score = accuracy_difference(m.entry, group.entries, shared_tasks(group.entries), group.baselines)
         accuracies += score is not None
-        accurate += score is not None and score.value > SURE * (score.stderr or 0)
+        accurate += score is not None and _is_above(score.value, score.stderr)
     if not perplexities:
         return ""
     told = (
@@ -92,6 +92,11 @@ def verdict(found: Sequence[Measured]) -> str:
         f"standard errors, in {better} of {perplexities} comparisons of a row on a text"
     )
     return told + (f", and a higher mean accuracy in {accurate} of {accuracies}." if accuracies else ".")
+
+
+def _is_above(value: float, stderr: float | None) -> bool:
+    """Whether a difference is more than :data:`SURE` standard errors above 0; one whose error is not known is not."""
+    return stderr is not None and value > SURE * stderr
 
 
 def _of_learning(found: Sequence[Measured]) -> Iterator[tuple[Group, Measured]]:
@@ -123,14 +128,14 @@ def losses(found: Sequence[Measured], rows: Sequence[Measured]) -> list[str]:
         name = f"{m.model}, {m.entry.label}" if several else m.entry.label
         for title in m.titles.values():
             gap = perplexity_difference(m.entry, group.entries, title, group.baselines)
-            if gap is not None and gap.value > SURE * (gap.stderr or 0):
+            if gap is not None and _is_above(gap.value, gap.stderr):
                 worse.append(f"{name}, {title} ({gap.value:+.2f})")
             elif gap is None and (more := _to_other_forms(m, group, title)) is not None:
                 worse.append(f"{name}, {title} ({more:+.2f}, to a mask of another form)")
         score = accuracy_difference(m.entry, group.entries, shared_tasks(group.entries), group.baselines)
         if score is not None:
             compared += 1
-            if score.value <= SURE * (score.stderr or 0):
+            if not _is_above(score.value, score.stderr):
                 alike.append(f"{name} ({100 * score.value:+.1f})")
     if worse:
         told.append(f"In perplexity, more than {SURE} standard errors above the best baseline: {'; '.join(worse)}.")
@@ -183,8 +188,8 @@ def _to_other_forms(measured: Measured, group: Group, title: str) -> float | Non
         return None
     best = min(others, key=lambda figure: float(figure["value"]))
     more = float(own["value"]) - float(best["value"])
-    error = math.hypot(own["stderr"] or 0, best["stderr"] or 0)
-    return more if more > SURE * error else None
+    errors = own["stderr"], best["stderr"]
+    return more if _is_above(more, None if None in errors else math.hypot(*errors)) else None
 
 
 def _span(values: Sequence[float], form: str = ".0f") -> str:

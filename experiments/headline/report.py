@@ -43,7 +43,6 @@ def write_report(cells: Path, docs: Path) -> Path:
     found = read_cells(cells)
     docs.mkdir(parents=True, exist_ok=True)
     notes = f" [What did not work]({docs.name}/{NOTES})." if (docs / NOTES).is_file() else ""
-    again = f"--report --from docs/{docs.name}/cells" + ("" if docs.name == "results" else f" --docs docs/{docs.name}")
     models = by_model(found)
     for folder in (docs, *(docs / model for model in models)):
         for old in folder.glob("*.svg"):
@@ -56,11 +55,11 @@ def write_report(cells: Path, docs: Path) -> Path:
         *dict.fromkeys(sentence for measured in found for sentence in measured.cell["about"]),
         f"[Protocol, hardware, configs and commands]({docs.name}/{making.PAGE}).{notes}",
         f"Written by `{making.command_of(docs)}`; every figure is from the files in [`{docs.name}/cells`]({docs.name}"
-        f"/cells), and `python -m experiments.headline {again}` writes this page again from them.",
+        f"/cells), and `{making.command_to_write(docs)}` writes this page again from them.",
     ]
     for number, (model, rows) in enumerate(models.items()):
         parts += [f"## {model}", *_tables(rows, docs), *_pictures(rows, docs, docs / model if number else docs)]
-    path = docs.with_suffix(".md")
+    path = docs.with_name(f"{docs.name}.md")  # a name may have a dot: docs/results-0.2
     making.write_page(path, parts)
     making.write_making(found, docs)
     return path

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -54,14 +55,29 @@ def run_command(words: Sequence[str], log: Path, caption: str, keep: Sequence[in
 
 
 def _wait(process: "subprocess.Popen[bytes]", progress: "_Progress") -> tuple[int, int]:
+    peak, own, began = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     while True:
+        peak = max(peak, _peak_of(process.pid))
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
             unit = 1 if sys.platform == "darwin" else 1024
-            return process.returncode, usage.ru_maxrss * unit
+            exact = usage.ru_maxrss > own or not peak
+            return process.returncode, usage.ru_maxrss * unit if exact else peak
         progress.show()
-        time.sleep(0.2)
+        time.sleep(0.2 if time.monotonic() > began + 2 else 0.02)  # what is short is looked at as often
+
+
+def _peak_of(pid: int) -> int:
+    """Most memory that a process has held so far, in bytes, by Linux's own count; 0: it is not there.
+
+    The count of ``wait4`` is exact at the end, but begins with what the parent had held.
+    """
+    with suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+        return int(found[1]) * 1024 if found else 0
+    return 0
 
 
 def _end(process: "subprocess.Popen[bytes]", *, learns: bool) -> None:

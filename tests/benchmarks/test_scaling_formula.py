@@ -32,6 +32,7 @@ def test_published_sizes() -> None:
     assert sizes["qwen2.5-0.5b"] == pytest.approx(0.494, abs=0.001)
     assert sizes["llama-3.1-8b"] == pytest.approx(8.03, abs=0.01)
     assert sizes["llama-3.1-70b"] == pytest.approx(70.55, abs=0.01)
+    assert sizes["qwen2.5-32b"] == pytest.approx(32.76, abs=0.01)
     assert sizes["llama-3.2-3b"] == pytest.approx(3.21, abs=0.01)
     assert sizes["llama-3.2-1b"] == pytest.approx(1.24, abs=0.01)
 
@@ -111,6 +112,7 @@ def test_the_wall_of_the_tables() -> None:
     assert memory("llama-3.2-3b", 1, sharded=False) < 70
     assert 80 < memory("llama-3.1-8b", 8, sharded=False) < 141
     assert memory("llama-3.1-8b", 2, sharded=True) < 80
+    assert memory("qwen2.5-32b", 8, sharded=True) > 80 > memory("qwen2.5-32b", 16, sharded=True)
     assert memory("llama-3.1-70b", 16, sharded=True) > 80 > memory("llama-3.1-70b", 32, sharded=True)
     assert [row["GPUs"] for row in rows("llama-3.1-8b", [1, 64], 4096)] == [1, 64]
     assert tokens_to_hide(300e9, 400e12) == pytest.approx(2667, abs=1)
@@ -124,6 +126,7 @@ def test_the_table_is_what_the_benchmark_prints() -> None:
         "llama-3.2-1b": [1, 8],
         "llama-3.2-3b": [1, 8],
         "llama-3.1-8b": [1, 2, 4, 8, 16, 32, 64],
+        "qwen2.5-32b": [1, 8, 16, 32, 64],
         "llama-3.1-70b": [1, 2, 4, 8, 16, 32, 64],
     }
     for name, ranks in counts.items():

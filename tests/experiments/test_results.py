@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -403,6 +404,41 @@ def test_a_stopped_learned_cell_goes_on_and_ends_the_same(again, monkeypatch):
     assert "--ckpt_path" not in ran[-3]
     whole = MaskSet.load(found.steps.mask(cell))
     assert all((bits == whole.masks[name]).all() for name, bits in stopped.masks.items())
+
+
+def test_a_stopped_cell_whose_settings_have_changed_begins_anew(again):
+    folder, ran = again
+    record = folder / "runs" / "leap-60" / "steps.json"
+    told = json.loads(record.read_text())
+    del told["make"]["finished"]
+    record.write_text(json.dumps(told))
+    old = folder / "runs" / "leap-60" / "checkpoints" / "step=4.ckpt"
+    old.parent.mkdir()
+    old.write_bytes(b"of the former settings")
+    change(folder / "tiny.yaml", "rows", "leap", "each", to={0.6: {"tokens": 3 * STEP}})
+    assert results(folder, "--only", "leap-60") == 0
+    (fit,) = [words for words in ran if words[0] == "fit"]
+    assert fit[-1] == "--force"
+    assert "--ckpt_path" not in fit
+    assert not old.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by Linux's own count")
+def test_memory_is_that_of_the_process_alone(tmp_path, monkeypatch):
+    """This process, from which it is started, has had more; and an open file goes with it."""
+    started, popen = [], subprocess.Popen
+
+    def noted(*words, **options):
+        started.append(options["pass_fds"])
+        return popen(*words, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    with (tmp_path / "lock").open("w") as lock:
+        ran = run_command(["export", "--help"], tmp_path / "log", "help", [lock.fileno()])
+        assert started == [[lock.fileno()]]
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert 5 << 20 < ran.peak_rss < 150 << 20 < own
+    assert 0 < ran.seconds < 60
 
 
 def test_what_learns_may_end_in_its_own_time(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,10 @@ def test_the_shipped_definition():
         (("rows", "leap", "texts"), ["like"], "names the text like"),
         (("rows", "leap", "texts"), "other", "Give a list of names"),
         (("rows", "leap", "each"), {0.5: {"texts": ["other"]}}, "leap-50 in .* names the text other"),
+        (("rows", "leap", "each"), {60: {}}, "each of row leap in .* names 60. Give a sparsity"),
+        (("rows", "leap", "each"), {"0.6": {}}, "each of row leap in .* names '0.6'"),
+        (("rows", "leap", "each"), [0.6], "each of row leap in .* Give what is different by sparsity"),
+        (("tasks_at",), 0.5, "tasks_at in .* is 0.5. Give a list of sparsities"),
         (("tasks",), ["piqa"], "is to be a mapping"),
         (("models", "other", "rows", "wanda", "minutes"), "long", "row wanda in model other in .* whole number"),
         (("models", "other", "row"), {}, "model other in .* says row"),
@@ -126,10 +131,58 @@ def test_a_missing_base_model_loses_nothing(again, capsys):
     assert sorted(cells(folder)) == sorted(CELLS)
 
 
-def test_another_definition_has_figures_of_its_own(again, capsys):
+@pytest.mark.parametrize("docs", [[], ["--docs", str(Path("docs/results").resolve())]])
+def test_another_definition_has_figures_of_its_own(docs, again, capsys):
     folder, _ = again
-    assert main(["--config", str(folder / "tiny.yaml"), "--list"]) == 2
+    assert main(["--config", str(folder / "tiny.yaml"), "--list", *docs]) == 2
     assert "would take their place. Name another folder with --docs." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("like.jsonl", {"perplexity-256"}),
+        ("tasks/piqa/validation.jsonl", {"tasks-4"}),
+        ("model/tokenizer.json", {"make", "perplexity-256", "perplexity-192", "tasks-4", "tasks-all"}),
+    ],
+)
+def test_what_a_step_reads_is_told_by_its_content(again, experiment_done, model_folder, file, changed):
+    """A text, questions or a base model that is replaced under the same name makes its figures old ones."""
+    folder, _ = again
+    for name in ("like.jsonl", "tasks"):
+        from_, to = experiment_done[0] / name, folder / name
+        (shutil.copytree if from_.is_dir() else shutil.copy)(from_, to)
+    shutil.copytree(model_folder, folder / "model")
+    change(folder / "tiny.yaml", "base_model", to=str(folder / "model"))
+    change(folder / "tiny.yaml", "texts", "like", "text", to=str(folder / "like.jsonl"))
+    change(folder / "tiny.yaml", "evaluate", "tasks_folder", to=str(folder / "tasks"))
+
+    def digests(name):
+        found = runner(folder)
+        cell = found.experiment.cells[name]
+        make = found.steps.make(cell)
+        steps = [*([make] if make else []), *found.steps.measures(cell, make and make.digest)]
+        return {step.name: step.digest for step in steps}
+
+    before = {name: digests(name) for name in ("dense", "wanda-50")}
+    with (folder / file).open("a") as opened:
+        opened.write("\n")
+    for name, steps in before.items():
+        after = digests(name)
+        assert {step for step in steps if steps[step] != after[step]} == changed & steps.keys()
+
+
+def test_weights_are_updated_again_under_another_mask(again):
+    folder, _ = again
+
+    def digest_of_update():
+        found = runner(folder)
+        update, kept = (found.experiment.cells[name] for name in ("update-50", "leap-50"))
+        return found.steps.make(update, kept).digest
+
+    before = digest_of_update()
+    change(folder / "tiny.yaml", "rows", "leap", "fit", to={"model": {"seed": 3}})
+    assert digest_of_update() != before
 
 
 @pytest.mark.parametrize(
@@ -246,19 +299,20 @@ def test_mistakes_in_a_definition_like_another(again, told, words):
         read_experiment(folder / "other.yaml")
 
 
-def test_how_a_folder_was_made_is_no_content_of_it(tmp_path):
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_how_a_folder_was_made_is_no_content_of_it(tmp_path, name):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     before = identity(str(tmp_path))
     (tmp_path / "SOURCES.md").write_text("made by a later version", encoding="utf-8")
     (tmp_path / "leap_pl.json").write_text("{}", encoding="utf-8")
     assert identity(str(tmp_path)) == before
-    (tmp_path / "config.json").write_text('{"rope_theta": 1.0, "transformers_version": "5.24.0"}', encoding="utf-8")
+    (tmp_path / name).write_text('{"rope_theta": 1.0, "transformers_version": "5.24.0"}', encoding="utf-8")
     with_settings = identity(str(tmp_path))
     assert with_settings != before
-    (tmp_path / "config.json").write_text('{"rope_theta": 1.0, "transformers_version": "5.30"}', encoding="utf-8")
+    (tmp_path / name).write_text('{"rope_theta": 1.0, "transformers_version": "5.30"}', encoding="utf-8")
     assert identity(str(tmp_path)) == with_settings
-    (tmp_path / "config.json").write_text('{"rope_theta": 2.0, "transformers_version": "5.24.0"}', encoding="utf-8")
+    (tmp_path / name).write_text('{"rope_theta": 2.0, "transformers_version": "5.24.0"}', encoding="utf-8")
     assert identity(str(tmp_path)) != with_settings
     for damaged in ("{", "[1]"):
-        (tmp_path / "config.json").write_text(damaged, encoding="utf-8")
+        (tmp_path / name).write_text(damaged, encoding="utf-8")
         assert identity(str(tmp_path)) not in (before, with_settings)

@@ -12,12 +12,15 @@ import pytest
 import yaml
 from tiny_experiment import SCORED_CELLS, STEP, cells, change, results, runner, verbs
 
+from experiments.headline import overview
 from experiments.headline.__main__ import main
+from experiments.headline.cells import UNKNOWN
 from experiments.headline.measured import Group, groups, read_cells
 from experiments.headline.overview import best_rows, draw_overview, losses, verdict
 from experiments.headline.tables import difference_table
 from leap_pl.cli.main import main as leap_pl
 from leap_pl.comparison import drawing
+from leap_pl.comparison.differences import Difference
 from leap_pl.evaluation.record import read_result, write_result
 
 # -- the report -----------------------------------------------------------------------------------------------
@@ -97,7 +100,7 @@ def test_figures_of_the_report_are_those_of_the_cells(experiment_done):
     assert list(differences) == ["LEAP, LM", "recover"]
     assert "recover, 60%: the mask of `leap-60`." in making
     assert list(section(page, "50%, 2:4")[0]) == ["dense", "wanda-2of4"]
-    (learned,) = re.findall(r"while a mask was learned: float32 \((.*?)\)\.", making)
+    (learned,) = re.findall(r"while a mask was learned, or weights trained: float32 \((.*?)\)\.", making)
     assert set(learned.split(", ")) == {"`leap-50`", "`leap-60`", "`distill-50`", "`recover-60`"}
     (by_task,) = section(page, "Accuracy by task")
     assert number(by_task["Wanda, 50%"][1]) == pytest.approx(100 * found["wanda-50"]["tasks"]["piqa"]["acc"], abs=0.05)
@@ -417,6 +420,59 @@ def test_a_step_that_was_measured_with_another_commit_is_named(experiment_done, 
     assert main(["--report", "--from", str(docs / "cells"), "--docs", str(docs)]) == 0
     (line,) = [line for line in (docs / "making.md").read_text().splitlines() if line.startswith("`leap-50`: ")]
     assert line.endswith(f"commit {result['commit']}, text-more with another.")
+
+
+def test_a_commit_that_is_not_known(experiment_done, tmp_path):
+    """As of an archive, or of an installed package."""
+    folder, _ = experiment_done
+    docs = tmp_path / "docs" / "results"
+    shutil.copytree(folder / "docs" / "results" / "cells", docs / "cells")
+    path = docs / "cells" / "leap-50.json"
+    result = json.loads(path.read_text())
+    result["commit"] = None
+    result["cell"]["commits"] = dict.fromkeys(result["cell"]["commits"], UNKNOWN)
+    path.write_text(json.dumps(result))
+    assert main(["--report", "--from", str(docs / "cells"), "--docs", str(docs)]) == 0
+    (line,) = [line for line in (docs / "making.md").read_text().splitlines() if line.startswith("`leap-50`: ")]
+    assert line.endswith("; commit unknown.")
+
+
+def test_a_report_elsewhere_says_how_it_is_made(experiment_done, tmp_path):
+    """In a folder whose name has a dot, too."""
+    cells_of = experiment_done[0] / "docs" / "results" / "cells"
+    docs = tmp_path / "results-0.2"
+    shutil.copytree(cells_of, docs / "cells")
+    assert main(["--report", "--from", str(docs / "cells"), "--docs", str(docs)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"results-0.2", "results-0.2.md"}
+    page = (tmp_path / "results-0.2.md").read_text()
+    assert f'Written by `make results ARGS="--config DEFINITION.yaml --docs {docs}"`' in page
+    (again,) = re.findall(r"`python -m experiments.headline (--report [^`]*)`", page)
+    assert main(again.split()) == 0
+    assert (tmp_path / "results-0.2.md").read_text() == page
+
+
+def test_models_of_one_name_are_refused(experiment_done, tmp_path, capsys):
+    """Figures of one would be compared with those of the other."""
+    shutil.copytree(experiment_done[0] / "docs" / "results" / "cells", tmp_path / "cells")
+    for path in (tmp_path / "cells").glob("other-*.json"):
+        result = json.loads(path.read_text())
+        result["model"]["base_model"] = "elsewhere/llama"
+        path.write_text(json.dumps(result))
+    assert main(["--report", "--from", str(tmp_path / "cells"), "--docs", str(tmp_path / "mine")]) == 2
+    assert re.search(r"several models that are called llama \(.*llama, elsewhere/llama\)", capsys.readouterr().err)
+
+
+def test_a_difference_whose_error_is_not_known_is_no_difference(experiment_done, monkeypatch):
+    folder, _ = experiment_done
+    found = read_cells(folder / "docs" / "results" / "cells")
+    for name in ("perplexity_difference", "accuracy_difference"):
+        monkeypatch.setattr(overview, name, lambda *_: Difference(-5.0, None, "Wanda", 10.0))
+    assert re.search(r"in 0 of \d+ comparisons of a row on a text, and a higher mean accuracy in 0 of", verdict(found))
+    monkeypatch.setattr(overview, "perplexity_difference", lambda *_: Difference(5.0, None, "Wanda", 10.0))
+    monkeypatch.setattr(overview, "accuracy_difference", lambda *_: Difference(0.5, None, "Wanda", 0.4))
+    told = "\n".join(losses(found, best_rows(found)))
+    assert "above the best baseline: " not in told
+    assert re.search(r"In mean accuracy, (\d+) of \1 rows are less than", told)
 
 
 def test_configs_in_the_report_are_those_that_ran(experiment_done):
