@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
 
     shipped = options.docs.resolve() == SHIPPED
     if options.cells is not None:
-        if shipped and options.cells.resolve() != (DOCS / "cells").resolve():
+        if shipped and options.cells.resolve() != SHIPPED / "cells":
             raise UserError(
                 f"{DOCS} has the figures of {DOCS}/cells, and those of {options.cells} would take their place. Name "
                 "another folder with --docs."

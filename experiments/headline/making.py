@@ -42,19 +42,24 @@ def write_making(found: Sequence[Measured], docs: Path) -> None:
 
 def command_of(docs: Path) -> str:
     """The command that makes the cells of ``docs``: of a folder that is not shipped, with a name for its definition."""
-    if docs.name == SHIPPED:
+    if _is_shipped(docs, SHIPPED):
         return "make results"
     config, place = "DEFINITION.yaml", docs.as_posix()
-    if docs.name in OTHER_DEFINITIONS:
+    if _is_shipped(docs, *OTHER_DEFINITIONS):
         config, place = f"configs/results/{OTHER_DEFINITIONS[docs.name]}", f"docs/{docs.name}"
     return f'make results ARGS="--config {config} --docs {place}"'
 
 
 def command_to_write(docs: Path) -> str:
     """The command that writes the report of ``docs`` again from the files of its cells."""
-    place = f"docs/{docs.name}" if docs.name in (SHIPPED, *OTHER_DEFINITIONS) else docs.as_posix()
-    named = "" if docs.name == SHIPPED else f" --docs {place}"
+    place = f"docs/{docs.name}" if _is_shipped(docs, SHIPPED, *OTHER_DEFINITIONS) else docs.as_posix()
+    named = "" if _is_shipped(docs, SHIPPED) else f" --docs {place}"
     return f"python -m experiments.headline --report --from {place}/cells{named}"
+
+
+def _is_shipped(docs: Path, *names: str) -> bool:
+    """Whether ``docs`` is a folder of one of these names in the documents of a clone."""
+    return docs.parts[-2:] in [("docs", name) for name in names]
 
 
 def write_page(path: Path, parts: Sequence[str]) -> None:

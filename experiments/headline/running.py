@@ -65,7 +65,7 @@ def _wait(process: "subprocess.Popen[bytes]", progress: "_Progress") -> tuple[in
             exact = usage.ru_maxrss > own or not peak
             return process.returncode, usage.ru_maxrss * unit if exact else peak
         progress.show()
-        time.sleep(0.2 if time.monotonic() > began + 2 else 0.02)  # what is short is looked at as often
+        time.sleep(0.2 if time.monotonic() > began + 2 else 0.02)  # a short process too is looked at near its end
 
 
 def _peak_of(pid: int) -> int:

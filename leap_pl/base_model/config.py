@@ -77,6 +77,11 @@ def _check_plain(name: str, config: "PreTrainedConfig") -> None:
         UserError: It does.
     """
     for part in _parts_of(config):
+        if getattr(part, "transformers_weights", None) is not None:  # of a part: the model's own is refused before
+            raise UserError(
+                f"the config.json of base model {name} names other files of weights (transformers_weights), which its "
+                "settings are not compared with. Remove it, and give the weights their usual names."
+            )
         for key in ("_attn_implementation", "_experts_implementation"):
             kernel = getattr(part, key, None)
             if not isinstance(kernel, str):

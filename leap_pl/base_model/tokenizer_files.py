@@ -2,16 +2,18 @@
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from leap_pl.inputs.hub import local_folder
+from leap_pl.errors import UserError
+from leap_pl.inputs.hub import is_hub_id, local_folder
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.register import note_input
 
 SETTINGS, MERGES, SENTENCEPIECE = "tokenizer_config.json", "merges.txt", "tokenizer.model"
 VOCABULARIES = {"tokenizer.json", SENTENCEPIECE, "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
 OTHERS = {"added_tokens.json", "special_tokens_map.json", "tekken.json", "chat_template.jinja", "chat_template.json"}
+DESCRIPTIONS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}  # suffixes of what is no weights
 TEMPLATES = "additional_chat_templates"  # folder of further chat templates, by their names
 
 
@@ -38,13 +40,12 @@ def copy_tokenizer(model: str, folder: Path, revision: str | None, names: Iterab
     # What the tokenizer needs has been fetched with it.
     place = local_folder(model, *(() if is_offline_mode() else (SENTENCEPIECE,)), revision=revision)
     known = sorted({SETTINGS, MERGES, *VOCABULARIES, *OTHERS, *(name for name in names if Path(name).name == name)})
-    found = [name for name in known if (place / name).is_file() and _belongs(place / name, place)]
+    found = [name for name in known if (place / name).is_file()]
     settings = json.loads((place / SETTINGS).read_text(encoding="utf-8")) if SETTINGS in found else {}
     plain = isinstance(settings, dict) and not {"auto_map", "name_or_path"} & {*settings}
     if not plain or not VOCABULARIES & {*found}:
         return False
-    templates = sorted((place / TEMPLATES).glob("*.jinja"))
-    found += [f"{TEMPLATES}/{path.name}" for path in templates if _belongs(path, place)]
+    found += [f"{TEMPLATES}/{path.name}" for path in sorted((place / TEMPLATES).glob("*.jinja"))]
     for name in found:
         note_input(place / name)
         (folder / name).parent.mkdir(exist_ok=True)
@@ -52,19 +53,27 @@ def copy_tokenizer(model: str, folder: Path, revision: str | None, names: Iterab
     return True
 
 
-def _belongs(file: Path, folder: Path) -> bool:
-    """Return whether a file is not a link out of the model's folder, which could be to any file of the user's.
+def check_links(model: str) -> None:
+    """Check that the descriptions in a model's folder are its own, and not links to any file of the user's.
 
-    A download of the hub consists of links into its cache. Others are left out, with a warning.
+    What they contain goes into an export, which may be published. Of a model of the hub, and of a folder in a cache of
+    the hub, they are links into that cache.
+
+    Raises:
+        UserError: One is a link out of the folder.
     """
     from huggingface_hub import constants
 
-    place = file.resolve()
-    if any(place.is_relative_to(Path(home).resolve()) for home in (folder, constants.HF_HUB_CACHE)):
-        return True
-    warnings.warn(
-        f"{file} is a link to {place}, outside the model's folder, and is not copied. If it belongs to the model, put "
-        "the file there.",
-        stacklevel=2,
-    )
-    return False
+    folder = expanded(model)
+    if is_hub_id(model) or not folder.is_dir():
+        return
+    home = folder.resolve()
+    homes = [home, Path(constants.HF_HUB_CACHE).resolve()]
+    homes += [home.parents[1] / "blobs"] if home.parent.name == "snapshots" else []
+    for file in sorted((*folder.iterdir(), *(folder / TEMPLATES).glob("*"))):
+        place = file.resolve()
+        if file.suffix in DESCRIPTIONS and not any(place.is_relative_to(own) for own in homes):
+            raise UserError(
+                f"{file} is a link to {place}, outside the model's folder, and would be copied into what is written. "
+                "Name the folder that has the files themselves, or put a copy there."
+            )

@@ -28,7 +28,8 @@ class ProcessSettings(L.Callback):
         release_freed_memory()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # of the prior's blocks
-            getattr(torch.accelerator, "empty_host_cache", torch.cuda.empty_cache)()  # of what was between them
+            if hasattr(torch.accelerator, "empty_host_cache"):  # locked memory, of what went from block to block
+                torch.accelerator.empty_host_cache()
         self._flushed = flushes_denormals()
         flush_denormals()
 

@@ -1,7 +1,7 @@
 """Sparsity logger: densities, changes of the mask, loss terms and schedules as metrics."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import lightning as L
@@ -103,6 +103,7 @@ class SparsityLogger(L.Callback):
         self.last_stride: int | None = None  # of last_bits, which a run with other ``samples`` may have taken
         self.last_kept: dict[str, float] = {}  # sum of the relaxed mask by weight
         self.last_step = -1
+        self.widths: set[int] = set()  # columns of the gated weights
         self.warned: set[str] = set()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -114,8 +115,8 @@ class SparsityLogger(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Store samples of the prior's bits, and log TensorBoard's page or the hyperparameters."""
         assert isinstance(pl_module, LeapModule)
-        # Odd, so that the samples do not all fall into a few columns: the widths of weights are even.
-        self.stride = max(1, sum(pl_module.sizes.values()) // self.samples) | 1
+        self.widths = {gate.shape[-1] for gate in pl_module.gates.values()}
+        self.stride = spread_stride(sum(pl_module.sizes.values()) // self.samples, self.widths)
         if pl_module.prior is not None:
             self.prior_bits = {n: m.reshape(-1)[:: self.stride].clone() for n, m in pl_module.prior.masks.items()}
         for logger in trainer.loggers:
@@ -242,7 +243,7 @@ class SparsityLogger(L.Callback):
     def _histograms(self, trainer: L.Trainer, module: LeapModule, step: int) -> None:
         slope = float(module.state.slope)
         by_projection: dict[str, list[Tensor]] = {}
-        for name, sample in module.gates.samples(self.stride * 4 | 1).items():  # odd, as the stride is
+        for name, sample in module.gates.samples(spread_stride(self.stride * 4, self.widths)).items():
             by_projection.setdefault(split_name(name)[1], []).append(sample * slope)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -266,6 +267,17 @@ class SparsityLogger(L.Callback):
         """Load the bits of the last log."""
         self.last_bits, self.last_step = dict(state_dict["last_bits"]), state_dict["last_step"]
         self.last_stride = state_dict.get("last_stride")  # which earlier versions did not save
+
+
+def spread_stride(least: int, widths: Collection[int]) -> int:
+    """Return a stride of at least ``least`` by which samples of flattened matrices come from all of their columns.
+
+    It has no factor in common with any of the ``widths``, the numbers of columns.
+    """
+    stride = max(1, least)
+    while any(math.gcd(stride, width) > 1 for width in widths):
+        stride += 1
+    return stride
 
 
 def _densities(kind: str, kept: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:

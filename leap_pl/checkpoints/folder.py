@@ -50,7 +50,7 @@ def consolidated(folder: str | Path) -> dict[str, Any]:
     """
     checkpoint = load_checkpoint(folder)
     identity = read_identity(checkpoint, folder)
-    parts = _read(folder)
+    parts = _read(folder, _Reader(folder))
     checkpoint["state_dict"] = by_weight(parts.get("state_dict", {}))
     check_complete(identity, checkpoint["state_dict"], folder)
     checkpoint["optimizer_states"] = [parts[key] for key in sorted(parts) if key != "state_dict"]
@@ -137,13 +137,14 @@ def check_folder(folder: str | Path) -> None:
     Raises:
         UserError: If it holds anything else, or the folder is incomplete.
     """
+    reader = _Reader(folder)
     with _damage_in_one_line(folder):
-        places = _Reader(folder).read_metadata().storage_data.values()
+        places = reader.read_metadata().storage_data.values()
         sizes = {path.name: path.stat().st_size for path in Path(folder).iterdir()}
         for stored in places:
             if stored.offset < 0 or stored.offset + stored.length > sizes.get(stored.relative_path, -1):
                 raise ValueError(f"{stored.relative_path} is missing or cut off")
-    _read(folder, tensors=False)
+    _read(folder, reader, tensors=False)
 
 
 def check_folder_of(path: str | Path, strategy: Strategy) -> None:
@@ -171,9 +172,8 @@ def _load_checked(strategy: Strategy, checkpoint_path: str | Path, *arguments: A
     return type(strategy).load_checkpoint(strategy, checkpoint_path, *arguments, **settings)
 
 
-def _read(folder: str | Path, *, tensors: bool = True) -> dict[str, Any]:
+def _read(folder: str | Path, reader: "_Reader", *, tensors: bool = True) -> dict[str, Any]:
     """Return the contents of ``folder``, nested by their paths."""
-    reader = _Reader(folder)
     with _damage_in_one_line(folder):
         index = reader.read_metadata()
         places = _places(index, folder)
@@ -182,7 +182,9 @@ def _read(folder: str | Path, *, tensors: bool = True) -> dict[str, Any]:
             if not isinstance(what, TensorStorageMetadata):
                 flat[name] = None
             elif tensors:
-                flat[name] = torch.empty(what.size, dtype=what.properties.dtype, device="cpu")
+                flat[name] = torch.empty(what.size, dtype=what.properties.dtype, device="meta")
+    # Outside: no memory is no damage.
+    flat = {name: value if value is None else torch.empty_like(value, device="cpu") for name, value in flat.items()}
     _load(flat, reader, folder)
     nested: dict[str, Any] = {}
     for name, value in flat.items():

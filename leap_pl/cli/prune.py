@@ -140,6 +140,7 @@ def prune_command(
     from leap_pl.base_model.loading import load_model
     from leap_pl.base_model.sequence_length import check_sequence_length
     from leap_pl.base_model.tokenizer import load_tokenizer
+    from leap_pl.base_model.tokenizer_files import check_links
     from leap_pl.base_model.weights import check_numbers, find_weights
     from leap_pl.cli.device import check_device
     from leap_pl.data.messages import for_options
@@ -189,6 +190,8 @@ def prune_command(
     kept_mask = None if mask is None else MaskSet.load(mask)
 
     with atomic_folder(output_dir, force=force) as folder:
+        if asked.updates:  # a model is written
+            check_links(model)
         base = load_model(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
         check_numbers(base, f"base model {model}")
         weights = find_weights(base, targets, ignore or ())

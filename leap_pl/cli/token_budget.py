@@ -16,8 +16,7 @@ SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 def take_tokens(settings: Any, words: list[str], configs: Mapping[str, Mapping[Any, Any]]) -> None:
     """Convert ``tokens`` in the settings of fit to the ``trainer.max_steps`` that the run has.
 
-    A ``trainer.max_steps`` that is typed, or of a later config than that of ``tokens``, counts, as every such setting
-    does.
+    A ``trainer.max_steps`` overrides ``tokens`` if it comes later: typed after all configs, or in a later config.
 
     Args:
         settings: Settings of fit, which are changed.
@@ -25,15 +24,16 @@ def take_tokens(settings: Any, words: list[str], configs: Mapping[str, Mapping[A
         configs: Name of each config → its settings, in their order.
 
     Raises:
-        UserError: Both are typed, or ``tokens`` is not a number.
+        UserError: Both are typed, or a config follows ``trainer.max_steps``; or ``tokens`` is not a number.
     """
     if settings.tokens is None:
         return
-    typed = {word.partition("=")[0] for word in words}
-    given, steps = "--tokens" in typed, "--trainer.max_steps" in typed
-    if given and steps:
-        raise UserError("--tokens and --trainer.max_steps both set the length of the run. Leave one of them out.")
-    if steps:
+    typed = [word.partition("=")[0] for word in words]
+    given = "--tokens" in typed
+    if "--trainer.max_steps" in typed:
+        after = typed[len(typed) - typed[::-1].index("--trainer.max_steps") :]
+        if given or {"--config", "-c"} & {*after}:  # a config that comes later has the last word
+            raise UserError("--tokens and --trainer.max_steps both set the length of the run. Leave one of them out.")
         settings.tokens = None
         return
     last = None if given else _last_of(configs)

@@ -246,6 +246,7 @@ def _notes(entries: Sequence[Entry], texts: list[str], tasks: list[str], baselin
         found = next(entry.perplexity[text] for entry in entries if text in entry.perplexity)
         windows = ", ".join([f"windows of {found['seq_length']} tokens", *in_words(found)])
         part = " of its held-out part" if found.get("share") == "held_out" else ""
+        part += f" of its configuration {found['config_name']}" if found.get("config_name") else ""
         part += f" of its split {found['split']}" if found.get("split") else ""
         notes.append(
             f"Perplexity on {text}: {windows}, stride {found['stride']}, {found['tokens']:,} tokens{part}. Lower is "

@@ -64,24 +64,27 @@ def export_model(
         Contents of ``leap_pl.json`` in the folder.
 
     Raises:
-        UserError: If the masks are of another model or do not follow their pattern, the model cannot be read, packing
-            gains nothing, or the folder cannot be written.
+        UserError: If the masks are of another model or do not follow their pattern, the model cannot be read or has
+            links out of its folder, packing gains nothing, or the folder cannot be written.
     """
     from leap_pl.base_model.licence import licence_of
     from leap_pl.base_model.loading import load_model
     from leap_pl.base_model.tokenizer import save_tokenizer
+    from leap_pl.base_model.tokenizer_files import check_links
     from leap_pl.base_model.weights import QUANTISED_ZEROS
     from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet
 
     with atomic_folder(output_dir, force=force) as folder:  # first, so that a bad folder fails before the model loads
+        if format != "mask":
+            check_links(model)
         base = load_model(model, revision=revision, trust_remote_code=trust_remote_code)
         known: dict[str, Any] = {"perplexity": dict(perplexity)} if perplexity else {}
         if masks is None:
             from leap_pl.export.sparse_model import UNKNOWN, masks_of, recorded_facts
 
             masks = masks_of(model, base, revision=revision)
-            known |= recorded_facts(model, revision=revision)
+            known |= recorded_facts(model, masks, revision=revision)
             if masks.provenance.method == UNKNOWN and format == "mask" and masks.sparsity < QUANTISED_ZEROS:
                 raise UserError(
                     f"{model} is not sparse: {masks.sparsity:.1%} of its weights are 0. Name the mask with --mask, or "

@@ -60,11 +60,12 @@ def masks_of(name: str, model: "PreTrainedModel", *, revision: str | None = None
     return MaskSet(PackedMasks.of(ordered.items()), masks.provenance)
 
 
-def recorded_facts(name: str, *, revision: str | None = None) -> dict[str, Any]:
+def recorded_facts(name: str, masks: MaskSet | None = None, *, revision: str | None = None) -> dict[str, Any]:
     """Return what the record of an exported model says of it and its mask does not: for the next record.
 
     Args:
         name: Hub id, folder or GGUF file of the model.
+        masks: Its masks, for what is recorded of these.
         revision: Branch, tag or commit on the hub.
 
     Returns:
@@ -86,8 +87,8 @@ def recorded_facts(name: str, *, revision: str | None = None) -> dict[str, Any]:
         facts["rounded_to"] = "int8"
     if record.get("trained_in") == "float32":
         facts["trained_in"] = "float32"
-    zeros = record.get(records.ZEROS)
-    if isinstance(zeros, int) and zeros >= 0:
+    zeros, of = record.get(records.ZEROS), record.get("mask_digest")
+    if isinstance(zeros, int) and zeros >= 0 and masks is not None and of == masks.digest_of_bits():
         facts[records.ZEROS] = zeros
     updated_by = _updated_by(record)
     if isinstance(updated_by, str) and updated_by in METHODS:

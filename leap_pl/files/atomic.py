@@ -211,14 +211,13 @@ def check_writable(folder: Path) -> None:
     Raises:
         UserError: The folder is not writable.
     """
-    made = [place for place in (folder, *folder.parents) if not inputs.exists(place)]
+    made = not inputs.exists(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _temporary(folder / "writable"):
             pass
-        with suppress(OSError):  # a command that refuses to run should leave nothing behind, if nobody else uses it
-            for place in made:
-                place.rmdir()
+        if made:  # a command that refuses to run should leave nothing behind, but folders that others may be using
+            folder.rmdir()
     except OSError as error:
         raise UserError(_write_failure(folder, error)) from error
 

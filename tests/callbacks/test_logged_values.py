@@ -7,10 +7,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from leap_pl import LeapModule, TextDataModule
 from leap_pl.callbacks import SparsityLogger
+from leap_pl.callbacks.sparsity import spread_stride
 from leap_pl.prior import Prior
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -76,6 +79,14 @@ def test_histograms_are_of_logits_from_every_column(
     expected = torch.cat([gate.logits.detach().flatten()[::13] for gate in gates]) * slope
     assert torch.allclose(drawn["weights_alpha_theta_over_tau/mlp.up_proj"], expected.clamp(-20, 20))
     assert len(drawn) == 7
+
+
+@given(st.integers(0, 2000), st.sets(st.sampled_from([576, 640, 1536, 2048, 33, 1])))
+def test_samples_are_of_every_column(least: int, widths: set[int]) -> None:
+    stride = spread_stride(least, widths)
+    assert max(least, 1) <= stride < max(least, 1) + 50
+    for width in widths:
+        assert len({place * stride % width for place in range(width)}) == width
 
 
 def test_bits_that_changed_are_counted(finished_at_70: tuple[LeapModule, SparsityLogger]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import fit_flags, refused
 
+from leap_pl.cli.fit import make_cli
 from leap_pl.cli.main import main
 from leap_pl.cli.token_budget import number_of, ranks_of, steps_of
 from leap_pl.errors import UserError
@@ -75,3 +76,5 @@ def test_a_later_config_decides_the_length(model_folder, text_file, tmp_path: Pa
     assert main([*words, f"--config={tokens}", f"--config={steps}"]).trainer.max_steps == 1
     assert main([*words, f"--config={steps}", f"--config={tokens}", "--force"]).trainer.max_steps == 2
     assert main([*words, f"--config={tokens}", "--trainer.max_steps=3", "--force"]).trainer.max_steps == 3
+    with pytest.raises(UserError, match="both set the length of the run"):
+        make_cli(["fit", "--trainer.max_steps=3", f"--config={tokens}", *words[1:]])

@@ -131,9 +131,10 @@ def test_a_missing_base_model_loses_nothing(again, capsys):
     assert sorted(cells(folder)) == sorted(CELLS)
 
 
-@pytest.mark.parametrize("docs", [[], ["--docs", str(Path("docs/results").resolve())]])
-def test_another_definition_has_figures_of_its_own(docs, again, capsys):
+@pytest.mark.parametrize("docs", [[], ["--docs", str(Path(__file__).parents[2] / "docs" / "results")]])
+def test_another_definition_has_figures_of_its_own(docs, again, capsys, monkeypatch):
     folder, _ = again
+    monkeypatch.chdir(Path(__file__).parents[2])
     assert main(["--config", str(folder / "tiny.yaml"), "--list", *docs]) == 2
     assert "would take their place. Name another folder with --docs." in capsys.readouterr().err
 

@@ -437,18 +437,19 @@ def test_a_commit_that_is_not_known(experiment_done, tmp_path):
     assert line.endswith("; commit unknown.")
 
 
-def test_a_report_elsewhere_says_how_it_is_made(experiment_done, tmp_path):
+@pytest.mark.parametrize("name", ["results", "tasks_in_full", "results-0.2"])
+def test_a_report_elsewhere_says_how_it_is_made(name, experiment_done, tmp_path):
     """In a folder whose name has a dot, too."""
     cells_of = experiment_done[0] / "docs" / "results" / "cells"
-    docs = tmp_path / "results-0.2"
+    docs = tmp_path / name
     shutil.copytree(cells_of, docs / "cells")
     assert main(["--report", "--from", str(docs / "cells"), "--docs", str(docs)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"results-0.2", "results-0.2.md"}
-    page = (tmp_path / "results-0.2.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}.md"}
+    page = (tmp_path / f"{name}.md").read_text()
     assert f'Written by `make results ARGS="--config DEFINITION.yaml --docs {docs}"`' in page
     (again,) = re.findall(r"`python -m experiments.headline (--report [^`]*)`", page)
     assert main(again.split()) == 0
-    assert (tmp_path / "results-0.2.md").read_text() == page
+    assert (tmp_path / f"{name}.md").read_text() == page
 
 
 def test_models_of_one_name_are_refused(experiment_done, tmp_path, capsys):

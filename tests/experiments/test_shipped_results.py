@@ -21,8 +21,8 @@ RESULTS = ROOT / "docs" / "results"
 
 @pytest.mark.parametrize("page", ["results", "tasks_in_full"])
 def test_the_report_is_that_of_the_cells_and_the_notes(tmp_path: Path, page: str) -> None:
-    docs, shipped = tmp_path / page, ROOT / "docs" / page
-    docs.mkdir()
+    docs, shipped = tmp_path / "docs" / page, ROOT / "docs" / page
+    docs.mkdir(parents=True)
     for notes in shipped.glob("notes.md"):
         shutil.copy(notes, docs)
     written = write_report(shipped / "cells", docs)

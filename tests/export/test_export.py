@@ -84,19 +84,39 @@ def test_the_tokenizer_is_the_base_models_file_by_file(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "again")("word").input_ids
 
 
-def test_a_tokenizer_file_that_is_a_link_out_of_the_folder_is_not_copied(tmp_path: Path) -> None:
-    """In a folder of somebody else it may be a link to any file of the user's, which --push would publish."""
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "chat_template.jinja", "additional_chat_templates/a.jinja", "generation_config.json"]
+)
+def test_a_link_out_of_the_models_folder_is_not_published(name: str, tmp_path: Path, text_file: Path) -> None:
+    """In a folder of somebody else it may be a link to any file of the user's."""
     base = tiny_folder(tmp_path / "base")
-    (tmp_path / "key").write_text("secret")
-    (base / "tokenizer.model").symlink_to(tmp_path / "key")
-    (base / "real.jinja").write_text("{{ messages }}")
-    (base / "chat_template.jinja").symlink_to("real.jinja")
     random_mask(base, tmp_path / "mask.safetensors")
-    with pytest.warns(UserWarning, match=r"tokenizer\.model is a link to .*key, outside the model's folder"):
+    (tmp_path / "key").write_text('{"secret": 1}')
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).unlink(missing_ok=True)
+    (base / name).symlink_to(tmp_path / "key")
+    says = rf"{name} is a link to {tmp_path / 'key'}, outside the model's folder, .* Name the folder"
+    with pytest.raises(UserError, match=says):
         export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask.safetensors"))
-    assert not (tmp_path / "out" / "tokenizer.model").exists()
+    with pytest.raises(UserError, match=says):
+        prune_command(str(base), str(tmp_path / "admm"), text=str(text_file), seq_length=32, sequences=2, method="admm")
+    assert not {"out", "admm"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_links_within_a_models_folder_and_into_a_cache_of_the_hub_are_its_own(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0a1b"
+    tiny_folder(snapshot)
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.glob("*.json"))):
+        file.rename(blobs / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    (snapshot / "real.jinja").write_text("{{ messages }}")
+    (snapshot / "chat_template.jinja").symlink_to("real.jinja")
+    random_mask(snapshot, tmp_path / "mask.safetensors")
+    export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask.safetensors"))
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
-    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (snapshot / "tokenizer.json").read_bytes()
 
 
 def test_checkpoint_exports_exactly_the_target(finished: Run, model_folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from leap_pl.errors import UserError
 from leap_pl.files import atomic as files
-from leap_pl.files import atomic_file, atomic_folder, atomic_link, check_writable, remove_abandoned
+from leap_pl.files import atomic_file, atomic_folder, atomic_link, remove_abandoned
 
 
 def contents(folder: Path) -> dict[str, str | None]:
@@ -85,14 +85,6 @@ def test_a_file_is_replaced_and_readable_as_the_umask_says(tmp_path: Path) -> No
         (tmp_path / "own").replace(temporary)
     assert contents(tmp_path) == {"a": "newer"}
     assert path.stat().st_mode & 0o777 == 0o666 & ~before
-
-
-def test_what_is_tried_leaves_no_folder_behind(tmp_path: Path) -> None:
-    check_writable(tmp_path / "a" / "b" / "c")
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "a").mkdir()
-    check_writable(tmp_path / "a" / "b")
-    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
 
 
 @pytest.mark.parametrize("kind", [KeyError, KeyboardInterrupt, UserError])

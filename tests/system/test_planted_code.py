@@ -341,6 +341,7 @@ def test_kernels_of_another_part_of_the_model_are_code_too(
         ("attn_implementation", "paged|flash_attention_3", "flash_attention_3, which is not installed"),
         ("attn_implementation", "flash_attention_9", "flash_attention_9, which is not installed"),
         ("experts_implementation", "deepgemm", "asks for kernels from the hub"),
+        ("text_config", {**told["text_config"], "transformers_weights": "other.safetensors"}, "names other files of w"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**told, key: implementation}))
         with pytest.raises(UserError, match=says), planted.watched():

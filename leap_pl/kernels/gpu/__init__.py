@@ -35,7 +35,7 @@ def _is_new_enough(device: torch.device) -> bool:
     if found < OLDEST:
         warn_once(
             f"leap_pl's kernels are for GPUs of compute capability {OLDEST[0]}.{OLDEST[1]} and newer, and {device} has "
-            f"{found[0]}.{found[1]}: gates and losses run without them, slower."
+            f"{found[0]}.{found[1]}: gates, losses and packed weights run without them, slower."
         )
     return found >= OLDEST
 
