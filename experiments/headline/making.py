@@ -14,7 +14,7 @@ from leap_pl.errors import listing
 from leap_pl.files import atomic_file
 
 PAGE = "making.md"
-SHIPPED = "results"  # folder of documents of the headline experiment
+HEADLINE = "results"  # folder of documents of the headline experiment
 OTHER_DEFINITIONS = {"tasks_in_full": "in_full.yaml"}  # folder of documents → definition in configs/results
 
 
@@ -42,7 +42,7 @@ def write_making(found: Sequence[Measured], docs: Path) -> None:
 
 def command_of(docs: Path) -> str:
     """The command that makes the cells of ``docs``: of a folder that is not shipped, with a name for its definition."""
-    if _is_shipped(docs, SHIPPED):
+    if _is_shipped(docs, HEADLINE):
         return "make results"
     config, place = "DEFINITION.yaml", docs.as_posix()
     if _is_shipped(docs, *OTHER_DEFINITIONS):
@@ -52,8 +52,8 @@ def command_of(docs: Path) -> str:
 
 def command_to_write(docs: Path) -> str:
     """The command that writes the report of ``docs`` again from the files of its cells."""
-    place = f"docs/{docs.name}" if _is_shipped(docs, SHIPPED, *OTHER_DEFINITIONS) else docs.as_posix()
-    named = "" if _is_shipped(docs, SHIPPED) else f" --docs {place}"
+    place = f"docs/{docs.name}" if _is_shipped(docs, HEADLINE, *OTHER_DEFINITIONS) else docs.as_posix()
+    named = "" if _is_shipped(docs, HEADLINE) else f" --docs {place}"
     return f"python -m experiments.headline --report --from {place}/cells{named}"
 
 

@@ -27,6 +27,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         check_in_reach(folder, revision)
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
     _check_whole(name, folder, revision)
+    _check_usual_weights(name, config)
     if not trust_remote_code:
         _check_plain(name, config)
     if gguf_file is not None and hasattr(config, "quantization_config"):
@@ -70,6 +71,19 @@ def _check_whole(name: str, folder: str, revision: str | None) -> None:
         )
 
 
+def _check_usual_weights(name: str, config: "PreTrainedConfig") -> None:
+    """Check that the weights are in files of the usual names, which the settings are compared with.
+
+    Raises:
+        UserError: The settings of the model, or of a part of it, name others, which transformers would load.
+    """
+    if any(getattr(part, "transformers_weights", None) is not None for part in _parts_of(config)):
+        raise UserError(
+            f"the config.json of base model {name} names other files of weights (transformers_weights), which its "
+            "settings are not compared with. Remove it, and give the weights a usual name: model.safetensors."
+        )
+
+
 def _check_plain(name: str, config: "PreTrainedConfig") -> None:
     """Check that the model asks for no attention kernels from the hub, which are code, and load without asking.
 
@@ -77,11 +91,6 @@ def _check_plain(name: str, config: "PreTrainedConfig") -> None:
         UserError: It does.
     """
     for part in _parts_of(config):
-        if getattr(part, "transformers_weights", None) is not None:  # of a part: the model's own is refused before
-            raise UserError(
-                f"the config.json of base model {name} names other files of weights (transformers_weights), which its "
-                "settings are not compared with. Remove it, and give the weights their usual names."
-            )
         for key in ("_attn_implementation", "_experts_implementation"):
             kernel = getattr(part, key, None)
             if not isinstance(kernel, str):

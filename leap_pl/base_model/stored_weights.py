@@ -154,17 +154,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Read the settings in a model folder's ``config.json``.
 
     Raises:
-        UserError: It does not contain a JSON object, or names other files of weights.
+        UserError: It does not contain a JSON object.
     """
     settings = read_json(folder / "config.json", most=MOST_DESCRIPTION, what="base model")
     if not isinstance(settings, dict):
         raise UserError(
             f"base model {folder / 'config.json'} contains {json.dumps(settings)[:40]}, not settings. Fetch the model "
             "again."
-        )
-    if settings.get("transformers_weights") is not None:  # what transformers would load in their place
-        raise UserError(
-            f"{folder / 'config.json'} names other files of weights (transformers_weights), and settings are compared "
-            "with those of usual names. Remove it, and give the weights such a name: model.safetensors."
         )
     return settings

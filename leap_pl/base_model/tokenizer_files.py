@@ -13,7 +13,7 @@ from leap_pl.inputs.register import note_input
 SETTINGS, MERGES, SENTENCEPIECE = "tokenizer_config.json", "merges.txt", "tokenizer.model"
 VOCABULARIES = {"tokenizer.json", SENTENCEPIECE, "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
 OTHERS = {"added_tokens.json", "special_tokens_map.json", "tekken.json", "chat_template.jinja", "chat_template.json"}
-DESCRIPTIONS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}  # suffixes of what is no weights
+DESCRIPTIONS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}  # suffixes of files that hold no weights
 TEMPLATES = "additional_chat_templates"  # folder of further chat templates, by their names
 
 

@@ -407,12 +407,16 @@ def test_report_is_written_again_from_the_cells_alone(experiment_done, tmp_path)
         assert (docs / name).read_bytes() == (folder / "docs" / "results" / name).read_bytes()
 
 
-def test_a_step_that_was_measured_with_another_commit_is_named(experiment_done, tmp_path):
-    folder, _ = experiment_done
+def copied_cell(experiment_done, tmp_path, name):
+    """A copy of the documents with all cells, and of one cell its file and what that holds, to change."""
     docs = tmp_path / "docs" / "results"
-    shutil.copytree(folder / "docs" / "results" / "cells", docs / "cells")
-    path = docs / "cells" / "leap-50.json"
-    result = json.loads(path.read_text())
+    shutil.copytree(experiment_done[0] / "docs" / "results" / "cells", docs / "cells")
+    path = docs / "cells" / f"{name}.json"
+    return docs, path, json.loads(path.read_text())
+
+
+def test_a_step_that_was_measured_with_another_commit_is_named(experiment_done, tmp_path):
+    docs, path, result = copied_cell(experiment_done, tmp_path, "leap-50")
     assert len(result["cell"]["commits"]) > 1
     assert set(result["cell"]["commits"].values()) == {result["commit"]}
     result["cell"]["commits"] |= {"text-more": "another"}
@@ -424,11 +428,7 @@ def test_a_step_that_was_measured_with_another_commit_is_named(experiment_done, 
 
 def test_a_commit_that_is_not_known(experiment_done, tmp_path):
     """As of an archive, or of an installed package."""
-    folder, _ = experiment_done
-    docs = tmp_path / "docs" / "results"
-    shutil.copytree(folder / "docs" / "results" / "cells", docs / "cells")
-    path = docs / "cells" / "leap-50.json"
-    result = json.loads(path.read_text())
+    docs, path, result = copied_cell(experiment_done, tmp_path, "leap-50")
     result["commit"] = None
     result["cell"]["commits"] = dict.fromkeys(result["cell"]["commits"], UNKNOWN)
     path.write_text(json.dumps(result))
