@@ -78,7 +78,8 @@ clean: ## Remove what runs have written; models, text and the environment stay
 
 # The stamp is newer than pyproject.toml exactly if the environment has what it asks for.
 define install
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not there. Install Python 3.11, or name one: make PYTHON=python3.12"; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || command -v $(PYTHON) >/dev/null \
+	  || { echo "make: $(PYTHON) is not there. Install Python 3.11, or name one: make PYTHON=python3.12"; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "installing leap_pl into $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(1)' >$(VENV)/install.log 2>&1 \

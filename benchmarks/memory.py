@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
             words = ["--model", args.model, "--tokens", str(tokens), "--seq_length", str(args.seq_length)]
             words += ["--device", args.device, "--child", variant]
             told = subprocess.run(
-                [sys.executable, "-m", "benchmarks.memory", *words], check=True, capture_output=True, text=True
+                [sys.executable, "-m", "benchmarks.memory", *words], check=True, stdout=subprocess.PIPE, text=True
             ).stdout
             rows.append({"variant": variant, "tokens": tokens, **json.loads(told.splitlines()[-1])})
         beyond = {row["variant"]: row["peak_mib"] for row in rows if row["tokens"] == tokens}

@@ -16,9 +16,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.report import Row, finish
+if TYPE_CHECKING:
+    from benchmarks.report import Row
 
 START = "LEAP_PL_BENCHMARK_START"
 
@@ -31,29 +32,40 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cold", action="store_true", help="with an empty cache of compiled kernels")
     parser.add_argument("--output")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--prior", help=argparse.SUPPRESS)  # given to the processes that are measured
     args = parser.parse_args(arguments)
-    if args.child:
-        child(args.model, args.text)
+    if args.prior is not None:
+        child(args.model, args.text, args.prior)
         return
+    from benchmarks.report import finish  # imports torch, which a measured process does by itself
+
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["prune", "--model", args.model, "--method", "magnitude", "--sparsity", "0.5", "--output_dir", folder]
+        subprocess.run([sys.executable, "-m", "leap_pl", *words], check=True, stdout=subprocess.DEVNULL)
+        rows = measured(args.model, args.text, str(Path(folder, "mask.safetensors")), args.repeats, cold=args.cold)
+    finish(rows, args.output, model=args.model, cold=args.cold)
+
+
+def measured(model: str, text: str, prior: str, repeats: int, *, cold: bool) -> "list[Row]":
+    """Median seconds of each stage, over ``repeats`` processes."""
     found: dict[str, list[float]] = {}
-    for _ in range(args.repeats):
+    for _ in range(repeats):
         with tempfile.TemporaryDirectory() as cache:
-            kernels = {"TORCHINDUCTOR_CACHE_DIR": cache} if args.cold else {}
+            kernels = {"TORCHINDUCTOR_CACHE_DIR": cache} if cold else {}
+            words = ["--model", model, "--text", text, "--prior", prior]
             told = subprocess.run(
-                [sys.executable, "-m", "benchmarks.startup", "--child", "--model", args.model, "--text", args.text],
+                [sys.executable, "-m", "benchmarks.startup", *words],
                 env={**os.environ, **kernels, START: repr(time.time())},
                 check=True,
-                capture_output=True,
+                stdout=subprocess.PIPE,
                 text=True,
             ).stdout
         for stage, seconds in json.loads(told.splitlines()[-1]).items():
             found.setdefault(stage, []).append(seconds)
-    rows: list[Row] = [{"stage": stage, "seconds_median": statistics.median(all_)} for stage, all_ in found.items()]
-    finish(rows, args.output, model=args.model, cold=args.cold)
+    return [{"stage": stage, "seconds_median": statistics.median(all_)} for stage, all_ in found.items()]
 
 
-def child(model: str, text: str) -> None:
+def child(model: str, text: str, prior: str) -> None:
     """One run of ``leap_pl fit`` of two steps, with a clock between its stages."""
     begun = float(os.environ[START])
     seconds: dict[str, float] = {"Python and this script": time.time() - begun}
@@ -69,13 +81,9 @@ def child(model: str, text: str) -> None:
         return call
 
     start = time.time()
-    from leap_pl.base_model.loading import load_model
-    from leap_pl.base_model.weights import find_weights
     from leap_pl.cli.fit import make_cli  # noqa: F401  (so that its imports count here)
     from leap_pl.cli.main import main as leap_pl
     from leap_pl.kernels.compiled import compile_seconds
-    from leap_pl.masks.patterns import Unstructured
-    from leap_pl.oneshot.prune import prune
     from leap_pl.training import gated_module, module
 
     seconds["imports"] = time.time() - start
@@ -105,20 +113,13 @@ def child(model: str, text: str) -> None:
 
     module.LeapModule.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory() as folder:
-        made = time.time()
-        base = load_model(model, dtype="bfloat16")
-        prior = Path(folder, "prior.safetensors")
-        masks = prune(base, None, method="magnitude", pattern=Unstructured(0.5), progress=False).masks
-        masks.save(prior)
-        del base, find_weights
-        made = time.time() - made
-        words = ["fit", "--model.base_model", model, "--model.prior.mask", str(prior), "--data.text", text]
+        words = ["fit", "--model.base_model", model, "--model.prior.mask", prior, "--data.text", text]
         words += ["--data.seq_length", "512", "--data.batch_size", "1", "--data.validation_sequences", "0"]
         words += ["--trainer.max_steps", "2", "--trainer.logger", "false", "--trainer.accelerator", "cpu"]
         words += ["--checkpoint.dirpath", folder]
         leap_pl(words)
-    seconds["data, trainer and the rest"] = first[0] - begun - made - sum(seconds.values())
-    seconds["to the first step"] = first[0] - begun - made
+    seconds["data, trainer and the rest"] = first[0] - begun - sum(seconds.values())
+    seconds["to the first step"] = first[0] - begun
     seconds["compile"] = sum(compile_seconds().values())
     seconds["first step, compilation included"] = ended[0] - first[0]
     print(json.dumps(seconds))

@@ -50,12 +50,12 @@ def run() -> dict[str, object]:
         "learned": ["--mask", str(mask)],
     }.items():
         results[name] = evaluated(flags, RUN / f"{name}.json", stamp)
-    if not (sparse / "leap_pl.json").is_file() or sparse.stat().st_mtime < (RUN / "learned.json").stat().st_mtime:
+    if not is_newer(sparse, RUN / "learned.json"):
         learned = str(RUN / "learned.json")
         show(["export", "--mask", str(mask), "--output_dir", str(sparse), "--perplexity", learned, "--force"])
     facts = json.loads((sparse / "leap_pl.json").read_text(encoding="utf-8"))
     packed = RUN / "packed"
-    if not (packed / "leap_pl.json").is_file() or packed.stat().st_mtime < sparse.stat().st_mtime:
+    if not is_newer(packed, sparse):
         show(["export", "--model", str(sparse), "--output_dir", str(packed), "--format", "packed", "--force"])
     summary: dict[str, object] = {"base_model": str(BASE_MODEL)}
     for name, result in results.items():
@@ -76,6 +76,11 @@ def run() -> dict[str, object]:
     with atomic_file(RUN / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def is_newer(folder: Path, source: Path) -> bool:
+    """Whether ``folder`` holds a whole export, made after ``source``."""
+    return (folder / "leap_pl.json").is_file() and folder.stat().st_mtime >= source.stat().st_mtime
 
 
 def is_stamped(stamp: Path, contents: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""``make recovered``: train the weights that a one-shot mask keeps, evaluate, pack, and say where to look.
+"""``make recovered``: train the weights that a one-shot mask keeps, evaluate, export, pack, and say where to look.
 
 The mask is the quickstart's prior, Wanda's: a learned mask gains nothing from some minutes more of the same text.
 """
@@ -15,6 +15,7 @@ from experiments.quickstart import (
     bin_folder,
     command,
     evaluated,
+    is_newer,
     is_stamped,
     megabytes,
     show,
@@ -44,14 +45,15 @@ WORDS = [
 
 
 def run() -> str:
-    """Train, evaluate, pack; return the closing lines.
+    """Train, evaluate, export, pack; return the closing lines.
 
     Raises:
         UserError: The quickstart has not made its mask.
     """
     if not (MASK.is_file() and LEARNED.is_file() and is_stamped(RUN / "config.yaml", CONFIG.read_bytes())):
         raise UserError(f"{RUN} has no finished run of {CONFIG}. Run `make quickstart` first.")
-    mask, stamp, packed = FOLDER / "checkpoints" / "mask.safetensors", FOLDER / "stamp.txt", FOLDER / "packed"
+    mask, stamp = FOLDER / "checkpoints" / "mask.safetensors", FOLDER / "stamp.txt"
+    sparse, packed = FOLDER / "model", FOLDER / "packed"
     digest = MaskSet.load(MASK).digest_of_bits()
     contents = "\n".join([*WORDS, digest, ""]).encode()
     if not (mask.is_file() and is_stamped(stamp, contents)):
@@ -61,10 +63,11 @@ def run() -> str:
     learned = evaluated(["--mask", str(LEARNED)], RUN / "learned.json", RUN / "config.yaml")
     before = evaluated(["--mask", str(MASK)], RUN / "prior.json", RUN / "config.yaml")
     after = evaluated(["--mask", str(mask)], FOLDER / "recovered.json", stamp)
-    if not (packed / "leap_pl.json").is_file() or packed.stat().st_mtime < (FOLDER / "recovered.json").stat().st_mtime:
+    if not is_newer(sparse, FOLDER / "recovered.json"):
         figures = f"{FOLDER / 'recovered.json'},{RUN / 'dense.json'}"
-        words = ["export", "--mask", str(mask), "--output_dir", str(packed), "--format", "packed"]
-        show([*words, "--perplexity", figures, "--force"])
+        show(["export", "--mask", str(mask), "--output_dir", str(sparse), "--perplexity", figures, "--force"])
+    if not is_newer(packed, sparse):
+        show(["export", "--model", str(sparse), "--output_dir", str(packed), "--format", "packed", "--force"])
     facts = json.loads((packed / "leap_pl.json").read_text(encoding="utf-8"))
     zeros = "exactly those of the mask, read back" if facts["mask_digest"] == digest else "NOT THOSE OF THE MASK"
     figures_of = [next(iter(result["perplexity"].values()))["value"] for result in (dense, before, after, learned)]
@@ -75,6 +78,7 @@ perplexity on held-out Wikipedia ({TOKENS:,} tokens in windows of {WINDOW}):
   with trained weights   {figures_of[2]:8.2f}
   learned mask, alone    {figures_of[3]:8.2f}
 zeros            {facts["sparsity"]:.6f} of the gated weights, {zeros}
+checkpoint       {sparse}   to train it on another text: --model.base_model {sparse} --model.mask {sparse}
 packed           {packed}   {megabytes(packed):,.0f} MB; {bin_folder()}leap_pl generate --model {packed} --prompt TEXT
 mask, weights    {mask}, {mask.with_name("weights.safetensors").name} beside it"""
 

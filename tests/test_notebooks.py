@@ -45,7 +45,11 @@ def show():
         plt.figure(number).canvas.draw()
     plt.close("all")
 
+def fail(*words, **options):  # IPython shows the exception of a %run, and goes on
+    raise sys.exc_info()[1]
+
 plt.show = show
+InteractiveShell.showtraceback = fail
 os.chdir(sys.argv[1])
 for run, notebook, most in zip(*[iter(sys.argv[2:])] * 3):
     os.environ["LEAP_PL_NOTEBOOK_RUN"] = run

@@ -9,9 +9,10 @@ micro-batch. Then what there is time for, the most important first: steps of den
 path and the published formulation (benchmarks/variants.py), on random weights of the shapes of Qwen2.5-0.5B,
 Llama-3.2-1B and, in low memory, Llama-3.1-8B; evaluation, one-shot pruning, and decoding with packed weights.
 
-The variants take turns; medians of CUDA's events are shown. ``peak GiB`` is what torch allocates for a variant in a
-step; ``on paper GiB`` is what ``benchmarks.memory --paper`` says of a step with activation checkpointing, without what
-torch's allocator does not see. ``launches`` are the kernels that a step starts.
+The variants take turns; medians of CUDA's events are shown. Evaluation and one-shot pruning are measured once, with
+what a first call prepares. ``peak GiB`` is what torch allocates for a variant in a step; ``on paper GiB`` is what
+``benchmarks.memory --paper`` says of a step with activation checkpointing, without what torch's allocator does not see.
+``launches`` are the kernels that a step starts.
 
 It needs torch, lightning, transformers, jsonargparse and this repository. The exit status is 1 if a check or a
 measurement failed; a variant that does not fit into the memory is a row that says so. Without a GPU, or with

@@ -23,7 +23,7 @@ ASSETS: dict[str, tuple[Callable[[Path], Path], ...]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     summary = str(experiments.assets.__doc__).split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m experiments.assets", description=summary)
     parser.add_argument(
@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         report(f"error: {error}")
         return 1
+    except KeyboardInterrupt:
+        report("stopped.")
+        return 130
     return 0
 
 

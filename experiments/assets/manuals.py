@@ -34,7 +34,7 @@ def make_manuals(folder: Path) -> Path:
         UserError: The package cannot be fetched or is not the expected one, or the folder not written.
     """
     destination = folder / "manuals"
-    if finished(destination):
+    if finished(destination, [GNOME]):
         return destination
     pages = {}
     with deb(GNOME) as archive:

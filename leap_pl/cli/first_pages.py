@@ -71,7 +71,7 @@ usage: leap_pl recover --model.base_model MODEL --model.mask MASK [options]
 Train the weights that a mask keeps; the mask stays as it is. Values shown are defaults, except those in capitals.
 
 model
-  --model.base_model MODEL           Name the dense model that the mask was made for.
+  --model.base_model MODEL           Name the model that the mask was made for, or one that it was applied to.
   --model.mask MASK                  Keep this mask: a MaskSet file, a folder that has one, or a hub id.
   --model.weights FOLDER             Start from the weights in a folder, as those that prune has updated.
   --model.train_weights kept         Train all kept weights and the norms (kept), low-rank updates (lora) or norms.
@@ -82,7 +82,7 @@ model
   --model.weight_training.target_modules NAMES
                                      Update these layers alone with lora: '[q_proj, v_proj]'.
   --model.objective.lm 0.5           Weigh the LM loss.
-  --model.objective.distillation 0.5 Weigh the distillation loss, against the dense model.
+  --model.objective.distillation 0.5 Weigh the distillation loss, against the base model.
 {_text("Train")}
 trainer
   --tokens NUMBER                    Train on so many tokens, as in 10M; it sets --trainer.max_steps 2000.

@@ -280,7 +280,7 @@ def _overlaps_by_sparsity(entries: Sequence[Entry]) -> dict[str, list[Overlap]]:
     pictures: dict[str, list[Overlap]] = {}
     for a, b in alike or pairs:
         found = overlap(a, b)
-        if found is not None:
+        if found is not None and found.layers:  # not of heads alone
             pictures.setdefault(f"overlap-{100 * a.sparsity:.0f}" if several else "overlap", []).append(found)
     return pictures
 

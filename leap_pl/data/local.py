@@ -314,7 +314,7 @@ def _share_of_text(handle: IO[bytes], size: int, share: Share) -> tuple[int, int
         return 0, size
     border = size - size // HELD_OUT_ONE_IN
     handle.seek(border)
-    # A line end near the end of the file would leave next to nothing to validate on.
+    # White space near the end of the file alone would leave next to nothing to validate on.
     border += _cut(handle.read(min(TEXT_PART_BYTES, size - border)), forward=True, most=(size - border) // 2)
     return (0, border) if share == "train" else (border, size)
 
@@ -322,12 +322,12 @@ def _share_of_text(handle: IO[bytes], size: int, share: Share) -> tuple[int, int
 def _cut(raw: bytes, *, forward: bool = False, most: int | None = None) -> int:
     """Return where to cut ``raw``: before its last (``forward``: first) line end, else a space, else a character.
 
-    Line ends after the first ``most`` bytes do not count.
+    White space after the first ``most`` bytes does not count.
 
     Cutting before the white space leaves it to the word that follows, as tokenizers do.
     """
     for mark in (b"\n", b" "):
-        at = raw.find(mark, 1, most if mark == b"\n" else None) if forward else raw.rfind(mark, 1)
+        at = raw.find(mark, 1, most) if forward else raw.rfind(mark, 1)
         if at > 0:
             return at
     at = 0 if forward else len(raw) - 1

@@ -114,6 +114,11 @@ def shard(
     # Without parameters of its own, the root only orders the blocks: each is prefetched while the previous one runs.
     root = body_of(model)
     fully_shard(root, mesh=mesh, ignored_params=outside)
+    # A rank none of whose tokens chose an expert has no gradient of it. Without zeros in its place, which torch puts
+    # there from 2.13 on, ranks would add up gradients of different experts.
+    with_zeros = getattr(root, "set_reduce_scatter_unused_params", None)
+    if with_zeros is not None:
+        with_zeros(True)
     return model
 
 

@@ -51,8 +51,8 @@ class Objective:
 
     Attributes:
         lm: Weight of the causal cross-entropy, in nats a token.
-        distillation: Weight of KL(teacher ‖ student)·temperature², in nats a token. The teacher is the dense base
-            model, which costs a forward pass and no memory for weights.
+        distillation: Weight of KL(teacher ‖ student)·temperature², in nats a token. The teacher is the base model
+            without its mask, which costs a forward pass and no memory for weights.
         temperature: Temperature of the distillation's softmaxes.
         budget: Weight of the distance of the mean mask to the target density ρ (λ_s).
         budget_scope: Scope of that mean; ``global``: one mean over all gated weights. ``layer``: one for each decoder

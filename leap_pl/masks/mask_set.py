@@ -300,7 +300,10 @@ class MaskSet:
             path = fetch_file(repository[0], MASK, repository[1], what=f"mask {path} is no local file, and")
         path = mask_in(path)
         if path.suffix == ".ckpt":
-            raise UserError(f"{path} is a checkpoint, not a MaskSet. Use --ckpt_path, or the run's {MASK}.")
+            raise UserError(
+                f"{path} is a checkpoint, not a MaskSet. Give the run's {MASK}, or one made "
+                "by leap_pl export --format mask --ckpt_path; export and evaluate take --ckpt_path themselves."
+            )
         if path.is_dir():
             raise UserError(f"{path} is a folder without a {MASK}. Name a MaskSet file, or a folder that has one.")
         if not path.is_file():

@@ -150,7 +150,7 @@ def prune(
 
     if owl is not None:
         assert blocks_NT is not None
-        with Walk(model, blocks_NT, walk) as dense_walk:
+        with Walk(model, blocks_NT, replace(walk or WalkOptions(), keep=True)) as dense_walk:
             layer_sparsity = owl_sparsities(dense_walk, matrices, pattern.sparsity, owl)
         config["owl"] = asdict(owl)
         logger.info("OWL sparsities: %s", ", ".join(f"{s:.4f}" for s in layer_sparsity))

@@ -1,10 +1,11 @@
 """Arguments of a module that Python code may give as objects, where names are meant."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, get_args
 
 from leap_pl.base_model.loading import Dtype
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 from leap_pl.inputs.plain_values import shown
 
 LOGITS_DTYPES = ("float32", "bfloat16")
@@ -36,9 +37,13 @@ def check_arguments(
         settings: Name → (what was given, the dataclass that it should be).
 
     Raises:
-        UserError: One is an object, or a name where a list is meant; or a data type is none of those that there are.
+        UserError: One is an object, or a name where a list is meant; or there is no such data type or setting.
     """
     for name, (value, kind) in settings.items():
+        own = [field.name for field in fields(kind)]
+        unknown = sorted(map(str, set(value).difference(own))) if isinstance(value, dict) else []
+        if unknown:
+            raise UserError(f"{name} has no setting {listing(unknown)}. It has {listing(own)}.")
         if not isinstance(value, kind | dict):
             raise UserError(f"{name} is {shown(repr(value), 200)}; give {kind.__name__}(...).")
         if type(value) is not kind and not isinstance(value, dict):

@@ -43,12 +43,24 @@ def _divides(optimizer: torch.optim.Optimizer) -> bool:
     return bool(fused) and all(group.get("fused") for group in optimizer.param_groups)
 
 
-def check_clipping(trainer: "L.Trainer", optimizer: torch.optim.Optimizer) -> None:
-    """Check that gradients that a scaler multiplies can be clipped, for which a fused optimizer unscales them too late.
+def check_clipping(trainer: "L.Trainer", optimizer: torch.optim.Optimizer, logits_dtype: torch.dtype) -> None:
+    """Check that gradients that a scaler multiplies can be unscaled, and clipped.
+
+    A fused optimizer unscales them too late to clip them before.
+
+    Args:
+        trainer: Trainer of the run.
+        optimizer: Optimizer of the logits.
+        logits_dtype: Data type of their gradients.
 
     Raises:
         UserError: They cannot.
     """
+    if trainer.precision == "16-mixed" and logits_dtype == torch.bfloat16:
+        raise UserError(
+            "trainer.precision 16-mixed scales the gradients, and torch cannot unscale those of bfloat16 logits "
+            "(model.logits_dtype). Use --trainer.precision bf16-mixed, or leave it out."
+        )
     if trainer.precision == "16-mixed" and trainer.gradient_clip_val and optimizer.defaults.get("fused"):
         raise UserError(
             "trainer.precision 16-mixed scales the gradients, and a fused optimizer unscales them within its step, so "

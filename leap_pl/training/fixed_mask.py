@@ -13,6 +13,7 @@ from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import MASK, mask_in
 from leap_pl.inputs.register import is_typed
 from leap_pl.masks import MaskSet
+from leap_pl.masks.mask_set import TRAINED
 from leap_pl.oneshot.methods import METHODS
 
 
@@ -27,6 +28,7 @@ class FixedMask:
         asked: The one that it was made for, which rows may not divide into; None if it is not known.
         targets: Names of the weights that it covers.
         learned: Whether it may have been learned; else a one-shot method made it.
+        trained: Whether weights that it keeps were trained.
         digest: Digest of its bits.
         base_model: Name of the base model that it was made for.
     """
@@ -37,8 +39,19 @@ class FixedMask:
     asked: float | None
     targets: list[str]
     learned: bool
+    trained: bool
     digest: str
     base_model: str
+
+    def is_finished(self, base_model: str, weights: str | None) -> bool:
+        """Return whether training starts where the mask was learned, or weights trained, for as much as is known.
+
+        Args:
+            base_model: Name of the run's base model.
+            weights: Folder of the weights that it starts from, if they are not the base model's.
+        """
+        own = self.file in (base_model, str(expanded(base_model) / MASK))  # one exported model is both
+        return self.learned or (self.trained and (weights is not None or own))
 
     def check_settings(self, sparsity: float, targets: Sequence[str] | None, ignore: Sequence[str]) -> None:
         """Check that no setting contradicts what the mask says; those of a resumed run are the mask's.
@@ -98,8 +111,8 @@ class FixedMask:
             )
         masks = MaskSet.load(file)
         pattern = str(masks.provenance.config.get("pattern", "unstructured"))
-        learned = masks.provenance.method not in METHODS
+        learned, trained = masks.provenance.method not in METHODS, TRAINED in masks.provenance.config
         asked = masks.provenance.sparsity
         gate, digest = partial(FixedGate, pattern=pattern), masks.digest_of_bits()
         of = masks.provenance.base_model
-        return cls(file, gate, masks.sparsity, asked, list(masks.masks), learned, digest, of)
+        return cls(file, gate, masks.sparsity, asked, list(masks.masks), learned, trained, digest, of)

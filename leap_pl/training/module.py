@@ -147,8 +147,8 @@ class LeapModule(ValidatedModule):
             fixed.check_settings(sparsity, targets, ignore)
             gate, sparsity, targets, ignore = fixed.gate, fixed.sparsity, fixed.targets, ()
             prior = Prior(mask=fixed.file, cache_dir=prior.cache_dir)
-            weight_training = weight_training.with_rate(learned=fixed.learned)
-        weight_training = weight_training.with_rate(learned=False)
+            weight_training = weight_training.with_rate(finished=fixed.is_finished(base_model, weights))
+        weight_training = weight_training.with_rate(finished=False)
         check_numbers({"sparsity": sparsity, "warmup_steps": warmup_steps, "seed": seed}, "model.")
         check_whole({"warmup_steps": warmup_steps, "seed": seed}, "model.")
         super().__init__(
@@ -183,6 +183,7 @@ class LeapModule(ValidatedModule):
         self.rates: list[float] = []  # learning rates of that step, of masks and of weights
         self._at_start = False  # whether the logits are those that a fit begins with, of its prior
         self.norms: list[tuple[int, Tensor]] = []  # (step, gradient norm) that were not checked yet
+        self._checked = 0  # completed steps at the last check
         self._harden(0.0)
 
     @of_class
@@ -238,7 +239,7 @@ class LeapModule(ValidatedModule):
             check_trainer(self.trainer, type(self))
             probe = self.optimizer_of([nn.Parameter(torch.zeros(1, 1, device="cpu"))])
             check_rounding(probe, self.logits_dtype)
-            check_clipping(self.trainer, probe)
+            check_clipping(self.trainer, probe, self.logits_dtype)
             data = getattr(self.trainer, "datamodule", None)
             run_settings.check_types(self.learned_with() | run_settings.of_trainer(self.trainer, data))
         super().configure_model()
@@ -359,13 +360,13 @@ class LeapModule(ValidatedModule):
             return self.head(hidden)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Check the gradient norms of ``trainer.log_every_n_steps`` steps, unless a callback already has.
+        """Check the losses and gradient norms of ``trainer.log_every_n_steps`` steps, unless a callback already has.
 
         Raises:
             NonFiniteError: If a norm or a term of the loss is infinite or NaN.
         """
         every = self.trainer.log_every_n_steps or 50  # type: ignore[attr-defined]  # 0 in a bare-bones trainer
-        if len(self.norms) >= every:
+        if self.looks_later and self.global_step - self._checked >= every:
             self.check_finite()
 
     def mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
@@ -378,7 +379,7 @@ class LeapModule(ValidatedModule):
         Raises:
             NonFiniteError: A term of the loss, a gradient or a logit is infinite or NaN.
         """
-        norms, self.norms = self.norms, []
+        norms, self.norms, self._checked = self.norms, [], self.global_step
         finite.check_norms(norms, self._dtype_of_model())
         finite.check_terms(self.terms, self.state.step, self._dtype_of_model())
         super().check_finite(logits=logits)

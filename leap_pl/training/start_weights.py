@@ -10,6 +10,7 @@ from leap_pl.base_model.weights import Weight, check_numbers
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import TrainedWeight
 from leap_pl.inputs.hub import local_folder
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.records import MASK
 from leap_pl.inputs.register import note_input
 from leap_pl.masks import MaskSet
@@ -17,6 +18,24 @@ from leap_pl.training.weights import Master
 
 # Share of the kept weights: one-shot methods may set those to 0 whose inputs are 0 in all of their text.
 MOST_ZEROS = 0.1
+
+
+def check_start(folder: str) -> None:
+    """Check that ``folder``, if it is one here, has a model, before anything is loaded.
+
+    Raises:
+        UserError: It is the folder of a run or of ``leap_pl prune``.
+    """
+    path = expanded(folder)
+    if not path.is_dir() or (path / "config.json").is_file():
+        return
+    own = path / "model"
+    if (own / "config.json").is_file():
+        raise UserError(f"model.weights {folder} has its model in a folder of its own. Give {own}.")
+    raise UserError(
+        f"model.weights {folder} is a folder without a config.json. Give a Hugging Face model folder; leap_pl export "
+        "makes one of a run."
+    )
 
 
 class StartWeights:

@@ -18,7 +18,7 @@ from leap_pl.distributed.shards import as_whole, gathered, part_like
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import PART, Gate, GateState, TrainedTensor, TrainedWeight, attach_trained
 from leap_pl.masks.kept_weights import write_weights
-from leap_pl.training.start_weights import StartWeights
+from leap_pl.training.start_weights import StartWeights, check_start
 from leap_pl.training.weights import (
     KINDS,
     NONE,
@@ -53,10 +53,12 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
             dtype: Data type of the trained parameters.
 
         Raises:
-            UserError: There is no such kind.
+            UserError: There is no such kind, or ``start`` is a folder without a model.
         """
         if kind not in KINDS:
             raise UserError(f"model.train_weights is {kind!r}; give one of {', '.join(KINDS)}.")
+        if start is not None:
+            check_start(start)
         self.kind, self.settings, self.start = kind, settings, start
         self._state, self._dtype = state, dtype
         self._gated: dict[str, tuple[Weight, Gate, TrainedWeight]] = {}
@@ -124,7 +126,7 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         Raises:
             UserError: It has nothing.
         """
-        defaults = [WeightTraining().with_rate(learned=learned) for learned in (False, True)]
+        defaults = [WeightTraining().with_rate(finished=finished) for finished in (False, True)]
         idle = [
             f"model.weight_training.{name}"
             for name in self._foreign()

@@ -33,7 +33,8 @@ class WeightTraining:
 
     Attributes:
         lr: Learning rate of the weights; by default 2e-4, and 2e-5 under a fixed mask that was learned, or read off the
-            zeros of a model, as few tokens then only disturb what mask and weights were trained for.
+            zeros of a model, and from weights that were trained before, as few tokens then only disturb what mask and
+            weights were trained for.
         warmup_steps: Number of warmup steps of the weights' rate, in the default schedule.
         weight_decay: Weight decay of the weights. In low-rank training it decays the factors.
         embeddings: Train the token embeddings and the head as well, whole.
@@ -56,14 +57,17 @@ class WeightTraining:
 
     def __post_init__(self) -> None:
         check_numbers(asdict(self), "model.weight_training.", "weight_training.")
+        names: Any = self.target_modules
+        if isinstance(names, str):
+            raise UserError(f"weight_training.target_modules is one name, {names!r}; give a list: [{names!r}].")
 
-    def with_rate(self, *, learned: bool) -> "WeightTraining":
+    def with_rate(self, *, finished: bool) -> "WeightTraining":
         """Return these settings with the default learning rate, if none is set.
 
         Args:
-            learned: Whether the mask is fixed and was learned.
+            finished: Whether the mask is fixed and was learned, or weights that it keeps were trained before.
         """
-        return self if self.lr is not None else replace(self, lr=2e-5 if learned else 2e-4)
+        return self if self.lr is not None else replace(self, lr=2e-5 if finished else 2e-4)
 
 
 class Trainable(TrainedWeight, ABC):

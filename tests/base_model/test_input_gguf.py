@@ -2,6 +2,7 @@
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -134,3 +135,23 @@ def test_a_gguf_file_without_a_head_of_its_own_is_tied(tmp_path: Path) -> None:
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     model = load_model(str(tiny_gguf(tmp_path / "apart.gguf")), dtype="float32")
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+
+
+def test_a_quantised_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 32 values are read in bfloat16, as the values that they stand for; their end is the file's."""
+    add, kind = gguf.GGUFWriter.add_tensor, gguf.GGMLQuantizationType.Q8_0
+
+    def quantised(self: gguf.GGUFWriter, name: str, tensor: Any) -> None:
+        whole = tensor.ndim == 2 and tensor.shape[1] % 32 == 0
+        add(self, name, gguf.quants.quantize(tensor, kind), raw_dtype=kind) if whole else add(self, name, tensor)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", quantised)
+    file = tiny_gguf(tmp_path / "tiny.gguf")
+    model = load_model(str(file))
+    assert model.dtype == torch.bfloat16
+    dense = tiny_model().model.layers[0].mlp.up_proj.weight.detach().numpy()
+    values = gguf.quants.dequantize(gguf.quants.quantize(dense, kind), kind)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, torch.from_numpy(values).bfloat16())
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(UserError, match="ends after the file"):
+        read_structure(file)

@@ -116,16 +116,40 @@ def test_other_quantised_weights_are_refused(tmp_path: Path, monkeypatch: pytest
         load_model(str(folder))
 
 
-def test_the_processors_of_a_multimodal_model_go_with_its_tokenizer(tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path / "m")
-    (folder / "preprocessor_config.json").write_text('{"image_size": 8}')
+@pytest.mark.parametrize("part", ["vision", "audio", "video"])
+def test_the_processors_of_a_multimodal_model_go_with_its_tokenizer(part: str, tmp_path: Path) -> None:
+    folder, out = tiny_folder(tmp_path / "m"), tmp_path / "out"
+    names = ["preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"]
     config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"vision_config": {"hidden_size": 8}}))
-    (tmp_path / "out").mkdir()
-    save_tokenizer(str(folder), tmp_path / "out")
-    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"image_size": 8}'
-    assert (tmp_path / "out" / "tokenizer.json").is_file()
-    assert not (tmp_path / "out" / "processor_config.json").exists()
+    config.write_text(json.dumps(json.loads(config.read_text()) | {f"{part}_config": {"hidden_size": 8}}))
+    for name in names:
+        (folder / name).write_text(json.dumps({"of": name}))
+    (folder / names[1]).unlink()
+    out.mkdir()
+    save_tokenizer(str(folder), out)
+    assert [(out / name).exists() for name in names] == [True, False, True]
+    assert (out / "tokenizer.json").is_file()
+    (folder / names[1]).write_text(json.dumps({"of": names[1]}))
+    save_tokenizer(str(folder), out)
+    assert [json.loads((out / name).read_text())["of"] for name in names] == names
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "mxfp8", "compressed-tensors"])
+def test_formats_that_can_be_dequantised_are_asked_to_be(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = tiny_folder(tmp_path / "m"), []
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": method}}))
+
+    def stop(*_: object, **options: object) -> object:
+        seen.append(options["config"].quantization_config)  # type: ignore[attr-defined]
+        raise OSError("enough")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stop)
+    with pytest.raises(UserError, match="enough"):
+        load_model(str(folder))
+    assert seen[0]["dequantize"] is True
 
 
 def test_a_relative_folder_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The weights of a base model: which of them are gated, and the fingerprint of all."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from leap_pl.base_model.weights import (
     fingerprint,
     model_fingerprint,
 )
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, warn_once
 from leap_pl.evaluation.subject import realised_sparsity
 from leap_pl.gates import BernoulliGate, GateState, attach, detach
 from leap_pl.training.trained_weights import TrainedWeights
@@ -258,6 +259,7 @@ EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "
         ("Llama4", {"intermediate_size_mlp": 24, "interleave_moe_layer_step": 1, **EXPERTS}, ["feed_forward.router"]),
         ("Qwen2Moe", {"shared_expert_intermediate_size": 8, **EXPERTS}, ["mlp.shared_expert_gate"]),
         ("Phimoe", EXPERTS, ["mlp.router"]),
+        ("HunYuanMoEV1", {"moe_topk": 2, **EXPERTS}, ["mlp.gate.wg"]),
     ],
 )
 def test_a_router_is_no_projection(stem: str, more: dict[str, object], routers: list[str]) -> None:
@@ -269,6 +271,38 @@ def test_a_router_is_no_projection(stem: str, more: dict[str, object], routers: 
     assert not found & set(routers)
     named = {weight.projection for weight in find_weights(model, [f"re:.*{router}" for router in routers]).values()}
     assert named >= set(routers)
+
+
+def test_coefficients_that_mix_streams_are_no_projections() -> None:
+    """Gemma 3n's AltUp: four streams, mixed by matrices of 4 × 4 and 16 × 4."""
+    config = transformers.Gemma3nTextConfig(
+        **SMALL,
+        **{"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "laurel_rank": 4},
+        **{"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2, "activation_sparsity_pattern": [0.0, 0.0]},
+    )
+    found = {weight.projection for weight in find_weights(transformers.Gemma3nForCausalLM(config)).values()}
+    assert {"self_attn.q_proj", "mlp.down_proj", "laurel.linear_left", "per_layer_input_gate"} <= found
+    assert not any("coefs" in projection for projection in found)
+
+
+def test_experts_in_a_form_of_their_own_are_told() -> None:
+    """DBRX has all experts of a block in one matrix, which the default leaves dense."""
+    ffn = {"hidden_size": 16, "ffn_hidden_size": 24, "moe_num_experts": 3, "moe_top_k": 2}
+    config = transformers.DbrxConfig(
+        **{"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 32, "vocab_size": 64},
+        ffn_config=ffn,
+        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0},
+    )
+    model = transformers.DbrxForCausalLM(config)
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"experts\.mlp\.w1, .* stay dense, and the sparsity is that of the other"):
+        find_weights(model)
+    warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_weights(model, ignore=["re:.*experts.*"])
+        for family in FAMILIES:
+            find_weights(tiny_model(family))
 
 
 @pytest.mark.parametrize(("outputs", "selected"), [(3, False), (48, True)])

@@ -2,13 +2,17 @@
 
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import Run, fit_flags
+from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.axes import Axes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_model
@@ -68,6 +72,22 @@ def test_plan_lines_and_verdict(finished: Run, model_folder, text_file, tmp_path
     )
     assert any(left for _, left in steps)
     assert err.rstrip().count(figures) >= 1
+
+
+def test_the_figures_of_a_line_of_progress(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Density is kept weights over all; time left is that of the steps that are left, at the pace so far."""
+    module: Any = SimpleNamespace(
+        terms={"lm": torch.tensor(2.0), "total": torch.tensor(9.0)},
+        gates=SimpleNamespace(kept={"a": torch.tensor(3.0), "b": torch.tensor(1.0)}),
+        sizes={"a": 4, "b": 4},
+        global_step=3,
+        validation=SimpleNamespace(summary=lambda step: f"at {step}"),
+    )
+    line = StepProgress()
+    line._measured = (1, 0.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 10.0)
+    line._print(SimpleNamespace(global_step=3, max_steps=6), module)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "step 3 of 6, 00:15 left: loss/lm 2.000, density 0.500, at 3\n"
 
 
 def test_tensorboard_opens_on_what_decides(finished: Run) -> None:
@@ -209,3 +229,39 @@ def test_histograms_have_an_interval_of_their_own(model_folder, text_file, tmp_p
     events.Reload()
     tag = events.Tags()["histograms"][0]
     assert [event.step for event in events.Histograms(tag)] == [1, 2, 4, 6]
+
+
+def test_points_after_the_checkpoint_that_a_run_goes_on_from_are_dropped(
+    finished: Run, model_folder, text_file, tmp_path: Path
+) -> None:
+    """They are drawn again, and on other hardware elsewhere: TensorBoard shows each step once."""
+    run = tmp_path / "run"
+    shutil.copytree(finished.folder, run)
+    for file in (run / "checkpoints").glob("*.safetensors"):
+        file.unlink()
+    main(fit_flags(model_folder, text_file, run, f"--ckpt_path={run / 'checkpoints' / 'step=2.ckpt'}"))
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("loss/lm")]
+    assert len(steps) == len({*steps})
+    assert steps[-1] == 6
+
+
+@pytest.mark.parametrize("ends_early", [False, True])
+def test_hyperparameters_stand_beside_the_last_perplexities(
+    ends_early: bool, model_folder, text_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a finished run: those of one that its time ended would be taken for its result."""
+    logged: list[dict[str, Any]] = []
+    real = TensorBoardLogger.log_hyperparams
+
+    def log(self: TensorBoardLogger, params: Any, metrics: Any = None, **more: Any) -> None:
+        logged.extend([metrics] if isinstance(metrics, dict) else [])
+        real(self, params, metrics, **more)
+
+    monkeypatch.setattr(TensorBoardLogger, "log_hyperparams", log)
+    time = ["--trainer.max_time=00:00:00:00"] if ends_early else []
+    cli = main(fit_flags(model_folder, text_file, tmp_path, *time))
+    figures = cli.model.validation.figures()
+    expected = {f"final_perplexity/{name}": figures[name] for name in ("hard", "dense")}
+    assert logged == ([] if ends_early else [pytest.approx(expected)])

@@ -66,6 +66,19 @@ def test_every_validation_competes_whatever_is_written_between(
     main(words)
     assert best_of(tmp_path / "checkpoints" / "last.ckpt") == ["step=2.ckpt", "step=4.ckpt", "step=6.ckpt"]
     assert kept(tmp_path) == ["last.ckpt", "step=2.ckpt", "step=4.ckpt", "step=6.ckpt"]
+    files = {step: tmp_path / "checkpoints" / f"step={step}.ckpt" for step in (2, 4, 6)}
+    assert {step: torch.load(file, weights_only=True)["global_step"] for step, file in files.items()} == {
+        step: step for step in files
+    }
+
+
+def test_a_link_to_itself_is_not_made(tmp_path: Path) -> None:
+    """As after a step that was written to last.ckpt alone, since it was not measured."""
+    last = tmp_path / "last.ckpt"
+    last.write_text("whole")
+    run: Any = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(barrier=lambda: None))
+    internals.SavingCheckpoint._link_checkpoint(run, str(last), str(last))
+    assert last.read_text() == "whole"
 
 
 def test_where_all_are_kept_none_competes(model_folder, text_file, tmp_path: Path) -> None:

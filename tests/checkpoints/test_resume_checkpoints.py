@@ -373,6 +373,21 @@ def test_a_requeued_job_resumes_from_its_own_checkpoint_and_not_from_the_one_it_
     assert outcome(tmp_path / "run").mask == never_stopped.mask  # its first curves are the other run's
 
 
+def test_a_run_stopped_before_its_first_step_elsewhere_has_a_checkpoint_of_its_own(
+    never_stopped: Outcome, model_folder, text_file, tmp_path: Path, monkeypatch
+) -> None:
+    """Where it goes on from another folder's, whose step it has not left."""
+    main(flags(model_folder, text_file, tmp_path / "first"))
+    words, own = flags(model_folder, text_file, tmp_path / "second"), tmp_path / "second" / "checkpoints"
+    with monkeypatch.context() as patch:
+        at_call(patch, "training_step", 2, send(signal.SIGTERM))
+        stopped([*words, f"--ckpt_path={tmp_path / 'first' / 'checkpoints' / 'step=2.ckpt'}"])
+    assert torch.load(own / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert (own / "last.ckpt").resolve().parent == own
+    main([*words, "--ckpt_path=last"])
+    assert outcome(tmp_path / "second").mask == never_stopped.mask
+
+
 def test_a_slurm_job_without_a_folder_of_its_own_is_not_requeued(
     model_folder, text_file, tmp_path: Path, monkeypatch, slurm: Path, capsys
 ) -> None:

@@ -268,3 +268,13 @@ def test_what_another_run_has_put_there_since_stays(tmp_path: Path) -> None:
     assert path.read_text() == "another run's"
     Leftover.of(path).remove()
     assert not path.exists()
+
+
+def test_folders_of_a_sharded_run_are_removed(tmp_path: Path) -> None:
+    """And the link to the newest, which leads to a folder."""
+    (tmp_path / "step=2.ckpt").mkdir()
+    (tmp_path / "step=2.ckpt" / "part").write_text("x")
+    (tmp_path / "last.ckpt").symlink_to("step=2.ckpt")
+    for left in [Leftover.of(path) for path in sorted(tmp_path.iterdir())]:
+        left.remove()
+    assert not list(tmp_path.iterdir())

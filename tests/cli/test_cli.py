@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,8 @@ from leap_pl.cli.main import VERBS, main
 pytestmark = pytest.mark.usefixtures("eager")
 
 
-def test_help_answers_at_once() -> None:
-    """No torch, no transformers: the fastest of three, for a machine with other work."""
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "leap_pl", "--help"], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 3
+def test_help_names_every_verb() -> None:
+    done = subprocess.run([sys.executable, "-m", "leap_pl", "--help"], capture_output=True, text=True, check=True)
     assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,18 @@ from leap_pl.cli.export import export_command
 from leap_pl.cli.generate import generate_command
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
+from leap_pl.evaluation import generation
 from leap_pl.evaluation.generation import continue_prompt
+
+
+def test_the_prompt_is_not_a_part_of_the_pace(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that counts how often it is asked: at the start, with the prompt, and with each token."""
+    clock = count()
+    monkeypatch.setattr(generation, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    made = continue_prompt(load_model(str(model_folder)), byte_tokenizer(), "a", max_new_tokens=4)
+    assert made.tokens > 1
+    assert (made.first_seconds, made.next_seconds) == (2, made.tokens - 1)
+    assert made.tokens_per_second == 1
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,20 @@ def run(folder: Path, text: Path, output: Path, **changes: Any) -> Any:
     return prune_command(str(folder), str(output), str(text), **settings)
 
 
+def test_no_token_of_what_begins_a_text_is_predicted(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: None
+) -> None:
+    """By the loss of the Fisher allocation, with a tokenizer that begins texts with two tokens."""
+    from leap_pl.oneshot import prune as room
+
+    real, seen = room.prune, []
+    monkeypatch.setattr(room, "prune", lambda *a, **k: (seen.append(k["walk"].first_target), real(*a, **k))[1])
+    begun = tiny_folder(tmp_path / "begun", prefix=2)
+    for bos in ("every", "first", "none"):
+        run(begun, text, tmp_path / bos, bos=bos)
+    assert seen == [2, 1, 1]
+
+
 def test_calibration_begins_as_the_tokenizer_begins_a_text(
     folder: Path, text: Path, tmp_path: Path, eager: None
 ) -> None:

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from made_results import NAMES, mask_file, result
 
 from leap_pl.cli.compare import compare_command
 from leap_pl.comparison.entries import read_entries
 from leap_pl.comparison.overlap import overlap
+from leap_pl.masks import MaskSet, Provenance
+from leap_pl.masks.weight_groups import split_name
 
 
 def test_overlap_of_masks(tmp_path):
@@ -21,6 +24,24 @@ def test_overlap_of_masks(tmp_path):
     a, b = first.mask.masks[NAMES[0]], second.mask.masks[NAMES[0]]
     c, d = first.mask.masks[NAMES[1]], second.mask.masks[NAMES[1]]
     assert found.layers[0] == pytest.approx(float(((a & b).sum() + (c & d).sum()) / ((a | b).sum() + (c | d).sum())))
+
+
+def test_overlap_is_of_the_weights_that_both_masks_have(tmp_path):
+    masks = [{NAMES[0]: torch.eye(4).bool(), NAMES[1]: torch.eye(4).bool()}]
+    masks.append({NAMES[1]: torch.eye(4).bool(), NAMES[2]: torch.eye(4).bool()})
+    sources = [
+        str(MaskSet(mask, Provenance("org/base", "f00d", method, 0.75)).save(tmp_path / f"{method}.safetensors"))
+        for method, mask in zip(("wanda", "leap"), masks, strict=True)
+    ]
+    found = overlap(*read_entries(sources))
+    assert (found.iou, [*found.layers]) == (1, [0])
+
+
+def test_the_densities_of_a_mask_are_the_shares_that_it_keeps(tmp_path):
+    (entry,) = read_entries([mask_file(tmp_path / "a.safetensors", "leap", 1, density=0.3)])
+    assert len(entry.densities) == len(NAMES)
+    for name, mask in entry.mask.masks.items():
+        assert entry.densities[split_name(name)] == pytest.approx(float(mask.float().mean()))
 
 
 def test_checkpoint_is_its_hard_mask(finished):

@@ -30,6 +30,8 @@ def test_differences_are_drawn_relative_to_the_baseline(four_results, tmp_path, 
     perplexity, accuracy = drawn[0].axes
     assert perplexity.lines[1].get_xdata() == pytest.approx([-30.0])  # 14 of 20
     assert accuracy.lines[1].get_xdata() == pytest.approx([25.0])  # points
+    (bar,) = accuracy.containers[0][2][0].get_segments()[:1]
+    assert bar[1][0] - bar[0][0] == pytest.approx(2 * 25.0)  # ± points
 
 
 def test_no_row_is_hidden_and_the_legend_has_the_order_of_the_lines(write_result):
@@ -128,6 +130,25 @@ def test_long_names_leave_the_numbers_of_the_layers_apart():
     boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
     assert len(boxes) == 30
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    (told,) = (label.get_text() for label in figure.axes[0].get_yticklabels())
+    assert told.endswith("0.940 in all (chance 0.260)")
+
+
+@pytest.mark.parametrize(
+    ("weights", "models"),
+    [
+        (["lm_head.weight", "lm_head.weight"], ["a", "a"]),  # no layer of the picture has it
+        ([NAMES[0], NAMES[0]], ["a", "b"]),  # of two models
+    ],
+)
+def test_masks_without_an_overlap_to_draw(weights, models, tmp_path):
+    paths = []
+    for method, name, model in zip(("wanda", "leap"), weights, models, strict=True):
+        mask = MaskSet({name: torch.eye(8).bool()}, Provenance(f"org/{model}", f"f00d{model}", method, 0.875))
+        paths.append(str(mask.save(tmp_path / f"{method}.safetensors")))
+    compare_command(paths, output_dir=str(tmp_path / "out"))
+    assert (tmp_path / "out" / "table.md").is_file()
+    assert not list((tmp_path / "out").glob("overlap*"))
 
 
 def test_a_result_has_the_densities_of_its_mask(write_result):

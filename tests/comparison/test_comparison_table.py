@@ -85,6 +85,23 @@ def test_a_model_is_its_fingerprint(write_result, tmp_path, models, named):
     )
 
 
+def test_accuracies_are_in_percent(four_results, write_result):
+    (row,) = (row for row in make_table(read_entries(four_results), BASELINES).rows if row[0] == "leap 50%")
+    assert {"75.00 ± 20.00", "+25.00 ± 25.00 (wanda)"} <= {*row}
+    several = result("leap", 0.5, 14.0, "1110")
+    several["tasks"]["boolq"] = several["tasks"]["piqa"]
+    (row,) = make_table(read_entries([write_result("several", several)]), BASELINES).rows
+    assert (row.count("75.0 ± 20.0"), row.count("75.00 ± 14.14")) == (2, 1)  # tasks, and their mean
+
+
+def test_a_quick_look_is_told(write_result):
+    content = result("leap", 0.5, 14.0)
+    assert not any("quick look" in note for note in make_table(read_entries([write_result("a", content)]), ()).notes)
+    content["tasks"]["piqa"]["limit"] = 10
+    notes = make_table(read_entries([write_result("b", content)]), BASELINES).notes
+    assert any("a quick look, at the first 10 questions of each task" in note for note in notes)
+
+
 def test_other_texts_and_other_tasks_have_columns_of_their_own(write_result, tmp_path):
     other = result("wanda", 0.5, 20.0)
     other["perplexity"]["c4"] = {**other["perplexity"].pop("held-out.jsonl"), "seq_length": 2048}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import byte_tokenizer
 from tokenizers import normalizers
 
-from leap_pl.data import BlockStream, TextSource, calibration_blocks, held_out_tokens, packing
+from leap_pl.data import BlockStream, TextSource, calibration_blocks, held_out_tokens, local, packing
 from leap_pl.data.batches import BEGINNING, BlockLoader, RankBatches
 from leap_pl.data.documents import Document, State
 
@@ -40,6 +40,17 @@ def test_a_blank_line_is_that_of_a_text_and_not_a_text_of_its_own() -> None:
     assert spaced("\n\n", add_special_tokens=False)["input_ids"] != plain
     made.append(BlockStream(TextSource(Listed(["a", "b"])), spaced, 8, "blank_line").end)
     assert made == [plain, plain]
+
+
+def test_a_continuous_text_has_one_separator_however_many_parts_are_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(local, "TEXT_PART_BYTES", 50)
+    text, file = "a line of words\n" * 40, tmp_path / "text.txt"
+    file.write_text(text)
+    source = TextSource.open(str(file))
+    assert len(list(source.documents(repeat=False))) > 5
+    got = joined(block.tokens for block in BlockStream(source, TOKENIZER, 5).blocks(repeat=False))
+    assert len(got) > 600
+    assert got == [*TOKENIZER(text)["input_ids"], END][: len(got)]
 
 
 class Listed:

@@ -418,6 +418,19 @@ def test_network_faults_are_retried_from_where_they_struck(hub: list[str], monke
     assert pauses == [2.0, 2.0]  # in shards 0 and 1, each mended by the first new try
 
 
+def test_faults_are_counted_from_the_last_row_that_came(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leap_pl.data.hub._ROWS", 8)
+    load, pauses = datasets.load_dataset, []
+    flaky = Flaky(load("some/text", None, split="train", streaming=True), every=1, times=5)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: flaky)
+    dataset = HubDataset("some/text", sleep=pauses.append)
+    with pytest.warns(UserWarning, match="next try in 2 s"):
+        got = [d.text for d in dataset.read(0, None) if d.text]
+    assert got == hub[: len(got)]
+    assert len(got) > 40
+    assert pauses == [2.0] * 5
+
+
 def test_a_network_that_stays_away_is_reported_with_the_position(
     hub: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

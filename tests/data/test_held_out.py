@@ -87,7 +87,10 @@ def test_validation_alone_needs_no_training_text(tmp_path: Path) -> None:
     assert data.first_target == 1
 
 
-@pytest.mark.parametrize("text", ["word " * 20_000 + "\n", "a line\n" * 10_000 + "word " * 20_000 + "\n", "é" * 40_000])
+@pytest.mark.parametrize(
+    "text",
+    ["word " * 20_000 + "\n", "a line\n" * 10_000 + "word " * 20_000 + "\n", "é" * 40_000, "é" * 40_000 + " é\n"],
+)
 def test_a_line_end_at_the_end_leaves_a_twentieth(text: str, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text(text)

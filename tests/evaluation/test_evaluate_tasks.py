@@ -2,21 +2,17 @@
 
 import json
 import random
-import shutil
-from types import SimpleNamespace
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from lm_eval.tasks import TaskManager
+from task_folder import SUBJECTS, rows, score, write_tasks
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 from tokenizers import processors
 
-from leap_pl.cli.evaluate import _of_tasks, evaluate_command
+from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.errors import UserError
 from leap_pl.evaluation import answers
 from leap_pl.evaluation import tasks as room
@@ -24,40 +20,11 @@ from leap_pl.evaluation.harness import PrefixSharingLM
 from leap_pl.evaluation.local_tasks import LocalTasks, _data_folder, _yaml
 from leap_pl.evaluation.prefix_rows import arrange
 from leap_pl.evaluation.tasks import evaluate_tasks, mean_accuracy
-from leap_pl.inputs import hub
-
-SUBJECTS = ("anatomy", "virology")
-
-
-def rows(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tasks")
-    rows(
-        folder / "piqa" / "validation.jsonl",
-        [{"goal": f"cut {n}", "sol1": "a knife", "sol2": "a spoon", "label": n % 2} for n in range(6)],
-    )
-    question = {
-        "question": "Which is hot?",
-        "choices": {"text": ["ice", "fire"], "label": ["A", "B"]},
-        "answerKey": "B",
-    }
-    rows(folder / "arc_easy" / "validation.jsonl", [question] * 3)
-    winogrande = {"sentence": "Ann beat Bo, so _ won.", "option1": "Ann", "option2": "Bo", "answer": "1"}
-    rows(folder / "winogrande" / "validation.jsonl", [winogrande] * 4)
-    for subject in SUBJECTS:
-        question = {"question": "Where?", "subject": subject, "choices": ["a", "b", "c", "d"], "answer": 2}
-        for split in ("dev", "test"):
-            rows(folder / "mmlu" / subject / f"{split}.jsonl", [question] * 3)
-    return folder
-
-
-def score(tasks, folder, **options):
-    return evaluate_tasks(tiny_model(), byte_tokenizer(), tasks, tasks_folder=folder, batch_size=8, **options)
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 def test_scores_are_complete_and_repeat(folder):
@@ -293,118 +260,6 @@ def test_a_folder_beyond_the_basic_plane(tmp_path):
     assert (found["samples"], found["source"]) == (2, "local")
 
 
-@pytest.mark.parametrize(
-    ("question", "says"),
-    [
-        (
-            {"goal": "cut <|beyond|>"},
-            "the text contains token 300, which was added to the tokenizer, and the model has",
-        ),
-        ({"sol1": "a <|beyond|>"}, "the text contains token 300"),
-    ],
-)
-def test_a_token_that_the_model_has_no_embedding_for(question, says, tmp_path):
-    rows(tmp_path / "piqa" / "validation.jsonl", [{"goal": "a", "sol1": "b", "sol2": "c", "label": 0} | question])
-    tokenizer, vocabulary = byte_tokenizer(), tiny_model().config.vocab_size
-    tokenizer.add_tokens([f"<|{n}|>" for n in range(len(tokenizer), 300)] + ["<|beyond|>"])
-    assert vocabulary <= 300
-    with pytest.raises(UserError, match=says):
-        evaluate_tasks(tiny_model(), tokenizer, ["piqa"], tasks_folder=tmp_path)
-
-
-def test_requests_without_tokens_are_refused(folder):
-    from leap_pl.evaluation.harness import PrefixSharingLM
-
-    lm = PrefixSharingLM(pretrained=tiny_model(), tokenizer=byte_tokenizer(), batch_size=2)
-    for request, says in (
-        ((("q", ""), [1], []), r"an? answer of --tasks has no tokens: .*'q', ''"),
-        (((" ", "a"), [], [1]), "a question of --tasks has no tokens"),
-    ):
-        with pytest.raises(UserError, match=says):
-            lm._loglikelihood_tokens([(("a", "b"), [1], [2]), request])
-
-
-def test_local_folder_without_data_is_told(tmp_path):
-    (tmp_path / "piqa").mkdir()
-    with pytest.raises(UserError, match="holds no split"):
-        score(["piqa"], tmp_path)
-    rows(tmp_path / "piqa" / "train.jsonl", [{"goal": "x"}])
-    with pytest.raises(UserError, match="scored on another split"):
-        score(["piqa"], tmp_path)
-
-
-def test_unknown_task_is_told_with_near_names():
-    said = room._unknown(["piqaa"], ["piqa", "arc_easy"])
-    assert "no task piqaa" in said
-    assert "Similar names: piqa." in said
-
-
-def test_tasks_are_looked_for_before_a_model_is(folder, tmp_path):
-    room.check_tasks(["piqa", "mmlu_anatomy", "hellaswag", "wikitext"], folder)
-    for task, says in (("piqaa", "no task piqaa"), ("boolq", "holds no split")):
-        (tmp_path / "boolq").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match=says):
-            evaluate_command(model="./gone", tasks=f"arc_easy,{task}", tasks_folder=str(tmp_path))
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_an_answer_longer_than_the_model_reaches_is_one_line(family, folder, tmp_path):
-    positions = {"gpt2": "n_positions"}.get(family, "max_position_embeddings")
-    base = tiny_folder(tmp_path / "base", family, **{positions: 4})
-    with pytest.raises(UserError, match="has 4 positions, and a question of --tasks has an answer with more") as caught:
-        evaluate_command(model=str(base), tasks="piqa", tasks_folder=str(folder))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(AssertionError, match="another"), room._in_reach_of(4):
-        raise AssertionError("another")
-
-
-def test_hub_out_of_reach_is_one_line():
-    def attempt(error, remote, folder=None):
-        with room._reaching(remote, folder):
-            raise error
-
-    with pytest.raises(UserError, match=r"Lay it out as FOLDER/boolq/validation.jsonl .* make assets-eval"):
-        attempt(ConnectionError("no route\nto host"), ["boolq"])
-    another = type("ConnectError", (Exception,), {"__module__": "httpx2._exceptions"})
-    with pytest.raises(UserError, match="could not be fetched from the hub"):
-        attempt(another("no route"), ["boolq"])
-    with pytest.raises(UserError, match=r"mine has no folder of that name. Lay it out as mine/boolq/validation.jsonl"):
-        attempt(ConnectionError("no route"), ["boolq"], "mine")
-    with pytest.raises(UserError, match="names a task twice"):
-        attempt(ValueError("Duplicate task 'a': found in both 'b' and 'c'"), [])
-    with pytest.raises(ZeroDivisionError):
-        attempt(ZeroDivisionError(), ["boolq"])
-    with pytest.raises(FileNotFoundError):
-        attempt(FileNotFoundError("a local file"), [])
-
-
-def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
-    """The client would ask for more than a minute; what is in the caches is still read."""
-    from huggingface_hub import constants
-
-    def unreachable(name, kind):
-        raise ConnectionError(name, kind)
-
-    for setting in (datasets.config, constants):
-        monkeypatch.setattr(setting, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "check_reachable", unreachable)
-    with pytest.raises(ConnectionError, match="org/data") as caught, hub.offline_if_unreachable("org/data", "dataset"):
-        datasets.load_dataset("org/none")
-    assert "Offline" in str(caught.value.__cause__)
-    with pytest.raises(ZeroDivisionError), hub.offline_if_unreachable("org/data", "dataset"):
-        raise ZeroDivisionError
-    assert not datasets.config.HF_HUB_OFFLINE
-    monkeypatch.setattr(hub, "check_reachable", lambda name, kind: None)
-    with hub.offline_if_unreachable("org/data", "dataset"):
-        assert not constants.HF_HUB_OFFLINE
-
-
-def test_missing_tasks_folder_is_told(tmp_path):
-    base = tiny_folder(tmp_path / "base")
-    with pytest.raises(UserError, match="make assets-eval"):
-        evaluate_command(model=str(base), tasks="piqa", tasks_folder=str(tmp_path / "gone"))
-
-
 def test_paper_mean_needs_all_six_without_a_limit():
     whole = {task: {"acc": 0.5, "acc_stderr": 0.1, "limit": None} for task in room.PAPER_TASKS}
     mean = mean_accuracy(whole)
@@ -430,75 +285,3 @@ def test_solved_examples_are_never_the_questions(folder, tmp_path):
         evaluate_command("no/model", tasks="piqa", tasks_folder=str(folder), num_fewshot=2)  # before a model is loaded
     assert score(["piqa"], folder, num_fewshot=0)["piqa"]["num_fewshot"] == 0
     assert score(["mmlu_anatomy"], folder, num_fewshot=1)["mmlu_anatomy"]["num_fewshot"] == 1
-
-
-def test_splits_of_a_task_are_in_one_format(folder, tmp_path):
-    questions = shutil.copytree(folder / "piqa", tmp_path / "piqa")
-    lines = (questions / "validation.jsonl").read_text(encoding="utf-8").splitlines()
-    pq.write_table(pa.Table.from_pylist([json.loads(line) for line in lines]), questions / "validation.parquet")
-    with pytest.raises(UserError, match=r"piqa holds validation\.jsonl, validation\.parquet\. Keep one file for each"):
-        score(["piqa"], tmp_path, num_fewshot=0)
-    (questions / "validation.jsonl").rename(questions / "train.jsonl")
-    with pytest.raises(UserError, match=r"piqa holds train\.jsonl, validation\.parquet\. Keep one .*in one format"):
-        score(["piqa"], tmp_path, num_fewshot=2)
-    (questions / "train.jsonl").unlink()
-    with pytest.raises(UserError, match=r"Add a file such as train\.parquet"):
-        score(["piqa"], tmp_path, num_fewshot=2)
-    assert score(["piqa"], tmp_path, num_fewshot=0)["piqa"] == score(["piqa"], folder, num_fewshot=0)["piqa"]
-
-
-def test_what_fails_beside_local_questions_is_not_their_fault(folder, monkeypatch):
-    real = datasets.load_dataset
-
-    def load(path, *args, **options):
-        if path not in ("json", "parquet"):
-            raise ConnectionError("no route")
-        return real(path, *args, **options)
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(hub, "check_reachable", lambda name, kind: None)
-    with pytest.raises(UserError, match="the data of boolq could not be fetched from the hub"):
-        score(["piqa", "boolq"], folder)
-
-
-def test_a_damaged_task_of_a_local_group_is_named(folder, tmp_path):
-    shutil.copytree(folder / "mmlu", tmp_path / "tasks" / "mmlu")
-    rows(tmp_path / "tasks" / "mmlu" / "anatomy" / "test.jsonl", [{"strange": 1}] * 3)
-    with pytest.raises(UserError, match=r"the questions of mmlu_anatomy in .* are damaged"):
-        score(["mmlu_anatomy"], tmp_path / "tasks")
-    of_group = LocalTasks(tmp_path, frozenset({"mmlu"}), frozenset({"mmlu", "mmlu_anatomy"}))
-    with pytest.raises(UserError, match="the questions of mmlu in"), room._questions_of(of_group, "tasks"):
-        busy_with("mmlu_anatomy")
-    with pytest.raises(KeyError), room._questions_of(of_group, "tasks"):
-        busy_with("boolq")
-
-
-def busy_with(task):
-    class Asking:
-        config = SimpleNamespace(task=task)
-
-        def read(self):
-            raise KeyError("choices")
-
-    Asking().read()
-
-
-def test_tasks_that_cannot_run_here_are_one_line(folder):
-    def attempt(error):
-        with (
-            LocalTasks.found_in(folder, ["piqa"]) as local,
-            room._reaching(["some"], None),
-            room._questions_of(local, folder),
-        ):
-            raise error
-
-    with pytest.raises(UserError, match=r"needs a package: No module named 'langdetect'\. Install it"):
-        attempt(ModuleNotFoundError("No module named 'langdetect'"))
-    with pytest.raises(UserError, match="runs code that the model has written"):
-        attempt(ValueError("Attempted to run task: humaneval which is marked as unsafe. Set confirm_run_unsafe_code"))
-
-
-def test_an_error_that_is_not_known_is_not_shown_as_zero():
-    tasks = {"a": {"acc": 0.5, "acc_norm": 0.25, "acc_norm_stderr": 0.1, "samples": 1, "split": "test", "limit": 1}}
-    (line,) = _of_tasks({"tasks": tasks, "mean": None})
-    assert line == "  a: acc 50.00%, acc_norm 25.00% ± 10.00%  (1 questions of test, a quick look: the first 1)"

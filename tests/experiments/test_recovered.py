@@ -50,9 +50,10 @@ def test_a_tiny_model_is_recovered_once(
         monkeypatch.setattr(recovered, name, place)
     closing = recovered.run()
     assert "zeros            0.500000 of the gated weights, exactly those of the mask, read back" in closing
-    assert [words[0] for words in said] == ["recover", *["evaluate"] * 4, "export"]
+    assert [words[0] for words in said] == ["recover", *["evaluate"] * 4, "export", "export"]
+    assert (tmp_path / "model" / "mask.safetensors").is_file()
     assert recovered.run() == closing
-    assert len(said) == 6
+    assert len(said) == 7
     for name in ("MASK", "LEARNED"):
         with monkeypatch.context() as patch:
             patch.setattr(recovered, name, tmp_path / "no.safetensors")
@@ -61,4 +62,4 @@ def test_a_tiny_model_is_recovered_once(
     stamp.write_text("of other settings")
     with pytest.raises(UserError, match=r"has no finished run of .*Run `make quickstart` first"):
         recovered.run()
-    assert len(said) == 6
+    assert len(said) == 7

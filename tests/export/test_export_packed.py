@@ -155,13 +155,15 @@ def test_a_kept_weight_that_prune_has_set_to_0_is_kept(tmp_path: Path, text_file
     assert load_subject(model=str(out / "model")).mask_digest == masks.digest_of_bits()
 
 
-def test_nm_masks_pack_the_same_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pattern", "kept"), [("2:4", 2), ("1:4", 1)])
+def test_nm_masks_pack_the_same_way(pattern: str, kept: int, tmp_path: Path) -> None:
     masks = sparse_folder(tmp_path / "base")
     weights = find_weights(load_model(str(tmp_path / "base")))
-    chosen = {n: choose(w.parameter.detach().abs().float(), read_form("2:4"), "row") for n, w in weights.items()}
-    packed(MaskSet(chosen, masks.with_provenance(config={"pattern": "2:4"}).provenance), tmp_path, "auto")
-    assert read_masks(tmp_path / "auto").provenance.config["pattern"] == "2:4"
-    assert "of every 4 consecutive inputs" in (tmp_path / "auto" / "README.md").read_text()
+    chosen = {n: choose(w.parameter.detach().abs().float(), read_form(pattern), "row") for n, w in weights.items()}
+    packed(MaskSet(chosen, masks.with_provenance(config={"pattern": pattern}).provenance), tmp_path, "auto")
+    assert read_masks(tmp_path / "auto").provenance.config["pattern"] == pattern
+    card = " ".join((tmp_path / "auto" / "README.md").read_text().split())
+    assert f"of every 4 consecutive inputs of an output, {kept} are kept" in card
 
 
 def test_a_model_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

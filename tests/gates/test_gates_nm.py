@@ -271,6 +271,15 @@ def test_a_strong_prior_is_the_hard_mask_at_the_start(shape: tuple[int, ...], di
     assert gate.groups.kept == prior.sum()
 
 
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
+def test_a_mask_is_the_same_under_autocast(n: int, m: int) -> None:
+    gate, weight = nm_gate((6, 16), n, m), torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    gate.start_from(None, 0)
+    expected = gate(weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gate(weight), expected)
+
+
 def test_the_start_depends_on_seed_and_name_alone() -> None:
     def start(name: str, seed: int) -> Tensor:
         gate = nm_gate((4, 8), name=name)

@@ -65,6 +65,16 @@ def test_annealing_between_forward_and_backward_changes_nothing(kind: type[Gate]
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+def test_a_low_rank_weight_is_the_same_under_autocast() -> None:
+    """As with --trainer.precision bf16-mixed; the export computes it without."""
+    weight = bare((6, 16))
+    low = LowRank(weight, SETTINGS, 0)
+    parts = {name: torch.randn_like(part) for name, part in low.named_parameters()}
+    expected = LowRank.value(weight.parameter, parts, SETTINGS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(LowRank.value(weight.parameter, parts, SETTINGS), expected)
+
+
 class Chosen(nn.Module):
     """A block of which each call uses one of two weights of one shape, as of experts that are modules of their own."""
 

@@ -35,6 +35,17 @@ def test_a_list_in_brackets_is_one(entries: list[str], quote: str) -> None:
     assert inputs.listed(f"[{text}]") == entries
 
 
+def test_many_paths_that_are_no_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than ten, of whose places the name of one begins with that of another."""
+    from leap_pl.cli.compare import compare_command
+
+    monkeypatch.chdir(tmp_path)
+    names = [f"[{number}]" for number in range(11)]
+    for name in names:
+        Path(name).write_text("x")
+    assert cli.settings_of("compare", compare_command, names)["results"] == names
+
+
 NAMES = st.text(st.sampled_from("ab,[]*"), min_size=1, max_size=5).map(lambda name: f"{name}.txt")
 
 

@@ -365,6 +365,8 @@ def test_a_model_that_the_mask_was_applied_to_is_accepted_on_request() -> None:
     mask, model = llama_mask(), tiny_model("llama", seed=1)
     mask.apply_(model, check=False)
     mask.check(model, find_weights(model), or_applied=True)
+    with pytest.raises(UserError, match="or a model that it was applied to"):  # of another size
+        mask.check(tiny_model("llama", hidden_size=64), or_applied=True)
     name, kept = next(iter(mask.masks.items()))
     with torch.no_grad():
         model.get_parameter(name)[tuple((~kept).nonzero()[-1])] = 1e-30

@@ -40,6 +40,13 @@ def shares_by_hooks(model: nn.Module, threshold: float) -> list[float]:
     return shares
 
 
+def test_blocks_with_equal_shares_of_outliers_are_equally_sparse() -> None:
+    model = tiny_model()
+    with Walk(model, BLOCKS, WalkOptions(keep=True)) as walk:
+        found = owl_sparsities(walk, by_block(model, find_weights(model)), 0.6, OwlOptions(threshold=1e9))
+    assert found == pytest.approx([0.6, 0.6])
+
+
 @pytest.mark.parametrize("threshold", [3.0, 5.0])
 def test_owl_is_its_formula(threshold: float) -> None:
     """Block by block s + mean(u) − u, with u = 2λ·(D − min D)/(max D − min D), for more than two blocks."""

@@ -428,8 +428,15 @@ def test_damping_is_raised_until_the_answer_is_finite() -> None:
 
     assert with_damping(solve, 0.01).damping == pytest.approx(1.0)
     assert tried == pytest.approx([0.01, 0.1, 1.0])
+    tried.clear()
+
+    def never(damping: float) -> tuple[Tensor, Tensor]:
+        tried.append(damping)
+        return torch.full((1, 1), torch.nan), torch.ones(1, 1, dtype=torch.bool)
+
     with pytest.raises(NotSolvableError):
-        with_damping(lambda damping: (torch.full((1, 1), torch.nan), torch.ones(1, 1, dtype=torch.bool)), 0.01)
+        with_damping(never, 0.01)
+    assert tried == pytest.approx([0.01, 0.1, 1.0, 10.0, 100.0])
 
 
 def test_a_singular_hessian_without_damping_is_damped() -> None:

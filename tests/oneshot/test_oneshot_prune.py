@@ -20,6 +20,7 @@ from leap_pl.masks import MaskSet
 from leap_pl.masks.bits import PackedMasks
 from leap_pl.masks.patterns import NM, Pattern, Unstructured
 from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
+from leap_pl.oneshot.damping import NotSolvableError
 from leap_pl.oneshot.fisher import FisherOptions
 from leap_pl.oneshot.methods import METHODS
 from leap_pl.oneshot.prune import _Run, prune
@@ -317,6 +318,38 @@ def test_a_given_mask_is_unpacked_once_for_all_experts(monkeypatch: pytest.Monke
     assert sorted(unpacked) == sorted(mask.masks)
 
 
+def test_experts_that_no_token_reached_keep_their_weights_under_a_given_mask() -> None:
+    sizes = {"num_local_experts": 16, "num_experts_per_tok": 1}
+    mask = prune(tiny_model("mixtral", **sizes), None, method="magnitude", progress=False).masks
+    model = tiny_model("mixtral", **sizes)
+    dense = {matrix.name: matrix.dense() for matrix in all_matrices(model)}
+    found = prune(model, tokens(1, 4), method="admm", mask=mask, progress=False)
+    assert found.unseen
+    for matrix in all_matrices(model):
+        if matrix.name in found.unseen:
+            kept = matrix.view(mask.masks[matrix.weight.name])
+            assert torch.equal(matrix.dense(), dense[matrix.name] * kept)
+
+
+def test_a_raised_damping_is_recorded_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Of Hessians of a few tokens, which are singular."""
+    pruned = prune(
+        tiny_model(), tokens(1, 5), method="sparsegpt", options=SparseGPTOptions(damping=0.0), progress=False
+    )
+    assert pruned.dampings
+    assert min(pruned.dampings.values()) > 0
+    assert "damping 0 failed" in caplog.text
+
+
+def test_a_matrix_that_no_damping_solves_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise NotSolvableError("no damping")
+
+    monkeypatch.setattr("leap_pl.oneshot.admm.admm_prune", fails)
+    with pytest.raises(UserError, match=r"q_proj.*too extreme; prune it with --method wanda"):
+        prune(tiny_model(), tokens(), method="admm", progress=False)
+
+
 # -- what is refused ----------------------------------------------------------------------------------------
 
 
@@ -338,6 +371,8 @@ def test_contradictions_are_refused() -> None:
     mask = prune(tiny_model(), None, method="magnitude", progress=False).masks
     cases: list[tuple[dict[str, object], str]] = [
         ({"method": "wanda", "blocks_NT": None}, "calibration text"),
+        ({"blocks_NT": tokens()[0]}, r"not \[sequences, seq_length\]"),
+        ({"blocks_NT": tokens()[:0]}, r"not \[sequences, seq_length\]"),
         ({"method": "wanda", "mask": mask}, "--method admm"),
         ({"method": "wanda", "pattern": NM(2, 4), "owl": OwlOptions()}, "pattern 2:4"),
         ({"method": "wanda", "layer_sparsity": [0.5] * 3}, "3 layer sparsities"),
@@ -370,7 +405,7 @@ def test_token_dependent_arguments_are_refused() -> None:
         return args, {**kwargs, "seen": args[0].clone()}  # type: ignore[index]
 
     model.model.layers[1].register_forward_pre_hook(add, with_kwargs=True)
-    for sequences in (8, 2):  # in two batches, and in one
+    for sequences in (8, 5, 2):  # in two batches, also of unequal sizes, and in one
         with pytest.raises(UserError, match="depend on the tokens"):
             prune(model, tokens(sequences), method="wanda", progress=False)
 

@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
 from leap_pl.masks.patterns import NM, Unstructured
 from leap_pl.oneshot.fisher import FisherOptions
+from leap_pl.oneshot.methods import METHODS
+from leap_pl.oneshot.options import SparseGPTOptions
 from leap_pl.oneshot.prune import prune
 from leap_pl.prior import Prior
 from leap_pl.prior import cache as prior_module
@@ -269,3 +271,28 @@ def test_masks_of_an_earlier_algorithm_are_not_used(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(prior_module, "ALGORITHM", prior_module.ALGORITHM + 1)
     make(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_of_two_masks_the_free_one_alone_has_an_allocation() -> None:
+    """As of a tile gate: a mask of n:m is equally sparse everywhere."""
+    model = tiny_model()
+    weights, prior = find_weights(model), Prior(method="wanda", fisher=0.5, sequences=2, cache_dir=None)
+    calibration = Calibration("tiny", Data(), torch.device("cpu"), progress=False)  # type: ignore[arg-type]
+    made = prior.make(model, weights, {"prior": Unstructured(0.3), "inner": NM(2, 4)}, calibration)
+    assert ["fisher" in made[form].provenance.config for form in ("prior", "inner")] == [True, False]
+    assert made["inner"].sparsity == 0.5
+    shares = {round(1 - float(mask.float().mean()), 2) for mask in made["prior"].masks.values()}
+    assert len(shares) > 1
+
+
+def test_other_defaults_of_a_method_are_another_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a later version of leap_pl."""
+
+    @dataclass(frozen=True)
+    class Other(SparseGPTOptions):
+        damping: float = 0.7
+
+    make(tmp_path, method="sparsegpt")
+    monkeypatch.setitem(METHODS, "sparsegpt", replace(METHODS["sparsegpt"], settings=Other))
+    make(tmp_path, method="sparsegpt")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_models import packed_folder
+from packed_models import packed_folder, sparse_folder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from leap_pl.base_model.loading import load_model
 from leap_pl.errors import UserError
+from leap_pl.export.hugging_face import export_model
 from leap_pl.masks import MaskSet
 from leap_pl.sparse.folder import is_packed, packed_weights, read_masks
 from leap_pl.sparse.packed_file import read_headers
@@ -136,3 +137,12 @@ def test_bitmap_and_values_that_do_not_agree(packed: tuple[Path, MaskSet], tmp_p
 
 def _zeros(sums: str) -> str:
     return json.dumps(dict.fromkeys(json.loads(sums), "00000000"))
+
+
+def test_a_damaged_scale_of_int8_values_is_found(tmp_path: Path) -> None:
+    """It would rescale a whole row, and be a number like others."""
+    masks = sparse_folder(tmp_path / "base")
+    export_model(masks, tmp_path / "packed", str(tmp_path / "base"), format="packed", values="int8")
+    flipped("_scale")(tmp_path / "packed")
+    with pytest.raises(UserError, match="_scale has other bytes"):
+        load_model(str(tmp_path / "packed"))

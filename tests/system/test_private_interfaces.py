@@ -283,3 +283,15 @@ def test_counts_of_another_lightning_are_not_resumed_on_other_ranks() -> None:
     with pytest.raises(UserError, match="counts batches differently"):
         batch_counts({"loops": loops})
     assert batch_counts({}) == []
+
+
+def test_counts_within_a_step_are_not_resumed_on_other_ranks() -> None:
+    """The gradients that the step has accumulated are in no checkpoint."""
+    from leap_pl.checkpoints.layout import count_for_ranks
+    from leap_pl.errors import UserError
+
+    counts = dict.fromkeys(("ready", "started", "processed", "completed"), 3)
+    loops = {"fit_loop": {"epoch_loop.batch_progress": {"total": {**counts}, "current": {**counts}}}}
+    found, given = SimpleNamespace(ranks=2, accumulation=2), SimpleNamespace(ranks=1)
+    with pytest.raises(UserError, match="within an optimizer step of 2 ranks"):
+        count_for_ranks({"loops": loops}, found, given)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import Run, fit_flags
 from lightning.pytorch.callbacks import Timer
+from recovered_runs import Flags
 from stopped_runs import STEPS, WINDOW, Outcome, at_call, curves, flags, kept, outcome, same, send, stopped
 
 from leap_pl import LeapModule, TextDataModule
@@ -203,6 +204,25 @@ def test_the_mask_of_an_earlier_run_is_not_taken_for_this_ones(
     main([*words, "--ckpt_path=last"])
     assert {path.name for path in folder.glob("*.safetensors")} == {"prior.safetensors", "mask.safetensors"}
     assert (folder / "mask.safetensors").read_bytes() == whole
+
+
+def test_the_weights_of_an_earlier_run_are_not_taken_for_this_ones(
+    recovered: Path, recover: Flags, tmp_path: Path, monkeypatch
+) -> None:
+    """The mask of both is one, so that its digest does not tell them apart."""
+    folder, words = tmp_path / "run" / "checkpoints", recover(tmp_path / "run")
+    shutil.copytree(recovered, tmp_path / "run")
+    whole = (folder / "weights.safetensors").read_bytes()
+    for path in folder.glob("*4.ckpt"):
+        path.unlink()
+    with monkeypatch.context() as patch:
+        at_call(patch, "training_step", 1, send(15))
+        stopped([*words, f"--ckpt_path={folder / 'step=2.ckpt'}"])
+    names = {"mask.safetensors", "weights.safetensors"}
+    assert not {path.name for path in folder.glob("*.safetensors")} & names
+    main([*words, "--ckpt_path=last"])
+    assert {path.name for path in folder.glob("*.safetensors")} - {"prior.safetensors"} == names
+    assert (folder / "weights.safetensors").read_bytes() == whole
 
 
 def test_a_mask_of_an_intermediate_checkpoint_tells_its_step(

@@ -171,8 +171,31 @@ def test_a_gated_head_also_has_the_gradient_of_its_budget(text_file: Path, tmp_p
     assert (gradients[1.0, 7.0] - gradients[1.0, 0.0]).abs().max() > 1e-6  # of the budget and the weights
 
 
+def test_the_perplexity_of_a_head_with_a_gate(text_file: Path, tmp_path: Path) -> None:
+    """That of the hard mask, and of the dense head for the dense model; the head is called outside of the body."""
+    folder = tiny_folder(tmp_path / "model", tie_word_embeddings=False)
+    module = LeapModule(str(folder), dtype="float32", targets=["Linear"], prior=Prior(method="none"))
+    data = TextDataModule(text=str(text_file), seq_length=16, batch_size=2, validation_sequences=4)
+    trainer = Trainer(accelerator="cpu", max_steps=1, default_root_dir=tmp_path, **QUIET)
+    trainer.fit(module, data)
+    blocks = torch.cat([batch["input_ids"] for batch in data.val_dataloader()])
+    found = module.validation.figures()
+    for name, masked in (("dense", False), ("hard", True)):
+        model = load_model(str(folder), dtype="float32")
+        if masked:
+            module.mask_set().apply_(model)
+        with torch.no_grad():
+            expected = float(model(input_ids=blocks, labels=blocks).loss.exp())
+        assert found[name] == pytest.approx(expected, rel=1e-4), name
+
+
 def test_refused_in_one_line(model_folder: Path, text_file: Path, tmp_path: Path, capsys) -> None:
     words = fit_flags(model_folder, text_file, tmp_path, "--model.weight_training.embeddings=true")
     assert "Add --model.train_weights kept" in refused(words, capsys)
     with pytest.raises(UserError, match="or use --trainer\\.strategy ddp"):
         LeapModule("base", train_weights="kept", weight_training=TRAINING).trained.check({}, fixed=False, sharded=True)
+    compact = LeapModule("base", train_weights="kept", weight_training=WeightTraining(compact=True)).trained
+    for fixed, sharded in ((True, True), (False, False)):
+        with pytest.raises(UserError, match="holds the weights alone that a fixed mask keeps"):
+            compact.check({}, fixed=fixed, sharded=sharded)
+    compact.check({}, fixed=True, sharded=False)

@@ -20,6 +20,7 @@ from leap_pl.cli.process import MEANT
 from leap_pl.masks.bits import PackedMasks
 from leap_pl.prior import Prior
 from leap_pl.training.finite import NonFiniteError
+from leap_pl.training.optimizers import PackedAdamW
 
 
 def trainer(**settings: Any) -> L.Trainer:
@@ -191,6 +192,71 @@ def test_numbers_that_break_end_the_run_where_no_callback_looks(
     with pytest.raises(NonFiniteError, match="at step 0"):
         trainer(max_steps=8, log_every_n_steps=2).fit(module, data(text_file, validation_sequences=0))
     assert module.trainer.global_step == 2
+
+
+def test_losses_that_break_end_a_run_whose_scaler_skips_its_steps(
+    model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, eager: None
+) -> None:
+    """With 16-mixed on a GPU infinite gradients are no failure, and a loss that is not finite is one."""
+    step = LeapModule.training_step
+
+    def breaks(self: LeapModule, *given: Any) -> Any:
+        loss = step(self, *given)
+        self.terms["lm"] = self.terms["lm"] * float("nan")
+        return loss
+
+    monkeypatch.setattr(LeapModule, "looks_later", True)
+    monkeypatch.setattr(L.Trainer, "precision", property(lambda self: "16-mixed"))
+    monkeypatch.setattr(LeapModule, "training_step", breaks)
+    module = LeapModule(str(model_folder), prior=Prior(method="none"))
+    with pytest.raises(NonFiniteError, match="lm = nan"):
+        trainer(max_steps=8, log_every_n_steps=2).fit(module, data(text_file, validation_sequences=0))
+    assert module.trainer.global_step == 2
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, torch.inf)
+    module.on_before_optimizer_step(module.trainer.optimizers[0])
+    assert module.gradient_norm is None
+
+
+def test_gradients_that_no_scaler_can_unscale_are_refused(
+    model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, eager: None
+) -> None:
+    monkeypatch.setattr(L.Trainer, "precision", property(lambda self: "16-mixed"))
+    module = LeapModule(
+        str(model_folder),
+        prior=Prior(method="none"),
+        logits_dtype="bfloat16",
+        optimizer=lambda parameters: PackedAdamW(parameters, lr=1e-3),
+    )
+    with pytest.raises(UserError, match=r"cannot unscale those of bfloat16 logits .*Use --trainer\.precision bf16"):
+        trainer(max_steps=1).fit(module, data(text_file, validation_sequences=0))
+
+
+@pytest.mark.parametrize(("rank", "ranks", "expected"), [(0, 1, [0, 1, 0, 1]), (1, 3, [1, 4, 1, 4])])
+def test_every_micro_batch_of_a_step_has_noise_of_its_own(
+    rank: int,
+    ranks: int,
+    expected: list[int],
+    model_folder: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    eager: None,
+) -> None:
+    """On every rank, numbered over all of them; the step is part of the noise's key too."""
+    found: list[int] = []
+    step = LeapModule.training_step
+
+    def recording(self: LeapModule, *given: Any) -> Any:
+        loss = step(self, *given)
+        found.append(self.state.micro_batch)
+        return loss
+
+    monkeypatch.setattr(LeapModule, "training_step", recording)
+    monkeypatch.setattr("leap_pl.training.module.data_rank", lambda trainer: (rank, ranks))
+    module = LeapModule(str(model_folder), prior=Prior(method="none"))
+    trainer(max_steps=2, accumulate_grad_batches=2).fit(module, data(text_file, validation_sequences=0))
+    assert found == expected
 
 
 @pytest.mark.parametrize(("given", "spread"), [(ValidationTimes(), False), (ValidationTimes(spread=True), True)])

@@ -19,6 +19,7 @@ from leap_pl.checkpoints.layout import masks_from_checkpoint
 from leap_pl.oneshot.fisher import FisherOptions
 from leap_pl.oneshot.prune import prune
 from leap_pl.prior import Prior
+from leap_pl.training.weights import WeightTraining
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -63,6 +64,25 @@ def test_a_module_is_pickled(model_folder: Path) -> None:
     assert (type(optimizer), optimizer.defaults["lr"], optimizer.defaults["betas"]) == (
         torch.optim.AdamW, 1e-3, (0.9, 0.95),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"weight_training": {"rate": 1}}, "weight_training has no setting rate. It has lr, warmup_steps, "),
+        ({"prior": {"methods": "wanda"}}, "prior has no setting methods. It has "),
+        ({"annealing": {"beta": {}}}, "annealing has no setting beta. It has alpha, tau, "),
+        ({"objective": {"kl": 1.0}}, "objective has no setting kl. It has lm, distillation, "),
+    ],
+)
+def test_a_setting_that_does_not_exist(settings: dict[str, Any], says: str, model_folder: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        LeapModule(str(model_folder), **settings)
+
+
+def test_one_name_where_a_list_is_meant() -> None:
+    with pytest.raises(UserError, match=r"target_modules is one name, 'q_proj'; give a list: \['q_proj'\]"):
+        WeightTraining(target_modules="q_proj")  # type: ignore[arg-type]
 
 
 def test_the_strength_of_an_allocation_alone() -> None:

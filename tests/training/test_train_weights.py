@@ -220,6 +220,8 @@ def test_low_memory(recover: Flags, tmp_path: Path) -> None:
     ends = [load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "again")]
     assert list(differences(*ends)) == []
     assert {tensor.dtype for tensor in ends[0].values()} == {torch.bfloat16, torch.uint8}
+    learned = [curves(tmp_path / "whole" / "tensorboard")["perplexity/hard"][step] for step in (0, 4)]
+    assert learned[1] < 0.9 * learned[0]
 
 
 def test_compact_masters_learn_the_same(recovered: Path, recover: Flags, tmp_path: Path, capsys) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from leap_pl import LeapModule, MaskSet
+from leap_pl import LeapModule, MaskSet, UserError
 from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
@@ -162,3 +162,10 @@ def test_a_checkpoint_keeps_the_dtype_of_what_the_model_has_in_another() -> None
     assert made == {names[0]: torch.float32, names[1]: torch.float16}
     assert torch.equal(model.model.norm.weight, before + 1e-4)
     assert model.model.layers[0].input_layernorm.weight.dtype == torch.bfloat16
+
+
+def test_trained_weights_that_the_models_dtype_cannot_hold_are_refused() -> None:
+    masks = MaskSet({"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32, dtype=torch.bool)}, PROVENANCE)
+    kept = KeptWeights(["model.norm.weight"], lambda name, base: torch.full((32,), 1e5))
+    with pytest.raises(UserError, match=r"infinite or NaN in torch\.float16"):
+        kept.apply_(tiny_model().half(), masks)

@@ -30,7 +30,8 @@ def test_bad_input_is_refused_in_one_line(
     packed = tmp_path / "packed"
     main(["export", f"--mask={finished_run.mask}", f"--output_dir={packed}", "--format=packed"])
     other, last = tiny_folder(tmp_path / "other", seed=1), recovered / "checkpoints" / "last.ckpt"
-    words, masked = recover(tmp_path / "run"), "--model.mask"
+    words, masked, pruned = recover(tmp_path / "run"), "--model.mask", tmp_path / "pruned"
+    tiny_folder(pruned / "model")
     without_norms = tiny_folder(tmp_path / "olmo", "olmo")
     cases = {
         "this mask was made for": [*without(words, "--model.base_model"), f"--model.base_model={other}"],
@@ -100,6 +101,18 @@ def test_bad_input_is_refused_in_one_line(
             f"--model.weights={tiny_folder(tmp_path / 'wide', hidden_size=64)}",
         ],
         f"model.weights {packed} is packed. Unpack it:": [*words, f"--model.weights={packed}"],
+        f"model.weights {recovered} is a folder without a config.json. Give a Hugging Face model folder; leap_pl": [
+            *words,
+            f"--model.weights={recovered}",
+        ],
+        f"model.weights {pruned} has its model in a folder of its own. Give {pruned / 'model'}.": [
+            *words,
+            f"--model.weights={pruned}",
+        ],
+        "or one made by leap_pl export --format mask --ckpt_path; export and evaluate take --ckpt_path": [
+            *without(words, masked),
+            f"{masked}={last}",
+        ],
         "only kept weights under a fixed mask": [
             *without(words, masked),
             f"--model.mask={finished_run.mask}",

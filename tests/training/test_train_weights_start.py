@@ -8,8 +8,9 @@ from conftest import Run, refused
 from recovered_runs import Flags, exact_zeros, weights_in
 from safetensors.torch import load_file, save_file
 from stopped_runs import curves
+from tiny import tiny_folder
 
-from leap_pl import MaskSet
+from leap_pl import LeapModule, MaskSet
 from leap_pl.base_model.loading import load_model
 from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
@@ -98,6 +99,28 @@ def test_a_run_that_does_not_start_from_the_trained_weights_says_so(
         assert torch.equal(start[name], base[name].masked_fill(~mask, 0))
 
 
+def test_the_rate_is_small_where_weights_were_trained_before(
+    recovered: Path, recover: Flags, finished_run: Run, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Or the mask learned: not under a one-shot mask, from the dense weights, or from those that the method updated."""
+
+    def rate(base_model: Path, mask: Path, **settings: str) -> float | None:
+        return LeapModule(str(base_model), mask=str(mask), train_weights="kept", **settings).trained.settings.lr
+
+    pruned, sparse, again = tmp_path / "pruned", tmp_path / "sparse", tmp_path / "again"
+    options = {"method": "admm", "sequences": 2, "seq_length": 32, "text": str(text_file)}
+    prune_command(str(model_folder), str(pruned), **options)  # type: ignore[arg-type]
+    words = [word for word in recover(again, "--trainer.max_steps=1") if not word.startswith("--model.mask")]
+    main([*words, f"--model.mask={pruned}"])
+    trained = again / "checkpoints" / "mask.safetensors"
+    export_command(str(sparse), mask=str(trained))
+    assert rate(model_folder, pruned) == rate(model_folder, pruned, weights=str(pruned / "model")) == 2e-4
+    assert rate(model_folder, trained) == 2e-4
+    assert rate(sparse, sparse) == rate(sparse, sparse / "mask.safetensors") == 2e-5
+    assert rate(model_folder, sparse, weights=str(sparse)) == 2e-5
+    assert rate(model_folder, finished_run.mask) == 2e-5
+
+
 def test_weights_that_a_run_would_drop_are_refused(
     recovered: Path, recover: Flags, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +141,22 @@ def test_weights_that_a_run_would_drop_are_refused(
     halves["model.embed_tokens.weight"] = dense["model.embed_tokens.weight"].bfloat16()
     save_file(halves, sparse / "model.safetensors", {"format": "pt"})
     main([*words, "--force"])
+
+
+def test_tied_embeddings_of_other_weights_are_trained_as_one(text_file: Path, recover: Flags, tmp_path: Path) -> None:
+    base, sparse = tiny_folder(tmp_path / "base", tie_word_embeddings=True), tmp_path / "sparse"
+    prune_command(str(base), str(sparse), method="magnitude")
+    changed = load_model(str(base))
+    with torch.no_grad():
+        changed.get_input_embeddings().weight.mul_(1.5)
+        MaskSet.load(sparse / "mask.safetensors").apply_(changed, check=False)
+    changed.save_pretrained(tmp_path / "changed")
+    words = [word for word in recover(tmp_path / "run", "--trainer.max_steps=1") if "--model.mask" not in word]
+    words = [word for word in words if not word.startswith(("--model.base_model", "--model.weight_training.lr"))]
+    words += [f"--model.base_model={base}", f"--model.mask={sparse}", f"--model.weights={tmp_path / 'changed'}"]
+    main([*words, "--model.weight_training.embeddings=true", "--model.weight_training.lr=0"])
+    found = weights_in(tmp_path / "run")
+    assert torch.equal(found["model.embed_tokens.weight"], changed.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,17 @@ def test_a_validation_sums_in_full_precision_whatever_the_trainers_is() -> None:
     assert half.hard_metric.compute().dtype == torch.float32
 
 
+def test_the_logits_of_a_bfloat16_head_are_summed_in_float32() -> None:
+    torch.manual_seed(0)
+    head, validation = torch.nn.Linear(64, 500).bfloat16(), Validation()
+    hidden, targets = torch.randn(4, 128, 64).bfloat16(), torch.randint(0, 500, (4, 128))
+    validation.begin()
+    validation.update("hard", hidden, targets, head, 512)
+    logits = head(hidden).double().flatten(0, 1)
+    expected = float(torch.nn.functional.cross_entropy(logits, targets.flatten()).exp())
+    assert float(validation.hard_metric.compute()) == pytest.approx(expected, rel=1e-5)
+
+
 def test_one_improbable_token_does_not_make_a_perplexity_infinite() -> None:
     validation, targets = Validation(), torch.tensor([[0, 1, 2]])
     logits = torch.tensor([[[0.0, 0.0, 0.0], [150.0, 0.0, 0.0], [1.0, 2.0, 3.0]]])

@@ -20,6 +20,7 @@ SGD = ["--model.optimizer=SGD", "--model.optimizer.fused=false", "--model.optimi
 SGD += ["--model.weight_training.lr=0.05", "--model.weight_training.warmup_steps=1", "--trainer.gradient_clip_val=0.2"]
 SGD += ["--model.warmup_steps=1", "--model.objective.distillation=0.5"]
 COMPACT, EMBEDDINGS = (f"--model.weight_training.{name}=true" for name in ("compact", "embeddings"))
+RECOMPUTED = "--model.activation_checkpointing=true"  # as in the recipe fsdp2
 # As the recipe ddp: gradients are there before a checkpoint's masters are, and are views of buckets.
 BUCKETS = [*ddp(2)[:-1], "--trainer.strategy=DDPStrategy", "--trainer.strategy.gradient_as_bucket_view=true"]
 LOW = ["--model.logits_dtype=bfloat16", "--model.optimizer=PackedAdamW", "--model.weight_training.lr=1e-2"]
@@ -48,13 +49,15 @@ def test_two_ranks(
     runs = [
         flags("kept-ddp", "kept", *SGD, *ddp(2)),
         flags("kept-sharded", "kept", *SGD, *sharded(2)),
-        flags("kept-folder", "kept", *SGD, *sharded(2, folder=True)),
-        flags("kept-resumed", "kept", *SGD, *sharded(2, folder=True), f"--ckpt_path={before[0]}"),
+        flags("kept-folder", "kept", *SGD, RECOMPUTED, *sharded(2, folder=True)),
+        flags("kept-resumed", "kept", *SGD, RECOMPUTED, *sharded(2, folder=True), f"--ckpt_path={before[0]}"),
         flags("both-ddp", "kept", *SGD, *ddp(2)),
-        flags("both-sharded", "kept", *SGD, *sharded(2)),
+        flags("both-sharded", "kept", *SGD, RECOMPUTED, *sharded(2)),
         flags("embeddings-ddp", "kept", EMBEDDINGS, *SGD, *ddp(2)),
         flags("lora-ddp", "lora", *SGD, *ddp(2)),
         flags("lora-sharded", "lora", *SGD, *sharded(2)),
+        flags("norms-ddp", "norms", *SGD, *ddp(2)),
+        flags("norms-sharded", "norms", *SGD, *sharded(2)),
         flags("compact-ddp", "kept", COMPACT, *SGD, *BUCKETS),
         flags("compact-resumed", "kept", COMPACT, *SGD, *BUCKETS, f"--ckpt_path={before[2]}"),
         flags("low-folder", "kept", *LOW, *sharded(2, folder=True)),
@@ -62,10 +65,10 @@ def test_two_ranks(
     ]
     run_ranks(2, fit_all, runs, folder=tmp_path / "said", seconds=300)
     base = load_file(model_folder / "model.safetensors")
-    for run in ("kept", "both", "embeddings", "lora", "compact"):
+    for run in ("kept", "both", "embeddings", "lora", "norms", "compact"):
         more = [*SGD, "--trainer.accumulate_grad_batches=4"]
         more += [COMPACT] * (run == "compact") + [EMBEDDINGS] * (run == "embeddings")
-        main(flags(f"{run}-one", "lora" if run == "lora" else "kept", *more))
+        main(flags(f"{run}-one", run if run in ("lora", "norms") else "kept", *more))
         drawn = curves(tmp_path / f"{run}-one" / "tensorboard")["moved/all"]
         one, mask = load_file(end(f"{run}-one")), MaskSet.load(end(f"{run}-one").with_name("mask.safetensors"))
         assert any(name.endswith("model.norm.weight") for name in one) == (run != "lora")  # it is in no block
