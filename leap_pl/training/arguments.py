@@ -40,10 +40,10 @@ def check_arguments(
         UserError: One is an object, or a name where a list is meant; or there is no such data type or setting.
     """
     for name, (value, kind) in settings.items():
-        own = [field.name for field in fields(kind)]
-        unknown = sorted(map(str, set(value).difference(own))) if isinstance(value, dict) else []
+        settable = [field.name for field in fields(kind)]
+        unknown = sorted(map(str, set(value).difference(settable))) if isinstance(value, dict) else []
         if unknown:
-            raise UserError(f"{name} has no setting {listing(unknown)}. It has {listing(own)}.")
+            raise UserError(f"{name} has no setting {listing(unknown)}. It has {listing(settable)}.")
         if not isinstance(value, kind | dict):
             raise UserError(f"{name} is {shown(repr(value), 200)}; give {kind.__name__}(...).")
         if type(value) is not kind and not isinstance(value, dict):
