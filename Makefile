@@ -23,7 +23,7 @@ packed: $(VENV)/.installed ## Pack the model of the quickstart, and generate fro
 	@$(BIN)/leap_pl export --model runs/quickstart/model --output_dir runs/quickstart/packed --format packed --force
 	@$(BIN)/leap_pl generate --model runs/quickstart/packed --prompt "The capital of France is" $(ARGS)
 
-recovered: $(VENV)/.installed ## Train the weights that the quickstart's one-shot mask keeps, evaluate and pack them (minutes)
+recovered: $(VENV)/.installed ## Train the weights that the quickstart's one-shot mask keeps, evaluate, export and pack them (minutes)
 	@$(BIN)/python -m experiments.assets quickstart
 	@$(BIN)/python -m experiments.recovered
 

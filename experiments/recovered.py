@@ -79,7 +79,7 @@ perplexity on held-out Wikipedia ({TOKENS:,} tokens in windows of {WINDOW}):
   learned mask, alone    {figures_of[3]:8.2f}
 zeros            {facts["sparsity"]:.6f} of the gated weights, {zeros}
 checkpoint       {sparse}
-your own text    {bin_folder()}leap_pl recover --model.base_model {sparse} --model.mask {sparse} --data.text TEXT
+fine-tune it     {bin_folder()}leap_pl recover --model.base_model {sparse} --model.mask {sparse} --data.text TEXT
 packed           {packed}   {megabytes(packed):,.0f} MB; {bin_folder()}leap_pl generate --model {packed} --prompt TEXT
 mask, weights    {mask}, {mask.with_name("weights.safetensors").name} beside it"""
 

@@ -75,7 +75,8 @@ model
   --model.mask MASK                  Keep this mask: a MaskSet file, a folder that has one, or a hub id.
   --model.weights FOLDER             Start from the weights in a folder, as those that prune has updated.
   --model.train_weights kept         Train all kept weights and the norms (kept), low-rank updates (lora) or norms.
-  --model.weight_training.lr RATE    Set the learning rate of the weights: 2e-4 for a mask of prune, 2e-5 for others.
+  --model.weight_training.lr RATE    Set the rate of the weights: 2e-4 under a mask of prune, 2e-5 under others, and
+                                     where weights were trained before.
   --model.weight_training.warmup_steps 5
                                      Warm the rate up over so many steps.
   --model.weight_training.r 16       Set the rank of lora, whose scale is --model.weight_training.lora_alpha 32.0.

@@ -49,9 +49,14 @@ class FixedMask:
         Args:
             base_model: Name of the run's base model.
             weights: Folder of the weights that it starts from, if they are not the base model's.
+
+        Raises:
+            UserError: The mask beside the base model is damaged.
         """
-        own = self.file in (base_model, str(expanded(base_model) / MASK))  # one exported model is both
-        return self.learned or (self.trained and (weights is not None or own))
+        if self.learned or not self.trained or weights is not None:
+            return self.learned or self.trained
+        beside = expanded(base_model) / MASK  # one exported model may be both
+        return self.file == base_model or (beside.is_file() and MaskSet.load(beside).digest_of_bits() == self.digest)
 
     def check_settings(self, sparsity: float, targets: Sequence[str] | None, ignore: Sequence[str]) -> None:
         """Check that no setting contradicts what the mask says; those of a resumed run are the mask's.

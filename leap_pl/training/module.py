@@ -256,6 +256,7 @@ class LeapModule(ValidatedModule):
         if self.trainer.strategy.restore_checkpoint_after_setup:
             self._check_unused()
         super().on_train_start()
+        self.norms, self._checked = [], self.global_step
 
     def _check_unused(self) -> None:
         if self.trainer.ckpt_path is None:
@@ -381,7 +382,11 @@ class LeapModule(ValidatedModule):
         """
         norms, self.norms, self._checked = self.norms, [], self.global_step
         finite.check_norms(norms, self._dtype_of_model())
-        finite.check_terms(self.terms, self.state.step, self._dtype_of_model())
+        terms = self.terms
+        if self.attached is not None and self.trainer.precision == "16-mixed":  # else a norm of all ranks was checked
+            values = self.mean_over_ranks(finite.read_together(terms))
+            terms = {name: torch.tensor(value, device="cpu") for name, value in values.items()}
+        finite.check_terms(terms, self.state.step, self._dtype_of_model())
         super().check_finite(logits=logits)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

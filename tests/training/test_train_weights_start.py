@@ -1,5 +1,6 @@
 """Where training of weights starts: a sparse model, with or without the dense one, and weights of ADMM."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,7 @@ def test_the_rate_is_small_where_weights_were_trained_before(
     assert rate(model_folder, pruned) == rate(model_folder, pruned, weights=str(pruned / "model")) == 2e-4
     assert rate(model_folder, trained) == 2e-4
     assert rate(sparse, sparse) == rate(sparse, sparse / "mask.safetensors") == 2e-5
+    assert rate(sparse, again) == rate(Path(os.path.relpath(sparse)), sparse) == 2e-5  # the same mask by another name
     assert rate(model_folder, sparse, weights=str(sparse)) == 2e-5
     assert rate(model_folder, finished_run.mask) == 2e-5
 
