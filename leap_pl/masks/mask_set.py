@@ -301,8 +301,8 @@ class MaskSet:
         path = mask_in(path)
         if path.suffix == ".ckpt":
             raise UserError(
-                f"{path} is a checkpoint, not a MaskSet. Give the run's {MASK}, or one made "
-                "by leap_pl export --format mask --ckpt_path; export and evaluate take --ckpt_path themselves."
+                f"{path} is a checkpoint, not a MaskSet. Use --ckpt_path (of export and evaluate), or the run's {MASK}; "
+                "leap_pl export --format mask --ckpt_path makes one of any checkpoint."
             )
         if path.is_dir():
             raise UserError(f"{path} is a folder without a {MASK}. Name a MaskSet file, or a folder that has one.")

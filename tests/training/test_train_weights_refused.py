@@ -109,7 +109,7 @@ def test_bad_input_is_refused_in_one_line(
             *words,
             f"--model.weights={pruned}",
         ],
-        "or one made by leap_pl export --format mask --ckpt_path; export and evaluate take --ckpt_path": [
+        "or the run's mask.safetensors; leap_pl export --format mask --ckpt_path makes one of any checkpoint": [
             *without(words, masked),
             f"{masked}={last}",
         ],
