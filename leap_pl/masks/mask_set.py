@@ -301,7 +301,7 @@ class MaskSet:
         path = mask_in(path)
         if path.suffix == ".ckpt":
             raise UserError(
-                f"{path} is a checkpoint, not a MaskSet. Use --ckpt_path (of export and evaluate), or the run's {MASK}; "
+                f"{path} is a checkpoint, not a MaskSet. Use --ckpt_path (export, evaluate), or the run's {MASK}; "
                 "leap_pl export --format mask --ckpt_path makes one of any checkpoint."
             )
         if path.is_dir():
