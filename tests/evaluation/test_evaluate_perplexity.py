@@ -72,7 +72,8 @@ def test_loss_in_pieces_is_the_loss(monkeypatch):
     model, tokens = tiny_model(), torch.arange(64) * 7 % 256
     whole = perplexity(model, tokens, seq_length=32)
     monkeypatch.setattr(room, "LOSS_ELEMENTS", 5 * 260)
-    assert perplexity(model, tokens, seq_length=32).nll == pytest.approx(whole.nll, rel=1e-12)
+    # A product of fewer rows, or in memory that is aligned otherwise, may round a float32 in another way.
+    assert perplexity(model, tokens, seq_length=32).nll == pytest.approx(whole.nll, rel=1e-7)
 
 
 def test_logits_of_a_piece_are_all_that_is_in_memory(monkeypatch):
