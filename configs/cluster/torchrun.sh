@@ -3,7 +3,7 @@
 #
 #   HEAD=node-0:29400 NODES=2 configs/cluster/torchrun.sh --config configs/paper/llama-3.1-8b.yaml \
 #     --config fsdp2 --trainer.strategy.data_parallel_size 16 --trainer.accumulate_grad_batches 16 \
-#     --trainer.val_check_interval 4000 --checkpoint.dirpath runs/llama-3.1-8b/checkpoints
+#     --checkpoint.dirpath runs/llama-3.1-8b/checkpoints
 #
 # On one machine HEAD and NODES may be left out. DEVICES (8) is the number of devices of each machine, LOGS (runs/logs) the
 # folder of the ranks' output. If a rank dies, torchrun ends all others and says which one it was;

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 10_000_000  # for which the paper's schedule is too slow, as far as was measured: docs/recipes.md
 FEW_STEPS = 50  # of some micro-batches each
+LIBRARIES_GIB = 2  # allowance for driver, libraries, communication buffers and fragmentation; not measured
 RECIPES: dict[type[Gate], str] = {BernoulliGate: "--config short", NMGate: "--config short --config 2of4"}  # for those
 
 
@@ -134,6 +136,8 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
     if module.trained.kind != NONE:
         plan["weights"] = _weights(module)
     plan["losses"] = _losses(module)
+    if logits and isinstance(probe.first, BernoulliGate) and module.objective.budget == 0:
+        plan["budget"] = "none, so that nothing holds the soft mask at the target density, at which it is cut"
     plan["prior" if logits else "mask"] = _prior(module)
     ranks = 1 if module.mesh is None else module.mesh.size()
     training = module.trained
@@ -142,8 +146,13 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
     size = f"{gib:.1f} GiB" if gib >= 1 else f"{1024 * gib:.0f} MiB"
     plan["memory"] = f"about {size} on each device, without libraries and fragmentation"
     there = device_bytes(trainer.strategy.root_device)
-    if there is not None and gib * 2**30 > there:
-        plan["memory"] += f": more than its {there / 2**30:.1f} GiB, see --config low_memory and --config fsdp2"
+    if there is not None and (gib + LIBRARIES_GIB) * 2**30 > there:
+        ways = ["--model.activation_checkpointing true"] * (not module.activation_checkpointing)
+        ways += ["--config low_memory"] * (module.logits_dtype != torch.bfloat16)
+        ways += ["--config fsdp2 on several"] * (module.mesh is None)
+        plan["memory"] += (
+            f": with {LIBRARIES_GIB} GiB for those more than its {there / 2**30:.1f} GiB; add {', then '.join(ways)}"
+        )
     folder, curves = mask_place(trainer), [str(logger.log_dir) for logger in trainer.loggers if logger.log_dir]
     saving = (one for one in trainer.checkpoint_callbacks if isinstance(one, SavingCheckpoint))
     saved = next((Path(one.dirpath) for one in saving if one.dirpath is not None), folder)

@@ -38,7 +38,7 @@ usage: leap_pl fit --model.base_model MODEL [options]
 Learn which weights of a language model to keep. Values shown are defaults, except those in capitals.
 
 settings
-  --config RECIPE                    Take a file or recipe: short or paper, with low_memory, ddp or fsdp2 on top.
+  --config RECIPE                    Take a file or recipe: short or paper, then 2of4, low_memory, ddp or fsdp2.
 model
   --model.base_model MODEL           Name a hub id, a local folder or a GGUF file.
   --model.sparsity 0.5               Remove this share of the gated weights, exactly.
@@ -46,6 +46,8 @@ model
   --model.ignore NAMES               Leave weights dense: '[re:.*down_proj, lm_head]'.
   --model.prior.method wanda         Start from the mask of a one-shot method, or from none.
   --model.objective.distillation 0.0 Weigh the distillation loss, beside --model.objective.lm 1.0.
+  --model.activation_checkpointing false
+                                     Recompute decoder blocks: less memory, a third more time.
 {_text("Learn")}
 schedule
   --tokens NUMBER                    Learn on so many tokens, as in 10M; it sets --trainer.max_steps.
