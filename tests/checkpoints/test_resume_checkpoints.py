@@ -81,6 +81,11 @@ def test_a_checkpoint_of_an_earlier_version_in_a_true_precision(
     again = flags(model_folder, text_file, tmp_path / "again", *words, f"--model.dtype={typed}", f"--ckpt_path={step}")
     if typed == "float32":
         main(again)
+        ends = [tmp_path / run / "checkpoints" / "last.ckpt" for run in ("run", "again")]
+        logits, others = (torch.load(end, weights_only=True)["state_dict"] for end in ends)
+        assert logits.keys() == others.keys()
+        assert all(torch.equal(logits[name], others[name]) for name in logits)
+        assert not (tmp_path / "again" / "checkpoints" / "step=2.ckpt").exists()  # not from the start
     else:
         assert "model.dtype was 'bfloat16' and is 'float16'" in refused(again, capsys)
 

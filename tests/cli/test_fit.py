@@ -90,6 +90,7 @@ def test_logged_densities_are_those_of_the_mask(curves: EventAccumulator, finish
 def test_resumed_run_ends_bit_identical(finished: Run, model_folder, text_file, tmp_path: Path, stop: int) -> None:
     earlier = finished.folder / "checkpoints" / f"step={stop}.ckpt"
     main(fit_flags(model_folder, text_file, tmp_path, "--ckpt_path", str(earlier)))
+    assert not (tmp_path / "checkpoints" / f"step={stop}.ckpt").exists()  # not from the start
     one, other = logits(finished.checkpoint), logits(tmp_path / "checkpoints" / "last.ckpt")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert torch.equal(

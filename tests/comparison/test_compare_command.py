@@ -43,8 +43,8 @@ def test_what_is_compared_is_typed_as_bare_words(typed, monkeypatch, tmp_path):
     ("typed", "says"),
     [
         ("", "leap_pl compare: Nothing to compare. .* leap_pl compare dense.json sparse.json"),
-        ("--forec a.json b.json", "there is no option --forec. Did you mean --force[?] --help lists all options"),
-        ("--output out a.json", "there is no option --output. Did you mean --output_dir[?] --help lists all options"),
+        ("--forec a.json b.json", "there is no option --forec. Did you mean --force[?] --help all lists them"),
+        ("--output out a.json", "there is no option --output. Did you mean --output_dir[?] --help all lists them"),
         ("a.json --output_dir", "--output_dir"),
         ("gone.json", "gone.json: there is no such file"),
     ],

@@ -338,18 +338,24 @@ def test_a_signal_to_all_processes_spares_workers_that_have_just_started(
     others, ready = {*multiprocessing.active_children()}, batches._start_worker
 
     def slowly(worker: int) -> None:
-        time.sleep(1)
+        time.sleep(2)
         ready(worker)
 
     def to_workers() -> None:
-        for child in {*multiprocessing.active_children()} - others:
+        end = time.monotonic() + 60
+        while len(started := {*multiprocessing.active_children()} - others) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        for child in started:
             os.kill(child.pid or 0, signal.SIGTERM)
+            signalled.append(child.pid)
 
+    signalled: list[int | None] = []
     monkeypatch.setattr(batches, "_start_worker", slowly)
-    timer = threading.Timer(0.5, to_workers)
-    timer.start()
+    sender = threading.Thread(target=to_workers)
+    sender.start()
     assert len(list(module_for(files, num_workers=2).train_loader(9))) == 9
-    timer.join()
+    sender.join()
+    assert len(signalled) == 2
 
 
 @pytest.mark.parametrize("named", [True, False])  # as the command line names it
@@ -357,6 +363,7 @@ def test_a_signal_to_all_processes_spares_workers_that_have_just_started(
 def test_code_of_the_models_tokenizer_runs_if_that_of_the_model_may(tmp_path: Path, trusted: bool, named: bool) -> None:
     folder = tiny_folder(tmp_path / "model")
     (folder / "mine.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
         "from transformers import PreTrainedTokenizerFast\n\n\nclass Mine(PreTrainedTokenizerFast):\n    pass\n"
     )
     path = folder / "tokenizer_config.json"
@@ -373,6 +380,7 @@ def test_code_of_the_models_tokenizer_runs_if_that_of_the_model_may(tmp_path: Pa
         data.setup("validate")
         assert type(data.tokenizer).__name__ == "Mine"
     else:
-        with pytest.raises(UserError, match="tokenizer"):
+        with pytest.raises(UserError, match=r"tokenizer.*trust_remote_code"):
             data.setup("validate")
             assert data.tokenizer
+    assert (tmp_path / "ran").exists() == trusted

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tiny import byte_tokenizer
 
 from leap_pl.data import BlockStream, TextSource, calibration_blocks, held_out_tokens, local
-from leap_pl.data.documents import Reading, Share, in_share, mended
+from leap_pl.data.documents import Reading, Share, in_share, repaired
 from leap_pl.data.hub import TRIES, HubDataset
 from leap_pl.data.local import LocalFiles
 from leap_pl.errors import UserError
@@ -192,7 +192,7 @@ def test_bytes_that_no_tokenizer_takes_are_mended(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.warns(UserWarning, match="row 1 has NUL, invalid UTF-8"):
         assert texts(tmp_path / "a.parquet") == ["\ufffdz"]
-    assert mended("a\U0001f642") == ("a\U0001f642", False)
+    assert repaired("a\U0001f642") == ("a\U0001f642", False)
 
 
 def _truncated_gzip(folder: Path) -> str:

@@ -84,14 +84,19 @@ def test_nothing_is_put_after_a_question_or_a_prompt(folder):
     assert [x.tolist() for x in found] == [x.tolist() for x in plain]
 
 
+def numpy_state() -> tuple[object, ...]:
+    state = np.random.get_state()
+    return state[1].tolist(), *state[2:]
+
+
 def test_the_model_and_the_random_state_are_as_they_were(folder):
     model = tiny_model().train()
     model.lm_head.eval()
-    before = (random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist())
+    before = (random.getstate(), torch.get_rng_state(), numpy_state())
     evaluate_tasks(model, byte_tokenizer(), ["piqa"], tasks_folder=folder, batch_size=8, limit=1)
     assert model.training
     assert not model.lm_head.training
-    after = (random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist())
+    after = (random.getstate(), torch.get_rng_state(), numpy_state())
     assert (after[0], after[2]) == (before[0], before[2])
     assert torch.equal(after[1], before[1])
 

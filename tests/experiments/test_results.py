@@ -443,9 +443,9 @@ def test_memory_is_that_of_the_process_alone(tmp_path, monkeypatch):
 
 def test_what_learns_may_end_in_its_own_time(monkeypatch, capsys):
     monkeypatch.setattr(running, "END_SECONDS", 0.0)
-    code = "import signal, sys, time\nsignal.signal(15, lambda *_: (time.sleep(0.5), sys.exit(3)))\n"
-    code += "print(1, flush=True)\ntime.sleep(60)"
-    for learns, status in ((True, 3), (False, -9)):
+    for learns, status, seconds in ((True, 3, 0.5), (False, -9, 60)):
+        code = f"import signal, sys, time\nsignal.signal(15, lambda *_: (time.sleep({seconds}), sys.exit(3)))\n"
+        code += "print(1, flush=True)\ntime.sleep(60)"
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         process.stdout.readline()
         running._end(process, learns=learns)

@@ -32,6 +32,8 @@ def test_the_report_is_that_of_the_cells_and_the_notes(tmp_path: Path, page: str
     for kind in ("*.svg", "configs/*.yaml"):
         here, there = ({path.relative_to(folder) for path in folder.glob(kind)} for folder in (shipped, docs))
         assert here == there != set()
+    for path in (docs / "configs").glob("*.yaml"):
+        assert path.read_bytes() == (shipped / "configs" / path.name).read_bytes(), path.name
 
 
 @pytest.mark.parametrize(

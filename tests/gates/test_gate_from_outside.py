@@ -144,6 +144,7 @@ def test_its_checkpoint_gives_the_mask_and_is_exported(run: tuple[Path, Any], tm
 def test_it_resumes_bit_identical(run: tuple[Path, Any], model_folder, text_file, tmp_path: Path, typed) -> None:
     earlier = run[0] / "checkpoints" / "step=4.ckpt"
     main(fit_flags(model_folder, text_file, tmp_path, *typed, f"--ckpt_path={earlier}"))
+    assert not (tmp_path / "checkpoints" / "step=4.ckpt").exists()  # not from the start
     one, other = (
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for folder in (run[0], tmp_path)

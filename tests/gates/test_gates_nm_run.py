@@ -74,6 +74,7 @@ def test_a_mask_that_is_not_what_it_says_is_not_exported(nm_folder: Path, tmp_pa
 def test_resumed_run_ends_bit_identical(nm_folder: Path, model_folder, text_file, tmp_path: Path, stop: int) -> None:
     earlier = nm_folder / "checkpoints" / f"step={stop}.ckpt"
     main(fit_flags(model_folder, text_file, tmp_path, *NM_FLAGS, f"--ckpt_path={earlier}"))
+    assert not (tmp_path / "checkpoints" / f"step={stop}.ckpt").exists()  # not from the start
     one, other = (
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for folder in (nm_folder, tmp_path)
@@ -112,11 +113,18 @@ def test_widths_that_m_does_not_divide(text_file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_fit_and_export_where_weights_are_no_linears(family: str, text_file: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     folder = tiny_folder(tmp_path / "m", family)
     main(fit_flags(folder, text_file, tmp_path, *NM_FLAGS, "--trainer.max_steps=2"))
     main(["export", f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}", f"--output_dir={tmp_path / 'model'}"])
     masks = MaskSet.load(tmp_path / "model" / "mask.safetensors").masks
     weights = find_weights(tiny_model(family))
+    assert masks.keys() == weights.keys()
+    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters())
+    for name, mask in masks.items():
+        assert not exported[name][~mask].any()
+        assert exported[name][mask].ne(0).float().mean() > 0.99
     assert all(is_exact(mask, weights[name].input_dim, 2, 4) for name, mask in masks.items())
 
 

@@ -64,6 +64,7 @@ def test_resumed_run_ends_bit_identical(tile_run: tuple[str, Path], model_folder
     mode, folder = tile_run
     earlier = folder / "checkpoints" / "step=4.ckpt"
     main(fit_flags(model_folder, text_file, tmp_path, *tile_flags(mode), f"--ckpt_path={earlier}"))
+    assert not (tmp_path / "checkpoints" / "step=4.ckpt").exists()  # not from the start
     one, other = (
         torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for path in (folder, tmp_path)
     )
@@ -101,11 +102,18 @@ def test_masks_from_files_as_priors(tile_run, model_folder, text_file, tmp_path:
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_fit_and_export_where_weights_are_no_linears(family: str, text_file: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     folder = tiny_folder(tmp_path / "m", family)
     main(fit_flags(folder, text_file, tmp_path, *tile_flags("joint"), "--trainer.max_steps=1"))
     main(["export", f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}", f"--output_dir={tmp_path / 'model'}"])
     masks = MaskSet.load(tmp_path / "model" / "mask.safetensors").masks
     weights = find_weights(tiny_model(family))
+    assert masks.keys() == weights.keys()
+    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters())
+    for name, mask in masks.items():
+        assert not exported[name][~mask].any()
+        assert exported[name][mask].ne(0).float().mean() > 0.99
     assert all(follows(mask, weights[name].input_dim, Tiled(NM(2, 4), 8)) for name, mask in masks.items())
 
 

@@ -8,7 +8,7 @@ from leap_pl.base_model.config import load_config
 from leap_pl.base_model.tokenizer import load_tokenizer
 from leap_pl.data.hub import HubDataset
 from leap_pl.errors import UserError
-from leap_pl.inputs.hub import PATIENCE, check_reachable
+from leap_pl.inputs.hub import TIMEOUT, check_reachable
 
 
 class Unreachable(OSError):  # noqa: N818
@@ -39,7 +39,7 @@ def test_a_model_on_a_hub_that_is_out_of_reach(load, asked: list[tuple[str, floa
         UserError, match=r"org/none could not be fetched from the hub: .*not known.* give a local folder"
     ):
         load("org/none")
-    assert asked == [(huggingface_hub.hf_hub_url("org/none", "config.json", repo_type="model"), PATIENCE)]
+    assert asked == [(huggingface_hub.hf_hub_url("org/none", "config.json", repo_type="model"), TIMEOUT)]
 
 
 def test_a_dataset_on_a_hub_that_is_out_of_reach(asked: list[tuple[str, float]]) -> None:

@@ -160,11 +160,11 @@ def test_new_keys_are_no_new_kernel() -> None:
             given |= {
                 "partials": tensor,
                 "grad_sums": tensor,
-                "starts": (masks.plain(0),) * 3,
+                "starts": (masks.unspecialized(0),) * 3,
                 "slope": 1.0,
                 "sharpness": 2.0,
             }
-            given |= dict.fromkeys(("heights", "widths", "keys_0", "keys_1"), tuple(map(masks.plain, keys)))
+            given |= dict.fromkeys(("heights", "widths", "keys_0", "keys_1"), tuple(map(masks.unspecialized, keys)))
             given |= {"COUNT": 2, "ROWS": 8, "COLUMNS": 256, "ALIGNED": True}
             return bind(*(given[name] for name in kernel.signature.parameters))[1]
 

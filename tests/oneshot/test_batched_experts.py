@@ -112,14 +112,19 @@ def test_hessians_are_of_the_same_rows() -> None:
     model, blocks_NT = llama4(), tokens(2, 12)
     expected = routed(model, blocks_NT)
     matrices = [[matrix for matrix in all_matrices(model) if matrix.weight.layer == layer] for layer in range(2)]
+    compared = 0
     with Walk(model, blocks_NT, WalkOptions(keep=True)) as walk:
         for layer in walk:
             found = walk.observe(layer, matrices[layer], gram=True, advance=True)
             for matrix in matrices[layer]:
-                if matrix.expert is not None and "gate_up" in matrix.name and matrix.name in found:
+                if matrix.expert is not None and "gate_up" in matrix.name:
                     rows = expected[layer][matrix.expert]
-                    assert found[matrix.name].count == len(rows)
-                    torch.testing.assert_close(found[matrix.name].gram, rows.T @ rows, rtol=1e-3, atol=1e-5)
+                    assert (matrix.name in found) == bool(len(rows))
+                    if len(rows):
+                        assert found[matrix.name].count == len(rows)
+                        torch.testing.assert_close(found[matrix.name].gram, rows.T @ rows, rtol=1e-3, atol=1e-5)
+                        compared += 1
+    assert compared > 2
 
 
 def test_gradients_are_those_of_the_tokens_that_an_expert_gets() -> None:

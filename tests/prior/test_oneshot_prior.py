@@ -211,7 +211,7 @@ def test_a_batch_of_the_whole_model_holds_few_tokens(batch: int | None, seq_leng
     data: Any = Data()
     if batch is not None:
         data.batch_size = batch
-    assert prior_module._whole_model_batch(data, torch.zeros(16, seq_length)) == together
+    assert prior_module._fisher_batch(data, torch.zeros(16, seq_length)) == together
 
 
 @pytest.mark.usefixtures("eager")

@@ -11,6 +11,7 @@ import torch
 from conftest import Run, fit_flags, refused
 
 from leap_pl import LeapModule
+from leap_pl.checkpoints.layout import masks_from_checkpoint
 from leap_pl.cli.fit import LeapCLI
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
@@ -117,6 +118,9 @@ def test_the_command_line_takes_no_code(
     places = [place for place in strings(base) if place[0] in heads and place[1] not in ("shapes", "input_dims")]
     assert len(places) > 20
     path = tmp_path / "planted.ckpt"
+    torch.save(base, path)
+    main([verb, *words_of(finished, tmp_path, path)])
+    assert ended == [False]  # as it is, the checkpoint is taken
     for place in places:
         torch.save(with_planted(base, place, PAYLOADS[payload]), path)
         try:
@@ -134,6 +138,9 @@ def test_what_reads_a_checkpoint_runs_no_code(
 ) -> None:
     """export and compare read the mask, load_from_checkpoint the module: of every string everywhere."""
     path = tmp_path / "planted.ckpt"
+    torch.save(checkpoint, path)
+    LeapModule.load_from_checkpoint(path)
+    masks_from_checkpoint(path)
     for place in strings(checkpoint):
         torch.save(with_planted(checkpoint, place, PAYLOADS[payload]), path)
         try:
@@ -142,8 +149,6 @@ def test_what_reads_a_checkpoint_runs_no_code(
             assert "\n" not in str(error)
         assert not planted(), place
         try:
-            from leap_pl.checkpoints.layout import masks_from_checkpoint
-
             masks_from_checkpoint(path).save(tmp_path / "mask.safetensors")
         except UserError as error:
             assert "\n" not in str(error)
@@ -154,6 +159,9 @@ def test_what_reads_a_checkpoint_runs_no_code(
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_a_whole_run_runs_no_code(checkpoint, finished: Run, tmp_path: Path, planted, capsys, payload: str) -> None:
     """What Lightning restores: callbacks, loops, optimizer, schedule and data, each with code at all its strings."""
+    path = tmp_path / "as-it-is.ckpt"
+    torch.save(checkpoint, path)
+    main(["fit", *words_of(finished, tmp_path / "as-it-is", path)])
     for head in (
         "callbacks",
         "loops",

@@ -220,12 +220,15 @@ def test_workers_and_streams(
     words = flags(model_folder, text, tmp_path / "run", *more, "--ckpt_path=last")
 
     def to_all() -> None:
-        for child in multiprocessing.active_children():
+        children.extend(multiprocessing.active_children())
+        for child in children:
             os.kill(child.pid or 0, number)
         os.kill(os.getpid(), number)
 
+    children: list[Any] = []
     with monkeypatch.context() as patch:
         at_call(patch, "training_step", 5, to_all)
         stopped(words, 128 + number)
+    assert len(children) >= workers
     main(words)
     same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))

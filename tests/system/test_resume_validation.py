@@ -308,7 +308,7 @@ def test_a_sanity_check_of_a_part_does_not_stand_for_the_whole(
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
 def test_the_digest_of_tokens_knows_neither_order_nor_batches(order: list[int]) -> None:
-    from leap_pl.training.validation import Validation, described
+    from leap_pl.training.validation import Validation, describe_sequences
 
     generator = torch.Generator().manual_seed(0)
     sequences = torch.randint(0, 100, (4, 8), generator=generator)
@@ -318,7 +318,7 @@ def test_the_digest_of_tokens_knows_neither_order_nor_batches(order: list[int]) 
         ranks = [Validation(), Validation()]
         for place, batch in enumerate(batches):
             ranks[place % 2].batches.append(batch)
-        return described(ranks[0].measured_tokens() + ranks[1].measured_tokens())
+        return describe_sequences(ranks[0].measured_tokens() + ranks[1].measured_tokens())
 
     whole = digest(sequences)
     assert whole["sequences"] == 4

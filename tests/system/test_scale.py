@@ -68,6 +68,12 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-7, msg=name)
 
 
+def assert_resumed(place: Place, name: str) -> None:
+    """A run from the start would end in the same bits, but write the checkpoint that this one began with."""
+    assert place.checkpoint(name, "step=4.ckpt").exists()
+    assert not place.checkpoint(name, "step=2.ckpt").exists()
+
+
 @pytest.mark.parametrize("name", ["ddp", "sharded", "folder"])
 def test_two_ranks_learn_what_one_learns(two, one, place: Place, name: str) -> None:
     for rank in two:
@@ -183,8 +189,9 @@ def test_one_file_format(two, one, place: Place) -> None:
 
 
 @pytest.mark.parametrize("name", ["of-folder", "of-one", "ddp-of-sharded"])
-def test_two_ranks_go_on(two, one, name: str) -> None:
+def test_two_ranks_go_on(two, one, place: Place, name: str) -> None:
     """From step 2: of a folder, of one process's file, and without shards of a sharded run's."""
+    assert_resumed(place, name)
     assert_same(two[1][name]["logits"], one)
 
 
@@ -217,18 +224,21 @@ def test_python_reads_a_folder_and_one_device_does_not_go_on_from_it(two, place:
         trainer.fit(again, data, ckpt_path=folder)
 
 
-def test_four_ranks_go_on_where_two_stopped(four, one) -> None:
+def test_four_ranks_go_on_where_two_stopped(four, one, place: Place) -> None:
+    assert_resumed(place, "four-of-folder")
     assert_same(four[2]["four-of-folder"]["logits"], one)
 
 
 def test_one_process_goes_on_where_two_stopped(two, one, place: Place, tmp_path: Path) -> None:
     found = place.one("one-of-sharded", f"--ckpt_path={place.checkpoint('sharded', 'step=2.ckpt')}")
+    assert_resumed(place, "one-of-sharded")
     assert_same(found, one)
     from leap_pl.cli.consolidate import consolidate_command
 
     file = tmp_path / "one.ckpt"
     consolidate_command(str(place.checkpoint("folder", "step=2.ckpt")), str(file))
     assert_same(place.one("one-of-folder", f"--ckpt_path={file}"), one)
+    assert_resumed(place, "one-of-folder")
 
 
 def test_a_folder_is_exported(two, place: Place, tmp_path: Path) -> None:

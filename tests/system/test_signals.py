@@ -29,13 +29,13 @@ def send(number: int) -> None:
 def test_a_signal_is_noted_and_heeded_later(capfd) -> None:
     signals = StopSignals()
     signals.install()
-    signals.at_once, signals.word = False, "so be it."
-    signals.heed()
+    signals.at_once, signals.message = False, "so be it."
+    signals.raise_pending()
     send(signal.SIGUSR1)
     assert signals.asked == signal.SIGUSR1
     assert capfd.readouterr().err == "\nSIGUSR1: so be it.\n"
     with pytest.raises(Stopped) as caught:
-        signals.heed()
+        signals.raise_pending()
     assert caught.value.code == 138
     assert isinstance(caught.value, SystemExit)
 
@@ -53,7 +53,7 @@ def test_one_signal_that_comes_twice_is_one(capfd, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("leap_pl.checkpoints.signals.SAME_PRESS", 60.0)  # however busy the machine is
     signals = StopSignals()
     signals.install()
-    signals.at_once, signals.word = False, "noted."
+    signals.at_once, signals.message = False, "noted."
     for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
         send(number)
     assert signals.asked == signal.SIGTERM

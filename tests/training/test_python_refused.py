@@ -21,7 +21,7 @@ from leap_pl import LeapModule, MaskSet, UserError
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import model_fingerprint
 from leap_pl.callbacks import MaskExport
-from leap_pl.checkpoints.class_spec import described
+from leap_pl.checkpoints.class_spec import describe
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.plain import made_plain
 from leap_pl.errors import warn_once
@@ -254,7 +254,7 @@ class Squared(Term):
 def test_arguments_that_constructors_pass_on_are_settings_too(
     model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    assert described(Squared(weight=0.5), {}, settings_only=True)["init_args"] == {"power": 2.0, "weight": 0.5}
+    assert describe(Squared(weight=0.5), {}, settings_only=True)["init_args"] == {"power": 2.0, "weight": 0.5}
     with pytest.raises(TypeError, match="lacks power"):
         trainer(max_steps=1).fit(
             LeapModule(str(model_folder), gate=Starred, prior=Prior(method="none")), data(text_file)

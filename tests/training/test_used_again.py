@@ -62,8 +62,11 @@ def test_a_used_module_and_trainer_resume(module: LeapModule, text_file: Path, t
     saved = Checkpoints(str(tmp_path / "run"), every_n_train_steps=1, save_top_k=-1)
     text = data(text_file)
     trainer(saved, max_steps=2).fit(module, text)
-    first = min((tmp_path / "run").glob("*step=1*.ckpt"), default=None) or min((tmp_path / "run").glob("*.ckpt"))
+    (first,) = (tmp_path / "run").glob("*step=1*.ckpt")
     learned = {name: gate.logits.detach().clone() for name, gate in module.gates.items()}
+    with torch.no_grad():
+        for gate in module.gates.values():
+            gate.logits.zero_()  # else a run that trains nothing would end with them too
     trainer(max_steps=2).fit(module, text, ckpt_path=str(first))
     for name, gate in module.gates.items():
         assert torch.equal(gate.logits, learned[name])
@@ -157,7 +160,7 @@ def test_what_a_mask_says_after_other_checkpoints_and_refused_fits(
     assert module.mask_set().provenance == before
     first = min((tmp_path / "run").glob("*step=1*.ckpt"))
     trainer().validate(module, text, ckpt_path=str(first), verbose=False)
-    assert module.mask_set().provenance.config.get("steps") != 2
+    assert module.mask_set().provenance.config["steps"] == 1
 
 
 def test_an_optimizer_may_look_at_its_parameters(model_folder: Path, text_file: Path) -> None:
