@@ -23,8 +23,8 @@ _ROOMS = {
     "UserError": "leap_pl.errors",
 }
 
-# Modules of the layout in which all lay in one folder, and where they are: a config saved then names its classes by
-# these: PackedAdamW of the old optimizer module. Modules that kept their name, or a room with it, need no row.
+# Former names of modules, which configs saved by earlier versions contain in class paths → their current names.
+# Modules that kept their name, or became a package of that name, need no row.
 _MOVED = {
     "module": "leap_pl.training.module",
     "objective": "leap_pl.losses.objective",

@@ -18,6 +18,11 @@ def listing(names: list[str], most: int = 12) -> str:
     return f"{shown}, and {len(names) - most} more" if len(names) > most else shown
 
 
+def one_line(error: object, most: int | None = None) -> str:
+    """Return the text of ``error`` on one line, or its type's name if it has none: at most ``most`` characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:most]
+
+
 @cache
 def warn_once(message: str) -> None:
     """Warn with ``message``, once per process: for fallbacks when another library has changed."""

@@ -92,7 +92,7 @@ def _of_config(config: Any, *names: str) -> Any:
 def body_of(causal: Any) -> Any:
     """Return the model without its head, whose result has the last hidden states.
 
-    The text model of Llama 4 names the prefix of the multimodal one, and by that is its own base model.
+    Llama 4's text model has the ``base_model_prefix`` of the multimodal model, so its ``base_model`` is itself.
     """
     body = getattr(causal, "base_model", causal)
     return causal.model if body is causal and hasattr(causal, "model") else body
@@ -188,10 +188,10 @@ def _agrees(causal: Any, head: Head) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.02, atol=0.02)
 
 
-def keep_scale(model: nn.Module) -> None:
-    """Keep RWKV from dividing weights in place, and its hidden states to match, when it is first used in eval mode.
+def disable_rescaling(model: nn.Module) -> None:
+    """Keep RWKV from dividing its weights in place, and its hidden states to match, on first use in eval mode.
 
-    That only helps float16, and would change the weights that are pruned, trained and saved.
+    The division only helps float16, and would change the weights that are pruned, trained and saved.
     """
     for module in model.modules():
         if hasattr(type(module), "_rescale_layers"):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from leap_pl.base_model.stored_weights import StoredWeights
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, one_line
 from leap_pl.inputs.reading import check_regular, open_regular
 
 MOST_ITEMS = 1 << 22  # in all lists together: the reader creates an object for each; Gemma has 1.3 million
@@ -51,7 +51,7 @@ def read_structure(path: Path) -> GgufFile:
         try:
             return _Reader(file, size).read()
         except (_DamagedError, struct.error, UnicodeDecodeError, OSError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(
                 f"base model {path} could not be read: it is not a valid GGUF file ({reason}). Check that the files "
                 "are complete."

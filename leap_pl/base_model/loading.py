@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from leap_pl.base_model.backbone import keep_scale
+from leap_pl.base_model.backbone import disable_rescaling
 from leap_pl.base_model.config import is_packed_config, left_out, load_config
 from leap_pl.base_model.model_sizes import check_skeleton
 from leap_pl.base_model.place import locate, reading, stored_weights
@@ -44,8 +44,8 @@ def load_model(
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UserError: The model does not exist, cannot be reached or read, or is quantised in a format that transformers
-            does not turn into plain weights.
+        UserError: The model does not exist, cannot be reached or read, is no causal language model, lacks weights, or
+            is quantised in a format that transformers does not turn into plain weights.
     """
     load = _load_float16 if dtype == "float16" else partial(_load, dtype=dtype)
     return load(name, revision=revision, dropout=dropout, memory=memory, trust_remote_code=trust_remote_code)
@@ -104,7 +104,7 @@ def _load(
             _take_buffers(model, quantised)
             model.tie_weights()
             model.generation_config = quantised.generation_config
-    keep_scale(model)
+    disable_rescaling(model)
     return model.eval()
 
 
@@ -166,5 +166,5 @@ def _check_complete(found: dict[str, Any], name: str) -> None:
 def _disable_dropout(config: "PreTrainedConfig") -> None:
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in part.to_dict().items():
-            if ("drop" in key) and isinstance(value, float):
+            if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from leap_pl.base_model.gguf_structure import GgufFile, read_structure
 from leap_pl.base_model.model_sizes import check_settings
 from leap_pl.base_model.stored_weights import StoredWeights, check_sizes, read_settings, read_shapes
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError, listing, one_line
 from leap_pl.inputs.hub import check_reachable, gated
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
@@ -43,7 +43,11 @@ def name_of_model(typed: str | None, recorded: str, *, trust_remote_code: bool) 
 
 
 def locate(name: str) -> tuple[str, str | None]:
-    """Return the folder or hub id to pass to transformers, and the name of the GGUF file in it, if any."""
+    """Return the folder or hub id to pass to transformers, and the name of the GGUF file in it, if any.
+
+    Raises:
+        UserError: ``name`` is a path, at which there is no model.
+    """
     path = expanded(name)
     note_input(path)
     if path.suffix.lower() == ".gguf":
@@ -146,7 +150,12 @@ def reading(what: str, name: str) -> Iterator[None]:
             ) from error
         if refused := gated(error):
             raise UserError(f"{what} {name} could not be fetched from the hub: {refused}") from error
-        reason = " ".join(str(error).split())
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{what} {name} comes with code of its own, which is not run unless you allow it. Read that code; if you "
+                "trust it, add --trust_remote_code true (fit, recover and validate: --model.trust_remote_code true)."
+            ) from error
+        reason = one_line(error)
         if not isinstance(error, _CLEAR_ERRORS):
             reason = f"{type(error).__name__}: {reason}"
         reason = re.sub(r" for this kind of AutoModel.*", ", which is not a causal language model.", reason)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError, listing, one_line
 from leap_pl.inputs.reading import MOST_DESCRIPTION, MOST_INDEX, check_regular, read_json
 
 PACKED_METHOD = "leap_pl"  # `quant_method` in the config of a model with packed weights (leap_pl.sparse)
@@ -134,7 +134,7 @@ def _read(file: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
                         shapes[name] = tuple(part.get_shape())
                         packed |= not str(part.get_dtype()).startswith(("F", "BF"))
         except (SafetensorError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise UserError(
                 f"base model {file} could not be read: {reason} Check that the files are complete."
             ) from error

@@ -119,8 +119,6 @@ def find_weights(
         )
         if wanted and not _matches(ignore, candidate):
             found[name] = candidate
-    if found:  # else nothing matches, which is said below
-        _check_each_matches(targets or (), ignore, candidates, type(model).__name__)
     if not found:
         asked = "the default (linears of the decoder blocks)" if targets is None else listing([*targets], 4)
         projections = sorted({f"re:.*{re.escape(w.projection)}" for w in candidates.values() if w.layer is not None})
@@ -128,6 +126,7 @@ def find_weights(
             f"nothing to gate: {asked}{' without ' + ', '.join(ignore) if ignore else ''} matches no weight of "
             f"{type(model).__name__}. It has: {listing(projections, 20)}."
         )
+    _check_each_matches(targets or (), ignore, candidates, type(model).__name__)
     if targets is None:
         _warn_of_other_experts([name for name in candidates if name not in found], ignore, candidates)
     if once:
@@ -195,7 +194,7 @@ def _weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
                 yield f"{module_name}.{tensor}", module, tensor, parameter
 
 
-def check_numbers(model: nn.Module, what: str) -> None:
+def check_finite_weights(model: nn.Module, what: str) -> None:
     """Check that every weight of ``model``, which messages call ``what``, is finite.
 
     Raises:
@@ -286,10 +285,6 @@ def _matches(patterns: Sequence[str], weight: Weight) -> bool:
     return False
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Fingerprint
-
-
 def share_of_zeros(weights: Mapping[str, Weight]) -> float:
     """Return the share of the elements of ``weights`` that are 0; above :data:`MANY_ZEROS` in a pruned model."""
     total = sum(weight.parameter.numel() for weight in weights.values())
@@ -299,6 +294,10 @@ def share_of_zeros(weights: Mapping[str, Weight]) -> float:
 def is_sparse(weights: Mapping[str, Weight]) -> bool:
     """Return whether so many elements of ``weights`` are 0 that a model was pruned."""
     return share_of_zeros(weights) > MANY_ZEROS
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fingerprint
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

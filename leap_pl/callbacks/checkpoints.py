@@ -155,9 +155,9 @@ class Checkpoints(SavingCheckpoint):
     ) -> None:
         """Delay signals until the end of the micro-batch."""
         self.signals.at_once = False
-        self.signals.word = "a checkpoint is written after this micro-batch. The same signal again ends at once."
+        self.signals.message = "a checkpoint is written after this micro-batch. The same signal again ends at once."
         if batch_idx + 1 == trainer.max_steps * trainer.accumulate_grad_batches:
-            self.signals.word = "this is the last step, and the run finishes. The same signal again ends at once."
+            self.signals.message = "this is the last step, and the run finishes. The same signal again ends at once."
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -212,7 +212,7 @@ class Checkpoints(SavingCheckpoint):
         self.signals.at_once = False
         if self._running and not self._finishing(trainer) and (stopped or waiting):
             self._running = False
-            self.signals.word = "a checkpoint is being written. The same signal again ends at once."
+            self.signals.message = "a checkpoint is being written. The same signal again ends at once."
             self.save(trainer)
         else:
             super().on_exception(trainer, pl_module, exception)
@@ -272,7 +272,7 @@ class Checkpoints(SavingCheckpoint):
         return bool(self._greatest(trainer, int(mine and trainer.is_global_zero)))  # of one clock
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the state of a run that saved at other intervals: its newest checkpoints are this run's to remove."""
+        """Adopt the state of a run with other intervals: its newest checkpoints are counted and removed by this one."""
         states = checkpoint.get("callbacks") or {}
         same = f"{type(self).__qualname__}{{'monitor': {self.monitor!r}, 'mode': {self.mode!r}, "
         former = [key for key in states if str(key).startswith(same)]
@@ -294,14 +294,14 @@ class Checkpoints(SavingCheckpoint):
     def _stop_if_signalled(self, trainer: L.Trainer) -> None:
         """Stop if any rank received a signal, on all ranks after the same micro-batch."""
         self.signals.asked = self._greatest(trainer, self.signals.asked or 0) or None
-        self.signals.heed()
+        self.signals.raise_pending()
 
     def _greatest(self, trainer: L.Trainer, number: int) -> int:
         """Return the greatest ``number`` of all ranks, which exchange it on the host: no device waits for it."""
         if trainer.world_size == 1:
             return number
         if self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=RankZero.PATIENCE)
+            self._group = dist.new_group(backend="gloo", timeout=RankZero.TIMEOUT)
         numbers = torch.tensor([number], device="cpu")
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
         return int(numbers)

@@ -78,10 +78,10 @@ class SparsityLogger(L.Callback):
                                 mask M last chosen: of all, by decoder block and by projection
     ==========================  ==========================================================================
 
-    Hard metrics describe the mask at exactly the target sparsity, estimated from evenly spaced logits, but for
-    ``moved/…`` of a run that learns the mask too, for which all are ranked;
-    soft metrics cover all weights, in the last micro-batch. TensorBoard also gets histograms of αθ/τ, pictures of the
-    soft density by layer and projection, a custom-scalars page, and the hyperparameters with the final perplexities.
+    Hard metrics describe the mask at exactly the target sparsity, estimated from evenly spaced logits; ``moved/…`` of a
+    run that also learns the mask ranks all logits. Soft metrics cover all weights, in the last micro-batch. TensorBoard
+    also gets histograms of αθ/τ, pictures of the soft density by layer and projection, a custom-scalars page, and the
+    hyperparameters with the final perplexities.
 
     There is one warning for each weight of which the hard mask keeps, or removes, almost nothing.
     """
@@ -98,6 +98,7 @@ class SparsityLogger(L.Callback):
         check_numbers({**numbers, "samples": samples}, "sparsity_log.")
         self.every_n_steps, self.histogram_every_n_steps = every_n_steps, histogram_every_n_steps
         self.samples = samples
+        self.stride = 1  # set when a run starts
         self.prior_bits: dict[str, Tensor] = {}
         self.last_bits: dict[str, Tensor] = {}
         self.last_stride: int | None = None  # of last_bits, which a run with other ``samples`` may have taken

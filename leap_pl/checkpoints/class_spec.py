@@ -18,7 +18,7 @@ Registry = Mapping[str, type]
 ANY_CLASS = ""  # class path of an unknown class, of which only the settings are compared
 
 
-def described(
+def describe(
     made: object, registry: Registry, values: Mapping[str, Any] | None = None, *, settings_only: bool = False
 ) -> Spec:
     """Return the class of ``made`` and those arguments of its constructor that it stores, as plain values.
@@ -41,14 +41,16 @@ def described(
     return {"class_path": kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 
-def found(spec: Any, registry: Registry, where: str, *, settings_only: bool = False) -> tuple[type, dict[str, Any]]:
+def resolve_class(
+    spec: Any, registry: Registry, where: str, *, settings_only: bool = False
+) -> tuple[type, dict[str, Any]]:
     """Return the class that ``spec`` names in ``registry``, and the arguments of its constructor.
 
     Args:
         spec: A description from an untrusted source.
         registry: The classes that may be named.
         where: File and setting, for error messages.
-        settings_only: As in :func:`described`.
+        settings_only: As in :func:`describe`.
 
     Raises:
         UserError: If ``spec`` is not a description, or names a class that is not in the registry, an argument that its
@@ -136,7 +138,7 @@ def _plain(value: Any, registry: Registry) -> tuple[Any] | None:
         items = [_plain(item, registry) for item in value]
         return None if None in items else ([item[0] for item in items if item is not None],)
     if type(value).__name__ in registry:  # a schedule of schedules
-        return (described(value, registry),)
+        return (describe(value, registry),)
     if callable(value) and hasattr(value, "__qualname__"):  # its name is only compared, never looked up
         return (f"{value.__module__}.{value.__qualname__}",)
     return None

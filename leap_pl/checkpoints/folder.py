@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import by_weight, check_complete, load_checkpoint
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, one_line
 from leap_pl.escape import terminal
 
 # The unpickler that is written in Python, whose instructions can be checked one by one.
@@ -216,7 +216,7 @@ def _damage_in_one_line(folder: str | Path) -> Iterator[None]:
     except (Exception, CheckpointException) as error:
         raise UserError(
             f"{folder} is incomplete or damaged, or holds more than tensors and plain values "
-            f"({' '.join(str(error).split())[:160]}). Take the checkpoint before it."
+            f"({one_line(error, 160)}). Take the checkpoint before it."
         ) from error
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from leap_pl.checkpoints.identity import KEY, Identity, read_identity
 from leap_pl.checkpoints.rewind import batch_counts
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError, listing, one_line
 from leap_pl.gates import PART, Gates, Stored, restore
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.register import note_input
@@ -267,7 +267,7 @@ def masks_from_checkpoint(path: str | Path) -> MaskSet:
         raise
     except Exception as error:  # an identity that does not match the logits can make anything fail
         raise UserError(
-            f"{path} holds logits that do not fit its own settings ({' '.join(str(error).split())[:120]}). "
+            f"{path} holds logits that do not fit its own settings ({one_line(error, 120)}). "
             "Take the checkpoint before it."
         ) from error
 

@@ -130,7 +130,7 @@ MASK_SETTINGS = (
 Settings = dict[str, Any]  # "model.sparsity" → a plain value
 
 
-def taken(settings: Mapping[str, Any]) -> Settings:
+def settings_to_store(settings: Mapping[str, Any]) -> Settings:
     """Return those of ``settings``, by their names in the table, that a checkpoint stores for a resumed run."""
     return {name: value for name, value in settings.items() if RULES[name] != "free"}
 

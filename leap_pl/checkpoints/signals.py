@@ -28,14 +28,14 @@ class StopSignals:
     Attributes:
         asked: Number of the recorded signal; None if there was none.
         at_once: Whether to stop immediately, since no work would be lost.
-        word: Message for standard error when a signal is recorded.
+        message: Text for standard error when a signal is recorded.
     """
 
     def __init__(self) -> None:
         self.numbers: set[int] = set(STOPPING)
         self.asked: int | None = None
         self.at_once = True
-        self.word = ""
+        self.message = ""
         self._active = False
         self._noted: dict[int, float] = {}
         self._before: dict[int, Any] = {}
@@ -64,7 +64,7 @@ class StopSignals:
             except ValueError:
                 return
 
-    def heed(self) -> None:
+    def raise_pending(self) -> None:
         """Raise :class:`Stopped` if a signal was recorded.
 
         Raises:
@@ -87,9 +87,9 @@ class StopSignals:
         self.asked = number
         if self.at_once:
             raise Stopped(number)
-        if self.word:
+        if self.message:
             # Not print, which is not reentrant: the signal may interrupt a print.
-            os.write(2, f"\n{signal.Signals(number).name}: {self.word}\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name}: {self.message}\n".encode())
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         before: Callable[[int, FrameType | None], Any] | Any = self._before.get(number, signal.SIG_DFL)

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError, listing, one_line
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.ranges import INSIDE, NOT_NEGATIVE, POSITIVE, refusal
 from leap_pl.inputs.register import exists, note_input, running_verb
@@ -51,14 +51,14 @@ ONCE = {
 ELSEWHERE = {"learning_rate": "optimizer.lr"}
 
 
-def one_line(error: Exception, options: Collection[str] = ()) -> str:
-    """Return the parser's message in one line, without layout and Python: the key, what was found, what is valid.
+def parser_message(error: Exception, options: Collection[str] = ()) -> str:
+    """Return the message of a parser's ``error`` on one line, without Python: the key, what was found, what is valid.
 
     Args:
         error: Exception raised by the parser.
         options: Existing options, to suggest one for a mistyped option.
     """
-    text = " ".join(str(error).split())
+    text = one_line(error)
     strange = re.match(r"[Uu]nrecognized arguments: (\S+)", text)
     if strange:
         return _unknown(strange[1], options)
@@ -159,9 +159,7 @@ def _missing(keys: Sequence[str]) -> str:
 def _unknown_key(within: str, name: str, options: Collection[str]) -> str:
     """Return the message for a key of a config, ``within`` a class or at the top, that no setting has."""
     near = _nearest(f"--{within}{name}", options)
-    return (
-        f"there is no setting {within}{name}.{f' Did you mean {near[2:]}?' if near else ''} --help lists all options."
-    )
+    return f"there is no setting {within}{name}.{f' Did you mean {near[2:]}?' if near else ''} --help all lists them."
 
 
 def _nearest(name: str, options: Collection[str]) -> str | None:
@@ -200,7 +198,7 @@ def _unknown(word: str, options: Collection[str]) -> str:
             "list is typed as one: a,b or '[a, b]', as its --help says."
         )
     near = _nearest(name, options)
-    return f"there is no option {name}.{f' Did you mean {near}?' if near else ''} --help lists all options."
+    return f"there is no option {name}.{f' Did you mean {near}?' if near else ''} --help all lists them."
 
 
 def with_recipes(words: Sequence[str]) -> list[str]:
@@ -287,7 +285,7 @@ def check_configs(words: Sequence[str]) -> dict[str, dict[Any, Any]]:
         except UserError:
             raise
         except (ValueError, RecursionError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(
                 f"--config {name} is not valid YAML ({reason[:200]}). Fix it, or give another file."
             ) from error
@@ -315,9 +313,7 @@ def check_keys(configs: Mapping[str, Mapping[Any, Any]], options: Collection[str
 
             near = get_close_matches(strange[0], known, 1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise UserError(
-                f"--config {name}: there is no setting {shown(strange[0])}.{hint} --help lists all options."
-            )
+            raise UserError(f"--config {name}: there is no setting {shown(strange[0])}.{hint} --help all lists them.")
 
 
 def typed_options(words: Sequence[str]) -> frozenset[str]:
@@ -393,7 +389,7 @@ def check_classes(settings: Namespace) -> None:
             raise UserError(
                 f"model.{name} is {getattr(found, '__module__', '')}.{what}, but must be a subclass of {base.__name__}"
                 f"{' that is not abstract' if isabstract(found) else ''}. "
-                "leap_pl fit --help lists the available classes."
+                "leap_pl fit --help all lists the available classes."
             )
 
 

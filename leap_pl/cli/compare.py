@@ -52,9 +52,10 @@ def compare_command(
     from leap_pl.comparison.verdict import verdict
     from leap_pl.escape import markdown
     from leap_pl.files import atomic_folder
+    from leap_pl.inputs.register import listed
     from leap_pl.oneshot.methods import METHODS
 
-    measured_against = {*(METHODS if baselines is None else [name.strip() for name in baselines.split(",")])}
+    measured_against = {*(METHODS if baselines is None else listed(baselines))}
     if "" in measured_against:
         raise UserError(f"--baselines {baselines!r} has an empty entry. Separate entries by single commas.")
     entries = read_entries(results)

@@ -211,7 +211,7 @@ def _perplexity(
     seq_length: int,
     stride: int | None,
     max_tokens: int | None,
-    share: str,
+    share: Literal["all", "held_out"],
     text_column: str,
     of_hub: dict[str, Any],
     bos: Bos,
@@ -267,7 +267,7 @@ def _names(given: str | None, flag: str) -> list[str]:
     names = [] if given is None else listed(given)
     if not all(names):
         raise UserError(f"{flag} {given!r} has an empty entry. Separate entries by single commas.")
-    return list(dict.fromkeys(name for name in names if name))
+    return list(dict.fromkeys(names))
 
 
 def _tasks_folder(given: str | None) -> str | None:

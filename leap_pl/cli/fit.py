@@ -29,7 +29,7 @@ from leap_pl.cli.process import set_up_process
 from leap_pl.cli.resumable_cli import LeapParser, ResumableCLI
 from leap_pl.cli.run_errors import errors_of_run, package_in, refusal
 from leap_pl.cli.trainer import TRAINER_DEFAULTS, ConfigOfFit, check_trainer
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError, listing, one_line
 from leap_pl.escape import say
 from leap_pl.gates import FixedGate
 from leap_pl.inputs.register import running_verb
@@ -153,7 +153,7 @@ class LeapCLI(ResumableCLI):
         except TypeError as error:
             if "devices" not in str(error):
                 raise
-            raise UserError(f"trainer.devices: {' '.join(str(error).split())} Give a number of devices.") from error
+            raise UserError(f"trainer.devices: {one_line(error)} Give a number of devices.") from error
         check_trainer(trainer)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):

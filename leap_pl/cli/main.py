@@ -248,7 +248,7 @@ def settings_of(name: str, function: Callable[..., Any], words: list[str]) -> di
     from argparse import ArgumentError
     from inspect import signature
 
-    from leap_pl.cli.arguments import check_configs, check_keys, one_line, options_of
+    from leap_pl.cli.arguments import check_configs, check_keys, options_of, parser_message
     from leap_pl.inputs.ranges import check_numbers
 
     parser = _parser(name, function)
@@ -261,7 +261,7 @@ def settings_of(name: str, function: Callable[..., Any], words: list[str]) -> di
     try:
         settings = parser.parse_args(words).as_dict()
     except ArgumentError as error:
-        raise UserError(_paths_back(one_line(error, options_of(parser)), paths)) from error
+        raise UserError(_paths_back(parser_message(error, options_of(parser)), paths)) from error
     settings = _paths_back(settings, paths)
     settings.pop("config", None)
     check_numbers(settings, f"{name}.", "--")

@@ -81,7 +81,7 @@ def prune_command(
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
-    batch_size: PositiveInt = 4,
+    batch_size: PositiveInt | None = None,
     offload: bool = True,
     force: bool = False,
     **options: Any,
@@ -124,7 +124,8 @@ def prune_command(
         revision: Revision of the model on the hub; a local model has none.
         trust_remote_code: Run code that comes with the model.
         device: Device on which one block at a time is computed: cpu, cuda …; auto uses a GPU if there is one.
-        batch_size: Number of sequences in one forward pass of a block.
+        batch_size: Number of sequences in one forward pass of a block: by default 4; with fisher, which keeps the
+            activations of all blocks, as many as have 4096 tokens, at most 4.
         offload: Keep the activations between blocks in CPU memory.
         force: Replace OUTPUT_DIR if it is not empty.
         options: Options of the method, by their names in the table of methods.
@@ -141,14 +142,15 @@ def prune_command(
     from leap_pl.base_model.sequence_length import check_sequence_length
     from leap_pl.base_model.tokenizer import load_tokenizer
     from leap_pl.base_model.tokenizer_files import check_links
-    from leap_pl.base_model.weights import check_numbers, find_weights
-    from leap_pl.cli.device import check_device
+    from leap_pl.base_model.weights import check_finite_weights, find_weights
+    from leap_pl.cli.device import check_device, device_name
     from leap_pl.data.messages import for_options
     from leap_pl.data.source import TextSource
     from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet
     from leap_pl.masks.patterns import NM, parse_pattern
     from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
+    from leap_pl.oneshot.fisher import whole_model_batch
     from leap_pl.oneshot.prune import prune
     from leap_pl.oneshot.walk import WalkOptions
 
@@ -193,7 +195,7 @@ def prune_command(
         if asked.updates:  # a model is written
             check_links(model)
         base = load_model(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-        check_numbers(base, f"base model {model}")
+        check_finite_weights(base, f"base model {model}")
         weights = find_weights(base, targets, ignore or ())
         if kept_mask is not None:
             kept_mask.check(base, weights)
@@ -221,6 +223,7 @@ def prune_command(
                 raise UserError(for_options(str(error), PARAMETERS)) from error
             begun = record_of(bos, tokenizer)
             first_target = max(len(prefix_of(tokenizer)) if bos == "every" else 0, 1)
+        usual = WalkOptions().batch_size if fisher is None else whole_model_batch(seq_length)
         pruned = prune(
             base,
             tokens,
@@ -232,7 +235,7 @@ def prune_command(
             mask=kept_mask,
             weights=weights,
             options=settings,
-            walk=WalkOptions(batch_size, _device(device), offload, first_target=first_target),
+            walk=WalkOptions(batch_size or usual, device_name(device), offload, first_target=first_target),
             base_model=model,
             revision=revision,
         )
@@ -259,14 +262,6 @@ def _fisher(strength: float, row_strength: float) -> Any:
     if not 0 <= row_strength <= 1:
         raise UserError(f"--fisher_rows {row_strength:g}: give a number from 0 to 1.")
     return FisherOptions(strength, row_strength)
-
-
-def _device(device: str) -> str | None:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else None
-    return device
 
 
 def _write(

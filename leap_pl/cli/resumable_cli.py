@@ -18,8 +18,8 @@ from leap_pl.cli.arguments import (
     check_configs,
     check_groups,
     check_keys,
-    one_line,
     options_of,
+    parser_message,
     plain,
     setting_of,
 )
@@ -158,7 +158,7 @@ class ResumableCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             known = self.parsers.get(words[0] if words else None, parser)
-            raise UserError(one_line(error, options_of(known))) from error
+            raise UserError(parser_message(error, options_of(known))) from error
 
     def _take_last(self, words: list[str], folder: str | None) -> dict[str, UserError]:
         """Take the settings of the newest checkpoint in ``folder``, which ``words`` or their configs name, if any.

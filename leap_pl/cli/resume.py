@@ -14,7 +14,11 @@ LINKED = ("data.tokenizer", "data.tokenizer_revision")  # set by the model's set
 
 
 def find_last(verb: str, folder: str | None) -> tuple[str, tuple[Path, dict[str, Any]] | None]:
-    """Return a message on what the run starts from, and the newest intact checkpoint in ``folder`` or None."""
+    """Return a message on what the run starts from, and the newest intact checkpoint in ``folder`` or None.
+
+    Raises:
+        UserError: There is no folder; or it has no intact checkpoint, and ``verb`` is not ``fit``.
+    """
     if folder is None:
         raise UserError(
             "to resume from the last checkpoint (--ckpt_path last, or a requeued job), its folder must be the same in "

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from leap_pl.cli.arguments import one_line
+from leap_pl.cli.arguments import parser_message
 from leap_pl.cli.process import UNWRITABLE
 from leap_pl.distributed.strategy import lost_a_rank
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, one_line
 
 PACKAGE = re.compile(r"pip install(?: -U)? ['\"]?([\w-]+)")  # in the errors of Lightning's optional classes
 
@@ -25,7 +25,7 @@ def errors_of_run() -> Iterator[None]:
     try:
         yield
     except ArgumentError as error:
-        raise UserError(one_line(error)) from error
+        raise UserError(parser_message(error)) from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory on the device: {str(error).splitlines()[0]} Add --model.activation_checkpointing true, as "
@@ -56,7 +56,7 @@ def errors_of_run() -> Iterator[None]:
 
 def package_in(error: Exception) -> str | None:
     """Return the package that the error of an optional class says to install, or None."""
-    found = PACKAGE.search(" ".join(str(error).split()))
+    found = PACKAGE.search(one_line(error))
     return None if found is None else found[1]
 
 
@@ -67,7 +67,7 @@ def refusal(error: Exception) -> UserError:
         cause = cause.__cause__  # jsonargparse wraps the errors of classes in a list
     if cause is not None:
         return cause
-    message = " ".join(str(error).split())
+    message = one_line(error)
     if "enable_checkpointing" in message:
         message = (
             "trainer.enable_checkpointing false conflicts with the checkpoints that fit writes. To write none, set "

@@ -117,7 +117,7 @@ def held_out_tokens(
             break
         enough *= 2
     if not read.strip():
-        raise UserError(f"{source.name} contains no text.")
+        raise UserError(f"{source.name} contains no text. Give another text.")
     return torch.tensor(tokens[:most], device="cpu")
 
 

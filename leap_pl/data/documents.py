@@ -120,12 +120,12 @@ def in_share(share: Share, shard: int, ordinal: int) -> bool:
 def decoded(raw: bytes) -> tuple[str, bool]:
     """Decode ``raw``, replacing invalid UTF-8 and NUL by U+FFFD; return the text and whether anything was replaced."""
     try:
-        return mended(raw.decode())
+        return repaired(raw.decode())
     except UnicodeDecodeError:
-        return mended(raw.decode(errors="replace"))[0], True
+        return repaired(raw.decode(errors="replace"))[0], True
 
 
-def mended(text: str) -> tuple[str, bool]:
+def repaired(text: str) -> tuple[str, bool]:
     """Replace NUL and lone surrogates, which tokenizers refuse, by U+FFFD; return the text and whether it had any."""
     whole = text.replace("\0", "\ufffd")
     if not whole.isascii():
@@ -144,7 +144,7 @@ def warn(message: str) -> None:
         warnings.warn(message, stacklevel=2)
 
 
-class Blemishes:
+class Defects:
     """Counter of the invalid records of a file, which are skipped or repaired.
 
     The first of each kind is reported at once, with its position; their number is reported at the end of the file.

@@ -15,14 +15,14 @@ from leap_pl.errors import UserError
 T = TypeVar("T")
 Numbers = npt.NDArray[np.int32]
 
-PATIENCE = 2.0  # seconds to wait for what another process makes, before this one makes it too
+TIMEOUT = 2.0  # seconds to wait for what another process makes, before this one makes it too
 
 
 class Exchange:
     """Exchange between processes that all need the same items processed: each processes a share of them.
 
     Items and results are the same for every process, so an exchange saves time and never changes a result. What does
-    not come within ``PATIENCE`` seconds, because its process has ended or is busy, is processed where it is needed: no
+    not come within ``TIMEOUT`` seconds, because its process has ended or is busy, is processed where it is needed: no
     process depends on another.
 
     Results pass through the store by which the processes found one another (``MASTER_ADDR``, ``MASTER_PORT``), over a
@@ -101,8 +101,8 @@ class Exchange:
         return result
 
     def _came(self, key: str) -> bool:
-        """Return whether ``key`` is in the store within ``PATIENCE`` seconds, of which torch's own wait would warn."""
-        end, pause = time.monotonic() + PATIENCE, 0.0005
+        """Return whether ``key`` is in the store within ``TIMEOUT`` seconds, of which torch's own wait would warn."""
+        end, pause = time.monotonic() + TIMEOUT, 0.0005
         while not self._store.check([key]):
             if time.monotonic() > end:
                 return False
@@ -115,6 +115,6 @@ def _connected() -> Any:
     """Return a connection to the store of the process group; None if there is none."""
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(address, port, timeout=timedelta(seconds=PATIENCE))  # type: ignore[attr-defined]
+        return dist.TCPStore(address, port, timeout=timedelta(seconds=TIMEOUT))  # type: ignore[attr-defined]
     except (KeyError, ValueError, RuntimeError):
         return None

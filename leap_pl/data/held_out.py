@@ -26,10 +26,13 @@ def held_out_blocks(stream: BlockStream, most: int, remedy: str = "") -> Tensor:
     try:
         blocks = [block.tokens for block in islice(stream.blocks(repeat=False), most)]
     except UserError as error:
-        advice = (for_validation(str(error)), remedy, "Or give another text with --data.validation_text, or disable")
-        raise UserError(
-            f"No validation text: {' '.join(filter(None, advice))} validation with --data.validation_sequences 0."
-        ) from error
+        sentences = (
+            f"No validation text: {for_validation(str(error))}",
+            remedy,
+            "Or give another text with --data.validation_text, or disable validation with "
+            "--data.validation_sequences 0.",
+        )
+        raise UserError(" ".join(filter(None, sentences))) from error
     if len(blocks) < most:
         warn(
             f"{stream.source.name}: the validation text makes {len(blocks)} blocks of {stream.seq_length} tokens, "

@@ -6,9 +6,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from leap_pl.data.documents import EMPTY, Document, Share, State, chained, digest_in, in_share, mended, warn
+from leap_pl.data.documents import EMPTY, Document, Share, State, chained, digest_in, in_share, repaired, warn
 from leap_pl.data.textless import OF_CHAT, Textless
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError, listing, one_line
 from leap_pl.inputs.hub import check_reachable, is_network_error
 from leap_pl.inputs.plain_values import shown
 
@@ -104,12 +104,14 @@ class HubDataset:
                             textless.found()
                         yield document
                 return EMPTY if here.get("digest") == "" else digest_in(here)
+            except UserError:
+                raise
             except Exception as error:
-                if isinstance(error, UserError):
-                    raise
                 place = f"{self.name}, shard {shard}, row {here['row']}"
                 if not is_network_error(error):
-                    raise UserError(f"{place}: the data cannot be read ({_short(error)}).") from error
+                    raise UserError(
+                        f"{place}: the data cannot be read ({_short(error)}). Give another dataset, or a local file."
+                    ) from error
                 tries += 1
                 if tries == TRIES:
                     raise UserError(
@@ -150,7 +152,7 @@ class HubDataset:
                     found = type(texts[index]).__name__
                     chat = OF_CHAT * isinstance(texts[index], list)
                     raise UserError(f"{self.name}: column {self.text_column!r} has {found}, not text.{chat}")
-                yield Document(mended(texts[index] or "")[0], after), after
+                yield Document(repaired(texts[index] or "")[0], after), after
             reader, skip = next_reader, 0
 
     def _open(self) -> Any:
@@ -223,5 +225,5 @@ def _set(module: Any, name: str, value: object) -> Iterator[None]:
 
 def _short(error: BaseException) -> str:
     """Return the message of ``error`` as one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     return text if len(text) <= 300 else f"{text[:300]}..."

@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 from leap_pl.data.documents import (
     EMPTY,
     HELD_OUT_ONE_IN,
-    Blemishes,
+    Defects,
     Document,
     Share,
     State,
@@ -23,7 +23,7 @@ from leap_pl.data.documents import (
     digest_in,
     hashed,
     in_share,
-    mended,
+    repaired,
 )
 from leap_pl.data.parquet import column_values, no_column
 from leap_pl.data.textless import OF_CHAT, Textless
@@ -121,7 +121,7 @@ class LocalFiles:
         return EMPTY if digest == "" else digest
 
     def _read_json_lines(self, shard: int, file: Path, state: State) -> Documents:
-        blemishes, digest = Blemishes(str(file), "line"), digest_in(state)
+        defects, digest = Defects(str(file), "line"), digest_in(state)
         line, byte = state.get("line", 0), state.get("byte", 0)
         none_good = line == 0  # of any share: a file is refused for what it is, not for one line
         textless = Textless(str(file), "line")
@@ -129,16 +129,16 @@ class LocalFiles:
             handle.seek(byte)
             while raw := handle.readline(LONGEST_LINE):
                 ordinal, line, byte = line, line + 1, byte + len(raw)
-                textless.read(why=blemishes.first_skipped)
+                textless.read(why=defects.first_skipped)
                 rest = _skip_rest(handle, raw, textless)
                 byte += rest
                 digest = chained(digest, _record(raw, rest))
                 inside = in_share(self.share, shard, ordinal)
                 if not inside and not none_good:
                     continue
-                noted = blemishes if inside else Blemishes(str(file), "line", silent=True)
+                noted = defects if inside else Defects(str(file), "line", silent=True)
                 if inside:
-                    textless.read(len(raw), records=0, why=blemishes.first_skipped)
+                    textless.read(len(raw), records=0, why=defects.first_skipped)
                 if rest:
                     noted.note(ordinal, f"has more than {LONGEST_LINE:,} bytes", skipped=True)
                     continue
@@ -161,63 +161,63 @@ class LocalFiles:
                     if text.strip():
                         textless.found()
                     yield Document(text, {"line": line, "byte": byte, "digest": digest})
-        blemishes.total()
-        if none_good and blemishes.skipped:
-            chat = OF_CHAT * ("has list, not text" in blemishes.first_skipped)
+        defects.total()
+        if none_good and defects.skipped:
+            chat = OF_CHAT * ("has list, not text" in defects.first_skipped)
             raise UserError(
-                f"{file}: none of the {blemishes.skipped} lines read is a JSON object with a text; "
-                f"{blemishes.first_skipped}. Give one object a line, such as {{{json.dumps(self.text_column)}: "
+                f"{file}: none of the {defects.skipped} lines read is a JSON object with a text; "
+                f"{defects.first_skipped}. Give one object a line, such as {{{json.dumps(self.text_column)}: "
                 f'"..."}}.{chat}'
             )
         return digest
 
-    def _checked(self, value: Any, ordinal: int, blemishes: Blemishes) -> str | None:
+    def _checked(self, value: Any, ordinal: int, defects: Defects) -> str | None:
         """Return the text of a record; None, reported, if its value is not a text."""
         if value is None:
             return ""
         if not isinstance(value, str | bytes):
             kind = f"has {type(value).__name__}, not text, under {self.text_column!r}"
-            blemishes.note(ordinal, kind, skipped=True)
+            defects.note(ordinal, kind, skipped=True)
             return None
-        text, was_mended = decoded(value) if isinstance(value, bytes) else mended(value)
-        if was_mended:
-            blemishes.note(ordinal, "has NUL, invalid UTF-8 or lone surrogates", skipped=False)
+        text, was_repaired = decoded(value) if isinstance(value, bytes) else repaired(value)
+        if was_repaired:
+            defects.note(ordinal, "has NUL, invalid UTF-8 or lone surrogates", skipped=False)
         return text
 
     def _read_parquet(self, shard: int, file: Path, state: State) -> Documents:
-        blemishes, digest = Blemishes(str(file), "row"), digest_in(state)
+        defects, digest = Defects(str(file), "row"), digest_in(state)
         textless = Textless(str(file), "row")
         for row, value in column_values(file, self.text_column, state.get("row", 0)):
             digest = chained(digest, _stored(value))
             textless.read()
             if in_share(self.share, shard, row):
-                text = self._checked(value, row, blemishes)
+                text = self._checked(value, row, defects)
                 if text is not None:
                     if text.strip():
                         textless.found()
                     yield Document(text, {"row": row + 1, "digest": digest})
-        blemishes.total()
+        defects.total()
         return digest
 
     def _rows(self, file: Path) -> Iterator[tuple[int, bytes]]:
         return ((row, _stored(value)) for row, value in column_values(file, self.text_column, 0))
 
     def _read_text(self, shard: int, file: Path, state: State) -> Documents:
-        blemishes, digest = Blemishes(str(file), "part"), digest_in(state)
+        defects, digest = Defects(str(file), "part"), digest_in(state)
         with open_regular(file) as handle:
             if handle.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE):
                 raise UserError(f"{file} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
             first, last = _share_of_text(handle, file.stat().st_size, self.share)
             for byte, raw in _parts(file, handle, state.get("byte", first), last):
                 digest, next_byte = chained(digest, raw), byte + len(raw)
-                text, was_mended = decoded(raw.removeprefix(_BOM) if byte == 0 else raw)
-                if was_mended:
+                text, was_repaired = decoded(raw.removeprefix(_BOM) if byte == 0 else raw)
+                if was_repaired:
                     ordinal = (byte - first) // TEXT_PART_BYTES
-                    blemishes.note(ordinal, "has NUL or invalid UTF-8", f"from byte {byte} on", skipped=False)
+                    defects.note(ordinal, "has NUL or invalid UTF-8", f"from byte {byte} on", skipped=False)
                 ends = next_byte >= last
                 part = not (ends and byte == first)
                 yield Document(text, {"byte": next_byte, "digest": digest}, part=part, ends=ends)
-        blemishes.total()
+        defects.total()
         return digest
 
     def _parts_of_text(self, file: Path) -> Iterator[tuple[int, bytes]]:
@@ -231,7 +231,7 @@ def _parts(file: Path, handle: IO[bytes], byte: int, last: int) -> Iterator[tupl
         handle.seek(byte)
         raw = handle.read(min(TEXT_PART_BYTES, last - byte))
         if not raw:
-            raise UserError(f"{file} became shorter while being read.")
+            raise UserError(f"{file} became shorter while being read. Run again when nothing writes to it.")
         if byte + len(raw) < last:
             raw = raw[: _cut(raw)]
         yield byte, raw
@@ -269,7 +269,7 @@ def _skip_rest(handle: IO[bytes], raw: bytes, textless: Textless | None = None) 
     return skipped
 
 
-def _parsed(raw: bytes, ordinal: int, blemishes: Blemishes) -> dict[str, Any] | None:
+def _parsed(raw: bytes, ordinal: int, defects: Defects) -> dict[str, Any] | None:
     """Return the JSON object in a line; None for an empty line and, reported, for a line without an object."""
     if not raw.strip():
         return None
@@ -277,14 +277,14 @@ def _parsed(raw: bytes, ordinal: int, blemishes: Blemishes) -> dict[str, Any] | 
         line = raw.decode()
     except UnicodeDecodeError:
         line = raw.decode(errors="replace")
-        blemishes.note(ordinal, "has invalid UTF-8", skipped=False)
+        defects.note(ordinal, "has invalid UTF-8", skipped=False)
     try:
         record = json.loads(line, strict=False)  # strict would refuse raw control characters in a text
     except (ValueError, RecursionError) as error:
-        blemishes.note(ordinal, "is not JSON", _first_line(error), skipped=True)
+        defects.note(ordinal, "is not JSON", _first_line(error), skipped=True)
         return None
     if not isinstance(record, dict):
-        blemishes.note(ordinal, "is not a JSON object", skipped=True)
+        defects.note(ordinal, "is not a JSON object", skipped=True)
         return None
     return record
 
@@ -349,7 +349,9 @@ def _reading(file: Path) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{file} is not a valid gzip file ({_first_line(error)}). Fetch it again.") from error
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror or _first_line(error)}).") from error
+        raise UserError(
+            f"{file} cannot be read ({error.strerror or _first_line(error)}). Check its path and permissions."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -99,7 +99,9 @@ class TextSource:
         if files:
             others = [name for name in names if not _local_files(name)]
             if others:
-                raise UserError(f"There is no file {others[0]!r}, and hub ids cannot be listed with local files.")
+                raise UserError(
+                    f"There is no file {others[0]!r}, and hub ids cannot be listed with local files. Correct the name."
+                )
             counts = Counter(file.resolve() for file in files if file.suffix.lower() != ".txt")  # cut by position
             twice = [file for file, count in counts.items() if count > 1]
             if twice and share != "all":  # text is held out by the number of its file

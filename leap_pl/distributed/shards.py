@@ -30,7 +30,7 @@ def offset_of(tensor: Tensor) -> int:
     return first * (tensor.numel() // max(1, tensor.shape[0]))
 
 
-def as_whole(part: Tensor, like: Tensor) -> Tensor:
+def sharded_like(part: Tensor, like: Tensor) -> Tensor:
     """Return ``part``, computed from this rank's part of ``like``, as a tensor sharded like ``like``."""
     if not isinstance(like, DTensor):
         return part
@@ -40,7 +40,7 @@ def as_whole(part: Tensor, like: Tensor) -> Tensor:
 
 
 def part_like(whole: Tensor, like: Tensor) -> Tensor:
-    """Return what is in ``whole``, a plain tensor of the shape of ``like``, where this rank's part of ``like`` is."""
+    """Return this rank's part of ``whole``, a plain tensor of the shape of ``like``, which is sharded."""
     part, start = own_part(like), offset_of(like)
     return whole.reshape(-1)[start : start + part.numel()].view(part.shape)
 
@@ -116,9 +116,9 @@ class Ranks:
 
     def gather(self, numbers: Sequence[int]) -> list[int]:
         """Return the numbers of all ranks, in the order of ranks."""
-        own = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         if self.size == 1:
             return list(numbers)
+        own = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         found = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(found, own, group=self.group)
         return torch.cat(found).tolist()

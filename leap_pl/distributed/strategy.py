@@ -174,12 +174,12 @@ class RankZero:
     on one rank there is no group and nothing waits.
     """
 
-    PATIENCE = timedelta(days=2)
+    TIMEOUT = timedelta(days=2)
 
     def __init__(self) -> None:
         self.group = None
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self.group = dist.new_group(backend="gloo", timeout=self.PATIENCE)
+            self.group = dist.new_group(backend="gloo", timeout=self.TIMEOUT)
         self.alone = self.group is None
         self.here = self.alone or dist.get_rank() == 0
 
@@ -196,14 +196,14 @@ class RankZero:
             except UserError as error:
                 failure = str(error)
             except BaseException:
-                self.tell("rank 0 failed; its message is above")
+                self.broadcast("rank 0 failed; its message is above")
                 raise
-        failure = self.tell(failure)
+        failure = self.broadcast(failure)
         if failure is not None:
             raise UserError(failure)
         return made
 
-    def tell(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Broadcast rank zero's plain ``value`` to every rank, and return it."""
         if self.group is None:
             return value
@@ -224,10 +224,10 @@ class RankZero:
             self.group = None
 
 
-def as_rank_zero_has(value: Made) -> Made:
+def broadcast_from_rank_zero(value: Made) -> Made:
     """Return rank zero's plain ``value`` on every rank; a collective that all ranks must call."""
     rank_zero = RankZero()
-    shared: Made = rank_zero.tell(value)
+    shared: Made = rank_zero.broadcast(value)
     rank_zero.close()
     return shared
 
@@ -244,7 +244,7 @@ def check_as_rank_zero(found: Mapping[str, Any]) -> None:
     rank_zero = RankZero()
     if rank_zero.group is None:
         return
-    of_zero = rank_zero.tell(dict(found))
+    of_zero = rank_zero.broadcast(dict(found))
     differing = [what for what in {**found, **of_zero} if of_zero.get(what) != found.get(what)]
     counts = torch.tensor([len(differing)], device="cpu")
     dist.all_reduce(counts, dist.ReduceOp.MAX, group=rank_zero.group)

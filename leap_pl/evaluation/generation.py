@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leap_pl.base_model.prefix import without_suffix
-from leap_pl.base_model.sequence_length import check_sequence_length
+from leap_pl.base_model.sequence_length import longest_sequence
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.errors import UserError
 
@@ -73,8 +73,12 @@ def continue_prompt(
     if not ids.numel():
         raise UserError("the prompt has no tokens. Give a longer one.")
     check_tokens(ids, vocabulary_of(model), "the model")
-    length = ids.shape[1] + max_new_tokens
-    check_sequence_length(model.config, length, "the model", "the number of tokens of the prompt and max_new_tokens")
+    longest = longest_sequence(model.config)
+    if longest is not None and ids.shape[1] + max_new_tokens > longest:
+        raise UserError(
+            f"the prompt has {ids.shape[1]} tokens and max_new_tokens is {max_new_tokens}, and the model supports at "
+            f"most {longest} tokens. Lower max_new_tokens, or shorten the prompt."
+        )
     own: Any = model.generation_config
     end = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
     settings = transformers.GenerationConfig(

@@ -171,12 +171,11 @@ def _window_nll(states: States, head: Head, inputs_BT: Tensor, firsts: Sequence[
     sums = []
     for first, inputs_T, states_TD in zip(firsts, inputs_BT, states(inputs_BT), strict=True):
         targets, before_TD = inputs_T[first:], states_TD[first - 1 : -1]
-        total = torch.zeros((), dtype=torch.float64, device="cpu")
+        losses = []
         for at in range(0, len(targets), step):
             logits_CV = head(before_TD[at : at + step]).float()
-            losses = nn.functional.cross_entropy(logits_CV, targets[at : at + step], reduction="none")
-            total += losses.cpu().double().sum()  # not every device has float64
-        sums.append(total)
+            losses.append(nn.functional.cross_entropy(logits_CV, targets[at : at + step], reduction="none"))
+        sums.append(torch.cat(losses).cpu().double().sum())  # waits once a window; not every device has float64
     return torch.stack(sums)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from leap_pl.base_model.backbone import evaluating
 from leap_pl.base_model.prefix import Bos, prefix_of, record_of
-from leap_pl.errors import UserError, listing, warn_once
+from leap_pl.errors import UserError, listing, one_line, warn_once
 from leap_pl.evaluation.local_tasks import STOCK, LocalTasks
 from leap_pl.inputs.hub import is_network_error, offline_if_unreachable
 from leap_pl.inputs.plain_values import shown
@@ -275,7 +275,7 @@ def _reaching(remote: list[str], folder: str | Path | None) -> Iterator[None]:
             ) from error
         if not remote or not (is_network_error(error) or type(error).__module__.split(".")[0] == "datasets"):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         local = "" if folder is None else f", and {folder} has no folder of that name"
         place = Path(folder or "FOLDER") / remote[0] / "validation.jsonl"
         raise UserError(

@@ -18,6 +18,8 @@ from leap_pl.inputs.paths import expanded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from leap_pl.data.documents import Share
+
 # Of the options that messages on a text name, those that evaluate has.
 OPTIONS = ("text_column", "config_name", "split")
 C4_WINDOWS = 256  # windows of C4's validation split, from the first, in the standard protocol
@@ -39,7 +41,7 @@ TEXTS = {
 }
 
 
-def check_text(name: str, *, text_column: str = "text", share: str = "all") -> bool:
+def check_text(name: str, *, text_column: str = "text", share: "Share" = "all") -> bool:
     """Check that ``name`` is a named text, an existing local file, or a possible hub id; return whether it is the last.
 
     Raises:
@@ -68,7 +70,7 @@ def read_text(
     *,
     seq_length: int,
     max_tokens: int | None,
-    share: str,
+    share: "Share",
     text_column: str = "text",
     config_name: str | None = None,
     split: str = "test",
@@ -103,7 +105,7 @@ def read_text(
                 config_name=config_name,
                 split=split,
                 text_column=text_column,
-                share=share,  # type: ignore[arg-type]
+                share=share,
                 bos=bos,
             )
         except UserError as error:
@@ -127,13 +129,13 @@ def read_text(
 
 
 def check_held_out(name: str, config: Any) -> None:
-    """Check that the runs that a mask's ``config`` tells of held out that part of the local file or pattern ``name``.
+    """Check that the runs recorded in a mask's ``config`` held out the same part of the local file ``name``.
 
-    Which documents of a file are held out depends on its number in the list of files.
+    ``name`` may be a pattern. Which documents of a file are held out depends on its number in the list of files.
 
     Raises:
-        UserError: One was trained on all of this file, or held out other documents of it; where the file is not there
-            any more, of one of this name.
+        UserError: A run was trained on the whole file, or held out other documents of it. A file that no longer exists
+            is compared by its name.
     """
     before = config.get("mask") if isinstance(config, dict) else None  # of a mask that stayed while weights learned
     if isinstance(before, dict):

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError, listing, one_line
 from leap_pl.inputs import records
 from leap_pl.inputs import register as inputs
 
@@ -363,7 +363,7 @@ def _write_errors() -> tuple[type[Exception], ...]:
 
 
 def _write_failure(path: Path, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    reason = getattr(error, "strerror", None) or one_line(error)
     in_the_way = next((parent for parent in path.parents if inputs.exists(parent) and not parent.is_dir()), None)
     if in_the_way is not None:
         reason = f"{in_the_way} is a file: Not a directory"

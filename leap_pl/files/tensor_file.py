@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, one_line
 from leap_pl.inputs.plain_values import shown
 
 DTYPE_NAMES = {
@@ -98,5 +98,5 @@ def damage_in_one_line(file: Path, remedy: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = shown(" ".join(str(error).split()), 300)
+        reason = shown(one_line(error), 300)
         raise UserError(f"{file} is truncated or damaged ({reason}). {remedy}") from error

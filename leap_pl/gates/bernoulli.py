@@ -21,7 +21,7 @@ from leap_pl.kernels.noise import columns, element_bits, initial_noise, logistic
 from leap_pl.kernels.powers import exp2
 from leap_pl.masks.top_k import Cut, exact_top_k
 
-MOST = 32  # weights of one autograd node, and so of one launch
+MAX_WEIGHTS = 32  # weights of one autograd node, and so of one launch
 
 
 class BernoulliGates(Gates["BernoulliGate"]):
@@ -96,18 +96,18 @@ class BernoulliGate(Gate):
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Compute the weights of a block in one autograd node, and on a GPU in one launch; see :meth:`Gate.soften_all`.
 
-        Logits of one data type and weights of one data type make one node, of at most MOST weights.
+        Logits of one data type and weights of one data type make one node, of at most MAX_WEIGHTS weights.
         """
         logits = [gate.logits for gate in gates]
         alike: dict[Any, list[int]] = {}
         for index, (logit, weight) in enumerate(zip(logits, weights, strict=True)):
             alike.setdefault((logit.dtype, weight.dtype, weight.device), []).append(index)
-        if len(alike) == 1 and len(gates) <= MOST:
+        if len(alike) == 1 and len(gates) <= MAX_WEIGHTS:
             return list(_softened(gates, [*logits, *weights]))
         softened: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for found in alike.values():
-            for start in range(0, len(found), MOST):
-                some = found[start : start + MOST]
+            for start in range(0, len(found), MAX_WEIGHTS):
+                some = found[start : start + MAX_WEIGHTS]
                 tensors = [*(logits[i] for i in some), *(weights[i] for i in some)]
                 softened |= zip(some, _softened([gates[i] for i in some], tensors), strict=True)
         return [softened[index] for index in range(len(gates))]
@@ -140,7 +140,7 @@ def _softened(gates: Sequence[BernoulliGate], tensors: Sequence[Tensor]) -> Iter
 
 
 class Noise:
-    """Arguments of the kernels that set the noise of some weights and harden their masks.
+    """Arguments of the mask kernels: the noise keys of each weight, and the annealed slope and sharpness.
 
     Attributes:
         keys: Two noise keys for each weight.

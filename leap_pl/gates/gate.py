@@ -113,7 +113,7 @@ class GateState:
             self.mode = before
 
 
-BOTH = ("soften", "soften_all")  # methods of which one computes what the other does, for several gates at once
+SOFTENING = ("soften", "soften_all")  # of one gate, and of several at once
 
 
 class Gate(Learned, ABC):
@@ -161,8 +161,8 @@ class Gate(Learned, ABC):
             TypeError: Something is not defined.
         """
         super().__init_subclass__(**kwargs)
-        of_one, of_all = (next(n for n, base in enumerate(cls.__mro__) if name in vars(base)) for name in BOTH)
-        if of_one < of_all:  # that of a later base class computes what that class defines
+        of_one, of_all = (next(n for n, base in enumerate(cls.__mro__) if name in vars(base)) for name in SOFTENING)
+        if of_one < of_all:  # the inherited soften_all would skip this class's soften
             cls.soften_all = classmethod(Gate.soften_all.__func__)  # type: ignore[assignment, attr-defined]
         lacking = [name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)]
         collection = getattr(cls, "collection", None)

@@ -78,7 +78,7 @@ class ThroughMask(torch.autograd.Function):
         if used:
             gates, grads = [ctx.gates[index] for index in used], [given[index] for index in used]
             with gates[0].state.as_of(ctx.before):
-                softened = type(gates[0]).soften_all(gates, grads)
-            for index, (masked, *_) in zip(used, softened, strict=True):
+                results = type(gates[0]).soften_all(gates, grads)
+            for index, (masked, *_) in zip(used, results, strict=True):
                 through[index] = masked
         return None, *given, *through

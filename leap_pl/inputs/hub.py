@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, one_line
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import MASK
 from leap_pl.inputs.register import exists
 
-PATIENCE = 5.0  # seconds in which the hub answers
+TIMEOUT = 5.0  # seconds in which the hub answers
 LOG_IN = "run `hf auth login`, or set HF_TOKEN"
 
 _REPOSITORY = re.compile(r"([\w-][\w.-]{0,95}/[\w-][\w.-]{0,95})(?:@([\w./-]{1,96}))?", re.ASCII)
@@ -84,7 +84,7 @@ def check_reachable(
         known = try_to_load_from_cache(name, file, revision=revision, repo_type=kind)
         if is_offline_mode() or isinstance(known, str):
             return
-        get_hf_file_metadata(hf_hub_url(name, file, revision=revision, repo_type=kind), timeout=PATIENCE)
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision, repo_type=kind), timeout=TIMEOUT)
     except (FileMetadataError, HfHubHTTPError, HFValidationError):
         return
 
@@ -138,7 +138,7 @@ def fetch_file(name: str, file: str, revision: str | None = None, *, what: str) 
 
     with hub_errors(f"{what} could not be fetched from the hub", file):
         check_reachable(name, revision=revision, file=file)
-        return Path(hf_hub_download(name, file, revision=revision, etag_timeout=PATIENCE))
+        return Path(hf_hub_download(name, file, revision=revision, etag_timeout=TIMEOUT))
 
 
 def fetch_optional(name: str, file: str, revision: str | None = None) -> Path | None:
@@ -240,7 +240,7 @@ def _reason(error: Exception, file: str) -> str:
         said = f"{status}: {error.server_message or error.response.reason_phrase}"
         remedy = f"With a token that may do this, {LOG_IN}." if status in (401, 403) else "Try later."
         return f"the hub answers {shown(' '.join(said.split()), 300).removesuffix('.')}. {remedy}"
-    said = shown(" ".join(str(error).split()), 300)
+    said = shown(one_line(error), 300)
     named = said if said and is_network_error(error) else f"{type(error).__name__} {said}".strip()
     return f"{named}. Check the network, and the disk of the local cache."
 

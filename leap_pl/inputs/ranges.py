@@ -11,7 +11,7 @@ from typing import Any
 
 from leap_pl.errors import UserError
 
-SEQUENCES = 2**31 - 1  # a count that no run reaches, and that fits every integer type
+LARGEST_COUNT = 2**31 - 1  # a count that no run reaches, and that fits every integer type
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Range:
             return f"{self.low:g}"
         low = f"above {self.low:g}" if self.above else f"from {self.low:g}"
         high = f"below {self.high:g}" if self.below else f"at most {self.high:g}"
-        if self.high in (math.inf, SEQUENCES):
+        if self.high in (math.inf, LARGEST_COUNT):
             words = f"a number above {self.low:g}" if self.above else f"{self.low:g} or more"
         elif not self.above:
             words = f"a number {low} to {'below ' if self.below else ''}{self.high:g}"
@@ -61,12 +61,12 @@ class Range:
 FINITE = Range()
 POSITIVE = Range(0, above=True)
 NOT_NEGATIVE = Range(0)
-COUNT = Range(1, SEQUENCES)
-COUNT_OR_NONE = Range(0, SEQUENCES)
-COUNT_OR_ALL = Range(0, SEQUENCES, also=(-1,))
+COUNT = Range(1, LARGEST_COUNT)
+COUNT_OR_ZERO = Range(0, LARGEST_COUNT)
+COUNT_OR_ALL = Range(0, LARGEST_COUNT, also=(-1,))
 SHARE = Range(0, 1, above=True)
 INSIDE = Range(0, 1, above=True, below=True)
-AVERAGE = Range(0, 1, below=True)  # factor of a running average
+BELOW_ONE = Range(0, 1, below=True)
 SEED = Range(-(2**63), 2**63 - 1)  # is hashed
 GENERATOR_SEED = Range(0, 2**32 - 1)  # NumPy's
 
@@ -74,10 +74,10 @@ RANGES: dict[str, Range] = {
     "seed_everything": GENERATOR_SEED,
     # -- the module
     "model.sparsity": INSIDE,
-    "model.warmup_steps": COUNT_OR_NONE,
+    "model.warmup_steps": COUNT_OR_ZERO,
     "model.seed": SEED,
     "model.weight_training.lr": Range(0, 10),
-    "model.weight_training.warmup_steps": COUNT_OR_NONE,
+    "model.weight_training.warmup_steps": COUNT_OR_ZERO,
     "model.weight_training.weight_decay": Range(0, 100),
     "model.weight_training.r": COUNT,
     "model.weight_training.lora_alpha": Range(0, 1e6, above=True),
@@ -97,12 +97,12 @@ RANGES: dict[str, Range] = {
     "model.gate.tile": COUNT,
     # -- optimizers and schedulers, whatever their class
     "model.optimizer.lr": Range(0, 10),
-    "model.optimizer.betas": AVERAGE,
+    "model.optimizer.betas": BELOW_ONE,
     "model.optimizer.beta2_decay": FINITE,
-    "model.optimizer.alpha": AVERAGE,
-    "model.optimizer.rho": AVERAGE,
-    "model.optimizer.momentum": AVERAGE,
-    "model.optimizer.dampening": AVERAGE,
+    "model.optimizer.alpha": BELOW_ONE,
+    "model.optimizer.rho": BELOW_ONE,
+    "model.optimizer.momentum": BELOW_ONE,
+    "model.optimizer.dampening": BELOW_ONE,
     "model.optimizer.momentum_decay": NOT_NEGATIVE,
     "model.optimizer.lr_decay": NOT_NEGATIVE,
     "model.optimizer.eps": NOT_NEGATIVE,
@@ -120,12 +120,12 @@ RANGES: dict[str, Range] = {
     "model.lr_scheduler.T_max": COUNT,
     "model.lr_scheduler.T_0": COUNT,
     "model.lr_scheduler.step_size": COUNT,
-    "model.lr_scheduler.total_iters": COUNT_OR_NONE,
+    "model.lr_scheduler.total_iters": COUNT_OR_ZERO,
     "model.lr_scheduler.total_steps": COUNT,
     # -- data
-    "data.seq_length": Range(2, SEQUENCES),
+    "data.seq_length": Range(2, LARGEST_COUNT),
     "data.batch_size": COUNT,
-    "data.validation_sequences": COUNT_OR_NONE,
+    "data.validation_sequences": COUNT_OR_ZERO,
     "data.num_workers": Range(0, 4096),
     "data.seed": SEED,
     # -- callbacks
@@ -135,45 +135,45 @@ RANGES: dict[str, Range] = {
     "progress.refresh_seconds": NOT_NEGATIVE,
     "checkpoint.every_minutes": NOT_NEGATIVE,
     "checkpoint.save_top_k": COUNT_OR_ALL,
-    "checkpoint.every_n_train_steps": COUNT_OR_NONE,
-    "checkpoint.every_n_epochs": COUNT_OR_NONE,
+    "checkpoint.every_n_train_steps": COUNT_OR_ZERO,
+    "checkpoint.every_n_epochs": COUNT_OR_ZERO,
     # -- the trainer
     "trainer.devices": COUNT_OR_ALL,
     "trainer.num_nodes": COUNT,
-    "trainer.fast_dev_run": COUNT_OR_NONE,
+    "trainer.fast_dev_run": COUNT_OR_ZERO,
     "trainer.max_epochs": COUNT_OR_ALL,
-    "trainer.min_epochs": COUNT_OR_NONE,
+    "trainer.min_epochs": COUNT_OR_ZERO,
     "trainer.max_steps": COUNT_OR_ALL,
-    "trainer.min_steps": COUNT_OR_NONE,
-    "trainer.limit_train_batches": COUNT_OR_NONE,
-    "trainer.limit_val_batches": COUNT_OR_NONE,
-    "trainer.limit_test_batches": COUNT_OR_NONE,
-    "trainer.limit_predict_batches": COUNT_OR_NONE,
-    "trainer.overfit_batches": COUNT_OR_NONE,
-    "trainer.val_check_interval": Range(0, SEQUENCES, above=True),
+    "trainer.min_steps": COUNT_OR_ZERO,
+    "trainer.limit_train_batches": COUNT_OR_ZERO,
+    "trainer.limit_val_batches": COUNT_OR_ZERO,
+    "trainer.limit_test_batches": COUNT_OR_ZERO,
+    "trainer.limit_predict_batches": COUNT_OR_ZERO,
+    "trainer.overfit_batches": COUNT_OR_ZERO,
+    "trainer.val_check_interval": Range(0, LARGEST_COUNT, above=True),
     "trainer.check_val_every_n_epoch": COUNT,
     "trainer.num_sanity_val_steps": COUNT_OR_ALL,
     "trainer.log_every_n_steps": COUNT,
     "trainer.accumulate_grad_batches": COUNT,
     "trainer.gradient_clip_val": NOT_NEGATIVE,  # a negative factor would ascend the gradient
-    "trainer.reload_dataloaders_every_n_epochs": COUNT_OR_NONE,
+    "trainer.reload_dataloaders_every_n_epochs": COUNT_OR_ZERO,
     # -- prune
-    "prune.seq_length": Range(2, SEQUENCES),
+    "prune.seq_length": Range(2, LARGEST_COUNT),
     "prune.sequences": COUNT,
     "prune.seed": SEED,
     "prune.sparsity": INSIDE,
-    "prune.layer_sparsity": AVERAGE,
+    "prune.layer_sparsity": BELOW_ONE,
     "prune.owl_threshold": POSITIVE,
-    "prune.owl_spread": Range(0, 1, below=True),
+    "prune.owl_spread": BELOW_ONE,
     "prune.fisher": SHARE,
     "prune.fisher_rows": Range(0, 1),
     "prune.batch_size": COUNT,
     # -- evaluate
-    "evaluate.seq_length": Range(2, SEQUENCES),
+    "evaluate.seq_length": Range(2, LARGEST_COUNT),
     "evaluate.stride": COUNT,
     "evaluate.max_tokens": Range(2, 2**63 - 1),
     "evaluate.limit": COUNT,
-    "evaluate.num_fewshot": COUNT_OR_NONE,
+    "evaluate.num_fewshot": COUNT_OR_ZERO,
     "evaluate.batch_size": COUNT,
     "evaluate.seed": GENERATOR_SEED,
     # -- generate

@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import IO, Any
 
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, one_line
 
 MOST_SETTINGS = 1 << 20  # bytes of a config: the longest shipped one has some kilobytes
 MOST_DESCRIPTION = 1 << 24  # bytes of a config.json, which may list the names of 22,000 classes
@@ -44,7 +44,9 @@ def check_regular(path: str | Path, what: str = "") -> int:
     try:
         found = Path(path).stat()
     except (OSError, ValueError) as error:
-        raise UserError(f"{called} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+        raise UserError(
+            f"{called} cannot be read ({getattr(error, 'strerror', None) or error}). Check the path."
+        ) from error
     if not stat.S_ISREG(found.st_mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "not a file")
         raise UserError(f"{called} is {kind}, and cannot be read from any position. {_REMEDY}")
@@ -64,7 +66,7 @@ def open_regular(path: str | Path, what: str = "") -> IO[bytes]:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         check_regular(path, what)
-        raise UserError(f"{f'{what} {path}'.strip()} changed while it was opened.")
+        raise UserError(f"{f'{what} {path}'.strip()} changed while it was opened. Run the command again.")
     return file
 
 
@@ -79,7 +81,7 @@ def read_regular(path: str | Path, *, most: int, what: str = "") -> bytes:
         with open_regular(path, what) as file:
             read = file.read(most + 1)
     except OSError as error:
-        raise UserError(f"{called} cannot be read ({error.strerror or error}).") from error
+        raise UserError(f"{called} cannot be read ({error.strerror or error}). Check its permissions.") from error
     if len(read) > most:
         raise UserError(f"{called} has more than {most:,} bytes, far more than such a file has. Check the name.")
     return read
@@ -95,5 +97,7 @@ def read_json(path: str | Path, *, most: int, what: str = "") -> Any:
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:  # too many digits and invalid UTF-8 are ValueErrors as well
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
-        raise UserError(f"{f'{what} {path}'.strip()} does not contain valid JSON ({reason}).") from error
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error, 200)
+        raise UserError(
+            f"{f'{what} {path}'.strip()} does not contain valid JSON ({reason}). Use another copy of the file."
+        ) from error

@@ -4,15 +4,16 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-LARGE = 1 << 24  # elements of a tensor from which its norm on a CPU is that of its rows' norms
-LINE = 1 << 12  # elements of a row of a vector
+LARGE = 1 << 24  # elements from which the norm on a CPU is computed row by row
+LINE = 1 << 12  # elements of a line, of which a long vector has many
 
 
 def norm_of(tensor: Tensor) -> Tensor:
     """Return the norm of ``tensor``, float32.
 
-    That of a large one on a CPU is of the norms of its rows, and of a vector of the norms of its lines. PyTorch adds
-    all squares in eight running float32 sums, each of which soon rounds away a part of every further square.
+    On a CPU, the norm of a large tensor is computed from the norms of its rows, or of a vector's lines of LINE
+    elements: PyTorch adds all squares in eight running float32 sums, each of which soon rounds away a part of every
+    further square.
     """
     exact = None if tensor.dtype == torch.float64 else torch.float32  # torch converts to no narrower type
     if not is_large(tensor):

@@ -10,7 +10,7 @@ import torch
 def full_float32() -> Iterator[None]:
     """Compute float32 matrix products in full float32 within the context, whatever the process has set.
 
-    Hessians are inverted: an error of 2⁻¹¹ in their entries is one in the solution times their condition number.
+    Hessians are inverted, which multiplies TF32's relative error of 2⁻¹¹ by their condition number.
     """
     products = torch.backends.cuda.matmul
     before = products.fp32_precision

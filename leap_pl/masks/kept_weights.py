@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, one_line
 from leap_pl.files import atomic_file
 from leap_pl.files.tensor_file import damage_in_one_line, write_tensors
 from leap_pl.inputs.hub import repository_of
@@ -130,7 +130,7 @@ class KeptWeights:
         except Exception as error:  # damaged tensors can make anything fail
             raise UserError(
                 f"the trained weight {shown(name, 200)} cannot be computed from what is stored of it "
-                f"({shown(' '.join(str(error).split()), 120)}). Take another checkpoint, or another copy of the file."
+                f"({shown(one_line(error), 120)}). Take another checkpoint, or another copy of the file."
             ) from error
 
 

@@ -7,14 +7,14 @@ For tensors that are sharded over ranks (see :mod:`leap_pl.distributed.shards`) 
 histograms are summed: two all-reduces of 512 KiB, whatever the size of the model.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from leap_pl.distributed.shards import Ranks, as_whole, offset_of, own_part
+from leap_pl.distributed.shards import Ranks, offset_of, own_part, sharded_like
 
 _CHUNK = 1 << 24  # elements at a time: 64 MiB of int32
 
@@ -39,7 +39,7 @@ class Cut:
             below = max(self.tie_limit - offset_of(tensor), 0)  # of the flat part; no index of each element is made
             flat = kept.view(-1)[:below]
             flat |= part.reshape(-1)[:below] == self.value
-        return as_whole(kept, tensor)
+        return sharded_like(kept, tensor)
 
 
 def exact_top_k(tensors: Sequence[Tensor], k: int) -> list[Cut]:
@@ -125,7 +125,7 @@ def _before(ranks: Ranks, own: list[int]) -> list[int]:
     return [int(n) for n in before_RT[ranks.rank]]
 
 
-def _keys(tensors: Sequence[Tensor]):  # type: ignore[no-untyped-def]
+def _keys(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     """Yield each tensor in pieces, as 32-bit keys in int64 that have the same order as the floats."""
     for tensor in tensors:
         for piece in own_part(tensor).detach().reshape(-1).split(_CHUNK):

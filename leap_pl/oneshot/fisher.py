@@ -33,7 +33,13 @@ from leap_pl.oneshot.walk import WalkOptions, eager_experts, on_device
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TOKENS_OF_WHOLE_MODEL = 4096  # in a batch that keeps the activations of all blocks
 _TINY = torch.finfo(torch.float32).tiny  # lower bound of a factor, whose logarithm is taken
+
+
+def whole_model_batch(seq_length: int) -> int:
+    """Return the sequences in a batch that keeps the activations of all blocks: no more than keep a device busy."""
+    return min(WalkOptions().batch_size, max(1, TOKENS_OF_WHOLE_MODEL // seq_length))
 
 
 @dataclass(frozen=True)

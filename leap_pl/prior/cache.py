@@ -25,7 +25,7 @@ from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.register import release_input
 from leap_pl.masks import MaskSet
 from leap_pl.masks.patterns import Pattern, Unstructured
-from leap_pl.oneshot.fisher import FisherOptions
+from leap_pl.oneshot.fisher import FisherOptions, whole_model_batch
 from leap_pl.oneshot.methods import method_named
 from leap_pl.oneshot.prune import prune
 from leap_pl.oneshot.walk import WalkOptions
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEY = "cache_key"  # in a cached file's metadata or its mask's provenance: digest of what it was computed from
-TOKENS_OF_WHOLE_MODEL = 4096  # in a batch that keeps the activations of all blocks
 ALGORITHM = 3  # incremented when a method's masks change, to invalidate older cached ones
 
 logger = logging.getLogger(__name__)
@@ -128,7 +127,7 @@ def one_shot_prior(
         fisher=fisher,
         weights=weights,
         walk=WalkOptions(
-            WalkOptions().batch_size if fisher is None or tokens_NT is None else _whole_model_batch(data, tokens_NT),
+            WalkOptions().batch_size if fisher is None or tokens_NT is None else _fisher_batch(data, tokens_NT),
             device,
             first_target=getattr(data, "first_target", 1),
         ),
@@ -145,13 +144,9 @@ def one_shot_prior(
     return pruned.masks
 
 
-def _whole_model_batch(data: CalibrationData | None, tokens_NT: Tensor) -> int:
-    """Return the sequences in a batch of Fisher allocation, which runs the whole model forward and backward.
-
-    It recomputes no block: no more sequences than learning has, and no more tokens than keep a device busy.
-    """
-    few = max(1, TOKENS_OF_WHOLE_MODEL // tokens_NT.shape[1])
-    return min(WalkOptions().batch_size, getattr(data, "batch_size", 1), few)
+def _fisher_batch(data: CalibrationData | None, tokens_NT: Tensor) -> int:
+    """Return the sequences in a batch of Fisher allocation: no more than learning has, which may recompute blocks."""
+    return min(whole_model_batch(tokens_NT.shape[1]), getattr(data, "batch_size", 1))
 
 
 def input_squares(
@@ -171,6 +166,7 @@ def input_squares(
 
     Raises:
         UserError: If the text cannot be read, or the model cannot be walked.
+        ValueError: If ``data`` is None.
     """
     if data is None:
         raise ValueError("mean squares of inputs are measured on calibration text, and data is None")

@@ -236,7 +236,11 @@ class Calibration:
 
 
 class SharedPrior:
-    """Priors that rank zero holds and shares with every rank, one weight at a time, with one bit an element."""
+    """Priors that rank zero holds and shares with every rank, one weight at a time, with one bit an element.
+
+    Attributes:
+        digests: Form → digest of its mask (:meth:`MaskSet.digest_of_bits`), on every rank.
+    """
 
     def __init__(
         self, priors: Mapping[str, MaskSet], rank_zero: RankZero, squares: Mapping[str, torch.Tensor] | None = None
@@ -247,14 +251,13 @@ class SharedPrior:
             priors: Form → prior, empty on the other ranks.
             rank_zero: Object that shares values of rank zero with the other ranks.
             squares: Mean squares of each weight's inputs, if the form ``prior`` is graded.
-
-        Attributes:
-            digests: Form → digest of its mask (:meth:`MaskSet.digest_of_bits`), on every rank.
         """
         self.priors, self.rank_zero, self.squares = priors, rank_zero, squares
-        self.forms: list[str] = rank_zero.tell(list(priors))
-        self.graded: bool = rank_zero.tell(squares is not None)
-        self.digests: dict[str, str] = rank_zero.tell({form: mask.digest_of_bits() for form, mask in priors.items()})
+        self.forms: list[str] = rank_zero.broadcast(list(priors))
+        self.graded: bool = rank_zero.broadcast(squares is not None)
+        self.digests: dict[str, str] = rank_zero.broadcast(
+            {form: mask.digest_of_bits() for form, mask in priors.items()}
+        )
 
     def of(self, name: str, weight: "Weight") -> dict[str, torch.Tensor]:
         """Return the priors of ``weight`` in each form; every rank must call this in the same order.

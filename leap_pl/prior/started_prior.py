@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError, listing, one_line
 from leap_pl.masks import MaskSet
 from leap_pl.prior.settings import NO_METHOD, Prior
 
@@ -64,7 +64,7 @@ def started_prior(
         made = {form: made[form].packed() for form in wanted if form in made}
         found |= {form: mask for form, mask in made.items() if mask.digest_of_bits() == wanted[form]}
     except (UserError, ValueError, TypeError, KeyError, AttributeError) as error:
-        _warn_unavailable(" ".join(str(error).split()))
+        _warn_unavailable(one_line(error))
         return found
     missing = [form for form in wanted if form not in found]
     if missing:

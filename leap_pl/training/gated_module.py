@@ -15,7 +15,7 @@ from leap_pl.base_model.fast_dtype import fast_dtype
 from leap_pl.base_model.loading import Dtype, load_model
 from leap_pl.base_model.weights import (
     Weight,
-    check_numbers,
+    check_finite_weights,
     decoder_blocks,
     find_weights,
     is_sparse,
@@ -27,7 +27,7 @@ from leap_pl.checkpoints.settings import comparable
 from leap_pl.distributed.shards import gathered
 from leap_pl.distributed.strategy import (
     RankZero,
-    as_rank_zero_has,
+    broadcast_from_rank_zero,
     check_as_rank_zero,
     check_inside_blocks,
     has_buckets,
@@ -160,7 +160,11 @@ class GatedModule(L.LightningModule):
             return
         self.mesh = mesh
         # Measured, so ranks may find different results.
-        dtype = as_rank_zero_has(fast_dtype(self._device_of_run())) if self.dtype_name == "auto" else self.dtype_name
+        dtype = (
+            broadcast_from_rank_zero(fast_dtype(self._device_of_run()))
+            if self.dtype_name == "auto"
+            else self.dtype_name
+        )
         if self._fitting():
             check_float16(self.trainer, dtype)
         with torch.device("cpu"):  # Lightning's context names the run's, which transformers takes for a device map
@@ -171,7 +175,7 @@ class GatedModule(L.LightningModule):
                 dropout=False,
                 trust_remote_code=self.trust_remote_code,
             )
-        check_numbers(model, f"base model {self.base_model}")
+        check_finite_weights(model, f"base model {self.base_model}")
         check_data(getattr(self.attached, "datamodule", None), model, self.base_model)
         self.weights = self._gated_of(model)
         if self.mesh is not None:

@@ -14,7 +14,7 @@ from leap_pl.base_model.loading import Dtype
 from leap_pl.base_model.weights import Weight
 from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import load_checkpoint, tensors_of
-from leap_pl.checkpoints.settings import Settings, taken
+from leap_pl.checkpoints.settings import Settings, settings_to_store
 from leap_pl.distributed.strategy import data_rank, has_buckets, mean_over_ranks
 from leap_pl.errors import UserError
 from leap_pl.gates import PART, BernoulliGate, FixedGate, Gate, GateState
@@ -272,7 +272,7 @@ class LeapModule(ValidatedModule):
         found: Settings = {"model.objective": run_settings.describe_objective(self.objective)}
         found["model.annealing"] = asdict(self.annealing)
         found["model.warmup_steps"] = self.warmup_steps
-        return super().learned_with() | taken(found | self._described_optimizer())
+        return super().learned_with() | settings_to_store(found | self._described_optimizer())
 
     def _described_optimizer(self) -> Settings:
         make: Any = self.make_gate  # a class, a partial of one, or, from the command line, of a function and a class

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from leap_pl.checkpoints.settings import Settings
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError, listing, one_line
 from leap_pl.inputs.register import is_typed
 from leap_pl.training.optimizers import check_settings
 from leap_pl.training.run_settings import describe_optimizer, describe_scheduler
@@ -59,7 +59,7 @@ def make_optimizer(make: OptimizerCallable, parameters: list[Any]) -> torch.opti
     except UserError:
         raise
     except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if "empty parameter list" in reason:
             raise UserError(
                 "there is nothing to learn: no gates are attached. A LeapModule must be the module of the trainer, "
@@ -88,7 +88,7 @@ def make_scheduler(
         try:
             scheduler = make(optimizer)
         except (ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(f"model.lr_scheduler does not take its settings: {reason}.") from error
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise UserError(

@@ -14,7 +14,7 @@ from leap_pl.checkpoints.folder import check_before_loading, not_one_file
 from leap_pl.checkpoints.identity import KEY, Identity, check_same, read_identity
 from leap_pl.checkpoints.plain import made_plain
 from leap_pl.checkpoints.rewind import rewind
-from leap_pl.checkpoints.settings import MASK_SETTINGS, Settings, check_settings, comparable, taken
+from leap_pl.checkpoints.settings import MASK_SETTINGS, Settings, check_settings, comparable, settings_to_store
 from leap_pl.distributed.shards import copy_part_
 from leap_pl.distributed.strategy import check_as_rank_zero, data_rank, saves_shards
 from leap_pl.errors import UserError, warn_once
@@ -218,7 +218,7 @@ class ResumableModule(GatedModule):
         found |= {"model.gate": self.gates.describe()} if self.gates else {}
         if found["model.dtype"] == "auto":
             del found["model.dtype"]
-        return taken(found)
+        return settings_to_store(found)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings for the provenance of a mask, as they were in effect and not as typed: plain values."""

@@ -101,7 +101,7 @@ class RunPrior:
         if isinstance(gates.first, FixedGate):
             made = shared.priors["prior"].provenance if shared.rank_zero.here else None
             fixed = None if made is None else {key: getattr(made, key) for key in ("method", "sparsity", "config")}
-            self.fixed = shared.rank_zero.tell(fixed)
+            self.fixed = shared.rank_zero.broadcast(fixed)
         return shared
 
     def find(

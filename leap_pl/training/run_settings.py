@@ -13,9 +13,9 @@ import torch
 from torch.optim import lr_scheduler
 
 from leap_pl.base_model.prefix import Bos
-from leap_pl.checkpoints.class_spec import ANY_CLASS, Registry, Spec, described, found
+from leap_pl.checkpoints.class_spec import ANY_CLASS, Registry, Spec, describe, resolve_class
 from leap_pl.checkpoints.identity import Identity
-from leap_pl.checkpoints.settings import DATA, MODEL, RULES, Settings, taken
+from leap_pl.checkpoints.settings import DATA, MODEL, RULES, Settings, settings_to_store
 from leap_pl.errors import UserError
 from leap_pl.gates import gate_kinds
 from leap_pl.inputs.classes import imported_kinds
@@ -143,7 +143,7 @@ def of_trainer(trainer: "L.Trainer", data: Any) -> Settings:
         settings |= {f"data.{name}": getattr(data, name) for name in DATA if name != "tokenizer"}
         if isinstance(data.tokenizer_name, str):
             settings["data.tokenizer"] = data.tokenizer_name
-    return taken(settings)
+    return settings_to_store(settings)
 
 
 def dtype_of(model: "torch.nn.Module | None", loaded: str, trainer: "L.Trainer | None") -> str:
@@ -188,18 +188,18 @@ def describe_objective(objective: Objective) -> Settings:
     settings: Settings = {field.name: getattr(objective, field.name) for field in fields(objective)}
     del settings["extra"]
     if objective.extra:  # by full import paths: the reader may have another class of the same name
-        settings["extra"] = [described(term, {}, settings_only=True) for term in objective.extra]
+        settings["extra"] = [describe(term, {}, settings_only=True) for term in objective.extra]
     return settings
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, given: Mapping[str, Any]) -> Spec:
     """Describe an ``optimizer`` by its class and settings; ``given`` are its constructor's arguments, if known."""
-    return described(optimizer, optimizers(), {**dict.fromkeys(DIMENSIONS, 0.0), **given, **optimizer.defaults})
+    return describe(optimizer, optimizers(), {**dict.fromkeys(DIMENSIONS, 0.0), **given, **optimizer.defaults})
 
 
 def describe_scheduler(scheduler: Any, given: Mapping[str, Any]) -> Spec:
     """Describe a learning-rate scheduler by its class and settings; ``given`` are its constructor's arguments."""
-    return described(scheduler, schedulers(), {**vars(scheduler), **given})
+    return describe(scheduler, schedulers(), {**vars(scheduler), **given})
 
 
 def read_settings(identity: Identity, checkpoint: Mapping[str, Any], where: str) -> Settings:
@@ -231,7 +231,7 @@ def read_settings(identity: Identity, checkpoint: Mapping[str, Any], where: str)
         stored = {**stored, "model.optimizer": {**packed, "init_args": arguments}}
     if "model.prior" in stored:  # under the current names
         stored = {**stored, "model.prior": asdict(Prior(**stored["model.prior"]))}
-    return taken(stored)
+    return settings_to_store(stored)
 
 
 def find_classes(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Found], dict[str, UserError]]:
@@ -245,7 +245,7 @@ def find_classes(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Fou
         if settings.get(name) is None:
             continue
         try:
-            classes[name] = found(settings[name], registry(), f"{where}: {name}")
+            classes[name] = resolve_class(settings[name], registry(), f"{where}: {name}")
         except UserError as error:
             refused[name] = error
     return classes, refused
@@ -269,7 +269,8 @@ def take_terms(settings: Settings, where: str, make: Callable[[type, dict[str, A
     made, refused = [], {}
     try:
         kinds = [
-            found(spec, imported_kinds(Term), f"{where}: {name}", settings_only=True) for spec in objective["extra"]
+            resolve_class(spec, imported_kinds(Term), f"{where}: {name}", settings_only=True)
+            for spec in objective["extra"]
         ]
         made = [make(*each) for each in kinds]
     except UserError as error:

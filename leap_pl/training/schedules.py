@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, one_line
 from leap_pl.inputs.ranges import Range
 
 Curve = Literal["linear", "cosine", "exponential", "constant"]
@@ -120,7 +120,7 @@ class Annealing:
         except UserError:
             raise
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
         raise UserError(
             f"model.annealing is {str(settings)[:200]}, which does not describe schedules ({reason[:200]}). "
             f"Give {', '.join(sorted(known))}, each as in {{start: 25, end: 350, curve: linear}}."

@@ -45,7 +45,7 @@ def shared_defaults(name: str, rows: float, columns: float) -> dict[str, float]:
     given = {"rows": float(rows), "columns": float(columns)}
     if min(given.values()) < 0:
         raise UserError(f"{name}: rows is {rows} and columns is {columns}; give 0 or more.")
-    # So that a mask which was learned without them says of its optimizer what it said before there were any.
+    # Zero rates are left out: the provenance of a mask learned without shared steps stays as it was.
     return {kind: rate for kind, rate in given.items() if rate}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from leap_pl.base_model.loading import load_model
-from leap_pl.base_model.weights import Weight, check_numbers
+from leap_pl.base_model.weights import Weight, check_finite_weights
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import TrainedWeight
 from leap_pl.inputs.hub import local_folder
@@ -75,7 +75,7 @@ class StartWeights:
             )
         with torch.device("cpu"):  # Lightning's device of the run is the default here
             model = load_model(folder, trust_remote_code=trust_remote_code)
-        check_numbers(model, f"model.weights {folder}")
+        check_finite_weights(model, f"model.weights {folder}")
         file = local_folder(folder, MASK) / MASK
         masks = MaskSet.load(file).masks if file.is_file() else None
         tensors = dict(model.named_parameters(remove_duplicate=False))  # a head may be tied in one of the two alone

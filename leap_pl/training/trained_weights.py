@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from leap_pl.base_model.weights import Weight
 from leap_pl.checkpoints.layout import key_of
-from leap_pl.distributed.shards import as_whole, gathered, part_like
+from leap_pl.distributed.shards import gathered, part_like, sharded_like
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import PART, Gate, GateState, TrainedTensor, TrainedWeight, attach_trained
 from leap_pl.masks.kept_weights import write_weights
@@ -269,7 +269,7 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
     def _hard_mask(self, name: str) -> Tensor:
         """Return the hard mask of a gated weight, sharded as the weight is."""
         mask, base = self._gated[name][1].hard_mask(), self.frozen(name)
-        return mask if isinstance(mask, DTensor) else as_whole(part_like(mask, base), base)
+        return mask if isinstance(mask, DTensor) else sharded_like(part_like(mask, base), base)
 
     def describe(self) -> dict[str, Any]:
         """Describe the training for the provenance of a mask, as plain values; empty if no weights are trained."""

@@ -10,7 +10,7 @@ from leap_pl.gates.gate import Mode
 from leap_pl.losses.objective import Objective
 from leap_pl.training.batch import input_ids_of
 from leap_pl.training.resumable_module import ResumableModule
-from leap_pl.training.validation import described, precision_of
+from leap_pl.training.validation import describe_sequences, precision_of
 
 
 class ValidatedModule(ResumableModule):
@@ -67,7 +67,7 @@ class ValidatedModule(ResumableModule):
         total = self.trainer.strategy.reduce(total, reduce_op="sum")
         of = self._measured_model()
         known = self.validation.dense
-        if known is not None and known.of != described(total) | of:
+        if known is not None and known.of != describe_sequences(total) | of:
             self.validation.dense = None
             with self.trainer.precision_plugin.val_step_context():
                 for input_ids in self.validation.batches:

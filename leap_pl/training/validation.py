@@ -171,7 +171,7 @@ class Validation(nn.Module):
             step: Completed optimizer steps.
             of: Other conditions of the measurements: ``fingerprint``, ``dtype``, ``precision``.
         """
-        conditions = described(total) | dict(of)
+        conditions = describe_sequences(total) | dict(of)
         self.hard, self.hard_step = Measured(float(self.hard_metric.compute()), **conditions), step
         if self.dense is None:
             self.dense = Measured(float(self.dense_metric.compute()), **conditions)
@@ -222,7 +222,7 @@ def precision_of(precision: Any) -> str:
     return f"{precision}, sums in float32" if precision in ("bf16-true", "16-true") else str(precision)
 
 
-def described(total: Tensor) -> dict[str, Any]:
+def describe_sequences(total: Tensor) -> dict[str, Any]:
     """Describe the sequences of a sum of :meth:`Validation.measured_tokens` by attributes of :class:`Measured`."""
     total = total.cpu()
     sequences, tokens = total[WORDS:].tolist()

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import torch
 
-from leap_pl.errors import warn_once
+from leap_pl.errors import one_line, warn_once
 
 OLDEST = (8, 0)  # compute capability: Ampere
 DEVICES = {"cuda"}  # types of the devices on which the operators run; the tests add the CPU, for the interpreter
@@ -50,7 +50,7 @@ def _works(device: torch.device) -> bool:
     except torch.OutOfMemoryError:  # says nothing of the kernels
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
     else:
         if abs(found - math.log(2)) < 1e-3:
             return True

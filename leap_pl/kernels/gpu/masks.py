@@ -18,17 +18,17 @@ from leap_pl.kernels.gpu.noise import EXACT, element_bits, exp2, logistic_in_bit
 ROWS, COLUMNS = 8, 256  # of a tile: a warp reads 256 consecutive columns, 16 bytes a thread of bfloat16
 
 
-def plain(number: int) -> int:
-    """Return ``number``, of 32 bits, as an odd number of 64 bits.
+def unspecialized(number: int) -> int:
+    """Return the 32-bit ``number`` as an odd 64-bit one, for which Triton compiles no variant.
 
-    Triton compiles a kernel again for an argument of 1 and for one that 16 divides; keys would be either now and then.
+    Triton compiles a kernel again for an argument that is 1 or divisible by 16, as some keys are.
     """
     return ((number & 0xFFFFFFFF) << 1 | 1) + (1 << 40)
 
 
 @triton.jit
 def _number(argument):
-    """Return the number that :func:`plain` has made an argument of."""
+    """Return the number that :func:`unspecialized` encoded."""
     return (argument >> 1).to(tl.int32)
 
 
@@ -145,7 +145,7 @@ def _backward(
 
 
 class Plan(NamedTuple):
-    """Division of the weights of one launch into tiles; numbers of each weight are tuples, made by :func:`plain`.
+    """Division of the weights of one launch into tiles; the tuples hold a number for each, from :func:`unspecialized`.
 
     Attributes:
         programs: Number of programs.
@@ -164,7 +164,11 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=256)
 def plan_of(shapes: tuple[torch.Size, ...]) -> Plan:
-    """Return the plan for weights of these shapes, whose last dimension is the columns."""
+    """Return the plan for weights of these shapes, whose last dimension is the columns.
+
+    Raises:
+        ValueError: They have too many elements for one launch.
+    """
     widths = tuple(shape[-1] for shape in shapes)
     heights = tuple(shape.numel() // max(shape[-1], 1) for shape in shapes)
     starts = [0]
@@ -172,7 +176,7 @@ def plan_of(shapes: tuple[torch.Size, ...]) -> Plan:
         starts.append(starts[-1] + -(-height // ROWS) * -(-width // COLUMNS))
     if starts[-1] >= 2**31:
         raise ValueError(f"weights of {sum(map(torch.Size.numel, shapes)):,} elements are too many for one launch")
-    firsts, tall, wide = (tuple(map(plain, some)) for some in (starts, heights, widths))
+    firsts, tall, wide = (tuple(map(unspecialized, some)) for some in (starts, heights, widths))
     return Plan(starts[-1], firsts, tall, wide, all(width % 16 == 0 for width in widths))
 
 
@@ -199,7 +203,7 @@ def mask_forward(
             tuple(logits), tuple(weights), tuple(masked), partials, plan.starts, plan.heights, plan.widths,
             *_split(keys), slope, sharpness, count, ROWS, COLUMNS, aligned, **EXACT,
         )  # fmt: skip
-        _add[(count, 2)](partials, sums, plan.starts, plain(programs), count, 256)
+        _add[(count, 2)](partials, sums, plan.starts, unspecialized(programs), count, 256)
     return masked, sums
 
 
@@ -235,7 +239,7 @@ def mask_backward(
 
 
 def _split(keys: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(map(plain, keys[::2])), tuple(map(plain, keys[1::2]))
+    return tuple(map(unspecialized, keys[::2])), tuple(map(unspecialized, keys[1::2]))
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
