@@ -152,8 +152,8 @@ def reading(what: str, name: str) -> Iterator[None]:
             raise UserError(f"{what} {name} could not be fetched from the hub: {refused}") from error
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{what} {name} comes with code of its own, which is not run unless you allow it. Read that code; if you "
-                "trust it, add --trust_remote_code true (fit, recover and validate: --model.trust_remote_code true)."
+                f"{what} {name} comes with code of its own, which is not run unless you allow it. Read that code; if "
+                "you trust it, add --trust_remote_code true (fit, recover, validate: --model.trust_remote_code true)."
             ) from error
         reason = one_line(error)
         if not isinstance(error, _CLEAR_ERRORS):

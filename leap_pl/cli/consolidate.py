@@ -6,6 +6,7 @@ from leap_pl.cli.command import command
 from leap_pl.errors import UserError
 from leap_pl.escape import say
 from leap_pl.files import atomic_file
+from leap_pl.inputs.paths import behind_link
 from leap_pl.inputs.register import current, note_input, real_path
 
 
@@ -28,7 +29,7 @@ def consolidate_command(ckpt_path: str, output: str) -> None:
     from leap_pl.checkpoints.file import write_archive
     from leap_pl.checkpoints.folder import consolidated
 
-    checkpoint = consolidated(ckpt_path)
+    checkpoint = consolidated(behind_link(ckpt_path))
     with atomic_file(output) as temporary, temporary.open("wb") as file:
         write_archive(checkpoint, file)
     say(f"{output}: step {checkpoint['global_step']} of {ckpt_path}")

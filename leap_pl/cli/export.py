@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from leap_pl.cli.command import command
 from leap_pl.errors import UserError, listing
 from leap_pl.escape import say
+from leap_pl.inputs.paths import behind_link
 
 if TYPE_CHECKING:
     from leap_pl.masks import MaskSet
@@ -73,6 +74,7 @@ def export_command(
 
     if push is not None:
         check_push(push)
+    ckpt_path = None if ckpt_path is None else behind_link(ckpt_path)
     masks = _read_masks(ckpt_path, mask, model, format, revision)
     from leap_pl.base_model.place import name_of_model
     from leap_pl.export.hugging_face import export_model
@@ -276,9 +278,13 @@ def _same_weights(result: dict[str, Any], masks: "MaskSet", rounded_to: str | No
     named = any(result["model"].get(name) is not None for name in ("mask", "ckpt_path"))
     if result["method"] not in (rounded_method(alone, rounded_to), method if named else None):
         return False
-    run = (TRAINED, "objective", "steps", "seed", "data")
+    run = (TRAINED, "objective", "steps", "seed", "data", "optimizer", "lr_scheduler", "dtype", "logits_dtype")
+    run += ("precision", "gradient_clip_val", "gradient_clip_algorithm")
     measured, made = (
-        {name: plain(config.get(name)) for name in run} if TRAINED in config else {}
-        for config in (result.get("config") or {}, masks.provenance.config)
+        {name: plain(config.get(name)) for name in run} | {"base": base} if TRAINED in config else {}
+        for config, base in (
+            (result.get("config") or {}, result["model"]["fingerprint"]),
+            (masks.provenance.config, masks.provenance.fingerprint),
+        )
     )
     return measured == made

@@ -10,7 +10,7 @@ from typing import Any
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_file, followed
 from leap_pl.inputs.paths import expanded
-from leap_pl.inputs.plain_values import plain, read_json, shown
+from leap_pl.inputs.plain_values import plain, read_plain_json, shown
 from leap_pl.inputs.register import note_input
 
 FORMAT = "leap_pl.evaluation"
@@ -70,7 +70,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
     path = expanded(path)
     note_input(path)
     try:
-        result = read_json(path)
+        result = read_plain_json(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path} cannot be read as a result file ({reason}). Evaluate again with --output.") from error

@@ -13,7 +13,7 @@ from leap_pl.base_model.weights import find_weights, is_sparse, model_fingerprin
 from leap_pl.errors import UserError
 from leap_pl.export.sparse_model import UNKNOWN, recorded_facts
 from leap_pl.inputs.hub import check_revision
-from leap_pl.inputs.paths import expanded
+from leap_pl.inputs.paths import behind_link, expanded
 from leap_pl.inputs.records import mask_in
 from leap_pl.masks import MaskSet, split_name
 from leap_pl.masks.exported import exported_record
@@ -94,7 +94,8 @@ def load_subject(
         from leap_pl.checkpoints.layout import masks_from_checkpoint
         from leap_pl.training.checkpoint_weights import weights_from_checkpoint
 
-        masks, weights = masks_from_checkpoint(str(ckpt_path)), weights_from_checkpoint(str(ckpt_path))
+        checkpoint = behind_link(str(ckpt_path))
+        masks, weights = masks_from_checkpoint(checkpoint), weights_from_checkpoint(checkpoint)
     provenance = masks.provenance
     # The recorded revision is valid for the recorded name only.
     asked, revision = revision, revision or provenance.revision if model is None else revision

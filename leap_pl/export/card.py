@@ -143,7 +143,10 @@ def _perplexities(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         cells = (markdown(name), f"{figure['value']:.3f}", dense, windows, figure["stride"])
         table.append(f"| {' | '.join(map(str, cells))} |")
     if "trained_in" in facts and validation:
-        validation += f" Measured in {facts['trained_in']}, before the weights were rounded to the base model's type."
+        how = f"in {facts['trained_in']}"
+        if "mixed" in str(precision := config.get("precision")):
+            how = f"with {facts['trained_in']} weights and precision {markdown(str(precision))}"
+        validation += f" Measured {how}, before the weights were rounded to the base model's type."
     rounded = facts.get("rounded_to")
     before = bool(validation) or not all("rounded_to" in figure for figure in figures.values())
     exact = ""

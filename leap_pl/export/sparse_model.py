@@ -6,7 +6,7 @@ from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs import records
 from leap_pl.inputs.hub import local_folder
-from leap_pl.inputs.plain_values import read_json, shown
+from leap_pl.inputs.plain_values import read_plain_json, shown
 from leap_pl.masks import MaskSet, PackedMasks, Provenance
 from leap_pl.masks.exported import exported_record
 from leap_pl.masks.mask_set import installed_versions
@@ -74,7 +74,7 @@ def recorded_facts(name: str, masks: MaskSet | None = None, *, revision: str | N
         :data:`.ZEROS`: number of kept weights that are 0, before any rounding. Each only if recorded.
     """
     try:
-        record = read_json(local_folder(name, records.RECORD, revision=revision) / records.RECORD)
+        record = read_plain_json(local_folder(name, records.RECORD, revision=revision) / records.RECORD)
     except (OSError, ValueError):
         return {}
     if not isinstance(record, dict):

@@ -29,7 +29,7 @@ REMEDY = "Use another copy of the file, or an earlier one."
 LONGEST_NAME = 4096  # characters of a path, a hub id, a weight's or a task's name
 
 
-def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
+def read_plain_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
     """Read the plain values in the file ``path``.
 
     Raises:

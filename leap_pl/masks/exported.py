@@ -8,7 +8,7 @@ from leap_pl.errors import UserError
 from leap_pl.inputs import records
 from leap_pl.inputs.hub import fetch_optional, is_hub_id
 from leap_pl.inputs.paths import expanded
-from leap_pl.inputs.plain_values import read_json
+from leap_pl.inputs.plain_values import read_plain_json
 
 
 def exported_record(name: str | Path, *, revision: str | None = None) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def exported_record(name: str | Path, *, revision: str | None = None) -> dict[st
     if path is None or not os.path.lexists(path):
         return {}
     try:
-        record = read_json(path)
+        record = read_plain_json(path)
         known = isinstance(record, dict)
         if known and "provenance" not in record and records.KEY in record:
             return {}  # a folder of another kind, whose record only names the command that wrote it

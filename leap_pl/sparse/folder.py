@@ -8,7 +8,7 @@ from typing import Any
 from leap_pl.base_model.stored_weights import PACKED_METHOD, model_files
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.paths import expanded
-from leap_pl.inputs.plain_values import read_json
+from leap_pl.inputs.plain_values import read_plain_json
 from leap_pl.inputs.reading import MOST_DESCRIPTION
 from leap_pl.inputs.register import note_input
 from leap_pl.masks import MaskSet, PackedMasks
@@ -74,7 +74,7 @@ def _extend_index(path: Path, found: dict[str, Stored]) -> None:
 def is_packed(folder: str | Path) -> bool:
     """Return whether ``folder`` is a Hugging Face folder with packed weights, according to its ``config.json``."""
     try:
-        config = read_json(expanded(folder) / "config.json", MOST_DESCRIPTION)
+        config = read_plain_json(expanded(folder) / "config.json", MOST_DESCRIPTION)
     except (OSError, ValueError):
         return False
     given = config.get("quantization_config") if isinstance(config, dict) else None

@@ -13,6 +13,7 @@ from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import MASK, mask_in
 from leap_pl.inputs.register import is_typed
 from leap_pl.masks import MaskSet
+from leap_pl.masks.exported import exported_record
 from leap_pl.masks.mask_set import TRAINED
 from leap_pl.oneshot.methods import METHODS
 
@@ -43,18 +44,24 @@ class FixedMask:
     digest: str
     base_model: str
 
-    def is_finished(self, base_model: str, weights: str | None) -> bool:
+    def is_finished(self, base_model: str, weights: str | None, revision: str | None = None) -> bool:
         """Return whether training starts where the mask was learned, or weights trained, for as much as is known.
 
         Args:
             base_model: Name of the run's base model.
             weights: Folder of the weights that it starts from, if they are not the base model's.
+            revision: Revision of the base model on the hub.
 
         Raises:
-            UserError: The mask beside the base model is damaged.
+            UserError: The record or the mask beside those weights is damaged.
         """
-        if self.learned or not self.trained or weights is not None:
-            return self.learned or self.trained
+        if self.learned:
+            return True
+        record = exported_record(weights or base_model, revision=None if weights else revision)
+        if record:  # of the weights themselves, whatever the record of this mask says
+            return TRAINED in record["config"] and record["mask_digest"] == self.digest
+        if not self.trained or weights is not None:
+            return self.trained
         beside = expanded(base_model) / MASK  # one exported model may be both
         return self.file == base_model or (beside.is_file() and MaskSet.load(beside).digest_of_bits() == self.digest)
 

@@ -344,6 +344,7 @@ def test_figures_are_of_mask_and_weights(recovered: Path, finished_run: Run, tex
         with pytest.raises(UserError, match="measured with this mask and other weights"):
             export_command(str(tmp_path / "no"), mask=str(masks[mask]), perplexity=results[figures], format=form)
     changes: dict[str, Any] = {"objective": {"lm": 0.25}, "steps": 3, "seed": 7, "data": {"sha256": "0" * 64}}
+    changes |= {"optimizer": {"betas": [0.9, 0.99]}, "gradient_clip_val": 0.5, "dtype": "bfloat16"}
     for name, change in changes.items():  # of a run that differs in its losses alone, its length, its noise, its text
         result = json.loads(Path(results["trained"]).read_text(encoding="utf-8"))
         was = result["config"][name]

@@ -120,6 +120,11 @@ def test_the_rate_is_small_where_weights_were_trained_before(
     assert rate(sparse, sparse) == rate(sparse, sparse / "mask.safetensors") == 2e-5
     assert rate(sparse, again) == rate(Path(os.path.relpath(sparse)), sparse) == 2e-5  # the same mask by another name
     assert rate(model_folder, sparse, weights=str(sparse)) == 2e-5
+    # By the record of the weights, whatever that of the mask says.
+    export_command(str(tmp_path / "read-off"), model=str(sparse), format="mask")
+    assert rate(sparse, pruned) == rate(sparse, tmp_path / "read-off") == 2e-5
+    assert rate(model_folder, pruned, weights=str(sparse)) == 2e-5
+    assert rate(model_folder, trained, weights=str(pruned / "model")) == 2e-4
     assert rate(model_folder, finished_run.mask) == 2e-5
 
 

@@ -1,5 +1,6 @@
 """Whatever a run trains, and in which data type: its checkpoint and its mask with weights are one exported model."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ from recovered_runs import FAST, Flags, weights_in
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
 
+from leap_pl.checkpoints import layout
 from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
+from leap_pl.evaluation.subject import load_subject
 from leap_pl.masks import MaskSet
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
@@ -60,10 +63,46 @@ def test_a_checkpoint_is_its_mask_and_weights(
     assert measured[0] == pytest.approx(measured[1], rel=1e-6 if dtype == "float32" else 1e-2)
 
 
+def test_a_link_that_moves_meanwhile_is_read_once(
+    recovered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on points last.ckpt to its newest checkpoint: mask and weights are of the same one."""
+    folder = shutil.copytree(recovered, tmp_path / "run", symlinks=True) / "checkpoints"
+    last, read = folder / "last.ckpt", layout.masks_from_checkpoint
+    assert last.readlink() == Path("step=4.ckpt")
+
+    def point_to(step: str) -> None:
+        last.unlink()
+        last.symlink_to(step)
+
+    def read_slowly(path: str) -> MaskSet:
+        masks = read(path)
+        point_to("step=4.ckpt")
+        return masks
+
+    monkeypatch.setattr(layout, "masks_from_checkpoint", read_slowly)
+    point_to("step=2.ckpt")
+    export_command(str(tmp_path / "of-link"), ckpt_path=str(last))
+    point_to("step=2.ckpt")
+    measured = load_subject(ckpt_path=str(last)).model
+    export_command(str(tmp_path / "of-step"), ckpt_path=str(folder / "step=2.ckpt"))
+    expected = load_file(tmp_path / "of-step" / "model.safetensors")
+    later = load_file(folder / "weights.safetensors")
+    assert any(not torch.equal(expected[name], tensor) for name, tensor in later.items())
+    for name, tensor in load_file(tmp_path / "of-link" / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name])
+        assert torch.equal(measured.get_parameter(name), tensor)
+
+
 def test_card_says_that_weights_were_measured_before_they_were_rounded(text_file: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     tiny_model("llama").bfloat16().save_pretrained(base)
     byte_tokenizer().save_pretrained(base)
+    mixed = ["--trainer.precision=bf16-mixed"]
+    main(fit_flags(base, text_file, tmp_path, *FAST, *mixed, "--model.train_weights=kept", "--model.dtype=float32"))
+    export_command(str(tmp_path / "out"), ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Measured with float32 weights and precision bf16-mixed, before the weights were rounded" in card
     for dtype, rounded in (("float32", True), ("bfloat16", False)):
         folder = tmp_path / dtype
         main(fit_flags(base, text_file, folder, *FAST, "--model.train_weights=kept", f"--model.dtype={dtype}"))
