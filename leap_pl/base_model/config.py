@@ -23,7 +23,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     folder, gguf_file = locate(name)
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     check_description(name, folder, gguf_file)
-    with reading("base model", name):
+    with reading("base model", name, trusted=trust_remote_code):
         check_in_reach(folder, revision)
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
     _check_whole(name, folder, revision)
@@ -62,7 +62,7 @@ def _check_whole(name: str, folder: str, revision: str | None) -> None:
     """
     from transformers.utils import find_adapter_config_file
 
-    with reading("base model", name):
+    with reading("base model", name, trusted=False):  # no code is asked for
         adapter = find_adapter_config_file(folder, revision=revision)
     if adapter is not None:
         raise UserError(

@@ -68,7 +68,7 @@ def _load(
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, dict) and stored.get("quant_method") in DEQUANTIZED:
         stored["dequantize"] = True  # on every host alike
-    with reading("base model", name):
+    with reading("base model", name, trusted=trust_remote_code):
         check_skeleton(config, stored_weights(folder, gguf_file), name, trust_remote_code=trust_remote_code)
         if gguf_file is None:
             model, found = AutoModelForCausalLM.from_pretrained(

@@ -124,11 +124,16 @@ def _structure_of(path: Path, changed: int, size: int) -> GgufFile:
 
 
 @contextmanager
-def reading(what: str, name: str) -> Iterator[None]:
+def reading(what: str, name: str, *, trusted: bool) -> Iterator[None]:
     """Convert the errors of the hub client and the readers into one line that says what to do.
 
     A damaged file can make them raise any exception, so that all are attributed to the file. Only readers may be called
     inside, so that no bug of this package is reported as a damaged file.
+
+    Args:
+        what: What is read, for the message.
+        name: Its name.
+        trusted: Whether code that comes with it is run.
     """
     try:
         yield
@@ -150,13 +155,14 @@ def reading(what: str, name: str) -> Iterator[None]:
             ) from error
         if refused := gated(error):
             raise UserError(f"{what} {name} could not be fetched from the hub: {refused}") from error
-        if "trust_remote_code" in str(error):
+        if "trust_remote_code" in str(error) and not trusted:
             raise UserError(
                 f"{what} {name} comes with code of its own, which is not run unless you allow it. Read that code; if "
-                "you trust it, add --trust_remote_code true (fit, recover, validate: --model.trust_remote_code true)."
+                "you trust it, add --trust_remote_code true (fit, recover, validate: --model.trust_remote_code true, "
+                "for the base model and its own tokenizer)."
             ) from error
         reason = one_line(error)
-        if not isinstance(error, _CLEAR_ERRORS):
+        if not isinstance(error, _CLEAR_ERRORS) and str(error):
             reason = f"{type(error).__name__}: {reason}"
         reason = re.sub(r" for this kind of AutoModel.*", ", which is not a causal language model.", reason)
         reason = f"{reason.removesuffix('.')}." if len(reason) <= 300 else f"{reason[:300]} …"

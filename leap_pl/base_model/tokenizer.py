@@ -27,7 +27,7 @@ def load_tokenizer(
     folder, gguf_file = locate(name)
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     check_description(name, folder, gguf_file)  # transformers reads it for a tokenizer, too
-    with reading("tokenizer", name):
+    with reading("tokenizer", name, trusted=trust_remote_code):
         check_in_reach(folder, revision)
         found = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **extra)
         tokens = set(found.encode(PROBE, add_special_tokens=False))

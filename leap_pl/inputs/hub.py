@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from leap_pl.errors import UserError, one_line
+from leap_pl.errors import UserError
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import MASK
@@ -240,7 +240,7 @@ def _reason(error: Exception, file: str) -> str:
         said = f"{status}: {error.server_message or error.response.reason_phrase}"
         remedy = f"With a token that may do this, {LOG_IN}." if status in (401, 403) else "Try later."
         return f"the hub answers {shown(' '.join(said.split()), 300).removesuffix('.')}. {remedy}"
-    said = shown(one_line(error), 300)
+    said = shown(" ".join(str(error).split()), 300)
     named = said if said and is_network_error(error) else f"{type(error).__name__} {said}".strip()
     return f"{named}. Check the network, and the disk of the local cache."
 

@@ -59,7 +59,7 @@ class FixedMask:
             return True
         record = exported_record(weights or base_model, revision=None if weights else revision)
         if record:  # of the weights themselves, whatever the record of this mask says
-            return TRAINED in record["config"] and record["mask_digest"] == self.digest
+            return TRAINED in (record.get("config") or {}) and record["mask_digest"] == self.digest
         if not self.trained or weights is not None:
             return self.trained
         beside = expanded(base_model) / MASK  # one exported model may be both

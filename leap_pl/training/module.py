@@ -147,7 +147,8 @@ class LeapModule(ValidatedModule):
             fixed.check_settings(sparsity, targets, ignore)
             gate, sparsity, targets, ignore = fixed.gate, fixed.sparsity, fixed.targets, ()
             prior = Prior(mask=fixed.file, cache_dir=prior.cache_dir)
-            weight_training = weight_training.with_rate(finished=fixed.is_finished(base_model, weights, revision))
+            if weight_training.lr is None:
+                weight_training = weight_training.with_rate(finished=fixed.is_finished(base_model, weights, revision))
         weight_training = weight_training.with_rate(finished=False)
         check_numbers({"sparsity": sparsity, "warmup_steps": warmup_steps, "seed": seed}, "model.")
         check_whole({"warmup_steps": warmup_steps, "seed": seed}, "model.")

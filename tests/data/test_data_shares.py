@@ -206,5 +206,5 @@ def test_workers_of_two_processes_share(files: list[str], tmp_path: Path) -> Non
     given(BlockStream(TextSource.open(files, seed=1), whole, SEQ_LENGTH), 1, 0)
     calls = sum(Watched(Path(path)).calls for path in notes)
     # Some are made ahead at the end, and on a busy machine some twice, after 2 s; without sharing, all would be.
-    assert whole.calls <= calls < 1.9 * whole.calls
+    assert whole.calls <= calls < 1.75 * whole.calls
     assert not any("Store" in (tmp_path / "said" / f"rank-{rank}.txt").read_text() for rank in range(2))

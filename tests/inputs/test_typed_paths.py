@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -135,6 +135,15 @@ def test_links_to_nowhere(tmp_path: Path, writer: Callable[[Path], object]) -> N
     with pytest.raises(UserError, match="could not be written"), writer(tmp_path / "circle"):  # type: ignore[attr-defined]
         pytest.fail("the body must not run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["circle", "out"]
+
+
+def test_a_checkpoint_that_links_in_a_circle_is_none(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    circle = tmp_path / "last.ckpt"
+    circle.symlink_to(circle)
+    for words in (["export", f"--output_dir={tmp_path / 'out'}"], ["evaluate", f"--perplexity={text_file}"]):
+        assert "there is no such checkpoint" in refused([*words, f"--ckpt_path={circle}"], capsys)
 
 
 def test_verbs_follow_links(finished: Run, model_folder, text_file, tmp_path: Path) -> None:
