@@ -41,6 +41,8 @@ class Checkpoints(SavingCheckpoint):
       current step and a message, without an extra validation.
     """
 
+    reports_end = True  # of a run that ends before its last step
+
     def __init__(
         self,
         dirpath: str | None = None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leap_pl.escape import say
-from leap_pl.inputs.register import running_verb
+from leap_pl.inputs.register import current, running_verb
 
 SWITCHED_OFF = ", since checkpoint.save_top_k and checkpoint.save_last switch them off"
 
@@ -37,7 +37,9 @@ class UnfinishedRun:
 
     @property
     def resuming(self) -> str:
-        """Return the options that resume the run in its folder."""
+        """Return the options, or in a program the call, that resume the run in its folder."""
+        if current() is None:
+            return f"trainer.fit(..., ckpt_path={str(self.folder / 'last.ckpt')!r}) and a new trainer"
         return "--ckpt_path last" + ("" if self.is_named else f" --checkpoint.dirpath {shlex.quote(str(self.folder))}")
 
     def report_end(self) -> None:

@@ -1,17 +1,23 @@
 """Token ids of a micro-batch, whatever loader it comes from."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from leap_pl.base_model.sequence_length import longest_sequence
+from leap_pl.base_model.vocabulary import vocabulary_of
 from leap_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IGNORED = -100  # label of a token that transformers' losses leave out
 
 
 def input_ids_of(batch: Any) -> Tensor:
-    """Return the tokens (B, L) of a micro-batch: a tensor, or the ``input_ids`` of a mapping.
+    """Return the tokens (B, L) of a micro-batch: a tensor, or the ``input_ids`` of a mapping, of which no more is used.
 
     A mapping with an ``attention_mask`` or ``labels`` is read for padding, which waits for the device that it is on;
     :class:`.TextDataModule` gives neither.
@@ -20,17 +26,57 @@ def input_ids_of(batch: Any) -> Tensor:
         UserError: It is something else, or has padding, or tokens that are not to be predicted: all would be learned.
     """
     if isinstance(batch, Tensor):
-        return batch
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        return _whole_numbers(batch)
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise UserError(
             f"a micro-batch is a {type(batch).__name__}; give tokens, LongTensor (sequences, tokens), alone or as "
             "input_ids of a dictionary."
         )
     ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
+    if not isinstance(ids, Tensor):
+        raise UserError(
+            f"input_ids of a micro-batch are a {type(ids).__name__}; give a LongTensor (sequences, tokens). A dataset "
+            'of Hugging Face makes tensors with dataset.with_format("torch").'
+        )
     padded = isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point() and not bool(mask.all())
     if padded or (isinstance(labels, Tensor) and bool((labels == IGNORED).any())):
         raise UserError(
             "a micro-batch has padding (attention_mask 0, or labels -100), and every token would be learned from. Pack "
-            "documents into sequences of equal length, as leap_pl.TextDataModule does."
+            "documents into sequences of equal length, as leap_pl.TextDataModule does; where labels hide end tokens "
+            "alone, leave labels out."
         )
-    return cast(Tensor, ids)
+    return _whole_numbers(ids)
+
+
+def _whole_numbers(ids: Tensor) -> Tensor:
+    if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or ids.shape[1] < 2:
+        raise UserError(
+            f"a micro-batch is {str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}; give token ids, "
+            "LongTensor (sequences, tokens), of two tokens or more."
+        )
+    return ids
+
+
+def check_ids(ids: Tensor, model: "PreTrainedModel", name: str) -> None:
+    """Check that ``model`` takes the tokens of a micro-batch, which a GPU refuses without a word on which.
+
+    Args:
+        ids: Tokens (B, L).
+        model: Base model.
+        name: Its name, for the message.
+
+    Raises:
+        UserError: The sequences are too long, or the model has no embedding for a token.
+    """
+    longest, rows = longest_sequence(model.config), vocabulary_of(model)
+    if longest is not None and ids.shape[1] > longest:
+        raise UserError(
+            f"a micro-batch has sequences of {ids.shape[1]} tokens, and {name} supports at most {longest}. Cut the "
+            "text into shorter ones."
+        )
+    low, high = (int(number) for number in ids.aminmax())
+    if low < 0 or high >= rows:
+        raise UserError(
+            f"a micro-batch has token {low if low < 0 else high}, and {name} has embeddings for 0 to {rows - 1}. Use "
+            "the tokenizer of the model."
+        )

@@ -148,6 +148,8 @@ class TextDataModule(LightningDataModule):
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f"data.{name} is {display(value)}; give one of {', '.join(CHOICES[name])}.")
         value = plain_paths(value) if name in TEXTS else value
+        if name in ("text", "validation_text"):
+            _check_names(name, value)
         changes = (name in DATA or name == "tokenizer_name") and vars(self).get(name, value) != value
         super().__setattr__(name, value)
         if changes:
@@ -471,3 +473,13 @@ class TextDataModule(LightningDataModule):
 
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else data_rank(self.trainer)
+
+
+def _check_names(setting: str, value: Any) -> None:
+    names = value if isinstance(value, list) else [value]
+    strange = [name for name in names if not isinstance(name, str | None)]
+    if strange:
+        raise UserError(
+            f"data.{setting} is a {type(strange[0]).__name__}; give the names of files, or a hub dataset. Write a "
+            "dataset that is in memory to a file first, as dataset.to_json('text.jsonl') does."
+        )

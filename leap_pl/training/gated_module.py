@@ -374,6 +374,8 @@ class GatedModule(L.LightningModule):
     def mask_set(self) -> "MaskSet":
         """Return the hard mask at exactly the target sparsity, as exported: complete on every rank.
 
+        In a sharded run every rank must call it.
+
         Raises:
             UserError: Nothing was learned: the model is not loaded.
         """

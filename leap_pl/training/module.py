@@ -26,7 +26,6 @@ from leap_pl.losses.term import MicroBatch
 from leap_pl.prior import Prior
 from leap_pl.training import finite, optimization, run_settings
 from leap_pl.training.arguments import check_arguments
-from leap_pl.training.batch import input_ids_of
 from leap_pl.training.clipping import check_clipping, clip_by_norm
 from leap_pl.training.fixed_mask import FixedMask
 from leap_pl.training.of_class import of_class
@@ -301,8 +300,8 @@ class LeapModule(ValidatedModule):
     # -- learning -----------------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch, as :func:`.input_ids_of` takes it."""
-        input_ids, fraction = input_ids_of(batch), self.global_step / self.trainer.max_steps
+        """Return the loss of one micro-batch, as :meth:`.tokens_of` takes it."""
+        input_ids, fraction = self.tokens_of(batch), self.global_step / self.trainer.max_steps
         windows = self.trainer.accumulate_grad_batches
         self.state.step = self.global_step
         self._harden(fraction)

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from leap_pl.checkpoints import layout as checkpoints
 from leap_pl.checkpoints.folder import check_before_loading, not_one_file
@@ -184,6 +185,13 @@ class ResumableModule(GatedModule):
 
     def on_fit_end(self) -> None:
         """Hold the identity of the run, for a mask that is saved after another trainer has validated this module."""
+        step, steps = self.trainer.global_step, self.trainer.max_steps
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if step < steps and not any(getattr(callback, "reports_end", False) for callback in callbacks):
+            rank_zero_warn(
+                f"the run ended at step {step} of {steps}, before its schedules did: gates are still soft, and "
+                "mask_set() is of that step. Give max_steps that the run reaches."
+            )
         self.finished, self._learns_in = self.identity(), None
 
     def hold_identity(self) -> None:
@@ -234,6 +242,9 @@ class ResumableModule(GatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the logits by weight name and the identity of the run, without the frozen model."""
+        if self.model is None:  # as OnExceptionCheckpoint of a run that is refused, whose reason would be hidden
+            rank_zero_warn("this checkpoint has nothing of the run, which ended before the base model was loaded.")
+            return
         self.check_finite(logits=True)
         checkpoint[KEY] = asdict(self.identity())
         for part in ("hyper_parameters", *OF_DATA):  # those of the module are in the identity, read by a schema

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from leap_pl.errors import UserError, one_line
+from leap_pl.inputs.plain_values import display
 from leap_pl.inputs.ranges import Range
 
 Curve = Literal["linear", "cosine", "exponential", "constant"]
@@ -93,7 +94,12 @@ class Annealing:
     def __post_init__(self) -> None:
         # Every curve stays between its start and its end.
         for name, valid in ANNEALED.items():
-            schedule: Schedule = getattr(self, name)
+            schedule: Any = getattr(self, name)
+            if type(schedule) is not Schedule:  # of which checkpoints hold nothing else
+                raise UserError(
+                    f"model.annealing.{name} is {display(schedule)}; give Schedule(START, END) of "
+                    "leap_pl.training.schedules."
+                )
             if schedule.start not in valid or schedule.end not in valid:
                 why = f"; {WHY[name]}" if name in WHY and min(schedule.start, schedule.end) <= 0 else ""
                 raise UserError(

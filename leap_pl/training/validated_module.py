@@ -8,7 +8,7 @@ from torch import Tensor
 
 from leap_pl.gates.gate import Mode
 from leap_pl.losses.objective import Objective
-from leap_pl.training.batch import input_ids_of
+from leap_pl.training.batch import check_ids, input_ids_of
 from leap_pl.training.resumable_module import ResumableModule
 from leap_pl.training.validation import describe_sequences, precision_of
 
@@ -23,10 +23,24 @@ class ValidatedModule(ResumableModule):
     """
 
     objective: Objective
+    _tokens_checked = False  # the first ones
 
     @abstractmethod
     def _harden(self, fraction: float) -> None:
         """Set α and τ to their values at ``fraction`` of the run."""
+
+    def tokens_of(self, batch: Any) -> Tensor:
+        """Return the tokens of a micro-batch (:func:`.input_ids_of`), which the base model takes.
+
+        Raises:
+            UserError: They are something else; of those on a GPU only the first are looked at, which waits for it.
+        """
+        input_ids = input_ids_of(batch)
+        if input_ids.is_cpu or not self._tokens_checked:
+            assert self.model is not None
+            check_ids(input_ids, self.model, self.base_model)
+            self._tokens_checked = True
+        return input_ids
 
     def on_validation_start(self) -> None:
         """Set α and τ, since a run may validate before it trains; outside a fit they keep the checkpoint's values."""
@@ -40,7 +54,7 @@ class ValidatedModule(ResumableModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the perplexity of the hard mask and, unless it is already known, of the dense model."""
-        input_ids = input_ids_of(batch)
+        input_ids = self.tokens_of(batch)
         for mode in self.validation.wanted:
             self._measure(mode, input_ids)
         self.validation.batches.append(input_ids)

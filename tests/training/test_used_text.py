@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
+from lightning.pytorch.callbacks import EarlyStopping, OnExceptionCheckpoint
 from python_runs import again, data, trainer
 from tiny import byte_tokenizer
 from torch.utils.data import DataLoader
@@ -22,6 +23,7 @@ from leap_pl.data.source import TextSource
 from leap_pl.losses.objective import Objective
 from leap_pl.prior import Prior
 from leap_pl.training.batch import input_ids_of
+from leap_pl.training.schedules import Annealing, Schedule
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -172,10 +174,69 @@ def fitted(text: str, **settings: Any) -> None:
     trainer(max_steps=1).fit(module, TextDataModule(byte_tokenizer(), text, seq_length=16, **settings))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("validates", [False, True])
+def test_tokens_of_other_loaders_are_those_of_the_model(module: LeapModule, validates: bool) -> None:
+    """On a GPU the embedding would end the process, and names no token."""
+    ids = torch.arange(64).view(4, 16)
+    strange, long = ids.clone(), torch.zeros(4, 200, dtype=torch.long)
+    strange[1, 2] = 100_000
+    for wrong, says in (
+        (strange, r"a micro-batch has token 100000, and .* has embeddings for 0 to \d+\. Use the tokenizer of"),
+        (strange.sub(100_001), "a micro-batch has token -100001, and"),
+        (long, "a micro-batch has sequences of 200 tokens, and .* supports at most 128. Cut the text"),
+    ):
+        made = LeapModule(module.base_model, dtype="float32", prior=Prior(method="none"))
+        loaders = (ids, wrong) if validates else (wrong, ids)
+        with pytest.raises(UserError, match=says):
+            trainer(max_steps=2, num_sanity_val_steps=1).fit(made, *(DataLoader(one, batch_size=2) for one in loaders))
+
+
+def test_a_run_that_ends_before_its_schedules_says_so(module: LeapModule, recwarn: pytest.WarningsRecorder) -> None:
+    ids, said = torch.arange(64).view(4, 16), "the run ended at step 2 of 9, before its schedules did"
+    for steps, epochs in ((9, 1), (2, 1)):
+        made = LeapModule(module.base_model, dtype="float32", prior=Prior(method="none"))
+        recwarn.clear()
+        trainer(max_steps=steps, max_epochs=epochs).fit(made, DataLoader(ids, batch_size=2))
+        assert any(said in str(warning.message) for warning in recwarn) == (steps == 9)
+
+
+def test_text_in_memory_is_refused() -> None:
+    import datasets
+
+    held = datasets.Dataset.from_dict({"text": ["some words"]})
+    for setting, value in (("text", held), ("validation_text", [held]), ("text", {"train": "a.jsonl"})):
+        with pytest.raises(UserError, match=rf"data.{setting} is a (Dataset|dict); give the names of files"):
+            TextDataModule(**{"text": "a.jsonl", setting: value})
+
+
+def test_schedules_of_other_classes_are_refused() -> None:
+    class Steps(Schedule):
+        pass
+
+    for wrong in ((1000, 3500), 350, Steps(25.0, 350.0), {"start": 25, "end": 350}):
+        with pytest.raises(UserError, match=r"model.annealing.alpha is .*; give Schedule\(START, END\)"):
+            Annealing(alpha=wrong)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_a_refused_run_does_not_hide_the_reason(
+    module: LeapModule, text_file: Path, tmp_path: Path
+) -> None:
+    saving = OnExceptionCheckpoint(str(tmp_path))
+    with pytest.raises(UserError, match="monitors nothing"), pytest.warns(UserWarning, match="has nothing of the run"):
+        trainer(saving, EarlyStopping("nothing"), max_steps=1, enable_checkpointing=True).fit(
+            again(module), data(text_file)
+        )
+
+
 def test_batches_of_other_loaders(module: LeapModule) -> None:
     ids = torch.arange(64).view(4, 16)
     module = LeapModule(module.base_model, dtype="float32", prior=Prior(method="none"))
     trainer(max_steps=2).fit(module, DataLoader(ids, batch_size=2))
+    for wrong in (ids[0], ids[:, :1], ids.float(), {"input_ids": ids.bool()}):
+        with pytest.raises(UserError, match=r"a micro-batch is (int64|float32|bool) of shape .*; give token ids"):
+            input_ids_of(wrong)
+    with pytest.raises(UserError, match=r"input_ids of a micro-batch are a list; .*with_format"):
+        input_ids_of({"input_ids": ids.tolist()})
     for wrong in ([ids], {"tokens": ids}, 3):
         with pytest.raises(UserError, match=r"a micro-batch is a (list|dict|int); give tokens"):
             input_ids_of(wrong)
