@@ -316,6 +316,7 @@ class Checkpoints(SavingCheckpoint):
             step=trainer.global_step,
             max_steps=trainer.max_steps,
             saved_step=self.saved_step,
+            saved_path=self.saved_path,
             folder=Path(str(self.dirpath)),
             is_named=self._named,
             is_off=self.save_top_k == 0 and not self.save_last,

@@ -148,7 +148,9 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
     there = device_bytes(trainer.strategy.root_device)
     if there is not None and (gib + LIBRARIES_GIB) * 2**30 > there:
         ways = ["--model.activation_checkpointing true"] * (not module.activation_checkpointing)
-        ways += ["--data.batch_size 1"] * (getattr(data, "batch_size", 1) > 1)
+        if tokens and data.batch_size > 1:  # with more micro-batches a step, which then is the same
+            windows = data.batch_size * trainer.accumulate_grad_batches
+            ways += [f"--data.batch_size 1 --trainer.accumulate_grad_batches {windows}"]
         ways += ["--config low_memory"] * (module.logits_dtype != torch.bfloat16)
         ways += ["--config fsdp2 on several" if module.mesh is None else "more devices"]
         plan["memory"] += (

@@ -21,6 +21,7 @@ class UnfinishedRun:
         step: Optimizer steps done.
         max_steps: Optimizer steps of the whole run.
         saved_step: Step of the newest checkpoint that this run has written; 0: it has written none.
+        saved_path: Path of that checkpoint.
         folder: Folder of the checkpoints.
         is_named: Whether that folder was set; each run chooses another otherwise.
         is_off: Whether the settings let no checkpoint be written.
@@ -30,6 +31,7 @@ class UnfinishedRun:
     step: int
     max_steps: int
     saved_step: int
+    saved_path: str
     folder: Path
     is_named: bool
     is_off: bool
@@ -37,9 +39,9 @@ class UnfinishedRun:
 
     @property
     def resuming(self) -> str:
-        """Return the options, or in a program the call, that resume the run in its folder."""
+        """Return the options, or in a program the call, that resume the run from its newest checkpoint."""
         if current() is None:
-            return f"trainer.fit(..., ckpt_path={str(self.folder / 'last.ckpt')!r}) and a new trainer"
+            return _call(self.saved_path)
         return "--ckpt_path last" + ("" if self.is_named else f" --checkpoint.dirpath {shlex.quote(str(self.folder))}")
 
     def report_end(self) -> None:
@@ -52,6 +54,8 @@ class UnfinishedRun:
         elif self.began_with is not None:
             found = f"It began with the checkpoint {self.began_with}"
             remedy = f"Resume with --ckpt_path {shlex.quote(self.began_with)}"
+            if current() is None:
+                remedy = f"Resume with {_call(self.began_with)}"
         _say(
             f"ended at step {self.step} of {self.max_steps}; learning is not finished, and no mask is written. "
             f"{found}. {remedy}."
@@ -77,6 +81,10 @@ class UnfinishedRun:
     def can_go_on(self) -> bool:
         """Return whether the same command loses no step: it resumes, or there is nothing to resume yet."""
         return bool(self.saved_step or not self.step or self.began_with is not None)
+
+
+def _call(checkpoint: str) -> str:
+    return f"trainer.fit(..., ckpt_path={checkpoint!r}) and a new trainer"
 
 
 def requeue() -> None:

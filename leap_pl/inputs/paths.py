@@ -12,4 +12,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 def behind_link(path: str | os.PathLike[str]) -> str:
     """Return what a link such as ``last.ckpt`` points to, so that all read the same: a run that goes on moves it."""
     place = expanded(path)
-    return str(place.parent / place.readlink() if place.is_symlink() else place)
+    try:
+        return str(place.resolve() if place.is_symlink() else place)
+    except (OSError, RuntimeError):  # links in a circle
+        return str(place)

@@ -36,7 +36,7 @@ def input_ids_of(batch: Any) -> Tensor:
     if not isinstance(ids, Tensor):
         raise UserError(
             f"input_ids of a micro-batch are a {type(ids).__name__}; give a LongTensor (sequences, tokens). A dataset "
-            'of Hugging Face makes tensors with dataset.with_format("torch").'
+            'of Hugging Face makes tensors with dataset.with_format("torch", columns=["input_ids"]).'
         )
     padded = isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point() and not bool(mask.all())
     if padded or (isinstance(labels, Tensor) and bool((labels == IGNORED).any())):
@@ -54,11 +54,11 @@ def _whole_numbers(ids: Tensor) -> Tensor:
             f"a micro-batch is {str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}; give token ids, "
             "LongTensor (sequences, tokens), of two tokens or more."
         )
-    return ids
+    return ids.long()
 
 
-def check_ids(ids: Tensor, model: "PreTrainedModel", name: str) -> None:
-    """Check that ``model`` takes the tokens of a micro-batch, which a GPU refuses without a word on which.
+def check_length(ids: Tensor, model: "PreTrainedModel", name: str) -> None:
+    """Check that ``model`` takes sequences as long as those of a micro-batch.
 
     Args:
         ids: Tokens (B, L).
@@ -66,14 +66,28 @@ def check_ids(ids: Tensor, model: "PreTrainedModel", name: str) -> None:
         name: Its name, for the message.
 
     Raises:
-        UserError: The sequences are too long, or the model has no embedding for a token.
+        UserError: They are too long.
     """
-    longest, rows = longest_sequence(model.config), vocabulary_of(model)
+    longest = longest_sequence(model.config)
     if longest is not None and ids.shape[1] > longest:
         raise UserError(
             f"a micro-batch has sequences of {ids.shape[1]} tokens, and {name} supports at most {longest}. Cut the "
             "text into shorter ones."
         )
+
+
+def check_numbers(ids: Tensor, model: "PreTrainedModel", name: str) -> None:
+    """Check that ``model`` has an embedding for each token of a micro-batch; a GPU does not say which one is strange.
+
+    Args:
+        ids: Tokens (B, L), for whose device this waits.
+        model: Base model.
+        name: Its name, for the message.
+
+    Raises:
+        UserError: It has none for one of them.
+    """
+    rows = vocabulary_of(model)
     low, high = (int(number) for number in ids.aminmax())
     if low < 0 or high >= rows:
         raise UserError(

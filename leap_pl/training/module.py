@@ -415,11 +415,6 @@ class LeapModule(ValidatedModule):
         """Free all gradients, or zero them likewise: Lightning calls this before a run, and before each validation."""
         super().zero_grad(set_to_none and not has_buckets(self.attached))
 
-    @property
-    def looks_later(self) -> bool:
-        """Return whether reading a number takes a host sync; numbers are then checked at log steps only."""
-        return self.device.type != "cpu"
-
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,

@@ -1,6 +1,7 @@
 """ResumableModule: GatedModule whose checkpoints contain what was learned, and how, and nothing else."""
 
 import math
+import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -188,9 +189,10 @@ class ResumableModule(GatedModule):
         step, steps = self.trainer.global_step, self.trainer.max_steps
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if step < steps and not any(getattr(callback, "reports_end", False) for callback in callbacks):
+            what = "gates are still soft, and mask_set() is" if self.fixed_mask is None else "the weights are"
             rank_zero_warn(
-                f"the run ended at step {step} of {steps}, before its schedules did: gates are still soft, and "
-                "mask_set() is of that step. Give max_steps that the run reaches."
+                f"the run ended at step {step} of {steps}, before its schedules did: {what} of that step. Give "
+                "max_steps that the run reaches."
             )
         self.finished, self._learns_in = self.identity(), None
 
@@ -241,10 +243,14 @@ class ResumableModule(GatedModule):
         return recorded | self.validation.record()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the logits by weight name and the identity of the run, without the frozen model."""
-        if self.model is None:  # as OnExceptionCheckpoint of a run that is refused, whose reason would be hidden
-            rank_zero_warn("this checkpoint has nothing of the run, which ended before the base model was loaded.")
-            return
+        """Store the logits by weight name and the identity of the run, without the frozen model.
+
+        Raises:
+            UserError: There is no model yet; instead, the exception that is being handled, if there is one.
+        """
+        if self.model is None:
+            # OnExceptionCheckpoint of a run that is refused: its reason ends the save, before a file is overwritten.
+            raise sys.exc_info()[1] or UserError("there is nothing to save: the base model is not loaded yet.")
         self.check_finite(logits=True)
         checkpoint[KEY] = asdict(self.identity())
         for part in ("hyper_parameters", *OF_DATA):  # those of the module are in the identity, read by a schema

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from leap_pl.gates.gate import Mode
 from leap_pl.losses.objective import Objective
-from leap_pl.training.batch import check_ids, input_ids_of
+from leap_pl.training.batch import check_length, check_numbers, input_ids_of
 from leap_pl.training.resumable_module import ResumableModule
 from leap_pl.training.validation import describe_sequences, precision_of
 
@@ -23,7 +23,7 @@ class ValidatedModule(ResumableModule):
     """
 
     objective: Objective
-    _tokens_checked = False  # the first ones
+    _tokens_checked = False  # the first ones of a stage
 
     @abstractmethod
     def _harden(self, fraction: float) -> None:
@@ -33,17 +33,30 @@ class ValidatedModule(ResumableModule):
         """Return the tokens of a micro-batch (:func:`.input_ids_of`), which the base model takes.
 
         Raises:
-            UserError: They are something else; of those on a GPU only the first are looked at, which waits for it.
+            UserError: They are something else. A GPU has to be waited for to look at their numbers: of training, and of
+                each validation, those of the first micro-batch are looked at.
         """
         input_ids = input_ids_of(batch)
-        if input_ids.is_cpu or not self._tokens_checked:
-            assert self.model is not None
-            check_ids(input_ids, self.model, self.base_model)
+        assert self.model is not None
+        check_length(input_ids, self.model, self.base_model)
+        if not self.looks_later or not self._tokens_checked:
+            check_numbers(input_ids, self.model, self.base_model)
             self._tokens_checked = True
         return input_ids
 
+    @property
+    def looks_later(self) -> bool:
+        """Return whether reading a number takes a host sync; numbers are then checked at log steps only."""
+        return self.device.type != "cpu"
+
+    def on_train_start(self) -> None:
+        """Set the modes of learning; the first tokens are still to be checked, which validation has not read."""
+        self._tokens_checked = False
+        super().on_train_start()
+
     def on_validation_start(self) -> None:
         """Set α and τ, since a run may validate before it trains; outside a fit they keep the checkpoint's values."""
+        self._tokens_checked = False
         if self._fitting():
             self._harden(self.global_step / self.trainer.max_steps)
 

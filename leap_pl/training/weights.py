@@ -32,9 +32,9 @@ class WeightTraining:
     The weights are one parameter group of the optimizer, whose other settings they share.
 
     Attributes:
-        lr: Learning rate of the weights; by default 2e-4, and 2e-5 under a fixed mask that was learned, or read off the
-            zeros of a model, and from weights that were trained before, as few tokens then only disturb what mask and
-            weights were trained for.
+        lr: Learning rate of the weights; by default 2e-4, and 2e-5 under a fixed mask that was learned, read off the
+            zeros of a model or made by a method that leap_pl does not know, and from weights that were trained before:
+            few tokens then only disturb what mask and weights were trained for.
         warmup_steps: Number of warmup steps of the weights' rate, in the default schedule.
         weight_decay: Weight decay of the weights. In low-rank training it decays the factors.
         embeddings: Train the token embeddings and the head as well, whole.

@@ -33,9 +33,9 @@ def test_plan_says_where_a_run_will_not_fit(
     main(fit_flags(model_folder, text_file, tmp_path, "--trainer.max_steps=1"))
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("memory "))
     ways = (
-        "add --model.activation_checkpointing true, then --data.batch_size 1, then --config low_memory, then --config "
+        "add --model.activation_checkpointing true, then --data.batch_size 1 --trainer.accumulate_grad_batches 4, then "
     )
-    ways += "fsdp2 on several"
+    ways += "--config low_memory, then --config fsdp2 on several"
     assert (f"with 2 GiB for those more than its 2.0 GiB; {ways}" in line) == (there == 2**31)
 
 

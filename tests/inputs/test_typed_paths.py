@@ -14,6 +14,7 @@ from leap_pl.cli import main as cli
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_file, atomic_folder
 from leap_pl.inputs import register as inputs
+from leap_pl.inputs.paths import behind_link
 from leap_pl.masks import MaskSet
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -144,6 +145,15 @@ def test_a_checkpoint_that_links_in_a_circle_is_none(
     circle.symlink_to(circle)
     for words in (["export", f"--output_dir={tmp_path / 'out'}"], ["evaluate", f"--perplexity={text_file}"]):
         assert "there is no such checkpoint" in refused([*words, f"--ckpt_path={circle}"], capsys)
+
+
+def test_a_link_is_followed_to_its_end(tmp_path: Path) -> None:
+    """Each of the two readers of a checkpoint would otherwise follow the rest of it by itself."""
+    step, last, best = (tmp_path / name for name in ("step=2.ckpt", "last.ckpt", "best.ckpt"))
+    step.touch()
+    last.symlink_to(step.name)
+    best.symlink_to(last)
+    assert behind_link(best) == behind_link(last) == behind_link(step) == str(step)
 
 
 def test_verbs_follow_links(finished: Run, model_folder, text_file, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From Python: text, tokenizers and base models that change, and batches of other loaders."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from leap_pl.cli.resume import settings_of
 from leap_pl.data.source import TextSource
 from leap_pl.losses.objective import Objective
 from leap_pl.prior import Prior
+from leap_pl.training import validated_module
 from leap_pl.training.batch import input_ids_of
 from leap_pl.training.schedules import Annealing, Schedule
 
@@ -191,13 +193,63 @@ def test_tokens_of_other_loaders_are_those_of_the_model(module: LeapModule, vali
             trainer(max_steps=2, num_sanity_val_steps=1).fit(made, *(DataLoader(one, batch_size=2) for one in loaders))
 
 
-def test_a_run_that_ends_before_its_schedules_says_so(module: LeapModule, recwarn: pytest.WarningsRecorder) -> None:
+def test_first_tokens_of_each_stage_are_checked_on_a_gpu(module: LeapModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of validation say nothing of those of training, nor those of one validation of another's loader."""
+    monkeypatch.setattr(LeapModule, "looks_later", True)
+    counted = CountingTokens(monkeypatch)
+    good = torch.arange(64).view(4, 16)
+    made = LeapModule(module.base_model, dtype="float32", prior=Prior(method="none"))
+    loader, wrong = DataLoader(good, batch_size=2), DataLoader(good + 100_000, batch_size=2)
+    with pytest.raises(UserError, match=r"a micro-batch has token 1000\d\d, and"):
+        trainer(max_steps=2, num_sanity_val_steps=1).fit(again(made), wrong, loader)
+    counted.times = 0
+    trainer(max_steps=2, num_sanity_val_steps=1).fit(made, loader, loader)
+    assert counted.times == 3  # the sanity check, training, the validation after it
+    with pytest.raises(UserError, match=r"a micro-batch has token 1000\d\d, and"):
+        trainer().validate(made, wrong, verbose=False)
+
+
+class CountingTokens:
+    """How often the numbers of tokens were looked at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.times, check = 0, validated_module.check_numbers
+
+        def counting(*args: Any) -> None:
+            self.times += 1
+            check(*args)
+
+        monkeypatch.setattr(validated_module, "check_numbers", counting)
+
+
+def test_a_run_that_ends_before_its_schedules_says_so(
+    module: LeapModule, finished_run: Run, recwarn: pytest.WarningsRecorder
+) -> None:
     ids, said = torch.arange(64).view(4, 16), "the run ended at step 2 of 9, before its schedules did"
     for steps, epochs in ((9, 1), (2, 1)):
         made = LeapModule(module.base_model, dtype="float32", prior=Prior(method="none"))
         recwarn.clear()
         trainer(max_steps=steps, max_epochs=epochs).fit(made, DataLoader(ids, batch_size=2))
         assert any(said in str(warning.message) for warning in recwarn) == (steps == 9)
+    made = LeapModule(module.base_model, dtype="float32", mask=str(finished_run.mask), train_weights="kept")
+    with pytest.warns(UserWarning, match=said + ": the weights are of that step"):
+        trainer(max_steps=9, max_epochs=1).fit(made, DataLoader(ids, batch_size=2))
+
+
+def test_a_program_is_told_which_checkpoint_resumes_its_run(
+    module: LeapModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, steps = DataLoader(torch.arange(64).view(4, 16), batch_size=2), {"max_steps": 9, "max_epochs": 1}
+    for saving in ({}, {"save_last": False}):
+        callback = Checkpoints(str(tmp_path / f"{len(saving)}"), every_n_train_steps=1, **saving)
+        trainer(callback, **steps).fit(again(module), text)
+        said = capsys.readouterr().err
+        assert "ended at step 2 of 9; learning is not finished" in said
+        (found,) = re.findall(r"Resume with trainer\.fit\(\.\.\., ckpt_path='(.*)'\) and a new trainer", said)
+        assert read_identity(torch.load(found, weights_only=True), found).max_steps == 9
+    callback = Checkpoints(str(tmp_path / "2"), save_top_k=0, save_last=False)
+    trainer(callback, **steps).fit(again(module), text, ckpt_path=found)
+    assert f"Resume with trainer.fit(..., ckpt_path='{found}')" in capsys.readouterr().err
 
 
 def test_text_in_memory_is_refused() -> None:
@@ -221,11 +273,15 @@ def test_schedules_of_other_classes_are_refused() -> None:
 def test_a_checkpoint_of_a_refused_run_does_not_hide_the_reason(
     module: LeapModule, text_file: Path, tmp_path: Path
 ) -> None:
-    saving = OnExceptionCheckpoint(str(tmp_path))
-    with pytest.raises(UserError, match="monitors nothing"), pytest.warns(UserWarning, match="has nothing of the run"):
+    saving, earlier = OnExceptionCheckpoint(str(tmp_path)), tmp_path / "on_exception.ckpt"
+    earlier.write_bytes(b"of the run before")
+    with pytest.raises(UserError, match="monitors nothing"):
         trainer(saving, EarlyStopping("nothing"), max_steps=1, enable_checkpointing=True).fit(
             again(module), data(text_file)
         )
+    assert earlier.read_bytes() == b"of the run before"
+    with pytest.raises(UserError, match="nothing to save: the base model is not loaded"):
+        again(module).on_save_checkpoint({})
 
 
 def test_batches_of_other_loaders(module: LeapModule) -> None:
