@@ -182,7 +182,7 @@ def _agrees(causal: Any, head: Head) -> bool:
     with evaluating(causal):
         expected = causal(input_ids=ids, use_cache=False).logits[0].float()
         try:
-            found = head(_hidden(causal, ids)[0]).float()
+            found = head(_hidden(causal, ids)[0]).float().to(expected.device)
         except (AttributeError, RuntimeError, TypeError):
             return False
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.02, atol=0.02)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from leap_pl.callbacks.lightning_internals import SavingCheckpoint
 from leap_pl.callbacks.mask_export import MaskExport, mask_place
-from leap_pl.distributed.strategy import data_rank
+from leap_pl.distributed.strategy import copies_gradients, data_rank
 from leap_pl.escape import markdown, say, terminal
 from leap_pl.gates import BernoulliGate, Gate, NMGate
 from leap_pl.inputs.records import WEIGHTS
@@ -147,7 +147,9 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
     plan["memory"] = f"about {size} on each device, without libraries and fragmentation"
     there = device_bytes(trainer.strategy.root_device)
     if there is not None and (gib + LIBRARIES_GIB) * 2**30 > there:
-        ways = ["--model.activation_checkpointing true"] * (not module.activation_checkpointing)
+        ways = ["--trainer.strategy DDPStrategy --trainer.strategy.gradient_as_bucket_view true"]
+        ways *= copies_gradients(trainer)
+        ways += ["--model.activation_checkpointing true"] * (not module.activation_checkpointing)
         if tokens and data.batch_size > 1:  # with more micro-batches a step, which then is the same
             windows = data.batch_size * trainer.accumulate_grad_batches
             ways += [f"--data.batch_size 1 --trainer.accumulate_grad_batches {windows}"]

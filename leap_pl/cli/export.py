@@ -278,8 +278,8 @@ def _same_weights(result: dict[str, Any], masks: "MaskSet", rounded_to: str | No
     named = any(result["model"].get(name) is not None for name in ("mask", "ckpt_path"))
     if result["method"] not in (rounded_method(alone, rounded_to), method if named else None):
         return False
-    run = (TRAINED, "objective", "steps", "seed", "data", "optimizer", "lr_scheduler", "dtype", "logits_dtype")
-    run += ("precision", "gradient_clip_val", "gradient_clip_algorithm")
+    run = [TRAINED, "objective", "steps", "seed", "data", "optimizer", "lr_scheduler", "dtype", "logits_dtype"]
+    run += ["precision", "gradient_clip_val", "gradient_clip_algorithm"]
     measured, made = (
         {name: plain(config.get(name)) for name in run} | {"base": base} if TRAINED in config else {}
         for config, base in (

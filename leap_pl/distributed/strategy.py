@@ -66,6 +66,11 @@ def has_buckets(trainer: "L.Trainer | None") -> bool:
     return isinstance(strategy, DDPStrategy) and bool(views)
 
 
+def copies_gradients(trainer: "L.Trainer | None") -> bool:
+    """Return whether DDP holds the gradients in buckets of its own, beside those of the parameters."""
+    return trainer is not None and isinstance(trainer.strategy, DDPStrategy) and not has_buckets(trainer)
+
+
 def saves_shards(trainer: "L.Trainer | None") -> bool:
     """Return whether checkpoints are folders in which each rank writes its own part."""
     strategy = trainer.strategy if trainer is not None else None

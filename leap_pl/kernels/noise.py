@@ -56,12 +56,22 @@ def initial_noise(shape: Sequence[int], spread: float, seed: int, tensor: str) -
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").mul_(spread)
 
 
-@lru_cache(maxsize=64)
-def columns(length: int, device: torch.device) -> Tensor:
-    """Return the int32 tensor 0 … length − 1, cached and shared by all callers.
+LONGEST_CACHED = 2**20
 
-    The kernels read it, which is several times cheaper on a CPU than computing such a vector in registers.
+
+def columns(length: int, device: torch.device) -> Tensor:
+    """Return the int32 tensor 0 … length − 1, which all callers share unless it is long and on a GPU.
+
+    The kernels read it, which is several times cheaper on a CPU than computing such a vector in registers. On a GPU a
+    long one is cheaper to make than to hold.
     """
+    if device.type != "cpu" and length > LONGEST_CACHED:
+        return _columns.__wrapped__(length, device)
+    return _columns(length, device)
+
+
+@lru_cache(maxsize=64)
+def _columns(length: int, device: torch.device) -> Tensor:
     return torch.arange(length, dtype=torch.int32, device=device)
 
 

@@ -99,8 +99,10 @@ class _Fused(torch.autograd.Function):
                 kl += kl_sum * scale
             lm += lm_sum * scale
             if grad_TD is not None:
-                # The graph of a gated head is also that of its budget, whose backward pass is still to come.
-                found = torch.autograd.grad(logits_CV, (hidden_CD, *learned), grad_CV, retain_graph=bool(learned))
+                # The graph of a gated head is also that of its budget, whose backward pass is still to come. Like that
+                # one, this pass computes in the data types of the forward pass, whatever autocast would choose now.
+                with torch.autocast(device.type, enabled=False):
+                    found = torch.autograd.grad(logits_CV, (hidden_CD, *learned), grad_CV, retain_graph=bool(learned))
                 grad_TD[part], *grads = found if late == 1 else (grad.float() * late for grad in found)
                 for total, grad in zip(sums, grads, strict=True):
                     total += grad

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from leap_pl.base_model.weights import decoder_blocks
+from leap_pl.distributed.strategy import copies_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +49,8 @@ def expected_bytes(
     within = sum(parameter.numel() for block in blocks for parameter in block.parameters())
     outside = sum(parameter.numel() for parameter in model.parameters()) - within
     optimizer = module.optimizer_of([torch.nn.Parameter(torch.zeros(1, 1, dtype=module.logits_dtype, device="cpu"))])
-    learned = 2 * module.logits_dtype.itemsize + (2 if hasattr(optimizer, "rounds_stochastically") else 8)
+    gradients = 2 if copies_gradients(module.attached) else 1
+    learned = (1 + gradients) * module.logits_dtype.itemsize + (2 if hasattr(optimizer, "rounds_stochastically") else 8)
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     inner = max(inner) if isinstance(inner, Sequence) else inner  # of each block, as in Gemma 3n

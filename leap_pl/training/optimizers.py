@@ -172,19 +172,20 @@ class PackedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, also one of version 0.1.0; torch's own method would convert the codes to bfloat16."""
+        """Load a state, also one of version 0.1.0; torch's own method would convert each code to a number."""
         states = {name: _of_this_version(state) for name, state in state_dict["state"].items()}
         if any(MOMENTS not in state for state in states.values()):
             raise UserError(
                 "the checkpoint has the state of another optimizer, not of PackedAdamW. Set model.optimizer and "
                 "model.logits_dtype to the values at the start of the run."
             )
-        super().load_state_dict({**state_dict, "state": states})
+        steps = {name: {key: state[key] for key in state.keys() & {"step"}} for name, state in states.items()}
+        super().load_state_dict({**state_dict, "state": steps})
         saved = [name for group in state_dict["param_groups"] for name in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for name, parameter in zip(saved, parameters, strict=True):
             for key, value in states.get(name, {}).items():
-                if key != "step":  # float32 and codes, which torch has converted to the parameter's data type
+                if key != "step":  # float32 and codes, which stay what they are
                     self.state[parameter][key] = value.to(parameter.device, copy=True)
 
 

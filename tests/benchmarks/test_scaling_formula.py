@@ -1,9 +1,11 @@
 """The formula of docs/scaling.md, against models' own counts and what is measured elsewhere."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu.shapes import MODELS, Model
@@ -87,6 +89,18 @@ def test_a_run_announces_the_bytes_of_trained_weights() -> None:
     size = 2  # of a rounded copy that the backward pass needs
     assert both - mask == pytest.approx((16 + size) * gated + memory.TRANSIENT_WEIGHTS * block, rel=1e-3)
     assert both - fixed == pytest.approx((16 + size - 1 / 8) * gated + (8 + 4 - 6) * block, rel=1e-3)
+
+
+def test_a_run_announces_the_buckets_of_ddp(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(MODELS["llama-3.2-1b"].config(), dtype=torch.bfloat16)
+    gated, module, found = SHAPES["llama-3.2-1b"].gated, LeapModule("base", activation_checkpointing=True), []
+    for strategy in (DDPStrategy(gradient_as_bucket_view=True), SingleDeviceStrategy("cpu"), DDPStrategy()):
+        trainer = SimpleNamespace(strategy=strategy)
+        monkeypatch.setattr(LeapModule, "attached", trainer)
+        found.append(memory.expected_bytes(module, model, gated, 64, 1))
+    assert found[1] == found[0]
+    assert found[2] - found[0] == 4 * gated
 
 
 def test_a_run_announces_the_masked_weights_that_are_not_recomputed() -> None:

@@ -25,16 +25,18 @@ from leap_pl.masks import MaskSet
 pytestmark = pytest.mark.usefixtures("eager")
 
 
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("there", [None, 2**31, 2**32])
 def test_plan_says_where_a_run_will_not_fit(
-    there: int | None, model_folder, text_file, tmp_path: Path, capsys, monkeypatch
+    there: int | None, copies: bool, model_folder, text_file, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr(report, "device_bytes", lambda device: there)
+    monkeypatch.setattr(report, "copies_gradients", lambda trainer: copies)
     main(fit_flags(model_folder, text_file, tmp_path, "--trainer.max_steps=1"))
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("memory "))
-    ways = (
-        "add --model.activation_checkpointing true, then --data.batch_size 1 --trainer.accumulate_grad_batches 4, then "
-    )
+    ways = "add "
+    ways += "--trainer.strategy DDPStrategy --trainer.strategy.gradient_as_bucket_view true, then " * copies
+    ways += "--model.activation_checkpointing true, then --data.batch_size 1 --trainer.accumulate_grad_batches 4, then "
     ways += "--config low_memory, then --config fsdp2 on several"
     assert (f"with 2 GiB for those more than its 2.0 GiB; {ways}" in line) == (there == 2**31)
 

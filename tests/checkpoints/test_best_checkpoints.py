@@ -9,15 +9,18 @@ import pytest
 import torch
 from conftest import failing
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
 from stopped_runs import at_call, flags, kept, send, stopped
 from torch.utils.data import DataLoader
 
+from leap_pl import LeapModule, TextDataModule
 from leap_pl.callbacks import Checkpoints
 from leap_pl.callbacks import lightning_internals as internals
 from leap_pl.checkpoints import run_folder
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError, warn_once
 from leap_pl.files import atomic_link
+from leap_pl.prior import Prior
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 
@@ -129,6 +132,40 @@ def test_a_run_that_resumes_where_there_are_no_links_has_a_copy(tmp_path: Path, 
     run_folder.link_last(tmp_path, tmp_path / "step=2.ckpt")
     assert (tmp_path / "last.ckpt").read_text() == "whole"
     assert not (tmp_path / "last.ckpt").is_symlink()
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_command_that_ends_holds_no_optimizer_state(
+    stops: bool, model_folder, text_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would copy it from a device to host memory; the checkpoint has it."""
+    ended, before = [], Strategy.teardown
+
+    def teardown(self: Strategy) -> None:
+        learned = [parameter for group in self.optimizers[0].param_groups for parameter in group["params"]]
+        ended.append((bool(learned), dict(self.optimizers[0].state), [one.grad for one in learned]))
+        before(self)
+
+    monkeypatch.setattr(Strategy, "teardown", teardown)
+    if stops:
+        at_call(monkeypatch, "training_step", 8, send(signal.SIGTERM))
+        stopped(flags(model_folder, text_file, tmp_path))
+    else:
+        main(flags(model_folder, text_file, tmp_path))
+    assert all(some and not state and not any(grad is not None for grad in grads) for some, state, grads in ended)
+    assert len(ended) == 1
+    for path in tmp_path.rglob("*.ckpt"):
+        assert torch.load(path, weights_only=True)["optimizer_states"][0]["state"]
+
+
+def test_a_program_may_save_a_checkpoint_of_a_run_that_has_ended(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    saving, text = Checkpoints(str(tmp_path / "run")), TextDataModule(text=str(text_file), seq_length=32, batch_size=2)
+    trainer = Trainer(accelerator="cpu", max_steps=1, callbacks=[saving], logger=False, enable_progress_bar=False)
+    trainer.fit(LeapModule(str(model_folder), dtype="float32", prior=Prior(method="none")), text)
+    trainer.save_checkpoint(tmp_path / "later.ckpt")
+    assert torch.load(tmp_path / "later.ckpt", weights_only=True)["optimizer_states"][0]["state"]
 
 
 # -- none at all ---------------------------------------------------------------------------------------------------

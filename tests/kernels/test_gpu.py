@@ -219,3 +219,16 @@ def test_a_triton_that_cannot_build_leaves_the_eager_operations(monkeypatch: pyt
         assert not gpu.has_kernels(torch.device("cpu"))  # once
     gpu._works.cache_clear()
     warn_once.cache_clear()
+
+
+def test_a_triton_that_cannot_be_imported_leaves_the_eager_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise OSError("libtriton.so: version `GLIBC_2.38' not found")
+
+    monkeypatch.setattr(gpu, "importlib", SimpleNamespace(import_module=broken))
+    gpu._found.cache_clear()
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"Triton cannot be imported \(libtriton\.so: .* not found\), so gates and"):
+        assert not gpu._found()
+    gpu._found.cache_clear()
+    warn_once.cache_clear()

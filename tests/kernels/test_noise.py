@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from leap_pl.kernels.noise import columns, element_bits, gumbel, logistic, noise_keys
+from leap_pl.kernels.noise import LONGEST_CACHED, columns, element_bits, gumbel, logistic, noise_keys
 
 ROWS, COLUMNS = 250, 800
 SAMPLES = ROWS * COLUMNS
@@ -225,3 +225,13 @@ def test_gumbel_noise_is_finite_at_every_end() -> None:
     assert (noise.diff() >= 0).all()
     expected = torch.tensor([2.0**-24, 1 - 2.0**-24], dtype=torch.float64).log().neg().log().neg()
     torch.testing.assert_close(noise[[0, -1]].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_long_vectors_of_columns_on_a_gpu_are_not_held() -> None:
+    """Of stacked experts one is hundreds of megabytes, and no cache of a GPU is emptied of it."""
+    gpu, cpu = torch.device("meta"), torch.device("cpu")
+    for length, device, held in ((LONGEST_CACHED, gpu, True), (LONGEST_CACHED + 1, gpu, False), (9, cpu, True)):
+        assert (columns(length, device) is columns(length, device)) == held
+        assert columns(length, device).shape == (length,)
+    assert columns(LONGEST_CACHED + 1, cpu) is columns(LONGEST_CACHED + 1, cpu)
+    assert columns(9, cpu).tolist() == list(range(9))

@@ -1,6 +1,7 @@
 """The LM and distillation losses against the models' own and against their formulas, written out in float64."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -265,3 +266,26 @@ def test_large_logits_stay_finite() -> None:
     assert loss.isfinite()
     assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
+
+
+def test_the_backward_pass_is_not_within_autocast() -> None:
+    """It runs within the forward pass, and would compute what that kept from autocast in half precision after all."""
+    within = {}
+
+    class Head(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x_CD: Tensor) -> Tensor:
+            within["forward"] = torch.is_autocast_enabled("cpu")
+            return x_CD * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad_CD: Tensor) -> Tensor:
+            within["backward"] = torch.is_autocast_enabled("cpu")
+            return grad_CD * 2
+
+    hidden = torch.randn(6, VOCABULARY, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, *_ = language_losses(hidden, torch.arange(6), Head.apply, Objective(chunk=4))
+    loss.backward()
+    assert within == {"forward": True, "backward": False}
+    assert hidden.grad is not None

@@ -83,6 +83,20 @@ def test_mixed_precision_as_it_is_typed(model: Path, text_file: Path, tmp_path: 
     assert settings["precision"] == "bf16-mixed"
 
 
+def test_a_model_whose_head_is_on_another_device(tmp_path: Path, text_file: Path) -> None:
+    """As device_map places it, whose hooks move what a module is given, and not what it returns."""
+    folder = tiny_folder(tmp_path / "untied", num_hidden_layers=1, tie_word_embeddings=False)
+    tokens = torch.arange(128, device="cpu")
+    expected = perplexity(load_model(str(folder), dtype="float32"), tokens, seq_length=32)
+    spread = load_model(str(folder), dtype="float32").to(sim.DEVICE)
+    spread.lm_head.to("cpu").register_forward_pre_hook(lambda module, given: given[0].to("cpu"))
+    spread.register_forward_hook(
+        lambda module, given, result: result.__setitem__("logits", result.logits.to(sim.DEVICE))
+    )
+    found = perplexity(spread, tokens, seq_length=32)
+    assert found.value == pytest.approx(expected.value, rel=1e-5)
+
+
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_python_api_whatever_the_default_device(method: str, inside: bool, model: Path) -> None:

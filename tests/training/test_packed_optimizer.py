@@ -1,12 +1,15 @@
 """PackedAdamW: rounding with the exact value as its mean, moments in four bytes, and steps that are AdamW's."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from leap_pl.kernels.packed_adamw import (
     HIGHEST_CODE,
@@ -217,6 +220,27 @@ def test_a_step_after_saving_is_the_step_without() -> None:
         ends.append((parameter.detach(), optimizer.state[parameter]["packed_moments"]))
     assert torch.equal(ends[0][0], ends[1][0])
     assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_loading_converts_no_moments() -> None:
+    """To the parameter's data type they would be two to four times as large, all at once."""
+    made: list[Tensor] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            made.extend(one for one in tree_leaves(result) if isinstance(one, Tensor))
+            return result
+
+    parameter = nn.Parameter(torch.ones(8, 24))
+    optimizer, other = PackedAdamW([parameter]), PackedAdamW([parameter])
+    parameter.grad = torch.ones(8, 24)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    with Watch():
+        other.load_state_dict(saved)
+    assert max(one.nbytes for one in made) == 2 * parameter.numel()
+    assert torch.equal(other.state[parameter]["packed_moments"], optimizer.state[parameter]["packed_moments"])
 
 
 def test_parameters_of_equal_shape_round_apart() -> None:

@@ -64,9 +64,18 @@ def _works(device: torch.device) -> bool:
 
 @cache
 def _found() -> bool:
-    if find_spec("triton") is not None:
+    if find_spec("triton") is None:
+        warn_once(
+            "Triton is not installed, so gates and losses run on the GPU uncompiled, many times slower: install it."
+        )
+        return False
+    try:
         for module in ("masks", "losses"):  # define the operators
             importlib.import_module(f"{__name__}.{module}")
-        return True
-    warn_once("Triton is not installed, so gates and losses run on the GPU uncompiled, many times slower: install it.")
-    return False
+    except Exception as error:
+        warn_once(
+            f"Triton cannot be imported ({one_line(error, 200)}), so gates and losses run on the GPU uncompiled, many "
+            "times slower: install the Triton of this version of torch."
+        )
+        return False
+    return True
