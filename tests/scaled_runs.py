@@ -9,6 +9,7 @@ from conftest import fit_flags
 from tiny import tiny_folder
 from torch import Tensor
 
+from leap_pl import LeapModule
 from leap_pl.cli.main import main
 from leap_pl.masks import MaskSet
 
@@ -62,14 +63,22 @@ def place(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_fil
 
 
 def learn(flags: list[str]) -> dict[str, Any]:
-    cli = main(flags)
+    optimized, after = [0], LeapModule.on_train_batch_end
+
+    def after_batch(self: LeapModule, *args: Any) -> None:
+        after(self, *args)
+        (optimizer,) = self.trainer.optimizers
+        optimized[0] = sum(held(x) for state in optimizer.state.values() for x in state.values() if x.ndim)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LeapModule, "on_train_batch_end", after_batch)
+        cli = main(flags)
     logits = {name: whole(gate.logits.detach()).clone() for name, gate in cli.model.gates.items()}
     names = [name for name, _ in cli.model.named_parameters()]
-    (optimizer,) = cli.trainer.optimizers
     return {
         "logits": logits,
         "reduced": [name for name in names if name not in cli.model._ddp_params_and_buffers_to_ignore],
-        "optimized": sum(held(x) for state in optimizer.state.values() for x in state.values() if x.ndim),
+        "optimized": optimized[0],  # in the last step: the end of the command frees it
         "metrics": {name: float(value) for name, value in cli.trainer.callback_metrics.items()},
         "held": sum(held(parameter) for parameter in cli.model.parameters()),
         "prior": cli.model.prior is not None,
