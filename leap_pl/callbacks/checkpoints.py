@@ -200,7 +200,7 @@ class Checkpoints(SavingCheckpoint):
         self._validate_again(trainer)
         self.save(trainer)
         self._running = False
-        _free_state(trainer)
+        self._free_state(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print that the run is not finished, if it ended before its last step."""
@@ -223,7 +223,7 @@ class Checkpoints(SavingCheckpoint):
         if isinstance(exception, Stopped):
             self._report_stop(trainer, exception, learning=learning)
         self.signals.remove()
-        _free_state(trainer)
+        self._free_state(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the previous signal handlers."""
@@ -337,6 +337,16 @@ class Checkpoints(SavingCheckpoint):
             else:
                 refuse_requeue()
 
+    def _free_state(self, trainer: L.Trainer) -> None:
+        """Free gradients and optimizer states after a run of the command line, unless another callback may save them.
+
+        Lightning copies what is on a device to host memory at its end: of these up to 12 bytes a weight, on every rank.
+        """
+        if current() is not None and trainer.callbacks[-1] is self:  # type: ignore[attr-defined]
+            for optimizer in trainer.optimizers:
+                optimizer.zero_grad()
+                optimizer.state.clear()
+
     def _skip_validation(self, trainer: L.Trainer) -> None:
         if self._limit_val_batches is None:
             self._limit_val_batches = trainer.limit_val_batches
@@ -345,17 +355,6 @@ class Checkpoints(SavingCheckpoint):
     def _validate_again(self, trainer: L.Trainer) -> None:
         if self._limit_val_batches is not None:
             trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
-
-
-def _free_state(trainer: L.Trainer) -> None:
-    """Free gradients and optimizer states after a run of the command line, where nothing reads them any more.
-
-    Lightning copies what is on a device to host memory at its end: of these up to 12 bytes a weight, on every rank.
-    """
-    if current() is not None:
-        for optimizer in trainer.optimizers:
-            optimizer.zero_grad()
-            optimizer.state.clear()
 
 
 def _check_folder(dirpath: Any) -> None:

@@ -158,6 +158,23 @@ def test_a_command_that_ends_holds_no_optimizer_state(
         assert torch.load(path, weights_only=True)["optimizer_states"][0]["state"]
 
 
+def test_optimizer_states_stay_for_a_callback_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may save a checkpoint after the others have."""
+    monkeypatch.setattr("leap_pl.callbacks.checkpoints.current", object)
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.step()
+    first, last = Checkpoints(), Checkpoints()
+    trainer: Any = SimpleNamespace(callbacks=[first, last], optimizers=[optimizer])
+    first._free_state(trainer)
+    assert optimizer.state
+    assert parameter.grad is not None
+    last._free_state(trainer)
+    assert not optimizer.state
+    assert parameter.grad is None
+
+
 def test_a_program_may_save_a_checkpoint_of_a_run_that_has_ended(
     model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
