@@ -93,7 +93,7 @@ def test_two_ranks(
                 kept = mask.masks.get(name, base[name] == base[name])
                 moved = (one[name] - base[name])[kept].norm()
                 assert moved > 1e-6
-                assert (weight - one[name]).norm() < 1e-2 * moved, (run, way, name)
+                assert (weight - one[name]).norm() < 1e-4 * moved, (run, way, name)
     for run, way in (("kept", "folder"), ("low", "folder"), ("compact", "ddp")):
         assert end(f"{run}-{way}").read_bytes() == end(f"{run}-resumed").read_bytes()
         assert not end(f"{run}-resumed").with_name("step=1.ckpt").exists()  # not from the start
@@ -154,4 +154,4 @@ def test_one_process_goes_on_with_the_moments_of_two_that_shared_the_model(
         kept = mask.masks.get(name, base[name] == base[name])
         moved = (weight - base[name])[kept].norm()
         assert moved > 1e-6
-        assert ((alone[name] - weight)[kept]).norm() < 1e-2 * moved, name
+        assert ((alone[name] - weight)[kept]).norm() < 1e-4 * moved, name
