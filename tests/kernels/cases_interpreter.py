@@ -356,5 +356,12 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch: pytest.Mo
         ):
             assert not gpu.has_kernels(CPU)
     gpu._works.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.leap_pl, "mask_backward", lambda gates, *_: [gate * 0 + 7 for gate in gates])
+        with pytest.warns(
+            UserWarning, match=r"masks of \[1\.0, 0\.0, .* 0\.0\] are \[1\.0, 0\.0, .* 7\.0\]\), so gates"
+        ):
+            assert not gpu.has_kernels(CPU)
+    gpu._works.cache_clear()
     warn_once.cache_clear()
     assert gpu.has_kernels(CPU)

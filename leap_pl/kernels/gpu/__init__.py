@@ -16,6 +16,7 @@ import torch
 from leap_pl.errors import one_line, warn_once
 
 OLDEST = (8, 0)  # compute capability: Ampere
+KEYS = [1, 2, 3, 4]  # of the noise of two gates, with which kernels are tried
 DEVICES = {"cuda"}  # types of the devices on which the operators run; the tests add the CPU, for the interpreter
 
 
@@ -42,19 +43,29 @@ def _is_new_enough(device: torch.device) -> bool:
 
 @cache
 def _works(device: torch.device) -> bool:
-    """Return whether a kernel can be built and computes: Triton needs a C compiler and the headers of Python."""
+    """Return whether kernels can be built and compute: Triton needs a C compiler and the headers of Python.
+
+    The kernels of masks have instructions that those of losses do without.
+    """
     try:
         logits, targets = torch.zeros(1, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device)
         loss, _ = torch.ops.leap_pl.lm_loss(logits, targets, 1.0)
         found = float(loss.sum())
+        # Gates that keep one weight of 1, and not another, whatever their noise.
+        ones, gates, numbers = [logits[:, :1] + 1] * 2, [logits[:, :1] + sign for sign in (1e4, -1e4)], (1.0, 1.0)
+        masked, sums = torch.ops.leap_pl.mask_forward(gates, ones, KEYS, *numbers)
+        grads = torch.ops.leap_pl.mask_backward(gates, ones, ones, sums, KEYS, *numbers)
+        kept = torch.cat([*map(torch.flatten, masked), sums, *map(torch.flatten, grads)]).tolist()
     except torch.OutOfMemoryError:  # says nothing of the kernels
         raise
     except Exception as error:
         reason = one_line(error, 200)
     else:
-        if abs(found - math.log(2)) < 1e-3:
+        exact = [1.0, 0.0] * 3 + [0.0, 0.0]
+        right = abs(found - math.log(2)) < 1e-3
+        if right and kept == exact:
             return True
-        reason = f"a loss of {math.log(2):.4f} is {found:.4f}"
+        reason = f"masks of {exact} are {kept}" if right else f"a loss of {math.log(2):.4f} is {found:.4f}"
     warn_once(
         f"Triton builds no kernels that work here ({reason}), so gates and losses run on the GPU without them, slower. "
         "It needs a C compiler and the headers of Python: apt-get install gcc python3-dev."
