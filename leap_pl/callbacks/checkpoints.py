@@ -97,7 +97,7 @@ class Checkpoints(SavingCheckpoint):
         self._written = time.monotonic()
         self._running = False
         self._group: dist.ProcessGroup | None = None  # of all ranks, on the host
-        self._validated_step = -1
+        self._validated_step = self._resumed_at = -1
         self._limit_val_batches: int | float | None = None  # the Trainer's setting, while validation is disabled
         # Whether to replace an earlier run in the folder, as set on the command line; None: there is no command line.
         self.force: bool | None = None
@@ -150,6 +150,7 @@ class Checkpoints(SavingCheckpoint):
         if trainer.ckpt_path is not None and self.dirpath is not None:
             resumed_here = Path(trainer.ckpt_path).resolve().parent == Path(self.dirpath).resolve()
             self.note_saved(trainer.global_step if resumed_here else 0, self.saved_path)
+            self._resumed_at = trainer.global_step
             if self._validated_step != trainer.global_step:
                 validate_if_due(trainer)
 
@@ -315,11 +316,12 @@ class Checkpoints(SavingCheckpoint):
         return trainer.global_step >= trainer.max_steps
 
     def _unfinished(self, trainer: L.Trainer) -> UnfinishedRun:
+        resumed = trainer.ckpt_path is not None and self.saved_step == self._resumed_at  # no step is saved since then
         return UnfinishedRun(
             step=trainer.global_step,
             max_steps=trainer.max_steps,
             saved_step=self.saved_step,
-            saved_path=self.saved_path,
+            saved_path=str(trainer.ckpt_path) if resumed else self.saved_path,
             folder=Path(str(self.dirpath)),
             is_named=self._named,
             is_off=self.save_top_k == 0 and not self.save_last,
@@ -342,7 +344,8 @@ class Checkpoints(SavingCheckpoint):
 
         Lightning copies what is on a device to host memory at its end: of these up to 12 bytes a weight, on every rank.
         """
-        if current() is not None and trainer.callbacks[-1] is self:  # type: ignore[attr-defined]
+        alone = trainer.checkpoint_callbacks == [self] and not getattr(self, "save_on_exception", False)
+        if current() is not None and alone:
             for optimizer in trainer.optimizers:
                 optimizer.zero_grad()
                 optimizer.state.clear()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from leap_pl.checkpoints import layout as checkpoints
@@ -42,13 +42,34 @@ TIMER = Timer.__qualname__  # its key in a checkpoint
 
 
 class Interruption(L.Callback):
-    """Callback that holds the identity of a fit which an exception ends: Lightning then calls no hook of the module."""
+    """Callback that holds the identity of a fit which an exception ends: Lightning then calls no hook of the module.
+
+    A run that has learned nothing yet, since it was refused or stopped before, has nothing to save on an exception: the
+    checkpoint that there is may be that of the run before it.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let callbacks save on an exception again."""
+        for callback in _saving_on_exception(trainer):
+            vars(callback).pop("on_exception", None)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Hold the identity, and drop what was to be called in a fit that was refused."""
         if isinstance(pl_module, ResumableModule):  # the trainer may have gone on to another
             pl_module.hold_identity()
             pl_module.when_loaded.clear()
+            if not pl_module.has_learned():
+                for callback in _saving_on_exception(trainer):
+                    callback.on_exception = _save_nothing  # type: ignore[assignment, method-assign]
+
+
+def _saving_on_exception(trainer: L.Trainer) -> list[OnExceptionCheckpoint]:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, OnExceptionCheckpoint)]
+
+
+def _save_nothing(*_: Any) -> None:
+    pass
 
 
 class ResumableModule(GatedModule):
@@ -162,7 +183,7 @@ class ResumableModule(GatedModule):
 
     def identity(self) -> Identity:
         """Return the identity that this run's checkpoints contain; after a fit, that of the fit."""
-        if self.finished is not None and not self._learning():
+        if self.finished is not None and not self.has_learned():
             return self.finished
         dense, data = self.validation.dense, getattr(self.attached, "datamodule", None)
         return Identity(
@@ -199,10 +220,11 @@ class ResumableModule(GatedModule):
     def hold_identity(self) -> None:
         """Hold the identity of a fit that has begun to learn, or was resumed, as it is now."""
         resumed = self._fitting() and self.trainer.ckpt_path is not None and self.trainer.global_step > 0
-        if self.model is not None and ((resumed and self.finished is None) or self._learning()):
+        if self.model is not None and ((resumed and self.finished is None) or self.has_learned()):
             self.finished = self.identity()
 
-    def _learning(self) -> bool:
+    def has_learned(self) -> bool:
+        """Return whether this fit has begun to learn: what it was refused for was looked at before."""
         return self._fitting() and self._learns_in == id(self.trainer)
 
     def learned_with(self) -> Settings:
@@ -249,7 +271,7 @@ class ResumableModule(GatedModule):
             UserError: There is no model yet; instead, the exception that is being handled, if there is one.
         """
         if self.model is None:
-            # OnExceptionCheckpoint of a run that is refused: its reason ends the save, before a file is overwritten.
+            # A callback that saves on an exception: the reason of the run's end ends the save too, before it writes.
             raise sys.exc_info()[1] or UserError("there is nothing to save: the base model is not loaded yet.")
         self.check_finite(logits=True)
         checkpoint[KEY] = asdict(self.identity())

@@ -9,7 +9,6 @@ from torch import Tensor
 from leap_pl.gates.gate import Mode
 from leap_pl.losses.objective import Objective
 from leap_pl.training.batch import check_length, check_numbers, input_ids_of
-from leap_pl.training.datamodule import TextDataModule
 from leap_pl.training.resumable_module import ResumableModule
 from leap_pl.training.validation import describe_sequences, precision_of
 
@@ -38,8 +37,6 @@ class ValidatedModule(ResumableModule):
                 each validation, those of the first micro-batch are looked at.
         """
         input_ids = input_ids_of(batch)
-        if isinstance(getattr(self.attached, "datamodule", None), TextDataModule):
-            return input_ids  # checked as they are made
         assert self.model is not None
         check_length(input_ids, self.model, self.base_model)
         if not self.looks_later or not self._tokens_checked:

@@ -165,12 +165,12 @@ def test_optimizer_states_stay_for_a_callback_that_comes_later(monkeypatch: pyte
     parameter.grad = torch.ones(3)
     optimizer = torch.optim.AdamW([parameter])
     optimizer.step()
-    first, last = Checkpoints(), Checkpoints()
-    trainer: Any = SimpleNamespace(callbacks=[first, last], optimizers=[optimizer])
-    first._free_state(trainer)
-    assert optimizer.state
-    assert parameter.grad is not None
-    last._free_state(trainer)
+    first, last, both = Checkpoints(), Checkpoints(), Checkpoints(save_on_exception=True)
+    for callback, callbacks in ((first, [first, last]), (last, [first, last]), (both, [both])):
+        callback._free_state(SimpleNamespace(checkpoint_callbacks=callbacks, optimizers=[optimizer]))  # type: ignore
+        assert optimizer.state
+        assert parameter.grad is not None
+    last._free_state(SimpleNamespace(checkpoint_callbacks=[last], optimizers=[optimizer]))  # type: ignore
     assert not optimizer.state
     assert parameter.grad is None
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,8 @@ def test_a_program_is_told_which_checkpoint_resumes_its_run(
         assert "ended at step 2 of 9; learning is not finished" in said
         (found,) = re.findall(r"Resume with trainer\.fit\(\.\.\., ckpt_path='(.*)'\) and a new trainer", said)
         assert read_identity(torch.load(found, weights_only=True), found).max_steps == 9
+    trainer(Checkpoints(str(Path(found).parent)), **steps).fit(again(module), text, ckpt_path=found)
+    assert f"Resume with trainer.fit(..., ckpt_path='{found}')" in capsys.readouterr().err
     callback = Checkpoints(str(tmp_path / "2"), save_top_k=0, save_last=False)
     trainer(callback, **steps).fit(again(module), text, ckpt_path=found)
     assert f"Resume with trainer.fit(..., ckpt_path='{found}')" in capsys.readouterr().err
@@ -270,16 +273,29 @@ def test_schedules_of_other_classes_are_refused() -> None:
             Annealing(alpha=wrong)  # type: ignore[arg-type]
 
 
-def test_a_checkpoint_of_a_refused_run_does_not_hide_the_reason(
+def test_a_refused_run_hides_no_reason_and_leaves_the_checkpoint_before_it(
     module: LeapModule, text_file: Path, tmp_path: Path
 ) -> None:
-    saving, earlier = OnExceptionCheckpoint(str(tmp_path)), tmp_path / "on_exception.ckpt"
-    earlier.write_bytes(b"of the run before")
-    with pytest.raises(UserError, match="monitors nothing"):
-        trainer(saving, EarlyStopping("nothing"), max_steps=1, enable_checkpointing=True).fit(
-            again(module), data(text_file)
-        )
-    assert earlier.read_bytes() == b"of the run before"
+    """OnExceptionCheckpoint writes at any exception, and Lightning resumes from what it finds there."""
+
+    class Breaks(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("amid the run")
+
+    def refused(made: LeapModule, reason: str, *callbacks: L.Callback) -> None:
+        before = earlier.read_bytes() if earlier.exists() else None
+        with pytest.raises((RuntimeError, UserError), match=reason):
+            trainer(saving, *callbacks, max_steps=2, enable_checkpointing=True).fit(made, data(text_file))
+        assert (before == earlier.read_bytes()) == (reason != "amid the run")
+
+    saving, earlier, handler = OnExceptionCheckpoint(str(tmp_path)), tmp_path / "on_exception.ckpt", signal.SIGTERM
+    refused(again(module), "amid the run", Breaks())
+    other, was = LeapModule(module.base_model, dtype="float32", sparsity=0.7), signal.getsignal(handler)
+    refused(other, "monitors nothing", EarlyStopping("nothing"), Checkpoints(str(tmp_path / "run")))
+    assert signal.getsignal(handler) == was  # the callbacks after it have ended too
+    refused(other, "sparsity")  # once the model is loaded
+    refused(again(module), "amid the run", Breaks())
+    assert read_identity(torch.load(earlier, weights_only=True)).max_steps == 2
     with pytest.raises(UserError, match="nothing to save: the base model is not loaded"):
         again(module).on_save_checkpoint({})
 
