@@ -150,7 +150,7 @@ class Checkpoints(SavingCheckpoint):
         if trainer.ckpt_path is not None and self.dirpath is not None:
             resumed_here = Path(trainer.ckpt_path).resolve().parent == Path(self.dirpath).resolve()
             self.note_saved(trainer.global_step if resumed_here else 0, self.saved_path)
-            self._resumed_at = trainer.global_step
+            self._resumed_at = trainer.global_step if resumed_here else -1
             if self._validated_step != trainer.global_step:
                 validate_if_due(trainer)
 
@@ -219,7 +219,7 @@ class Checkpoints(SavingCheckpoint):
             self._running = False
             self.signals.message = "a checkpoint is being written. The same signal again ends at once."
             self.save(trainer)
-        else:
+        elif self._running:  # else it has nothing new to save
             super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, Stopped):
             self._report_stop(trainer, exception, learning=learning)

@@ -44,32 +44,41 @@ TIMER = Timer.__qualname__  # its key in a checkpoint
 class Interruption(L.Callback):
     """Callback that holds the identity of a fit which an exception ends: Lightning then calls no hook of the module.
 
-    A run that has learned nothing yet, since it was refused or stopped before, has nothing to save on an exception: the
+    A run that has not taken a step, since it was refused or stopped before, has nothing to save on an exception: the
     checkpoint that there is may be that of the run before it.
     """
 
+    _began: tuple[int, int] | None = None  # id of the module that learns in the last fit, and the step that it began at
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let callbacks save on an exception again."""
-        for callback in _saving_on_exception(trainer):
-            vars(callback).pop("on_exception", None)
+        """Note that nothing is learned yet, if this is a fit."""
+        if stage == "fit":
+            self._began = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note where learning begins."""
+        self._began = (id(pl_module), trainer.global_step)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Hold the identity, and drop what was to be called in a fit that was refused."""
-        if isinstance(pl_module, ResumableModule):  # the trainer may have gone on to another
-            pl_module.hold_identity()
-            pl_module.when_loaded.clear()
-            if not pl_module.has_learned():
-                for callback in _saving_on_exception(trainer):
-                    callback.on_exception = _save_nothing  # type: ignore[assignment, method-assign]
+        if not isinstance(pl_module, ResumableModule):  # the trainer has gone on to another
+            return
+        pl_module.hold_identity()
+        pl_module.when_loaded.clear()
+        module, start = self._began or (None, 0)
+        if module != id(pl_module) or trainer.global_step == start:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, OnExceptionCheckpoint):
+                    _save_nothing(callback)
 
 
-def _saving_on_exception(trainer: L.Trainer) -> list[OnExceptionCheckpoint]:
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, OnExceptionCheckpoint)]
+def _save_nothing(callback: OnExceptionCheckpoint) -> None:
+    """Let ``callback`` save nothing on the exception that it is called for next: all callbacks are called in a loop."""
 
+    def skip(*_: Any, **__: Any) -> None:
+        vars(callback).pop("on_exception", None)
 
-def _save_nothing(*_: Any) -> None:
-    pass
+    callback.on_exception = skip  # type: ignore[method-assign]
 
 
 class ResumableModule(GatedModule):
@@ -183,7 +192,7 @@ class ResumableModule(GatedModule):
 
     def identity(self) -> Identity:
         """Return the identity that this run's checkpoints contain; after a fit, that of the fit."""
-        if self.finished is not None and not self.has_learned():
+        if self.finished is not None and not self._learning():
             return self.finished
         dense, data = self.validation.dense, getattr(self.attached, "datamodule", None)
         return Identity(
@@ -220,11 +229,10 @@ class ResumableModule(GatedModule):
     def hold_identity(self) -> None:
         """Hold the identity of a fit that has begun to learn, or was resumed, as it is now."""
         resumed = self._fitting() and self.trainer.ckpt_path is not None and self.trainer.global_step > 0
-        if self.model is not None and ((resumed and self.finished is None) or self.has_learned()):
+        if self.model is not None and ((resumed and self.finished is None) or self._learning()):
             self.finished = self.identity()
 
-    def has_learned(self) -> bool:
-        """Return whether this fit has begun to learn: what it was refused for was looked at before."""
+    def _learning(self) -> bool:
         return self._fitting() and self._learns_in == id(self.trainer)
 
     def learned_with(self) -> Settings:

@@ -250,6 +250,8 @@ def test_a_program_is_told_which_checkpoint_resumes_its_run(
         assert read_identity(torch.load(found, weights_only=True), found).max_steps == 9
     trainer(Checkpoints(str(Path(found).parent)), **steps).fit(again(module), text, ckpt_path=found)
     assert f"Resume with trainer.fit(..., ckpt_path='{found}')" in capsys.readouterr().err
+    trainer(Checkpoints(str(tmp_path / "third")), **steps).fit(again(module), text, ckpt_path=found)
+    assert f"Resume with trainer.fit(..., ckpt_path='{tmp_path / 'third'}/" in capsys.readouterr().err
     callback = Checkpoints(str(tmp_path / "2"), save_top_k=0, save_last=False)
     trainer(callback, **steps).fit(again(module), text, ckpt_path=found)
     assert f"Resume with trainer.fit(..., ckpt_path='{found}')" in capsys.readouterr().err
@@ -282,11 +284,20 @@ def test_a_refused_run_hides_no_reason_and_leaves_the_checkpoint_before_it(
         def on_train_batch_end(self, *_: Any) -> None:
             raise RuntimeError("amid the run")
 
+    class BreaksLater(L.Callback):
+        def teardown(self, *_: Any, **__: Any) -> None:
+            raise RuntimeError("amid the run, or after it")
+
+    class BreaksEarly(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            raise RuntimeError("before a step")
+
     def refused(made: LeapModule, reason: str, *callbacks: L.Callback) -> None:
         before = earlier.read_bytes() if earlier.exists() else None
         with pytest.raises((RuntimeError, UserError), match=reason):
             trainer(saving, *callbacks, max_steps=2, enable_checkpointing=True).fit(made, data(text_file))
         assert (before == earlier.read_bytes()) == (reason != "amid the run")
+        assert "on_exception" not in vars(saving)  # it saves again, in whatever trainer
 
     saving, earlier, handler = OnExceptionCheckpoint(str(tmp_path)), tmp_path / "on_exception.ckpt", signal.SIGTERM
     refused(again(module), "amid the run", Breaks())
@@ -294,8 +305,12 @@ def test_a_refused_run_hides_no_reason_and_leaves_the_checkpoint_before_it(
     refused(other, "monitors nothing", EarlyStopping("nothing"), Checkpoints(str(tmp_path / "run")))
     assert signal.getsignal(handler) == was  # the callbacks after it have ended too
     refused(other, "sparsity")  # once the model is loaded
+    refused(again(module), "before a step", BreaksEarly())
     refused(again(module), "amid the run", Breaks())
     assert read_identity(torch.load(earlier, weights_only=True)).max_steps == 2
+    earlier.unlink()
+    refused(again(module), "amid the run", BreaksLater())
+    assert torch.load(earlier, weights_only=True)["global_step"] == 2
     with pytest.raises(UserError, match="nothing to save: the base model is not loaded"):
         again(module).on_save_checkpoint({})
 
