@@ -69,9 +69,8 @@ class SharedPrefixes:
         step = max(1, LOSS_ELEMENTS // vocabulary_of(self.model))
         for start in range(0, len(wanted), step):
             logits_NV = self.head(hidden_ND[start : start + step]).float()
-            targets_N = wanted_N[start : start + step].to(
-                logits_NV.device
-            )  # a device_map may place the head on another
+            # A device_map may place the head on another device than the states.
+            targets_N = wanted_N[start : start + step].to(logits_NV.device)
             likely.append(-nn.functional.cross_entropy(logits_NV, targets_N, reduction="none"))
             first.append(logits_NV.argmax(-1) == targets_N)
         return torch.cat(likely).cpu().double().tolist(), torch.cat(first).tolist()

@@ -174,7 +174,7 @@ def _window_nll(states: States, head: Head, inputs_BT: Tensor, firsts: Sequence[
         losses = []
         for at in range(0, len(targets), step):
             logits_CV = head(before_TD[at : at + step]).float()
-            targets_C = targets[at : at + step].to(logits_CV.device)  # a device_map may place the head on another
+            targets_C = targets[at : at + step].to(logits_CV.device)  # a device_map may place the head elsewhere
             losses.append(nn.functional.cross_entropy(logits_CV, targets_C, reduction="none"))
         sums.append(torch.cat(losses).cpu().double().sum())  # waits once a window; not every device has float64
     return torch.stack(sums)

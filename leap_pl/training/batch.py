@@ -76,7 +76,7 @@ def check_length(ids: Tensor, model: "PreTrainedModel", name: str) -> None:
         )
 
 
-def check_numbers(ids: Tensor, model: "PreTrainedModel", name: str) -> None:
+def check_token_ids(ids: Tensor, model: "PreTrainedModel", name: str) -> None:
     """Check that ``model`` has an embedding for each token of a micro-batch; a GPU does not say which one is strange.
 
     Args:

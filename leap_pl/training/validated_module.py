@@ -8,7 +8,7 @@ from torch import Tensor
 
 from leap_pl.gates.gate import Mode
 from leap_pl.losses.objective import Objective
-from leap_pl.training.batch import check_length, check_numbers, input_ids_of
+from leap_pl.training.batch import check_length, check_token_ids, input_ids_of
 from leap_pl.training.resumable_module import ResumableModule
 from leap_pl.training.validation import describe_sequences, precision_of
 
@@ -40,7 +40,7 @@ class ValidatedModule(ResumableModule):
         assert self.model is not None
         check_length(input_ids, self.model, self.base_model)
         if not self.looks_later or not self._tokens_checked:
-            check_numbers(input_ids, self.model, self.base_model)
+            check_token_ids(input_ids, self.model, self.base_model)
             self._tokens_checked = True
         return input_ids
 

@@ -270,9 +270,9 @@ def test_a_step_looks_at_no_number_on_a_device(model_folder, text_file, tmp_path
     with Looks() as looks:
         main(fit_flags(model_folder, text_file, tmp_path, *more))
     if later:
-        tokens = [at for at, where in looks.found if "in check_numbers" in where]
+        tokens = [at for at, where in looks.found if "in check_token_ids" in where]
         assert tokens == [0, 0]  # the least and the greatest
-        assert len(looks.found) == len(tokens), [where for _, where in looks.found if "in check_numbers" not in where]
+        assert len(looks.found) == len(tokens), [where for _, where in looks.found if "in check_token_ids" not in where]
     else:
         assert {at for at, _ in looks.found} == set(range(6))
 

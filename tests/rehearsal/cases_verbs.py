@@ -14,7 +14,9 @@ from tiny import tiny_folder
 
 from leap_pl.base_model.loading import load_model
 from leap_pl.cli.main import main
+from leap_pl.evaluation.answers import SharedPrefixes
 from leap_pl.evaluation.perplexity import perplexity
+from leap_pl.evaluation.prefix_rows import Answer
 from leap_pl.masks import MaskSet
 from leap_pl.oneshot.methods import METHODS
 from leap_pl.oneshot.prune import prune
@@ -87,7 +89,8 @@ def test_a_model_whose_head_is_on_another_device(tmp_path: Path, text_file: Path
     """As device_map places it, whose hooks move what a module is given, and not what it returns."""
     folder = tiny_folder(tmp_path / "untied", num_hidden_layers=1, tie_word_embeddings=False)
     tokens = torch.arange(128, device="cpu")
-    expected = perplexity(load_model(str(folder), dtype="float32"), tokens, seq_length=32)
+    whole = load_model(str(folder), dtype="float32")
+    expected = perplexity(whole, tokens, seq_length=32)
     spread = load_model(str(folder), dtype="float32").to(sim.DEVICE)
     spread.lm_head.to("cpu").register_forward_pre_hook(lambda module, given: given[0].to("cpu"))
     spread.register_forward_hook(
@@ -95,6 +98,14 @@ def test_a_model_whose_head_is_on_another_device(tmp_path: Path, text_file: Path
     )
     found = perplexity(spread, tokens, seq_length=32)
     assert found.value == pytest.approx(expected.value, rel=1e-5)
+    answers = [Answer(number, (5, 6, 7, number, 9), 2) for number in range(3)]
+    scores = []
+    for model in (whole, spread):
+        shared = SharedPrefixes.of(model)
+        assert shared is not None
+        scores.append({answer.index: (likely, first) for answer, likely, first in shared.score(answers, 1)})
+    for index, (likely, first) in scores[0].items():
+        assert scores[1][index] == (pytest.approx(likely, rel=1e-5), first)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])

@@ -214,13 +214,13 @@ class CountingTokens:
     """How often the numbers of tokens were looked at."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.times, check = 0, validated_module.check_numbers
+        self.times, check = 0, validated_module.check_token_ids
 
         def counting(*args: Any) -> None:
             self.times += 1
             check(*args)
 
-        monkeypatch.setattr(validated_module, "check_numbers", counting)
+        monkeypatch.setattr(validated_module, "check_token_ids", counting)
 
 
 def test_a_run_that_ends_before_its_schedules_says_so(
