@@ -10,13 +10,12 @@ from multiprocessing.process import BaseProcess
 from traceback import clear_frames
 from typing import Any, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from leap_pl.data.exchange import Exchange
-from leap_pl.data.packing import CHUNK_CHARACTERS, BlockStream, Chunk, Position
+from leap_pl.data.packing import CHUNK_CHARACTERS, BlockStream, Chunk, Position, stacked
 from leap_pl.errors import UserError
 
 Batch = dict[str, Any]
@@ -55,7 +54,7 @@ class RankBatches:
         batches: Micro-batches of this rank in the whole run, including those before ``start``.
         rank: r.
         world_size: W.
-        start: State to start from.
+        start: State to start from, or a function that returns it when the first one is requested.
 
     Raises:
         UserError: ``start`` comes from a different number of ranks, and does not divide evenly over these.
@@ -69,19 +68,30 @@ class RankBatches:
         *,
         rank: int = 0,
         world_size: int = 1,
-        start: Progress = BEGINNING,
+        start: Progress | Callable[[], Progress] = BEGINNING,
     ) -> None:
-        if start["consumed"] % world_size:
-            raise UserError(
-                f"The run has used {start['consumed']} micro-batches, which {world_size} ranks cannot have shared "
-                "evenly. Resume on a number of ranks that divides it."
-            )
         self.stream = stream
         self.batch_size = batch_size
         self.batches = batches
         self.rank = rank
         self.world_size = world_size
-        self.start = start
+        self._start = start
+        self.start  # noqa: B018  # raises
+
+    @property
+    def start(self) -> Progress:
+        """Return the state to start from.
+
+        Raises:
+            UserError: It comes from a different number of ranks, and does not divide evenly over these.
+        """
+        start = self._start() if callable(self._start) else self._start
+        if start["consumed"] % self.world_size:
+            raise UserError(
+                f"The run has used {start['consumed']} micro-batches, which {self.world_size} ranks cannot have shared "
+                "evenly. Resume on a number of ranks that divides it."
+            )
+        return start
 
     def __len__(self) -> int:
         """Return the number of micro-batches of this rank in the whole run, as Lightning expects after a resume."""
@@ -89,9 +99,9 @@ class RankBatches:
 
     def packed(self, chunks: Iterable[Chunk]) -> Iterator[Batch]:
         """Yield the micro-batches of this rank, made of all ``chunks`` of the stream from ``start`` on, in order."""
-        blocks = self.stream.packed(chunks, self.start["position"])
-        at = self.start["micro_batch"]
-        for mine in range(self.start["consumed"] // self.world_size, self.batches):
+        start = self.start
+        blocks, at = self.stream.packed(chunks, start["position"]), start["micro_batch"]
+        for mine in range(start["consumed"] // self.world_size, self.batches):
             micro_batch = mine * self.world_size + self.rank
             for _ in range((micro_batch - at) * self.batch_size):
                 next(blocks)
@@ -100,7 +110,7 @@ class RankBatches:
             for _ in range((at - micro_batch - 1) * self.batch_size):
                 last = next(blocks)
             yield {
-                "input_ids": torch.from_numpy(np.stack([block.ids for block in taken]).astype(np.int64)),
+                "input_ids": stacked(taken, self.stream.seq_length),
                 "position": Progress(consumed=at, micro_batch=at, position=last.after),
             }
 
@@ -146,8 +156,9 @@ class BlockLoader(DataLoader[Any]):
 
     def __init__(self, batches: RankBatches, num_workers: int = 0, exchange: Exchange | None = None) -> None:
         self.batches = batches
+        self._of_text = _Chunks(batches.stream, batches.start["position"], exchange)
         super().__init__(
-            _Chunks(batches.stream, batches.start["position"], exchange),
+            self._of_text,
             batch_size=None,
             num_workers=num_workers,
             collate_fn=_identity,
@@ -166,6 +177,8 @@ class BlockLoader(DataLoader[Any]):
             UserError: The text cannot be read any further, or a worker was killed. The error is raised when the next
                 batch is requested, and never in the middle of a step.
         """
+        # A trainer may make its loader before it loads the checkpoint that sets where it starts.
+        self._of_text.start = self.batches.start["position"]
         items, workers = _start_workers(super().__iter__)
         chunks = self._chunks(items)
         del items  # of which the last reference ends the workers

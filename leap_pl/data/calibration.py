@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leap_pl.base_model.prefix import Bos, prefix_of
 from leap_pl.data.documents import Share
-from leap_pl.data.packing import BlockStream, Separator
+from leap_pl.data.packing import BlockStream, Separator, stacked
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
 
@@ -57,7 +57,7 @@ def calibration_blocks(
         text, config_name=config_name, split=split, text_column=text_column, share=share, seed=seed
     )
     stream = BlockStream(source, loaded_tokenizer(tokenizer), seq_length, separator, bos)
-    return torch.tensor([block.tokens for block in islice(stream.blocks(), sequences)], device="cpu")
+    return stacked([*islice(stream.blocks(), sequences)], seq_length)
 
 
 def held_out_tokens(

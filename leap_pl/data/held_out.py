@@ -2,12 +2,11 @@
 
 from itertools import islice
 
-import torch
 from torch import Tensor
 
 from leap_pl.data.documents import warn
 from leap_pl.data.messages import for_validation
-from leap_pl.data.packing import BlockStream
+from leap_pl.data.packing import BlockStream, stacked
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError, listing
 
@@ -24,7 +23,7 @@ def held_out_blocks(stream: BlockStream, most: int, remedy: str = "") -> Tensor:
         UserError: The text cannot be read.
     """
     try:
-        blocks = [block.tokens for block in islice(stream.blocks(repeat=False), most)]
+        blocks = [*islice(stream.blocks(repeat=False), most)]
     except UserError as error:
         sentences = (
             f"No validation text: {for_validation(str(error))}",
@@ -38,7 +37,7 @@ def held_out_blocks(stream: BlockStream, most: int, remedy: str = "") -> Tensor:
             f"{stream.source.name}: the validation text makes {len(blocks)} blocks of {stream.seq_length} tokens, "
             f"fewer than the {most} of data.validation_sequences; validation uses all of them."
         )
-    return torch.tensor(blocks, device="cpu")
+    return stacked(blocks, stream.seq_length)
 
 
 def evenly(blocks: Tensor, ranks: int) -> Tensor:

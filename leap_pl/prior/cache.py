@@ -17,6 +17,7 @@ from torch import Tensor
 
 from leap_pl.base_model.sequence_length import check_sequence_length
 from leap_pl.base_model.weights import Weight, model_fingerprint
+from leap_pl.data.packing import stacked
 from leap_pl.errors import UserError
 from leap_pl.escape import terminal
 from leap_pl.files import atomic_file
@@ -280,4 +281,4 @@ def _digest_of_squares(squares: Mapping[str, Tensor]) -> str:
 
 def _tokens(model: "PreTrainedModel", base_model: str, data: CalibrationData, sequences: int) -> Tensor:
     check_sequence_length(model.config, data.stream.seq_length, base_model, "seq_length")
-    return torch.tensor([list(block.tokens) for block in islice(data.stream.blocks(), sequences)], device="cpu")
+    return stacked([*islice(data.stream.blocks(), sequences)], data.stream.seq_length)

@@ -23,6 +23,20 @@ def check_format(state: Mapping[str, Any]) -> None:
         )
 
 
+def check_not_of_hub(config_name: str | None, split: str) -> None:
+    """Check that no part of a hub dataset is named: the text is local.
+
+    Raises:
+        UserError: A configuration is, or another split than that of training.
+    """
+    named = [*(["data.config_name"] if config_name is not None else []), *(["data.split"] if split != "train" else [])]
+    if named:
+        raise UserError(
+            f"{' and '.join(named)} would not be used: a part of a hub dataset, and data.text is local. Leave "
+            f"{'it' if len(named) == 1 else 'both'} out, or name the files of that part."
+        )
+
+
 def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], *, text_by_name: bool) -> None:
     """Check that the settings of the text ``before`` are those ``now``.
 

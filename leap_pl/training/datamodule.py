@@ -30,7 +30,7 @@ from leap_pl.inputs.hub import check_revision
 from leap_pl.inputs.plain_values import display, plain_paths
 from leap_pl.inputs.ranges import check_numbers, check_whole
 from leap_pl.kernels.transfers import pinned
-from leap_pl.training.data_state import FORMAT, HELD_OUT, check_format, check_same_data
+from leap_pl.training.data_state import FORMAT, HELD_OUT, check_format, check_not_of_hub, check_same_data
 from leap_pl.training.run_length import check_run_length
 
 CHOICES: dict[str, tuple[str, ...]] = {"separator": get_args(Separator), "bos": get_args(Bos)}
@@ -189,11 +189,15 @@ class TextDataModule(LightningDataModule):
         """Return the stream of blocks to train on.
 
         Raises:
-            UserError: The text cannot be found, or the tokenizer has no end token.
+            UserError: The text cannot be found, or is local and a part of a hub dataset is named, or the tokenizer has
+                no end token.
         """
         if self._stream is None:
             share: Share = "all" if self.validation_text is not None or not self.validation_sequences else "train"
-            self._stream = self._stream_of(self._open(share))
+            source = self._open(share)
+            if source.is_local:
+                check_not_of_hub(self.config_name, self.split)
+            self._stream = self._stream_of(source)
         return self._stream
 
     def setup(self, stage: str) -> None:
@@ -228,13 +232,17 @@ class TextDataModule(LightningDataModule):
         name = getattr(module, "base_model", None)
         if name is None:
             return
-        taken = (name, getattr(module, "revision", None))
-        if self._tokenizer_of_model and taken != (self.tokenizer_name, self.tokenizer_revision):
+        taken, of_model = (name, getattr(module, "revision", None)), self._tokenizer_of_model
+        # One that is named as the model is, without a revision of its own, is the model's too.
+        same = self.tokenizer_name == name and self.tokenizer_revision in (None, self._revision_of_model)
+        if (of_model or same) and taken != (self.tokenizer_name, self.tokenizer_revision):
             # What was made with another model's tokenizer is discarded, if the data was used with that model before.
             self.tokenizer_name, self.tokenizer_revision = taken
-            self._tokenizer_of_model, self._revision_of_model = True, taken[1]
-        if self.tokenizer_name == name:
-            self._trusts_code = bool(getattr(module, "trust_remote_code", False))
+        if of_model or same:
+            self._tokenizer_of_model, self._revision_of_model = of_model, taken[1]
+        # A user trusts the code of one revision.
+        trusted = bool(getattr(module, "trust_remote_code", False))
+        self._trusts_code = trusted and (self.tokenizer_name, self.tokenizer_revision) == taken
 
     def train_dataloader(self) -> BlockLoader:
         """Return a loader of this rank's remaining batches of the run, all of them if it is not resumed.
@@ -258,7 +266,7 @@ class TextDataModule(LightningDataModule):
         tokenizing.
         """
         of_rank = RankBatches(
-            self.stream, self.batch_size, batches, rank=rank, world_size=world_size, start=self._progress
+            self.stream, self.batch_size, batches, rank=rank, world_size=world_size, start=lambda: self._progress
         )
         return BlockLoader(of_rank, self.num_workers, exchange)
 
@@ -387,12 +395,12 @@ class TextDataModule(LightningDataModule):
         """Check that the text to validate on was not trained on in the run with the settings ``before``.
 
         Raises:
-            UserError: It is a part of local files of which that run held out none.
+            UserError: It is a part of the files, or of the split of a hub dataset, of which that run held out none.
         """
         if self.validation_text is not None or not self.validation_sequences or before.get(HELD_OUT) is not False:
             return
         shards = self._open("held_out").shards
-        if shards.rereadable and shards.identity() == before.get("text"):
+        if shards.share == "held_out" and shards.identity() == before.get("text"):
             raise UserError(
                 "the run held out no part of data.text, so all of it was trained on. Name another text with "
                 "--data.validation_text."
@@ -476,8 +484,10 @@ class TextDataModule(LightningDataModule):
 
 
 def _check_names(setting: str, value: Any) -> None:
+    if value is None and setting == "validation_text":
+        return
     names = value if isinstance(value, list) else [value]
-    strange = [name for name in names if not isinstance(name, str | None)]
+    strange = [name for name in names if not isinstance(name, str)]
     if strange:
         raise UserError(
             f"data.{setting} is a {type(strange[0]).__name__}; give the names of files, or a hub dataset. Write a "

@@ -164,6 +164,7 @@ class ResumableModule(GatedModule):
         self._take_name_of_mask(identity, stored, here)
         if fitting:
             check_state(checkpoint, path, trainer.strategy)
+            run_settings.check_data_state(checkpoint, data)
             here |= run_settings.of_trainer(trainer, data) | run_settings.dtype_of_earlier(stored, here, trainer)
         else:  # the hard mask depends only on these
             here = {name: here[name] for name in MASK_SETTINGS if name in here}

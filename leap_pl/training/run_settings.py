@@ -16,10 +16,10 @@ from leap_pl.base_model.prefix import Bos
 from leap_pl.checkpoints.class_spec import ANY_CLASS, Registry, Spec, describe, resolve_class
 from leap_pl.checkpoints.identity import Identity
 from leap_pl.checkpoints.settings import DATA, MODEL, RULES, Settings, settings_to_store
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
 from leap_pl.gates import gate_kinds
 from leap_pl.inputs.classes import imported_kinds
-from leap_pl.inputs.plain_values import read
+from leap_pl.inputs.plain_values import read, shown
 from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import Term
 from leap_pl.prior import Prior
@@ -45,6 +45,26 @@ def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
 def schedulers() -> dict[str, type[lr_scheduler.LRScheduler]]:
     """Return the learning-rate schedulers that a checkpoint may name, by name: those of torch."""
     return _kinds(vars(lr_scheduler), lr_scheduler.LRScheduler)
+
+
+def check_data_state(checkpoint: Mapping[str, Any], data: Any) -> None:
+    """Check that a checkpoint to resume has the position in the text of the data module ``data``.
+
+    Lightning stores it by the name of the data module's class, and loads nothing where there is none of that name: the
+    run would read the text from its beginning again.
+
+    Raises:
+        UserError: ``data`` is a :class:`.TextDataModule`, and the checkpoint has none of its class.
+    """
+    name = type(data).__qualname__
+    if not isinstance(data, TextDataModule) or name in checkpoint or not checkpoint.get("global_step"):
+        return
+    states = [key for key, state in checkpoint.items() if isinstance(state, Mapping) and state.keys() >= OF_POSITION]
+    made = f"that of {listing([shown(key, 200) for key in states])}" if states else "none: its run had its own batches"
+    raise UserError(
+        f"the checkpoint has no position in the text of {name}, but {made}. Resume with the data that the run was made "
+        "with, a class of that name, or start a new run without a checkpoint."
+    )
 
 
 def _kinds(names: Mapping[str, Any], base: type) -> dict[str, Any]:
@@ -74,6 +94,9 @@ PRECISIONS = Literal[
     "transformer-engine-float16",
 ]
 
+
+# Keys of a position in a text, as checkpoints have had them from the first version on.
+OF_POSITION = {"data", "consumed", "position"}
 
 # Settings that earlier versions did not have → the values that give what those versions did.
 OF_EARLIER: Settings = {"data.bos": "first"}

@@ -179,6 +179,36 @@ def test_a_checkpoint_can_be_validated_on_other_data(files: list[str], tmp_path:
     assert trainer.validate(Recorder(), other, ckpt_path=path, weights_only=True) == [{}]
 
 
+def test_a_split_of_the_hub_that_was_trained_on_whole_is_not_held_out(hub: str) -> None:
+    before = module_for(hub, validation_sequences=2).state_dict()
+    validating: Any = SimpleNamespace(state=SimpleNamespace(fn="validate"))
+    for settings, refused in (
+        ({}, False),
+        ({"validation_split": "train"}, True),
+        ({"validation_split": "train", "split": "validation"}, False),
+    ):
+        data = module_for(hub, validation_sequences=2, **settings)
+        data.trainer = validating
+        if refused:
+            with pytest.raises(UserError, match=r"held out no part of data\.text, so all of it was trained on"):
+                data.load_state_dict(before)
+        else:
+            data.load_state_dict(before)
+
+
+def test_a_loader_that_is_made_before_the_state_is_loaded(files: list[str]) -> None:
+    whole = [batch["input_ids"].tolist() for batch in module_for(files).train_loader(6)]
+    data = module_for(files)
+    for batch in islice(data.train_loader(6), 2):
+        data.on_before_batch_transfer(batch, 0)
+    again = module_for(files)
+    for workers in (0, 2):
+        again.num_workers = workers
+        early = again.train_loader(6)
+        again.load_state_dict(data.state_dict())
+        assert [batch["input_ids"].tolist() for batch in early] == whole[2:]
+
+
 def test_files_that_moved_are_the_same_text(files: list[str], tmp_path: Path) -> None:
     data = module_for(files)
     batch = next(iter(data.train_loader(3)))
@@ -284,9 +314,19 @@ def test_ranks_validate_on_equally_many_blocks_without_doubles(
         data.val_dataloader()
 
 
-def test_mistakes_are_told_before_the_run(files: list[str]) -> None:
+def test_mistakes_are_told_before_the_run(files: list[str], hub: str) -> None:
     with pytest.raises(UserError, match=r"There is no file missing\.jsonl"):
         module_for("missing.jsonl").setup("fit")
+    for part, named in (
+        ({"split": "test"}, "data.split"),
+        ({"config_name": "en", "split": "test"}, "data.config_name and data.split"),
+    ):
+        with pytest.raises(UserError, match=f"{named} would not be used: a part of a hub dataset, and data.text is"):
+            module_for(files, **part).setup("fit")
+    module_for(hub, config_name="en", split="validation").setup("fit")
+    for text in (None, [None], [*files, None]):
+        with pytest.raises(UserError, match=r"data\.text is a NoneType; give the names of files"):
+            module_for(text)
     with pytest.raises(UserError, match="has no column 'body'; it has: text"):
         module_for(files[:1], text_column="body").setup("fit")
 
@@ -356,6 +396,31 @@ def test_a_signal_to_all_processes_spares_workers_that_have_just_started(
     assert len(list(module_for(files, num_workers=2).train_loader(9))) == 9
     sender.join()
     assert len(signalled) == 2
+
+
+@pytest.mark.parametrize("named", [None, "user/model", "user/other"])
+@pytest.mark.parametrize("pinned", [None, "abc", "def"])
+def test_the_tokenizer_of_the_model_has_its_revision_and_other_code_is_not_trusted(
+    named: str | None, pinned: str | None, files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(name: str, revision: str | None, *, trust_remote_code: bool) -> Any:
+        asked.append((name, revision, trust_remote_code))
+        return TOKENIZER
+
+    asked: list[Any] = []
+    monkeypatch.setattr("leap_pl.training.datamodule.loaded_tokenizer", loaded)
+    data = TextDataModule(named, files, seq_length=16, tokenizer_revision=None if named is None else pinned)
+    for revision in ("abc", "ghi"):  # the same data module, used with another revision of the model
+        module = SimpleNamespace(base_model="user/model", revision=revision, trust_remote_code=True)
+        data.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
+        data.setup("validate")
+        assert data.tokenizer is TOKENIZER
+        follows = named is None or (named, pinned) == ("user/model", None)
+        own = revision if follows else pinned
+        trusted = named != "user/other" and own == revision
+        again = not follows and revision == "ghi"  # the one that there is
+        assert asked == ([] if again else [(named or "user/model", own, trusted)])
+        asked.clear()
 
 
 @pytest.mark.parametrize("named", [True, False])  # as the command line names it

@@ -14,10 +14,11 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
-from python_runs import data, trainer
+from python_runs import again, data, trainer
 from tiny import tiny_model
+from torch.utils.data import DataLoader
 
-from leap_pl import LeapModule, MaskSet, UserError
+from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import model_fingerprint
 from leap_pl.callbacks import MaskExport
@@ -74,6 +75,40 @@ def test_schedules_of_each_group_and_by_a_metric(model_folder: Path, text_file: 
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
     with pytest.raises(UserError, match="ReduceLROnPlateau needs a metric after every step"):
         trainer(max_steps=1).fit(LeapModule(str(model_folder), lr_scheduler=plateau, **given), data(text_file))
+
+
+class Renamed(TextDataModule):
+    """The text of leap_pl under another name."""
+
+
+def test_a_run_is_resumed_with_a_data_module_of_its_class_alone(
+    module: LeapModule, text_file: Path, tmp_path: Path
+) -> None:
+    """Lightning would give another class no position, and the text would begin anew."""
+
+    def renamed() -> TextDataModule:
+        return Renamed(text=str(text_file), seq_length=32, batch_size=2, validation_sequences=2)
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader([torch.arange(32) % 7] * 8, batch_size=2)  # type: ignore[arg-type]
+
+    says = {
+        "TextDataModule": "no position in the text of TextDataModule, but that of Renamed.",
+        "Renamed": "no position in the text of Renamed, but that of TextDataModule.",
+        "own": "no position in the text of {}, but none: its run had its own batches.",
+    }
+    kinds = {"TextDataModule": lambda: data(text_file), "Renamed": renamed, "own": loader}
+    for name, made in kinds.items():
+        path = tmp_path / f"{name}.ckpt"
+        before = trainer(max_steps=2, limit_val_batches=0)
+        before.fit(again(module), made())
+        before.save_checkpoint(path)
+        trainer(max_steps=2, limit_val_batches=0).fit(again(module), made(), ckpt_path=path)
+        for other in ("TextDataModule", "Renamed"):
+            if other != name:
+                found = says["own"].format(other) if name == "own" else says[other]
+                with pytest.raises(UserError, match=re.escape(found)):
+                    trainer(max_steps=2, limit_val_batches=0).fit(again(module), kinds[other](), ckpt_path=path)
 
 
 class Power(BernoulliGate):
