@@ -52,7 +52,7 @@ def tiny_gguf(path: Path, *, tied: bool = False, **changes: int) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * 256 + [3, 1, 1, 3])
-    writer.add_token_merges(["a b", "c d"])  # two: transformers 5.17 reads a list of one as its only item
+    writer.add_token_merges(["a b", "c d"])  # two: some readers take a list of one for its only item
     writer.add_eos_token_id(256)
     writer.add_bos_token_id(256)
     for name, tensor in model.state_dict().items():

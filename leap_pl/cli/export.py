@@ -206,12 +206,14 @@ def _read_results(paths: str | None, masks: "MaskSet", rounded_to: str | None = 
     from leap_pl.evaluation.record import read_result
     from leap_pl.inputs.plain_values import shown
     from leap_pl.inputs.register import listed
+    from leap_pl.masks.mask_set import TRAINED
     from leap_pl.oneshot.methods import rounded_method
 
     results = {path: read_result(path) for path in listed(paths)}
     digest = masks.digest_of_bits()
     figures: dict[str, Any] = {}
     dense: dict[str, dict[str, Any]] = {}
+    trained = TRAINED in masks.provenance.config
     for path, result in results.items():
         if not result["perplexity"]:
             raise UserError(f"{path} has no perplexity. Give a result of leap_pl evaluate --perplexity TEXT.")
@@ -224,10 +226,14 @@ def _read_results(paths: str | None, masks: "MaskSet", rounded_to: str | None = 
                 "exported, and give its output."
             )
         if measured == digest:
-            mark = {"rounded_to": rounded_to} if rounded else {}
+            mark: dict[str, Any] = {"rounded_to": rounded_to} if rounded else {}
+            mark |= _in_dtype(result)
+            named = any(result["model"].get(name) is not None for name in ("mask", "ckpt_path"))
+            if trained and named and mark.get("dtype") == "float32":  # an export rounds them to the base model's type
+                mark["as_trained"] = True
             figures |= {text: figure | mark for text, figure in result["perplexity"].items()}
         elif len(results) > 1 and _is_dense(result, masks):
-            dense |= result["perplexity"]
+            dense |= {text: figure | _in_dtype(result) for text, figure in result["perplexity"].items()}
         else:
             fault = "does not record its mask" if measured is None else "was measured with a different mask"
             raise UserError(
@@ -246,10 +252,20 @@ def _read_results(paths: str | None, masks: "MaskSet", rounded_to: str | None = 
             f"--perplexity: the dense results are of {listing(sorted(dense), 3)}, and those with the mask of "
             f"{listing(sorted(figures), 3)}. Measure both on the same texts."
         )
-    return {
-        text: figure | ({} if (found := of_dense[text]) is None else {"dense": found["value"]})
-        for text, figure in figures.items()
-    }
+    return {text: figure | _beside(of_dense[text]) for text, figure in figures.items()}
+
+
+def _in_dtype(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the data type that a result was measured in, if it is known."""
+    dtype = result["model"].get("dtype")
+    return {} if dtype is None else {"dtype": dtype}
+
+
+def _beside(dense: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what a figure under a mask records of that of the ``dense`` model."""
+    if dense is None:
+        return {}
+    return {"dense": dense["value"]} | ({"dense_dtype": dense["dtype"]} if "dtype" in dense else {})
 
 
 def _is_dense(result: dict[str, Any], masks: "MaskSet") -> bool:

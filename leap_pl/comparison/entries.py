@@ -44,6 +44,7 @@ class Entry:
         model: Short name of the base model, shared by exactly the entries with the same fingerprint.
         bits: Digest of the mask's bits, also if the mask itself is not available; None if it is not known.
         also: Further sources that were named and have the same mask.
+        dtype: Data type of the weights when the figures were measured; None if there are none, or it is not known.
     """
 
     source: str
@@ -60,6 +61,7 @@ class Entry:
     model: str = ""
     bits: str | None = None
     also: tuple[str, ...] = ()
+    dtype: str | None = None
 
     @property
     def kind(self) -> str:
@@ -189,6 +191,7 @@ def entry_of_result(source: str, result: dict[str, Any], mask: MaskSet | None = 
         densities=_table_of(densities, source),
         mask=mask,
         bits=model.get("mask_digest"),
+        dtype=None if model.get("dtype") is None else terminal(model["dtype"]),
     )
 
 

@@ -269,6 +269,13 @@ def _notes(entries: Sequence[Entry], texts: list[str], tasks: list[str], baselin
             f"± is one standard error. Best baseline: the best of {', '.join(sorted(baselines))} at the same "
             "sparsity; the error of a difference is that of paired windows or questions."
         )
+    of_dtype: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.measured and entry.dtype is not None:
+            of_dtype.setdefault(entry.dtype, []).append(entry.label)
+    if len(of_dtype) > 1:
+        named = "; ".join(f"in {dtype} {', '.join(labels)}" for dtype, labels in sorted(of_dtype.items()))
+        notes.append(f"Not all were measured in one data type, and part of a difference may be rounding: {named}.")
     level = [entry.label for entry in entries if entry.densities and is_level(entry)]
     if level:
         notes.append(f"Of the same density in every decoder layer and projection, and not drawn: {', '.join(level)}.")

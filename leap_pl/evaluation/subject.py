@@ -10,11 +10,11 @@ from leap_pl.base_model.place import name_of_model
 from leap_pl.base_model.tokenizer import load_tokenizer
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import find_weights, is_sparse, model_fingerprint
-from leap_pl.errors import UserError
-from leap_pl.export.sparse_model import UNKNOWN, recorded_facts
+from leap_pl.errors import UserError, warn_once
+from leap_pl.export.sparse_model import UNKNOWN, is_as_recorded, recorded_facts
 from leap_pl.inputs.hub import check_revision
 from leap_pl.inputs.paths import behind_link, expanded
-from leap_pl.inputs.records import mask_in
+from leap_pl.inputs.records import RECORD, mask_in
 from leap_pl.masks import MaskSet, split_name
 from leap_pl.masks.exported import exported_record
 from leap_pl.masks.kept_weights import KeptWeights, without_weights
@@ -139,6 +139,12 @@ def _method_of_weights(model: "PreTrainedModel") -> str:
 def _plain(name: str, *, revision: str | None, dtype: Dtype, trust_remote_code: bool) -> Subject:
     record = exported_record(name, revision=revision)  # first, so that a damaged record fails before the model loads
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    if record and not is_as_recorded(name, loaded, revision=revision):
+        warn_once(
+            f"{name}: the zeros of its weights are not those of the mask that its {RECORD} is of, so that it is "
+            "measured as a model without a record."
+        )
+        record = {}
     return Subject(
         model=loaded,
         tokenizer=_tokenizer_of(loaded, name, revision=revision, trust_remote_code=trust_remote_code),

@@ -243,7 +243,9 @@ def _keeping_random_state() -> Iterator[None]:
     import numpy as np
     import torch
 
-    python, numpy, devices = random.getstate(), np.random.get_state(), range(torch.cuda.device_count())
+    python, numpy = random.getstate(), np.random.get_state()
+    # Where the driver is too old for this torch, devices are counted all the same, and cannot be used.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
         with torch.random.fork_rng([*devices]):
             yield

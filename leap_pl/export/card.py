@@ -154,7 +154,28 @@ def _perplexities(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         after = [name for name, figure in figures.items() if "rounded_to" in figure]
         exact = f"Measured before the weights were rounded to {rounded}"
         exact += f", but for {listing([markdown(shortened(name)) for name in after])}." if after else "."
-    return "\n\n".join(filter(None, ("## Perplexity", "\n".join(table), validation, exact)))
+    dtypes = _dtypes(figures, "trained_in" in facts)
+    return "\n\n".join(filter(None, ("## Perplexity", "\n".join(table), dtypes, validation, exact)))
+
+
+def _dtypes(figures: Mapping[str, Any], rounded: bool) -> str:
+    """Return which data types the figures were measured in, as far as they are known.
+
+    Args:
+        figures: Text → figure.
+        rounded: Whether trained weights were rounded to the base model's type afterwards.
+    """
+    found: dict[str, list[str]] = {}
+    for name, figure in figures.items():
+        dtype, dense = (str(figure[key]) if key in figure else None for key in ("dtype", "dense_dtype"))
+        if dtype is not None:
+            how = f"in {markdown(shown(dtype, 40))}"
+            how += ", before the weights were rounded to the base model's type" * (rounded and "as_trained" in figure)
+            how += f", and the dense model in {markdown(shown(dense, 40))}" if dense not in (None, dtype) else ""
+            found.setdefault(how, []).append(markdown(shortened(name)))
+    if len(found) == 1:
+        return f"Measured {next(iter(found))}."
+    return " ".join(f"{listing(names)}: measured {how}." for how, names in found.items())
 
 
 def _part_of_text(figure: Mapping[str, Any]) -> str:

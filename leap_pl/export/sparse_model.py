@@ -23,7 +23,7 @@ def masks_of(name: str, model: "PreTrainedModel", *, revision: str | None = None
     """Return the mask of the sparse model ``name``.
 
     A packed folder and an export of leap_pl record theirs. Of another model, the weights of the decoder blocks that
-    ``fit`` would gate are kept where they are not zero.
+    ``fit`` would gate are kept where they are not zero; so of one whose record is of another mask than these make.
 
     Args:
         name: Hub id, folder or GGUF file of the model.
@@ -41,16 +41,15 @@ def masks_of(name: str, model: "PreTrainedModel", *, revision: str | None = None
     else:
         weights = find_weights(model, once=True)
         found = PackedMasks.of((name, weight.parameter != 0) for name, weight in weights.items())
-        record = {key: value for key, value in exported_record(folder).items() if key != "mask_digest"}
-        if record:
-            return MaskSet(found, Provenance(**record))
+        record = exported_record(folder)
+        digest = record.pop("mask_digest", None)  # earlier versions recorded none
         made_by = Provenance(name, model_fingerprint(model), UNKNOWN, revision=revision, versions=installed_versions())
-        return MaskSet(found, made_by)
+        read_off = MaskSet(found, made_by)
+        of_record = record and digest in (None, read_off.digest_of_bits())
+        return MaskSet(found, Provenance(**record)) if of_record else read_off
     parameters = dict(model.named_parameters())
     shapes = {weight: tuple(parameter.shape) for weight, parameter in parameters.items()}
-    wrong = [weight for weight, shape in masks.shapes.items() if shapes.get(weight) != shape]
-    if not wrong:
-        wrong = [weight for weight, mask in masks.masks.items() if bool(parameters[weight].detach()[~mask].any())]
+    wrong = [weight for weight, shape in masks.shapes.items() if shapes.get(weight) != shape] or _filled(model, masks)
     if wrong:
         raise UserError(
             f"{name} records a mask of {listing([shown(weight, 200) for weight in wrong], 3)} that is not the model's. "
@@ -60,12 +59,43 @@ def masks_of(name: str, model: "PreTrainedModel", *, revision: str | None = None
     return MaskSet(PackedMasks.of(ordered.items()), masks.provenance)
 
 
+def _filled(model: "PreTrainedModel", masks: MaskSet) -> list[str]:
+    """Return the weights of ``model`` of which ``masks`` remove an element that is not zero."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    alike = [name for name, shape in masks.shapes.items() if name in parameters and parameters[name].shape == shape]
+    return [name for name in alike if bool(parameters[name][~masks.masks[name]].any())]
+
+
+def is_as_recorded(name: str, model: "PreTrainedModel", *, revision: str | None = None) -> bool:
+    """Return whether the zeros of an exported model are still those of the mask that its record is of.
+
+    They are not if its weights were trained or pruned again, and saved into the folder. Of a packed model they cannot
+    be others; neither are those of a model whose record has no digest, of an earlier version.
+
+    Args:
+        name: Hub id or folder of the model.
+        model: The same, loaded.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        UserError: The record or the mask is damaged.
+    """
+    folder = local_folder(name, records.MASK, records.RECORD, revision=revision)
+    digest = exported_record(folder).get("mask_digest")
+    if digest is None or is_packed(folder):
+        return True
+    if (folder / records.MASK).is_file():
+        masks = MaskSet.load(folder / records.MASK)
+        return masks.digest_of_bits() == digest and not _filled(model, masks)
+    return masks_of(name, model, revision=revision).digest_of_bits() == digest
+
+
 def recorded_facts(name: str, masks: MaskSet | None = None, *, revision: str | None = None) -> dict[str, Any]:
     """Return what the record of an exported model says of it and its mask does not: for the next record.
 
     Args:
         name: Hub id, folder or GGUF file of the model.
-        masks: Its masks, for what is recorded of these.
+        masks: Its masks. Nothing is returned if the record is of others.
         revision: Branch, tag or commit on the hub.
 
     Returns:
@@ -79,6 +109,9 @@ def recorded_facts(name: str, masks: MaskSet | None = None, *, revision: str | N
         return {}
     if not isinstance(record, dict):
         return {}
+    of = record.get("mask_digest")
+    if masks is not None and of is not None and of != masks.digest_of_bits():
+        return {}
     facts: dict[str, Any] = {}
     figures = record.get("perplexity")
     if isinstance(figures, dict) and all(map(_is_figure, figures.values())):
@@ -87,8 +120,8 @@ def recorded_facts(name: str, masks: MaskSet | None = None, *, revision: str | N
         facts["rounded_to"] = "int8"
     if record.get("trained_in") == "float32":
         facts["trained_in"] = "float32"
-    zeros, of = record.get(records.ZEROS), record.get("mask_digest")
-    if isinstance(zeros, int) and zeros >= 0 and masks is not None and of == masks.digest_of_bits():
+    zeros = record.get(records.ZEROS)
+    if isinstance(zeros, int) and zeros >= 0 and masks is not None and of is not None:
         facts[records.ZEROS] = zeros
     updated_by = _updated_by(record)
     if isinstance(updated_by, str) and updated_by in METHODS:

@@ -50,6 +50,21 @@ def test_rows_are_ordered_by_sparsity_pattern_and_method(write_result):
     assert labels == ["admm 50%", "wanda 50%", "admm 2:4 50%", "admm 60%"]
 
 
+def test_data_types_that_differ_are_told(write_result):
+    def notes(*dtypes):
+        paths = []
+        for number, dtype in enumerate(dtypes):
+            content = result("leap", 0.5 + number / 10, 14.0)
+            content["model"] |= {} if dtype is None else {"dtype": dtype}
+            paths.append(write_result(f"r{number}", content))
+        return "\n".join(make_table(read_entries(paths), BASELINES).notes)
+
+    assert "data type" not in notes("float32", "float32", None)  # earlier versions recorded none
+    assert "may be rounding: in bfloat16 leap 60%; in float32 leap 50%, leap 70%." in notes(
+        "float32", "bfloat16", "float32"
+    )
+
+
 def test_labels_are_unique(write_result):
     paths = [write_result(name, result("leap", 0.5, 14.0)) for name in ("one", "two")]
     assert [entry.label for entry in read_entries(paths)] == ["leap 50% (one)", "leap 50% (two)"]

@@ -8,6 +8,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from task_folder import rows, score, write_tasks
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 
@@ -206,3 +207,13 @@ def test_an_error_that_is_not_known_is_not_shown_as_zero():
     tasks = {"a": {"acc": 0.5, "acc_norm": 0.25, "acc_norm_stderr": 0.1, "samples": 1, "split": "test", "limit": 1}}
     (line,) = _of_tasks({"tasks": tasks, "mean": None})
     assert line == "  a: acc 50.00%, acc_norm 25.00% ± 10.00%  (1 questions of test, a quick look: the first 1)"
+
+
+def test_a_device_that_is_counted_and_cannot_be_used(monkeypatch):
+    """As NVML counts one of which the driver is too old for this torch."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    before = torch.random.get_rng_state()
+    with room._keeping_random_state():
+        torch.manual_seed(1)
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -154,6 +154,20 @@ def test_full_disk_leaves_nothing(finished: Run, tmp_path: Path, monkeypatch) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_sampling_settings_without_sampling_are_exported_as_they_are(
+    finished: Run, model_folder: Path, tmp_path: Path
+) -> None:
+    """As many models of the hub have them: transformers warns, and from 5.23 on does not refuse to save them."""
+    base = Path(shutil.copytree(model_folder, tmp_path / "base"))
+    told = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}
+    (base / "generation_config.json").write_text(json.dumps(told))
+    for format in ("huggingface", "packed"):
+        export_command(str(tmp_path / format), mask=str(finished.mask), model=str(base), format=format)  # type: ignore[arg-type]
+        exported = json.loads((tmp_path / format / "generation_config.json").read_text())
+        assert told.items() <= exported.items()
+        assert not exported.get("do_sample")
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_file_that_does_not_read_back_is_not_exported(kept: bool, finished: Run, tmp_path: Path, monkeypatch) -> None:
     """A removed weight comes back alive, or a kept one is another: the export is refused and leaves nothing."""

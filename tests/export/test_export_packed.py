@@ -14,10 +14,11 @@ from tiny import tiny_folder
 
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import find_weights
+from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.comparison.entries import read_entries
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, warn_once
 from leap_pl.evaluation.subject import load_subject
 from leap_pl.export import packed as packed_export
 from leap_pl.masks import MaskSet
@@ -219,6 +220,36 @@ def test_a_recorded_mask_that_is_not_the_models(tmp_path: Path, finished: Run, c
     save_file({name: weight + 1 for name, weight in weights.items()}, out / "model.safetensors", {"format": "pt"})
     line = refused(["export", f"--model={out}", "--format=packed", f"--output_dir={tmp_path / 'packed'}"], capsys)
     assert "that is not the model's" in line
+
+
+def test_a_record_of_other_zeros_than_the_models_says_nothing_of_it(
+    tmp_path: Path, finished: Run, text_file: Path
+) -> None:
+    """As where an exported model was pruned further, or trained, and saved into its folder."""
+    out, packed, measured = tmp_path / "out", tmp_path / "packed", tmp_path / "result.json"
+    of_text = {"perplexity": str(text_file), "seq_length": 32, "max_tokens": 128}
+    evaluate_command(mask=str(finished.mask), output=str(measured), **of_text)  # type: ignore[arg-type]
+    exported = export_command(str(out), mask=str(finished.mask), perplexity=str(measured))
+    assert load_subject(model=str(out)).method == exported["provenance"]["method"] == "leap"
+    before, card = load_file(out / "model.safetensors"), (out / "README.md").read_text()
+    gated = MaskSet.load(out).masks
+    further = {name: weight * (weight.abs() > 0.15) if name in gated else weight for name, weight in before.items()}
+    filled = {name: weight + 1 if name in gated else weight for name, weight in before.items()}
+    for weights, method in ((filled, "dense"), (further, "unknown")):
+        save_file(weights, out / "model.safetensors", {"format": "pt"})
+        if method == "unknown":
+            (out / "mask.safetensors").unlink()  # as the message says
+        warn_once.cache_clear()
+        with pytest.warns(UserWarning, match=r"not those of the mask that its leap_pl\.json is of"):
+            subject = load_subject(model=str(out))
+        assert (subject.method, subject.mask_digest, subject.config) == (method, None, {})
+        assert subject.fingerprint != exported["provenance"]["fingerprint"]
+    facts = export_command(str(packed), model=str(out), format="packed")
+    assert facts["provenance"]["method"] == "unknown"
+    assert facts["sparsity"] > exported["sparsity"]
+    assert "perplexity" not in facts
+    assert "| text | sparse |" in card
+    assert "| text | sparse |" not in (packed / "README.md").read_text()
 
 
 def test_a_packed_model_is_pruned_and_learned_as_the_one_with_its_zeros(tmp_path: Path, text_file: Path) -> None:

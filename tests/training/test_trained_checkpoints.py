@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,22 @@ def test_card_says_that_weights_were_measured_before_they_were_rounded(text_file
             said = "Measured in float32, before the weights were rounded to the base model's type."
             assert (said in card.read_text()) == rounded
         assert {tensor.dtype for tensor in load_file(folder / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    mask, exported = tmp_path / "float32" / "checkpoints" / "mask.safetensors", tmp_path / "float32" / "out"
+    of_text: dict[str, Any] = {"perplexity": str(text_file), "seq_length": 16, "max_tokens": 64}
+    evaluate_command(model=str(base), dtype="bfloat16", output=str(tmp_path / "dense.json"), **of_text)
+    rounded = "before the weights were rounded to the base model's type"
+    for number, (settings, said) in enumerate(
+        (
+            ({"mask": mask, "dtype": "float32"}, f"float32, {rounded}, and the dense model in bfloat16"),
+            ({"mask": mask, "dtype": "bfloat16"}, "bfloat16"),
+            ({"model": exported, "dtype": "float32"}, "float32, and the dense model in bfloat16"),
+        )
+    ):
+        given = {name: str(value) for name, value in settings.items()}
+        evaluate_command(output=str(tmp_path / f"{number}.json"), **given, **of_text)  # type: ignore[arg-type]
+        results = f"{tmp_path / f'{number}.json'},{tmp_path / 'dense.json'}"
+        export_command(str(tmp_path / f"{number}"), mask=str(mask), perplexity=results)
+        assert f"\n\nMeasured in {said}.\n\n" in (tmp_path / f"{number}" / "README.md").read_text()
 
 
 def test_a_run_that_starts_from_other_weights_resumes_bit_for_bit(
