@@ -1,6 +1,7 @@
 """Sparsities of the decoder blocks: read from a list or a file, or allocated by OWL."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,12 @@ class OwlOptions:
 
     threshold: float = 5.0
     spread: float = 0.08
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < math.inf:
+            raise UserError(f"OWL with a threshold of {self.threshold:g}: give a number above 0.")
+        if not 0 <= self.spread < 1:
+            raise UserError(f"OWL with a spread of {self.spread:g}: give a number from 0 to below 1.")
 
 
 def read_layer_sparsities(source: str | Path | Sequence[float]) -> list[float]:

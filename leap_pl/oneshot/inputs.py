@@ -20,6 +20,7 @@ from leap_pl.base_model.weights import Weight
 from leap_pl.kernels.precision import full_float32
 
 ERROR_TOKENS = 2048  # tokens on which a layer's error is measured without a Hessian
+GOLDEN = 0.6180339887498949  # whose multiples, modulo 1, fill the unit interval evenly
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class InputStatistics:
         count: Number of tokens so far.
         square: Σ x_j², fp32 (I,).
         gram: Σ x xᵀ, fp32 (I, I), or None.
-        sample: Some tokens (N, I) of each batch, on which the layer's error is measured without a Hessian.
+        sample: Some tokens (N, I) of each batch, scaled so that sums of squares over them estimate those over all
+            tokens; the layer's error is measured on them without a Hessian.
     """
 
     wants_gram: bool
@@ -84,14 +86,16 @@ class InputStatistics:
 
     @full_float32()
     def add(self, inputs_NI: Tensor, *, sample: int) -> None:
-        """Add tokens; without a Hessian, keep ``sample`` of them, evenly spaced."""
+        """Add tokens; without a Hessian, keep about ``sample`` of them (:func:`sampled`)."""
         inputs_NI = inputs_NI.float()
-        square_I = inputs_NI.square().sum(0)
+        squares_NI = inputs_NI.square()
+        square_I = squares_NI.sum(0)
         self.count += inputs_NI.shape[0]
         self.square = square_I if self.square is None else self.square + square_I
         if not self.wants_gram:
-            stride = max(inputs_NI.shape[0] // max(sample, 1), 1)
-            self.sample.append(inputs_NI[::stride][:sample].clone())
+            # Starts that fill an interval evenly, so that no place of a sequence is met in every batch.
+            start = ((len(self.sample) + 0.5) * GOLDEN) % 1
+            self.sample.append(sampled(inputs_NI, squares_NI.sum(1), sample, start))
             return
         if self.gram is None:
             self.gram = inputs_NI.T @ inputs_NI
@@ -121,6 +125,30 @@ class InputStatistics:
         if self.gram is not None:
             return max(float(((matrix_OI @ self.gram) * matrix_OI).sum()), 0.0)
         return sum(float((part_NI @ matrix_OI.T).square().sum()) for part_NI in self.sample)
+
+
+def sampled(inputs_NI: Tensor, energies_N: Tensor, sample: int, start: float = 0.5) -> Tensor:
+    """Return ``sample`` rows of ``inputs_NI``, scaled so that sums of squares over them estimate those over all rows.
+
+    A row is drawn with a probability q, half of it in proportion to its energy and half alike for all, and scaled by
+    1/√(sample·q). The first token of a sequence often has most of the energy of all: drawn as any other it would nearly
+    always be missed, and a sample that met it in every sequence would be of little else.
+
+    Args:
+        inputs_NI: Tokens.
+        energies_N: ‖x‖² of each.
+        sample: Number of rows; they are all returned as they are where there are no more.
+        start: Place in [0, 1) of the first draw in its interval; the draws are evenly spaced in Σq.
+    """
+    count = inputs_NI.shape[0]
+    if count <= sample:
+        return inputs_NI.clone()
+    whole = energies_N.sum()
+    shares_N = torch.where(whole > 0, energies_N / whole, 1 / count)
+    q_N = 0.5 * shares_N.nan_to_num() + 0.5 / count
+    draws = (torch.arange(sample, device=q_N.device) + start) / sample
+    rows = torch.searchsorted(q_N.cumsum(0), draws.to(q_N.dtype)).clamp_(max=count - 1)
+    return inputs_NI[rows] * (sample * q_N[rows]).rsqrt()[:, None]
 
 
 Part = tuple[int, Tensor] | Literal["transposed"] | None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from leap_pl.base_model.sequence_length import check_sequence_length
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.base_model.weights import (
     MANY_ZEROS,
@@ -123,7 +124,15 @@ def prune(
     allocation = {"--layer_sparsity": layer_sparsity, "--owl": owl, "--fisher": fisher}
     _check(method, blocks_NT, pattern, [flag for flag, value in allocation.items() if value is not None], mask, options)
     if blocks_NT is not None:
-        check_tokens(blocks_NT, vocabulary_of(model), base_model or "the model")
+        named = base_model or "the model"
+        check_tokens(blocks_NT, vocabulary_of(model), named)
+        check_sequence_length(model.config, blocks_NT.shape[1], named, "seq_length")
+        first_target = max((walk or WalkOptions()).first_target, 1)
+        if fisher is not None and blocks_NT.shape[1] <= first_target:
+            raise UserError(
+                f"Fisher allocation predicts tokens, and sequences of {blocks_NT.shape[1]} have none to predict. Give "
+                f"{first_target + 1} or more with --seq_length."
+            )
     matrices = by_block(model, weights)
     if mask is not None:
         mask.check(model, weights)

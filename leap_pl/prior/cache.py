@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from leap_pl.base_model.sequence_length import check_sequence_length
-from leap_pl.base_model.weights import Weight, model_fingerprint
-from leap_pl.data.packing import stacked
+from leap_pl.base_model.weights import Weight, decoder_blocks, model_fingerprint
 from leap_pl.errors import UserError
 from leap_pl.escape import terminal
 from leap_pl.files import atomic_file
@@ -37,6 +36,9 @@ if TYPE_CHECKING:
 
 KEY = "cache_key"  # in a cached file's metadata or its mask's provenance: digest of what it was computed from
 ALGORITHM = 3  # incremented when a method's masks change, to invalidate older cached ones
+
+# Settings of a model's config that its inputs do not depend on.
+UNRELATED = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map"}
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +74,11 @@ def one_shot_prior(
 ) -> MaskSet:
     """Return the one-shot mask of ``weights``, from the cache if possible; ``model`` is left bit-identical.
 
-    Masks are cached in ``cache_dir`` by a hash of the model's fingerprint and dtype, the weights' names, the
-    calibration tokens themselves (not the text's name or size), the method with its settings, the sparsity and
-    ``ALGORITHM``; for a method from elsewhere also of the file of its function, without which nothing is cached. The
-    file stores the hash too; a file that is damaged, or has another hash or none, is recomputed with a warning.
+    Masks are cached in ``cache_dir`` by a hash of the model's fingerprint and dtype, of its other weights (norms,
+    embeddings …) and config, of the weights' names, the calibration tokens themselves (not the text's name or size),
+    the method with its settings, the sparsity and ``ALGORITHM``; for a method from elsewhere also of the file of its
+    function, without which nothing is cached. The file stores the hash too; a file that is damaged, or has another hash
+    or none, is recomputed with a warning.
 
     Args:
         model: Dense base model without gates.
@@ -199,10 +202,28 @@ def _key(model: "PreTrainedModel", weights: Mapping[str, Weight], tokens_NT: Ten
     return {
         "algorithm": ALGORITHM,
         "fingerprint": model_fingerprint(model),  # of the stored weights, and the same in every dtype
+        "rest": _digest_of_rest(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": sorted(weights),
         "tokens": tokens,
     }
+
+
+def _digest_of_rest(model: "PreTrainedModel") -> str:
+    """Return a digest of what the fingerprint leaves out: norms, biases, embeddings, head and config.
+
+    The inputs of the weights depend on them, and models whose norms or embeddings were trained differ in nothing else.
+    """
+    digest = hashlib.sha256()
+    prefix, _ = decoder_blocks(model)
+    for name, tensor in sorted(model.named_parameters()):
+        if tensor.ndim < 2 or not name.startswith(f"{prefix}."):
+            whole = tensor.detach().to("cpu").contiguous()
+            digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+            digest.update(whole.view(-1).view(torch.uint8).numpy().tobytes())
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in UNRELATED}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def _digest(key: dict[str, Any]) -> str:
@@ -281,4 +302,4 @@ def _digest_of_squares(squares: Mapping[str, Tensor]) -> str:
 
 def _tokens(model: "PreTrainedModel", base_model: str, data: CalibrationData, sequences: int) -> Tensor:
     check_sequence_length(model.config, data.stream.seq_length, base_model, "seq_length")
-    return stacked([*islice(data.stream.blocks(), sequences)], data.stream.seq_length)
+    return torch.tensor([list(block.tokens) for block in islice(data.stream.blocks(), sequences)], device="cpu")

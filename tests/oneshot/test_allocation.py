@@ -1,5 +1,6 @@
 """OWL against its formula, and sparsities that are read from files."""
 
+import math
 import os
 from pathlib import Path
 
@@ -45,6 +46,20 @@ def test_blocks_with_equal_shares_of_outliers_are_equally_sparse() -> None:
     with Walk(model, BLOCKS, WalkOptions(keep=True)) as walk:
         found = owl_sparsities(walk, by_block(model, find_weights(model)), 0.6, OwlOptions(threshold=1e9))
     assert found == pytest.approx([0.6, 0.6])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"spread": -0.08}, "spread of -0.08: give a number from 0"),
+        ({"spread": math.nan}, "spread of nan"),
+        ({"threshold": 0.0}, "threshold of 0: give a number above 0"),
+        ({"threshold": math.inf}, "threshold of inf"),
+    ],
+)
+def test_settings_of_owl_that_turn_it_round(settings: dict[str, float], says: str) -> None:
+    with pytest.raises(UserError, match=f"OWL with a {says}"):
+        OwlOptions(**settings)
 
 
 @pytest.mark.parametrize("threshold", [3.0, 5.0])

@@ -236,6 +236,17 @@ def test_arguments_that_grow_with_the_batch() -> None:
     assert pruned.masks.sparsity == pytest.approx(0.5)
 
 
+def test_sequences_of_a_length_that_nothing_can_be_computed_on() -> None:
+    model = tiny_model("gpt2", n_positions=8)
+    with pytest.raises(UserError, match="seq_length is 40, and the model supports at most 8 tokens"):
+        prune(model, tokens(2), method="wanda", progress=False)
+    with pytest.raises(UserError, match=r"sequences of 1 have none to predict\. Give 2 or more with --seq_length"):
+        prune(model, tokens(2)[:, :1], method="wanda", fisher=0.5, progress=False)
+    with pytest.raises(UserError, match=r"sequences of 3 have none to predict\. Give 4 or more"):
+        walk = WalkOptions(first_target=3)
+        prune(model, tokens(2)[:, :3], method="wanda", fisher=0.5, walk=walk, progress=False)
+
+
 # -- sparsity per layer -------------------------------------------------------------------------------------
 
 

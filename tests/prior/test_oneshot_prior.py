@@ -73,6 +73,13 @@ def test_the_prior_leaves_the_model_bit_identical(method: str, tmp_path: Path) -
     assert all(torch.equal(mask.masks[name], expected.masks[name]) for name in expected.masks)
 
 
+def with_norms(factor: float) -> Any:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.mul_(factor)
+    return model
+
+
 def test_the_cache_is_hit_and_tells_runs_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -96,6 +103,8 @@ def test_the_cache_is_hit_and_tells_runs_apart(tmp_path: Path, monkeypatch: pyte
             {"sequences": 4},
             {"data": Data(seed=1)},
             {"model": tiny_model(seed=1)},
+            {"model": with_norms(1.5)},  # as recover --model.train_weights norms leaves the other weights
+            {"model": tiny_model(rope_theta=5000.0)},
             {"model": model, "weights": find_weights(model, ignore=["re:.*mlp"])},
         ),
         start=2,
