@@ -233,6 +233,11 @@ class LeapModule(ValidatedModule):
             UserError: Settings of the trainer, the optimizer or the schedule do not suit a run.
         """
         made = self.model is None
+        if self._compiler_ctx is not None:
+            raise UserError(
+                "a module that torch.compile has wrapped does not learn: Lightning's own logging cannot be compiled. "
+                "Give the trainer the LeapModule itself; what it adds to the model is compiled anyway."
+            )
         if self._fitting():  # first, since a prior may take minutes
             if self.resumes_from is None:
                 check_revision(self.base_model, self.revision, "model.revision")
@@ -344,6 +349,9 @@ class LeapModule(ValidatedModule):
         apart = [masked.sum() for masked in idle]
         if self.mesh is None and not (self.objective.budget or self.objective.weight):
             apart += self.gates.kept.values()
+        if self.mesh is None and not self.objective.weight:  # kept may have no path to a gate's second tensor
+            energy = self.gates.energy
+            apart += [energy[name] for name, gate in self.gates.items() if len([*gate.parameters()]) > 1]
         if apart:
             loss = loss + 0 * torch.stack(apart).sum()
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
@@ -383,7 +391,8 @@ class LeapModule(ValidatedModule):
         norms, self.norms, self._checked = self.norms, [], self.global_step
         finite.check_norms(norms, self._dtype_of_model())
         terms = self.terms
-        if self.attached is not None and self.trainer.precision == "16-mixed":  # else a norm of all ranks was checked
+        # Else a norm of all ranks was checked. After the run one rank alone may ask for the mask.
+        if self._learning() and self.trainer.precision == "16-mixed":
             values = self.mean_over_ranks(finite.read_together(terms))
             terms = {name: torch.tensor(value, device="cpu") for name, value in values.items()}
         finite.check_terms(terms, self.state.step, self._dtype_of_model())

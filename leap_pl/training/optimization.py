@@ -12,7 +12,7 @@ from torch import nn
 from leap_pl.checkpoints.settings import Settings
 from leap_pl.errors import UserError, listing, one_line
 from leap_pl.inputs.register import is_typed
-from leap_pl.training.optimizers import check_settings
+from leap_pl.training.optimizers import PackedAdamW, check_settings
 from leap_pl.training.run_settings import describe_optimizer, describe_scheduler
 from leap_pl.training.schedules import warmup_cosine
 from leap_pl.training.shared_steps import DIMENSIONS
@@ -95,6 +95,11 @@ def make_scheduler(
                 "model.lr_scheduler: ReduceLROnPlateau needs a metric after every step. Give a schedule by steps."
             )
         _check_length(scheduler, total)
+        if isinstance(optimizer, PackedAdamW) and getattr(scheduler, "cycle_momentum", False):
+            raise UserError(
+                f"model.lr_scheduler: {type(scheduler).__name__} changes β₁ with the learning rate, and PackedAdamW "
+                "stores moments that are of one β₁. Set --model.lr_scheduler.cycle_momentum false."
+            )
         _warn_of_length(scheduler, warmups, total)
         first = {group.get("initial_lr") for group in optimizer.param_groups}
         if len({*rates}) > 1 and len(first) == 1:

@@ -219,6 +219,31 @@ def test_losses_that_break_end_a_run_whose_scaler_skips_its_steps(
     assert module.gradient_norm is None
 
 
+def test_one_rank_alone_takes_the_mask_after_a_run_with_a_scaler(
+    model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, eager: None
+) -> None:
+    """A collective would wait for the others, which do not call."""
+    monkeypatch.setattr(L.Trainer, "precision", property(lambda self: "16-mixed"))
+    module = LeapModule(str(model_folder), prior=Prior(method="none"))
+    called: list[dict[str, float]] = []
+    monkeypatch.setattr(LeapModule, "mean_over_ranks", lambda self, values: called.append(values) or values)
+    fitting = trainer(max_steps=2, log_every_n_steps=1)
+    fitting.fit(module, data(text_file, validation_sequences=0))
+    assert called
+    called.clear()
+    assert module.mask_set().sparsity == pytest.approx(0.5, abs=0.01)
+    assert not called
+
+
+def test_a_compiled_module_is_refused_before_its_prior_is_made(
+    model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, eager: None
+) -> None:
+    monkeypatch.setattr("leap_pl.training.gated_module.load_model", lambda *a, **k: pytest.fail("it was loaded"))
+    module = torch.compile(LeapModule(str(model_folder), prior=Prior(method="none")), backend="eager")
+    with pytest.raises(UserError, match=r"a module that torch\.compile has wrapped does not learn"):
+        trainer(max_steps=1).fit(module, data(text_file))  # type: ignore[arg-type]
+
+
 def test_gradients_that_no_scaler_can_unscale_are_refused(
     model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, eager: None
 ) -> None:

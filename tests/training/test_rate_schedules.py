@@ -30,6 +30,22 @@ def test_a_schedule_that_ends_before_the_run(
     main(fit_flags(model_folder, text_file, tmp_path / "run", one_cycle(tmp_path, total_steps=6)))
 
 
+def test_a_schedule_that_moves_the_moment_that_packed_states_are_of(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    packed = "--model.optimizer=PackedAdamW"
+    cycle = one_cycle(tmp_path, total_steps=6, cycle_momentum=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("leap_pl.training.gated_module.load_model", lambda *a, **k: pytest.fail("it was loaded"))
+        message = failing(capsys, fit_flags(model_folder, text_file, tmp_path, cycle, packed))
+    assert "OneCycleLR changes β₁ with the learning rate, and PackedAdamW" in message
+    assert "Set --model.lr_scheduler.cycle_momentum false" in message
+    main(fit_flags(model_folder, text_file, tmp_path / "run", one_cycle(tmp_path, total_steps=6), packed))
+    main(
+        fit_flags(model_folder, text_file, tmp_path / "whole", one_cycle(tmp_path, total_steps=6, cycle_momentum=True))
+    )
+
+
 def test_a_schedule_that_gives_weights_the_rate_of_the_mask(
     model_folder: Path, text_file: Path, tmp_path: Path, capsys
 ) -> None:

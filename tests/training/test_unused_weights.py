@@ -1,7 +1,8 @@
 """Gated weights that a micro-batch does not use, as those of a decoder block that is skipped."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import pytest
@@ -10,6 +11,7 @@ from python_runs import data, trainer
 from torch import Tensor
 
 from leap_pl import LeapModule, UserError
+from leap_pl.gates import TileGate
 from leap_pl.losses.objective import Objective
 from leap_pl.prior import Prior
 
@@ -58,3 +60,32 @@ def test_a_sharded_run_names_them(model_folder: Path, text_file: Path, tmp_path:
     says = r"model\.layers\.1\.\S+ was not used by a micro-batch, but in a sharded run every one must use all weights\."
     with pytest.raises(UserError, match=says):
         trainer(skip, max_steps=1, limit_val_batches=0).fit(module, data(text_file))
+
+
+@pytest.mark.parametrize("mode", ["joint", "tile"])
+def test_every_tensor_of_a_gate_whose_module_is_not_used_has_a_gradient(
+    mode: Any, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """The gates of a block are computed together, used or not: here without the term that reaches all their tensors."""
+
+    class SkipMlp(L.Callback):
+        found: ClassVar[dict[str, bool]] = {}
+
+        def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+            module.model.model.layers[1].mlp.forward = lambda hidden: hidden
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+            for name, gate in module.gates.items():
+                for part, parameter in gate.named_parameters():
+                    self.found[f"{name} {part}"] = parameter.grad is not None
+
+    module = LeapModule(
+        str(model_folder),
+        gate=partial(TileGate, n=2, m=4, tile=8, mode=mode),
+        dtype="float32",
+        prior=Prior(method="magnitude", cache_dir=str(tmp_path / "p")),
+        objective=Objective(weight=0),
+    )
+    trainer(SkipMlp(), max_steps=1, limit_val_batches=0).fit(module, data(text_file))
+    assert len(SkipMlp.found) == 14 * (2 if mode == "joint" else 1)
+    assert all(SkipMlp.found.values())
