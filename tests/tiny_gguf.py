@@ -24,10 +24,10 @@ PARTS = {
 }
 
 
-def tiny_gguf(path: Path, *, tied: bool = False, **changes: int) -> Path:
+def tiny_gguf(path: Path, *, tied: bool = False, parts: int = 1, **changes: int) -> Path:
     """A GGUF file of ``tiny_model()``; ``changes`` are of its settings: ``block_count``, ``embedding_length`` …
 
-    ``tied``: it has no head of its own.
+    ``tied``: it has no head of its own. ``parts``: of how many files it says that it is one.
     """
     model = tiny_model()
     config = model.config
@@ -47,6 +47,8 @@ def tiny_gguf(path: Path, *, tied: bool = False, **changes: int) -> Path:
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
     writer.add_float32("llama.rope.freq_base", 10000.0)
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
     # As many as the model has, the bytes first, as in byte_tokenizer().
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|end|>", "ab", "cd", "<|a|>"]
     writer.add_tokenizer_model("gpt2")

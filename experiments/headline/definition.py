@@ -34,6 +34,7 @@ def read_experiment(path: str | Path) -> Experiment:
     _check(told["texts"], f"texts in {path}", told["texts"], set(ROLES))
     for role in told["texts"]:
         _check_name(str(role), f"text {role} in {path}")
+    _check_lengths(told["texts"], str(path))
     tokens = _positive(told["learn"]["tokens"], f"learn.tokens in {path}")
     saved = _positive(told["learn"].get("checkpoint_tokens", tokens), f"learn.checkpoint_tokens in {path}")
     shares = told.get("tasks_at", [])
@@ -60,6 +61,19 @@ def read_experiment(path: str | Path) -> Experiment:
     for cell in experiment.cells.values():
         _check_needs(cell, experiment, str(path))
     return experiment
+
+
+def _check_lengths(texts: dict[str, Any], where: str) -> None:
+    """Check that no two roles read one file to different lengths: a cell has one figure of a text."""
+    found: dict[str, tuple[str, Any]] = {}
+    for role, text in texts.items():
+        of = text if isinstance(text, dict) else {}
+        other, length = found.setdefault(str(of.get("text")), (role, of.get("max_tokens")))
+        if length != of.get("max_tokens"):
+            raise UserError(
+                f"{other} and {role} of texts in {where} are one file, {of.get('text')}, with {length or 'all'} and "
+                f"{of.get('max_tokens') or 'all'} tokens. Give both the same max_tokens, or a copy of the file."
+            )
 
 
 def _told(path: Path) -> dict[str, Any]:

@@ -96,6 +96,12 @@ def check_description(name: str, folder: str, gguf_file: str | None) -> None:
     """Check that the settings of a local model are plausible before anything uses them."""
     if gguf_file is not None:
         metadata = _structure(folder, gguf_file).metadata
+        parts = metadata.get("split.count")
+        if isinstance(parts, int) and parts > 1:
+            raise UserError(
+                f"base model {name} is one of {parts} parts of a GGUF file. Join them with llama-gguf-split --merge, "
+                "and give the whole file."
+            )
         family = f"{metadata.get('general.architecture')}."
         settings = {key.removeprefix(family): value for key, value in metadata.items() if key.startswith(family)}
         numbers = {key: value for key, value in settings.items() if not isinstance(value, tuple)}

@@ -1,5 +1,6 @@
 """Checkpoint callback: saves at intervals, at the end of the run, and on signals."""
 
+import os
 import re
 import time
 from contextlib import ExitStack
@@ -15,11 +16,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from leap_pl.callbacks.lightning_internals import SavingCheckpoint, requeuing, validate_if_due
 from leap_pl.callbacks.mask_export import mask_place
 from leap_pl.callbacks.unfinished_run import UnfinishedRun, refuse_requeue, requeue
-from leap_pl.checkpoints.run_folder import Leftover, earlier_run, link_last, record_checkpoint
+from leap_pl.checkpoints.run_folder import Leftover, earlier_run, lies_in, link_last, record_checkpoint
 from leap_pl.checkpoints.signals import Stopped, StopSignals
 from leap_pl.distributed.strategy import RankZero, saves_shards
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_folder, check_writable, flush, remove_abandoned
+from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.inputs.register import current
 
@@ -103,6 +105,7 @@ class Checkpoints(SavingCheckpoint):
         self.force: bool | None = None
         self.last = False  # whether to resume from the last checkpoint if there is one
         self._replaced: list[Leftover] = []
+        self._surplus: list[str] = []  # of a run with a larger save_top_k: removed once the next is written
 
     # -- schedule -----------------------------------------------------------------------------------------
 
@@ -116,6 +119,9 @@ class Checkpoints(SavingCheckpoint):
         if stage != "fit":
             return
         _check_folder(self.dirpath)
+        if self.dirpath is not None and not self._named:  # that of a logger, as the logger reads it
+            variables = os.path.expandvars if isinstance(trainer.logger, TensorBoardLogger) else str
+            self.dirpath = str(expanded(variables(str(self.dirpath))))
         if trainer.is_global_zero and self.dirpath is not None:
             check_writable(Path(self.dirpath))  # fails at once, not after hours
             if self.force is not None:
@@ -148,7 +154,7 @@ class Checkpoints(SavingCheckpoint):
         self.signals.install(*([slurm.requeue_signal] if slurm and slurm.requeue_signal else []))
         self._written, self._running = time.monotonic(), True
         if trainer.ckpt_path is not None and self.dirpath is not None:
-            resumed_here = Path(trainer.ckpt_path).resolve().parent == Path(self.dirpath).resolve()
+            resumed_here = lies_in(trainer.ckpt_path, Path(self.dirpath))
             self.note_saved(trainer.global_step if resumed_here else 0, self.saved_path)
             self._resumed_at = trainer.global_step if resumed_here else -1
             if self._validated_step != trainer.global_step:
@@ -256,6 +262,8 @@ class Checkpoints(SavingCheckpoint):
         else:
             super().write(trainer, path)
         self._written = time.monotonic()
+        surplus, self._surplus = self._surplus, []
+        self.remove(trainer, surplus, path)
 
     def _write_folder(self, trainer: L.Trainer, path: str) -> None:
         """Write a distributed checkpoint: each rank writes its part to a temporary folder, which is renamed last."""
@@ -292,6 +300,8 @@ class Checkpoints(SavingCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load Lightning's state and the step of the last validation."""
         super().load_state_dict(state_dict)
+        self.best_k_models = dict(self.best_k_models)  # which is the checkpoint's
+        self._surplus = self.drop_surplus()
         self._validated_step = state_dict["validated_step"]
         self.waits = bool(state_dict.get("waits", False))  # not of earlier versions
 

@@ -102,6 +102,28 @@ class SavingCheckpoint(ModelCheckpoint):
         if self.save_last == "link" and trainer.is_global_zero:
             link_last(Path(path).parent, Path(path))
 
+    def drop_surplus(self) -> list[str]:
+        """Count no more checkpoints than ``save_top_k``, and return the paths of the worse ones, still on the disk.
+
+        A run that resumes with fewer has those of more in its state: Lightning removes one only where it has exactly as
+        many, and would remove none ever after.
+        """
+        worst = max if self.mode == "min" else min
+        dropped = []
+        while 0 < self.save_top_k < len(self.best_k_models):
+            dropped.append(worst(self.best_k_models, key=self.best_k_models.__getitem__))
+            del self.best_k_models[dropped[-1]]
+        if dropped:
+            self.kth_best_model_path = worst(self.best_k_models, key=self.best_k_models.__getitem__)
+            self.kth_value = self.best_k_models[self.kth_best_model_path]
+        return dropped
+
+    def remove(self, trainer: L.Trainer, paths: list[str], current: str) -> None:
+        """Remove the checkpoints ``paths``, after ``current`` was written."""
+        for path in paths:
+            if self._known and self._should_remove_checkpoint(trainer, path, current):
+                self._remove_checkpoint(trainer, path)
+
     @property
     def waits(self) -> bool:
         """Return whether a checkpoint is due that waits for the monitored metric."""

@@ -131,7 +131,7 @@ class MaskExport(L.Callback):
         for callback in sorted(trainer.checkpoint_callbacks, key=lambda one: not isinstance(one, SavingCheckpoint)):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
                 return Path(callback.dirpath)
-        return Path(trainer.log_dir or trainer.default_root_dir)
+        return expanded(trainer.log_dir or trainer.default_root_dir)
 
 
 def mask_place(trainer: L.Trainer) -> Path:

@@ -14,6 +14,7 @@ runs, with the model sharded or not, read one another's files. Under ``ModelPara
 ``save_distributed_checkpoint`` a checkpoint is a folder instead: see :mod:`leap_pl.checkpoints.folder`.
 """
 
+import errno
 import pickle
 import re
 import zipfile
@@ -36,7 +37,14 @@ from leap_pl.masks.mask_set import STAYED, installed_versions
 
 LOGITS = "logits"
 _FOLDER = 0x10  # attribute bit of a zip archive's record that marks it as a folder
+LAST = "last.ckpt"  # link to the newest
+# Errors of a file that is not damaged by them.
+OF_THE_SYSTEM = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
 META = "meta.pt"  # file in a checkpoint folder with everything but tensors
+
+
+class UnreadableError(UserError):
+    """Error of a checkpoint that the system does not let be read now, and that may be intact."""
 
 
 def provenance(identity: Identity, gates: Gates[Any]) -> Provenance:
@@ -206,6 +214,10 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True, check_tensors: bool 
             "checkpoint. Give a .ckpt that leap_pl fit wrote."
         ) from error
     except Exception as error:  # a damaged file can make the readers raise anything
+        if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
+            raise UnreadableError(
+                f"{path} cannot be read now ({error.strerror}). Check its permissions and its disk, and try again."
+            ) from error
         raise UserError(f"{path} is truncated, damaged or not a checkpoint. Take the checkpoint before it.") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is not a checkpoint of leap_pl fit. Give a .ckpt from a run's checkpoints folder.")

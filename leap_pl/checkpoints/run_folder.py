@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_pl.checkpoints.identity import KEY, Identity, read_identity
-from leap_pl.checkpoints.layout import META, is_checkpoint
+from leap_pl.checkpoints.layout import LAST, META, is_checkpoint
 from leap_pl.checkpoints.settings import RULES, differences
 from leap_pl.errors import UserError, listing
 from leap_pl.files import atomic_file, atomic_link, remove_abandoned
@@ -26,7 +26,6 @@ from leap_pl.masks.mask_set import TRAINED, MaskSet
 from leap_pl.prior.started_prior import DIGESTS, prior_file
 
 _GROUPS = ("model", "data", "trainer")
-LAST = "last.ckpt"
 
 
 class Finished(Exception):  # noqa: N818  (no error: the run is done)
@@ -57,6 +56,12 @@ class Leftover:
             self.path.unlink()
 
 
+def lies_in(checkpoint: str | Path, folder: Path) -> bool:
+    """Return whether ``checkpoint`` is in ``folder``, be it a link there to a file on another disk."""
+    place = inputs.real_path(folder)
+    return place in (inputs.real_path(checkpoint).parent, inputs.real_path(Path(checkpoint).parent))
+
+
 def earlier_run(
     folder: Path, masks: Path, *, ckpt_path: str | Path | None, force: bool, last: bool = False
 ) -> list[Leftover]:
@@ -85,7 +90,7 @@ def earlier_run(
                 f"{place} was written by leap_pl {wrote or 'export'}, or has another {records.RECORD}. Name another "
                 "folder with --checkpoint.dirpath."
             )
-    resumes = ckpt_path is not None and inputs.real_path(ckpt_path).parent == inputs.real_path(folder)
+    resumes = ckpt_path is not None and lies_in(ckpt_path, folder)
     if resumes and force:
         raise UserError(
             f"--force replaces the run in {folder}, and --ckpt_path resumes it. Choose one: leave out --force, or "

@@ -246,13 +246,32 @@ def _is_settings(text: str) -> bool:
     return text.lstrip().startswith("{") or ": " in text or "\n" in text
 
 
+def nested(content: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a config with its dotted keys, ``trainer.max_steps: 10``, as the groups that the parser takes them for."""
+    found: dict[Any, Any] = {}
+    for key, value in content.items():
+        *groups, last = key.split(".") if isinstance(key, str) else [key]
+        place = found
+        for number, group in enumerate(groups):
+            inner = place.setdefault(group, {})
+            if not isinstance(inner, dict):  # a file of settings, whose content is not here
+                last = ".".join([*groups[number:], last])
+                break
+            place = inner
+        if isinstance(value, Mapping) and isinstance(place.get(last), dict):
+            place[last] = place[last] | value
+        else:
+            place[last] = dict(value) if isinstance(value, Mapping) else value
+    return found
+
+
 def check_configs(words: Sequence[str]) -> dict[str, dict[Any, Any]]:
     """Check that the files given with ``--config`` are valid settings, and name the first that is not.
 
     Afterwards the parser also checks the files that it reads by itself, those named by settings.
 
     Returns:
-        Name of each file → its settings.
+        Name of each file → its settings, nested.
 
     Raises:
         UserError: A file is not regular, is too long, cannot be read as YAML, expands to too many values
@@ -291,7 +310,7 @@ def check_configs(words: Sequence[str]) -> dict[str, dict[Any, Any]]:
             ) from error
         if content is not None and not isinstance(content, dict):
             raise UserError(f'--config {name} has no settings. Write lines such as "output_dir: sparse".')
-        found[name] = content or {}
+        found[name] = nested(content or {})
     return found
 
 

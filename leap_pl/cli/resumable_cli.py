@@ -34,6 +34,20 @@ from leap_pl.inputs.ranges import check_numbers
 from leap_pl.inputs.register import running_verb
 from leap_pl.training.run_settings import computed_in
 
+# Settings that are paths, or names that are read as such.
+PATHS = (
+    "ckpt_path",
+    "checkpoint.dirpath",
+    "mask_export.folder",
+    "model.base_model",
+    "model.mask",
+    "model.weights",
+    "model.prior.mask",
+    "data.text",
+    "data.validation_text",
+    "trainer.default_root_dir",
+)
+
 
 class LeapParser(FormerSpellingParser, LightningArgumentParser):
     """LightningCLI's parser, which also reads former spellings of settings.
@@ -108,6 +122,9 @@ class ResumableCLI(LightningCLI):
             check_classes(self.config)
             return
         settings = self.config[verb]
+        empty = [name for name in PATHS if settings.get(name) == ""]
+        if empty:  # of a variable that is not set, in a script: a path of no characters is the working directory
+            raise UserError(f"--{empty[0]} is empty. Give it a value, or leave it out.")
         if verb == "fit":
             take_tokens(settings, words, configs)
         if settings.ckpt_path != path:
@@ -242,4 +259,5 @@ class ResumableCLI(LightningCLI):
         if verb == "fit":
             self.check_kind(settings)
             settings.force = False  # so that a saved config, used again, does not replace the run that saved it
-            rank_zero_only(check_settings)(settings, force=self.force, last=self.last)
+            # On every rank, as everything that is refused: the others would wait for a rank that has ended.
+            check_settings(settings, force=self.force, last=self.last)

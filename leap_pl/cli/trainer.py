@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from leap_pl.callbacks.mask_export import mask_place
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_file
+from leap_pl.inputs.paths import expanded
+from leap_pl.inputs.register import current, real_place
 from leap_pl.training import trainer_checks
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -40,7 +42,20 @@ class ConfigOfFit(SaveConfigCallback):
                 self.config = self.config.clone()
                 self.config.ckpt_path = None
             if isinstance(trainer.loggers[0], TensorBoardLogger | CSVLogger):
+                self._take_name(expanded(str(trainer.log_dir)))
                 super().setup(trainer, pl_module, stage)
+
+    def _take_name(self, folder: Path) -> None:
+        """Save the config under another name in ``folder`` where a file of its usual one is read by this run."""
+        register = current()
+        file = folder / self.config_filename
+        if register is None or self.already_saved:
+            return
+        try:
+            register.check_file(real_place(file), file)
+        except UserError:
+            self.config_filename = CONFIG
+            register.check_file(real_place(folder / CONFIG), folder / CONFIG)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the config beside the mask, where the loggers have no folder, or one that several runs share."""
@@ -49,7 +64,7 @@ class ConfigOfFit(SaveConfigCallback):
         folder = mask_place(trainer)
         if trainer.is_global_zero and folder.resolve() != Path.cwd():
             with atomic_file(folder / CONFIG, own=True) as temporary:
-                temporary.write_text(self.parser.dump(self.config, skip_none=False))
+                temporary.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
         self.already_saved = True
 
 

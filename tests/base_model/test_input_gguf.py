@@ -117,6 +117,12 @@ def test_gguf_structures_that_cannot_be(tmp_path: Path, content: bytes, words: s
         assert f"{file} could not be read: it is not a valid GGUF file" in str(caught.value)
 
 
+def test_a_part_of_a_gguf_file_is_told_as_one(tmp_path: Path) -> None:
+    file = tiny_gguf(tmp_path / "model-00001-of-00003.gguf", parts=3)
+    with pytest.raises(UserError, match=r"is one of 3 parts of a GGUF file\. Join them with llama-gguf-split --merge"):
+        load_model(str(file))
+
+
 def test_a_gguf_file_that_lacks_a_weight(tmp_path: Path) -> None:
     """Which transformers would make up."""
     whole, file = gguf.GGUFReader(tiny_gguf(tmp_path / "tiny.gguf")), tmp_path / "less.gguf"

@@ -1,11 +1,13 @@
 """Which checkpoint a run goes on from, when checkpoints are written, and what SLURM makes of it."""
 
+import errno
 import gc
 import os
 import pickle
 import shutil
 import signal
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,47 @@ def test_a_damaged_newest_checkpoint(
     assert "step=3.ckpt is " in said
     assert said.endswith("Fallback: resuming from " + str(folder / "checkpoints" / "step=2.ckpt") + " (step 2).")
     same(outcome(folder), never_stopped)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(
+    run_of_three: Path, model_folder, text_file, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_of_three, folder, symlinks=True)
+    opened = zipfile.ZipFile
+
+    def unreadable(file: Any, *more: Any, **settings: Any) -> Any:
+        if str(file).endswith("step=4.ckpt"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return opened(file, *more, **settings)
+
+    monkeypatch.setattr("leap_pl.checkpoints.layout.zipfile.ZipFile", unreadable)
+    before = kept(folder)
+    stopped(flags(model_folder, text_file, folder, "--ckpt_path=last"), 2)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"{folder / 'checkpoints' / 'step=4.ckpt'} cannot be read now (Input/output error)" in said
+    assert kept(folder) == before
+
+
+@pytest.mark.parametrize("named", ["last", "step=3.ckpt", "last.ckpt"])
+def test_a_run_whose_checkpoints_are_links_to_another_disk_goes_on(
+    named: str, never_stopped: Outcome, run_of_three: Path, model_folder, text_file, tmp_path: Path
+) -> None:
+    folder, archive = tmp_path / "run", tmp_path / "archive"
+    shutil.copytree(run_of_three, folder, symlinks=True)
+    archive.mkdir()
+    for name in ("step=4.ckpt", "mask.safetensors"):
+        (folder / "checkpoints" / name).unlink()
+    for file in (folder / "checkpoints").glob("step=*.ckpt"):
+        shutil.move(file, archive / file.name)
+        file.symlink_to(archive / file.name)
+    last = folder / "checkpoints" / "last.ckpt"
+    last.unlink()
+    last.symlink_to("step=3.ckpt")
+    path = named if named == "last" else folder / "checkpoints" / named
+    main(flags(model_folder, text_file, folder, f"--ckpt_path={path}"))
+    same(outcome(folder), never_stopped)
+    assert (archive / "step=3.ckpt").is_file()
 
 
 def test_all_checkpoints_damaged(run_of_three: Path, model_folder, text_file, tmp_path: Path, capsys) -> None:
@@ -237,6 +280,22 @@ def test_a_run_that_resumes_with_another_interval_keeps_the_newest_two(model_fol
     assert kept(tmp_path) == ["last.ckpt", "step=2.ckpt", "step=3.ckpt"]
     main([*words, "--checkpoint.every_n_train_steps=4", "--ckpt_path=last"])
     assert kept(tmp_path) == ["last.ckpt", "step=3.ckpt", "step=4.ckpt"]
+
+
+def test_a_run_that_resumes_with_fewer_checkpoints_to_keep(model_folder, text_file, tmp_path: Path) -> None:
+    """Lightning removes one only where there are exactly as many as are kept."""
+    words = flags(model_folder, text_file, tmp_path, "--checkpoint.every_n_train_steps=1")
+    words = [word for word in words if not word.startswith("--checkpoint.save_top_k")]
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, "training_step", 10, send(signal.SIGTERM))  # of three a step
+        stopped([*words, "--checkpoint.save_top_k=3"])
+    assert kept(tmp_path) == ["last.ckpt", "step=1.ckpt", "step=2.ckpt", "step=3.ckpt"]
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, "training_step", 1, send(signal.SIGTERM))  # within the step: nothing new is written
+        stopped([*words, "--checkpoint.save_top_k=1", "--ckpt_path=last"])
+    assert "step=3.ckpt" in kept(tmp_path)
+    main([*words, "--checkpoint.save_top_k=1", "--ckpt_path=last"])
+    assert kept(tmp_path) == ["last.ckpt", "step=4.ckpt"]
 
 
 def test_a_run_that_resumes_with_curves_at_other_steps(model_folder, text_file, tmp_path: Path) -> None:

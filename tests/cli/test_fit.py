@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Run, fit_flags
+from conftest import Run, fit_flags, refused
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leap_pl.callbacks import SparsityLogger
+from leap_pl.cli.fit import make_cli
 from leap_pl.cli.main import main
+from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
 from leap_pl.training.module import LeapModule
 
@@ -316,3 +319,57 @@ def test_early_stopping_is_taken(model_folder, text_file, tmp_path: Path) -> Non
     callback += ["--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=1000"]
     cli = main(fit_flags(model_folder, text_file, tmp_path, *callback))
     assert 0 < cli.trainer.global_step < 6
+
+
+def test_a_config_of_the_users_own_beside_the_curves_stays(model_folder, text_file, tmp_path: Path) -> None:
+    """Lightning saves the whole config under the name that one's own may have."""
+    folder = tmp_path / "exp"
+    words = [
+        w for w in fit_flags(model_folder, text_file, folder) if "logger.version" not in w and "max_steps" not in w
+    ]
+    own = folder / "config.yaml"
+    folder.mkdir()
+    own.write_text("# mine\ntrainer: {max_steps: 1}\n")
+    main([*words, "--trainer.logger.version=", f"--config={own}"])
+    assert own.read_text() == "# mine\ntrainer: {max_steps: 1}\n"
+    saved = yaml.safe_load((folder / "config-of-run.yaml").read_text())
+    assert saved["trainer"]["max_steps"] == 1
+    main([*words, "--trainer.logger.version=", "--trainer.max_steps=1", "--force"])  # which reads none
+    assert yaml.safe_load(own.read_text())["trainer"]["max_steps"] == 1
+
+
+@pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger"])
+def test_a_folder_of_curves_in_the_home_folder_has_the_checkpoints_too(
+    logger: str, model_folder, text_file, tmp_path: Path, monkeypatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("RUNS", "there")
+    monkeypatch.chdir(tmp_path)
+    unwanted = ("--checkpoint.dirpath", "--trainer.logger", "--trainer.max_steps")
+    words = [word for word in fit_flags(model_folder, text_file, tmp_path) if not word.startswith(unwanted)]
+    place = "~/runs/$RUNS" if logger == "TensorBoardLogger" else "~/runs/there"  # which alone reads variables
+    words += ["--trainer.max_steps=1", f"--trainer.logger={logger}", f"--trainer.logger.save_dir={place}"]
+    main([*words, "--trainer.logger.name=one", "--trainer.logger.version=v"])
+    found = {path.name for path in (home / "runs" / "there" / "one" / "v").iterdir()}
+    assert {"checkpoints", "config.yaml"} <= found
+    assert (home / "runs" / "there" / "one" / "v" / "checkpoints" / "mask.safetensors").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("option", ["--checkpoint.dirpath", "--ckpt_path", "--mask_export.folder", "--model.mask"])
+def test_a_path_of_a_variable_that_is_not_set(option: str, model_folder, text_file, tmp_path: Path, capsys) -> None:
+    """In a script, as in --checkpoint.dirpath "$RUN": the working directory is not what it names."""
+    words = [*fit_flags(model_folder, text_file, tmp_path), f"{option}="]
+    assert refused(words, capsys) == f"leap_pl fit: {option} is empty. Give it a value, or leave it out."
+
+
+def test_every_rank_refuses_the_folder_of_another_run(
+    finished: Run, model_folder, text_file, capsys, monkeypatch
+) -> None:
+    """The others would wait for the first, which has ended."""
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    words = [word for word in finished.flags if word != "--force"]
+    with pytest.raises(UserError, match="holds another run"):
+        make_cli(words)

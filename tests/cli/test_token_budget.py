@@ -75,6 +75,8 @@ def test_a_later_config_decides_the_length(model_folder, text_file, tmp_path: Pa
     steps.write_text("trainer: {max_steps: 1}\n")
     assert main([*words, f"--config={tokens}", f"--config={steps}"]).trainer.max_steps == 1
     assert main([*words, f"--config={steps}", f"--config={tokens}", "--force"]).trainer.max_steps == 2
+    steps.write_text("trainer.max_steps: 1\n")  # the same, as the parser takes it
+    assert main([*words, f"--config={tokens}", f"--config={steps}", "--force"]).trainer.max_steps == 1
     assert main([*words, f"--config={tokens}", "--trainer.max_steps=3", "--force"]).trainer.max_steps == 3
     with pytest.raises(UserError, match="both set the length of the run"):
         make_cli(["fit", "--trainer.max_steps=3", f"--config={tokens}", *words[1:]])

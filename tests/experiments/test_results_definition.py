@@ -96,6 +96,11 @@ def test_the_shipped_definition():
         (("rows", "leap", "each"), {60: {}}, "each of row leap in .* names 60. Give a sparsity"),
         (("rows", "leap", "each"), {"0.6": {}}, "each of row leap in .* names '0.6'"),
         (("rows", "leap", "each"), [0.6], "each of row leap in .* Give what is different by sparsity"),
+        (
+            ("texts",),
+            {"validation": {"text": "a", "max_tokens": 7}, "like": {"text": "b"}, "unlike": {"text": "a"}},
+            "validation and unlike of texts in .* are one file, a, with 7 and all tokens. Give both the same",
+        ),
         (("tasks_at",), 0.5, "tasks_at in .* is 0.5. Give a list of sparsities"),
         (("tasks",), ["piqa"], "is to be a mapping"),
         (("models", "other", "rows", "wanda", "minutes"), "long", "row wanda in model other in .* whole number"),
