@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from leap_pl.data.documents import warn
 from leap_pl.errors import UserError
 
 FORMAT = 2  # 1 had no digests of the text
@@ -23,17 +24,13 @@ def check_format(state: Mapping[str, Any]) -> None:
         )
 
 
-def check_not_of_hub(config_name: str | None, split: str) -> None:
-    """Check that no part of a hub dataset is named: the text is local.
-
-    Raises:
-        UserError: A configuration is, or another split than that of training.
-    """
+def warn_of_hub_part(config_name: str | None, split: str) -> None:
+    """Warn of settings that choose a part of a hub dataset, where the text is local: they are not used."""
     named = [*(["data.config_name"] if config_name is not None else []), *(["data.split"] if split != "train" else [])]
     if named:
-        raise UserError(
-            f"{' and '.join(named)} would not be used: a part of a hub dataset, and data.text is local. Leave "
-            f"{'it' if len(named) == 1 else 'both'} out, or name the files of that part."
+        warn(
+            f"not used: {' and '.join(named)} choose a part of a hub dataset, and data.text is local. To learn from a "
+            "part of it, name the files of that part."
         )
 
 

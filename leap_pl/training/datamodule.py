@@ -30,7 +30,7 @@ from leap_pl.inputs.hub import check_revision
 from leap_pl.inputs.plain_values import display, plain_paths
 from leap_pl.inputs.ranges import check_numbers, check_whole
 from leap_pl.kernels.transfers import pinned
-from leap_pl.training.data_state import FORMAT, HELD_OUT, check_format, check_not_of_hub, check_same_data
+from leap_pl.training.data_state import FORMAT, HELD_OUT, check_format, check_same_data, warn_of_hub_part
 from leap_pl.training.run_length import check_run_length
 
 CHOICES: dict[str, tuple[str, ...]] = {"separator": get_args(Separator), "bos": get_args(Bos)}
@@ -189,15 +189,11 @@ class TextDataModule(LightningDataModule):
         """Return the stream of blocks to train on.
 
         Raises:
-            UserError: The text cannot be found, or is local and a part of a hub dataset is named, or the tokenizer has
-                no end token.
+            UserError: The text cannot be found, or the tokenizer has no end token.
         """
         if self._stream is None:
             share: Share = "all" if self.validation_text is not None or not self.validation_sequences else "train"
-            source = self._open(share)
-            if source.is_local:
-                check_not_of_hub(self.config_name, self.split)
-            self._stream = self._stream_of(source)
+            self._stream = self._stream_of(self._open(share))
         return self._stream
 
     def setup(self, stage: str) -> None:
@@ -215,6 +211,8 @@ class TextDataModule(LightningDataModule):
                 check_run_length(self.trainer)
             self._progress = self._progress_before = BEGINNING  # a checkpoint is loaded later
             self._step = None
+            if self.stream.source.is_local:
+                warn_of_hub_part(self.config_name, self.split)
             _, first = next(self.stream.source.documents())
             if self.trainer is not None:  # machines may have copies of their own
                 begins = hashlib.sha256(first.text.encode(errors="surrogatepass")).hexdigest()
@@ -350,7 +348,8 @@ class TextDataModule(LightningDataModule):
             progress = self._progress_at_step
         names = ("text", "validation_text", "seq_length", "batch_size", "separator", "seed")
         settings = {name: getattr(self, name) for name in names} | record_of(self.bos, self.tokenizer)
-        of_text = {"config_name": None, "split": "train", "text_column": "text"}  # recorded if they are others
+        of_text = {"config_name": None, "split": "train"} if not self.stream.source.is_local else {}
+        of_text |= {"text_column": "text"}  # recorded if they are others
         settings |= {name: getattr(self, name) for name, usual in of_text.items() if getattr(self, name) != usual}
         if self.validation_text is None and not self.validation_sequences:
             settings["held_out"] = False

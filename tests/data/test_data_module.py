@@ -314,21 +314,35 @@ def test_ranks_validate_on_equally_many_blocks_without_doubles(
         data.val_dataloader()
 
 
-def test_mistakes_are_told_before_the_run(files: list[str], hub: str) -> None:
+def test_mistakes_are_told_before_the_run(files: list[str]) -> None:
     with pytest.raises(UserError, match=r"There is no file missing\.jsonl"):
         module_for("missing.jsonl").setup("fit")
-    for part, named in (
-        ({"split": "test"}, "data.split"),
-        ({"config_name": "en", "split": "test"}, "data.config_name and data.split"),
-    ):
-        with pytest.raises(UserError, match=f"{named} would not be used: a part of a hub dataset, and data.text is"):
-            module_for(files, **part).setup("fit")
-    module_for(hub, config_name="en", split="validation").setup("fit")
     for text in (None, [None], [*files, None]):
         with pytest.raises(UserError, match=r"data\.text is a NoneType; give the names of files"):
             module_for(text)
     with pytest.raises(UserError, match="has no column 'body'; it has: text"):
         module_for(files[:1], text_column="body").setup("fit")
+
+
+def test_a_part_of_a_hub_dataset_is_not_one_of_local_text(
+    files: list[str], hub: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    for part, named in (
+        ({"split": "test"}, "data.split"),
+        ({"config_name": "en", "split": "test"}, "data.config_name and data.split"),
+    ):
+        data = module_for(files, **part)
+        with pytest.warns(
+            UserWarning, match=f"not used: {named} choose a part of a hub dataset, and data.text is local"
+        ):
+            data.setup("fit")
+        assert not {"split", "config_name"} & data.record().keys()
+    recwarn.clear()
+    data = module_for(hub, config_name="en", split="validation")
+    data.setup("fit")
+    assert (data.record()["config_name"], data.record()["split"]) == ("en", "validation")
+    module_for(files).setup("fit")
+    assert not [warning for warning in recwarn if "not used" in str(warning.message)]
 
 
 def test_two_processes_see_the_blocks_of_one_with_twice_the_accumulation(files: list[str], tmp_path: Path) -> None:
