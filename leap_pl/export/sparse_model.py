@@ -70,7 +70,7 @@ def is_as_recorded(name: str, model: "PreTrainedModel", *, revision: str | None 
     """Return whether the zeros of an exported model are still those of the mask that its record is of.
 
     They are not if its weights were trained or pruned again, and saved into the folder. Of a packed model they cannot
-    be others; neither are those of a model whose record has no digest, of an earlier version.
+    be others, and a record without a digest, of an earlier version, is taken as it is.
 
     Args:
         name: Hub id or folder of the model.

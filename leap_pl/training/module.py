@@ -350,8 +350,7 @@ class LeapModule(ValidatedModule):
         if self.mesh is None and not (self.objective.budget or self.objective.weight):
             apart += self.gates.kept.values()
         if self.mesh is None and not self.objective.weight:  # kept may have no path to a gate's second tensor
-            energy = self.gates.energy
-            apart += [energy[name] for name, gate in self.gates.items() if len([*gate.parameters()]) > 1]
+            apart += [value for name, value in self.gates.energy.items() if len([*self.gates[name].parameters()]) > 1]
         if apart:
             loss = loss + 0 * torch.stack(apart).sum()
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
