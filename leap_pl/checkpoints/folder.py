@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from leap_pl.checkpoints.identity import read_identity
-from leap_pl.checkpoints.layout import by_weight, check_complete, load_checkpoint
+from leap_pl.checkpoints.layout import by_weight, check_complete, check_readable, load_checkpoint
 from leap_pl.errors import UserError, one_line
 from leap_pl.escape import terminal
 
@@ -214,6 +214,7 @@ def _damage_in_one_line(folder: str | Path) -> Iterator[None]:
     except UserError:
         raise
     except (Exception, CheckpointException) as error:
+        check_readable(folder, error)
         raise UserError(
             f"{folder} is incomplete or damaged, or holds more than tensors and plain values "
             f"({one_line(error, 160)}). Take the checkpoint before it."
@@ -252,6 +253,7 @@ class _Reader(FileSystemReader):
                 f"{index} holds more than an index does ({error}), and leap_pl runs no code from a checkpoint."
             ) from error
         except Exception as error:  # a damaged pickle can raise anything
+            check_readable(index, error)
             raise UserError(f"{index} is damaged. Take the checkpoint before it.") from error
         if not isinstance(metadata, Metadata):
             raise UserError(f"{index} is not the index of a checkpoint. Give a folder that leap_pl fit wrote.")

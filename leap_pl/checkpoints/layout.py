@@ -47,6 +47,19 @@ class UnreadableError(UserError):
     """Error of a checkpoint that the system does not let be read now, and that may be intact."""
 
 
+def check_readable(path: str | Path, error: BaseException) -> None:
+    """Check that ``error`` of a reader is not the system's: a reader may call such a file damaged, as zipfile does.
+
+    Raises:
+        UnreadableError: It is.
+    """
+    for cause in (error, error.__cause__, error.__context__):
+        if isinstance(cause, OSError) and cause.errno in OF_THE_SYSTEM:
+            raise UnreadableError(
+                f"{path} cannot be read now ({cause.strerror}). Check its permissions and its disk, and try again."
+            ) from error
+
+
 def provenance(identity: Identity, gates: Gates[Any]) -> Provenance:
     """Return the provenance of the mask that a run with this ``identity`` exports from its ``gates``."""
     fields = asdict(identity)
@@ -214,10 +227,7 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True, check_tensors: bool 
             "checkpoint. Give a .ckpt that leap_pl fit wrote."
         ) from error
     except Exception as error:  # a damaged file can make the readers raise anything
-        if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
-            raise UnreadableError(
-                f"{path} cannot be read now ({error.strerror}). Check its permissions and its disk, and try again."
-            ) from error
+        check_readable(path, error)
         raise UserError(f"{path} is truncated, damaged or not a checkpoint. Take the checkpoint before it.") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is not a checkpoint of leap_pl fit. Give a .ckpt from a run's checkpoints folder.")

@@ -1,5 +1,6 @@
 """Masks of a model that is sparse already: a packed folder, an export of leap_pl, or any model with exact zeros."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_pl.base_model.weights import find_weights, model_fingerprint
@@ -16,6 +17,7 @@ from leap_pl.sparse.folder import is_packed, read_masks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ROUNDED = 1e-3  # share of the weights that another data type may round to 0
 UNKNOWN = "unknown"  # method of a mask that was found in a model
 
 
@@ -45,11 +47,17 @@ def masks_of(name: str, model: "PreTrainedModel", *, revision: str | None = None
         digest = record.pop("mask_digest", None)  # earlier versions recorded none
         made_by = Provenance(name, model_fingerprint(model), UNKNOWN, revision=revision, versions=installed_versions())
         read_off = MaskSet(found, made_by)
-        of_record = record and digest in (None, read_off.digest_of_bits())
-        return MaskSet(found, Provenance(**record)) if of_record else read_off
+        as_recorded = digest is None or digest == read_off.digest_of_bits()
+        as_recorded |= _zeros_fit(_record(folder), model, list(weights)) is True
+        return MaskSet(found, Provenance(**record)) if record and as_recorded else read_off
     parameters = dict(model.named_parameters())
     shapes = {weight: tuple(parameter.shape) for weight, parameter in parameters.items()}
     wrong = [weight for weight, shape in masks.shapes.items() if shapes.get(weight) != shape] or _filled(model, masks)
+    if not wrong and not is_packed(folder) and _zeros_fit(_record(folder), model, list(masks.shapes)) is False:
+        raise UserError(
+            f"{name} has more zeros than its {records.RECORD} records: it was pruned again. Remove {records.MASK} to "
+            "pack what is not zero, or export the model again."
+        )
     if wrong:
         raise UserError(
             f"{name} records a mask of {listing([shown(weight, 200) for weight in wrong], 3)} that is not the model's. "
@@ -64,6 +72,30 @@ def _filled(model: "PreTrainedModel", masks: MaskSet) -> list[str]:
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     alike = [name for name, shape in masks.shapes.items() if name in parameters and parameters[name].shape == shape]
     return [name for name in alike if bool(parameters[name][~masks.masks[name]].any())]
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """Return the whole record of an exported model; an empty one if it cannot be read."""
+    try:
+        record = read_plain_json(folder / records.RECORD)
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _zeros_fit(record: dict[str, Any], model: "PreTrainedModel", names: list[str]) -> bool | None:
+    """Return whether the weights ``names`` of ``model`` have as many zeros as its record says.
+
+    None where it does not say, or where its weights were rounded, which makes zeros too.
+    """
+    removed, kept_zeros, gated = (record.get(key) for key in ("removed", records.ZEROS, "gated"))
+    counts = [number for number in (removed, kept_zeros, gated) if isinstance(number, int)]
+    if len(counts) < 3 or "rounded_to" in record:
+        return None
+    parameters = dict(model.named_parameters())
+    zeros = sum(int((parameters[name].detach() == 0).sum()) for name in names if name in parameters)
+    # In a narrower type some of the smallest weights become 0.
+    return counts[0] <= zeros <= counts[0] + counts[1] + counts[2] * ROUNDED
 
 
 def is_as_recorded(name: str, model: "PreTrainedModel", *, revision: str | None = None) -> bool:
@@ -86,8 +118,10 @@ def is_as_recorded(name: str, model: "PreTrainedModel", *, revision: str | None 
         return True
     if (folder / records.MASK).is_file():
         masks = MaskSet.load(folder / records.MASK)
-        return masks.digest_of_bits() == digest and not _filled(model, masks)
-    return masks_of(name, model, revision=revision).digest_of_bits() == digest
+        if masks.digest_of_bits() != digest or _filled(model, masks):
+            return False
+        return _zeros_fit(_record(folder), model, list(masks.shapes)) is not False
+    return masks_of(name, model, revision=revision).provenance.method != UNKNOWN
 
 
 def recorded_facts(name: str, masks: MaskSet | None = None, *, revision: str | None = None) -> dict[str, Any]:
@@ -103,12 +137,7 @@ def recorded_facts(name: str, masks: MaskSet | None = None, *, revision: str | N
         the training, if they were rounded after it; ``updated_by``: one-shot method that changed the kept weights;
         :data:`.ZEROS`: number of kept weights that are 0, before any rounding. Each only if recorded.
     """
-    try:
-        record = read_plain_json(local_folder(name, records.RECORD, revision=revision) / records.RECORD)
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(record, dict):
-        return {}
+    record = _record(local_folder(name, records.RECORD, revision=revision))
     of = record.get("mask_digest")
     if masks is not None and of is not None and of != masks.digest_of_bits():
         return {}

@@ -20,6 +20,7 @@ from leap_pl.base_model.weights import Weight
 from leap_pl.kernels.precision import full_float32
 
 ERROR_TOKENS = 2048  # tokens on which a layer's error is measured without a Hessian
+WHOLE = 1 << 40  # a probability of 1, as a whole number
 GOLDEN = 0.6180339887498949  # whose multiples, modulo 1, fill the unit interval evenly
 
 
@@ -146,8 +147,10 @@ def sampled(inputs_NI: Tensor, energies_N: Tensor, sample: int, start: float = 0
     whole = energies_N.sum()
     shares_N = torch.where(whole > 0, energies_N / whole, 1 / count)
     q_N = 0.5 * shares_N.nan_to_num() + 0.5 / count
-    draws = (torch.arange(sample, device=q_N.device) + start) / sample
-    rows = torch.searchsorted(q_N.cumsum(0), draws.to(q_N.dtype)).clamp_(max=count - 1)
+    # In whole numbers: a GPU adds others in no fixed order.
+    sums_N = (q_N * WHOLE).long().cumsum(0)
+    draws = ((torch.arange(sample, device=q_N.device) + start) / sample * WHOLE).long()
+    rows = torch.searchsorted(sums_N, draws).clamp_(max=count - 1)
     return inputs_NI[rows] * (sample * q_N[rows]).rsqrt()[:, None]
 
 

@@ -348,7 +348,9 @@ class TextDataModule(LightningDataModule):
             progress = self._progress_at_step
         names = ("text", "validation_text", "seq_length", "batch_size", "separator", "seed")
         settings = {name: getattr(self, name) for name in names} | record_of(self.bos, self.tokenizer)
-        of_text = {"config_name": None, "split": "train"} if not self.stream.source.is_local else {}
+        # Validation opens no training text, which need not be there.
+        local = self._stream is not None and self._stream.source.is_local
+        of_text = {} if local else {"config_name": None, "split": "train"}
         of_text |= {"text_column": "text"}  # recorded if they are others
         settings |= {name: getattr(self, name) for name, usual in of_text.items() if getattr(self, name) != usual}
         if self.validation_text is None and not self.validation_sequences:

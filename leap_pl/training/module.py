@@ -8,6 +8,8 @@ from typing import Any, Literal, Self
 import torch
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor, nn
 
 from leap_pl.base_model.loading import Dtype
@@ -234,9 +236,10 @@ class LeapModule(ValidatedModule):
         """
         made = self.model is None
         if self._compiler_ctx is not None:
-            raise UserError(
-                "a module that torch.compile has wrapped does not learn: Lightning's own logging cannot be compiled. "
-                "Give the trainer the LeapModule itself; what it adds to the model is compiled anyway."
+            to_uncompiled(self)
+            rank_zero_warn(
+                "torch.compile of a LeapModule is taken off, since Lightning's own logging cannot be compiled; what it "
+                "adds to the model is compiled anyway."
             )
         if self._fitting():  # first, since a prior may take minutes
             if self.resumes_from is None:
@@ -244,6 +247,10 @@ class LeapModule(ValidatedModule):
             check_trainer(self.trainer, type(self))
             probe = self.optimizer_of([nn.Parameter(torch.zeros(1, 1, device="cpu"))])
             check_rounding(probe, self.logits_dtype)
+            one, other = ([nn.Parameter(torch.zeros(1, 1, device="cpu"))] for _ in range(2))
+            kinds = (one if self.fixed_mask is None else [], other if self.trained.kind != NONE else [])
+            probe_groups = optimization.groups(*kinds, self.trained.settings)
+            optimization.check_moments(self.make_scheduler, self.optimizer_of(probe_groups))
             check_clipping(self.trainer, probe, self.logits_dtype)
             data = getattr(self.trainer, "datamodule", None)
             run_settings.check_types(self.learned_with() | run_settings.of_trainer(self.trainer, data))

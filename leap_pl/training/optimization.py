@@ -95,11 +95,6 @@ def make_scheduler(
                 "model.lr_scheduler: ReduceLROnPlateau needs a metric after every step. Give a schedule by steps."
             )
         _check_length(scheduler, total)
-        if isinstance(optimizer, PackedAdamW) and getattr(scheduler, "cycle_momentum", False):
-            raise UserError(
-                f"model.lr_scheduler: {type(scheduler).__name__} changes β₁ with the learning rate, and PackedAdamW "
-                "stores moments that are of one β₁. Set --model.lr_scheduler.cycle_momentum false."
-            )
         _warn_of_length(scheduler, warmups, total)
         first = {group.get("initial_lr") for group in optimizer.param_groups}
         if len({*rates}) > 1 and len(first) == 1:
@@ -118,6 +113,26 @@ def make_scheduler(
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
     check_settings(optimizer)  # a scheduler may have changed the learning rate
     return scheduler
+
+
+def check_moments(make: LRSchedulerCallable | None, optimizer: torch.optim.Optimizer) -> None:
+    """Check that the schedule of a fit leaves the decay rates of ``optimizer`` as they are, if its states need that.
+
+    Raises:
+        UserError: It does not.
+    """
+    if make is None or not isinstance(optimizer, PackedAdamW):
+        return
+    try:
+        scheduler = make(optimizer)
+    except (ValueError, TypeError):  # make_scheduler says what is wrong
+        return
+    if getattr(scheduler, "cycle_momentum", False):
+        raise UserError(
+            f"model.lr_scheduler: {type(scheduler).__name__} changes β₁ with the learning rate, and PackedAdamW "
+            "stores moments that are of one β₁. Set --model.lr_scheduler.cycle_momentum false; a run that began "
+            "without it cannot be resumed."
+        )
 
 
 def _check_length(scheduler: Any, total: int) -> None:

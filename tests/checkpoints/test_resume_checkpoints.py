@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import io
 import os
 import pickle
 import shutil
@@ -131,12 +132,14 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(
     shutil.copytree(run_of_three, folder, symlinks=True)
     opened = zipfile.ZipFile
 
-    def unreadable(file: Any, *more: Any, **settings: Any) -> Any:
-        if str(file).endswith("step=4.ckpt"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
-        return opened(file, *more, **settings)
+    class Unreadable(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("leap_pl.checkpoints.layout.zipfile.ZipFile", unreadable)
+    def open_zip(file: Any, *more: Any, **settings: Any) -> Any:
+        return opened(Unreadable(file) if str(file).endswith("step=4.ckpt") else file, *more, **settings)
+
+    monkeypatch.setattr("leap_pl.checkpoints.layout.zipfile.ZipFile", open_zip)
     before = kept(folder)
     stopped(flags(model_folder, text_file, folder, "--ckpt_path=last"), 2)
     (said,) = capsys.readouterr().err.splitlines()

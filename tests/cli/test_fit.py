@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leap_pl.callbacks import SparsityLogger
-from leap_pl.cli.fit import make_cli
+from leap_pl.cli.fit import LeapCLI, make_cli
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
@@ -370,6 +370,7 @@ def test_every_rank_refuses_the_folder_of_another_run(
 ) -> None:
     """The others would wait for the first, which has ended."""
     monkeypatch.setattr(rank_zero_only, "rank", 1)
+    monkeypatch.setattr(LeapCLI, "instantiate_classes", lambda self: pytest.fail("it would load the model"))
     words = [word for word in finished.flags if word != "--force"]
     with pytest.raises(UserError, match="holds another run"):
         make_cli(words)

@@ -337,6 +337,8 @@ def test_a_part_of_a_hub_dataset_is_not_one_of_local_text(
         ):
             data.setup("fit")
         assert not {"split", "config_name"} & data.record().keys()
+    # Where nothing is learned, the text that was learned from need not be there.
+    assert module_for("gone.jsonl", validation_text=files[0]).record()["text"] == "gone.jsonl"
     recwarn.clear()
     data = module_for(hub, config_name="en", split="validation")
     data.setup("fit")

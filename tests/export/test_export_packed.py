@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import Run, fit_flags, refused
 from packed_models import masked_base, sparse_folder
+from random_masks import random_mask
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
@@ -21,6 +22,7 @@ from leap_pl.comparison.entries import read_entries
 from leap_pl.errors import UserError, warn_once
 from leap_pl.evaluation.subject import load_subject
 from leap_pl.export import packed as packed_export
+from leap_pl.inputs.records import ZEROS
 from leap_pl.masks import MaskSet
 from leap_pl.masks.patterns import choose, read_form
 from leap_pl.sparse.folder import read_masks
@@ -237,19 +239,40 @@ def test_a_record_of_other_zeros_than_the_models_says_nothing_of_it(
     filled = {name: weight + 1 if name in gated else weight for name, weight in before.items()}
     for weights, method in ((filled, "dense"), (further, "unknown")):
         save_file(weights, out / "model.safetensors", {"format": "pt"})
-        if method == "unknown":
-            (out / "mask.safetensors").unlink()  # as the message says
         warn_once.cache_clear()
         with pytest.warns(UserWarning, match=r"not those of the mask that its leap_pl\.json is of"):
             subject = load_subject(model=str(out))
         assert (subject.method, subject.mask_digest, subject.config) == (method, None, {})
         assert subject.fingerprint != exported["provenance"]["fingerprint"]
+    with pytest.raises(
+        UserError, match=r"has more zeros than its leap_pl\.json records: it was pruned again\. Remove mask"
+    ):
+        export_command(str(packed), model=str(out), format="packed")
+    (out / "mask.safetensors").unlink()  # as the message says
     facts = export_command(str(packed), model=str(out), format="packed")
     assert facts["provenance"]["method"] == "unknown"
     assert facts["sparsity"] > exported["sparsity"]
     assert "perplexity" not in facts
     assert "| text | sparse |" in card
     assert "| text | sparse |" not in (packed / "README.md").read_text()
+
+
+def test_zeros_that_the_base_model_had_are_as_recorded(tmp_path: Path) -> None:
+    """Also without the file of the mask, from which they differ: as of a repository whose cache lacks it."""
+    base = tiny_folder(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][:, ::2] = 0
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    random_mask(base, tmp_path / "mask.safetensors")
+    facts = export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask.safetensors"))
+    assert facts[ZEROS] > 0
+    for _ in range(2):
+        subject = load_subject(model=str(tmp_path / "out"))
+        assert subject.fingerprint == facts["provenance"]["fingerprint"]
+        assert subject.mask_digest == facts["mask_digest"]
+        (tmp_path / "out" / "mask.safetensors").unlink(missing_ok=True)
+    again = export_command(str(tmp_path / "packed"), model=str(tmp_path / "out"), format="packed")
+    assert again["provenance"]["fingerprint"] == facts["provenance"]["fingerprint"]
 
 
 def test_a_packed_model_is_pruned_and_learned_as_the_one_with_its_zeros(tmp_path: Path, text_file: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -235,13 +236,15 @@ def test_one_rank_alone_takes_the_mask_after_a_run_with_a_scaler(
     assert not called
 
 
-def test_a_compiled_module_is_refused_before_its_prior_is_made(
-    model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, eager: None
-) -> None:
-    monkeypatch.setattr("leap_pl.training.gated_module.load_model", lambda *a, **k: pytest.fail("it was loaded"))
-    module = torch.compile(LeapModule(str(model_folder), prior=Prior(method="none")), backend="eager")
-    with pytest.raises(UserError, match=r"a module that torch\.compile has wrapped does not learn"):
-        trainer(max_steps=1).fit(module, data(text_file))  # type: ignore[arg-type]
+def test_a_compiled_module_learns_as_the_module_itself(model_folder: Path, text_file: Path, eager: None) -> None:
+    masks = []
+    for wrap in (False, True):
+        module = LeapModule(str(model_folder), dtype="float32", prior=Prior(method="none"))
+        given = torch.compile(module, backend="eager") if wrap else module
+        with pytest.warns(UserWarning, match=r"torch\.compile of a LeapModule is taken off") if wrap else nullcontext():
+            trainer(max_steps=2).fit(given, data(text_file))  # type: ignore[arg-type]
+        masks.append(module.mask_set().digest_of_bits())
+    assert masks[0] == masks[1]
 
 
 def test_gradients_that_no_scaler_can_unscale_are_refused(
