@@ -250,7 +250,8 @@ class LeapModule(ValidatedModule):
             one, other = ([nn.Parameter(torch.zeros(1, 1, device="cpu"))] for _ in range(2))
             kinds = (one if self.fixed_mask is None else [], other if self.trained.kind != NONE else [])
             probe_groups = optimization.groups(*kinds, self.trained.settings)
-            optimization.check_moments(self.make_scheduler, self.optimizer_of(probe_groups))
+            if probe_groups:  # else there is nothing to learn, which is told below
+                optimization.check_moments(self.make_scheduler, self.optimizer_of(probe_groups))
             check_clipping(self.trainer, probe, self.logits_dtype)
             data = getattr(self.trainer, "datamodule", None)
             run_settings.check_types(self.learned_with() | run_settings.of_trainer(self.trainer, data))
