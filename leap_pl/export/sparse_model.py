@@ -48,12 +48,14 @@ def masks_of(name: str, model: "PreTrainedModel", *, revision: str | None = None
         made_by = Provenance(name, model_fingerprint(model), UNKNOWN, revision=revision, versions=installed_versions())
         read_off = MaskSet(found, made_by)
         as_recorded = digest is None or digest == read_off.digest_of_bits()
-        as_recorded |= _zeros_fit(_record(folder), model, list(weights)) is True
+        whole = _record(folder)
+        if whole.get(records.ZEROS):  # kept weights that are 0, which are read off as removed ones
+            as_recorded |= _unrecorded_zeros(whole, model, list(weights)) == 0
         return MaskSet(found, Provenance(**record)) if record and as_recorded else read_off
     parameters = dict(model.named_parameters())
     shapes = {weight: tuple(parameter.shape) for weight, parameter in parameters.items()}
     wrong = [weight for weight, shape in masks.shapes.items() if shapes.get(weight) != shape] or _filled(model, masks)
-    if not wrong and not is_packed(folder) and _zeros_fit(_record(folder), model, list(masks.shapes)) is False:
+    if not wrong and not is_packed(folder) and _pruned_again(folder, model, masks):
         raise UserError(
             f"{name} has more zeros than its {records.RECORD} records: it was pruned again. Remove {records.MASK} to "
             "pack what is not zero, or export the model again."
@@ -83,19 +85,22 @@ def _record(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _zeros_fit(record: dict[str, Any], model: "PreTrainedModel", names: list[str]) -> bool | None:
-    """Return whether the weights ``names`` of ``model`` have as many zeros as its record says.
+def _unrecorded_zeros(record: dict[str, Any], model: "PreTrainedModel", names: list[str]) -> int | None:
+    """Return how many more zeros the weights ``names`` of ``model`` have than its record says, removed and kept ones.
 
     None where it does not say, or where its weights were rounded, which makes zeros too.
     """
-    removed, kept_zeros, gated = (record.get(key) for key in ("removed", records.ZEROS, "gated"))
-    counts = [number for number in (removed, kept_zeros, gated) if isinstance(number, int)]
-    if len(counts) < 3 or "rounded_to" in record:
+    counts = [count for key in ("removed", records.ZEROS) if isinstance(count := record.get(key), int)]
+    if len(counts) < 2 or "rounded_to" in record:
         return None
     parameters = dict(model.named_parameters())
-    zeros = sum(int((parameters[name].detach() == 0).sum()) for name in names if name in parameters)
-    # In a narrower type some of the smallest weights become 0.
-    return counts[0] <= zeros <= counts[0] + counts[1] + counts[2] * ROUNDED
+    return sum(int((parameters[name].detach() == 0).sum()) for name in names if name in parameters) - sum(counts)
+
+
+def _pruned_again(folder: Path, model: "PreTrainedModel", masks: MaskSet) -> bool:
+    """Return whether ``model`` has more zeros than its record says, and than another data type makes of it."""
+    more = _unrecorded_zeros(_record(folder), model, list(masks.shapes))
+    return more is not None and more > ROUNDED * masks.total
 
 
 def is_as_recorded(name: str, model: "PreTrainedModel", *, revision: str | None = None) -> bool:
@@ -118,9 +123,8 @@ def is_as_recorded(name: str, model: "PreTrainedModel", *, revision: str | None 
         return True
     if (folder / records.MASK).is_file():
         masks = MaskSet.load(folder / records.MASK)
-        if masks.digest_of_bits() != digest or _filled(model, masks):
-            return False
-        return _zeros_fit(_record(folder), model, list(masks.shapes)) is not False
+        same = masks.digest_of_bits() == digest and not _filled(model, masks)
+        return same and not _pruned_again(folder, model, masks)
     return masks_of(name, model, revision=revision).provenance.method != UNKNOWN
 
 

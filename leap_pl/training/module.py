@@ -250,7 +250,7 @@ class LeapModule(ValidatedModule):
             one, other = ([nn.Parameter(torch.zeros(1, 1, device="cpu"))] for _ in range(2))
             kinds = (one if self.fixed_mask is None else [], other if self.trained.kind != NONE else [])
             probe_groups = optimization.groups(*kinds, self.trained.settings)
-            if probe_groups:  # else there is nothing to learn, which is told below
+            if probe_groups:  # else there is nothing to learn, and the base class refuses it
                 optimization.check_moments(self.make_scheduler, self.optimizer_of(probe_groups))
             check_clipping(self.trainer, probe, self.logits_dtype)
             data = getattr(self.trainer, "datamodule", None)

@@ -249,6 +249,12 @@ def test_a_record_of_other_zeros_than_the_models_says_nothing_of_it(
     ):
         export_command(str(packed), model=str(out), format="packed")
     (out / "mask.safetensors").unlink()  # as the message says
+    again = {name: weight.flip(0) if name in gated else weight for name, weight in before.items()}
+    save_file(again, out / "model.safetensors", {"format": "pt"})  # as many zeros, elsewhere
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="not those of the mask"):
+        assert load_subject(model=str(out)).method == "unknown"
+    save_file(further, out / "model.safetensors", {"format": "pt"})
     facts = export_command(str(packed), model=str(out), format="packed")
     assert facts["provenance"]["method"] == "unknown"
     assert facts["sparsity"] > exported["sparsity"]
