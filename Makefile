@@ -64,7 +64,7 @@ assets: $(VENV)/.installed ## The embedded model and text: assets/SmolLM2-135M-I
 assets-eval: $(VENV)/.installed ## The zero-shot tasks, for evaluation without a hub: assets/tasks, assets/howto, assets/science
 	@$(BIN)/python -m experiments.assets eval
 
-assets-mixture: $(VENV)/.installed ## A text of several kinds, to learn on: assets/brown, assets/manuals, assets/mixture
+assets-mixture: $(VENV)/.installed ## Texts of several kinds, to learn on: assets/mixture, assets/mixture-questions
 	@$(BIN)/python -m experiments.assets mixture
 
 assets-gemma: $(VENV)/.installed ## Gemma 3 270M, under Gemma's terms of use: assets/gemma-3-270m

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -52,6 +53,26 @@ def tarball(content: Mapping[str, bytes], mode: Literal["w:gz", "w:xz"] = "w:gz"
             else:
                 member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def debian_package(files: Mapping[str, bytes]) -> bytes:
+    """The bytes of a Debian package, an ar archive of two tarballs after a note of its version."""
+    parts = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": tarball(files, "w:xz")}
+    package = b"!<arch>\n"
+    for name, data in parts.items():
+        package += (
+            f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
+        )
+    return package
+
+
+def wheel_of(content: Mapping[str, bytes]) -> bytes:
+    """The bytes of a wheel of name → content."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
     return buffer.getvalue()
 
 

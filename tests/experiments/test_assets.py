@@ -4,31 +4,21 @@ import hashlib
 import io
 import json
 import subprocess
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from package_registry import answering, lines, tarball
+from package_registry import answering, lines, tarball, wheel_of
 
 from experiments.assets import __main__ as assets
-from experiments.assets import mixture, packages, texts
+from experiments.assets import mixture, packages, questions, texts
 from experiments.assets.models import GEMMA, QWEN, SMOLLM2, make_model
 from leap_pl.errors import UserError
 
 
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
-
-
-def wheel_of(content):
-    """The bytes of a wheel of {name: bytes}."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, data in content.items():
-            archive.writestr(name, data)
-    return buffer.getvalue()
 
 
 def registry(monkeypatch, *wheels, failure=None):
@@ -334,6 +324,14 @@ def test_the_mixture_has_all_of_wikipedia_and_shares_of_the_others(monkeypatch, 
     assert set(parts["manuals"]) == set(manual)  # and each several times
     assert "wikipedia: 100 documents" in (folder / "SOURCES.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["brown", "manuals", "mixture", "wikipedia"]
+    exchanges = [f"Question {n}?\nAnswer." for n in range(9)]
+    packages.write_texts(tmp_path / "questions", {"train": exchanges}, [questions.FAQ, questions.DIALOGUE], "", "")
+    other = [row["text"] for row in lines(mixture.make_mixture_with_questions(tmp_path) / "train.jsonl")]
+    assert set(other) == set(mixed) | set(exchanges)
+    assert 0 <= sum(len(text) for text in other if text in exchanges) - 0.15 * sizes["wikipedia"] < 25
+    brown = {row["text"] for row in lines(tmp_path / "brown" / "train.jsonl")}
+    assert 0 <= sum(len(text) for text in other if text in brown) - 0.1 * sizes["wikipedia"] < len(max(brown, key=len))
+    assert "questions: " in (tmp_path / "mixture-questions" / "SOURCES.md").read_text()
     packages.write_texts(folder, {"train": []}, [texts.TEXT, mixture.BROWN], "", "")
     with pytest.raises(UserError, match=r"made by another version, without gnome-user-docs=48.2-1\. Remove it"):
         mixture.make_mixture(tmp_path)

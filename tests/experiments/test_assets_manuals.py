@@ -5,7 +5,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from package_registry import answering, lines, tarball
+from package_registry import answering, debian_package, lines
 
 from experiments.assets import manuals
 from leap_pl.errors import UserError
@@ -57,23 +57,11 @@ def test_a_damaged_page_is_one_line() -> None:
         list(manuals.texts_of({"connect": PAGES["connect"][:-9]}))
 
 
-def deb_of(files: dict[str, bytes]) -> bytes:
-    """The bytes of a Debian package, an ar archive of two tarballs after a note of its version."""
-    data = tarball(files | {"./usr/share/help/C/gnome-help/link.page": b"-> /etc/passwd"}, "w:xz")
-    parts = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": data}
-    package = b"!<arch>\n"
-    for name, data in parts.items():
-        package += (
-            f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
-        )
-    return package
-
-
 def test_the_manuals_of_a_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Pages in English alone; a second call fetches nothing."""
     files = {f"./usr/share/help/C/gnome-help/{name}.page": content for name, content in PAGES.items()}
     files |= {"./usr/share/help/de/gnome-help/connect.page": b"<", "../../escape.page": b"<"}
-    data = deb_of(files)
+    data = debian_package(files | {"./usr/share/help/C/gnome-help/link.page": b"-> /etc/passwd"})
     monkeypatch.setattr(manuals, "GNOME", replace(manuals.GNOME, sha256=sha256(data).hexdigest()))
     with answering(monkeypatch, "DEBIAN_MIRROR", data) as asked:
         folder = manuals.make_manuals(tmp_path)
