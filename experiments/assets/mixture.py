@@ -20,7 +20,7 @@ SAMPLE = re.compile(r"package/(c[a-r]\d\d)")
 HELD_OUT_ONE_IN = 10  # samples of each genre
 PASSAGE = 1500  # characters of a passage, at least: a sample has 12,000
 
-# Characters of each text in a mixture, of those of Wikipedia: dev/tuning.md says what manuals and questions are worth.
+# Characters of each text in a mixture, of those of Wikipedia: dev/tuning.md says what manuals are worth.
 MIXTURE = {"brown": 1 / 4, "manuals": 1 / 4}
 MIXTURE_WITH_QUESTIONS = {"brown": 1 / 10, "manuals": 1 / 4, "questions": 3 / 20}
 

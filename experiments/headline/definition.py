@@ -79,7 +79,7 @@ def _check_lengths(texts: dict[str, Any], where: str) -> None:
 def _told(path: Path) -> dict[str, Any]:
     """Return what ``path`` says, over what the definition beside it says that it is ``like``.
 
-    Of that one's rows and models, those that are named again stay.
+    Of that one's rows and models, those that are named again stay; sentences of ``about`` are added to its own.
     """
     told = _yaml(path)
     if "like" not in told:
@@ -104,6 +104,9 @@ def _told(path: Path) -> dict[str, Any]:
             for row, changes in kept["rows"].items()
             if row in rows and row not in told["rows"]
         }
+    for of, under in ((told, below), *((model, below["models"][name]) for name, model in told["models"].items())):
+        if "about" in of:
+            of["about"] = [*under.get("about", []), *of["about"]]
     return laid_over(below, told)
 
 

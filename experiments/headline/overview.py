@@ -75,13 +75,17 @@ def draw_overview(rows: Sequence[Measured], folder: Path) -> "Picture | None":
 
 
 def verdict(found: Sequence[Measured]) -> str:
-    """A sentence on how many rows that learn are better than the best baseline; empty where none can be compared."""
+    """A sentence on how many rows that learn are better than the best baseline; empty where none can be compared.
+
+    In perplexity a row that has no baseline of its form is compared to those of other forms, as :func:`losses` does.
+    """
     better, perplexities, accurate, accuracies = 0, 0, 0, 0
     for group, m in _of_learning(found):
         for title in m.titles.values():
             gap = perplexity_difference(m.entry, group.entries, title, group.baselines)
-            perplexities += gap is not None
-            better += gap is not None and _is_above(-gap.value, gap.stderr)
+            more = _to_other_forms(m, group, title) if gap is None else (gap.value, gap.stderr)
+            perplexities += more is not None
+            better += more is not None and _is_above(-more[0], more[1])
         score = accuracy_difference(m.entry, group.entries, shared_tasks(group.entries), group.baselines)
         accuracies += score is not None
         accurate += score is not None and _is_above(score.value, score.stderr)
@@ -130,8 +134,8 @@ def losses(found: Sequence[Measured], rows: Sequence[Measured]) -> list[str]:
             gap = perplexity_difference(m.entry, group.entries, title, group.baselines)
             if gap is not None and _is_above(gap.value, gap.stderr):
                 worse.append(f"{name}, {title} ({gap.value:+.2f})")
-            elif gap is None and (more := _to_other_forms(m, group, title)) is not None:
-                worse.append(f"{name}, {title} ({more:+.2f}, to a mask of another form)")
+            elif gap is None and (other := _to_other_forms(m, group, title)) is not None and _is_above(*other):
+                worse.append(f"{name}, {title} ({other[0]:+.2f}, to a mask of another form)")
         score = accuracy_difference(m.entry, group.entries, shared_tasks(group.entries), group.baselines)
         if score is not None:
             compared += 1
@@ -171,10 +175,11 @@ def _above_trained_weights(of_model: Sequence[Measured]) -> Iterator[str]:
                             yield f"{m.entry.label}, {title} ({more:+.2f}, {other.entry.label})"
 
 
-def _to_other_forms(measured: Measured, group: Group, title: str) -> float | None:
+def _to_other_forms(measured: Measured, group: Group, title: str) -> tuple[float, float | None] | None:
     """How much worse a row that has no baseline of its form is than the best of other forms at its sparsity.
 
-    None if it is not worse, beyond :data:`SURE` standard errors of both figures.
+    Returns:
+        The difference, and its standard error from those of both figures, if they are known; None without a baseline.
     """
     own = measured.entry.perplexity.get(title)
     others = [
@@ -187,9 +192,8 @@ def _to_other_forms(measured: Measured, group: Group, title: str) -> float | Non
     if own is None or not others:
         return None
     best = min(others, key=lambda figure: float(figure["value"]))
-    more = float(own["value"]) - float(best["value"])
     errors = own["stderr"], best["stderr"]
-    return more if _is_above(more, None if None in errors else math.hypot(*errors)) else None
+    return float(own["value"]) - float(best["value"]), None if None in errors else math.hypot(*errors)
 
 
 def _span(values: Sequence[float], form: str = ".0f") -> str:

@@ -259,9 +259,13 @@ def test_a_definition_may_be_like_another(again):
     rows = {"dense": None, "wanda": {"sparsity": [0.6]}, "leap": {"sparsity": [0.6]}}
     told = {"like": "tiny.yaml", "evaluate": {"dtype": "bfloat16"}, "tasks": {"piqa": None}, "rows": rows}
     told["texts"] = {role: {"max_tokens": 128} for role in ("like", "unlike", "validation")}
-    models = {"other": {"rows": {"wanda": None}}}
-    write(folder / "full.yaml", told | {"tasks_at": [0, 0.6], "models": models})
+    models = {"other": {"rows": {"wanda": None}, "about": ["This model is other."]}}
+    write(folder / "full.yaml", told | {"tasks_at": [0, 0.6], "models": models, "about": ["All questions."]})
     experiment = read_experiment(folder / "full.yaml")
+    for cell, added in (("dense", "All questions."), ("other-wanda-60", "This model is other.")):
+        about = read_experiment(folder / "tiny.yaml").cells[cell].model.about
+        assert about
+        assert experiment.cells[cell].model.about == [*about, added]
     assert list(experiment.cells) == ["dense", "wanda-60", "leap-60", "other-wanda-60"]
     assert experiment.cells["other-wanda-60"].model.evaluate["batch_size"] == 2
     assert experiment.tasks == {"piqa": None, "arc_easy": None}

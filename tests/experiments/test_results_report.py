@@ -349,6 +349,7 @@ def test_a_row_without_a_baseline_of_its_form_is_compared_with_those_of_others(e
         ]
         said = "\n".join(losses([*rows, baseline], []))
         assert said.count("to a mask of another form)") == (2 if told else 0)
+        assert f"in {0 if told else 2} of 2 comparisons of a row on a text" in verdict([*rows, baseline])
 
 
 def test_a_mask_that_was_made_again_with_other_bits_is_named(experiment_done, tmp_path):

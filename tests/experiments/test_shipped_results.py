@@ -164,6 +164,19 @@ def test_figures_that_name_their_cell_are_the_cells(document: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("document", "begin"),
+    [("README.md", "- *More questions.*"), ("docs/results/notes.md", "- **All questions of the tasks**")],
+)
+def test_accuracies_on_all_questions_are_those_of_their_cells(document: str, begin: str) -> None:
+    (_, told) = (ROOT / document).read_text(encoding="utf-8").split(begin)
+    shown = re.findall(r"\d\d\.\d%", told.split("\n- ")[0])
+    cells = (json.loads(path.read_text()) for path in (ROOT / "docs/tasks_in_full/cells").glob("*.json"))
+    means = {f"{100 * cell['mean']['value']:.1f}%" for cell in cells if "mean" in cell}
+    assert len(shown) > 6
+    assert set(shown) <= means
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda cell: cell.pop("title"), "'title' is missing or invalid (required)"),
