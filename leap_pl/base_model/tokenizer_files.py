@@ -3,7 +3,8 @@
 import json
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from leap_pl.errors import UserError
 from leap_pl.inputs.hub import is_hub_id, local_folder
@@ -13,7 +14,7 @@ from leap_pl.inputs.register import note_input
 SETTINGS, MERGES, SENTENCEPIECE = "tokenizer_config.json", "merges.txt", "tokenizer.model"
 VOCABULARIES = {"tokenizer.json", SENTENCEPIECE, "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
 OTHERS = {"added_tokens.json", "special_tokens_map.json", "tekken.json", "chat_template.jinja", "chat_template.json"}
-DESCRIPTIONS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}  # suffixes of files that hold no weights
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}  # suffixes of files that are never copied
 TEMPLATES = "additional_chat_templates"  # folder of further chat templates, by their names
 
 
@@ -39,11 +40,11 @@ def copy_tokenizer(model: str, folder: Path, revision: str | None, names: Iterab
 
     # What the tokenizer needs has been fetched with it.
     place = local_folder(model, *(() if is_offline_mode() else (SENTENCEPIECE,)), revision=revision)
-    known = sorted({SETTINGS, MERGES, *VOCABULARIES, *OTHERS, *(name for name in names if Path(name).name == name)})
+    more = {name for name in names if Path(name).name == name and Path(name).suffix not in WEIGHTS}
+    known = sorted({SETTINGS, MERGES, *VOCABULARIES, *OTHERS, *more})
     found = [name for name in known if (place / name).is_file()]
     settings = json.loads((place / SETTINGS).read_text(encoding="utf-8")) if SETTINGS in found else {}
-    plain = isinstance(settings, dict) and not {"auto_map", "name_or_path"} & {*settings}
-    if not plain or not VOCABULARIES & {*found}:
+    if not _is_plain(settings) or not VOCABULARIES & {*found}:
         return False
     found += [f"{TEMPLATES}/{path.name}" for path in sorted((place / TEMPLATES).glob("*.jinja"))]
     for name in found:
@@ -53,11 +54,20 @@ def copy_tokenizer(model: str, folder: Path, revision: str | None, names: Iterab
     return True
 
 
-def check_links(model: str) -> None:
-    """Check that the descriptions in a model's folder are its own, and not links to any file of the user's.
+def _is_plain(settings: Any) -> bool:
+    """Return whether a tokenizer's settings name neither code nor a path of the machine that they were written on."""
+    if not isinstance(settings, dict) or {"auto_map", "name_or_path"} & {*settings}:
+        return False
+    paths = [value for key, value in settings.items() if str(key).endswith(("_file", "_path"))]
+    kinds = (PurePosixPath, PureWindowsPath)
+    return not any(isinstance(path, str) and kind(path).is_absolute() for path in paths for kind in kinds)
 
-    What they contain goes into an export, which may be published. Of a model of the hub, and of a folder in a cache of
-    the hub, they are links into that cache.
+
+def check_links(model: str) -> None:
+    """Check that all files in a model's folder but weights are its own, and not links to any file of the user's.
+
+    What they contain goes into an export, which may be published; which of them a tokenizer reads, its settings say.
+    Of a model of the hub, and of a folder in a cache of the hub, they are links into that cache.
 
     Raises:
         UserError: One is a link out of the folder.
@@ -72,7 +82,8 @@ def check_links(model: str) -> None:
     homes += [home.parents[1] / "blobs"] if home.parent.name == "snapshots" else []
     for file in sorted((*folder.iterdir(), *(folder / TEMPLATES).glob("*"))):
         place = file.resolve()
-        if file.suffix in DESCRIPTIONS and not any(place.is_relative_to(own) for own in homes):
+        own = file.suffix in WEIGHTS or file.is_dir() or any(place.is_relative_to(home) for home in homes)
+        if not own:
             raise UserError(
                 f"{file} is a link to {place}, outside the model's folder, and would be copied into what is written. "
                 "Name the folder that has the files themselves, or put a copy there."

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, get_origin
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.paths import expanded
@@ -49,6 +49,8 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
                 if isinstance(given, str) and given.startswith("~") and name not in TEXTS:
                     bound.arguments[name] = str(expanded(given))
             options = dict(bound.arguments)
+            for name, value in options.items():
+                _check_choice(f"--{name}", value, parameters.parameters[name].annotation)
             folder, file, _ = (options.pop(name, None) for name in (FOLDER, FILE, HUB))
             for name, value in options.items():
                 if name not in WORDS and get_origin(parameters.parameters[name].annotation) is not Literal:
@@ -62,6 +64,18 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
             return function(*bound.args, **bound.kwargs)
 
     return run
+
+
+def _check_choice(option: str, value: Any, annotation: Any) -> None:
+    """Check the value of an option that is one of some words, as the command line does before it calls a verb.
+
+    Raises:
+        UserError: It is none of them.
+    """
+    from leap_pl.inputs.plain_values import shown
+
+    if get_origin(annotation) is Literal and value not in get_args(annotation):
+        raise UserError(f"{option} is {shown(str(value))}. Give one of {listing(list(get_args(annotation)))}.")
 
 
 def check_used(values: Mapping[str, Any], function: Callable[..., Any], overruled: bool, why: str) -> None:

@@ -62,7 +62,7 @@ def export_command(
             one of the same mask and, if wanted, one of the dense model.
         push: Repository of the Hugging Face hub, USER/NAME, to upload the folder to; created if it does not exist, and
             public.
-        private: Create a private repository, with push.
+        private: Create a private repository, with push. One that exists must be private.
         force: Replace output_dir if it is not empty; and pack a model that becomes no smaller.
         trust_remote_code: Run code that comes with the base model; only for a model given with --model.
     """
@@ -73,7 +73,7 @@ def export_command(
     from leap_pl.export.hub import check_push, push_folder
 
     if push is not None:
-        check_push(push)
+        check_push(push, private=private)
     ckpt_path = None if ckpt_path is None else behind_link(ckpt_path)
     masks = _read_masks(ckpt_path, mask, model, format, revision)
     from leap_pl.base_model.place import name_of_model
@@ -86,6 +86,8 @@ def export_command(
     if masks is None and perplexity is not None:
         raise UserError("--perplexity is for a mask: give it with --mask or --ckpt_path.")
     recorded = str(model) if masks is None else masks.provenance.base_model
+    if masks is not None and model in (None, recorded):
+        revision = revision or masks.provenance.revision
     check_revision(model or recorded, revision, "--revision")
     weights = None if masks is None or alone else _read_weights(ckpt_path, mask, masks)
     figures = {}
@@ -99,7 +101,7 @@ def export_command(
         weights=weights,
         format=format,
         values=values,
-        revision=revision or (masks.provenance.revision if masks is not None and model is None else None),
+        revision=revision,
         perplexity=figures,
         hub_id=push,
         force=force,

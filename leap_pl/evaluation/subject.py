@@ -98,7 +98,8 @@ def load_subject(
         masks, weights = masks_from_checkpoint(checkpoint), weights_from_checkpoint(checkpoint)
     provenance = masks.provenance
     # The recorded revision is valid for the recorded name only.
-    asked, revision = revision, revision or provenance.revision if model is None else revision
+    asked, is_recorded = revision, model in (None, provenance.base_model)
+    revision = revision or (provenance.revision if is_recorded else None)
     name = name_of_model(model, provenance.base_model, trust_remote_code=trust_remote_code)
     check_revision(name, asked, "--revision")
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -16,17 +16,22 @@ if TYPE_CHECKING:
 
     from leap_pl.masks import MaskSet
 
+_PUBLIC = (
+    "--push {repository} exists and is public, and --private is given. Make it private in its settings on the hub, or "
+    "push to another repository."
+)
 _CARD, _MODEL = "README.md", "config.json"
 _REPLACED = ["model*.safetensors", "model.safetensors.index.json", MASK]  # of an earlier export in other files
 
 
-def check_push(repository: str) -> None:
+def check_push(repository: str, *, private: bool = False) -> None:
     """Check, before anything is computed, that a folder can be uploaded to ``repository``.
 
     Raises:
-        UserError: The name is not ``USER/NAME``, there is no access token, or the hub cannot be reached.
+        UserError: The name is not ``USER/NAME``, there is no access token, or the hub cannot be reached; or the
+            repository is to be ``private``, and is public.
     """
-    from huggingface_hub import get_token, hf_hub_url, is_offline_mode
+    from huggingface_hub import HfApi, get_token, hf_hub_url, is_offline_mode
 
     if repository.count("/") != 1:
         raise UserError(f"--push {shown(repository)} is no repository of the hub. Give USER/NAME.")
@@ -38,6 +43,19 @@ def check_push(repository: str) -> None:
         raise UserError(f"--push {repository} needs an access token of the hub that may write: {LOG_IN}.")
     with hub_errors(f"--push {repository}"):
         check_reachable(repository, file=_CARD)
+        public = private and _is_public(HfApi(library_name="leap_pl"), repository)
+    if public:
+        raise UserError(_PUBLIC.format(repository=repository))
+
+
+def _is_public(api: "HfApi", repository: str) -> bool:
+    """Return whether the repository exists and anyone may read it."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return not api.repo_info(repository).private
+    except RepositoryNotFoundError:
+        return False
 
 
 def push_folder(folder: str | Path, repository: str, *, private: bool = False) -> str:
@@ -49,14 +67,14 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False) -
     Args:
         folder: Folder that leap_pl export wrote.
         repository: ``USER/NAME``.
-        private: Create a private repository. One that exists stays as it is.
+        private: Create a private repository.
 
     Returns:
         Address of the repository.
 
     Raises:
         UserError: The hub refuses the upload, or cannot be reached; or the repository has a model, and the folder
-            only a mask.
+            only a mask, or is public and was to be private.
     """
     from huggingface_hub import HfApi
 
@@ -70,7 +88,10 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False) -
 
     with hub_errors(f"{folder} could not be uploaded to {repository}", then=then()):
         address = api.create_repo(repository, private=private or None, exist_ok=True)
+        public = private and _is_public(api, repository)
         replaces = not weights and api.file_exists(repository, _MODEL)
+    if public:
+        raise UserError(f"{_PUBLIC.format(repository=repository)} {folder} is complete.")
     if replaces:
         raise UserError(
             f"--push {repository} has a model, whose mask and record a mask alone would replace. Push the mask to "

@@ -65,8 +65,8 @@ def masks_of(name: str, model: "PreTrainedModel", *, revision: str | None = None
             f"{name} records a mask of {listing([shown(weight, 200) for weight in wrong], 3)} that is not the model's. "
             f"Remove {records.MASK} to pack what is not zero, or export the model again."
         )
-    ordered = {weight: masks.masks[weight] for weight in parameters if weight in masks.shapes}
-    return MaskSet(PackedMasks.of(ordered.items()), masks.provenance)
+    ordered = ((weight, masks.masks[weight]) for weight in parameters if weight in masks.shapes)  # unpacked in turn
+    return MaskSet(PackedMasks.of(ordered), masks.provenance)
 
 
 def _filled(model: "PreTrainedModel", masks: MaskSet) -> list[str]:

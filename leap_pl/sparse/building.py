@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -62,13 +63,18 @@ def library() -> Path:
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     facts = f"{torch.__version__} {platform.machine()} {said}".encode()
     key = hashlib.sha256(facts + b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:16]
-    made = expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "leap_pl" / "kernels" / key / "decode.so"
-    if made.exists():
+    made = _cache_home() / "leap_pl" / "kernels" / key / "decode.so"
+    if _is_trusted(made) and _is_trusted(made.parent):
         return made
     try:
-        made.parent.mkdir(parents=True, exist_ok=True)
+        made.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        made.parent.chmod(0o700)
+        if not _is_trusted(made.parent):
+            raise PermissionError(f"{made.parent} is another user's")
         lock = (made.parent / "lock").open("w")
-    except OSError:  # of a home that may only be read: for this process alone
+        if made.exists() and not _is_trusted(made):
+            made.unlink()
+    except OSError:  # of a home that may only be read, or is another user's: for this process alone
         made = Path(_temporary_folder().name) / made.name
         lock = (made.parent / "lock").open("w")
     with lock:
@@ -76,6 +82,21 @@ def library() -> Path:
         if not made.exists():
             _compile(compiler, made)
     return made
+
+
+def _cache_home() -> Path:
+    """Return the folder of the user's caches; a relative one is ignored, as its specification says."""
+    named = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return named if named.is_absolute() else expanded("~/.cache")
+
+
+def _is_trusted(path: Path) -> bool:
+    """Return whether ``path`` is there and nobody but this user and root could have put it there: it is run."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return found.st_uid in (0, os.getuid()) and not stat.S_ISLNK(found.st_mode) and not found.st_mode & 0o022
 
 
 @cache

@@ -115,17 +115,23 @@ class PackedQuantizer(HfQuantizer):
 
     def postprocess_model(self, model: Any, **options: Any) -> Any:
         """Check the loaded weights, and bring each into its final form."""
-        packed = 0
+        packed, places = 0, _places(model)
         for name, stored in self.stored.items():
             _, owner, tensor = _find(model, name)
+            shared = places[id(getattr(owner, tensor))]  # by layers of which some models have several that are one
             weight = _taken(name, owner, tensor, stored.shape)
-            if self._stays_packed(name, owner, tensor, weight):
-                bias: Any = owner.bias
-                layer = PackedLinear(weight, bias, dtype=self.dtypes[name]).train(owner.training)
-                model.set_submodule(name.rpartition(".")[0], layer)
+            if all(self._stays_packed(name, layer, its, weight) for _, layer, its in shared):
+                layers: dict[nn.Module, PackedLinear] = {}
+                for place, layer, _ in shared:
+                    if layer not in layers:
+                        bias: Any = layer.bias
+                        layers[layer] = PackedLinear(weight, bias, dtype=self.dtypes[name]).train(layer.training)
+                    model.set_submodule(place, layers[layer])
                 packed += 1
             else:
-                setattr(owner, tensor, nn.Parameter(weight.unpack(self.dtypes[name])))
+                dense = nn.Parameter(weight.unpack(self.dtypes[name]))
+                for _, layer, its in shared:
+                    setattr(layer, its, dense)
         self._report(model, packed)
         self.quantization_config.dequantize = packed == 0
         return super().postprocess_model(model, **options)
@@ -175,6 +181,15 @@ def _find(model: Any, name: str) -> tuple[str, nn.Module, str]:
     raise UserError(
         f"the model of config.json has no weight {shown(name)}. Check that config.json belongs to the files."
     )
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
+    """Return for each parameter, by its identity, all names of the modules that have it, these, and its name there."""
+    places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for tensor, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(parameter), []).append((name, module, tensor))
+    return places
 
 
 def _taken(name: str, owner: nn.Module, tensor: str, shape: tuple[int, ...]) -> PackedWeight:

@@ -1,8 +1,9 @@
 """Options that a command would not use, or would use in part: refused or told, also where they have default values."""
 
 import json
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tiny import byte_tokenizer
 from leap_pl.cli.compare import compare_command
 from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.cli.export import export_command
+from leap_pl.cli.generate import generate_command
 from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
 from leap_pl.errors import UserError
@@ -264,3 +266,21 @@ def test_c4_is_read_to_the_smaller_of_two_limits(monkeypatch, tmp_path: Path) ->
                 read_text("c4", byte_tokenizer(prefix=prefix), **settings)
                 within = 256 * (32 - prefix * (bos == "every"))
                 assert asked.pop() == min(within, max_tokens or within)
+
+
+# -- from Python, where no parser has looked at them ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", [evaluate_command, export_command, generate_command, prune_command])
+def test_a_word_that_is_none_of_the_choices_is_one_line(verb: Any, tmp_path: Path) -> None:
+    """Of every option with choices; export would have written a folder without weights."""
+    parameters = signature(verb).parameters
+    needed = {name: str(tmp_path / "out") for name, each in parameters.items() if each.default is Parameter.empty}
+    choices = {
+        name: get_args(each.annotation) for name, each in parameters.items() if get_origin(each.annotation) is Literal
+    }
+    assert choices
+    for name, words in choices.items():
+        with pytest.raises(UserError, match=rf"^--{name} is ggu. Give one of {', '.join(words)}\.$"):
+            verb(**needed, **{name: "ggu"})
+    assert not list(tmp_path.iterdir())

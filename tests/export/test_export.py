@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from random_masks import random_mask
 from safetensors.torch import load_file
 from tiny import FAMILIES, byte_tokenizer, tiny_folder, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
+from leap_pl.base_model.tokenizer_files import WEIGHTS
 from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
@@ -62,14 +65,31 @@ def test_the_tokenizer_is_the_base_models_file_by_file(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", named):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     # A path of the machine that the base model was made on is left behind.
-    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"name_or_path": "/home/someone/base"}))
-    export_command(str(tmp_path / "again"), mask=str(tmp_path / "mask.safetensors"))
-    assert b"someone" not in (tmp_path / "again" / "tokenizer_config.json").read_bytes()
-    assert AutoTokenizer.from_pretrained(tmp_path / "again")("word").input_ids
+    for key, path in (
+        ("name_or_path", "/home/someone/base"),
+        ("special_tokens_map_file", "/home/someone/map.json"),
+        ("tokenizer_file", "C:\\Users\\someone\\tokenizer.json"),
+    ):
+        (base / "tokenizer_config.json").write_text(json.dumps(settings | {key: path}))
+        export_command(str(tmp_path / "again"), mask=str(tmp_path / "mask.safetensors"), force=True)
+        assert b"someone" not in (tmp_path / "again" / "tokenizer_config.json").read_bytes()
+        assert AutoTokenizer.from_pretrained(tmp_path / "again")("word").input_ids
+    plain = json.dumps(settings | {"special_tokens_map_file": None})
+    (base / "tokenizer_config.json").write_text(plain)
+    export_command(str(tmp_path / "again"), mask=str(tmp_path / "mask.safetensors"), force=True)
+    assert (tmp_path / "again" / "tokenizer_config.json").read_text() == plain
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer.model", "chat_template.jinja", "additional_chat_templates/a.jinja", "generation_config.json"]
+    "name",
+    [
+        "tokenizer.model",
+        "chat_template.jinja",
+        "additional_chat_templates/a.jinja",
+        "generation_config.json",
+        "bpe.codes",  # read by a tokenizer whose class the settings may name
+        "LICENSE",
+    ],
 )
 def test_a_link_out_of_the_models_folder_is_not_published(name: str, tmp_path: Path, text_file: Path) -> None:
     """In a folder of somebody else it may be a link to any file of the user's."""
@@ -95,6 +115,8 @@ def test_links_within_a_models_folder_and_into_a_cache_of_the_hub_are_its_own(tm
     for number, file in enumerate(sorted(snapshot.glob("*.json"))):
         file.rename(blobs / str(number))
         file.symlink_to(f"../../blobs/{number}")
+    (snapshot / "model.safetensors").rename(tmp_path / "weights")
+    (snapshot / "model.safetensors").symlink_to(tmp_path / "weights")  # weights are written anew, never copied
     (snapshot / "real.jinja").write_text("{{ messages }}")
     (snapshot / "chat_template.jinja").symlink_to("real.jinja")
     random_mask(snapshot, tmp_path / "mask.safetensors")
@@ -251,3 +273,13 @@ def test_a_mask_that_does_not_read_back_is_not_exported(finished: Run, tmp_path:
     with pytest.raises(UserError, match=r"mask\.safetensors does not read back"):
         export_command(str(tmp_path / "out"), mask=str(finished.mask), format="mask")
     assert not (tmp_path / "out").exists()
+
+
+def test_no_tokenizer_reads_a_file_that_may_be_a_link() -> None:
+    """Of all that transformers has: what ends as weights do is not copied, and may be a link."""
+    names = set()
+    for name in set(filter(None, TOKENIZER_MAPPING_NAMES.values())):
+        with suppress(ImportError):  # of those that need another package
+            names |= {str(file) for file in getattr(tokenizer_class_from_name(name), "vocab_files_names", {}).values()}
+    assert "vocab.txt" in names
+    assert not [name for name in names if Path(name).suffix in WEIGHTS]

@@ -67,7 +67,7 @@ def test_a_mask_alone(hub: Hub, finished: Run, model_folder: Path, tmp_path: Pat
 def test_a_model_that_replaces_an_earlier_one(format: str, hub: Hub, finished: Run, tmp_path: Path, capsys) -> None:
     """Weights and mask of the earlier one go, since a reader would take them for the new one's; nothing else does."""
     hub.files[NAME] = {"model-00001-of-00002.safetensors": b"1", MASK: b"2", "notes.txt": b"mine", "README.md": b"3"}
-    main(words(finished, tmp_path / "out", f"--format={format}", f"--push={NAME}", "--private"))
+    main(words(finished, tmp_path / "out", f"--format={format}", f"--push={NAME}"))
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert hub.files[NAME] == written | {"notes.txt": b"mine"}
     assert not [name for name, content in written.items() if str(tmp_path.parent).encode() in content]
@@ -89,8 +89,23 @@ def test_files_of_an_earlier_export_go_with_it(hub: Hub, finished: Run, tmp_path
 
 
 def test_a_private_repository(hub: Hub, finished: Run, tmp_path: Path) -> None:
-    main(words(finished, tmp_path / "out", "--format=mask", f"--push={NAME}", "--private"))
-    assert hub.private == {NAME}
+    for _ in range(2):  # also one that exists
+        main(words(finished, tmp_path / "out", "--format=mask", f"--push={NAME}", "--private", "--force"))
+        assert hub.private == {NAME}
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(
+    hub: Hub, finished: Run, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Before anything is written; and, if it became public meanwhile, before anything is uploaded."""
+    hub.files[NAME] = {"notes.txt": b"mine"}
+    command = words(finished, tmp_path / "out", "--format=mask", f"--push={NAME}", "--private")
+    says = f"--push {NAME} exists and is public, and --private is given. Make it private"
+    assert says in refused(command, capsys)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("leap_pl.export.hub.check_push", lambda *_, **__: None)
+    assert says in refused(command, capsys)
+    assert hub.files[NAME] == {"notes.txt": b"mine"}
 
 
 def test_a_base_model_of_the_hub(hub: Hub, finished: Run, model_folder: Path, tmp_path: Path, monkeypatch) -> None:
@@ -168,6 +183,7 @@ def test_an_upload_that_fails_leaves_the_folder(hub: Hub, finished: Run, tmp_pat
     assert f"could not be uploaded to {NAME}: the hub answers 403: The quota is used up. With a token" in message
     assert message.endswith(f"out is complete: upload it later with `hf upload {NAME} {tmp_path / 'out'} .`.")
     where = tmp_path / "with a space"
+    hub.private = {NAME}
     message = refused(words(finished, where, "--format=huggingface", "--private", f"--push={NAME}"), capsys)
     again = (
         f"`hf upload {NAME} '{where}' . --private --delete 'model*.safetensors' --delete model.safetensors.index.json"
@@ -346,11 +362,14 @@ def test_a_model_of_the_hub_is_of_the_revision_that_is_named(
         main([*words, "--revision=v1"])
         assert any("/resolve/v1/model.safetensors" in request for request in hub.requests), words[0]
         assert not any("/resolve/main/" in request for request in hub.requests), words[0]
-    # And by the record of a mask, where nothing is typed.
+    # And by the record of a mask, where nothing is typed, or the model that it names.
     mask = f"--mask={tmp_path / 'out' / MASK}"
+    measured = ["evaluate", mask, f"--perplexity={text_file}", "--seq_length=32", "--max_tokens=64"]
     for words in (
         ["export", mask, f"--output_dir={tmp_path / 'again'}"],
-        ["evaluate", mask, f"--perplexity={text_file}", "--seq_length=32", "--max_tokens=64"],
+        ["export", mask, f"--output_dir={tmp_path / 'named'}", "--model=alice/base"],
+        measured,
+        [*measured, "--model=alice/base"],
     ):
         hub.requests.clear()
         shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)

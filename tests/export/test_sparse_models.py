@@ -1,19 +1,25 @@
 """A model that is sparse already, whoever pruned it: measured, fine-tuned, and its mask read off."""
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import refused
+from random_masks import random_mask
 from recovered_runs import FAST, Flags, exact_zeros, weights_in
-from tiny import byte_tokenizer, tiny_model
+from tiny import byte_tokenizer, tiny_folder, tiny_model
 
 from leap_pl import MaskSet
+from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import find_weights
 from leap_pl.cli.evaluate import evaluate_command
+from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.export.method import decisive_settings
+from leap_pl.export.sparse_model import masks_of
 from leap_pl.masks import Provenance
+from leap_pl.masks.bits import PackedMasks
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 
@@ -85,3 +91,22 @@ def test_every_text_that_weights_were_trained_on_is_named() -> None:
     assert again["text that the mask was made with"] == "a.jsonl"
     apart = config("c.jsonl", train_weights={"kind": "kept"}, mask=mask(second))  # from the base model's weights
     assert "text that they were trained on before" not in decisive_settings(Provenance("m", "f", "wanda", config=apart))
+
+
+def test_masks_are_unpacked_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_folder(tmp_path / "base")
+    random_mask(base, tmp_path / "mask.safetensors")
+    export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask.safetensors"))
+    living: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+    unpack, most = PackedMasks.__getitem__, []
+
+    def counted(self: PackedMasks, name: str) -> torch.Tensor:
+        mask = unpack(self, name)
+        living[id(mask)] = mask
+        most.append(len(living))
+        return mask
+
+    monkeypatch.setattr(PackedMasks, "__getitem__", counted)
+    masks_of(str(tmp_path / "out"), load_model(str(tmp_path / "out")))
+    assert len(most) > 14
+    assert max(most) <= 2

@@ -270,3 +270,38 @@ def test_a_layer_whose_weight_the_model_reads_itself(values: Literal["auto", "in
     assert layer.weight.dtype == torch.bfloat16
     with torch.inference_mode():
         assert torch.allclose(packed(IDS).logits, expected(IDS).logits, atol=1e-2 if values == "auto" else 5e-2)
+
+
+def test_layers_that_share_a_weight(tmp_path: Path) -> None:
+    """As those of Zamba 2, whose hybrid blocks are one."""
+    config = transformers.Zamba2Config(
+        vocab_size=260,
+        hidden_size=64,
+        num_hidden_layers=5,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid", "mamba"],
+        mamba_d_state=8,
+        n_mamba_heads=8,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        bos_token_id=256,
+        eos_token_id=256,
+        pad_token_id=256,
+    )
+    torch.manual_seed(0)
+    model = transformers.Zamba2ForCausalLM(config).bfloat16().eval()
+    with torch.no_grad():
+        for weight in find_weights(model, once=True).values():
+            weight.parameter.mul_(torch.rand_like(weight.parameter) < 0.4)
+    model.save_pretrained(tmp_path / "sparse")
+    byte_tokenizer().save_pretrained(tmp_path / "sparse")
+    export_model(None, tmp_path / "packed", str(tmp_path / "sparse"), format="packed")
+    first, second = (f"model.layers.{block}.shared_transformer.feed_forward.down_proj" for block in (1, 3))
+    assert model.get_submodule(first).weight is model.get_submodule(second).weight
+    for memory in ("packed", "dense"):
+        loaded = load(tmp_path / "packed", memory)
+        assert isinstance(loaded.get_submodule(second), PackedLinear) == (memory == "packed")
+        held = "packed" if memory == "packed" else "weight"
+        assert getattr(loaded.get_submodule(first), held) is getattr(loaded.get_submodule(second), held)
+        with torch.inference_mode():
+            assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-2)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -278,3 +279,38 @@ def test_kernels_are_compiled_where_no_cache_can_be_written(tmp_path: Path) -> N
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.glob("leap_pl-kernels-*"))  # of the process alone
+
+
+@pytest.mark.parametrize("home", ["", "relative"])
+def test_a_cache_is_not_looked_for_in_the_working_directory(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(building, "_compile", lambda _, made: made.write_text("own"))
+    assert building.library().is_relative_to(tmp_path / "home" / ".cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_a_library_that_others_could_have_written_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a cache that users of a machine share."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(building, "_compile", lambda _, made: made.write_text("own"))
+    made = building.library()
+    made.write_text("another's")
+    assert building.library().read_text() == "another's"  # by all signs it is this user's
+    made.chmod(0o666)
+    assert building.library().read_text() == "own"
+    made.parent.chmod(0o777)
+    assert building.library() == made
+    assert made.parent.stat().st_mode & 0o777 == 0o700  # as earlier versions made it, under another umask
+    made.unlink()
+    made.symlink_to("/etc/hostname")
+    assert building.library().read_text() == "own"
+    monkeypatch.setattr(building.os, "getuid", lambda: 12345)
+    found = os.lstat(made)
+    monkeypatch.setattr(Path, "lstat", lambda _: SimpleNamespace(st_uid=54321, st_mode=found.st_mode))
+    assert not building.library().is_relative_to(tmp_path)
