@@ -189,6 +189,7 @@ def test_an_upload_that_fails_leaves_the_folder(hub: Hub, finished: Run, tmp_pat
         f"`hf upload {NAME} '{where}' . --private --delete 'model*.safetensors' --delete model.safetensors.index.json"
     )
     assert f"{again} --delete {MASK}`." in message
+    hub.private = set()
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     message = refused(words(finished, tmp_path / "out", "--format=mask", "--force", f"--push={NAME}"), capsys)
     assert "the hub answers 401: Invalid username or password. With a token that may do this, run `hf auth" in message
