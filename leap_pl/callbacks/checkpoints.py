@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from leap_pl.callbacks.lightning_internals import SavingCheckpoint, requeuing, validate_if_due
+from leap_pl.callbacks.lightning_internals import SavingCheckpoint, exchange_no_signals, requeuing, validate_if_due
 from leap_pl.callbacks.mask_export import mask_place
 from leap_pl.callbacks.unfinished_run import UnfinishedRun, refuse_requeue, requeue
 from leap_pl.checkpoints.run_folder import Leftover, earlier_run, lies_in, link_last, record_checkpoint
@@ -152,6 +152,7 @@ class Checkpoints(SavingCheckpoint):
         super().on_train_start(trainer, pl_module)
         slurm = requeuing(trainer)
         self.signals.install(*([slurm.requeue_signal] if slurm and slurm.requeue_signal else []))
+        exchange_no_signals(trainer)
         self._written, self._running = time.monotonic(), True
         if trainer.ckpt_path is not None and self.dirpath is not None:
             resumed_here = lies_in(trainer.ckpt_path, Path(self.dirpath))
@@ -339,8 +340,15 @@ class Checkpoints(SavingCheckpoint):
         )
 
     def _report_stop(self, trainer: L.Trainer, stopped: Stopped, *, learning: bool) -> None:
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            self._report_stop_of_all(trainer, stopped, learning=learning)
+        if (
+            learning
+        ):  # srun ends all ranks with the first that ends: the others wait until the job is in the queue again
+            with suppress(RuntimeError):  # of a rank that a second signal has ended
+                self._greatest(trainer, 0)
+
+    def _report_stop_of_all(self, trainer: L.Trainer, stopped: Stopped, *, learning: bool) -> None:
         run, slurm = self._unfinished(trainer), requeuing(trainer)
         run.report_stop(stopped.signal.name, learning=learning)
         if slurm and stopped.signal == slurm.requeue_signal and run.can_go_on:

@@ -230,6 +230,20 @@ def requeuing(trainer: L.Trainer) -> SLURMEnvironment | None:
     return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
 
 
+def exchange_no_signals(trainer: L.Trainer) -> None:
+    """Let Lightning not ask all ranks before each micro-batch for a SIGTERM that it has handled: it handles none.
+
+    It waits for all devices, and :class:`.Checkpoints` exchanges signals on the host.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    if hasattr(loop, "_broadcast_sigterm_tensor"):
+        loop._broadcast_sigterm_tensor = _nothing
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
 def stops_at_the_end(callback: L.Callback) -> bool:
     """Return whether ``callback`` is an EarlyStopping that has decided to act at the end of an epoch, in its setup."""
     return isinstance(callback, EarlyStopping) and bool(callback._check_on_train_epoch_end)

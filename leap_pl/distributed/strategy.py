@@ -180,10 +180,13 @@ class RankZero:
     """
 
     TIMEOUT = timedelta(days=2)
+    ARRIVAL = timedelta(minutes=30)
 
     def __init__(self) -> None:
         self.group = None
         if dist.is_initialized() and dist.get_world_size() > 1:
+            # A group is made once all ranks are here: one that failed before never comes, whatever the others wait for.
+            dist.destroy_process_group(dist.new_group(backend="gloo", timeout=self.ARRIVAL))
             self.group = dist.new_group(backend="gloo", timeout=self.TIMEOUT)
         self.alone = self.group is None
         self.here = self.alone or dist.get_rank() == 0

@@ -1,9 +1,13 @@
 """The state of the text in a checkpoint, compared with the text that a resumed run is given."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from leap_pl.data.documents import warn
+from leap_pl.distributed.strategy import check_as_rank_zero
 from leap_pl.errors import UserError
 
 FORMAT = 2  # 1 had no digests of the text
@@ -22,6 +26,17 @@ def check_format(state: Mapping[str, Any]) -> None:
             f"The checkpoint's data position has format {version}; this version of leap_pl reads formats 1 and "
             f"{FORMAT}. Resume with the version that wrote it."
         )
+
+
+def check_blocks(blocks: Tensor) -> None:
+    """Check that every rank validates on the same ``blocks``; a collective that all ranks must call.
+
+    With another number of them a rank would wait for the others for ever, in the middle of a run.
+
+    Raises:
+        UserError: They are others; every rank raises one.
+    """
+    check_as_rank_zero({"validation text": hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()})
 
 
 def warn_of_hub_part(config_name: str | None, split: str) -> None:

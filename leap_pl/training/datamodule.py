@@ -30,7 +30,7 @@ from leap_pl.inputs.hub import check_revision
 from leap_pl.inputs.plain_values import display, plain_paths
 from leap_pl.inputs.ranges import check_numbers, check_whole
 from leap_pl.kernels.transfers import pinned
-from leap_pl.training.data_state import FORMAT, HELD_OUT, check_format, check_same_data, warn_of_hub_part
+from leap_pl.training.data_state import FORMAT, HELD_OUT, check_blocks, check_format, check_same_data, warn_of_hub_part
 from leap_pl.training.run_length import check_run_length
 
 CHOICES: dict[str, tuple[str, ...]] = {"separator": get_args(Separator), "bos": get_args(Bos)}
@@ -221,6 +221,7 @@ class TextDataModule(LightningDataModule):
                 if self.validation_text is not None:
                     warn_of_overlap(self.stream.source, self._open_validation())
                 ranks = self._rank()[1]
+                check_blocks(self._held_out_blocks())
                 evenly(self._held_out_blocks(), ranks)  # raises if there are too few
                 warn_of_remainder(self._held_out_blocks(), ranks)
 

@@ -288,7 +288,7 @@ class ResumableModule(GatedModule):
             checkpoint.pop(part, None)
         for part in sorted(checkpoint.keys() - {"state_dict"}):
             try:
-                checkpoint[part] = made_plain(checkpoint[part], part)
+                checkpoint[part] = made_plain(checkpoint[part], part, on_host=part != "optimizer_states")
             except UserError as error:  # amid a run, which would lose more by an end than by a checkpoint
                 warn_once(str(error))
         rewind(self.trainer, checkpoint)

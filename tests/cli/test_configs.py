@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 import yaml
 from jsonargparse import Namespace, strip_meta
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -233,7 +234,7 @@ def test_short_2of4_is_the_measured_row(tmp_path: Path) -> None:
 def test_cluster_script_types_what_exists(script: str, tmp_path: Path) -> None:
     """The script runs with launchers that write down what they are told, and the command line takes it."""
     for launcher in ("torchrun", "srun"):
-        (tmp_path / launcher).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / launcher).write_text('#!/bin/sh\nenv > environment\nprintf "%s\\n" "$@"\n')
         (tmp_path / launcher).chmod(0o755)
     variables = {
         "SLURM_NNODES": "2",
@@ -241,6 +242,7 @@ def test_cluster_script_types_what_exists(script: str, tmp_path: Path) -> None:
         "SLURM_NTASKS": "16",
         "SLURM_CPUS_PER_TASK": "8",
         "NODES": "2",
+        "HEAD": "node-0:29400",
     }
     overlay = ["--config", "configs/paper/llama-3.1-8b.yaml", "--config", "fsdp2"]
     overlay += ["--trainer.strategy.data_parallel_size", "16"]
@@ -253,6 +255,11 @@ def test_cluster_script_types_what_exists(script: str, tmp_path: Path) -> None:
         text=True,
     )
     words = ran.stdout.split()
+    if script == "torchrun.sh":
+        assert {"PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600"} < {
+            *(tmp_path / "environment").read_text().splitlines()
+        }
+        assert words[words.index("--rdzv-endpoint") + 1] == "node-0:29400"
     words = words[words.index("fit") + 1 :]
     if script == "slurm.sbatch":  # an option of the verb, which a command line that runs none has not
         assert words[-2:] == ["--ckpt_path", "last"]
@@ -262,6 +269,36 @@ def test_cluster_script_types_what_exists(script: str, tmp_path: Path) -> None:
     cli = make_cli([*paths, *flags], run=False)
     assert (cli.trainer.num_nodes, cli.trainer.num_devices, cli.trainer.world_size) == (2, 8, 16)
     assert cli.trainer.strategy._data_parallel_size == 16
+
+
+@pytest.mark.parametrize(
+    ("nodes", "given", "says"),
+    [("1", {}, "localhost:0"), ("2", {}, "HEAD: has no value, and NODES is 2. Give the first machine")],
+)
+def test_runs_of_one_machine_do_not_meet(nodes: str, given: dict[str, str], says: str, tmp_path: Path) -> None:
+    """Two of them with one port would take each other for machines of one run."""
+    (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NODES": nodes, **given}
+    ran = subprocess.run(["bash", str(CLUSTER / "torchrun.sh")], env=environment, capture_output=True, text=True)
+    assert says in ran.stdout + ran.stderr
+    assert (ran.returncode == 0) == (nodes == "1")
+
+
+def test_torchrun_knows_the_variables_of_its_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are of torch, which may name them otherwise in another version."""
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGUSR1")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    config, *_ = torch.distributed.run.config_from_args(torch.distributed.run.parse_args(["script.py"]))
+    assert (config.signals_to_handle, config.shutdown_timeout) == ("SIGTERM,SIGUSR1", 600)
+
+
+def test_every_srun_has_the_cores_of_its_job() -> None:
+    """It does not take them from sbatch since Slurm 22.05."""
+    pages = [*(ROOT.parent / "docs").glob("*.md"), *CLUSTER.iterdir()]
+    lines = [line for page in pages for line in page.read_text().splitlines() if line.startswith("srun ")]
+    assert len(lines) >= 3
+    assert all('--cpus-per-task="$SLURM_CPUS_PER_TASK"' in line for line in lines)
 
 
 def test_a_config_is_named_in_every_spelling(tmp_path: Path, monkeypatch) -> None:

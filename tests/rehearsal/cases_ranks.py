@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from conftest import fit_flags
 from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from ranks import run_ranks
 from tiny import tiny_folder
+from torch.utils._pytree import tree_leaves
 
 from leap_pl.cli.main import main
 from leap_pl.distributed.shards import Ranks
@@ -59,10 +61,15 @@ def put_on_a_machine_of_its_own(rank: int) -> None:
 def two_ranks(rank: int, model: Path, text: Path, root: Path) -> dict[str, Any]:
     """Learn two steps under each strategy, and the second again; return the collectives that each took."""
     put_on_a_machine_of_its_own(rank)
-    done = {}
+    done: dict[str, Any] = {}
+    asked: list[Any] = []
+    places: list[str] = []
     for name, strategy in STRATEGIES.items():
         group.Strict.done.clear()
-        main(fit_flags(model, text, root / name, *FIT, "--trainer.num_nodes=2", *strategy))
+        more = ["--checkpoint.monitor=perplexity/hard"] if name == "file" else []
+        with pytest.MonkeyPatch.context() as patch:  # Lightning's own exchange before each micro-batch, on the device
+            patch.setattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor", asked.append)
+            main(fit_flags(model, text, root / name, *FIT, "--trainer.num_nodes=2", *strategy, *more))
         if name == "folder":  # the others are read without a collective
             first = next(path for path in sorted((root / name / "checkpoints").glob("*.ckpt")) if "step=1" in path.name)
             again = [*FIT, "--trainer.num_nodes=2", *strategy, f"--ckpt_path={first}"]
@@ -70,10 +77,13 @@ def two_ranks(rank: int, model: Path, text: Path, root: Path) -> dict[str, Any]:
             # Where the backend is not gloo, as here and on GPUs, Lightning validates in inference mode.
             words = [*FIT[:2], "--trainer.num_nodes=2", *strategy, "--trainer.logger=false"]
             assert main(["validate", f"--ckpt_path={first}", *words]) is not None
+        if more:
+            last = torch.load(root / name / "checkpoints" / "last.ckpt", weights_only=True)
+            places = [part.device.type for part in tree_leaves(last["callbacks"]) if isinstance(part, torch.Tensor)]
         done[name] = dict(group.Strict.done)
     sim.reset()
     assert Ranks(rank, 2, dist.group.WORLD, sim.DEVICE).gather(range(9)) == [*range(9), *range(9)]
-    return {**done, "syncs": sim.syncs()}
+    return {**done, "syncs": sim.syncs(), "asked": len(asked), "places": places}
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +108,18 @@ def test_all_that_ranks_exchange_is_on_their_devices(ranks: tuple[Path, list[Any
 
 def test_ranks_resume_from_parts_on_their_devices(ranks: tuple[Path, list[Any]]) -> None:
     assert mask(ranks[0], "resumed").digest_of_bits() == mask(ranks[0], "folder").digest_of_bits()
+
+
+def test_no_rank_is_asked_for_signals_on_its_device(ranks: tuple[Path, list[Any]]) -> None:
+    """It would wait for all that is queued there, in each micro-batch; signals are exchanged on the host."""
+    assert hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")
+    assert [rank["asked"] for rank in ranks[1]] == [0, 0]
+
+
+def test_what_callbacks_store_is_on_the_host(ranks: tuple[Path, list[Any]]) -> None:
+    """Every rank of a machine would restore the best perplexity on the device of rank zero."""
+    assert len(ranks[1][0]["places"]) > 1
+    assert set(ranks[1][0]["places"]) == {"cpu"}
 
 
 def mask(root: Path, name: str) -> MaskSet:

@@ -11,26 +11,33 @@ from tiny import tiny_folder
 from leap_pl.cli.main import main
 
 
-def learn(rank: int, models: list[str], texts: list[str], folder: str) -> int:
-    words = fit_flags(models[rank], texts[rank], Path(folder), *BRIEF, *ddp(2))
+def learn(rank: int, models: list[str], texts: list[str], validation: list[str], folder: str) -> int:
+    more = [f"--data.validation_text={validation[rank]}", "--data.validation_sequences=64"] if validation else []
+    words = fit_flags(models[rank], texts[rank], Path(folder), *BRIEF, *ddp(2), *more)
     with pytest.raises(SystemExit) as stop:
         main(words)
     return int(str(stop.value.code))
 
 
-@pytest.mark.parametrize("differs", ["base model", "text"])
+@pytest.mark.parametrize("differs", ["base model", "text", "validation text"])
 def test_ranks_that_have_other_files_do_not_learn(
     differs: str, model_folder: Path, text_file: Path, tmp_path: Path, eager: None
 ) -> None:
-    models, texts = [model_folder, model_folder], [text_file, text_file]
+    models, texts, validation = [model_folder, model_folder], [text_file, text_file], []
     if differs == "text":
         (tmp_path / "rank-1").mkdir()
         texts[1] = tmp_path / "rank-1" / text_file.name
         changed = text_file.read_text().replace(WORDS[0], WORDS[1], 1)
         texts[1].write_text(changed)
+    elif differs == "validation text":  # of which a machine has the older, shorter copy
+        lines = text_file.read_text().splitlines(keepends=True)
+        for rank, count in enumerate((len(lines), 3)):
+            (tmp_path / f"rank-{rank}").mkdir()
+            validation.append(str(tmp_path / f"rank-{rank}" / f"valid{text_file.suffix}"))
+            Path(validation[rank]).write_text("".join(lines[:count]).replace(WORDS[0], WORDS[1]))
     else:
         models[1] = tiny_folder(tmp_path / "rank-1" / model_folder.name, seed=1)
-    arguments = ([*map(str, models)], [*map(str, texts)], str(tmp_path / "run"))
+    arguments = ([*map(str, models)], [*map(str, texts)], validation, str(tmp_path / "run"))
     assert run_ranks(2, learn, *arguments, folder=tmp_path / "said") == [2, 2]
     said = [(tmp_path / "said" / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
     assert f"rank 1 has another {differs} than rank 0. Give every machine the same settings and files" in said[1]

@@ -1,5 +1,6 @@
 """What ranks find out together: norms of shards, numbers that break on one of them, and what rank zero could not do."""
 
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -109,12 +110,20 @@ def both(rank: int) -> dict[str, Any]:
         patch.setattr(dist, "new_group", lambda *a, **k: (waits.append(k["timeout"]), real(*a, **k))[1])
         rank_zero = RankZero()
     said = message(rank_zero.make, lambda: 1 / 0)
-    return {
+    found = {
         "said": said,
         "hours": [wait.total_seconds() / 3600 for wait in waits],
         **broken(mesh, rank),
         "experts": experts(mesh, rank),
     }
+    dist.barrier()
+    begun = time.monotonic()
+    if rank == 0:  # the other one has failed, and never comes
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RankZero, "ARRIVAL", timedelta(seconds=2))
+            with pytest.raises(RuntimeError):
+                RankZero()
+    return found | {"waited": time.monotonic() - begun}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +155,11 @@ def test_ranks_end_with_rank_zero(two) -> None:
     """And wait for what it makes longer than for a collective of the run, whose time would be up."""
     assert two[0]["said"] == "ZeroDivisionError: division by zero"
     assert two[1]["said"] == "UserError: rank 0 failed; its message is above"
-    assert two[0]["hours"] == two[1]["hours"] == [48.0]
+    assert two[0]["hours"] == two[1]["hours"] == [0.5, 48.0]
+
+
+def test_a_rank_that_never_comes_is_not_waited_for_as_a_prior_is(two) -> None:
+    assert 1 < two[0]["waited"] < 20
 
 
 @pytest.mark.skipif(
