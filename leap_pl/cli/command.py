@@ -41,10 +41,12 @@ def command(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
         from leap_pl.files import check_folder, followed  # help does not wait for these
         from leap_pl.inputs import register as inputs
         from leap_pl.inputs.hub import check_revision
+        from leap_pl.inputs.plain_values import plain_paths
 
         with inputs.command_inputs(verb) as register:
             bound = parameters.bind(*args, **kwargs)
             bound.apply_defaults()
+            bound.arguments.update(plain_paths(bound.arguments))  # from Python, paths are taken where names are
             for name, given in bound.arguments.items():  # a shell leaves ~ in --output_dir=~/out, a config always
                 if isinstance(given, str) and given.startswith("~") and name not in TEXTS:
                     bound.arguments[name] = str(expanded(given))

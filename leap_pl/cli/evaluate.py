@@ -261,10 +261,10 @@ def _perplexity(
     }
 
 
-def _names(given: str | None, flag: str) -> list[str]:
+def _names(given: str | list[str] | None, flag: str) -> list[str]:
     from leap_pl.inputs.register import listed
 
-    names = [] if given is None else listed(given)
+    names = (given if isinstance(given, list) else listed(given)) if given is not None else []
     if not all(names):
         raise UserError(f"{flag} {given!r} has an empty entry. Separate entries by single commas.")
     return list(dict.fromkeys(names))

@@ -210,7 +210,7 @@ def _summary(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` converted to JSON types.
+    """Return ``value`` converted to JSON types; a number of NumPy, or a tensor of one, to a plain number.
 
     A number that is not finite becomes None, and what is no Unicode, such as a path of other bytes, is escaped.
     """
@@ -220,9 +220,13 @@ def plain(value: Any) -> Any:
         return {plain(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, bool | int | float) else plain(str(value))
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int):
+        return value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return plain(value.item())
+    return plain(str(value))
 
 
 def shown(name: str, most: int = 80) -> str:

@@ -340,9 +340,16 @@ def write_masks(
         Number of kept elements, and number of all elements.
 
     Raises:
-        UserError: The file cannot be written.
+        UserError: The file cannot be written, or a field of the provenance is of another type than it is read as.
     """
-    shapes_json, provenance_json = json.dumps(shapes), json.dumps(plain(asdict(provenance)))
+    from leap_pl.masks.provenance_schema import provenance_fields
+
+    recorded = plain(asdict(provenance))
+    try:
+        provenance_fields(recorded)
+    except ValueError as error:  # the file would be written, and never read
+        raise UserError(f"{path} was not written: in the provenance of the mask, {error}") from error
+    shapes_json, provenance_json = json.dumps(shapes), json.dumps(recorded)
     digest = hashlib.sha256(f"{shapes_json}\n{provenance_json}\n".encode())
     kept = 0
 

@@ -192,7 +192,7 @@ def measure_moments(
     Raises:
         UserError: A weight got no gradient, or moments are not finite.
     """
-    walk = walk or WalkOptions()
+    walk = walk or WalkOptions(batch_size=whole_model_batch(blocks_NT.shape[1]))
     moments: dict[str, Moments] = {}
 
     def see(matrix: Matrix, inputs: Tensor, output: Tensor, part: Part) -> None:

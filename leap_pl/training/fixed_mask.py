@@ -1,21 +1,24 @@
 """Mask that a run leaves as it is: what a MaskSet says of gate, sparsity and targets."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from leap_pl.errors import UserError, listing
-from leap_pl.gates import FixedGate
+from leap_pl.gates import BernoulliGate, FixedGate
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import MASK, mask_in
-from leap_pl.inputs.register import is_typed
+from leap_pl.inputs.register import current, is_typed
 from leap_pl.masks import MaskSet
 from leap_pl.masks.exported import exported_record
 from leap_pl.masks.mask_set import TRAINED
 from leap_pl.oneshot.methods import METHODS
+from leap_pl.prior import Prior
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,15 @@ class FixedMask:
                 f"model.mask sets which weights are kept, and {listing(contrary)} would not be used. Leave out what is "
                 "not meant."
             )
+
+    def warn_of_unused(self, gate: Any, prior: Prior) -> None:
+        """Warn of settings of a mask to learn, if there is no command line, which tells of them itself."""
+        named = [
+            *(["gate"] if gate is not BernoulliGate else []),
+            *(["prior"] if replace(prior, mask=None, cache_dir=None) != Prior(mask=None, cache_dir=None) else []),
+        ]
+        if named and current() is None:
+            rank_zero_warn(f"not used: {listing(named)}, since mask {self.file} stays as it is.")
 
     def check_names(self, model: nn.Module) -> None:
         """Check that ``model`` has the weights that the mask covers; its fingerprint is compared later.

@@ -299,7 +299,11 @@ class GatedModule(L.LightningModule):
         other = {checkpoints.path_of(*place) for place in self.stored()} ^ set(state_dict)
         if strict and other:
             names = listing(sorted(other), 3)
-            raise UserError(f"the state is not that of this module: it lacks, or has beyond what is learned, {names}.")
+            raise UserError(
+                f"the state is not that of this module: it lacks, or has beyond what is learned, {names}. Give what "
+                "state_dict returned; of a checkpoint LeapModule.load_from_checkpoint makes the module."
+            )
+        self.has_mask |= strict and bool(state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leap_pl.distributed.strategy import data_rank
+from leap_pl.inputs.plain_values import plain
 
 if TYPE_CHECKING:
     import lightning as L
@@ -51,13 +52,18 @@ def live_settings(trainer: "L.Trainer") -> dict[str, Any]:
     if data is not None and hasattr(data, "record"):
         settings["data"] = data.record()
     elif data is not None:
-        names = ("seq_length", "batch_size", "seed")
-        settings["data"] = {name: getattr(data, name) for name in names if hasattr(data, name)}
+        found = {name: plain(getattr(data, name, None)) for name in ("seq_length", "batch_size", "seed")}
+        settings["data"] = {name: int(value) for name, value in found.items() if _is_whole(value)}
     for optimizer in trainer.optimizers[:1]:
         settings["optimizer"] = of_optimizer(optimizer)
     for config in trainer.lr_scheduler_configs[:1]:
         settings["lr_scheduler"] = of_scheduler(config.scheduler)
     return settings
+
+
+def _is_whole(value: Any) -> bool:
+    """Return whether ``value`` is a number that a mask's record can have, where a data module is of any class."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value == int(value)
 
 
 def clipping_algorithm(trainer: "L.Trainer") -> str:

@@ -146,6 +146,7 @@ class LeapModule(ValidatedModule):
         fixed = None if mask is None else FixedMask.read(mask)
         if fixed is not None:
             fixed.check_settings(sparsity, targets, ignore)
+            fixed.warn_of_unused(gate, prior)
             gate, sparsity, targets, ignore = fixed.gate, fixed.sparsity, fixed.targets, ()
             prior = Prior(mask=fixed.file, cache_dir=prior.cache_dir)
             if weight_training.lr is None:
@@ -457,6 +458,8 @@ class LeapModule(ValidatedModule):
         masks, weights = self._parts()
         training = self.trained.settings
         optimizer = self.optimizer_of(optimization.groups(masks, weights, training))
+        if not masks:
+            optimization.warn_of_unused_rate(self.make_optimizer, optimizer, training)
         if weights:
             optimization.step_alone(optimizer.param_groups[-1], optimizer)
         warmups = {"model.warmup_steps": self.warmup_steps} if masks else {}

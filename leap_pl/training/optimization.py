@@ -11,7 +11,7 @@ from torch import nn
 
 from leap_pl.checkpoints.settings import Settings
 from leap_pl.errors import UserError, listing, one_line
-from leap_pl.inputs.register import is_typed
+from leap_pl.inputs.register import current, is_typed
 from leap_pl.training.optimizers import PackedAdamW, check_settings
 from leap_pl.training.run_settings import describe_optimizer, describe_scheduler
 from leap_pl.training.schedules import warmup_cosine
@@ -31,6 +31,16 @@ def groups(masks: list[nn.Parameter], weights: list[nn.Parameter], training: Wei
         return masks
     trained = {"params": weights, "lr": training.lr, "weight_decay": training.weight_decay}
     return [{"params": masks}, trained] if masks else [trained]
+
+
+def warn_of_unused_rate(make: OptimizerCallable, optimizer: torch.optim.Optimizer, training: WeightTraining) -> None:
+    """Warn if an optimizer of weights alone, made without a command line, was given a rate, which is that of logits."""
+    own = optimizer.defaults.get("lr")
+    if current() is None and make is not usual_optimizer and own != training.lr:
+        rank_zero_warn(
+            f"not used: the optimizer's lr {own:g}, which is the rate of a mask, and this one stays as it is. Weights "
+            f"are trained at {training.lr:g}: for another rate give weight_training=WeightTraining(lr=...)."
+        )
 
 
 def step_alone(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:

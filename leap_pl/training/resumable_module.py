@@ -20,6 +20,7 @@ from leap_pl.checkpoints.settings import MASK_SETTINGS, Settings, check_settings
 from leap_pl.distributed.shards import copy_part_
 from leap_pl.distributed.strategy import check_as_rank_zero, data_rank, saves_shards
 from leap_pl.errors import UserError, warn_once
+from leap_pl.gates import FixedGate
 from leap_pl.masks.mask_set import STAYED, TRAINED
 from leap_pl.prior.started_prior import DIGESTS
 from leap_pl.training import run_settings
@@ -346,6 +347,11 @@ class ResumableModule(GatedModule):
         if not self._fitting():  # until a fit goes on from it, its mask is the checkpoint's, whoever validates it
             settings = {"steps": checkpoint.get("global_step"), **found.settings}
             other = not math.isclose(self.sparsity, found.sparsity) and bool(self.gates.learned())
+            if other and isinstance(self.gates.first, FixedGate):
+                raise UserError(
+                    f"the mask of this checkpoint is fixed at sparsity {found.sparsity:g}, and sparsity "
+                    f"{self.sparsity:g} was asked for. Leave sparsity out, or prune the model again."
+                )
             if other:  # a caller asks for another mask than was measured, and a fixed one would stay what it is
                 settings = {name: value for name, value in settings.items() if name not in OF_MASK}
                 self.validation.hard = None

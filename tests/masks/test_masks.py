@@ -5,9 +5,11 @@ import functools
 import json
 import pickle
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hostile_files import Trap
@@ -444,3 +446,29 @@ def test_counts_of_bits_are_those_of_masks() -> None:
     assert plain.densities("layer")["2"] == pytest.approx(
         float(masks["model.layers.2.mlp.up_proj.weight"].float().mean())
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"sparsity": 50}, "'sparsity'"),
+        ({"config": {"data": "c4"}}, "'config > data'"),
+        ({"config": {"pattern": None}}, "'config > pattern'"),
+        ({"config": {"data": {"seq_length": 0.5}}}, "'config > data > seq_length'"),
+        ({"versions": {"mine": 1}}, "'versions > mine'"),
+    ],
+)
+def test_a_record_that_could_not_be_read_is_not_written(fields: dict[str, Any], names: str, tmp_path: Path) -> None:
+    masks = MaskSet(dict(llama_mask().masks), replace(llama_mask().provenance, **fields))
+    with pytest.raises(UserError, match=rf"{tmp_path / 'm'} was not written: in the provenance of the mask, .*{names}"):
+        masks.save(tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("half", [torch.tensor(0.5), np.float32(0.5), np.float64(0.5), 0.5])
+def test_numbers_of_other_packages_are_numbers(half: Any, tmp_path: Path) -> None:
+    config = {"data": {"seq_length": np.int64(32)}, "rate": half, "list": np.arange(2)}
+    made = replace(llama_mask().provenance, sparsity=half, config=config)
+    MaskSet(dict(llama_mask().masks), made).save(tmp_path / "m")
+    read = MaskSet.load(tmp_path / "m").provenance
+    assert (read.sparsity, read.config) == (0.5, {"data": {"seq_length": 32}, "rate": 0.5, "list": "[0 1]"})

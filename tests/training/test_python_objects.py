@@ -1,14 +1,19 @@
 """From Python: objects where names are meant, data of one's own, and masks of modules that were not fitted."""
 
+import json
 import pickle
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from conftest import Run
 from python_runs import again, data, trainer
+from random_masks import random_mask
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -16,7 +21,11 @@ from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
 from leap_pl.base_model.weights import find_weights
 from leap_pl.callbacks import Checkpoints, MaskExport, ValidationTimes
 from leap_pl.checkpoints.layout import masks_from_checkpoint
-from leap_pl.oneshot.fisher import FisherOptions
+from leap_pl.cli.compare import compare_command
+from leap_pl.cli.evaluate import evaluate_command
+from leap_pl.cli.export import export_command
+from leap_pl.gates import NMGate
+from leap_pl.oneshot.fisher import FisherOptions, measure_moments
 from leap_pl.oneshot.prune import prune
 from leap_pl.prior import Prior
 from leap_pl.training.weights import WeightTraining
@@ -313,3 +322,102 @@ def test_the_best_perplexity_is_the_lowest(tmp_path: Path) -> None:
     assert Checkpoints(str(tmp_path), monitor="perplexity/hard").mode == "min"
     assert Checkpoints(str(tmp_path), monitor="perplexity/hard", mode="max").mode == "max"
     assert Checkpoints(str(tmp_path)).mode == "max"  # of the step
+
+
+class Lengths(L.LightningDataModule):
+    """Data of one's own, with numbers of other types."""
+
+    seq_length, batch_size, seed = np.int64(32), 2.0, "none"
+
+    def __init__(self, text: Path) -> None:
+        super().__init__()
+        self.blocks = [{"input_ids": torch.arange(32)} for _ in range(8)]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.blocks, batch_size=2)  # type: ignore[arg-type]
+
+
+def test_data_of_ones_own_is_recorded_as_a_mask_can(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
+    trainer(max_steps=1).fit(module, Lengths(text_file))
+    module.save_mask(tmp_path / "m")
+    assert MaskSet.load(tmp_path / "m").provenance.config["data"] == {"seq_length": 32, "batch_size": 2}
+
+
+def test_settings_of_a_mask_that_stays_are_said_to_be_unused(
+    finished: Run, model_folder: Path, text_file: Path
+) -> None:
+    made = partial(torch.optim.AdamW, lr=1e-5)
+    given: dict[str, Any] = {"mask": str(finished.mask), "train_weights": "kept", "dtype": "float32"}
+    with pytest.warns(UserWarning, match=r"not used: gate, prior, since mask .* stays as it is"):
+        LeapModule(str(model_folder), gate=NMGate, prior=Prior(method="wanda", fisher=0.5), **given)
+    fitted = LeapModule(str(model_folder), optimizer=made, **given)
+    with pytest.warns(UserWarning, match=r"lr 1e-05, .* trained at 2e-05: .* weight_training=WeightTraining\(lr="):
+        trainer(max_steps=1).fit(fitted, data(text_file))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="not used")
+        named = LeapModule(str(model_folder), weight_training=WeightTraining(lr=1e-5), **given)
+        trainer(max_steps=1).fit(named, data(text_file))
+        trainer(max_steps=1).fit(LeapModule(str(model_folder), optimizer=made, dtype="float32"), data(text_file))
+
+
+def test_a_run_resumes_where_the_file_of_its_prior_is_gone(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    random_mask(model_folder, tmp_path / "prior")
+    prior = Prior(mask=str(tmp_path / "prior"), cache_dir=None)
+    whole = LeapModule(str(model_folder), dtype="float32", prior=prior)
+    trainer(Checkpoints(str(tmp_path / "run"), every_n_train_steps=1, save_top_k=-1), max_steps=3).fit(
+        whole, data(text_file)
+    )
+    (tmp_path / "prior").unlink()
+    first = str(tmp_path / "run" / "step=1.ckpt")
+    resumed = LeapModule.load_from_checkpoint(first)
+    trainer(max_steps=3).fit(resumed, data(text_file), ckpt_path=first)
+    assert resumed.mask_set().digest_of_bits() == whole.mask_set().digest_of_bits()
+
+
+def test_a_fixed_mask_has_no_other_sparsity(recovered: Path) -> None:
+    checkpoint = recovered / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError, match=r"is fixed at sparsity 0\.5, and sparsity 0\.6 was asked for\. Leave sparsity"):
+        LeapModule.load_from_checkpoint(checkpoint, sparsity=0.6)
+    assert LeapModule.load_from_checkpoint(checkpoint, sparsity=0.5).mask_set().sparsity == 0.5
+
+
+def test_a_state_that_is_loaded_by_hand_is_a_mask(module: LeapModule, text_file: Path) -> None:
+    trainer(max_steps=2).fit(module, data(text_file))
+    fresh = again(module)
+    fresh.configure_model()
+    with pytest.raises(UserError, match=r"of a checkpoint LeapModule\.load_from_checkpoint makes the module"):
+        fresh.load_state_dict({"logits.x": torch.zeros(2)})
+    fresh.load_state_dict(module.state_dict())
+    assert fresh.mask_set().digest_of_bits() == module.mask_set().digest_of_bits()
+
+
+def test_verbs_take_paths_and_lists(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"seq_length": 32, "max_tokens": 64}
+    for name, model, text in (("a", model_folder, [str(text_file)]), ("b", str(model_folder), str(text_file))):
+        evaluate_command(model=model, perplexity=text, output=tmp_path / f"{name}.json", **sizes)
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+    assert first["perplexity"] == second["perplexity"]
+    compare_command([tmp_path / "a.json", tmp_path / "b.json"])
+    export = export_command(tmp_path / "out", model=model_folder, mask=random_mask_file(model_folder, tmp_path))
+    assert export["sparsity"] > 0
+
+
+def random_mask_file(model: Path, folder: Path) -> Path:
+    random_mask(model, folder / "mask.safetensors")
+    return folder / "mask.safetensors"
+
+
+def test_the_fisher_information_of_long_sequences_is_measured_on_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All activations of the model are held for its backward pass."""
+    sizes: list[int] = []
+    split = torch.Tensor.split
+
+    def counted(self: torch.Tensor, size: Any, *more: Any) -> Any:
+        if self.shape[1:] == (2048,) and isinstance(size, int):
+            sizes.append(size)
+        return split(self, size, *more)
+
+    model, blocks = tiny_model(max_position_embeddings=2048), torch.randint(0, 256, (4, 2048))
+    monkeypatch.setattr(torch.Tensor, "split", counted)
+    measure_moments(model, [], blocks)
+    assert sizes == [2]
