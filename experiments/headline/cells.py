@@ -35,17 +35,24 @@ def collect(progress: "Progress", folder: Path, *, removes: bool = True) -> int:
         if progress.is_finished(cell):
             write_cell(progress, cell, path)
             there += 1
-        elif not progress.is_within_reach(cell):
-            there += path.exists()  # whether its file is of today's settings cannot be said
+        elif not progress.is_within_reach(cell):  # whether its file is of today's settings cannot be said
+            if path.exists():
+                there += 1
+                _show_as_today(progress.experiment, cell, path)
         elif is_current(progress, cell, folder):
             there += 1
-            result = read_result(path)
-            shown = result["cell"] | _shown(progress.experiment, cell)
-            if shown != result["cell"]:
-                write_result(path, result | {"cell": shown})
+            _show_as_today(progress.experiment, cell, path)
         elif path.exists():
             _remove(path, "was made with other settings or inputs than today's", removes=removes)
     return there
+
+
+def _show_as_today(experiment: "Experiment", cell: "Cell", path: Path) -> None:
+    """Write into the file of ``cell`` how the experiment of today names it and where it puts it."""
+    result = read_result(path)
+    shown = result["cell"] | _shown(experiment, cell)
+    if shown != result["cell"]:
+        write_result(path, result | {"cell": shown})
 
 
 def _remove(path: Path, why: str, *, removes: bool) -> None:

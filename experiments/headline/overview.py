@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 from experiments.headline.experiment import UNSTRUCTURED
 from experiments.headline.measured import Group, Measured, by_model, groups
 from experiments.headline.tables import seconds_in_all
-from leap_pl.comparison.differences import SAME_SPARSITY, accuracy_difference, perplexity_difference, shared_tasks
+from leap_pl.comparison.differences import (
+    SAME_SPARSITY,
+    accuracy_difference,
+    perplexity_difference,
+    perplexity_difference_to,
+    shared_tasks,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -179,11 +185,12 @@ def _to_other_forms(measured: Measured, group: Group, title: str) -> tuple[float
     """How much worse a row that has no baseline of its form is than the best of other forms at its sparsity.
 
     Returns:
-        The difference, and its standard error from those of both figures, if they are known; None without a baseline.
+        The difference, and its standard error, paired where windows are known, else from those of both figures, if they
+        are; None without a baseline.
     """
     own = measured.entry.perplexity.get(title)
     others = [
-        m.entry.perplexity[title]
+        m.entry
         for m in group.rows
         if m.cell["baseline"] and title in m.entry.perplexity
         if m.entry.pattern != measured.entry.pattern
@@ -191,9 +198,12 @@ def _to_other_forms(measured: Measured, group: Group, title: str) -> tuple[float
     ]
     if own is None or not others:
         return None
-    best = min(others, key=lambda figure: float(figure["value"]))
-    errors = own["stderr"], best["stderr"]
-    return float(own["value"]) - float(best["value"]), None if None in errors else math.hypot(*errors)
+    best = min(others, key=lambda other: float(other.perplexity[title]["value"]))
+    gap = perplexity_difference_to(measured.entry, best, title)
+    if gap.stderr is not None:
+        return gap.value, gap.stderr
+    errors = own["stderr"], best.perplexity[title]["stderr"]
+    return gap.value, None if None in errors else math.hypot(*errors)
 
 
 def _span(values: Sequence[float], form: str = ".0f") -> str:

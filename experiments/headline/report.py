@@ -18,6 +18,7 @@ from experiments.headline.tables import (
     seeds_table,
     task_table,
 )
+from leap_pl.masks.patterns import has_form
 
 if TYPE_CHECKING:
     from leap_pl.comparison.drawing import Picture
@@ -147,7 +148,13 @@ def _pictures(found: Sequence[Measured], docs: Path, folder: Path) -> Iterator[s
         names = " and ".join(dict.fromkeys(m.cell["table"] for m in formed))
         pictures += [replace(picture, caption=f"{picture.caption} Tables: {names}.") for picture in drawn]
     labels = {m.cell["name"]: m.entry.label for m in found}
-    agreeing = [m for m in found if m.cell["overlap"] is not None]
+    patterns = {m.cell["name"]: m.entry.pattern for m in found}
+    # How far a mask is from a prior of another form says little of what it learned.
+    agreeing = [
+        m
+        for m in found
+        if m.cell["overlap"] is not None and has_form(patterns.get(m.cell["prior"], ""), m.entry.pattern)
+    ]
     overlaps = []
     for m in agreeing:
         told, prior = m.cell["overlap"], m.cell["prior"]

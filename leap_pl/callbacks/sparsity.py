@@ -16,6 +16,7 @@ from leap_pl.distributed.shards import gathered
 from leap_pl.gates import FixedGate
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.losses.objective import TOTAL
+from leap_pl.masks.patterns import has_form
 from leap_pl.masks.weight_groups import shares, split_name, sums
 from leap_pl.training.finite import read_together
 from leap_pl.training.live_settings import live_settings
@@ -67,7 +68,8 @@ class SparsityLogger(L.Callback):
     ``tiles/logits_above_0``    share of tiles whose logit is above 0 (TileGate)
     ``loss/…``                  each term of the objective, unweighted, and their weighted sum ``total``
     ``gradient/norm``           norm of the logits' gradient before clipping (not with float16's scaler)
-    ``mask/changed_from_…``     share of hard mask bits that differ from the prior, and from the last log
+    ``mask/changed_…``          share of hard mask bits that differ from the prior (``from_prior``), if that is of the
+                                gates' own form, and from the last log (``since_last_log``)
     ``perplexity/…``            perplexity of the hard mask and of the dense model, at validation (by the module)
     ``at_a_glance/…``           the curves that decide, first in TensorBoard: perplexity of the hard mask, of the dense
                                 model and of the prior; ``density/soft`` minus its target
@@ -118,8 +120,12 @@ class SparsityLogger(L.Callback):
         assert isinstance(pl_module, LeapModule)
         self.widths = {gate.shape[-1] for gate in pl_module.gates.values()}
         self.stride = spread_stride(sum(pl_module.sizes.values()) // self.samples, self.widths)
-        if pl_module.prior is not None:
-            self.prior_bits = {n: m.reshape(-1)[:: self.stride].clone() for n, m in pl_module.prior.masks.items()}
+        prior = pl_module.prior
+        # From a mask of another form, as tiles start from, most bits differ by the form and not by what is learned.
+        if prior is not None and has_form(
+            str(prior.provenance.config.get("pattern", "unstructured")), pl_module.gates.form
+        ):
+            self.prior_bits = {n: m.reshape(-1)[:: self.stride].clone() for n, m in prior.masks.items()}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(_PAGE | (_PAGE_OF_WEIGHTS if pl_module.trained else {}))

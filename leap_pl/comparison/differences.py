@@ -20,15 +20,18 @@ class Difference:
 
     Attributes:
         value: Figure minus the baseline's, in the figure's unit.
-        stderr: Paired standard error; None if it is not known.
+        stderr: Paired standard error of ``value``; None if it is not known.
         baseline: Label of the baseline.
         of: Figure of the baseline.
+        relative_stderr: Paired standard error of :attr:`relative`, to which the baseline's own error belongs; None if
+            it is not known, as of accuracies.
     """
 
     value: float
     stderr: float | None
     baseline: str
     of: float
+    relative_stderr: float | None = None
 
     @property
     def relative(self) -> float:
@@ -47,17 +50,28 @@ def perplexity_difference(
     rivals = [r for r in _rivals(entry, entries, baselines) if text in r.perplexity]
     if text not in entry.perplexity or not rivals:
         return None
-    best = min(rivals, key=lambda rival: float(rival.perplexity[text]["value"]))
-    a, b = entry.perplexity[text], best.perplexity[text]
+    return perplexity_difference_to(entry, min(rivals, key=lambda rival: float(rival.perplexity[text]["value"])), text)
+
+
+def perplexity_difference_to(entry: Entry, baseline: Entry, text: str) -> Difference:
+    """Return the perplexity of ``entry`` on ``text`` minus that of ``baseline``, of whatever method and pattern.
+
+    The errors are not known where the windows of either are not known, or their numbers differ.
+    """
+    a, b = entry.perplexity[text], baseline.perplexity[text]
     windows_a, windows_b = a.get("window_nll", []), b.get("window_nll", [])
-    stderr = None
+    stderr = relative_stderr = None
     if len(windows_a) == len(windows_b):
         # Delta method: exp(mean) is linear in small deviations of the windows, with the perplexity as slope. The mean
         # is over tokens: of windows that overlap, the first predicts more than the others.
         weights = _weights_of_windows(len(windows_a), a)
-        triples = zip(windows_a, windows_b, weights, strict=True)
-        stderr = _stderr([w * (a["value"] * (x - a["nll"]) - b["value"] * (y - b["nll"])) for x, y, w in triples])
-    return Difference(a["value"] - b["value"], stderr, best.label, b["value"])
+        moved = [
+            (w * (x - a["nll"]), w * (y - b["nll"])) for x, y, w in zip(windows_a, windows_b, weights, strict=True)
+        ]
+        stderr = _stderr([a["value"] * x - b["value"] * y for x, y in moved])
+        # A ratio is the exponential of a difference of means: what both share in a window cancels.
+        relative_stderr = _stderr([a["value"] / b["value"] * (x - y) for x, y in moved])
+    return Difference(a["value"] - b["value"], stderr, baseline.label, b["value"], relative_stderr)
 
 
 def _weights_of_windows(windows: int, figure: Mapping[str, Any]) -> list[float]:

@@ -226,11 +226,13 @@ def _differences(
     for axes, (title, found, relative) in zip(places[: len(panels)], panels, strict=True):
         axes.axvline(0, color="0.35", linestyle="--", linewidth=1.2)
         for row, (_, difference) in enumerate(found):
-            scale = 100 / difference.of if relative else 100
+            value, stderr = difference.value, difference.stderr
+            if relative:
+                value, stderr = difference.relative, difference.relative_stderr
             axes.errorbar(
-                _times(difference.value, scale),
+                _times(value, 100),
                 row,
-                xerr=_times(difference.stderr, scale),
+                xerr=_times(stderr, 100),
                 marker="o",
                 color=COLOURS[0],
                 capsize=3,
@@ -244,7 +246,7 @@ def _differences(
         axes.grid(axis="x", color="0.9", linewidth=0.8)
     caption = (
         "Difference to the best baseline at the same sparsity, of perplexities as a share of the baseline's. Bars: one "
-        "standard error of the paired difference."
+        "standard error, from pairs of windows and of questions; that of a share takes in the baseline's."
     )
     return [save(figure, folder, "differences", caption)]
 

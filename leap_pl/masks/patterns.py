@@ -140,6 +140,14 @@ def follows(mask: Tensor, input_dim: int, form: Pattern | Tiled) -> bool:
     return True
 
 
+def has_form(recorded: str, form: str) -> bool:
+    """Return whether a mask that is ``recorded`` as of one form has the other, both as their strings.
+
+    Bits of a mask differ from one that has not its form before anything is learned. Any mask is unstructured.
+    """
+    return form in ("unstructured", recorded)
+
+
 def _in_full_tiles(mask_OI: Tensor, size: int) -> Tensor:
     """Return a bool tensor that is True in the tiles that are kept as a whole."""
     full = torch.zeros_like(mask_OI)

@@ -149,7 +149,9 @@ def sampled(inputs_NI: Tensor, energies_N: Tensor, sample: int, start: float = 0
     q_N = 0.5 * shares_N.nan_to_num() + 0.5 / count
     # In whole numbers: a GPU adds others in no fixed order.
     sums_N = (q_N * WHOLE).long().cumsum(0)
-    draws = ((torch.arange(sample, device=q_N.device) + start) / sample * WHOLE).long()
+    # In float32 whatever the default is: half precision would round different places to one.
+    places = torch.arange(sample, dtype=torch.float32, device=q_N.device)
+    draws = ((places + start) / sample * WHOLE).long()
     rows = torch.searchsorted(sums_N, draws).clamp_(max=count - 1)
     return inputs_NI[rows] * (sample * q_N[rows]).rsqrt()[:, None]
 

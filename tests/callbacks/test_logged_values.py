@@ -1,5 +1,6 @@
 """The curves of a run against its mask, at a sparsity other than one half."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from leap_pl import LeapModule, TextDataModule
 from leap_pl.callbacks import SparsityLogger
 from leap_pl.callbacks.sparsity import spread_stride
+from leap_pl.gates import Gates
+from leap_pl.masks import MaskSet
 from leap_pl.prior import Prior
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -104,3 +107,33 @@ def test_bits_that_changed_are_counted(finished_at_70: tuple[LeapModule, Sparsit
     opened = int((~module.mask_set().masks["model.layers.0.mlp.up_proj.weight"].flatten()[:20]).sum())
     assert opened > 0  # and as many elsewhere are closed
     assert metrics["mask/changed_since_last_log"] == pytest.approx(2 * opened / sum(module.sizes.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("form", "prior", "compared"),
+    [
+        ("unstructured", "unstructured", True),
+        ("unstructured", "2:4", True),
+        ("2:4", "2:4", True),
+        ("2:4", "unstructured", False),
+        ("2:4", "4:8", False),
+        ("8x8 tiles, dense or 2:4", "unstructured", False),
+        ("8x8 tiles, dense or 2:4", "16x16 tiles, dense or 2:4", False),
+    ],
+)
+def test_only_a_prior_of_the_gates_own_form_is_compared(
+    finished_at_70: tuple[LeapModule, SparsityLogger],
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    prior: str,
+    compared: bool,
+) -> None:
+    module, _ = finished_at_70
+    made = module.prior
+    assert made is not None
+    recorded = MaskSet(made.masks, replace(made.provenance, config={"pattern": prior}))
+    monkeypatch.setattr(module.run_prior, "masks", {"prior": recorded})
+    monkeypatch.setattr(Gates, "form", form)
+    log = SparsityLogger(samples=1 << 30)
+    log.on_fit_start(SimpleNamespace(loggers=[]), module)  # type: ignore[arg-type]
+    assert ("mask/changed_from_prior" in log.measure(module)) == compared

@@ -26,9 +26,13 @@ def test_differences_are_drawn_relative_to_the_baseline(four_results, tmp_path, 
     drawn = []
     monkeypatch.setattr(pictures, "save", lambda figure, folder, stem, caption: drawn.append(figure))
     entries = read_entries(four_results)
+    (leap,) = [entry for entry in entries if entry.method == "leap"]
+    leap.perplexity["held-out.jsonl"]["window_nll"][0] += 0.1  # of 8 windows, which else differ alike
     _differences(entries, BASELINES, ["held-out.jsonl"], ["piqa"], tmp_path)
     perplexity, accuracy = drawn[0].axes
     assert perplexity.lines[1].get_xdata() == pytest.approx([-30.0])  # 14 of 20
+    (bar,) = perplexity.containers[0][2][0].get_segments()[:1]
+    assert bar[1][0] - bar[0][0] == pytest.approx(2 * 70.0 * 0.1 / 8)  # ± percent of the baseline
     assert accuracy.lines[1].get_xdata() == pytest.approx([25.0])  # points
     (bar,) = accuracy.containers[0][2][0].get_segments()[:1]
     assert bar[1][0] - bar[0][0] == pytest.approx(2 * 25.0)  # ± points

@@ -3,6 +3,7 @@
 import copy
 import csv
 import math
+import random
 import re
 import statistics
 from dataclasses import replace
@@ -11,8 +12,13 @@ import pytest
 from made_results import result
 
 from leap_pl.cli.compare import compare_command
-from leap_pl.comparison.differences import _rivals, accuracy_difference, perplexity_difference
-from leap_pl.comparison.entries import read_entries
+from leap_pl.comparison.differences import (
+    _rivals,
+    accuracy_difference,
+    perplexity_difference,
+    perplexity_difference_to,
+)
+from leap_pl.comparison.entries import Entry, read_entries
 from leap_pl.comparison.table import make_table
 from leap_pl.comparison.verdict import verdict
 from leap_pl.errors import UserError
@@ -264,7 +270,42 @@ def test_error_of_a_difference_weighs_windows_by_their_tokens(write_result):
         for n, x, y in zip(counts, a["window_nll"], b["window_nll"], strict=True)
     ]
     assert sum(moved) == pytest.approx(0)
+    shares = [
+        n * (x - a["nll"] - (y - b["nll"])) for n, x, y in zip(counts, a["window_nll"], b["window_nll"], strict=True)
+    ]
+    error = a["value"] / b["value"] * math.sqrt(4 / 3 * sum(share * share for share in shares)) / 13
+    assert found.relative_stderr == pytest.approx(error)
     assert found.stderr == pytest.approx(math.sqrt(4 / 3 * sum(m * m for m in moved)) / 13)
+
+
+def measured(windows):
+    """An entry with the NLL of windows of as many tokens."""
+    nll = statistics.fmean(windows)
+    figure = {"value": math.exp(nll), "nll": nll, "window_nll": list(windows)}
+    return Entry("x.json", "x", "leap", "org/base", "f00d", 0.5, perplexity={"text": figure})
+
+
+def test_a_ratio_has_no_error_where_all_windows_moved_alike():
+    """The difference has one, of how hard the windows are, and so has the baseline that it is a share of."""
+    windows = [3.1, 2.2, 2.9, 3.6, 2.4]
+    found = perplexity_difference_to(measured([x - 0.3 for x in windows]), measured(windows), "text")
+    assert found.relative == pytest.approx(math.exp(-0.3) - 1)
+    assert found.relative_stderr == pytest.approx(0, abs=1e-12)
+    assert found.stderr / found.of == pytest.approx((1 - math.exp(-0.3)) * statistics.stdev(windows) / 5**0.5)
+    assert perplexity_difference_to(measured(windows), measured(windows[1:]), "text").relative_stderr is None
+
+
+def test_error_of_a_ratio_is_its_deviation_over_texts():
+    """Of 3,000 texts of 48 windows, whose difficulty is shared; independent of the formula."""
+    generator = random.Random(0)
+    found = []
+    for _ in range(3000):
+        hard = [generator.gauss(3.0, 0.4) for _ in range(48)]
+        moved = [x + generator.gauss(-0.4, 0.05) - 0.1 * (x - 3.0) for x in hard]
+        found.append(perplexity_difference_to(measured(moved), measured(hard), "text"))
+    deviation = statistics.stdev(difference.relative for difference in found)
+    assert math.sqrt(statistics.fmean(d.relative_stderr**2 for d in found)) == pytest.approx(deviation, rel=0.05)
+    assert statistics.fmean(d.stderr / d.of for d in found) > 2 * deviation
 
 
 def test_baseline_is_of_the_same_sparsity_and_model(write_result):

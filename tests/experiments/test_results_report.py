@@ -352,6 +352,43 @@ def test_a_row_without_a_baseline_of_its_form_is_compared_with_those_of_others(e
         assert f"in {0 if told else 2} of 2 comparisons of a row on a text" in verdict([*rows, baseline])
 
 
+def test_a_loss_to_a_mask_of_another_form_is_judged_by_pairs_of_windows(experiment_done):
+    """A row that is .02 worse in each of 48 windows is worse, however much the windows differ from one another."""
+    folder, _ = experiment_done
+    found = {m.cell["name"]: m for m in read_cells(folder / "docs" / "results" / "cells")}
+    hard = np.random.default_rng(0).normal(3, 0.3, 48).tolist()
+
+    def row(name, by, windows, baseline):
+        nll = np.mean(hard) + by
+        figure = {"value": np.exp(nll), "stderr": np.exp(nll) * np.std(hard) / 48**0.5, "nll": nll}
+        figure["window_nll"] = [x + by for x in hard[:windows]]
+        entry = replace(found[name].entry, perplexity=dict.fromkeys(found[name].entry.perplexity, figure))
+        return replace(found[name], entry=entry, cell={**found[name].cell, "table": "2:4", "baseline": baseline})
+
+    for windows, listed in ((48, 2), (47, 0), (0, 0)):
+        rows = [row("leap-50", 0.02, windows, False), row("wanda-2of4-50", 0, 48, True)]
+        assert "\n".join(losses(rows, [])).count("to a mask of another form)") == listed
+
+
+def test_agreement_with_a_prior_of_another_form_is_not_told(experiment_done, tmp_path):
+    """Bits that the form decides are no bits that were learned."""
+    docs, path, result = copied_cell(experiment_done, tmp_path, "leap-50")
+
+    def told():
+        """Of the page that is written again, the rows whose bits are told, and those in the picture."""
+        assert main(["--report", "--from", str(docs / "cells"), "--docs", str(docs)]) == 0
+        page = (tmp_path / "docs" / "results.md").read_text()
+        (line,) = re.findall(r"^Mask bits that differ from the prior: (.*)\.$", page, re.MULTILINE)
+        picture = (docs / "overlap.svg").read_text()
+        drawn = {label for label in ("LEAP, LM, 50%", "LEAP, LM, 60%") if f"{label} ∩" in picture}
+        return set(re.findall(r"LEAP, LM, \d\d%", line)), drawn
+
+    assert told() == ({"LEAP, LM, 50%", "LEAP, LM, 60%"},) * 2
+    result["config"]["pattern"] = "8x8 tiles, dense or 2:4"
+    path.write_text(json.dumps(result))
+    assert told() == ({"LEAP, LM, 60%"},) * 2
+
+
 def test_a_mask_that_was_made_again_with_other_bits_is_named(experiment_done, tmp_path):
     folder, _ = experiment_done
     docs = tmp_path / "docs" / "results"

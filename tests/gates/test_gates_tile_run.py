@@ -60,6 +60,16 @@ def test_fit_checkpoint_export_and_reading_back(tile_run: tuple[str, Path], tmp_
     assert all(follows(weights[name] != 0, 1, Tiled(NM(2, 4), 8)) for name in learned.masks)
 
 
+def test_bits_are_not_compared_with_a_prior_that_has_no_tiles(tile_run: tuple[str, Path]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tile_run[1] / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"tiles/logits_above_0", "mask/changed_since_last_log"} <= tags
+    assert "mask/changed_from_prior" not in tags
+
+
 def test_resumed_run_ends_bit_identical(tile_run: tuple[str, Path], model_folder, text_file, tmp_path: Path) -> None:
     mode, folder = tile_run
     earlier = folder / "checkpoints" / "step=4.ckpt"

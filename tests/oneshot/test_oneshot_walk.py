@@ -14,7 +14,7 @@ from torch import Tensor
 from leap_pl.base_model.weights import decoder_blocks, find_weights
 from leap_pl.errors import UserError
 from leap_pl.oneshot.fisher import measure_moments
-from leap_pl.oneshot.inputs import InputStatistics, Matrix
+from leap_pl.oneshot.inputs import InputStatistics, Matrix, sampled
 from leap_pl.oneshot.prune import prune
 from leap_pl.oneshot.walk import Walk, WalkOptions, _Collector
 
@@ -192,6 +192,20 @@ def test_a_layer_error_without_a_hessian_is_near_the_one_with_it(first: float, l
             statistics.add(inputs, sample=32)
     assert sum(map(len, estimated.sample)) == 16 * 32
     assert estimated.error(dense, pruned) == pytest.approx(exact.error(dense, pruned), rel=0.1)
+
+
+def test_tokens_are_drawn_alike_whatever_data_type_is_the_default() -> None:
+    """Lightning sets that to half precision in some runs, in which whole numbers above 256 run together."""
+    inputs = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
+    energies = inputs.square().sum(1)
+    expected = sampled(inputs, energies, 1000, 0.3)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        found = sampled(inputs, energies, 1000, 0.3)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, expected)
 
 
 def test_all_tokens_are_kept_where_there_are_no_more_than_are_drawn() -> None:
