@@ -320,6 +320,14 @@ def test_a_model_that_is_not_there_is_left_out_and_its_cells_stay(again, capsys)
     assert results(folder, "--list") == 0
     listed = capsys.readouterr().out.splitlines()
     assert "other-wanda-60 3 min needs make assets-other" in [" ".join(line.split()) for line in listed]
+    # How they are shown needs no model.
+    change(folder / "tiny.yaml", "models", "other", "about", to=["Another sentence."])
+    results(folder, "--report")
+    shown = cells(folder)["other-wanda-60"]
+    assert shown["cell"]["about"][0] == "Another sentence."
+    assert shown == before["other-wanda-60"] | {
+        "cell": before["other-wanda-60"]["cell"] | {"about": shown["cell"]["about"]}
+    }
 
 
 def test_another_best_makes_the_cell_that_kept_the_former(again):
