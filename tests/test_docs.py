@@ -140,6 +140,44 @@ def test_a_command_that_is_shown_parses(
     assert make_cli([*words, *more], run=False, kind=kind).model.base_model
 
 
+def clashes(text: str) -> list[str]:
+    """The commands that would be refused: what they write is a folder that another one, shown before, has written.
+
+    A name in capitals is the reader's own. --force replaces a folder, and --ckpt_path resumes the run in it.
+    """
+    writers: dict[str, str] = {}
+    found = []
+    for line in commands(text):
+        words = shlex.split(line.replace("=", " "))
+        places = [place for place, word in enumerate(words) if word in ("--output_dir", "--checkpoint.dirpath")]
+        for folder in (words[place + 1].rstrip("/") for place in places):
+            again = writers.setdefault(folder, line) != line and not {"--force", "--ckpt_path"} & {*words}
+            found += [line] if again and not folder.isupper() else []
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_of_one_page_write_folders_of_their_own(document: Path) -> None:
+    assert not clashes(document.read_text(encoding="utf-8"))
+
+
+def test_a_folder_that_two_commands_write_is_found() -> None:
+    first = "leap_pl compare a.json --output_dir out"
+    cases = {
+        first: False,
+        "leap_pl compare b.json --output_dir=out": True,
+        "leap_pl compare b.json --output_dir out/ ": True,
+        "leap_pl compare b.json --output_dir out --force": False,
+        "leap_pl fit --checkpoint.dirpath out": True,
+        "leap_pl fit --checkpoint.dirpath out --ckpt_path last": False,
+        "leap_pl compare b.json --output_dir other": False,
+    }
+    for second, found in cases.items():
+        assert clashes(f"```bash\n{first}\n```\nand\n```bash\n{second}\n```") == [second.strip()] * found
+    own = "leap_pl prune --output_dir OUT"
+    assert not clashes(f"```bash\n{own}\n{own} --method admm\n```")
+
+
 @pytest.mark.parametrize(
     ("document", "line"), [(name, line) for name, line in SHOWN if line.startswith("make ")], ids=str
 )

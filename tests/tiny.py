@@ -58,6 +58,17 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **changes: object) -> Pr
     return model.eval()
 
 
+def token_dependent_model() -> PreTrainedModel:
+    """A model that cannot be walked: an argument of its last block depends on the tokens."""
+    model = tiny_model()
+
+    def add(module: torch.nn.Module, args: object, kwargs: dict[str, object]) -> tuple[object, dict[str, object]]:
+        return args, {**kwargs, "seen": args[0].clone()}  # type: ignore[index]
+
+    model.model.layers[1].register_forward_pre_hook(add, with_kwargs=True)
+    return model
+
+
 def byte_tokenizer(*, end_token: bool = True, prefix: int = 0) -> PreTrainedTokenizerFast:
     """A token a byte, ``<|end|>`` (256) unless ``end_token`` is false, and ``prefix`` tokens (from 257) put first."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

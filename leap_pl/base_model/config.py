@@ -30,6 +30,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     _check_usual_weights(name, config)
     if not trust_remote_code:
         _check_plain(name, config)
+        _forget_code(config)
     if gguf_file is not None and hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -106,6 +107,18 @@ def _check_plain(name: str, config: "PreTrainedConfig") -> None:
                     f"the config.json of base model {name} asks for {shown(kernel)}, which is not installed, and "
                     f"transformers may fetch it from the hub. {remove}"
                 )
+
+
+def _forget_code(config: "PreTrainedConfig") -> None:
+    """Remove the names of the model's code, which is not run: what is saved of the model will not have it.
+
+    They stay where transformers has no class of its own for the model, which is refused for its code then.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not None:
+        for part in _parts_of(config):
+            vars(part).pop("auto_map", None)
 
 
 def _has_attention(kernel: str, config: "PreTrainedConfig") -> bool:

@@ -17,6 +17,7 @@ from leap_pl.errors import UserError, listing, one_line
 from leap_pl.inputs.hub import check_reachable, gated
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
+from leap_pl.inputs.records import mask_in
 from leap_pl.inputs.register import exists, note_input
 
 _CLEAR_ERRORS = OSError | ValueError | RuntimeError | SafetensorError  # messages that need no class name
@@ -58,8 +59,7 @@ def locate(name: str) -> tuple[str, str | None]:
         if not (path / "config.json").is_file():
             raise UserError(
                 f"base model {name}: the folder holds no config.json (found: "
-                f"{listing(sorted(p.name for p in path.iterdir()), 6)}). "
-                "Give a Hugging Face model folder, a .gguf file or a hub id."
+                f"{listing(sorted(p.name for p in path.iterdir()), 6)}). {_instead(name)}"
             )
         return str(path), None
     if path.is_file():
@@ -79,6 +79,18 @@ def locate(name: str) -> tuple[str, str | None]:
             "recover: --model.revision)."
         )
     return name, None
+
+
+def _instead(name: str) -> str:
+    """Return what to type in place of the folder ``name``, in which there is no model itself."""
+    if (expanded(name) / "model" / "config.json").is_file():  # as of prune, with a method that updates weights
+        return f"Give {Path(name) / 'model'}."
+    if mask_in(name).is_file():
+        return (
+            f"It has a mask, which evaluate and export take: --mask {name}. leap_pl export --mask {name} --output_dir "
+            "FOLDER makes a model of it."
+        )
+    return "Give a Hugging Face model folder, a .gguf file or a hub id."
 
 
 def _looks_local(name: str) -> bool:

@@ -77,7 +77,7 @@ def evaluate_command(
             in a clone of the repository. Tasks that are not in it are read from the hub.
         batch_size: Windows in a forward pass; of the answers of tasks, as many as have 512 tokens for each of them.
         dtype: Type of the weights in memory and of the computation; auto: the type they are stored in, but float32
-            for bfloat16 on hardware where float32 is faster.
+            for bfloat16, and on a CPU for float16, on hardware where float32 is faster.
         device: Device to run on; auto: the first GPU, or the CPU without one.
         revision: Branch, tag or commit of the base model on the hub; a local model has none.
         trust_remote_code: Run code that comes with the model; only for a model given with --model.
@@ -286,16 +286,15 @@ def _tasks_folder(given: str | None) -> str | None:
 
 
 def _use_fast_dtype(subject: "Subject") -> None:
-    """Convert bfloat16 weights to float32 on a device where float32 is faster, and print a note."""
-    import torch
-
-    from leap_pl.base_model.fast_dtype import fast_dtype
+    """Convert weights of 16 bits to float32 on a device where float32 is faster, and print a note."""
+    from leap_pl.base_model.fast_dtype import is_slow
 
     model = subject.model
-    if model.dtype == torch.bfloat16 and fast_dtype(model.device) == "float32":
+    if is_slow(model.dtype, model.device):
+        stored = str(model.dtype).removeprefix("torch.")
         say(
-            f"evaluating in float32, which is faster than bfloat16 on this {model.device.type.upper()} "
-            "(--dtype bfloat16 overrides this)",
+            f"evaluating in float32, which is faster than {stored} on this {model.device.type.upper()} "
+            f"(--dtype {stored} overrides this)",
             sys.stderr,
         )
         model.float()

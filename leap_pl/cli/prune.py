@@ -200,6 +200,8 @@ def prune_command(
         if kept_mask is not None:
             kept_mask.check(base, weights)
         tokens, begun, first_target = None, {}, 1
+        if uses_text and dtype == "auto":
+            _note_slow_dtype(base, device_name(device))
         if uses_text:
             from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
             from leap_pl.data import calibration_blocks
@@ -252,6 +254,22 @@ def prune_command(
         _write(folder, pruned, base if asked.updates else None, method, model, revision, trust_remote_code)
     _report(output_dir, pruned, asked.updates)
     return pruned
+
+
+def _note_slow_dtype(base: "PreTrainedModel", device: str) -> None:
+    """Print a note where the type that the model is stored in is slower than float32 on the ``device``."""
+    import torch
+
+    from leap_pl.base_model.fast_dtype import is_slow
+
+    kind = torch.device(device)
+    if is_slow(base.dtype, kind):
+        stored = str(base.dtype).removeprefix("torch.")
+        say(
+            f"leap_pl prune: the model is stored in {stored}, and this {kind.type.upper()} computes float32 faster: "
+            "--dtype float32, which takes twice the memory",
+            sys.stderr,
+        )
 
 
 def _fisher(strength: float, row_strength: float) -> Any:

@@ -131,16 +131,20 @@ def read_text(
 def check_held_out(name: str, config: Any) -> None:
     """Check that the runs recorded in a mask's ``config`` held out the same part of the local file ``name``.
 
-    ``name`` may be a pattern. Which documents of a file are held out depends on its number in the list of files.
+    ``name`` may be a pattern. Which documents of a file are held out depends on its number in the list of files, of a
+    text to calibrate on as of one to train on.
 
     Raises:
         UserError: A run was trained on the whole file, or held out other documents of it. A file that no longer exists
             is compared by its name.
     """
-    before = config.get("mask") if isinstance(config, dict) else None  # of a mask that stayed while weights learned
+    if not isinstance(config, dict):
+        return
+    before = config.get("mask")  # of a mask that stayed while weights learned
     if isinstance(before, dict):
         check_held_out(name, before.get("config"))
-    data = config.get("data") if isinstance(config, dict) else None
+    check_held_out(name, config.get("weight_update"))  # of weights that a one-shot method updated under it
+    data = config.get("data") or config  # a one-shot method records its text beside its settings
     if not isinstance(data, dict):
         return
     trained, whole = data.get("text"), data.get("validation_text") or data.get("held_out") is False

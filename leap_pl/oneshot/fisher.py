@@ -222,7 +222,7 @@ def measure_moments(
     if unseen:
         raise UserError(
             f"{listing(unseen, 3)}: no product with it was seen in the forward pass, so its Fisher information is "
-            "unknown. Leave out --fisher."
+            "unknown. Give --fisher null, or leave it out with --ignore."
         )
     for name, own in moments.items():
         if not (own.input_square_I.isfinite().all() and own.gradient_square_O.isfinite().all()):

@@ -103,6 +103,7 @@ METHODS: dict[str, Method] = {
 
 DEFAULT = "wanda"
 FALLBACK = "magnitude"  # for matrices that no token reached: it needs no inputs
+INSTEAD = f"Give --method {FALLBACK}"  # what to type where a model cannot be walked for its inputs
 
 
 def method_named(name: str) -> Method:

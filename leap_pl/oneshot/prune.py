@@ -49,7 +49,7 @@ class Pruned:
     Attributes:
         masks: Masks of all weights.
         errors: Matrix name → layer error ‖XW'ᵀ − XWᵀ‖² / ‖XWᵀ‖² on the calibration inputs in the pruned model, with
-            W' as written back. Empty without calibration text.
+            W' as written back. Empty without a walk.
         dampings: Matrix name → damping used, for matrices where the requested damping failed.
         unseen: Names of matrices that no calibration token reached, and that were pruned by magnitude.
         seconds: Wall-clock time.
@@ -83,7 +83,8 @@ def prune(
     """Prune ``model`` in one shot.
 
     The decoder blocks are visited in order. A block's matrices are pruned on the inputs that they get when the block,
-    still dense, runs on the outputs of the pruned blocks before it.
+    still dense, runs on the outputs of the pruned blocks before it. A method that needs no inputs takes no walk where
+    the tokens are for an allocation, so that it prunes models that cannot be walked too.
 
     Args:
         model: Dense base model, on one device, without gates.
@@ -159,7 +160,8 @@ def prune(
 
     if owl is not None:
         assert blocks_NT is not None
-        with Walk(model, blocks_NT, replace(walk or WalkOptions(), keep=True)) as dense_walk:
+        of_owl = replace(walk or WalkOptions(), keep=True, instead="Give --owl false")
+        with Walk(model, blocks_NT, of_owl) as dense_walk:
             layer_sparsity = owl_sparsities(dense_walk, matrices, pattern.sparsity, owl)
         config["owl"] = asdict(owl)
         logger.info("OWL sparsities: %s", ", ".join(f"{s:.4f}" for s in layer_sparsity))
@@ -181,12 +183,14 @@ def prune(
         logger.info("Fisher allocation: %s", ", ".join(f"{n} {p.sparsity:.4f}" for n, p in patterns.items()))
 
     run = _Run(asked, pattern, patterns, options, mask, update, weights)
-    if blocks_NT is None:
+    if blocks_NT is None or (asked.needs is None and (owl is not None or fisher is not None)):
         with torch.no_grad():
             for block in bar(matrices, progress):
                 run.block(block, {})
     else:
         walk = replace(walk or WalkOptions(), keep=not update)
+        if mask is not None:  # which no method without a walk keeps
+            walk = replace(walk, instead=f"{walk.instead} without --mask")
         with Walk(model, blocks_NT, walk) as pruned_walk:
             shown = bar(pruned_walk, progress)
             for index in shown:

@@ -22,7 +22,7 @@ from leap_pl.base_model.weights import decoder_blocks
 from leap_pl.errors import UserError
 from leap_pl.kernels.transfers import to_device, to_host
 from leap_pl.oneshot.inputs import ERROR_TOKENS, InputStatistics, Matrix, ProductWatch
-from leap_pl.oneshot.methods import FALLBACK
+from leap_pl.oneshot.methods import INSTEAD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +39,7 @@ class WalkOptions:
         keep: Restore each block's own tensors after it was visited, and discard whatever was written into its tensors
             on the compute device: nothing is copied back, and memory-mapped weights stay memory-mapped.
         first_target: Index of the first token of a sequence that is predicted, where a loss is computed.
+        instead: What to type where the model cannot be walked, for the messages: a setting that needs no walk.
     """
 
     batch_size: int = 4
@@ -46,6 +47,7 @@ class WalkOptions:
     offload: bool = True
     keep: bool = False
     first_target: int = 1
+    instead: str = INSTEAD
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,14 @@ class _Call:
     size: int
 
     @classmethod
-    def of(cls, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call":
+    def of(cls, block: str, args: tuple[Any, ...], kwargs: dict[str, Any], instead: str) -> "_Call":
         if args and isinstance(args[0], Tensor):
             return cls(args, kwargs, 0, args[0].shape[0])
         if isinstance(kwargs.get("hidden_states"), Tensor):
             return cls(args, kwargs, "hidden_states", kwargs["hidden_states"].shape[0])
         raise UserError(
-            f"{block} does not take hidden states as its first argument, so leap_pl cannot prune this model block by "
-            f"block. Use the method {FALLBACK}, which reads no text."
+            f"{block} does not take hidden states as its first argument, so leap_pl cannot run this model block by "
+            f"block. {instead}."
         )
 
     @property
@@ -180,7 +182,7 @@ class Walk:
             if matrix.weight.name not in seen:
                 raise UserError(
                     f"{matrix.weight.name}: no product of inputs with it was seen while its block ran, so it cannot be "
-                    f"calibrated. Leave it out with --ignore, or prune it with --method {FALLBACK}."
+                    f"calibrated. {self.options.instead}, or leave it out with --ignore."
                 )
             if statistics is not None and not statistics.finite():
                 raise UserError(
@@ -230,7 +232,7 @@ class Walk:
         if others:
             self.states.append(self._stored(last[0].hidden))
         for index in range(len(self.blocks)):
-            _check_same(f"{self.prefix}.{index}", first[index], last[index])
+            _check_same(f"{self.prefix}.{index}", first[index], last[index], self.options.instead)
             for call in (first[index], last[index]):
                 self._calls[index][call.size] = call.with_hidden(None)
 
@@ -247,7 +249,7 @@ class Walk:
             for index, block in enumerate(self.blocks):
 
                 def before(module: nn.Module, args: Any, kwargs: Any, index: int = index) -> Any:
-                    call = _Call.of(f"{self.prefix}.{index}", args, kwargs)
+                    call = _Call.of(f"{self.prefix}.{index}", args, kwargs, self.options.instead)
                     calls.append(call.with_hidden(None) if order else call)  # the states of all blocks are many
                     order.append(index)
                     if not whole:
@@ -269,7 +271,7 @@ class Walk:
         if order != list(range(len(self.blocks) if whole else 1)):
             raise UserError(
                 f"{self.prefix}: the model's forward pass does not run its blocks once each, in order, so leap_pl "
-                f"cannot prune it block by block. Use the method {FALLBACK}, which reads no text."
+                f"cannot run it block by block. {self.options.instead}."
             )
         return calls
 
@@ -309,7 +311,7 @@ def _put_back(tensors: list[tuple[nn.Parameter, Tensor]]) -> None:
         parameter.data = tensor
 
 
-def _check_same(block: str, first: _Call, last: _Call) -> None:
+def _check_same(block: str, first: _Call, last: _Call, instead: str) -> None:
     """Check that the arguments other than the hidden states do not depend on the tokens.
 
     A mapping that is no dict, and not empty after the run, is how blocks pass keys and values to later ones (Gemma 4).
@@ -330,8 +332,8 @@ def _check_same(block: str, first: _Call, last: _Call) -> None:
     )
     if not same:
         raise UserError(
-            f"{block} has arguments that depend on the tokens, other than its hidden states, so leap_pl cannot prune "
-            f"this model block by block. Use the method {FALLBACK}, which reads no text."
+            f"{block} has arguments that depend on the tokens, other than its hidden states, so leap_pl cannot run "
+            f"this model block by block. {instead}."
         )
 
 

@@ -80,7 +80,7 @@ def measure_input_squares(
         UserError: If the model cannot be walked, or inputs are not finite.
     """
     matrices = by_block(model, weights)
-    walk = replace(walk or WalkOptions(), keep=True)
+    walk = replace(walk or WalkOptions(), keep=True, instead="Give --model.prior.graded false")
     squares: dict[str, Tensor] = {}
     with Walk(model, blocks_NT, walk) as dense_walk:
         for index in bar(dense_walk, progress, "grading"):

@@ -15,7 +15,7 @@ from leap_pl.inputs.plain_values import plain_paths
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.masks import MaskSet
 from leap_pl.masks.bits import pack, unpack
-from leap_pl.oneshot.methods import DEFAULT, FALLBACK, METHODS
+from leap_pl.oneshot.methods import DEFAULT, FALLBACK, INSTEAD, METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +88,10 @@ class Prior:
         if self.method not in (*METHODS, NO_METHOD):
             raise UserError(f"prior.method is {self.method!r}; give one of {', '.join((*METHODS, NO_METHOD))}.")
         if self.graded and self.method == NO_METHOD and self.mask is None:
-            raise UserError("prior.graded grades a mask, and prior.method is none. Leave one of them out.")
+            raise UserError(
+                "prior.graded grades a mask, and prior.method is none. Leave one of them out, that of a config by "
+                "--model.prior.graded false."
+            )
         if self.fisher is not None and not 0 < self.fisher <= 1:
             raise UserError(f"prior.fisher is {self.fisher:g}; give a number above 0 and at most 1, or leave it out.")
         check_numbers(asdict(self), "model.prior.", "prior.")
@@ -143,7 +146,7 @@ class Prior:
                 fisher = allocation if form == "prior" else None
                 if METHODS[self.method].needs is not None or fisher is not None:
                     calibration.check(f"prior.method {self.method}" if fisher is None else "prior.fisher")
-                with _options_of_fit():
+                with _options_of_fit(graded=self.graded):
                     masks[form] = one_shot_prior(
                         model, weights, self.method, pattern, fisher=fisher, **vars(calibration), **self._kept()
                     )
@@ -176,13 +179,17 @@ class Prior:
 
 
 @contextmanager
-def _options_of_fit() -> Iterator[None]:
-    """Name the options of ``fit`` in the messages of one-shot pruning, which name those of ``prune``."""
+def _options_of_fit(*, graded: bool = False) -> Iterator[None]:
+    """Name the options of ``fit`` in the messages of one-shot pruning, which name those of ``prune``.
+
+    The method that needs no walk is the remedy for a model that cannot be walked, which grading would walk next.
+    """
     try:
         yield
     except UserError as error:
         pattern = re.compile(rf"(?<![\w-])--({'|'.join(OF_PRUNE)})\b")
-        message = pattern.sub(lambda found: f"--{OF_PRUNE[found[1]]}", str(error))
+        whole = f"{INSTEAD} --model.prior.graded false" if graded else INSTEAD
+        message = pattern.sub(lambda found: f"--{OF_PRUNE[found[1]]}", str(error).replace(INSTEAD, whole))
         raise UserError(message) from error
 
 
@@ -231,7 +238,7 @@ class Calibration:
             )
             raise UserError(
                 f"{what} needs calibration text, and {found}. Give fit a TextDataModule, or set "
-                f"prior.method to {FALLBACK!r} or prior.mask to a MaskSet file, without prior.graded."
+                f"prior.method to {FALLBACK!r} or prior.mask to a MaskSet file, without prior.graded and prior.fisher."
             )
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -10,8 +10,15 @@ from leap_pl.data.documents import warn
 from leap_pl.distributed.strategy import check_as_rank_zero
 from leap_pl.errors import UserError
 
+if TYPE_CHECKING:
+    from leap_pl.data.source import TextSource
+    from leap_pl.training.datamodule import TextDataModule
+
 FORMAT = 2  # 1 had no digests of the text
 HELD_OUT = "held_out (of validation_text and validation_sequences)"  # as messages name it
+# Settings that choose a part of a hub dataset → their defaults.
+OF_TEXT = {"config_name": None, "split": "train"}
+OF_VALIDATION = {"validation_config_name": None, "validation_split": "validation"}
 
 
 def check_format(state: Mapping[str, Any]) -> None:
@@ -39,14 +46,23 @@ def check_blocks(blocks: Tensor) -> None:
     check_as_rank_zero({"validation text": hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()})
 
 
-def warn_of_hub_part(config_name: str | None, split: str) -> None:
-    """Warn of settings that choose a part of a hub dataset, where the text is local: they are not used."""
-    named = [*(["data.config_name"] if config_name is not None else []), *(["data.split"] if split != "train" else [])]
-    if named:
-        warn(
-            f"not used: {' and '.join(named)} choose a part of a hub dataset, and data.text is local. To learn from a "
-            "part of it, name the files of that part."
-        )
+def warn_of_hub_part(data: "TextDataModule", source: "TextSource", *, validation: bool = False) -> None:
+    """Warn of settings that choose a part of a hub dataset, where the text is local: they are not used.
+
+    Args:
+        data: Settings.
+        source: Text that is learned from, or that is validated on.
+        validation: Whether it is the latter.
+    """
+    usual = OF_VALIDATION if validation else OF_TEXT
+    named = [f"data.{name}" for name, value in usual.items() if getattr(data, name) != value]
+    if not named or not source.is_local:
+        return
+    given = "data.validation_text" if validation and data.validation_text is not None else "data.text"
+    remedy = "To learn from a part of it, name the files of that part."
+    if validation:
+        remedy = "To validate on other text, name it: --data.validation_text FILE."
+    warn(f"not used: {' and '.join(named)} choose a part of a hub dataset, and {given} is local. {remedy}")
 
 
 def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], *, text_by_name: bool) -> None:

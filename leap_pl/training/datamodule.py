@@ -211,15 +211,16 @@ class TextDataModule(LightningDataModule):
                 check_run_length(self.trainer)
             self._progress = self._progress_before = BEGINNING  # a checkpoint is loaded later
             self._step = None
-            if self.stream.source.is_local:
-                warn_of_hub_part(self.config_name, self.split)
+            warn_of_hub_part(self, self.stream.source)
             _, first = next(self.stream.source.documents())
             if self.trainer is not None:  # machines may have copies of their own
                 begins = hashlib.sha256(first.text.encode(errors="surrogatepass")).hexdigest()
                 check_as_rank_zero({"text": [self.identity(), len(self.stream.source.shards), begins]})
             if self.trainer is not None and self.trainer.limit_val_batches and self.validation_sequences:
+                validated = self.stream.source if self.validation_text is None else self._open_validation()
+                warn_of_hub_part(self, validated, validation=True)
                 if self.validation_text is not None:
-                    warn_of_overlap(self.stream.source, self._open_validation())
+                    warn_of_overlap(self.stream.source, validated)
                 ranks = self._rank()[1]
                 check_blocks(self._held_out_blocks())
                 evenly(self._held_out_blocks(), ranks)  # raises if there are too few

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from leap_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -12,7 +14,7 @@ def check_run_length(trainer: "Trainer") -> None:
     """Check that the trainer reads the stream of blocks once, from its beginning to the last step.
 
     ``limit_val_batches`` may have any value: it limits validation to the first batches. So may ``max_epochs``, except
-    for 0.
+    for 0, with a warning: it changes nothing.
 
     Raises:
         UserError: A setting would read the same blocks again or end the run before its last step, or ``max_steps`` is
@@ -59,3 +61,8 @@ def check_run_length(trainer: "Trainer") -> None:
         )
     if trainer.max_epochs == 0:
         raise UserError(f"trainer.max_epochs is 0, and nothing would be learned. Leave it out. {steps}")
+    if trainer.max_epochs not in (None, -1):  # -1: none is given
+        rank_zero_warn(
+            f"not used: trainer.max_epochs, which is {trainer.max_epochs}. A run is one epoch of trainer.max_steps, "
+            f"{trainer.max_steps:,} here, whatever the length of the text. For another one give --tokens."
+        )

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 import leap_pl.base_model.fast_dtype
 import leap_pl.base_model.loading
 from leap_pl.base_model.config import load_config
-from leap_pl.base_model.fast_dtype import fast_dtype
+from leap_pl.base_model.fast_dtype import fast_dtype, is_slow
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.sequence_length import check_sequence_length, longest_sequence
 from leap_pl.base_model.tokenizer import load_tokenizer, save_tokenizer
@@ -236,30 +236,33 @@ def test_a_hub_id_without_a_network(load: object) -> None:
     assert "give a local folder" in one_line(caught)
 
 
-@pytest.mark.parametrize(
-    ("instructions", "slower", "expected"),
-    [(False, None, "float32"), (True, torch.bfloat16, "float32"), (True, torch.float32, "bfloat16")],
-)
+@pytest.mark.parametrize(("kind", "instruction"), [(torch.bfloat16, "avx512_bf16"), (torch.float16, "avx512_fp16")])
+@pytest.mark.parametrize(("instructions", "slower"), [(False, None), (True, "kind"), (True, "float32")])
 def test_the_fast_dtype_of_a_cpu_is_the_one_it_multiplies_faster(
-    monkeypatch: pytest.MonkeyPatch, instructions: bool, slower: torch.dtype | None, expected: str
+    monkeypatch: pytest.MonkeyPatch, kind: torch.dtype, instruction: str, instructions: bool, slower: str | None
 ) -> None:
+    slow = {"kind": kind, "float32": torch.float32, None: None}[slower]
     multiplied: list[torch.dtype] = []
 
     def mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         multiplied.append(left.dtype)
-        time.sleep(0.02 if left.dtype == slower else 0)
+        time.sleep(0.02 if left.dtype == slow else 0)
         return left
 
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": False, "avx512_bf16": instructions})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": False, instruction: instructions})
     monkeypatch.setattr(torch, "mm", mm)
-    leap_pl.base_model.fast_dtype._cpu_gains_by_bfloat16.cache_clear()
+    leap_pl.base_model.fast_dtype._cpu_gains_by.cache_clear()
     try:
-        assert [fast_dtype(torch.device("cpu")) for _ in range(2)] == [expected] * 2
+        assert [is_slow(kind, torch.device("cpu")) for _ in range(2)] == [slower != "float32"] * 2
+        if kind == torch.bfloat16:  # what is learned in; float16 is refused there
+            assert fast_dtype(torch.device("cpu")) == ("bfloat16" if slower == "float32" else "float32")
+        assert not is_slow(torch.float32, torch.device("cpu"))
+        assert not is_slow(torch.float16, torch.device("meta"))
     finally:
-        leap_pl.base_model.fast_dtype._cpu_gains_by_bfloat16.cache_clear()
+        leap_pl.base_model.fast_dtype._cpu_gains_by.cache_clear()
     # What is emulated is not even tried, and nothing is measured twice; in turns, so that other work delays both.
     rounds = leap_pl.base_model.fast_dtype.ROUNDS if instructions else 0
-    assert multiplied == rounds * [torch.bfloat16, torch.float32]
+    assert multiplied == rounds * [kind, torch.float32]
 
 
 @pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="transformers has no Gemma 4")

@@ -281,21 +281,29 @@ def test_import_is_light():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    ("typed", "fast", "expected"),
-    [("auto", "float32", "float32"), ("auto", "bfloat16", "bfloat16"), ("bfloat16", "float32", "bfloat16")],
-)
-def test_slow_bfloat16_is_not_computed_in_unless_asked(
-    text, tmp_path, monkeypatch, capsys, typed: str, fast: str, expected: str
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("asked", "slow"), [(False, True), (False, False), (True, True)])
+def test_a_slow_type_is_not_computed_in_unless_asked(
+    text, tmp_path, monkeypatch, capsys, kind: str, asked: bool, slow: bool
 ) -> None:
-    import leap_pl.base_model.fast_dtype
+    import leap_pl.base_model.fast_dtype as room
+    from leap_pl.cli.prune import prune_command
 
-    stored = tmp_path / "bfloat16"
-    model = load_model(str(tiny_folder(tmp_path / "base"))).bfloat16()
+    stored = tmp_path / kind
+    model = load_model(str(tiny_folder(tmp_path / "base"))).to(getattr(torch, kind))
     model.save_pretrained(stored)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (stored / name).write_bytes((tmp_path / "base" / name).read_bytes())
-    monkeypatch.setattr(leap_pl.base_model.fast_dtype, "fast_dtype", lambda device: fast)
-    result = evaluate_command(model=str(stored), perplexity=text, dtype=typed, **SMALL)
-    assert result["model"]["dtype"] == expected
-    assert ("--dtype bfloat16 overrides this" in capsys.readouterr().err) == (typed == "auto" and fast == "float32")
+    monkeypatch.setattr(room, "_cpu_gains_by", lambda dtype: not slow)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # which would name AMX
+    changed = slow and not asked
+    typed = kind if asked else "auto"
+    result = evaluate_command(model=str(stored), perplexity=text, dtype=typed, device="cpu", **SMALL)
+    assert result["model"]["dtype"] == ("float32" if changed else kind)
+    note = f"evaluating in float32, which is faster than {kind} on this CPU (--dtype {kind} overrides this)"
+    assert (note in capsys.readouterr().err) == changed
+    note = f"the model is stored in {kind}, and this CPU computes float32 faster: --dtype float32"
+    for method in ("wanda", "magnitude"):  # which reads no text
+        of_text = {"text": text, "seq_length": 16, "sequences": 2} if method == "wanda" else {}
+        prune_command(str(stored), str(tmp_path / method), method=method, dtype=typed, device="cpu", **of_text)
+        assert (note in capsys.readouterr().err) == (changed and method == "wanda")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 from conftest import Run, fit_flags, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stopped_runs import Outcome, at_call, flags, kept, outcome, same, stopped
+from stopped_runs import STEPS, Outcome, at_call, flags, kept, outcome, same, stopped
 
 from leap_pl.cli.arguments import check_configs
 from leap_pl.cli.main import main
@@ -181,7 +182,12 @@ def test_settings_that_do_not_go_with_a_run_from_python(model_folder, text_file)
 def test_settings_that_change_nothing_of_what_is_learned(
     never_stopped: Outcome, model_folder, text_file, tmp_path: Path, flag: str
 ) -> None:
-    main(flags(model_folder, text_file, tmp_path, f"--trainer.{flag}"))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        main(flags(model_folder, text_file, tmp_path, f"--trainer.{flag}"))
+    idle = [str(one.message) for one in told if "not used: trainer.max_epochs" in str(one.message)]
+    assert len(idle) == flag.startswith("max_epochs")
+    assert all(f"which is {flag[-1]}. A run is one epoch of trainer.max_steps, {STEPS} here" in one for one in idle)
     found = outcome(tmp_path)
     for name, tensor in never_stopped.checkpoint["state_dict"].items():
         assert torch.equal(found.checkpoint["state_dict"][name], tensor)

@@ -276,6 +276,30 @@ def test_one_kind_of_file_for_another(finished: Run, tmp_path: Path, capsys) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_with_a_mask_or_with_a_model_in_it_for_a_model(
+    finished: Run, model_folder, text_file, tmp_path: Path, capsys
+) -> None:
+    """A folder of prune or of a run: the message ends with what is typed instead, which is taken."""
+    words = ["prune", f"--model={model_folder}", f"--text={text_file}", "--seq_length=32", "--sequences=2"]
+    for method in ("magnitude", "sparsegpt"):
+        main([*words, f"--method={method}", f"--output_dir={tmp_path / method}"])
+    measured = ["evaluate", f"--perplexity={text_file}", "--seq_length=32", "--max_tokens=64"]
+    given = tmp_path / "sparsegpt"
+    assert failing(capsys, [*measured, f"--model={given}/"]).endswith(f"Give {given / 'model'}.")
+    main([*measured, f"--model={given / 'model'}"])
+    for folder in (tmp_path / "magnitude", finished.folder, finished.folder / "checkpoints"):
+        end = (
+            f"It has a mask, which evaluate and export take: --mask {folder}. leap_pl export --mask {folder} "
+            "--output_dir FOLDER makes a model of it."
+        )
+        assert failing(capsys, [*measured, f"--model={folder}"]).endswith(end)
+        assert failing(capsys, fit_flags(folder, text_file, tmp_path / "run")).endswith(end)
+        main([*measured, f"--mask={folder}"])
+    (tmp_path / "empty").mkdir()
+    message = failing(capsys, [*measured, f"--model={tmp_path / 'empty'}"])
+    assert message.endswith("Give a Hugging Face model folder, a .gguf file or a hub id.")
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

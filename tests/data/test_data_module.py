@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -345,6 +346,28 @@ def test_a_part_of_a_hub_dataset_is_not_one_of_local_text(
     assert (data.record()["config_name"], data.record()["split"]) == ("en", "validation")
     module_for(files).setup("fit")
     assert not [warning for warning in recwarn if "not used" in str(warning.message)]
+
+
+def test_a_part_of_a_hub_dataset_is_not_validated_on_where_the_text_is_local(
+    files: list[str], hub: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    """By the source that is validated on: that of validation_text or, without one, of text."""
+    part: dict[str, Any] = {"validation_config_name": "en", "validation_split": "test"}
+    both = "data.validation_config_name and data.validation_split"
+    for text, given, told in (
+        (files, part, f"not used: {both} choose a part of a hub dataset, and data.text is local. To validate on other"),
+        (files, {"validation_split": "test"}, "not used: data.validation_split choose"),
+        (hub, {**part, "validation_text": files[2]}, f"not used: {both} choose .*, and data.validation_text is local"),
+        (files[:2], {"validation_config_name": "en", "validation_text": hub}, None),
+        (hub, {"validation_split": "train"}, None),
+        (files, {}, None),
+    ):
+        recwarn.clear()
+        data = module_for(text, validation_sequences=1, **given)
+        fit(data, max_steps=1, accumulate_grad_batches=1, limit_val_batches=1, num_sanity_val_steps=0)
+        found = [str(one.message) for one in recwarn if "not used" in str(one.message)]
+        assert len(found) == (told is not None)
+        assert told is None or re.search(f"^{told}", found[0])
 
 
 def test_two_processes_see_the_blocks_of_one_with_twice_the_accumulation(files: list[str], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from leap_pl.comparison.entries import read_entries
 from leap_pl.errors import UserError, warn_once
 from leap_pl.evaluation.subject import load_subject
 from leap_pl.export import packed as packed_export
+from leap_pl.export.sparse_model import is_as_recorded, masks_of
 from leap_pl.inputs.records import ZEROS
 from leap_pl.masks import MaskSet
 from leap_pl.masks.patterns import choose, read_form
@@ -261,6 +262,27 @@ def test_a_record_of_other_zeros_than_the_models_says_nothing_of_it(
     assert "perplexity" not in facts
     assert "| text | sparse |" in card
     assert "| text | sparse |" not in (packed / "README.md").read_text()
+
+
+def test_zeros_that_another_data_type_may_make_are_no_further_pruning(tmp_path: Path) -> None:
+    """Up to a thousandth of the weights of the mask."""
+    base, out = tiny_folder(tmp_path / "base"), tmp_path / "out"
+    masks = random_mask(base, tmp_path / "mask.safetensors")
+    export_command(str(out), mask=str(tmp_path / "mask.safetensors"))
+    weights = load_file(out / "model.safetensors")
+    kept = weights["model.layers.0.mlp.up_proj.weight"].view(-1)
+    places = kept.nonzero().flatten()
+    assert masks.total == 15_360
+    for zeros, again in ((15, False), (16, True)):  # of 15.36
+        kept[places[:zeros]] = 0
+        save_file(weights, out / "model.safetensors", {"format": "pt"})
+        model = load_model(str(out))
+        assert is_as_recorded(str(out), model) != again
+        if again:
+            with pytest.raises(UserError, match="it was pruned again"):
+                masks_of(str(out), model)
+        else:
+            assert masks_of(str(out), model).digest_of_bits() == masks.digest_of_bits()
 
 
 def test_zeros_that_the_base_model_had_are_as_recorded(tmp_path: Path) -> None:

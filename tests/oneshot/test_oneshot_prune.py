@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from matrices import all_matrices, tokens
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, tiny_model, token_dependent_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForCausalLM
 
@@ -411,15 +411,23 @@ def test_contradictions_are_refused() -> None:
 
 
 def test_token_dependent_arguments_are_refused() -> None:
-    model = tiny_model()
-
-    def add(module: torch.nn.Module, args: object, kwargs: dict[str, object]) -> tuple[object, dict[str, object]]:
-        return args, {**kwargs, "seen": args[0].clone()}  # type: ignore[index]
-
-    model.model.layers[1].register_forward_pre_hook(add, with_kwargs=True)
+    model = token_dependent_model()
     for sequences in (8, 5, 2):  # in two batches, also of unequal sizes, and in one
-        with pytest.raises(UserError, match="depend on the tokens"):
+        with pytest.raises(UserError, match=r"depend on the tokens.*block by block\. Give --method magnitude\.$"):
             prune(model, tokens(sequences), method="wanda", progress=False)
+
+
+def test_a_model_that_cannot_be_walked_is_pruned_as_the_message_says() -> None:
+    """Fisher information is that of the whole model, which runs."""
+    model = token_dependent_model()
+    for blocks, settings in ((None, {}), (tokens(), {"fisher": 0.5})):
+        found = prune(model, blocks, method="magnitude", **settings, update=False, progress=False)
+        assert found.masks.sparsity == pytest.approx(0.5, abs=1e-3)
+        assert not found.errors
+    with pytest.raises(UserError, match=r"block by block\. Give --owl false\.$"):
+        prune(model, tokens(), method="magnitude", owl=OwlOptions(), progress=False)
+    with pytest.raises(UserError, match=r"block by block\. Give --method magnitude without --mask\.$"):
+        prune(model, tokens(), method="admm", mask=found.masks, progress=False)
 
 
 def test_blocks_that_pass_keys_and_values_on_are_refused() -> None:

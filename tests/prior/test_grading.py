@@ -243,7 +243,8 @@ def test_a_gate_starts_as_far_out_as_the_lean_says() -> None:
 
 
 def test_grades_of_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"prior\.graded grades a mask, and prior\.method is none"):
+    told = r"prior\.graded grades a mask, and prior\.method is none\..*config by --model\.prior\.graded false"
+    with pytest.raises(ValueError, match=told):
         Prior(method="none", graded=True)
     assert Prior(method="none", mask="file", graded=True).graded
 

@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import failing, fit_flags
-from tiny import byte_tokenizer, tiny_model
+from test_oneshot_prior import Data
+from tiny import byte_tokenizer, tiny_model, token_dependent_model
 
+from leap_pl.base_model.weights import find_weights
 from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
 from leap_pl.errors import UserError
 from leap_pl.inputs.plain_values import read
 from leap_pl.masks.patterns import Unstructured
 from leap_pl.prior import Prior
+from leap_pl.prior.settings import Calibration
 
 
 def test_the_former_name_of_the_inner_mask_is_taken() -> None:
@@ -70,3 +73,19 @@ def test_a_prior_that_cannot_be_made_names_options_of_fit(text_file: Path, tmp_p
     words = ["--model.prior.method=wanda", "--model.prior.sequences=2"]
     message = failing(capsys, fit_flags(tmp_path / "model", text_file, tmp_path, *words))
     assert "Load the model in another --model.dtype" in message
+
+
+def test_a_model_that_cannot_be_walked_has_a_prior_by_what_the_messages_say() -> None:
+    """What is typed for the method leads to no other message of the same walk."""
+    model = token_dependent_model()
+    calibration = Calibration("tiny", Data(), torch.device("cpu"), progress=False)
+    given: Any = (model, find_weights(model))
+    forms = {"prior": Unstructured(0.5)}
+    for graded, more in ((False, ""), (True, r" --model\.prior\.graded false")):
+        prior = Prior(graded=graded, sequences=4, cache_dir=None)
+        with pytest.raises(UserError, match=rf"block by block\. Give --model\.prior\.method magnitude{more}\.$"):
+            prior.make(*given, forms, calibration)
+    prior = Prior(method="magnitude", fisher=0.5, graded=True, sequences=4, cache_dir=None)
+    assert prior.make(*given, forms, calibration)["prior"].sparsity == pytest.approx(0.5, abs=1e-3)
+    with pytest.raises(UserError, match=r"block by block\. Give --model\.prior\.graded false\.$"):
+        prior.squares(*given, calibration)

@@ -233,7 +233,7 @@ def hostile_model(planted: Planted, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "evaluate --mask", "export", "prune"])
+@pytest.mark.parametrize("verb", ["evaluate", "evaluate --mask", "export", "export --format packed", "prune"])
 def test_a_model_folder_that_names_code(
     planted: Planted, hostile_model: Path, text_file: Path, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,17 +241,32 @@ def test_a_model_folder_that_names_code(
     monkeypatch.setattr("leap_pl.evaluation.record._processor", lambda: "x")  # which asks uname on some machines
     mask = mask_of(hostile_model, str(hostile_model), tmp_path / "mask.safetensors")
     measure = [f"--perplexity={text_file}", "--seq_length=32", "--max_tokens=64", "--device=cpu"]
+    pruned = [f"--text={text_file}", "--seq_length=32", "--sequences=2", "--method=sparsegpt"]
     words = {
         "evaluate": ["evaluate", f"--model={hostile_model}", *measure],
         "evaluate --mask": ["evaluate", f"--mask={mask}", *measure],
         "export": ["export", f"--mask={mask}", f"--output_dir={tmp_path / 'out'}"],
-        "prune": ["prune", f"--model={hostile_model}", "--method=magnitude", f"--output_dir={tmp_path / 'out'}"],
+        "export --format packed": ["export", f"--mask={mask}", "--format=packed", f"--output_dir={tmp_path / 'out'}"],
+        "prune": ["prune", f"--model={hostile_model}", *pruned, f"--output_dir={tmp_path / 'out'}"],
     }[verb]
     with planted.watched():
         main(words)
-    if verb == "export":  # names no code that it does not have
-        assert "auto_map" in (hostile_model / "tokenizer_config.json").read_text()
-        assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    if "evaluate" not in verb:  # names no code that it does not have
+        written = tmp_path / "out" / ("model" if verb == "prune" else "")
+        for name in ("config.json", "tokenizer_config.json"):
+            assert "auto_map" in (hostile_model / name).read_text()
+            assert "auto_map" not in (written / name).read_text()
+
+
+def test_a_model_that_needs_its_code_is_refused_for_that(planted: Planted, tmp_path: Path) -> None:
+    """Also one whose configuration transformers has a class for, and no causal language model."""
+    folder = tiny_folder(tmp_path / "model")
+    path = folder / "config.json"
+    named = {"model_type": "clip_text_model", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
+    (folder / "evil.py").write_text(planted.code)
+    with pytest.raises(UserError, match=r"comes with code of its own.*--trust_remote_code"), planted.watched():
+        load_model(str(folder))
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])

@@ -59,15 +59,33 @@ def test_what_a_mask_tells_of_its_text(tmp_path: Path) -> None:
     for texts in ([str(two), str(one)], [str(two), "/elsewhere/one.jsonl"], [str(tmp_path / "t*.jsonl"), str(one)]):
         with pytest.raises(UserError, match=r"one\.jsonl was file 2 of 2 of the text of the run"):
             check_held_out(str(one), {"data": {"text": texts}})
+        one_shot = {"pattern": "unstructured", "text": texts, "split": "train"}
+        of_weights = {**one_shot, "text": str(one), "weight_update": one_shot}
+        for config in (one_shot, of_weights, {"data": {"text": str(two)}, "mask": {"config": one_shot}}):
+            with pytest.raises(UserError, match=r"one\.jsonl was file 2 of 2 of the text of the run"):
+                check_held_out(str(one), config)
     for config in (
         {"data": {"text": [str(one), str(two)]}},
         {"data": {"text": "/elsewhere/*.jsonl"}},  # which was any number of files
         {"data": {"text": ["/elsewhere/t*.jsonl", str(one)]}},
         {"data": {"text": "some/dataset"}},
+        {"text": "some/dataset", "weight_update": {"text": [str(one), str(two)]}},
         {},
     ):
         check_held_out(str(one), config)
     check_held_out(str(lines), {"data": {"text": [str(two), str(lines)]}})  # its last part, whatever its number
+
+
+def test_the_calibration_text_of_a_mask_of_prune(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(text_file.read_text())
+    words = ["prune", f"--model={model_folder}", f"--text=[{other},{text_file}]", "--seq_length=32", "--sequences=2"]
+    main([*words, f"--output_dir={tmp_path / 'out'}"])
+    measured = ["evaluate", f"--mask={tmp_path / 'out'}", "--seq_length=16", "--max_tokens=64", "--share=held_out"]
+    assert f"{text_file.name} was file 2 of 2" in refused([*measured, f"--perplexity={text_file}"], capsys)
+    main([*measured, f"--perplexity={other}"])
 
 
 def test_a_run_that_held_some_out_is_measured_on_it(finished: Run, text_file: Path) -> None:

@@ -1,13 +1,16 @@
 """Schedules of the learning rate that do not suit a run, told before the model is loaded; and what the plan says."""
 
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import failing, fit_flags
 from recovered_runs import Flags
 
 from leap_pl.cli.main import main
+from leap_pl.training.optimization import make_scheduler, usual_optimizer
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -83,3 +86,20 @@ def test_a_cosine_of_another_length_and_a_warmup_without_use(
 def test_a_cosine_of_the_run(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     cosine = ["--model.lr_scheduler=CosineAnnealingLR", "--model.lr_scheduler.T_max=6"]
     main(fit_flags(model_folder, text_file, tmp_path, *cosine))
+
+
+@pytest.mark.parametrize(("total", "advised"), [(40, 4), (6, 1)])
+def test_a_warmup_that_is_longer_than_the_run(total: int, advised: int) -> None:
+    """With one of all steps, the last step has the whole rate."""
+    optimizer = usual_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler = make_scheduler(None, optimizer, {"model.warmup_steps": total}, total)
+    (factor,) = scheduler.lr_lambdas
+    assert factor(total - 1) == 1
+    told = (
+        rf"^model\.warmup_steps is {total + 1} and trainer\.max_steps {total}: the learning rate never reaches its "
+        rf"maximum\. Set --model\.warmup_steps to about {advised}\.$"
+    )
+    with pytest.warns(UserWarning, match=told):
+        make_scheduler(None, optimizer, {"model.warmup_steps": total + 1}, total)
