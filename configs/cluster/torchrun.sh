@@ -19,7 +19,8 @@ LOGS=${LOGS:-runs/logs}
 # torchrun gives each rank one thread otherwise, and a graded prior is computed on the CPU.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + DEVICES - 1) / DEVICES))}
 
-# The ranks write a checkpoint at SIGUSR1 too, and may need minutes for it, where torchrun kills them after 30 seconds.
+# The ranks write a checkpoint at SIGUSR1 too, and may need minutes for it, where torchrun kills them after 30
+# seconds (torch 2.11 does so whatever this says).
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 

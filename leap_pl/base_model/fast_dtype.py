@@ -9,7 +9,10 @@ import torch
 
 ROUNDS = 24  # multiplications of each data type that are timed
 # Instructions of a CPU that multiply a data type, which is emulated without any of them.
-INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16",), torch.float16: ("avx512_fp16", "amx_fp16")}
+INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
 
 
 def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:

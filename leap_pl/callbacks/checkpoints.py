@@ -153,6 +153,7 @@ class Checkpoints(SavingCheckpoint):
         slurm = requeuing(trainer)
         self.signals.install(*([slurm.requeue_signal] if slurm and slurm.requeue_signal else []))
         exchange_no_signals(trainer)
+        self.signals.at_once = trainer.world_size == 1  # several ranks have to stop together
         self._written, self._running = time.monotonic(), True
         if trainer.ckpt_path is not None and self.dirpath is not None:
             resumed_here = lies_in(trainer.ckpt_path, Path(self.dirpath))

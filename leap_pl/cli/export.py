@@ -86,9 +86,9 @@ def export_command(
     if masks is None and perplexity is not None:
         raise UserError("--perplexity is for a mask: give it with --mask or --ckpt_path.")
     recorded = str(model) if masks is None else masks.provenance.base_model
+    check_revision(model or recorded, revision, "--revision")
     if masks is not None and model in (None, recorded):
         revision = revision or masks.provenance.revision
-    check_revision(model or recorded, revision, "--revision")
     weights = None if masks is None or alone else _read_weights(ckpt_path, mask, masks)
     figures = {}
     if masks is not None:

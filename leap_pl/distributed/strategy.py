@@ -180,16 +180,31 @@ class RankZero:
     """
 
     TIMEOUT = timedelta(days=2)
-    ARRIVAL = timedelta(minutes=30)
+    ARRIVAL = timedelta(hours=1)
 
     def __init__(self) -> None:
         self.group = None
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # A group is made once all ranks are here: one that failed before never comes, whatever the others wait for.
-            dist.destroy_process_group(dist.new_group(backend="gloo", timeout=self.ARRIVAL))
+            self._meet()
             self.group = dist.new_group(backend="gloo", timeout=self.TIMEOUT)
         self.alone = self.group is None
         self.here = self.alone or dist.get_rank() == 0
+
+    def _meet(self) -> None:
+        """Wait until all ranks are here: one that failed before never comes, however long the others wait for a prior.
+
+        Raises:
+            UserError: One did not come.
+        """
+        try:
+            dist.destroy_process_group(dist.new_group(backend="gloo", timeout=self.ARRIVAL))
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistStoreError) and "time" not in str(error).lower():
+                raise
+            raise UserError(
+                f"not all ranks came within {self.ARRIVAL}: one has failed, and its own message says why, or still "
+                "loads the base model or text. Where those are fetched from the hub, fetch them before."
+            ) from error
 
     def make(self, function: Callable[[], Made]) -> Made | None:
         """Call ``function`` on rank zero and return its result there; return None on the other ranks.

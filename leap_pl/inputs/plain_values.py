@@ -225,7 +225,8 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return plain(value.item())
+        item = value.item()
+        return plain(str(item) if type(item) is type(value) else item)
     return plain(str(value))
 
 

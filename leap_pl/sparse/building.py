@@ -72,14 +72,13 @@ def library() -> Path:
         if not _is_trusted(made.parent):
             raise PermissionError(f"{made.parent} is another user's")
         lock = (made.parent / "lock").open("w")
-        if made.exists() and not _is_trusted(made):
-            made.unlink()
     except OSError:  # of a home that may only be read, or is another user's: for this process alone
         made = Path(_temporary_folder().name) / made.name
         lock = (made.parent / "lock").open("w")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released with the process, however that ends
-        if not made.exists():
+        if not _is_trusted(made):
+            made.unlink(missing_ok=True)
             _compile(compiler, made)
     return made
 
@@ -118,4 +117,5 @@ def _compile(compiler: str, made: Path) -> None:
         done = subprocess.run([*words, "-o", str(part)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(next((line for line in done.stderr.splitlines() if "error" in line), done.stderr))
+        part.chmod(0o755)  # that of a linker goes by the umask, by which others of a group might write it
         part.rename(made)

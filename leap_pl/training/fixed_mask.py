@@ -88,7 +88,7 @@ class FixedMask:
     def warn_of_unused(self, gate: Any, prior: Prior) -> None:
         """Warn of settings of a mask to learn, if there is no command line, which tells of them itself."""
         named = [
-            *(["gate"] if gate is not BernoulliGate else []),
+            *(["gate"] if getattr(gate, "func", gate) not in (BernoulliGate, FixedGate) else []),
             *(["prior"] if replace(prior, mask=None, cache_dir=None) != Prior(mask=None, cache_dir=None) else []),
         ]
         if named and current() is None:

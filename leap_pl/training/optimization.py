@@ -18,6 +18,8 @@ from leap_pl.training.schedules import warmup_cosine
 from leap_pl.training.shared_steps import DIMENSIONS
 from leap_pl.training.weights import WeightTraining
 
+RATE = 1e-3  # of logits, which a module that is made of a checkpoint names
+
 
 def groups(masks: list[nn.Parameter], weights: list[nn.Parameter], training: WeightTraining) -> list[Any]:
     """Return the parameter groups of an optimizer: ``masks`` first, then ``weights``, each unless it is empty.
@@ -36,9 +38,9 @@ def groups(masks: list[nn.Parameter], weights: list[nn.Parameter], training: Wei
 def warn_of_unused_rate(make: OptimizerCallable, optimizer: torch.optim.Optimizer, training: WeightTraining) -> None:
     """Warn if an optimizer of weights alone, made without a command line, was given a rate, which is that of logits."""
     own = optimizer.defaults.get("lr")
-    if current() is None and make is not usual_optimizer and own != training.lr:
+    if current() is None and make is not usual_optimizer and own not in (None, training.lr, RATE):
         rank_zero_warn(
-            f"not used: the optimizer's lr {own:g}, which is the rate of a mask, and this one stays as it is. Weights "
+            f"not used: the optimizer's lr {own}, which is the rate of a mask, and this one stays as it is. Weights "
             f"are trained at {training.lr:g}: for another rate give weight_training=WeightTraining(lr=...)."
         )
 
@@ -53,7 +55,7 @@ def step_alone(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
 
 def usual_optimizer(parameters: Any) -> torch.optim.Optimizer:
     """Return the optimizer of a module whose settings name none."""
-    return torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def make_optimizer(make: OptimizerCallable, parameters: list[Any]) -> torch.optim.Optimizer:

@@ -298,8 +298,20 @@ def test_a_library_that_others_could_have_written_is_not_loaded(
 ) -> None:
     """As in a cache that users of a machine share."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(building, "_compile", lambda _, made: made.write_text("own"))
+    calls = []
+
+    def compiled(command: list[str], **_: Any) -> SimpleNamespace:
+        """Stand for a linker, whose file goes by the umask."""
+        if "-o" in command:
+            calls.append(command[-1])
+            Path(command[-1]).write_text("own")
+            Path(command[-1]).chmod(0o775)
+        return SimpleNamespace(stdout="", stderr="", returncode=0)
+
+    monkeypatch.setattr(building.subprocess, "run", compiled)
     made = building.library()
+    assert building.library() == made
+    assert len(calls) == 1
     made.write_text("another's")
     assert building.library().read_text() == "another's"  # by all signs it is this user's
     made.chmod(0o666)
