@@ -69,7 +69,9 @@ class _Handler(BaseHTTPRequestHandler):
             files = self.server.files[found[1]]
             self._json([{"type": "file", "path": name, "oid": _oid(of), "size": len(of)} for name, of in files.items()])
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
-            if found[1] in self.server.files:
+            if self.headers.get("Authorization", f"Bearer {TOKEN}") != f"Bearer {TOKEN}":
+                self._refuse(401, message="Invalid username or password.")
+            elif found[1] in self.server.files:
                 self._json({"id": found[1], "private": found[1] in self.server.private})
             else:
                 self._refuse(404, "RepoNotFound")

@@ -185,19 +185,23 @@ class RankZero:
     def __init__(self) -> None:
         self.group = None
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._meet()
+            met = self._meet()
             self.group = dist.new_group(backend="gloo", timeout=self.TIMEOUT)
+            dist.destroy_process_group(met)  # not before: another rank could still be connecting to this one
         self.alone = self.group is None
         self.here = self.alone or dist.get_rank() == 0
 
-    def _meet(self) -> None:
+    def _meet(self) -> Any:
         """Wait until all ranks are here: one that failed before never comes, however long the others wait for a prior.
+
+        Returns:
+            The process group of all ranks that this made.
 
         Raises:
             UserError: One did not come.
         """
         try:
-            dist.destroy_process_group(dist.new_group(backend="gloo", timeout=self.ARRIVAL))
+            return dist.new_group(backend="gloo", timeout=self.ARRIVAL)
         except RuntimeError as error:
             if not isinstance(error, dist.DistStoreError) and "time" not in str(error).lower():
                 raise

@@ -397,7 +397,7 @@ def test_verbs_take_paths_and_lists(model_folder: Path, text_file: Path, tmp_pat
         evaluate_command(model=model, perplexity=text, output=tmp_path / f"{name}.json", **sizes)
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
     assert first["perplexity"] == second["perplexity"]
-    compare_command([tmp_path / "a.json", tmp_path / "b.json"])
+    compare_command([tmp_path / "a.json", tmp_path / "b.json"], output_dir=tmp_path / "comparison")
     export = export_command(tmp_path / "out", model=model_folder, mask=random_mask_file(model_folder, tmp_path))
     assert export["sparsity"] > 0
 
