@@ -343,9 +343,8 @@ class Checkpoints(SavingCheckpoint):
     def _report_stop(self, trainer: L.Trainer, stopped: Stopped, *, learning: bool) -> None:
         if trainer.is_global_zero:
             self._report_stop_of_all(trainer, stopped, learning=learning)
-        if (
-            learning
-        ):  # srun ends all ranks with the first that ends: the others wait until the job is in the queue again
+        # srun ends all ranks with the first that ends: the others wait until the job is in the queue again.
+        if learning:
             with suppress(RuntimeError):  # of a rank that a second signal has ended
                 self._greatest(trainer, 0)
 
