@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from leap_pl.evaluation.subject import Subject
 
 DEFAULT_TASKS_FOLDER = "assets/tasks"
+AUTO = "auto"
 
 
 @command
@@ -33,7 +34,7 @@ def evaluate_command(
     tasks: str | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    tasks_folder: str | None = None,
+    tasks_folder: str | None = AUTO,
     batch_size: int = 4,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
@@ -45,10 +46,10 @@ def evaluate_command(
     """Evaluate a model: perplexity on texts, accuracy on zero-shot tasks.
 
     The model is an unchanged one (a base model, an exported checkpoint), a base model with a mask applied, or
-    the hard mask of a training checkpoint. Perplexity is computed as in the literature, but for BOS (--bos): documents
-    joined by a blank line, tokenized once, windows of seq_length tokens, the mean over all predicted tokens.
-    Perplexities are comparable only for the same text, tokenizer, seq_length, stride and bos, so the result records
-    all of them.
+    the hard mask of a training checkpoint. Perplexity is computed as in the literature, but for BOS (--bos) and the
+    documents of C4, which others join by a space: documents joined by a blank line, tokenized once, windows of
+    seq_length tokens, the mean over all predicted tokens. Perplexities are comparable only for the same text,
+    tokenizer, seq_length, stride and bos, so the result records all of them.
 
     Args:
         model: Hub id, local folder or GGUF file. Optional with a mask, which records its base model.
@@ -73,8 +74,8 @@ def evaluate_command(
             mmlu,piqa,arc_easy,arc_challenge,winogrande,openbookqa.
         limit: Maximum number of questions of each task, for a quick look; the result is marked.
         num_fewshot: Number of solved examples before each question; default: the task's own, mostly 0.
-        tasks_folder: Folder with the data of tasks; default: assets/tasks if it exists, which make assets-eval writes
-            in a clone of the repository. Tasks that are not in it are read from the hub.
+        tasks_folder: Folder with the data of tasks; auto: assets/tasks if it exists, which make assets-eval writes
+            in a clone of the repository. Tasks that are not in it are read from the hub, and all of them with null.
         batch_size: Windows in a forward pass; of the answers of tasks, as many as have 512 tokens for each of them.
         dtype: Type of the weights in memory and of the computation; auto: the type they are stored in, but float32
             for bfloat16, and on a CPU for float16, on hardware where float32 is faster.
@@ -82,7 +83,7 @@ def evaluate_command(
         revision: Branch, tag or commit of the base model on the hub; a local model has none.
         trust_remote_code: Run code that comes with the model; only for a model given with --model.
         seed: Seed of few-shot sampling, the only random choice.
-        output: Result file to write, JSON.
+        output: Result file to write, JSON. Where something fails after the first figure, it has those that are there.
 
     Returns:
         The result, as written to output.
@@ -106,6 +107,7 @@ def evaluate_command(
     of_tasks = {"limit": limit, "num_fewshot": num_fewshot, "tasks_folder": tasks_folder, "seed": seed}
     check_used(of_tasks, evaluate_command, not names, "no task is given with --tasks")
     # Check everything that needs no model before one is loaded.
+    from leap_pl.base_model.sequence_length import check_sequence_length
     from leap_pl.cli.device import check_device, move_to_device
     from leap_pl.evaluation.perplexity import check_windows
     from leap_pl.evaluation.record import FORMAT, FORMAT_VERSION, check_place, environment, write_result
@@ -143,6 +145,10 @@ def evaluate_command(
             "not its weights. They are in the folder model that leap_pl prune wrote: --model FOLDER/model.",
             sys.stderr,
         )
+    if texts:
+        prefix = len(prefix_of(subject.tokenizer)) if bos == "every" else 0
+        check_sequence_length(subject.model.config, seq_length, subject.base_model, "--seq_length")
+        check_windows(seq_length, seq_length - prefix if stride is None else stride, batch_size, prefix)
     where = move_to_device(subject.model, device)
     if dtype == "auto":
         _use_fast_dtype(subject)
@@ -161,46 +167,55 @@ def evaluate_command(
         **environment(where),
     }
     say(_of_whom(result))  # each figure when it is there, so that one that fails later takes none away
-    for text in texts:
-        mark = time.monotonic()
-        result["perplexity"][text] = _perplexity(
-            subject,
-            text,
-            seq_length=seq_length,
-            stride=stride,
-            max_tokens=max_tokens,
-            share=share,
-            text_column=text_column,
-            of_hub=of_hub if text in from_hub else {},
-            bos=bos,
-            batch_size=batch_size,
-        )
-        seconds[text] = round(time.monotonic() - mark, 2)
-        say(_of_text(text, result["perplexity"][text]))
-    if names:
-        from leap_pl.evaluation.tasks import evaluate_tasks, mean_accuracy
 
-        mark = time.monotonic()
-        with quiet_lm_eval():
-            result["tasks"] = evaluate_tasks(
-                subject.model,
-                subject.tokenizer,
-                names,
-                tasks_folder=local_tasks,
-                limit=limit,
-                num_fewshot=num_fewshot,
-                batch_size=batch_size,
-                seed=seed,
+    def finish(which: str = "") -> None:
+        seconds["total"] = round(time.monotonic() - begin, 2)
+        result["times"] = {"started": started, "seconds": seconds}
+        if output is not None:
+            write_result(output, result)
+            say(f"written: {output}{which}", sys.stderr)
+
+    try:
+        for text in texts:
+            mark = time.monotonic()
+            result["perplexity"][text] = _perplexity(
+                subject,
+                text,
+                seq_length=seq_length,
+                stride=stride,
+                max_tokens=max_tokens,
+                share=share,
+                text_column=text_column,
+                of_hub=of_hub if text in from_hub else {},
                 bos=bos,
+                batch_size=batch_size,
             )
-        result["mean"] = mean_accuracy(result["tasks"])
-        seconds["tasks"] = round(time.monotonic() - mark, 2)
-        say("\n".join(_of_tasks(result)), lines=True)
-    seconds["total"] = round(time.monotonic() - begin, 2)
-    result["times"] = {"started": started, "seconds": seconds}
-    if output is not None:
-        write_result(output, result)
-        say(f"written: {output}", sys.stderr)
+            seconds[text] = round(time.monotonic() - mark, 2)
+            say(_of_text(text, result["perplexity"][text]))
+        if names:
+            from leap_pl.evaluation.tasks import evaluate_tasks, mean_accuracy
+
+            mark = time.monotonic()
+            with quiet_lm_eval():
+                result["tasks"] = evaluate_tasks(
+                    subject.model,
+                    subject.tokenizer,
+                    names,
+                    tasks_folder=local_tasks,
+                    limit=limit,
+                    num_fewshot=num_fewshot,
+                    batch_size=batch_size,
+                    seed=seed,
+                    bos=bos,
+                )
+            result["mean"] = mean_accuracy(result["tasks"])
+            seconds["tasks"] = round(time.monotonic() - mark, 2)
+            say("\n".join(_of_tasks(result)), lines=True)
+    except BaseException:
+        if result["perplexity"] and output is not None and not Path(output).exists():  # hours of work, of what is there
+            finish(", with the figures above alone")
+        raise
+    finish()
     return result
 
 
@@ -272,11 +287,13 @@ def _names(given: str | list[str] | None, flag: str) -> list[str]:
 
 def _tasks_folder(given: str | None) -> str | None:
     if given is None:
+        return None
+    if given == AUTO:
         if not Path(DEFAULT_TASKS_FOLDER).is_dir():
             return None
         say(
             f"tasks that are in {DEFAULT_TASKS_FOLDER} are read from there, with the splits that it has "
-            "(--tasks_folder overrides this)",
+            "(--tasks_folder names another folder, and null reads the hub's)",
             sys.stderr,
         )
         return DEFAULT_TASKS_FOLDER

@@ -169,6 +169,8 @@ def prune_command(
     of_mask.pop("pattern")
     check_used(of_mask, prune_command, layer_sparsity is not None, "--layer_sparsity sets the sparsity")
     check_used(of_rows, prune_command, fisher is None, "only --fisher allocates over rows")
+    rivals = listing([name for name, taker in METHODS.items() if taker.by_row])
+    check_used(of_rows, prune_command, not asked.by_row, f"of {method} no weights compete within a row, as of {rivals}")
     check_used(of_owl, prune_command, not owl, "only --owl true counts outliers")
     uses_text = asked.needs is not None or owl or fisher is not None
     of_text = {"text": text, "sequences": sequences, "seq_length": seq_length, "separator": separator, "bos": bos}
@@ -187,7 +189,7 @@ def prune_command(
         if local:
             of_hub = {"config_name": config_name, "split": split}
             check_used(of_hub, prune_command, True, "they choose a part of a hub dataset, and the text is local")
-    allocated = None if fisher is None else _fisher(fisher, fisher_rows)
+    allocated = None if fisher is None else _fisher(fisher, fisher_rows if asked.by_row else 0.0)
     per_layer = None if layer_sparsity is None else read_layer_sparsities(layer_sparsity)
     kept_mask = None if mask is None else MaskSet.load(mask)
 

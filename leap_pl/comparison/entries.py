@@ -296,9 +296,13 @@ def check_protocols(entries: Sequence[Entry]) -> None:
                     settings = ", ".join(
                         f"{key} ({shown(str(expected[key]))} and {shown(str(protocol[key]))})" for key in differing
                     )
+                    advice = "Evaluate both with the same flags"
+                    sources = [of.tasks[name].get("source") for of in (other, entry)] if kind == "accuracy" else []
+                    if {*sources} == {"local", "hub"}:  # the same flags, from two working directories, do that
+                        advice = "Read both from the same place: --tasks_folder FOLDER, or null for the hub"
                     raise UserError(
                         f"the {kind} on {shown(name)} in {other.source} and in {entry.source} cannot share a column: "
-                        f"they differ in {settings}. Evaluate both with the same flags, or compare them separately."
+                        f"they differ in {settings}. {advice}, or compare them separately."
                     )
 
 

@@ -4,6 +4,7 @@ Legend of suffixes: B = rows, L = tokens of a row, N = scored tokens, D = hidden
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,11 +41,15 @@ class SharedPrefixes:
         """Yield each of ``answers``, in another order, with its log-likelihood and whether it is the most likely one.
 
         Args:
-            answers: What to score. Its inputs must not be longer than the model's positions or sliding windows.
+            answers: What to score. Its inputs must not be longer than the model's positions. Those that are longer than
+                its sliding windows share no row unless they are of the same inputs: a branch would have no window.
             batch_size: A forward pass reads up to this many times :data:`ROW_TOKENS` tokens, or one row.
         """
-        budget = batch_size * ROW_TOKENS
-        for rows in batches(arrange(answers, max(ROW_TOKENS, budget // 4)), budget):
+        budget, span = batch_size * ROW_TOKENS, attention_span(self.model)
+        long = [answer for answer in answers if len(answer.inputs) > span]
+        within = [answer for answer in answers if len(answer.inputs) <= span]
+        arranged = (arrange(long, longest=0), arrange(within, max(ROW_TOKENS, budget // 4)))
+        for rows in chain.from_iterable(batches(rows, budget) for rows in arranged):
             hidden_BLD = row_states(self.model, rows)
             found = [(row, answer, places) for row, one in enumerate(rows) for answer, places in one.scored()]
             at_N = [(row, place) for row, _, places in found for place in places]
@@ -84,7 +89,8 @@ def row_states(model: Any, rows: Sequence[Row]) -> Tensor:
     device = next(model.parameters()).device
     length = max(row.length for row in rows)
     tokens_BL = _padded((row.tokens() for row in rows), length, 0, device)
-    if all(len(row.answers) == 1 for row in rows):  # no mask, which has L² elements: the padding comes last
+    # Without a branch, no mask, which has L² elements: the padding comes last.
+    if all(row.length == row.shared for row in rows):
         states_BLD: Tensor = body_of(model)(input_ids=tokens_BL, use_cache=False).last_hidden_state
         return states_BLD
     positions_BL = _padded((row.positions() for row in rows), length, 0, device)

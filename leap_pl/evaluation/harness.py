@@ -16,7 +16,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 from leap_pl.base_model.prefix import without_suffix
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.errors import UserError, warn_once
-from leap_pl.evaluation.answers import SharedPrefixes, attention_span
+from leap_pl.evaluation.answers import SharedPrefixes
 from leap_pl.evaluation.prefix_rows import Answer
 from leap_pl.inputs.plain_values import shown
 
@@ -102,8 +102,8 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
 
     def _scored(self, requests: list[Request], disable_tqdm: bool, override_bs: int | None) -> list[tuple[float, bool]]:
         requests = [(text, self._truncated(context, answer), answer) for text, context, answer in requests]
-        # What is longer than the model's positions, or does not fit into a sliding window, is left to lm-eval.
-        most = min(self.max_length, attention_span(self.model))
+        # What is longer than the model's positions is left to lm-eval, which says so.
+        most = self.max_length
         self._check(requests)
         short = [n for n, (_, context, answer) in enumerate(requests) if len(context) + len(answer) - 1 <= most]
         scores = self._scores if short else None

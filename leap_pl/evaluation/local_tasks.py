@@ -21,6 +21,7 @@ from leap_pl.errors import UserError, listing
 from leap_pl.inputs.register import note_input
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")
 SPLITS = ("train", "validation", "test", "dev")
 
 
@@ -59,7 +60,8 @@ class LocalTasks:
         """
         if folder is not None:
             note_input(folder)
-        with tempfile.TemporaryDirectory() as temporary:
+        # datasets keeps questions open; where open files cannot be removed, the system does so later.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
             names: set[str] = set()
             for task in dict.fromkeys(tasks if folder is not None else ()):
                 data = _data_folder(Path(str(folder)).resolve(), task)
@@ -95,9 +97,8 @@ def _define(task: str, data: Path, into: Path, num_fewshot: int | None) -> None:
         if "group" not in entry.cfg:
             # Each task of a group has its own folder, named like its dataset configuration on the hub.
             alone = entry.name == data.name
-            definition |= _data_keys(
-                data if alone else data / str(entry.cfg.get("dataset_name")), entry.cfg, num_fewshot
-            )
+            place = data if alone else data / str(entry.cfg.get("dataset_name"))
+            definition |= _data_keys(place, into / "cache", entry.cfg, num_fewshot)
             if entry.name == task:
                 # A tag stands for all of its tasks, and only one of them is defined here.
                 definition["tag"] = None
@@ -125,8 +126,25 @@ def _below(name: str, index: dict[str, Any]) -> Iterator[Any]:
         yield from _below(child, index)
 
 
-def _data_keys(data: Path, config: dict[str, Any], examples: int | None) -> dict[str, Any]:
+def expected_place(task: str) -> Path | None:
+    """Return the file, in a folder of tasks, from which ``task`` would be scored: of a group, that of its first task.
+
+    None if lm-eval scores it on a split that a folder cannot have.
+    """
+    index = _stock_index(task)
+    for entry in _below(task, index) if task in index else ():
+        config = entry.cfg or {}
+        split = config.get("test_split") or config.get("validation_split")
+        if split in SPLITS and (entry.name == task or config.get("dataset_name")):
+            return Path(task, "" if entry.name == task else str(config["dataset_name"]), f"{split}.jsonl")
+    return None
+
+
+def _data_keys(data: Path, cache: Path, config: dict[str, Any], examples: int | None) -> dict[str, Any]:
     """Return the data entries of a task definition, pointing to the files in ``data`` instead of the hub.
+
+    ``cache`` is where datasets may keep what it has read. Its usual place serves files of the same name and time of
+    change, whatever they hold.
 
     Raises:
         UserError: ``data`` has not the questions, or not the text of the solved ``examples`` before each; or it has
@@ -162,7 +180,10 @@ def _data_keys(data: Path, config: dict[str, Any], examples: int | None) -> dict
     return splits | {
         "dataset_path": READERS[suffix],
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {split: str(file) for split, file in files.items()}},
+        "dataset_kwargs": {
+            "data_files": {split: str(file) for split, file in files.items()},
+            "cache_dir": str(cache),
+        },
     }
 
 

@@ -79,7 +79,7 @@ def arrange(answers: Sequence[Answer], longest: int) -> list[Row]:
 
     Args:
         answers: In any order.
-        longest: Maximum number of tokens of a row of several answers.
+        longest: Maximum number of tokens of a row whose answers branch.
     """
     rows: list[Row] = []
     # In lexicographic order, sequences with a common prefix are neighbours, whatever task or question they are of.
@@ -97,7 +97,9 @@ def _joined(row: Row, answer: Answer, longest: int) -> Row | None:
     joined = Row([*row.answers, answer], shared)
     alone = len(answer.inputs)
     saved = row.length + alone - joined.length
-    return joined if shared and saved >= LEAST_SAVED * alone and joined.length <= longest else None
+    # However long a context is, answers of one token after it add none.
+    fits = joined.length <= longest or joined.length == joined.shared
+    return joined if shared and saved >= LEAST_SAVED * alone and fits else None
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from leap_pl.base_model.backbone import evaluating
 from leap_pl.base_model.prefix import Bos, prefix_of, record_of
-from leap_pl.errors import UserError, listing, one_line, warn_once
-from leap_pl.evaluation.local_tasks import STOCK, LocalTasks
-from leap_pl.inputs.hub import is_network_error, offline_if_unreachable
-from leap_pl.inputs.plain_values import shown
+from leap_pl.errors import UserError, listing, warn_once
+from leap_pl.evaluation.local_tasks import PAPER_TASKS, STOCK, LocalTasks
+from leap_pl.evaluation.task_errors import answers_fitting, data_reached, enough_examples, questions_fitting
+from leap_pl.inputs.hub import offline_if_unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROBED = "allenai/ai2_arc"  # data set that the hub is asked for, to know whether it answers
-PAPER_TASKS = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")
 
 
 def check_tasks(tasks: Sequence[str], tasks_folder: str | Path | None = None, num_fewshot: int | None = None) -> None:
@@ -107,11 +106,12 @@ def evaluate_tasks(
         prefix = prefix_of(tokenizer) if begun == "every" else ()
         reach = offline_if_unreachable(PROBED, "dataset") if remote else nullcontext()
         with ExitStack() as stack:
-            for context in (evaluating(model), _keeping_random_state(), _reaching(remote, tasks_folder), reach):
+            for context in (evaluating(model), _keeping_random_state(), data_reached(remote, tasks_folder), reach):
                 stack.enter_context(context)
             lm = PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix=prefix)
-            stack.enter_context(_questions_of(local, tasks_folder))
-            stack.enter_context(_in_reach_of(lm.max_length))
+            stack.enter_context(questions_fitting(local, tasks_folder))
+            stack.enter_context(answers_fitting(lm.max_length))
+            stack.enter_context(enough_examples(num_fewshot))
             found = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),
@@ -252,85 +252,3 @@ def _keeping_random_state() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def _is_unsafe(error: Exception) -> bool:
-    """Return whether lm-eval refuses a task whose score runs what the model has written."""
-    return isinstance(error, ValueError) and "marked as unsafe" in str(error)
-
-
-@contextmanager
-def _reaching(remote: list[str], folder: str | Path | None) -> Iterator[None]:
-    """Convert errors of the hub client about the ``remote`` tasks, which ``folder`` does not have, into a UserError."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith("Duplicate task"):
-            raise UserError(f"--tasks names a task twice, alone or within a group ({error}). Name it once.") from error
-        if isinstance(error, ImportError):
-            raise UserError(
-                f"a task of --tasks needs a package: {error}. Install it, or choose other tasks."
-            ) from error
-        if _is_unsafe(error):
-            raise UserError(
-                "a task of --tasks runs code that the model has written, which leap_pl does not. Choose other tasks."
-            ) from error
-        if not remote or not (is_network_error(error) or type(error).__module__.split(".")[0] == "datasets"):
-            raise
-        reason = one_line(error, 200)
-        local = "" if folder is None else f", and {folder} has no folder of that name"
-        place = Path(folder or "FOLDER") / remote[0] / "validation.jsonl"
-        raise UserError(
-            f"the data of {listing(remote)} could not be fetched from the hub ({reason}){local}. Lay it out as {place} "
-            "and name the folder with --tasks_folder; in the repository, make assets-eval does so."
-        ) from error
-
-
-@contextmanager
-def _questions_of(local: LocalTasks, folder: str | Path | None) -> Iterator[None]:
-    """Convert errors from local questions that do not fit lm-eval's task definition into a one-line UserError.
-
-    Damaged data can make lm-eval and its readers raise anything, so all errors are converted but those of the model.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        trace, places, task = error.__traceback__, set(), None
-        while trace is not None:
-            places.add(str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0])
-            config = getattr(trace.tb_frame.f_locals.get("self"), "config", None)
-            task = getattr(config, "task", None) or task  # that lm-eval was busy with
-            trace = trace.tb_next
-        of_others = task is not None and task not in local.defined
-        of_others |= isinstance(error, ImportError) or str(error).startswith("Duplicate task") or _is_unsafe(error)
-        if not local.names or "torch" in places or of_others:
-            raise
-        cause = error.__cause__ or error  # datasets wraps the actual error
-        reason = shown(" ".join(f"{type(cause).__name__}: {cause}".split()), 200)
-        raise UserError(
-            f"the questions of {listing(sorted(local.names))} in {folder} are damaged, or do not fit the task "
-            f"({reason}). Install them again (make assets-eval), or use another folder."
-        ) from error
-
-
-@contextmanager
-def _in_reach_of(positions: int) -> Iterator[None]:
-    """Convert lm-eval's assertion that an answer fits into the model's ``positions`` into a one-line UserError.
-
-    If only the question before the answer is too long, lm-eval truncates it from the left.
-    """
-    try:
-        yield
-    except AssertionError as error:
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        # The assertion has no message; it is recognised by its place in lm_eval/models/huggingface.py.
-        if str(error) or trace is None or trace.tb_frame.f_code.co_name != "_loglikelihood_tokens":
-            raise
-        raise UserError(
-            f"the model has {positions} positions, and a question of --tasks has an answer with more tokens. "
-            "Choose other tasks, or a model with more positions."
-        ) from error

@@ -44,6 +44,7 @@ class Method:
             for a method that cannot.
         settings: Class of the settings; None for a method without settings.
         options: Options of ``leap_pl prune`` by name, which are the arguments of ``settings.of``.
+        by_row: Whether unstructured weights compete within a row, so that the sparsity can be allocated over rows.
     """
 
     solve: str
@@ -53,6 +54,7 @@ class Method:
     solve_kept: str | None = None
     settings: type[MethodOptions] | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
+    by_row: bool = False
 
     def function(self, *, kept: bool = False) -> Callable[..., Any]:
         """Import ``solve``, or ``solve_kept``, and return it."""
@@ -70,9 +72,9 @@ DAMPING = (
 MASK_ALONE = " (mask alone)"
 METHODS: dict[str, Method] = {
     "magnitude": Method("leap_pl.oneshot.magnitude:magnitude_mask", "takes seconds"),
-    "wanda": Method("leap_pl.oneshot.wanda:wanda_mask", "fast", needs="mean_square"),
+    "wanda": Method("leap_pl.oneshot.wanda:wanda_mask", "fast", needs="mean_square", by_row=True),
     "sparseswaps": Method(
-        "leap_pl.oneshot.sparseswaps:sparseswaps_mask", "wanda's mask improved by swaps", needs="gram"
+        "leap_pl.oneshot.sparseswaps:sparseswaps_mask", "wanda's mask improved by swaps", needs="gram", by_row=True
     ),
     "sparsegpt": Method(
         "leap_pl.oneshot.sparsegpt:sparsegpt",

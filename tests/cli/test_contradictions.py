@@ -33,6 +33,10 @@ pytestmark = pytest.mark.usefixtures("eager")
         ({"mask": "MASK", "pattern": "2:4", "method": "admm"}, "--pattern would not be used: --mask sets which"),
         ({"layer_sparsity": [0.2, 0.9], "sparsity": 0.7}, "--sparsity would not be used: --layer_sparsity sets"),
         ({"fisher_rows": 0.9}, "--fisher_rows would not be used: only --fisher allocates"),
+        (
+            {"fisher": 0.5, "fisher_rows": 0.9, "method": "admm"},
+            "--fisher_rows would not be used: of admm no weights compete within a row, as of wanda, sparseswaps",
+        ),
         ({"owl_spread": 0.2, "owl_threshold": 4.0}, "--owl_threshold, --owl_spread would not be used: only --owl true"),
     ],
 )

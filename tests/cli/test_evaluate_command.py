@@ -228,6 +228,15 @@ def test_refuses_the_mask_of_another_model_and_a_missing_text(base, mask, tmp_pa
         evaluate_command(model=base, perplexity="a.txt", device="nowhere")
 
 
+def test_windows_are_checked_before_a_text_is_read(base, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("leap_pl.evaluation.texts.read_text", lambda *_, **__: pytest.fail("the text was read"))
+    with pytest.raises(UserError, match=r"--seq_length is 2048, and .*base supports at most 128 tokens"):
+        evaluate_command(model=base, perplexity=text)
+    begun = str(tiny_folder(tmp_path / "begun", prefix=1))
+    with pytest.raises(UserError, match=r"seq_length 32, stride 32, .*stride from 1 to seq_length − 1, without what"):
+        evaluate_command(model=begun, perplexity=text, seq_length=32, stride=32)
+
+
 def test_named_texts_are_the_fields_and_c4_is_capped(monkeypatch, base):
     import leap_pl.data
 

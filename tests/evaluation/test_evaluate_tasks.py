@@ -17,7 +17,7 @@ from leap_pl.errors import UserError
 from leap_pl.evaluation import answers
 from leap_pl.evaluation import tasks as room
 from leap_pl.evaluation.harness import PrefixSharingLM
-from leap_pl.evaluation.local_tasks import LocalTasks, _data_folder, _yaml
+from leap_pl.evaluation.local_tasks import PAPER_TASKS, LocalTasks, _data_folder, _yaml
 from leap_pl.evaluation.prefix_rows import arrange
 from leap_pl.evaluation.tasks import evaluate_tasks, mean_accuracy
 
@@ -266,7 +266,7 @@ def test_a_folder_beyond_the_basic_plane(tmp_path):
 
 
 def test_paper_mean_needs_all_six_without_a_limit():
-    whole = {task: {"acc": 0.5, "acc_stderr": 0.1, "limit": None} for task in room.PAPER_TASKS}
+    whole = {task: {"acc": 0.5, "acc_stderr": 0.1, "limit": None} for task in PAPER_TASKS}
     mean = mean_accuracy(whole)
     assert mean["paper"]
     assert mean["stderr"] == pytest.approx(0.1 / 6**0.5)

@@ -48,6 +48,8 @@ REQUESTS = [
     *(((str(n), "y"), [5, 6, 7], [1, 2, n]) for n in range(3)),
     *question(4, 20, [2, 30]),
     *question(5, 2, [1, 1]),
+    *question(6, 20, [1, 1]),
+    *(((str(n), "z"), [*range(20, 40)], answer) for n, answer in enumerate([[3, 9], [5]])),
 ]
 
 
@@ -343,7 +345,7 @@ def test_rows_hold_every_answer_once_and_no_more_tokens(
     for row in rows:
         tokens, positions, branches = row.tokens(), row.positions(), row.branches()
         assert len(tokens) == len(positions) == len(branches) == row.length
-        assert len(row.answers) == 1 or row.length <= longest
+        assert row.length <= longest or row.length == row.shared
         for answer, places in row.scored():
             seen.append(answer.index)
             for place, target in zip(places, answer.tokens[-answer.scored :], strict=True):
@@ -357,6 +359,28 @@ def test_rows_hold_every_answer_once_and_no_more_tokens(
     together = list(batches(rows, budget))
     assert [row for batch in together for row in batch] == rows
     assert all(len(batch) == 1 or len(batch) * batch[0].length <= budget for batch in together)
+
+
+def test_what_a_long_question_begins_with_is_read_once() -> None:
+    """Answers of one token add none to a row, which may be longer than rows whose answers branch."""
+    requests = [*question(1, 600, [1, 1, 1, 1]), *question(2, 600, [2, 2])]
+    rows = arrange([Answer(n, (*asked, *answer), len(answer)) for n, (_, asked, answer) in enumerate(requests)], 512)
+    assert [(row.length, len(row.answers)) for row in rows] == [(601, 1), (601, 1), (600, 4)]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_what_is_longer_than_a_window_takes_no_logits_of_all_positions(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval makes those of each position of each request, in batches of any length."""
+    model, tokenizer = tiny_model(family, sliding_window=16), byte_tokenizer()
+    span = attention_span(model)
+    requests = [*question(1, 3 * span, [2, 3, 1]), *question(2, 4 * span, [1, 1]), *question(3, span // 2, [2, 2])]
+    expected = scored(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), requests)
+    lm = PrefixSharingLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+    assert lm._scores is not None
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", lambda *_: pytest.fail("left to lm-eval"))
+    close(scored(lm, requests), expected, rel=1e-5, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -1,6 +1,7 @@
 """Tasks that cannot be found, read or scored: one line each."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -9,13 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from task_folder import rows, score, write_tasks
+from lm_eval.api.instance import Instance
+from task_folder import SUBJECTS, rows, score, write_tasks
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 
 from leap_pl.cli.evaluate import _of_tasks, evaluate_command
 from leap_pl.errors import UserError
 from leap_pl.evaluation import tasks as room
-from leap_pl.evaluation.local_tasks import LocalTasks
+from leap_pl.evaluation.harness import PrefixSharingLM
+from leap_pl.evaluation.local_tasks import PAPER_TASKS, LocalTasks, expected_place
+from leap_pl.evaluation.record import read_result
+from leap_pl.evaluation.task_errors import answers_fitting, data_reached, questions_fitting
 from leap_pl.evaluation.tasks import evaluate_tasks
 from leap_pl.inputs import hub
 
@@ -86,22 +91,88 @@ def test_an_answer_longer_than_the_model_reaches_is_one_line(family, folder, tmp
     with pytest.raises(UserError, match="has 4 positions, and a question of --tasks has an answer with more") as caught:
         evaluate_command(model=str(base), tasks="piqa", tasks_folder=str(folder))
     assert "\n" not in str(caught.value)
-    with pytest.raises(AssertionError, match="another"), room._in_reach_of(4):
+    with pytest.raises(AssertionError, match="another"), answers_fitting(4):
         raise AssertionError("another")
+
+
+def test_an_answer_to_generate_that_is_longer_than_the_model_reaches_is_one_line():
+    lm = PrefixSharingLM(pretrained=tiny_model(), tokenizer=byte_tokenizer(), batch_size=1)
+    settings = {"until": ["\n"], "max_gen_toks": lm.max_length}
+    asked = Instance("generate_until", {}, ("a question", settings), 0)
+    with pytest.raises(UserError, match="asks for an answer of as many tokens or more"), answers_fitting(lm.max_length):
+        lm.generate_until([asked], disable_tqdm=True)
+
+
+def test_more_solved_examples_than_a_task_has_are_one_line(folder, tmp_path):
+    """Not said to be damaged questions; a task that draws its examples, and one that takes the first."""
+    shutil.copytree(folder, tmp_path / "tasks")
+    rows(tmp_path / "tasks" / "piqa" / "train.jsonl", [{"goal": "cut", "sol1": "a", "sol2": "b", "label": 1}] * 3)
+    for task, most in (("piqa", 2), ("mmlu_anatomy", 3)):  # the first draws one more, and leaves out the question
+        assert score([task], tmp_path / "tasks", num_fewshot=most)[task]["num_fewshot"] == most
+        with pytest.raises(UserError, match=rf"--num_fewshot 4: {task} has fewer solved examples .* a smaller number"):
+            score([task], tmp_path / "tasks", num_fewshot=4)
+
+
+def test_figures_are_kept_where_tasks_fail_later(folder, tmp_path, capsys):
+    base, output = tiny_folder(tmp_path / "base"), tmp_path / "r.json"
+    text = tmp_path / "text.txt"
+    text.write_text("a text " * 40)
+    settings = {"model": str(base), "perplexity": str(text), "seq_length": 32, "output": str(output)}
+    for held in (["damaged"], None):
+        rows(tmp_path / "tasks" / "piqa" / "validation.jsonl", [{"strange": 1}])
+        with pytest.raises(UserError, match="the questions of piqa"):
+            evaluate_command(**settings, tasks="piqa", tasks_folder=str(tmp_path / "tasks"))
+        assert ("with the figures above alone" in capsys.readouterr().err) == (held is not None)
+        result = read_result(output)
+        assert (list(result["perplexity"]), result["tasks"]) == ([str(text)], {})
+    whole = evaluate_command(**settings, tasks="piqa", tasks_folder=str(folder))
+    assert result["perplexity"] == whole["perplexity"]
+    with pytest.raises(UserError, match="the questions of piqa"):
+        evaluate_command(**settings, tasks="piqa", tasks_folder=str(tmp_path / "tasks"))
+    assert read_result(output)["tasks"] == whole["tasks"]
+
+
+def test_questions_that_were_replaced_are_read_again(folder, tmp_path):
+    """datasets keeps what it has read by name and time of change, whatever the file holds."""
+    shutil.copytree(folder / "piqa", tmp_path / "piqa")
+    place = tmp_path / "piqa" / "validation.jsonl"
+    before = place.stat()
+    first = score(["piqa"], tmp_path)["piqa"]["questions_digest"]
+    place.write_text(place.read_text().replace("cut", "saw"))
+    os.utime(place, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert score(["piqa"], tmp_path)["piqa"]["questions_digest"] != first
+
+
+@pytest.mark.parametrize(
+    "task", [*(task for task in PAPER_TASKS if task != "mmlu"), "mmlu_anatomy", "gpqa_main_zeroshot"]
+)
+def test_the_place_that_is_advised_for_questions_is_taken(task, tmp_path):
+    rows(tmp_path / expected_place(task), [{"question": "?"}])
+    with LocalTasks.found_in(tmp_path, [task], 0) as local:
+        assert local.names == {task}
+
+
+def test_the_place_that_is_advised_for_a_group(folder):
+    """Of its first task: each has a folder of its own."""
+    place = expected_place("mmlu")
+    assert (place.parts[0], place.name, len(place.parts)) == ("mmlu", "test.jsonl", 3)
+    assert (folder / "mmlu" / SUBJECTS[0] / place.name).is_file()
 
 
 def test_hub_out_of_reach_is_one_line():
     def attempt(error, remote, folder=None):
-        with room._reaching(remote, folder):
+        with data_reached(remote, folder):
             raise error
 
-    with pytest.raises(UserError, match=r"Lay it out as FOLDER/boolq/validation.jsonl .* make assets-eval"):
-        attempt(ConnectionError("no route\nto host"), ["boolq"])
+    with pytest.raises(UserError, match=r"Lay it out as FOLDER/piqa/validation.jsonl .* make assets-eval"):
+        attempt(ConnectionError("no route\nto host"), ["piqa"])
     another = type("ConnectError", (Exception,), {"__module__": "httpx2._exceptions"})
     with pytest.raises(UserError, match="could not be fetched from the hub"):
         attempt(another("no route"), ["boolq"])
     with pytest.raises(UserError, match=r"mine has no folder of that name. Lay it out as mine/boolq/validation.jsonl"):
         attempt(ConnectionError("no route"), ["boolq"], "mine")
+    with pytest.raises(UserError, match=r"Lay it out as FOLDER/gpqa_main_zeroshot/train.jsonl and name .*_folder\.$"):
+        attempt(ConnectionError("no route"), ["gpqa_main_zeroshot"])
     with pytest.raises(UserError, match="names a task twice"):
         attempt(ValueError("Duplicate task 'a': found in both 'b' and 'c'"), [])
     with pytest.raises(ZeroDivisionError):
@@ -166,15 +237,30 @@ def test_what_fails_beside_local_questions_is_not_their_fault(folder, monkeypatc
         score(["piqa", "boolq"], folder)
 
 
+def test_a_data_set_that_is_a_script_is_one_line(folder, monkeypatch):
+    """datasets raises a plain RuntimeError for those of about thirty tasks."""
+    real = datasets.load.dataset_module_factory
+
+    def factory(path, *args, **options):
+        if path in ("json", "parquet"):
+            return real(path, *args, **options)
+        raise RuntimeError(f"Dataset scripts are no longer supported, but found {path}.py")
+
+    monkeypatch.setattr(datasets.load, "dataset_module_factory", factory)
+    monkeypatch.setattr(hub, "check_reachable", lambda name, kind: None)
+    with pytest.raises(UserError, match=r"the data of boolq could not be .* \(Dataset scripts are no longer supported"):
+        score(["piqa", "boolq"], folder)
+
+
 def test_a_damaged_task_of_a_local_group_is_named(folder, tmp_path):
     shutil.copytree(folder / "mmlu", tmp_path / "tasks" / "mmlu")
     rows(tmp_path / "tasks" / "mmlu" / "anatomy" / "test.jsonl", [{"strange": 1}] * 3)
     with pytest.raises(UserError, match=r"the questions of mmlu_anatomy in .* are damaged"):
         score(["mmlu_anatomy"], tmp_path / "tasks")
     of_group = LocalTasks(tmp_path, frozenset({"mmlu"}), frozenset({"mmlu", "mmlu_anatomy"}))
-    with pytest.raises(UserError, match="the questions of mmlu in"), room._questions_of(of_group, "tasks"):
+    with pytest.raises(UserError, match="the questions of mmlu in"), questions_fitting(of_group, "tasks"):
         busy_with("mmlu_anatomy")
-    with pytest.raises(KeyError), room._questions_of(of_group, "tasks"):
+    with pytest.raises(KeyError), questions_fitting(of_group, "tasks"):
         busy_with("boolq")
 
 
@@ -192,8 +278,8 @@ def test_tasks_that_cannot_run_here_are_one_line(folder):
     def attempt(error):
         with (
             LocalTasks.found_in(folder, ["piqa"]) as local,
-            room._reaching(["some"], None),
-            room._questions_of(local, folder),
+            data_reached(["some"], None),
+            questions_fitting(local, folder),
         ):
             raise error
 

@@ -13,7 +13,7 @@ from experiments.headline.definition import read_experiment
 from experiments.headline.measured import read_cells
 from experiments.headline.report import write_report
 from leap_pl.errors import UserError
-from leap_pl.evaluation.tasks import PAPER_TASKS
+from leap_pl.evaluation.local_tasks import PAPER_TASKS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
