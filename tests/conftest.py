@@ -1,5 +1,7 @@
 """What several test files use: a tiny model and a little text on disk, and one finished run on them."""
 
+import functools
+import gc
 import json
 import logging
 import os
@@ -8,16 +10,22 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Read when it is imported: no test waits for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# As many workers as there are cores share the tests: no process that one starts takes more, nor a pool that compiles.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import lightning  # noqa: F401
 import pytest
 import torch
 from hypothesis import settings
 from tiny import tiny_folder
+from torch.utils import collect_env
 
+from leap_pl.callbacks import sparsity
 from leap_pl.errors import warn_once
 
 # Fixtures that a few test files share.
@@ -38,8 +46,14 @@ WORDS = "the mask keeps a weight where text needs it and drops one that no word 
 settings.register_profile("leap_pl", deadline=None)
 settings.load_profile("leap_pl")
 
-# As many workers as there are cores share the tests, and matrices are tiny.
+# Matrices are tiny.
 torch.set_num_threads(1)
+
+# lm-eval surveys the machine in each evaluation, and asks pip for all packages: a second, for the same answer.
+collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
+
+# No test cuts the power: data need not reach the disk. A descriptor that is not open is an error as ever.
+os.fsync = lambda descriptor: os.fstat(descriptor) and None
 
 # A shell that runs the tests in its background lets them, and what they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -64,12 +78,49 @@ LONGEST = (
     "test_scale.py",
     "test_library_process.py",
     "test_gates_tile.py",
+    "test_results.py",
+    "test_weights_ranks.py",
+    "test_trained_checkpoints.py",
+    "test_scale_memory.py",
+    "test_shared_steps_ranks.py",
+    "test_gates_nm.py",
 )
+
+# Files that share what takes long to make, a whole experiment or the index of lm-eval's tasks, on one worker.
+TOGETHER = {
+    "test_results.py": "results",
+    "test_results_report.py": "results",
+    "test_results_definition.py": "results",
+    "test_evaluate_command.py": "tasks",
+    "test_evaluate_tasks.py": "tasks",
+    "test_task_errors.py": "tasks",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what was imported and collected stays, and need not be searched again and again
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else what libraries free at the end of the process would be told as leaks
+
+
+@pytest.hookimpl(optionalhook=True)  # some processes of the tests have no workers
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return TOGETHER.get(Path(file).name, file)
+
+    return Files(config, log)
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +132,23 @@ def as_in_a_new_process() -> None:
     torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
     warn_once.cache_clear()
+
+
+_pictures: dict[tuple[str, ...], Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def one_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw densities, which takes longer than a tiny run's step, once for the weights of a model: no run's are read."""
+    draw = sparsity.draw_densities
+
+    def drawn(densities: Any) -> Any:
+        key = tuple(densities)
+        if key not in _pictures or any(density != density for density in densities.values()):
+            _pictures[key] = draw(densities)
+        return _pictures[key]
+
+    monkeypatch.setattr(sparsity, "draw_densities", drawn)
 
 
 @pytest.fixture

@@ -164,14 +164,18 @@ def experiment_done(tmp_path_factory, model_folder, text_file):
 
 
 @pytest.fixture
-def again(experiment_done, tmp_path, monkeypatch):
+def without_pictures(monkeypatch):
+    """They take seconds."""
+    monkeypatch.setattr(report, "_pictures", lambda *_: iter(()))
+
+
+@pytest.fixture
+def again(experiment_done, tmp_path, monkeypatch, without_pictures):
     """A finished experiment to change, and the list of commands that run from now on."""
     for name in ("tiny.yaml", "learn.yaml"):
         shutil.copy(experiment_done[0] / name, tmp_path / name)
     for name in ("runs", "docs"):
         shutil.copytree(experiment_done[0] / name, tmp_path / name)
-    # Pictures take seconds.
-    monkeypatch.setattr(report, "_pictures", lambda *_: iter(()))
     return tmp_path, in_this_process(monkeypatch)
 
 

@@ -453,6 +453,7 @@ def copied_cell(experiment_done, tmp_path, name):
     return docs, path, json.loads(path.read_text())
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_step_that_was_measured_with_another_commit_is_named(experiment_done, tmp_path):
     docs, path, result = copied_cell(experiment_done, tmp_path, "leap-50")
     assert len(result["cell"]["commits"]) > 1
@@ -464,6 +465,7 @@ def test_a_step_that_was_measured_with_another_commit_is_named(experiment_done, 
     assert line.endswith(f"commit {result['commit']}, text-more with another.")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_commit_that_is_not_known(experiment_done, tmp_path):
     """As of an archive, or of an installed package."""
     docs, path, result = copied_cell(experiment_done, tmp_path, "leap-50")
@@ -476,6 +478,7 @@ def test_a_commit_that_is_not_known(experiment_done, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["results", "tasks_in_full", "results-0.2"])
+@pytest.mark.usefixtures("without_pictures")
 def test_a_report_elsewhere_says_how_it_is_made(name, experiment_done, tmp_path):
     """In a folder whose name has a dot, too."""
     cells_of = experiment_done[0] / "docs" / "results" / "cells"
