@@ -12,13 +12,10 @@ from leap_pl.callbacks.lightning_internals import SavingCheckpoint
 from leap_pl.errors import UserError
 from leap_pl.escape import terminal
 from leap_pl.inputs.paths import expanded
-from leap_pl.inputs.records import MASK, WEIGHTS
+from leap_pl.inputs.records import EARLIER, MASK, WEIGHTS
 from leap_pl.masks.kept_weights import without_weights
 from leap_pl.prior.started_prior import prior_file
 from leap_pl.training.module import LeapModule
-
-# Names of the files of a run → those of an earlier run's in the same folder.
-EARLIER = {MASK: "mask-earlier.safetensors", WEIGHTS: "weights-earlier.safetensors"}
 
 
 class MaskExport(L.Callback):

@@ -1,5 +1,6 @@
 """Command line of recover: that of fit, with a mask that stays as it is and weights that are trained."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ class RecoverCLI(LeapCLI):
     """Command line of fit with the defaults of recover."""
 
     name, fixes = "recover", True
+    _rate_of_class = False  # whether a rate is typed for the class of an optimizer
     defaults: ClassVar[dict[str, Any]] = {
         **LeapCLI.defaults,
         "model.gate": {"class_path": f"{FixedGate.__module__}.{FixedGate.__qualname__}"},
@@ -56,8 +58,9 @@ class RecoverCLI(LeapCLI):
         given = {name: value for name, value in given.items() if not _is(value, self.defaults.get(name))}
         idle = {name: LEARNING.get(name) for name in given if name in LEARNING or name.startswith("model.annealing")}
         idle |= {name: None for name in given if name in CONSTANT}
-        if "model.optimizer" in given:  # a class that may need a rate to be made at all
-            idle.pop("model.optimizer.lr", None)
+        if "model.optimizer" in given:  # a class that may need a rate to be made at all, so that it is warned of
+            rate = idle.pop("model.optimizer.lr", None)
+            self._rate_of_class = rate is not None or re.search(r"\blr\b", given["model.optimizer"]) is not None
         if "model.mask" in given:
             of_mask = {name for name in given if name.startswith("model.prior.") or name == "model.gate.pattern"}
             idle |= dict.fromkeys(of_mask - {"model.prior.cache_dir"})
@@ -110,6 +113,8 @@ class RecoverCLI(LeapCLI):
             parts = [part for part in plain(defaults.get("model.prior")) if part != "cache_dir"]
             keys |= {f"model.prior.{part}": f"model.prior.{part}" for part in parts}
         idle = [name for name, key in keys.items() if plain(settings.get(key)) != plain(defaults.get(key))]
+        if self._rate_of_class and "model.optimizer.lr" not in idle:
+            idle.append("model.optimizer.lr")
         if idle:
             instead = [LEARNING[name] for name in idle if name in LEARNING]
             remedy = f" For the weights, set {listing(instead)}." if instead else ""

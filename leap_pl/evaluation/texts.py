@@ -14,6 +14,7 @@ from leap_pl.base_model.vocabulary import digest_of_vocabulary
 from leap_pl.data.messages import for_options
 from leap_pl.errors import UserError
 from leap_pl.inputs.paths import expanded
+from leap_pl.masks.mask_set import BEFORE, TRAINED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,6 +144,10 @@ def check_held_out(name: str, config: Any) -> None:
     before = config.get("mask")  # of a mask that stayed while weights learned
     if isinstance(before, dict):
         check_held_out(name, before.get("config"))
+    training = config.get(TRAINED)
+    of_start = training.get(BEFORE) if isinstance(training, dict) else None
+    for text in of_start if isinstance(of_start, list) else ():
+        check_held_out(name, {"data": text})
     check_held_out(name, config.get("weight_update"))  # of weights that a one-shot method updated under it
     data = config.get("data") or config  # a one-shot method records its text beside its settings
     if not isinstance(data, dict):

@@ -21,13 +21,6 @@ if TYPE_CHECKING:
     from leap_pl.masks.patterns import Pattern, Tiled
 
 
-def form_of(masks: "MaskSet") -> "Pattern | Tiled":
-    """Return the form that is recorded for masks: n:m, tiled or unstructured."""
-    from leap_pl.masks.patterns import Unstructured, read_form
-
-    return read_form(str(masks.provenance.config.get("pattern", "unstructured"))) or Unstructured(0.0)
-
-
 def facts_of(masks: "MaskSet", base_zeros: int) -> dict[str, Any]:
     """Return the facts of a model under masks, for ``leap_pl.json`` and the card.
 
@@ -101,7 +94,7 @@ def _summary(masks: "MaskSet", facts: Mapping[str, Any], format: Format) -> str:
     revision = f" at revision {markdown_code(made.revision)}" if made.revision else ""
     what = f"{linked if is_hub_id(made.base_model) else markdown_code(_base_name(masks))}{revision}"
     counts = f"{facts['removed']:,} of {facts['gated']:,} weights of its decoder blocks"
-    form = markdown(_words(form_of(masks), facts["sparsity"]))
+    form = markdown(_words(masks.form(), facts["sparsity"]))
     version = markdown(made.versions.get("leap_pl", ""))
     how = "read off the model's zeros" if made.method == UNKNOWN else f"made by {markdown_code(made.method)}"
     method = f"The mask was {how} with leap_pl {version}".rstrip()

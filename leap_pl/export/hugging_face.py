@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from leap_pl.errors import UserError, listing
-from leap_pl.export.card import card_of, facts_of, form_of
+from leap_pl.errors import UserError
+from leap_pl.export.card import card_of, facts_of
 from leap_pl.export.hub import shortened, without_paths
 from leap_pl.export.usage import Format
 from leap_pl.inputs import records
@@ -71,7 +71,7 @@ def export_model(
     from leap_pl.base_model.loading import load_model
     from leap_pl.base_model.tokenizer import save_tokenizer
     from leap_pl.base_model.tokenizer_files import check_links
-    from leap_pl.base_model.weights import QUANTISED_ZEROS
+    from leap_pl.base_model.weights import QUANTISED_ZEROS, find_weights
     from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet
 
@@ -102,7 +102,7 @@ def export_model(
                 masks = without_weights(masks)
         else:
             masks.check(base)
-            _check_form(masks, base)
+            masks.check_form(find_weights(base, list(masks.masks)))  # 2:4 kernels give wrong results for other masks
             if is_hub_id(model) and not is_hub_id(masks.provenance.base_model):  # a local copy of the same weights
                 masks = masks.with_provenance(base_model=model, revision=revision)
             if format == "mask":  # whose users have the base model's weights
@@ -138,21 +138,6 @@ def export_model(
         card = card_of(masks, facts, format=format, hub_id=hub_id, licence=licence)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return facts
-
-
-def _check_form(masks: "MaskSet", base: "PreTrainedModel") -> None:
-    """Check that every mask follows its recorded pattern exactly: 2:4 kernels give wrong results for other masks."""
-    from leap_pl.base_model.weights import find_weights
-    from leap_pl.masks.patterns import follows
-
-    form = form_of(masks)
-    weights = find_weights(base, list(masks.masks))
-    wrong = [name for name, mask in masks.masks.items() if not follows(mask, weights[name].input_dim, form)]
-    if wrong:
-        raise UserError(
-            f"the mask is recorded as {form}, and {listing(wrong, 3)} is not. Make the mask again, or use another copy "
-            "of the file."
-        )
 
 
 def _write_zeros(base: "PreTrainedModel", masks: "MaskSet", folder: Path) -> None:

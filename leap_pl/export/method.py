@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from leap_pl.export.hub import shortened
-from leap_pl.masks.mask_set import SPARSE_BASE, TRAINED
+from leap_pl.masks.mask_set import BEFORE, SPARSE_BASE, TRAINED
 
 if TYPE_CHECKING:
     from leap_pl.masks import Provenance
@@ -38,6 +38,8 @@ def decisive_settings(made: "Provenance") -> dict[str, str]:
         if TRAINED in before and (_within(origin, TRAINED, "start") or _within(origin, SPARSE_BASE)):
             earlier.append(_texts(before))
         origin = before
+    of_start = _within(config, TRAINED, BEFORE)
+    earlier += [_texts({"data": text}) for text in (of_start if isinstance(of_start, list) else ())]
     steps, of = _within(config, "steps"), _within(config, "max_steps")
     groups = _within(config, "optimizer", "groups")  # of masks and of weights, where both learn
     optimizer = groups[0] if isinstance(groups, list) and groups else _within(config, "optimizer")

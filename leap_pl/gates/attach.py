@@ -109,7 +109,9 @@ def _save_without_gates(model: Any, *arguments: Any, **settings: Any) -> Any:
     if any(parametrize.is_parametrized(module) for module in model.modules()):
         raise UserError(
             "this model has gates, and save_pretrained would write them in place of its weights. Write the mask with "
-            "module.mask_set().save(FILE), and the sparse model with leap_pl export --mask FILE."
+            "module.save_mask('FOLDER/mask.safetensors'), weights that were trained with "
+            "module.save_weights('FOLDER/weights.safetensors', 'FOLDER/mask.safetensors'), and the sparse model with "
+            "leap_pl export --mask FOLDER."
         )
     return type(model).save_pretrained(model, *arguments, **settings)
 

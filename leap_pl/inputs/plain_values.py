@@ -63,7 +63,7 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
-        _check_depth(value)
+        check_depth(value)
         # Both are rare, so the values are searched only if the text may contain one.
         if finite and re.search("NaN|Infinity|[eE][+]?[0-9]{3}|[0-9]{19}", text):
             _refuse(value, _is_not_finite, "not a finite number")
@@ -113,7 +113,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
+    """Check that ``value`` is nested as deep as is read, at most.
+
+    Raises:
+        ValueError: It is nested deeper.
+    """
     level = [value]
     for _ in range(MOST_DEPTH + 1):
         level = [inner for item in level for inner in _items(item) if isinstance(inner, dict | list)]

@@ -26,6 +26,8 @@ MASK = "mask.safetensors"  # the mask of a folder
 CHECKPOINTS = "checkpoints"  # folder of a run that has its checkpoints and, by default, its mask
 WEIGHTS_FORMAT = "leap_pl.KeptWeights"  # `format` in the metadata of a file of trained weights
 WEIGHTS = "weights.safetensors"  # the trained weights of a folder, beside the mask that they belong to
+# Names of the files of a run → those of an earlier run's in the same folder.
+EARLIER = {MASK: "mask-earlier.safetensors", WEIGHTS: "weights-earlier.safetensors"}
 KEY = "folder"
 FORMAT = "leap_pl.folder"
 FORMAT_VERSION = 1

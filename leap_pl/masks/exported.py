@@ -9,6 +9,27 @@ from leap_pl.inputs import records
 from leap_pl.inputs.hub import fetch_optional, is_hub_id
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import read_plain_json
+from leap_pl.masks.mask_set import BEFORE, STAYED, TRAINED
+
+
+def texts_of_weights(name: str | Path, *, revision: str | None = None) -> list[dict[str, Any]]:
+    """Return the settings of the texts that an exported model's weights were trained on, from the last to the first.
+
+    Args:
+        name: Folder, or hub id, as of :func:`exported_record`.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        UserError: If the record cannot be read.
+    """
+    texts, config = [], exported_record(name, revision=revision).get("config")
+    while isinstance(config, dict):
+        if isinstance(training := config.get(TRAINED), dict):
+            before = training.get(BEFORE)
+            found = [config.get("data"), *(before if isinstance(before, list) else ())]
+            texts += [text for text in found if isinstance(text, dict) and text not in texts]
+        config = stayed.get("config") if isinstance(stayed := config.get(STAYED), dict) else None
+    return texts
 
 
 def exported_record(name: str | Path, *, revision: str | None = None) -> dict[str, Any]:

@@ -8,11 +8,14 @@ header's metadata has
 ``format``           ``leap_pl.KeptWeights``
 ``format_version``   ``1``
 ``mask_digest``      digest of the mask's bits (:meth:`leap_pl.masks.MaskSet.digest_of_bits`)
+``record_digest``    SHA-256 of the settings in the mask's provenance, which runs under one mask differ in
 ===================  ====================================================================================
 
 The provenance of the mask says that weights were trained, on what and how: key ``train_weights`` of its settings.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,8 +27,8 @@ from leap_pl.files import atomic_file
 from leap_pl.files.tensor_file import damage_in_one_line, write_tensors
 from leap_pl.inputs.hub import repository_of
 from leap_pl.inputs.paths import expanded
-from leap_pl.inputs.plain_values import shown
-from leap_pl.inputs.records import WEIGHTS, WEIGHTS_FORMAT, mask_in
+from leap_pl.inputs.plain_values import plain, shown
+from leap_pl.inputs.records import EARLIER, MASK, WEIGHTS, WEIGHTS_FORMAT, mask_in
 from leap_pl.inputs.register import note_input
 from leap_pl.masks.mask_set import STAYED, TRAINED, MaskSet
 
@@ -65,7 +68,8 @@ class KeptWeights:
         from safetensors import safe_open
 
         repository = repository_of(mask) if isinstance(mask, str) else None
-        path = mask_in(mask).parent / WEIGHTS
+        place = mask_in(mask)
+        path = place.parent / (EARLIER[WEIGHTS] if place.name == EARLIER[MASK] else WEIGHTS)
         if repository is not None or (not path.is_file() and (path.parent / "config.json").is_file()):
             name, revision = repository or (path.parent, None)
             model = f"--model {name}" + ("" if revision is None else f" --revision {revision}")
@@ -75,8 +79,8 @@ class KeptWeights:
             )
         if not path.is_file():
             raise UserError(
-                f"weights were trained under {mask}, and {path} is missing. Put it back, or give the run's checkpoint "
-                "with --ckpt_path."
+                f"weights were trained under {mask}, and {path} is missing. Put it back, give the run's checkpoint "
+                "with --ckpt_path, or write them from Python with module.save_weights(FILE, MASK)."
             )
         note_input(path)
         with damage_in_one_line(path, "Use another copy of it, or give the run's checkpoint with --ckpt_path."):
@@ -87,9 +91,13 @@ class KeptWeights:
                 f"{path} has no trained weights of format version {FORMAT_VERSION}. Give the run's checkpoint with "
                 "--ckpt_path, or update leap_pl: pip install --upgrade leap_pl"
             )
-        if metadata.get("mask_digest") != masks.digest_of_bits():
+        # Runs under one fixed mask differ in its record alone, which weights of earlier versions do not name.
+        recorded = metadata.get("record_digest")
+        other_run = recorded is not None and recorded != _digest_of_record(masks)
+        if other_run or metadata.get("mask_digest") != masks.digest_of_bits():
+            what = "run" if other_run else "mask"
             raise UserError(
-                f"{path} has the weights of another mask than {mask}. Keep the two files of a run together, or give "
+                f"{path} has the weights of another {what} than {mask}. Keep the two files of a run together, or give "
                 "its checkpoint with --ckpt_path."
             )
         return cls(names, lambda name, _: file.get_tensor(name))
@@ -134,6 +142,10 @@ class KeptWeights:
             ) from error
 
 
+def _digest_of_record(masks: MaskSet) -> str:
+    return hashlib.sha256(json.dumps(plain(masks.provenance.config), sort_keys=True).encode()).hexdigest()
+
+
 def without_weights(masks: MaskSet) -> MaskSet:
     """Return the masks alone, whose provenance has nothing of trained weights, nor figures measured with them."""
     return for_other_weights(masks) if TRAINED in masks.provenance.config else masks
@@ -168,7 +180,8 @@ def write_weights(
         UserError: The file cannot be written.
     """
     metadata = {"format": WEIGHTS_FORMAT, "format_version": str(FORMAT_VERSION)}
-    metadata["mask_digest"] = MaskSet.load(mask).digest_of_bits()
+    masks = MaskSet.load(mask)
+    metadata |= {"mask_digest": masks.digest_of_bits(), "record_digest": _digest_of_record(masks)}
     names = sorted(headers)
     with atomic_file(expanded(path)) as temporary:
         layout = {name: headers[name] for name in names}

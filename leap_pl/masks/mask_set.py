@@ -43,6 +43,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 if TYPE_CHECKING:
     from leap_pl.base_model.weights import Weight
+    from leap_pl.masks.patterns import Pattern, Tiled
 
 FORMAT = MASK_FORMAT
 FORMAT_VERSION = 1
@@ -51,6 +52,7 @@ ZEROS_AMONG_KEPT = 0.15  # most, of a model that a mask was applied to; 4-bit qu
 # Keys in the config of a provenance: how weights were trained; the provenance of the mask that a run left as it was;
 # and that the base model was sparse before the run.
 TRAINED, STAYED, SPARSE_BASE = "train_weights", "mask", "sparse_base_model"
+BEFORE = "texts_before"  # in TRAINED: settings of the texts that the weights were trained on before this run
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,31 @@ class MaskSet:
     def with_provenance(self, **changes: Any) -> Self:
         """Return the same masks with some fields of the provenance changed."""
         return type(self)(self.masks, replace(self.provenance, **changes))
+
+    def form(self) -> "Pattern | Tiled":
+        """Return the form that is recorded for the masks: n:m, tiled or unstructured."""
+        from leap_pl.masks.patterns import Unstructured, read_form
+
+        return read_form(str(self.provenance.config.get("pattern", "unstructured"))) or Unstructured(0.0)
+
+    def check_form(self, weights: "Mapping[str, Weight]") -> None:
+        """Check that every mask follows the form that is recorded.
+
+        Args:
+            weights: Name → weight, of all masks.
+
+        Raises:
+            UserError: One does not.
+        """
+        from leap_pl.masks.patterns import follows
+
+        form = self.form()
+        wrong = [name for name, mask in self.masks.items() if not follows(mask, weights[name].input_dim, form)]
+        if wrong:
+            raise UserError(
+                f"the mask is recorded as {form}, and {listing(wrong, 3)} is not. Make the mask again, or use another "
+                "copy of the file."
+            )
 
     # -- on disk ------------------------------------------------------------------------------------------
 

@@ -51,7 +51,9 @@ def warn_if_sparse(weights: Mapping[str, Weight], base_model: str) -> None:
         )
 
 
-def warn_of_start(weights: Mapping[str, Weight], base_model: str, mask: "MaskSet | None", start: str | None) -> None:
+def warn_of_start(
+    weights: Mapping[str, Weight], base_model: str, mask: "MaskSet | None", start: str | None, kind: str
+) -> None:
     """Warn of weights that are trained under a fixed mask where they start from others than may be meant.
 
     Args:
@@ -59,6 +61,7 @@ def warn_of_start(weights: Mapping[str, Weight], base_model: str, mask: "MaskSet
         base_model: Its name.
         mask: Fixed mask, on rank zero; None for a resumed run that did not find it.
         start: Folder of the weights that training starts from, if they are not the base model's.
+        kind: What is trained of the weights; kept ones alone can start from others than the base model's.
     """
     if start is not None:
         return
@@ -67,11 +70,21 @@ def warn_of_start(weights: Mapping[str, Weight], base_model: str, mask: "MaskSet
     if share > MANY_ZEROS:
         rank_zero_warn(
             f"base model {base_model} is sparse already: {share:.1%} of the gated weights are 0. Distillation, if any, "
-            "learns from it. To learn from the dense model, name that with --model.base_model, and add "
-            f"--model.weights {base_model}."
+            "learns from it."
+            + (
+                " To learn from the dense model, name that with --model.base_model, and add --model.weights "
+                f"{base_model}."
+                if kind == "kept"
+                else ""
+            )
         )
     elif trained:
         rank_zero_warn(
             "the weights that this mask keeps were trained before, and this run starts from the base model's. To start "
-            "from the trained ones, add --model.weights with the folder of the exported model."
+            "from the trained ones, "
+            + (
+                "add --model.weights with the folder of the exported model."
+                if kind == "kept"
+                else "give the folder of the exported model as --model.base_model, from which distillation then learns."
+            )
         )

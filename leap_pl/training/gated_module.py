@@ -200,7 +200,9 @@ class GatedModule(L.LightningModule):
             warn_if_sparse(self.weights, self.base_model)
         prior = self._make_prior(model, probe)
         if self._fitting() and fixed and self.resumes_from is None:  # last, since the mask may be refused
-            warn_of_start(self.weights, self.base_model, self.prior, self.trained.start)
+            warn_of_start(self.weights, self.base_model, self.prior, self.trained.start, self.trained.kind)
+        if self._fitting() and self.trained.kind != NONE and self.resumes_from is None:
+            self.trained.find_texts_before(self.base_model if self.validation.sparse_base else None, self.revision)
         model.requires_grad_(False)
         if self._fitting() and self.resumes_from is None:  # a resumed run has its own
             self.trained.read_start(model, trust_remote_code=self.trust_remote_code)
@@ -303,6 +305,8 @@ class GatedModule(L.LightningModule):
                 f"the state is not that of this module: it lacks, or has beyond what is learned, {names}. Give what "
                 "state_dict returned; of a checkpoint LeapModule.load_from_checkpoint makes the module."
             )
+        if strict:
+            self.trained.make_room(checkpoints.by_weight(state_dict))
         self.has_mask |= strict and bool(state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 

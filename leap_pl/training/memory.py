@@ -30,7 +30,13 @@ def device_bytes(device: torch.device) -> int | None:
 
 
 def expected_bytes(
-    module: "LeapModule", model: "PreTrainedModel", logits: int, tokens: int, ranks: int, trained: int = 0
+    module: "LeapModule",
+    model: "PreTrainedModel",
+    logits: int,
+    tokens: int,
+    ranks: int,
+    trained: int = 0,
+    buffers: int = 0,
 ) -> int:
     """Return the expected bytes of model, learning and activations, without libraries and fragmentation.
 
@@ -43,6 +49,7 @@ def expected_bytes(
         tokens: Tokens in a micro-batch.
         ranks: Number of devices over which decoder blocks are sharded; 1 if each holds the whole model.
         trained: Number of parameters of trained weights.
+        buffers: Bytes that gates which learn hold beside their logits, such as the fixed mask within tiles.
     """
     size, config = model.dtype.itemsize, model.config.get_text_config()
     blocks = decoder_blocks(model)[1]
@@ -64,7 +71,7 @@ def expected_bytes(
         transient = TRANSIENT_LOW_MEMORY if module.logits_dtype.itemsize == 2 else TRANSIENT
         transient = (transient + TRANSIENT_WEIGHTS * bool(trained)) if logits else TRANSIENT_FIXED
     block = transient * max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    bits = 0 if logits else sum(module.sizes.values()) // 8  # on every rank
+    bits = buffers if logits else sum(module.sizes.values()) // 8  # on every rank
     held = (size * within + learned * (logits + trained)) / ranks + size * outside + bits
     if not module.activation_checkpointing:
         # Each layer keeps its masked weight for the backward pass, on every rank all of it; where the weight is trained

@@ -222,6 +222,7 @@ class LeapModule(ValidatedModule):
         module = cls(**run_settings.arguments_of(stored, settings, str(checkpoint_path)) | settings)
         if not {"targets", "ignore", "mask"} & set(settings):
             module.gated_before = list(identity.shapes)
+        module._take_name_of_mask(identity, stored, {})
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=False)

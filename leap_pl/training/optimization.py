@@ -1,5 +1,6 @@
 """Optimizer and learning-rate schedule of a run: made from its settings, checked, and described."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -68,9 +69,9 @@ def make_optimizer(make: OptimizerCallable, parameters: list[Any]) -> torch.opti
         optimizer = make(parameters)
         check_settings(optimizer)
         return optimizer
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # the last for settings that exclude each other
         reason = one_line(error)
         if "empty parameter list" in reason:
             raise UserError(
@@ -99,13 +100,14 @@ def make_scheduler(
         rates = [group["lr"] for group in optimizer.param_groups]
         try:
             scheduler = make(optimizer)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             reason = one_line(error)
             raise UserError(f"model.lr_scheduler does not take its settings: {reason}.") from error
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise UserError(
                 "model.lr_scheduler: ReduceLROnPlateau needs a metric after every step. Give a schedule by steps."
             )
+        _warn_of_own_rate(scheduler, rates)
         _check_length(scheduler, total)
         _warn_of_length(scheduler, warmups, total)
         first = {group.get("initial_lr") for group in optimizer.param_groups}
@@ -145,6 +147,20 @@ def check_moments(make: LRSchedulerCallable | None, optimizer: torch.optim.Optim
             "stores moments that are of one β₁. Set --model.lr_scheduler.cycle_momentum false; a run that began "
             "without it cannot be resumed."
         )
+
+
+def _warn_of_own_rate(scheduler: Any, rates: list[float]) -> None:
+    """Warn of a schedule, such as OneCycleLR, whose highest rate is its own and not that of the optimizer."""
+    groups = scheduler.optimizer.param_groups
+    peaks = getattr(scheduler, "max_lrs", None) or [
+        group.get("max_lr", rate) for group, rate in zip(groups, rates, strict=True)
+    ]
+    for peak, rate in zip(peaks, rates, strict=True):
+        if not math.isclose(peak, rate):
+            rank_zero_warn(
+                f"model.lr_scheduler: {type(scheduler).__name__} sets its own learning rates, up to {peak:g}, and the "
+                f"given {rate:g} is not used. Set its max_lr to what is meant."
+            )
 
 
 def _check_length(scheduler: Any, total: int) -> None:

@@ -21,7 +21,7 @@ from leap_pl.distributed.shards import copy_part_
 from leap_pl.distributed.strategy import check_as_rank_zero, data_rank, saves_shards
 from leap_pl.errors import UserError, warn_once
 from leap_pl.gates import FixedGate
-from leap_pl.masks.mask_set import STAYED, TRAINED
+from leap_pl.masks.mask_set import BEFORE, STAYED, TRAINED
 from leap_pl.prior.started_prior import DIGESTS
 from leap_pl.training import run_settings
 from leap_pl.training.gated_module import GatedModule
@@ -316,6 +316,9 @@ class ResumableModule(GatedModule):
             raise not_one_file(getattr(self.attached, "ckpt_path", None) or "FOLDER")
         found = read_identity(checkpoint)
         self.run_prior.fixed = found.settings.get(STAYED)
+        training = found.settings.get(TRAINED)
+        before = training.get(BEFORE) if isinstance(training, dict) else None
+        self.trained.texts_before = before if isinstance(before, list) else []
         if self.attached is not None:
             data = getattr(self.trainer, "datamodule", None)
             self.check_resume(checkpoint, "the checkpoint", self.trainer, data, fitting=self._fitting())

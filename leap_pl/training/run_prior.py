@@ -12,7 +12,8 @@ from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.distributed.strategy import RankZero
 from leap_pl.errors import UserError
 from leap_pl.gates import FixedGate, Gates
-from leap_pl.masks.mask_set import STAYED
+from leap_pl.inputs.plain_values import check_depth
+from leap_pl.masks.mask_set import STAYED, MaskSet
 from leap_pl.masks.patterns import NM, Unstructured, read_form
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.prior.started_prior import DIGESTS, started_prior
@@ -89,7 +90,9 @@ class RunPrior:
             forms = gates.prior_forms(sparsity)
             priors = self.settings.make(model, weights, forms, calibration)
             gates.check_priors(priors)
-            if not isinstance(gates.first, FixedGate):  # whose mask stays what it is
+            if isinstance(gates.first, FixedGate):  # whose mask stays what it is
+                _check_fixed(priors["prior"], weights, gates.form, sparsity)
+            else:
                 self.settings.warn_of_others(priors, forms)
             packed = {form: mask.packed() for form, mask in priors.items()}  # the run holds them to its end
             return packed, self.settings.squares(model, weights, calibration)
@@ -155,3 +158,26 @@ class RunPrior:
         recorded: dict[str, Any] = {"prior": stored or asdict(self.settings)}
         recorded |= {DIGESTS: self.digests} if self.digests else {}
         return recorded | ({} if self.fixed is None else {STAYED: self.fixed})
+
+
+def _check_fixed(masks: MaskSet, weights: Mapping[str, Weight], form: str, sparsity: float) -> None:
+    """Check that ``masks``, which stay, are of the run's ``form`` and ``sparsity``, and can be recorded.
+
+    Raises:
+        UserError: They are not.
+    """
+    masks.check_form({name: weight for name, weight in weights.items() if name in masks.masks})
+    asked = masks.provenance.sparsity  # which rows may not divide into
+    rounding = 1e-3 if asked is None else max(1e-3, abs(masks.sparsity - asked))
+    if masks.form() != (read_form(form) or Unstructured(0.0)) or abs(masks.sparsity - sparsity) > rounding:
+        raise UserError(
+            f"the mask that stays is {masks.form()} with sparsity {masks.sparsity:g}, and the run's {form} with "
+            f"{sparsity:g}. Give it as mask=FILE (--model.mask), from which both follow, and not as that of a prior."
+        )
+    try:
+        check_depth({"provenance": {"config": {STAYED: {"config": masks.provenance.config}}}})
+    except ValueError as error:
+        raise UserError(
+            f"the record of the mask that stays has all masks and weights before it, and {error}. Save it without: "
+            "MaskSet.load(MASK), then .with_provenance(config={}).save(FILE)."
+        ) from error

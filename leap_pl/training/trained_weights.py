@@ -17,7 +17,9 @@ from leap_pl.checkpoints.layout import key_of
 from leap_pl.distributed.shards import gathered, part_like, sharded_like
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import PART, Gate, GateState, TrainedTensor, TrainedWeight, attach_trained
+from leap_pl.masks.exported import texts_of_weights
 from leap_pl.masks.kept_weights import write_weights
+from leap_pl.masks.mask_set import BEFORE
 from leap_pl.training.start_weights import StartWeights, check_start
 from leap_pl.training.weights import (
     KINDS,
@@ -60,6 +62,7 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         if start is not None:
             check_start(start)
         self.kind, self.settings, self.start = kind, settings, start
+        self.texts_before: list[dict[str, Any]] = []  # that the weights at the start were trained on
         self._state, self._dtype = state, dtype
         self._gated: dict[str, tuple[Weight, Gate, TrainedWeight]] = {}
         self._ungated: dict[str, TrainedTensor] = {}
@@ -206,6 +209,18 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
             if isinstance(trained, CompactMaster):
                 trained.resize(stored[key_of(name, f"{PART}master")].numel())
 
+    def find_texts_before(self, sparse_base: str | None, revision: str | None) -> None:
+        """Find which texts the weights that training starts from were trained on: none of a dense base model's.
+
+        Args:
+            sparse_base: Name of the base model, if it is sparse.
+            revision: Its revision on the hub.
+        """
+        if self.start is not None:
+            self.texts_before = texts_of_weights(self.start)
+        elif sparse_base is not None:
+            self.texts_before = texts_of_weights(sparse_base, revision=revision)
+
     def release_start(self) -> None:
         """Release the memory of the weights that training has started from.
 
@@ -277,7 +292,8 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
             return {}
         foreign = self._foreign()
         given = {name: value for name, value in asdict(self.settings).items() if name not in foreign}
-        return {"kind": self.kind, **given, **({} if self.start is None else {"start": self.start})}
+        start = {} if self.start is None else {"start": self.start}
+        return {"kind": self.kind, **given, **start, **({BEFORE: self.texts_before} if self.texts_before else {})}
 
     def _foreign(self) -> list[str]:
         """Return the names of the settings that this kind of training does not use."""

@@ -103,3 +103,10 @@ def test_a_warmup_that_is_longer_than_the_run(total: int, advised: int) -> None:
     )
     with pytest.warns(UserWarning, match=told):
         make_scheduler(None, optimizer, {"model.warmup_steps": total + 1}, total)
+
+
+def test_a_rate_that_a_schedule_replaces_is_told(recover: Flags, tmp_path: Path) -> None:
+    """OneCycleLR has a highest rate of its own, whatever the optimizer's is."""
+    words = recover(tmp_path / "run", one_cycle(tmp_path, total_steps=4))
+    with pytest.warns(UserWarning, match=r"OneCycleLR sets its own .* up to 0\.001, and the given 0\.01 is not used"):
+        main(words)
