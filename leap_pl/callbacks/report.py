@@ -113,10 +113,11 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
     probe = module.probe()
     logits = round(gated * sum(p.numel() for p in probe.first.parameters()) / module.sizes[next(iter(probe))])
     are = "will be" if logits else "are"
+    form = "" if probe.form == "unstructured" else f", {probe.form}"
     plan = {
         "model": f"{module.base_model}, {str(model.dtype).removeprefix('torch.')}: {gated:,} of {total:,} weights are "
         f"gated, {len(module.sizes)} tensors, and {module.asked_sparsity:.1%} of them {are} removed "
-        f"({type(probe.first).__name__})"
+        f"({type(probe.first).__name__}{form})"
     }
     tokens = 0
     if hasattr(data, "seq_length") and hasattr(data, "batch_size"):
@@ -129,8 +130,9 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
     plan["steps"] = f"{steps:,}, {_optimizer(module)}; {_annealing(module)}" if logits else f"{steps:,}"
     new = tokens and module.resumes_from is None and type(probe.first) in RECIPES
     if new and module.annealing == Annealing() and a_step * steps < FEW_TOKENS:
-        recipe = RECIPES[type(probe.first)]
-        plan["schedule"] = f"α and τ are the paper's, for 2.1 billion tokens; for few, {recipe}"
+        recipe = RECIPES[type(probe.first)] if probe.form in ("unstructured", "2:4") else RECIPES[BernoulliGate]
+        few = f"for few, {recipe} before all other options"  # which it would override
+        plan["schedule"] = f"α and τ are the paper's, for 2.1 billion tokens; {few}"
     if tokens and module.resumes_from is None and steps < FEW_STEPS and trainer.accumulate_grad_batches > 1:
         plan["few steps"] = f"only {steps}; lower --trainer.accumulate_grad_batches for more of them"
     if module.trained.kind != NONE:
@@ -142,7 +144,8 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
     ranks = 1 if module.mesh is None else module.mesh.size()
     training = module.trained
     trained = parameters_of(training.kind, training.settings, module.weights, model, 1 - module.sparsity)
-    gib = expected_bytes(module, model, logits, tokens, ranks, trained) / 2**30
+    buffers = round(gated * sum(b.nbytes for b in probe.first.buffers()) / module.sizes[next(iter(probe))])
+    gib = expected_bytes(module, model, logits, tokens, ranks, trained, buffers) / 2**30
     size = f"{gib:.1f} GiB" if gib >= 1 else f"{1024 * gib:.0f} MiB"
     plan["memory"] = f"about {size} on each device, without libraries and fragmentation"
     there = device_bytes(trainer.strategy.root_device)

@@ -378,6 +378,39 @@ def setting_of(words: Sequence[str], configs: Mapping[str, Mapping[Any, Any]], n
     return found
 
 
+def overruled(words: Sequence[str], configs: Mapping[str, Mapping[Any, Any]]) -> list[str]:
+    """Return a line on each option in ``words`` that a later ``--config`` sets to another value.
+
+    Args:
+        words: Words of the command line.
+        configs: Name of each config file → its settings, as :func:`check_configs` returns them.
+    """
+    lines = []
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if not option.startswith("--") or option == "--config":
+            continue
+        value = value if equals else (words[place + 1] if place + 1 < len(words) else "")
+        name, later = option.removeprefix("--"), words[place + 1 :]
+        last = setting_of(later, configs, name)
+        if last is None or any(other.partition("=")[0] == option for other in later) or _same_text(last, value):
+            continue
+        config = next(of for of in configs if setting_of(["--config", of], configs, name) == last)
+        shown_config = Path(config).stem if Path(config).parent == RECIPES else config
+        lines.append(
+            f"--config {shown_config} comes after {option} {value}, and sets it to {last}. Give --config first, so "
+            "that what is typed counts."
+        )
+    return lines
+
+
+def _same_text(one: str, other: str) -> bool:
+    try:
+        return one == other or float(one) == float(other)
+    except ValueError:
+        return one.lower() == other.lower()
+
+
 def check_classes(settings: Namespace) -> None:
     """Check that the classes named in ``settings`` are of the required kinds, before one is called.
 

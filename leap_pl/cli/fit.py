@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -145,7 +146,8 @@ class LeapCLI(ResumableCLI):
         """Create the trainer; its checkpoint files are atomic and verified, unless another checkpoint IO was chosen."""
         verb = self.subcommand
         asked = (self.config_init if verb is None else self.config_init[verb]).trainer
-        if asked.enable_progress_bar is False:
+        given = asked.callbacks if isinstance(asked.callbacks, list) else [asked.callbacks]
+        if asked.enable_progress_bar is False or any(isinstance(one, ProgressBar) for one in given):
             self.parsers[verb].callback_keys.remove("progress")
         self.trainer_defaults["callbacks"].append(ValidationTimes(spread=asked.val_check_interval is None))
         try:
@@ -154,6 +156,13 @@ class LeapCLI(ResumableCLI):
             if "devices" not in str(error):
                 raise
             raise UserError(f"trainer.devices: {one_line(error)} Give a number of devices.") from error
+        except RuntimeError as error:
+            if "stateful callback" not in str(error):
+                raise
+            raise UserError(
+                f"trainer.callbacks has one that the run has already ({one_line(error)}) Leave it out, and set the "
+                "run's own: --checkpoint.*, --sparsity_log.*, --mask_export.*; see leap_pl fit --help."
+            ) from error
         check_trainer(trainer)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
@@ -169,10 +178,18 @@ def is_fixed(settings: Any) -> bool:
     return str(path).rpartition(".")[2] == FixedGate.__name__
 
 
+def _of_verb(kind: type[LeapCLI], verb: str) -> type[LeapCLI]:
+    """Return ``kind`` with one verb: the parser of another, which is not typed, would take as long to build."""
+    skipped = kind.subcommands()[verb]
+    return type(kind.__name__, (kind,), {"subcommands": staticmethod(lambda: {verb: skipped})})
+
+
 def make_cli(words: list[str], *, run: bool = True, kind: type[LeapCLI] = LeapCLI) -> LeapCLI:
     """Parse ``words`` and create trainer, module and data module; with ``run``, the first word is the verb to run."""
     # No abbreviated options: --ckpt_path must be found before the rest is parsed.
     settings = {"exit_on_error": False, "allow_abbrev": False}
+    if run and words and words[0] in kind.subcommands():
+        kind = _of_verb(kind, words[0])
     verbs: dict[str, Any] = {verb: {**settings, "verb": verb} for verb in kind.subcommands()} if run else {}
     return kind(
         LeapModule,

@@ -19,6 +19,7 @@ from leap_pl.cli.arguments import (
     check_groups,
     check_keys,
     options_of,
+    overruled,
     parser_message,
     plain,
     setting_of,
@@ -102,6 +103,8 @@ class ResumableCLI(LightningCLI):
         self._configs = configs = check_configs(words)
         words, typed = respelled(words)
         self.check_typed(words)
+        for line in overruled(words, configs):
+            rank_zero_warn(line)
         if configs:
             known = self.parsers.get(words[0] if words else None, parser)
             check_keys(configs, [*options_of(known), f"--{FORMER}"])

@@ -38,12 +38,12 @@ class TileGates(Gates["TileGate"]):
     def exact_sparsity(self, sparsity: float) -> float:
         """Return ``sparsity``, which may be at most 1 − n/m; see :meth:`.Gates.exact_sparsity`."""
         nm = self.first.tiled.nm
-        if sparsity > nm.sparsity + 1e-9:
+        if sparsity > nm.sparsity + 1e-6:  # of the share that is advised, which is rounded
             raise UserError(
                 f"model.sparsity is {sparsity:g}, and tiles that are dense or {nm} remove {nm.sparsity:g} at most. "
                 f"Set --model.sparsity {nm.sparsity:g} or less, or another n and m."
             )
-        return sparsity
+        return min(sparsity, nm.sparsity)
 
     def prior_forms(self, sparsity: float) -> dict[str, Pattern]:
         """Return an unstructured prior for the tiles and an n:m prior within them; see :meth:`.Gates.prior_forms`."""
@@ -143,6 +143,8 @@ class TileGate(Gate):
         self.tiled = Tiled(NM(n, m), tile)
         numbers = {"n": n, "m": m, "tile": tile, "spread": spread, "strength": strength}
         check_numbers({**numbers, "pattern_spread": pattern_spread}, "model.gate.")
+        if mode not in ("tile", "joint"):
+            raise UserError(f"model.gate.mode is {mode!r}; give tile or joint.")
         if mode == "joint" and tile % m:
             raise UserError(
                 f"model.gate.tile is {tile}, and joint mode needs a multiple of {m}: a {n}:{m} group must not span two "

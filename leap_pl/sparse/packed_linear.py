@@ -1,6 +1,7 @@
 """Linear layer whose weight stays packed in memory."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,14 @@ class PackedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input`` (…, in) times the weight, plus the bias: (…, out)."""
         return linear(input, self.bitmap, self.values, self.starts, self.scale, self.in_features, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the layer, and convert the type that it computes in; scales of int8 values stay exact, in float32."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if scale is not None and self.scale is not None and self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
 
     def extra_repr(self) -> str:
         """Return the sizes and the density."""

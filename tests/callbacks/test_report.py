@@ -120,7 +120,36 @@ def test_the_plan_names_the_recipes_of_its_gate(model_folder, text_file, tmp_pat
     flags = ("--trainer.max_steps=1", "--model.gate=NMGate", "--model.sparsity=0.5", "--model.objective.budget=0")
     main(fit_flags(model_folder, text_file, tmp_path, *flags))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("schedule  ")]
-    assert line.endswith("for few, --config short --config 2of4")
+    assert line.endswith("for few, --config short --config 2of4 before all other options")
+
+
+def test_the_plan_says_another_pattern_and_advises_none(model_folder, text_file, tmp_path: Path, capsys) -> None:
+    """The recipe is of 2:4: after other n and m it would set them, and the sparsity, again."""
+    flags = ("--trainer.max_steps=1", "--model.gate=NMGate", "--model.gate.n=1", "--model.gate.m=4")
+    flags += ("--model.sparsity=0.75", "--model.objective.budget=0")
+    main(fit_flags(model_folder, text_file, tmp_path, *flags))
+    plan = dict(
+        line.split(None, 1) for line in capsys.readouterr().err.splitlines() if line.startswith(("model ", "schedule "))
+    )
+    assert plan["model"].endswith("(NMGate, 1:4)")
+    assert plan["schedule"].endswith("for few, --config short before all other options")
+
+
+def test_the_plan_counts_the_fixed_mask_within_tiles(model_folder, text_file, tmp_path: Path, monkeypatch) -> None:
+    counted = []
+
+    def counting(*arguments: Any) -> int:
+        counted.append(arguments[-1])
+        return 1
+
+    monkeypatch.setattr("leap_pl.callbacks.report.expected_bytes", counting)
+    flags = ["--trainer.max_steps=1", "--model.gate=TileGate", "--model.gate.tile=8", "--model.sparsity=0.4"]
+    sizes = []
+    for mode in ("tile", "joint"):
+        main(fit_flags(model_folder, text_file, tmp_path / mode, *flags, f"--model.gate.mode={mode}"))
+        masks = MaskSet.load(tmp_path / mode / "checkpoints" / "mask.safetensors")
+        sizes.append(masks.total)
+    assert counted[0] - counted[1] == pytest.approx(sizes[0], rel=0.01)  # a byte a weight
 
 
 def test_a_picture_of_densities() -> None:

@@ -8,10 +8,11 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import torch
 import yaml
-from conftest import Run, failing
+from conftest import Run, failing, fit_flags
 from recovered_runs import Flags
 from tiny import byte_tokenizer
 
+from leap_pl.cli.arguments import check_configs, overruled, with_recipes
 from leap_pl.cli.compare import compare_command
 from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.cli.export import export_command
@@ -157,7 +158,7 @@ def test_a_hub_text_that_cannot_be_opened_has_a_remedy(monkeypatch, model_folder
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UserError, match=r"Bad split: test\)\. Choose with --config_name and --split\.$"):
-        evaluate_command(str(model_folder), perplexity="some/text")
+        evaluate_command(str(model_folder), perplexity="some/text", seq_length=32)
 
 
 def test_figures_are_shown_as_they_come(
@@ -284,3 +285,49 @@ def test_a_word_that_is_none_of_the_choices_is_one_line(verb: Any, tmp_path: Pat
         with pytest.raises(UserError, match=rf"^--{name} is ggu. Give one of {', '.join(words)}\.$"):
             verb(**needed, **{name: "ggu"})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_config_after_an_option_that_it_sets_is_told(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"model": {"sparsity": 0.5, "seed": 3}}))
+    config = str(tmp_path / "c.yaml")
+    typed = ["fit", "--model.sparsity=0.6", "--model.seed", "3"]
+    configs = check_configs(["fit", "--config", config])
+    (line,) = overruled([*typed, "--config", config], configs)
+    assert line.startswith(f"--config {config} comes after --model.sparsity 0.6, and sets it to 0.5. Give --config")
+    assert overruled(["fit", f"--config={config}", *typed[1:]], configs) == []
+    assert overruled([*typed, f"--config={config}", "--model.sparsity=0.7"], configs) == []  # typed again
+    words = with_recipes(["fit", "--model.sparsity", "0.6", "--config", "short"])
+    (line,) = overruled(words, check_configs(words))
+    assert line.startswith("--config short comes after --model.sparsity 0.6, and sets it to 0.5.")
+
+
+def test_the_command_says_so(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"model": {"sparsity": 0.5}}))
+    words = fit_flags(model_folder, text_file, tmp_path, "--model.sparsity=0.6", f"--config={tmp_path / 'c.yaml'}")
+    with pytest.warns(UserWarning, match=r"comes after --model\.sparsity 0\.6, and sets it to 0\.5"):
+        main([*words, "--trainer.max_steps=1"])
+
+
+# -- callbacks that the run has, and settings that exclude each other --------------------------------------------------
+
+
+def test_a_callback_that_the_run_has_is_one_line(model_folder: Path, text_file: Path, tmp_path: Path, capsys) -> None:
+    twice = "--trainer.callbacks+=leap_pl.callbacks.SparsityLogger"
+    message = failing(capsys, fit_flags(model_folder, text_file, tmp_path, twice))
+    assert "trainer.callbacks has one that the run has already (Found more than one stateful callback" in message
+
+
+def test_a_progress_bar_of_lightning_takes_the_place_of_our_own(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    bar = "--trainer.callbacks+=TQDMProgressBar"
+    main(fit_flags(model_folder, text_file, tmp_path, bar, "--trainer.max_steps=1"))
+    assert (tmp_path / "checkpoints" / "mask.safetensors").is_file()
+
+
+@pytest.mark.parametrize("option", ["foreach", "differentiable"])
+def test_settings_of_an_optimizer_that_exclude_each_other(
+    option: str, model_folder: Path, text_file: Path, tmp_path: Path, capsys
+) -> None:
+    message = failing(capsys, fit_flags(model_folder, text_file, tmp_path, f"--model.optimizer.{option}=true"))
+    assert "model.optimizer does not take its settings: " in message

@@ -207,6 +207,8 @@ def test_settings_that_make_no_sense() -> None:
     for wrong in ({"spread": 0.0}, {"pattern_spread": -1.0}, {"strength": -1.0}):
         with pytest.raises(ValueError, match=r"^model\.gate\.(spread|strength|pattern_spread) is .*; give "):
             tile_gate((8, 8), **wrong)
+    with pytest.raises(UserError, match=r"model\.gate\.mode is 'tiles'; give tile or joint"):
+        tile_gate((8, 8), mode="tiles")
     with pytest.raises(UserError, match="tile 0 is invalid"):
         tile_gate((8, 8), tile=0)
     with pytest.raises(UserError, match="pattern 4:4 is invalid"):
@@ -216,6 +218,8 @@ def test_settings_that_make_no_sense() -> None:
     assert tile_gate((8, 8), tile=6, mode="tile").settings()["tile"] == 6
     gate = tile_gate((8, 8))
     assert [Gates.of({"w": gate}).exact_sparsity(s) for s in (0.1, 0.45, 0.5)] == [0.1, 0.45, 0.5]
+    thirds = Gates.of({"w": tile_gate((9, 9), n=1, m=3, tile=3)})
+    assert thirds.exact_sparsity(0.666667) == 1 - 1 / 3  # as the message for more of it advises
     with pytest.raises(UserError, match=r"dense or 2:4 remove 0.5 at most. Set --model.sparsity 0.5 or less"):
         Gates.of({"w": gate}).exact_sparsity(0.6)
 

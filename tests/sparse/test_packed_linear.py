@@ -36,6 +36,13 @@ def test_its_weight_has_the_type_that_the_model_computes_in() -> None:
     assert torch.equal(typed.weight, layer.weight.bfloat16())
     assert typed.float().weight.dtype == torch.float32
     assert packed_linear().weight.dtype == torch.bfloat16
+    scale = layer.packed.scale
+    assert scale is not None
+    for dtype in (torch.float16, torch.bfloat16):  # to which scales would be rounded
+        moved = copy.deepcopy(layer).to(dtype)
+        assert moved.weight.dtype == dtype
+        assert moved.scale is not None
+        assert torch.equal(moved.scale, scale)
 
 
 def test_a_state_dict_of_another_mask_with_as_many_weights() -> None:
