@@ -130,8 +130,7 @@ def plan_of(trainer: L.Trainer, module: LeapModule, model: "PreTrainedModel") ->
     plan["steps"] = f"{steps:,}, {_optimizer(module)}; {_annealing(module)}" if logits else f"{steps:,}"
     new = tokens and module.resumes_from is None and type(probe.first) in RECIPES
     if new and module.annealing == Annealing() and a_step * steps < FEW_TOKENS:
-        recipe = RECIPES[type(probe.first)] if probe.form in ("unstructured", "2:4") else RECIPES[BernoulliGate]
-        few = f"for few, {recipe} before all other options"  # which it would override
+        few = f"for few, {RECIPES[type(probe.first)]} before all other options"  # which it would override
         plan["schedule"] = f"α and τ are the paper's, for 2.1 billion tokens; {few}"
     if tokens and module.resumes_from is None and steps < FEW_STEPS and trainer.accumulate_grad_batches > 1:
         plan["few steps"] = f"only {steps}; lower --trainer.accumulate_grad_batches for more of them"

@@ -7,6 +7,7 @@ from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from leap_pl.errors import UserError, listing, one_line
@@ -391,24 +392,40 @@ def overruled(words: Sequence[str], configs: Mapping[str, Mapping[Any, Any]]) ->
         if not option.startswith("--") or option == "--config":
             continue
         value = value if equals else (words[place + 1] if place + 1 < len(words) else "")
-        name, later = option.removeprefix("--"), words[place + 1 :]
-        last = setting_of(later, configs, name)
-        if last is None or any(other.partition("=")[0] == option for other in later) or _same_text(last, value):
+        later = words[place + 1 :]
+        if any(other.partition("=")[0] == option for other in later):
             continue
-        config = next(of for of in configs if setting_of(["--config", of], configs, name) == last)
-        shown_config = Path(config).stem if Path(config).parent == RECIPES else config
-        lines.append(
-            f"--config {shown_config} comes after {option} {value}, and sets it to {last}. Give --config first, so "
-            "that what is typed counts."
-        )
+        groups = option.removeprefix("--").split(".")
+        # As typed, and as a config has the settings of a class.
+        names = [".".join((*groups[:at], *inner, *groups[at:])) for at, inner in ((0, ()), (-1, ("init_args",)))]
+        given = [one.partition("=")[2] if "=" in one else one for one in later]
+        for config in [one for one in reversed(given) if one in configs]:
+            last = next((found for name in names if (found := setting_of(["--config", config], configs, name))), None)
+            if last is not None:
+                if not _same_value(last, value):
+                    shown_config = Path(config).stem if Path(config).parent == RECIPES else config
+                    lines.append(
+                        f"--config {shown_config} comes after {option} {value}, and sets it to {last}. Give --config "
+                        "first, so that what is typed counts."
+                    )
+                break
     return lines
 
 
-def _same_text(one: str, other: str) -> bool:
+def _same_value(one: str, other: str) -> bool:
+    """Return whether two texts are one value, or name one class."""
+    found = []
+    for text in (one, other):
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        value = value.get("class_path", value) if isinstance(value, dict) else value
+        found.append(value.rpartition(".")[2] if isinstance(value, str) and re.fullmatch(r"[\w.]+", value) else value)
     try:
-        return one == other or float(one) == float(other)
-    except ValueError:
-        return one.lower() == other.lower()
+        return bool(found[0] == found[1] or float(found[0]) == float(found[1]))  # 1e-3 is a text in YAML
+    except (TypeError, ValueError):
+        return False
 
 
 def check_classes(settings: Namespace) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from leap_pl.evaluation.subject import Subject
 
 DEFAULT_TASKS_FOLDER = "assets/tasks"
-AUTO = "auto"
+HUB = "hub"
 
 
 @command
@@ -34,7 +34,7 @@ def evaluate_command(
     tasks: str | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    tasks_folder: str | None = AUTO,
+    tasks_folder: str | None = None,
     batch_size: int = 4,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
@@ -74,8 +74,8 @@ def evaluate_command(
             mmlu,piqa,arc_easy,arc_challenge,winogrande,openbookqa.
         limit: Maximum number of questions of each task, for a quick look; the result is marked.
         num_fewshot: Number of solved examples before each question; default: the task's own, mostly 0.
-        tasks_folder: Folder with the data of tasks; auto: assets/tasks if it exists, which make assets-eval writes
-            in a clone of the repository. Tasks that are not in it are read from the hub, and all of them with null.
+        tasks_folder: Folder with the data of tasks; default: assets/tasks if it exists, which make assets-eval writes
+            in a clone of the repository. Tasks that are not in it are read from the hub; hub: all of them.
         batch_size: Windows in a forward pass; of the answers of tasks, as many as have 512 tokens for each of them.
         dtype: Type of the weights in memory and of the computation; auto: the type they are stored in, but float32
             for bfloat16, and on a CPU for float16, on hardware where float32 is faster.
@@ -110,7 +110,15 @@ def evaluate_command(
     from leap_pl.base_model.sequence_length import check_sequence_length
     from leap_pl.cli.device import check_device, move_to_device
     from leap_pl.evaluation.perplexity import check_windows
-    from leap_pl.evaluation.record import FORMAT, FORMAT_VERSION, check_place, environment, write_result
+    from leap_pl.evaluation.record import (
+        FORMAT,
+        FORMAT_VERSION,
+        UNFINISHED,
+        check_place,
+        environment,
+        may_replace,
+        write_result,
+    )
     from leap_pl.evaluation.subject import load_subject, realised_sparsity
     from leap_pl.evaluation.texts import TEXTS, check_held_out, check_text
     from leap_pl.oneshot.methods import MASK_ALONE
@@ -212,8 +220,12 @@ def evaluate_command(
             seconds["tasks"] = round(time.monotonic() - mark, 2)
             say("\n".join(_of_tasks(result)), lines=True)
     except BaseException:
-        if result["perplexity"] and output is not None and not Path(output).exists():  # hours of work, of what is there
-            finish(", with the figures above alone")
+        if result["perplexity"] and output is not None:  # it may have taken hours
+            if may_replace(output):
+                result[UNFINISHED] = True
+                finish(", with the figures above alone")
+            else:
+                say(f"not written: {output} has the figures of an evaluation that was finished", sys.stderr)
         raise
     finish()
     return result
@@ -286,14 +298,14 @@ def _names(given: str | list[str] | None, flag: str) -> list[str]:
 
 
 def _tasks_folder(given: str | None) -> str | None:
-    if given is None:
+    if given == HUB:
         return None
-    if given == AUTO:
+    if given is None:
         if not Path(DEFAULT_TASKS_FOLDER).is_dir():
             return None
         say(
             f"tasks that are in {DEFAULT_TASKS_FOLDER} are read from there, with the splits that it has "
-            "(--tasks_folder names another folder, and null reads the hub's)",
+            "(--tasks_folder names another folder, or hub)",
             sys.stderr,
         )
         return DEFAULT_TASKS_FOLDER

@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from leap_pl.errors import UserError, listing
 from leap_pl.escape import terminal
-from leap_pl.evaluation.record import read_result
+from leap_pl.evaluation.record import UNFINISHED, read_result
 from leap_pl.inputs.hub import repository_of
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
@@ -113,6 +114,8 @@ def _read(source: str) -> Entry:
     if not path.is_file():
         raise UserError(f"{source}: there is no such file. Name result files of leap_pl evaluate, masks or folders.")
     result = read_result(path)
+    if result.get(UNFINISHED):
+        warnings.warn(f"{source} lacks figures: its evaluation failed after those that it has.", stacklevel=2)
     return entry_of_result(source, result, _mask_at_hand(source, result["model"]))
 
 
@@ -298,8 +301,9 @@ def check_protocols(entries: Sequence[Entry]) -> None:
                     )
                     advice = "Evaluate both with the same flags"
                     sources = [of.tasks[name].get("source") for of in (other, entry)] if kind == "accuracy" else []
-                    if {*sources} == {"local", "hub"}:  # the same flags, from two working directories, do that
-                        advice = "Read both from the same place: --tasks_folder FOLDER, or null for the hub"
+                    if {*sources} == {"local", "hub"} and {*differing} <= {"split", "samples", "questions"}:
+                        # The same flags, from two working directories, do that.
+                        advice = "Read both from the same place: --tasks_folder FOLDER, or hub"
                     raise UserError(
                         f"the {kind} on {shown(name)} in {other.source} and in {entry.source} cannot share a column: "
                         f"they differ in {settings}. {advice}, or compare them separately."

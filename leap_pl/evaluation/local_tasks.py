@@ -126,6 +126,12 @@ def _below(name: str, index: dict[str, Any]) -> Iterator[Any]:
         yield from _below(child, index)
 
 
+def names_below(task: str) -> set[str]:
+    """Return the names of ``task`` and, if it is a group or a tag, of all tasks under it."""
+    index = _stock_index(task)
+    return {entry.name for entry in _below(task, index)} if task in index else {task}
+
+
 def expected_place(task: str) -> Path | None:
     """Return the file, in a folder of tasks, from which ``task`` would be scored: of a group, that of its first task.
 

@@ -15,6 +15,7 @@ from leap_pl.inputs.register import note_input
 
 FORMAT = "leap_pl.evaluation"
 FORMAT_VERSION = 1
+UNFINISHED = "unfinished"
 
 
 def check_place(path: str | Path) -> None:
@@ -45,6 +46,14 @@ def _is_result(path: Path) -> bool:
     """Return whether the file ``path``, which may be of any size, begins as a result does."""
     with path.open("rb") as file:
         return FORMAT in file.read(1_000_000).decode(errors="replace")
+
+
+def may_replace(path: str | Path) -> bool:
+    """Return whether figures that something came after may be written to ``path``: no finished result is there."""
+    try:
+        return not Path(path).exists() or bool(read_plain_json(Path(path)).get(UNFINISHED))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:

@@ -168,6 +168,7 @@ class Result(TypedDict):
     commit: NotRequired[Word | None]
     hardware: NotRequired[Hardware]
     times: NotRequired[Times]
+    unfinished: NotRequired[bool]  # whether something failed after the figures that are here
     cell: NotRequired[dict[Name, Any]]  # cell of an experiment, which has its own schema
 
 

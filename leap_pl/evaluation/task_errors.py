@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from leap_pl.errors import UserError, listing, one_line
-from leap_pl.evaluation.local_tasks import PAPER_TASKS, LocalTasks, expected_place
+from leap_pl.evaluation.local_tasks import PAPER_TASKS, LocalTasks, expected_place, names_below
 from leap_pl.inputs.hub import is_network_error
 from leap_pl.inputs.plain_values import shown
 
@@ -53,12 +53,13 @@ def data_reached(remote: list[str], folder: str | Path | None) -> Iterator[None]
             raise
         reason = one_line(error, 200)
         local = "" if folder is None else f", and {folder} has no folder of that name"
-        place = expected_place(remote[0] if task is None else task)
+        asked = next((name for name in remote if task in names_below(name)), remote[0])
+        place = expected_place(asked)
         advice = "Choose other tasks"
         if place is not None:
             advice = f"Lay it out as {Path(folder or 'FOLDER') / place} and name the folder with --tasks_folder"
             advice += "; in the repository, make assets-eval does so" if place.parts[0] in PAPER_TASKS else ""
-        what = listing(remote) if task is None else task
+        what = listing(remote) if task is None else asked
         raise UserError(f"the data of {what} could not be fetched from the hub ({reason}){local}. {advice}.") from error
 
 

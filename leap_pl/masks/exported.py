@@ -9,7 +9,7 @@ from leap_pl.inputs import records
 from leap_pl.inputs.hub import fetch_optional, is_hub_id
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import read_plain_json
-from leap_pl.masks.mask_set import BEFORE, STAYED, TRAINED
+from leap_pl.masks.mask_set import BEFORE, SPARSE_BASE, STAYED, TRAINED
 
 
 def texts_of_weights(name: str | Path, *, revision: str | None = None) -> list[dict[str, Any]]:
@@ -24,11 +24,14 @@ def texts_of_weights(name: str | Path, *, revision: str | None = None) -> list[d
     """
     texts, config = [], exported_record(name, revision=revision).get("config")
     while isinstance(config, dict):
-        if isinstance(training := config.get(TRAINED), dict):
+        found, training = [config.get("weight_update")], config.get(TRAINED)
+        if isinstance(training, dict):
             before = training.get(BEFORE)
-            found = [config.get("data"), *(before if isinstance(before, list) else ())]
-            texts += [text for text in found if isinstance(text, dict) and text not in texts]
-        config = stayed.get("config") if isinstance(stayed := config.get(STAYED), dict) else None
+            found += [config.get("data"), *(before if isinstance(before, list) else ())]
+        texts += [text for text in found if isinstance(text, dict) and text not in texts]
+        # Only where training started from weights that were trained under the mask that stayed.
+        goes_on = isinstance(training, dict) and (training.get("start") or config.get(SPARSE_BASE))
+        config = stayed.get("config") if goes_on and isinstance(stayed := config.get(STAYED), dict) else None
     return texts
 
 
@@ -42,14 +45,14 @@ def exported_record(name: str | Path, *, revision: str | None = None) -> dict[st
     Raises:
         UserError: If the record cannot be read, or is no provenance.
     """
-    from leap_pl.masks.provenance_schema import provenance_fields
-
     if isinstance(name, str) and is_hub_id(name):
         path = fetch_optional(name, records.RECORD, revision)
     else:
         path = expanded(name) / records.RECORD
     if path is None or not os.path.lexists(path):
         return {}
+    from leap_pl.masks.provenance_schema import provenance_fields  # asks for pydantic
+
     try:
         record = read_plain_json(path)
         known = isinstance(record, dict)

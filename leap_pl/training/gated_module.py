@@ -202,7 +202,7 @@ class GatedModule(L.LightningModule):
         if self._fitting() and fixed and self.resumes_from is None:  # last, since the mask may be refused
             warn_of_start(self.weights, self.base_model, self.prior, self.trained.start, self.trained.kind)
         if self._fitting() and self.trained.kind != NONE and self.resumes_from is None:
-            self.trained.find_texts_before(self.base_model if self.validation.sparse_base else None, self.revision)
+            self.trained.find_texts_before(self.base_model, self.revision, sparse=self.validation.sparse_base)
         model.requires_grad_(False)
         if self._fitting() and self.resumes_from is None:  # a resumed run has its own
             self.trained.read_start(model, trust_remote_code=self.trust_remote_code)

@@ -107,7 +107,8 @@ def make_scheduler(
             raise UserError(
                 "model.lr_scheduler: ReduceLROnPlateau needs a metric after every step. Give a schedule by steps."
             )
-        _warn_of_own_rate(scheduler, rates)
+        if warmups:  # else it is made to be described, of groups that have other rates
+            _warn_of_own_rate(scheduler, rates)
         _check_length(scheduler, total)
         _warn_of_length(scheduler, warmups, total)
         first = {group.get("initial_lr") for group in optimizer.param_groups}

@@ -17,6 +17,7 @@ from leap_pl.checkpoints.layout import key_of
 from leap_pl.distributed.shards import gathered, part_like, sharded_like
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import PART, Gate, GateState, TrainedTensor, TrainedWeight, attach_trained
+from leap_pl.inputs.hub import is_hub_id
 from leap_pl.masks.exported import texts_of_weights
 from leap_pl.masks.kept_weights import write_weights
 from leap_pl.masks.mask_set import BEFORE
@@ -209,17 +210,18 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
             if isinstance(trained, CompactMaster):
                 trained.resize(stored[key_of(name, f"{PART}master")].numel())
 
-    def find_texts_before(self, sparse_base: str | None, revision: str | None) -> None:
-        """Find which texts the weights that training starts from were trained on: none of a dense base model's.
+    def find_texts_before(self, base_model: str, revision: str | None, *, sparse: bool) -> None:
+        """Find which texts the weights that training starts from were trained on, as the record of their folder has it.
 
         Args:
-            sparse_base: Name of the base model, if it is sparse.
+            base_model: Name of the base model.
             revision: Its revision on the hub.
+            sparse: Whether it is sparse: for the record of another one the hub is not asked.
         """
         if self.start is not None:
             self.texts_before = texts_of_weights(self.start)
-        elif sparse_base is not None:
-            self.texts_before = texts_of_weights(sparse_base, revision=revision)
+        elif sparse or not is_hub_id(base_model):
+            self.texts_before = texts_of_weights(base_model, revision=revision)
 
     def release_start(self) -> None:
         """Release the memory of the weights that training has started from.

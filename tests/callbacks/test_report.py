@@ -123,8 +123,8 @@ def test_the_plan_names_the_recipes_of_its_gate(model_folder, text_file, tmp_pat
     assert line.endswith("for few, --config short --config 2of4 before all other options")
 
 
-def test_the_plan_says_another_pattern_and_advises_none(model_folder, text_file, tmp_path: Path, capsys) -> None:
-    """The recipe is of 2:4: after other n and m it would set them, and the sparsity, again."""
+def test_the_plan_says_another_pattern_and_its_advice_keeps_it(model_folder, text_file, tmp_path, capsys) -> None:
+    """The recipe is of 2:4, which what is typed after it changes."""
     flags = ("--trainer.max_steps=1", "--model.gate=NMGate", "--model.gate.n=1", "--model.gate.m=4")
     flags += ("--model.sparsity=0.75", "--model.objective.budget=0")
     main(fit_flags(model_folder, text_file, tmp_path, *flags))
@@ -132,7 +132,11 @@ def test_the_plan_says_another_pattern_and_advises_none(model_folder, text_file,
         line.split(None, 1) for line in capsys.readouterr().err.splitlines() if line.startswith(("model ", "schedule "))
     )
     assert plan["model"].endswith("(NMGate, 1:4)")
-    assert plan["schedule"].endswith("for few, --config short before all other options")
+    assert plan["schedule"].endswith("for few, --config short --config 2of4 before all other options")
+    verb, *words = fit_flags(model_folder, text_file, tmp_path / "again", *flags)
+    main([verb, *plan["schedule"].partition("for few, ")[2].split(" before ")[0].split(), *words])
+    learned = MaskSet.load(tmp_path / "again" / "checkpoints" / "mask.safetensors")
+    assert (learned.sparsity, str(learned.form())) == (0.75, "1:4")
 
 
 def test_the_plan_counts_the_fixed_mask_within_tiles(model_folder, text_file, tmp_path: Path, monkeypatch) -> None:

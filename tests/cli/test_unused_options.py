@@ -296,9 +296,22 @@ def test_a_config_after_an_option_that_it_sets_is_told(tmp_path: Path) -> None:
     assert line.startswith(f"--config {config} comes after --model.sparsity 0.6, and sets it to 0.5. Give --config")
     assert overruled(["fit", f"--config={config}", *typed[1:]], configs) == []
     assert overruled([*typed, f"--config={config}", "--model.sparsity=0.7"], configs) == []  # typed again
-    words = with_recipes(["fit", "--model.sparsity", "0.6", "--config", "short"])
-    (line,) = overruled(words, check_configs(words))
-    assert line.startswith("--config short comes after --model.sparsity 0.6, and sets it to 0.5.")
+    for option, value, then in (
+        ("--model.sparsity", "0.6", "0.5"),
+        ("--model.optimizer.lr", "3e-4", "0.001"),  # which the recipe has among the settings of the class
+        ("--model.optimizer.betas", "[0.9,0.99]", "[0.9, 0.95]"),
+        ("--model.gate", "NMGate", "{'class_path': 'BernoulliGate', 'init_args': {'spread': 0.003, 'strength': 21}}"),
+    ):
+        words = with_recipes(["fit", option, value, "--config", "short"])
+        (line,) = overruled(words, check_configs(words))
+        assert line.startswith(f"--config short comes after {option} {value}, and sets it to {then}.")
+    for same in (
+        ["--model.optimizer.betas=[0.9,0.95]"],
+        ["--model.gate", "BernoulliGate"],
+        ["--model.optimizer.lr=1e-3"],
+    ):
+        words = with_recipes(["fit", *same, "--config=short"])
+        assert overruled(words, check_configs(words)) == []
 
 
 def test_the_command_says_so(model_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from task_folder import SUBJECTS, rows, score, write_tasks
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 
 from leap_pl.cli.evaluate import _of_tasks, evaluate_command
+from leap_pl.comparison.entries import read_entries
 from leap_pl.errors import UserError
 from leap_pl.evaluation import tasks as room
 from leap_pl.evaluation.harness import PrefixSharingLM
@@ -118,18 +119,22 @@ def test_figures_are_kept_where_tasks_fail_later(folder, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("a text " * 40)
     settings = {"model": str(base), "perplexity": str(text), "seq_length": 32, "output": str(output)}
-    for held in (["damaged"], None):
-        rows(tmp_path / "tasks" / "piqa" / "validation.jsonl", [{"strange": 1}])
+    rows(tmp_path / "tasks" / "piqa" / "validation.jsonl", [{"strange": 1}])
+    for _ in range(2):  # the second replaces what the first has left
         with pytest.raises(UserError, match="the questions of piqa"):
             evaluate_command(**settings, tasks="piqa", tasks_folder=str(tmp_path / "tasks"))
-        assert ("with the figures above alone" in capsys.readouterr().err) == (held is not None)
+        assert f"written: {output}, with the figures above alone" in capsys.readouterr().err
         result = read_result(output)
-        assert (list(result["perplexity"]), result["tasks"]) == ([str(text)], {})
+        assert (list(result["perplexity"]), result["tasks"], result["unfinished"]) == ([str(text)], {}, True)
+    with pytest.warns(UserWarning, match="lacks figures: its evaluation failed after those that it has"):
+        read_entries([str(output)])
     whole = evaluate_command(**settings, tasks="piqa", tasks_folder=str(folder))
     assert result["perplexity"] == whole["perplexity"]
     with pytest.raises(UserError, match="the questions of piqa"):
         evaluate_command(**settings, tasks="piqa", tasks_folder=str(tmp_path / "tasks"))
+    assert f"not written: {output} has the figures of an evaluation that was finished" in capsys.readouterr().err
     assert read_result(output)["tasks"] == whole["tasks"]
+    assert "unfinished" not in read_result(output)
 
 
 def test_questions_that_were_replaced_are_read_again(folder, tmp_path):
@@ -173,6 +178,9 @@ def test_hub_out_of_reach_is_one_line():
         attempt(ConnectionError("no route"), ["boolq"], "mine")
     with pytest.raises(UserError, match=r"Lay it out as FOLDER/gpqa_main_zeroshot/train.jsonl and name .*_folder\.$"):
         attempt(ConnectionError("no route"), ["gpqa_main_zeroshot"])
+    with pytest.raises(UserError, match=r"the data of mmlu could .*FOLDER/mmlu/\w+/test.jsonl .* make assets-eval"):
+        with data_reached(["piqa", "mmlu"], None):
+            busy_with("mmlu_anatomy", ConnectionError("no route"))
     with pytest.raises(UserError, match="names a task twice"):
         attempt(ValueError("Duplicate task 'a': found in both 'b' and 'c'"), [])
     with pytest.raises(ZeroDivisionError):
@@ -264,12 +272,12 @@ def test_a_damaged_task_of_a_local_group_is_named(folder, tmp_path):
         busy_with("boolq")
 
 
-def busy_with(task):
+def busy_with(task, error=None):
     class Asking:
         config = SimpleNamespace(task=task)
 
         def read(self):
-            raise KeyError("choices")
+            raise error or KeyError("choices")
 
     Asking().read()
 

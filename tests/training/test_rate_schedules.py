@@ -110,3 +110,6 @@ def test_a_rate_that_a_schedule_replaces_is_told(recover: Flags, tmp_path: Path)
     words = recover(tmp_path / "run", one_cycle(tmp_path, total_steps=4))
     with pytest.warns(UserWarning, match=r"OneCycleLR sets its own .* up to 0\.001, and the given 0\.01 is not used"):
         main(words)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*sets its own learning rates")
+        main(recover(tmp_path / "same", one_cycle(tmp_path, total_steps=4, max_lr=1e-2)))
