@@ -2,14 +2,15 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from leap_pl.data.documents import EMPTY, Document, Share, State, chained, digest_in, in_share, repaired, warn
+from leap_pl.data.documents import EMPTY, Document, Share, State, chained, digest_in, in_share, repaired
 from leap_pl.data.textless import OF_CHAT, Textless
 from leap_pl.errors import UserError, listing, one_line
-from leap_pl.inputs.hub import check_reachable, is_network_error
+from leap_pl.inputs.hub import LOG_IN, check_reachable, is_network_error
 from leap_pl.inputs.plain_values import shown
 
 T = TypeVar("T")
@@ -108,7 +109,7 @@ class HubDataset:
                 raise
             except Exception as error:
                 place = f"{self.name}, shard {shard}, row {here['row']}"
-                if not is_network_error(error):
+                if not is_network_error(error) or _is_refusal(error):
                     raise UserError(
                         f"{place}: the data cannot be read ({_short(error)}). Give another dataset, or a local file."
                     ) from error
@@ -119,7 +120,8 @@ class HubDataset:
                         "the command again (fit with --ckpt_path last), or pass local files: --data.text FILE.jsonl."
                     ) from error
                 pause = min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE)
-                warn(f"{place}: {_short(error)}; next try in {pause:.0f} s.")
+                # Of each reader, for a connection fails alone, and all ranks wait for it.
+                warnings.warn(f"{place}: {_short(error)}; next try in {pause:.0f} s.", stacklevel=2)
                 self.sleep(pause)
 
     def _read_once(self, shard: int, state: State) -> Iterator[tuple[Document | None, State]]:
@@ -168,6 +170,11 @@ class HubDataset:
             check_reachable(self.dataset, "dataset")
             dataset = datasets.load_dataset(self.dataset, self.config_name, split=self.split, streaming=True)
         except Exception as error:
+            if _is_refusal(error):
+                raise UserError(
+                    f"The hub has no dataset {self.dataset!r}, or it is gated or private ({_short(error)}), and there "
+                    f"is no local file of that name. Check the name; for a gated or private one, {LOG_IN}."
+                ) from error
             if is_network_error(error) and self._count is not None:
                 raise  # it was there before, perhaps in another process: read() tries again
             if is_network_error(error):
@@ -221,6 +228,13 @@ def _set(module: Any, name: str, value: object) -> Iterator[None]:
     finally:
         if before is not None:
             setattr(module, name, before)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Return whether the hub has answered that something is not there, or not for this user: asking again is no use."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+    return refused or isinstance(error, FileNotFoundError)  # as datasets' own error of a missing or gated one is
 
 
 def _short(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.reading import check_regular
 from leap_pl.inputs.register import note_input
 
+MOST_TRIED = 1000  # files whose first documents are read before a run
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _OTHER_FILES = (".csv", ".tsv", ".zip", ".gz", ".zst", ".bz2", ".xz", ".arrow", ".md", ".html", ".xml", ".pdf")
 
@@ -53,6 +55,19 @@ class TextSource:
     def name(self) -> str:
         """Return the name of the text in messages."""
         return self.shards.name
+
+    def check_files(self) -> None:
+        """Read the first document of each file: one that cannot be read would end a run in its middle.
+
+        Of text that is not local nothing is read, and of many files the first :data:`MOST_TRIED`.
+
+        Raises:
+            UserError: A file cannot be read, or lacks the column.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is told when the file is read
+            for shard in range(min(len(self.shards), MOST_TRIED) if self.is_local else 0):
+                next(iter(self.shards.read(shard, None)), None)
 
     @property
     def is_local(self) -> bool:

@@ -212,6 +212,7 @@ class TextDataModule(LightningDataModule):
             self._progress = self._progress_before = BEGINNING  # a checkpoint is loaded later
             self._step = None
             warn_of_hub_part(self, self.stream.source)
+            self.stream.source.check_files()
             _, first = next(self.stream.source.documents())
             if self.trainer is not None:  # machines may have copies of their own
                 begins = hashlib.sha256(first.text.encode(errors="surrogatepass")).hexdigest()
@@ -219,6 +220,7 @@ class TextDataModule(LightningDataModule):
             if self.trainer is not None and self.trainer.limit_val_batches and self.validation_sequences:
                 validated = self.stream.source if self.validation_text is None else self._open_validation()
                 warn_of_hub_part(self, validated, validation=True)
+                self._check_splits()
                 if self.validation_text is not None:
                     warn_of_overlap(self.stream.source, validated)
                 ranks = self._rank()[1]
@@ -448,7 +450,7 @@ class TextDataModule(LightningDataModule):
             split=self.validation_split if held_out else self.split,
             text_column=self.text_column,
             share=share,
-            divide_split=self.validation_split == self.split
+            divide_split=_parts(self.validation_split) == _parts(self.split)
             and self._config(config_name) == self._config(self.config_name),
             seed=None if held_out else self.seed,
         )
@@ -456,7 +458,23 @@ class TextDataModule(LightningDataModule):
     def _config(self, name: str | None) -> str | None:
         """Return the configuration that ``name`` is, also if none is named."""
         only = self.text[0] if isinstance(self.text, list) and len(self.text) == 1 else self.text
-        return name or DEFAULT_CONFIGS.get(str(only))
+        return name or DEFAULT_CONFIGS.get(str(only), "default")
+
+    def _check_splits(self) -> None:
+        """Check that the split of a hub dataset that is learned from does not contain that of the validation.
+
+        Raises:
+            UserError: It does, beside others.
+        """
+        learned, validated = _parts(self.split), _parts(self.validation_split)
+        same = self._config(self.validation_config_name or self.config_name) == self._config(self.config_name)
+        both = learned & validated or "all" in learned | validated
+        if both and same and learned != validated and self.validation_text is None and not self.stream.source.is_local:
+            raise UserError(
+                f"data.split {self.split} and data.validation_split {self.validation_split} have rows in common, so "
+                "that validation would be of text that was learned from. Name splits that have none, or the same "
+                "twice, which holds out one document in twenty."
+            )
 
     def _held_out_blocks(self) -> Tensor:
         """Return the validation blocks, LongTensor[at most validation_sequences, seq_length]; they are read once."""
@@ -484,6 +502,11 @@ class TextDataModule(LightningDataModule):
 
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else data_rank(self.trainer)
+
+
+def _parts(split: str) -> set[str]:
+    """Return the splits that ``split``, such as ``train+test``, joins."""
+    return {part.strip() for part in split.split("+")}
 
 
 def _check_names(setting: str, value: Any) -> None:

@@ -192,6 +192,22 @@ def test_refuses_accuracies_on_other_questions(write_result):
             read_entries(sources)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"split": "test"}, r"Read both from the same place: --tasks_folder FOLDER, or hub, or compare"),
+        ({"split": "test", "limit": 10}, r"Evaluate both with the same flags, or compare"),
+    ],
+)
+def test_where_questions_are_from_is_told(write_result, change, says):
+    contents = [result("leap", 0.5, 14.0), result("wanda", 0.5, 20.0)]
+    for content, source in zip(contents, ("local", "hub"), strict=True):
+        content["tasks"]["piqa"]["source"] = source
+    contents[1]["tasks"]["piqa"].update(change)
+    with pytest.raises(UserError, match=says):
+        read_entries([write_result(name, content) for name, content in zip("ab", contents, strict=True)])
+
+
 def test_two_texts_of_one_name_keep_their_figures(write_result):
     """A text may have the name of another in another result: the shorter name is then nobody's."""
 

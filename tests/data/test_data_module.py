@@ -48,7 +48,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     shards = {"train": [0, 1], "validation": [2]}
 
     def load(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
-        stored = [str(tmp_path / f"hub{shard}.jsonl") for shard in shards[split]]
+        stored = [str(tmp_path / f"hub{shard}.jsonl") for part in split.split("+") for shard in shards[part]]
         return real("json", data_files=stored, split="train", streaming=streaming, cache_dir=cache)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -195,6 +195,38 @@ def test_a_split_of_the_hub_that_was_trained_on_whole_is_not_held_out(hub: str) 
                 data.load_state_dict(before)
         else:
             data.load_state_dict(before)
+
+
+@pytest.mark.parametrize(
+    ("split", "validation_split", "refused"),
+    [
+        ("train+validation", "validation", True),
+        ("train", "train+validation", True),
+        ("train + validation", "validation+train", False),  # the same, of which one document in twenty is held out
+        ("train", "validation", False),
+    ],
+)
+def test_splits_that_have_rows_in_common(hub: str, split: str, validation_split: str, refused: bool) -> None:
+    settings = {"split": split, "validation_split": validation_split, "validation_sequences": 2}
+    data = module_for(hub, **settings)
+    data.trainer = fitting = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
+    fitting.strategy._lightning_module = Recorder()
+    if refused:
+        with pytest.raises(UserError, match=r"have rows in common, .* Name splits that have none, or the same twice"):
+            data.setup("fit")
+    else:
+        data.setup("fit")
+    data = module_for(hub, **settings | {"validation_sequences": 0})  # nothing is validated on
+    data.trainer = fitting
+    data.setup("fit")
+
+
+def test_a_later_file_that_cannot_be_read_is_told_before_the_run(tmp_path: Path) -> None:
+    for name, key in (("a", "text"), ("b", "content")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({key: f"{name} {k}"}) + "\n" for k in range(40)))
+    data = module_for([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    with pytest.raises(UserError, match=r"b\.jsonl"):
+        data.setup("fit")
 
 
 def test_a_loader_that_is_made_before_the_state_is_loaded(files: list[str]) -> None:

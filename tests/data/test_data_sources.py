@@ -8,6 +8,7 @@ import warnings
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -363,6 +364,35 @@ def test_an_empty_shard_of_a_hub_dataset_leaves_the_digest_known(hub: list[str],
     reading = Reading(HubDataset("some/text").read(1, None))
     assert list(reading) == []
     assert len(reading.digest or "") == 64
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_dataset_that_the_hub_refuses_is_not_asked_for_again(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gated, private or missing: datasets says so by an error that is one of files."""
+
+    def load(*given: Any, **options: Any) -> Any:
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'some/gated' is a gated dataset on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("leap_pl.data.hub.check_reachable", lambda *_: None)
+    dataset = HubDataset("some/gated", sleep=lambda _: pytest.fail("it waits"))
+    dataset._count = 1 if known else None
+    with pytest.raises(UserError, match=r"no dataset 'some/gated', or it is gated or private .* `hf auth login`"):
+        next(dataset.read(0, None)) if known else len(dataset)
+
+
+def test_every_reader_says_that_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection fails alone, and all ranks wait for its reader."""
+    monkeypatch.setattr("leap_pl.data.documents.get_worker_info", lambda: SimpleNamespace(id=1))
+    dataset = HubDataset("some/text", sleep=lambda _: None)
+    dataset._count = 1
+
+    def load() -> Any:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(dataset, "_load", load)
+    with pytest.warns(UserWarning, match="no route; next try in"), pytest.raises(UserError, match="12 times in a row"):
+        next(dataset.read(0, None))
 
 
 @pytest.mark.parametrize(

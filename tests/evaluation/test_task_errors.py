@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from task_folder import SUBJECTS, rows, score, write_tasks
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 
-from leap_pl.cli.evaluate import _of_tasks, evaluate_command
+from leap_pl.cli.evaluate import _of_tasks, _tasks_folder, evaluate_command
 from leap_pl.comparison.entries import read_entries
 from leap_pl.errors import UserError
 from leap_pl.evaluation import tasks as room
@@ -164,6 +164,14 @@ def test_the_place_that_is_advised_for_a_group(folder):
     assert (folder / "mmlu" / SUBJECTS[0] / place.name).is_file()
 
 
+def test_a_folder_of_questions_that_is_there_is_used_unless_the_hub_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert _tasks_folder(None) is None
+    (tmp_path / "assets" / "tasks").mkdir(parents=True)
+    assert (_tasks_folder(None), _tasks_folder("hub")) == ("assets/tasks", None)
+    assert "(--tasks_folder names another folder, or hub)" in capsys.readouterr().err
+
+
 def test_hub_out_of_reach_is_one_line():
     def attempt(error, remote, folder=None):
         with data_reached(remote, folder):
@@ -178,9 +186,9 @@ def test_hub_out_of_reach_is_one_line():
         attempt(ConnectionError("no route"), ["boolq"], "mine")
     with pytest.raises(UserError, match=r"Lay it out as FOLDER/gpqa_main_zeroshot/train.jsonl and name .*_folder\.$"):
         attempt(ConnectionError("no route"), ["gpqa_main_zeroshot"])
-    with pytest.raises(UserError, match=r"the data of mmlu could .*FOLDER/mmlu/\w+/test.jsonl .* make assets-eval"):
-        with data_reached(["piqa", "mmlu"], None):
-            busy_with("mmlu_anatomy", ConnectionError("no route"))
+    says = r"the data of mmlu could .*FOLDER/mmlu/\w+/test.jsonl .* make assets-eval"
+    with pytest.raises(UserError, match=says), data_reached(["piqa", "mmlu"], None):
+        busy_with("mmlu_anatomy", ConnectionError("no route"))
     with pytest.raises(UserError, match="names a task twice"):
         attempt(ValueError("Duplicate task 'a': found in both 'b' and 'c'"), [])
     with pytest.raises(ZeroDivisionError):

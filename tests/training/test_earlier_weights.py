@@ -1,6 +1,7 @@
 """Weights that were trained before: their texts, their runs in one folder, and masks that they do not belong to."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from leap_pl.cli.prune import prune_command
 from leap_pl.evaluation.texts import check_held_out
 from leap_pl.export.method import decisive_settings
 from leap_pl.gates import FixedGate
+from leap_pl.masks import Provenance
+from leap_pl.masks.exported import texts_of_weights
 from leap_pl.masks.kept_weights import KeptWeights
 from leap_pl.prior import Prior
 from leap_pl.training.weights import WeightTraining
@@ -156,3 +159,22 @@ def test_a_compact_state_is_loaded_by_hand(finished: Run, model_folder: Path, te
     fresh.load_state_dict(module.state_dict())
     states = [{name: one.trained[name](one.trained.frozen(name)) for name in one.trained} for one in (module, fresh)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_which_texts_a_record_says_weights_were_trained_on(tmp_path: Path) -> None:
+    """Those of a mask that stayed, only where training started from the weights under it; and of a one-shot update."""
+    first = {"train_weights": {"kind": "kept"}, "data": {"text": "first.jsonl"}}
+    update = {"text": "update.jsonl", "method": "admm"}
+    cases: list[tuple[dict[str, object], list[str]]] = [
+        ({"mask": {"config": first}, "train_weights": {"kind": "kept"}, "data": {"text": "second.jsonl"}}, ["second"]),
+        ({"mask": {"config": first}, "train_weights": {"start": "x"}, "data": {"text": "b.jsonl"}}, ["b", "first"]),
+        ({"train_weights": {"texts_before": [first["data"]]}, "data": {"text": "b.jsonl"}}, ["b", "first"]),
+        ({"weight_update": update}, ["update"]),
+        ({"data": {"text": "of a mask alone.jsonl"}}, []),
+    ]
+    for number, (config, texts) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        provenance = Provenance("base", "f", "leap", 0.5, config=config)
+        (folder / "leap_pl.json").write_text(json.dumps({"provenance": asdict(provenance)}))
+        assert [Path(text["text"]).stem for text in texts_of_weights(folder)] == texts
