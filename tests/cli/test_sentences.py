@@ -34,10 +34,9 @@ def parsers():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LeapCLI, "parse_arguments", keep)
-        with pytest.raises(StoppedError):
-            make_cli(["fit"])
-        with pytest.raises(StoppedError):
-            make_cli(["fit"], kind=RecoverCLI)
+        for word, kind in (("fit", LeapCLI), ("validate", LeapCLI), ("fit", RecoverCLI)):
+            with pytest.raises(StoppedError):
+                make_cli([word], kind=kind)
         patch.setattr(jsonargparse.ArgumentParser, "parse_args", keep_one)
         for name, verb in VERBS.items():
             if not verb.run:
