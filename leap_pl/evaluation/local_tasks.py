@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -215,4 +216,13 @@ def _stock_index(task: str) -> dict[str, Any]:
     index: dict[str, Any] = {}
     if place.is_dir():
         index = lm_eval.tasks.TaskManager(include_path=str(place), include_defaults=False).task_index
-    return index if task in index else lm_eval.tasks.TaskManager().task_index
+    return index if task in index else _whole_index()
+
+
+@cache
+def _whole_index() -> dict[str, Any]:
+    """Return the definitions of all tasks, for which fourteen thousand files are read."""
+    from lm_eval.tasks import TaskManager
+
+    index: dict[str, Any] = TaskManager().task_index
+    return index

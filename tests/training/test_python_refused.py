@@ -144,7 +144,7 @@ def test_pickles_have_no_closures(module: LeapModule, text_file: Path) -> None:
 def test_a_gated_model_is_not_saved_as_a_model(module: LeapModule, text_file: Path, tmp_path: Path) -> None:
     trainer(max_steps=1).fit(module, data(text_file))
     assert module.model is not None
-    with pytest.raises(UserError, match=r"this model has gates, .* leap_pl export --mask FILE"):
+    with pytest.raises(UserError, match=r"this model has gates, .* leap_pl export --mask FOLDER"):
         module.model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     copied = copy.deepcopy(module)
