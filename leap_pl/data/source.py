@@ -65,7 +65,7 @@ class TextSource:
             UserError: A file cannot be read, or lacks the column.
         """
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is told when the file is read
+            warnings.simplefilter("ignore")  # of what is warned of when the file is read
             for shard in range(min(len(self.shards), MOST_TRIED) if self.is_local else 0):
                 next(iter(self.shards.read(shard, None)), None)
 

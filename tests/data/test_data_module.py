@@ -48,7 +48,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     shards = {"train": [0, 1], "validation": [2]}
 
     def load(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
-        stored = [str(tmp_path / f"hub{shard}.jsonl") for part in split.split("+") for shard in shards[part]]
+        stored = [str(tmp_path / f"hub{shard}.jsonl") for part in split.split("+") for shard in shards[part.strip()]]
         return real("json", data_files=stored, split="train", streaming=streaming, cache_dir=cache)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
