@@ -43,7 +43,8 @@ def calibration_blocks(
         split: Split of a hub dataset.
         text_column: Column or JSON key of the text.
         share: Part of local files; ``train`` leaves out the twentieth that a run without ``validation_text``
-            validates on, ``all`` is the part that a run with ``validation_text`` trains on.
+            validates on, ``all`` is the part that a run with ``validation_text`` trains on. A hub split is read whole,
+            also where a run would hold out a share of it (``validation_split`` the same as ``split``).
         separator: Separator after each document, as in :class:`leap_pl.TextDataModule`.
         bos: Whether blocks begin with what the tokenizer puts before a text, as in :class:`leap_pl.TextDataModule`.
 
