@@ -1,6 +1,7 @@
 """The state of the text in a checkpoint, compared with the text that a resumed run is given."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,46 @@ def warn_of_hub_part(data: "TextDataModule", source: "TextSource", *, validation
     if validation:
         remedy = "To validate on other text, name it: --data.validation_text FILE."
     warn(f"not used: {' and '.join(named)} choose a part of a hub dataset, and {given} is local. {remedy}")
+
+
+def check_held_out(data: "TextDataModule", state: Mapping[str, Any]) -> None:
+    """Check that what ``data`` holds out of its text to validate on was not trained on in the run of a checkpoint.
+
+    Args:
+        data: Settings of the validation.
+        state: State of the run's data.
+
+    Raises:
+        UserError: The run held out no part of the files, or of the split of a hub dataset; or the files are not as it
+            read them, so that other documents are held out of them.
+    """
+    before = state.get("data", {})
+    if data.validation_text is not None or not data.validation_sequences:
+        return
+    shards = data.open_share("held_out").shards if before.get(HELD_OUT) is not None else None
+    if shards is None or shards.share != "held_out" or _without_sizes(shards.identity()) != _without_sizes(before):
+        return
+    if before[HELD_OUT] is False and shards.identity() == before.get("text"):
+        raise UserError(
+            "the run held out no part of data.text, so all of it was trained on. Name another text with "
+            "--data.validation_text."
+        )
+    known = state.get("format") == FORMAT and state.get("rereadable") and state.get("position") is not None
+    if before[HELD_OUT] is False or not known or not shards.rereadable or before.get("seed") != data.seed:
+        return
+    try:
+        data.stream.check_unchanged(state["position"])
+    except UserError as error:
+        raise UserError(
+            "the files of data.text are not as the run has read them, so that documents which are held out of them now "
+            f"may have been trained on ({error}) Or name another text with --data.validation_text."
+        ) from error
+
+
+def _without_sizes(text: Any) -> str:
+    """Return the names of files in the identity of a text, or in settings that have it."""
+    named = text.get("text") if isinstance(text, Mapping) else text
+    return re.sub(r" \(\d+ bytes\)", "", str(named))
 
 
 def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], *, text_by_name: bool) -> None:

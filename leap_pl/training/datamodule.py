@@ -30,7 +30,15 @@ from leap_pl.inputs.hub import check_revision
 from leap_pl.inputs.plain_values import display, plain_paths
 from leap_pl.inputs.ranges import check_numbers, check_whole
 from leap_pl.kernels.transfers import pinned
-from leap_pl.training.data_state import FORMAT, HELD_OUT, check_blocks, check_format, check_same_data, warn_of_hub_part
+from leap_pl.training.data_state import (
+    FORMAT,
+    HELD_OUT,
+    check_blocks,
+    check_format,
+    check_held_out,
+    check_same_data,
+    warn_of_hub_part,
+)
 from leap_pl.training.run_length import check_run_length
 
 CHOICES: dict[str, tuple[str, ...]] = {"separator": get_args(Separator), "bos": get_args(Bos)}
@@ -193,7 +201,7 @@ class TextDataModule(LightningDataModule):
         """
         if self._stream is None:
             share: Share = "all" if self.validation_text is not None or not self.validation_sequences else "train"
-            self._stream = self._stream_of(self._open(share))
+            self._stream = self._stream_of(self.open_share(share))
         return self._stream
 
     def setup(self, stage: str) -> None:
@@ -376,7 +384,7 @@ class TextDataModule(LightningDataModule):
             UserError: The run was on other data; the message names the setting with both values, or the file.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            self._check_held_out(state_dict.get("data", {}))
+            check_held_out(self, state_dict)
             return
         check_format(state_dict)
         digests = state_dict["format"] == FORMAT  # of the text that was read
@@ -395,21 +403,6 @@ class TextDataModule(LightningDataModule):
             consumed=state_dict["consumed"], micro_batch=state_dict["micro_batch"], position=position
         )
         self._step = None
-
-    def _check_held_out(self, before: dict[str, Any]) -> None:
-        """Check that the text to validate on was not trained on in the run with the settings ``before``.
-
-        Raises:
-            UserError: It is a part of the files, or of the split of a hub dataset, of which that run held out none.
-        """
-        if self.validation_text is not None or not self.validation_sequences or before.get(HELD_OUT) is not False:
-            return
-        shards = self._open("held_out").shards
-        if shards.share == "held_out" and shards.identity() == before.get("text"):
-            raise UserError(
-                "the run held out no part of data.text, so all of it was trained on. Name another text with "
-                "--data.validation_text."
-            )
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that a position in the stream depends on, by name."""
@@ -440,7 +433,8 @@ class TextDataModule(LightningDataModule):
     def _stream_of(self, source: TextSource) -> BlockStream:
         return BlockStream(source, self.tokenizer, self.seq_length, self.separator, self.bos)
 
-    def _open(self, share: Share) -> TextSource:
+    def open_share(self, share: Share) -> TextSource:
+        """Open ``share`` of the text."""
         held_out = share == "held_out"
         of_validation = self.validation_config_name if self.validation_text is None else None
         config_name = of_validation or self.config_name
@@ -495,7 +489,7 @@ class TextDataModule(LightningDataModule):
     def _held_out(self) -> Tensor:
         if not self.validation_sequences:
             return torch.empty(0, self.seq_length, dtype=torch.int64, device="cpu")
-        source = self._open("held_out") if self.validation_text is None else self._open_validation()
+        source = self.open_share("held_out") if self.validation_text is None else self._open_validation()
         other = not source.is_local and self.validation_text is None and self.validation_split != self.split
         remedy = f"--data.validation_split {self.split} holds out one document in twenty of it." if other else ""
         return held_out_blocks(self._stream_of(source), self.validation_sequences, remedy)
@@ -506,7 +500,7 @@ class TextDataModule(LightningDataModule):
 
 def _parts(split: str) -> set[str]:
     """Return the splits that ``split``, such as ``train+test``, joins."""
-    return {part.strip() for part in split.split("+")}
+    return {part.strip() for part in str(split).split("+")}  # of another type it is refused elsewhere
 
 
 def _check_names(setting: str, value: Any) -> None:

@@ -180,6 +180,23 @@ def test_a_checkpoint_can_be_validated_on_other_data(files: list[str], tmp_path:
     assert trainer.validate(Recorder(), other, ckpt_path=path, weights_only=True) == [{}]
 
 
+def test_what_is_held_out_of_files_that_were_made_again_is_not_validated_on(files: list[str], tmp_path: Path) -> None:
+    """They are chosen by their numbers: in another order, most of them were trained on."""
+    path, place = tmp_path / "run.ckpt", Path(files[0])
+    with pytest.raises(SystemExit):
+        fit(module_for(files[0], validation_sequences=1), SaveAt(2, path))
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+    held_out = module_for(files[0], validation_sequences=1)
+    assert trainer.validate(Recorder(), held_out, ckpt_path=path, weights_only=True) == [{}]
+    lines = place.read_text().split("\n")
+    place.write_text("\n".join(lines[::-1]))  # of the same name and size
+    with pytest.raises(UserError, match=r"are not as the run has read them, .* --data\.validation_text"):
+        trainer.validate(Recorder(), module_for(files[0], validation_sequences=1), ckpt_path=path, weights_only=True)
+    place.write_text("\n".join([*lines, *lines[:3]]))  # grown after what was read
+    grown = module_for(files[0], validation_sequences=1)
+    assert trainer.validate(Recorder(), grown, ckpt_path=path, weights_only=True) == [{}]
+
+
 def test_a_split_of_the_hub_that_was_trained_on_whole_is_not_held_out(hub: str) -> None:
     before = module_for(hub, validation_sequences=2).state_dict()
     validating: Any = SimpleNamespace(state=SimpleNamespace(fn="validate"))
