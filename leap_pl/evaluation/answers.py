@@ -48,7 +48,7 @@ class SharedPrefixes:
         budget, span = batch_size * ROW_TOKENS, attention_span(self.model)
         long = [answer for answer in answers if len(answer.inputs) > span]
         within = [answer for answer in answers if len(answer.inputs) <= span]
-        arranged = (arrange(long, longest=0), arrange(within, max(ROW_TOKENS, budget // 4)))
+        arranged = (arrange(long, None), arrange(within, max(ROW_TOKENS, budget // 4)))
         for rows in chain.from_iterable(batches(rows, budget) for rows in arranged):
             hidden_BLD = row_states(self.model, rows)
             found = [(row, answer, places) for row, one in enumerate(rows) for answer, places in one.scored()]

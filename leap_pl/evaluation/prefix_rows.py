@@ -10,6 +10,8 @@ from dataclasses import dataclass
 # A sequence joins a row if that saves at least this share of its tokens: otherwise, attention over the other branches
 # costs more than a few common tokens are worth.
 LEAST_SAVED = 0.25
+# A row may be this much longer than its longest answer alone, which takes a forward pass of its own anyway.
+MOST_ADDED = 1.25
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,13 @@ class Row:
             start += end - self.shared
 
 
-def arrange(answers: Sequence[Answer], longest: int) -> list[Row]:
+def arrange(answers: Sequence[Answer], longest: int | None) -> list[Row]:
     """Return rows that hold all ``answers``, the longest row first.
 
     Args:
         answers: In any order.
-        longest: Maximum number of tokens of a row whose answers branch.
+        longest: Number of tokens up to which answers are joined to a row; beyond it, those that make the row at most
+            :data:`MOST_ADDED` times as long as one of them alone. None: only those without a branch.
     """
     rows: list[Row] = []
     # In lexicographic order, sequences with a common prefix are neighbours, whatever task or question they are of.
@@ -91,14 +94,14 @@ def arrange(answers: Sequence[Answer], longest: int) -> list[Row]:
     return sorted(rows, key=lambda row: -row.length)
 
 
-def _joined(row: Row, answer: Answer, longest: int) -> Row | None:
+def _joined(row: Row, answer: Answer, longest: int | None) -> Row | None:
     """Return ``row`` with ``answer``, if that saves enough tokens; otherwise None."""
     shared = _common(row.answers[0].inputs[: row.shared], answer.inputs)
     joined = Row([*row.answers, answer], shared)
     alone = len(answer.inputs)
     saved = row.length + alone - joined.length
-    # However long a context is, answers of one token after it add none.
-    fits = joined.length <= longest or joined.length == joined.shared
+    most = 0.0 if longest is None else max(longest, MOST_ADDED * max(alone, *(len(one.inputs) for one in row.answers)))
+    fits = joined.length <= most or joined.length == joined.shared  # answers of one token add none to their context
     return joined if shared and saved >= LEAST_SAVED * alone and fits else None
 
 
