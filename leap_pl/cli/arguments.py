@@ -25,6 +25,7 @@ OF_CALLABLE = (
     r'Parser key "([^"]+)".*callable class: the following arguments are required: ([\w, ]+?)(?:\.? Got value| - |\.?$)'
 )
 
+ABSENT = object()
 RECIPES = Path(__file__).parents[1] / "recipes"  # files that --config also takes by their names, without suffix
 
 # Key → Lightning's module of the classes that it takes.
@@ -400,30 +401,39 @@ def overruled(words: Sequence[str], configs: Mapping[str, Mapping[Any, Any]]) ->
         names = [".".join((*groups[:at], *inner, *groups[at:])) for at, inner in ((0, ()), (-1, ("init_args",)))]
         given = [one.partition("=")[2] if "=" in one else one for one in later]
         for config in [one for one in reversed(given) if one in configs]:
-            last = next((found for name in names if (found := setting_of(["--config", config], configs, name))), None)
-            if last is not None:
-                if not _same_value(last, value):
+            values = [found for name in names if (found := _in_config(configs[config], name)) is not ABSENT]
+            if values:
+                if not _same_value(values[0], value):
                     shown_config = Path(config).stem if Path(config).parent == RECIPES else config
+                    then = "null" if values[0] is None else values[0]
                     lines.append(
-                        f"--config {shown_config} comes after {option} {value}, and sets it to {last}. Give --config "
+                        f"--config {shown_config} comes after {option} {value}, and sets it to {then}. Give --config "
                         "first, so that what is typed counts."
                     )
                 break
     return lines
 
 
-def _same_value(one: str, other: str) -> bool:
-    """Return whether two texts are one value, or name one class."""
-    found = []
-    for text in (one, other):
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        value = value.get("class_path", value) if isinstance(value, dict) else value
-        found.append(value.rpartition(".")[2] if isinstance(value, str) and re.fullmatch(r"[\w.]+", value) else value)
+def _in_config(settings: Any, name: str) -> Any:
+    """Return the value of the setting ``name`` in those of a config; ABSENT if it has none."""
+    for part in name.split("."):
+        if not isinstance(settings, dict) or part not in settings:
+            return ABSENT
+        settings = settings[part]
+    return settings
+
+
+def _same_value(of_config: Any, typed: str) -> bool:
+    """Return whether a value in a config is the one that was ``typed``, or names the same class."""
     try:
-        return bool(found[0] == found[1] or float(found[0]) == float(found[1]))  # 1e-3 is a text in YAML
+        value = yaml.safe_load(typed)
+    except (yaml.YAMLError, ValueError):  # the second for a date that there is not
+        value = typed
+    name = of_config.get("class_path") if isinstance(of_config, dict) else None
+    if name is not None and isinstance(value, str):
+        return value in (name, str(name).rpartition(".")[2])
+    try:
+        return bool(of_config == value or float(of_config) == float(value))  # 1e-3 is a text in YAML
     except (TypeError, ValueError):
         return False
 

@@ -220,12 +220,15 @@ def evaluate_command(
             seconds["tasks"] = round(time.monotonic() - mark, 2)
             say("\n".join(_of_tasks(result)), lines=True)
     except BaseException:
-        if result["perplexity"] and output is not None:  # it may have taken hours
-            if may_replace(output):
+        lacks = len(result["perplexity"]) < len(texts) or (names and not result["tasks"])
+        if output is not None and (result["perplexity"] or not lacks):  # it may have taken hours
+            if not lacks:
+                finish()
+            elif may_replace(output):
                 result[UNFINISHED] = True
                 finish(", with the figures above alone")
             else:
-                say(f"not written: {output} has the figures of an evaluation that was finished", sys.stderr)
+                say(f"not written: {output} exists, and is not of an evaluation that failed", sys.stderr)
         raise
     finish()
     return result

@@ -231,10 +231,10 @@ def _set(module: Any, name: str, value: object) -> Iterator[None]:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Return whether the hub has answered that something is not there, or not for this user: asking again is no use."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
-    return refused or isinstance(error, FileNotFoundError)  # as datasets' own error of a missing or gated one is
+    """Return whether the hub has answered that there is no such dataset, or none for this user: no use to ask again."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    return isinstance(error, DatasetNotFoundError)  # others of its kind are also raised where the hub is down
 
 
 def _short(error: BaseException) -> str:

@@ -123,8 +123,15 @@ def _below(name: str, index: dict[str, Any]) -> Iterator[Any]:
     children = (entry.cfg or {}).get("task") if "group" in (entry.cfg or {}) else None
     if entry.yaml_path is None:
         children = sorted(entry.tags)
-    for child in children or ():
-        yield from _below(child, index)
+    for name in _names_in(children):
+        if name in index:
+            yield from _below(name, index)
+
+
+def _names_in(children: Any) -> Iterator[str]:
+    """Yield the names in the list of a group, of which some are within groups that are defined there."""
+    for child in [children] if isinstance(children, str | dict) else children or ():
+        yield from _names_in(child.get("task")) if isinstance(child, dict) else (str(child),)
 
 
 def names_below(task: str) -> set[str]:

@@ -51,7 +51,11 @@ def _is_result(path: Path) -> bool:
 def may_replace(path: str | Path) -> bool:
     """Return whether figures that something came after may be written to ``path``: no finished result is there."""
     try:
-        return not Path(path).exists() or bool(read_plain_json(Path(path)).get(UNFINISHED))
+        return (
+            not Path(path).exists()
+            or not Path(path).stat().st_size
+            or bool(read_plain_json(Path(path)).get(UNFINISHED))
+        )
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -53,7 +53,8 @@ def data_reached(remote: list[str], folder: str | Path | None) -> Iterator[None]
             raise
         reason = one_line(error, 200)
         local = "" if folder is None else f", and {folder} has no folder of that name"
-        asked = next((name for name in remote if task in names_below(name)), remote[0])
+        above = (name for name in remote if task == name or task in names_below(name))
+        asked = remote[0] if task is None else next(above, remote[0])
         place = expected_place(asked)
         advice = "Choose other tasks"
         if place is not None:

@@ -462,12 +462,18 @@ class TextDataModule(LightningDataModule):
         """
         learned, validated = _parts(self.split), _parts(self.validation_split)
         same = self._config(self.validation_config_name or self.config_name) == self._config(self.config_name)
-        both = learned & validated or "all" in learned | validated
-        if both and same and learned != validated and self.validation_text is None and not self.stream.source.is_local:
+        if not same or learned == validated or self.validation_text is not None or self.stream.source.is_local:
+            return
+        if "all" in {*learned, *validated}:  # which may also be the name of one
+            warn(
+                f"data.split {self.split} and data.validation_split {self.validation_split} may have rows in common. "
+                "If so, name the same split for both, of which one document in twenty is held out."
+            )
+        elif {*learned} & {*validated}:
             raise UserError(
                 f"data.split {self.split} and data.validation_split {self.validation_split} have rows in common, so "
-                "that validation would be of text that was learned from. Name splits that have none, or the same "
-                "twice, which holds out one document in twenty."
+                "that validation would be of text that was learned from. Name splits that have none, or for "
+                "both the same, which holds out one document in twenty."
             )
 
     def _held_out_blocks(self) -> Tensor:
@@ -498,9 +504,9 @@ class TextDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else data_rank(self.trainer)
 
 
-def _parts(split: str) -> set[str]:
-    """Return the splits that ``split``, such as ``train+test``, joins."""
-    return {part.strip() for part in str(split).split("+")}  # of another type it is refused elsewhere
+def _parts(split: str) -> list[str]:
+    """Return the splits that ``split``, such as ``train+test``, joins, in the order in which they are read."""
+    return [part.strip() for part in str(split).split("+")]  # of another type it is refused elsewhere
 
 
 def _check_names(setting: str, value: Any) -> None:

@@ -305,6 +305,12 @@ def test_a_config_after_an_option_that_it_sets_is_told(tmp_path: Path) -> None:
         words = with_recipes(["fit", option, value, "--config", "short"])
         (line,) = overruled(words, check_configs(words))
         assert line.startswith(f"--config short comes after {option} {value}, and sets it to {then}.")
+    (tmp_path / "text.yaml").write_text(yaml.safe_dump({"data": {"text": "other.jsonl"}, "model": {"prior": None}}))
+    words = ["fit", "--data.text=mine.jsonl", "--model.prior=x", "--config=short", f"--config={tmp_path / 'text.yaml'}"]
+    words = with_recipes(words)
+    first, second = overruled(words, check_configs(words))
+    assert "comes after --data.text mine.jsonl, and sets it to other.jsonl." in first
+    assert "text.yaml comes after --model.prior x, and sets it to null." in second
     for same in (
         ["--model.optimizer.betas=[0.9,0.95]"],
         ["--model.gate", "BernoulliGate"],

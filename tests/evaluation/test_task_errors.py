@@ -19,7 +19,7 @@ from leap_pl.comparison.entries import read_entries
 from leap_pl.errors import UserError
 from leap_pl.evaluation import tasks as room
 from leap_pl.evaluation.harness import PrefixSharingLM
-from leap_pl.evaluation.local_tasks import PAPER_TASKS, LocalTasks, expected_place
+from leap_pl.evaluation.local_tasks import PAPER_TASKS, LocalTasks, expected_place, names_below
 from leap_pl.evaluation.record import read_result
 from leap_pl.evaluation.task_errors import answers_fitting, data_reached, questions_fitting
 from leap_pl.evaluation.tasks import evaluate_tasks
@@ -120,6 +120,7 @@ def test_figures_are_kept_where_tasks_fail_later(folder, tmp_path, capsys):
     text.write_text("a text " * 40)
     settings = {"model": str(base), "perplexity": str(text), "seq_length": 32, "output": str(output)}
     rows(tmp_path / "tasks" / "piqa" / "validation.jsonl", [{"strange": 1}])
+    output.touch()
     for _ in range(2):  # the second replaces what the first has left
         with pytest.raises(UserError, match="the questions of piqa"):
             evaluate_command(**settings, tasks="piqa", tasks_folder=str(tmp_path / "tasks"))
@@ -132,7 +133,7 @@ def test_figures_are_kept_where_tasks_fail_later(folder, tmp_path, capsys):
     assert result["perplexity"] == whole["perplexity"]
     with pytest.raises(UserError, match="the questions of piqa"):
         evaluate_command(**settings, tasks="piqa", tasks_folder=str(tmp_path / "tasks"))
-    assert f"not written: {output} has the figures of an evaluation that was finished" in capsys.readouterr().err
+    assert f"not written: {output} exists, and is not of an evaluation that failed" in capsys.readouterr().err
     assert read_result(output)["tasks"] == whole["tasks"]
     assert "unfinished" not in read_result(output)
 
@@ -189,6 +190,7 @@ def test_hub_out_of_reach_is_one_line():
     says = r"the data of mmlu could .*FOLDER/mmlu/\w+/test.jsonl .* make assets-eval"
     with pytest.raises(UserError, match=says), data_reached(["piqa", "mmlu"], None):
         busy_with("mmlu_anatomy", ConnectionError("no route"))
+    assert "mmlu_stem_generative" in names_below("mmlu_generative")  # within a group that its own definition has
     with pytest.raises(UserError, match="names a task twice"):
         attempt(ValueError("Duplicate task 'a': found in both 'b' and 'c'"), [])
     with pytest.raises(ZeroDivisionError):
