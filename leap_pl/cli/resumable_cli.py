@@ -19,12 +19,12 @@ from leap_pl.cli.arguments import (
     check_groups,
     check_keys,
     options_of,
-    overruled,
     parser_message,
     plain,
     setting_of,
 )
 from leap_pl.cli.former_spelling import FORMER, FormerSpellingParser, advice, respelled
+from leap_pl.cli.overruled import overruled
 from leap_pl.cli.resume import check_verb, checkpoint_path, find_last, settings_of
 from leap_pl.cli.sentences import RunFormatter
 from leap_pl.cli.token_budget import take_tokens

@@ -80,3 +80,30 @@ def warn_of_overlap(trained: TextSource, validated: TextSource) -> None:
             f"{listing(both, most=3)} is both trained and validated on, so that validation does not show what the mask "
             "is on other text. Leave it out of data.text, or leave data.validation_text out."
         )
+
+
+def splits_in(split: str) -> list[str]:
+    """Return the splits that ``split``, such as ``train+test``, joins, in the order in which they are read."""
+    return [part.strip() for part in str(split).split("+")]  # of another type it is refused elsewhere
+
+
+def check_splits(split: str, validation_split: str) -> None:
+    """Check that no row of a hub dataset is both learned from and validated on; equal splits are divided.
+
+    Raises:
+        UserError: The splits have one in common, beside others.
+    """
+    learned, validated = splits_in(split), splits_in(validation_split)
+    if learned == validated:
+        return
+    both = f"data.split {split} and data.validation_split {validation_split}"
+    if "all" in {*learned, *validated}:  # which may also be the name of one
+        warn(
+            f"{both} may have rows in common. If so, name the same split for both, of which one document in twenty is "
+            "held out."
+        )
+    elif {*learned} & {*validated}:
+        raise UserError(
+            f"{both} have rows in common, so that validation would be of text that was learned from. Name splits that "
+            "have none, or for both the same, which holds out one document in twenty."
+        )

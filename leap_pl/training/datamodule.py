@@ -20,7 +20,14 @@ from leap_pl.data.batches import BEGINNING, Batch, BlockLoader, Progress, RankBa
 from leap_pl.data.calibration import loaded_tokenizer
 from leap_pl.data.documents import Share, warn
 from leap_pl.data.exchange import Exchange
-from leap_pl.data.held_out import evenly, held_out_blocks, warn_of_overlap, warn_of_remainder
+from leap_pl.data.held_out import (
+    check_splits,
+    evenly,
+    held_out_blocks,
+    splits_in,
+    warn_of_overlap,
+    warn_of_remainder,
+)
 from leap_pl.data.hub import DEFAULT_CONFIGS
 from leap_pl.data.packing import BlockStream, Separator, digest_of_text
 from leap_pl.data.source import TextSource
@@ -228,9 +235,10 @@ class TextDataModule(LightningDataModule):
             if self.trainer is not None and self.trainer.limit_val_batches and self.validation_sequences:
                 validated = self.stream.source if self.validation_text is None else self._open_validation()
                 warn_of_hub_part(self, validated, validation=True)
-                self._check_splits()
                 if self.validation_text is not None:
                     warn_of_overlap(self.stream.source, validated)
+                elif not validated.is_local and self._one_configuration():
+                    check_splits(self.split, self.validation_split)
                 ranks = self._rank()[1]
                 check_blocks(self._held_out_blocks())
                 evenly(self._held_out_blocks(), ranks)  # raises if there are too few
@@ -437,44 +445,22 @@ class TextDataModule(LightningDataModule):
         """Open ``share`` of the text."""
         held_out = share == "held_out"
         of_validation = self.validation_config_name if self.validation_text is None else None
-        config_name = of_validation or self.config_name
         return TextSource.open(
             self.text,
-            config_name=config_name if held_out else self.config_name,
+            config_name=(of_validation or self.config_name) if held_out else self.config_name,
             split=self.validation_split if held_out else self.split,
             text_column=self.text_column,
             share=share,
-            divide_split=_parts(self.validation_split) == _parts(self.split)
-            and self._config(config_name) == self._config(self.config_name),
+            divide_split=splits_in(self.validation_split) == splits_in(self.split) and self._one_configuration(),
             seed=None if held_out else self.seed,
         )
 
-    def _config(self, name: str | None) -> str | None:
-        """Return the configuration that ``name`` is, also if none is named."""
+    def _one_configuration(self) -> bool:
+        """Return whether the text of a hub dataset is learned from and validated on in one configuration."""
         only = self.text[0] if isinstance(self.text, list) and len(self.text) == 1 else self.text
-        return name or DEFAULT_CONFIGS.get(str(only), "default")
-
-    def _check_splits(self) -> None:
-        """Check that the split of a hub dataset that is learned from does not contain that of the validation.
-
-        Raises:
-            UserError: It does, beside others.
-        """
-        learned, validated = _parts(self.split), _parts(self.validation_split)
-        same = self._config(self.validation_config_name or self.config_name) == self._config(self.config_name)
-        if not same or learned == validated or self.validation_text is not None or self.stream.source.is_local:
-            return
-        if "all" in {*learned, *validated}:  # which may also be the name of one
-            warn(
-                f"data.split {self.split} and data.validation_split {self.validation_split} may have rows in common. "
-                "If so, name the same split for both, of which one document in twenty is held out."
-            )
-        elif {*learned} & {*validated}:
-            raise UserError(
-                f"data.split {self.split} and data.validation_split {self.validation_split} have rows in common, so "
-                "that validation would be of text that was learned from. Name splits that have none, or for "
-                "both the same, which holds out one document in twenty."
-            )
+        usual = DEFAULT_CONFIGS.get(str(only), "default")  # if none is named
+        of_validation = self.validation_config_name if self.validation_text is None else None
+        return (of_validation or self.config_name or usual) == (self.config_name or usual)
 
     def _held_out_blocks(self) -> Tensor:
         """Return the validation blocks, LongTensor[at most validation_sequences, seq_length]; they are read once."""
@@ -502,11 +488,6 @@ class TextDataModule(LightningDataModule):
 
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else data_rank(self.trainer)
-
-
-def _parts(split: str) -> list[str]:
-    """Return the splits that ``split``, such as ``train+test``, joins, in the order in which they are read."""
-    return [part.strip() for part in str(split).split("+")]  # of another type it is refused elsewhere
 
 
 def _check_names(setting: str, value: Any) -> None:

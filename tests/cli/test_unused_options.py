@@ -12,12 +12,13 @@ from conftest import Run, failing, fit_flags
 from recovered_runs import Flags
 from tiny import byte_tokenizer
 
-from leap_pl.cli.arguments import check_configs, overruled, with_recipes
+from leap_pl.cli.arguments import check_configs, with_recipes
 from leap_pl.cli.compare import compare_command
 from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.cli.export import export_command
 from leap_pl.cli.generate import generate_command
 from leap_pl.cli.main import main
+from leap_pl.cli.overruled import overruled
 from leap_pl.cli.prune import prune_command
 from leap_pl.errors import UserError
 from leap_pl.masks import MaskSet
