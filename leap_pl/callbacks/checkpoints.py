@@ -82,6 +82,16 @@ class Checkpoints(SavingCheckpoint):
                 "checkpoint.save_weights_only leaves out what a run needs to resume. Leave it out: the model is in no "
                 "checkpoint anyway, and leap_pl export takes the mask from any."
             )
+        if save_on_train_epoch_end:
+            raise UserError(
+                "checkpoint.save_on_train_epoch_end would write the last checkpoint, by which a run is finished, "
+                "before the mask. Leave it out: one is written at the end anyway."
+            )
+        if (kwargs.get("every_n_epochs") or 1) > 1:
+            raise UserError(
+                f"checkpoint.every_n_epochs is {kwargs['every_n_epochs']}, and a run is one epoch: nothing would be "
+                "saved at validations. Leave it out, or give --checkpoint.every_n_train_steps."
+            )
         _check_folder(dirpath)
         super().__init__(
             dirpath,
@@ -105,6 +115,7 @@ class Checkpoints(SavingCheckpoint):
         self.force: bool | None = None
         self.last = False  # whether to resume from the last checkpoint if there is one
         self._replaced: list[Leftover] = []
+        self._resumes_here = False  # from a checkpoint in the folder, which may have been another when it was written
         self._surplus: list[str] = []  # of a run with a larger save_top_k: removed once the next is written
 
     # -- schedule -----------------------------------------------------------------------------------------
@@ -290,6 +301,8 @@ class Checkpoints(SavingCheckpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adopt the state of a run with other intervals: its newest checkpoints are counted and removed by this one."""
         states = checkpoint.get("callbacks") or {}
+        path = trainer.ckpt_path
+        self._resumes_here = path is not None and self.dirpath is not None and lies_in(path, Path(str(self.dirpath)))
         same = f"{type(self).__qualname__}{{'monitor': {self.monitor!r}, 'mode': {self.mode!r}, "
         former = [key for key in states if str(key).startswith(same)]
         if self.state_key not in states and len(former) == 1:
@@ -301,7 +314,10 @@ class Checkpoints(SavingCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load Lightning's state and the step of the last validation."""
-        super().load_state_dict(state_dict)
+        there = state_dict.get("dirpath", self.dirpath)
+        own = self._resumes_here or there is None or str(there) == str(self.dirpath)
+        # Of another folder Lightning takes nothing but the path of the best, and says so.
+        super().load_state_dict(self.own_paths(state_dict) if own else {**state_dict, "best_model_path": ""})
         self.best_k_models = dict(self.best_k_models)  # which is the checkpoint's
         self._surplus = self.drop_surplus()
         self._validated_step = state_dict["validated_step"]

@@ -14,9 +14,11 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from leap_pl.checkpoints.layout import LAST
 from leap_pl.checkpoints.run_folder import link_last
 from leap_pl.errors import warn_once
 from leap_pl.files import atomic_file, atomic_folder, atomic_link
+from leap_pl.inputs.register import real_path
 
 _METHODS = (
     "_link_checkpoint",
@@ -173,7 +175,39 @@ class SavingCheckpoint(ModelCheckpoint):
 
     def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
         """Return whether to remove ``previous``, even if it is the checkpoint that the run resumed from."""
-        return previous != current and self.dirpath is not None and Path(self.dirpath) in Path(previous).parents
+        return previous != current and self._lies_here(previous)
+
+    def _lies_here(self, path: str) -> bool:
+        """Return whether ``path`` names a checkpoint in the run's own folder; whatever else it leads to is not ours."""
+        named = Path(path)
+        inside = self.dirpath is not None and ".." not in named.parts and named.suffix == self.FILE_EXTENSION
+        return inside and real_path(named.parent) == real_path(str(self.dirpath))
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Remove a checkpoint; the link to the newest one leads to that before, so that it never dangles."""
+        if self.save_last == "link" and trainer.is_global_zero and self.saved_path:
+            link = Path(filepath).with_name(LAST)
+            if link.is_symlink() and real_path(link) == real_path(filepath):
+                link_last(link.parent, Path(self.saved_path))
+        super()._remove_checkpoint(trainer, filepath)
+
+    def own_paths(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return Lightning's ``state`` with its paths as those of checkpoints of the same names in the run's folder.
+
+        A checkpoint is data: it names files of this folder, and no others, which this object would remove.
+        """
+
+        def own(path: Any) -> str:
+            here = str(Path(str(self.dirpath)) / Path(str(path)).name)
+            return here if path and self._lies_here(here) else ""
+
+        best = {own(path): value for path, value in (state.get("best_k_models") or {}).items() if own(path)}
+        last, kth = (own(state.get(key)) for key in ("last_model_path", "kth_best_model_path"))
+        if best and kth not in best:
+            kth = (max if self.mode == "min" else min)(best, key=best.__getitem__)
+        found = {"dirpath": self.dirpath, "best_k_models": best, "last_model_path": last}
+        found |= {"kth_best_model_path": kth, "best_model_path": own(state.get("best_model_path"))}
+        return {**state, **found}
 
 
 def _copy(checkpoint: Path, path: Path) -> None:

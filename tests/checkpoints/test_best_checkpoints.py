@@ -227,10 +227,75 @@ def test_a_loggers_folder_that_is_a_url_is_refused(model_folder, text_file, tmp_
     [
         ("save_weights_only=true", "leaves out what a run needs to resume. Leave it out"),
         ("dirpath=memory://runs/one", "is a URL, and a run resumes from files. Give a folder"),
+        (
+            "save_on_train_epoch_end=true",
+            "would write the last checkpoint, by which a run is finished, before",
+        ),
+        ("every_n_epochs=2", "every_n_epochs is 2, and a run is one epoch: nothing would be saved at validations"),
     ],
 )
 def test_checkpoints_that_no_run_could_resume_from(option: str, says: str, model_folder, text_file, tmp_path, capsys):
     assert says in failing(capsys, flags(model_folder, text_file, tmp_path, f"--checkpoint.{option}"))
+
+
+# -- what a checkpoint says of others -------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_names_no_path_that_is_removed(model_folder, text_file, tmp_path: Path) -> None:
+    """A checkpoint is data: of its paths the names count, in the run's own folder."""
+    words = without_interval(flags(model_folder, text_file, tmp_path, "--checkpoint.save_top_k=1"))
+    folder, victim = tmp_path / "checkpoints", tmp_path / "victim"
+    victims = [victim / "step=1.ckpt", tmp_path / "victim.ckpt" / "file", tmp_path / "notes" / "file"]
+    for path in victims:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("not of this run")
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, "training_step", 11, send(signal.SIGTERM))
+        stopped(words)
+    path = (folder / "last.ckpt").resolve()
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = [state for key, state in checkpoint["callbacks"].items() if key.startswith("Checkpoints")]
+    aimed = [str(folder / ".." / "victim.ckpt"), str(victim / "step=1.ckpt"), str(folder / ".." / "notes")]
+    for there in ({}, {"dirpath": str(folder)}):
+        state.pop("dirpath", None)
+        paths = {"last_model_path": aimed[0], "kth_best_model_path": aimed[1], "best_model_path": aimed[2]}
+        state.update({"best_k_models": dict.fromkeys(aimed, float("-inf"))}, **paths, **there)
+        torch.save(checkpoint, path)
+        loaded = Checkpoints(str(folder), save_top_k=1)
+        loaded.load_state_dict(state)
+        named = {*loaded.best_k_models, *loaded._surplus, loaded.last_model_path, loaded.kth_best_model_path}
+        assert named - {""} <= {str(folder / name) for name in ("victim.ckpt", "step=1.ckpt")}
+        assert not any(loaded._should_remove_checkpoint(Trainer(logger=False), one, "x") for one in aimed)
+    main([*words, "--ckpt_path=last"])
+    assert [path.read_text() for path in victims] == ["not of this run"] * 3
+    assert kept(tmp_path) == ["last.ckpt", "step=3.ckpt", "step=4.ckpt"]  # of the first it says nothing any more
+
+
+def test_a_run_that_was_moved_removes_its_older_checkpoints(model_folder, text_file, tmp_path: Path) -> None:
+    words = without_interval(flags(model_folder, text_file, tmp_path / "a", "--checkpoint.save_top_k=1"))
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, "training_step", 11, send(signal.SIGTERM))
+        stopped(words)
+    (tmp_path / "a").rename(tmp_path / "b")
+    words = without_interval(flags(model_folder, text_file, tmp_path / "b", "--checkpoint.save_top_k=1"))
+    main([*words, "--ckpt_path=last"])
+    assert kept(tmp_path / "b") == ["last.ckpt", "step=4.ckpt"]
+
+
+def test_the_link_leads_to_a_checkpoint_while_another_is_removed(
+    model_folder, text_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removing a folder of many gigabytes takes a while, in which a process may be killed."""
+    removed, real = [], Strategy.remove_checkpoint
+
+    def remove(self: Strategy, path: Any) -> None:
+        link = Path(path).with_name("last.ckpt")
+        removed.append((Path(path).name, link.resolve().name, link.resolve().exists()))
+        real(self, path)
+
+    monkeypatch.setattr(Strategy, "remove_checkpoint", remove)
+    main(without_interval(flags(model_folder, text_file, tmp_path, "--checkpoint.save_top_k=1")))
+    assert removed == [("step=2.ckpt", "step=4.ckpt", True)]
 
 
 # -- data of one's own ---------------------------------------------------------------------------------------------
