@@ -18,6 +18,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -169,7 +170,28 @@ def check_before_loading(strategy: Any) -> None:
 
 def _load_checked(strategy: Strategy, checkpoint_path: str | Path, *arguments: Any, **settings: Any) -> Any:
     check_folder_of(checkpoint_path, strategy)
+    if "://" not in str(checkpoint_path) and Path(checkpoint_path).is_dir():
+        _check_shared(Path(checkpoint_path), strategy)
     return type(strategy).load_checkpoint(strategy, checkpoint_path, *arguments, **settings)
+
+
+def _check_shared(folder: Path, strategy: Any) -> None:
+    """Check every stored byte of ``folder``: each rank some of the tensors, which torch's own reader takes as they are.
+
+    Raises:
+        UserError: On every rank, if one has found damage.
+    """
+    found: UserError | None = None
+    reader = _Reader(folder)
+    stored = [info for _, info in sorted(reader.read_metadata().storage_data.items(), key=lambda item: str(item[0]))]
+    try:
+        with _damage_in_one_line(folder):
+            for info in stored[strategy.global_rank :: strategy.world_size]:
+                reader.check_stored(info)
+    except UserError as error:
+        found = error
+    if not strategy.reduce_boolean_decision(found is None, all=True):
+        raise found or UserError(f"{folder} is damaged, as another rank says. Take the checkpoint before it.")
 
 
 def _read(folder: str | Path, reader: "_Reader", *, tensors: bool = True) -> dict[str, Any]:
@@ -202,6 +224,9 @@ def _load(flat: dict[str, Any], reader: "_Reader", folder: str | Path) -> None:
     """Fill ``flat`` in place with the values stored under its names."""
     planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _damage_in_one_line(folder), warnings.catch_warnings():
+        for index, info in reader.read_metadata().storage_data.items():
+            if index.fqn in flat:
+                reader.check_stored(info)
         warnings.filterwarnings("ignore", message=".*the intent is to load in a single process.*")
         load(flat, storage_reader=reader, planner=planner, no_dist=True)
 
@@ -236,6 +261,23 @@ class _Reader(FileSystemReader):
         return self._index
 
     _index: Metadata | None = None
+
+    def check_stored(self, info: Any) -> None:
+        """Check the sums of one stored value, a zip of torch's.
+
+        Raises:
+            ValueError: A sum is wrong.
+        """
+        with (Path(self.path) / info.relative_path).open("rb") as file:
+            file.seek(info.offset)
+            part = BytesIO(file.read(info.length))
+        if is_zipfile(part):
+            with ZipFile(part) as archive:
+                wrong = archive.testzip()
+            if wrong is not None:
+                raise ValueError(f"{info.relative_path} has a wrong sum of {wrong}")
+        elif info.length:
+            raise ValueError(f"{info.relative_path} has a value that is no archive of torch")
 
     def _read_index(self) -> Metadata:
         index = Path(self.path) / INDEX

@@ -124,7 +124,23 @@ def shard(
     with_zeros = getattr(root, "set_reduce_scatter_unused_params", None)
     if with_zeros is not None:
         with_zeros(True)
+    else:
+        check_no_experts(model, mesh.size())
     return model
+
+
+def check_no_experts(model: nn.Module, ranks: int) -> None:
+    """Check that torch before 2.13 does not shard ``model`` over several ``ranks``, if its experts are modules each.
+
+    Raises:
+        UserError: It would.
+    """
+    apart = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and "experts" in name]
+    if apart and ranks > 1:
+        raise UserError(
+            f"{apart[0]}: a sharded run on {ranks} ranks of a model whose experts are modules each needs torch 2.13 or "
+            f"newer, and this is {torch.__version__}. Update torch, or use --trainer.strategy ddp."
+        )
 
 
 def check_inside_blocks(weights: "Mapping[str, Weight]") -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from leap_pl import LeapModule, TextDataModule
 from leap_pl.checkpoints import folder as folder_reader
 from leap_pl.checkpoints.file import WholeCheckpointIO
-from leap_pl.checkpoints.folder import StoredTensors, check_folder, consolidated, state_keys
+from leap_pl.checkpoints.folder import StoredTensors, _check_shared, check_folder, consolidated, state_keys
 from leap_pl.checkpoints.layout import masks_from_checkpoint, path_of
 from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.cli.compare import compare_command
@@ -379,6 +379,42 @@ def test_an_incomplete_folder_is_told(two, place: Place, tmp_path: Path) -> None
     (folder / "meta.pt").unlink()
     with pytest.raises(UserError, match="no such checkpoint"):
         consolidated(folder)
+
+
+def test_a_flipped_bit_of_a_tensor_is_refused(two, place: Place, tmp_path: Path) -> None:
+    """By all that read it, on whichever rank it is found."""
+    folder = shutil.copytree(place.checkpoint("folder"), tmp_path / "step.ckpt")
+    whole = {key: tensor.clone() for key, tensor in consolidated(folder)["state_dict"].items()}
+    key, logits = next((key, tensor) for key, tensor in whole.items() if tensor.numel() > 200)
+    flipped = 0
+    for part in folder.glob("__*.distcp"):
+        content = part.read_bytes()
+        place_of = content.find(logits.flatten()[:8].numpy().tobytes())
+        if place_of >= 0:
+            part.write_bytes(content[: place_of + 3] + bytes([content[place_of + 3] ^ 128]) + content[place_of + 4 :])
+            flipped += 1
+    assert flipped == 1, key
+    for reader in (consolidated, masks_from_checkpoint):
+        with pytest.raises(UserError, match=r"\.distcp has a wrong sum of .*Take the checkpoint before it"):
+            reader(folder)
+
+    class Strategy:
+        """One of two ranks, and the other one's answer."""
+
+        world_size = 2
+
+        def __init__(self, rank: int) -> None:
+            self.global_rank, self.found = rank, True
+
+        def reduce_boolean_decision(self, found: bool, *, all: bool) -> bool:
+            self.found = found
+            return False
+
+    ranks = [Strategy(0), Strategy(1)]
+    for rank in ranks:
+        with pytest.raises(UserError, match=r"has a wrong sum|as another rank says"):
+            _check_shared(folder, rank)
+    assert sorted(rank.found for rank in ranks) == [False, True]
 
 
 def test_the_newest_whole_folder_is_found(two, place: Place, tmp_path: Path) -> None:
