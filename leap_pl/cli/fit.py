@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import OnExceptionCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -23,7 +23,7 @@ from leap_pl.callbacks import (
 )
 from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.folder import check_folder_of
-from leap_pl.checkpoints.layout import load_checkpoint
+from leap_pl.checkpoints.layout import LAST, load_checkpoint
 from leap_pl.checkpoints.run_folder import Finished
 from leap_pl.cli.arguments import with_recipes
 from leap_pl.cli.process import set_up_process
@@ -124,12 +124,33 @@ class LeapCLI(ResumableCLI):
     def before_fit(self) -> None:
         """Pass the checkpoint to resume from to the model, and compare its settings, before ranks are started."""
         path = self.config_init[self.subcommand].ckpt_path
+        if path is None and self.subcommand == "fit":
+            self._check_nothing_is_found()
         if path is None or not Path(path).exists():
             return
         self.model.resumes_from = path
         checkpoint = load_checkpoint(path, check_tensors=False)  # the tensors were checked when the settings were taken
         self.model.check_resume(checkpoint, path, self.trainer, self.datamodule, fitting=self.subcommand == "fit")
         check_folder_of(path, self.trainer.strategy)
+
+    def _check_nothing_is_found(self) -> None:
+        """Check that Lightning resumes from no checkpoint by itself, as it does with OnExceptionCheckpoint.
+
+        Raises:
+            UserError: It would.
+        """
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        saving = [callback for callback in callbacks if isinstance(callback, OnExceptionCheckpoint)]
+        folders = [callback.dirpath for callback in self.trainer.checkpoint_callbacks if hasattr(callback, "dirpath")]
+        found = [Path(str(callback.ckpt_path)) for callback in saving]
+        found += [Path(str(folder)) / LAST for folder in folders if folder is not None]
+        there = next((path for path in found if path.exists()), None) if saving else None
+        if there is not None:
+            raise UserError(
+                f"OnExceptionCheckpoint of trainer.callbacks resumes from {there} by itself, and no --ckpt_path was "
+                f"typed. To resume, add --ckpt_path {there}; for a new run leave that callback out: checkpoints are "
+                "saved at signals and intervals without it."
+            )
 
     def before_validate(self) -> None:
         """Do the same for a validation, and refuse one that would measure nothing."""

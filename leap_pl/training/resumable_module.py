@@ -111,7 +111,7 @@ class ResumableModule(GatedModule):
         return [] if there else [Interruption()]
 
     def on_fit_start(self) -> None:
-        """Check that checkpoints of the run can hold the states of callbacks of one's own.
+        """Check that checkpoints of the run can hold the states of callbacks and of a data module of one's own.
 
         Raises:
             UserError: One has what they cannot hold.
@@ -120,6 +120,10 @@ class ResumableModule(GatedModule):
             if type(callback).__module__.partition(".")[0] not in ("leap_pl", "lightning"):
                 with suppress(AttributeError, TypeError):  # a state that there is not yet
                     made_plain(callback.state_dict(), f"callbacks > {type(callback).__name__}")
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is not None and type(data).__module__.partition(".")[0] not in ("leap_pl", "lightning"):
+            with suppress(AttributeError, TypeError):
+                made_plain(data.state_dict(), type(data).__qualname__)
 
     def on_train_start(self) -> None:
         """Set the modes of learning, and take this run for the one that the module is learned in."""
@@ -287,11 +291,11 @@ class ResumableModule(GatedModule):
         checkpoint[KEY] = asdict(self.identity())
         for part in ("hyper_parameters", *OF_DATA):  # those of the module are in the identity, read by a schema
             checkpoint.pop(part, None)
-        for part in sorted(checkpoint.keys() - {"state_dict"}):
-            try:
-                checkpoint[part] = made_plain(checkpoint[part], part, on_host=part != "optimizer_states")
-            except UserError as error:  # amid a run, which would lose more by an end than by a checkpoint
-                warn_once(str(error))
+        # Amid a run, which would lose more by an end than by what no checkpoint can hold.
+        if isinstance(checkpoint.get("callbacks"), dict):
+            checkpoint["callbacks"] = dict(checkpoint["callbacks"])
+            _hold_plain(checkpoint["callbacks"], "callbacks > ")
+        _hold_plain(checkpoint)
         rewind(self.trainer, checkpoint)
         if saves_shards(self.attached):
             return  # each rank writes its own part under this module's names, as ModelParallelStrategy reads them
@@ -365,3 +369,13 @@ class ResumableModule(GatedModule):
                 base_model=self.base_model,
                 revision=self.revision,
             )
+
+
+def _hold_plain(parts: dict[str, Any], where: str = "") -> None:
+    """Make what a checkpoint has beside its weights plain, in place, and leave out what cannot be."""
+    for part in sorted(parts.keys() - {"state_dict"}):
+        try:
+            parts[part] = made_plain(parts[part], f"{where}{part}", on_host=part != "optimizer_states")
+        except UserError as error:
+            del parts[part]
+            warn_once(f"{error} It is left out.")

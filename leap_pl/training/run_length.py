@@ -59,6 +59,13 @@ def check_run_length(trainer: "Trainer") -> None:
             f"trainer.val_check_interval is {interval:,}, and the run has {batches:,} micro-batches. Lower it, "
             "or leave it and trainer.check_val_every_n_epoch out."
         )
+    for name in ("min_steps", "min_epochs"):
+        least = getattr(trainer, name, None)
+        if least:
+            raise UserError(
+                f"trainer.{name} is {least}, and a run is one epoch: neither trainer.max_time nor early stopping would "
+                f"end it before its last step. Leave it out. {steps}"
+            )
     if trainer.max_epochs == 0:
         raise UserError(f"trainer.max_epochs is 0, and nothing would be learned. Leave it out. {steps}")
     if trainer.max_epochs not in (None, -1):  # -1: none is given

@@ -129,6 +129,8 @@ def test_aliases_that_a_person_writes(tmp_path: Path) -> None:
         ),
         ("trainer.overfit_batches=0.5", "trainer.overfit_batches is 0.5"),
         ("trainer.limit_train_batches=4", "trainer.limit_train_batches is 4, and would read the same blocks again"),
+        ("trainer.min_steps=2", "trainer.min_steps is 2, and a run is one epoch: neither trainer.max_time nor early"),
+        ("trainer.min_epochs=1", "trainer.min_epochs is 1, and a run is one epoch: neither trainer.max_time nor early"),
         ("trainer.limit_train_batches=1", "trainer.limit_train_batches is 1,"),
         ("trainer.limit_train_batches=0.5", "trainer.limit_train_batches is 0.5"),
         ("trainer.limit_train_batches=0", "trainer.limit_train_batches is 0"),

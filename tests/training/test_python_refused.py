@@ -215,11 +215,16 @@ def test_numbers_of_numpy_are_stored_as_plain_ones(model_folder: Path, text_file
     says = r"cannot hold callbacks > Holder > held > array, .* class ndarray"
     holder.held = {"array": np.zeros(2)}
     warn_once.cache_clear()
-    with pytest.warns(UserWarning, match=says):  # amid a run
+    with pytest.warns(UserWarning, match=rf"{says}.* It is left out\."):  # amid a run
         run.save_checkpoint(tmp_path / "b.ckpt")
+    assert load_checkpoint(tmp_path / "b.ckpt")["callbacks"].keys() == stored["callbacks"].keys() - {"Holder"}
     fresh = LeapModule(str(model_folder), dtype="float32", prior=Prior(method="none"))
     with pytest.raises(UserError, match=says):
         trainer(holder, max_steps=1).fit(fresh, data(text_file))
+    own = type("Own", (TextDataModule,), {"state_dict": lambda self: {"at": np.zeros(2)}})  # without a place of its own
+    own.__module__ = "mine"
+    with pytest.raises(UserError, match=r"cannot hold Own > at, .* class ndarray"):
+        trainer(max_steps=1).fit(fresh, own(text=str(text_file), seq_length=16))
     for value in (np.datetime64("2026-01-01"), Path("x"), object()):
         with pytest.raises(UserError, match="cannot hold there"):
             made_plain([value], "there")

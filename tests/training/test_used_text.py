@@ -149,7 +149,8 @@ def test_paths_are_names(module: LeapModule, model_folder: Path, text_file: Path
     run.save_checkpoint(path)
     loaded = LeapModule.load_from_checkpoint(path)
     assert loaded.state.seed == 3
-    assert (loaded.base_model, loaded.run_prior.settings.cache_dir) == (str(model_folder), str(tmp_path / "priors"))
+    assert loaded.base_model == str(model_folder)
+    assert loaded.run_prior.settings.cache_dir == Prior().cache_dir  # nothing is written where a checkpoint says
     assert (text.text, text.validation_text) == ([str(text_file)], str(text_file))
 
 
