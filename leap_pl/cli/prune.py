@@ -151,7 +151,7 @@ def prune_command(
     from leap_pl.masks.patterns import NM, parse_pattern
     from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
     from leap_pl.oneshot.fisher import whole_model_batch
-    from leap_pl.oneshot.prune import prune
+    from leap_pl.oneshot.prune import check_settings, prune, warn_of_zeros
     from leap_pl.oneshot.walk import WalkOptions
 
     asked = method_named(method)
@@ -175,6 +175,7 @@ def prune_command(
     uses_text = asked.needs is not None or owl or fisher is not None
     of_text = {"text": text, "sequences": sequences, "seq_length": seq_length, "separator": separator, "bos": bos}
     of_text |= {"text_column": text_column, "config_name": config_name, "split": split}
+    of_text |= {"seed": seed, "batch_size": batch_size, "offload": offload}
     if not uses_text and (idle := given(of_text, prune_command)):
         # A note, so that one command line serves several methods.
         named = listing([f"--{name}" for name in idle])
@@ -192,6 +193,10 @@ def prune_command(
     allocated = None if fisher is None else _fisher(fisher, fisher_rows if asked.by_row else 0.0)
     per_layer = None if layer_sparsity is None else read_layer_sparsities(layer_sparsity)
     kept_mask = None if mask is None else MaskSet.load(mask)
+    of_outliers = OwlOptions(owl_threshold, owl_spread) if owl else None
+    allocations = {"--layer_sparsity": per_layer, "--owl": of_outliers, "--fisher": allocated}
+    chosen = [flag for flag, value in allocations.items() if value is not None]
+    check_settings(method, shape, chosen, settings, masked=mask is not None)
 
     with atomic_folder(output_dir, force=force) as folder:
         if asked.updates:  # a model is written
@@ -201,6 +206,8 @@ def prune_command(
         weights = find_weights(base, targets, ignore or ())
         if kept_mask is not None:
             kept_mask.check(base, weights)
+        if not asked.updates:  # nor does pruning write anything into the model, which may stay on disk
+            warn_of_zeros(weights)
         tokens, begun, first_target = None, {}, 1
         if uses_text and dtype == "auto":
             _note_slow_dtype(base, device_name(device))
@@ -234,12 +241,13 @@ def prune_command(
             method=method,
             pattern=shape,
             layer_sparsity=per_layer,
-            owl=OwlOptions(owl_threshold, owl_spread) if owl else None,
+            owl=of_outliers,
             fisher=allocated,
             mask=kept_mask,
             weights=weights,
             options=settings,
             walk=WalkOptions(batch_size or usual, device_name(device), offload, first_target=first_target),
+            update=asked.updates,
             base_model=model,
             revision=revision,
         )

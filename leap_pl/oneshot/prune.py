@@ -5,6 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from leap_pl.oneshot.fisher import FisherOptions, fisher_allocation
 from leap_pl.oneshot.inputs import InputStatistics, Matrix
 from leap_pl.oneshot.methods import DEFAULT, FALLBACK, METHODS, Method, method_named
 from leap_pl.oneshot.options import MethodOptions
-from leap_pl.oneshot.walk import Walk, WalkOptions
+from leap_pl.oneshot.walk import Walk, WalkOptions, on_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +52,8 @@ class Pruned:
         errors: Matrix name → layer error ‖XW'ᵀ − XWᵀ‖² / ‖XWᵀ‖² on the calibration inputs in the pruned model, with
             W' as written back. Empty without a walk.
         dampings: Matrix name → damping used, for matrices where the requested damping failed.
-        unseen: Names of matrices that no calibration token reached, and that were pruned by magnitude.
+        unseen: Names of matrices that no calibration token reached, and that were pruned by magnitude; under a given
+            mask their kept weights stay what they were.
         seconds: Wall-clock time.
     """
 
@@ -123,7 +125,9 @@ def prune(
     weights = dict(weights) if weights is not None else find_weights(model)
     asked = method_named(method)
     allocation = {"--layer_sparsity": layer_sparsity, "--owl": owl, "--fisher": fisher}
-    _check(method, blocks_NT, pattern, [flag for flag, value in allocation.items() if value is not None], mask, options)
+    given = [flag for flag, value in allocation.items() if value is not None]
+    _check(method, blocks_NT, given)
+    check_settings(method, pattern, given, options, masked=mask is not None)
     if blocks_NT is not None:
         named = base_model or "the model"
         check_tokens(blocks_NT, vocabulary_of(model), named)
@@ -137,12 +141,8 @@ def prune(
     matrices = by_block(model, weights)
     if mask is not None:
         mask.check(model, weights)
-    elif update and (share := share_of_zeros(weights)) > MANY_ZEROS:
-        warnings.warn(
-            f"this model is sparse already: {share:.1%} of the weights to prune are 0. To prune the dense model, load "
-            "that again.",
-            stacklevel=2,
-        )
+    elif update:
+        warn_of_zeros(weights)
     provenance = Provenance(
         base_model=base_model or getattr(model.config, "name_or_path", "") or type(model).__name__,
         fingerprint=model_fingerprint(model),
@@ -184,9 +184,11 @@ def prune(
 
     run = _Run(asked, pattern, patterns, options, mask, update, weights)
     if blocks_NT is None or (asked.needs is None and (owl is not None or fisher is not None)):
+        device = None if walk is None or walk.device is None else torch.device(walk.device)
         with torch.no_grad():
-            for block in bar(matrices, progress):
-                run.block(block, {})
+            for block, module in zip(bar(matrices, progress), decoder_blocks(model)[1], strict=True):
+                with nullcontext() if device is None else on_device(module, device, keep=not update):
+                    run.block(block, {})
     else:
         walk = replace(walk or WalkOptions(), keep=not update)
         if mask is not None:  # which no method without a walk keeps
@@ -208,9 +210,9 @@ def prune(
                         parameter.data = dense
     if run.unseen:
         logger.warning(
-            "No calibration token reached %s, or its inputs are all 0: pruned by %s. More sequences may reach them.",
+            "No calibration token reached %s, or its inputs are all 0: %s. More sequences may reach them.",
             listing(run.unseen, 6),
-            FALLBACK,
+            f"pruned by {FALLBACK}" if mask is None else "the weights that the mask keeps stay as they are",
         )
     if patterns is not None:
         provenance = replace(provenance, sparsity=round(MaskSet(run.masks(), provenance).sparsity, 6))
@@ -222,6 +224,17 @@ def prune(
     else:
         masks = MaskSet(run.masks(), replace(provenance, config=config))
     return Pruned(masks, run.errors, run.dampings, run.unseen, time.monotonic() - started)
+
+
+def warn_of_zeros(weights: Mapping[str, Weight]) -> None:
+    """Warn if many of ``weights``, which are to be pruned, are 0 already."""
+    share = share_of_zeros(weights)
+    if share > MANY_ZEROS:
+        warnings.warn(
+            f"this model is sparse already: {share:.1%} of the weights to prune are 0. To prune the dense model, load "
+            "that again.",
+            stacklevel=3,
+        )
 
 
 class _Run:
@@ -318,32 +331,42 @@ def _check_kinds(owl: Any, fisher: Any) -> None:
             raise UserError(f"{name} is {value!r}: give {name.capitalize()}Options(), or leave it out.")
 
 
-def _check(
-    name: str,
-    blocks_NT: Tensor | None,
-    pattern: Pattern,
-    allocation: Sequence[str],
-    mask: MaskSet | None,
-    options: MethodOptions | None,
-) -> None:
-    method = METHODS[name]
+def _check(name: str, blocks_NT: Tensor | None, allocation: Sequence[str]) -> None:
     reading = [what for flag, what in (("--owl", "OWL"), ("--fisher", "Fisher allocation")) if flag in allocation]
-    if blocks_NT is None and (method.needs is not None or reading):
+    if blocks_NT is None and (METHODS[name].needs is not None or reading):
         raise UserError(f"{reading[0] if reading else name} needs calibration text. Give --text.")
     if blocks_NT is not None and (blocks_NT.ndim != 2 or not blocks_NT.numel()):
         raise UserError(f"calibration tokens are {list(blocks_NT.shape)}, not [sequences, seq_length].")
+
+
+def check_settings(
+    name: str, pattern: Pattern, allocation: Sequence[str], options: MethodOptions | None, *, masked: bool
+) -> None:
+    """Check settings of :func:`prune` that need neither the model nor the text.
+
+    Args:
+        name: Name of the method.
+        pattern: What is to be pruned.
+        allocation: The flags of what allocates the sparsity, of those that are given.
+        options: Settings of the method.
+        masked: Whether a mask is given, whose kept weights are updated.
+
+    Raises:
+        UserError: One contradicts another.
+    """
+    method = METHODS[name]
     if "--fisher" in allocation and isinstance(pattern, Unstructured) and not 0 < pattern.sparsity < 1:
         raise UserError(f"Fisher allocation needs a sparsity above 0 and below 1, not {pattern.sparsity:g}.")
     if len(allocation) > 1:
         raise UserError(f"Can't provide both {allocation[0]} and {allocation[1]}. Choose one.")
     if isinstance(pattern, NM) and allocation:
         raise UserError(f"pattern {pattern} has the same sparsity everywhere: leave out --pattern, or {allocation[0]}.")
-    if mask is not None and method.solve_kept is None:
+    if masked and method.solve_kept is None:
         able = listing([other for other, row in METHODS.items() if row.solve_kept is not None])
         raise UserError(
             f"--mask updates the kept weights of a given mask, which --method {name} cannot do. Use --method {able}."
         )
-    if mask is not None and allocation:
+    if masked and allocation:
         raise UserError(f"Can't provide both --mask and {allocation[0]}. Choose one.")
     if options is not None and (method.settings is None or not isinstance(options, method.settings)):
         takes = "no options" if method.settings is None else method.settings.__name__

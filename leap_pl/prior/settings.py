@@ -144,12 +144,13 @@ class Prior:
                 masks[form].check(model, weights, or_applied=True)  # a sparse model's own mask is a start, too
             elif self.method != NO_METHOD:
                 fisher = allocation if form == "prior" else None
-                if METHODS[self.method].needs is not None or fisher is not None:
+                reads = METHODS[self.method].needs is not None or fisher is not None
+                if reads:
                     calibration.check(f"prior.method {self.method}" if fisher is None else "prior.fisher")
                 with _options_of_fit(graded=self.graded):
-                    masks[form] = one_shot_prior(
-                        model, weights, self.method, pattern, fisher=fisher, **vars(calibration), **self._kept()
-                    )
+                    given: dict[str, Any] = {**calibration.arguments(), "revision": calibration.revision}
+                    made = one_shot_prior(model, weights, self.method, pattern, fisher=fisher, **given, **self._kept())
+                masks[form] = calibration.recorded(made) if reads else made
         return masks
 
     def warn_of_others(self, masks: Mapping[str, MaskSet], forms: "Mapping[str, Pattern]") -> None:
@@ -172,7 +173,7 @@ class Prior:
             return None
         calibration.check("prior.graded")
         with _options_of_fit():
-            return input_squares(model, weights, **vars(calibration), **self._kept())
+            return input_squares(model, weights, **calibration.arguments(), **self._kept())
 
     def _kept(self) -> dict[str, Any]:
         return {"sequences": self.sequences, "cache_dir": self.cache_dir}
@@ -219,12 +220,24 @@ class Calibration:
         data: Source of the calibration text; None without a data module.
         device: Device on which the method computes.
         progress: Show a progress bar.
+        revision: Revision of the model on the hub, for the mask's provenance.
+        record: What the mask's provenance says of the text of ``data``, on which it was calibrated.
     """
 
     base_model: str
     data: "CalibrationData | None"
     device: torch.device
     progress: bool = True
+    revision: str | None = None
+    record: Mapping[str, Any] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what the functions of :mod:`leap_pl.prior.cache` take of this."""
+        return {name: getattr(self, name) for name in ("base_model", "data", "device", "progress")}
+
+    def recorded(self, mask: MaskSet) -> MaskSet:
+        """Return ``mask``, which was calibrated on the text, with that in its provenance, as ``prune`` has it there."""
+        return mask.with_provenance(config={**(self.record or {}), **mask.provenance.config})
 
     def check(self, what: str) -> None:
         """Check that there is calibration text, which ``what`` needs.

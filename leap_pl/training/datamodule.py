@@ -366,7 +366,14 @@ class TextDataModule(LightningDataModule):
         progress = self._progress
         if self.trainer is not None and self.trainer.global_step == self._step:
             progress = self._progress_at_step
-        names = ("text", "validation_text", "seq_length", "batch_size", "separator", "seed")
+        tokens, position = progress["consumed"] * self.batch_size * self.seq_length, progress["position"]
+        passes = 0 if position is None else position["number"] + 1
+        settings = self.record_of_text() | {"batch_size": self.batch_size}
+        return {**settings, "tokens": tokens, "passes": passes, "sha256": digest_of_text(position)}
+
+    def record_of_text(self) -> dict[str, Any]:
+        """Return the settings that say which sequences are made of which text, for the provenance of a mask."""
+        names = ("text", "validation_text", "seq_length", "separator", "seed")
         settings = {name: getattr(self, name) for name in names} | record_of(self.bos, self.tokenizer)
         # Validation opens no training text, which need not be there.
         local = self._stream is not None and self._stream.source.is_local
@@ -375,9 +382,7 @@ class TextDataModule(LightningDataModule):
         settings |= {name: getattr(self, name) for name, usual in of_text.items() if getattr(self, name) != usual}
         if self.validation_text is None and not self.validation_sequences:
             settings["held_out"] = False
-        tokens, position = progress["consumed"] * self.batch_size * self.seq_length, progress["position"]
-        passes = 0 if position is None else position["number"] + 1
-        return {**settings, "tokens": tokens, "passes": passes, "sha256": digest_of_text(position)}
+        return settings
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume after the last batch that was trained on; do nothing if the trainer does not fit.

@@ -43,6 +43,7 @@ from leap_pl.kernels.norms import norm_of
 from leap_pl.prior.settings import Calibration, Prior, SharedPrior
 from leap_pl.training import finite
 from leap_pl.training.base_model_checks import check_data, warn_if_sparse, warn_of_start
+from leap_pl.training.datamodule import TextDataModule
 from leap_pl.training.fixed_mask import FixedMask
 from leap_pl.training.run_prior import RunPrior
 from leap_pl.training.trained_weights import TrainedWeights
@@ -324,11 +325,14 @@ class GatedModule(L.LightningModule):
         calls, self.when_loaded = self.when_loaded, []
         for call in calls:
             call(model)
+        data = getattr(self.trainer, "datamodule", None)
         calibration = Calibration(
             base_model=self.base_model,
-            data=getattr(self.trainer, "datamodule", None),
+            data=data,
             device=self._device_of_run(),
             progress=self.trainer.progress_bar_callback is not None,
+            revision=self.revision,
+            record=data.record_of_text() if isinstance(data, TextDataModule) else None,
         )
         if self.resumes_from is not None and Path(self.resumes_from).exists():
             path = Path(self.resumes_from)

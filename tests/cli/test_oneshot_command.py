@@ -96,6 +96,49 @@ def test_mask_and_model_are_written(method: str, folder: Path, text: Path, tmp_p
         )
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparseswaps"])
+def test_a_model_that_is_not_written_is_not_changed(
+    method: str, folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every page of it that is written to would leave the file that it is mapped from for memory."""
+    from leap_pl.base_model import loading
+
+    loaded, real = [], loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *a, **k: (loaded.append(real(*a, **k)), loaded[-1])[1])
+    sparse = run(folder, text, tmp_path / "sparse", method="admm", sparsity=0.6) and tmp_path / "sparse" / "model"
+    with pytest.warns(UserWarning, match=r"is sparse already: 60\.\d% of the weights to prune are 0"):
+        pruned = run(sparse, text, tmp_path / "out", method=method, sparsity=0.8)
+    assert pruned.masks.sparsity == pytest.approx(0.8, abs=0.01)
+    before = AutoModelForCausalLM.from_pretrained(sparse).state_dict()
+    after = loaded[-1].state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mask": "MASK"}, "--method wanda cannot do"),
+        ({"pattern": "2:4", "owl": True}, "leave out --pattern, or --owl"),
+        ({"pattern": "2:4", "fisher": 0.5}, "leave out --pattern, or --fisher"),
+        ({"pattern": "2:4", "layer_sparsity": [0.5, 0.5]}, "leave out --pattern, or --layer_sparsity"),
+        ({"owl": True, "fisher": 0.5}, "both --owl and --fisher"),
+        ({"mask": "MASK", "method": "admm", "owl": True}, "both --mask and --owl"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_before_the_model_is_loaded(
+    changes: dict[str, Any], words: str, folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leap_pl.base_model import loading
+
+    if "mask" in changes:
+        run(folder, text, tmp_path / "given", method="magnitude")
+        changes = {**changes, "mask": str(tmp_path / "given")}
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=words):
+        run(folder, text, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
 def test_pattern_layers_mask_and_targets(folder: Path, text: Path, tmp_path: Path) -> None:
     pruned = run(folder, text, tmp_path / "nm", pattern="2:4", method="magnitude")
     assert pruned.masks.sparsity == 0.5

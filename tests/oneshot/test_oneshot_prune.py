@@ -330,13 +330,17 @@ def test_a_given_mask_is_unpacked_once_for_all_experts(monkeypatch: pytest.Monke
     assert sorted(unpacked) == sorted(mask.masks)
 
 
-def test_experts_that_no_token_reached_keep_their_weights_under_a_given_mask() -> None:
+def test_experts_that_no_token_reached_keep_their_weights_under_a_given_mask(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     sizes = {"num_local_experts": 16, "num_experts_per_tok": 1}
     mask = prune(tiny_model("mixtral", **sizes), None, method="magnitude", progress=False).masks
     model = tiny_model("mixtral", **sizes)
     dense = {matrix.name: matrix.dense() for matrix in all_matrices(model)}
     found = prune(model, tokens(1, 4), method="admm", mask=mask, progress=False)
     assert found.unseen
+    assert "the weights that the mask keeps stay as they are. More sequences" in caplog.text
+    assert "magnitude" not in caplog.text
     for matrix in all_matrices(model):
         if matrix.name in found.unseen:
             kept = matrix.view(mask.masks[matrix.weight.name])

@@ -282,6 +282,19 @@ def test_masks_of_an_earlier_algorithm_are_not_used(tmp_path: Path, monkeypatch:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_prior_says_what_it_is_made_of(tmp_path: Path) -> None:
+    """The model's revision, and the text where one is read, also where the masks are in the cache."""
+    model, text = tiny_model(), {"text": "t.jsonl", "validation_text": "v.jsonl", "seed": 3}
+    calibration = Calibration("tiny", Data(), torch.device("cpu"), progress=False, revision="r", record=text)  # type: ignore[arg-type]
+    for method, read in (("wanda", text), ("wanda", text), ("magnitude", {})):
+        settings = Prior(method=method, sequences=2, cache_dir=str(tmp_path))
+        made = settings.make(model, find_weights(model), {"prior": Unstructured(0.6)}, calibration)["prior"]
+        assert made.provenance.revision == "r"
+        assert {key: made.provenance.config.get(key) for key in text} == {**dict.fromkeys(text), **read}
+        assert made.provenance.config["pattern"]
+    assert replace(settings, graded=True).squares(model, find_weights(model), calibration)
+
+
 def test_of_two_masks_the_free_one_alone_has_an_allocation() -> None:
     """As of a tile gate: a mask of n:m is equally sparse everywhere."""
     model = tiny_model()

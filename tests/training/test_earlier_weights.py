@@ -171,10 +171,13 @@ def test_which_texts_a_record_says_weights_were_trained_on(tmp_path: Path) -> No
         ({"train_weights": {"texts_before": [first["data"]]}, "data": {"text": "b.jsonl"}}, ["b", "first"]),
         ({"weight_update": update}, ["update"]),
         ({"data": {"text": "of a mask alone.jsonl"}}, []),
+        ({"text": "calibration.jsonl", "method": "wanda"}, []),
+        ({"text": "calibration.jsonl", "updated_by": "admm"}, ["calibration"]),
     ]
     for number, (config, texts) in enumerate(cases):
         folder = tmp_path / str(number)
         folder.mkdir()
+        facts = {"updated_by": config.pop("updated_by")} if "updated_by" in config else {}
         provenance = Provenance("base", "f", "leap", 0.5, config=config)
-        (folder / "leap_pl.json").write_text(json.dumps({"provenance": asdict(provenance)}))
+        (folder / "leap_pl.json").write_text(json.dumps({"provenance": asdict(provenance), **facts}))
         assert [Path(text["text"]).stem for text in texts_of_weights(folder)] == texts
