@@ -17,6 +17,10 @@ from leap_pl.inputs.reading import MOST_DESCRIPTION, MOST_INDEX, check_regular, 
 PACKED_METHOD = "leap_pl"  # `quant_method` in the config of a model with packed weights (leap_pl.sparse)
 BITMAP, SCALE = "_bitmap", "_scale"  # of the packed weight NAME are NAME_bitmap and NAME_scale
 MOST_VOCABULARY = 1 << 28  # bytes of a tokenizer.json; those with the largest vocabularies have 35 million
+# JSON files of a model's folder that are read by transformers or here.
+_DESCRIBES = re.compile(
+    r"(.*config|.*index|tokenizer.*|vocab|added_tokens|special_tokens_map|chat_template.*|leap_pl)\.json"
+)
 _INDICES = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
 _SHORTEST_PACKED = 8  # weights in one stored number, for weights of 4 bits packed into 32
 _WORD = 32  # weights in one number of a bitmap
@@ -51,13 +55,15 @@ class StoredWeights:
 
 
 def check_sizes(folder: Path) -> None:
-    """Check that no JSON file in a model folder is so large that reading it would fill the memory.
+    """Check that no JSON file that describes a model is so large that reading it would fill the memory.
+
+    What else lies in its folder, such as the log of a training, is not read.
 
     Raises:
         UserError: A file is too large.
     """
     for file in folder.glob("*.json"):
-        if not file.is_file():
+        if not file.is_file() or not _DESCRIBES.fullmatch(file.name):
             continue
         most = MOST_INDEX
         if file.name in ("config.json", "generation_config.json"):

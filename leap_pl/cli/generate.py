@@ -15,7 +15,7 @@ def generate_command(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
-    memory: Literal["auto", "packed", "dense"] = "auto",
+    memory: Literal["auto", "packed", "dense"] | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -24,8 +24,8 @@ def generate_command(
     """Continue a prompt, and show how fast the model does it and how much memory its weights take.
 
     The model is dense, sparse with zeros, or packed; all three give the same text for the same weights, up to the
-    rounding of sums. The text is written to standard output, the figures to standard error: the time to the first
-    token, in which the prompt is read, and the rate of those after it.
+    rounding of sums, and of int8 values where they are unpacked. The text is written to standard output, the figures to
+    standard error: the time to the first token, in which the prompt is read, and the rate of those after it.
 
     Args:
         model: Hub id, local folder or GGUF file.
@@ -34,7 +34,8 @@ def generate_command(
         temperature: Temperature of sampling; 0 takes the most likely token each time.
         seed: Seed of sampling.
         memory: Form of packed weights in memory: packed, dense (unpacked once, while loading), or auto, for each
-            weight the one that decodes faster, which on a GPU is dense. Other models are dense.
+            weight the one that decodes faster, which on a GPU is dense. By default as the folder's config says, or
+            auto. Other models are dense.
         dtype: Type of the weights in memory and of the computation; auto: the type they are stored in.
         device: Device to run on; auto: the first GPU, or the CPU without one.
         revision: Branch, tag or commit of the model on the hub; a local model has none.
@@ -57,6 +58,8 @@ def generate_command(
             f"--memory packed: {model} is not packed. Pack it with leap_pl export --model {model} --format packed "
             "--output_dir FOLDER, or leave --memory out."
         )
+    if memory is None:
+        memory = (config.quantization_config if is_packed_config(config) else {}).get("memory", "auto")
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     if memory == "auto" and not device_name(device).startswith("cpu"):
         memory = "dense"  # packed weights were measured on CPUs alone, and a model is loaded on the CPU

@@ -103,7 +103,7 @@ def export_model(
         else:
             masks.check(base)
             masks.check_form(find_weights(base, list(masks.masks)))  # 2:4 kernels give wrong results for other masks
-            if is_hub_id(model) and not is_hub_id(masks.provenance.base_model):  # a local copy of the same weights
+            if is_hub_id(model) and model != masks.provenance.base_model:  # the same weights, by the check above
                 masks = masks.with_provenance(base_model=model, revision=revision)
             if format == "mask":  # whose users have the base model's weights
                 masks = without_weights(masks)

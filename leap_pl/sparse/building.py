@@ -63,10 +63,13 @@ def library() -> Path:
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     facts = f"{torch.__version__} {platform.machine()} {said}".encode()
     key = hashlib.sha256(facts + b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:16]
-    made = _cache_home() / "leap_pl" / "kernels" / key / "decode.so"
-    if _is_trusted(made) and _is_trusted(made.parent):
+    home = _cache_home()
+    made = (home or Path()) / "leap_pl" / "kernels" / key / "decode.so"
+    if home is not None and _is_trusted(made) and _is_trusted(made.parent):
         return made
     try:
+        if home is None:
+            raise FileNotFoundError("this user has no home")
         made.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         made.parent.chmod(0o700)
         if not _is_trusted(made.parent):
@@ -83,10 +86,13 @@ def library() -> Path:
     return made
 
 
-def _cache_home() -> Path:
-    """Return the folder of the user's caches; a relative one is ignored, as its specification says."""
-    named = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return named if named.is_absolute() else expanded("~/.cache")
+def _cache_home() -> Path | None:
+    """Return the folder of the user's caches; None if there is none.
+
+    A relative one is ignored, as its specification says: what lies in the working directory may be anyone's.
+    """
+    named = (expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), expanded("~/.cache"))
+    return next((folder for folder in named if folder.is_absolute()), None)
 
 
 def _is_trusted(path: Path) -> bool:

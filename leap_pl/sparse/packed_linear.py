@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from leap_pl.sparse.building import has_kernels
-from leap_pl.sparse.multiply import linear
+from leap_pl.sparse.multiply import linear, unpack
 from leap_pl.sparse.packed_weight import PackedWeight
 
 DENSEST = 0.8  # density up to which packed weights are faster on every processor that has been measured
@@ -59,7 +59,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Return the weight, dense: some models multiply by it themselves, or read its data type."""
-        return self.packed.unpack(self.typed.dtype)
+        return unpack(self.bitmap, self.values, self.starts, self.scale, self.in_features, self.typed.dtype)
 
     @property
     def density(self) -> float:

@@ -21,7 +21,7 @@ from leap_pl.errors import UserError, warn_once
 from leap_pl.inputs.plain_values import shown
 from leap_pl.sparse.packed_file import FORMAT, FORMAT_VERSION, Stored, check_sums, read_headers
 from leap_pl.sparse.packed_linear import PackedLinear, worth_packing
-from leap_pl.sparse.packed_weight import PackedWeight
+from leap_pl.sparse.packed_weight import FLOATS, PackedWeight
 
 MEMORY = ("auto", "packed", "dense")
 
@@ -97,6 +97,12 @@ class PackedQuantizer(HfQuantizer):
                 raise UserError(
                     f"the packed weight {shown(name)} has the shape {list(stored.shape)}, and by config.json it has "
                     f"{list(dense.shape)}. Check that config.json belongs to the files."
+                )
+            if dense.dtype not in FLOATS:
+                raise UserError(
+                    f"packed weights cannot be loaded in {str(dense.dtype).removeprefix('torch.')}. Load the model in "
+                    "float32, bfloat16 or float16, or unpack it: leap_pl export --model PACKED --format huggingface "
+                    "--output_dir FOLDER."
                 )
             self.stored[name], self.dtypes[name] = stored, dense.dtype
             for suffix, (dtype, shape) in stored.parts(dense.dtype).items():

@@ -167,6 +167,14 @@ def test_no_family_is_taken_for_a_liar(tmp_path: Path, family: str) -> None:
     )
 
 
+def test_what_is_not_read_may_be_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the log of a training that wrote the folder."""
+    folder = tiny_folder(tmp_path / "m")
+    monkeypatch.setattr("leap_pl.base_model.stored_weights.MOST_INDEX", 100_000)
+    (folder / "trainer_state.json").write_bytes(b" " * 200_000 + b"{}")
+    assert load_model(str(folder)).num_parameters()
+
+
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", ["deep", "array", "no UTF-8", "number", "long"])
 def test_descriptions_that_are_none(tmp_path: Path, monkeypatch, name: str, content: str) -> None:

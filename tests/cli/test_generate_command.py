@@ -179,6 +179,17 @@ def test_packed_weights_are_dense_on_another_device(model_folder: Path, monkeypa
         with pytest.raises(UserError, match="far enough"):
             generate_command(str(model_folder), "a", memory=memory, device=where)  # type: ignore[arg-type]
     assert asked == ["dense", "dense", "packed", "auto"]
+    # By default what the folder says.
+    asked.clear()
+    stored = {"quant_method": "leap_pl", "memory": "packed"}
+    monkeypatch.setattr(config, "load_config", lambda *_, **__: SimpleNamespace(quantization_config=stored))
+    for where in ("auto", "cpu"):
+        with pytest.raises(UserError, match="far enough"):
+            generate_command(str(model_folder), "a", device=where)
+    stored.pop("memory")
+    with pytest.raises(UserError, match="far enough"):
+        generate_command(str(model_folder), "a", device="cpu")
+    assert asked == ["packed", "packed", "auto"]
 
 
 def test_what_a_model_writes_cannot_control_the_terminal(model_folder: Path, monkeypatch, capsys) -> None:

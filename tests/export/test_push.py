@@ -130,6 +130,18 @@ def test_a_base_model_of_the_hub(hub: Hub, finished: Run, model_folder: Path, tm
     assert b"license" not in alone
 
 
+def test_a_base_model_whose_local_path_looks_like_one_of_the_hub(
+    hub: Hub, finished: Run, model_folder: Path, tmp_path: Path
+) -> None:
+    """As models/llama does, once the export runs in another folder: what is typed is recorded."""
+    hub.files["alice/base"] = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    MaskSet.load(finished.mask).with_provenance(base_model="models/llama").save(tmp_path / "pruned.safetensors")
+    command = ["export", f"--mask={tmp_path / 'pruned.safetensors'}", "--model=alice/base"]
+    main([*command, f"--output_dir={tmp_path / 'out'}"])
+    assert MaskSet.load(tmp_path / "out" / MASK).provenance.base_model == "alice/base"
+    assert "models/llama" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_mask_alone_does_not_replace_a_model(hub: Hub, finished: Run, tmp_path: Path, capsys) -> None:
     model = {"config.json": b"{}", "model.safetensors": b"", "leap_pl.json": b"{}", MASK: b"of another mask"}
     hub.files[NAME] = dict(model)

@@ -221,6 +221,12 @@ def test_a_dense_model_is_not_packed_while_it_is_loaded(model_folder: Path) -> N
         PackedConfig("x", format="leap_pl.packed", format_version=1)
 
 
+def test_a_data_type_that_packed_weights_have_not(tmp_path: Path) -> None:
+    folder, _ = packed_folder(tmp_path)
+    with pytest.raises(UserError, match=r"packed weights cannot be loaded in float64\. Load the model in float32"):
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
 def test_weights_are_unpacked_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When one is unpacked, none of the packed ones before it is left."""
     folder, masks = packed_folder(tmp_path)

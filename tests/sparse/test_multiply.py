@@ -293,6 +293,19 @@ def test_a_cache_is_not_looked_for_in_the_working_directory(
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
+@pytest.mark.parametrize("home", [".", "relative"])
+def test_a_home_in_the_working_directory_is_none(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies there, as in a clone, is this user's file, and anyone may have written it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(building, "_compile", lambda _, made: made.write_text("own"))
+    place = building.library()
+    assert place.is_absolute()
+    assert not place.is_relative_to(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_library_that_others_could_have_written_is_not_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

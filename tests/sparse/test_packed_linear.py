@@ -29,6 +29,27 @@ def test_it_is_a_linear_layer() -> None:
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
+@pytest.mark.parametrize("rows", [4, 40])  # multiplied packed, and unpacked
+@pytest.mark.parametrize("int8", [False, True])
+def test_gradients_are_those_of_the_dense_weight(rows: int, int8: bool) -> None:
+    layer = packed_linear(int8=int8).float()
+    layer.bias.requires_grad_()
+    dense = layer.weight.clone()
+    bias = layer.bias.detach().clone().requires_grad_()
+    x = torch.randn(rows, 2, 72, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    (x[..., :24] + layer(x)).square().sum().backward()
+    (y[..., :24] + F.linear(y, dense, bias)).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(layer.bias.grad, bias.grad)
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+    typed = packed_linear(int8=int8).to(torch.bfloat16)
+    few = torch.randn(rows, 72).bfloat16().requires_grad_()
+    typed(few).float().sum().backward()
+    torch.testing.assert_close(few.grad, typed.weight.sum(0).expand(rows, 72), rtol=0.02, atol=0.1)
+
+
 def test_its_weight_has_the_type_that_the_model_computes_in() -> None:
     layer = packed_linear(int8=True)
     assert layer.weight.dtype == torch.float32  # that of the scales
