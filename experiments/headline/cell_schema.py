@@ -38,6 +38,7 @@ class Cell(TypedDict):
     table: Word
     text: NotRequired[Word | None]
     repeat_of: NotRequired[Name | None]
+    compared_with: NotRequired[Name | None]
     baseline: bool
     reference: bool
     about: list[Name]

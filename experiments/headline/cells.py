@@ -132,6 +132,7 @@ def _shown(experiment: "Experiment", cell: "Cell") -> dict[str, Any]:
         "table": cell.table,
         "text": cell.text,
         "repeat_of": cell.repeat_of,
+        "compared_with": cell.compared_with if cell.compared_with in experiment.cells else None,
         "baseline": cell.baseline,
         "reference": cell.reference,
         "about": [*cell.model.about, *filter(None, (texts[role].about for role in cell.texts))],

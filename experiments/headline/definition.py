@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ def _told(path: Path) -> dict[str, Any]:
     """
     told = _yaml(path)
     if "like" not in told:
+        _check_compared([told], str(path))
         return told
     other = path.parent / str(told.pop("like"))
     below = _yaml(other)
@@ -90,6 +91,7 @@ def _told(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is like {other}, which is like another. Name that one.")
     for definition, where in ((told, path), (below, other)):
         _check_mappings(definition, MAPPINGS, str(where))
+    _check_compared([told, below], str(path))
     rows = below["rows"]
     for part in ("rows", "models"):
         _keep_named(part, told, below, f"{part} of {path}", str(other))
@@ -108,6 +110,22 @@ def _told(path: Path) -> dict[str, Any]:
         if "about" in of:
             of["about"] = [*under.get("about", []), *of["about"]]
     return laid_over(below, told)
+
+
+def _check_compared(definitions: Sequence[dict[str, Any]], where: str) -> None:
+    """Check that rows are compared with rows that there are, if not at every sparsity or of every model."""
+    rows = [
+        (str(name), row)
+        for told in definitions
+        for of in (told, *told.get("models", {}).values())
+        if isinstance(of, dict) and isinstance(of.get("rows"), dict)
+        for name, row in of["rows"].items()
+    ]
+    names = {name for name, _ in rows}
+    for name, row in rows:
+        other = row.get("compared_with") if isinstance(row, dict) else None
+        if other is not None and (not isinstance(other, str) or other not in names - {name}):
+            raise UserError(f"compared_with of row {name} in {where} is {other!r}. Name another row of it.")
 
 
 def _keep_named(part: str, told: dict[str, Any], below: dict[str, Any], where: str, other: str) -> None:
@@ -213,6 +231,7 @@ def _cell(experiment: Experiment, model: Model, name: str, row: Row, sparsity: f
         baseline=row.baseline,
         reference=row.reference,
         minutes=row.minutes,
+        compared_with=row.compared_with and beginning + row.compared_with + ending,
     )
 
 

@@ -69,6 +69,8 @@ class Row:
         seeds: (with fit) Further seeds of the gates' noise and of the order of the text, each for a cell of its own.
         best_of: (with prune) Learned rows; the mask of the one with the lowest validation perplexity is kept,
             and its weights are solved anew.
+        compared_with: The row that it was changed from, in one thing alone: a table has the difference of the two at
+            the same sparsity. Where that has no such cell, there is none.
         tasks: Whether the zero-shot tasks are measured. None: at the sparsities of ``tasks_at``.
         baseline: Whether it is one of the baselines whose best the others are measured against.
         reference: Whether its gap to the dense model is what the others of its table close.
@@ -88,6 +90,7 @@ class Row:
     tokens: int | None = None
     seeds: tuple[int, ...] = ()
     best_of: tuple[str, ...] = ()
+    compared_with: str | None = None
     tasks: bool | None = None
     baseline: bool = False
     reference: bool = False
@@ -99,8 +102,8 @@ class Row:
 class Cell:
     """A row of a model at one sparsity: what is made and measured.
 
-    Attributes are the row's, with what the experiment says laid under; ``mask``, ``prior`` and ``best_of`` name cells,
-    and ``repeat_of`` the one that it repeats with another seed.
+    Attributes are the row's, with what the experiment says laid under; ``mask``, ``prior``, ``best_of`` and
+    ``compared_with`` name cells, and ``repeat_of`` the one that it repeats with another seed.
     """
 
     name: str
@@ -121,6 +124,7 @@ class Cell:
     baseline: bool
     reference: bool
     minutes: int | None
+    compared_with: str | None = None
     repeat_of: str | None = None
 
     @property

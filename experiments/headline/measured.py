@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from experiments.headline.cell_schema import checked_cell
@@ -194,12 +195,19 @@ class Group:
 
     @property
     def best_learned_by_tokens(self) -> list[Measured]:
-        """Of each number of training tokens the learned row with the lowest perplexity on the validation text."""
+        """Of each number of training tokens the learned row with the lowest perplexity on the validation text.
+
+        It is one of those with the most seeds, by their mean: one that is low by chance is not chosen before several.
+        """
         by_tokens: dict[int, list[Measured]] = {}
         for measured in self.rows:
             if measured.is_learned:
                 by_tokens.setdefault(measured.cell["tokens"], []).append(measured)
-        return [min(rows, key=_validation) for _, rows in sorted(by_tokens.items())]
+        return [min(rows, key=self._most_seeds_first) for _, rows in sorted(by_tokens.items())]
+
+    def _most_seeds_first(self, row: Measured) -> tuple[int, float]:
+        seeds = self.of_seeds(row)
+        return -len(seeds), mean(map(_validation, seeds))
 
     @property
     def reference(self) -> Measured | None:
@@ -208,7 +216,7 @@ class Group:
 
     def of_seeds(self, row: Measured) -> list[Measured]:
         """Return ``row`` and its repeats with other seeds."""
-        return [row, *(measured for measured in self.repeats if measured.repeat_of == row.cell["name"])]
+        return of_seeds(row, self.repeats)
 
     def gap_closed(self, row: Measured, role: str) -> float | None:
         """(reference − row) / (reference − dense) in perplexity.
@@ -224,6 +232,11 @@ class Group:
             return None
         far, near, dense = (float(m.perplexity(role)["value"]) for m in three)
         return (far - near) / (far - dense)
+
+
+def of_seeds(row: Measured, found: Sequence[Measured]) -> list[Measured]:
+    """Return ``row`` and those of ``found`` that repeat it with other seeds."""
+    return [row, *(measured for measured in found if measured.repeat_of == row.cell["name"])]
 
 
 def _validation(measured: Measured) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from experiments.headline.experiment import UNSTRUCTURED
 from experiments.headline.measured import Group, Measured, by_model, groups
-from experiments.headline.tables import seconds_in_all
+from experiments.headline.tables import figure, seconds_in_all
 from leap_pl.comparison.differences import (
     SAME_SPARSITY,
     accuracy_difference,
@@ -168,17 +168,18 @@ def losses(found: Sequence[Measured], rows: Sequence[Measured]) -> list[str]:
 
 
 def _above_trained_weights(of_model: Sequence[Measured]) -> Iterator[str]:
-    """Learned masks with a higher perplexity than the trained weights of a one-shot mask, from the same text."""
+    """Rows with a higher perplexity than the trained weights of a one-shot mask, from as much of the same text."""
     for group in groups(of_model):
         one_shot = {m.cell["name"] for m in group.rows if m.cell["baseline"]}
         trained = [m for m in group.rows if m.cell.get("mask_of") in one_shot]
-        for m in (m for m in group.rows if m.is_learned):
+        for m in (m for m in group.rows if not m.cell["baseline"] and m not in trained):
             for other in (o for o in trained if o.cell["tokens"] == m.cell["tokens"]):
                 for role, title in m.titles.items():
                     if role in other.titles:
-                        more = m.perplexity(role)["value"] - other.perplexity(role)["value"]
-                        if more > 0:
-                            yield f"{m.entry.label}, {title} ({more:+.2f}, {other.entry.label})"
+                        more = perplexity_difference_to(m.entry, other.entry, title)
+                        if more.value > 0:
+                            told = figure(more.value, more.stderr, signed=True)
+                            yield f"{m.entry.label}, {title} ({told}, {other.entry.label})"
 
 
 def _to_other_forms(measured: Measured, group: Group, title: str) -> tuple[float, float | None] | None:

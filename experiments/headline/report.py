@@ -9,6 +9,7 @@ from experiments.headline import making
 from experiments.headline.experiment import SHOWN, UNSTRUCTURED
 from experiments.headline.measured import Measured, by_model, groups, read_cells
 from experiments.headline.overview import best_rows, draw_overview, losses, verdict
+from experiments.headline.pairs import NOTE, pairs_table
 from experiments.headline.tables import (
     KEY,
     calibration,
@@ -74,10 +75,11 @@ def _overview(found: Sequence[Measured], docs: Path) -> Iterator[str]:
     yield (
         "Shown are the dense model; the method that does not learn with the lowest perplexity (geometric mean of the "
         "first two texts), and that with the best mean accuracy, if it is another; and, for each number of training "
-        "tokens, the learned mask that is best on the validation text. Rows that train weights are further below. "
+        "tokens, of the learned masks with the most seeds, that with the lowest perplexity on the validation text, in "
+        "the mean over seeds. Rows that train weights are further below. "
         "Minutes include those of the mask that a row starts from; machines differed, and some did other work beside, "
         "so rows are not compared by them. Figures are of one seed; the tables below have the mean over seeds of rows "
-        "with several. Data types are those in which a row was made and measured."
+        "with several."
     )
     picture = draw_overview(rows, docs)
     if picture is not None:
@@ -97,6 +99,11 @@ def _tables(found: Sequence[Measured], docs: Path) -> Iterator[str]:
         if seeds:
             yield SEEDS
             yield seeds
+    pairs = pairs_table(found)
+    if pairs:
+        yield "### What a change is worth"
+        yield NOTE
+        yield pairs
     scores = task_table(found)
     if scores:
         yield "### Accuracy by task"

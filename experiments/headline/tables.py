@@ -46,7 +46,7 @@ def main_table(group: Group, found: Sequence[Measured]) -> str:
     titles, tasks = titles_of(group.rows), shared_tasks(group.entries)
     heading = ["method", "sparsity, %", "training tokens"]
     heading += [f"perplexity, {title}" for title in titles.values()]
-    heading += [*[f"mean accuracy of {len(tasks)}, %"] * bool(tasks), "minutes", "data types"]
+    heading += [*[f"mean accuracy of {len(tasks)}, %"] * bool(tasks), "minutes", "data types, made and measured"]
     cells, rows = {m.cell["name"]: m for m in found}, []
     for m in [*([group.dense] if group.dense else []), *group.rows]:
         row = [m.title + " *" * bool(m.cell["reference"]), f"{100 * m.entry.sparsity:.2f}", _tokens(m)]
@@ -112,10 +112,10 @@ def task_table(found: Sequence[Measured]) -> str:
     by_sparsity = [m for m in found if m.is_dense] + [m for group in groups(found) for m in group.rows]
     scored = [m for m in by_sparsity if m.entry.tasks]
     tasks = sorted({task for m in scored for task, score in m.entry.tasks.items() if "acc" in score})
-    rows = [["by chance", *(_figure(CHANCE.get(task), None, 100, 1) for task in tasks)]]
+    rows = [["by chance", *(figure(CHANCE.get(task), None, 100, 1) for task in tasks)]]
     for m in scored:
         scores = [m.entry.tasks.get(task, {}) for task in tasks]
-        rows.append([m.entry.label, *(_figure(s.get("acc"), s.get("acc_stderr"), 100, 1) for s in scores)])
+        rows.append([m.entry.label, *(figure(s.get("acc"), s.get("acc_stderr"), 100, 1) for s in scores)])
     return markdown(["accuracy, %", *tasks], rows) if tasks else ""
 
 
@@ -143,7 +143,7 @@ def overview_table(rows: Sequence[Measured], found: Sequence[Measured]) -> str:
     titles = titles_of(found)
     heading += [f"perplexity, {title}" for title in titles.values()]
     heading += [f"mean accuracy of {len(tasks)}, %"] * bool(tasks)
-    heading += ["training tokens", "minutes", "seed", "data types"]
+    heading += ["training tokens", "minutes", "seed", "data types, made and measured"]
     cells, lines = {m.cell["name"]: m for m in found}, []
     for m in rows:
         minutes, dtypes = _cost(m, cells)
@@ -166,8 +166,8 @@ def _tokens(measured: Measured) -> str:
 
 
 def _perplexities(measured: Measured, roles: Iterable[str]) -> list[str]:
-    figures = [measured.perplexity(role) if role in measured.titles else {} for role in roles]
-    return [_figure(figure.get("value"), figure.get("stderr")) for figure in figures]
+    found = [measured.perplexity(role) if role in measured.titles else {} for role in roles]
+    return [figure(told.get("value"), told.get("stderr")) for told in found]
 
 
 def seconds_in_all(measured: Measured, cells: Mapping[str, Measured]) -> float | None:
@@ -188,7 +188,7 @@ def _cost(measured: Measured, cells: Mapping[str, Measured]) -> list[str]:
 def _accuracy(measured: Measured, tasks: list[str]) -> str:
     if not tasks or not all(task in measured.entry.tasks for task in tasks):
         return ""
-    return _figure(mean_accuracy(measured.entry, tasks), mean_accuracy_stderr(measured.entry, tasks), 100)
+    return figure(mean_accuracy(measured.entry, tasks), mean_accuracy_stderr(measured.entry, tasks), 100)
 
 
 def _seed(measured: Measured, found: Sequence[Measured]) -> str:
@@ -200,17 +200,20 @@ def _seed(measured: Measured, found: Sequence[Measured]) -> str:
 def _spread(values: Sequence[float | None], scale: float = 1, digits: int = 2) -> str:
     """Mean and standard deviation; empty where a value is missing."""
     known = [value for value in values if value is not None]
-    return _figure(mean(known), stdev(known), scale, digits) if len(known) == len(values) else ""
+    return figure(mean(known), stdev(known), scale, digits) if len(known) == len(values) else ""
 
 
-def _figure(value: float | None, stderr: float | None, scale: float = 1, digits: int = 2) -> str:
+def figure(
+    value: float | None, stderr: float | None, scale: float = 1, digits: int = 2, *, signed: bool = False
+) -> str:
+    """``scale`` times the value and its error, if they are known; ``signed``: with a plus, too."""
     if value is None:
         return ""
-    return f"{scale * value:.{digits}f}" + ("" if stderr is None else f"{_ERROR}{scale * stderr:.{digits}f}")
+    shown = f"{round(scale * value, digits) + 0.0:{'+' if signed else ''}.{digits}f}"  # no -0.0
+    return shown + ("" if stderr is None else f"{_ERROR}{scale * stderr:.{digits}f}")
 
 
 def _difference(found: Difference | None, names: dict[str, str], scale: float = 1) -> str:
     if found is None:
         return ""
-    error = "" if found.stderr is None else f"{_ERROR}{scale * found.stderr:.2f}"
-    return f"{scale * found.value:+.2f}{error} ({names[found.baseline]})"
+    return f"{figure(found.value, found.stderr, scale, signed=True)} ({names[found.baseline]})"

@@ -148,14 +148,18 @@ def _rivals(entry: Entry, entries: Sequence[Entry], baselines: Collection[str]) 
 
 
 def _task_stderr(a: dict[str, Any], b: dict[str, Any]) -> float | None:
-    answers_a, answers_b = _answers(a), _answers(b)
+    answers_a, answers_b = answers_of(a), answers_of(b)
     if not answers_a or len(answers_a) != len(answers_b):
         return None
     return _stderr([int(x) - int(y) for x, y in zip(answers_a, answers_b, strict=True)])
 
 
-def _answers(task: dict[str, Any]) -> str:
-    """Return the digits of a task's questions; none if they are not its accuracy, as of shares that were cut to 0."""
+def answers_of(task: Mapping[str, Any]) -> str:
+    """Return for each question of a task 1 or 0, right or wrong.
+
+    Returns:
+        None of them if they are not its accuracy, as of shares that were cut to 0.
+    """
     answers = str(task.get("correct", ""))
     right = answers.count("1") / max(len(answers), 1)
     return answers if abs(right - task.get("acc", right)) < 0.5 / max(len(answers), 1) else ""

@@ -31,6 +31,11 @@ def test_the_shipped_definition():
     leap, without = (experiment.cells[f"gemma-{row}-60"] for row in ("leap-both", "leap-both-without-bos"))
     assert leap.prior == without.prior == "gemma-wanda-fisher-60"
     assert without.fit == {**leap.fit, "data": {"bos": "none"}}
+    assert without.compared_with == leap.name
+    # Rows of which a model has the other one too; of Qwen there is no mask of Wanda's alone.
+    compared = {cell.name: cell.compared_with for cell in experiment.cells.values() if cell.compared_with}
+    assert set(compared.values()) - set(experiment.cells) == {"qwen-wanda-60"}
+    assert (compared["leap-with-weights-70"], compared["leap-both-mixture-60"]) == ("leap-both-70", "leap-both-60")
     assert leap.model.evaluate == {**experiment.cells["dense"].model.evaluate, "batch_size": 2, "dtype": "bfloat16"}
     assert qwen == {"dense": [None], **{row: [0.6] for row in ("wanda-fisher", "admm", "leap-both")}}
     largest = experiment.cells["qwen-leap-both-60"]
@@ -84,6 +89,9 @@ def test_the_shipped_definition():
         (("rows", "wanda", "seeds"), [1], "row wanda in .* has seeds, which are of learning"),
         (("rows", "wanda", "each"), {0.5: {"seeds": [1]}}, "has seeds, which are of learning"),
         (("rows", "update", "best_of"), ["recover"], "needs recover-50, which no row makes"),
+        (("rows", "leap", "compared_with"), "gone", "compared_with of row leap in .* is 'gone'. Name another row"),
+        (("rows", "leap", "compared_with"), "leap", "compared_with of row leap in .* is 'leap'. Name another row"),
+        (("models", "other", "rows", "wanda", "compared_with"), ["leap"], "is .'leap'.. Name another"),
         (("rows", "Big"), {}, "small letters"),
         (("learn", "tokens"), "many", "number of tokens"),
         (("learn", "config"), "nowhere.yaml", "nowhere.yaml cannot be read"),
@@ -256,6 +264,7 @@ def test_another_class_brings_its_own_settings():
 
 def test_a_definition_may_be_like_another(again):
     folder, ran = again
+    change(folder / "tiny.yaml", "rows", "leap", "compared_with", to="admm")
     rows = {"dense": None, "wanda": {"sparsity": [0.6]}, "leap": {"sparsity": [0.6]}}
     told = {"like": "tiny.yaml", "evaluate": {"dtype": "bfloat16"}, "tasks": {"piqa": None}, "rows": rows}
     told["texts"] = {role: {"max_tokens": 128} for role in ("like", "unlike", "validation")}
@@ -267,6 +276,8 @@ def test_a_definition_may_be_like_another(again):
         assert about
         assert experiment.cells[cell].model.about == [*about, added]
     assert list(experiment.cells) == ["dense", "wanda-60", "leap-60", "other-wanda-60"]
+    assert "admm-60" not in experiment.cells  # a row may be compared with one that is left out here
+    assert experiment.cells["leap-60"].compared_with == "admm-60"
     assert experiment.cells["other-wanda-60"].model.evaluate["batch_size"] == 2
     assert experiment.tasks == {"piqa": None, "arc_easy": None}
     assert experiment.cells["dense"].model.evaluate["dtype"] == "bfloat16"
