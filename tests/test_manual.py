@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import yaml
 from conftest import Run
 
 from leap_pl import LeapModule, MaskSet
+from leap_pl.cli.main import main
 from leap_pl.losses.objective import Objective
 from leap_pl.prior import Prior
 from leap_pl.training.schedules import Annealing
@@ -152,15 +154,27 @@ def assert_is_recipe(name: str, example: str, module: LeapModule) -> None:
     assert f"max_steps={recipe['trainer']['max_steps']}" in example
 
 
-def test_the_run_of_the_readme_is_set_up(model_folder: Path, text_file: Path) -> None:
-    """Its module and its text; a run like it is above."""
+@pytest.mark.usefixtures("eager")
+def test_the_commands_of_the_readme_run(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the recipe that it advises, from a text of one's own to a folder of transformers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # the cache of priors
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    before, run, after = small(example, model_folder, text_file).partition("trainer = L.Trainer(")
-    names: dict[str, Any] = {}
-    exec(before, names)
-    assert run
-    assert names["module"].annealing.tau.start == 10
-    assert names["data"].seq_length == 32
-    assert "module.mask_set().save(" in after
-    assert callable(names["module"].mask_set)
+    (block,) = (each for each in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "leap_pl fit" in each)
+    fit, export = re.findall(r"^leap_pl (.*)$", block.replace("\\\n", " "), re.MULTILINE)
+    small = {"Qwen/Qwen2.5-0.5B": str(model_folder), "text.jsonl": str(text_file), "2M": "256"}
+    words = [small.get(word, word) for word in shlex.split(fit)]
+    assert words[1:3] == ["--config", "short"]
+    sizes = [
+        "--data.seq_length=32",
+        "--data.batch_size=2",
+        "--model.prior.sequences=4",
+        "--data.validation_sequences=2",
+    ]
+    main([*words, *sizes, "--model.dtype=float32", "--trainer.accelerator=cpu"])
+    main(shlex.split(export))
+    mask = MaskSet.load("qwen-sparse/mask.safetensors")
+    assert mask.kept == mask.total // 2
+    assert mask.provenance.config["steps"] == 256 // 64

@@ -32,8 +32,8 @@ results
 
 
 FIT = f"""\
-usage: leap_pl fit --model.base_model MODEL [options]
-       leap_pl fit --config FILE|RECIPE [options]
+usage: leap_pl fit --config RECIPE --model.base_model MODEL [options]
+       leap_pl fit --config FILE [options]
 
 Learn which weights of a language model to keep. Values shown are defaults, except those in capitals.
 
@@ -72,6 +72,8 @@ usage: leap_pl recover --model.base_model MODEL --model.mask MASK [options]
 
 Train the weights that a mask keeps; the mask stays as it is. Values shown are defaults, except those in capitals.
 
+settings
+  --config RECIPE                    Take a file or recipe: low_memory, ddp or fsdp2.
 model
   --model.base_model MODEL           Name the model that the mask was made for, or one that it was applied to.
   --model.mask MASK                  Keep this mask: a MaskSet file, a folder that has one, or a hub id.
