@@ -132,7 +132,14 @@ Settings = dict[str, Any]  # "model.sparsity" → a plain value
 
 def settings_to_store(settings: Mapping[str, Any]) -> Settings:
     """Return those of ``settings``, by their names in the table, that a checkpoint stores for a resumed run."""
-    return {name: value for name, value in settings.items() if RULES[name] != "free"}
+    return {name: without_free_parts(name, value) for name, value in settings.items() if RULES[name] != "free"}
+
+
+def without_free_parts(name: str, value: Any) -> Any:
+    """Return the setting ``name`` without its :data:`FREE_PARTS`."""
+    if name not in FREE_PARTS or not isinstance(value, dict):
+        return value
+    return {key: part for key, part in value.items() if key not in FREE_PARTS[name]}
 
 
 def check_settings(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -161,8 +168,7 @@ def check_settings(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 
 def differences(name: str, stored: Any, here: Any) -> list[str]:
     """Return a message for a setting that differs, or for each part of it that does; an empty list if none does."""
-    if name in FREE_PARTS and isinstance(stored, dict) and isinstance(here, dict):
-        stored, here = ({k: v for k, v in side.items() if k not in FREE_PARTS[name]} for side in (stored, here))
+    stored, here = without_free_parts(name, stored), without_free_parts(name, here)
     if same(stored, here):
         return []
     if isinstance(stored, dict) and isinstance(here, dict):

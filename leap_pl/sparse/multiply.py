@@ -82,7 +82,8 @@ class _Product(torch.autograd.Function):
         (gradient,) = gradients
         of_input = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_input = gradient @ unpack(*ctx.saved_tensors, ctx.columns, gradient.dtype)
+            bitmap, values, starts, scale = ctx.saved_tensors
+            of_input = gradient @ unpack(bitmap, values, starts, scale, ctx.columns, gradient.dtype)
         if ctx.needs_input_grad[1]:
             of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
         return of_input, of_bias, None, None, None, None, None

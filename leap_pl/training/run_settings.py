@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 from leap_pl.base_model.prefix import Bos
 from leap_pl.checkpoints.class_spec import ANY_CLASS, Registry, Spec, describe, resolve_class
 from leap_pl.checkpoints.identity import Identity
-from leap_pl.checkpoints.settings import DATA, FREE_PARTS, MODEL, RULES, Settings, settings_to_store
+from leap_pl.checkpoints.settings import DATA, MODEL, RULES, Settings, settings_to_store
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import gate_kinds
 from leap_pl.inputs.classes import imported_kinds
@@ -252,11 +252,10 @@ def read_settings(identity: Identity, checkpoint: Mapping[str, Any], where: str)
     if isinstance(packed, dict) and packed.get("class_path") == "PackedAdamW":  # which had no shared steps
         arguments = {**dict.fromkeys(DIMENSIONS, 0.0), **packed.get("init_args", {})}
         stored = {**stored, "model.optimizer": {**packed, "init_args": arguments}}
+    stored = settings_to_store(stored)  # an earlier version's has the folder of the cache, which is this user's
     if "model.prior" in stored:  # under the current names
-        # Nothing is written to a folder that a checkpoint names: that of the cache is this user's.
-        prior = {key: value for key, value in stored["model.prior"].items() if key not in FREE_PARTS["model.prior"]}
-        stored = {**stored, "model.prior": asdict(Prior(**prior))}
-    return settings_to_store(stored)
+        stored["model.prior"] = asdict(Prior(**stored["model.prior"]))
+    return stored
 
 
 def find_classes(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Found], dict[str, UserError]]:

@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from tiny import tiny_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from leap_pl.base_model.weights import Weight
 from leap_pl.distributed.shards import gathered, own_part
-from leap_pl.distributed.strategy import RankZero, shard
+from leap_pl.distributed.strategy import RankZero, check_no_experts, shard
 from leap_pl.errors import UserError
 from leap_pl.gates import FixedGate, GateState, attach
 from leap_pl.training.finite import NonFiniteError, check_gradients, check_logits, check_norms, norm_of_gradients
@@ -160,6 +161,15 @@ def test_ranks_end_with_rank_zero(two) -> None:
 
 def test_a_rank_that_never_comes_is_not_waited_for_as_a_prior_is(two) -> None:
     assert 1 < two[0]["waited"] < 20
+
+
+def test_torch_that_mixes_the_gradients_of_experts_is_refused() -> None:
+    """Where it would: experts that are modules each, and several ranks."""
+    apart = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(2, 2) for _ in range(2))})})
+    with pytest.raises(UserError, match=r"mlp\.experts: a sharded run on 2 ranks .* needs torch 2\.13"):
+        check_no_experts(apart, 2)
+    check_no_experts(apart, 1)
+    check_no_experts(tiny_model("mixtral"), 2)  # whose experts are stacked
 
 
 @pytest.mark.skipif(
