@@ -69,8 +69,8 @@ class Row:
         seeds: (with fit) Further seeds of the gates' noise and of the order of the text, each for a cell of its own.
         best_of: (with prune) Learned rows; the mask of the one with the lowest validation perplexity is kept,
             and its weights are solved anew.
-        compared_with: The row that it was changed from, in one thing alone: a table has the difference of the two at
-            the same sparsity. Where that has no such cell, there is none.
+        compared_with: The row that it was changed from: a table has the difference of the two at the same sparsity.
+            Where that has no such cell, there is none.
         tasks: Whether the zero-shot tasks are measured. None: at the sparsities of ``tasks_at``.
         baseline: Whether it is one of the baselines whose best the others are measured against.
         reference: Whether its gap to the dense model is what the others of its table close.

@@ -169,7 +169,7 @@ def _pictures(found: Sequence[Measured], docs: Path, folder: Path) -> Iterator[s
         overlaps.append(Overlap(m.entry.label, labels.get(prior, prior), told["iou"], told["chance"], layers))
     pictures += draw_overlaps(overlaps, folder)
     yield "### Pictures"
-    yield "Densities are those of the best learned mask of each sparsity, by validation text."
+    yield "Densities are those of the best learned mask of each sparsity, by validation text, of those with most seeds."
     if far:
         yield (
             f"Perplexities of {', '.join(sorted(far))} are in the tables alone: they are more than {FAR_OFF} times the "

@@ -100,7 +100,7 @@ class Checkpoints(SavingCheckpoint):
             mode=mode or ("max" if monitor in ("step", "epoch") else "min"),
             save_top_k=save_top_k,
             save_last=save_last,
-            save_on_train_epoch_end=save_on_train_epoch_end,
+            save_on_train_epoch_end=False,  # of None Lightning would decide
             enable_version_counter=enable_version_counter,
             **kwargs,
         )
@@ -115,6 +115,7 @@ class Checkpoints(SavingCheckpoint):
         self.force: bool | None = None
         self.last = False  # whether to resume from the last checkpoint if there is one
         self._replaced: list[Leftover] = []
+        self._names: set[str] | None = None  # in the folder when the run was resumed
         self._resumes_here = False  # from a checkpoint in the folder, which may have been another when it was written
         self._surplus: list[str] = []  # of a run with a larger save_top_k: removed once the next is written
 
@@ -301,8 +302,10 @@ class Checkpoints(SavingCheckpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adopt the state of a run with other intervals: its newest checkpoints are counted and removed by this one."""
         states = checkpoint.get("callbacks") or {}
-        path = trainer.ckpt_path
-        self._resumes_here = path is not None and self.dirpath is not None and lies_in(path, Path(str(self.dirpath)))
+        path, folder = trainer.ckpt_path, Path(str(self.dirpath))
+        self._resumes_here = path is not None and self.dirpath is not None and lies_in(path, folder)
+        names = [file.name for file in folder.iterdir()] if self.dirpath is not None and folder.is_dir() else []
+        self._names = set(trainer.strategy.broadcast(names))  # every rank counts the same
         same = f"{type(self).__qualname__}{{'monitor': {self.monitor!r}, 'mode': {self.mode!r}, "
         former = [key for key in states if str(key).startswith(same)]
         if self.state_key not in states and len(former) == 1:
@@ -317,7 +320,9 @@ class Checkpoints(SavingCheckpoint):
         there = state_dict.get("dirpath", self.dirpath)
         own = self._resumes_here or there is None or str(there) == str(self.dirpath)
         # Of another folder Lightning takes nothing but the path of the best, and says so.
-        super().load_state_dict(self.own_paths(state_dict) if own else {**state_dict, "best_model_path": ""})
+        super().load_state_dict(
+            self.own_paths(state_dict, self._names) if own else {**state_dict, "best_model_path": ""}
+        )
         self.best_k_models = dict(self.best_k_models)  # which is the checkpoint's
         self._surplus = self.drop_surplus()
         self._validated_step = state_dict["validated_step"]

@@ -5,13 +5,14 @@ to public interfaces and warns once of what is missing.
 """
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from leap_pl.checkpoints.layout import LAST
@@ -180,8 +181,8 @@ class SavingCheckpoint(ModelCheckpoint):
     def _lies_here(self, path: str) -> bool:
         """Return whether ``path`` names a checkpoint in the run's own folder; whatever else it leads to is not ours."""
         named = Path(path)
-        inside = self.dirpath is not None and ".." not in named.parts and named.suffix == self.FILE_EXTENSION
-        return inside and real_path(named.parent) == real_path(str(self.dirpath))
+        known = self.dirpath is not None and named.suffix == self.FILE_EXTENSION
+        return known and real_path(named.parent) == real_path(str(self.dirpath))
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         """Remove a checkpoint; the link to the newest one leads to that before, so that it never dangles."""
@@ -191,15 +192,20 @@ class SavingCheckpoint(ModelCheckpoint):
                 link_last(link.parent, Path(self.saved_path))
         super()._remove_checkpoint(trainer, filepath)
 
-    def own_paths(self, state: dict[str, Any]) -> dict[str, Any]:
+    def own_paths(self, state: dict[str, Any], there: Collection[str] | None = None) -> dict[str, Any]:
         """Return Lightning's ``state`` with its paths as those of checkpoints of the same names in the run's folder.
 
         A checkpoint is data: it names files of this folder, and no others, which this object would remove.
+
+        Args:
+            state: State of a checkpoint.
+            there: Names of what is in the folder; others do not count. None: they are not known.
         """
 
         def own(path: Any) -> str:
-            here = str(Path(str(self.dirpath)) / Path(str(path)).name)
-            return here if path and self._lies_here(here) else ""
+            name = Path(str(path)).name
+            here = str(Path(str(self.dirpath)) / name)
+            return here if path and self._lies_here(here) and (there is None or name in there) else ""
 
         best = {own(path): value for path, value in (state.get("best_k_models") or {}).items() if own(path)}
         last, kth = (own(state.get(key)) for key in ("last_model_path", "kth_best_model_path"))
@@ -247,6 +253,17 @@ def validate_if_due(trainer: L.Trainer) -> None:
         trainer.validating = True
         loop.val_loop.run()
         trainer.training = True
+
+
+def found_by_lightning(trainer: L.Trainer) -> Path | None:
+    """Return the checkpoint that Lightning resumes from without being asked, as it does with OnExceptionCheckpoint."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    saving = [callback for callback in callbacks if isinstance(callback, OnExceptionCheckpoint)]
+    found = [str(callback.ckpt_path) for callback in saving]
+    for callback in trainer.checkpoint_callbacks if saving else ():
+        if isinstance(callback, ModelCheckpoint) and hasattr(callback, "_find_last_checkpoints"):
+            found += sorted(map(str, callback._find_last_checkpoints(trainer)))
+    return next((Path(path) for path in found if Path(path).exists()), None)
 
 
 def requeuing(trainer: L.Trainer) -> SLURMEnvironment | None:

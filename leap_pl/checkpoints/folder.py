@@ -18,7 +18,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
-from zipfile import ZipFile, is_zipfile
+from zipfile import ZipFile
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -169,29 +169,34 @@ def check_before_loading(strategy: Any) -> None:
 
 
 def _load_checked(strategy: Strategy, checkpoint_path: str | Path, *arguments: Any, **settings: Any) -> Any:
-    check_folder_of(checkpoint_path, strategy)
-    if "://" not in str(checkpoint_path) and Path(checkpoint_path).is_dir():
-        _check_shared(Path(checkpoint_path), strategy)
+    _check_on_ranks(checkpoint_path, strategy)
     return type(strategy).load_checkpoint(strategy, checkpoint_path, *arguments, **settings)
 
 
-def _check_shared(folder: Path, strategy: Any) -> None:
-    """Check every stored byte of ``folder``: each rank some of the tensors, which torch's own reader takes as they are.
+def _check_on_ranks(path: str | Path, strategy: Any) -> None:
+    """Check a checkpoint before ``strategy`` loads it: of a folder every stored byte, each rank some of the tensors.
+
+    torch's own reader takes them as they are.
 
     Raises:
         UserError: On every rank, if one has found damage.
     """
     found: UserError | None = None
-    reader = _Reader(folder)
-    stored = [info for _, info in sorted(reader.read_metadata().storage_data.items(), key=lambda item: str(item[0]))]
     try:
-        with _damage_in_one_line(folder):
-            for info in stored[strategy.global_rank :: strategy.world_size]:
-                reader.check_stored(info)
+        check_folder_of(path, strategy)
+        if "://" not in str(path) and Path(path).is_dir():
+            load_checkpoint(path)
+            reader = _Reader(path)
+            with _damage_in_one_line(path):
+                stored = sorted(reader.read_metadata().storage_data.items(), key=lambda item: str(item[0]))
+                for _, info in stored[strategy.global_rank :: strategy.world_size]:
+                    reader.check_stored(info)
     except UserError as error:
         found = error
-    if not strategy.reduce_boolean_decision(found is None, all=True):
-        raise found or UserError(f"{folder} is damaged, as another rank says. Take the checkpoint before it.")
+    # Before anything is raised: the other ranks wait for what this one has found.
+    shards = isinstance(strategy, ModelParallelStrategy)
+    if not (strategy.reduce_boolean_decision(found is None, all=True) if shards else found is None):
+        raise found or UserError(f"{path} is damaged, as another rank says. Take the checkpoint before it.")
 
 
 def _read(folder: str | Path, reader: "_Reader", *, tensors: bool = True) -> dict[str, Any]:
@@ -268,16 +273,11 @@ class _Reader(FileSystemReader):
         Raises:
             ValueError: A sum is wrong.
         """
-        with (Path(self.path) / info.relative_path).open("rb") as file:
-            file.seek(info.offset)
-            part = BytesIO(file.read(info.length))
-        if is_zipfile(part):
-            with ZipFile(part) as archive:
-                wrong = archive.testzip()
-            if wrong is not None:
-                raise ValueError(f"{info.relative_path} has a wrong sum of {wrong}")
-        elif info.length:
-            raise ValueError(f"{info.relative_path} has a value that is no archive of torch")
+        place = Path(self.path) / info.relative_path
+        with place.open("rb") as file, ZipFile(self._slice_file(file, info)) as archive:
+            wrong = archive.testzip()  # reads in pieces, however large it is
+        if wrong is not None:
+            raise ValueError(f"{info.relative_path} has a wrong sum of {wrong}")
 
     def _read_index(self) -> Metadata:
         index = Path(self.path) / INDEX

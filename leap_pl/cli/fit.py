@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import OnExceptionCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -21,9 +21,10 @@ from leap_pl.callbacks import (
     StepProgress,
     ValidationTimes,
 )
+from leap_pl.callbacks.lightning_internals import found_by_lightning
 from leap_pl.checkpoints.file import WholeCheckpointIO
 from leap_pl.checkpoints.folder import check_folder_of
-from leap_pl.checkpoints.layout import LAST, load_checkpoint
+from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.run_folder import Finished
 from leap_pl.cli.arguments import with_recipes
 from leap_pl.cli.process import set_up_process
@@ -139,12 +140,7 @@ class LeapCLI(ResumableCLI):
         Raises:
             UserError: It would.
         """
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        saving = [callback for callback in callbacks if isinstance(callback, OnExceptionCheckpoint)]
-        folders = [callback.dirpath for callback in self.trainer.checkpoint_callbacks if hasattr(callback, "dirpath")]
-        found = [Path(str(callback.ckpt_path)) for callback in saving]
-        found += [Path(str(folder)) / LAST for folder in folders if folder is not None]
-        there = next((path for path in found if path.exists()), None) if saving else None
+        there = found_by_lightning(self.trainer)
         if there is not None:
             raise UserError(
                 f"OnExceptionCheckpoint of trainer.callbacks resumes from {there} by itself, and no --ckpt_path was "

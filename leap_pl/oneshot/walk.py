@@ -347,7 +347,11 @@ def _first(tensor: Tensor, size: int) -> Tensor:
 @contextmanager
 def on_device(module: nn.Module, device: torch.device, *, keep: bool) -> Iterator[None]:
     """Move ``module`` to ``device``, and back on exit; with ``keep`` restore the same parameter tensors as before."""
-    home = next(module.parameters()).device
+    first = next(module.parameters(), None)
+    if first is None:
+        yield
+        return
+    home = first.device
     before = _tensors(module) if keep else []
     module.to(device)
     try:

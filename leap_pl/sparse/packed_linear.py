@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from leap_pl.sparse.building import has_kernels
 from leap_pl.sparse.multiply import linear, unpack
-from leap_pl.sparse.packed_weight import PackedWeight
+from leap_pl.sparse.packed_weight import FLOATS, PackedWeight
 
 DENSEST = 0.8  # density up to which packed weights are faster on every processor that has been measured
 SMALLEST = 1 << 16  # elements of a weight likewise
@@ -59,6 +59,8 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Return the weight, dense: some models multiply by it themselves, or read its data type."""
+        if self.typed.dtype not in FLOATS:  # which the compiled kernels have not
+            return self.packed.unpack(self.typed.dtype)
         return unpack(self.bitmap, self.values, self.starts, self.scale, self.in_features, self.typed.dtype)
 
     @property

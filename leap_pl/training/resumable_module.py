@@ -378,4 +378,5 @@ def _hold_plain(parts: dict[str, Any], where: str = "") -> None:
             parts[part] = made_plain(parts[part], f"{where}{part}", on_host=part != "optimizer_states")
         except UserError as error:
             del parts[part]
-            warn_once(f"{error} It is left out.")
+            anew = "a resumed run begins it anew" if where else "the mask can be exported from the checkpoint"
+            warn_once(f"{error} It is left out: {anew}.")

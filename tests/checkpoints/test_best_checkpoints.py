@@ -271,6 +271,37 @@ def test_a_checkpoint_names_no_path_that_is_removed(model_folder, text_file, tmp
     assert kept(tmp_path) == ["last.ckpt", "step=3.ckpt", "step=4.ckpt"]  # of the first it says nothing any more
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_that_no_checkpoint_was_named_for_resumes_from_none(
+    named: bool, model_folder, text_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Lightning would, with OnExceptionCheckpoint, from the newest that it finds, also where another run is replaced."""
+    monkeypatch.chdir(tmp_path)
+    words = flags(model_folder, text_file, tmp_path)
+    if not named:  # Lightning puts them below its root
+        words = [word for word in words if not word.startswith(("--checkpoint.dirpath", "--trainer.logger"))]
+        words += ["--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
+    main(words)
+    saving = f"--trainer.callbacks+={{class_path: OnExceptionCheckpoint, init_args: {{dirpath: {tmp_path / 'other'}}}}}"
+    message = failing(capsys, [*words, saving, "--force"])
+    assert f"resumes from {tmp_path / 'checkpoints' / 'last.ckpt'} by itself, and no --ckpt_path was typed" in message
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "on_exception.ckpt").touch()
+    assert "on_exception.ckpt by itself" in failing(capsys, [*words, saving, "--force"])
+
+
+def test_a_run_in_a_folder_above_removes_its_checkpoints(
+    model_folder, text_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose path has two dots."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    words = without_interval(flags(model_folder, text_file, tmp_path, "--checkpoint.save_top_k=1"))
+    words = [word for word in words if not word.startswith(("--checkpoint.dirpath", "--trainer.logger"))]
+    main([*words, "--trainer.logger=false", "--trainer.default_root_dir=../runs"])
+    assert kept(tmp_path / "runs") == ["last.ckpt", "step=4.ckpt"]
+
+
 def test_a_run_that_was_moved_removes_its_older_checkpoints(model_folder, text_file, tmp_path: Path) -> None:
     words = without_interval(flags(model_folder, text_file, tmp_path / "a", "--checkpoint.save_top_k=1"))
     with pytest.MonkeyPatch.context() as patch:

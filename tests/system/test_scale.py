@@ -29,7 +29,7 @@ from torch import Tensor
 from leap_pl import LeapModule, TextDataModule
 from leap_pl.checkpoints import folder as folder_reader
 from leap_pl.checkpoints.file import WholeCheckpointIO
-from leap_pl.checkpoints.folder import StoredTensors, _check_shared, check_folder, consolidated, state_keys
+from leap_pl.checkpoints.folder import StoredTensors, _check_on_ranks, check_folder, consolidated, state_keys
 from leap_pl.checkpoints.layout import masks_from_checkpoint, path_of
 from leap_pl.checkpoints.newest import newest_checkpoint
 from leap_pl.cli.compare import compare_command
@@ -398,22 +398,20 @@ def test_a_flipped_bit_of_a_tensor_is_refused(two, place: Place, tmp_path: Path)
         with pytest.raises(UserError, match=r"\.distcp has a wrong sum of .*Take the checkpoint before it"):
             reader(folder)
 
-    class Strategy:
-        """One of two ranks, and the other one's answer."""
+    class Rank(ModelParallelStrategy):
+        """One of two, and the other one's answer."""
 
-        world_size = 2
+        global_rank, world_size = 0, 2  # type: ignore[assignment]
 
-        def __init__(self, rank: int) -> None:
-            self.global_rank, self.found = rank, True
-
-        def reduce_boolean_decision(self, found: bool, *, all: bool) -> bool:
-            self.found = found
+        def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+            self.found = decision
             return False
 
-    ranks = [Strategy(0), Strategy(1)]
+    ranks = [Rank(), Rank()]
+    ranks[1].global_rank = 1
     for rank in ranks:
         with pytest.raises(UserError, match=r"has a wrong sum|as another rank says"):
-            _check_shared(folder, rank)
+            _check_on_ranks(folder, rank)
     assert sorted(rank.found for rank in ranks) == [False, True]
 
 

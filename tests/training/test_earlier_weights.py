@@ -173,6 +173,7 @@ def test_which_texts_a_record_says_weights_were_trained_on(tmp_path: Path) -> No
         ({"data": {"text": "of a mask alone.jsonl"}}, []),
         ({"text": "calibration.jsonl", "method": "wanda"}, []),
         ({"text": "calibration.jsonl", "updated_by": "admm"}, ["calibration"]),
+        ({"text": "of the mask.jsonl", "weight_update": update, "updated_by": "admm"}, ["update"]),
     ]
     for number, (config, texts) in enumerate(cases):
         folder = tmp_path / str(number)

@@ -215,7 +215,7 @@ def test_numbers_of_numpy_are_stored_as_plain_ones(model_folder: Path, text_file
     says = r"cannot hold callbacks > Holder > held > array, .* class ndarray"
     holder.held = {"array": np.zeros(2)}
     warn_once.cache_clear()
-    with pytest.warns(UserWarning, match=rf"{says}.* It is left out\."):  # amid a run
+    with pytest.warns(UserWarning, match=rf"{says}.* It is left out: a resumed run begins it anew\."):  # amid a run
         run.save_checkpoint(tmp_path / "b.ckpt")
     assert load_checkpoint(tmp_path / "b.ckpt")["callbacks"].keys() == stored["callbacks"].keys() - {"Holder"}
     fresh = LeapModule(str(model_folder), dtype="float32", prior=Prior(method="none"))
