@@ -275,7 +275,7 @@ def test_a_checkpoint_names_no_path_that_is_removed(model_folder, text_file, tmp
 def test_a_run_that_no_checkpoint_was_named_for_resumes_from_none(
     named: bool, model_folder, text_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Lightning would, with OnExceptionCheckpoint, from the newest that it finds, also where another run is replaced."""
+    """With OnExceptionCheckpoint Lightning would from the newest that it finds, also where another is replaced."""
     monkeypatch.chdir(tmp_path)
     words = flags(model_folder, text_file, tmp_path)
     if not named:  # Lightning puts them below its root
