@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import partial
-from io import BytesIO
+from io import SEEK_CUR, SEEK_END, SEEK_SET, BytesIO, RawIOBase
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 from zipfile import ZipFile
 
 import torch
@@ -259,6 +259,33 @@ def _lists(value: Any) -> Any:
     return [inner[key] for key in sorted(inner)] if inner and all(isinstance(key, int) for key in inner) else inner
 
 
+class _Part(RawIOBase):
+    """Part of an open file, read as if it were all of it."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        self.file, self.offset, self.length, self.place = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        self.place = max({SEEK_SET: 0, SEEK_CUR: self.place, SEEK_END: self.length}[whence] + offset, 0)
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.offset + self.place)
+        found = self.file.read(min(len(buffer), max(self.length - self.place, 0)))
+        buffer[: len(found)] = found
+        self.place += len(found)
+        return len(found)
+
+
 class _Reader(FileSystemReader):
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         if self._index is None:
@@ -274,7 +301,7 @@ class _Reader(FileSystemReader):
             ValueError: A sum is wrong.
         """
         place = Path(self.path) / info.relative_path
-        with place.open("rb") as file, ZipFile(self._slice_file(file, info)) as archive:
+        with place.open("rb") as file, ZipFile(_Part(file, info.offset, info.length)) as archive:
             wrong = archive.testzip()  # reads in pieces, however large it is
         if wrong is not None:
             raise ValueError(f"{info.relative_path} has a wrong sum of {wrong}")
