@@ -14,7 +14,7 @@ ARGS ?=
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
-quickstart: $(VENV)/.installed ## Learn a mask for a real model, export it, evaluate it (about ten minutes on two cores)
+quickstart: $(VENV)/.installed ## Learn a mask for a real model, export it, evaluate it (ten to twenty minutes on two cores)
 	@$(BIN)/python -m experiments.assets quickstart
 	@$(BIN)/python -m experiments.quickstart
 

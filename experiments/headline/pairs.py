@@ -12,8 +12,8 @@ from leap_pl.comparison.differences import answers_of, perplexity_difference_to,
 from leap_pl.comparison.entries import Entry
 
 NOTE = (
-    "Rows that were changed from another, minus that one: perplexity in percent of that row's, and "
-    "mean accuracy in points. Of a row with several seeds it is their mean, in each window and question. ± is one "
+    "Each row minus the row that it was changed from: perplexity in percent of the latter's, and mean accuracy in "
+    "points. Of a row with several seeds it is their mean, in each window and question. ± is one "
     "standard error over pairs of windows or questions; what another seed would change is not part of it. Where data "
     "types of the two rows differ, as the tables above have them, or the grading of their priors, as is said of these "
     "figures at the beginning, that is part of the difference."

@@ -70,7 +70,7 @@ class Checkpoints(SavingCheckpoint):
             save_top_k: Number of checkpoints to keep; −1: all.
             save_last: Whether ``last.ckpt`` is written; ``link`` makes it a symbolic link to the newest.
             every_minutes: Maximum time between checkpoints; 0: only the other arguments decide.
-            save_on_train_epoch_end: Whether to save at the end of the epoch; a run is one epoch.
+            save_on_train_epoch_end: True is refused: a run is one epoch, and its last checkpoint comes after the mask.
             enable_version_counter: Whether to keep older checkpoints of the same name. Not needed: a folder that holds
                 another run is refused.
             kwargs: Other arguments of ModelCheckpoint; by default a checkpoint is written at every validation.
@@ -300,7 +300,10 @@ class Checkpoints(SavingCheckpoint):
         return bool(self._greatest(trainer, int(mine and trainer.is_global_zero)))  # of one clock
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adopt the state of a run with other intervals: its newest checkpoints are counted and removed by this one."""
+        """Adopt the state of a run with other intervals, and note which checkpoints are in the folder.
+
+        The newest of the former run are counted and removed by this one, if they are there.
+        """
         states = checkpoint.get("callbacks") or {}
         path, folder = trainer.ckpt_path, Path(str(self.dirpath))
         self._resumes_here = path is not None and self.dirpath is not None and lies_in(path, folder)

@@ -150,8 +150,9 @@ def prune_command(
     from leap_pl.masks import MaskSet
     from leap_pl.masks.patterns import NM, parse_pattern
     from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
+    from leap_pl.oneshot.checks import check_settings, warn_of_zeros
     from leap_pl.oneshot.fisher import whole_model_batch
-    from leap_pl.oneshot.prune import check_settings, prune, warn_of_zeros
+    from leap_pl.oneshot.prune import prune
     from leap_pl.oneshot.walk import WalkOptions
 
     asked = method_named(method)

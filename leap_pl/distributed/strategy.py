@@ -132,6 +132,10 @@ def shard(
 def check_no_experts(model: nn.Module, ranks: int) -> None:
     """Check that torch before 2.13 does not shard ``model`` over several ``ranks``, if its experts are modules each.
 
+    Args:
+        model: Causal language model.
+        ranks: Number of ranks that the model is sharded over.
+
     Raises:
         UserError: It would.
     """

@@ -28,9 +28,10 @@ def texts_of_weights(name: str | Path, *, revision: str | None = None) -> list[d
     fields, record = _read(name, revision)
     texts: list[dict[str, Any]] = []
     config = fields.get("config")
-    if isinstance(config, dict) and config.get("text") and isinstance(record.get("updated_by"), str):
-        # Made by the method that made the mask, which records its text beside its settings, if no mask was given.
-        texts += [{key: config[key] for key in OF_TEXT if key in config}] * ("weight_update" not in config)
+    updated = isinstance(record.get("updated_by"), str)
+    if updated and isinstance(config, dict) and config.get("text") and "weight_update" not in config:
+        # Made by the method that made the mask too, which records its text beside its settings.
+        texts.append({key: config[key] for key in OF_TEXT if key in config})
     while isinstance(config, dict):
         found, training = [config.get("weight_update")], config.get(TRAINED)
         if isinstance(training, dict):

@@ -3,7 +3,6 @@
 import logging
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -16,12 +15,10 @@ from tqdm import tqdm
 from leap_pl.base_model.sequence_length import check_sequence_length
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.base_model.weights import (
-    MANY_ZEROS,
     Weight,
     decoder_blocks,
     find_weights,
     model_fingerprint,
-    share_of_zeros,
 )
 from leap_pl.errors import UserError, listing
 from leap_pl.kernels.precision import full_float32
@@ -30,6 +27,7 @@ from leap_pl.masks.kept_weights import for_other_weights
 from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions
 from leap_pl.masks.patterns import NM, Pattern, Unstructured, parse_pattern
 from leap_pl.oneshot.allocation import OwlOptions, owl_sparsities
+from leap_pl.oneshot.checks import check_blocks, check_kinds, check_settings, warn_of_zeros
 from leap_pl.oneshot.damping import NotSolvableError, Solution
 from leap_pl.oneshot.fisher import FisherOptions, fisher_allocation
 from leap_pl.oneshot.inputs import InputStatistics, Matrix
@@ -120,13 +118,13 @@ def prune(
         pattern = parse_pattern(pattern, 0.0)
     elif not isinstance(pattern, Unstructured | NM):
         pattern = Unstructured(float(pattern))
-    _check_kinds(owl, fisher)
+    check_kinds(owl, fisher)
     fisher = FisherOptions(fisher) if isinstance(fisher, int | float) else fisher
     weights = dict(weights) if weights is not None else find_weights(model)
     asked = method_named(method)
     allocation = {"--layer_sparsity": layer_sparsity, "--owl": owl, "--fisher": fisher}
     given = [flag for flag, value in allocation.items() if value is not None]
-    _check(method, blocks_NT, given)
+    check_blocks(method, blocks_NT, given)
     check_settings(method, pattern, given, options, masked=mask is not None)
     if blocks_NT is not None:
         named = base_model or "the model"
@@ -226,17 +224,6 @@ def prune(
     return Pruned(masks, run.errors, run.dampings, run.unseen, time.monotonic() - started)
 
 
-def warn_of_zeros(weights: Mapping[str, Weight]) -> None:
-    """Warn if many of ``weights``, which are to be pruned, are 0 already."""
-    share = share_of_zeros(weights)
-    if share > MANY_ZEROS:
-        warnings.warn(
-            f"this model is sparse already: {share:.1%} of the weights to prune are 0. To prune the dense model, load "
-            "that again.",
-            stacklevel=3,
-        )
-
-
 class _Run:
     """One pruning run: prunes the matrices block by block, and collects the results."""
 
@@ -322,55 +309,6 @@ class _Run:
             self.dampings[matrix.name] = solution.damping
             logger.warning("%s: damping %g failed, %g was used.", matrix.name, asked, solution.damping)
         return solution
-
-
-def _check_kinds(owl: Any, fisher: Any) -> None:
-    given = (("owl", owl, OwlOptions), ("fisher", fisher, FisherOptions | int | float))
-    for name, value, kinds in given:
-        if isinstance(value, bool) or not isinstance(value, kinds | None):
-            raise UserError(f"{name} is {value!r}: give {name.capitalize()}Options(), or leave it out.")
-
-
-def _check(name: str, blocks_NT: Tensor | None, allocation: Sequence[str]) -> None:
-    reading = [what for flag, what in (("--owl", "OWL"), ("--fisher", "Fisher allocation")) if flag in allocation]
-    if blocks_NT is None and (METHODS[name].needs is not None or reading):
-        raise UserError(f"{reading[0] if reading else name} needs calibration text. Give --text.")
-    if blocks_NT is not None and (blocks_NT.ndim != 2 or not blocks_NT.numel()):
-        raise UserError(f"calibration tokens are {list(blocks_NT.shape)}, not [sequences, seq_length].")
-
-
-def check_settings(
-    name: str, pattern: Pattern, allocation: Sequence[str], options: MethodOptions | None, *, masked: bool
-) -> None:
-    """Check settings of :func:`prune` that need neither the model nor the text.
-
-    Args:
-        name: Name of the method.
-        pattern: What is to be pruned.
-        allocation: The flags of what allocates the sparsity, of those that are given.
-        options: Settings of the method.
-        masked: Whether a mask is given, whose kept weights are updated.
-
-    Raises:
-        UserError: One contradicts another.
-    """
-    method = METHODS[name]
-    if "--fisher" in allocation and isinstance(pattern, Unstructured) and not 0 < pattern.sparsity < 1:
-        raise UserError(f"Fisher allocation needs a sparsity above 0 and below 1, not {pattern.sparsity:g}.")
-    if len(allocation) > 1:
-        raise UserError(f"Can't provide both {allocation[0]} and {allocation[1]}. Choose one.")
-    if isinstance(pattern, NM) and allocation:
-        raise UserError(f"pattern {pattern} has the same sparsity everywhere: leave out --pattern, or {allocation[0]}.")
-    if masked and method.solve_kept is None:
-        able = listing([other for other, row in METHODS.items() if row.solve_kept is not None])
-        raise UserError(
-            f"--mask updates the kept weights of a given mask, which --method {name} cannot do. Use --method {able}."
-        )
-    if masked and allocation:
-        raise UserError(f"Can't provide both --mask and {allocation[0]}. Choose one.")
-    if options is not None and (method.settings is None or not isinstance(options, method.settings)):
-        takes = "no options" if method.settings is None else method.settings.__name__
-        raise UserError(f"method {name} takes {takes}, and not {type(options).__name__}.")
 
 
 def by_block(model: "PreTrainedModel", weights: Mapping[str, Weight]) -> list[list[Matrix]]:
