@@ -1,6 +1,6 @@
 """Bytes that the ranks of a sharded run hold, measured: processes on this machine, gloo between them.
 
-python -m benchmarks.sharded_memory [--ranks 1 2 4] [--train mask] [--output F.json]
+python -m benchmarks.sharded_memory [--ranks 1 2 4] [--train mask] [--whole] [--output F.json]
 
 Models of random weights in bfloat16 take two steps, as leap_pl takes them, and what a process has in memory of its own
 is read from the kernel: after the first step, and at the peak of the second. Two widths tell what grows with the
@@ -54,14 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="mask",
         help="the mask, the weights of a fixed one of half the weights (compact: those alone), or both",
     )
+    parser.add_argument("--whole", action="store_true", help="without activation checkpointing")
     parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
-        print(json.dumps(child(*args.child, low_memory=args.low_memory, train=args.train)))
+        print(json.dumps(child(*args.child, low_memory=args.low_memory, train=args.train, whole=args.whole)))
         return
     rows: list[Row] = []
     for ranks in args.ranks:
-        flags = ["--train", args.train, *(["--low_memory"] if args.low_memory else [])]
+        flags = ["--train", args.train, *(f"--{name}" for name in ("low_memory", "whole") if getattr(args, name))]
         narrow, wide = (_launch(ranks, LAYERS, width, flags) for width in (512, 1024))
         weights = wide["gated"] - narrow["gated"]
         held, peak = ((wide[moment] - narrow[moment]) / weights for moment in ("held", "peak"))
@@ -101,13 +102,15 @@ def model_of(layers: int, width: int) -> Any:
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def child(layers: int, width: int, *, low_memory: bool = False, train: str = "mask") -> dict[str, float]:
+def child(
+    layers: int, width: int, *, low_memory: bool = False, train: str = "mask", whole: bool = False
+) -> dict[str, float]:
     """Two steps of one rank, in bytes."""
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back to the system at once
     dist.init_process_group("gloo")
     before = _own_bytes("RssAnon")
-    options: dict[str, Any] = {"low_memory": low_memory, "train": train}
+    options: dict[str, Any] = {"low_memory": low_memory, "train": train, "whole": whole}
     step, gated = make_step(model_of(layers, width), sharded=dist.get_world_size() > 1, **options)
     ids_BL = torch.randint(0, 64, (1, TOKENS))
     step(ids_BL)
@@ -124,8 +127,10 @@ def _own_bytes(name: str) -> int:
     return int(found[1]) * 1024
 
 
-def make_step(model: Any, *, sharded: bool, low_memory: bool = False, train: str = "mask") -> tuple[Any, int]:
-    """A step as a run of leap_pl takes it, with activation checkpointing, and the number of gated weights."""
+def make_step(
+    model: Any, *, sharded: bool, low_memory: bool = False, train: str = "mask", whole: bool = False
+) -> tuple[Any, int]:
+    """A step as a run of leap_pl takes it, and the number of gated weights; ``whole``: no block is recomputed."""
     weights = find_weights(model)
     sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
     norm = sum(float(weight.parameter.detach().float().norm()) for weight in weights.values())
@@ -154,7 +159,8 @@ def make_step(model: Any, *, sharded: bool, low_memory: bool = False, train: str
             prepare(index, block)
     with state.passing("dense"):
         states, head = split_model(model)
-    checkpoint_activations(model)
+    if not whole:
+        checkpoint_activations(model)
     model.train()
     learned = list(gates.learned().values())
     optimizer = PackedAdamW(learned) if low_memory else torch.optim.AdamW(learned, fused=True)

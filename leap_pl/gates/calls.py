@@ -69,10 +69,10 @@ class Call:
     def _soften(self) -> None:
         gates = [*self._gates.values()]
         # Frozen weights are looked up in each call: a sharded run replaces its parameters.
-        weights = [gate.current(chain.original) for gate, chain in zip(gates, self._chains, strict=True)]
+        frozen = [chain.original for chain in self._chains]
         nodes: dict[Any, list[str]] = {}
         places = zip(self._places, self._chains, strict=True)
-        for gate, (masked, kept, energy), (place, chain) in zip(gates, softened(gates, weights), places, strict=True):
+        for gate, (masked, kept, energy), (place, chain) in zip(gates, softened(gates, frozen), places, strict=True):
             gate.note(kept, energy)
             self._masked[gate.name] = masked
             if self.running and len(chain) == 1:

@@ -199,9 +199,8 @@ class Gate(Learned, ABC):
         """Compute the weight that the layer uses, whatever a call has cached."""
         if self.state.mode == "dense":
             return weight
-        weight = self.current(weight)
         if self.state.mode == "hard":
-            return weight.masked_fill(~self.hard_mask(), 0)
+            return self.current(weight).masked_fill(~self.hard_mask(), 0)
         ((masked, kept, energy),) = softened([self], [weight])
         self.note(kept, energy)
         return masked

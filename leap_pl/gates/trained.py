@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from leap_pl.base_model.weights import Weight
 from leap_pl.gates.learned import Learned
@@ -40,20 +41,52 @@ class TrainedTensor(nn.Module):
         return base if self.state.mode == "dense" else self.trained(base)
 
 
-def softened(gates: "Sequence[Gate]", weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return :meth:`.Gate.soften_all`, with the gradients of weights that are trained.
+def softened(gates: "Sequence[Gate]", frozen: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return :meth:`.Gate.soften_all` of the ``frozen`` weights, or of those that are trained in their place.
 
     A trained weight gets the gradient of its masked weight alone; the sums count it as a constant, so that the terms of
-    the mask do not move weights.
+    the mask do not move weights. The backward pass of the gates computes it again from its parameters, which are in
+    memory anyway.
     """
     trained = [index for index, gate in enumerate(gates) if gate.trained is not None]
-    found = type(gates[0]).soften_all(gates, [weight.detach() for weight in weights] if trained else weights)
-    if trained:
-        tensors = [*(found[index][0] for index in trained), *(weights[index] for index in trained)]
-        masked = ThroughMask.apply([gates[index] for index in trained], *tensors)
-        for index, with_graph in zip(trained, masked, strict=True):
-            found[index] = with_graph, *found[index][1:]
+    if not trained:
+        return type(gates[0]).soften_all(gates, frozen)
+    weights = [gate.current(weight) for gate, weight in zip(gates, frozen, strict=True)]
+    constant = [weight.detach() for weight in weights]
+    again = _Again([(gates[index].trained, frozen[index], constant[index]) for index in trained])
+    with saved_tensors_hooks(again.pack, again.unpack):
+        found = type(gates[0]).soften_all(gates, constant)
+    tensors = [*(found[index][0] for index in trained), *(weights[index] for index in trained)]
+    masked = ThroughMask.apply([gates[index] for index in trained], *tensors)
+    for index, with_graph in zip(trained, masked, strict=True):
+        found[index] = with_graph, *found[index][1:]
     return found
+
+
+class _Again:
+    """Hooks by which autograd keeps no trained weight for a backward pass, but computes it again there.
+
+    They refer to no gate: its sums have the graph that holds the hooks, and neither would ever be freed.
+    """
+
+    def __init__(self, weights: "Sequence[tuple[TrainedWeight | None, Tensor, Tensor]]") -> None:
+        """Know ``weights`` by their memory: what is trained, the frozen weight, and the value computed from both."""
+        self._made = {value.data_ptr(): (trained, base) for trained, base, value in weights}
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Return what is kept in place of ``tensor``: how to compute it, if it is a trained weight in any shape."""
+        trained, base = self._made.get(tensor.data_ptr(), (None, tensor))
+        same = trained is not None and tensor.is_contiguous() and tensor.numel() == base.numel()
+        return (trained, base, tensor.shape) if same else tensor.detach()
+
+    def unpack(self, kept: Any) -> Tensor:
+        """Return the tensor of which :meth:`pack` has returned ``kept``."""
+        if isinstance(kept, Tensor):
+            return kept
+        trained, base, shape = kept
+        with torch.no_grad():
+            value: Tensor = trained(base)
+        return value.view(shape)
 
 
 class ThroughMask(torch.autograd.Function):

@@ -74,8 +74,6 @@ def expected_bytes(
     bits = buffers if logits else sum(module.sizes.values()) // 8  # on every rank
     held = (size * within + learned * (logits + trained)) / ranks + size * outside + bits
     if not module.activation_checkpointing:
-        # Each layer keeps its masked weight for the backward pass, on every rank all of it; where the weight is trained
-        # under a mask that is learned, its rounded copy too.
-        masked = sum(module.sizes.values())
-        held += size * masked * (2 if logits and trained else 1)
+        # Each layer keeps its masked weight for the backward pass, on every rank all of it.
+        held += size * sum(module.sizes.values())
     return int(held + activations * tokens + loss + block)

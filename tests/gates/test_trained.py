@@ -1,8 +1,11 @@
 """Weights that are trained under gates: their gradients, their zeros, and a mask that stays as it is."""
 
+import gc
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from leap_pl.base_model.weights import Weight, find_weights
 from leap_pl.errors import UserError
 from leap_pl.gates import BernoulliGate, FixedGate, Gate, Gates, GateState, NMGate, TileGate, attach, restore
 from leap_pl.gates.attach import Stored, attach_trained
+from leap_pl.gates.trained import _Again
 from leap_pl.masks.bits import pack
 from leap_pl.training.weights import LowRank, Master, WeightTraining, norms_in
 
@@ -264,6 +268,52 @@ def test_merged_equals_unmerged_and_the_teacher_is_the_base_model(family: str) -
     assert not torch.allclose(logits_of(plain), base, atol=1e-3)
     removed = sum(int((parameters[name][~gate.hard_mask()] != 0).sum()) for name, gate in gates.items())
     assert removed == 0
+
+
+@pytest.mark.parametrize("update", [Master, LowRank])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind", [BernoulliGate, NMGate, partial(TileGate, tile=4), partial(TileGate, tile=4, mode="tile")]
+)
+def test_a_trained_weight_is_computed_again_and_not_kept(
+    kind: Any, dtype: torch.dtype, update: type[Master] | type[LowRank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the backward pass of its gate: nothing of its size is in memory between the passes, and no bit differs."""
+    made: list[ref[Tensor]] = []
+    value = update.value
+
+    def seen(base: Tensor, *others: Any) -> Tensor:
+        result = value(base, *others)
+        if torch.is_grad_enabled() and base.dim() > 1 and not isinstance(result, nn.Parameter):
+            made.append(ref(result.untyped_storage()))
+        return result
+
+    monkeypatch.setattr(update, "value", staticmethod(seen))
+    found = []
+    for again in (True, False):
+        if not again:
+            monkeypatch.setattr(_Again, "pack", lambda _, tensor: tensor.detach())
+        made.clear()
+        model = tiny_model().to(dtype).train()
+        gated(model, kind, update)
+        loss: Any = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        if dtype == torch.bfloat16 or update is LowRank:  # a master in float32 of a weight in float32 is the weight
+            assert made
+            assert any(storage() is not None for storage in made) != again
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
+def test_a_model_with_trained_weights_is_freed() -> None:
+    """Also between forward and backward pass, when its graph refers to what is computed again."""
+    model = tiny_model().train()
+    gates, _ = gated(model, BernoulliGate, Master)
+    model(input_ids=IDS, labels=IDS, use_cache=False)
+    there = ref(model), ref(master_of(next(iter(gates.values()))))
+    del model, gates
+    gc.collect()
+    assert [which() for which in there] == [None, None]
 
 
 @pytest.mark.parametrize("kind", [BernoulliGate, FixedGate])
