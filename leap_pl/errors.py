@@ -3,6 +3,8 @@
 import warnings
 from functools import cache
 
+_REFUSED = ("can't allocate memory", "not enough memory", "bad_alloc")  # in torch's messages of a CPU
+
 
 class UserError(ValueError):
     """Error that the user can fix by changing a command, a setting or a file.
@@ -10,6 +12,19 @@ class UserError(ValueError):
     The message is one or two sentences: what was wrong, what was found, what to type instead. The command line prints
     only the message, without a traceback, and exits with status 2.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory was refused, on a device or on the host."""
+    # torch's class by its name, since errors need no torch; on a CPU it raises a RuntimeError.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool({"OutOfMemoryError", "MemoryError"} & kinds) or any(words in str(error) for words in _REFUSED)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Return the beginning of a message: what the error says of the memory that was refused."""
+    where = " on the device" if type(error).__name__ == "OutOfMemoryError" else ""
+    return f"out of memory{where}: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
 def listing(names: list[str], most: int = 12) -> str:

@@ -134,6 +134,7 @@ def losses(found: Sequence[Measured], rows: Sequence[Measured]) -> list[str]:
         spans = [f"{_span(times, '.2f')} on {title}" for title, times in by_text.items()]
         told.append(f"The learned masks above have {', '.join(spans)}, as times of the dense model's perplexity.")
     worse, alike, compared = [], [], 0
+    below, asked = [], 0
     for group, m in _of_learning(found):
         name = f"{m.model}, {m.entry.label}" if several else m.entry.label
         for title in m.titles.values():
@@ -147,12 +148,23 @@ def losses(found: Sequence[Measured], rows: Sequence[Measured]) -> list[str]:
             compared += 1
             if not _is_above(score.value, score.stderr):
                 alike.append(f"{name} ({100 * score.value:+.1f})")
+        for task in shared_tasks(group.entries):
+            score = accuracy_difference(m.entry, group.entries, [task], group.baselines)
+            if score is not None:
+                asked += 1
+                if _is_above(-score.value, score.stderr):
+                    below.append(f"{name}, {task} ({100 * score.value:+.1f})")
     if worse:
         told.append(f"In perplexity, more than {SURE} standard errors above the best baseline: {'; '.join(worse)}.")
     if alike:
         told.append(
             f"In mean accuracy, {len(alike)} of {compared} rows are less than {SURE} standard errors above the best "
             f"baseline (difference in points): {'; '.join(alike)}."
+        )
+    if below:
+        told.append(
+            f"In single tasks, more than {SURE} standard errors below the baseline that is best at it, in "
+            f"{len(below)} of {asked} comparisons (difference in points): {'; '.join(below)}."
         )
     trained = [line for of_model in by_model(found).values() for line in _above_trained_weights(of_model)]
     if trained:

@@ -1,5 +1,6 @@
 """Load base models: by hub id, from a folder or from a GGUF file."""
 
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,7 +10,7 @@ from leap_pl.base_model.backbone import disable_rescaling
 from leap_pl.base_model.config import is_packed_config, left_out, load_config
 from leap_pl.base_model.model_sizes import check_skeleton
 from leap_pl.base_model.place import locate, reading, stored_weights
-from leap_pl.base_model.weights import STORED, model_fingerprint
+from leap_pl.base_model.weights import STORED, decoder_blocks, model_fingerprint
 from leap_pl.errors import UserError, listing, warn_once
 from leap_pl.inputs.plain_values import shown
 
@@ -65,9 +66,7 @@ def _load(
         _disable_dropout(config)
     if is_packed_config(config):
         config.quantization_config["memory"] = memory
-    stored = getattr(config, "quantization_config", None)
-    if isinstance(stored, dict) and stored.get("quant_method") in DEQUANTIZED:
-        stored["dequantize"] = True  # on every host alike
+    dequantised = _dequantise(config, name)
     with reading("base model", name, trusted=trust_remote_code):
         check_skeleton(config, stored_weights(folder, gguf_file), name, trust_remote_code=trust_remote_code)
         if gguf_file is None:
@@ -79,13 +78,9 @@ def _load(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-            _check_complete(found, name)
             if getattr(model, "is_quantized", False) and not is_packed_config(config):
-                method = (getattr(config, "quantization_config", None) or {}).get("quant_method", "of some kind")
-                raise UserError(
-                    f"base model {name}: its weights are quantised ({shown(str(method))}), so that they cannot be "
-                    "gated, pruned or measured as they are. Give the model that it was made from."
-                )
+                raise _quantised(name, getattr(config, "quantization_config", None))
+            _check_complete(found, model, name, plain=not dequantised)
         else:
             resolved = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
             quantised, found = AutoModelForCausalLM.from_pretrained(
@@ -95,7 +90,7 @@ def _load(
                 dtype=resolved,
                 output_loading_info=True,
             )
-            _check_complete(found, name)
+            _check_complete(found, quantised, name, plain=True)
             # transformers refuses to save a model loaded from a GGUF file, so its weights move to an ordinary model:
             # one without weights of its own, since initialising and copying them takes twice the memory and a while.
             with torch.device("meta"):
@@ -155,12 +150,66 @@ def _load_float16(name: str, **options: Any) -> "PreTrainedModel":
     return model
 
 
-def _check_complete(found: dict[str, Any], name: str) -> None:
+def _dequantise(config: "PreTrainedConfig", name: str) -> bool:
+    """Have quantised weights dequantised, on every host alike; return whether there are such.
+
+    Raises:
+        UserError: They are of another format. One that transformers does not know it would read as plain weights.
+    """
+    if is_packed_config(config):
+        return True
+    found = False
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        stored = getattr(part, "quantization_config", None)
+        if not stored:
+            continue
+        if not (isinstance(stored, dict) and stored.get("quant_method") in DEQUANTIZED):
+            raise _quantised(name, stored)
+        found = stored["dequantize"] = True
+    return found
+
+
+def _quantised(name: str, stored: Any) -> UserError:
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    return UserError(
+        f"base model {name}: its weights are quantised ({shown(str(method or 'of some kind'))}), so that they cannot "
+        "be gated, pruned or measured as they are. Give the model that it was made from."
+    )
+
+
+def _check_complete(found: dict[str, Any], model: "PreTrainedModel", name: str, *, plain: bool) -> None:
+    """Check that the model has taken all of its weights from the files, and no other model's.
+
+    Files may contain what a causal language model does not need, such as the parts of a vision model, tables, and
+    layers that predict further tokens; but nothing else of a layer that it has, such as scales of quantised weights or
+    biases, and no further decoder blocks. If they are not ``plain``, scales were used when they were read.
+
+    Raises:
+        UserError: They lack weights, or contain more.
+    """
     if found["missing_keys"]:  # transformers warns, and initializes them at random
         raise UserError(
             f"base model {name} lacks the weights {listing(sorted(found['missing_keys']), 3)}. Check that the "
             "files are complete, and that config.json belongs to them."
         )
+    more = [key for key in sorted(found["unexpected_keys"]) if plain and _is_of_a_layer(key, model)]
+    if more:
+        raise UserError(
+            f"base model {name}: a {type(model).__name__} does not read {listing(more, 3)}, which its files contain, "
+            "so that it would be another model. Check that config.json belongs to them and that they are not quantised."
+        )
+
+
+def _is_of_a_layer(key: str, model: "PreTrainedModel") -> bool:
+    """Return whether a tensor of the files that ``model`` has not read belongs to one of its layers, or is a block."""
+    layers = {name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    owner, within = key.rpartition(".")[0], f"{model.base_model_prefix}."
+    if {owner, within + owner, owner.removeprefix(within)} & layers:
+        return True
+    blocks, there = decoder_blocks(model)
+    number = re.search(rf"(?:^|\.){re.escape(blocks.removeprefix(within))}\.(\d+)\.", key)
+    further = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    return number is not None and int(number[1]) >= len(there) + further
 
 
 def _disable_dropout(config: "PreTrainedConfig") -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from leap_pl.base_model.gguf_structure import GgufFile, read_structure
 from leap_pl.base_model.model_sizes import check_settings
 from leap_pl.base_model.stored_weights import StoredWeights, check_sizes, read_settings, read_shapes
-from leap_pl.errors import UserError, listing, one_line
+from leap_pl.errors import UserError, is_out_of_memory, listing, one_line
 from leap_pl.inputs.hub import check_reachable, gated
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
@@ -71,6 +71,11 @@ def locate(name: str) -> tuple[str, str | None]:
     if _looks_local(name) or path.exists():
         raise UserError(
             f"base model {name}: there is no such folder. Give a Hugging Face model folder, a .gguf file or a hub id."
+        )
+    if "/" not in name and "@" not in name:
+        raise UserError(
+            f"base model {name}: there is no such folder, and an id of the hub names an owner too. Give it in full, as "
+            "openai-community/gpt2 for gpt2."
         )
     if "@" in name:  # as a mask of the hub is named
         alone, _, revision = name.partition("@")
@@ -161,7 +166,7 @@ def reading(what: str, name: str, *, trusted: bool) -> Iterator[None]:
         panicked = type(error).__name__ == "PanicException"  # from a reader in Rust; not a subclass of Exception
         if not panicked and not isinstance(error, Exception):
             raise
-        if isinstance(error, MemoryError) or re.search("can't allocate memory|not enough memory", str(error)):
+        if is_out_of_memory(error):
             raise UserError(
                 f"{what} {name}: there is not enough memory to load it. Use a smaller model, bfloat16, or a machine "
                 "with more."

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,7 @@ def find_weights(
         if isinstance(given, str):
             raise UserError(f"targets and ignore are lists of names, and {given!r} is one name. Give [{given!r}].")
     prefix, blocks = decoder_blocks(model)
+    of_text = is_of_text(model)
     experts = _numbers_of_experts(model)
     found: dict[str, Weight] = {}
     candidates: dict[str, Weight] = {}
@@ -109,7 +110,7 @@ def find_weights(
     for name, module, tensor, parameter in _weights_of(model):
         owners.setdefault(id(parameter), []).append(name)
         candidate = _describe(name, module, tensor, parameter, prefix, blocks)
-        if candidate is None:
+        if candidate is None or not of_text(name):
             continue
         candidates[name] = candidate
         wanted = (
@@ -139,6 +140,30 @@ def find_weights(
                 f"{name} is the same tensor as {', '.join(sharers)}: gating it would prune both. Add it to ignore."
             )
     return found
+
+
+def is_of_text(model: nn.Module) -> Callable[[str], bool]:
+    """Return a function that says of a parameter's name whether a text passes through it, and not an image or a sound.
+
+    Of a model that also sees or hears it is true within the decoder, and of the head.
+    """
+    from transformers import PreTrainedConfig
+
+    causal: Any = model
+    config = causal.config
+    text = config.get_text_config()
+    # Models of other parts have configs of their own classes, and some lie within the decoder.
+    configs = {name: getattr(part, "config", None) for name, part in model.named_modules()}
+    own = (type(config), type(text))
+    others = tuple(f"{n}." for n, of in configs.items() if isinstance(of, PreTrainedConfig) and type(of) not in own)
+    if text is config:
+        return lambda name: not name.startswith(others)
+    head = causal.get_output_embeddings()
+    within = (
+        f"{decoder_blocks(model)[0].rpartition('.')[0]}.",
+        *(f"{name}." for name, module in model.named_modules() if module is head),
+    )
+    return lambda name: name.startswith(within) and not name.startswith(others)
 
 
 def _check_each_matches(

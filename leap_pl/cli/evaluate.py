@@ -369,6 +369,9 @@ def _of_tasks(result: dict[str, Any]) -> list[str]:
             if metric in found:
                 error = found.get(f"{metric}_stderr")
                 figures.append(f"{metric} {found[metric]:.2%}" + ("" if error is None else f" ± {error:.2%}"))
+        if not figures:
+            others = {name: value for name, value in found.items() if isinstance(value, float) and name != "version"}
+            figures = [f"{name} {value:.4g}" for name, value in others.items() if "stderr" not in name]
         look = f", a quick look: the first {found['limit']}" if found["limit"] else ""
         questions = f"{found['samples']} questions of {found['split']}{look}"
         lines.append(f"  {task}: {', '.join(figures) or 'see the result'}  ({questions})")

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, is_out_of_memory, out_of_memory
 from leap_pl.escape import discard, say, terminal
 from leap_pl.version import __version__
 
@@ -114,11 +114,13 @@ def main(args: "ArgsType" = None) -> Any:
     except UserError as error:
         say(f"leap_pl {words[0]}{_of_rank()}: {error}", sys.stderr)
         raise SystemExit(2) from None
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        remedy = "Lower --batch_size or --seq_length where the verb has them, or give --device cpu."
-        say(f"leap_pl {words[0]}: out of memory on the device: {str(error).splitlines()[0]} {remedy}", sys.stderr)
+        said = out_of_memory(error)
+        other = ", or give --device cpu" if "on the device" in said else ""
+        remedy = f"Lower --batch_size or --seq_length where the verb has them{other}."
+        say(f"leap_pl {words[0]}: {said} {remedy}", sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
         if error.filename is None or error.errno not in OF_A_PATH:  # of something else than a file that was named
@@ -249,6 +251,7 @@ def settings_of(name: str, function: Callable[..., Any], words: list[str]) -> di
     from inspect import signature
 
     from leap_pl.cli.arguments import check_configs, check_keys, options_of, parser_message
+    from leap_pl.cli.overruled import overruled
     from leap_pl.inputs.ranges import check_numbers
 
     parser = _parser(name, function)
@@ -256,7 +259,10 @@ def settings_of(name: str, function: Callable[..., Any], words: list[str]) -> di
     switches = {f"--{p.name}" for p in signature(function).parameters.values() if isinstance(p.default, bool)}
     if several:
         words = _gather(words, f"--{several}", switches)
-    check_keys(check_configs(words), options_of(parser))
+    configs = check_configs(words)
+    check_keys(configs, options_of(parser))
+    for line in overruled(words, configs):
+        warnings.warn(line, stacklevel=2)
     words, paths = _paths_aside(_spell_out(words, switches))
     try:
         settings = parser.parse_args(words).as_dict()

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from leap_pl.cli.arguments import parser_message
 from leap_pl.cli.process import UNWRITABLE
 from leap_pl.distributed.strategy import lost_a_rank
-from leap_pl.errors import UserError, one_line
+from leap_pl.errors import UserError, is_out_of_memory, one_line, out_of_memory
 
 PACKAGE = re.compile(r"pip install(?: -U)? ['\"]?([\w-]+)")  # in the errors of Lightning's optional classes
 
@@ -26,15 +26,16 @@ def errors_of_run() -> Iterator[None]:
         yield
     except ArgumentError as error:
         raise UserError(parser_message(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory on the device: {str(error).splitlines()[0]} Add --model.activation_checkpointing true, as "
-            "a resumed run may too. For a new run: --config low_memory, or --data.batch_size 1 with more "
-            "--trainer.accumulate_grad_batches; if it was making its prior, make that before, by leap_pl prune "
-            "--device cpu."
-        ) from error
-    except RuntimeError as error:
-        if not lost_a_rank(error):
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            device = isinstance(error, torch.OutOfMemoryError)
+            before = "if it was making its prior, make that before, by leap_pl prune --device cpu"
+            raise UserError(
+                f"{out_of_memory(error)} Add --model.activation_checkpointing true, as a resumed run may too. For a "
+                "new run: --config low_memory, or --data.batch_size 1 with more --trainer.accumulate_grad_batches"
+                f"{'; ' + before if device else ''}."
+            ) from error
+        if isinstance(error, MemoryError) or not lost_a_rank(error):
             raise
         # Launchers report the first rank that exits as the one that failed, which should be the lost rank.
         time.sleep(SECONDS_BEHIND)

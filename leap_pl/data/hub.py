@@ -1,5 +1,7 @@
 """Stream text from a dataset on the Hugging Face hub, without downloading it as a whole."""
 
+import errno
+import gzip
 import os
 import time
 import warnings
@@ -19,6 +21,8 @@ DEFAULT_CONFIGS = {"allenai/c4": "en"}
 TRIES = 12
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds; doubled at every further try
 _ROWS = 64
+NO_ACCESS = (401, 403, 404, 410)  # HTTP: what the hub answers of a file that is not there, or not for this user
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 class HubDataset:
@@ -109,7 +113,7 @@ class HubDataset:
                 raise
             except Exception as error:
                 place = f"{self.name}, shard {shard}, row {here['row']}"
-                if not is_network_error(error) or _is_refusal(error):
+                if not is_network_error(error) or _is_refusal(error) or _is_final(error):
                     raise UserError(
                         f"{place}: the data cannot be read ({_short(error)}). Give another dataset, or a local file."
                     ) from error
@@ -235,6 +239,15 @@ def _is_refusal(error: BaseException) -> bool:
     from datasets.exceptions import DatasetNotFoundError
 
     return isinstance(error, DatasetNotFoundError)  # others of its kind are also raised where the hub is down
+
+
+def _is_final(error: BaseException) -> bool:
+    """Return whether to read again is of no use: data that is damaged or refused, or a disk that takes no more."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return getattr(error.response, "status_code", None) in NO_ACCESS
+    return isinstance(error, gzip.BadGzipFile) or (isinstance(error, OSError) and error.errno in NO_ROOM)
 
 
 def _short(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from leap_pl.base_model.prefix import Bos, prefix_of
 from leap_pl.data.documents import Document, State, digest_in, warn
 from leap_pl.data.exchange import Exchange, Numbers
-from leap_pl.data.source import Place, TextSource
+from leap_pl.data.source import Here, Place, TextSource
 from leap_pl.errors import UserError
 
 Separator = Literal["end_token", "blank_line"]
@@ -66,7 +66,7 @@ def stacked(blocks: Sequence[Block], seq_length: int) -> Tensor:
 class Mark(NamedTuple):
     """Place of a piece in the text."""
 
-    place: Place  # of its document
+    place: Here  # of its document; with the shards that ended before it only for the first piece
     document: str  # digest of the document
     character: int  # offset of the piece in the document
 
@@ -195,6 +195,7 @@ class BlockStream:
                 shards.
         """
         shards = self._shards_of(start)
+        digests: list[str | None] = [*(start.get("digests", ()) if start else ())] or [None] * shards
         parts: list[Numbers] = []
         filled, of_pass, whole_pass = 0, 0, start is None
         number, skip = (0, 0) if start is None else (start["number"], start["token"])
@@ -204,6 +205,8 @@ class BlockStream:
                 if number == 0:
                     warn(f"{self.source.name} has been read to its end, and the run continues: the text repeats.")
                 number, of_pass, whole_pass = mark.place.number, 0, True
+            for shard, digest in mark.place.ended:
+                digests[shard] = digest
             of_pass += len(ids)
             used, skip = skip, 0
             while used < len(ids):
@@ -211,7 +214,7 @@ class BlockStream:
                 used, filled = used + len(taken), filled + len(taken)
                 parts.append(taken)
                 if filled == self.text_length:
-                    yield Block(np.concatenate([self.prefix, *parts]), _position(mark, used, shards))
+                    yield Block(np.concatenate([self.prefix, *parts]), _position(mark, used, digests))
                     parts, filled = [], 0
         self._end_of_pass(of_pass, whole_pass)
 
@@ -315,16 +318,16 @@ def _pieces_of(chunks: Iterable[Chunk]) -> Iterator[tuple[Mark, Numbers]]:
             yield mark, tokenized[begin:end]
 
 
-def _position(mark: Mark, token: int, shards: int) -> Position:
-    number, turn, state, digests = mark.place
+def _position(mark: Mark, token: int, digests: list[str | None]) -> Position:
+    number, turn, state, _ = mark.place
     return Position(
         number=number,
         turn=turn,
         state=state,
         character=mark.character,
         token=token,
-        shards=shards,
-        digests=list(digests),
+        shards=len(digests),
+        digests=[*digests],
         document=mark.document,
     )
 
@@ -352,7 +355,7 @@ def digest_of_text(position: Position | None) -> str | None:
     return hashlib.sha256(json.dumps([digests, before, position["document"]]).encode()).hexdigest()
 
 
-def _cut(place: Place, document: Document, character: int) -> Iterator[_Piece]:
+def _cut(place: Here, document: Document, character: int) -> Iterator[_Piece]:
     """Yield the pieces of ``document`` from ``character`` on, where an earlier piece of it ended."""
     text, digest = document.text, _digest(document)
     while len(text) - character > PIECE_CHARACTERS:
@@ -362,5 +365,5 @@ def _cut(place: Place, document: Document, character: int) -> Iterator[_Piece]:
         cut = cut if cut > 0 else text.rfind(" ", middle, most)
         cut = cut if cut > 0 else most
         yield _Piece(text[character:cut], Mark(place, digest, character), ends=False)
-        character = cut
+        place, character = place._replace(ended=()), cut
     yield _Piece(text[character:], Mark(place, digest, character), document.ends)

@@ -35,6 +35,18 @@ class Place(NamedTuple):
     digests: tuple[str | None, ...] = ()
 
 
+class Here(NamedTuple):
+    """Beginning of a document that is being read: as :class:`Place`, with what was read to its end since the last one.
+
+    Digests of all shards would be as many for each document as a text has files.
+    """
+
+    number: int
+    turn: int
+    state: State | None
+    ended: tuple[tuple[int, str], ...] = ()  # number and digest of each shard that ended since the document before
+
+
 class TextSource:
     """Text that can be read from any earlier place, for any number of passes.
 
@@ -129,7 +141,7 @@ class TextSource:
             raise UserError(f"No file of this list exists: {', '.join(names)}. Name files, or a single hub id.")
         return cls(HubDataset(names[0], config_name, split, text_column, share if divide_split else "all"), seed)
 
-    def documents(self, start: Place | None = None, *, repeat: bool = True) -> Iterator[tuple[Place, Document]]:
+    def documents(self, start: Place | None = None, *, repeat: bool = True) -> Iterator[tuple[Here, Document]]:
         """Yield the documents that are not empty, each with the place where it begins, from ``start`` on.
 
         Args:
@@ -139,31 +151,35 @@ class TextSource:
         Raises:
             UserError: The text cannot be read, or a whole pass has no document.
         """
-        number, turn, state, digests = start or Place(0, 0, None)
-        digests = digests or (None,) * len(self.shards)
+        number, turn, state, before = start or Place(0, 0, None)
+        digests: list[str | None] = [*before] or [None] * len(self.shards)
+        ended: list[tuple[int, str]] = []
         found = start is not None  # a pass that was entered midway may have no document left
         while True:
             order = self._order(number)
             for at in range(turn, len(order)):
-                here = Place(number, at, state, digests)
+                here = state
                 reading = Reading(self.shards.read(order[at], state))
                 for document in reading:
                     if document.part or document.text.strip():
                         found = True
-                        yield here, document
-                    here = Place(number, at, document.after, digests)
+                        yield Here(number, at, here, tuple(ended)), document
+                        ended.clear()
+                    here = document.after
                 state = None
-                digests = self._with_digest(digests, order[at], reading.digest)
+                ended.append((order[at], self._note_digest(digests, order[at], reading.digest)))
             if not found:
                 raise UserError(f"{self.name} contains no text in the part that is read.")
             if not repeat:
                 return
             number, turn, found = number + 1, 0, False
 
-    def _with_digest(self, digests: tuple[str | None, ...], shard: int, digest: str | None) -> tuple[str | None, ...]:
+    def _note_digest(self, digests: list[str | None], shard: int, digest: str | None) -> str:
+        """Set the digest of a shard that was read to its end, and return it."""
         if digests[shard] and digest and digests[shard] != digest:
             warn(f"{self.shards.shard_name(shard)} has changed since the run first read it; it is read as it is now.")
-        return (*digests[:shard], digest or "", *digests[shard + 1 :])
+        digests[shard] = digest or ""
+        return digest or ""
 
     def check_unchanged(self, place: Place) -> None:
         """Check that the text before ``place`` is unchanged since the run read it.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from leap_pl.base_model.prefix import without_suffix
+from leap_pl.base_model.prefix import prefix_of, without_suffix
 from leap_pl.base_model.sequence_length import longest_sequence
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.errors import UserError
@@ -70,6 +70,9 @@ def continue_prompt(
 
     # EOS would end the text before its continuation.
     ids = without_suffix(tokenizer(prompt, return_tensors="pt").input_ids, tokenizer).to(model.device)
+    prefix = prefix_of(tokenizer)
+    if prefix and ids[0, : 2 * len(prefix)].tolist() == 2 * prefix:
+        ids = ids[:, len(prefix) :]  # the prompt spells BOS out, as chat templates do
     if not ids.numel():
         raise UserError("the prompt has no tokens. Give a longer one.")
     check_tokens(ids, vocabulary_of(model), "the model")

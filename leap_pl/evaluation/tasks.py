@@ -163,6 +163,9 @@ def _scores(task: str, found: dict[str, Any]) -> dict[str, Any]:
     row = table.get(task, {})
     if not any("," in key for key in row):  # a tag, or a group whose definition says nothing of a mean
         row = _pooled([table[leaf] for leaf in leaves], [_samples(leaf, found) for leaf in leaves])
+        if not row:  # no metric that all of them have, as in glue: each has its own
+            row = {f"{leaf}_{key}": value for leaf in leaves for key, value in table[leaf].items() if "," in key}
+            warn_once(f"--tasks {task}: its tasks have no accuracy in common, so each is shown, and no mean.")
     scores: dict[str, Any] = {}
     for key, value in row.items():
         name, _, which = key.partition(",")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from leap_pl.base_model.weights import Weight, decoder_blocks
+from leap_pl.base_model.weights import Weight, is_of_text
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import TrainedWeight
 from leap_pl.gates.fixed import mask_of
@@ -353,16 +353,9 @@ def parameters_of(
 
 def norms_of(model: nn.Module) -> Iterator[Weight]:
     """Yield the weights of the norms that text passes: of a model that also sees or hears, the decoder's."""
-    from transformers import PreTrainedConfig
-
-    config: Any = model.config
-    within = "" if config.get_text_config() is config else decoder_blocks(model)[0].rpartition(".")[0]
-    # Models of other parts have configs of their own classes, and some lie within the decoder.
-    own = (type(config), type(config.get_text_config()))
-    configs = {name: getattr(part, "config", None) for name, part in model.named_modules()}
-    others = [name for name, of in configs.items() if isinstance(of, PreTrainedConfig) and type(of) not in own]
-    for weight in norms_in(model.get_submodule(within), within):
-        if not any(weight.name.startswith(f"{name}.") for name in others):
+    of_text = is_of_text(model)
+    for weight in norms_in(model):
+        if of_text(weight.name):
             yield weight
 
 

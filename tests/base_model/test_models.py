@@ -116,6 +116,57 @@ def test_other_quantised_weights_are_refused(tmp_path: Path, monkeypatch: pytest
         load_model(str(folder))
 
 
+@pytest.mark.parametrize("described", [True, False])
+def test_scales_that_no_layer_reads_are_of_other_weights(tmp_path: Path, described: bool) -> None:
+    """transformers does not know the tool that has quantised the model, and would read bytes as weights."""
+    folder = tiny_folder(tmp_path / "m")
+    file, name = folder / "model.safetensors", "model.layers.0.self_attn.q_proj.weight"
+    state = load_file(file)
+    scale = state[name].abs().max() / 448
+    state |= {name: (state[name] / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale.reshape(1)}
+    save_file(state, file, {"format": "pt"})
+    words = rf"LlamaForCausalLM does not read {name}_scale, which its files contain, so that it would be another model"
+    if described:
+        config = folder / "config.json"
+        text = json.loads(config.read_text()) | {"quantization_config": {"quant_method": "modelopt"}}
+        config.write_text(json.dumps(text))
+        words = r"its weights are quantised \(modelopt\)"
+    with pytest.raises(UserError, match=words):
+        load_model(str(folder))
+
+
+def test_files_of_another_model_are_not_read_in_part(tmp_path: Path) -> None:
+    """Biases that the class does not have, and blocks that config.json does not count."""
+    biased = tiny_folder(tmp_path / "biased", "qwen2")
+    config = biased / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
+    with pytest.raises(UserError, match=r"does not read model\.layers\.0\.self_attn\.k_proj\.bias, .*and 3 more"):
+        load_model(str(biased))
+    for more, words in (({}, r"does not read model\.layers\.1\."), ({"num_nextn_predict_layers": 1}, None)):
+        short = tiny_folder(tmp_path / f"short-{len(more)}")
+        config = short / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1} | more))
+        if words:
+            with pytest.raises(UserError, match=words):
+                load_model(str(short))
+        else:  # the second block predicts a further token
+            assert len(load_model(str(short)).model.layers) == 1
+
+
+@pytest.mark.parametrize("more", ["model.layers.0.self_attn.rotary_emb.inv_freq", "vision_tower.patch.weight"])
+def test_what_files_have_besides_is_left(tmp_path: Path, more: str) -> None:
+    folder = tiny_folder(tmp_path / "m")
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {more: torch.ones(2)}, file, {"format": "pt"})
+    assert model_fingerprint(load_model(str(folder))) == model_fingerprint(tiny_model())
+
+
+def test_an_id_of_the_hub_names_its_owner() -> None:
+    """Else it is the model of one place, and a folder that is not there of another."""
+    with pytest.raises(UserError, match=r"gpt2: there is no such folder, .*as openai-community/gpt2 for gpt2\."):
+        load_model("gpt2")
+
+
 @pytest.mark.parametrize("part", ["vision", "audio", "video"])
 def test_the_processors_of_a_multimodal_model_go_with_its_tokenizer(part: str, tmp_path: Path) -> None:
     folder, out = tiny_folder(tmp_path / "m"), tmp_path / "out"

@@ -396,6 +396,14 @@ def test_norms_of_a_model_that_also_sees_are_those_that_text_passes() -> None:
     assert found == {name for name in every if name.startswith(f"{within}.")}
     assert f"{within}.norm.weight" in found
     assert any("vision" in name for name in every - found)
+    for targets in (["Linear"], [r"re:.*\.mlp\..*"], [r"re:.*q_proj"], None):
+        chosen = find_weights(model, targets, ["lm_head"])  # which is the embeddings' here
+        assert chosen
+        assert all(name.startswith(f"{within}.") for name in chosen)
+    with pytest.raises(UserError, match=r"lm_head\.weight is the same tensor"):
+        find_weights(model, ["Linear"])
+    with pytest.raises(UserError, match=r"vision_tower\.\* matches no weight of Gemma3"):
+        find_weights(model, ["Linear", "re:.*vision_tower.*"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -98,13 +98,35 @@ def test_a_prompt_is_text_whatever_it_begins_with(model_folder: Path) -> None:
     assert made["prompt_tokens"] == len("~/x is a file")
 
 
-def test_no_memory_on_the_device_is_one_line(model_folder: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA: 2 GiB.\nMore words."), " on the device: CUDA: 2 GiB. Lower --batch_size or"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 2 bytes."), ": DefaultCPUAllocator: can't allocate"),
+        (MemoryError(), ": MemoryError Lower --batch_size"),
+    ],
+)
+def test_no_memory_is_one_line(model_folder: Path, monkeypatch, capsys, error: Exception, said: str) -> None:
     def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words.")
+        raise error
 
     monkeypatch.setattr("leap_pl.evaluation.generation.continue_prompt", full)
     message = refused(["generate", f"--model={model_folder}", "--prompt=a"], capsys)
-    assert "out of memory on the device: CUDA out of memory. Tried to allocate 2 GiB. Lower" in message
+    assert f"out of memory{said}" in message
+    assert ("--device cpu" in message) == ("CUDA" in message)
+
+
+def test_a_prompt_may_spell_its_beginning_out(model_folder: Path) -> None:
+    """As chat templates do: BOS stands there once."""
+    model, tokenizer = load_model(str(model_folder)), byte_tokenizer(prefix=1)
+    around = [("<|begin 0|>", tokenizer.convert_tokens_to_ids("<|begin 0|>"))]
+    template = processors.TemplateProcessing(single=["<|begin 0|>", "$A"], special_tokens=around)
+    tokenizer.backend_tokenizer.post_processor = template
+    plain, spelled = (
+        continue_prompt(model, tokenizer, prompt, max_new_tokens=8) for prompt in ("a prompt", "<|begin 0|>a prompt")
+    )
+    assert (plain.text, plain.prompt_tokens) == (spelled.text, spelled.prompt_tokens)
+    assert plain.prompt_tokens == 1 + len("a prompt")
 
 
 def test_sampling_has_a_seed(model_folder: Path) -> None:

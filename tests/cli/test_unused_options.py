@@ -1,6 +1,7 @@
 """Options that a command would not use, or would use in part: refused or told, also where they have default values."""
 
 import json
+import warnings
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -286,6 +287,19 @@ def test_a_word_that_is_none_of_the_choices_is_one_line(verb: Any, tmp_path: Pat
         with pytest.raises(UserError, match=rf"^--{name} is ggu. Give one of {', '.join(words)}\.$"):
             verb(**needed, **{name: "ggu"})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_config_of_any_verb_after_an_option_that_it_sets_is_told(model_folder: Path, tmp_path: Path) -> None:
+    """The verbs that learn nothing too; a mask of another sparsity than the typed one would be made without a word."""
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"sparsity": 0.5}))
+    words = ["prune", f"--model={model_folder}", "--method=magnitude", "--sparsity=0.6"]
+    with pytest.warns(UserWarning, match=r"c\.yaml comes after --sparsity 0\.6, and sets it to 0\.5\."):
+        main([*words, f"--output_dir={tmp_path / 'a'}", "--config", str(tmp_path / "c.yaml")])
+    assert MaskSet.load(tmp_path / "a" / "mask.safetensors").sparsity == pytest.approx(0.5, abs=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        main(["prune", f"--config={tmp_path / 'c.yaml'}", *words[1:], f"--output_dir={tmp_path / 'b'}"])
+    assert MaskSet.load(tmp_path / "b" / "mask.safetensors").sparsity == pytest.approx(0.6, abs=1e-3)
 
 
 def test_a_config_after_an_option_that_it_sets_is_told(tmp_path: Path) -> None:

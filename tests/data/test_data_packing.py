@@ -17,6 +17,7 @@ from tokenizers import normalizers
 from leap_pl.data import BlockStream, TextSource, calibration_blocks, held_out_tokens, local, packing
 from leap_pl.data.batches import BEGINNING, BlockLoader, RankBatches
 from leap_pl.data.documents import Document, State
+from leap_pl.errors import UserError
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -218,6 +219,31 @@ def test_a_fault_comes_after_what_was_read_before_it_and_in_one_line(workers: in
         list(BlockLoader(RankBatches(stream, 1, 9), workers))
     loaded = iter(BlockLoader(RankBatches(stream, 1, 9), workers))
     assert [next(loaded)["input_ids"].shape for _ in range(4)] == [(1, 10)] * 4
+
+
+def test_messages_of_workers_do_not_grow_with_the_number_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One document in each file, as texts are collected; the digests of all are in the position all the same."""
+    monkeypatch.setattr(packing, "CHUNK_PIECES", 256)
+    files = [write_lines(tmp_path / f"{k:04}.jsonl", [f"document {k}"]) for k in range(1200)]
+    stream = BlockStream(TextSource.open([str(file) for file in files], seed=3), TOKENIZER, 64)
+    chunks = list(stream.tokenized(repeat=False))
+    assert len(chunks) > 4
+    sizes = [len(pickle.dumps(chunk)) for chunk in chunks[:-1]]
+    assert max(sizes) < 1.2 * min(sizes)
+    assert max(sizes) < 1 << 17
+    *_, last = stream.packed(chunks)
+    order, read = TextSource.open([str(file) for file in files], seed=3)._order(0), last.after["turn"]
+    digests = last.after["digests"]
+    assert read > 1190
+    assert {shard for shard, digest in enumerate(digests) if digest} == {*order[:read]}
+    for shard in order[:read]:
+        assert digests[shard] == stream.source.shards.digest(shard, None)
+    stream.check_unchanged(last.after)
+    files[order[5]].write_text('{"text": "another"}\n')
+    with pytest.raises(UserError, match="all of which was read"):
+        stream.check_unchanged(last.after)
 
 
 def test_files_take_another_order_in_every_pass_and_for_every_seed(tmp_path: Path) -> None:

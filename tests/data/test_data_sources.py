@@ -1,5 +1,6 @@
 """Local files and hub datasets: what is read, what is held out, and one clear line for everything that fails."""
 
+import errno
 import gzip
 import json
 import os
@@ -15,6 +16,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer
@@ -508,6 +510,40 @@ def test_data_that_cannot_be_read_is_no_network_fault(hub: list[str], monkeypatc
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: broken)
     with pytest.raises(UserError, match=r"shard 0, row 0: the data cannot be read \(bad magic\)"):
         next(HubDataset("some/text").read(0, None))
+
+
+def of_status(status: int) -> Exception:
+    return HfHubHTTPError("an answer", response=SimpleNamespace(status_code=status, headers={}, request=None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [
+        (gzip.BadGzipFile("Not a gzipped file"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (of_status(403), True),
+        (of_status(404), True),
+        (of_status(503), False),
+        (of_status(429), False),
+        (TimeoutError("no answer"), False),
+        (EOFError("cut off"), False),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_waiting_does_not_mend_is_not_waited_for(
+    hub: list[str], monkeypatch: pytest.MonkeyPatch, error: Exception, final: bool
+) -> None:
+    class Broken(Flaky):
+        def shard(self, **which: int) -> Any:
+            raise error
+
+    broken, pauses = Broken(datasets.load_dataset("some/text", None, split="train", streaming=True), 0, 0), []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: broken)
+    said = "the data cannot be read" if final else "the network failed"
+    with warnings.catch_warnings(), pytest.raises(UserError, match=f"shard 0, row 0: {said}"):
+        warnings.simplefilter("ignore")
+        next(HubDataset("some/text", sleep=pauses.append).read(0, None))
+    assert bool(pauses) != final
 
 
 def test_many_files_of_any_names_have_an_identity(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from task_folder import SUBJECTS, rows, score, write_tasks
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 from tokenizers import processors
 
-from leap_pl.cli.evaluate import evaluate_command
+from leap_pl.cli.evaluate import _of_tasks, evaluate_command
 from leap_pl.errors import UserError
 from leap_pl.evaluation import answers
 from leap_pl.evaluation import tasks as room
@@ -176,6 +176,30 @@ def test_group_has_the_answers_of_all_its_tasks_and_a_tag_their_mean():
     tag = room._scores("tag", found)
     assert tag["acc"] == pytest.approx((1 + 4 * 0.25) / 5)
     assert tag["acc_stderr"] == pytest.approx(4 * 0.25 / 5)
+
+
+def test_a_tag_whose_tasks_have_other_metrics_keeps_those_of_each():
+    """As glue, of which cola has a correlation alone: no figure of an evaluation is lost."""
+    leaf = {"validation_split": "validation"}
+    found = {
+        "results": {
+            "cola": {"alias": "cola", "mcc,none": 0.3, "mcc_stderr,none": 0.03},
+            "sst2": {"alias": "sst2", "acc,none": 0.9, "acc_stderr,none": 0.01},
+        },
+        "group_subtasks": {"glue": ["cola", "sst2"]},
+        "configs": {"cola": leaf, "sst2": leaf},
+        "n-samples": {"cola": {"effective": 10}, "sst2": {"effective": 10}},
+        "n-shot": {"cola": 0, "sst2": 0},
+        "versions": {"cola": 1.0, "sst2": 1.0},
+        "samples": {},
+    }
+    with pytest.warns(UserWarning, match="--tasks glue: its tasks have no accuracy in common"):
+        glue = room._scores("glue", found)
+    figures = {name: value for name, value in glue.items() if isinstance(value, float) and name != "version"}
+    assert figures == {"cola_mcc": 0.3, "cola_mcc_stderr": 0.03, "sst2_acc": 0.9, "sst2_acc_stderr": 0.01}
+    assert room.mean_accuracy({"glue": glue}) is None
+    (line,) = _of_tasks({"tasks": {"glue": glue | {"limit": None}}, "mean": None})
+    assert line == "  glue: cola_mcc 0.3, sst2_acc 0.9  (20 questions of validation)"
 
 
 def test_a_tag_has_the_tasks_that_lm_eval_gives_it(tmp_path):

@@ -279,6 +279,24 @@ def test_rows_worse_than_the_best_baseline_are_named(experiment_done, swapped):
     assert ("less than 2 standard errors above" in told) == bool(alike)
 
 
+@pytest.mark.parametrize(("wrong", "named"), [(10, True), (3, False)])
+def test_a_single_task_that_loses_is_named(experiment_done, wrong, named):
+    """By pairs of questions: 10 more of 100 are 10 ± 3 points, 3 more are 3 ± 1.7."""
+    folder, _ = experiment_done
+    found = {m.cell["name"]: m for m in read_cells(folder / "docs" / "results" / "cells")}
+
+    def row(name, fewer):
+        correct = {"lost": "0" * fewer + "1" * (100 - fewer), "kept": "10" * 50}
+        tasks = {task: {"acc": bits.count("1") / 100, "correct": bits} for task, bits in correct.items()}
+        return replace(found[name], entry=replace(found[name].entry, tasks=tasks))
+
+    said = "\n".join(losses([row("leap-50", wrong), row("wanda-50", 0)], []))
+    assert (
+        "In single tasks, more than 2 standard errors below the baseline that is best at it, in 1 of 2" in said
+    ) == named
+    assert (f", lost (-{wrong}.0)." in said) == named
+
+
 def test_learned_masks_above_trained_weights_of_a_one_shot_mask_are_named(experiment_done):
     """Of the same number of tokens alone: another row has the same figures, and is not compared."""
     folder, _ = experiment_done
