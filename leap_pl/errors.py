@@ -3,7 +3,8 @@
 import warnings
 from functools import cache
 
-_REFUSED = ("can't allocate memory", "not enough memory", "bad_alloc")  # in torch's messages of a CPU
+# In messages of torch and of the system.
+_REFUSED = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
 
 class UserError(ValueError):
@@ -17,8 +18,8 @@ class UserError(ValueError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory was refused, on a device or on the host."""
     # torch's class by its name, since errors need no torch; on a CPU it raises a RuntimeError.
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool({"OutOfMemoryError", "MemoryError"} & kinds) or any(words in str(error) for words in _REFUSED)
+    kinds, said = {kind.__name__ for kind in type(error).__mro__}, str(error).lower()
+    return bool({"OutOfMemoryError", "MemoryError"} & kinds) or any(words in said for words in _REFUSED)
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Memory = Literal["auto", "packed", "dense"]
 
+_SHARED = ("k_proj", "v_proj", "k_norm", "v_norm")  # layers of blocks that use other blocks' keys and values
 DEQUANTIZED = ("fp8", "mxfp4", "mxfp8", "compressed-tensors")  # formats that transformers can turn into plain weights
 
 
@@ -181,8 +182,9 @@ def _check_complete(found: dict[str, Any], model: "PreTrainedModel", name: str, 
     """Check that the model has taken all of its weights from the files, and no other model's.
 
     Files may contain what a causal language model does not need, such as the parts of a vision model, tables, and
-    layers that predict further tokens; but nothing else of a layer that it has, such as scales of quantised weights or
-    biases, and no further decoder blocks. If they are not ``plain``, scales were used when they were read.
+    layers that predict further tokens; but nothing else of a layer that it has, such as a bias or the scale of
+    quantised weights, no layers that blocks of its class do not have, and no further blocks. If they are not ``plain``,
+    scales were used when they were read.
 
     Raises:
         UserError: They lack weights, or contain more.
@@ -192,7 +194,7 @@ def _check_complete(found: dict[str, Any], model: "PreTrainedModel", name: str, 
             f"base model {name} lacks the weights {listing(sorted(found['missing_keys']), 3)}. Check that the "
             "files are complete, and that config.json belongs to them."
         )
-    more = [key for key in sorted(found["unexpected_keys"]) if plain and _is_of_a_layer(key, model)]
+    more = [key for key in sorted(found["unexpected_keys"]) if _is_of_a_layer(key, model, plain=plain)]
     if more:
         raise UserError(
             f"base model {name}: a {type(model).__name__} does not read {listing(more, 3)}, which its files contain, "
@@ -200,16 +202,21 @@ def _check_complete(found: dict[str, Any], model: "PreTrainedModel", name: str, 
         )
 
 
-def _is_of_a_layer(key: str, model: "PreTrainedModel") -> bool:
+def _is_of_a_layer(key: str, model: "PreTrainedModel", *, plain: bool) -> bool:
     """Return whether a tensor of the files that ``model`` has not read belongs to one of its layers, or is a block."""
-    layers = {name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
-    owner, within = key.rpartition(".")[0], f"{model.base_model_prefix}."
-    if {owner, within + owner, owner.removeprefix(within)} & layers:
-        return True
+    owner, _, leaf = key.rpartition(".")
+    text, within = model.config.get_text_config(), f"{model.base_model_prefix}."
     blocks, there = decoder_blocks(model)
-    number = re.search(rf"(?:^|\.){re.escape(blocks.removeprefix(within))}\.(\d+)\.", key)
-    further = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
-    return number is not None and int(number[1]) >= len(there) + further
+    names = "|".join(map(re.escape, (blocks, blocks.removeprefix(within))))
+    block = re.fullmatch(rf"(?:{names})\.(\d+)\..+", key)
+    if block is not None and int(block[1]) >= len(there):  # one that predicts a further token is behind the others
+        return int(block[1]) >= len(there) + (getattr(text, "num_nextn_predict_layers", None) or 0)
+    if getattr(text, "num_kv_shared_layers", None) and owner.rpartition(".")[2] in _SHARED:
+        return False
+    layers = {name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    if {owner, within + owner, owner.removeprefix(within)} & layers:
+        return plain or leaf in ("weight", "bias")
+    return block is not None and leaf == "weight"  # of a layer that blocks of this class do not have
 
 
 def _disable_dropout(config: "PreTrainedConfig") -> None:

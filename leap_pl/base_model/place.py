@@ -74,8 +74,8 @@ def locate(name: str) -> tuple[str, str | None]:
         )
     if "/" not in name and "@" not in name:
         raise UserError(
-            f"base model {name}: there is no such folder, and an id of the hub names an owner too. Give it in full, as "
-            "openai-community/gpt2 for gpt2."
+            f"base model {name}: there is no such folder, and an id of the hub names an owner too. Give it in full, "
+            "with --model (of fit and recover: --model.base_model), as openai-community/gpt2 for gpt2."
         )
     if "@" in name:  # as a mask of the hub is named
         alone, _, revision = name.partition("@")

@@ -154,16 +154,25 @@ def is_of_text(model: nn.Module) -> Callable[[str], bool]:
     text = config.get_text_config()
     # Models of other parts have configs of their own classes, and some lie within the decoder.
     configs = {name: getattr(part, "config", None) for name, part in model.named_modules()}
-    own = (type(config), type(text))
-    others = tuple(f"{n}." for n, of in configs.items() if isinstance(of, PreTrainedConfig) and type(of) not in own)
+    own, blocks = (type(config), type(text)), decoder_blocks(model)[0]
+    found = [name for name, of in configs.items() if isinstance(of, PreTrainedConfig) and type(of) not in own]
+    others = tuple(f"{_apart_from(blocks, name)}." for name in found)
     if text is config:
         return lambda name: not name.startswith(others)
     head = causal.get_output_embeddings()
     within = (
-        f"{decoder_blocks(model)[0].rpartition('.')[0]}.",
+        f"{blocks.rpartition('.')[0]}.",
         *(f"{name}." for name, module in model.named_modules() if module is head),
     )
     return lambda name: name.startswith(within) and not name.startswith(others)
+
+
+def _apart_from(blocks: str, part: str) -> str:
+    """Return the name of the largest module with ``part`` in it that does not have the decoder blocks in it."""
+    above = part.rpartition(".")[0]
+    while above and not f"{blocks}.".startswith(f"{above}.") and not above.startswith(f"{blocks}."):
+        part, above = above, above.rpartition(".")[0]
+    return part
 
 
 def _check_each_matches(

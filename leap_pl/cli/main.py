@@ -114,19 +114,16 @@ def main(args: "ArgsType" = None) -> Any:
     except UserError as error:
         say(f"leap_pl {words[0]}{_of_rank()}: {error}", sys.stderr)
         raise SystemExit(2) from None
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, MemoryError, OSError) as error:
+        if is_out_of_memory(error):
+            said = out_of_memory(error)
+            other = ", or give --device cpu" if "on the device" in said else ""
+            said = f"{said} Lower --batch_size or --seq_length where the verb has them{other}."
+        elif isinstance(error, OSError) and error.filename is not None and error.errno in OF_A_PATH:
+            said = f"{error.filename} may not be read or written ({error.strerror}). Name another path."
+        else:
             raise
-        said = out_of_memory(error)
-        other = ", or give --device cpu" if "on the device" in said else ""
-        remedy = f"Lower --batch_size or --seq_length where the verb has them{other}."
-        say(f"leap_pl {words[0]}: {said} {remedy}", sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        if error.filename is None or error.errno not in OF_A_PATH:  # of something else than a file that was named
-            raise
-        where = f"{error.filename} may not be read or written ({error.strerror}). Name another path."
-        say(f"leap_pl {words[0]}{_of_rank()}: {where}", sys.stderr)
+        say(f"leap_pl {words[0]}{_of_rank()}: {said}", sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -261,7 +258,7 @@ def settings_of(name: str, function: Callable[..., Any], words: list[str]) -> di
         words = _gather(words, f"--{several}", switches)
     configs = check_configs(words)
     check_keys(configs, options_of(parser))
-    for line in overruled(words, configs):
+    for line in overruled(_spell_out(words, switches), configs):
         warnings.warn(line, stacklevel=2)
     words, paths = _paths_aside(_spell_out(words, switches))
     try:

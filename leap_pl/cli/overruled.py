@@ -60,6 +60,8 @@ def _same_value(of_config: Any, typed: str) -> bool:
         value = yaml.safe_load(typed)
     except (yaml.YAMLError, ValueError):  # the second for a date that there is not
         value = typed
+    if isinstance(of_config, list) and isinstance(value, str):
+        return [str(one) for one in of_config] == value.split(",")
     name = of_config.get("class_path") if isinstance(of_config, dict) else None
     if name is not None and isinstance(value, str):
         return value in (name, str(name).rpartition(".")[2])

@@ -28,13 +28,7 @@ def errors_of_run() -> Iterator[None]:
         raise UserError(parser_message(error)) from error
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            device = isinstance(error, torch.OutOfMemoryError)
-            before = "if it was making its prior, make that before, by leap_pl prune --device cpu"
-            raise UserError(
-                f"{out_of_memory(error)} Add --model.activation_checkpointing true, as a resumed run may too. For a "
-                "new run: --config low_memory, or --data.batch_size 1 with more --trainer.accumulate_grad_batches"
-                f"{'; ' + before if device else ''}."
-            ) from error
+            raise UserError(_of_memory(error)) from error
         if isinstance(error, MemoryError) or not lost_a_rank(error):
             raise
         # Launchers report the first rank that exits as the one that failed, which should be the lost rank.
@@ -44,6 +38,8 @@ def errors_of_run() -> Iterator[None]:
             "Resume from the last checkpoint with --ckpt_path."
         ) from error
     except OSError as error:
+        if is_out_of_memory(error):
+            raise UserError(_of_memory(error)) from error
         if error.errno not in UNWRITABLE:
             raise
         place = f"{error.filename} cannot be written" if error.filename else "a file of the run cannot be written"
@@ -53,6 +49,15 @@ def errors_of_run() -> Iterator[None]:
         ) from error
     except MisconfigurationException as error:  # errors that Lightning finds only when a run starts
         raise refusal(error) from error
+
+
+def _of_memory(error: Exception) -> str:
+    before = "; if it was making its prior, make that before, by leap_pl prune --device cpu"
+    return (
+        f"{out_of_memory(error)} Add --model.activation_checkpointing true, as a resumed run may too. For a new run: "
+        "--config low_memory, or --data.batch_size 1 with more --trainer.accumulate_grad_batches"
+        f"{before if isinstance(error, torch.OutOfMemoryError) else ''}."
+    )
 
 
 def package_in(error: Exception) -> str | None:

@@ -79,6 +79,13 @@ def test_float8_is_dequantised_on_every_host(tmp_path: Path, monkeypatch: pytest
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     here = load_model(str(tmp_path))
+    (tmp_path / "short").mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "short" / name).write_bytes((tmp_path / name).read_bytes())
+    short = tmp_path / "short" / "config.json"
+    short.write_text(json.dumps(json.loads(short.read_text()) | {"num_hidden_layers": 1}))
+    with pytest.raises(UserError, match=r"does not read model\.layers\.1\."):  # but for the scales, which were used
+        load_model(str(tmp_path / "short"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     there = load_model(str(tmp_path))
@@ -142,6 +149,11 @@ def test_files_of_another_model_are_not_read_in_part(tmp_path: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
     with pytest.raises(UserError, match=r"does not read model\.layers\.0\.self_attn\.k_proj\.bias, .*and 3 more"):
         load_model(str(biased))
+    normed = tiny_folder(tmp_path / "normed", "qwen3")
+    config = normed / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
+    with pytest.raises(UserError, match=r"does not read model\.layers\.0\.self_attn\.k_norm\.weight, .*and 1 more"):
+        load_model(str(normed))
     for more, words in (({}, r"does not read model\.layers\.1\."), ({"num_nextn_predict_layers": 1}, None)):
         short = tiny_folder(tmp_path / f"short-{len(more)}")
         config = short / "config.json"
@@ -153,7 +165,16 @@ def test_files_of_another_model_are_not_read_in_part(tmp_path: Path) -> None:
             assert len(load_model(str(short)).model.layers) == 1
 
 
-@pytest.mark.parametrize("more", ["model.layers.0.self_attn.rotary_emb.inv_freq", "vision_tower.patch.weight"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.k_scale",
+        "vision_tower.patch.weight",
+        "vision_tower.encoder.layers.5.self_attn.q_proj.weight",
+        "audio_tower.layers.7.fc1.weight",
+    ],
+)
 def test_what_files_have_besides_is_left(tmp_path: Path, more: str) -> None:
     folder = tiny_folder(tmp_path / "m")
     file = folder / "model.safetensors"

@@ -104,6 +104,7 @@ def test_a_prompt_is_text_whatever_it_begins_with(model_folder: Path) -> None:
         (torch.OutOfMemoryError("CUDA: 2 GiB.\nMore words."), " on the device: CUDA: 2 GiB. Lower --batch_size or"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 2 bytes."), ": DefaultCPUAllocator: can't allocate"),
         (MemoryError(), ": MemoryError Lower --batch_size"),
+        (OSError(12, "Cannot allocate memory"), ": [Errno 12] Cannot allocate memory Lower"),
     ],
 )
 def test_no_memory_is_one_line(model_folder: Path, monkeypatch, capsys, error: Exception, said: str) -> None:

@@ -296,8 +296,11 @@ def test_a_config_of_any_verb_after_an_option_that_it_sets_is_told(model_folder:
     with pytest.warns(UserWarning, match=r"c\.yaml comes after --sparsity 0\.6, and sets it to 0\.5\."):
         main([*words, f"--output_dir={tmp_path / 'a'}", "--config", str(tmp_path / "c.yaml")])
     assert MaskSet.load(tmp_path / "a" / "mask.safetensors").sparsity == pytest.approx(0.5, abs=1e-3)
+    (tmp_path / "f.yaml").write_text(yaml.safe_dump({"sparsity": 0.6, "force": True}))
+    assert overruled(["--ignore", "lm_head,norm", "--config=c"], {"c": {"ignore": ["lm_head", "norm"]}}) == []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        main([*words, f"--output_dir={tmp_path / 'a'}", "--force", "--config", str(tmp_path / "f.yaml")])
         main(["prune", f"--config={tmp_path / 'c.yaml'}", *words[1:], f"--output_dir={tmp_path / 'b'}"])
     assert MaskSet.load(tmp_path / "b" / "mask.safetensors").sparsity == pytest.approx(0.6, abs=1e-3)
 
