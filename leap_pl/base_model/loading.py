@@ -1,6 +1,7 @@
 """Load base models: by hub id, from a folder or from a GGUF file."""
 
 import re
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -194,29 +195,37 @@ def _check_complete(found: dict[str, Any], model: "PreTrainedModel", name: str, 
             f"base model {name} lacks the weights {listing(sorted(found['missing_keys']), 3)}. Check that the "
             "files are complete, and that config.json belongs to them."
         )
-    more = [key for key in sorted(found["unexpected_keys"]) if _is_of_a_layer(key, model, plain=plain)]
-    if more:
+    unread = found["unexpected_keys"]
+    if unread and (more := _of_layers(unread, model, plain=plain)):
         raise UserError(
             f"base model {name}: a {type(model).__name__} does not read {listing(more, 3)}, which its files contain, "
             "so that it would be another model. Check that config.json belongs to them and that they are not quantised."
         )
 
 
-def _is_of_a_layer(key: str, model: "PreTrainedModel", *, plain: bool) -> bool:
-    """Return whether a tensor of the files that ``model`` has not read belongs to one of its layers, or is a block."""
-    owner, _, leaf = key.rpartition(".")
+def _of_layers(keys: Iterable[str], model: "PreTrainedModel", *, plain: bool) -> list[str]:
+    """Return which tensors that ``model`` has not read belong to one of its layers, or are further blocks."""
     text, within = model.config.get_text_config(), f"{model.base_model_prefix}."
     blocks, there = decoder_blocks(model)
     names = "|".join(map(re.escape, (blocks, blocks.removeprefix(within))))
-    block = re.fullmatch(rf"(?:{names})\.(\d+)\..+", key)
-    if block is not None and int(block[1]) >= len(there):  # one that predicts a further token is behind the others
-        return int(block[1]) >= len(there) + (getattr(text, "num_nextn_predict_layers", None) or 0)
-    if getattr(text, "num_kv_shared_layers", None) and owner.rpartition(".")[2] in _SHARED:
-        return False
+    further = getattr(text, "num_nextn_predict_layers", None) or 0  # behind the others: they predict a further token
+    shared = bool(getattr(text, "num_kv_shared_layers", None))
     layers = {name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
-    if {owner, within + owner, owner.removeprefix(within)} & layers:
-        return plain or leaf in ("weight", "bias")
-    return block is not None and leaf == "weight"  # of a layer that blocks of this class do not have
+    found = []
+    for key in sorted(keys):
+        owner, _, leaf = key.rpartition(".")
+        block = re.fullmatch(rf"(?:{names})\.(\d+)\..+", key)
+        if block is not None and int(block[1]) >= len(there):
+            belongs = int(block[1]) >= len(there) + further
+        elif shared and owner.rpartition(".")[2] in _SHARED:
+            belongs = False
+        elif {owner, within + owner, owner.removeprefix(within)} & layers:
+            belongs = plain or leaf in ("weight", "bias")
+        else:
+            belongs = block is not None and leaf == "weight"  # of a layer that blocks of this class do not have
+        if belongs:
+            found.append(key)
+    return found
 
 
 def _disable_dropout(config: "PreTrainedConfig") -> None:
