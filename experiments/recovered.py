@@ -42,6 +42,8 @@ WORDS = [
     f"--trainer.logger.save_dir={FOLDER}",
     f"--checkpoint.dirpath={FOLDER / 'checkpoints'}",
 ]
+# Some minutes: the default length of a run is 8 million tokens.
+FINE_TUNING = "--data.text TEXT --data.seq_length 512 --data.batch_size 2 --tokens 50K --checkpoint.dirpath runs/mine"
 
 
 def run() -> str:
@@ -79,7 +81,7 @@ perplexity on held-out Wikipedia ({TOKENS:,} tokens in windows of {WINDOW}):
   learned mask, alone    {figures_of[3]:8.2f}
 zeros            {facts["sparsity"]:.6f} of the gated weights, {zeros}
 checkpoint       {sparse}
-fine-tune it     {bin_folder()}leap_pl recover --model.base_model {sparse} --model.mask {sparse} --data.text TEXT
+fine-tune it     {bin_folder()}leap_pl recover --model.base_model {sparse} --model.mask {sparse} {FINE_TUNING}
 packed           {packed}   {megabytes(packed):,.0f} MB; {bin_folder()}leap_pl generate --model {packed} --prompt TEXT
 mask, weights    {mask}, {mask.with_name("weights.safetensors").name} beside it"""
 

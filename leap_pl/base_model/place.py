@@ -63,7 +63,10 @@ def locate(name: str) -> tuple[str, str | None]:
             )
         return str(path), None
     if path.is_file():
-        flag = {".safetensors": " Give a mask with --mask.", ".ckpt": " Give a checkpoint with --ckpt_path."}
+        flag = {
+            ".safetensors": " Give a mask with --mask (of recover: --model.mask).",
+            ".ckpt": " Give a checkpoint with --ckpt_path.",
+        }
         raise UserError(
             f"base model {name} is a file. Give a Hugging Face model folder, a .gguf file or a hub id."
             f"{flag.get(path.suffix, '')}"

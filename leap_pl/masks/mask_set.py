@@ -158,7 +158,7 @@ class MaskSet:
 
     def check(
         self, model: nn.Module, weights: Mapping[str, "Weight"] | None = None, *, or_applied: bool = False
-    ) -> None:
+    ) -> bool:
         """Check that this mask belongs to ``model`` and, if given, to exactly these ``weights``.
 
         Args:
@@ -167,6 +167,9 @@ class MaskSet:
             or_applied: Accept also a model that this mask was applied to: all weights that it removes are 0 there,
                 and those that it keeps may be others than the base model's.
 
+        Returns:
+            Whether the mask was made for ``model``; False: ``model`` is one that it can have been applied to.
+
         Raises:
             UserError: The fingerprint of the model differs, or the model lacks some of the weights, or the names or
                 shapes of ``weights`` differ.
@@ -174,7 +177,8 @@ class MaskSet:
         from leap_pl.base_model.weights import model_fingerprint
 
         found = model_fingerprint(model)
-        if found != self.provenance.fingerprint and not (or_applied and self.is_applied_to(model)):
+        made_for = found == self.provenance.fingerprint
+        if not made_for and not (or_applied and self.is_applied_to(model)):
             own = self.shapes
             halved = any(p.dtype == torch.float16 for name, p in model.named_parameters() if name in own)
             rounded = " float16 rounds small weights: load it with dtype='auto', apply the mask, and convert it then."
@@ -193,7 +197,7 @@ class MaskSet:
                     f"the model has no weight {listing([repr(shown(name, 200)) for name in unknown], 3)} of the shape "
                     "that this mask is for. Give the base model it was made for."
                 )
-            return
+            return made_for
         shapes, own = {name: tuple(weight.parameter.shape) for name, weight in weights.items()}, self.shapes
         wrong = [n for n in {**shapes, **own} if shapes.get(n) != own.get(n)]
         if wrong:
@@ -202,6 +206,7 @@ class MaskSet:
                 f"{listing([shown(name, 200) for name in sorted(wrong)], 4)}. Use the targets and ignore that the mask "
                 "was made with."
             )
+        return made_for
 
     @torch.no_grad()
     def is_applied_to(self, model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from leap_pl.inputs.plain_values import plain_paths
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.masks import MaskSet
 from leap_pl.masks.bits import pack, unpack
+from leap_pl.masks.exported import exported_record
 from leap_pl.oneshot.methods import DEFAULT, FALLBACK, INSTEAD, METHODS
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ class Prior:
             calibration: Text and device for the method.
 
         Raises:
-            UserError: The mask file belongs to another model or other weights, or there is no calibration text.
+            UserError: The mask file belongs to another model or other weights, or is not the recorded mask of a sparse
+                base model; or there is no calibration text.
         """
         from leap_pl.masks.patterns import Unstructured
         from leap_pl.oneshot.fisher import FisherOptions
@@ -141,7 +143,9 @@ class Prior:
             file = files.get(form)
             if file is not None:
                 masks[form] = MaskSet.load(file)
-                masks[form].check(model, weights, or_applied=True)  # a sparse model's own mask is a start, too
+                # A sparse model's own mask is a start, too.
+                if not masks[form].check(model, weights, or_applied=True):
+                    _check_own(masks[form], file, calibration)
             elif self.method != NO_METHOD:
                 fisher = allocation if form == "prior" else None
                 reads = METHODS[self.method].needs is not None or fisher is not None
@@ -192,6 +196,23 @@ def _options_of_fit(*, graded: bool = False) -> Iterator[None]:
         whole = f"{INSTEAD} --model.prior.graded false" if graded else INSTEAD
         message = pattern.sub(lambda found: f"--{OF_PRUNE[found[1]]}", str(error).replace(INSTEAD, whole))
         raise UserError(message) from error
+
+
+def _check_own(mask: MaskSet, file: str, calibration: "Calibration") -> None:
+    """Check that ``mask`` is the one that a sparse base model is recorded to have.
+
+    A mask that keeps a little more would fill some of its zeros.
+
+    Raises:
+        UserError: It is not.
+    """
+    base_model = calibration.base_model
+    recorded = exported_record(base_model, revision=calibration.revision).get("mask_digest")
+    if recorded is not None and recorded != mask.digest_of_bits():
+        raise UserError(
+            f"mask {file} is not the mask of base model {base_model}, whose zeros it would fill. Give the mask in that "
+            "folder, or name the dense model with --model.base_model."
+        )
 
 
 def _warn_of_other(mask: MaskSet, file: str, pattern: "Pattern") -> None:

@@ -114,6 +114,11 @@ class FixedMask:
         return sparsity not in (self.sparsity, self.asked) and (sparsity != 0.5 or is_typed("model.sparsity"))
 
     @classmethod
+    def of_prior(cls, gate: Any, prior: Prior) -> "FixedMask | None":
+        """Return the mask that gates without logits start from and stay at, if ``prior`` names its file."""
+        return cls.read(prior.mask) if getattr(gate, "func", gate) is FixedGate and prior.mask is not None else None
+
+    @classmethod
     def read(cls, name: str) -> "FixedMask":
         """Read the MaskSet file ``name``, that in a folder of a run, of prune or of export, or that of a hub id.
 
@@ -140,3 +145,21 @@ class FixedMask:
         gate, digest = partial(FixedGate, pattern=pattern), masks.digest_of_bits()
         of = masks.provenance.base_model
         return cls(file, gate, masks.sparsity, asked, list(masks.masks), learned, trained, digest, of)
+
+
+def starts_finished(base_model: str, weights: str | None, revision: str | None, fixed: FixedMask | None) -> bool:
+    """Return whether training starts from weights that were trained before, or under a fixed mask that was learned.
+
+    Args:
+        base_model: Name of the run's base model.
+        weights: Folder of the weights that it starts from, if they are not the base model's.
+        revision: Revision of the base model on the hub.
+        fixed: Mask of the run, if it stays as it is.
+
+    Raises:
+        UserError: The record or the mask beside those weights is damaged.
+    """
+    if fixed is not None:
+        return fixed.is_finished(base_model, weights, revision)
+    record = exported_record(weights or base_model, revision=None if weights else revision)
+    return TRAINED in (record.get("config") or {})

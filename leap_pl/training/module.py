@@ -29,7 +29,7 @@ from leap_pl.prior import Prior
 from leap_pl.training import finite, optimization, run_settings
 from leap_pl.training.arguments import check_arguments
 from leap_pl.training.clipping import check_clipping, clip_by_norm
-from leap_pl.training.fixed_mask import FixedMask
+from leap_pl.training.fixed_mask import FixedMask, starts_finished
 from leap_pl.training.of_class import of_class
 from leap_pl.training.optimizers import check_rounding
 from leap_pl.training.schedules import Annealing
@@ -149,8 +149,9 @@ class LeapModule(ValidatedModule):
             fixed.warn_of_unused(gate, prior)
             gate, sparsity, targets, ignore = fixed.gate, fixed.sparsity, fixed.targets, ()
             prior = Prior(mask=fixed.file, cache_dir=prior.cache_dir)
-            if weight_training.lr is None:
-                weight_training = weight_training.with_rate(finished=fixed.is_finished(base_model, weights, revision))
+        if train_weights != NONE and weight_training.lr is None:
+            finished = starts_finished(base_model, weights, revision, fixed or FixedMask.of_prior(gate, prior))
+            weight_training = weight_training.with_rate(finished=finished)
         weight_training = weight_training.with_rate(finished=False)
         check_numbers({"sparsity": sparsity, "warmup_steps": warmup_steps, "seed": seed}, "model.")
         check_whole({"warmup_steps": warmup_steps, "seed": seed}, "model.")

@@ -225,7 +225,8 @@ class ResumableModule(GatedModule):
         step, steps = self.trainer.global_step, self.trainer.max_steps
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if step < steps and not any(getattr(callback, "reports_end", False) for callback in callbacks):
-            what = "gates are still soft, and mask_set() is" if self.fixed_mask is None else "the weights are"
+            fixed = isinstance(self.gates.first, FixedGate)
+            what = "the weights are" if fixed else "gates are still soft, and mask_set() is"
             rank_zero_warn(
                 f"the run ended at step {step} of {steps}, before its schedules did: {what} of that step. Give "
                 "max_steps that the run reaches."

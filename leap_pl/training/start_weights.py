@@ -24,9 +24,14 @@ def check_start(folder: str) -> None:
     """Check that ``folder``, if it is one here, has a model, before anything is loaded.
 
     Raises:
-        UserError: It is the folder of a run or of ``leap_pl prune``.
+        UserError: It is the folder of a run or of ``leap_pl prune``, or a file other than a GGUF one.
     """
     path = expanded(folder)
+    if path.is_file() and path.suffix.lower() != ".gguf":
+        raise UserError(
+            f"model.weights {folder} is a file. Give a Hugging Face model folder; of the mask and weights of a run, "
+            "leap_pl export --mask MASK --output_dir FOLDER makes one."
+        )
     if not path.is_dir() or (path / "config.json").is_file():
         return
     own = path / "model"

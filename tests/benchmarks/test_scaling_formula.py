@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from benchmarks.sharded_memory import kept_bytes
 from leap_pl.base_model.weights import find_weights
 from leap_pl.training import memory
 from leap_pl.training.module import LeapModule
+from leap_pl.training.optimizers import PackedAdamW
 
 TINY = Shape(2, 32, 48, 16, 260)
 
@@ -88,6 +90,25 @@ def test_a_run_announces_the_bytes_of_trained_weights() -> None:
     mask = memory.expected_bytes(module, model, gated, 64, 1)
     assert both - mask == pytest.approx(16 * gated + memory.TRANSIENT_WEIGHTS * block, rel=1e-3)
     assert both - fixed == pytest.approx((16 - 1 / 8) * gated + (8 + 4 - 6) * block, rel=1e-3)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_training_weights_holds_so_many_bytes(low_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a gated weight in bfloat16, no block recomputed: at most 22 with the mask fixed, 36 with both; or half."""
+    for name in ("TRANSIENT", "TRANSIENT_FIXED", "TRANSIENT_WEIGHTS", "TRANSIENT_LOW_MEMORY"):
+        monkeypatch.setattr(memory, name, 0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(MODELS["llama-3.2-1b"].config(), dtype=torch.bfloat16)
+    gated = SHAPES["llama-3.2-1b"].gated
+    low: Any = {"logits_dtype": "bfloat16", "optimizer": PackedAdamW} if low_memory else {}
+    module = LeapModule("base", train_weights="kept", **low)
+    module.sizes = {"all": gated}
+    frozen = memory.expected_bytes(module, model, 0, 64, 1)  # with bits, and a masked weight beside the base model's
+    fixed, both = (
+        (memory.expected_bytes(module, model, logits, 64, 1, trained=gated) - frozen) / gated + 1 / 8 + 2 + 2
+        for logits in (0, gated)
+    )
+    assert (fixed, both) == pytest.approx((10.125, 16) if low_memory else (20.125, 36), abs=1e-3)
 
 
 def test_a_run_announces_the_buckets_of_ddp(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import Run, fit_flags
 
 from experiments import quickstart, recovered
@@ -50,6 +51,14 @@ def test_a_tiny_model_is_recovered_once(
         monkeypatch.setattr(recovered, name, place)
     closing = recovered.run()
     assert "zeros            0.500000 of the gated weights, exactly those of the mask, read back" in closing
+    (line,) = (line for line in closing.splitlines() if line.startswith("fine-tune it"))
+    _, command = line.split("leap_pl ")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):  # the command that is shown is one of some minutes, in a folder to resume from
+        main([*command.replace(" TEXT", f" {text_file}").split(), "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert command.endswith(" --tokens 50K --checkpoint.dirpath runs/mine")
+    assert (shown["tokens"], shown["checkpoint"]["dirpath"]) == ("50K", "runs/mine")
     assert [words[0] for words in said] == ["recover", *["evaluate"] * 4, "export", "export"]
     assert (tmp_path / "model" / "mask.safetensors").is_file()
     assert recovered.run() == closing

@@ -24,6 +24,7 @@ from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
 from leap_pl.comparison.entries import read_entries
 from leap_pl.export.method import decisive_settings
+from leap_pl.gates import calls, gate, trained
 from leap_pl.masks.bits import pack
 from leap_pl.masks.kept_weights import for_other_weights
 from leap_pl.training.checkpoint_weights import weights_from_checkpoint
@@ -153,6 +154,21 @@ def test_without_trained_weights_a_run_is_what_it_was(finished: Run) -> None:
     assert not (finished.folder / "checkpoints" / "weights.safetensors").exists()
     assert not any(name.startswith("moved") for name in curves(finished.folder / "tensorboard"))
     assert weights_from_checkpoint(finished.checkpoint) is None
+
+
+def test_without_trained_weights_the_gates_are_called_as_they_are(
+    finished: Run, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What trains weights takes no part: the mask is, bit for bit, that of a package that cannot train them."""
+    for module in (calls, gate):
+        assert module.softened is trained.softened
+        monkeypatch.setattr(module, "softened", lambda gates, frozen: type(gates[0]).soften_all(gates, frozen))
+    main(fit_flags(model_folder, text_file, tmp_path))
+    plain, whole = outcome(tmp_path), outcome(finished.folder)
+    for part in ("state_dict", "optimizer_states"):
+        assert list(differences(plain.checkpoint[part], whole.checkpoint[part])) == []
+    masks = [MaskSet.load(folder / "checkpoints" / "mask.safetensors") for folder in (tmp_path, finished.folder)]
+    assert masks[0].digest_of_bits() == masks[1].digest_of_bits()
 
 
 def test_python_trains_what_the_command_line_trains(

@@ -31,6 +31,7 @@ def test_bad_input_is_refused_in_one_line(
     main(["export", f"--mask={finished_run.mask}", f"--output_dir={packed}", "--format=packed"])
     other, last = tiny_folder(tmp_path / "other", seed=1), recovered / "checkpoints" / "last.ckpt"
     words, masked, pruned = recover(tmp_path / "run"), "--model.mask", tmp_path / "pruned"
+    weights_of_run = recovered / "checkpoints" / "weights.safetensors"
     tiny_folder(pruned / "model")
     without_norms = tiny_folder(tmp_path / "olmo", "olmo")
     cases = {
@@ -46,6 +47,10 @@ def test_bad_input_is_refused_in_one_line(
         f"model.mask {packed} is packed. Unpack it: leap_pl export --model": [
             *without(words, masked),
             f"{masked}={packed}",
+        ],
+        f"model.weights {weights_of_run} is a file. Give a Hugging Face model folder; of the mask": [
+            *words,
+            f"--model.weights={weights_of_run}",
         ],
         "nothing to train": [*words, "--model.train_weights=none"],
         "give one of none, kept, lora, norms": [*words, "--model.train_weights=all"],

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
 from leap_pl.evaluation.subject import load_subject
 from leap_pl.export.method import decisive_settings
+from leap_pl.gates import FixedGate
 from leap_pl.masks.mask_set import TRAINED
+from leap_pl.prior import Prior
 
 pytestmark = pytest.mark.usefixtures("eager", "event_files_in_order")
 
@@ -84,6 +87,28 @@ def test_a_sparse_model_is_a_base_model_of_its_own_mask(
     assert "or a model that it was applied to" in line
 
 
+def test_a_mask_that_keeps_a_little_more_than_the_sparse_model_is_not_its_mask(
+    recovered: Path, recover: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Too few of what it keeps are 0 to tell by; the model's record does."""
+    sparse = tmp_path / "sparse"
+    export_command(str(sparse), mask=str(recovered / "checkpoints" / "mask.safetensors"))
+    own = MaskSet.load(sparse / "mask.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    more = {name: mask | (torch.rand(mask.shape, generator=generator) < 0.05) for name, mask in own.masks.items()}
+    larger = MaskSet(more, own.provenance)
+    assert own.kept < larger.kept < 1.1 * own.kept
+    assert larger.is_applied_to(load_model(str(sparse)))
+    file = larger.save(tmp_path / "larger.safetensors")
+    words = recover(tmp_path / "run", "--trainer.max_steps=1")
+    words = [word for word in words if not word.startswith(("--model.mask", "--model.base_model"))]
+    words += [f"--model.base_model={sparse}"]
+    said = f"mask {file} is not the mask of base model {sparse}, whose zeros it would fill. Give the mask in that"
+    assert said in refused([*words, f"--model.mask={file}"], capsys)
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+    main([*words, f"--model.mask={own.save(tmp_path / 'own.safetensors')}", "--force"])  # by another name
+
+
 def test_a_run_that_does_not_start_from_the_trained_weights_says_so(
     recovered: Path, recover: Flags, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +151,17 @@ def test_the_rate_is_small_where_weights_were_trained_before(
     assert rate(model_folder, pruned, weights=str(sparse)) == 2e-5
     assert rate(model_folder, trained, weights=str(pruned / "model")) == 2e-4
     assert rate(model_folder, finished_run.mask) == 2e-5
+
+    def rate_of(base_model: Path, kind: str = "kept", **settings: Any) -> float | None:
+        return LeapModule(str(base_model), train_weights=kind, **settings).trained.settings.lr  # type: ignore[arg-type]
+
+    # Where the mask is given as a prior that stays, and where it is learned with weights that were trained before.
+    assert rate_of(model_folder, gate=FixedGate, prior=Prior(mask=str(finished_run.mask))) == 2e-5
+    assert rate_of(model_folder, gate=FixedGate, prior=Prior(mask=str(pruned))) == 2e-4
+    assert rate_of(model_folder, gate=FixedGate, prior=Prior(method="magnitude")) == 2e-4
+    assert rate_of(model_folder, prior=Prior(mask=str(finished_run.mask))) == rate_of(model_folder) == 2e-4
+    assert rate_of(sparse) == rate_of(model_folder, weights=str(sparse)) == 2e-5
+    assert rate_of(pruned / "model") == 2e-4
 
 
 def test_weights_that_a_run_would_drop_are_refused(

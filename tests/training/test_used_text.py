@@ -22,6 +22,7 @@ from leap_pl.callbacks import Checkpoints
 from leap_pl.checkpoints.identity import KEY, read_identity
 from leap_pl.cli.resume import settings_of
 from leap_pl.data.source import TextSource
+from leap_pl.gates import FixedGate
 from leap_pl.losses.objective import Objective
 from leap_pl.prior import Prior
 from leap_pl.training import validated_module
@@ -233,9 +234,11 @@ def test_a_run_that_ends_before_its_schedules_says_so(
         recwarn.clear()
         trainer(max_steps=steps, max_epochs=epochs).fit(made, DataLoader(ids, batch_size=2))
         assert any(said in str(warning.message) for warning in recwarn) == (steps == 9)
-    made = LeapModule(module.base_model, dtype="float32", mask=str(finished_run.mask), train_weights="kept")
-    with pytest.warns(UserWarning, match=said + ": the weights are of that step"):
-        trainer(max_steps=9, max_epochs=1).fit(made, DataLoader(ids, batch_size=2))
+    fixed = {"mask": str(finished_run.mask)}, {"gate": FixedGate, "prior": Prior(method="magnitude")}
+    for settings in fixed:
+        made = LeapModule(module.base_model, dtype="float32", train_weights="kept", **settings)  # type: ignore[arg-type]
+        with pytest.warns(UserWarning, match=said + ": the weights are of that step"):
+            trainer(max_steps=9, max_epochs=1).fit(made, DataLoader(ids, batch_size=2))
 
 
 def test_a_program_is_told_which_checkpoint_resumes_its_run(
