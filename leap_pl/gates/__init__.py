@@ -7,7 +7,7 @@ from leap_pl.gates.fixed import FixedGate
 from leap_pl.gates.gate import Gate, GateFactory, GateState
 from leap_pl.gates.nm import NMGate
 from leap_pl.gates.tile import TileGate
-from leap_pl.gates.trained import PART, TrainedTensor, TrainedWeight
+from leap_pl.gates.trained import PART, TrainedTensor, TrainedWeight, check_linear
 
 __all__ = [
     "PART",
@@ -24,6 +24,7 @@ __all__ = [
     "TrainedWeight",
     "attach",
     "attach_trained",
+    "check_linear",
     "detach",
     "gate_kinds",
     "guard_saving",

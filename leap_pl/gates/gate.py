@@ -253,7 +253,11 @@ class Gate(Learned, ABC):
 
     @abstractmethod
     def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the relaxed masked weight (shape and dtype of ``weight``), ΣM and Σ(M·W)² (float32 scalars)."""
+        """Return the relaxed masked weight (shape and dtype of ``weight``), ΣM and Σ(M·W)² (float32 scalars).
+
+        M depends on the logits, the state and the keys alone, and not on ``weight``: a weight that is trained gets the
+        gradient M·dW̃, which the backward pass computes by softening dW̃ with the same keys.
+        """
 
     @classmethod
     def soften_all(cls, gates: "Sequence[Self]", weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from leap_pl.base_model.weights import Weight
+from leap_pl.errors import UserError
 from leap_pl.gates.learned import Learned
 
 if TYPE_CHECKING:
@@ -61,6 +62,27 @@ def softened(gates: "Sequence[Gate]", frozen: Sequence[Tensor]) -> list[tuple[Te
     for index, with_graph in zip(trained, masked, strict=True):
         found[index] = with_graph, *found[index][1:]
     return found
+
+
+@torch.no_grad()
+def check_linear(gate: "Gate", weight: Tensor) -> None:
+    """Check that the soft mask of ``gate`` is the same for every weight and in every call, as its gradient needs.
+
+    Gates from outside may compute theirs otherwise, and learn with it while the weights are frozen.
+
+    Raises:
+        UserError: It is not.
+    """
+    kind = type(gate)
+    ((mask, *_),), ((masked, *_),) = (kind.soften_all([gate], [given]) for given in (torch.ones_like(weight), weight))
+    mask, masked, limits = mask.float(), masked.float(), torch.finfo(weight.dtype)
+    expected = mask * weight.float()
+    if ((masked - expected).abs() > 4 * limits.eps * torch.maximum(masked.abs(), expected.abs()) + limits.tiny).any():
+        raise UserError(
+            f"{kind.__name__} computes its soft mask from the weight, or another one in each call with the same keys. "
+            "Weights cannot be trained with it, which get their gradient through the mask: set --model.train_weights "
+            "none, or take all random numbers from the keys that soften is given, and nothing from the weight."
+        )
 
 
 class _Again:

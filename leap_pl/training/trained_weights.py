@@ -16,7 +16,7 @@ from leap_pl.base_model.weights import Weight
 from leap_pl.checkpoints.layout import key_of
 from leap_pl.distributed.shards import gathered, part_like, sharded_like
 from leap_pl.errors import UserError, listing
-from leap_pl.gates import PART, Gate, GateState, TrainedTensor, TrainedWeight, attach_trained
+from leap_pl.gates import PART, Gate, GateState, TrainedTensor, TrainedWeight, attach_trained, check_linear
 from leap_pl.inputs.hub import is_hub_id
 from leap_pl.masks.exported import texts_of_weights
 from leap_pl.masks.kept_weights import write_weights
@@ -169,10 +169,17 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         self._start = StartWeights.read(self.start, model, trust_remote_code=trust_remote_code)
 
     def train(self, weight: Weight, gate: Gate) -> None:
-        """Train the ``weight`` of a ``gate`` that has its mask, if the run trains it."""
+        """Train the ``weight`` of a ``gate`` that has its mask, if the run trains it.
+
+        Raises:
+            UserError: The soft mask of the gate depends on the weight; or training cannot start from the weights that
+                were read.
+        """
         kind = kind_of(self.kind, self.settings)
         if kind is None or not kind.takes(weight.name, self.settings):
             return
+        if not self._gated:  # one answers for its kind
+            check_linear(gate, weight.parameter)
         bits = partial(gate.held, "bits") if kind.reads_bits else None
         gate.trained = kind(weight, self.settings, self._state.seed, bits)
         self._start.set_(gate.trained, weight, gate.hard_mask)

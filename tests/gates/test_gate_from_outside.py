@@ -9,14 +9,29 @@ from typing import Any
 import pytest
 import torch
 from conftest import fit_flags, refused
+from python_runs import data, trainer
 from tiny import tiny_model
 from torch import Tensor
 
+from leap_pl import LeapModule, UserError
 from leap_pl.base_model.weights import find_weights
 from leap_pl.checkpoints.layout import masks_from_checkpoint
 from leap_pl.cli.main import main
-from leap_pl.gates import BernoulliGate, Gate, Gates, GateState, NMGate, attach, detach, gate_kinds
+from leap_pl.gates import (
+    BernoulliGate,
+    FixedGate,
+    Gate,
+    Gates,
+    GateState,
+    NMGate,
+    TileGate,
+    attach,
+    check_linear,
+    detach,
+    gate_kinds,
+)
 from leap_pl.masks import MaskSet
+from leap_pl.prior import Prior
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -170,6 +185,47 @@ def test_the_example_of_contributing_works(model_folder, text_file, tmp_path: Pa
     learned = MaskSet.load(tmp_path / "checkpoints" / "mask.safetensors")
     assert learned.kept == learned.total - round(0.5 * learned.total)
     assert learned.provenance.method == "calm"
+
+
+# -- with weights that are trained ------------------------------------------------------------------------
+
+
+class OfItsWeight(BernoulliGate):
+    """Keeps large weights more."""
+
+    def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mask = torch.sigmoid(self.state.slope * self.logits + 5 * weight.abs())
+        masked = mask * weight
+        return masked.to(weight.dtype), mask.sum(), masked.float().square().sum()
+
+
+class AtRandom(BernoulliGate):
+    """Draws without the keys: the backward pass would have another mask."""
+
+    def soften(self, weight: Tensor, key_0: Tensor, key_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        masked = torch.rand_like(weight) * weight
+        return masked, self.logits.sum(), masked.float().square().sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [BernoulliGate, NMGate, TileGate, FixedGate, OfItsWeight, AtRandom])
+def test_the_mask_of_a_trained_weight_is_that_of_its_gradient(kind: type[Gate], dtype: torch.dtype) -> None:
+    weights = find_weights(tiny_model().to(dtype))
+    for name, gate in attach(weights, kind, GateState(seed=1)).items():
+        weight = weights[name].parameter.detach()
+        gate.start_from(weight.abs() > weight.abs().median(), 0)
+        if kind in (OfItsWeight, AtRandom):
+            with pytest.raises(UserError, match=rf"{kind.__name__} computes its soft mask from the weight, or another"):
+                check_linear(gate, weight)
+        else:
+            check_linear(gate, weight)
+
+
+def test_weights_are_not_trained_where_the_mask_depends_on_them(model_folder: Path, text_file: Path) -> None:
+    settings: Any = {"dtype": "float32", "gate": OfItsWeight, "prior": Prior(method="magnitude")}
+    trainer(max_steps=1).fit(LeapModule(str(model_folder), **settings), data(text_file))
+    with pytest.raises(UserError, match=r"OfItsWeight computes .* set --model.train_weights none"):
+        trainer(max_steps=1).fit(LeapModule(str(model_folder), train_weights="kept", **settings), data(text_file))
 
 
 # -- what is no kind of gate ------------------------------------------------------------------------------
