@@ -13,9 +13,16 @@ import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from leap_pl.callbacks.lightning_internals import SavingCheckpoint, exchange_no_signals, requeuing, validate_if_due
+from leap_pl.callbacks.lightning_internals import (
+    SavingCheckpoint,
+    ends_step,
+    exchange_no_signals,
+    requeuing,
+    validate_if_due,
+)
 from leap_pl.callbacks.mask_export import mask_place
 from leap_pl.callbacks.unfinished_run import UnfinishedRun, refuse_requeue, requeue
+from leap_pl.checkpoints.file import write_whole
 from leap_pl.checkpoints.run_folder import Leftover, earlier_run, lies_in, link_last, record_checkpoint
 from leap_pl.checkpoints.signals import Stopped, StopSignals
 from leap_pl.distributed.strategy import RankZero, saves_shards
@@ -109,7 +116,7 @@ class Checkpoints(SavingCheckpoint):
         self._written = time.monotonic()
         self._running = False
         self._group: dist.ProcessGroup | None = None  # of all ranks, on the host
-        self._validated_step = self._resumed_at = -1
+        self._validated_step = self._resumed_at = self._stepped = -1
         self._limit_val_batches: int | float | None = None  # the Trainer's setting, while validation is disabled
         # Whether to replace an earlier run in the folder, as set on the command line; None: there is no command line.
         self.force: bool | None = None
@@ -130,6 +137,7 @@ class Checkpoints(SavingCheckpoint):
             raise
         if stage != "fit":
             return
+        write_whole(trainer)
         _check_folder(self.dirpath)
         if self.dirpath is not None and not self._named:  # that of a logger, as the logger reads it
             variables = os.path.expandvars if isinstance(trainer.logger, TensorBoardLogger) else str
@@ -166,7 +174,7 @@ class Checkpoints(SavingCheckpoint):
         self.signals.install(*([slurm.requeue_signal] if slurm and slurm.requeue_signal else []))
         exchange_no_signals(trainer)
         self.signals.at_once = trainer.world_size == 1  # several ranks have to stop together
-        self._written, self._running = time.monotonic(), True
+        self._written, self._running, self._stepped = time.monotonic(), True, trainer.global_step
         if trainer.ckpt_path is not None and self.dirpath is not None:
             resumed_here = lies_in(trainer.ckpt_path, Path(self.dirpath))
             self.note_saved(trainer.global_step if resumed_here else 0, self.saved_path)
@@ -180,7 +188,7 @@ class Checkpoints(SavingCheckpoint):
         """Delay signals until the end of the micro-batch."""
         self.signals.at_once = False
         self.signals.message = "a checkpoint is written after this micro-batch. The same signal again ends at once."
-        if batch_idx + 1 == trainer.max_steps * trainer.accumulate_grad_batches:
+        if trainer.global_step + 1 == trainer.max_steps and ends_step(trainer, batch_idx):
             self.signals.message = "this is the last step, and the run finishes. The same signal again ends at once."
 
     def on_train_batch_end(
@@ -189,7 +197,8 @@ class Checkpoints(SavingCheckpoint):
         """Write a checkpoint if one is due after an optimizer step; handle a pending signal after any micro-batch."""
         if self._finishing(trainer):
             return
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if trainer.global_step != self._stepped:  # the last micro-batch of an epoch ends a step, too
+            self._stepped = trainer.global_step
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             if self._time_is_up(trainer):
                 self.save(trainer)

@@ -235,6 +235,14 @@ def validate_at(trainer: L.Trainer, micro_batch: int) -> None:
     trainer.val_check_batch = micro_batch
 
 
+def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Return whether the micro-batch ``batch_idx`` of its epoch ends an optimizer step, as far as is known before it.
+
+    The last one of an epoch does, however few there were; of a text whose length is not known it is not foreseen.
+    """
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
+
+
 def validate_if_due(trainer: L.Trainer) -> None:
     """Validate, if Lightning would have validated after the step at which the run was stopped."""
     loop = trainer.fit_loop.epoch_loop

@@ -39,6 +39,7 @@ class StepProgress(ProgressBar):
         self.bar: tqdm | None = None
         self.enabled = True
         self._shown = (0, 0.0)  # step and time of the last line
+        self._step = 0  # the last that was seen to end
         self._measured: tuple[int, float] | None = None  # step and time from which the speed is measured
 
     def disable(self) -> None:
@@ -52,6 +53,7 @@ class StepProgress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Announce the first step, starting at the current one in a resumed run."""
         self._measured, self._shown = None, (trainer.global_step, time.monotonic())
+        self._step = trainer.global_step
         if self.enabled and sys.stderr.isatty():
             self._draw(trainer, "first step")
 
@@ -60,8 +62,9 @@ class StepProgress(ProgressBar):
     ) -> None:
         """Advance after an optimizer step."""
         step = trainer.global_step
-        if not self.enabled or (batch_idx + 1) % trainer.accumulate_grad_batches or step == 0:
+        if not self.enabled or step == self._step:
             return
+        self._step = step
         assert isinstance(pl_module, LeapModule)
         if self._measured is None:
             self._measured = (step, time.monotonic())

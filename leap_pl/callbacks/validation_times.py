@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 
-from leap_pl.callbacks.lightning_internals import stops_at_the_end, validate_at
+from leap_pl.callbacks.lightning_internals import ends_step, stops_at_the_end, validate_at
 from leap_pl.errors import UserError
 
 TIMES = 10
@@ -63,7 +63,5 @@ class ValidationTimes(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Make the last micro-batch end an interval."""
-        last_step = trainer.global_step + 1 == trainer.max_steps
-        ends = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
-        if last_step and ends:
+        if trainer.global_step + 1 == trainer.max_steps and ends_step(trainer, batch_idx):
             validate_at(trainer, batch_idx + 1)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
@@ -28,8 +29,8 @@ def write_archive(checkpoint: dict[str, Any], file: BinaryIO) -> None:
 class WholeCheckpointIO(TorchCheckpointIO):
     """Checkpoint I/O plugin that writes through :mod:`leap_pl.files` and reads by :mod:`leap_pl.checkpoints.layout`.
 
-    The command line adds it to its Trainer; elsewhere pass ``Trainer(plugins=[WholeCheckpointIO()])``. URLs such as
-    ``s3://…`` are left to Lightning.
+    The command line and, in any fit, the callback ``Checkpoints`` put it in the place of Lightning's own; else pass
+    ``Trainer(plugins=[WholeCheckpointIO()])``. URLs such as ``s3://…`` are left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -59,3 +60,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
         checkpoint = load_checkpoint(Path(path), mmap=False)
         check_states(checkpoint, str(path))
         return checkpoint
+
+
+def write_whole(trainer: L.Trainer) -> None:
+    """Let ``trainer`` write and read checkpoints by :class:`WholeCheckpointIO`, unless another plugin was chosen.
+
+    Lightning's own moves a file from the folder for temporary files, and where that is on another disk, it writes
+    through the link ``last.ckpt`` into the checkpoint that the link leads to.
+    """
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeCheckpointIO()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning import Trainer
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,7 +21,7 @@ from leap_pl.callbacks import (
     ValidationTimes,
 )
 from leap_pl.callbacks.lightning_internals import found_by_lightning
-from leap_pl.checkpoints.file import WholeCheckpointIO
+from leap_pl.checkpoints.file import write_whole
 from leap_pl.checkpoints.folder import check_folder_of
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.run_folder import Finished
@@ -184,8 +183,7 @@ class LeapCLI(ResumableCLI):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
                 callback.force, callback.last = self.force, self.last
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        write_whole(trainer)
         return trainer
 
 

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_model
 
+from leap_pl import LeapModule
 from leap_pl.callbacks import StepProgress, progress, report, sparsity
 from leap_pl.callbacks.density_picture import draw_densities
 from leap_pl.cli.main import main
@@ -94,6 +95,20 @@ def test_the_figures_of_a_line_of_progress(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(progress.time, "monotonic", lambda: 10.0)
     line._print(SimpleNamespace(global_step=3, max_steps=6), module)  # type: ignore[arg-type]
     assert capsys.readouterr().err == "step 3 of 6, 00:15 left: loss/lm 2.000, density 0.500, at 3\n"
+
+
+def test_progress_is_of_every_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of one that the end of an epoch ends, amid its micro-batches; and of none twice."""
+    monkeypatch.setattr(progress, "SECONDS_A_LINE", 0.0)
+    monkeypatch.setattr(progress, "_values", lambda module: "values")
+    line, run = StepProgress(), SimpleNamespace(global_step=0, max_steps=3, accumulate_grad_batches=8)
+    module = object.__new__(LeapModule)
+    line.on_train_start(run, module)  # type: ignore[arg-type]
+    for step, micro_batch in ((0, 0), (1, 1), (1, 0), (2, 1), (2, 0), (3, 1)):  # an epoch is two micro-batches
+        run.global_step = step
+        line.on_train_batch_end(run, module, None, None, micro_batch)  # type: ignore[arg-type]
+    said = capsys.readouterr().err
+    assert [text.split(",")[0].split(":")[0] for text in said.splitlines()] == [f"step {n} of 3" for n in (1, 2, 3)]
 
 
 def test_tensorboard_opens_on_what_decides(finished: Run) -> None:

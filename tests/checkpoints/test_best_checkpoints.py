@@ -1,5 +1,7 @@
 """Checkpoints that are kept by a metric, or not written at all; links to them, and what a run says of them."""
 
+import errno
+import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -377,6 +379,34 @@ def test_a_checkpoint_amid_a_step_of_other_data_says_what_it_lacks(
         with pytest.warns(UserWarning, match="of the middle of an optimizer step"), pytest.raises(SystemExit):
             run.fit(Learner(), Own())
     warn_once.cache_clear()
+
+
+def plain_trainer(saving: Checkpoints, **settings: Any) -> Trainer:
+    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(callbacks=[saving], accelerator="cpu", max_epochs=-1, **quiet, **settings)
+
+
+def test_a_program_keeps_its_best_where_temporary_files_are_on_another_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning moves a file there by copying, which follows the link to the best."""
+
+    def another_disk(source: Any, target: Any, **_: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "rename", another_disk)
+    saving = Checkpoints(str(tmp_path), monitor="step", mode="min", save_top_k=1, every_n_train_steps=1)
+    plain_trainer(saving, max_steps=3).fit(Learner(), Own())
+    steps = {path.name: torch.load(path, weights_only=True)["global_step"] for path in sorted(tmp_path.glob("*.ckpt"))}
+    assert steps == {"last.ckpt": 3, "step=1.ckpt": 1}
+
+
+@pytest.mark.parametrize("accumulated", [3, 16])
+def test_a_step_that_an_epoch_ends_is_saved(tmp_path: Path, accumulated: int) -> None:
+    """Of text of eight batches, which begins again: the last of them ends a step, however few there were."""
+    saving = Checkpoints(str(tmp_path), save_top_k=-1, every_n_train_steps=1)
+    plain_trainer(saving, max_steps=4, accumulate_grad_batches=accumulated).fit(Learner(), Own())
+    assert {path.name for path in tmp_path.glob("step*")} == {f"step={step}.ckpt" for step in range(1, 5)}
 
 
 def test_a_url_is_refused_from_python() -> None:
