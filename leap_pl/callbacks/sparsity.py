@@ -14,7 +14,7 @@ from torch import Tensor
 from leap_pl.callbacks.density_picture import draw_densities
 from leap_pl.distributed.shards import gathered
 from leap_pl.gates import FixedGate
-from leap_pl.inputs.ranges import check_numbers
+from leap_pl.inputs.ranges import check_numbers, check_whole
 from leap_pl.losses.objective import TOTAL
 from leap_pl.masks.patterns import has_form
 from leap_pl.masks.weight_groups import shares, split_name, sums
@@ -96,10 +96,15 @@ class SparsityLogger(L.Callback):
             histogram_every_n_steps: Optimizer steps between histograms, and between pictures of the density.
             samples: Number of logits in the whole model from which hard metrics and histograms are estimated.
         """
-        numbers = {"every_n_steps": every_n_steps, "histogram_every_n_steps": histogram_every_n_steps}
-        check_numbers({**numbers, "samples": samples}, "sparsity_log.")
-        self.every_n_steps, self.histogram_every_n_steps = every_n_steps, histogram_every_n_steps
-        self.samples = samples
+        numbers = {
+            "every_n_steps": every_n_steps,
+            "histogram_every_n_steps": histogram_every_n_steps,
+            "samples": samples,
+        }
+        check_numbers(numbers, "sparsity_log.")
+        check_whole(numbers, "sparsity_log.")
+        self.every_n_steps, self.histogram_every_n_steps = int(every_n_steps), int(histogram_every_n_steps)
+        self.samples = int(samples)
         self.stride = 1  # set when a run starts
         self.prior_bits: dict[str, Tensor] = {}
         self.last_bits: dict[str, Tensor] = {}

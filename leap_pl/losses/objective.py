@@ -100,7 +100,13 @@ class Objective:
                 reason = "is that of another term" if name in names else "is not an identifier"
                 raise UserError(f"objective.extra: the name of {kind} is {display(name)}, which {reason}. Set another.")
             names.add(name)
-            check_numbers({"weight": term.weight}, "model.objective.extra.", f"objective.extra: {kind}.")
+            weight = getattr(term, "weight", None)
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise UserError(
+                    f"objective.extra: the weight of {kind} is {display(weight)}; give a number, as "
+                    "super().__init__(weight) in its own __init__ does."
+                )
+            check_numbers({"weight": weight}, "model.objective.extra.", f"objective.extra: {kind}.")
 
     def terms(self) -> tuple[Term, ...]:
         """Return the terms in the order in which they are added."""

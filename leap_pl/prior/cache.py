@@ -22,7 +22,7 @@ from leap_pl.escape import terminal
 from leap_pl.files import atomic_file
 from leap_pl.files.tensor_file import write_tensors
 from leap_pl.inputs.paths import expanded
-from leap_pl.inputs.register import release_input
+from leap_pl.inputs.register import exists, release_input
 from leap_pl.masks import MaskSet
 from leap_pl.masks.patterns import Pattern, Unstructured
 from leap_pl.oneshot.fisher import FisherOptions, whole_model_batch
@@ -241,7 +241,7 @@ def _save(mask: MaskSet, path: Path, key: str) -> None:
 
 
 def _cached(path: Path, key: str, model: "PreTrainedModel", weights: Mapping[str, Weight]) -> MaskSet | None:
-    if not path.exists():
+    if not exists(path):
         return None
     release_input(path)
     try:
@@ -265,7 +265,7 @@ def _other_key(found: Any) -> str:
 
 
 def _cached_squares(path: Path, key: str, weights: Mapping[str, Weight]) -> dict[str, Tensor] | None:
-    if not path.exists():
+    if not exists(path):
         return None
     try:
         with safe_open(path, framework="pt") as file:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leap_pl.sparse.building import has_kernels
@@ -70,6 +71,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input`` (…, in) times the weight, plus the bias: (…, out)."""
+        if self.typed.dtype not in FLOATS:
+            return F.linear(input, self.weight, self.bias)
         return linear(input, self.bitmap, self.values, self.starts, self.scale, self.in_features, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from leap_pl import LeapModule, TextDataModule
+from leap_pl import LeapModule, TextDataModule, UserError
 from leap_pl.callbacks import SparsityLogger
 from leap_pl.callbacks.sparsity import spread_stride
 from leap_pl.gates import Gates
@@ -40,6 +40,16 @@ def finished_at_70(
         )
     assert log.stride == 1
     return module, log
+
+
+def test_counts_are_whole_numbers() -> None:
+    """Before a model is loaded, and a prior made."""
+    log = SparsityLogger(every_n_steps=2.0, samples=1e6)  # type: ignore[arg-type]
+    assert (log.every_n_steps, log.samples) == (2, 1_000_000)
+    assert isinstance(log.samples, int)
+    for name in ("every_n_steps", "histogram_every_n_steps", "samples"):
+        with pytest.raises(UserError, match=rf"sparsity_log\.{name} is 10\.5; give a whole number"):
+            SparsityLogger(**{name: 10.5})  # type: ignore[arg-type]
 
 
 def test_densities_are_of_the_mask_and_of_the_target(finished_at_70: tuple[LeapModule, SparsityLogger]) -> None:

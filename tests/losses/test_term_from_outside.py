@@ -327,3 +327,21 @@ def test_names_that_no_term_may_have(name: Any) -> None:
 def test_what_is_no_list_of_terms(extra: Any) -> None:
     with pytest.raises(UserError, match=r"objective.extra (is|holds) .*; give "):
         Objective(extra=extra)
+
+
+class Weighted(Term):
+    name = "weighted"
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+    def value(self, batch: MicroBatch) -> Tensor:
+        return batch.hidden.sum()
+
+
+@pytest.mark.parametrize("attributes", [{}, {"weight": None}, {"weight": "0.5"}, {"weight": True}])
+def test_a_term_without_a_number_for_its_weight_is_refused(attributes: dict[str, Any]) -> None:
+    found = re.escape(repr(attributes.get("weight")))
+    with pytest.raises(UserError, match=rf"the weight of Weighted is {found}; give a number, as super\(\)"):
+        Objective(extra=[Weighted(**attributes)])
+    Objective(extra=[Weighted(weight=2)])

@@ -137,6 +137,27 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: 
     assert make(None).masks
 
 
+def test_a_cache_that_may_not_be_searched_costs_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exists, folder = Path.exists, tmp_path / "of-root"
+
+    def denied(path: Path, **options: bool) -> bool:
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", denied)
+    with caplog.at_level(logging.WARNING):
+        masks = make(folder)
+    (said,) = caplog.messages
+    assert "not cached" in said
+    assert masks.digest_of_bits() == make(None).digest_of_bits()
+    weights = find_weights(model := tiny_model())
+    assert prior_module._cached_squares(folder / "a.safetensors", "key", weights) is None
+    assert prior_module._cached(folder / "a.safetensors", "key", model, weights) is None
+
+
 def test_sequences_longer_than_the_model_are_refused() -> None:
     with pytest.raises(UserError, match="128 tokens"):
         make(None, data=Data(seq_length=200))

@@ -29,6 +29,13 @@ def test_it_is_a_linear_layer() -> None:
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_type_that_the_kernels_have_not_is_multiplied_dense(int8: bool) -> None:
+    layer, x = packed_linear(int8=int8).double(), torch.randn(3, 72, dtype=torch.float64)
+    assert layer.weight.dtype == torch.float64
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
 @pytest.mark.parametrize("rows", [4, 40])  # multiplied packed, and unpacked
 @pytest.mark.parametrize("int8", [False, True])
 def test_gradients_are_those_of_the_dense_weight(rows: int, int8: bool) -> None:
