@@ -185,10 +185,11 @@ def prune_command(
         config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
         check_sequence_length(config, seq_length, model, "--seq_length")
         try:
-            local = TextSource.open(text, text_column=text_column).is_local
+            source = TextSource.open(text, text_column=text_column)
         except UserError as error:  # which names the options of fit
             raise UserError(for_options(str(error), PARAMETERS)) from error
-        if local:
+        of_files = source.record_of_files(text)
+        if source.is_local:
             of_hub = {"config_name": config_name, "split": split}
             check_used(of_hub, prune_command, True, "they choose a part of a hub dataset, and the text is local")
     allocated = None if fisher is None else _fisher(fisher, fisher_rows if asked.by_row else 0.0)
@@ -254,7 +255,7 @@ def prune_command(
         )
         data: dict[str, Any] = {"text": text, "config_name": config_name, "split": split, "separator": separator}
         data |= {"seed": seed, **begun} | ({} if text_column == "text" else {"text_column": text_column})
-        data = data if uses_text else {}
+        data = {**data, **of_files} if uses_text else {}
         masks = pruned.masks
         made: dict[str, Any] = dict(masks.provenance.config)
         if kept_mask is None:
@@ -311,8 +312,8 @@ def _write(
     from leap_pl.inputs.records import MASK, RECORD
 
     pruned.masks.save(folder / MASK)
-    errors = json.dumps({"layer_error": pruned.errors, "damping": pruned.dampings, "unseen": pruned.unseen}, indent=1)
-    (folder / "errors.json").write_text(errors, encoding="utf-8")
+    errors = plain({"layer_error": pruned.errors, "damping": pruned.dampings, "unseen": pruned.unseen})
+    (folder / "errors.json").write_text(json.dumps(errors, indent=1), encoding="utf-8")
     if updated is not None:
         updated.save_pretrained(folder / "model")
         write_index(folder / "model")

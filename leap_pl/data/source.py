@@ -18,6 +18,7 @@ from leap_pl.inputs.reading import check_regular
 from leap_pl.inputs.register import note_input
 
 MOST_TRIED = 1000  # files whose first documents are read before a run
+MOST_RECORDED = 1000  # files that a record lists
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _OTHER_FILES = (".csv", ".tsv", ".zip", ".gz", ".zst", ".bz2", ".xz", ".arrow", ".md", ".html", ".xml", ".pdf")
 
@@ -89,6 +90,18 @@ class TextSource:
     def files(self) -> set[Path]:
         """Return the real paths of the files of a local text; none for one from the hub."""
         return {file.resolve() for file in self.shards.files} if isinstance(self.shards, LocalFiles) else set()
+
+    def record_of_files(self, text: str | Sequence[str]) -> dict[str, list[str]]:
+        """Return what a record of ``text`` needs beside its name: ``files``, the names of those that patterns matched.
+
+        Which documents of a file are held out depends on its number among them. Empty where the names are those of
+        ``text`` itself, and for more files than a record should list.
+        """
+        names = [text] if isinstance(text, str | os.PathLike) else text
+        named = not any(glob.has_magic(name) and not expanded(name).is_file() for name in map(os.fspath, names))
+        if named or not isinstance(self.shards, LocalFiles) or len(self.shards) > MOST_RECORDED:
+            return {}
+        return {"files": [file.name for file in self.shards.files]}
 
     @classmethod
     def open(

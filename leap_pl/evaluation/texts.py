@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -136,8 +137,8 @@ def check_held_out(name: str, config: Any) -> None:
     text to calibrate on as of one to train on.
 
     Raises:
-        UserError: A run was trained on the whole file, or held out other documents of it. A file that no longer exists
-            is compared by its name.
+        UserError: A run was trained on the whole file, or held out other documents of it, or it is not known which. A
+            file that no longer exists is compared by its name.
     """
     if not isinstance(config, dict):
         return
@@ -154,29 +155,62 @@ def check_held_out(name: str, config: Any) -> None:
         return
     trained, whole = data.get("text"), data.get("validation_text") or data.get("held_out") is False
     names = [one for one in ([trained] if isinstance(trained, str) else trained or ()) if isinstance(one, str)]
-    places: list[Path | str] = []  # files in the order of that run, and names of what is not there
-    for one in names:
-        places += _files(one) or [Path(one).name]
-    moved = (place for place, one in enumerate(places) if isinstance(one, str) and glob.has_magic(one))
-    known = next(moved, len(places))  # how many files a pattern named, nobody knows
+    places = _places(names, data.get("files"))
+    known = next((number for number, one in enumerate(places) if one.is_pattern), len(places))
     for number, file in enumerate(_files(name)):
-        place = next((place for place, one in enumerate(places) if _is_same(file, one)), None)
-        if place is not None and whole:
+        found = [place for place, one in enumerate(places) if one.may_be(file)]
+        if found and whole:
             raise UserError(
                 f"--share held_out: the run that made this mask held out no part of {Path(name).name}, so all of it "
                 "was trained on. Measure on another text."
             )
-        by_number = file.suffix.lower() != ".txt"  # whose last part is held out, whatever its number
-        if place is not None and place != number and place < known and by_number:
+        if not found or file.suffix.lower() == ".txt":  # whose last part is held out, whatever its number
+            continue
+        if found[0] >= known:
             raise UserError(
-                f"--share held_out: {file.name} was file {place + 1} of {len(places)} of the text of the run that made "
-                "this mask, which held out other documents of it than those of the file alone. Measure on another text."
+                f"--share held_out: the run that made this mask read {places[known].name}, and which of its files "
+                f"{file.name} was is not known, nor which documents of it were held out. Measure on another text."
+            )
+        other = [place for place in found if place < known and place != number]
+        if other:
+            raise UserError(
+                f"--share held_out: {file.name} was file {other[0] + 1} of {len(places)} of the text of the run that "
+                "made this mask, which held out other documents of it than those of the file alone. Measure on another "
+                "text."
             )
 
 
-def _is_same(file: Path, other: Path | str) -> bool:
-    """Return whether ``file`` is the ``other`` file, or has its name or pattern."""
-    return fnmatch(file.name, other) if isinstance(other, str) else file.samefile(other)
+@dataclass(frozen=True)
+class _Place:
+    """A file of a run's text, or what is known of files that are not there.
+
+    Attributes:
+        file: The file, if it is there.
+        name: Its name, or the pattern that it matched.
+        is_pattern: Whether ``name`` is a pattern, of nobody knows how many files.
+    """
+
+    file: Path | None
+    name: str
+    is_pattern: bool = False
+
+    def may_be(self, file: Path) -> bool:
+        """Return whether ``file`` is this one, or has its name or pattern."""
+        if self.file is not None:
+            return file.samefile(self.file)
+        return fnmatch(file.name, Path(self.name).name) if self.is_pattern else file.name == self.name
+
+
+def _places(names: Sequence[str], recorded: Any) -> list[_Place]:
+    """Return the files of a run's text in its order: of ``names``, and ``recorded`` where patterns match others now."""
+    places: list[_Place] = []
+    for name in names:
+        there = [_Place(file, file.name) for file in _files(name)]
+        pattern = glob.has_magic(name)
+        places += there or [_Place(None, name if pattern else Path(name).name, pattern)]
+    if isinstance(recorded, list) and recorded != [place.name for place in places]:
+        return [_Place(None, str(name)) for name in recorded]
+    return places
 
 
 def _files(name: str) -> list[Path]:

@@ -12,7 +12,18 @@ from leap_pl.inputs.plain_values import read_plain_json
 from leap_pl.masks.mask_set import BEFORE, SPARSE_BASE, STAYED, TRAINED
 
 # Keys by which one-shot pruning records its text.
-OF_TEXT = ("text", "text_column", "config_name", "split", "separator", "seed", "sequences", "seq_length", "bos")
+OF_TEXT = (
+    "text",
+    "files",
+    "text_column",
+    "config_name",
+    "split",
+    "separator",
+    "seed",
+    "sequences",
+    "seq_length",
+    "bos",
+)
 
 
 def texts_of_weights(name: str | Path, *, revision: str | None = None) -> list[dict[str, Any]]:

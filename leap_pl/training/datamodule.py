@@ -382,7 +382,7 @@ class TextDataModule(LightningDataModule):
         settings |= {name: getattr(self, name) for name, usual in of_text.items() if getattr(self, name) != usual}
         if self.validation_text is None and not self.validation_sequences:
             settings["held_out"] = False
-        return settings
+        return settings | ({} if self._stream is None else self._stream.source.record_of_files(self.text))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume after the last batch that was trained on; do nothing if the trainer does not fit.

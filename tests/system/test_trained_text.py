@@ -8,6 +8,7 @@ from conftest import Run, fit_flags, refused
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
 from leap_pl.evaluation.texts import check_held_out
+from leap_pl.masks import MaskSet
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -66,14 +67,47 @@ def test_what_a_mask_tells_of_its_text(tmp_path: Path) -> None:
                 check_held_out(str(one), config)
     for config in (
         {"data": {"text": [str(one), str(two)]}},
-        {"data": {"text": "/elsewhere/*.jsonl"}},  # which was any number of files
-        {"data": {"text": ["/elsewhere/t*.jsonl", str(one)]}},
+        {"data": {"text": "/elsewhere/t*.jsonl"}},  # which is another text
+        {"data": {"text": "/elsewhere/*.jsonl", "files": ["one.jsonl", "two.jsonl"]}},
+        {"data": {"text": str(tmp_path / "*.jsonl"), "files": ["one.jsonl", "two.jsonl"]}},
         {"data": {"text": "some/dataset"}},
         {"text": "some/dataset", "weight_update": {"text": [str(one), str(two)]}},
         {},
     ):
         check_held_out(str(one), config)
     check_held_out(str(lines), {"data": {"text": [str(two), str(lines)]}})  # its last part, whatever its number
+    check_held_out(str(lines), {"data": {"text": "/elsewhere/*.txt"}})
+    # A pattern was any number of files, of which nobody knows which this is; with their names it is known.
+    for texts in ("/elsewhere/*.jsonl", ["/elsewhere/t*.jsonl", str(one)], "/a*/one.jsonl"):
+        with pytest.raises(UserError, match=r"this mask read /.*, and which of its files one\.jsonl was is not kno"):
+            check_held_out(str(one), {"data": {"text": texts}})
+    earlier = {"data": {"text": str(tmp_path / "*.jsonl"), "files": ["a.jsonl", "one.jsonl"]}}
+    with pytest.raises(UserError, match=r"one\.jsonl was file 2 of 2 of the text of the run"):
+        check_held_out(str(one), earlier)
+    with pytest.raises(UserError, match=r"one\.jsonl was file 2 of 2"):  # which of two, nobody knows
+        check_held_out(str(one), {"data": {"text": "/elsewhere/*/one.jsonl", "files": ["one.jsonl"] * 2}})
+
+
+def test_a_run_records_which_files_its_patterns_matched(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that a mask whose text is not where it was is measured on what its run held out, or not at all."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("a", "b"):
+        (texts / f"{name}.jsonl").write_text(text_file.read_text())
+    main(fit_flags(model_folder, texts / "*.jsonl", tmp_path / "run", "--trainer.max_steps=1"))
+    mask = tmp_path / "run" / "checkpoints" / "mask.safetensors"
+    words = [f"--text={texts / '*.jsonl'}", "--seq_length=32", "--sequences=2", f"--output_dir={tmp_path / 'out'}"]
+    main(["prune", f"--model={model_folder}", *words])
+    of_run = MaskSet.load(mask).provenance.config["data"]
+    of_prune = MaskSet.load(tmp_path / "out" / "mask.safetensors").provenance.config
+    assert of_run["files"] == of_prune["files"] == ["a.jsonl", "b.jsonl"]
+    (texts / "b.jsonl").rename(tmp_path / "b.jsonl")
+    (texts / "a.jsonl").unlink()
+    for made in (mask, tmp_path / "out"):
+        measured = ["evaluate", f"--mask={made}", "--seq_length=16", "--max_tokens=64", "--share=held_out"]
+        assert "b.jsonl was file 2 of 2" in refused([*measured, f"--perplexity={tmp_path / 'b.jsonl'}"], capsys)
 
 
 def test_the_calibration_text_of_a_mask_of_prune(
