@@ -4,6 +4,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 an
 """
 
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -24,6 +25,7 @@ _ALIGNMENT = 32
 # Type of a value → its struct format; strings and lists have a length prefix.
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _LIST = 8, 9
+_PLAIN = {0: "float32", 1: "float16", 30: "bfloat16"}  # kinds of tensors that are not quantised
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ class GgufFile:
     Attributes:
         metadata: Key → value; a list is represented by the kind and number of its items: ``(kind, number)``.
         stored: Tensors, with shapes in PyTorch's order.
+        plain: Name of the floating-point type that most weights of decoder blocks are stored in; None if quantised.
     """
 
     metadata: Mapping[str, Any]
     stored: StoredWeights
+    plain: str | None = None
 
 
 def read_structure(path: Path) -> GgufFile:
@@ -89,6 +93,7 @@ class _Reader:
             raise _DamagedError(f"its alignment is {alignment!r}")
         shapes: dict[str, tuple[int, ...]] = {}
         extents = []
+        weights: Counter[int] = Counter()  # by kind
         for _ in range(tensors):
             name, shape, kind, offset = self._tensor()
             if name in shapes:
@@ -96,9 +101,12 @@ class _Reader:
             if offset % alignment:
                 raise _DamagedError(f"the tensor {name[:60]!r} is not aligned")
             shapes[name] = shape
+            if name.startswith("blk.") and len(shape) > 1:
+                weights[kind] += prod(shape)
             extents.append((offset, _length(name, shape, kind), name))
         self._check_extents(extents, -(-self.at // alignment) * alignment)
-        return GgufFile(metadata, StoredWeights(shapes))
+        plain = [kind for kind, count in weights.items() if kind in _PLAIN and 2 * count > weights.total()]
+        return GgufFile(metadata, StoredWeights(shapes), _PLAIN[plain[0]] if plain else None)
 
     def _check_extents(self, extents: list[tuple[int, int, str]], start: int) -> None:
         end = 0

@@ -10,7 +10,7 @@ import torch
 from leap_pl.base_model.backbone import disable_rescaling
 from leap_pl.base_model.config import is_packed_config, left_out, load_config
 from leap_pl.base_model.model_sizes import check_skeleton
-from leap_pl.base_model.place import locate, reading, stored_weights
+from leap_pl.base_model.place import locate, reading, stored_dtype, stored_weights
 from leap_pl.base_model.weights import STORED, decoder_blocks, model_fingerprint
 from leap_pl.errors import UserError, listing, warn_once
 from leap_pl.inputs.plain_values import shown
@@ -39,7 +39,8 @@ def load_model(
     Args:
         name: Hub id, local folder, or local GGUF file (its quantised blocks are dequantised to ``dtype``).
         revision: Branch, tag or commit on the hub; None is the latest.
-        dtype: Data type of the weights; ``auto`` is the one they are stored in (bfloat16 for a GGUF file).
+        dtype: Data type of the weights; ``auto`` is the one they are stored in, bfloat16 for a GGUF file that is
+            quantised.
         dropout: False sets every dropout probability of the model to 0. Learning a mask of frozen weights needs
             this, since the dense teacher must be deterministic.
         memory: Form in memory of weights that are packed in the files (leap_pl.sparse): dense, packed, or whichever
@@ -84,7 +85,7 @@ def _load(
                 raise _quantised(name, getattr(config, "quantization_config", None))
             _check_complete(found, model, name, plain=not dequantised)
         else:
-            resolved = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+            resolved = getattr(torch, stored_dtype(folder, gguf_file) if dtype == "auto" else dtype)
             quantised, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 gguf_file=gguf_file,

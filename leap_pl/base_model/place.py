@@ -138,6 +138,11 @@ def stored_weights(folder: str, gguf_file: str | None) -> StoredWeights | None:
     return read_shapes(Path(folder)) if Path(folder).is_dir() else None
 
 
+def stored_dtype(folder: str, gguf_file: str) -> str:
+    """Return the name of the data type in which a GGUF file stores its decoder blocks; bfloat16 if quantised."""
+    return _structure(folder, gguf_file).plain or "bfloat16"
+
+
 def _structure(folder: str, gguf_file: str) -> GgufFile:
     path = Path(folder) / gguf_file
     found = path.stat()

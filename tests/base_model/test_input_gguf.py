@@ -161,3 +161,28 @@ def test_a_quantised_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(UserError, match="ends after the file"):
         read_structure(file)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "mixed"])
+def test_a_gguf_file_that_is_not_quantised_is_read_in_its_type(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit; norms are always float32 there, as the few matrices of a router are."""
+    add, kinds = gguf.GGUFWriter.add_tensor, gguf.GGMLQuantizationType
+
+    def stored(self: gguf.GGUFWriter, name: str, tensor: Any) -> None:
+        plain = tensor.ndim == 1 or kind == "F32" or (kind == "mixed" and not name.endswith("ffn_up.weight"))
+        if plain and kind == "mixed" and tensor.ndim > 1:
+            return add(self, name, tensor.astype("float16"))
+        as_kind = kinds.F32 if plain else kinds.F32 if kind == "mixed" else kinds[kind]
+        data = tensor if as_kind == kinds.F32 else gguf.quants.quantize(tensor, as_kind)
+        return add(self, name, data, raw_dtype=as_kind)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", stored)
+    file = tiny_gguf(tmp_path / "tiny.gguf")
+    model, dense = load_model(str(file)), tiny_model()
+    dtype = {"F32": torch.float32, "BF16": torch.bfloat16}.get(kind, torch.float16)
+    assert model.dtype == dtype
+    found, expected = (each.model.layers[0].mlp.down_proj.weight for each in (model, dense))
+    assert torch.equal(found, expected.to(dtype))
+    assert load_model(str(file), dtype="bfloat16").dtype == torch.bfloat16
