@@ -62,8 +62,13 @@ def say(text: Any, file: TextIO | None = None, *, lines: bool = False) -> None:
         lines: Keep line breaks.
     """
     file = sys.stdout if file is None else file
+    shown = terminal(text, lines=lines)
     try:
-        print(terminal(text, lines=lines), file=file, flush=True)  # a process that is killed takes no line away
+        try:
+            print(shown, file=file, flush=True)  # a process that is killed takes no line away
+        except UnicodeEncodeError:  # in a locale that is not UTF-8
+            encoding = file.encoding
+            print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
     except BrokenPipeError:
         discard(file)
 

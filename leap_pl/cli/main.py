@@ -1,6 +1,7 @@
 """Command line ``leap_pl``: the table of verbs, each a command or a run of the Lightning trainer."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -152,6 +153,9 @@ def console() -> None:
 
     Ctrl-C ends the process with one line and status 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # help, which argparse prints, in a locale that is not UTF-8
+            stream.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # a file needs no redraws; read when tqdm is imported
     try:

@@ -101,7 +101,7 @@ def continue_prompt(
             attention_mask=torch.ones_like(ids),
             generation_config=settings,
             streamer=clock,
-            logits_processor=[_checked],
+            logits_processor=[finite],
         )
     new = made[0, ids.shape[1] :]
     times = clock.times[1:]  # the first is that of the prompt
@@ -114,15 +114,15 @@ def continue_prompt(
     )
 
 
-def _checked(ids: Tensor, scores: Tensor) -> Tensor:
-    """Return ``scores``, the logits of the next token.
+def finite(ids: Tensor, scores: Tensor) -> Tensor:
+    """Return ``scores``, the logits of the token after ``ids``: a logits processor of transformers.
 
     Raises:
         UserError: One is NaN, of which the most likely token would be the first of the vocabulary.
     """
     if bool(scores.isnan().any()):
         raise UserError(
-            "the model's logits are not finite. Generate in another precision (--dtype float32), or check the weights."
+            "the model's logits are not finite. Use another precision (--dtype float32), or check the weights."
         )
     return scores
 

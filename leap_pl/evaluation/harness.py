@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from leap_pl.base_model.prefix import without_suffix
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
 from leap_pl.errors import UserError, warn_once
 from leap_pl.evaluation.answers import SharedPrefixes
+from leap_pl.evaluation.generation import finite
 from leap_pl.evaluation.prefix_rows import Answer
 from leap_pl.inputs.plain_values import shown
 
@@ -87,6 +89,15 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc, unused-ignore]
         finally:
             self._rolling = False
         return found
+
+    def _model_generate(self, *words: Any, **options: Any) -> Tensor:
+        """Return the prompts and what the model continues them with.
+
+        Raises:
+            UserError: Its logits are not finite.
+        """
+        made: Tensor = super()._model_generate(*words, **options, logits_processor=[finite])
+        return made
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None

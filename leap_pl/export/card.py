@@ -48,6 +48,7 @@ def card_of(
     format: Format = "huggingface",
     hub_id: str | None = None,
     licence: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """Return the model card, as Markdown: what the export is, how to use it, figures, how it was made, and citation.
 
@@ -60,13 +61,14 @@ def card_of(
         format: Format of the export.
         hub_id: Repository that it will be published in, for the lines that load it.
         licence: Licence of the base model (:func:`leap_pl.base_model.licence.licence_of`).
+        trust_remote_code: Whether the model needs code that comes with it.
     """
     alone = format == "mask"
     sections = [
         _metadata(masks, alone, licence or {}),
         f"# {'Mask of ' if alone else ''}{markdown(_base_name(masks))}, {facts['sparsity']:.0%} sparse",
         _summary(masks, facts, format),
-        usage(masks, facts, format, hub_id or "USER/NAME"),
+        usage(masks, facts, format, hub_id or "USER/NAME", trust_remote_code=trust_remote_code),
         _perplexities(masks.provenance.config, facts),
         _making(masks, facts),
         "## Licence",

@@ -111,6 +111,7 @@ def export_model(
                 weights.apply_(base, masks)
             elif TRAINED in masks.provenance.config:
                 raise ValueError("weights were trained under these masks: pass them as weights")
+        own_code = trust_remote_code and bool(getattr(base.config, "auto_map", None))
         if hub_id is not None:
             masks, known = without_paths(masks), shortened(known)
         facts = facts_of(masks, _zeros_kept(masks, base)) | known
@@ -135,7 +136,7 @@ def export_model(
             _verify(folder, masks, kept_digests, trust_remote_code)
         (folder / records.RECORD).write_text(json.dumps(plain(facts), indent=2) + "\n", encoding="utf-8")
         licence = {} if format == "mask" else licence_of(model, revision=revision)
-        card = card_of(masks, facts, format=format, hub_id=hub_id, licence=licence)
+        card = card_of(masks, facts, format=format, hub_id=hub_id, licence=licence, trust_remote_code=own_code)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return facts
 

@@ -17,7 +17,8 @@ _MODEL = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = "{name}"  # or the path of the folder
-tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(name{code})
+model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{code})
 tokens = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=32)
 print(tokenizer.decode(tokens[0]))"""
 
@@ -26,11 +27,15 @@ from leap_pl import MaskSet
 from transformers import AutoModelForCausalLM
 
 masks = MaskSet.load("{name}")  # or the path of {file}
-model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
+model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto"{code})
 masks.apply_(model)"""
 
+_RUNS_CODE = "The model comes with Python code of its own, which these lines run: read it first."
 
-def usage(masks: "MaskSet", facts: Mapping[str, Any], format: Format, name: str) -> str:
+
+def usage(
+    masks: "MaskSet", facts: Mapping[str, Any], format: Format, name: str, *, trust_remote_code: bool = False
+) -> str:
     """Return the section of a model card with the lines of Python that load the export, as Markdown.
 
     Args:
@@ -38,10 +43,12 @@ def usage(masks: "MaskSet", facts: Mapping[str, Any], format: Format, name: str)
         facts: Contents of its ``leap_pl.json``.
         format: Format of the export.
         name: Repository of the hub that the lines name.
+        trust_remote_code: Whether the model needs code that comes with it.
     """
+    own = ", trust_remote_code=True" if trust_remote_code else ""
     if format == "mask":
         before = "With `pip install leap_pl`:"
-        code = _MASK.format(name=name, file=MASK, base=_arguments(masks.provenance))
+        code = _MASK.format(name=name, file=MASK, base=_arguments(masks.provenance), code=own)
         length = decisive_settings(masks.provenance).get(BLOCK_LENGTH, "")
         windows = f" --seq_length {length}" if length.isdecimal() else ""
         after = [
@@ -55,10 +62,11 @@ def usage(masks: "MaskSet", facts: Mapping[str, Any], format: Format, name: str)
             f"dense {packed['dense_bytes_per_weight']:g}. They need leap_pl (`pip install leap_pl`), which is imported "
             "first:"
         )
-        code = "import leap_pl\n" + _MODEL.format(name=name)
+        code = "import leap_pl\n" + _MODEL.format(name=name, code=own)
         after = ["`leap_pl export --model FOLDER --output_dir OTHER` makes a folder that transformers loads alone."]
     else:
-        before, code, after = "With `pip install transformers`:", _MODEL.format(name=name), []
+        before, code, after = "With `pip install transformers`:", _MODEL.format(name=name, code=own), []
+    after += [_RUNS_CODE] if trust_remote_code else []
     return "\n\n".join(["## Use", before, f"```python\n{code}\n```", *after])
 
 

@@ -246,6 +246,18 @@ def test_logits_that_are_no_numbers_are_no_answers() -> None:
         lm._loglikelihood_tokens(question(1, 7, [3, 1, 5]), disable_tqdm=True)
 
 
+def test_logits_that_are_not_finite_continue_no_prompt() -> None:
+    """Their most likely token would be the first of the vocabulary."""
+    model, more = tiny_model(vocab_size=257), {"until": ["x"], "max_gen_toks": 2, "do_sample": False}
+    lm = PrefixSharingLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1)
+    request = Instance("generate_until", {}, ("a question", more), 0)
+    assert len(lm.generate_until([request])) == 1
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(UserError, match="the model's logits are not finite"):
+        lm.generate_until([request])
+
+
 def test_flash_attention_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads such a mask as indices, and on a GPU nothing works after that."""
     model = tiny_model()

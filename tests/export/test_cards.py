@@ -297,3 +297,29 @@ def test_shares_of_layers_and_projections_are_sparsities(model_folder: Path, tmp
     assert facts["sparsity_by_projection"]["mlp.up_proj"] == pytest.approx(removed("mlp.up_proj"))
     assert removed("mlp.up_proj") < 0.4
     assert re.search(r"\| mlp\.up_proj \| 0\.[23]", (tmp_path / "out" / "README.md").read_text())
+
+
+CODE = """
+from transformers import LlamaForCausalLM
+
+
+class Mine(LlamaForCausalLM):
+    pass
+"""
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+@pytest.mark.parametrize("format", ["huggingface", "mask"])
+def test_the_lines_that_load_a_model_with_code_of_its_own_say_so(format: Any, trusted: bool, tmp_path: Path) -> None:
+    """Unless the code was not run, and is not in what was written."""
+    base = tiny_folder(tmp_path / "base")
+    prune_command(str(base), str(tmp_path / "pruned"), method="magnitude")
+    (base / "modeling_mine.py").write_text(CODE)
+    config = json.loads((base / "config.json").read_text())
+    named = {"auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}
+    (base / "config.json").write_text(json.dumps(config | named))
+    words = {"mask": str(tmp_path / "pruned"), "model": str(base), "format": format, "trust_remote_code": trusted}
+    export_command(str(tmp_path / "out"), **words)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ('dtype="auto", trust_remote_code=True)' in card) == trusted
+    assert ("code of its own, which these lines run: read it first" in card) == trusted

@@ -1,6 +1,8 @@
 """Names from outside are shown as text: on the terminal, in the page, in Markdown and in the model card."""
 
+import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from made_results import result
 import leap_pl
 from leap_pl.cli import main as cli
 from leap_pl.cli.compare import compare_command
-from leap_pl.escape import html, markdown, markdown_code, terminal
+from leap_pl.escape import html, markdown, markdown_code, say, terminal
 from leap_pl.masks import MaskSet
 
 EVIL = "\x1b]0;evil\x07<script>alert(1)</script>![](http://x)`|$_*\u202e\n# title\r\u2028"
@@ -113,6 +115,23 @@ for number in range(3):
         sys.stdin.readline()  # until the reader has closed its end
 open(sys.argv[1], "w").write("went on")
 """
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"\u2212 1 \xb1 2"), ("latin-1", "\\u2212 1 \xb1 2")])
+def test_what_the_encoding_of_a_stream_has_not_is_written_out(encoding: str, shown: str) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    say("\u2212 1 \xb1 2", stream)
+    assert stream.buffer.getvalue().decode(encoding) == shown + "\n"  # type: ignore[attr-defined]
+
+
+def test_a_terminal_that_is_not_utf_8_ends_nothing(evil_results: list[str], tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    comparison = ["compare", f"--results={json.dumps(evil_results)}", f"--output_dir={tmp_path / 'out'}"]
+    for words in (["fit", "--help"], ["prune", "--help"], comparison):
+        command = [sys.executable, "-m", "leap_pl", *words]
+        done = subprocess.run(command, capture_output=True, env=environment, timeout=300, check=False)
+        assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr.decode()
+        assert done.stdout.isascii()
 
 
 def test_a_reader_that_wants_no_more_ends_nothing(tmp_path: Path) -> None:
