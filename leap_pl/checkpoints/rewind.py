@@ -10,7 +10,9 @@ This is the only module that knows the names of Lightning's loops in a checkpoin
 names, the checkpoint is left as Lightning made it: a run resumes from it too, but within a step not bit for bit.
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_pl.errors import UserError, warn_once
@@ -48,6 +50,27 @@ def rewind(trainer: "L.Trainer", checkpoint: dict[str, Any]) -> None:
     before = data.state_before_step()
     if before is not None:
         checkpoint[type(data).__qualname__] = before
+
+
+def check_position(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Check that a run can go on from ``checkpoint``: it has a place in its run, and the states of its optimizer.
+
+    Lightning begins a run anew where they are missing, from the mask that was learned.
+
+    Raises:
+        UserError: It has not.
+    """
+    lacks = []
+    if checkpoint.get("global_step") and "loops" not in checkpoint:
+        lacks.append("place in its run")
+    if "state_dict" in checkpoint:  # a sharded run has states of its own
+        lacks += [] if checkpoint.get("optimizer_states") else ["states of its optimizer"]
+        lacks += [] if "lr_schedulers" in checkpoint else ["state of its schedule"]
+    if lacks:
+        raise UserError(
+            f"{path} holds a mask, and no {' or '.join(lacks)}: it was not written by a run that learns, or not as a "
+            "whole. Resume from another checkpoint; leap_pl export takes the mask from this one."
+        )
 
 
 def batch_counts(checkpoint: dict[str, Any]) -> list[dict[str, int]]:

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    XLAStrategy,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -47,7 +53,8 @@ def sharding_mesh(trainer: "L.Trainer | None") -> DeviceMesh | None:
                 "tensor_parallel_size: 1."
             )
         return mesh["data_parallel"]
-    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    others = isinstance(strategy, DeepSpeedStrategy | XLAStrategy)  # to Lightning, kinds of DDP
+    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not others:
         return None
     raise UserError(
         f"{type(strategy).__name__} does not work with gates. Use --trainer.strategy ddp, or ModelParallelStrategy "

@@ -39,8 +39,13 @@ def _divides(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether ``optimizer`` divides gradients by its ``grad_scale``."""
     if isinstance(optimizer, PackedAdamW):
         return True
-    fused = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and optimizer.defaults.get("fused")
-    return bool(fused) and all(group.get("fused") for group in optimizer.param_groups)
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or not optimizer.defaults.get("fused"):
+        return False
+    # Elsewhere, as on Apple's GPUs before torch 2.13, a fused step may not read it.
+    return all(
+        group.get("fused") and all(parameter.device.type in ("cpu", "cuda") for parameter in group["params"])
+        for group in optimizer.param_groups
+    )
 
 
 def check_clipping(trainer: "L.Trainer", optimizer: torch.optim.Optimizer, logits_dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from leap_pl.checkpoints import layout as checkpoints
 from leap_pl.checkpoints.folder import check_before_loading, not_one_file
 from leap_pl.checkpoints.identity import KEY, Identity, check_same, read_identity
 from leap_pl.checkpoints.plain import made_plain
-from leap_pl.checkpoints.rewind import rewind
+from leap_pl.checkpoints.rewind import check_position, rewind
 from leap_pl.checkpoints.settings import MASK_SETTINGS, Settings, check_settings, comparable, settings_to_store
 from leap_pl.distributed.shards import copy_part_
 from leap_pl.distributed.strategy import check_as_rank_zero, data_rank, saves_shards
@@ -168,6 +168,7 @@ class ResumableModule(GatedModule):
         here = self.learned_with()
         self._take_name_of_mask(identity, stored, here)
         if fitting:
+            check_position(checkpoint, path)
             check_state(checkpoint, path, trainer.strategy)
             run_settings.check_data_state(checkpoint, data)
             here |= run_settings.of_trainer(trainer, data) | run_settings.dtype_of_earlier(stored, here, trainer)
@@ -296,6 +297,8 @@ class ResumableModule(GatedModule):
         if isinstance(checkpoint.get("callbacks"), dict):
             checkpoint["callbacks"] = dict(checkpoint["callbacks"])
             _hold_plain(checkpoint["callbacks"], "callbacks > ")
+        if isinstance(loop := checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict"), dict):
+            _hold_plain(loop, "loops > ")  # loaders of one's own may have a state
         _hold_plain(checkpoint)
         rewind(self.trainer, checkpoint)
         if saves_shards(self.attached):
@@ -330,11 +333,13 @@ class ResumableModule(GatedModule):
         check_same(found, self.identity())
         self.validation.read(found.dense_perplexity, found.dense_perplexity_of, found.settings)
         if self._fitting():
+            self.validation.start = None  # a report that was stored has it
             if self.run_prior.resumed is None:
                 # A Trainer without the command line: the path is known only now, after the prior was made.
                 made, origin = self.run_prior.masks, Path(self.trainer.ckpt_path or "")
                 make = (lambda _: made) if self.trainer.is_global_zero else None
                 self.run_prior.resume(found, origin, self.gates, make)
+            run_settings.check_ranks_of_loaders(checkpoint, found.ranks, self.identity().ranks)
             checkpoints.count_for_ranks(checkpoint, found, self.identity())
             if self.mesh is None:  # a sharded run takes the states by name
                 names = {id(parameter): name for name, parameter in self.named_parameters()}

@@ -59,12 +59,37 @@ def check_data_state(checkpoint: Mapping[str, Any], data: Any) -> None:
     name = type(data).__qualname__
     if not isinstance(data, TextDataModule) or name in checkpoint or not checkpoint.get("global_step"):
         return
-    states = [key for key, state in checkpoint.items() if isinstance(state, Mapping) and state.keys() >= OF_POSITION]
+    states = _positions(checkpoint)
     made = f"that of {listing([shown(key, 200) for key in states])}" if states else "none: its run had its own batches"
     raise UserError(
         f"the checkpoint has no position in the text of {name}, but {made}. Resume with the data that the run was made "
         "with, a class of that name, or start a new run without a checkpoint."
     )
+
+
+def check_ranks_of_loaders(checkpoint: Mapping[str, Any], before: int | None, ranks: int | None) -> None:
+    """Check that a run with loaders of its own resumes on as many ranks as before.
+
+    How many batches of theirs make a step, and which a rank has read, is known of :class:`.TextDataModule` alone.
+
+    Args:
+        checkpoint: Contents of the checkpoint.
+        before: Number of ranks of its run; None if it is not known.
+        ranks: Number of ranks of this run.
+
+    Raises:
+        UserError: It does not.
+    """
+    if None not in (before, ranks) and before != ranks and checkpoint.get("global_step") and not _positions(checkpoint):
+        raise UserError(
+            f"the run had loaders of its own, and {before} as its number of ranks, which is {ranks} now: which batches "
+            "come next is not known. Resume on as many ranks."
+        )
+
+
+def _positions(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Return the keys of positions in a text."""
+    return [key for key, state in checkpoint.items() if isinstance(state, Mapping) and state.keys() >= OF_POSITION]
 
 
 def _kinds(names: Mapping[str, Any], base: type) -> dict[str, Any]:

@@ -99,7 +99,8 @@ class ValidatedModule(ResumableModule):
             with self.trainer.precision_plugin.val_step_context():
                 for input_ids in self.validation.batches:
                     self._measure("dense", input_ids)
-        hard, dense = (measured.value for measured in self.validation.finish(total, self.global_step, of))
+        finished = self.validation.finish(total, self.global_step, of, fitting=self._fitting())
+        hard, dense = (measured.value for measured in finished)
         # Already equal on all ranks; without sync_dist Lightning warns.
         self.log("perplexity/dense", dense, sync_dist=True, logger=not self._fitting())
         # In a fit Lightning would log nothing before the first step, at which the curves begin, and a constant epoch.

@@ -163,19 +163,22 @@ class Validation(nn.Module):
                 total[WORDS:] += torch.tensor([1, len(ids_L)], device="cpu")
         return total
 
-    def finish(self, total: Tensor, step: int, of: Mapping[str, str]) -> tuple[Measured, Measured]:
+    def finish(
+        self, total: Tensor, step: int, of: Mapping[str, str], *, fitting: bool = True
+    ) -> tuple[Measured, Measured]:
         """Finish a validation, and return the perplexities of the hard mask and the dense model over all ranks.
 
         Args:
             total: Sum of :meth:`measured_tokens` over all ranks.
             step: Completed optimizer steps.
             of: Other conditions of the measurements: ``fingerprint``, ``dtype``, ``precision``.
+            fitting: Whether a fit validates: step 0 of another trainer is no start, but of whatever was learned.
         """
         conditions = describe_sequences(total) | dict(of)
         self.hard, self.hard_step = Measured(float(self.hard_metric.compute()), **conditions), step
         if self.dense is None:
             self.dense = Measured(float(self.dense_metric.compute()), **conditions)
-        if step == 0:
+        if step == 0 and fitting:
             self.start = self.hard
         self.batches = []
         return self.hard, self.dense

@@ -19,7 +19,7 @@ import pytest
 import torch
 from hostile_files import Trap
 from lightning import Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
 from rank_programs import ALL_TERMS, CLIP, SGD, failure, four_ranks, two_ranks
 from ranks import run_ranks
 from scaled_runs import BRIEF, Place, learn, sharded
@@ -128,6 +128,9 @@ def test_other_strategies_are_refused() -> None:
     assert sharding_mesh(None) is None
     with pytest.raises(UserError, match=r"FSDPStrategy does not work with gates\. Use --trainer\.strategy ddp"):
         sharding_mesh(SimpleNamespace(strategy=FSDPStrategy()))
+    for kind in (DeepSpeedStrategy, XLAStrategy):  # to Lightning, kinds of DDP; their packages are not installed
+        with pytest.raises(UserError, match=rf"{kind.__name__} does not work with gates\."):
+            sharding_mesh(SimpleNamespace(strategy=kind.__new__(kind)))
 
 
 def test_a_walk_that_changes_nothing_puts_the_tensors_back() -> None:

@@ -74,3 +74,17 @@ def test_no_pass_over_the_gradients_is_taken(make) -> None:
     kept = [parameter.grad.clone() for parameter in ours]
     clip_by_norm(make(ours), ours, 0.1, nn.utils.get_total_norm(kept))
     assert all(torch.equal(parameter.grad, before) for parameter, before in zip(ours, kept, strict=True))
+
+
+def test_where_a_fused_step_may_not_read_a_scale_gradients_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Apple's GPUs before torch 2.13."""
+    ours, theirs = pair(0, 10.0)
+    optimizer = torch.optim.AdamW(ours, fused=True, **ADAM)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in ours])
+    monkeypatch.setattr(nn.Parameter, "device", torch.device("mps"))
+    clip_by_norm(optimizer, ours, 1.0, norm)
+    monkeypatch.undo()
+    assert getattr(optimizer, "grad_scale", None) is None
+    nn.utils.clip_grad_norm_(theirs, 1.0)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)

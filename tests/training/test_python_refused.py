@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.weights import model_fingerprint
-from leap_pl.callbacks import MaskExport
+from leap_pl.callbacks import Checkpoints, MaskExport
 from leap_pl.checkpoints.class_spec import describe
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.plain import made_plain
@@ -31,6 +31,7 @@ from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import Term
 from leap_pl.oneshot.prune import prune
 from leap_pl.prior import Prior
+from leap_pl.training import run_settings
 from leap_pl.training.trainer_checks import check_trainer
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -306,3 +307,44 @@ def test_arguments_that_constructors_pass_on_are_settings_too(
     loaded = LeapModule.load_from_checkpoint(tmp_path / "a.ckpt", gate=partial(Passing, power=3.0, spread=0.02))
     assert loaded.gates.first.settings() == module.gates.first.settings()
     assert module.gates.first.settings()["spread"] == 0.02
+
+
+class Stateful(DataLoader):  # type: ignore[type-arg]
+    """As a loader that remembers its place, in an array."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": np.zeros(2)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError
+
+
+def test_a_loader_whose_state_no_checkpoint_can_hold_begins_anew(model_folder: Path, tmp_path: Path) -> None:
+    """And the run goes on where it was."""
+    warn_once.cache_clear()
+    blocks: Any = [{"input_ids": torch.arange(16)}] * 4
+
+    def made() -> LeapModule:
+        return LeapModule(str(model_folder), dtype="float32", prior=Prior(method="none"))
+
+    saved = Checkpoints(str(tmp_path), every_n_train_steps=1, save_top_k=-1)
+    with pytest.warns(UserWarning, match=r"cannot hold loops > combined_loader.*resumed run begins it anew"):
+        trainer(saved, max_steps=3).fit(made(), Stateful(blocks, batch_size=1))
+    run = trainer(max_steps=3)
+    run.fit(made(), Stateful(blocks, batch_size=1), ckpt_path=str(tmp_path / "step=2.ckpt"))
+    assert run.global_step == 3
+    assert run.fit_loop.epoch_loop.total_batch_idx == 2
+    warn_once.cache_clear()
+
+
+def test_loaders_of_ones_own_resume_on_as_many_ranks() -> None:
+    """Of a text the place is that of all ranks together."""
+    own = {"global_step": 4, "loops": {}}
+    for ranks in (1, 3):
+        with pytest.raises(UserError, match=rf"loaders of its own, and 2 as its number of ranks, which is {ranks} now"):
+            run_settings.check_ranks_of_loaders(own, 2, ranks)
+    run_settings.check_ranks_of_loaders(own, 2, 2)
+    run_settings.check_ranks_of_loaders(own, None, 2)
+    run_settings.check_ranks_of_loaders({**own, "global_step": 0}, 1, 2)
+    text = {"data": {}, "consumed": 3, "position": None}
+    run_settings.check_ranks_of_loaders({**own, "TextDataModule": text}, 2, 1)

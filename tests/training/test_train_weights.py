@@ -207,6 +207,24 @@ def test_python_trains_what_the_command_line_trains(
     assert loaded.mask_set().provenance.method == "leap"
 
 
+def test_weights_that_a_later_trainer_has_rounded_are_not_saved(
+    finished_run: Run, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Lightning converts a module for good, to measure it in another precision."""
+    module = LeapModule(str(model_folder), dtype="float32", mask=str(finished_run.mask), train_weights="kept")
+    text = TextDataModule(str(model_folder), str(text_file), seq_length=32, batch_size=2, validation_sequences=4)
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    L.Trainer(max_steps=1, accelerator="cpu", **options).fit(module, text)
+    places = tmp_path / "weights.safetensors", tmp_path / "mask.safetensors"
+    module.save_mask(places[1])
+    module.save_weights(*places)
+    places[0].unlink()
+    L.Trainer(accelerator="cpu", precision="bf16-true", **options).validate(module, text, verbose=False)
+    with pytest.raises(UserError, match=r"were trained in float32, and a later trainer has converted .* to bfloat16"):
+        module.save_weights(*places)
+    assert not places[0].exists()
+
+
 def test_the_default_rate_is_small_under_a_learned_mask(finished_run: Run, model_folder: Path, tmp_path: Path) -> None:
     prune_command(str(model_folder), str(tmp_path), method="magnitude")
     rates = {str(finished_run.mask): 2e-5, str(tmp_path): 2e-4, None: 2e-4}

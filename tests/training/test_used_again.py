@@ -72,6 +72,49 @@ def test_a_used_module_and_trainer_resume(module: LeapModule, text_file: Path, t
         assert torch.equal(gate.logits, learned[name])
 
 
+def test_a_checkpoint_without_its_place_in_a_run_is_no_start(
+    module: LeapModule, text_file: Path, tmp_path: Path
+) -> None:
+    """Of a trainer that only validated, or of weights alone: a run would begin anew, from the mask that was learned."""
+    text, first = data(text_file), tmp_path / "first.ckpt"
+    run = trainer(max_steps=2)
+    run.fit(module, text)
+    run.save_checkpoint(first)
+    measured = trainer()
+    loaded = LeapModule.load_from_checkpoint(first)
+    measured.validate(loaded, text, ckpt_path=str(first), verbose=False)
+    measured.save_checkpoint(tmp_path / "validated.ckpt")
+    run.save_checkpoint(tmp_path / "alone.ckpt", weights_only=True)
+    stored = torch.load(first, weights_only=True)
+    for part in ("loops", "lr_schedulers"):
+        torch.save({name: value for name, value in stored.items() if name != part}, tmp_path / f"{part}.ckpt")
+    lacks = {
+        "validated": r"no states of its optimizer: it",
+        "alone": r"no states of its optimizer or state of its schedule: it",
+        "loops": r"no place in its run: it was not written by a run that learns",
+        "lr_schedulers": r"no state of its schedule: it",
+    }
+    for name, says in lacks.items():
+        path = str(tmp_path / f"{name}.ckpt")
+        with pytest.raises(UserError, match=says):
+            trainer(max_steps=2).fit(again(module), text, ckpt_path=path)
+        assert masks_from_checkpoint(path).digest_of_bits() == module.mask_set().digest_of_bits()
+    trainer(max_steps=2).fit(again(module), text, ckpt_path=str(first))
+
+
+def test_a_validation_of_a_learned_mask_is_not_that_of_the_prior(
+    module: LeapModule, text_file: Path, tmp_path: Path
+) -> None:
+    saved = Checkpoints(str(tmp_path), every_n_train_steps=1, save_top_k=-1)
+    trainer(saved, max_steps=2).fit(module, text := data(text_file))
+    (first,) = tmp_path.glob("*step=1*.ckpt")
+    resumed = LeapModule.load_from_checkpoint(first)
+    trainer().validate(resumed, text, ckpt_path=str(first), verbose=False)
+    assert {"hard", "dense"} == resumed.validation.figures().keys()
+    trainer(max_steps=2).fit(resumed, text, ckpt_path=str(first))
+    assert "prior" not in resumed.validation.figures()
+
+
 def test_a_copy_runs_its_own_model(module: LeapModule, text_file: Path) -> None:
     trainer(max_steps=1).fit(module, data(text_file))
     ids = torch.arange(24).view(1, -1)
