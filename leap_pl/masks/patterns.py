@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from leap_pl.errors import UserError
@@ -75,7 +76,7 @@ class NM:
     @property
     def sparsity(self) -> float:
         """Return the sparsity, removed over all."""
-        return 1 - self.n / self.m
+        return (self.m - self.n) / self.m
 
     def kept(self, size: int) -> int:
         """Return the number of kept inputs of a group of ``size`` ≤ m."""
@@ -150,12 +151,11 @@ def has_form(recorded: str, form: str) -> bool:
 
 def _in_full_tiles(mask_OI: Tensor, size: int) -> Tensor:
     """Return a bool tensor that is True in the tiles that are kept as a whole."""
-    full = torch.zeros_like(mask_OI)
-    for rows in range(0, mask_OI.shape[-2], size):
-        for columns in range(0, mask_OI.shape[-1], size):
-            place = (..., slice(rows, rows + size), slice(columns, columns + size))
-            full[place] = mask_OI[place].flatten(-2).all(-1)[..., None, None]
-    return full
+    rows, columns = mask_OI.shape[-2:]
+    padded = F.pad(mask_OI, (0, -columns % size, 0, -rows % size), value=True)
+    tiles = padded.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # (…, row of tiles, row, tile, column)
+    full = tiles.all(-1, keepdim=True).all(-3, keepdim=True).expand_as(tiles)
+    return full.flatten(-4, -3).flatten(-2, -1)[..., :rows, :columns]
 
 
 def parse_pattern(text: str | None, sparsity: float) -> Pattern:

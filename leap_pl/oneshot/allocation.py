@@ -54,7 +54,7 @@ def read_layer_sparsities(source: str | Path | Sequence[float]) -> list[float]:
             text = read.decode("utf-8").strip()
             numbers = json.loads(text) if text.startswith("[") else text.split()
             sparsities = [float(number) for number in numbers]
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError, OverflowError) as error:
             raise UserError(
                 f"{path} does not hold layer sparsities ({error}). Give a JSON list or a text file, with one number "
                 "for each decoder block."

@@ -1,5 +1,6 @@
 """Settings of the one-shot methods. Torch is not imported, so that ``--help`` starts fast."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -29,10 +30,18 @@ class SparseGPTOptions(MethodOptions):
         damping: Value added to the Hessian's diagonal, as a fraction of the diagonal's mean.
         block_size: Number of columns whose mask is chosen together, and after which the columns to the right are
             updated in one product. For N:M it is rounded down to whole groups.
+
+    Raises:
+        UserError: ``block_size`` is below 1, or ``damping`` below 0 or infinite.
     """
 
     damping: float = 0.01
     block_size: int = 128
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "damping")
+        if self.block_size < 1:
+            raise UserError(f"SparseGPTOptions: block_size is {self.block_size}; give 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class AdmmOptions(MethodOptions):
             sparsity.
 
     Raises:
-        UserError: ``mask_iterations`` is not from 1 to ``iterations``.
+        UserError: ``mask_iterations`` is not from 1 to ``iterations``, or another number is below 0 or infinite.
     """
 
     ridge: float = 0.1
@@ -56,6 +65,7 @@ class AdmmOptions(MethodOptions):
     mask_iterations: int = 15
 
     def __post_init__(self) -> None:
+        _check_shares(self, "ridge", "rho")
         if not 1 <= self.mask_iterations <= self.iterations:
             raise UserError(
                 f"AdmmOptions: mask_iterations is {self.mask_iterations}, and iterations {self.iterations}; give 1 to "
@@ -72,3 +82,15 @@ class AdmmOptions(MethodOptions):
     def damping(self) -> float:
         """Return the ridge, under the name that all methods share."""
         return self.ridge
+
+
+def _check_shares(options: MethodOptions, *names: str) -> None:
+    """Check that each of these numbers is 0 or more, and finite.
+
+    Raises:
+        UserError: One is not.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if not 0 <= value < math.inf:
+            raise UserError(f"{type(options).__name__}: {name} is {value}; give 0 or more.")

@@ -122,6 +122,8 @@ def prune(
     fisher = FisherOptions(fisher) if isinstance(fisher, int | float) else fisher
     weights = dict(weights) if weights is not None else find_weights(model)
     asked = method_named(method)
+    if fisher is not None and not asked.by_row:  # it would be recorded, and no weights compete within a row
+        fisher = replace(fisher, row_strength=0.0)
     allocation = {"--layer_sparsity": layer_sparsity, "--owl": owl, "--fisher": fisher}
     given = [flag for flag, value in allocation.items() if value is not None]
     check_blocks(method, blocks_NT, given)
@@ -267,6 +269,12 @@ class _Run:
             place_OI = matrix.view(matrix.weight.parameter)
             if solution.weight is not dense_OI:
                 place_OI.copy_(solution.weight)
+                if not bool(torch.isfinite(place_OI).all()):
+                    kind = str(place_OI.dtype).removeprefix("torch.")
+                    raise UserError(
+                        f"{matrix.name}: the method gives it weights that are too large for {kind}. Load the model in "
+                        "another --dtype, bfloat16 or float32."
+                    )
             # Zeros by assignment, not by a product: kept weights that the method did not change keep every bit.
             place_OI.masked_fill_(~solution.mask, 0)
             if found is not None:

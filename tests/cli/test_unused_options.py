@@ -49,6 +49,12 @@ def test_a_default_that_is_typed_counts(
     assert says in failing(capsys, prune_words(model_folder, text_file, tmp_path, *words))
 
 
+def test_the_sparsity_of_a_pattern_may_be_typed_beside_it(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    words = ["--pattern=7:10", "--sparsity=0.3", "--method=magnitude"]
+    main(prune_words(model_folder, text_file, tmp_path, *words))
+    assert MaskSet.load(tmp_path / "out" / "mask.safetensors").provenance.sparsity == 0.3
+
+
 def test_a_default_in_a_config_does_not(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """--print_config writes all of them."""
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"sparsity": 0.5, "fisher_rows": 0.25, "pattern": None}))

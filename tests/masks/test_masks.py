@@ -20,8 +20,10 @@ from tiny import FAMILIES, tiny_model
 
 from leap_pl.base_model.weights import find_weights, model_fingerprint
 from leap_pl.errors import UserError
+from leap_pl.masks import patterns
 from leap_pl.masks.bits import PackedMasks, count, pack
 from leap_pl.masks.mask_set import MaskSet, Provenance, installed_versions
+from leap_pl.masks.patterns import NM
 from leap_pl.masks.weight_groups import split_name
 
 ORIGIN = Provenance(
@@ -473,3 +475,21 @@ def test_numbers_of_other_packages_are_numbers(half: Any, tmp_path: Path) -> Non
     MaskSet(dict(llama_mask().masks), made).save(tmp_path / "m")
     read = MaskSet.load(tmp_path / "m").provenance
     assert (read.sparsity, read.config) == (0.5, {"data": {"seq_length": 32}, "rate": 0.5, "list": "[0 1]"})
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (9, 13), (3, 5), (2, 8, 12)])
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
+def test_full_tiles_are_those_of_a_loop_over_them(shape: tuple[int, ...], size: int) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.9
+    mask[..., :4, :4] = True
+    expected = torch.zeros_like(mask)
+    for rows in range(0, shape[-2], size):
+        for columns in range(0, shape[-1], size):
+            place = (..., slice(rows, rows + size), slice(columns, columns + size))
+            expected[place] = mask[place].flatten(-2).all(-1)[..., None, None]
+    assert torch.equal(patterns._in_full_tiles(mask, size), expected)
+    assert expected.any() or size > 4
+
+
+def test_sparsities_of_patterns_are_as_they_are_typed() -> None:
+    assert [NM(n, m).sparsity for n, m in ((2, 4), (7, 10), (4, 5), (9, 10), (11, 20))] == [0.5, 0.3, 0.2, 0.1, 0.45]

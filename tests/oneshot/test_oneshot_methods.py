@@ -1,5 +1,7 @@
 """The one-shot methods as pure functions, against derivations of their own in float64."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -262,6 +264,17 @@ def test_settings_of_admm_by_its_options() -> None:
     for wrong in ({"iterations": 5}, {"mask_iterations": 0}):  # its schedule would end before the sparsity
         with pytest.raises(UserError, match=r"mask_iterations is (15|0), and iterations (5|20)"):
             AdmmOptions(**wrong)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_settings_out_of_their_range_are_refused(value: float) -> None:
+    """A block of -1 columns would prune nothing."""
+    for kind, name in ((SparseGPTOptions, "damping"), (AdmmOptions, "ridge"), (AdmmOptions, "rho")):
+        with pytest.raises(UserError, match=rf"{kind.__name__}: {name} is {value}; give 0 or more"):
+            kind(**{name: value})
+    for size in (0, -1):
+        with pytest.raises(UserError, match=rf"block_size is {size}; give 1 or more"):
+            SparseGPTOptions(block_size=size)
 
 
 def test_weights_of_inputs_that_are_always_zero_are_kept_as_they_are() -> None:

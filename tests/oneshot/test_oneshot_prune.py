@@ -150,6 +150,22 @@ def test_half_precision_models(method: str, dtype: torch.dtype) -> None:
     assert all(p.dtype == dtype and torch.isfinite(p).all() for p in model.parameters())
 
 
+def test_weights_that_the_data_type_cannot_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the last block too, after which nothing reads them."""
+    real = _Run._solve
+
+    def huge(self: Any, matrix: Any, dense_OI: torch.Tensor, *given: Any) -> Any:
+        found = real(self, matrix, dense_OI, *given)
+        last = ".layers.1.mlp.down_proj" in matrix.name
+        return found._replace(weight=torch.full_like(dense_OI, 1e5)) if last else found
+
+    monkeypatch.setattr(_Run, "_solve", huge)
+    model = tiny_model("llama").half()
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj.*too large for float16\. Load the model in"):
+        prune(model, tokens(), method="sparsegpt", pattern=0.5, progress=False)
+    prune(tiny_model("llama").bfloat16(), tokens(), method="sparsegpt", pattern=0.5, progress=False)
+
+
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
 def test_dead_and_huge_inputs_and_few_tokens(method: str) -> None:
     model = tiny_model("llama")
@@ -273,7 +289,7 @@ def test_owl_gives_less_sparsity_where_there_are_outliers() -> None:
     assert pruned.masks.sparsity == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("text", ["", "[0.5, 1.5]", "a b", '[{"a": 1}]', "0.5 -0.1"])
+@pytest.mark.parametrize("text", ["", "[0.5, 1.5]", "a b", '[{"a": 1}]', "0.5 -0.1", f"[{10**400}]"])
 def test_nonsense_sparsities_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "s").write_text(text)
     with pytest.raises(UserError):
