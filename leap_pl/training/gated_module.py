@@ -418,17 +418,7 @@ class GatedModule(L.LightningModule):
         """Write the trained weights, with exact zeros where ``mask`` removes them, beside the MaskSet file ``mask``.
 
         All ranks must call this, after :meth:`save_mask` has written ``mask``; rank zero writes the file.
-
-        Raises:
-            UserError: A later trainer has rounded the base model, in whose data type they are written.
         """
-        was = None if self.finished is None else self.finished.settings.get("dtype")
-        now = None if self.model is None else str(self.model.dtype).removeprefix("torch.")
-        if None not in (was, now) and was != now:
-            raise UserError(
-                f"the weights were trained in {was}, and a later trainer has converted the model to {now}. Save them "
-                "before, or from LeapModule.load_from_checkpoint of the run's checkpoint."
-            )
         self.trained.save(path, mask, self._hard_mask, writes=self._writes())
 
     def _hard_mask(self, name: str) -> Tensor:

@@ -234,6 +234,21 @@ class ResumableModule(GatedModule):
             )
         self.finished, self._learns_in = self.identity(), None
 
+    def save_weights(self, path: str | Path, mask: str | Path) -> None:
+        """Write the trained weights; see :meth:`.GatedModule.save_weights`.
+
+        Raises:
+            UserError: A later trainer has rounded the base model, in whose data type they are written.
+        """
+        was = None if self.finished is None else self.finished.settings.get("dtype")
+        now = None if self.model is None else str(self.model.dtype).removeprefix("torch.")
+        if None not in (was, now) and was != now:
+            raise UserError(
+                f"the weights were trained in {was}, and a later trainer has converted the model to {now}. Save them "
+                "before, or from LeapModule.load_from_checkpoint of the run's checkpoint."
+            )
+        super().save_weights(path, mask)
+
     def hold_identity(self) -> None:
         """Hold the identity of a fit that has begun to learn, or was resumed, as it is now."""
         resumed = self._fitting() and self.trainer.ckpt_path is not None and self.trainer.global_step > 0

@@ -19,7 +19,8 @@ import pytest
 import torch
 from hostile_files import Trap
 from lightning import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from rank_programs import ALL_TERMS, CLIP, SGD, failure, four_ranks, two_ranks
 from ranks import run_ranks
 from scaled_runs import BRIEF, Place, learn, sharded
