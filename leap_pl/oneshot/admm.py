@@ -14,6 +14,7 @@ def admm_prune(weight_OI: Tensor, hessian_II: Tensor, pattern: Pattern, options:
     Minimises ‖XW'ᵀ − XWᵀ‖² over W' with the pattern's zeros. With XX = Σ x xᵀ scaled to unit diagonal by
     n_j = sqrt(XX_jj), W ← W·n, and the ridge λ on the diagonal (towards the dense weights), each iteration
     does Z = (W + U) ⊙ mask; U += W − Z; W = (XY + ρ(Z − U))·(XX + ρI)⁻¹, XY being the dense W times XX.
+    Inputs with less than a hundredth of the median's energy have a larger ridge, RARE·median(XX_jj)/XX_jj − 1 more.
     Iteration k of the first K = ``mask_iterations`` chooses the mask by the highest |W + U|, unstructured
     over the whole matrix at the sparsity s − s(1 − k/K)³, which grows to s. The result is Z/n.
 
@@ -65,20 +66,31 @@ def admm_update(weight_OI: Tensor, hessian_II: Tensor, mask_OI: Tensor, options:
     return with_damping(solve, options.ridge)
 
 
+# Share of the median input's energy below which weights are held to the dense ones by more than the ridge. In the
+# scaled problem every input counts alike: weights of one that the text hardly uses are fitted to noise, and are divided
+# by its tiny scale. Inputs above are solved as in the paper.
+RARE = 0.01
+MOST = 1e6  # of the added ridge, at which weights stay the dense ones
+
+
 class _Problem:
     """Scaled least-squares problem of one matrix, with its inverse precomputed."""
 
     def __init__(self, weight_OI: Tensor, hessian_II: Tensor, ridge: float, rho: float) -> None:
         self.dense_OI, self.rho = weight_OI.float(), rho
-        scale_I = hessian_II.diagonal().float().clamp(min=0).sqrt()
+        energy_I = hessian_II.diagonal().float().clamp(min=0)
+        scale_I = energy_I.sqrt()
         self.dead_I = scale_I == 0
         self.scale_I = scale_I.masked_fill(self.dead_I, 1.0)
         scaled_II = hessian_II.float() / self.scale_I / self.scale_I[:, None]
         scaled_II.diagonal().masked_fill_(self.dead_I, 1.0)
         self.start_OI = (self.dense_OI * self.scale_I).masked_fill_(self.dead_I, 0)
+        used_I = energy_I[~self.dead_I]
+        rare_I = RARE * used_I.median() / energy_I - 1 if used_I.numel() else torch.zeros_like(energy_I)
+        ridge_I = ridge + rare_I.clamp(0, MOST).masked_fill(self.dead_I, 0)
         self.target_OI = self.start_OI @ scaled_II
-        self.target_OI += ridge * self.start_OI
-        scaled_II.diagonal().add_(ridge + rho)
+        self.target_OI += ridge_I * self.start_OI
+        scaled_II.diagonal().add_(ridge_I + rho)
         self.inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(scaled_II))
 
     def iterate(
