@@ -192,7 +192,7 @@ def test_settings_that_make_no_sense() -> None:
     gate = nm_gate((2, 12), 1, 3, spread=0.1, strength=2.0)
     assert gate.settings() == {"n": 1, "m": 3, "spread": 0.1, "strength": 2.0}
     gates = Gates.of({"w": gate})
-    assert gates.exact_sparsity(0.667) == 1 - 1 / 3
+    assert gates.exact_sparsity(0.667) == 2 / 3
     with pytest.raises(UserError, match=r"sparsity is 0.5, and 1:3 gates remove 0.666667. Set --model.sparsity 0.66"):
         gates.exact_sparsity(0.5)
 

@@ -219,7 +219,7 @@ def test_settings_that_make_no_sense() -> None:
     gate = tile_gate((8, 8))
     assert [Gates.of({"w": gate}).exact_sparsity(s) for s in (0.1, 0.45, 0.5)] == [0.1, 0.45, 0.5]
     thirds = Gates.of({"w": tile_gate((9, 9), n=1, m=3, tile=3)})
-    assert thirds.exact_sparsity(0.666667) == 1 - 1 / 3  # as the message for more of it advises
+    assert thirds.exact_sparsity(0.666667) == 2 / 3  # as the message for more of it advises
     with pytest.raises(UserError, match=r"dense or 2:4 remove 0.5 at most. Set --model.sparsity 0.5 or less"):
         Gates.of({"w": gate}).exact_sparsity(0.6)
 
