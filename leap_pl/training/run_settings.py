@@ -82,8 +82,8 @@ def check_ranks_of_loaders(checkpoint: Mapping[str, Any], before: int | None, ra
     """
     if None not in (before, ranks) and before != ranks and checkpoint.get("global_step") and not _positions(checkpoint):
         raise UserError(
-            f"the run had loaders of its own, and {before} as its number of ranks, which is {ranks} now: which batches "
-            "come next is not known. Resume on as many ranks."
+            f"the number of ranks was {before} and is {ranks}, and the run read loaders of its own: which batches come "
+            f"next is not known. Resume on {before}."
         )
 
 

@@ -341,7 +341,7 @@ def test_loaders_of_ones_own_resume_on_as_many_ranks() -> None:
     """Of a text the place is that of all ranks together."""
     own = {"global_step": 4, "loops": {}}
     for ranks in (1, 3):
-        with pytest.raises(UserError, match=rf"loaders of its own, and 2 as its number of ranks, which is {ranks} now"):
+        with pytest.raises(UserError, match=rf"number of ranks was 2 and is {ranks}, .* Resume on 2\."):
             run_settings.check_ranks_of_loaders(own, 2, ranks)
     run_settings.check_ranks_of_loaders(own, 2, 2)
     run_settings.check_ranks_of_loaders(own, None, 2)
