@@ -31,8 +31,10 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     if not trust_remote_code:
         _check_plain(name, config)
         _forget_code(config)
-    if gguf_file is not None and hasattr(config, "quantization_config"):
-        del config.quantization_config
+    if gguf_file is not None:
+        config.name_or_path = name
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
     return config
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
@@ -14,11 +15,13 @@ from leap_pl.base_model.gguf_structure import GgufFile, read_structure
 from leap_pl.base_model.model_sizes import check_settings
 from leap_pl.base_model.stored_weights import StoredWeights, check_sizes, read_settings, read_shapes
 from leap_pl.errors import UserError, is_out_of_memory, listing, one_line
-from leap_pl.inputs.hub import check_reachable, gated
+from leap_pl.inputs.hub import check_reachable, fetch_optional, gated
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import shown
 from leap_pl.inputs.records import mask_in
-from leap_pl.inputs.register import exists, note_input
+from leap_pl.inputs.register import exists, note_input, real_path
+
+_folders: dict[Path, TemporaryDirectory[str]] = {}  # GGUF file → the folder in which it is alone
 
 _CLEAR_ERRORS = OSError | ValueError | RuntimeError | SafetensorError  # messages that need no class name
 
@@ -46,6 +49,9 @@ def name_of_model(typed: str | None, recorded: str, *, trust_remote_code: bool) 
 def locate(name: str) -> tuple[str, str | None]:
     """Return the folder or hub id to pass to transformers, and the name of the GGUF file in it, if any.
 
+    A GGUF file is the whole model: its folder is one of this process, with the file alone. What lies beside the file,
+    such as a tokenizer, is of another model, and transformers would take it.
+
     Raises:
         UserError: ``name`` is a path, at which there is no model.
     """
@@ -54,7 +60,7 @@ def locate(name: str) -> tuple[str, str | None]:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise UserError(f"base model {name}: there is no such GGUF file. Give the path of one that exists.")
-        return str(path.parent), path.name
+        return _alone(real_path(path)), path.name
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
@@ -89,6 +95,15 @@ def locate(name: str) -> tuple[str, str | None]:
     return name, None
 
 
+def _alone(file: Path) -> str:
+    """Return a folder that lasts as long as this process, with only a link to ``file``."""
+    made = _folders.get(file)
+    if made is None or not Path(made.name, file.name).is_file():  # it may have been cleared as old
+        made = _folders[file] = TemporaryDirectory(prefix="leap_pl-gguf-", ignore_cleanup_errors=True)
+        Path(made.name, file.name).symlink_to(file)
+    return made.name
+
+
 def _instead(name: str) -> str:
     """Return what to type in place of the folder ``name``, in which there is no model itself."""
     if (expanded(name) / "model" / "config.json").is_file():  # as of prune, with a method that updates weights
@@ -107,9 +122,18 @@ def _looks_local(name: str) -> bool:
 
 
 def check_in_reach(folder: str, revision: str | None) -> None:
-    """Check that the hub answers, if ``folder`` is a hub id; raises the hub client's error if it does not."""
-    if not Path(folder).is_dir():
-        check_reachable(folder, revision=revision)
+    """Check that the hub answers, if ``folder`` is a hub id, and that the settings of the model there are plausible.
+
+    Raises:
+        UserError: They are not.
+        Exception: The hub client's error, if the hub does not answer.
+    """
+    if Path(folder).is_dir():
+        return
+    check_reachable(folder, revision=revision)
+    found = fetch_optional(folder, "config.json", revision)
+    if found is not None:
+        check_settings(read_settings(found.parent), None, folder)
 
 
 def check_description(name: str, folder: str, gguf_file: str | None) -> None:
@@ -144,7 +168,7 @@ def stored_dtype(folder: str, gguf_file: str) -> str:
 
 
 def _structure(folder: str, gguf_file: str) -> GgufFile:
-    path = Path(folder) / gguf_file
+    path = real_path(Path(folder) / gguf_file)  # which messages name, and not the link
     found = path.stat()
     return _structure_of(path, found.st_mtime_ns, found.st_size)
 

@@ -34,10 +34,12 @@ def load_tokenizer(
         has_none = tokens <= {found.unk_token_id} and not _words_of(found)
     if has_none:
         # transformers makes one of special tokens alone where the files of a vocabulary are missing.
-        raise UserError(
-            f"the tokenizer of {name} has no vocabulary. Put the files of the tokenizer, such as tokenizer.json, "
-            "beside the model."
-        )
+        remedy = "Put the files of the tokenizer, such as tokenizer.json, beside the model."
+        if gguf_file is not None:
+            remedy = "Give the model as a Hugging Face folder, with the files of its tokenizer."
+        raise UserError(f"the tokenizer of {name} has no vocabulary. {remedy}")
+    if gguf_file is not None:
+        found.name_or_path = name
     return found
 
 

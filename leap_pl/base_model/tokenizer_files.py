@@ -9,7 +9,7 @@ from typing import Any
 from leap_pl.errors import UserError
 from leap_pl.inputs.hub import is_hub_id, local_folder
 from leap_pl.inputs.paths import expanded
-from leap_pl.inputs.register import note_input
+from leap_pl.inputs.register import note_input, real_path
 
 SETTINGS, MERGES, SENTENCEPIECE = "tokenizer_config.json", "merges.txt", "tokenizer.model"
 VOCABULARIES = {"tokenizer.json", SENTENCEPIECE, "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
@@ -81,7 +81,7 @@ def check_links(model: str) -> None:
     homes = [home, Path(constants.HF_HUB_CACHE).resolve()]
     homes += [home.parents[1] / "blobs"] if home.parent.name == "snapshots" else []
     for file in sorted((*folder.iterdir(), *(folder / TEMPLATES).glob("*"))):
-        place = file.resolve()
+        place = real_path(file)
         own = file.suffix in WEIGHTS or file.is_dir() or any(place.is_relative_to(home) for home in homes)
         if not own:
             raise UserError(

@@ -160,6 +160,19 @@ def read_headers(files: Iterable[Path]) -> tuple[dict[str, Stored], Provenance |
     return found, provenance if found else None
 
 
+def names_in(files: Iterable[Path]) -> set[str]:
+    """Return the names of all tensors in ``files``.
+
+    Raises:
+        UserError: A file is truncated or damaged.
+    """
+    names: set[str] = set()
+    for file in files:
+        with damage_in_one_line(file, REMEDY), safe_open(file, framework="pt") as opened:
+            names |= {*opened.keys()}
+    return names
+
+
 def _metadata_of(file: Path, opened: Any) -> dict[str, str] | None:
     metadata: dict[str, str] = opened.metadata() or {}
     if metadata.get("packed_format") != FORMAT:

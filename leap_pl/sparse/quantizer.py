@@ -19,11 +19,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from leap_pl.base_model.stored_weights import BITMAP, PACKED_METHOD, SCALE
 from leap_pl.errors import UserError, warn_once
 from leap_pl.inputs.plain_values import shown
-from leap_pl.sparse.packed_file import FORMAT, FORMAT_VERSION, Stored, check_sums, read_headers
+from leap_pl.sparse.packed_file import FORMAT, FORMAT_VERSION, Stored, check_sums, names_in, read_headers
 from leap_pl.sparse.packed_linear import PackedLinear, worth_packing
 from leap_pl.sparse.packed_weight import FLOATS, PackedWeight
 
 MEMORY = ("auto", "packed", "dense")
+INITIALISED = "_is_hf_initialized"  # how transformers marks a module whose weights are not to be initialised
 
 
 @register_quantization_config(PACKED_METHOD)
@@ -90,6 +91,7 @@ class PackedQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or []]
         for file in files:
             check_sums(file)
+        names = names_in(files)
         for stored_name, stored in read_headers(files)[0].items():
             name, owner, tensor = _find(model, stored_name)
             dense = getattr(owner, tensor)
@@ -111,6 +113,10 @@ class PackedQuantizer(HfQuantizer):
                     owner.register_buffer(f"{tensor}{suffix}", empty)
                 else:
                     setattr(owner, tensor, nn.Parameter(empty, requires_grad=False))
+            # transformers initialises what is not marked, and some models read shapes for it that packed weights lack.
+            place = stored_name.rpartition(".")[0]
+            if all(f"{place}.{sibling}" in names for sibling, _ in owner.named_parameters(recurse=False)):
+                setattr(owner, INITIALISED, True)
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Return the bytes of an element of a loaded tensor, for a device map, which is made before it is unpacked."""

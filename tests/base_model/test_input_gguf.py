@@ -1,5 +1,6 @@
 """What a GGUF file says of itself is checked before it is believed."""
 
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ import transformers
 from conftest import one_line
 from tiny import byte_tokenizer, tiny_model
 from tiny_gguf import gguf_header, gguf_string, gguf_tensor, tiny_gguf
+from tokenizers import normalizers
 
 from leap_pl.base_model.config import load_config
 from leap_pl.base_model.gguf_structure import read_structure
 from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.place import locate
 from leap_pl.base_model.tokenizer import load_tokenizer
+from leap_pl.base_model.weights import find_weights, model_fingerprint
+from leap_pl.cli.export import export_command
 from leap_pl.errors import UserError
+from leap_pl.masks import MaskSet, Provenance
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -186,3 +192,38 @@ def test_a_gguf_file_that_is_not_quantised_is_read_in_its_type(
     found, expected = (each.model.layers[0].mlp.down_proj.weight for each in (model, dense))
     assert torch.equal(found, expected.to(dtype))
     assert load_model(str(file), dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_what_lies_beside_a_gguf_file_is_of_another_model(tmp_path: Path) -> None:
+    """As in a folder of downloads; of somebody else's it may be a link to any file of the user's."""
+    downloads = tmp_path / "downloads"
+    (downloads / "additional_chat_templates").mkdir(parents=True)
+    file = tiny_gguf(downloads / "tiny.gguf")
+    alone = load_tokenizer(str(file)).encode("hello")
+    other = byte_tokenizer()
+    other.backend_tokenizer.normalizer = normalizers.Replace("h", "j")
+    other.save_pretrained(downloads)
+    (downloads / "adapter_config.json").write_text('{"base_model_name_or_path": "some/other"}')
+    (tmp_path / "key").write_text("SECRET")
+    (downloads / "additional_chat_templates" / "x.jinja").symlink_to(tmp_path / "key")
+    tokenizer = load_tokenizer(str(file))
+    assert tokenizer.encode("hello") == alone != other.encode("hello")
+    assert tokenizer.name_or_path == load_config(str(file)).name_or_path == str(file)
+    model = load_model(str(file))
+    masks = {name: torch.ones(weight.parameter.shape).bool() for name, weight in find_weights(model).items()}
+    MaskSet(masks, Provenance(str(file), model_fingerprint(model), "own", 0.0)).save(tmp_path / "mask.safetensors")
+    export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask.safetensors"))
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert "tokenizer.json" in written
+    assert not any(b"SECRET" in content or b"leap_pl-gguf" in content for content in written.values())
+
+
+def test_the_folder_of_a_gguf_file_may_be_cleared(tmp_path: Path) -> None:
+    """By what removes old files from the folder of temporary ones, in a process of days."""
+    file = tiny_gguf(tmp_path / "tiny.gguf")
+    folder, name = locate(str(file))
+    assert [path.name for path in Path(folder).iterdir()] == [name]
+    assert locate(str(file)) == (folder, name)
+    shutil.rmtree(folder)
+    again, name = locate(str(file))
+    assert (Path(again) / name).samefile(file)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from bounded import measured
 from conftest import fit_flags, one_line, refused
+from hub_stand_in import Hub
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, byte_tokenizer, tiny_folder, tiny_model
 from tiny_gguf import gguf_header, gguf_string
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from leap_pl.base_model.config import load_config
 from leap_pl.base_model.loading import load_model
@@ -349,3 +350,13 @@ def test_weights_packed_in_fewer_numbers_are_no_lie(tmp_path: Path) -> None:
     assert found.packed
     assert found.elements == 128
     assert load_file(tmp_path / "model.safetensors")["a.0.weight"].numel() == 16
+
+
+def test_a_config_of_the_hub_that_lies(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name may come from a mask: nothing is made of it before its sizes are looked at."""
+    lying = changed(tiny_folder(tmp_path / "good"), tmp_path / "lie", num_hidden_layers=2_000_000)
+    hub.files["alice/base"] = {file.name: file.read_bytes() for file in lying.iterdir()}
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("it is made"))
+    for load in (load_config, load_tokenizer, load_model):
+        with pytest.raises(UserError, match=r"alice/base.* num_hidden_layers as 2000000, and at most 65536"):
+            load("alice/base")

@@ -107,6 +107,15 @@ def test_a_link_out_of_the_models_folder_is_not_published(name: str, tmp_path: P
     assert not {"out", "admm"} & {path.name for path in tmp_path.iterdir()}
 
 
+def test_a_link_in_a_circle_is_of_no_file(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base")
+    (base / "a.txt").symlink_to("b.txt")
+    (base / "b.txt").symlink_to("a.txt")
+    random_mask(base, tmp_path / "mask.safetensors")
+    export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask.safetensors"))
+    assert not (tmp_path / "out" / "a.txt").exists()
+
+
 def test_links_within_a_models_folder_and_into_a_cache_of_the_hub_are_its_own(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0a1b"
     tiny_folder(snapshot)

@@ -13,6 +13,9 @@ import pytest
 import torch
 import transformers
 from packed_models import masked_base, packed_folder
+from random_masks import random_mask
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import FAMILIES, byte_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -26,6 +29,7 @@ from leap_pl.sparse import registration
 from leap_pl.sparse.packed_linear import PackedLinear
 from leap_pl.sparse.packed_weight import PackedWeight
 
+BIAS = "model.layers.0.self_attn.q_proj.bias"
 IDS = torch.arange(12)[None]
 
 
@@ -312,3 +316,35 @@ def test_layers_that_share_a_weight(tmp_path: Path) -> None:
         assert held[0].data_ptr() == held[1].data_ptr()
         with torch.inference_mode():
             assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-2)
+
+
+def test_a_family_whose_initialisation_reads_shapes(tmp_path: Path) -> None:
+    """Packed weights are one-dimensional while they are loaded, and in the files: nothing of them is initialised."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 260, "hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48}
+    config = transformers.RwkvConfig(
+        **sizes, num_hidden_layers=2, context_length=64, bos_token_id=256, eos_token_id=256
+    )
+    transformers.RwkvForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    random_mask(tmp_path / "base", tmp_path / "mask.safetensors")
+    masks = MaskSet.load(tmp_path / "mask.safetensors")
+    export_model(masks, tmp_path / "packed", str(tmp_path / "base"), format="packed")
+    expected = load_model(str(tmp_path / "base"))
+    masks.apply_(expected)
+    for memory in ("packed", "dense"):
+        with torch.inference_mode():
+            assert torch.allclose(load(tmp_path / "packed", memory)(IDS).logits, expected(IDS).logits, atol=1e-2)
+
+
+def test_what_a_packed_file_lacks_is_initialised(tmp_path: Path) -> None:
+    """As transformers does for an ordinary model, and warns of."""
+    folder, _ = packed_folder(tmp_path, "qwen2")
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys() if name != BIAS}  # noqa: SIM118
+        metadata = opened.metadata()
+    save_file(tensors, file, metadata)
+    bias = load(folder, "dense").get_parameter(BIAS)
+    assert not bias.is_meta
+    assert bool((bias == 0).all())
