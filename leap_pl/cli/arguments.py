@@ -13,7 +13,7 @@ from leap_pl.errors import UserError, listing, one_line
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.ranges import INSIDE, NOT_NEGATIVE, POSITIVE, refusal
 from leap_pl.inputs.register import exists, note_input, running_verb
-from leap_pl.inputs.yaml_input import check_yaml, guard_parser
+from leap_pl.inputs.yaml_input import check_yaml, guard_parser, safe_loader
 from leap_pl.training.trainer_checks import UNSUITABLE
 
 # Parser's complaint that an argument of a class is missing: class, arguments.
@@ -300,7 +300,7 @@ def check_configs(words: Sequence[str]) -> dict[str, dict[Any, Any]]:
         try:
             text = raw.decode("utf-8")
             check_yaml(text, f"--config {name}")
-            content = yaml.load(text, yaml.CSafeLoader)
+            content = yaml.load(text, safe_loader())
         except UserError:
             raise
         except (ValueError, RecursionError, yaml.YAMLError) as error:

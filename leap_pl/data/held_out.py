@@ -4,7 +4,8 @@ from itertools import islice
 
 from torch import Tensor
 
-from leap_pl.data.documents import warn
+from leap_pl.data.documents import Shards, warn
+from leap_pl.data.hub import HubDataset
 from leap_pl.data.messages import for_validation
 from leap_pl.data.packing import BlockStream, stacked
 from leap_pl.data.source import TextSource
@@ -69,17 +70,25 @@ def warn_of_remainder(blocks: Tensor, ranks: int) -> None:
 def warn_of_overlap(trained: TextSource, validated: TextSource) -> None:
     """Warn of files, or of the split of a hub dataset, that are both ``trained`` and ``validated`` on."""
     both = sorted(map(str, trained.files() & validated.files()))
-    if (
-        not (trained.is_local or validated.is_local)
-        and trained.name == validated.name
-        and trained.shards.share == "all"
-    ):
+    if _have_in_common(trained.shards, validated.shards):
         both = [trained.name]
     if both:
         warn(
             f"{listing(both, most=3)} is both trained and validated on, so that validation does not show what the mask "
             "is on other text. Leave it out of data.text, or leave data.validation_text out."
         )
+
+
+def _have_in_common(trained: Shards, validated: Shards) -> bool:
+    """Return whether two texts are of one hub dataset, and have rows in common."""
+    if not (isinstance(trained, HubDataset) and isinstance(validated, HubDataset)):
+        return False
+    learned, read = splits_in(trained.split), splits_in(validated.split)
+    if trained.dataset != validated.dataset or not ({*learned} & {*read} or "all" in (*learned, *read)):
+        return False
+    divided = learned == read and "all" not in (trained.share, validated.share)
+    named = trained.config_name == validated.config_name
+    return not divided and (named or trained.configuration() == validated.configuration())
 
 
 def splits_in(split: str) -> list[str]:

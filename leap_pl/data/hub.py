@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from inspect import unwrap
 from typing import Any, TypeVar
 
 from leap_pl.data.documents import EMPTY, Document, Share, State, chained, digest_in, in_share, repaired
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 DEFAULT_CONFIGS = {"allenai/c4": "en"}
 TRIES = 12
+ALIKE = 3  # failures of the same row with the same message, while the hub answers, that are damage and no outage
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds; doubled at every further try
 _ROWS = 64
 NO_ACCESS = (401, 403, 404, 410)  # HTTP: what the hub answers of a file that is not there, or not for this user
@@ -81,6 +83,14 @@ class HubDataset:
         """Return dataset, config and split."""
         return self.name
 
+    def configuration(self) -> str:
+        """Return the name of the configuration, which the hub knows if none was named.
+
+        Raises:
+            UserError: The dataset cannot be reached, or has no such config, split or column.
+        """
+        return self.config_name or str(getattr(self._open().info, "config_name", None))
+
     def digest(self, shard: int, until: State | None) -> None:
         """Return None: rows are never fetched a second time."""
 
@@ -97,12 +107,13 @@ class HubDataset:
             UserError: The network does not recover, or the data cannot be read; the message has the position.
         """
         here: State = dict(state) if state else {"reader": None, "skip": 0, "row": 0, "digest": ""}
-        tries = 0
+        tries = alike = 0
+        failed: tuple[int, str] | None = None  # row and message of the last failure
         textless = Textless(f"{self.name}, shard {shard}", "row")
         while True:
             try:
                 for document, after in self._read_once(shard, here):
-                    here, tries = after, 0
+                    here, tries, alike, failed = after, 0, 0, None
                     textless.read()
                     if document is not None:
                         if document.text.strip():
@@ -112,21 +123,34 @@ class HubDataset:
             except UserError:
                 raise
             except Exception as error:
-                place = f"{self.name}, shard {shard}, row {here['row']}"
-                if not is_network_error(error) or _is_refusal(error) or _is_final(error):
+                place, short = f"{self.name}, shard {shard}, row {here['row']}", _short(error)
+                alike = alike + 1 if failed == (here["row"], short) else 1
+                failed = here["row"], short
+                damaged = alike == ALIKE and _may_be_damage(error) and self._answers()
+                if not is_network_error(error) or _is_refusal(error) or _is_final(error) or damaged:
                     raise UserError(
-                        f"{place}: the data cannot be read ({_short(error)}). Give another dataset, or a local file."
+                        f"{place}: the data cannot be read ({short}). Give another dataset, or a local file."
                     ) from error
                 tries += 1
                 if tries == TRIES:
                     raise UserError(
-                        f"{place}: the network failed {TRIES} times in a row ({_short(error)}). When it is back, run "
+                        f"{place}: the network failed {TRIES} times in a row ({short}). When it is back, run "
                         "the command again (fit with --ckpt_path last), or pass local files: --data.text FILE.jsonl."
                     ) from error
                 pause = min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE)
                 # Of each reader, for a connection fails alone, and all ranks wait for it.
-                warnings.warn(f"{place}: {_short(error)}; next try in {pause:.0f} s.", stacklevel=2)
+                warnings.warn(f"{place}: {short}; next try in {pause:.0f} s.", stacklevel=2)
                 self.sleep(pause)
+
+    def _answers(self) -> bool:
+        """Return whether the hub answers now about the dataset."""
+        try:
+            unwrap(check_reachable)(self.dataset, "dataset")  # not what it answered when the run began
+        except Exception as error:
+            if not is_network_error(error):
+                raise
+            return False
+        return True
 
     def _read_once(self, shard: int, state: State) -> Iterator[tuple[Document | None, State]]:
         """Yield the documents of the share (None for a row outside it), each with the state after it."""
@@ -248,6 +272,14 @@ def _is_final(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         return getattr(error.response, "status_code", None) in NO_ACCESS
     return isinstance(error, gzip.BadGzipFile) or (isinstance(error, OSError) and error.errno in NO_ROOM)
+
+
+def _may_be_damage(error: BaseException) -> bool:
+    """Return whether ``error`` can come from damaged or missing data as well as from the network.
+
+    Data that ends early is taken for an answer that was cut off.
+    """
+    return type(error) in (OSError, FileNotFoundError) and getattr(error, "errno", None) in (None, errno.ENOENT)
 
 
 def _short(error: BaseException) -> str:

@@ -117,7 +117,7 @@ class BlockStream:
         text_length: Tokens of text in a block.
 
     Raises:
-        UserError: The separator is the end token, and the tokenizer has none; or a block has no room for text.
+        UserError: The tokenizer does not have the separator; or a block has no room for text.
     """
 
     def __init__(
@@ -138,6 +138,11 @@ class BlockStream:
         self.tokenizer = tokenizer
         self.seq_length = seq_length
         self.end: list[int] = [int(tokenizer.eos_token_id)] if separator == "end_token" else _blank_line(tokenizer)
+        if separator == "blank_line" and "\n\n" not in tokenizer.decode(self.end):
+            raise UserError(
+                f"The tokenizer {tokenizer.name_or_path or 'given'} has no blank line: it reads {self.end or 'nothing'}"
+                " for one, and documents would run together. Set --data.separator end_token."
+            )
         self.prefix: Numbers = np.array(prefix_of(tokenizer) if bos == "every" else [], np.int32)
         self.text_length = seq_length - len(self.prefix)
         if self.text_length < 1:

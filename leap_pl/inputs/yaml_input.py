@@ -11,6 +11,13 @@ DEEPEST = 50  # nested mappings and lists
 _SURELY_SMALL = 2 * DEEPEST  # characters, too few for too many or too deeply nested values
 
 
+def safe_loader() -> Any:
+    """Return the loader of plain values: the fast one of LibYAML, or where PyYAML was built without it, its own."""
+    import yaml
+
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
 def check_yaml(text: str, name: str = "") -> None:
     """Check that ``text`` is within the limits, event by event, so that none of its values is constructed.
 
@@ -33,7 +40,7 @@ def check_yaml(text: str, name: str = "") -> None:
     is_key: list[bool] = []  # whether the next value in each of them is a key
     values = 0
     called = name or "the value given"
-    for event in yaml.parse(text, yaml.CSafeLoader):
+    for event in yaml.parse(text, safe_loader()):
         if isinstance(event, yaml.CollectionEndEvent):
             keys.pop()
             is_key.pop()

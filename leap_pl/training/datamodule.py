@@ -28,7 +28,7 @@ from leap_pl.data.held_out import (
     warn_of_overlap,
     warn_of_remainder,
 )
-from leap_pl.data.hub import DEFAULT_CONFIGS
+from leap_pl.data.hub import DEFAULT_CONFIGS, HubDataset
 from leap_pl.data.packing import BlockStream, Separator, digest_of_text
 from leap_pl.data.source import TextSource
 from leap_pl.distributed.strategy import check_as_rank_zero, data_rank
@@ -156,6 +156,7 @@ class TextDataModule(LightningDataModule):
         self._progress = self._progress_before = BEGINNING
         # The optimizer step in progress, and the progress of the run before its first micro-batch.
         self._step: int | None = None
+        self._ready: int | None = None  # micro-batches that the trainer had taken before the last one
         self._progress_at_step = BEGINNING
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -225,7 +226,7 @@ class TextDataModule(LightningDataModule):
             if self.trainer is not None:
                 check_run_length(self.trainer)
             self._progress = self._progress_before = BEGINNING  # a checkpoint is loaded later
-            self._step = None
+            self._step = self._ready = None
             warn_of_hub_part(self, self.stream.source)
             self.stream.source.check_files()
             _, first = next(self.stream.source.documents())
@@ -327,8 +328,10 @@ class TextDataModule(LightningDataModule):
             tensors = {name: pinned(value, device) for name, value in tensors.items()}
         if "position" not in batch:
             return tensors
-        if self.trainer is not None and self.trainer.global_step != self._step:
-            self._step, self._progress_at_step = self.trainer.global_step, self._progress
+        if self.trainer is not None:
+            if self.trainer.global_step != self._step:
+                self._step, self._progress_at_step = self.trainer.global_step, self._progress
+            self._ready = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         self._progress_before, self._progress = self._progress, batch["position"]
         return tensors
 
@@ -337,8 +340,8 @@ class TextDataModule(LightningDataModule):
         progress = self._progress
         if self.trainer is not None:
             counts = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            # Saved within a step, which Lightning will repeat.
-            if counts.ready > counts.processed:  # type: ignore[attr-defined]
+            # Saved before the micro-batch was processed, as while it is copied to the device: Lightning will repeat it.
+            if counts.ready == self._ready or counts.ready > counts.processed:  # type: ignore[attr-defined]
                 progress = self._progress_before
         return self._state_at(progress)
 
@@ -415,7 +418,7 @@ class TextDataModule(LightningDataModule):
         self._progress = self._progress_before = Progress(
             consumed=state_dict["consumed"], micro_batch=state_dict["micro_batch"], position=position
         )
-        self._step = None
+        self._step = self._ready = None
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that a position in the stream depends on, by name."""
@@ -462,10 +465,15 @@ class TextDataModule(LightningDataModule):
 
     def _one_configuration(self) -> bool:
         """Return whether the text of a hub dataset is learned from and validated on in one configuration."""
-        only = self.text[0] if isinstance(self.text, list) and len(self.text) == 1 else self.text
-        usual = DEFAULT_CONFIGS.get(str(only), "default")  # if none is named
         of_validation = self.validation_config_name if self.validation_text is None else None
-        return (of_validation or self.config_name or usual) == (self.config_name or usual)
+        if of_validation in (None, self.config_name):
+            return True
+        only = self.text[0] if isinstance(self.text, list) and len(self.text) == 1 else self.text
+        learned = self.config_name or DEFAULT_CONFIGS.get(str(only))
+        if learned is None:  # the only one, or the one that the dataset names as its default
+            shards = TextSource.open(self.text, split=self.split, text_column=self.text_column).shards
+            learned = shards.configuration() if isinstance(shards, HubDataset) else of_validation
+        return learned == of_validation
 
     def _held_out_blocks(self) -> Tensor:
         """Return the validation blocks, LongTensor[at most validation_sequences, seq_length]; they are read once."""

@@ -64,6 +64,12 @@ class Recorder(LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen: list[list[list[int]]] = []
         self.fail_at: int | None = None
+        self.fails_before = False  # while the batch is copied, before its step
+
+    def on_after_batch_transfer(self, batch: dict[str, torch.Tensor], dataloader_idx: int) -> dict[str, torch.Tensor]:
+        if self.fails_before and self.fail_at == len(self.seen):
+            raise RuntimeError("out of memory")
+        return batch
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         assert set(batch) == {"input_ids"}
@@ -137,11 +143,13 @@ def test_a_resumed_run_sees_the_blocks_of_one_that_never_stopped(
         assert fit(module_for(text, num_workers=workers), ckpt_path=path).seen == whole[at:]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_whose_step_failed_is_trained_on_again(workers: int, files: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "before"), [(0, False), (2, False), (0, True)])
+def test_a_batch_whose_step_failed_is_trained_on_again(
+    workers: int, before: bool, files: list[str], tmp_path: Path
+) -> None:
     whole = fit(module_for(files)).seen
     module = Recorder()
-    module.fail_at = 7
+    module.fail_at, module.fails_before = 7, before
     with pytest.raises(RuntimeError, match="out of memory"):
         fit(module_for(files, num_workers=workers), SaveAt(-1, tmp_path / "run.ckpt"), module=module)
     assert fit(module_for(files, num_workers=workers), ckpt_path=tmp_path / "run.ckpt").seen == whole[7:]

@@ -288,3 +288,22 @@ def test_held_out_tokens_of_a_text_file_are_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("\n")
     with pytest.raises(ValueError, match="contains no text"):
         held_out_tokens(str(tmp_path / "b.txt"), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("steps", "reads"),
+    [
+        ([normalizers.Replace("\n", " "), normalizers.Strip(left=False, right=True)], "nothing"),
+        ([normalizers.Replace("\n", " ")], r"\[220, 220\]"),
+    ],
+)
+def test_a_tokenizer_without_line_ends_separates_nothing_by_a_blank_line(
+    steps: list[Any], reads: str, text_file: Path
+) -> None:
+    """Such as those of T5: documents would run together."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    source = TextSource.open(str(text_file))
+    with pytest.raises(UserError, match=rf"has no blank line: it reads {reads} for one.*--data.separator end_token"):
+        BlockStream(source, tokenizer, 16, "blank_line")
+    BlockStream(source, tokenizer, 16, "end_token")

@@ -340,6 +340,19 @@ def test_a_validation_configuration_of_a_hub_dataset(hub: list[str], monkeypatch
     assert opened == [("en", True)]
 
 
+def test_the_only_configuration_may_be_named_for_validation_alone(hub: list[str]) -> None:
+    """Then too no document is trained and validated on."""
+    data = TextDataModule(
+        text="some/text",
+        tokenizer=byte_tokenizer(),
+        seq_length=8,
+        validation_split="train",
+        validation_config_name="default",  # as datasets calls it
+    )
+    trained = {document.text for _, document in data.stream.source.documents(repeat=False)}
+    assert 5 <= len({*hub} - trained) <= 30
+
+
 def test_the_configuration_of_a_hub_dataset_is_the_one_that_is_named(
     hub: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,6 +408,41 @@ def test_every_reader_says_that_it_waits(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(dataset, "_load", load)
     with pytest.warns(UserWarning, match="no route; next try in"), pytest.raises(UserError, match="12 times in a row"):
         next(dataset.read(0, None))
+
+
+@pytest.mark.parametrize(
+    ("error", "answers", "pauses"),
+    [
+        (OSError("Corrupt snappy compressed data."), True, 2),
+        (FileNotFoundError("data/0.jsonl"), True, 2),
+        (EOFError("Compressed file ended before the end-of-stream marker was reached"), True, 11),
+        (OSError("Corrupt snappy compressed data."), False, 11),
+        (ConnectionError("no route"), True, 11),
+        (TimeoutError("timed out"), True, 11),
+        (OSError(5, "Input/output error"), True, 11),
+    ],
+)
+def test_damaged_data_is_no_outage(
+    error: Exception, answers: bool, pauses: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a hub that answers tells apart, after the same failure of the same row three times."""
+    waited: list[float] = []
+    dataset = HubDataset("some/text", sleep=waited.append)
+    dataset._count = 1
+
+    def load() -> Any:
+        raise error
+
+    def reach(*_: object) -> None:
+        if not answers:
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr(dataset, "_load", load)
+    monkeypatch.setattr("leap_pl.data.hub.check_reachable", reach)
+    message = "12 times in a row" if pauses == 11 else "the data cannot be read .*Give another dataset, or a local file"
+    with pytest.warns(UserWarning, match="next try in"), pytest.raises(UserError, match=message):
+        next(dataset.read(0, None))
+    assert len(waited) == pauses
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import pickle
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -72,6 +73,31 @@ def test_a_split_of_the_hub_that_is_trained_and_validated_on_is_told() -> None:
         warnings.simplefilter("error")
         warn_of_overlap(source("train"), source("validation"))
         warn_of_overlap(source("train", "train"), source("train", "held_out"))
+
+
+@pytest.mark.parametrize(
+    ("trained", "validated", "overlap"),
+    [
+        ({"split": "train+validation"}, {"split": "validation"}, True),
+        ({"split": "train"}, {"split": "train", "config_name": "only"}, True),
+        ({"split": "train", "config_name": "only"}, {"split": "train"}, True),
+        ({"split": "train", "share": "train"}, {"split": "train"}, True),
+        ({"split": "all"}, {"split": "validation"}, True),
+        ({"split": "train"}, {"split": "train", "config_name": "other"}, False),
+        ({"split": "train", "config_name": "only"}, {"split": "validation"}, False),
+    ],
+)
+def test_a_dataset_is_the_same_however_it_is_named(
+    trained: dict[str, Any], validated: dict[str, Any], overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its configuration is the only one, which need not be named, and a split may be one of several."""
+    opened = SimpleNamespace(info=SimpleNamespace(config_name="only"))
+    monkeypatch.setattr(HubDataset, "_open", lambda _: opened)
+    sources = [TextSource(HubDataset("some/text", **settings)) for settings in (trained, validated)]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warn_of_overlap(*sources)
+    assert [str(one.message)[:9] for one in told] == ["some/text"] * overlap
 
 
 def test_validation_alone_needs_no_training_text(tmp_path: Path) -> None:

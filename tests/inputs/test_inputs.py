@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import Run, fit_flags
 from folders import tree
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from tiny import tiny_folder
 
 from leap_pl import TextDataModule
 from leap_pl.cli import main as cli
+from leap_pl.cli.arguments import check_configs
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_file, atomic_folder
 from leap_pl.inputs import records
@@ -481,3 +483,10 @@ def test_only_fit_replaces_what_fit_has_learned(finished: Run, tmp_path: Path, c
     said = one_line(["export", f"--mask={finished.mask}", f"--output_dir={run}", "--force"], capsys)
     assert "contains the output of leap_pl fit: last.ckpt" in said
     assert tree(run) == before
+
+
+def test_configs_are_read_without_libyaml(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """PyYAML that was built from source may lack its fast loader."""
+    monkeypatch.delattr(yaml, "CSafeLoader")
+    (tmp_path / "c.yaml").write_text("a: 1\nb: [2, x]\n")
+    assert check_configs(["--config", str(tmp_path / "c.yaml")]) == {str(tmp_path / "c.yaml"): {"a": 1, "b": [2, "x"]}}
