@@ -21,9 +21,9 @@ def terminal(text: Any, *, lines: bool = False) -> str:
 
     Args:
         text: Any object; ``str`` turns it into text.
-        lines: Keep line breaks, in text of several lines that this package has laid out.
+        lines: Keep line breaks and tabs, in text of several lines.
     """
-    return "".join(c if lines and c == "\n" else _visible(c) for c in str(text))
+    return "".join(c if lines and c in "\n\t" else _visible(c) for c in str(text))
 
 
 def html(text: Any) -> str:
@@ -59,25 +59,40 @@ def say(text: Any, file: TextIO | None = None, *, lines: bool = False) -> None:
     Args:
         text: One line; with ``lines``, several lines that are laid out already.
         file: Output stream, standard output by default.
-        lines: Keep line breaks.
+        lines: Keep line breaks and tabs.
     """
-    file = sys.stdout if file is None else file
-    shown = terminal(text, lines=lines)
+    _print(terminal(text, lines=lines), sys.stdout if file is None else file)
+
+
+def write_out(text: str) -> None:
+    """Print ``text``, which is what a verb makes and no name: to a file or a pipe as it is, to a terminal escaped."""
+    _print(terminal(text, lines=True) if sys.stdout.isatty() else text, sys.stdout)
+
+
+def _print(shown: str, file: TextIO) -> None:
     try:
         try:
             print(shown, file=file, flush=True)  # a process that is killed takes no line away
         except UnicodeEncodeError:  # in a locale that is not UTF-8
             encoding = file.encoding
             print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
-    except BrokenPipeError:
-        discard(file)
+    except OSError as error:
+        give_up(file, error)
+
+
+def give_up(stream: TextIO, error: OSError) -> None:
+    """Write to nowhere what is written to ``stream`` from now on, which cannot be written to.
+
+    The command goes on: it has files to write. A reader such as head, which wants no more, is no error; of any other,
+    such as a full disk, one line is printed on standard error.
+    """
+    discard(stream)
+    if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+        say(f"warning: standard output cannot be written ({error.strerror}); what follows is not printed.", sys.stderr)
 
 
 def discard(stream: TextIO) -> None:
-    """Write to nowhere from now on what is written to ``stream``, whose reader, such as head, wants no more.
-
-    The command goes on: it has files to write.
-    """
+    """Write to nowhere what is written to ``stream`` from now on."""
     with suppress(OSError):  # a stream without a file of the system
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -193,11 +193,12 @@ class Run:
 
 def fit_flags(model: str | Path, text: str | Path, folder: Path, *more: str) -> list[str]:
     """The words of a tiny ``leap_pl fit``."""
+    has_prior = any(word.startswith("--model.prior.mask=") for word in more)
     return [
         "fit",
         f"--model.base_model={model}",
         "--model.dtype=float32",
-        "--model.prior.method=magnitude",
+        *([] if has_prior else ["--model.prior.method=magnitude"]),
         f"--model.prior.cache_dir={folder / 'priors'}",
         f"--data.text={text}",
         "--data.seq_length=32",

@@ -26,11 +26,12 @@ from leap_pl.checkpoints.file import write_whole
 from leap_pl.checkpoints.run_folder import Leftover, earlier_run, lies_in, link_last, record_checkpoint
 from leap_pl.checkpoints.signals import Stopped, StopSignals
 from leap_pl.distributed.strategy import RankZero, saves_shards
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, one_line
 from leap_pl.files import atomic_folder, check_writable, flush, remove_abandoned
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.inputs.register import current
+from leap_pl.training.trainer_checks import fields_of
 
 
 class Checkpoints(SavingCheckpoint):
@@ -424,11 +425,19 @@ def _check_folder(dirpath: Any) -> None:
 
 
 def _check_filename(filename: str, *, inserts_names: bool) -> None:
-    """Check that checkpoints lie in their folder, where a resumed run looks for them.
+    """Check that checkpoints can be named, and lie in their folder, where a resumed run looks for them.
 
     Raises:
-        UserError: Their names have a slash, as the names of metrics have.
+        UserError: ``filename`` is no format of numbers; or the names have a slash, as the names of metrics have.
     """
+    try:
+        for name, form in fields_of(filename):
+            format(1 if name in ("step", "epoch") else 1.0, form)
+    except ValueError as error:
+        raise UserError(
+            f"checkpoint.filename {filename} is no format of names and numbers ({one_line(error)}). Give one such as "
+            "'{step}', or '{step:06d}'."
+        ) from error
     without_fields = re.sub(r"\{[^}]*\}", "", filename)
     if "/" in (filename if inserts_names else without_fields):
         raise UserError(

@@ -19,7 +19,7 @@ def check_device(device: str) -> None:
     """
     try:
         usable = torch.ones(1, device=device_name(device)).item() == 1
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise _unusable(device, str(error)) from error
     if not usable:
         raise _unusable(device, "it computes nothing")
@@ -36,7 +36,7 @@ def move_to_device(model: nn.Module, device: str) -> str:
         model.to(where)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise _unusable(device, str(error)) from error
     return where
 

@@ -26,6 +26,7 @@ from leap_pl.checkpoints.folder import check_folder_of
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.run_folder import Finished
 from leap_pl.cli.arguments import with_recipes
+from leap_pl.cli.idle_settings import check_idle
 from leap_pl.cli.process import set_up_process
 from leap_pl.cli.resumable_cli import LeapParser, ResumableCLI
 from leap_pl.cli.run_errors import errors_of_run, package_in, refusal
@@ -85,7 +86,7 @@ class LeapCLI(ResumableCLI):
         """Create the module, the data module and the trainer.
 
         Raises:
-            UserError: A class refuses its settings.
+            UserError: A class refuses its settings, or one that is typed does not act.
         """
         try:
             super().instantiate_classes()
@@ -97,6 +98,8 @@ class LeapCLI(ResumableCLI):
             raise refusal(error) from error
         except (ValueError, MisconfigurationException) as error:
             raise refusal(error) from error
+        if self.subcommand == "fit":
+            check_idle(self.config.fit, self.parsers["fit"].get_defaults(), fixes=self.fixes)
 
     def check_typed(self, words: list[str]) -> None:
         """Check that no option that the verb does not use is typed; a config of a run may give all of them.
@@ -238,3 +241,7 @@ def run(words: list[str], kind: type[LeapCLI] = LeapCLI) -> LeapCLI | None:
     except Finished as done:
         rank_zero_only(say)(f"leap_pl {running_verb()}: {done}", sys.stderr)
         return None
+    except SystemExit as end:  # Lightning ends the process with status 1 at a Ctrl-C that no checkpoint answers
+        if type(end) is SystemExit and isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from leap_pl.cli.command import check_used, command
 from leap_pl.errors import UserError
-from leap_pl.escape import say
+from leap_pl.escape import say, write_out
 
 
 @command
@@ -67,7 +67,7 @@ def generate_command(
     where = move_to_device(loaded, device)
     made = continue_prompt(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     size = bytes_in_memory(loaded)
-    say(made.text, lines=True)
+    write_out(made.text)
     rate = "" if made.tokens_per_second is None else f", the others at {made.tokens_per_second:.1f} tokens a second"
     say(
         f"{made.tokens} tokens: the first after {made.first_seconds:.2f} s{rate}; the weights take "

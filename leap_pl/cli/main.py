@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from leap_pl.errors import UserError, is_out_of_memory, out_of_memory
-from leap_pl.escape import discard, say, terminal
+from leap_pl.escape import discard, give_up, say, terminal
 from leap_pl.version import __version__
 
 if TYPE_CHECKING:
@@ -153,6 +153,9 @@ def console() -> None:
 
     Ctrl-C ends the process with one line and status 130.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this process
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # help, which argparse prints, in a locale that is not UTF-8
             stream.reconfigure(errors="backslashreplace")
@@ -176,12 +179,10 @@ def console() -> None:
 
 def _flush() -> None:
     """Write what is left of the output, which the interpreter does later, where its errors are nobody's."""
-    if sys.stdout is None:  # closed by whoever started this process
-        return
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        discard(sys.stdout)
+    except OSError as error:
+        give_up(sys.stdout, error)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from leap_pl.comparison.differences import (
 )
 from leap_pl.comparison.entries import Entry
 from leap_pl.escape import markdown, terminal
+from leap_pl.inputs.plain_values import plain
 
 ROUNDING = 0.005  # largest difference by rounding between densities with the same target
 DIFFERENCE = "− best baseline"  # heading of the column after a figure
@@ -72,8 +73,8 @@ class Table:
         """Return CSV with one column per figure and numbers in full precision."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(self.keys)
-        writer.writerows(["" if value is None else value for value in row] for row in self.values)
+        writer.writerow(map(plain, self.keys))  # a file may have a name that is no Unicode
+        writer.writerows(["" if value is None else plain(value) for value in row] for row in self.values)
         return buffer.getvalue()
 
     def text(self, width: int | None = None) -> str:

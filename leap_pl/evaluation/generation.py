@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from leap_pl.base_model.prefix import prefix_of, without_suffix
 from leap_pl.base_model.sequence_length import longest_sequence
 from leap_pl.base_model.vocabulary import check_tokens, vocabulary_of
+from leap_pl.data.documents import repaired
 from leap_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,11 +64,13 @@ def continue_prompt(
         seed: Seed of sampling. The random state of the process is restored.
 
     Raises:
-        UserError: The prompt has no tokens, or one that the model has no embedding for; or the model supports fewer
-            tokens than it and the new ones together.
+        UserError: The prompt is no Unicode, has no tokens, or has one that the model has no embedding for; or the model
+            supports fewer tokens than it and the new ones together.
     """
     import transformers
 
+    if repaired(prompt)[1]:
+        raise UserError("the prompt has bytes that are not UTF-8, or NUL. Convert it: iconv -f latin1 -t utf-8 FILE.")
     # EOS would end the text before its continuation.
     ids = without_suffix(tokenizer(prompt, return_tensors="pt").input_ids, tokenizer).to(model.device)
     prefix = prefix_of(tokenizer)

@@ -178,7 +178,7 @@ RANGES: dict[str, Range] = {
     "evaluate.seed": GENERATOR_SEED,
     # -- generate
     "generate.max_new_tokens": COUNT,
-    "generate.temperature": NOT_NEGATIVE,
+    "generate.temperature": Range(1e-6, also=(0,)),
     "generate.seed": GENERATOR_SEED,
 }
 

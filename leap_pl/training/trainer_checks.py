@@ -1,5 +1,6 @@
 """Checks of the trainer of a run before anything is loaded: what Lightning accepts, and a run cannot have."""
 
+from string import Formatter
 from typing import TYPE_CHECKING
 
 from leap_pl.errors import UserError, listing
@@ -112,3 +113,30 @@ def _check_callbacks(callbacks: list["Callback"], module: type | None) -> None:
         # Callbacks and modules from elsewhere may log more.
         if monitor is not None and monitor not in METRICS and places <= {"lightning", "leap_pl"}:
             raise UserError(f"{kind} monitors {monitor}, which is not measured. Give one of {listing(METRICS)}.")
+        strange = [name for name in _named_in(callback) if name not in METRICS and places <= {"lightning", "leap_pl"}]
+        if strange:
+            raise UserError(
+                f"the filename of {kind} names {strange[0]}, which is not measured. Give one of {listing(METRICS)}."
+            )
+
+
+def _named_in(callback: "Callback") -> list[str]:
+    """Return the metrics in the file names that ``callback`` writes; none if it writes none."""
+    filename = getattr(callback, "filename", None)
+    try:
+        return [name for name, _ in fields_of(filename)] if isinstance(filename, str) else []
+    except ValueError:  # of a callback of another kind, which may read it in its own way
+        return []
+
+
+def fields_of(filename: str) -> list[tuple[str, str]]:
+    """Return name and format of each field of ``filename``.
+
+    Raises:
+        ValueError: It is no format string, or has a field without a name, or with more than a name and a format.
+    """
+    fields = [(name, form or "", more) for _, name, form, more in Formatter().parse(filename) if name is not None]
+    for name, form, more in fields:
+        if not name or more or "{" in form:
+            raise ValueError(f"the field {{{name}}} is not {{NAME}} or {{NAME:FORMAT}}")
+    return [(name, form) for name, form, _ in fields]

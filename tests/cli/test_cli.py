@@ -1,5 +1,6 @@
 """The command line: help, verbs, and one clear line for every mistake."""
 
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -10,6 +11,8 @@ from conftest import Run, failing, fit_flags
 from tiny import tiny_folder
 
 from leap_pl.cli.main import VERBS, main
+from leap_pl.training.datamodule import TextDataModule
+from leap_pl.training.module import LeapModule
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -244,3 +247,25 @@ def test_a_second_logger_is_added(model_folder, text_file, tmp_path: Path) -> No
     main(fit_flags(model_folder, text_file, tmp_path, *more))
     assert list((tmp_path / "tensorboard").glob("events.*"))
     assert list(tmp_path.rglob("metrics.csv"))
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_ctrl_c_of_what_lightning_runs_is_that_of_the_process(
+    verb: str, finished: Run, model_folder, text_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no checkpoint answers it, Lightning would end the process with status 1."""
+
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    place = "on_validation_start" if verb == "validate" else "setup"
+    monkeypatch.setattr(TextDataModule if verb == "fit" else LeapModule, place, pressed)
+    words = fit_flags(model_folder, text_file, tmp_path)
+    if verb == "validate":
+        words = ["validate", f"--ckpt_path={finished.checkpoint}", f"--data.text={text_file}"]
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            main(words)
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on

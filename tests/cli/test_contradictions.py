@@ -1,6 +1,7 @@
 """Options that contradict each other, name nothing, or would leave a run that cannot be gone on with."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,77 @@ def test_a_method_that_is_none_is_no_baseline(finished: Run, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
     facts = compare_command([str(finished.mask)], baselines="wanda", output_dir=str(tmp_path / "out"))
     assert json.dumps(facts)
+
+
+@pytest.mark.parametrize(
+    ("filename", "says"),
+    [
+        (
+            "{step}-{loss:03d}",
+            "checkpoint.filename {step}-{loss:03d} is no format of names and numbers (Unknown format",
+        ),
+        ("{step:bad}", "is no format of names and numbers (Invalid format specifier"),
+        ("{step", "is no format of names and numbers (expected '}'"),
+        ("{}", "the field {} is not {NAME} or {NAME:FORMAT}"),
+        ("{step!r}", "the field {step} is not {NAME} or {NAME:FORMAT}"),
+        ("{step:{loss}}", "the field {step} is not {NAME} or {NAME:FORMAT}"),
+        ("{step}-{lossy:.2f}", "names lossy, which is not measured. Give one of loss, perplexity/hard"),
+    ],
+)
+def test_names_of_checkpoints_are_tried_before_a_run(
+    filename: str, says: str, model_folder: Path, text_file: Path, tmp_path: Path, capsys
+) -> None:
+    message = refused(fit_flags(model_folder, text_file, tmp_path, f"--checkpoint.filename={filename}"), capsys)
+    assert says in message
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["--model.prior.mask={}", "--model.prior.method=sparsegpt"],
+            "prior.method would not be used: model.prior.mask",
+        ),
+        (
+            ["--model.prior.sequences=9"],
+            "--model.prior.sequences would not be used: model.prior.method magnitude reads",
+        ),
+        (["--model.objective.temperature=3"], "temperature would not be used: model.objective.distillation is 0"),
+        (
+            ["--model.objective.budget=0", "--model.objective.budget_scope=layer"],
+            "--model.objective.budget_scope would not be used: model.objective.budget is 0",
+        ),
+        (
+            ["--model.annealing.pattern_alpha.start=7"],
+            "--model.annealing.pattern_alpha.start would not be used: the gates have no patterns",
+        ),
+        (
+            ["--data.validation_sequences=0", "--data.validation_text=gone.jsonl"],
+            "--data.validation_text would not be used: data.validation_sequences is 0",
+        ),
+    ],
+)
+def test_settings_that_do_not_act(
+    words: list[str], says: str, finished: Run, model_folder: Path, text_file: Path, tmp_path: Path, capsys
+) -> None:
+    """Typed they are refused; a config may give them, and is warned of."""
+    words = [word.replace("{}", str(finished.mask)) for word in words]
+    flags = fit_flags(model_folder, text_file, tmp_path, *words)[: -len(words)]
+    assert says in refused([*flags, *words], capsys)
+    *others, last = words
+    name, _, value = last.removeprefix("--").partition("=")
+    settings: object = yaml.safe_load(value)
+    for key in reversed(name.split(".")):
+        settings = {key: settings}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.warns(UserWarning, match=f"^{'.'.join(name.split('.')[:3])} is not used: "):
+        main([flags[0], f"--config={tmp_path / 'c.yaml'}", *flags[1:], *others])
+
+
+def test_what_a_config_gives_can_be_taken_back(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: {objective: {temperature: 3.0}}")
+    flags = fit_flags(model_folder, text_file, tmp_path, "--model.objective.temperature=1.0")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*is not used")
+        main([flags[0], f"--config={tmp_path / 'c.yaml'}", *flags[1:]])

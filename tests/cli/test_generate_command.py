@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +221,7 @@ def test_what_a_model_writes_cannot_control_the_terminal(model_folder: Path, mon
 
     made = generation.Continuation("\x1b[2J two\nlines", 1, 2, 0.1, 0.1)
     monkeypatch.setattr(generation, "continue_prompt", lambda *_, **__: made)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     main(["generate", f"--model={model_folder}", "--prompt=a", "--device=cpu"])
     assert capsys.readouterr().out == "\\x1b[2J two\nlines\n"
 
@@ -244,3 +246,23 @@ def test_the_data_type_is_the_one_that_is_typed(model_folder: Path, capsys) -> N
     for dtype in ("bfloat16", "float32"):
         generate_command(str(model_folder), "a", max_new_tokens=1, dtype=dtype, device="cpu")  # type: ignore[arg-type]
         assert f"(cpu, {dtype})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "says"),
+    [
+        ("caf\udce9", {}, "the prompt has bytes that are not UTF-8"),
+        ("a\0b", {}, "the prompt has bytes that are not UTF-8, or NUL"),
+        ("a", {"device": "hpu"}, r"--device hpu cannot be used \(.*\)\. Give --device cpu"),
+    ],
+)
+def test_what_cannot_be_continued(prompt: str, options: dict[str, Any], says: str, model_folder: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        generate_command(str(model_folder), prompt, **options)
+
+
+def test_a_temperature_that_would_overflow(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", f"--model={model_folder}", "--prompt=a", "--temperature=1e-40"]
+    assert "--temperature is 1e-40; give 1e-06 or more, or 0" in refused(words, capsys)
+    made = generate_command(str(model_folder), "a", temperature=1e-6, max_new_tokens=4, device="cpu")
+    assert made["text"] == generate_command(str(model_folder), "a", max_new_tokens=4, device="cpu")["text"]

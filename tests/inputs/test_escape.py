@@ -19,7 +19,7 @@ from made_results import result
 import leap_pl
 from leap_pl.cli import main as cli
 from leap_pl.cli.compare import compare_command
-from leap_pl.escape import html, markdown, markdown_code, say, terminal
+from leap_pl.escape import html, markdown, markdown_code, say, terminal, write_out
 from leap_pl.masks import MaskSet
 
 EVIL = "\x1b]0;evil\x07<script>alert(1)</script>![](http://x)`|$_*\u202e\n# title\r\u2028"
@@ -266,3 +266,51 @@ def test_nothing_is_printed_past_it() -> None:
             r"(?<![\w.])print\((?!USAGE|f\"leap_pl \{__version__\}|\"usage: )", file.read_text(encoding="utf-8")
         )
         assert file.name in allowed or not calls, file
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_command_without_streams_does_its_work(closed: str, evil_results: list[str], tmp_path: Path) -> None:
+    """As some supervisors start jobs."""
+    out = tmp_path / "out"
+    words = [
+        "sh",
+        "-c",
+        f'"$0" -m leap_pl compare "$1" --output_dir "$2" {closed}',
+        sys.executable,
+        evil_results[0],
+        str(out),
+    ]
+    assert subprocess.run(words, capture_output=True, timeout=300, check=False).returncode == 0
+    assert (out / "index.html").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_behind_the_output_is_one_line(evil_results: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "leap_pl", "compare", evil_results[0], f"--output_dir={out}"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert done.stderr.startswith("warning: standard output cannot be written (No space left on device)")
+    assert (out / "index.html").is_file()
+
+
+def test_text_that_a_verb_makes_is_escaped_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "f() {\n\treturn\r\n}\x1b[2J\u200f"
+    write_out(text)
+    assert capsys.readouterr().out == f"{text}\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    write_out(text)
+    assert capsys.readouterr().out == "f() {\n\treturn\\x0d\n}\\x1b[2J\\u200f\n"
+
+
+def test_a_result_may_have_a_name_that_is_no_unicode(evil_results: list[str], tmp_path: Path) -> None:
+    named = tmp_path / "r-\udce9.json"
+    try:
+        named.write_bytes(Path(evil_results[0]).read_bytes())
+    except OSError:
+        pytest.skip("this file system has Unicode names alone")
+    compare_command([str(named)], output_dir=str(tmp_path / "out"))
+    assert r"r-\udce9.json" in (tmp_path / "out" / "table.csv").read_text(encoding="utf-8")

@@ -20,10 +20,10 @@ from leap_pl.training.schedules import UNMOVED, Annealing, Schedule
 pytestmark = pytest.mark.usefixtures("eager")
 
 OTHER = Annealing(Schedule(100, 500), Schedule(1, 0.05, "cosine"), Schedule(50, 60))  # than the default
+# As one group: of gates without patterns, pattern_alpha alone would be refused.
 FLAGS = [
-    "--model.annealing.alpha={start: 100, end: 500}",
-    "--model.annealing.tau={start: 1, end: 0.05, curve: cosine}",
-    "--model.annealing.pattern_alpha={start: 50, end: 60}",
+    "--model.annealing={alpha: {start: 100, end: 500}, tau: {start: 1, end: 0.05, curve: cosine}, "
+    "pattern_alpha: {start: 50, end: 60}}",
 ]
 
 
@@ -199,9 +199,8 @@ def test_an_older_run_in_which_none_moved_goes_on_so(
     model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its trainer had no callback to move α and τ: they stayed where gates have them at first."""
-    still = ["alpha={start: 25, end: 25}", "tau={start: 4, end: 4}", "pattern_alpha={start: 100, end: 100}"]
-    flags = [f"--model.annealing.{setting}" for setting in still]
-    main(fit_flags(model_folder, text_file, tmp_path / "whole", *flags))
+    still = ["alpha: {start: 25, end: 25}", "tau: {start: 4, end: 4}", "pattern_alpha: {start: 100, end: 100}"]
+    main(fit_flags(model_folder, text_file, tmp_path / "whole", f"--model.annealing={{{', '.join(still)}}}"))
     path = older(tmp_path / "whole" / "checkpoints" / "step=2.ckpt", tmp_path / "old", told=False)
     words = fit_flags(model_folder, text_file, tmp_path / "resumed", "--ckpt_path", str(path))
     assert main(words).model.annealing == UNMOVED
