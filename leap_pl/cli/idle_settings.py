@@ -56,17 +56,12 @@ def _pattern_alpha(settings: Mapping[str, Any]) -> str | None:
     return "the gates have no patterns" if _single(settings) else None
 
 
-def _validation_text(settings: Mapping[str, Any]) -> str | None:
-    return None if settings.get("data.validation_sequences") else "data.validation_sequences is 0"
-
-
 IDLE = {
     "model.prior.method": Idle(True, _method),
     "model.prior.sequences": Idle(True, _sequences),
     "model.objective.temperature": Idle(False, _temperature),
     "model.objective.budget_scope": Idle(True, _budget_scope),
     "model.annealing.pattern_alpha": Idle(True, _pattern_alpha),
-    "data.validation_text": Idle(False, _validation_text),
 }
 
 

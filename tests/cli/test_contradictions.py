@@ -212,10 +212,6 @@ def test_names_of_checkpoints_are_tried_before_a_run(
             ["--model.annealing.pattern_alpha.start=7"],
             "--model.annealing.pattern_alpha.start would not be used: the gates have no patterns",
         ),
-        (
-            ["--data.validation_sequences=0", "--data.validation_text=gone.jsonl"],
-            "--data.validation_text would not be used: data.validation_sequences is 0",
-        ),
     ],
 )
 def test_settings_that_do_not_act(
