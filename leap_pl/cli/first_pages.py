@@ -27,7 +27,7 @@ def _results(files: str) -> str:
 results
   --checkpoint.dirpath FOLDER        Write checkpoints, {files} there.
   --trainer.logger.save_dir runs     Write the curves there, for tensorboard --logdir runs.
-  --ckpt_path last                   Resume from the newest checkpoint in --checkpoint.dirpath, if there is one.
+  --ckpt_path CHECKPOINT             Resume from a checkpoint; last: the newest in --checkpoint.dirpath, if any.
   --force                            Replace an earlier run in that folder."""
 
 
