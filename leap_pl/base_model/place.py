@@ -2,7 +2,7 @@
 
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -26,24 +26,54 @@ _folders: dict[Path, TemporaryDirectory[str]] = {}  # GGUF file → the folder i
 _CLEAR_ERRORS = OSError | ValueError | RuntimeError | SafetensorError  # messages that need no class name
 
 
-def name_of_model(typed: str | None, recorded: str, *, trust_remote_code: bool) -> str:
-    """Return the base model to load: the ``typed`` one, or else the one ``recorded`` in a mask or checkpoint.
+def model_of(
+    typed: tuple[str | None, str | None], recorded: tuple[str, str | None], *, trust_remote_code: bool
+) -> tuple[str, str | None]:
+    """Return the base model to load: what is ``typed``, and else what is ``recorded`` in a mask or checkpoint.
+
+    Args:
+        typed: Name and revision that are typed; None where they are not.
+        recorded: Name and revision in the file; that revision is valid for that name only.
+        trust_remote_code: Whether code of the model is to be run.
+
+    Returns:
+        Name and revision.
 
     Raises:
         UserError: Only the recorded name is known, and it is a path of nothing; or code of the model is to be run. A
             file of unknown origin must not choose whose code runs.
     """
-    if typed is None and trust_remote_code:
+    (name, revision), (recorded_name, recorded_revision) = typed, recorded
+    if not revision and name in (None, recorded_name):
+        revision = recorded_revision
+    if trust_remote_code:
+        of_file = {"--model": recorded_name if name is None else None}
+        check_trusted(of_file | {"--revision": None if typed[1] else revision})
+    if name is None and _looks_local(recorded_name) and not exists(expanded(recorded_name)):
         raise UserError(
-            "--trust_remote_code runs code of the base model, whose name comes only from a file: "
-            f"{shown(recorded)}. Confirm it with --model NAME."
+            f"the base model is recorded as {shown(recorded_name)}, which is not there from this folder. Give its "
+            "place with --model."
         )
-    if typed is None and _looks_local(recorded) and not exists(expanded(recorded)):
-        raise UserError(
-            f"the base model is recorded as {shown(recorded)}, which is not there from this folder. Give its place "
-            "with --model."
-        )
-    return recorded if typed is None else typed
+    return recorded_name if name is None else name, revision
+
+
+def check_trusted(recorded: Mapping[str, str | None]) -> None:
+    """Check that no file says by itself whose code is run.
+
+    Args:
+        recorded: Option → its value, of those that say which model is loaded, if that value is a file's; else None.
+
+    Raises:
+        UserError: A file says one.
+    """
+    for option, value in recorded.items():
+        if value is not None:
+            what = "whose name" if option.endswith("model") else f"whose {option.lstrip('-').removeprefix('model.')}"
+            typed = f"{option} NAME" if option.startswith("--") else f"{option}=NAME"
+            raise UserError(
+                f"trust_remote_code runs code of the base model, {what} comes only from a file: {shown(value)}. "
+                f"Confirm it with {typed}."
+            )
 
 
 def locate(name: str) -> tuple[str, str | None]:

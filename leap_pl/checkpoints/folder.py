@@ -327,7 +327,21 @@ class _Reader(FileSystemReader):
         if not isinstance(metadata, Metadata):
             raise UserError(f"{index} is not the index of a checkpoint. Give a folder that leap_pl fit wrote.")
         metadata.storage_meta = None
+        self._check_places(metadata)
         return metadata
+
+    def _check_places(self, index: Metadata) -> None:
+        """Check that all values are in regular files of the folder itself: torch's reader opens whatever it names.
+
+        Raises:
+            UserError: A value is elsewhere, or its file is missing.
+        """
+        with _damage_in_one_line(self.path):
+            for name in sorted({info.relative_path for info in index.storage_data.values()}):
+                if Path(name).name != name:
+                    raise ValueError(f"{name} is no name of a file in it")
+                if not (Path(self.path) / name).is_file():
+                    raise ValueError(f"{name} is missing or cut off")
 
 
 RECORDS = {

@@ -46,6 +46,9 @@ MODEL: dict[str, Rule] = {
     "mask": "free",
 }
 
+# Those of them that say whose code runs, where code of models is trusted.
+CODE_OF = ("base_model", "revision", "weights")
+
 DATA: dict[str, Rule] = {
     "tokenizer": "same",
     "text": "same",

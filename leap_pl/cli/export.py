@@ -76,7 +76,7 @@ def export_command(
         check_push(push, private=private)
     ckpt_path = None if ckpt_path is None else behind_link(ckpt_path)
     masks = _read_masks(ckpt_path, mask, model, format, revision)
-    from leap_pl.base_model.place import name_of_model
+    from leap_pl.base_model.place import model_of
     from leap_pl.export.hugging_face import export_model
     from leap_pl.inputs.hub import check_revision
     from leap_pl.masks.kept_weights import without_weights
@@ -85,19 +85,19 @@ def export_command(
 
     if masks is None and perplexity is not None:
         raise UserError("--perplexity is for a mask: give it with --mask or --ckpt_path.")
-    recorded = str(model) if masks is None else masks.provenance.base_model
-    check_revision(model or recorded, revision, "--revision")
-    if masks is not None and model in (None, recorded):
-        revision = revision or masks.provenance.revision
+    made = None if masks is None else masks.provenance
+    recorded = (str(model), revision) if made is None else (made.base_model, made.revision)
+    check_revision(model or recorded[0], revision, "--revision")
     weights = None if masks is None or alone else _read_weights(ckpt_path, mask, masks)
     figures = {}
     if masks is not None:
         rounded_to = "int8" if values == "int8" else None
         figures = _read_results(perplexity, without_weights(masks) if alone else masks, rounded_to)
+    name, revision = model_of((model, revision), recorded, trust_remote_code=trust_remote_code)
     facts = export_model(
         masks,
         output_dir,
-        name_of_model(model, recorded, trust_remote_code=trust_remote_code),
+        name,
         weights=weights,
         format=format,
         values=values,

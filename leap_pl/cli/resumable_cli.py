@@ -9,10 +9,12 @@ from typing import Any
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from leap_pl.base_model.place import check_trusted
 from leap_pl.checkpoints.class_spec import same
 from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.run_folder import check_finished, check_settings, replaces
+from leap_pl.checkpoints.settings import CODE_OF
 from leap_pl.cli.arguments import (
     check_classes,
     check_configs,
@@ -253,6 +255,10 @@ class ResumableCLI(LightningCLI):
             if same(plain(settings.get(name)), plain(self.parsers[verb].get_default(name))):  # not typed
                 raise error
         check_classes(settings)
+        if settings.get("model.trust_remote_code"):
+            names = [f"model.{name}" for name in CODE_OF]
+            of_file = [name for name in names if setting_of(self._words, self._configs, name) is None]
+            check_trusted({f"--{name}": settings.get(name) for name in of_file})
         typed = {word.partition("=")[0] for word in self._words}
         if "--seed_everything" in typed and not typed & {"--model.seed", "--data.seed"}:
             rank_zero_warn(

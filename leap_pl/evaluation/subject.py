@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from leap_pl.base_model.loading import Dtype, load_model
-from leap_pl.base_model.place import name_of_model
+from leap_pl.base_model.place import model_of
 from leap_pl.base_model.tokenizer import load_tokenizer
 from leap_pl.base_model.vocabulary import check_tokenizer, vocabulary_of
 from leap_pl.base_model.weights import find_weights, is_sparse, model_fingerprint
@@ -97,10 +97,8 @@ def load_subject(
         checkpoint = behind_link(str(ckpt_path))
         masks, weights = masks_from_checkpoint(checkpoint), weights_from_checkpoint(checkpoint)
     provenance = masks.provenance
-    # The recorded revision is valid for the recorded name only.
-    asked, is_recorded = revision, model in (None, provenance.base_model)
-    revision = revision or (provenance.revision if is_recorded else None)
-    name = name_of_model(model, provenance.base_model, trust_remote_code=trust_remote_code)
+    asked, recorded = revision, (provenance.base_model, provenance.revision)
+    name, revision = model_of((model, asked), recorded, trust_remote_code=trust_remote_code)
     check_revision(name, asked, "--revision")
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     without_weights(masks).apply_(loaded)

@@ -13,10 +13,11 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor, nn
 
 from leap_pl.base_model.loading import Dtype
+from leap_pl.base_model.place import check_trusted
 from leap_pl.base_model.weights import Weight
 from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import load_checkpoint, tensors_of
-from leap_pl.checkpoints.settings import Settings, settings_to_store
+from leap_pl.checkpoints.settings import CODE_OF, Settings, settings_to_store
 from leap_pl.distributed.strategy import data_rank, has_buckets, mean_over_ranks
 from leap_pl.errors import UserError
 from leap_pl.gates import PART, BernoulliGate, FixedGate, Gate, GateState
@@ -209,10 +210,12 @@ class LeapModule(ValidatedModule):
             strict: Not used: names and shapes of logits are always compared.
             weights_only: Not used: only tensors and plain values are ever read.
             settings: Settings of the module that override those of the checkpoint, such as ``base_model``; and
-                ``trust_remote_code``, which is never taken from a file.
+                ``trust_remote_code``, which is never taken from a file. With it, ``base_model`` has to be given, and
+                ``revision`` and ``weights`` where the checkpoint has them.
 
         Raises:
-            UserError: The checkpoint cannot be read, or does not belong to the base model.
+            UserError: The checkpoint cannot be read, or does not belong to the base model; or only the checkpoint says
+                whose code would be run.
         """
         checkpoint = load_checkpoint(checkpoint_path)
         tensors, read = tensors_of(checkpoint, checkpoint_path)
@@ -220,7 +223,10 @@ class LeapModule(ValidatedModule):
             checkpoint["state_dict"] = {key: read(key) for key in tensors}
         identity = read_identity(checkpoint, checkpoint_path)
         stored = run_settings.read_settings(identity, checkpoint, str(checkpoint_path))
-        module = cls(**run_settings.arguments_of(stored, settings, str(checkpoint_path)) | settings)
+        arguments = run_settings.arguments_of(stored, settings, str(checkpoint_path))
+        if settings.get("trust_remote_code"):
+            check_trusted({name: arguments.get(name) for name in CODE_OF if name not in settings})
+        module = cls(**arguments | settings)
         if not {"targets", "ignore", "mask"} & set(settings):
             module.gated_before = list(identity.shapes)
         module._take_name_of_mask(identity, stored, {})

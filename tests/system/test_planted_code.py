@@ -309,6 +309,15 @@ def test_a_base_model_of_another_type_is_not_trusted(planted: Planted, tmp_path:
             assert ("--model NAME" in line) == bool(trusted)
     with pytest.raises(UserError, match="--model NAME"), planted.watched():
         load_subject(mask=str(mask), trust_remote_code=True)
+    # A pull request of the hub is a revision, and anyone's.
+    MaskSet.load(mask).with_provenance(revision="refs/pr/1").save(mask)
+    for words in (
+        ["evaluate", f"--mask={mask}", f"--model={folder}", f"--perplexity={text_file}", "--trust_remote_code"],
+        ["export", f"--mask={mask}", f"--model={folder}", f"--output_dir={tmp_path / 'out'}", "--trust_remote_code"],
+    ):
+        with pytest.raises(SystemExit), planted.watched():
+            main(words)
+        assert "whose revision comes only from a file: refs/pr/1. Confirm it with --revision NAME." in capsys.readouterr().err
     # What is typed is trusted: the code is there to be run.
     load_config(str(folder), trust_remote_code=True)
     assert planted.mark.exists()

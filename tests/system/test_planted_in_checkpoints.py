@@ -1,6 +1,8 @@
 """Code planted at every string of a checkpoint: nothing of it runs, and nothing that it names is imported."""
 
 import copy
+import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,6 +132,37 @@ def test_the_command_line_takes_no_code(
         assert not planted(), place
         assert MODULE not in sys.modules, place
     assert not any(ended)  # trust_remote_code stands in the checkpoint, and is not taken
+
+
+@pytest.mark.parametrize("named", ["base_model", "revision", "weights"])
+def test_whose_code_is_trusted_is_typed(checkpoint, finished: Run, tmp_path: Path, planted, capsys, named: str) -> None:
+    """With trust_remote_code, a checkpoint alone says neither the model nor its revision: anyone may have written it."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint["leap_pl"]["base_model"], folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    code = "from transformers import LlamaConfig\nclass Config(LlamaConfig):\n    model_type = 'evil'\n"
+    (folder / "evil.py").write_text(f"import {MODULE}\n{code}")
+    changed = shallow(checkpoint)
+    changed["leap_pl"]["learned_with"] |= {"model.base_model": str(folder), f"model.{named}": str(folder)}
+    changed["leap_pl"]["base_model"] = str(folder)
+    path = tmp_path / "planted.ckpt"
+    torch.save(changed, path)
+    typed = [] if named == "base_model" else [f"--model.base_model={folder}"]
+    for verb in ("fit", "validate"):
+        words = [*words_of(finished, tmp_path, path), *typed, "--model.trust_remote_code=true"]
+        assert f"comes only from a file: {folder}. Confirm it with --model.{named} NAME." in refused([verb, *words], capsys)
+    given = {} if named == "base_model" else {"base_model": str(folder)}
+    with pytest.raises(UserError, match=f"Confirm it with {named}=NAME"):
+        LeapModule.load_from_checkpoint(path, trust_remote_code=True, **given)
+    assert not planted()
+    # What is typed is trusted: the code is there to be run.
+    with pytest.raises(UserError):
+        LeapModule.load_from_checkpoint(
+            path, trust_remote_code=True, base_model=str(folder), revision=None, weights=None, dtype="float32"
+        )
+    assert planted()
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)

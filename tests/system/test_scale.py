@@ -368,6 +368,23 @@ def test_no_code_runs_from_a_folder(two, place: Place, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_folder_reads_nothing_outside_itself(two, place: Place, tmp_path: Path, absolute: bool) -> None:
+    """An index that names the parts of another folder, which its user can read."""
+    private = place.checkpoint("folder", "step=2.ckpt")
+    folder = tmp_path / "sent.ckpt"
+    folder.mkdir()
+    shutil.copy(private / "meta.pt", folder)
+    index = pickle.loads((private / ".metadata").read_bytes())
+    for stored in index.storage_data.values():
+        there = private.resolve() / stored.relative_path
+        stored.relative_path = str(there) if absolute else os.path.relpath(there, folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    for reader in (check_folder, consolidated, masks_from_checkpoint, state_keys):
+        with pytest.raises(UserError, match=r"is no name of a file in it.*Take the checkpoint before it"):
+            reader(folder)
+
+
 def test_an_incomplete_folder_is_told(two, place: Place, tmp_path: Path) -> None:
     folder = shutil.copytree(place.checkpoint("folder", "step=2.ckpt"), tmp_path / "step.ckpt")
     part = next(folder.glob("__1_*.distcp"))
