@@ -11,7 +11,7 @@ from leap_pl.base_model.backbone import disable_rescaling
 from leap_pl.base_model.config import is_packed_config, left_out, load_config
 from leap_pl.base_model.model_sizes import check_skeleton
 from leap_pl.base_model.place import locate, reading, stored_dtype, stored_weights
-from leap_pl.base_model.weights import STORED, decoder_blocks, model_fingerprint
+from leap_pl.base_model.weights import STORED, decoder_blocks, model_fingerprint, rest_fingerprint
 from leap_pl.errors import UserError, listing, warn_once
 from leap_pl.inputs.plain_values import shown
 
@@ -139,17 +139,17 @@ def _take_buffers(model: "PreTrainedModel", other: "PreTrainedModel") -> None:
 
 
 def _load_float16(name: str, **options: Any) -> "PreTrainedModel":
-    """Load a model in float16, with the fingerprint of its weights as they are stored.
+    """Load a model in float16, with the fingerprints of its weights as they are stored.
 
     float16 rounds what is small in bfloat16, so that the fingerprint of the rounded weights would be another model's.
     """
     model = _load(name, dtype="auto", **options)
     if model.dtype == torch.float16:
         return model
-    fingerprint = model_fingerprint(model)
+    fingerprints = model_fingerprint(model), rest_fingerprint(model)
     del model  # do not hold two
     model = _load(name, dtype="float16", **options)
-    setattr(model, STORED, {model_fingerprint(model): fingerprint})
+    setattr(model, STORED, dict(zip((model_fingerprint(model), rest_fingerprint(model)), fingerprints, strict=True)))
     return model
 
 

@@ -15,7 +15,7 @@ from leap_pl.errors import UserError, listing, warn_once
 MANY_ZEROS = 0.25  # share of zeros of a pruned model
 QUANTISED_ZEROS = 0.2  # more than quantisation to 3 or 4 bits alone gives
 FINGERPRINT_SAMPLES = 4096  # elements hashed of each tensor: all of a tiny one, evenly spaced in a large one
-# Attribute of a model in float16, which loses the small bits of other types: its fingerprint → that of its files.
+# Attribute of a model in float16, which loses the small bits of other types: its fingerprints → those of its files.
 STORED = "_fingerprint_as_stored"
 
 
@@ -368,6 +368,25 @@ def model_fingerprint(model: nn.Module) -> str:
     """
     prefix, _ = decoder_blocks(model)
     weights = {name: weight for name, *_, weight in _weights_of(model) if name.startswith(f"{prefix}.")}
-    found = fingerprint(weights)
+    return _as_stored(model, fingerprint(weights))
+
+
+def rest_fingerprint(model: nn.Module) -> str:
+    """Return the fingerprint of what :func:`model_fingerprint` leaves out: norms, biases, embeddings and head.
+
+    A model whose norms or embeddings were trained differs in nothing else. It is one of a model without gates.
+    """
+    return _as_stored(model, fingerprint(dict(rest_of(model))))
+
+
+def rest_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the name and the tensor of each parameter that :func:`model_fingerprint` leaves out."""
+    prefix, _ = decoder_blocks(model)
+    for name, tensor in model.named_parameters():
+        if tensor.ndim < 2 or not name.startswith(f"{prefix}."):
+            yield name, tensor
+
+
+def _as_stored(model: nn.Module, found: str) -> str:
     stored: Mapping[str, str] = getattr(model, STORED, {})
     return stored.get(found, found)  # not where the weights were changed since

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from leap_pl.callbacks.lightning_internals import (
     SavingCheckpoint,
@@ -26,12 +27,14 @@ from leap_pl.checkpoints.file import write_whole
 from leap_pl.checkpoints.run_folder import Leftover, earlier_run, lies_in, link_last, record_checkpoint
 from leap_pl.checkpoints.signals import Stopped, StopSignals
 from leap_pl.distributed.strategy import RankZero, saves_shards
-from leap_pl.errors import UserError, one_line
+from leap_pl.errors import UserError, listing, one_line
 from leap_pl.files import atomic_folder, check_writable, flush, remove_abandoned
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.inputs.register import current
 from leap_pl.training.trainer_checks import fields_of
+
+PERPLEXITY = "perplexity/"  # what the names of perplexities begin with
 
 
 class Checkpoints(SavingCheckpoint):
@@ -125,6 +128,7 @@ class Checkpoints(SavingCheckpoint):
         self._replaced: list[Leftover] = []
         self._names: set[str] | None = None  # in the folder when the run was resumed
         self._resumes_here = False  # from a checkpoint in the folder, which may have been another when it was written
+        self._scored_on: dict[str, Any] | None = None  # conditions of the perplexities that the scores are
         self._surplus: list[str] = []  # of a run with a larger save_top_k: removed once the next is written
 
     # -- schedule -----------------------------------------------------------------------------------------
@@ -165,6 +169,7 @@ class Checkpoints(SavingCheckpoint):
         """Link ``last.ckpt`` to the checkpoint that the run resumes from; validate, if a validation was due then."""
         if trainer.ckpt_path is None:
             self.forget()
+            self._scored_on = None
         if self.force is None:  # without a command line, only fit() gets the path of the checkpoint
             self._look_for_earlier_run(trainer, trainer.ckpt_path)
         # Not on_fit_start: Lightning loads the checkpoint of a sharded run after it, and sets its path then.
@@ -221,6 +226,7 @@ class Checkpoints(SavingCheckpoint):
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         self._validated_step = trainer.global_step
+        self._compare_alike(trainer, pl_module)
         if not self._finishing(trainer):
             super().on_validation_end(trainer, pl_module)
             self._stop_if_signalled(trainer)
@@ -299,9 +305,24 @@ class Checkpoints(SavingCheckpoint):
         trainer.strategy.barrier()
         self.note_saved(trainer.global_step, path)
 
+    def _compare_alike(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare perplexities of one text only, since a resumed run may validate on another."""
+        hard = getattr(getattr(pl_module, "validation", None), "hard", None)
+        before, self._scored_on = self._scored_on, None if hard is None else hard.of
+        if None in (before, self._scored_on) or before == self._scored_on:
+            return
+        what = "perplexities are no longer measured as before this run was resumed (another text, or other settings): "
+        if self.best_k_models and str(self.monitor).startswith(PERPLEXITY):
+            self.reset_scores()
+            rank_zero_warn(f"{what}the checkpoints of before count as worse than those that follow.")
+        others: list[Any] = [one for one in trainer.callbacks if one is not self]  # type: ignore[attr-defined]
+        named = {type(one).__name__ for one in others if str(getattr(one, "monitor", "")).startswith(PERPLEXITY)}
+        if named:
+            rank_zero_warn(f"{what}{listing(sorted(named))} compares with those of before nevertheless.")
+
     def is_measured(self, trainer: L.Trainer) -> bool:
         """Return whether the monitored metric is of the current step: perplexities are of the last validation."""
-        return not str(self.monitor).startswith("perplexity/") or self._validated_step == trainer.global_step
+        return not str(self.monitor).startswith(PERPLEXITY) or self._validated_step == trainer.global_step
 
     def _time_is_up(self, trainer: L.Trainer) -> bool:
         if not self.every_minutes:
@@ -325,11 +346,12 @@ class Checkpoints(SavingCheckpoint):
             states[self.state_key] = states[former[0]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return Lightning's state, the step of the last validation, and whether a checkpoint waits for the next."""
-        return {**super().state_dict(), "validated_step": self._validated_step, "waits": self.waits}
+        """Return Lightning's state, step and conditions of the last validation, and whether a checkpoint waits."""
+        validated = {"validated_step": self._validated_step, "scored_on": self._scored_on}
+        return {**super().state_dict(), **validated, "waits": self.waits}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load Lightning's state and the step of the last validation."""
+        """Load Lightning's state, and step and conditions of the last validation."""
         there = state_dict.get("dirpath", self.dirpath)
         own = self._resumes_here or there is None or str(there) == str(self.dirpath)
         # Of another folder Lightning takes nothing but the path of the best, and says so.
@@ -340,6 +362,7 @@ class Checkpoints(SavingCheckpoint):
         self._surplus = self.drop_surplus()
         self._validated_step = state_dict["validated_step"]
         self.waits = bool(state_dict.get("waits", False))  # not of earlier versions
+        self._scored_on = state_dict.get("scored_on")
 
     # -- stopping -----------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ No other module of the callbacks uses private interfaces of Lightning. If a vers
 to public interfaces and warns once of what is missing.
 """
 
+import math
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -104,6 +105,13 @@ class SavingCheckpoint(ModelCheckpoint):
         self.write(trainer, path)
         if self.save_last == "link" and trainer.is_global_zero:
             link_last(Path(path).parent, Path(path))
+
+    def reset_scores(self) -> None:
+        """Count all checkpoints of before as worse than any that follows: they were measured on something else."""
+        worst = torch.tensor(math.inf if self.mode == "min" else -math.inf, device="cpu")
+        self.best_k_models = dict.fromkeys(self.best_k_models, worst)
+        if self.best_k_models:
+            self.kth_value = self.best_model_score = worst
 
     def drop_surplus(self) -> list[str]:
         """Count no more checkpoints than ``save_top_k``, and return the paths of the worse ones, still on the disk.

@@ -19,7 +19,7 @@ class Identity:
     Attributes:
         base_model: Name of the base model.
         revision: Revision of the base model on the hub.
-        fingerprint: Fingerprint of the base model's weights.
+        fingerprint: Fingerprint of the weights in the base model's decoder blocks.
         gate: Class and settings of the gates.
         sparsity: Target sparsity.
         targets: ``targets`` of LeapModule.
@@ -27,6 +27,8 @@ class Identity:
         max_steps: Length T of every schedule, in optimizer steps.
         shapes: Weight name → shape of the weight.
         input_dims: Weight name → dimension that the inputs of its layer run along.
+        rest: Fingerprint of the base model's norms, biases, embeddings and head; None in checkpoints of versions that
+            did not store it.
         ranks: Number of processes that learned together.
         accumulation: Micro-batches per rank in an optimizer step.
         dense_perplexity: Perplexity of the dense model on the validation text, once measured.
@@ -48,6 +50,7 @@ class Identity:
     max_steps: int | None
     shapes: dict[str, list[int]]
     input_dims: dict[str, int]
+    rest: str | None = None
     ranks: int | None = None
     accumulation: int | None = None
     dense_perplexity: float | None = None
@@ -99,6 +102,11 @@ def check_same(found: Identity, expected: Identity) -> None:
         raise UserError(
             f"the checkpoint belongs to {found.base_model} with fingerprint {found.fingerprint}, and the base model "
             f"here is {expected.base_model} with {expected.fingerprint}. Give the model the checkpoint was made for."
+        )
+    if None not in (found.rest, expected.rest) and found.rest != expected.rest:
+        raise UserError(
+            f"the checkpoint belongs to {found.base_model}, and {expected.base_model} has the same weights in its "
+            "decoder blocks, but other norms, biases, embeddings or head. Give the model the checkpoint was made for."
         )
     if not same(found.gate, expected.gate):
         one_class = found.gate["class_path"] == expected.gate["class_path"]

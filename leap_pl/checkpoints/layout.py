@@ -231,7 +231,26 @@ def load_checkpoint(path: str | Path, *, mmap: bool = True, check_tensors: bool 
         raise UserError(f"{path} is truncated, damaged or not a checkpoint. Take the checkpoint before it.") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is not a checkpoint of leap_pl fit. Give a .ckpt from a run's checkpoints folder.")
+    if _bytes_of([checkpoint.get(part) for part in ("state_dict", "optimizer_states")]) > path.stat().st_size:
+        raise UserError(f"{path} is damaged (its tensors are larger than the file). Take the checkpoint before it.")
     return checkpoint
+
+
+def _bytes_of(tree: Any) -> int:
+    """Return the bytes that all tensors of ``tree`` take as values of their own.
+
+    A tensor may be stored as a view of one element, or of what others are stored in: a small file would then make
+    whoever computes with it allocate any amount of memory.
+    """
+    total, seen, rest = 0, set[int](), [tree]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size() if value.numel() > 1 else 0
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:  # a pickle may contain itself
+            seen.add(id(value))
+            rest.extend(value.values() if isinstance(value, Mapping) else value)
+    return total
 
 
 def is_checkpoint(path: Path) -> bool:

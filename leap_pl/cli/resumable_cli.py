@@ -35,6 +35,7 @@ from leap_pl.escape import say
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.ranges import check_numbers
 from leap_pl.inputs.register import running_verb
+from leap_pl.training.fixed_mask import FixedMask
 from leap_pl.training.run_settings import computed_in
 
 # Settings that are paths, or names that are read as such.
@@ -236,6 +237,9 @@ class ResumableCLI(LightningCLI):
             check_verb(identity, path, self.name, fixes=self.fixes)
         base_model = setting_of(words, self._configs, "model.base_model")
         settings, refused = settings_of(identity, checkpoint, path, words, base_model)
+        mask = setting_of(words, self._configs, "model.mask")
+        if mask is not None:  # before its sparsity and its weights are compared with those that the run had
+            FixedMask.read(mask).check_same(identity)
         if verb != "fit":  # validation has its own precision, and no steps
             settings = {name: value for name, value in settings.items() if not name.startswith("trainer.")}
             settings["model.dtype"] = computed_in(identity) or settings.get("model.dtype", "auto")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from leap_pl.base_model.sequence_length import check_sequence_length
-from leap_pl.base_model.weights import Weight, decoder_blocks, model_fingerprint
+from leap_pl.base_model.weights import Weight, model_fingerprint, rest_of
 from leap_pl.errors import UserError
 from leap_pl.escape import terminal
 from leap_pl.files import atomic_file
@@ -215,12 +215,10 @@ def _digest_of_rest(model: "PreTrainedModel") -> str:
     The inputs of the weights depend on them, and models whose norms or embeddings were trained differ in nothing else.
     """
     digest = hashlib.sha256()
-    prefix, _ = decoder_blocks(model)
-    for name, tensor in sorted(model.named_parameters()):
-        if tensor.ndim < 2 or not name.startswith(f"{prefix}."):
-            whole = tensor.detach().to("cpu").contiguous()
-            digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
-            digest.update(whole.view(-1).view(torch.uint8).numpy())
+    for name, tensor in sorted(rest_of(model)):
+        whole = tensor.detach().to("cpu").contiguous()
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+        digest.update(whole.view(-1).view(torch.uint8).numpy())
     written = json.loads(model.config.to_json_string(use_diff=False))
     settings = {key: value for key, value in written.items() if key not in UNRELATED}
     digest.update(json.dumps(settings, sort_keys=True).encode())

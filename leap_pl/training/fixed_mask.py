@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from leap_pl.checkpoints.identity import Identity
 from leap_pl.errors import UserError, listing
 from leap_pl.gates import BernoulliGate, FixedGate
 from leap_pl.inputs.paths import expanded
@@ -19,6 +20,7 @@ from leap_pl.masks.exported import exported_record
 from leap_pl.masks.mask_set import TRAINED
 from leap_pl.oneshot.methods import METHODS
 from leap_pl.prior import Prior
+from leap_pl.prior.started_prior import DIGESTS
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,28 @@ class FixedMask:
                 f"model.mask sets which weights are kept, and {listing(contrary)} would not be used. Leave out what is "
                 "not meant."
             )
+
+    def check_same(self, identity: Identity) -> bool:
+        """Check that the run of a checkpoint had this mask, whatever its name.
+
+        Args:
+            identity: Identity in the checkpoint.
+
+        Returns:
+            Whether it had; False if the checkpoint does not say which mask it had.
+
+        Raises:
+            UserError: It had another one.
+        """
+        digests, prior = identity.settings.get(DIGESTS), identity.learned_with.get("model.prior")
+        was = digests.get("prior") if isinstance(digests, dict) else None
+        if was is not None and was != self.digest:
+            named = f", {prior['mask']}" if isinstance(prior, dict) and prior.get("mask") else ""
+            raise UserError(
+                f"model.mask {self.file} is another mask than that of the checkpoint{named}. Leave it out to resume; "
+                "for another mask, start a new run without --ckpt_path."
+            )
+        return was is not None
 
     def warn_of_unused(self, gate: Any, prior: Prior) -> None:
         """Warn of settings of a mask to learn, if there is no command line, which tells of them itself."""

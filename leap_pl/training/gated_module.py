@@ -20,6 +20,7 @@ from leap_pl.base_model.weights import (
     find_weights,
     is_sparse,
     model_fingerprint,
+    rest_fingerprint,
 )
 from leap_pl.checkpoints import layout as checkpoints
 from leap_pl.checkpoints.identity import Identity, check_same, read_identity
@@ -181,8 +182,8 @@ class GatedModule(L.LightningModule):
         self.weights = self._gated_of(model)
         if self.mesh is not None:
             check_inside_blocks(self.weights)
-        self.fingerprint = model_fingerprint(model)
-        check_as_rank_zero({"base model": self.fingerprint})
+        self.fingerprint, self.rest = model_fingerprint(model), rest_fingerprint(model)
+        check_as_rank_zero({"base model": [self.fingerprint, self.rest]})
         self.sizes = {name: weight.parameter.numel() for name, weight in self.weights.items()}
         self.layers = {name: weight.layer for name, weight in self.weights.items()}
         self.dense_norm = sum(float(norm_of(weight.parameter)) for weight in self.weights.values())

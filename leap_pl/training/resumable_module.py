@@ -22,7 +22,6 @@ from leap_pl.distributed.strategy import check_as_rank_zero, data_rank, saves_sh
 from leap_pl.errors import UserError, warn_once
 from leap_pl.gates import FixedGate
 from leap_pl.masks.mask_set import BEFORE, STAYED, TRAINED
-from leap_pl.prior.started_prior import DIGESTS
 from leap_pl.training import run_settings
 from leap_pl.training.gated_module import GatedModule
 from leap_pl.training.live_settings import live_settings
@@ -185,17 +184,9 @@ class ResumableModule(GatedModule):
         Raises:
             UserError: It has others.
         """
-        digests, prior = identity.settings.get(DIGESTS), stored.get("model.prior")
-        was = digests.get("prior") if isinstance(digests, dict) else None
-        if was is None or self.fixed_mask is None or not isinstance(prior, dict):
-            return
-        if was != self.fixed_mask.digest:
-            named = f", {prior['mask']}" if prior.get("mask") else ""
-            raise UserError(
-                f"model.mask {self.run_prior.settings.mask} is another mask than that of the checkpoint{named}. Leave "
-                "it out to resume; for another mask, start a new run without --ckpt_path."
-            )
-        here["model.prior"] = prior
+        prior = stored.get("model.prior")
+        if isinstance(prior, dict) and self.fixed_mask is not None and self.fixed_mask.check_same(identity):
+            here["model.prior"] = prior
 
     def identity(self) -> Identity:
         """Return the identity that this run's checkpoints contain; after a fit, that of the fit."""
@@ -206,6 +197,7 @@ class ResumableModule(GatedModule):
             base_model=self.base_model,
             revision=self.revision,
             fingerprint=self.fingerprint,
+            rest=self.rest,
             gate=self.gates.describe(),
             sparsity=self.sparsity,
             targets=self.targets,

@@ -110,7 +110,8 @@ class ValidatedModule(ResumableModule):
     def _measured_model(self) -> dict[str, str]:
         """Return the provenance of a perplexity except for the text; see :class:`.Measured` for its keys."""
         dtype = str(self._dtype_of_model()).removeprefix("torch.")
-        return {"fingerprint": self.fingerprint, "dtype": dtype, "precision": precision_of(self.trainer.precision)}
+        precision = precision_of(self.trainer.precision)
+        return {"fingerprint": self.fingerprint, "rest": self.rest, "dtype": dtype, "precision": precision}
 
     def _dtype_of_model(self) -> torch.dtype | None:
         return None if self.model is None else self.model.dtype

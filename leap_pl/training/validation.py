@@ -27,9 +27,10 @@ class Measured:
         tokens: Digest of the measured sequences (:meth:`Validation.measured_tokens`), 16 digits.
         sequences: Number of sequences on all ranks together.
         seq_length: Tokens in each sequence; the mean if they differ.
-        fingerprint: Fingerprint of the base model's weights.
+        fingerprint: Fingerprint of the weights in the base model's decoder blocks.
         dtype: Dtype of the model.
         precision: Precision of the trainer (:func:`precision_of`).
+        rest: Fingerprint of its other weights; empty where an earlier version has measured.
     """
 
     value: float
@@ -39,6 +40,7 @@ class Measured:
     fingerprint: str
     dtype: str
     precision: str
+    rest: str = ""
 
     @property
     def of(self) -> dict[str, Any]:
@@ -56,6 +58,7 @@ class Measured:
         keys = {field.name: field.type for field in fields(cls) if field.name != "value"}
         if not isinstance(value, float) or not math.isfinite(value) or not isinstance(of, Mapping):
             return None
+        of = {"rest": "", **of}
         if not all(type(of.get(key)) is kind for key, kind in keys.items()):
             return None
         return cls(value, **{key: of[key] for key in keys})

@@ -22,6 +22,7 @@ from leap_pl.base_model.weights import (
     find_weights,
     fingerprint,
     model_fingerprint,
+    rest_fingerprint,
 )
 from leap_pl.errors import UserError, warn_once
 from leap_pl.evaluation.subject import realised_sparsity
@@ -224,18 +225,34 @@ def test_one_checkpoint_in_two_precisions_has_one_fingerprint(tmp_path: Path) ->
     loaded = {dtype: load_model(folder, dtype=dtype) for dtype in ("auto", "float32", "bfloat16")}
     assert loaded["bfloat16"].dtype == torch.bfloat16
     assert len({model_fingerprint(m) for m in (*loaded.values(), tiny_model("llama"))}) == 1
+    assert len({rest_fingerprint(m) for m in (*loaded.values(), tiny_model("llama"))}) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_every_parameter_is_in_one_of_two_fingerprints(family: str) -> None:
+    model = tiny_model(family)
+    before = [model_fingerprint(model), rest_fingerprint(model)]
+    for name, parameter in model.named_parameters():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.add_(1)
+            now = [model_fingerprint(model), rest_fingerprint(model)]
+            parameter.copy_(kept)
+        assert sum(a != b for a, b in zip(now, before, strict=True)) == 1, name
 
 
 def test_float16_which_rounds_small_weights_keeps_the_fingerprint(tmp_path: Path) -> None:
     folder, model = str(tmp_path / "m"), tiny_model("llama")
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0] *= 2.0**-17  # float16 is 2**-24 apart there
+        model.model.embed_tokens.weight[0] *= 2.0**-17
     model.to(torch.bfloat16).save_pretrained(folder)
     stored, rounded = load_model(folder), load_model(folder, dtype="float16")
     assert (stored.dtype, rounded.dtype) == (torch.bfloat16, torch.float16)
     one, other = (each.model.layers[0].mlp.up_proj.weight for each in (rounded, stored))
     assert not torch.equal(one.bfloat16(), other)
     assert model_fingerprint(rounded) == model_fingerprint(stored)
+    assert rest_fingerprint(rounded) == rest_fingerprint(stored)
     with torch.no_grad():
         rounded.model.layers[0].mlp.up_proj.weight[1] = 0  # pruned since, it is another model
         assert model_fingerprint(rounded) != model_fingerprint(stored)

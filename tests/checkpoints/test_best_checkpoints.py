@@ -1,7 +1,9 @@
 """Checkpoints that are kept by a metric, or not written at all; links to them, and what a run says of them."""
 
 import errno
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,10 +57,15 @@ def test_a_checkpoint_that_was_not_measured_does_not_compete(
     assert (tmp_path / "checkpoints" / "last.ckpt").readlink() == Path("step=4.ckpt")
 
 
-def best_of(checkpoint: Path) -> list[str]:
+def state_of(checkpoint: Path) -> dict[str, Any]:
     callbacks = torch.load(checkpoint, weights_only=True)["callbacks"]
     (state,) = [state for key, state in callbacks.items() if key.startswith("Checkpoints")]
-    return sorted(Path(path).name for path in state["best_k_models"])
+    found: dict[str, Any] = state
+    return found
+
+
+def best_of(checkpoint: Path) -> list[str]:
+    return sorted(Path(path).name for path in state_of(checkpoint)["best_k_models"])
 
 
 @pytest.mark.parametrize("last", ["link", "true"])
@@ -75,6 +82,32 @@ def test_every_validation_competes_whatever_is_written_between(
     assert {step: torch.load(file, weights_only=True)["global_step"] for step, file in files.items()} == {
         step: step for step in files
     }
+
+
+@pytest.mark.parametrize("monitor", ["perplexity/hard", "step"])
+def test_perplexities_of_two_texts_do_not_compete(
+    model_folder, text_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn, monitor: str
+) -> None:
+    """Resumed with a validation text whose perplexity is higher: the best of the first part is no better for that."""
+    text, other = tmp_path / "other.jsonl", tmp_path / "kept.jsonl"
+    text.write_text("\n".join(json.dumps({"text": "%%% " * 60 + str(number)}) for number in range(20)))
+    shutil.copy(text_file, other)
+    words = without_interval(flags(model_folder, text_file, tmp_path, f"--checkpoint.monitor={monitor}"))
+    words += ["--checkpoint.save_top_k=1", "--trainer.max_steps=6"]
+    texts = [f"--data.validation_text={path}" for path in (text, other)]
+    with monkeypatch.context() as patch:
+        at_call(patch, "training_step", 11, send(signal.SIGTERM))
+        stopped([*words, texts[0]])
+    (score,) = state_of(tmp_path / "checkpoints" / "last.ckpt")["best_k_models"].values()
+    recwarn.clear()
+    monkeypatch.setattr(
+        "leap_pl.training.validation.TokenPerplexity.compute", lambda self: torch.tensor(2.0) * score.abs().clamp(min=9)
+    )
+    main([*words, texts[1], "--ckpt_path=last"])
+    state = state_of(tmp_path / "checkpoints" / "last.ckpt")
+    assert [Path(path).name for path in state["best_k_models"]] == [f"step={4 if monitor != 'step' else 6}.ckpt"]
+    said = [str(warning.message) for warning in recwarn if "no longer measured as before" in str(warning.message)]
+    assert len(said) == (monitor != "step")
 
 
 def test_a_link_to_itself_is_not_made(tmp_path: Path) -> None:

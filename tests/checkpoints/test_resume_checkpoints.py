@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import refused
+from safetensors.torch import load_file, save_file
 from stopped_runs import STEPS, Outcome, at_call, curves, flags, kept, outcome, same, send, stopped
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tiny import tiny_folder, tiny_model
@@ -100,6 +101,34 @@ def test_a_run_goes_on_with_a_copy_of_its_model(run_of_three: Path, model_folder
     main([*flags(copied, text_file, tmp_path / "run"), f"--ckpt_path={step}"])
     found = MaskSet.load(tmp_path / "run" / "checkpoints" / "mask.safetensors").digest_of_bits()
     assert found == MaskSet.load(run_of_three / "checkpoints" / "mask.safetensors").digest_of_bits()
+
+
+@pytest.mark.parametrize("changed", ["norm", "embeddings"])
+def test_a_model_that_differs_outside_its_blocks_is_another(
+    run_of_three: Path, model_folder, text_file, tmp_path: Path, capsys, changed: str
+) -> None:
+    """As one whose norms, or embeddings, were trained: its blocks have the same fingerprint."""
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    name = {"norm": "model.norm.weight", "embeddings": "model.embed_tokens.weight"}[changed]
+    tensors[name] = 2 * tensors[name]
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    step = run_of_three / "checkpoints" / "step=2.ckpt"
+    words = flags(other, text_file, tmp_path / "run")
+    of_validation = [w for w in words if not w.startswith(("--model.optimizer", "--trainer.max_steps"))][1:]
+    for command in ([*words, f"--ckpt_path={step}"], ["validate", *of_validation, f"--ckpt_path={step}"]):
+        assert "has the same weights in its decoder blocks, but other norms, biases, embeddings or head" in refused(
+            command, capsys
+        )
+    with pytest.raises(UserError, match="other norms"):
+        LeapModule.load_from_checkpoint(step, base_model=str(other))
+    # A checkpoint of a version that did not store it tells them apart no more, and its figures are measured again.
+    stored = torch.load(step, weights_only=True)
+    dense = stored["leap_pl"]["dense_perplexity"]
+    del stored["leap_pl"]["rest"], stored["leap_pl"]["dense_perplexity_of"]["rest"]
+    torch.save(stored, tmp_path / "older.ckpt")
+    main([*words, f"--ckpt_path={tmp_path / 'older.ckpt'}"])
+    assert MaskSet.load(tmp_path / "run/checkpoints/mask.safetensors").provenance.config["dense_perplexity"] != dense
 
 
 @pytest.mark.parametrize("damage", ["torn", "empty", "flipped", "pickle"])

@@ -317,7 +317,10 @@ def test_a_base_model_of_another_type_is_not_trusted(planted: Planted, tmp_path:
     ):
         with pytest.raises(SystemExit), planted.watched():
             main(words)
-        assert "whose revision comes only from a file: refs/pr/1. Confirm it with --revision NAME." in capsys.readouterr().err
+        assert (
+            "whose revision comes only from a file: refs/pr/1. Confirm it with --revision NAME."
+            in capsys.readouterr().err
+        )
     # What is typed is trusted: the code is there to be run.
     load_config(str(folder), trust_remote_code=True)
     assert planted.mark.exists()

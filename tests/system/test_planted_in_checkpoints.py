@@ -13,7 +13,7 @@ import torch
 from conftest import Run, fit_flags, refused
 
 from leap_pl import LeapModule
-from leap_pl.checkpoints.layout import masks_from_checkpoint
+from leap_pl.checkpoints.layout import load_checkpoint, masks_from_checkpoint
 from leap_pl.cli.fit import LeapCLI
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
@@ -152,7 +152,9 @@ def test_whose_code_is_trusted_is_typed(checkpoint, finished: Run, tmp_path: Pat
     typed = [] if named == "base_model" else [f"--model.base_model={folder}"]
     for verb in ("fit", "validate"):
         words = [*words_of(finished, tmp_path, path), *typed, "--model.trust_remote_code=true"]
-        assert f"comes only from a file: {folder}. Confirm it with --model.{named} NAME." in refused([verb, *words], capsys)
+        assert f"comes only from a file: {folder}. Confirm it with --model.{named} NAME." in refused(
+            [verb, *words], capsys
+        )
     given = {} if named == "base_model" else {"base_model": str(folder)}
     with pytest.raises(UserError, match=f"Confirm it with {named}=NAME"):
         LeapModule.load_from_checkpoint(path, trust_remote_code=True, **given)
@@ -233,3 +235,17 @@ def test_a_class_that_is_none_of_those_asked_for_is_refused_before_it_is_called(
         line = refused(fit_flags(model_folder, text_file, tmp_path, words.replace("%s", str(trace))), capsys)
         assert says in line, words
         assert not trace.exists(), words
+
+
+@pytest.mark.parametrize("part", ["state_dict", "optimizer_states"])
+def test_a_small_checkpoint_takes_little_memory(finished: Run, tmp_path: Path, part: str) -> None:
+    """Views of one element, and of one another, are stored as what they are views of."""
+    stored = torch.load(finished.checkpoint, weights_only=True)
+    large = torch.zeros(1).expand(1 << 17, 1 << 17)
+    views = [torch.zeros(64, 64)] * (finished.checkpoint.stat().st_size // 1000)
+    for planted in (large, views, {"exp_avg": [large]}):
+        path = tmp_path / "small.ckpt"
+        torch.save({**stored, part: {"model.layers.0.self_attn.q_proj.weight": planted}}, path)
+        assert path.stat().st_size < 2 * finished.checkpoint.stat().st_size
+        with pytest.raises(UserError, match="its tensors are larger than the file"):
+            load_checkpoint(path)

@@ -439,6 +439,16 @@ def test_a_mask_by_another_name_is_the_same_mask(
     message = failing(capsys, words("another", tmp_path / "other"))
     assert "is another mask than that of the checkpoint" in message
     assert "Leave it out to resume" in message
+    # Of another sparsity, and of other weights, too: neither is typed.
+    prune_command(str(model_folder), str(tmp_path / "sparser"), method="magnitude", sparsity=0.6)
+    sparser = tmp_path / "run-of-sparser"
+    main([*(w for w in recover(sparser) if not w.startswith("--model.mask")), f"--model.mask={tmp_path / 'sparser'}"])
+    prune_command(str(model_folder), str(tmp_path / "fewer"), method="magnitude", ignore=["re:.*down_proj"])
+    for other in (copy, tmp_path / "fewer"):
+        resumed = [w for w in recover(tmp_path / "third") if not w.startswith("--model.mask")]
+        ckpt_path = f"--ckpt_path={sparser / 'checkpoints' / 'step=2.ckpt'}"
+        message = failing(capsys, [*resumed, f"--model.mask={other}", ckpt_path])
+        assert "is another mask than that of the checkpoint" in message
     # Also where the run is finished, which is so of the mask that it was under.
     again = [*recover(tmp_path / "run"), "--ckpt_path=last"]
     main([*again, f"--model.mask={copy}"])
