@@ -336,7 +336,7 @@ class _Reader(FileSystemReader):
         Raises:
             UserError: A value is elsewhere, or its file is missing.
         """
-        with _damage_in_one_line(self.path):
+        with _damage_in_one_line(Path(self.path)):
             for name in sorted({info.relative_path for info in index.storage_data.values()}):
                 if Path(name).name != name:
                     raise ValueError(f"{name} is no name of a file in it")

@@ -218,7 +218,7 @@ def _digest_of_rest(model: "PreTrainedModel") -> str:
     for name, tensor in sorted(rest_of(model)):
         whole = tensor.detach().to("cpu").contiguous()
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
-        digest.update(whole.view(-1).view(torch.uint8).numpy())
+        digest.update(whole.view(-1).view(torch.uint8).numpy().data)
     written = json.loads(model.config.to_json_string(use_diff=False))
     settings = {key: value for key, value in written.items() if key not in UNRELATED}
     digest.update(json.dumps(settings, sort_keys=True).encode())

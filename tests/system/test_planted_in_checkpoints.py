@@ -136,7 +136,7 @@ def test_the_command_line_takes_no_code(
 
 @pytest.mark.parametrize("named", ["base_model", "revision", "weights"])
 def test_whose_code_is_trusted_is_typed(checkpoint, finished: Run, tmp_path: Path, planted, capsys, named: str) -> None:
-    """With trust_remote_code, a checkpoint alone says neither the model nor its revision: anyone may have written it."""
+    """With trust_remote_code, a checkpoint alone says neither model nor revision: anyone may have written it."""
     folder = tmp_path / "model"
     shutil.copytree(checkpoint["leap_pl"]["base_model"], folder)
     settings = json.loads((folder / "config.json").read_text())
@@ -155,7 +155,7 @@ def test_whose_code_is_trusted_is_typed(checkpoint, finished: Run, tmp_path: Pat
         assert f"comes only from a file: {folder}. Confirm it with --model.{named} NAME." in refused(
             [verb, *words], capsys
         )
-    given = {} if named == "base_model" else {"base_model": str(folder)}
+    given: dict[str, Any] = {} if named == "base_model" else {"base_model": str(folder)}
     with pytest.raises(UserError, match=f"Confirm it with {named}=NAME"):
         LeapModule.load_from_checkpoint(path, trust_remote_code=True, **given)
     assert not planted()
