@@ -267,6 +267,7 @@ def _perplexity(
         seq_length=seq_length,
         stride=stride,
         prefix=prefix_of(tokenizer) if bos == "every" else (),
+        leading=len(prefix_of(tokenizer)) if bos == "first" else 0,
         batch_size=batch_size,
         progress=terminal(f"perplexity of {Path(text).name}"),
     )

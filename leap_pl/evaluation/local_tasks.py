@@ -9,6 +9,7 @@ The folder is treated as data. lm-eval's definitions may name Python code (``!fu
 installed lm-eval only: definitions and modules in the folder are neither read nor imported.
 """
 
+import glob
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -195,7 +196,8 @@ def _data_keys(data: Path, cache: Path, config: dict[str, Any], examples: int | 
         "dataset_path": READERS[suffix],
         "dataset_name": None,
         "dataset_kwargs": {
-            "data_files": {split: str(file) for split, file in files.items()},
+            # Which datasets takes for patterns: a folder with brackets in its name would be another's.
+            "data_files": {split: glob.escape(str(file)) for split, file in files.items()},
             "cache_dir": str(cache),
         },
     }

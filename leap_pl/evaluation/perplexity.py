@@ -69,6 +69,7 @@ def perplexity(
     seq_length: int = 2048,
     stride: int | None = None,
     prefix: Sequence[int] = (),
+    leading: int = 0,
     batch_size: int = 4,
     progress: str | None = None,
 ) -> Perplexity:
@@ -82,6 +83,7 @@ def perplexity(
             that windows do not overlap.
         prefix: Tokens that each window begins with (:func:`leap_pl.base_model.prefix.prefix_of`), not counted in
             ``tokens``.
+        leading: Number of tokens at the beginning of ``tokens`` that are no text, and are not predicted.
         batch_size: Windows in a forward pass; it affects the value only by rounding.
         progress: Caption of a progress bar; None for no bar.
 
@@ -93,9 +95,15 @@ def perplexity(
     check_windows(seq_length, stride, batch_size, len(prefix))
     given = max(len(prefix), 1)  # tokens of a window that are never predicted
     prefix_P = torch.tensor(prefix, dtype=tokens.dtype, device=tokens.device)
+    of_first = max(given, leading)
     _check(model, tokens, prefix_P, seq_length)
     windows = tokens.unfold(0, min(seq_length - len(prefix), tokens.numel()), stride)  # (window, length), a view
     length = len(prefix) + windows.shape[1]
+    if length <= of_first:
+        raise UserError(
+            f"a window of {length} tokens begins with {of_first} that are not predicted. Give a longer text, or a "
+            "larger seq_length."
+        )
     later = min(stride, length - given)  # predicted tokens of a window after the first; the rest is context
     with evaluating(model):
         states, head = split_model(model)
@@ -105,7 +113,7 @@ def perplexity(
                     states,
                     head,
                     torch.cat([prefix_P.expand(len(batch), -1), batch], 1).to(model.device),
-                    [given if window == 0 else length - later for window in range(first, first + len(batch))],
+                    [of_first if window == 0 else length - later for window in range(first, first + len(batch))],
                     max(1, LOSS_ELEMENTS // vocabulary_of(model)),
                 )
                 for first, batch in _batches(windows, batch_size, progress)
@@ -118,7 +126,7 @@ def perplexity(
             "Evaluate in another precision (--dtype float32), or check the weights."
         )
     counts = torch.full_like(sums, later)
-    counts[0] = length - given
+    counts[0] = length - of_first
     predicted = int(counts.sum())
     nll = float(sums.sum() / predicted)
     return Perplexity(

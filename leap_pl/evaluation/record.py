@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def check_place(path: str | Path) -> None:
 def _is_result(path: Path) -> bool:
     """Return whether the file ``path``, which may be of any size, begins as a result does."""
     with path.open("rb") as file:
-        return FORMAT in file.read(1_000_000).decode(errors="replace")
+        begins = file.read(1_000_000).decode(errors="replace")
+    return begins.lstrip().startswith("{") and re.search(rf'"format"\s*:\s*"{re.escape(FORMAT)}"', begins) is not None
 
 
 def may_replace(path: str | Path) -> bool:

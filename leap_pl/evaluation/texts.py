@@ -205,8 +205,10 @@ def _places(names: Sequence[str], recorded: Any) -> list[_Place]:
     """Return the files of a run's text in its order: of ``names``, and ``recorded`` where patterns match others now."""
     places: list[_Place] = []
     for name in names:
-        there = [_Place(file, file.name) for file in _files(name)]
         pattern = glob.has_magic(name)
+        # Whoever made the mask wrote it: no pattern of folders, which would be looked for on all disks.
+        wide = pattern and glob.has_magic(str(Path(name).parent))
+        there = [] if wide else [_Place(file, file.name) for file in _files(name)]
         places += there or [_Place(None, name if pattern else Path(name).name, pattern)]
     if isinstance(recorded, list) and recorded != [place.name for place in places]:
         return [_Place(None, str(name)) for name in recorded]

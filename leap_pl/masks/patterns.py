@@ -152,8 +152,9 @@ def has_form(recorded: str, form: str) -> bool:
 def _in_full_tiles(mask_OI: Tensor, size: int) -> Tensor:
     """Return a bool tensor that is True in the tiles that are kept as a whole."""
     rows, columns = mask_OI.shape[-2:]
-    padded = F.pad(mask_OI, (0, -columns % size, 0, -rows % size), value=True)
-    tiles = padded.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # (…, row of tiles, row, tile, column)
+    height, width = min(size, rows), min(size, columns)  # of a tile: padding takes no more memory than the mask
+    padded = F.pad(mask_OI, (0, -columns % width, 0, -rows % height), value=True)
+    tiles = padded.unflatten(-1, (-1, width)).unflatten(-3, (-1, height))  # (…, row of tiles, row, tile, column)
     full = tiles.all(-1, keepdim=True).all(-3, keepdim=True).expand_as(tiles)
     return full.flatten(-4, -3).flatten(-2, -1)[..., :rows, :columns]
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEY = "cache_key"  # in a cached file's metadata or its mask's provenance: digest of what it was computed from
-ALGORITHM = 3  # incremented when a method's masks change, to invalidate older cached ones
+ALGORITHM = 4  # incremented when a method's masks change, to invalidate older cached ones
 
 # Settings of a model's config that its inputs do not depend on.
 UNRELATED = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map"}

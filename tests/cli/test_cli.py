@@ -1,5 +1,6 @@
 """The command line: help, verbs, and one clear line for every mistake."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -151,10 +152,12 @@ def test_a_result_replaces_results_alone(model_folder, text_file, tmp_path: Path
     words = ["evaluate", f"--model={model_folder}", f"--perplexity={copy}", "--seq_length=32"]
     assert f"{copy} would be replaced, and this command reads" in failing(capsys, [*words, f"--output={copy}"])
     assert copy.read_bytes() == text_file.read_bytes()
-    (tmp_path / "notes.json").write_text("mine")
-    message = failing(capsys, [*words, f"--output={tmp_path / 'notes.json'}"])
-    assert "no result of leap_pl evaluate" in message
-    assert (tmp_path / "notes.json").read_text() == "mine"
+    script = "from leap_pl.evaluation.record import read_result\n"
+    for mine in ("mine", script, json.dumps({"title": "notes on leap_pl.evaluation"})):
+        (tmp_path / "notes.json").write_text(mine)
+        message = failing(capsys, [*words, f"--output={tmp_path / 'notes.json'}"])
+        assert "no result of leap_pl evaluate" in message
+        assert (tmp_path / "notes.json").read_text() == mine
     assert "--stride is 0; give 1 or more" in failing(capsys, [*words, "--stride=0"])
     for _ in range(2):
         main([*words, "--max_tokens=64", f"--output={tmp_path / 'r.json'}"])

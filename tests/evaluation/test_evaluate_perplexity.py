@@ -107,6 +107,22 @@ def test_standard_error_of_windows_that_predict_unequal_numbers_is_that_of_a_rat
     assert found.nll_stderr == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_what_is_put_before_the_text_is_never_predicted():
+    """Also where the tokenizer puts two tokens there, and they stand before the text alone (--bos first)."""
+    model, text = tiny_model(), torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(3))
+    tokens = torch.cat([torch.tensor([257, 258]), text])
+    found = perplexity(model, tokens, seq_length=14, leading=2)
+    assert found.predicted == 12 + 13 + 13
+    with torch.no_grad():
+        logits = model(input_ids=tokens[None, :14]).logits[0, 1:-1]
+    first = torch.nn.functional.cross_entropy(logits, tokens[2:14])
+    assert found.window_nll[0] == pytest.approx(float(first), rel=1e-6)
+    whole = perplexity(model, text[:12], seq_length=14, prefix=[257, 258])
+    assert whole.window_nll[0] == pytest.approx(float(first), rel=1e-6)
+    with pytest.raises(UserError, match="begins with 2 that are not predicted"):
+        perplexity(model, tokens, seq_length=2, leading=2)
+
+
 def test_leaves_the_mode_of_the_model_alone():
     model = tiny_model().train()
     perplexity(model, torch.arange(16), seq_length=8)

@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,6 +247,19 @@ def test_definition_changes_nothing_but_the_data(folder):
         assert {k: v for k, v in defined.cfg.items() if k not in where} == {
             k: v for k, v in stock.items() if k not in where
         }
+
+
+def test_a_folder_with_brackets_in_its_name_is_read_itself(folder, tmp_path: Path) -> None:
+    """datasets takes paths for patterns: run[1] would be run1, which lies beside it."""
+    here, beside = tmp_path / "run[1]", tmp_path / "run1"
+    shutil.copytree(folder, here)
+    shutil.copytree(folder, beside)
+    file = next((beside / "piqa").iterdir())
+    file.write_text(file.read_text().splitlines(keepends=True)[0])
+    expected = score(["piqa"], folder)
+    assert score(["piqa"], here) == expected
+    shutil.rmtree(beside)
+    assert score(["piqa"], here) == expected
 
 
 def test_command_reads_the_folder_and_writes_the_scores(folder, tmp_path, capsys):

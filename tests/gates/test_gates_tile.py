@@ -365,6 +365,17 @@ def test_hard_masks_are_of_the_asked_sparsity_to_one_tile(gates: dict[str, TileG
             assert torch.equal(gate(torch.full(gate.shape, -2.0)), torch.where(masks[name], -2.0, 0.0))
 
 
+@pytest.mark.parametrize("rows", [5, 8])
+def test_a_tile_larger_than_the_matrix_is_one_tile_and_takes_no_memory(rows: int) -> None:
+    mask = nm_mask((rows, 8), 1)
+    for size in (8, 9, 10**6):  # the last would be a terabyte
+        assert follows(mask, 1, Tiled(NM(2, 4), size))
+        assert follows(torch.ones_like(mask), 1, Tiled(NM(2, 4), size))
+    broken = mask.clone()
+    broken[0, 0] = ~broken[0, 0]
+    assert not follows(broken, 1, Tiled(NM(2, 4), 10**6))
+
+
 def test_what_is_no_tiled_mask_is_found_out() -> None:
     mask = nm_mask((8, 8), 1)
     tiled = Tiled(NM(2, 4), 4)

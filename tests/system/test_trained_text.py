@@ -7,6 +7,7 @@ from conftest import Run, fit_flags, refused
 
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
+from leap_pl.evaluation import texts as room
 from leap_pl.evaluation.texts import check_held_out
 from leap_pl.masks import MaskSet
 
@@ -42,6 +43,19 @@ def test_a_run_with_a_validation_text_was_trained_on_all_of_the_other(
     measured = ["evaluate", f"--mask={mask}", "--seq_length=16", "--share=held_out"]
     assert f"held out no part of {text_file.name}" in refused([*measured, f"--perplexity={text_file}"], capsys)
     main([*measured, f"--perplexity={other}"])
+
+
+def test_a_mask_has_no_folders_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever made it wrote the pattern, which may be of all disks."""
+    file, real = tmp_path / "one.jsonl", room.glob.glob
+    file.write_text('{"text": "a"}\n')
+    monkeypatch.setattr(
+        room.glob, "glob", lambda name, **more: pytest.fail(name) if "**" in name else real(name, **more)
+    )
+    for pattern in ("/**", "/**/*.jsonl", "/*/one.jsonl/../**"):
+        with pytest.raises(UserError, match=r"which of its files one\.jsonl was is not known"):
+            check_held_out(str(file), {"data": {"text": f"{pattern}/*.jsonl"}})
+    check_held_out(str(file), {"data": {"text": "/**/*.parquet"}})
 
 
 def test_what_a_mask_tells_of_its_text(tmp_path: Path) -> None:
