@@ -68,10 +68,11 @@ def check_trusted(recorded: Mapping[str, str | None]) -> None:
     """
     for option, value in recorded.items():
         if value is not None:
-            what = "whose name" if option.endswith("model") else f"whose {option.lstrip('-').removeprefix('model.')}"
+            setting = option.rpartition(".")[2].lstrip("-")
+            what = {"revision": "revision", "weights": "folder of weights"}.get(setting, "name")
             typed = f"{option} NAME" if option.startswith("--") else f"{option}=NAME"
             raise UserError(
-                f"trust_remote_code runs code of the base model, {what} comes only from a file: {shown(value)}. "
+                f"trust_remote_code runs code of the base model, whose {what} comes only from a file: {shown(value)}. "
                 f"Confirm it with {typed}."
             )
 

@@ -374,7 +374,13 @@ def model_fingerprint(model: nn.Module) -> str:
 def rest_fingerprint(model: nn.Module) -> str:
     """Return the fingerprint of what :func:`model_fingerprint` leaves out: norms, biases, embeddings and head.
 
-    A model whose norms or embeddings were trained differs in nothing else. It is one of a model without gates.
+    A model whose norms or embeddings were trained differs in nothing else.
+
+    Args:
+        model: Base model, without gates.
+
+    Returns:
+        16 hexadecimal digits, as :func:`fingerprint`.
     """
     return _as_stored(model, fingerprint(dict(rest_of(model))))
 
