@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 _JOINERS = "\u200c\u200d"  # needed by writing systems and emoji
 _MARKDOWN = re.compile(r"([\\`*\[\]|~$!])|(?<!\w)(_)|(_)(?!\w)|(?<=[a-zA-Z])(:)(?=//)|(?<=www)(\.)|(@)", re.IGNORECASE)
+_BLOCK = re.compile(r"^(\s*\d*)(?=(#{1,6}|[+.)]|-+|=+)(\s|$))")  # a heading, an item of a list, a heading's underline
 
 
 def terminal(text: Any, *, lines: bool = False) -> str:
@@ -35,7 +36,7 @@ def html(text: Any) -> str:
 
 def markdown(text: Any) -> str:
     """Return ``text`` escaped for one line or table cell of Markdown: no markup, no HTML, no automatic link."""
-    escaped = _MARKDOWN.sub(r"\\\g<0>", terminal(text))
+    escaped = _BLOCK.sub(r"\1\\", _MARKDOWN.sub(r"\\\g<0>", terminal(text)))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 

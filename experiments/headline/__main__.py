@@ -7,10 +7,13 @@ from pathlib import Path
 from types import FrameType
 
 from leap_pl.errors import UserError
+from leap_pl.escape import say
 
 DEFINITION = "configs/results/headline.yaml"
 DOCS = Path("docs/results")
-SHIPPED = Path(__file__).resolve().parents[2] / DOCS
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / DOCS
+SHIPPED_OF = {"docs/results": DEFINITION, "docs/tasks_in_full": "configs/results/in_full.yaml"}  # docs → definition
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(options)
     except UserError as error:
-        print(f"results: {error}", file=sys.stderr)
+        say(f"results: {error}", sys.stderr)
         return 2
 
 
@@ -62,11 +65,12 @@ def _run(options: argparse.Namespace) -> int:
                 "another folder with --docs."
             )
         return _report(options.cells, options.docs)
-    if shipped and Path(options.config).resolve() != Path(DEFINITION).resolve():
-        raise UserError(
-            f"{DOCS} has the figures of {DEFINITION}, and those of {options.config} would take their place. Name "
-            "another folder with --docs."
-        )
+    for docs, config in SHIPPED_OF.items():
+        if options.docs.resolve() == ROOT / docs and Path(options.config).resolve() != Path(config).resolve():
+            raise UserError(
+                f"{docs} has the figures of {config}, and those of {options.config} would take their place. Name "
+                "another folder with --docs."
+            )
     runner = Runner(read_experiment(options.config), options.folder, options.docs / "cells")
     cells = runner.chosen(options.only)
     if options.list:
@@ -74,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     left_out = list(runner.left_out(cells))
     for line in left_out:
-        print(line, file=sys.stderr)
+        say(line, sys.stderr)
     failed = {} if options.report else runner.run(runner.left(cells))
     from experiments.headline.cells import collect
 
@@ -87,7 +91,7 @@ def _run(options: argparse.Namespace) -> int:
 def _report(cells: Path, docs: Path) -> int:
     from experiments.headline.report import write_report
 
-    print(f"written: {write_report(cells, docs)}")
+    say(f"written: {write_report(cells, docs)}")
     return 0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.headline.experiment import ROLES
+from leap_pl.escape import say
 from leap_pl.evaluation.record import read_result, write_result
 from leap_pl.files import atomic_file
 from leap_pl.oneshot.methods import DEFAULT, METHODS, method_named
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from experiments.headline.progress import Progress
     from experiments.headline.steps import Step
 
+SUPERSEDED = "superseded"  # folder of cells that other settings have taken the place of
 UNKNOWN = "unknown"  # commit of what was measured in a folder that is no clone
 
 
@@ -22,14 +24,14 @@ def collect(progress: "Progress", folder: Path, *, removes: bool = True) -> int:
     """Write one file a finished cell into ``folder``; returns how many are there that are of today's settings.
 
     A file of a cell that is no longer in the experiment, or was made with other settings or inputs, is
-    removed, and named, if it ``removes``; else it is named alone.
+    moved aside, and named, if it ``removes``; else it is named alone.
     A file of a cell that was not made here stays as long as it belongs to the experiment as it is today, and takes from
     it how the cell is shown: rows may have been renamed, or put elsewhere, since it was made.
     """
     cells, there = progress.chosen([]), 0  # each after those that it needs
     for path in folder.glob("*.json"):
         if path.stem not in progress.experiment.cells:
-            _remove(path, "is not a cell of the experiment", removes=removes)
+            _put_aside(path, "is not a cell of the experiment", removes=removes)
     for cell in cells:
         path = folder / f"{cell.name}.json"
         if progress.is_finished(cell):
@@ -43,7 +45,7 @@ def collect(progress: "Progress", folder: Path, *, removes: bool = True) -> int:
             there += 1
             _show_as_today(progress.experiment, cell, path)
         elif path.exists():
-            _remove(path, "was made with other settings or inputs than today's", removes=removes)
+            _put_aside(path, "was made with other settings or inputs than today's", removes=removes)
     return there
 
 
@@ -55,10 +57,12 @@ def _show_as_today(experiment: "Experiment", cell: "Cell", path: Path) -> None:
         write_result(path, result | {"cell": shown})
 
 
-def _remove(path: Path, why: str, *, removes: bool) -> None:
-    print(f"{path} {why}{', and is removed' if removes else ''}", file=sys.stderr)
+def _put_aside(path: Path, why: str, *, removes: bool) -> None:
+    aside = path.parent / SUPERSEDED / path.name  # another machine's cannot be made again here
+    say(f"{path} {why}{f', and is moved to {aside.parent}' if removes else ''}", sys.stderr)
     if removes:
-        path.unlink()
+        aside.parent.mkdir(exist_ok=True)
+        path.replace(aside)
 
 
 def is_current(progress: "Progress", cell: "Cell", folder: Path) -> bool:

@@ -9,14 +9,15 @@ from typing import Any
 
 import yaml
 
+from experiments.headline.cell_schema import NAME, plain_text
 from experiments.headline.experiment import ROLES, Cell, Experiment, Model, Row, Text, laid_over
 from leap_pl.cli.former_spelling import FORMER, GROUP, advice, check_agree
 from leap_pl.errors import UserError, listing
 
-NAME = r"[a-z0-9][a-z0-9._-]*"
 MODEL_KEYS = {"base_model", "about", "evaluate", "prune", "target", "rows"}
 LISTS = ("sparsity", "seeds", "best_of", "texts")  # of a row
 MAPPINGS = ("texts", "rows", "learn", "evaluate", "tasks", "prune", "models")
+EXAMPLES = {"prune": "method: wanda", "fit": "model: {...}"}
 KEYS = MODEL_KEYS | {"texts", "tasks", "tasks_at", "learn", "models"}
 
 
@@ -56,6 +57,10 @@ def read_experiment(path: str | Path) -> Experiment:
         _check_mappings(more, ("rows", "evaluate", "prune"), where)
         shared = {verb: told.get(verb, {}) | more.get(verb, {}) for verb in ("evaluate", "prune")}
         model = _model(str(name), {**more, **shared})
+        for row, changes in more["rows"].items():
+            for of in (changes, told["rows"].get(row)):
+                if not isinstance(of or {}, dict):
+                    raise UserError(f"row {row} of {where} is {of!r}. Give its settings, as in {{sparsity: [0.5]}}.")
         rows = {row: laid_over(told["rows"].get(row) or {}, changes or {}) for row, changes in more["rows"].items()}
         _add_cells(experiment, model, rows, where)
     for cell in experiment.cells.values():
@@ -139,7 +144,10 @@ def _keep_named(part: str, told: dict[str, Any], below: dict[str, Any], where: s
 
 
 def _model(name: str, told: dict[str, Any]) -> Model:
-    about = [str(sentence) for sentence in told.get("about", [])]
+    about = told.get("about") or []
+    if not isinstance(about, list):
+        raise UserError(f"about of {name or 'the experiment'} is {about!r}. Give a list of sentences.")
+    about = [_shown(str(sentence), f"about of {name or 'the experiment'}") for sentence in about]
     evaluate, prune = dict(told.get("evaluate", {})), dict(told.get("prune", {}))
     return Model(name, str(told["base_model"]), about, evaluate, prune, told.get("target"))
 
@@ -156,8 +164,10 @@ def _add_cells(experiment: Experiment, model: Model, rows: dict[str, Any], where
 
 def _text(told: Any, where: str) -> Text:
     if not isinstance(told, dict):
-        return Text(str(told))
+        return Text(_shown(str(told), where))
     _check(told, where, {f.name for f in fields(Text)}, {"text"})
+    for key in ("text", "title", "about"):
+        _shown(told.get(key) or "", f"{key} of {where}")
     if told.get("max_tokens") is not None:
         _positive(told["max_tokens"], f"max_tokens of {where}")
     return Text(**told)
@@ -180,6 +190,11 @@ def _row(name: str, told: dict[str, Any], where: str) -> Row:
         if not isinstance(share, float) or not 0 < share < 1:
             raise UserError(f"each of {where} names {share!r}. Give a sparsity, a number between 0 and 1.")
     for settings in (told, *each.values()):
+        for key in ("prune", "fit"):
+            if not isinstance(settings.get(key) or {}, dict):
+                raise UserError(f"{key} of {where} is {settings[key]!r}. Give its options, as in {{{EXAMPLES[key]}}}.")
+        for key in ("title", "table", "text"):
+            _shown(settings.get(key) or "", f"{key} of {where}")
         for key in ("best_of", "texts"):
             names = settings.get(key, [])
             if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
@@ -326,6 +341,14 @@ def _check_mappings(told: dict[str, Any], parts: Iterable[str], where: str) -> N
 def _check_name(name: str, where: str) -> None:
     if not re.fullmatch(NAME, name):
         raise UserError(f"{where}: its name becomes a folder's. Use small letters, digits and hyphens.")
+
+
+def _shown(text: Any, where: str) -> str:
+    """Return ``text``, which the report shows: found here, and not after hours, to be no text or to have markup."""
+    try:
+        return plain_text(str(text))
+    except ValueError as error:
+        raise UserError(f"{where} is {text!r}: it {error}.") from error
 
 
 def _positive(value: Any, where: str) -> int:

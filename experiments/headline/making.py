@@ -1,5 +1,6 @@
 """How the figures of the report were made: docs/results/making.md, and the configs beside it."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,21 @@ from experiments.headline.cells import UNKNOWN
 from experiments.headline.measured import Measured, by_model, titles_of
 from experiments.headline.tables import cost_table
 from leap_pl.base_model.prefix import in_words
-from leap_pl.errors import listing
+from leap_pl.errors import UserError, listing
+from leap_pl.escape import markdown, terminal
 from leap_pl.files import atomic_file
 
 PAGE = "making.md"
+TITLE = "# How the results were made"  # first line of that page
+WRITTEN = "Written by `make results"  # what the report says of itself
 HEADLINE = "results"  # folder of documents of the headline experiment
 OTHER_DEFINITIONS = {"tasks_in_full": "in_full.yaml"}  # folder of documents → definition in configs/results
 
 
 def write_making(found: Sequence[Measured], docs: Path) -> None:
     """Write into ``docs`` the page of protocol, hardware, configs and commands, and the configs of learned rows."""
-    for old in docs.glob("configs/*.yaml"):
-        old.unlink()
     parts = [
-        "# How the results were made",
+        TITLE,
         f"Of the tables and pictures in [{docs.name}](../{docs.name}.md).",
         *_protocol(found),
         "## Cost",
@@ -62,6 +64,25 @@ def _is_shipped(docs: Path, *names: str) -> bool:
     return docs.parts[-2:] in [("docs", name) for name in names]
 
 
+def shown_files(docs: Path) -> set[Path]:
+    """Return pictures and configs in ``docs`` that the report and its page of making show, if they were written before.
+
+    Raises:
+        UserError: Where a page is to be written there is another.
+    """
+    found = set()
+    for page, sign in ((docs.with_name(f"{docs.name}.md"), WRITTEN), (docs / PAGE, TITLE)):
+        if page.exists():
+            text = page.read_text(encoding="utf-8", errors="replace")
+            if sign not in text:
+                raise UserError(f"{page} is not of a report, and would be replaced. Name another folder with --docs.")
+            for link in re.findall(r"\]\(([^()]+\.(?:svg|yaml))\)", text):
+                file = page.parent / link
+                if ".." not in Path(link).parts and file.is_relative_to(docs) and file.is_file():
+                    found.add(file)
+    return found
+
+
 def write_page(path: Path, parts: Sequence[str]) -> None:
     """Write the Markdown ``parts``, those that are empty left out, to ``path``."""
     with atomic_file(path) as temporary:
@@ -83,7 +104,7 @@ def _protocol(found: Sequence[Measured]) -> Iterator[str]:
         scores |= measured.entry.tasks
     if scores:
         limits = [
-            f"{task} {score['samples']:,} questions of {score['split']}"
+            f"{markdown(task)} {score['samples']:,} questions of {markdown(score['split'])}"
             + ("" if score["limit"] is None else f" (limit {score['limit']})")
             for task, score in sorted(scores.items())
         ]
@@ -147,13 +168,13 @@ def _machines(found: Sequence[Measured]) -> Iterator[str]:
         told = m.result["hardware"]
         where = told.get("gpu") or f"{told['processor']} ({told['cores']} cores, {told['threads']} threads)"
         versions = ", ".join(f"{name} {version}" for name, version in sorted(m.result["versions"].items()))
-        seen.setdefault(f"{where}; {versions}; {_commits(m)}", []).append(f"`{m.cell['name']}`")
+        seen.setdefault(markdown(f"{where}; {versions}; {_commits(m)}"), []).append(f"`{m.cell['name']}`")
     for said, names in seen.items():
         yield f"{'All cells' if len(seen) == 1 else ', '.join(names)}: {said}."
     types: dict[str, list[str]] = {}
     for m in found:
         if m.has_config and "dtype" in m.result["config"]:
-            types.setdefault(m.result["config"]["dtype"], []).append(f"`{m.cell['name']}`")
+            types.setdefault(markdown(m.result["config"]["dtype"]), []).append(f"`{m.cell['name']}`")
     if types:
         by_type = [f"{dtype} ({', '.join(names)})" for dtype, names in sorted(types.items())]
         yield f"Weights and computation while a mask was learned, or weights trained: {'; '.join(by_type)}."
@@ -186,5 +207,5 @@ def _commands(found: Sequence[Measured], command: str) -> Iterator[str]:
     )
     lines = []
     for m in found:
-        lines += [f"# {m.cell['name']}", *(f"leap_pl {' '.join(words)}" for words in m.cell["commands"])]
+        lines += [f"# {m.cell['name']}", *(terminal(f"leap_pl {' '.join(words)}") for words in m.cell["commands"])]
     yield "\n".join(["```bash", *lines, "```"])

@@ -7,11 +7,18 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from experiments.headline.cell_schema import checked_cell
+from experiments.headline.cell_schema import checked_cell, plain_text
 from experiments.headline.experiment import SHOWN, UNSTRUCTURED, VALIDATION
 from leap_pl.comparison.entries import Entry, check_protocols, entry_of_result
 from leap_pl.errors import UserError, listing
 from leap_pl.evaluation.record import read_result
+
+# What the report shows of every result: part → keys; of the result itself under "".
+SAID = {
+    "": ("config", "hardware", "versions", "commit", "seed", "mean"),
+    "model": ("dtype",),
+    "hardware": ("processor", "cores", "threads"),
+}
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,11 @@ def read_cells(folder: Path) -> list[Measured]:
             raise UserError(f"{path} is a result, but of no cell of the experiment. Take it out of {folder}.")
         try:
             result["cell"] = checked_cell(result, SHOWN, (VALIDATION,))
+            _check_shown(result)
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}. Make the cell again, or take the file out.") from error
+        if result["cell"]["name"] != path.stem:  # a copy would count twice
+            raise UserError(f"{path} is the file of {result['cell']['name']}. Give it that name, or take it out.")
         found.append(Measured(result, _entry(path, result), result["cell"]))
     if not found:
         raise UserError(f"{folder} holds no finished cell. Run make results first.")
@@ -105,6 +115,25 @@ def read_cells(folder: Path) -> list[Measured]:
             )
         check_protocols([measured.entry for measured in rows])
     return found
+
+
+def _check_shown(result: dict[str, Any]) -> None:
+    """Check what the report shows of a cell's measuring, and that its model's name is one of a folder.
+
+    Raises:
+        ValueError: Something is missing, or is no name; the message is one line that names it.
+    """
+    for part, keys in SAID.items():
+        missing = [key for key in keys if key not in (result[part] if part else result)]
+        if missing:
+            raise ValueError(f"it lacks {listing([f'{part}.{key}' if part else key for key in missing])}")
+    name = Path(result["model"]["base_model"]).name
+    if name in ("", ".."):
+        raise ValueError(f"the base model {result['model']['base_model']!r} has no name")
+    try:
+        plain_text(name)
+    except ValueError as error:
+        raise ValueError(f"the base model's name {error}") from error
 
 
 def by_model(found: Sequence[Measured]) -> dict[str, list[Measured]]:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.headline.cells import is_current, write_overlap
+from experiments.headline.cells import SUPERSEDED, is_current, write_overlap
 from experiments.headline.digests import digest
 from experiments.headline.experiment import Cell, Experiment
 from experiments.headline.steps import Step, Steps
@@ -18,7 +18,6 @@ from leap_pl.evaluation.texts import TEXTS
 
 RECORD = "steps.json"  # in a cell's folder: step → what is known of it
 LAID_OUT = "Texts and tasks are laid out by make assets assets-eval assets-mixture."
-SUPERSEDED = "superseded"  # folder of learned cells that other settings have taken the place of
 
 
 class Progress:

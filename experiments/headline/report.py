@@ -40,15 +40,13 @@ def write_report(cells: Path, docs: Path) -> Path:
         docs: Folder of the rest. If ``notes.md`` is in it, the report has a link to that.
 
     Raises:
-        UserError: The cells cannot be read or do not fit together.
+        UserError: The cells cannot be read or do not fit together, or another page is where the report belongs.
     """
     found = read_cells(cells)
+    before = making.shown_files(docs)
     docs.mkdir(parents=True, exist_ok=True)
     notes = f" [What did not work]({docs.name}/{NOTES})." if (docs / NOTES).is_file() else ""
     models = by_model(found)
-    for folder in (docs, *(docs / model for model in models)):
-        for old in folder.glob("*.svg"):
-            old.unlink()
     parts = [
         f"# {docs.name.replace('_', ' ').capitalize()}",
         *_overview(found, docs),
@@ -64,6 +62,8 @@ def write_report(cells: Path, docs: Path) -> Path:
     path = docs.with_name(f"{docs.name}.md")  # a name may have a dot: docs/results-0.2
     making.write_page(path, parts)
     making.write_making(found, docs)
+    for old in before - making.shown_files(docs):
+        old.unlink()
     return path
 
 

@@ -1,5 +1,6 @@
 """The tables of the report, in Markdown."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 
@@ -12,6 +13,7 @@ from leap_pl.comparison.differences import (
     perplexity_difference,
     shared_tasks,
 )
+from leap_pl.escape import terminal
 
 _ERROR = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"  # keeps a figure and its error in one line
 KEY = (
@@ -156,9 +158,14 @@ def overview_table(rows: Sequence[Measured], found: Sequence[Measured]) -> str:
 
 
 def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left."""
+    """A Markdown table, the first column to the left; what is in the cells makes no links and no HTML."""
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    """Return ``cell`` with what is not its own: names of tasks and models may be anything, names of cells may not."""
+    return re.sub(r"([\[\]|])", r"\\\1", terminal(cell)).replace("<", "&lt;")
 
 
 def _tokens(measured: Measured) -> str:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from leap_pl.base_model.prefix import in_words
 from leap_pl.comparison.differences import (
@@ -26,6 +27,7 @@ from leap_pl.inputs.plain_values import plain
 ROUNDING = 0.005  # largest difference by rounding between densities with the same target
 DIFFERENCE = "− best baseline"  # heading of the column after a figure
 MOST_SPELLED_OUT = 1e9  # larger figures, of broken models, are written with an exponent
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what text that a spreadsheet computes begins with
 PAGE = 8  # columns that fit the width of a page
 
 
@@ -73,8 +75,8 @@ class Table:
         """Return CSV with one column per figure and numbers in full precision."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(map(plain, self.keys))  # a file may have a name that is no Unicode
-        writer.writerows(["" if value is None else plain(value) for value in row] for row in self.values)
+        writer.writerow(_no_formula(plain(key)) for key in self.keys)  # a file may have a name that is no Unicode
+        writer.writerows(["" if value is None else _no_formula(plain(value)) for value in row] for row in self.values)
         return buffer.getvalue()
 
     def text(self, width: int | None = None) -> str:
@@ -95,6 +97,11 @@ class Table:
             written.append("\n".join("  ".join(line).rstrip() for line in lines))
         notes = ["\n".join(textwrap.fill(note, width) if width else note for note in self.notes)] if self.notes else []
         return "\n\n".join([*written, *notes])
+
+
+def _no_formula(value: Any) -> Any:
+    """Return ``value`` for a cell of CSV: text that a spreadsheet would compute gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def _fitting(widths: list[int], width: int, tied: set[int]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import logging
 import os
 import time
 import warnings
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 from leap_pl.data.documents import EMPTY, Document, Share, State, chained, digest_in, in_share, repaired
 from leap_pl.data.textless import OF_CHAT, Textless
 from leap_pl.errors import UserError, listing, one_line
+from leap_pl.escape import terminal
 from leap_pl.inputs.hub import LOG_IN, check_reachable, is_network_error
 from leap_pl.inputs.plain_values import shown
 
@@ -25,6 +27,12 @@ FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds; doubled at every further try
 _ROWS = 64
 NO_ACCESS = (401, 403, 404, 410)  # HTTP: what the hub answers of a file that is not there, or not for this user
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+def _escaped(record: logging.LogRecord) -> bool:
+    """Escape what ``datasets`` logs: names of columns are the author's of the data."""
+    record.msg, record.args = terminal(record.getMessage(), lines=True), ()
+    return True
 
 
 class HubDataset:
@@ -194,6 +202,10 @@ class HubDataset:
     def _load(self) -> Any:
         import datasets
 
+        if "/" not in self.dataset:  # text or json: datasets would read the files of the working directory
+            raise UserError(f"{self.dataset} is no dataset of the hub. Name one as USER/NAME, such as allenai/c4.")
+        for handler in logging.getLogger("datasets").handlers:
+            handler.addFilter(_escaped)
         try:
             check_reachable(self.dataset, "dataset")
             dataset = datasets.load_dataset(self.dataset, self.config_name, split=self.split, streaming=True)

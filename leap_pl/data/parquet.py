@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from leap_pl.data.parquet_pages import chunks, largest_page
+from leap_pl.data.parquet_pages import check_footer, chunks, largest_page
 from leap_pl.data.textless import OF_CHAT
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.plain_values import shown
@@ -25,6 +25,8 @@ def column_values(file: Path, column: str, start: int) -> Iterator[tuple[int, An
     import pyarrow.parquet as pq
 
     try:
+        with open_regular(file) as handle:
+            check_footer(handle, str(file))  # before Arrow reads it whole
         with open_regular(file) as handle, pq.ParquetFile(file) as table:
             _check_column(file, column, table.schema_arrow)
             row = 0

@@ -39,6 +39,26 @@ class Chunk(NamedTuple):
     length: int  # bytes
 
 
+def check_footer(file: IO[bytes], name: str) -> int:
+    """Return the bytes of the footer of the Parquet ``file``, called ``name`` in messages; 0 if it is no such file.
+
+    Raises:
+        UserError: It is longer than the file, or than ``MOST_FOOTER_BYTES``.
+    """
+    size = file.seek(0, 2)
+    file.seek(max(size - 8, 0))
+    tail = file.read(8)
+    length = int.from_bytes(tail[:4], "little") if tail[4:] == b"PAR1" else 0
+    if length > size - 8 and length:
+        raise _damaged(name, "its footer is longer than the file")
+    if length > MOST_FOOTER_BYTES:
+        raise UserError(
+            f"{name} has a footer of {length:,} bytes; at most {MOST_FOOTER_BYTES:,} are read. Write it again with "
+            "fewer row groups or columns."
+        )
+    return length
+
+
 def chunks(file: IO[bytes], column: str, name: str) -> list[Chunk]:
     """Return the chunk of the top-level column ``column`` in each row group.
 
@@ -50,17 +70,8 @@ def chunks(file: IO[bytes], column: str, name: str) -> list[Chunk]:
     Raises:
         UserError: The footer is damaged, longer than ``MOST_FOOTER_BYTES``, or lacks the column.
     """
-    size = file.seek(0, 2)
-    file.seek(max(size - 8, 0))
-    length = int.from_bytes(file.read(4), "little")
-    if length > size - 8:
-        raise _damaged(name, "its footer is longer than the file")
-    if length > MOST_FOOTER_BYTES:
-        raise UserError(
-            f"{name} has a footer of {length:,} bytes; at most {MOST_FOOTER_BYTES:,} are read. Write it again with "
-            "fewer row groups or columns."
-        )
-    file.seek(size - 8 - length)
+    length = check_footer(file, name)
+    file.seek(max(file.seek(0, 2) - 8 - length, 0))
     try:
         groups = _Compact(file.read(length)).struct().get(4)
         if not isinstance(groups, list):

@@ -19,7 +19,8 @@ from leap_pl.inputs.register import note_input
 
 MOST_TRIED = 1000  # files whose first documents are read before a run
 MOST_RECORDED = 1000  # files that a record lists
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# With a slash: a bare word such as text or json makes datasets read all files under the working directory.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _OTHER_FILES = (".csv", ".tsv", ".zip", ".gz", ".zst", ".bz2", ".xz", ".arrow", ".md", ".html", ".xml", ".pdf")
 
 

@@ -170,7 +170,7 @@ def _dtypes(figures: Mapping[str, Any], rounded: bool) -> str:
             found.setdefault(how, []).append(markdown(shortened(name)))
     if len(found) == 1:
         return f"Measured {next(iter(found))}."
-    return " ".join(f"{listing(names)}: measured {how}." for how, names in found.items())
+    return " ".join(f"On {listing(names)}: measured {how}." for how, names in found.items())
 
 
 def _part_of_text(figure: Mapping[str, Any]) -> str:

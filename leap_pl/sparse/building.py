@@ -7,6 +7,7 @@ forever for a process that was killed while it compiled.
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -57,10 +58,10 @@ def library() -> Path:
     """
     import fcntl  # not everywhere: without it, there are no kernels
 
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX") or "c++")  # may be several words: ccache g++
+    if not compiler or shutil.which(compiler[0]) is None:
         raise RuntimeError("no C++ compiler")
-    said = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    said = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
     facts = f"{torch.__version__} {platform.machine()} {said}".encode()
     key = hashlib.sha256(facts + b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:16]
     home = _cache_home()
@@ -110,12 +111,12 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="leap_pl-kernels-")
 
 
-def _compile(compiler: str, made: Path) -> None:
+def _compile(compiler: list[str], made: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths  # slow to import
 
     say("compiling the kernels of packed weights, once for this version of torch: about half a minute", sys.stderr)
     # OpenMP is that of torch, which is loaded already: a second pool of threads would keep the cores of the first busy.
-    words = [compiler, "-shared", "-fPIC", "-O3", "-std=c++20", "-fopenmp", "-w", str(SOURCES[0])]
+    words = [*compiler, "-shared", "-fPIC", "-O3", "-std=c++20", "-fopenmp", "-w", str(SOURCES[0])]
     words += [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
     words += ["-ltorch_cpu", "-lc10", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     with tempfile.TemporaryDirectory(dir=made.parent) as folder:

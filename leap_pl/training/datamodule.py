@@ -29,6 +29,7 @@ from leap_pl.data.held_out import (
     warn_of_remainder,
 )
 from leap_pl.data.hub import DEFAULT_CONFIGS, HubDataset
+from leap_pl.data.messages import for_validation
 from leap_pl.data.packing import BlockStream, Separator, digest_of_text
 from leap_pl.data.source import TextSource
 from leap_pl.distributed.strategy import check_as_rank_zero, data_rank
@@ -484,12 +485,15 @@ class TextDataModule(LightningDataModule):
     def _open_validation(self) -> TextSource:
         """Open the text of ``validation_text``."""
         assert self.validation_text is not None
-        return TextSource.open(
-            self.validation_text,
-            config_name=self.validation_config_name,
-            split=self.validation_split,
-            text_column=self.text_column,
-        )
+        try:
+            return TextSource.open(
+                self.validation_text,
+                config_name=self.validation_config_name,
+                split=self.validation_split,
+                text_column=self.text_column,
+            )
+        except UserError as error:
+            raise UserError(for_validation(str(error))) from error
 
     def _held_out(self) -> Tensor:
         if not self.validation_sequences:

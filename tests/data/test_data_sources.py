@@ -3,6 +3,7 @@
 import errno
 import gzip
 import json
+import logging
 import os
 import pickle
 import warnings
@@ -224,6 +225,8 @@ def _damaged_parquet(folder: Path) -> str:
     [
         (lambda folder: f"{folder}/none.jsonl", "There is no file .*none.jsonl. Name one that exists, or a hub"),
         (lambda folder: "none.jsonl", "There is no file none.jsonl"),
+        # A builder of datasets, which would read all files under the working directory.
+        *((lambda folder, name=name: name, f"There is no file {name}. Name one") for name in ("text", "json", "csv")),
         (lambda folder: f"{folder}/*.jsonl", r"No file matches .*\*.jsonl"),
         (lambda folder: str(folder), r"is a folder. Name the files in it, such as .*/\*.jsonl"),
         (_written("a.csv", b"x"), r"a.csv: files of this type .* Give .jsonl, .jsonl.gz"),
@@ -289,6 +292,22 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     return [f"{shard}.{k}" for shard in range(3) for k in range(100) if k != 5]
+
+
+def test_a_builder_of_datasets_is_no_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "private.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="text is no dataset of the hub. Name one as USER/NAME"):
+        len(HubDataset("text"))
+
+
+def test_what_datasets_logs_controls_no_terminal(hub: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    len(HubDataset("some/text"))
+    logger = logging.getLogger("datasets")
+    handler = next(iter(logger.handlers))
+    record = logging.LogRecord("datasets", logging.ERROR, "", 0, "column %s", ("\x1b[31m",), None)
+    assert handler.filter(record)
+    assert record.getMessage() == r"column \x1b[31m"
 
 
 def test_hub_dataset_is_streamed_and_goes_on_from_every_state(hub: list[str]) -> None:

@@ -322,6 +322,18 @@ def test_any_bytes_for_a_footer(tmp_path_factory: pytest.TempPathFactory, footer
             assert file.name in str(error)
 
 
+def test_a_long_footer_is_refused_before_arrow_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pq, "ParquetFile", lambda *_: pytest.fail("Arrow reads it"))
+    path, length = tmp_path / "long.parquet", (16 << 20) + 1
+    with path.open("wb") as file:
+        file.write(b"PAR1")
+        file.truncate(4 + length)
+        file.seek(0, 2)
+        file.write(length.to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(UserError, match=r"has a footer of 16,777,217 bytes; at most 16,777,216 are read"):
+        next(column_values(path, "text", 0))
+
+
 def test_a_footer_that_ends_the_process_in_arrow(tmp_path: Path) -> None:
     """A histogram of the wrong length in what is said of a column: an exception that nothing above Arrow catches."""
     texts = [f"document {k} of these " * (k % 7) for k in range(60)]

@@ -297,13 +297,15 @@ def test_a_cell_of_other_settings_is_named_and_stays_with_a_report(again, capsys
     path = folder / "docs" / "results" / "cells" / "admm-60.json"
     change(folder / "tiny.yaml", "rows", "admm", "each", to={0.6: {"prune": {"sequences": 3}}})
     (path.parent / "strange.json").write_bytes(path.read_bytes())
-    for more, removed in ((["--report"], False), (["--only", "dense"], True)):
+    aside = path.parent / "superseded"
+    for more, moved in ((["--report"], False), (["--only", "dense"], True)):
         results(folder, *more)
-        said = capsys.readouterr().err
-        assert f"admm-60.json was made with other settings or inputs than today's{', and is removed' * removed}" in said
-        assert f"strange.json is not a cell of the experiment{', and is removed' * removed}" in said
-        assert path.exists() is not removed
-        assert (path.parent / "strange.json").exists() is not removed
+        said, then = capsys.readouterr().err, f", and is moved to {aside}" * moved
+        assert f"admm-60.json was made with other settings or inputs than today's{then}\n" in said
+        assert f"strange.json is not a cell of the experiment{then}\n" in said
+        for name in ("admm-60.json", "strange.json"):
+            assert (path.parent / name).exists() is not moved
+            assert (aside / name).exists() is moved
 
 
 def test_a_model_that_is_not_there_is_left_out_and_its_cells_stay(again, capsys):

@@ -114,6 +114,12 @@ def test_the_shipped_definition():
         (("models", "other", "rows", "wanda", "minutes"), "long", "row wanda in model other in .* whole number"),
         (("models", "other", "row"), {}, "model other in .* says row"),
         (("models", "Big"), {"base_model": "x", "rows": {}}, "small letters"),
+        (("rows", "wanda", "prune"), "wanda", "prune of row wanda in .* Give its options, as in .method: wanda"),
+        (("rows", "leap", "each"), {0.5: {"fit": "x"}}, "fit of row leap in .* is 'x'. Give its options"),
+        (("models", "other", "rows", "wanda"), ["x"], r"row wanda of model other in .* is \['x'\]. Give its settings"),
+        (("about",), "One sentence.", "about of the experiment is 'One sentence.'. Give a list of sentences"),
+        (("about",), ["<b>"], "about of the experiment is '<b>': it should be plain text, without any of"),
+        (("rows", "wanda", "title"), "[x](y)", "title of row wanda in .* should be plain text"),
     ],
 )
 def test_mistakes_in_a_definition_are_told_in_one_line(again, capsys, keys, to, said):
@@ -144,9 +150,10 @@ def test_a_missing_base_model_loses_nothing(again, capsys):
     assert sorted(cells(folder)) == sorted(CELLS)
 
 
-@pytest.mark.parametrize("docs", [[], ["--docs", str(Path(__file__).parents[2] / "docs" / "results")]])
+@pytest.mark.parametrize("docs", ["docs/results", "docs/tasks_in_full", None])
 def test_another_definition_has_figures_of_its_own(docs, again, capsys, monkeypatch):
     folder, _ = again
+    docs = [] if docs is None else ["--docs", str(Path(__file__).parents[2] / docs)]
     monkeypatch.chdir(Path(__file__).parents[2])
     assert main(["--config", str(folder / "tiny.yaml"), "--list", *docs]) == 2
     assert "would take their place. Name another folder with --docs." in capsys.readouterr().err

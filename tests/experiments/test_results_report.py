@@ -440,6 +440,79 @@ def test_report_is_written_again_from_the_cells_alone(experiment_done, tmp_path)
         assert (docs / name).read_bytes() == (folder / "docs" / "results" / name).read_bytes()
 
 
+def test_a_report_replaces_its_own_files_alone(experiment_done, tmp_path, capsys, without_pictures):
+    docs = tmp_path / "docs" / "results"
+    shutil.copytree(experiment_done[0] / "docs" / "results", docs)
+    shutil.copy(experiment_done[0] / "docs" / "results.md", docs.with_name("results.md"))
+    drawn = {path.name for path in docs.glob("*.svg")} - {"overview.svg"}
+    assert len(drawn) > 3
+    (docs / "mine.svg").write_text("mine")
+    (docs / "configs" / "mine.yaml").write_text("mine")
+    (docs / "cells" / "leap-60.json").unlink()
+    assert main(["--report", "--from", str(docs / "cells"), "--docs", str(docs)]) == 0
+    assert {path.name for path in docs.glob("*.svg")} == {"overview.svg", "mine.svg"}  # the page shows no others now
+    assert {path.name for path in (docs / "configs").iterdir()} == {
+        *("leap-50.yaml", "distill-50.yaml", "recover-60.yaml", "mine.yaml")
+    }
+    (tmp_path / "notes.md").write_text("# My notes\n")
+    (tmp_path / "notes").mkdir()
+    capsys.readouterr()
+    assert main(["--report", "--from", str(docs / "cells"), "--docs", str(tmp_path / "notes")]) == 2
+    assert "notes.md is not of a report, and would be replaced. Name another folder" in capsys.readouterr().err
+    assert (tmp_path / "notes.md").read_text() == "# My notes\n"
+    assert not list((tmp_path / "notes").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("keys", "to", "said"),
+    [
+        (("cell", "name"), "/tmp/elsewhere", "small letters"),
+        (("cell", "name"), "leap-50", "is the file of leap-50. Give it that name, or take it out"),
+        (("cell", "title"), "<script>alert(1)</script>", "should be plain text"),
+        (("cell", "title"), "\x1b[31mred", "should be plain text"),
+        (("cell", "text"), "![](x)", "should be plain text"),
+        (("cell", "about"), ["[link](x)"], "should be plain text"),
+        (("cell", "prior"), "`x`", "small letters"),
+        (("model", "base_model"), "somewhere/..", "has no name"),
+        (("model", "base_model"), "some/<b>", "the base model's name should be plain text"),
+        (("hardware",), None, "hardware"),
+        (("commit",), None, "lacks commit"),
+        (("seed",), None, "lacks seed"),
+        (("mean",), None, "lacks mean"),
+        (("model", "dtype"), None, "lacks model.dtype"),
+        (("hardware", "cores"), None, "cores"),
+    ],
+)
+def test_a_file_that_is_no_cells_is_refused_in_one_line(experiment_done, tmp_path, capsys, keys, to, said):
+    """A file of results is from anywhere: it names no path, and its words have no effect in a page or a terminal."""
+    docs, path, result = copied_cell(experiment_done, tmp_path, "leap-60")
+    place = result
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = to
+    if to is None:
+        del place[keys[-1]]
+    path.write_text(json.dumps(result))
+    assert main(["--report", "--from", str(docs / "cells"), "--docs", str(docs)]) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
+    assert "\x1b" not in message
+    assert [path.name for path in docs.iterdir()] == ["cells"]
+
+
+def test_names_of_tasks_make_no_markup(experiment_done, tmp_path):
+    docs, path, result = copied_cell(experiment_done, tmp_path, "wanda-50")
+    result["tasks"]["<b>[x](y)"] = result["tasks"]["piqa"]
+    path.write_text(json.dumps(result))
+    assert main(["--report", "--from", str(docs / "cells"), "--docs", str(docs)]) == 0
+    for page in (docs.with_name("results.md"), docs / "making.md"):
+        told = page.read_text()
+        assert "&lt;b" in told
+        assert "<b>" not in told
+        assert "[x](y)" not in told
+
+
 def copied_cell(experiment_done, tmp_path, name):
     """A copy of the documents with all cells, and of one cell its file and what that holds, to change."""
     docs = tmp_path / "docs" / "results"

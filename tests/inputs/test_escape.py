@@ -48,6 +48,10 @@ def test_what_is_not_is_written_out() -> None:
     assert terminal("a\nb\x9b", lines=True) == "a\nb\\x9b"
     assert html("<a href='x'>&\x1b") == "&lt;a href=&#x27;x&#x27;&gt;&amp;\\x1b"
     assert markdown("![](http://x) <b> www.x.y a@b") == r"\!\[\](http\://x) &lt;b&gt; www\.x.y a\@b"
+    for begun in ("# a", "### a", "- a", "+ a", "1. a", "23) a", "---", "===", "-"):
+        assert re.fullmatch(r"\d*\\[^\w\s].*", markdown(begun)), begun
+    for plain in ("-0.5", "+0.25 ± 0.1", "1.5", "#1", "2:4", "a - b"):
+        assert markdown(plain) == plain
     assert markdown("_a_ b__c") == r"\_a\_ b__c"
     assert markdown_code("a`b``c|") == "```a`b``c|```"
     assert markdown_code("`|", cell=True) == r"`` `\| ``"

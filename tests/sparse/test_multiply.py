@@ -236,7 +236,7 @@ def test_one_process_compiles_and_the_others_wait(tmp_path: Path, monkeypatch: p
         'while [ "$1" != -o ]; do shift; done\necho made > "$2"\n'
     )
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CXX", f"/usr/bin/env {compiler}")  # several words, as with ccache
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "broken").touch()
     with pytest.raises(RuntimeError, match="error: broken"):
