@@ -297,7 +297,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_builder_of_datasets_is_no_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "private.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="text is no dataset of the hub. Name one as USER/NAME"):
+    with pytest.raises(UserError, match=r"text is no dataset of the hub\. Name one as USER/NAME"):
         len(HubDataset("text"))
 
 

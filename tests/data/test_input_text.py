@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from leap_pl.data import textless
 from leap_pl.data.calibration import held_out_tokens
 from leap_pl.data.local import LocalFiles
+from leap_pl.data.parquet import column_values
 from leap_pl.data.parquet_pages import Chunk, chunks, largest_page
 from leap_pl.data.source import TextSource
 from leap_pl.errors import UserError
