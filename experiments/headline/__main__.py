@@ -13,7 +13,6 @@ DEFINITION = "configs/results/headline.yaml"
 DOCS = Path("docs/results")
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / DOCS
-SHIPPED_OF = {"docs/results": DEFINITION, "docs/tasks_in_full": "configs/results/in_full.yaml"}  # docs → definition
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from experiments.headline.definition import read_experiment
+    from experiments.headline.making import DEFINITIONS
     from experiments.headline.runner import Runner
 
     shipped = options.docs.resolve() == SHIPPED
@@ -65,10 +65,11 @@ def _run(options: argparse.Namespace) -> int:
                 "another folder with --docs."
             )
         return _report(options.cells, options.docs)
-    for docs, config in SHIPPED_OF.items():
-        if options.docs.resolve() == ROOT / docs and Path(options.config).resolve() != Path(config).resolve():
+    for name, definition in DEFINITIONS.items():
+        config = Path("configs/results") / definition
+        if options.docs.resolve() == ROOT / "docs" / name and Path(options.config).resolve() != config.resolve():
             raise UserError(
-                f"{docs} has the figures of {config}, and those of {options.config} would take their place. Name "
+                f"docs/{name} has the figures of {config}, and those of {options.config} would take their place. Name "
                 "another folder with --docs."
             )
     runner = Runner(read_experiment(options.config), options.folder, options.docs / "cells")
@@ -82,7 +83,7 @@ def _run(options: argparse.Namespace) -> int:
     failed = {} if options.report else runner.run(runner.left(cells))
     from experiments.headline.cells import collect
 
-    finished = collect(runner, options.docs / "cells", removes=not options.report)
+    finished = collect(runner, options.docs / "cells", moves=not options.report)
     print(f"{finished} of {len(runner.experiment.cells)} cells are finished")
     status = _report(options.docs / "cells", options.docs) if finished else 0
     return 1 if failed or (left_out and options.only) else status

@@ -20,18 +20,18 @@ SUPERSEDED = "superseded"  # folder of cells that other settings have taken the 
 UNKNOWN = "unknown"  # commit of what was measured in a folder that is no clone
 
 
-def collect(progress: "Progress", folder: Path, *, removes: bool = True) -> int:
+def collect(progress: "Progress", folder: Path, *, moves: bool = True) -> int:
     """Write one file a finished cell into ``folder``; returns how many are there that are of today's settings.
 
     A file of a cell that is no longer in the experiment, or was made with other settings or inputs, is
-    moved aside, and named, if it ``removes``; else it is named alone.
+    moved aside, and named, with ``moves``; else it is named alone.
     A file of a cell that was not made here stays as long as it belongs to the experiment as it is today, and takes from
     it how the cell is shown: rows may have been renamed, or put elsewhere, since it was made.
     """
     cells, there = progress.chosen([]), 0  # each after those that it needs
     for path in folder.glob("*.json"):
         if path.stem not in progress.experiment.cells:
-            _put_aside(path, "is not a cell of the experiment", removes=removes)
+            _put_aside(path, "is not a cell of the experiment", moves=moves)
     for cell in cells:
         path = folder / f"{cell.name}.json"
         if progress.is_finished(cell):
@@ -45,7 +45,7 @@ def collect(progress: "Progress", folder: Path, *, removes: bool = True) -> int:
             there += 1
             _show_as_today(progress.experiment, cell, path)
         elif path.exists():
-            _put_aside(path, "was made with other settings or inputs than today's", removes=removes)
+            _put_aside(path, "was made with other settings or inputs than today's", moves=moves)
     return there
 
 
@@ -57,10 +57,10 @@ def _show_as_today(experiment: "Experiment", cell: "Cell", path: Path) -> None:
         write_result(path, result | {"cell": shown})
 
 
-def _put_aside(path: Path, why: str, *, removes: bool) -> None:
+def _put_aside(path: Path, why: str, *, moves: bool) -> None:
     aside = path.parent / SUPERSEDED / path.name  # another machine's cannot be made again here
-    say(f"{path} {why}{f', and is moved to {aside.parent}' if removes else ''}", sys.stderr)
-    if removes:
+    say(f"{path} {why}{f', and is moved to {aside.parent}' if moves else ''}", sys.stderr)
+    if moves:
         aside.parent.mkdir(exist_ok=True)
         path.replace(aside)
 

@@ -19,7 +19,8 @@ PAGE = "making.md"
 TITLE = "# How the results were made"  # first line of that page
 WRITTEN = "Written by `make results"  # what the report says of itself
 HEADLINE = "results"  # folder of documents of the headline experiment
-OTHER_DEFINITIONS = {"tasks_in_full": "in_full.yaml"}  # folder of documents → definition in configs/results
+# Folder of documents that is shipped → definition in configs/results.
+DEFINITIONS = {HEADLINE: "headline.yaml", "tasks_in_full": "in_full.yaml"}
 
 
 def write_making(found: Sequence[Measured], docs: Path) -> None:
@@ -47,14 +48,14 @@ def command_of(docs: Path) -> str:
     if _is_shipped(docs, HEADLINE):
         return "make results"
     config, place = "DEFINITION.yaml", docs.as_posix()
-    if _is_shipped(docs, *OTHER_DEFINITIONS):
-        config, place = f"configs/results/{OTHER_DEFINITIONS[docs.name]}", f"docs/{docs.name}"
+    if _is_shipped(docs, *DEFINITIONS):
+        config, place = f"configs/results/{DEFINITIONS[docs.name]}", f"docs/{docs.name}"
     return f'make results ARGS="--config {config} --docs {place}"'
 
 
 def command_to_write(docs: Path) -> str:
     """The command that writes the report of ``docs`` again from the files of its cells."""
-    place = f"docs/{docs.name}" if _is_shipped(docs, HEADLINE, *OTHER_DEFINITIONS) else docs.as_posix()
+    place = f"docs/{docs.name}" if _is_shipped(docs, *DEFINITIONS) else docs.as_posix()
     named = "" if _is_shipped(docs, HEADLINE) else f" --docs {place}"
     return f"python -m experiments.headline --report --from {place}/cells{named}"
 

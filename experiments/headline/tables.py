@@ -164,7 +164,7 @@ def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _escaped(cell: str) -> str:
-    """Return ``cell`` with what is not its own: names of tasks and models may be anything, names of cells may not."""
+    """Return ``cell`` without links and HTML: a task or a model can have any name. Code and stars are the table's."""
     return re.sub(r"([\[\]|])", r"\\\1", terminal(cell)).replace("<", "&lt;")
 
 

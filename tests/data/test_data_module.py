@@ -353,6 +353,9 @@ def test_too_little_to_validate_on(files: list[str], tmp_path: Path) -> None:
     short = module_for(files, validation_text=str(tmp_path / "short.txt"))
     with pytest.raises(UserError, match=r"makes 6 tokens, and one block takes 16.*--data\.validation_text"):
         short.val_dataloader()
+    for text, said in (([], "--data.validation_text FILE"), ("gone.jsonl", "There is no file gone.jsonl")):
+        with pytest.raises(UserError, match=said):
+            module_for(files, validation_text=text).val_dataloader()
     none = module_for(files, validation_sequences=0)
     assert none.val_dataloader() == []
     fit(none, limit_val_batches=1.0, max_steps=1)
