@@ -120,7 +120,7 @@ def evaluate_command(
         write_result,
     )
     from leap_pl.evaluation.subject import load_subject, realised_sparsity
-    from leap_pl.evaluation.texts import TEXTS, check_held_out, check_text
+    from leap_pl.evaluation.texts import TEXTS, check_text, check_trained
     from leap_pl.oneshot.methods import MASK_ALONE
 
     check_device(device)
@@ -145,8 +145,8 @@ def evaluate_command(
     subject = load_subject(
         model=model, mask=mask, ckpt_path=ckpt_path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    for text in texts if share == "held_out" else ():
-        check_held_out(text, subject.config)
+    for text in texts:
+        check_trained(text, subject.config, share=share, config_name=config_name, split=split)
     if MASK_ALONE in subject.method:
         say(
             f"leap_pl evaluate: {mask or ckpt_path or model} has the mask of a method that changes weights too, and "

@@ -1,21 +1,18 @@
 """Texts to measure perplexity on: two standard ones by name, local files and hub datasets."""
 
-import glob
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from leap_pl.base_model.prefix import Bos, prefix_of
 from leap_pl.base_model.vocabulary import digest_of_vocabulary
+from leap_pl.data.documents import warn
+from leap_pl.data.held_out import splits_in
 from leap_pl.data.messages import for_options
-from leap_pl.errors import UserError
-from leap_pl.inputs.paths import expanded
-from leap_pl.masks.mask_set import BEFORE, TRAINED
+from leap_pl.errors import UserError, listing
+from leap_pl.masks.trained_text import trained_files, trained_splits, why_not_held_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,96 +127,38 @@ def read_text(
         ) from error
 
 
-def check_held_out(name: str, config: Any) -> None:
-    """Check that the runs recorded in a mask's ``config`` held out the same part of the local file ``name``.
+def check_trained(name: str, config: Any, *, share: "Share", config_name: str | None, split: str) -> None:
+    """Check that the runs recorded in a mask's ``config`` were not trained on the text ``name`` that is measured.
 
-    ``name`` may be a pattern. Which documents of a file are held out depends on its number in the list of files, of a
-    text to calibrate on as of one to train on.
+    Of a text that is measured whole, which its user asked for, this is a warning.
+
+    Args:
+        name: ``wikitext2``, ``c4``, a local file or pattern, or a hub id.
+        config: Settings in the mask's record, of any type.
+        share: Part of a local text that is measured.
+        config_name: Configuration of a hub id.
+        split: Split of a hub id.
 
     Raises:
-        UserError: A run was trained on the whole file, or held out other documents of it, or it is not known which. A
-            file that no longer exists is compared by its name.
+        UserError: With ``held_out``, a run was trained on it, or it is not known whether it was
+            (:func:`leap_pl.masks.trained_text.why_not_held_out`).
     """
-    if not isinstance(config, dict):
+    local = [] if name in TEXTS else [name]
+    reason = why_not_held_out(local, config)
+    if share == "held_out":
+        if reason:
+            raise UserError(f"--share held_out: {reason}. Measure on another text.")
         return
-    before = config.get("mask")  # of a mask that stayed while weights learned
-    if isinstance(before, dict):
-        check_held_out(name, before.get("config"))
-    training = config.get(TRAINED)
-    of_start = training.get(BEFORE) if isinstance(training, dict) else None
-    for text in of_start if isinstance(of_start, list) else ():
-        check_held_out(name, {"data": text})
-    check_held_out(name, config.get("weight_update"))  # of weights that a one-shot method updated under it
-    data = config.get("data") or config  # a one-shot method records its text beside its settings
-    if not isinstance(data, dict):
-        return
-    trained, whole = data.get("text"), data.get("validation_text") or data.get("held_out") is False
-    names = [one for one in ([trained] if isinstance(trained, str) else trained or ()) if isinstance(one, str)]
-    places = _places(names, data.get("files"))
-    known = next((number for number, one in enumerate(places) if one.is_pattern), len(places))
-    for number, file in enumerate(_files(name)):
-        found = [place for place, one in enumerate(places) if one.may_be(file)]
-        if found and whole:
-            raise UserError(
-                f"--share held_out: the run that made this mask held out no part of {Path(name).name}, so all of it "
-                "was trained on. Measure on another text."
-            )
-        if not found or file.suffix.lower() == ".txt":  # whose last part is held out, whatever its number
-            continue
-        if found[0] >= known:
-            raise UserError(
-                f"--share held_out: the run that made this mask read {places[known].name}, and which of its files "
-                f"{file.name} was is not known, nor which documents of it were held out. Measure on another text."
-            )
-        other = [place for place in found if place < known and place != number]
-        if other:
-            raise UserError(
-                f"--share held_out: {file.name} was file {other[0] + 1} of {len(places)} of the text of the run that "
-                "made this mask, which held out other documents of it than those of the file alone. Measure on another "
-                "text."
-            )
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A file of a run's text, or what is known of files that are not there.
-
-    Attributes:
-        file: The file, if it is there.
-        name: Its name, or the pattern that it matched.
-        is_pattern: Whether ``name`` is a pattern, of nobody knows how many files.
-    """
-
-    file: Path | None
-    name: str
-    is_pattern: bool = False
-
-    def may_be(self, file: Path) -> bool:
-        """Return whether ``file`` is this one, or has its name or pattern."""
-        if self.file is not None:
-            return file.samefile(self.file)
-        return fnmatch(file.name, Path(self.name).name) if self.is_pattern else file.name == self.name
-
-
-def _places(names: Sequence[str], recorded: Any) -> list[_Place]:
-    """Return the files of a run's text in its order: of ``names``, and ``recorded`` where patterns match others now."""
-    places: list[_Place] = []
-    for name in names:
-        pattern = glob.has_magic(name)
-        # Whoever made the mask wrote it: no pattern of folders, which would be looked for on all disks.
-        wide = pattern and glob.has_magic(str(Path(name).parent))
-        there = [] if wide else [_Place(file, file.name) for file in _files(name)]
-        places += there or [_Place(None, name if pattern else Path(name).name, pattern)]
-    if isinstance(recorded, list) and recorded != [place.name for place in places]:
-        return [_Place(None, str(name)) for name in recorded]
-    return places
-
-
-def _files(name: str) -> list[Path]:
-    """Return the files that a file or pattern names, in the order in which a text has them."""
-    if expanded(name).is_file():
-        return [expanded(name)]
-    return sorted(Path(found) for found in glob.glob(str(expanded(name)), recursive=True) if Path(found).is_file())  # noqa: PTH207
+    hub = TEXTS.get(name, HubText(name, config_name or "", split))
+    splits = trained_splits(hub.dataset, hub.config_name or None, config)
+    both = any({*one} & {*splits_in(hub.split)} for one in splits)
+    files = trained_files(local, config)
+    if files or both:
+        part = " or add --share held_out for the part that was held out," if files and not reason else ""
+        warn(
+            f"--perplexity {name}: {listing(files, most=3) if files else 'this split'} was read to make the mask, so "
+            f"that its perplexity does not show what the mask is on other text. Name another text,{part} to see that."
+        )
 
 
 def tokens_digest(tokens: Tensor) -> str:

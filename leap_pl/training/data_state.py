@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from leap_pl.data.documents import warn
+from leap_pl.data.held_out import splits_in
+from leap_pl.data.hub import HubDataset
 from leap_pl.distributed.strategy import check_as_rank_zero
-from leap_pl.errors import UserError
+from leap_pl.errors import UserError, listing
+from leap_pl.masks.trained_text import trained_files, trained_splits, why_not_held_out
 
 if TYPE_CHECKING:
     from leap_pl.data.source import TextSource
@@ -99,6 +102,44 @@ def check_held_out(data: "TextDataModule", state: Mapping[str, Any]) -> None:
         warn(
             "the files of data.text are not as the run has read them: unless they have only grown, documents that are "
             "held out of them now were trained on. Restore them, or name another text with --data.validation_text."
+        )
+
+
+def check_not_trained(data: "TextDataModule", settings: Mapping[str, Any], *, divided: bool) -> None:
+    """Check that what ``data`` validates on was not trained on in a run of other settings, by the record of its text.
+
+    Args:
+        data: Settings of the validation.
+        settings: Settings of the run in its checkpoint.
+        divided: Whether the run held out a part of its own text.
+
+    Text that is named with ``validation_text``, which its user asked for, is warned of.
+
+    Raises:
+        UserError: The run was trained on what is held out of ``data.text`` now.
+    """
+    if not data.validation_sequences:
+        return
+    validated = data.open_validated()
+    names = list(map(str, [text] if isinstance(text := data.validation_text or data.text, str) else text))
+    shards = validated.shards
+    if isinstance(shards, HubDataset):
+        here = splits_in(shards.split)
+        same = [here] if divided and shards.share == "held_out" else []  # what is held out of them stays so
+        trained = [one for one in trained_splits(shards.dataset, shards.config_name, settings) if one not in same]
+        both = sorted({split for one in trained for split in one} & {*here})
+        reason = f"the run was trained on the split {listing(both, most=3)} of {shards.dataset}" if both else None
+    elif data.validation_text is None:
+        reason = why_not_held_out(names, settings)
+    else:
+        files = trained_files(names, settings)
+        reason = f"the run has read {listing(files, most=3)}" if files else None
+    if reason and data.validation_text is None:
+        raise UserError(f"data.text: {reason}. Name another text with --data.validation_text.")
+    if reason:
+        warn(
+            f"data.validation_text: {reason}, so that validation does not show what the mask is on other text. Name "
+            "another text, or leave data.validation_text out."
         )
 
 

@@ -482,8 +482,11 @@ class TextDataModule(LightningDataModule):
             self._validation = self._held_out()
         return self._validation
 
+    def open_validated(self) -> TextSource:
+        """Open what is validated on: ``validation_text``, or the part of the text that is held out."""
+        return self.open_share("held_out") if self.validation_text is None else self._open_validation()
+
     def _open_validation(self) -> TextSource:
-        """Open the text of ``validation_text``."""
         assert self.validation_text is not None
         try:
             return TextSource.open(
@@ -498,7 +501,7 @@ class TextDataModule(LightningDataModule):
     def _held_out(self) -> Tensor:
         if not self.validation_sequences:
             return torch.empty(0, self.seq_length, dtype=torch.int64, device="cpu")
-        source = self.open_share("held_out") if self.validation_text is None else self._open_validation()
+        source = self.open_validated()
         other = not source.is_local and self.validation_text is None and self.validation_split != self.split
         remedy = f"--data.validation_split {self.split} holds out one document in twenty of it." if other else ""
         return held_out_blocks(self._stream_of(source), self.validation_sequences, remedy)

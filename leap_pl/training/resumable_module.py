@@ -172,6 +172,7 @@ class ResumableModule(GatedModule):
             run_settings.check_data_state(checkpoint, data)
             here |= run_settings.of_trainer(trainer, data) | run_settings.dtype_of_earlier(stored, here, trainer)
         else:  # the hard mask depends only on these
+            run_settings.check_validated_text(checkpoint, data, identity.settings)
             here = {name: here[name] for name in MASK_SETTINGS if name in here}
             for settings in (here, stored):  # and not on how fast weights were trained
                 if isinstance(training := settings.get("model.weight_training"), dict):

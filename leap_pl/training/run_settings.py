@@ -23,6 +23,7 @@ from leap_pl.inputs.plain_values import read, shown
 from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import Term
 from leap_pl.prior import Prior
+from leap_pl.training.data_state import HELD_OUT, check_not_trained
 from leap_pl.training.datamodule import TextDataModule
 from leap_pl.training.live_settings import clipping_algorithm
 from leap_pl.training.optimizers import PackedAdamW, SharedAdamW
@@ -65,6 +66,24 @@ def check_data_state(checkpoint: Mapping[str, Any], data: Any) -> None:
         f"the checkpoint has no position in the text of {name}, but {made}. Resume with the data that the run was made "
         "with, a class of that name, or start a new run without a checkpoint."
     )
+
+
+def check_validated_text(checkpoint: Mapping[str, Any], data: Any, settings: Mapping[str, Any]) -> None:
+    """Check that the run of a checkpoint was not trained on what the data module ``data`` validates on.
+
+    Args:
+        checkpoint: Contents of the checkpoint.
+        data: Data module of the validation; only of a :class:`.TextDataModule` it is known what it reads.
+        settings: Settings of the run in the checkpoint's identity.
+
+    Raises:
+        UserError: It was.
+    """
+    if not isinstance(data, TextDataModule):
+        return
+    state = checkpoint.get(type(data).__qualname__)
+    before = state.get("data") if isinstance(state, Mapping) else None
+    check_not_trained(data, settings, divided=isinstance(before, Mapping) and before.get(HELD_OUT) is True)
 
 
 def check_ranks_of_loaders(checkpoint: Mapping[str, Any], before: int | None, ranks: int | None) -> None:

@@ -1,15 +1,20 @@
 """Text that a run was trained on is not measured as its held-out text."""
 
+import re
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Run, fit_flags, refused
 
+from leap_pl import TextDataModule, UserError
 from leap_pl.cli.main import main
-from leap_pl.errors import UserError
-from leap_pl.evaluation import texts as room
-from leap_pl.evaluation.texts import check_held_out
+from leap_pl.evaluation.texts import check_trained
 from leap_pl.masks import MaskSet
+from leap_pl.masks import trained_text as room
+from leap_pl.masks.trained_text import why_not_held_out
+from leap_pl.training.data_state import check_not_trained
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -20,12 +25,14 @@ def learned(model_folder: Path, text_file: Path, folder: Path, *more: str) -> li
     return words
 
 
-def test_a_run_that_held_out_nothing(model_folder: Path, text_file: Path, tmp_path: Path, capsys) -> None:
+def test_a_run_that_held_out_nothing(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = learned(model_folder, text_file, tmp_path / "run", "--data.validation_sequences=0")
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     again = ["validate", *words[1:-1], f"--ckpt_path={last}", "--data.validation_sequences=4"]
     line = refused([word for word in again if "validation_sequences=0" not in word], capsys)
-    assert "the run held out no part of data.text" in line
+    assert f"data.text: the run that made this mask held out no part of {text_file.name}" in line
     main([*(word for word in again if "validation_sequences=0" not in word), f"--data.validation_text={text_file}"])
     mask = tmp_path / "run" / "checkpoints" / "mask.safetensors"
     measured = ["evaluate", f"--mask={mask}", f"--perplexity={text_file}", "--seq_length=16", "--share=held_out"]
@@ -45,6 +52,10 @@ def test_a_run_with_a_validation_text_was_trained_on_all_of_the_other(
     main([*measured, f"--perplexity={other}"])
 
 
+def reason(file: Path, config: dict[str, Any]) -> str:
+    return str(why_not_held_out([str(file)], config))
+
+
 def test_a_mask_has_no_folders_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever made it wrote the pattern, which may be of all disks."""
     file, real = tmp_path / "one.jsonl", room.glob.glob
@@ -53,9 +64,10 @@ def test_a_mask_has_no_folders_searched(tmp_path: Path, monkeypatch: pytest.Monk
         room.glob, "glob", lambda name, **more: pytest.fail(name) if "**" in name else real(name, **more)
     )
     for pattern in ("/**", "/**/*.jsonl", "/*/one.jsonl/../**"):
-        with pytest.raises(UserError, match=r"which of its files one\.jsonl was is not known"):
-            check_held_out(str(file), {"data": {"text": f"{pattern}/*.jsonl"}})
-    check_held_out(str(file), {"data": {"text": "/**/*.parquet"}})
+        assert re.search(
+            r"which of its files one\.jsonl was is not known", reason(file, {"data": {"text": f"{pattern}/*.jsonl"}})
+        )
+    assert reason(file, {"data": {"text": "/**/*.parquet"}}) == "None"
 
 
 def test_what_a_mask_tells_of_its_text(tmp_path: Path) -> None:
@@ -65,20 +77,16 @@ def test_what_a_mask_tells_of_its_text(tmp_path: Path) -> None:
         file.write_text('{"text": "a"}\n')
     whole = {"data": {"text": str(one), "held_out": False}}
     for config in (whole, {"data": {"text": str(two)}, "mask": {"config": whole}}):
-        with pytest.raises(UserError, match=r"held out no part of one\.jsonl"):
-            check_held_out(str(one), config)
-        check_held_out(str(two), config)
+        assert re.search(r"held out no part of one\.jsonl", reason(one, config))
+        assert reason(two, config) == "None"
     moved = {"data": {"text": [str(two), "/elsewhere/one.jsonl"], "held_out": False}}
-    with pytest.raises(UserError, match=r"held out no part of one\.jsonl"):
-        check_held_out(str(one), moved)
+    assert re.search(r"held out no part of one\.jsonl", reason(one, moved))
     for texts in ([str(two), str(one)], [str(two), "/elsewhere/one.jsonl"], [str(tmp_path / "t*.jsonl"), str(one)]):
-        with pytest.raises(UserError, match=r"one\.jsonl was file 2 of 2 of the text of the run"):
-            check_held_out(str(one), {"data": {"text": texts}})
+        assert re.search(r"one\.jsonl was file 2 of 2 of the text of the run", reason(one, {"data": {"text": texts}}))
         one_shot = {"pattern": "unstructured", "text": texts, "split": "train"}
         of_weights = {**one_shot, "text": str(one), "weight_update": one_shot}
         for config in (one_shot, of_weights, {"data": {"text": str(two)}, "mask": {"config": one_shot}}):
-            with pytest.raises(UserError, match=r"one\.jsonl was file 2 of 2 of the text of the run"):
-                check_held_out(str(one), config)
+            assert re.search(r"one\.jsonl was file 2 of 2 of the text of the run", reason(one, config))
     for config in (
         {"data": {"text": [str(one), str(two)]}},
         {"data": {"text": "/elsewhere/t*.jsonl"}},  # which is another text
@@ -88,18 +96,19 @@ def test_what_a_mask_tells_of_its_text(tmp_path: Path) -> None:
         {"text": "some/dataset", "weight_update": {"text": [str(one), str(two)]}},
         {},
     ):
-        check_held_out(str(one), config)
-    check_held_out(str(lines), {"data": {"text": [str(two), str(lines)]}})  # its last part, whatever its number
-    check_held_out(str(lines), {"data": {"text": "/elsewhere/*.txt"}})
+        assert reason(one, config) == "None"
+    for texts in ([str(two), str(lines)], "/elsewhere/*.txt"):  # its last part, whatever its number
+        assert reason(lines, {"data": {"text": texts}}) == "None"
     # A pattern was any number of files, of which nobody knows which this is; with their names it is known.
     for texts in ("/elsewhere/*.jsonl", ["/elsewhere/t*.jsonl", str(one)], "/a*/one.jsonl"):
-        with pytest.raises(UserError, match=r"this mask read /.*, and which of its files one\.jsonl was is not kno"):
-            check_held_out(str(one), {"data": {"text": texts}})
+        assert re.search(
+            r"this mask read /.*, and which of its files one\.jsonl was is not kno",
+            reason(one, {"data": {"text": texts}}),
+        )
     earlier = {"data": {"text": str(tmp_path / "*.jsonl"), "files": ["a.jsonl", "one.jsonl"]}}
-    with pytest.raises(UserError, match=r"one\.jsonl was file 2 of 2 of the text of the run"):
-        check_held_out(str(one), earlier)
-    with pytest.raises(UserError, match=r"one\.jsonl was file 2 of 2"):  # which of two, nobody knows
-        check_held_out(str(one), {"data": {"text": "/elsewhere/*/one.jsonl", "files": ["one.jsonl"] * 2}})
+    assert re.search(r"one\.jsonl was file 2 of 2 of the text of the run", reason(one, earlier))
+    twice = {"data": {"text": "/elsewhere/*/one.jsonl", "files": ["one.jsonl"] * 2}}  # which of two, nobody knows
+    assert re.search(r"one\.jsonl was file 2 of 2", reason(one, twice))
 
 
 def test_a_run_records_which_files_its_patterns_matched(
@@ -138,3 +147,95 @@ def test_the_calibration_text_of_a_mask_of_prune(
 
 def test_a_run_that_held_some_out_is_measured_on_it(finished: Run, text_file: Path) -> None:
     main(["evaluate", f"--mask={finished.mask}", f"--perplexity={text_file}", "--seq_length=16", "--share=held_out"])
+
+
+def test_validation_of_other_settings_reads_no_text_that_was_trained_on(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """File by file: which documents of one are held out depends on its number in the list."""
+    other, third = tmp_path / "other.jsonl", tmp_path / "third.jsonl"
+    for file in (other, third):
+        file.write_text(text_file.read_text())
+    words = fit_flags(model_folder, text_file, tmp_path / "run", "--trainer.max_steps=1")
+    main([f"--data.text=[{text_file},{other}]" if word.startswith("--data.text=") else word for word in words])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    words = ["validate", f"--ckpt_path={last}", "--trainer.logger=false", "--trainer.accelerator=cpu"]
+    for texts in (f"{other}", f"[{other},{text_file}]", f"[{third},{text_file}]"):
+        line = refused([*words, f"--data.text={texts}"], capsys)
+        assert re.search(r"data\.text: .* was file \d of 2 of the text of the run that made this mask, and is", line)
+        assert "Name another text with --data.validation_text." in line
+    said = "data.validation_text: the run has read other.jsonl, so that validation does not show"
+    for option, texts, warns in (
+        ("text", f"{text_file}", False),
+        ("text", f"[{text_file},{other},{third}]", False),
+        ("text", f"{third}", False),
+        ("validation_text", f"{third}", False),
+        ("validation_text", f"[{third},{other}]", True),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            main([*words, f"--data.{option}={texts}"])
+        assert any(said in str(one.message) for one in caught) == warns
+        assert warns or not any(str(one.message).startswith("data.") for one in caught)
+
+
+def test_a_text_that_was_trained_on_is_measured_whole_with_a_warning(
+    finished: Run, text_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(text_file.read_text())
+    said = f"{text_file.name} was read to make the mask, so that .* or add --share held_out for the part"
+    for file, more, warns in ((text_file, [], True), (text_file, ["--share=held_out"], False), (other, [], False)):
+        words = ["evaluate", f"--mask={finished.mask}", f"--perplexity={file}", "--seq_length=16", "--max_tokens=64"]
+        with warnings.catch_warnings(record=True) as caught:
+            main([*words, *more])
+        assert [bool(re.search(said, str(one.message))) for one in caught if "to make" in str(one.message)] == [
+            True
+        ] * warns
+
+
+@pytest.mark.parametrize(
+    ("record", "config_name", "split", "is_read"),
+    [
+        ({"text": "some/text"}, "", "train", True),
+        ({"text": ["some/text"], "split": "train+validation"}, "", "validation", True),
+        ({"text": "some/text", "config_name": "en"}, "de", "train", False),
+        ({"text": "some/text", "config_name": "en"}, "", "train+test", True),
+        ({"text": "some/text"}, "", "test", False),
+        ({"text": "another/text"}, "", "train", False),
+    ],
+)
+def test_splits_of_a_hub_dataset(record: dict[str, Any], config_name: str, split: str, is_read: bool) -> None:
+    for config in ({"data": record}, record, {"data": {"text": "x"}, "mask": {"config": {"data": record}}}):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            check_trained("some/text", config, share="all", config_name=config_name or None, split=split)
+        assert ["this split was read to make the mask" in str(one.message) for one in caught] == [True] * is_read
+
+
+def test_a_named_text_of_the_hub_that_a_mask_was_calibrated_on() -> None:
+    calibrated = {"text": "allenai/c4", "split": "validation"}
+    with pytest.warns(UserWarning, match="--perplexity c4: this split was read to make the mask"):
+        check_trained("c4", calibrated, share="all", config_name=None, split="test")
+
+
+def test_validation_on_a_split_that_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is fetched; what a run held out of a split stays held out of it."""
+    run = {"data": {"text": "some/text"}}
+    for split, divided, ok in (
+        ("validation", False, True),
+        ("train", False, False),
+        ("train", True, True),
+        ("train+test", True, False),
+    ):
+        data = TextDataModule(text="some/text", split=split if divided else "train", validation_split=split)
+        if ok:
+            check_not_trained(data, run, divided=divided)
+            continue
+        with pytest.raises(UserError, match=r"the run was trained on the split train of some/text\. Name another"):
+            check_not_trained(data, run, divided=divided)
+    data = TextDataModule(text="some/text", validation_text="some/text", validation_split="train")
+    with pytest.warns(UserWarning, match=r"data\.validation_text: the run was trained on the split train of some/"):
+        check_not_trained(data, run, divided=False)
+    check_not_trained(
+        TextDataModule(text="some/text", validation_split="train", validation_sequences=0), run, divided=False
+    )
