@@ -25,7 +25,7 @@ from leap_pl.checkpoints.file import write_whole
 from leap_pl.checkpoints.folder import check_folder_of
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.run_folder import Finished
-from leap_pl.cli.arguments import with_recipes
+from leap_pl.cli.configs import with_recipes
 from leap_pl.cli.idle_settings import check_idle
 from leap_pl.cli.process import set_up_process
 from leap_pl.cli.resumable_cli import LeapParser, ResumableCLI

@@ -252,7 +252,8 @@ def settings_of(name: str, function: Callable[..., Any], words: list[str]) -> di
     from argparse import ArgumentError
     from inspect import signature
 
-    from leap_pl.cli.arguments import check_configs, check_keys, options_of, parser_message
+    from leap_pl.cli.arguments import options_of, parser_message
+    from leap_pl.cli.configs import check_configs, check_keys
     from leap_pl.cli.overruled import overruled
     from leap_pl.inputs.ranges import check_numbers
 

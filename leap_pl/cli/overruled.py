@@ -1,4 +1,4 @@
-"""Typed options that a config after them sets to another value: jsonargparse reads from left to right."""
+"""Typed options that a file after them sets to another value: jsonargparse reads from left to right."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,17 +6,17 @@ from typing import Any
 
 import yaml
 
-from leap_pl.cli.arguments import RECIPES
+from leap_pl.cli.configs import RECIPES, options_with_values
 
 ABSENT = object()  # of a config that has no such setting, which may also be null
 
 
 def overruled(words: Sequence[str], configs: Mapping[str, Mapping[Any, Any]]) -> list[str]:
-    """Return a line on each option in ``words`` that a later ``--config`` sets to another value.
+    """Return a line on each option in ``words`` that a later ``--config``, or file for a group, sets to another value.
 
     Args:
         words: Words of the command line.
-        configs: Name of each config file → its settings, as :func:`check_configs` returns them.
+        configs: Name of each file → its settings, as :func:`check_configs` returns them.
     """
     lines = []
     for place, word in enumerate(words):
@@ -27,22 +27,45 @@ def overruled(words: Sequence[str], configs: Mapping[str, Mapping[Any, Any]]) ->
         later = words[place + 1 :]
         if any(other.partition("=")[0] == option for other in later):
             continue
-        groups = option.removeprefix("--").split(".")
-        # As typed, and as a config has the settings of a class.
-        names = [".".join((*groups[:at], *inner, *groups[at:])) for at, inner in ((0, ()), (-1, ("init_args",)))]
-        given = [one.partition("=")[2] if "=" in one else one for one in later]
-        for config in [one for one in reversed(given) if one in configs]:
-            values = [found for name in names if (found := _in_config(configs[config], name)) is not ABSENT]
-            if values:
-                if not _same_value(values[0], value):
-                    shown_config = Path(config).stem if Path(config).parent == RECIPES else config
-                    then = "null" if values[0] is None else values[0]
-                    lines.append(
-                        f"--config {shown_config} comes after {option} {value}, and sets it to {then}. Give --config "
-                        "first, so that what is typed counts."
-                    )
-                break
+        name = option.removeprefix("--")
+        # A file that is typed for a group gives each of its settings.
+        given = dict(_leaves(configs[value])) if value in configs else {name: value}
+        files = [(before, one) for before, one in options_with_values(later) if one in configs]
+        found = (_last_other(name, value, files, configs) for name, value in given.items())
+        other = next(filter(None, found), None)
+        if other is not None:
+            before, file, setting, then = other
+            shown_file = Path(file).stem if Path(file).parent == RECIPES else file
+            it = "it" if setting == name else setting
+            lines.append(
+                f"{before} {shown_file} comes after {option} {value}, and sets {it} to "
+                f"{'null' if then is None else then}. Give {before} first, so that what is typed counts."
+            )
     return lines
+
+
+def _last_other(
+    name: str, value: Any, files: Sequence[tuple[str, str]], configs: Mapping[str, Mapping[Any, Any]]
+) -> tuple[str, str, str, Any] | None:
+    """Return the last of ``files`` that sets ``name``, if to another ``value``: its option, it, ``name``, its value."""
+    groups = name.split(".")
+    # As typed, and as a config has the settings of a class.
+    names = [".".join((*groups[:at], *inner, *groups[at:])) for at, inner in ((0, ()), (-1, ("init_args",)))]
+    for option, file in reversed(files):
+        values = [found for name in names if (found := _in_config(configs[file], name)) is not ABSENT]
+        if values:
+            same = _same_value(values[0], value) if isinstance(value, str) else values[0] == value
+            return None if same else (option, file, name, values[0])
+    return None
+
+
+def _leaves(settings: Mapping[Any, Any], within: str = "") -> list[tuple[str, Any]]:
+    """Return the settings in a config that are no groups, by their full names."""
+    leaves: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        name = f"{within}{key}"
+        leaves += _leaves(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+    return leaves
 
 
 def _in_config(settings: Any, name: str) -> Any:

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from leap_pl.cli.arguments import plain, setting_of
+from leap_pl.cli.arguments import plain
+from leap_pl.cli.configs import options_with_values, setting_of
 from leap_pl.cli.fit import LeapCLI, is_fixed
 from leap_pl.cli.fit import run as run_fit
 from leap_pl.errors import UserError, listing
@@ -91,7 +92,8 @@ class RecoverCLI(LeapCLI):
             config = next((name for name, group in self._configs.items() if _has_gate(group)), None)
             remedy = "Leave --model.gate out"
             if config is not None and not is_typed("model.gate"):
-                remedy = f"Leave out --config {config}, which is for fit, and type what is meant of it"
+                option = next(option for option, value in options_with_values(self._words) if value == config)
+                remedy = f"Leave out {option} {config}, which is for fit, and type what is meant of it"
             raise UserError(
                 f"leap_pl recover leaves a mask as it is, and model.gate learns one. {remedy}; or learn mask and "
                 "weights together: leap_pl fit --model.train_weights kept."

@@ -15,16 +15,8 @@ from leap_pl.checkpoints.identity import read_identity
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.checkpoints.run_folder import check_finished, check_settings, replaces
 from leap_pl.checkpoints.settings import CODE_OF
-from leap_pl.cli.arguments import (
-    check_classes,
-    check_configs,
-    check_groups,
-    check_keys,
-    options_of,
-    parser_message,
-    plain,
-    setting_of,
-)
+from leap_pl.cli.arguments import check_classes, check_groups, options_of, parser_message, plain
+from leap_pl.cli.configs import check_configs, check_keys, setting_of
 from leap_pl.cli.former_spelling import FORMER, FormerSpellingParser, advice, respelled
 from leap_pl.cli.overruled import overruled
 from leap_pl.cli.resume import check_verb, checkpoint_path, find_last, settings_of

@@ -21,7 +21,7 @@ def take_tokens(settings: Any, words: list[str], configs: Mapping[str, Mapping[A
     Args:
         settings: Settings of fit, which are changed.
         words: Words of the command line.
-        configs: Name of each config → its settings, in their order.
+        configs: Name of each file of settings → its settings, in their order.
 
     Raises:
         UserError: Both are typed, or a config follows ``trainer.max_steps``; or ``tokens`` is not a number.
@@ -31,8 +31,9 @@ def take_tokens(settings: Any, words: list[str], configs: Mapping[str, Mapping[A
     typed = [word.partition("=")[0] for word in words]
     given = "--tokens" in typed
     if "--trainer.max_steps" in typed:
-        after = typed[len(typed) - typed[::-1].index("--trainer.max_steps") :]
-        if given or {"--config", "-c"} & {*after}:  # a config that comes later has the last word
+        after = words[len(typed) - typed[::-1].index("--trainer.max_steps") :]
+        later = {*typed[len(typed) - len(after) :]} | {word.partition("=")[2] or word for word in after}
+        if given or later & {"--config", "-c", *configs}:  # a file that comes later has the last word
             raise UserError("--tokens and --trainer.max_steps both set the length of the run. Leave one of them out.")
         settings.tokens = None
         return

@@ -14,7 +14,7 @@ from torch import nn
 
 from leap_pl.base_model.weights import Weight
 from leap_pl.callbacks.validation_times import ValidationTimes
-from leap_pl.cli.arguments import RECIPES, with_recipes
+from leap_pl.cli.configs import RECIPES, with_recipes
 from leap_pl.cli.fit import LeapCLI, make_cli
 from leap_pl.cli.main import main
 from leap_pl.data import TextDataModule

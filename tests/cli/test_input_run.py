@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stopped_runs import STEPS, Outcome, at_call, flags, kept, outcome, same, stopped
 
-from leap_pl.cli.arguments import check_configs
+from leap_pl.cli.configs import check_configs
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
 from leap_pl.inputs import yaml_input

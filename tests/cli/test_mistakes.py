@@ -11,7 +11,7 @@ from hostile_files import Trap
 from tiny import byte_tokenizer, tiny_folder
 
 from leap_pl.checkpoints.layout import load_checkpoint, masks_from_checkpoint, tensors_of
-from leap_pl.cli.arguments import with_recipes
+from leap_pl.cli.configs import with_recipes
 from leap_pl.cli.main import main
 from leap_pl.errors import UserError
 from leap_pl.inputs.yaml_input import check_yaml

@@ -68,7 +68,7 @@ def test_a_run_of_so_many_tokens(model_folder, text_file, tmp_path: Path, capsys
     assert "trainer.max_steps was 2 and is 8" in capsys.readouterr().err
 
 
-def test_a_later_config_decides_the_length(model_folder, text_file, tmp_path: Path, eager: None) -> None:
+def test_a_later_config_decides_the_length(model_folder, text_file, tmp_path: Path, capsys, eager: None) -> None:
     words = [word for word in fit_flags(model_folder, text_file, tmp_path) if "max_steps" not in word]
     tokens, steps = tmp_path / "tokens.yaml", tmp_path / "steps.yaml"
     tokens.write_text("tokens: 256\ntrainer: {max_steps: 9}\n")
@@ -78,5 +78,12 @@ def test_a_later_config_decides_the_length(model_folder, text_file, tmp_path: Pa
     steps.write_text("trainer.max_steps: 1\n")  # the same, as the parser takes it
     assert main([*words, f"--config={tokens}", f"--config={steps}", "--force"]).trainer.max_steps == 1
     assert main([*words, f"--config={tokens}", "--trainer.max_steps=3", "--force"]).trainer.max_steps == 3
+    (tmp_path / "trainer.yaml").write_text("max_steps: 1\n")  # of the group alone
+    steps.write_text("trainer: trainer.yaml\n")
+    assert main([*words, f"--config={tokens}", f"--config={steps}", "--force"]).trainer.max_steps == 1
+    group = f"--trainer={tmp_path / 'trainer.yaml'}"
+    assert main([*words, f"--config={tokens}", group, "--force"]).trainer.max_steps == 1
+    assert main([*words, group, f"--config={tokens}", "--force"]).trainer.max_steps == 2
+    assert "Leave one of them out" in refused([*words, f"--config={tokens}", "--trainer.max_steps=3", group], capsys)
     with pytest.raises(UserError, match="both set the length of the run"):
         make_cli(["fit", "--trainer.max_steps=3", f"--config={tokens}", *words[1:]])

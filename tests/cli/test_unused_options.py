@@ -13,8 +13,8 @@ from conftest import Run, failing, fit_flags
 from recovered_runs import Flags
 from tiny import byte_tokenizer
 
-from leap_pl.cli.arguments import check_configs, with_recipes
 from leap_pl.cli.compare import compare_command
+from leap_pl.cli.configs import check_configs, setting_of, with_recipes
 from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.cli.export import export_command
 from leap_pl.cli.generate import generate_command
@@ -231,6 +231,9 @@ def test_a_recipe_for_fit_is_named(recover: Flags, tmp_path: Path, capsys) -> No
     message = failing(capsys, recover(tmp_path, "--config=short"))
     assert "Leave out --config " in message
     assert "short.yaml, which is for fit" in message
+    (tmp_path / "gate.yaml").write_text("gate: BernoulliGate\n")
+    message = failing(capsys, recover(tmp_path, f"--model={tmp_path / 'gate.yaml'}"))
+    assert f"Leave out --model {tmp_path / 'gate.yaml'}, which is for fit" in message
     typed = failing(capsys, recover(tmp_path, "--model.gate=BernoulliGate"))
     assert "model.gate learns one. Leave --model.gate out; or" in typed
 
@@ -344,11 +347,59 @@ def test_a_config_after_an_option_that_it_sets_is_told(tmp_path: Path) -> None:
         assert overruled(words, check_configs(words)) == []
 
 
+def test_files_for_groups_of_settings_are_read_as_the_parser_reads_them(tmp_path: Path, monkeypatch) -> None:
+    """Named by a config, relative to its folder, or typed; at any depth."""
+    monkeypatch.chdir(tmp_path)
+    for name, settings in (
+        ("shared/trainer.yaml", {"max_steps": 7}),
+        ("shared/annealing.yaml", {"alpha.end": 50.0}),
+        ("shared/model.yaml", {"sparsity": 0.4, "annealing": "annealing.yaml"}),
+        ("outer.yaml", {"trainer": "shared/trainer.yaml", "model": "shared/model.yaml", "data": "shared/none.yaml"}),
+        ("later.yaml", {"trainer": {"max_steps": 8}}),
+        ("circle.yaml", {"model": "circle.yaml"}),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(yaml.safe_dump(settings))
+
+    def lines(words: str) -> list[str]:
+        typed = words.split()
+        return [line.partition(". Give")[0] for line in overruled(typed, check_configs(typed))]
+
+    assert check_configs(["fit", "--config=outer.yaml"])["outer.yaml"] == {
+        "trainer": {"max_steps": 7},
+        "model": {"sparsity": 0.4, "annealing": {"alpha": {"end": 50.0}}},
+        "data": "shared/none.yaml",  # which the parser reports
+    }
+    assert lines(
+        "fit --trainer.max_steps 3 --model.annealing.alpha.end=60 --model.sparsity 0.4 --config outer.yaml"
+    ) == [
+        "--config outer.yaml comes after --trainer.max_steps 3, and sets it to 7",
+        "--config outer.yaml comes after --model.annealing.alpha.end 60, and sets it to 50.0",
+    ]
+    assert lines("fit --trainer.max_steps 3 --trainer shared/trainer.yaml") == [
+        "--trainer shared/trainer.yaml comes after --trainer.max_steps 3, and sets it to 7"
+    ]
+    assert lines("fit --trainer=shared/trainer.yaml --config later.yaml") == [
+        "--config later.yaml comes after --trainer shared/trainer.yaml, and sets trainer.max_steps to 8"
+    ]
+    assert lines("fit --config later.yaml --trainer=shared/trainer.yaml --trainer.max_steps 3") == []
+    assert lines("fit --model.sparsity=0.6 --config circle.yaml") == []  # the parser reports it
+    words = ["fit", "--model", "shared/model.yaml"]
+    assert setting_of(words, check_configs(words), "model.sparsity") == "0.4"
+    words = ["fit", "--config", "later.yaml", "--config=outer.yaml", "--config", "later.yaml"]
+    assert list(check_configs(words)) == ["outer.yaml", "later.yaml"]  # the last one has the last word
+
+
 def test_the_command_says_so(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"model": {"sparsity": 0.5}}))
     words = fit_flags(model_folder, text_file, tmp_path, "--model.sparsity=0.6", f"--config={tmp_path / 'c.yaml'}")
     with pytest.warns(UserWarning, match=r"comes after --model\.sparsity 0\.6, and sets it to 0\.5"):
         main([*words, "--trainer.max_steps=1"])
+    (tmp_path / "c.yaml").write_text("model: m.yaml\n")
+    (tmp_path / "m.yaml").write_text("sparsity: 0.5\n")
+    with pytest.warns(UserWarning, match=r"comes after --model\.sparsity 0\.6, and sets it to 0\.5"):
+        cli = main([*words, "--trainer.max_steps=1", "--force"])
+    assert cli.config.fit.model.sparsity == 0.5
 
 
 # -- callbacks that the run has, and settings that exclude each other --------------------------------------------------

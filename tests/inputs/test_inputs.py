@@ -19,7 +19,7 @@ from tiny import tiny_folder
 
 from leap_pl import TextDataModule
 from leap_pl.cli import main as cli
-from leap_pl.cli.arguments import check_configs
+from leap_pl.cli.configs import check_configs
 from leap_pl.errors import UserError
 from leap_pl.files import atomic_file, atomic_folder
 from leap_pl.inputs import records
