@@ -98,7 +98,8 @@ def held_out_tokens(
     prefix = prefix_of(encode) if bos == "first" else []
     parts = _joined(source)
     read = ""
-    enough = None if most is None else 8 * most  # characters; doubled until they give enough tokens
+    # Characters, doubled until they give enough tokens.
+    enough = None if most is None else min(8 * most, MOST_CHARACTERS)
     while True:
         fresh: list[str] = []
         length = len(read)
@@ -108,18 +109,25 @@ def held_out_tokens(
             if enough is not None and length >= enough:
                 break
             if length > MOST_CHARACTERS:
-                raise UserError(
-                    f"{source.name} has more than {MOST_CHARACTERS:,} characters, too many to tokenize at once. Give "
-                    "a shorter text, or limit it to its beginning with --max_tokens."
-                )
+                raise _too_long(source, "Give a shorter text, or limit it to its beginning with --max_tokens.")
         read += "".join(fresh)
         tokens: list[int] = [*prefix, *encode(read, add_special_tokens=False, verbose=False)["input_ids"]]
         if enough is None or length < enough or len(tokens) > most + _EDGE:  # type: ignore[operator]
             break
-        enough *= 2
+        if enough == MOST_CHARACTERS and next(parts, None) is None:
+            break
+        if enough == MOST_CHARACTERS:
+            raise _too_long(source, f"Lower --max_tokens below {len(tokens) - _EDGE:,}, or give a shorter text.")
+        enough = min(2 * enough, MOST_CHARACTERS)
     if not read.strip():
         raise UserError(f"{source.name} contains no text. Give another text.")
     return torch.tensor(tokens[:most], device="cpu")
+
+
+def _too_long(source: TextSource, remedy: str) -> UserError:
+    return UserError(
+        f"{source.name} has more than {MOST_CHARACTERS:,} characters, too many to tokenize at once. {remedy}"
+    )
 
 
 def _joined(source: TextSource) -> Iterator[str]:

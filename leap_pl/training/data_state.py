@@ -3,15 +3,18 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from leap_pl.data.documents import warn
 from leap_pl.data.held_out import splits_in
 from leap_pl.data.hub import HubDataset
 from leap_pl.distributed.strategy import check_as_rank_zero
 from leap_pl.errors import UserError, listing
+from leap_pl.inputs.plain_values import read
 from leap_pl.masks.trained_text import trained_files, trained_splits, why_not_held_out
 
 if TYPE_CHECKING:
@@ -20,9 +23,64 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # 1 had no digests of the text
 HELD_OUT = "held_out (of validation_text and validation_sequences)"  # as messages name it
+Count = Annotated[int, Field(ge=0)]
+_COUNTS = ("line", "byte", "row", "skip")  # in the state of a reader
 # Settings that choose a part of a hub dataset → their defaults.
 OF_TEXT = {"config_name": None, "split": "train"}
 OF_VALIDATION = {"validation_config_name": None, "validation_split": "validation"}
+
+
+class StoredPosition(TypedDict):
+    """Position in the text in a checkpoint; format 1 had no digests."""
+
+    number: Count
+    turn: Count
+    state: dict[str, Any] | None
+    character: Count
+    token: Count
+    shards: Count
+    digests: NotRequired[list[str | None]]
+    document: NotRequired[str]
+
+
+class Stored(TypedDict):
+    """State of the text in a checkpoint."""
+
+    format: int
+    data: dict[str, Any]
+    rereadable: NotRequired[bool]
+    consumed: Count
+    micro_batch: Count
+    position: StoredPosition | None
+
+
+def read_state(state: Any) -> Stored:
+    """Return the stored ``state``, of plain values of the types that this version or an earlier one writes.
+
+    Raises:
+        UserError: It is damaged, or of a format that this version does not read.
+    """
+    where, damaged = "the checkpoint's position in the text", "Resume from another checkpoint of the run."
+    if isinstance(state, Mapping) and "format" in state:
+        check_format(state)
+    stored: Stored = read(state, Stored, where, damaged)
+    position = stored["position"]
+    if position is None:
+        return stored
+    reader = position["state"] or {}
+    wrong = [name for name in _COUNTS if name in reader and not _is_count(reader[name])]
+    wrong += ["digest"] if not isinstance(reader.get("digest"), str | None) else []
+    whole = {"rereadable": stored, "digests": position, "document": position}
+    lacking = [name for name, place in whole.items() if stored["format"] == FORMAT and name not in place]
+    if wrong or lacking:
+        raise UserError(f"{where} {'lacks' if lacking else 'has a damaged'} {[*lacking, *wrong][0]}. {damaged}")
+    if len(position.get("digests", [])) not in (0, position["shards"]):
+        raise UserError(f"{where} has digests of {len(position['digests'])} of {position['shards']} shards. {damaged}")
+    return stored
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def check_format(state: Mapping[str, Any]) -> None:

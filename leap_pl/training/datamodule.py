@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from leap_pl.data.held_out import (
 )
 from leap_pl.data.hub import DEFAULT_CONFIGS, HubDataset
 from leap_pl.data.messages import for_validation
-from leap_pl.data.packing import BlockStream, Separator, digest_of_text
+from leap_pl.data.packing import BlockStream, Position, Separator, digest_of_text
 from leap_pl.data.source import TextSource
 from leap_pl.distributed.strategy import check_as_rank_zero, data_rank
 from leap_pl.errors import UserError
@@ -42,9 +42,9 @@ from leap_pl.training.data_state import (
     FORMAT,
     HELD_OUT,
     check_blocks,
-    check_format,
     check_held_out,
     check_same_data,
+    read_state,
     warn_of_hub_part,
 )
 from leap_pl.training.run_length import check_run_length
@@ -398,16 +398,17 @@ class TextDataModule(LightningDataModule):
         compared.
 
         Raises:
-            UserError: The run was on other data; the message names the setting with both values, or the file.
+            UserError: The run was on other data; the message names the setting with both values, or the file. Or the
+                state is damaged.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             check_held_out(self, state_dict)
             return
-        check_format(state_dict)
-        digests = state_dict["format"] == FORMAT  # of the text that was read
-        by_content = digests and state_dict["rereadable"] and self.stream.source.shards.rereadable
-        check_same_data(state_dict["data"], self.identity(), text_by_name=not by_content)
-        position = state_dict["position"]
+        stored = read_state(state_dict)
+        digests = stored["format"] == FORMAT  # of the text that was read
+        by_content = digests and stored["rereadable"] and self.stream.source.shards.rereadable
+        check_same_data(stored["data"], self.identity(), text_by_name=not by_content)
+        position = cast(Position | None, stored["position"])
         if position is not None and digests:
             self.stream.check_unchanged(position)
         elif position is not None:
@@ -417,7 +418,7 @@ class TextDataModule(LightningDataModule):
             )
             position = self.stream.with_digests(position)
         self._progress = self._progress_before = Progress(
-            consumed=state_dict["consumed"], micro_batch=state_dict["micro_batch"], position=position
+            consumed=stored["consumed"], micro_batch=stored["micro_batch"], position=position
         )
         self._step = self._ready = None
 

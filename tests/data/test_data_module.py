@@ -1,5 +1,6 @@
 """TextDataModule in a real Trainer: length, resume at the exact next block, validation, mistakes."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -304,6 +305,42 @@ def test_another_text_or_format_is_refused_at_resume(files: list[str], hub: str)
         module_for(hub).load_state_dict(state)
     with pytest.raises(UserError, match="has format 3; this version of leap_pl reads formats 1 and 2"):
         module_for(files).load_state_dict({**state, "format": 3})
+
+
+POSITION = "the checkpoint's position in the text"
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda state: state.pop("format"), f"{POSITION} lacks format"),
+        (lambda state: state.pop("consumed"), f"{POSITION} lacks consumed"),
+        (lambda state: state.pop("rereadable"), f"{POSITION} lacks rereadable"),
+        (lambda state: state.update(consumed=-2), rf"{POSITION}\.consumed is -2: .*greater than or equal to 0"),
+        (lambda state: state.update(micro_batch="3"), rf"{POSITION}\.micro_batch is '3': .*integer"),
+        (lambda state: state.update(data=["x"]), rf"{POSITION}\.data is "),
+        (lambda state: state.update(position=3), rf"{POSITION}\.position is 3: "),
+        (lambda state: state["position"].pop("turn"), rf"{POSITION} lacks position\.turn"),
+        (lambda state: state["position"].pop("document"), f"{POSITION} lacks document"),
+        (lambda state: state["position"].update(number=1.5), rf"{POSITION}\.position\.number is 1\.5: "),
+        (lambda state: state["position"].update(digests=[None]), f"{POSITION} has digests of 1 of 2 shards"),
+        (lambda state: state["position"].update(digests=[1, 2]), rf"{POSITION}\.position\.digests\.0 is 1: "),
+        (lambda state: state["position"]["state"].update(byte=-1), f"{POSITION} has a damaged byte"),
+        (lambda state: state["position"]["state"].update(line="x"), f"{POSITION} has a damaged line"),
+        (lambda state: state["position"]["state"].update(digest=3), f"{POSITION} has a damaged digest"),
+        (lambda state: state["position"].update(turn=10**6), "has changed since the run was stopped"),
+    ],
+)
+def test_a_damaged_position_is_one_line(damage: Any, says: str, files: list[str]) -> None:
+    first = module_for(files[:2])
+    *_, batch = (batch for batch, _ in zip(first.train_loader(9), range(2), strict=False))
+    first.on_before_batch_transfer(batch, 0)
+    state = first.state_dict()
+    module_for(files[:2]).load_state_dict(copy.deepcopy(state))
+    damage(state)
+    with pytest.raises(UserError, match=says) as caught:
+        module_for(files[:2]).load_state_dict(state)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_run_without_end_is_refused(files: list[str]) -> None:

@@ -194,7 +194,14 @@ def test_a_text_to_evaluate_on_is_held_whole_and_has_a_limit(tmp_path: Path, mon
     (tmp_path / "a.txt").write_text("word " * 400)
     with pytest.raises(UserError, match=r"more than 1,000 characters.*--max_tokens"):
         held_out_tokens(str(tmp_path / "a.txt"), byte_tokenizer())
-    assert len(held_out_tokens(str(tmp_path / "a.txt"), byte_tokenizer(), most=20)) == 20
+    for most in (20, 150, 900):  # eight characters a token are more than the limit
+        assert len(held_out_tokens(str(tmp_path / "a.txt"), byte_tokenizer(), most=most)) == most
+    (tmp_path / "a.jsonl").write_text('{"text": "12345678"}\n' * 150)  # ten with the blank line
+    with pytest.raises(UserError, match=r"more than 1,000 characters.* Lower --max_tokens below 936, or give a shor"):
+        held_out_tokens(str(tmp_path / "a.jsonl"), byte_tokenizer(), most=1200)
+    assert len(held_out_tokens(str(tmp_path / "a.jsonl"), byte_tokenizer(), most=900)) == 900
+    (tmp_path / "b.jsonl").write_text('{"text": "12345678"}\n' * 99 + '{"text": "1234567890"}\n')  # as many as may be
+    assert len(held_out_tokens(str(tmp_path / "b.jsonl"), byte_tokenizer(), most=1200)) == 1000
     (tmp_path / "b.txt").write_text("word " * 190)
     assert len(held_out_tokens(str(tmp_path / "b.txt"), byte_tokenizer())) == 950
 
