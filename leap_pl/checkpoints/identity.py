@@ -127,25 +127,32 @@ def check_same(found: Identity, expected: Identity) -> None:
             f"the checkpoint is of a run of {found.max_steps} steps, and trainer.max_steps is {expected.max_steps}: "
             f"every schedule would change. Set --trainer.max_steps {found.max_steps}, or start a new run."
         )
-    before, now = _micro_batches(found), _micro_batches(expected)
-    if before is not None and now is not None and before != now:
-        assert expected.ranks is not None
-        fits = before % expected.ranks == 0
-        remedy = f"Set --trainer.accumulate_grad_batches {before // expected.ranks}."
+    check_micro_batches(found, expected.ranks, expected.accumulation)
+
+
+def check_micro_batches(found: Identity, ranks: int | None, accumulation: int | None) -> None:
+    """Check that this run has as many micro-batches in an optimizer step as that of a checkpoint.
+
+    Args:
+        found: Identity in the checkpoint.
+        ranks: Ranks of this run, each with micro-batches of its own; None if unknown.
+        accumulation: Micro-batches of each in a step; None if unknown.
+
+    Raises:
+        UserError: It has more or fewer.
+    """
+    if found.ranks is None or found.accumulation is None or ranks is None or accumulation is None:
+        return
+    before, now = found.ranks * found.accumulation, ranks * accumulation
+    if before != now:
+        remedy = f"Set --trainer.accumulate_grad_batches {before // ranks}."
         raise UserError(
             f"the checkpoint is of a run of {before} micro-batches an optimizer step ({found.ranks} ranks × "
-            f"{found.accumulation}), and here it is {now} ({expected.ranks} × {expected.accumulation}): it would be "
-            f"another run. {remedy if fits else f'Resume on a number of ranks that divides {before}.'}"
+            f"{found.accumulation}), and here it is {now} ({ranks} × {accumulation}): it would be another run. "
+            f"{remedy if before % ranks == 0 else f'Resume on a number of ranks that divides {before}.'}"
         )
 
 
 def _gate(identity: Identity, with_settings: bool) -> str:
     gate = identity.gate
     return f"{gate['class_path']} with {gate['init_args']}" if with_settings else str(gate["class_path"])
-
-
-def _micro_batches(identity: Identity) -> int | None:
-    """Return the number of micro-batches in an optimizer step over all ranks, or None if it is not known."""
-    if identity.ranks is None or identity.accumulation is None:
-        return None
-    return identity.ranks * identity.accumulation

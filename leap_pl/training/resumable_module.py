@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from leap_pl.checkpoints import layout as checkpoints
 from leap_pl.checkpoints.folder import check_before_loading, not_one_file
-from leap_pl.checkpoints.identity import KEY, Identity, check_same, read_identity
+from leap_pl.checkpoints.identity import KEY, Identity, check_micro_batches, check_same, read_identity
 from leap_pl.checkpoints.plain import made_plain
 from leap_pl.checkpoints.rewind import check_position, rewind
 from leap_pl.checkpoints.settings import MASK_SETTINGS, Settings, check_settings, comparable, settings_to_store
@@ -170,6 +170,8 @@ class ResumableModule(GatedModule):
             check_position(checkpoint, path)
             check_state(checkpoint, path, trainer.strategy)
             run_settings.check_data_state(checkpoint, data)
+            # Before max_steps, which --tokens computes from them.
+            check_micro_batches(identity, data_rank(trainer)[1], trainer.accumulate_grad_batches)
             here |= run_settings.of_trainer(trainer, data) | run_settings.dtype_of_earlier(stored, here, trainer)
         else:  # the hard mask depends only on these
             run_settings.check_validated_text(checkpoint, data, identity.settings)

@@ -66,6 +66,10 @@ def test_a_run_of_so_many_tokens(model_folder, text_file, tmp_path: Path, capsys
     with pytest.raises(SystemExit):  # finished with another length
         main([*words, "--tokens=1K", "--ckpt_path=last"])
     assert "trainer.max_steps was 2 and is 8" in capsys.readouterr().err
+    one = [word for word in words if "accumulate" not in word]  # as on half as many ranks
+    last = f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}"
+    line = refused([*one, "--tokens=256", "--trainer.accumulate_grad_batches=1", last], capsys)
+    assert "Set --trainer.accumulate_grad_batches 2." in line
 
 
 def test_a_later_config_decides_the_length(model_folder, text_file, tmp_path: Path, capsys, eager: None) -> None:
