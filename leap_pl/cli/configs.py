@@ -14,7 +14,6 @@ from leap_pl.inputs.yaml_input import check_yaml, guard_parser, safe_loader
 RECIPES = Path(__file__).parents[1] / "recipes"  # files that --config also takes by their names, without suffix
 SUFFIXES = (".yaml", ".yml")
 GROUPS = ("model", "data", "trainer", "checkpoint")  # of a run, whose settings a file that is typed for them may have
-DEEPEST = 8  # files within files
 
 
 def with_recipes(words: Sequence[str]) -> list[str]:
@@ -109,13 +108,13 @@ def check_configs(words: Sequence[str]) -> dict[str, dict[Any, Any]]:
         if is_config:
             content = _settings_in(name, "--config")
             found.pop(name, None)  # one that is given again is read last
-            found[name] = _with_files(content, Path(name).parent)
+            found[name] = _with_files(content, Path(name).parent, {Path(name).resolve(): None})
         elif name.endswith(SUFFIXES):  # a group of settings, --model model.yaml
             note_input(name)
             check_regular(name, option)
             option = option or (words[place - 1] if place else "")
             key = option.removeprefix("--")
-            content = _with_files({key: name}, Path())
+            content = _with_files({key: name}, Path(), {})
             if key.partition(".")[0] in GROUPS and isinstance(content[key], dict):
                 found.pop(name, None)
                 found[name] = nested(content)
@@ -148,20 +147,27 @@ def _settings_in(name: str, what: str) -> dict[Any, Any]:
     return nested(content or {})
 
 
-def _with_files(settings: dict[Any, Any], folder: Path, depth: int = 0) -> dict[Any, Any]:
+def _with_files(settings: dict[Any, Any], folder: Path, known: dict[Path, dict[Any, Any] | None]) -> dict[Any, Any]:
     """Return ``settings`` with the content of the files in ``folder`` that stand for groups of them, at any depth.
 
-    A file that cannot be read stays a name: the parser reads it too, and reports it.
+    A file that cannot be read, or that is within itself, stays a name: the parser reads it too, and reports it.
+
+    Args:
+        settings: Settings of a file.
+        folder: Folder of that file, which names of others in it are relative to.
+        known: Files that were read before → their settings, each read once; None of one that is being read.
     """
     found: dict[Any, Any] = {}
     for key, value in settings.items():
-        found[key] = _with_files(value, folder, depth + 1) if isinstance(value, dict) else value
-        if not isinstance(value, str) or not value.endswith(SUFFIXES) or depth > DEEPEST:
+        found[key] = _with_files(value, folder, known) if isinstance(value, dict) else value
+        if not isinstance(value, str) or not value.endswith(SUFFIXES):
             continue
         with suppress(UserError, OSError, ValueError):
-            file = folder / expanded(value)
-            if file.is_file():
-                found[key] = _with_files(_settings_in(str(file), str(key)), file.parent, depth + 1)
+            file = (folder / expanded(value)).resolve()
+            if file not in known and file.is_file():
+                known[file] = None
+                known[file] = _with_files(_settings_in(str(file), str(key)), file.parent, known)
+            found[key] = known.get(file) or value
     return found
 
 

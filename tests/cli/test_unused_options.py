@@ -356,7 +356,7 @@ def test_files_for_groups_of_settings_are_read_as_the_parser_reads_them(tmp_path
         ("shared/model.yaml", {"sparsity": 0.4, "annealing": "annealing.yaml"}),
         ("outer.yaml", {"trainer": "shared/trainer.yaml", "model": "shared/model.yaml", "data": "shared/none.yaml"}),
         ("later.yaml", {"trainer": {"max_steps": 8}}),
-        ("circle.yaml", {"model": "circle.yaml"}),
+        ("circle.yaml", {f"model{number}": "circle.yaml" for number in range(50)}),
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(yaml.safe_dump(settings))
