@@ -100,6 +100,14 @@ class Unread(LeapModule):
         checkpoint["state_dict"] = {path_of(*place): stored[key_of(*place)] for place in self.gates.stored()}
 
 
+class UnreadText(TextDataModule):
+    """TextDataModule that resumes at a position that no schema has read, for a machine without pydantic."""
+
+    def read_state(self, state_dict: dict[str, Any]) -> Any:
+        """Return the state as it was stored."""
+        return state_dict
+
+
 class Ends(L.Callback):
     """Callback that copies what a run learned before the module leaves the device, and can stop the run.
 
@@ -192,7 +200,8 @@ def fit(
     quiet = ("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger")
     given: dict[str, Any] = {**accelerator(place.device), **dict.fromkeys(quiet, False), "max_steps": STEPS}
     given |= {"accumulate_grad_batches": WINDOW, "gradient_clip_val": 1.0, **trainer}
-    data = TextDataModule(text=str(place.text), seq_length=32, batch_size=2, validation_sequences=0)
+    kind = TextDataModule if find_spec("pydantic") else UnreadText
+    data = kind(text=str(place.text), seq_length=32, batch_size=2, validation_sequences=0)
     run = L.Trainer(**given, callbacks=[ends, *callbacks])
     with sdpa_kernel(SDPBackend.MATH) if math_attention else nullcontext():
         run.fit(module, data, ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)

@@ -3,9 +3,8 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Any, NotRequired
 
-from pydantic import Field
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # 1 had no digests of the text
 HELD_OUT = "held_out (of validation_text and validation_sequences)"  # as messages name it
-Count = Annotated[int, Field(ge=0)]
 _COUNTS = ("line", "byte", "row", "skip")  # in the state of a reader
 # Settings that choose a part of a hub dataset → their defaults.
 OF_TEXT = {"config_name": None, "split": "train"}
@@ -33,12 +31,12 @@ OF_VALIDATION = {"validation_config_name": None, "validation_split": "validation
 class StoredPosition(TypedDict):
     """Position in the text in a checkpoint; format 1 had no digests."""
 
-    number: Count
-    turn: Count
+    number: int
+    turn: int
     state: dict[str, Any] | None
-    character: Count
-    token: Count
-    shards: Count
+    character: int
+    token: int
+    shards: int
     digests: NotRequired[list[str | None]]
     document: NotRequired[str]
 
@@ -49,8 +47,8 @@ class Stored(TypedDict):
     format: int
     data: dict[str, Any]
     rereadable: NotRequired[bool]
-    consumed: Count
-    micro_batch: Count
+    consumed: int
+    micro_batch: int
     position: StoredPosition | None
 
 
@@ -65,6 +63,13 @@ def read_state(state: Any) -> Stored:
         check_format(state)
     stored: Stored = read(state, Stored, where, damaged)
     position = stored["position"]
+    numbers: dict[str, Any] = {"": stored, "position.": position or {}}
+    for within, values in numbers.items():  # pydantic's ranges would be imported with this module
+        for name, number in values.items():
+            if isinstance(number, int) and number < 0:
+                raise UserError(
+                    f"{where}.{within}{name} is {number}: input should be greater than or equal to 0. {damaged}"
+                )
     if position is None:
         return stored
     reader = position["state"] or {}

@@ -41,6 +41,7 @@ from leap_pl.kernels.transfers import pinned
 from leap_pl.training.data_state import (
     FORMAT,
     HELD_OUT,
+    Stored,
     check_blocks,
     check_held_out,
     check_same_data,
@@ -404,7 +405,7 @@ class TextDataModule(LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             check_held_out(self, state_dict)
             return
-        stored = read_state(state_dict)
+        stored = self.read_state(state_dict)
         digests = stored["format"] == FORMAT  # of the text that was read
         by_content = digests and stored["rereadable"] and self.stream.source.shards.rereadable
         check_same_data(stored["data"], self.identity(), text_by_name=not by_content)
@@ -421,6 +422,10 @@ class TextDataModule(LightningDataModule):
             consumed=stored["consumed"], micro_batch=stored["micro_batch"], position=position
         )
         self._step = self._ready = None
+
+    def read_state(self, state_dict: dict[str, Any]) -> Stored:
+        """Return the state in a checkpoint, read by its schema (:func:`.data_state.read_state`)."""
+        return read_state(state_dict)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that a position in the stream depends on, by name."""
