@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -11,8 +11,10 @@ from leap_pl.base_model.backbone import disable_rescaling
 from leap_pl.base_model.config import is_packed_config, left_out, load_config
 from leap_pl.base_model.model_sizes import check_skeleton
 from leap_pl.base_model.place import locate, reading, stored_dtype, stored_weights
+from leap_pl.base_model.stored_weights import dtype_of_files
 from leap_pl.base_model.weights import STORED, decoder_blocks, model_fingerprint, rest_fingerprint
 from leap_pl.errors import UserError, listing, warn_once
+from leap_pl.inputs.hub import is_hub_id, local_folder
 from leap_pl.inputs.plain_values import shown
 
 if TYPE_CHECKING:
@@ -39,8 +41,8 @@ def load_model(
     Args:
         name: Hub id, local folder, or local GGUF file (its quantised blocks are dequantised to ``dtype``).
         revision: Branch, tag or commit on the hub; None is the latest.
-        dtype: Data type of the weights; ``auto`` is the one they are stored in, bfloat16 for a GGUF file that is
-            quantised.
+        dtype: Data type of the weights; ``auto`` is the one that most of them are stored in, whatever ``config.json``
+            says, so that none is rounded; bfloat16 for a GGUF file that is quantised.
         dropout: False sets every dropout probability of the model to 0. Learning a mask of frozen weights needs
             this, since the dense teacher must be deterministic.
         memory: Form in memory of weights that are packed in the files (leap_pl.sparse): dense, packed, or whichever
@@ -51,7 +53,7 @@ def load_model(
         UserError: The model does not exist, cannot be reached or read, is no causal language model, lacks weights, or
             is quantised in a format that transformers does not turn into plain weights.
     """
-    load = _load_float16 if dtype == "float16" else partial(_load, dtype=dtype)
+    load = {"auto": _load_as_stored, "float16": _load_float16}.get(dtype, partial(_load, dtype=dtype))
     return load(name, revision=revision, dropout=dropout, memory=memory, trust_remote_code=trust_remote_code)
 
 
@@ -71,13 +73,15 @@ def _load(
         config.quantization_config["memory"] = memory
     dequantised = _dequantise(config, name)
     with reading("base model", name, trusted=trust_remote_code):
-        check_skeleton(config, stored_weights(folder, gguf_file), name, trust_remote_code=trust_remote_code)
+        stored = stored_weights(folder, gguf_file)
+        check_skeleton(config, stored, name, trust_remote_code=trust_remote_code)
         if gguf_file is None:
+            as_stored = None if stored is None or dequantised or dtype != "auto" else stored.dtype
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 revision=revision,
                 config=config,
-                dtype=dtype,
+                dtype=as_stored or dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
@@ -138,12 +142,28 @@ def _take_buffers(model: "PreTrainedModel", other: "PreTrainedModel") -> None:
             model.get_submodule(owner).register_buffer(tensor, buffer, persistent=False)
 
 
+def _load_as_stored(name: str, *, revision: str | None, **options: Any) -> "PreTrainedModel":
+    """Load a model in the data type that most of its weights are stored in.
+
+    transformers' ``auto`` is that of ``config.json`` first. In it an export would round weights that it calls the base
+    model's, and their fingerprint would be another than that of a run, which loads them in a type of its own.
+    """
+    model = _load(name, dtype="auto", revision=revision, **options)
+    if not is_hub_id(name) or getattr(model.config, "quantization_config", None):
+        return model
+    stored = dtype_of_files(local_folder(name, revision=revision))  # which are here only now
+    if stored in (None, model.dtype):
+        return model
+    del model  # do not hold two
+    return _load(name, dtype=cast(Dtype, str(stored).removeprefix("torch.")), revision=revision, **options)
+
+
 def _load_float16(name: str, **options: Any) -> "PreTrainedModel":
     """Load a model in float16, with the fingerprints of its weights as they are stored.
 
     float16 rounds what is small in bfloat16, so that the fingerprint of the rounded weights would be another model's.
     """
-    model = _load(name, dtype="auto", **options)
+    model = _load_as_stored(name, **options)
     if model.dtype == torch.float16:
         return model
     fingerprints = model_fingerprint(model), rest_fingerprint(model)

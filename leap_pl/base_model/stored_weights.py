@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -22,6 +23,7 @@ _DESCRIBES = re.compile(
     r"(.*config|.*index|tokenizer.*|vocab|added_tokens|special_tokens_map|chat_template.*|leap_pl)\.json"
 )
 _INDICES = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHORTEST_PACKED = 8  # weights in one stored number, for weights of 4 bits packed into 32
 _WORD = 32  # weights in one number of a bitmap
 
@@ -33,10 +35,12 @@ class StoredWeights:
     Attributes:
         shapes: Name of a tensor → its shape.
         packed: Whether several weights may share one stored number.
+        dtype: Data type of most of the elements; None if it is unknown, or not one that a model computes in.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     packed: bool = False
+    dtype: torch.dtype | None = None
 
     @property
     def largest_dimension(self) -> int:
@@ -52,6 +56,12 @@ class StoredWeights:
     def elements(self) -> int:
         """Return the maximum number of weights that the files can contain."""
         return sum(map(prod, self.shapes.values())) * (_SHORTEST_PACKED if self.packed else 1)
+
+
+def dtype_of_files(folder: Path) -> torch.dtype | None:
+    """Return the data type that most weights in a model folder are stored in; None if it is unknown."""
+    stored = read_shapes(folder)
+    return None if stored is None else stored.dtype
 
 
 def check_sizes(folder: Path) -> None:
@@ -84,10 +94,11 @@ def read_shapes(folder: Path) -> StoredWeights | None:
     if not files:
         return None
     shapes: dict[str, tuple[int, ...]] = {}
+    elements: Counter[torch.dtype | None] = Counter()
     packed = False
     for file in files:
-        packed |= _read(file, shapes)
-    return StoredWeights(shapes, packed)
+        packed |= _read(file, shapes, elements)
+    return StoredWeights(shapes, packed, elements.most_common(1)[0][0] if elements else None)
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -121,8 +132,12 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read(file: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Add the shapes in ``file`` to ``shapes``; return whether several weights may share one stored number."""
+def _read(file: Path, shapes: dict[str, tuple[int, ...]], elements: "Counter[torch.dtype | None]") -> bool:
+    """Add the shapes in ``file`` to ``shapes``, and how many elements are of each data type to ``elements``.
+
+    Returns:
+        Whether several weights may share one stored number.
+    """
     packed = False
     if file.suffix == ".safetensors":
         check_regular(file, "base model")
@@ -139,6 +154,7 @@ def _read(file: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
                     elif name not in bitmaps and name not in scales:
                         shapes[name] = tuple(part.get_shape())
                         packed |= not str(part.get_dtype()).startswith(("F", "BF"))
+                        elements[_FLOATS.get(str(part.get_dtype()))] += prod(shapes[name])
         except (SafetensorError, OSError, ValueError) as error:
             reason = one_line(error, 200)
             raise UserError(
@@ -153,6 +169,8 @@ def _read(file: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
         found = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
         shapes |= {str(name): tuple(tensor.shape) for name, tensor in found.items()}
         packed = any(not tensor.is_floating_point() for tensor in found.values())
+        for tensor in found.values():
+            elements[tensor.dtype if tensor.dtype in _FLOATS.values() else None] += tensor.numel()
     return packed
 
 

@@ -55,7 +55,7 @@ def export_command(
             sparse model to pack or to read the mask of, or a packed one.
         format: Form of the weights: huggingface, zeros included, or packed; or the mask without them.
         values: Values of packed weights: auto, as the model has them, or int8 with a scale a row, which halves them
-            and rounds them.
+            and rounds them. Of a packed model with int8 values, auto is int8.
         revision: Revision of the base model on the hub; default: the one that the mask was made for. A local model has
             none.
         perplexity: Result files of leap_pl evaluate, separated by commas, whose perplexities go into the model card:
@@ -129,7 +129,8 @@ def _report(output_dir: str, masks: "MaskSet | None", facts: dict[str, Any]) -> 
             "model, which leap_pl prune wrote beside it.",
             sys.stderr,
         )
-    which = "are zero" if changed else "were zero in the base model"
+    rounded = f"were zero before they were rounded to {facts.get('rounded_to')}"
+    which = rounded if "rounded_to" in facts else "are zero" if changed else "were zero in the base model"
     kept = "" if zeros is None else f", {zeros:,} kept weights {which}"
     say(
         f"{output_dir}: {early}{facts['removed']:,} of {facts['gated']:,} gated weights removed "

@@ -304,10 +304,10 @@ def _write(
     trust_remote_code: bool,
 ) -> None:
     import json
-    from dataclasses import asdict
 
     from leap_pl.base_model.tokenizer import save_tokenizer
-    from leap_pl.export.hugging_face import write_index
+    from leap_pl.export.card import facts_of
+    from leap_pl.export.hugging_face import write_index, zeros_kept
     from leap_pl.inputs.plain_values import plain
     from leap_pl.inputs.records import MASK, RECORD
 
@@ -319,15 +319,20 @@ def _write(
         write_index(folder / "model")
         save_tokenizer(model, folder / "model", revision=revision, trust_remote_code=trust_remote_code)
         # Without this record, evaluate and compare would read the folder as a dense base model.
-        facts = {"provenance": plain(asdict(pruned.masks.provenance)), "updated_by": method}
-        facts["mask_digest"] = pruned.masks.digest_of_bits()
+        facts = facts_of(pruned.masks, zeros_kept(pruned.masks, updated)) | {"updated_by": method}
         pruned.masks.save(folder / "model" / MASK)  # a kept weight may be 0
-        record = json.dumps(facts, indent=2)
+        record = json.dumps(plain(facts), indent=2)
         (folder / "model" / RECORD).write_text(record + "\n", encoding="utf-8")
 
 
 def _report(output_dir: str, pruned: "Pruned", updated: bool) -> None:
     masks: MaskSet = pruned.masks
+    if empty := [name for name, mask in masks.masks.items() if not bool(mask.any())]:
+        say(
+            f"leap_pl prune: nothing is left of {len(empty)} of {len(masks.masks)} matrices: {listing(empty, 3)}. "
+            "Remove less, or leave them dense with --ignore.",
+            sys.stderr,
+        )
     line = f"{output_dir}: {masks.provenance.method} mask of {masks.total:,} weights, sparsity {masks.sparsity:.4f}"
     if pruned.errors:
         line += f", mean layer error {sum(pruned.errors.values()) / len(pruned.errors):.4f}"

@@ -114,14 +114,15 @@ def _summary(masks: "MaskSet", facts: Mapping[str, Any], format: Format) -> str:
 def _kept(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     zeros, training = facts[records.ZEROS], config.get(TRAINED)
     rounded = f", then rounded to {facts['rounded_to']}" if "rounded_to" in facts else ""
+    are = "were zero before that" if rounded else "are zero"
     if isinstance(training, dict):
         return (
             f"**Weights were trained** ({markdown_code(training.get('kind'))}) under the mask{rounded}; "
-            f"{zeros:,} of those that it keeps are zero."
+            f"{zeros:,} of those that it keeps {are}."
         )
     if "updated_by" in facts:
         by = markdown_code(facts["updated_by"])
-        return f"**Kept weights were changed** by {by}{rounded}; {zeros:,} of them are zero."
+        return f"**Kept weights were changed** by {by}{rounded}; {zeros:,} of them {are}."
     how = f"rounded to {facts['rounded_to']}" if rounded else "bit for bit"
     return f"Kept weights are the base model's, {how}; {zeros:,} of them were zero already."
 

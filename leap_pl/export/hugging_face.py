@@ -51,7 +51,8 @@ def export_model(
         weights: Trained weights to write in place of the base model's.
         format: ``huggingface``, with exact zeros, which plain transformers loads; ``packed`` (:mod:`leap_pl.sparse`);
             or ``mask``, the masks and no weights.
-        values: Values of packed weights: ``auto``, those of the model, or ``int8``, rounded.
+        values: Values of packed weights: ``auto``, those of the model (int8 if it is packed with these), or ``int8``,
+            rounded.
         revision: Revision of ``model`` on the hub.
         perplexity: Perplexities of the masked model for the model card, as in a result of ``leap_pl evaluate``; with
             ``dense`` in a figure, that of the dense model by the same protocol.
@@ -82,9 +83,13 @@ def export_model(
         known: dict[str, Any] = {"perplexity": dict(perplexity)} if perplexity else {}
         if masks is None:
             from leap_pl.export.sparse_model import UNKNOWN, masks_of, recorded_facts
+            from leap_pl.inputs.hub import local_folder
+            from leap_pl.sparse.folder import has_int8
 
             masks = masks_of(model, base, revision=revision)
             known |= recorded_facts(model, masks, revision=revision)
+            if has_int8(local_folder(model, revision=revision)) and format == "packed":
+                values = "int8"
             if masks.provenance.method == UNKNOWN and format == "mask" and masks.sparsity < QUANTISED_ZEROS:
                 raise UserError(
                     f"{model} is not sparse: {masks.sparsity:.1%} of its weights are 0. Name the mask with --mask, or "
@@ -114,7 +119,7 @@ def export_model(
         own_code = trust_remote_code and bool(getattr(base.config, "auto_map", None))
         if hub_id is not None:
             masks, known = without_paths(masks), shortened(known)
-        facts = facts_of(masks, _zeros_kept(masks, base)) | known
+        facts = facts_of(masks, zeros_kept(masks, base)) | known
         trained_in = None if weights is None else masks.provenance.config.get("dtype")
         if trained_in == "float32" and str(base.dtype) != "torch.float32":  # and rounded to the base model's
             facts["trained_in"] = trained_in
@@ -171,7 +176,7 @@ def write_index(folder: Path) -> None:
     index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _zeros_kept(masks: "MaskSet", base: "PreTrainedModel") -> int:
+def zeros_kept(masks: "MaskSet", base: "PreTrainedModel") -> int:
     """Return how many kept weights are zero in ``base``."""
     parameters = dict(base.named_parameters())
     return sum(int((parameters[name].detach()[mask] == 0).sum()) for name, mask in masks.masks.items())

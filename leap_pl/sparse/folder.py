@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from leap_pl.base_model.stored_weights import PACKED_METHOD, model_files
 from leap_pl.errors import UserError, listing
 from leap_pl.inputs.paths import expanded
@@ -79,6 +81,14 @@ def is_packed(folder: str | Path) -> bool:
         return False
     given = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(given, dict) and given.get("quant_method") == PACKED_METHOD
+
+
+def has_int8(folder: str | Path) -> bool:
+    """Return whether ``folder`` is packed, with values of int8; raises as :func:`read_headers` does."""
+    if not is_packed(folder):
+        return False
+    found, _ = read_headers(model_files(expanded(folder)))
+    return any(stored.dtype == torch.int8 for stored in found.values())
 
 
 def packed_weights(folder: Path) -> Iterator[tuple[str, PackedWeight]]:

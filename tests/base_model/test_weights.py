@@ -1,5 +1,6 @@
 """The weights of a base model: which of them are gated, and the fingerprint of all."""
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -226,6 +227,29 @@ def test_one_checkpoint_in_two_precisions_has_one_fingerprint(tmp_path: Path) ->
     assert loaded["bfloat16"].dtype == torch.bfloat16
     assert len({model_fingerprint(m) for m in (*loaded.values(), tiny_model("llama"))}) == 1
     assert len({rest_fingerprint(m) for m in (*loaded.values(), tiny_model("llama"))}) == 1
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "sharded", "bin"])
+def test_weights_are_loaded_as_they_are_stored_whatever_config_says(layout: str, tmp_path: Path) -> None:
+    """transformers rounds them to the type of config.json: they would not be the files', nor of one fingerprint."""
+    folder, model = tmp_path / "m", tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0] *= 2.0**-17
+    if layout == "bin":
+        model.config.save_pretrained(folder)
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    else:
+        model.save_pretrained(folder, max_shard_size="20KB" if layout == "sharded" else "5GB")
+    assert (folder / "model.safetensors.index.json").exists() == (layout == "sharded")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    loaded = load_model(str(folder))
+    assert loaded.dtype == torch.float32
+    assert all(torch.equal(one, other) for one, other in zip(loaded.parameters(), model.parameters(), strict=True))
+    others = [load_model(str(folder), dtype=dtype) for dtype in ("float32", "bfloat16", "float16")]
+    assert [each.dtype for each in others] == [torch.float32, torch.bfloat16, torch.float16]
+    assert {model_fingerprint(each) for each in others} == {model_fingerprint(model)}
+    assert {rest_fingerprint(each) for each in others} == {rest_fingerprint(model)}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

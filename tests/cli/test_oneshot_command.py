@@ -12,6 +12,7 @@ from conftest import refused
 from tiny import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from leap_pl.cli.export import export_command
 from leap_pl.cli.main import main
 from leap_pl.cli.prune import prune_command
 from leap_pl.data.source import TextSource
@@ -94,6 +95,30 @@ def test_mask_and_model_are_written(method: str, folder: Path, text: Path, tmp_p
             told.fingerprint,
             0.6,
         )
+
+
+def test_a_model_that_was_pruned_again_is_not_what_its_record_says(folder: Path, text: Path, tmp_path: Path) -> None:
+    run(folder, text, tmp_path / "out", method="sparsegpt")
+    place = str(tmp_path / "out" / "model")
+    assert load_subject(model=place).method == "sparsegpt"
+    export_command(str(tmp_path / "packed"), model=place, format="packed")
+    model = AutoModelForCausalLM.from_pretrained(place)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[:, ::2] = 0
+    model.save_pretrained(place)
+    with pytest.warns(UserWarning, match="measured as a model without a record"):
+        assert load_subject(model=place).method == "unknown"
+    with pytest.raises(UserError, match="it was pruned again"):
+        export_command(str(tmp_path / "again"), model=place, format="packed")
+
+
+def test_a_matrix_of_which_nothing_is_left_is_named(folder: Path, text: Path, tmp_path: Path, capsys) -> None:
+    run(folder, text, tmp_path / "out", method="magnitude", pattern="1:1000", targets=["re:.*up_proj"])
+    said = capsys.readouterr().err
+    assert "nothing is left of 2 of 2 matrices: model.layers.0.mlp.up_proj.weight, model.layers.1" in said
+    run(folder, text, tmp_path / "most", method="magnitude", sparsity=0.9)
+    assert "nothing is left" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparseswaps"])

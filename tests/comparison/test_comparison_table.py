@@ -365,6 +365,17 @@ def test_the_verdict_is_the_best_at_each_sparsity(four_results, write_result):
     assert verdict([replace(entry, tasks={}) for entry in scored], BASELINES) == ""
 
 
+@pytest.mark.parametrize("sparsity", [0.125, 0.625, 0.875])
+def test_the_verdict_takes_results_of_one_sparsity_together_as_the_table_does(sparsity: float, write_result) -> None:
+    """Their masks differ by some weights, which whole percent may divide."""
+    below, above = result("leap", sparsity - 1e-4, 15.0), result("wanda", sparsity + 1e-4, 20.0)
+    for paths in ([write_result("a", below), write_result("b", above)], [write_result("b", above)]):
+        said = verdict(read_entries([*paths, write_result("a", below)] if len(paths) == 1 else paths), BASELINES)
+        assert said.startswith("Lowest perplexity on held-out.jsonl: leap ")
+        assert "with 15.00, 25% below wanda" in said
+        assert ";" not in said
+
+
 def test_wide_tables_are_divided(write_result):
     paths = []
     for method in ("dense", "wanda", "leap"):

@@ -18,10 +18,12 @@ from leap_pl.cli.evaluate import evaluate_command
 from leap_pl.cli.export import export_command
 from leap_pl.cli.prune import prune_command
 from leap_pl.errors import UserError
+from leap_pl.export.card import card_of, facts_of
 from leap_pl.export.hugging_face import export_model
 from leap_pl.export.method import decisive_settings
 from leap_pl.inputs.records import MASK, ZEROS
 from leap_pl.masks import MaskSet, Provenance
+from leap_pl.masks.mask_set import TRAINED
 
 
 @pytest.mark.parametrize("format", ["huggingface", "packed", "mask"])
@@ -90,6 +92,23 @@ def test_zeros_that_rounding_makes_are_not_the_base_models(model_folder: Path, t
     kept = MaskSet.load(file).masks
     assert sum(int((told[name][bits] == 0).sum()) for name, bits in kept.items()) > exact[ZEROS]
     assert int8[ZEROS] == plain[ZEROS] == mask[ZEROS] == exact[ZEROS]
+
+
+@pytest.mark.parametrize("changed", ["updated", "trained"])
+def test_zeros_that_rounding_makes_of_changed_weights_are_not_counted(
+    changed: str, finished: Run, model_folder: Path, capsys
+) -> None:
+    """They are what was zero before, and the card says so, as does the command's line."""
+    masks = MaskSet.load(finished.mask)
+    if changed == "trained":
+        masks = masks.with_provenance(config=masks.provenance.config | {TRAINED: {"kind": "kept"}})
+    facts = facts_of(masks, 3) | ({"updated_by": "sparsegpt"} if changed == "updated" else {})
+    card = card_of(masks, facts)
+    assert "3 of th" in card
+    assert " are zero." in card
+    card = card_of(masks, facts | {"rounded_to": "int8"})
+    assert re.search(r"then rounded to int8; 3 of .* were zero before that\.", card)
+    assert " are zero" not in card
 
 
 def test_the_card_says_which_part_of_a_hub_text_was_measured(finished: Run, model_folder: Path, tmp_path: Path) -> None:

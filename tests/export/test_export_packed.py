@@ -86,7 +86,7 @@ def packed(masks: MaskSet, place: Path, values: str) -> dict[str, dict[str, floa
     return export_command(str(place / values), mask=str(place / "mask.safetensors"), format="packed", values=values)  # type: ignore[arg-type]
 
 
-def test_int8_is_smaller_and_says_that_it_rounds(tmp_path: Path) -> None:
+def test_int8_is_smaller_and_says_that_it_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     masks = sparse_folder(tmp_path / "base")
     facts = packed(masks, tmp_path, "int8")["packed"]
     assert facts["bytes_per_weight"] < 0.8
@@ -101,6 +101,10 @@ def test_int8_is_smaller_and_says_that_it_rounds(tmp_path: Path) -> None:
         assert bool(((found[name].float() - weight.float()).abs() <= step).all()), name
     export_command(str(tmp_path / "plain"), model=str(tmp_path / "int8"))
     assert "rounded to int8" in (tmp_path / "plain" / "README.md").read_text()
+    capsys.readouterr()
+    again = export_command(str(tmp_path / "again"), model=str(tmp_path / "int8"), format="packed")["packed"]
+    assert again == facts  # as the model has them
+    assert "kept weights were zero before they were rounded to int8; read back" in capsys.readouterr().out
 
 
 def test_any_sparse_model_packs(tmp_path: Path) -> None:

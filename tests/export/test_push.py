@@ -1,14 +1,17 @@
 """``leap_pl export --push``, and masks by hub id: the hub's own client, on a stand-in of the hub."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Run, refused
 from hub_stand_in import COMMIT, Hub
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 from leap_pl.base_model.loading import load_model
 from leap_pl.cli.main import main
@@ -128,6 +131,21 @@ def test_a_base_model_of_the_hub(hub: Hub, finished: Run, model_folder: Path, tm
     alone = (tmp_path / "alone" / "README.md").read_bytes()
     assert 'from_pretrained("alice/base", revision="v1", dtype="auto")' in code_of(alone)
     assert b"license" not in alone
+
+
+def test_a_base_model_of_the_hub_is_exported_as_it_is_stored(
+    hub: Hub, finished: Run, model_folder: Path, tmp_path: Path
+) -> None:
+    """Its config.json names a data type that would round it."""
+    hub.files["alice/rounded"] = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    config = json.loads(hub.files["alice/rounded"]["config.json"])
+    hub.files["alice/rounded"]["config.json"] = json.dumps(config | {"dtype": "float16"}).encode()
+    main(words(finished, tmp_path / "out", "--model=alice/rounded"))
+    written, stored = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", model_folder))
+    for name, mask in MaskSet.load(finished.mask).masks.items():
+        assert written[name].dtype == torch.float32
+        assert torch.equal(written[name], stored[name] * mask), name
+    assert "bit for bit" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_base_model_whose_local_path_looks_like_one_of_the_hub(
