@@ -198,10 +198,19 @@ class TrainedWeights(Mapping[str, TrainedWeight]):
         return list(dict.fromkeys(weight.module for shared in places.values() for weight in shared))
 
     def train_embeddings(self, model: nn.Module) -> None:
-        """Train the token embeddings and the head of ``model``, if the run trains them; tied ones stay tied."""
+        """Train the token embeddings and the head of ``model``, if the run trains them; tied ones stay tied.
+
+        Raises:
+            UserError: One has a gate, and the run does not train whole weights of gates.
+        """
         for places in embeddings_of(model) if self.settings.embeddings else ():
-            if not parametrize.is_parametrized(places[0].module):  # a head may have a gate
+            if not parametrize.is_parametrized(places[0].module):
                 self._train_whole(places)
+            elif self.kind != "kept":
+                raise UserError(
+                    f"model.weight_training.embeddings trains {places[0].name} whole, which has a gate, and "
+                    f"model.train_weights is {self.kind}. Set --model.train_weights kept, or leave embeddings out."
+                )
 
     def _train_whole(self, places: Sequence[Weight]) -> None:
         """Train a weight that has no gate, in all its ``places``; its name is that of the first."""

@@ -199,3 +199,15 @@ def test_refused_in_one_line(model_folder: Path, text_file: Path, tmp_path: Path
         with pytest.raises(UserError, match="holds the weights alone that a fixed mask keeps"):
             compact.check({}, fixed=fixed, sharded=sharded)
     compact.check({}, fixed=True, sharded=False)
+
+
+@pytest.mark.parametrize("kind", [["norms"], ["lora", "--model.weight_training.target_modules=[q_proj]"]])
+def test_a_gated_head_is_not_left_untrained_without_a_word(kind: list[str], text_file: Path, tmp_path, capsys) -> None:
+    """Only kept trains weights of gates whole."""
+    folder = tiny_folder(tmp_path / "model", tie_word_embeddings=False)
+    words = ["--model.weight_training.embeddings=true", "--model.targets=[Linear]", "--model.prior.method=none"]
+    said = refused(
+        fit_flags(folder, text_file, tmp_path, *words, f"--model.train_weights={kind[0]}", *kind[1:]), capsys
+    )
+    assert "embeddings trains lm_head.weight whole, which has a gate" in said
+    assert f"model.train_weights is {kind[0]}. Set --model.train_weights kept, or leave embeddings out." in said
