@@ -89,7 +89,7 @@ class Objective:
         """Check that the extra terms are objects of :class:`Term` with valid, unique names and weights.
 
         Raises:
-            UserError: A term is not.
+            UserError: A term is not; or there is nothing else to learn from, and the weight of each is always 0.
         """
         names = set(TAKEN)
         for term in self.extra:
@@ -107,6 +107,12 @@ class Objective:
                     "super().__init__(weight) in its own __init__ does."
                 )
             check_numbers({"weight": weight}, "model.objective.extra.", f"objective.extra: {kind}.")
+        always_0 = [term.weight == 0 and type(term).weight_at is Term.weight_at for term in self.extra]
+        if self.lm == 0 and self.distillation == 0 and always_0 and all(always_0):
+            raise UserError(
+                "objective.lm, objective.distillation and the weight of each extra term are 0: nothing to learn from. "
+                "Raise one."
+            )
 
     def terms(self) -> tuple[Term, ...]:
         """Return the terms in the order in which they are added."""
@@ -154,4 +160,6 @@ class Objective:
             values[term.name] = value.detach()
             if weight != 0 and not isinstance(term, LanguageTerm):
                 total = total + weight * value
+        if torch.is_grad_enabled() and not total.requires_grad:  # as where every term's weight still rises from 0
+            total = total + 0 * batch.hidden.float().mean()
         return total, {TOTAL: total.detach(), **values}

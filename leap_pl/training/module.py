@@ -260,7 +260,9 @@ class LeapModule(ValidatedModule):
             kinds = (one if self.fixed_mask is None else [], other if self.trained.kind != NONE else [])
             probe_groups = optimization.groups(*kinds, self.trained.settings)
             if probe_groups:  # else there is nothing to learn, and the base class refuses it
-                optimization.check_moments(self.make_scheduler, self.optimizer_of(probe_groups))
+                made_of_probes = self.optimizer_of(probe_groups)
+                optimization.check_moments(self.make_scheduler, made_of_probes)
+                optimization.check_steps(made_of_probes)
             check_clipping(self.trainer, probe, self.logits_dtype)
             data = getattr(self.trainer, "datamodule", None)
             run_settings.check_types(self.learned_with() | run_settings.of_trainer(self.trainer, data))

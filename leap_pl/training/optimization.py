@@ -150,6 +150,24 @@ def check_moments(make: LRSchedulerCallable | None, optimizer: torch.optim.Optim
         )
 
 
+def check_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Check that ``optimizer``, of probes, can take a step with dense gradients, before a model is loaded for it.
+
+    Raises:
+        UserError: It cannot, as one for sparse gradients.
+    """
+    for group in optimizer.param_groups:
+        for probe in group["params"]:
+            probe.grad = torch.zeros_like(probe)
+    try:
+        optimizer.step(lambda: torch.zeros(()))  # type: ignore[arg-type, return-value]
+    except RuntimeError as error:
+        raise UserError(
+            f"model.optimizer: {type(optimizer).__name__} cannot learn masks or weights: "
+            f"{one_line(error, 200).rstrip('.')}. Give another, such as AdamW."
+        ) from error
+
+
 def _warn_of_own_rate(scheduler: Any, rates: list[float]) -> None:
     """Warn of a schedule, such as OneCycleLR, whose highest rate is its own and not that of the optimizer."""
     groups = scheduler.optimizer.param_groups

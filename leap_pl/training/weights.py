@@ -344,11 +344,11 @@ def parameters_of(
     kind, gated = KINDS[train_weights], kind_of(train_weights, settings)
     whole = [*(norms_of(model) if kind.norms else ())]
     whole += [places[0] for places in embeddings_of(model)] if settings.embeddings else []
-    found = sum({id(weight.parameter): weight.parameter.numel() for weight in whole}.values())
-    if gated is not None:
-        taken = [weight for name, weight in weights.items() if gated.takes(name, settings)]
-        found += sum(gated.parameters_of(weight, settings, density) for weight in taken)
-    return found
+    taken = [weight for name, weight in weights.items() if gated is not None and gated.takes(name, settings)]
+    of_gates = {id(weight.parameter) for weight in taken}  # as a head may be
+    sizes = {id(weight.parameter): weight.parameter.numel() for weight in whole}
+    found = sum(size for parameter, size in sizes.items() if parameter not in of_gates)
+    return found + sum(gated.parameters_of(weight, settings, density) for weight in taken if gated is not None)
 
 
 def norms_of(model: nn.Module) -> Iterator[Weight]:

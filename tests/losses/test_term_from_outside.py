@@ -4,6 +4,7 @@ import importlib
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from torch import Tensor
 from leap_pl import LeapModule, TextDataModule
 from leap_pl.checkpoints.layout import load_checkpoint
 from leap_pl.cli.main import main
+from leap_pl.cli.prune import prune_command
 from leap_pl.errors import UserError
 from leap_pl.losses.objective import Objective
 from leap_pl.losses.term import MicroBatch, Term
+from leap_pl.training.weights import WeightTraining
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -37,6 +40,8 @@ class Other:
     def __init__(self):
         raise SystemExit
 """
+QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+QUIET |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
 PLACES = ("--trainer.accelerator", "--trainer.logger", "--checkpoint.", "--sparsity_log.")
 
 
@@ -97,9 +102,7 @@ def first_step(model_folder: Path, text_file: Path, objective: Objective) -> Gra
     module = LeapModule(str(model_folder), objective=objective, dtype="float32")
     data = TextDataModule(str(model_folder), str(text_file), seq_length=32, batch_size=2, validation_sequences=0)
     found = Gradients()
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
-    L.Trainer(max_steps=1, accelerator="cpu", callbacks=[found], **quiet).fit(module, data)
+    L.Trainer(max_steps=1, accelerator="cpu", callbacks=[found], **QUIET).fit(module, data)
     return found
 
 
@@ -292,6 +295,54 @@ def test_a_term_of_weight_0_is_not_asked_for(model_folder, text_file) -> None:
     assert [term.asked for term in terms] == [0, 1]
     assert "mean" not in found.terms
     assert "fading" in found.terms
+
+
+class Rising(Term):
+    """Mean of the hidden states, with a weight that rises from 0."""
+
+    name = "rising"
+
+    def value(self, batch: MicroBatch) -> Tensor:
+        return batch.hidden.float().square().mean()
+
+    def weight_at(self, fraction: float) -> float:
+        return self.weight * fraction
+
+
+class Steps(L.Callback):
+    """Keep what is trained before each step and at the end."""
+
+    def __init__(self) -> None:
+        self.weights: list[list[Tensor]] = []
+
+    def keep(self, _: L.Trainer, pl_module: L.LightningModule, *__: Any) -> None:
+        self.weights.append([each.detach().clone() for each in pl_module.parameters() if each.requires_grad])
+
+    on_train_batch_start = on_train_end = keep
+
+
+def test_weights_under_a_fixed_mask_wait_for_a_term_that_rises_from_0(model_folder, text_file, tmp_path: Path) -> None:
+    """Nothing else has a gradient in the first step."""
+    prune_command(str(model_folder), str(tmp_path / "mask"), method="magnitude")
+    alone = Objective(lm=0, distillation=0, budget=0, weight=0, extra=[Rising(weight=1e3)])
+    with pytest.raises(UserError, match="and the weight of each extra term are 0: nothing to learn from"):
+        replace(alone, extra=[Mean(weight=0.0)])
+    module = LeapModule(
+        str(model_folder),
+        dtype="float32",
+        mask=str(tmp_path / "mask"),
+        train_weights="kept",
+        objective=alone,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        weight_training=WeightTraining(lr=0.1, warmup_steps=0),
+    )
+    steps = Steps()
+    data = TextDataModule(str(model_folder), str(text_file), seq_length=32, batch_size=2, validation_sequences=0)
+    L.Trainer(max_steps=3, accelerator="cpu", callbacks=[steps], **QUIET).fit(module, data)
+    first, second, third, end = steps.weights
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert any(not torch.equal(one, other) for one, other in zip(second, third, strict=True))
+    assert all(bool(weight.isfinite().all()) for weight in end)
 
 
 def test_a_term_may_ask_for_the_teacher(model_folder, text_file) -> None:

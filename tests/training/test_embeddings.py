@@ -171,6 +171,30 @@ def test_a_gated_head_also_has_the_gradient_of_its_budget(text_file: Path, tmp_p
     assert (gradients[1.0, 7.0] - gradients[1.0, 0.0]).abs().max() > 1e-6  # of the budget and the weights
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("targets", [None, ["Linear"]])
+@pytest.mark.parametrize("kind", ["kept", "lora", "norms", "none"])
+def test_every_trained_weight_is_counted_once(kind: str, targets: list[str] | None, tied: bool, tmp_path: Path) -> None:
+    """As the plan of a run counts them, and as the run trains them."""
+    if tied and targets:
+        pytest.skip("a gate of a tied head is refused")
+    folder = str(tiny_folder(tmp_path / "model", tie_word_embeddings=tied))
+    training = WeightTraining(r=2, embeddings=kind == "kept" or (kind != "none" and targets is None))
+    module = LeapModule(
+        folder,
+        dtype="float32",
+        targets=targets,
+        prior=Prior(method="none"),
+        train_weights=kind,
+        weight_training=training,
+    )
+    module.configure_model()
+    trained = [parameter for weight in module.trained.values() for parameter in weight.parameters()]
+    model = load_model(folder, dtype="float32")
+    counted = parameters_of(kind, training, find_weights(model, targets), model)
+    assert counted == sum({id(parameter): parameter.numel() for parameter in trained}.values())
+
+
 def test_the_perplexity_of_a_head_with_a_gate(text_file: Path, tmp_path: Path) -> None:
     """That of the hard mask, and of the dense head for the dense model; the head is called outside of the body."""
     folder = tiny_folder(tmp_path / "model", tie_word_embeddings=False)
