@@ -11,10 +11,10 @@ from leap_pl.base_model.backbone import disable_rescaling
 from leap_pl.base_model.config import is_packed_config, left_out, load_config
 from leap_pl.base_model.model_sizes import check_skeleton
 from leap_pl.base_model.place import locate, reading, stored_dtype, stored_weights
-from leap_pl.base_model.stored_weights import dtype_of_files
-from leap_pl.base_model.weights import STORED, decoder_blocks, model_fingerprint, rest_fingerprint
+from leap_pl.base_model.stored_weights import read_shapes
+from leap_pl.base_model.weights import ROUNDED, STORED, decoder_blocks, model_fingerprint, rest_fingerprint
 from leap_pl.errors import UserError, listing, warn_once
-from leap_pl.inputs.hub import is_hub_id, local_folder
+from leap_pl.inputs.hub import local_folder
 from leap_pl.inputs.plain_values import shown
 
 if TYPE_CHECKING:
@@ -149,13 +149,21 @@ def _load_as_stored(name: str, *, revision: str | None, **options: Any) -> "PreT
     model's, and their fingerprint would be another than that of a run, which loads them in a type of its own.
     """
     model = _load(name, dtype="auto", revision=revision, **options)
-    if not is_hub_id(name) or getattr(model.config, "quantization_config", None):
+    if locate(name)[1] is not None or getattr(model.config, "quantization_config", None):
         return model
-    stored = dtype_of_files(local_folder(name, revision=revision))  # which are here only now
-    if stored in (None, model.dtype):
+    stored = read_shapes(local_folder(name, revision=revision))  # of the hub the files are here only now
+    if stored is None or stored.dtype is None:
         return model
-    del model  # do not hold two
-    return _load(name, dtype=cast(Dtype, str(stored).removeprefix("torch.")), revision=revision, **options)
+    if stored.dtype != model.dtype:
+        del model  # do not hold two
+        model = _load(name, dtype=cast(Dtype, str(stored.dtype).removeprefix("torch.")), revision=revision, **options)
+    if rounded := stored.rounded_in(dict(model.named_parameters()), model.dtype):
+        setattr(model, ROUNDED, True)
+        usual = str(model.dtype).removeprefix("torch.")
+        warn_once(
+            f"base model {name}: most of its weights are stored in {usual}, to which {listing(rounded, 3)} are rounded."
+        )
+    return model
 
 
 def _load_float16(name: str, **options: Any) -> "PreTrainedModel":

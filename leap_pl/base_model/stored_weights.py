@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,34 @@ class StoredWeights:
     Attributes:
         shapes: Name of a tensor → its shape.
         packed: Whether several weights may share one stored number.
-        dtype: Data type of most of the elements; None if it is unknown, or not one that a model computes in.
+        dtypes: Name of a tensor → its data type, of those in one that a model computes in.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     packed: bool = False
-    dtype: torch.dtype | None = None
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Return the data type of most of the elements; None if it is unknown, or not one that a model computes in."""
+        elements: Counter[torch.dtype | None] = Counter()
+        for name, shape in self.shapes.items():
+            elements[self.dtypes.get(name)] += prod(shape)
+        return elements.most_common(1)[0][0] if elements else None
+
+    def rounded_in(self, parameters: Mapping[str, torch.Tensor], usual: torch.dtype) -> list[str]:
+        """Return the names of the matrices that are not exact in a model, whose other data type rounds them.
+
+        Args:
+            parameters: Parameters of the model.
+            usual: Data type of those that have other names in the files.
+        """
+        rounded = []
+        for name, stored in self.dtypes.items():
+            loaded = parameters[name].dtype if name in parameters else usual
+            if len(self.shapes[name]) > 1 and torch.promote_types(stored, loaded) != loaded:
+                rounded.append(name)
+        return rounded
 
     @property
     def largest_dimension(self) -> int:
@@ -56,12 +78,6 @@ class StoredWeights:
     def elements(self) -> int:
         """Return the maximum number of weights that the files can contain."""
         return sum(map(prod, self.shapes.values())) * (_SHORTEST_PACKED if self.packed else 1)
-
-
-def dtype_of_files(folder: Path) -> torch.dtype | None:
-    """Return the data type that most weights in a model folder are stored in; None if it is unknown."""
-    stored = read_shapes(folder)
-    return None if stored is None else stored.dtype
 
 
 def check_sizes(folder: Path) -> None:
@@ -94,11 +110,11 @@ def read_shapes(folder: Path) -> StoredWeights | None:
     if not files:
         return None
     shapes: dict[str, tuple[int, ...]] = {}
-    elements: Counter[torch.dtype | None] = Counter()
+    dtypes: dict[str, torch.dtype] = {}
     packed = False
     for file in files:
-        packed |= _read(file, shapes, elements)
-    return StoredWeights(shapes, packed, elements.most_common(1)[0][0] if elements else None)
+        packed |= _read(file, shapes, dtypes)
+    return StoredWeights(shapes, packed, dtypes)
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -132,8 +148,8 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read(file: Path, shapes: dict[str, tuple[int, ...]], elements: "Counter[torch.dtype | None]") -> bool:
-    """Add the shapes in ``file`` to ``shapes``, and how many elements are of each data type to ``elements``.
+def _read(file: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> bool:
+    """Add the shapes in ``file`` to ``shapes``, and data types that a model computes in to ``dtypes``.
 
     Returns:
         Whether several weights may share one stored number.
@@ -154,7 +170,8 @@ def _read(file: Path, shapes: dict[str, tuple[int, ...]], elements: "Counter[tor
                     elif name not in bitmaps and name not in scales:
                         shapes[name] = tuple(part.get_shape())
                         packed |= not str(part.get_dtype()).startswith(("F", "BF"))
-                        elements[_FLOATS.get(str(part.get_dtype()))] += prod(shapes[name])
+                        if str(part.get_dtype()) in _FLOATS:
+                            dtypes[name] = _FLOATS[str(part.get_dtype())]
         except (SafetensorError, OSError, ValueError) as error:
             reason = one_line(error, 200)
             raise UserError(
@@ -169,8 +186,7 @@ def _read(file: Path, shapes: dict[str, tuple[int, ...]], elements: "Counter[tor
         found = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
         shapes |= {str(name): tuple(tensor.shape) for name, tensor in found.items()}
         packed = any(not tensor.is_floating_point() for tensor in found.values())
-        for tensor in found.values():
-            elements[tensor.dtype if tensor.dtype in _FLOATS.values() else None] += tensor.numel()
+        dtypes |= {str(name): tensor.dtype for name, tensor in found.items() if tensor.dtype in _FLOATS.values()}
     return packed
 
 

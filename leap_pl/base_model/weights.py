@@ -17,6 +17,7 @@ QUANTISED_ZEROS = 0.2  # more than quantisation to 3 or 4 bits alone gives
 FINGERPRINT_SAMPLES = 4096  # elements hashed of each tensor: all of a tiny one, evenly spaced in a large one
 # Attribute of a model in float16, which loses the small bits of other types: its fingerprints → those of its files.
 STORED = "_fingerprint_as_stored"
+ROUNDED = "_some_weights_rounded"  # where not all of a model's weights are stored in the data type of most
 
 
 @dataclass(frozen=True)

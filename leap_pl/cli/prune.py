@@ -148,6 +148,7 @@ def prune_command(
     from leap_pl.data.source import TextSource
     from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet
+    from leap_pl.masks.mask_set import TRAINED
     from leap_pl.masks.patterns import NM, parse_pattern
     from leap_pl.oneshot.allocation import OwlOptions, read_layer_sparsities
     from leap_pl.oneshot.checks import check_settings, warn_of_zeros
@@ -195,6 +196,12 @@ def prune_command(
     allocated = None if fisher is None else _fisher(fisher, fisher_rows if asked.by_row else 0.0)
     per_layer = None if layer_sparsity is None else read_layer_sparsities(layer_sparsity)
     kept_mask = None if mask is None else MaskSet.load(mask)
+    if kept_mask is not None and TRAINED in kept_mask.provenance.config:
+        say(
+            f"leap_pl prune: weights were trained under {mask}, and are left out: the update starts from those of "
+            f"{model}. To train them further, use leap_pl recover.",
+            sys.stderr,
+        )
     of_outliers = OwlOptions(owl_threshold, owl_spread) if owl else None
     allocations = {"--layer_sparsity": per_layer, "--owl": of_outliers, "--fisher": allocated}
     chosen = [flag for flag, value in allocations.items() if value is not None]
@@ -208,6 +215,7 @@ def prune_command(
         weights = find_weights(base, targets, ignore or ())
         if kept_mask is not None:
             kept_mask.check(base, weights)
+            kept_mask.check_form(weights)
         if not asked.updates:  # nor does pruning write anything into the model, which may stay on disk
             warn_of_zeros(weights)
         tokens, begun, first_target = None, {}, 1

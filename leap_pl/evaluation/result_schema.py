@@ -3,6 +3,7 @@
 Unknown keys, which a newer leap_pl may write, are dropped, except for numbers among the metrics of a task.
 """
 
+import math
 import re
 from typing import Annotated, Any, NotRequired
 
@@ -72,7 +73,7 @@ class Tokenizer(TypedDict):
     digest: Word
 
 
-class Perplexity(TypedDict):
+class _Perplexity(TypedDict):
     """Perplexity with its protocol."""
 
     value: Annotated[float, Field(ge=1, le=MOST_PERPLEXITY, allow_inf_nan=False)]
@@ -92,6 +93,17 @@ class Perplexity(TypedDict):
     tokenizer: Tokenizer
     bos: NotRequired[Bos]
     window_nll: NotRequired[Annotated[list[Number], FailFast()]]
+
+
+def _is_exp(perplexity: Any) -> Any:
+    """Return ``perplexity``, checking that its value is that of its nll."""
+    found, expected = perplexity["value"], math.exp(min(perplexity["nll"], 700.0))
+    if not math.isclose(found, expected, rel_tol=1e-3):
+        raise ValueError(f"should have the value exp(nll), {expected:.6g}, and not {found:.6g}")
+    return perplexity
+
+
+Perplexity = Annotated[_Perplexity, AfterValidator(_is_exp)]
 
 
 class _Task(TypedDict):

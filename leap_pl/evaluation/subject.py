@@ -102,6 +102,7 @@ def load_subject(
     check_revision(name, asked, "--revision")
     loaded = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     without_weights(masks).apply_(loaded)
+    masks.check_form(find_weights(loaded, list(masks.masks)))
     if weights is not None:
         weights.apply_(loaded, masks)
     return Subject(

@@ -72,7 +72,7 @@ def export_model(
     from leap_pl.base_model.loading import load_model
     from leap_pl.base_model.tokenizer import save_tokenizer
     from leap_pl.base_model.tokenizer_files import check_links
-    from leap_pl.base_model.weights import QUANTISED_ZEROS, find_weights
+    from leap_pl.base_model.weights import QUANTISED_ZEROS, ROUNDED, find_weights
     from leap_pl.files import atomic_folder
     from leap_pl.masks import MaskSet
 
@@ -120,6 +120,8 @@ def export_model(
         if hub_id is not None:
             masks, known = without_paths(masks), shortened(known)
         facts = facts_of(masks, zeros_kept(masks, base)) | known
+        if getattr(base, ROUNDED, False):
+            facts["mixed_dtypes"] = True
         trained_in = None if weights is None else masks.provenance.config.get("dtype")
         if trained_in == "float32" and str(base.dtype) != "torch.float32":  # and rounded to the base model's
             facts["trained_in"] = trained_in

@@ -138,7 +138,8 @@ def recorded_facts(name: str, masks: MaskSet | None = None, *, revision: str | N
 
     Returns:
         ``perplexity``: text → figure; ``rounded_to``: data type that weights were rounded to; ``trained_in``: that of
-        the training, if they were rounded after it; ``updated_by``: one-shot method that changed the kept weights;
+        the training, if they were rounded after it; ``mixed_dtypes``: whether weights stored in another data type than
+        most were rounded to that; ``updated_by``: one-shot method that changed the kept weights;
         :data:`.ZEROS`: number of kept weights that are 0, before any rounding. Each only if recorded.
     """
     record = _record(local_folder(name, records.RECORD, revision=revision))
@@ -151,6 +152,8 @@ def recorded_facts(name: str, masks: MaskSet | None = None, *, revision: str | N
         facts["perplexity"] = figures
     if record.get("rounded_to") == "int8":
         facts["rounded_to"] = "int8"
+    if record.get("mixed_dtypes") is True:
+        facts["mixed_dtypes"] = True
     if record.get("trained_in") == "float32":
         facts["trained_in"] = "float32"
     zeros = record.get(records.ZEROS)

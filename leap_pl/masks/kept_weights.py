@@ -9,6 +9,7 @@ header's metadata has
 ``format_version``   ``1``
 ``mask_digest``      digest of the mask's bits (:meth:`leap_pl.masks.MaskSet.digest_of_bits`)
 ``record_digest``    SHA-256 of the settings in the mask's provenance, which runs under one mask differ in
+``digests``          JSON: name of each tensor → SHA-256 of its bytes; weights of earlier versions have none
 ===================  ====================================================================================
 
 The provenance of the mask says that weights were trained, on what and how: key ``train_weights`` of its settings.
@@ -16,15 +17,16 @@ The provenance of the mask says that weights were trained, on what and how: key 
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from leap_pl.errors import UserError, one_line
 from leap_pl.files import atomic_file
-from leap_pl.files.tensor_file import damage_in_one_line, write_tensors
+from leap_pl.files.tensor_file import damage_in_one_line, tensor_bytes, write_tensors
 from leap_pl.inputs.hub import repository_of
 from leap_pl.inputs.paths import expanded
 from leap_pl.inputs.plain_values import plain, shown
@@ -33,6 +35,7 @@ from leap_pl.inputs.register import note_input
 from leap_pl.masks.mask_set import STAYED, TRAINED, MaskSet
 
 FORMAT_VERSION = 1
+ANOTHER_COPY = "Use another copy of it, or give the run's checkpoint with --ckpt_path."
 
 
 class KeptWeights:
@@ -83,7 +86,7 @@ class KeptWeights:
                 "with --ckpt_path, or write them from Python with module.save_weights(FILE, MASK)."
             )
         note_input(path)
-        with damage_in_one_line(path, "Use another copy of it, or give the run's checkpoint with --ckpt_path."):
+        with damage_in_one_line(path, ANOTHER_COPY):
             file = safe_open(path, framework="pt")
             metadata, names = file.metadata() or {}, list(file.keys())
         if metadata.get("format") != WEIGHTS_FORMAT or metadata.get("format_version") != str(FORMAT_VERSION):
@@ -100,7 +103,15 @@ class KeptWeights:
                 f"{path} has the weights of another {what} than {mask}. Keep the two files of a run together, or give "
                 "its checkpoint with --ckpt_path."
             )
-        return cls(names, lambda name, _: file.get_tensor(name))
+        digests = _read_digests(metadata.get("digests"), names, path)
+
+        def value(name: str, _: Tensor) -> Tensor:
+            tensor: Tensor = file.get_tensor(name)
+            if digests is not None and _digest(tensor) != digests[name]:
+                raise _damaged(path, f"{shown(name, 200)} does not match its digest")
+            return tensor
+
+        return cls(names, value)
 
     @torch.no_grad()
     def apply_(self, model: nn.Module, masks: MaskSet) -> None:
@@ -140,6 +151,31 @@ class KeptWeights:
                 f"the trained weight {shown(name, 200)} cannot be computed from what is stored of it "
                 f"({shown(one_line(error), 120)}). Take another checkpoint, or another copy of the file."
             ) from error
+
+
+def _read_digests(text: str | None, names: Sequence[str], path: Path) -> Mapping[str, Any] | None:
+    """Return the digests in the header of the file ``path``, of exactly the tensors ``names``; None: it has none.
+
+    Raises:
+        UserError: They are not of these.
+    """
+    if text is None:
+        return None
+    try:
+        digests = json.loads(text)
+    except (ValueError, RecursionError):
+        digests = None
+    if not isinstance(digests, dict) or digests.keys() != set(names):
+        raise _damaged(path, "its digests are not those of its tensors")
+    return digests
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is truncated or damaged ({reason}). {ANOTHER_COPY}")
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def _digest_of_record(masks: MaskSet) -> str:
@@ -183,6 +219,15 @@ def write_weights(
     masks = MaskSet.load(mask)
     metadata |= {"mask_digest": masks.digest_of_bits(), "record_digest": _digest_of_record(masks)}
     names = sorted(headers)
+    digests = dict.fromkeys(names, "0" * 64)  # as long as those that are written at the end
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            tensor = weight(name)
+            digests[name] = _digest(tensor)
+            yield name, tensor
+            del tensor  # before the next one is computed
+
     with atomic_file(expanded(path)) as temporary:
         layout = {name: headers[name] for name in names}
-        write_tensors(temporary, layout, ((name, weight(name)) for name in names), lambda: metadata)
+        write_tensors(temporary, layout, tensors(), lambda: metadata | {"digests": json.dumps(digests)})

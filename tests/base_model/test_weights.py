@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import one_line
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_folder, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +26,8 @@ from leap_pl.base_model.weights import (
     model_fingerprint,
     rest_fingerprint,
 )
+from leap_pl.cli.export import export_command
+from leap_pl.cli.prune import prune_command
 from leap_pl.errors import UserError, warn_once
 from leap_pl.evaluation.subject import realised_sparsity
 from leap_pl.gates import BernoulliGate, GateState, attach, detach
@@ -250,6 +253,23 @@ def test_weights_are_loaded_as_they_are_stored_whatever_config_says(layout: str,
     assert [each.dtype for each in others] == [torch.float32, torch.bfloat16, torch.float16]
     assert {model_fingerprint(each) for each in others} == {model_fingerprint(model)}
     assert {rest_fingerprint(each) for each in others} == {rest_fingerprint(model)}
+
+
+def test_matrices_of_another_type_than_most_are_said_to_be_rounded(tmp_path: Path) -> None:
+    """The model has one data type: an export of it does not have their bits."""
+    folder, wide = tiny_folder(tmp_path / "m"), "model.layers.1.mlp.up_proj.weight"
+    exact = load_file(folder / "model.safetensors")
+    save_file({name: tensor if name == wide else tensor.bfloat16() for name, tensor in exact.items()},
+              folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+    prune_command(str(folder), str(tmp_path / "mask"), method="magnitude")
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=f"most of its weights are stored in bfloat16, to which {wide} are rounded"):
+        export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask"))
+    export_command(str(tmp_path / "packed"), model=str(tmp_path / "out"), format="packed")
+    for made in ("out", "packed"):
+        card = (tmp_path / made / "README.md").read_text()
+        assert "those stored in another data type than most rounded; 0 of them were zero already" in card
+        assert "bit for bit" not in card
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import re
 import time
@@ -173,9 +174,18 @@ def test_thousands_of_keys_and_unknown_ones(tmp_path: Path) -> None:
     assert "2,000 decoder layers and 2,000 projections" in refused(lambda: read_entries([str(path)]), path)
 
 
+def test_a_perplexity_that_is_not_its_nlls_is_refused(tmp_path: Path) -> None:
+    """As where one of them was edited: comparisons are of both."""
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(result_with(lambda c: c["perplexity"][TEXT].update(value=1.5))))
+    message = refused(lambda: compare_command([str(path)], output_dir=str(tmp_path / "out")), path)
+    assert "should have the value exp(nll), 13.4637, and not 1.5" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_written_can_be_read(tmp_path: Path) -> None:
     """Every key of the schema's that evaluate writes, with numbers of a broken model."""
-    content = result_with(lambda c: c["perplexity"][TEXT].update(stderr=float("inf"), value=1.0142320547350045e304))
+    content = result_with(lambda c: c["perplexity"][TEXT].update(stderr=float("inf"), value=math.exp(700), nll=710.0))
     content["tasks"]["piqa"]["acc_stderr"] = float("nan")
     write_result(tmp_path / "r.json", content)
     told = read_result(tmp_path / "r.json")
@@ -242,7 +252,8 @@ def test_extreme_figures_are_drawn(tmp_path: Path) -> None:
     for number, (value, stderr) in enumerate(ends):
 
         def change(content: dict[str, Any], value: float = value, stderr: float | None = stderr) -> None:
-            content["perplexity"][TEXT] |= {"value": value, "stderr": stderr, "window_nll": [1e300, -1e300, 700.0, 1.0]}
+            content["perplexity"][TEXT] |= {"value": value, "nll": math.log(value), "stderr": stderr}
+            content["perplexity"][TEXT] |= {"window_nll": [1e300, -1e300, 700.0, 1.0]}
             content["sparsity"]["weights"] = {f"layers.{n}.p.weight": n % 2 for n in range(300)}
 
         content = result_with(change)

@@ -59,7 +59,9 @@ def test_fit_checkpoint_export_and_reading_back(nm_folder: Path, model_folder: P
     assert all_exact({name: weights[name] != 0 for name in learned.masks}, 2, 4)
 
 
-def test_a_mask_that_is_not_what_it_says_is_not_exported(nm_folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_mask_that_is_not_what_it_says_is_neither_exported_nor_measured(
+    nm_folder: Path, text_file: Path, tmp_path: Path, capsys
+) -> None:
     mask = MaskSet.load(nm_folder / "checkpoints" / "mask.safetensors")
     masks = dict(mask.masks)
     name = next(iter(masks))
@@ -67,6 +69,8 @@ def test_a_mask_that_is_not_what_it_says_is_not_exported(nm_folder: Path, tmp_pa
     MaskSet(masks, mask.provenance).save(tmp_path / "wrong.safetensors")
     flags = ["export", f"--mask={tmp_path / 'wrong.safetensors'}", f"--output_dir={tmp_path / 'model'}"]
     assert f"the mask is recorded as 2:4, and {name} is not" in refused(flags, capsys)
+    evaluate = ["evaluate", flags[1], f"--perplexity={text_file}"]
+    assert f"the mask is recorded as 2:4, and {name} is not" in refused(evaluate, capsys)
     assert not (tmp_path / "model").exists()
 
 

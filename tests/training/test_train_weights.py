@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from conftest import Run, failing, fit_flags, refused
 from hub_stand_in import Hub
 from recovered_runs import FAST, Flags, exact_zeros, weights_in
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save, save_file
 from stopped_runs import curves, differences, outcome
 from tiny import tiny_model
+from torch import Tensor
 
 from leap_pl import LeapModule, MaskSet, TextDataModule, UserError
 from leap_pl.base_model.weights import find_weights
@@ -345,6 +347,71 @@ def test_mask_checkpoint_and_packed_exports_are_one_model(recovered: Path, text_
     for place in range(len(ways)):
         result = str(tmp_path / f"{place}.json")
         export_command(str(tmp_path / f"card-{place}"), mask=str(folder / "mask.safetensors"), perplexity=result)
+
+
+def halved(tensors: dict[str, Tensor], raw: bytes) -> bytes:
+    """The second half of the data zero, as of a copy that was cut off in a file of full length."""
+    return raw[: len(raw) // 2] + bytes(len(raw) - len(raw) // 2)
+
+
+def flipped(tensors: dict[str, Tensor], raw: bytes) -> bytes:
+    return raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]
+
+
+def fewer(tensors: dict[str, Tensor], raw: bytes) -> bytes:
+    return save({name: tensor for name, tensor in tensors.items() if "layers.1" not in name}, metadata_of(raw))
+
+
+def more(tensors: dict[str, Tensor], raw: bytes) -> bytes:
+    return save(tensors | {"model.embed_tokens.weight": torch.ones(260, 32)}, metadata_of(raw))
+
+
+def no_list(tensors: dict[str, Tensor], raw: bytes) -> bytes:
+    return save(tensors, metadata_of(raw) | {"digests": "[" * 10_000})
+
+
+def metadata_of(raw: bytes) -> dict[str, str]:
+    header: dict[str, Any] = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return dict(header["__metadata__"])
+
+
+@pytest.mark.parametrize("damage", [halved, flipped, fewer, more, no_list])
+def test_trained_weights_that_were_damaged_are_refused(
+    damage: Callable[[dict[str, Tensor], bytes], bytes], recovered: Path, text_file: Path, tmp_path: Path, capsys
+) -> None:
+    """The mask, whose file is whole, would be measured and exported with other weights."""
+    shutil.copy(recovered / "checkpoints" / "mask.safetensors", tmp_path)
+    place = tmp_path / "weights.safetensors"
+    raw = (recovered / "checkpoints" / "weights.safetensors").read_bytes()
+    place.write_bytes(damage(load_file(recovered / "checkpoints" / "weights.safetensors"), raw))
+    mask, out = f"--mask={tmp_path / 'mask.safetensors'}", tmp_path / "out"
+    for words in (["export", mask, f"--output_dir={out}"], ["evaluate", mask, f"--perplexity={text_file}"]):
+        said = refused(words, capsys)
+        assert f"{place} is truncated or damaged" in said
+        assert said.endswith("Use another copy of it, or give the run's checkpoint with --ckpt_path.")
+    assert not out.exists()
+
+
+def test_trained_weights_of_earlier_versions_have_no_digests(recovered: Path, tmp_path: Path) -> None:
+    shutil.copy(recovered / "checkpoints" / "mask.safetensors", tmp_path)
+    file = recovered / "checkpoints" / "weights.safetensors"
+    metadata = metadata_of(file.read_bytes())
+    del metadata["digests"]
+    save_file(load_file(file), tmp_path / "weights.safetensors", metadata)
+    facts = export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask.safetensors"))
+    assert facts["sparsity"] == MaskSet.load(tmp_path / "mask.safetensors").sparsity
+
+
+def test_an_update_of_other_weights_than_the_trained_ones_says_so(
+    recovered: Path, model_folder: Path, text_file: Path, tmp_path: Path, capsys
+) -> None:
+    mask = str(recovered / "checkpoints" / "mask.safetensors")
+    options: dict[str, Any] = {"text": str(text_file), "seq_length": 32, "sequences": 4}
+    prune_command(str(model_folder), str(tmp_path / "out"), method="admm", mask=mask, **options)
+    said = capsys.readouterr().err
+    assert (
+        f"weights were trained under {mask}, and are left out: the update starts from those of {model_folder}" in said
+    )
 
 
 def test_the_mask_of_an_exported_model_names_the_model(
