@@ -160,7 +160,7 @@ def check_steps(optimizer: torch.optim.Optimizer) -> None:
         for probe in group["params"]:
             probe.grad = torch.zeros_like(probe)
     try:
-        optimizer.step(lambda: torch.zeros(()))  # type: ignore[arg-type, return-value]
+        optimizer.step(lambda: torch.zeros((), device="cpu"))  # type: ignore[arg-type, return-value]
     except RuntimeError as error:
         raise UserError(
             f"model.optimizer: {type(optimizer).__name__} cannot learn masks or weights: "

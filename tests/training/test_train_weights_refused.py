@@ -150,6 +150,7 @@ def test_weights_and_mask_belong_together(recovered: Path, finished_run: Run, tm
     assert "has the weights of another mask" in says()
     save_file(tensors, weights, metadata | {"format_version": "2"})
     assert "has no trained weights of format version 1" in says()
+    del metadata["digests"]  # as in earlier versions: with them any change is damage
     name = next(iter(tensors))
     save_file(tensors | {name: tensors[name] * float("nan")}, weights, metadata)
     assert "infinite or NaN" in says()
