@@ -157,7 +157,7 @@ def _load_as_stored(name: str, *, revision: str | None, **options: Any) -> "PreT
     if stored.dtype != model.dtype:
         del model  # do not hold two
         model = _load(name, dtype=cast(Dtype, str(stored.dtype).removeprefix("torch.")), revision=revision, **options)
-    if rounded := stored.rounded_in(dict(model.named_parameters()), model.dtype):
+    if rounded := stored.rounded_in(dict(model.named_parameters()), model.dtype, decoder_blocks(model)[0]):
         setattr(model, ROUNDED, True)
         usual = str(model.dtype).removeprefix("torch.")
         warn_once(

@@ -50,15 +50,19 @@ class StoredWeights:
             elements[self.dtypes.get(name)] += prod(shape)
         return elements.most_common(1)[0][0] if elements else None
 
-    def rounded_in(self, parameters: Mapping[str, torch.Tensor], usual: torch.dtype) -> list[str]:
+    def rounded_in(self, parameters: Mapping[str, torch.Tensor], usual: torch.dtype, blocks: str) -> list[str]:
         """Return the names of the matrices that are not exact in a model, whose other data type rounds them.
 
         Args:
             parameters: Parameters of the model.
-            usual: Data type of those that have other names in the files.
+            usual: Data type of those of its decoder blocks that have other names in the files.
+            blocks: Name of the decoder blocks. Of what else the model does not have, such as parts that see, nothing
+                is said.
         """
         rounded = []
         for name, stored in self.dtypes.items():
+            if name not in parameters and not name.startswith(f"{blocks}."):
+                continue
             loaded = parameters[name].dtype if name in parameters else usual
             if len(self.shapes[name]) > 1 and torch.promote_types(stored, loaded) != loaded:
                 rounded.append(name)

@@ -123,7 +123,7 @@ def _kept(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if "updated_by" in facts:
         by = markdown_code(facts["updated_by"])
         return f"**Kept weights were changed** by {by}{rounded}; {zeros:,} of them {are}."
-    how = "those stored in another data type than most rounded" if facts.get("mixed_dtypes") is True else "bit for bit"
+    how = "some of them rounded from another data type" if facts.get("mixed_dtypes") is True else "bit for bit"
     how = f"rounded to {facts['rounded_to']}" if rounded else how
     return f"Kept weights are the base model's, {how}; {zeros:,} of them were zero already."
 

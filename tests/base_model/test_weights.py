@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from leap_pl.base_model.loading import load_model
+from leap_pl.base_model.stored_weights import read_shapes
 from leap_pl.base_model.weights import (
     FINGERPRINT_SAMPLES,
     Weight,
@@ -262,13 +263,18 @@ def test_matrices_of_another_type_than_most_are_said_to_be_rounded(tmp_path: Pat
     save_file({name: tensor if name == wide else tensor.bfloat16() for name, tensor in exact.items()},
               folder / "model.safetensors", {"format": "pt"})  # fmt: skip
     prune_command(str(folder), str(tmp_path / "mask"), method="magnitude")
+    stored = read_shapes(folder)
+    assert stored is not None
+    parameters = {name: tensor.bfloat16() for name, tensor in exact.items() if name != wide}
+    for blocks, rounded in (("model.layers", [wide]), ("model.language_model.layers", [])):
+        assert stored.rounded_in(parameters, torch.bfloat16, blocks) == rounded
     warn_once.cache_clear()
     with pytest.warns(UserWarning, match=f"most of its weights are stored in bfloat16, to which {wide} are rounded"):
         export_command(str(tmp_path / "out"), mask=str(tmp_path / "mask"))
     export_command(str(tmp_path / "packed"), model=str(tmp_path / "out"), format="packed")
     for made in ("out", "packed"):
         card = (tmp_path / made / "README.md").read_text()
-        assert "those stored in another data type than most rounded; 0 of them were zero already" in card
+        assert "the base model's, some of them rounded from another data type; 0 of them were zero already" in card
         assert "bit for bit" not in card
 
 
