@@ -22,6 +22,7 @@ import lightning  # noqa: F401
 import pytest
 import torch
 from hypothesis import settings
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from tiny import tiny_folder
 from torch.utils import collect_env
 
@@ -57,6 +58,14 @@ os.fsync = lambda descriptor: os.fstat(descriptor) and None
 
 # A shell that runs the tests in its background lets them, and what they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# At the end of a run Lightning sets each signal's handler as Python knows it, which does away with those that say where
+# a process crashed: a crash in a later run of the same process would leave no word.
+_handlers = _SignalConnector._get_current_signal_handlers
+_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+_SignalConnector._get_current_signal_handlers = staticmethod(
+    lambda: {number: handler for number, handler in _handlers().items() if number not in _CRASHES}
+)
 
 # Lightning's handlers hold the stream of the test that imported it, which is closed in the next one.
 for name in ("lightning.pytorch", "lightning.fabric"):

@@ -52,7 +52,7 @@ def run_ranks(
         process.join()
     if any(process.exitcode for process in processes):
         ends = [f"--- rank {rank} ({process.exitcode})" for rank, process in enumerate(processes)]
-        words = [(folder / f"rank-{rank}.txt").read_text()[-4000:] for rank in range(size)]
+        words = [(folder / f"rank-{rank}.txt").read_text()[-16000:] for rank in range(size)]
         raise AssertionError("\n".join(line for rank in zip(ends, words, strict=True) for line in rank))
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(size)]
 
