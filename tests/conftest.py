@@ -59,8 +59,8 @@ os.fsync = lambda descriptor: os.fstat(descriptor) and None
 # A shell that runs the tests in its background lets them, and what they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# At the end of a run Lightning sets each signal's handler as Python knows it, which does away with those that say where
-# a process crashed: a crash in a later run of the same process would leave no word.
+# After a run Lightning sets each signal's handler to the one that Python knows of. It does not know those of
+# faulthandler, which say where a process crashed: a crash in a later run of that process would leave no trace.
 _handlers = _SignalConnector._get_current_signal_handlers
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _SignalConnector._get_current_signal_handlers = staticmethod(

@@ -52,6 +52,7 @@ def run_ranks(
         process.join()
     if any(process.exitcode for process in processes):
         ends = [f"--- rank {rank} ({process.exitcode})" for rank, process in enumerate(processes)]
+        # A crash in native code is told with the stack of every thread and all modules, which is long.
         words = [(folder / f"rank-{rank}.txt").read_text()[-16000:] for rank in range(size)]
         raise AssertionError("\n".join(line for rank in zip(ends, words, strict=True) for line in rank))
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(size)]
