@@ -22,7 +22,16 @@ def test_the_shipped_definition():
     experiment = read_experiment(folder / "headline.yaml")
     models = {"": {}, "gemma": {}, "qwen": {}}
     for cell in experiment.cells.values():
-        models[cell.model.name].setdefault(cell.row, []).append(cell.sparsity)
+        if cell.repeat_of is None:
+            models[cell.model.name].setdefault(cell.row, []).append(cell.sparsity)
+    repeated = (
+        "leap-both-60",
+        "leap-with-weights-60",
+        "leap-both-mixture-60",
+        "leap-shared-mixture-60",
+    )  # no model's own
+    repeats = {cell.name for cell in experiment.cells.values() if cell.repeat_of is not None}
+    assert repeats == {f"{name}-seed-{seed}" for name in repeated for seed in (1, 2)}
     rows, gemma, qwen = models.values()
     for row in ("magnitude", "wanda", "sparsegpt", "admm", "leap-lm", "leap-distill", "leap-update"):
         assert rows[row] == [0.5, 0.6, 0.7]
