@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -9,6 +10,7 @@ import torch
 
 from leap_pl.base_model.backbone import disable_rescaling
 from leap_pl.base_model.config import is_packed_config, left_out, load_config
+from leap_pl.base_model.hub_kernels import NO_KERNELS, without_hub_kernels
 from leap_pl.base_model.model_sizes import check_skeleton
 from leap_pl.base_model.place import locate, reading, stored_dtype, stored_weights
 from leap_pl.base_model.stored_weights import read_shapes
@@ -72,7 +74,8 @@ def _load(
     if is_packed_config(config):
         config.quantization_config["memory"] = memory
     dequantised = _dequantise(config, name)
-    with reading("base model", name, trusted=trust_remote_code):
+    kernels = nullcontext() if trust_remote_code else without_hub_kernels()
+    with kernels, reading("base model", name, trusted=trust_remote_code):
         stored = stored_weights(folder, gguf_file)
         check_skeleton(config, stored, name, trust_remote_code=trust_remote_code)
         if gguf_file is None:
@@ -84,6 +87,7 @@ def _load(
                 dtype=as_stored or dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **NO_KERNELS,
             )
             if getattr(model, "is_quantized", False) and not is_packed_config(config):
                 raise _quantised(name, getattr(config, "quantization_config", None))
@@ -96,6 +100,7 @@ def _load(
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=resolved,
                 output_loading_info=True,
+                **NO_KERNELS,
             )
             _check_complete(found, quantised, name, plain=True)
             # transformers refuses to save a model loaded from a GGUF file, so its weights move to an ordinary model:

@@ -3,9 +3,11 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from leap_pl.base_model.hub_kernels import NO_KERNELS, without_hub_kernels
 from leap_pl.errors import UserError
 from leap_pl.export.card import card_of, facts_of
 from leap_pl.export.hub import shortened, without_paths
@@ -208,7 +210,10 @@ def _verify(folder: Path, masks: "MaskSet", kept_digests: dict[str, str], trust_
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+    with nullcontext() if trust_remote_code else without_hub_kernels():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=trust_remote_code, **NO_KERNELS
+        )
     found = dict(model.named_parameters())
     for name, digest in kept_digests.items():
         weight, mask = found[name].detach(), masks.masks.get(name)

@@ -21,6 +21,7 @@ from hostile_files import PROVENANCE, RESULT, SHAPES, mask_file
 from tiny import byte_tokenizer, tiny_folder, tiny_model
 
 from leap_pl.base_model.config import load_config
+from leap_pl.base_model.hub_kernels import without_hub_kernels
 from leap_pl.base_model.loading import load_model
 from leap_pl.base_model.tokenizer import load_tokenizer
 from leap_pl.base_model.weights import find_weights, model_fingerprint
@@ -344,13 +345,84 @@ def test_an_adapter_is_no_base_model(planted: Planted, tmp_path: Path, trusted: 
         load_model(str(folder), trust_remote_code=trusted)
 
 
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("key", ["attn_implementation", "experts_implementation"])
 def test_kernels_from_the_hub_are_code(planted: Planted, tmp_path: Path, key: str) -> None:
     folder = tiny_folder(tmp_path / "model")
     told = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**told, key: "somebody/kernel:function"}))
     with pytest.raises(UserError, match="asks for kernels from the hub"), planted.watched():
         load_model(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["attn", "experts"])
+def test_kernels_by_the_names_that_transformers_uses_itself(planted: Planted, tmp_path: Path, kind: str) -> None:
+    """transformers reads such names of a file up to 5.24, and since then ignores them."""
+    folder = tiny_folder(tmp_path / "model")
+    told = json.loads((folder / "config.json").read_text())
+    for key in (f"_{kind}_implementation", f"_{kind}_implementation_internal"):
+        (folder / "config.json").write_text(json.dumps({**told, key: "somebody/kernel:function"}))
+        with planted.watched():
+            try:
+                used = getattr(load_model(str(folder)).config, f"_{kind}_implementation")
+            except UserError as error:
+                assert "asks for kernels from the hub" in str(error)
+            else:
+                assert "/" not in str(used)
+
+
+def test_kernels_that_transformers_takes_by_itself_are_code_too(
+    planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 5.24 it has them only on request; since then wherever there is a device that they are made for."""
+    from transformers.integrations import hub_kernels
+
+    asked: list[str] = []
+
+    def fetch(name: str, **_: object) -> None:
+        asked.append(name)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(hub_kernels, "get_kernel", fetch)
+    monkeypatch.setattr("transformers.modeling_utils.kernelize", lambda *_, **__: pytest.fail("kernels are used"))
+    folder = tiny_folder(tmp_path / "model")
+    model = load_model(str(folder))
+    assert not model.use_kernels
+    mask = mask_of(folder, str(folder), tmp_path / "mask.safetensors")
+    for form in ("huggingface", "packed"):
+        main(["export", f"--mask={mask}", f"--output_dir={tmp_path / form}", f"--format={form}"])
+        load_model(str(tmp_path / form)).train().eval()
+    # A model whose class asks for one when it is built, where there is a GPU.
+    monkeypatch.setattr("transformers.models.rwkv.modeling_rwkv.is_ninja_available", lambda: True)
+    monkeypatch.setattr("transformers.models.rwkv.modeling_rwkv.is_torch_cuda_available", lambda: True)
+    rwkv = transformers.RwkvConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, context_length=64)
+    with without_hub_kernels():
+        transformers.RwkvForCausalLM(rwkv).save_pretrained(tmp_path / "rwkv")
+    with planted.watched():
+        load_model(str(tmp_path / "rwkv"))
+    assert not asked
+    load_model(str(tmp_path / "rwkv"), trust_remote_code=True)
+    assert ("kernels-community/rwkv" in asked) == transformers.utils.is_kernels_available()
+
+
+def test_kernels_for_models_of_gguf_files_are_code_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks for them after it has loaded one of some kinds, also where all its weights are dequantised."""
+    if not transformers.utils.is_kernels_available():
+        pytest.skip("transformers has had kernels among its dependencies since 5.25")
+    from kernels import LayerRepository
+    from transformers.integrations.gguf.kernels import kernelize_ggml_layers
+
+    asked: list[Any] = []
+
+    def load(self: object) -> None:
+        asked.append(self)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(LayerRepository, "load", load)
+    with without_hub_kernels():
+        kernelize_ggml_layers(tiny_model())
+    assert not asked
+    kernelize_ggml_layers(tiny_model())
+    assert asked
 
 
 def test_kernels_of_another_part_of_the_model_are_code_too(
