@@ -61,10 +61,15 @@ def test_the_shipped_definition():
     assert rows["patch"] == rows["leap-any"] == [0.45]
     assert set(experiment.tasks) == {"mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa"}
     thousands = {cell.tokens // 1000 for cell in experiment.cells.values() if cell.fit is not None}
-    assert thousands == {100, 125, 250, 375, 500, 2000}
-    for first, second in (("leap-half", "leap-then-weights"), ("leap-three-quarters", "leap-then-weights-quarter")):
-        learned, trained = (experiment.cells[f"{row}-60"] for row in (first, second))
-        assert (learned.tokens + trained.tokens, trained.mask) == (500_000, learned.name)
+    assert thousands == {100, 125, 250, 375, 500, 1500, 2000}
+    for first, second, sparsities, total in (
+        ("leap-half", "leap-then-weights", (60,), 500_000),
+        ("leap-three-quarters", "leap-then-weights-quarter", (50, 60, 70), 500_000),
+        ("leap-three-quarters-longer", "leap-then-weights-quarter-longer", (60,), 2_000_000),
+    ):
+        for sparsity in sparsities:
+            learned, trained = (experiment.cells[f"{row}-{sparsity}"] for row in (first, second))
+            assert (learned.tokens + trained.tokens, trained.mask) == (total, learned.name)
     for row in ("recover-wanda-fisher", "recover-wanda-fisher-longer", "lora-wanda-fisher"):
         assert experiment.cells[f"{row}-60"].mask == "wanda-fisher-60"
     assert rows["recover-wanda-fisher"] == rows["recover-admm"] == rows["leap-with-weights"] == [0.5, 0.6, 0.7]
