@@ -43,7 +43,7 @@ ONCE = {
 }
 
 # Last part of a name that other tools have for a setting → end of the name of this one.
-ELSEWHERE = {"learning_rate": "optimizer.lr"}
+ELSEWHERE = {"learning_rate": "optimizer.lr", "text": "perplexity"}
 
 
 def parser_message(error: Exception, options: Collection[str] = ()) -> str:
@@ -160,9 +160,12 @@ def _unknown_key(within: str, name: str, options: Collection[str]) -> str:
 def _nearest(name: str, options: Collection[str]) -> str | None:
     """Return the option that a mistyped one may mean: one of the same last name, or else one spelled similarly."""
     last = name.rpartition(".")[2].removeprefix("--")
-    here = ELSEWHERE.get(last, last)
-    within = [option for option in options if option.endswith(f".{here}")]
-    near = get_close_matches(name.removesuffix(last) + here, within, 1, 0.0) or get_close_matches(name, options, 1)
+    for here in (last, ELSEWHERE.get(last, last)):
+        within = [option for option in options if option.endswith((f".{here}", f"--{here}"))]
+        near = get_close_matches(name.removesuffix(last) + here, within, 1, 0.0)
+        if near:
+            return near[0]
+    near = get_close_matches(name, options, 1)
     return near[0] if near else None
 
 

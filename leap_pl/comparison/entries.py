@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from leap_pl.errors import UserError, listing
+from leap_pl.errors import UserError
 from leap_pl.escape import terminal
 from leap_pl.evaluation.record import UNFINISHED, read_result
 from leap_pl.inputs.hub import repository_of
@@ -85,13 +85,26 @@ def read_entries(sources: Sequence[str]) -> list[Entry]:
     Raises:
         UserError: If a source cannot be read, or figures were measured by different protocols.
     """
-    twice = [source for source, count in Counter(sources).items() if count > 1]
-    if twice:
-        raise UserError(f"{listing(twice)} is named twice. Name each once.")
+    places: dict[str, str] = {}
+    for source in sources:
+        place = _place(source)
+        if place in places:
+            first = places[place]
+            named = f"{source} is named twice" if first == source else f"{first} and {source} are the same"
+            raise UserError(f"{named}. Name each once.")
+        places[place] = source
     entries = _labelled(_named(_with_one_name_a_text(_merged([_read(source) for source in sources]))))
     entries.sort(key=lambda e: (e.model, round(e.sparsity, 2), e.kind != e.method, e.kind, e.source))
     check_protocols(entries)
     return entries
+
+
+def _place(source: str) -> str:
+    """Return what a source is known by: its place, whatever path leads there, or its hub id."""
+    try:
+        return str(expanded(source).resolve(strict=True))
+    except (OSError, RuntimeError, ValueError):  # no such file, links in a circle, no name of a file
+        return source
 
 
 def _read(source: str) -> Entry:

@@ -179,6 +179,8 @@ def test_figures_that_are_none_are_not_put_into_a_card(finished: Run, tmp_path: 
         ("fit configs/debug.yaml", "To read settings from a file, type --config configs/debug.yaml."),
         ("fit --model.base_model x --model.lr 1", "Did you mean --model.optimizer.lr?"),
         ("fit --model.base_model x --model.learning_rate 1", "Did you mean --model.optimizer.lr?"),
+        ("evaluate --model x --text t.txt", "Did you mean --perplexity?"),
+        ("fit --model.base_model x --text t.txt", "Did you mean --data.text?"),
         (
             "fit --model.base_model x --trainer.callbacks EarlyStop",
             "no class EarlyStop of this kind. Did you mean Early",

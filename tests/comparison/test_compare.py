@@ -82,9 +82,12 @@ def test_refuses_in_one_line(write_result, tmp_path):
             inner = inner[key]
         del inner[path[-1]]
         lacking[f"damaged: '{' > '.join(path)}' is missing or invalid"] = [write_result(path[-1], content)]
+    other_path = str(tmp_path / "folder" / ".." / "good.json")
+    assert other_path != good
     cases = {
         "Nothing to compare": [],
         "named twice": [good, good],
+        "are the same. Name each once": [good, other_path],
         "no such file": [str(tmp_path / "gone.json")],
         r"is a folder without a mask\.safetensors": [str(tmp_path / "folder")],
         "no result of leap_pl evaluate": [write_result("other", {"a": 1})],
